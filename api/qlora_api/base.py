@@ -1,0 +1,108 @@
+"""What every API type is made of: the frozen model, decimal strings, and rules that hold in Python and in CEL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, WithJsonSchema, model_validator
+from pydantic.alias_generators import to_camel
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One cross-field rule, written twice: for the API server in CEL, for everyone else in Python.
+
+    The two must agree; ``tests/api`` evaluates both on the same values.
+    """
+
+    cel: str
+    message: str
+    """Says what is allowed, names the fields. Shown as it is by the API server and by ``qlora validate``."""
+    field: str
+    """Path of the field to change, relative to the type that carries the rule."""
+    holds: Callable[[Any], bool]
+
+
+class RuleBrokenError(ValueError):
+    """A cross-field rule that does not hold; carries the field to change."""
+
+    def __init__(self, rule: Rule, value: object) -> None:
+        super().__init__(rule.message)
+        self.field = rule.field
+        self.value = value
+
+
+class Model(BaseModel):
+    """Frozen, closed to unknown fields, camelCase outside and snake_case inside."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel,
+        extra="forbid",
+        frozen=True,
+        populate_by_name=True,
+        use_attribute_docstrings=True,
+    )
+
+    rules: ClassVar[tuple[Rule, ...]] = ()
+    immutable: ClassVar[dict[str, str]] = {}
+    """Fields (JSON names) that may not change after creation, each with the reason."""
+
+    @model_validator(mode="after")
+    def _rules_hold(self) -> Self:
+        for rule in self.rules:
+            if not rule.holds(self):
+                raise RuleBrokenError(rule, self.at(rule.field))
+        return self
+
+    def at(self, path: str) -> object:
+        """The value at a dotted path of JSON names, None where there is none."""
+        value: object = self
+        for name in path.split("."):
+            value = {to_camel(k): v for k, v in value}.get(name) if isinstance(value, BaseModel) else None
+        return value
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """The value as the API server would hold it: JSON names, unset optional fields left out."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+DECIMAL_PATTERN = r"^[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?$"
+
+
+def _must_be_quoted(value: object) -> object:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        raise ValueError(f'must be a decimal in quotes, "{value}": the Kubernetes API has no floats')  # noqa: TRY004 pydantic wants ValueError
+    return value
+
+
+def decimal(low: float, high: float, *, low_included: bool = True, high_included: bool = True) -> Any:
+    """A decimal number kept as a string within bounds.
+
+    Kubernetes API conventions forbid floats in specs (they do not round-trip); the bound is checked by CEL there and here.
+    """
+    lower = ">=" if low_included else ">"
+    upper = "<=" if high_included else "<"
+    text = f"must be a decimal in quotes {lower} {low:g} and {upper} {high:g}"
+
+    def check(value: str) -> str:
+        try:
+            number = float(value)
+        except ValueError:
+            raise ValueError(text) from None
+        above = number >= low if low_included else number > low
+        below = number <= high if high_included else number < high
+        if not (above and below):
+            raise ValueError(text)
+        return value
+
+    schema = {
+        "type": "string",
+        "pattern": DECIMAL_PATTERN,
+        "maxLength": 32,
+        "x-kubernetes-validations": [
+            {"rule": f"double(self) {lower} {float(low)} && double(self) {upper} {float(high)}", "message": text},
+        ],
+    }
+    return Annotated[str, BeforeValidator(_must_be_quoted), AfterValidator(check), WithJsonSchema(schema)]

@@ -1,0 +1,144 @@
+"""The contract between whoever starts a trainer (the operator, ``qlora run``) and the trainer.
+
+In: one resolved, immutable :class:`TrainerConfig`. Out: an exit code, and a :class:`TerminationMessage` in the file
+that the config names. While it runs: ``GET /progress`` (:class:`qlora_api.status.Progress` and more) and ``/metrics``.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Literal
+
+from pydantic import Field
+
+from qlora_api.base import Model
+from qlora_api.batch import BatchSplit
+from qlora_api.spec import QLoRAJobSpec
+from qlora_api.status import Adapter, Memory, Progress, Reason
+
+TERMINATION_MESSAGE_BYTES = 4096
+"""Kubernetes keeps no more of /dev/termination-log."""
+
+
+class ExitCode(IntEnum):
+    """How a trainer ends. Values stay clear of shells' and signals' own (1, 2, 126 and above)."""
+
+    DONE = 0
+    CRASHED = 1
+    """Any exception that has no code of its own."""
+    USER_ERROR = 40
+    OUT_OF_DEVICE_MEMORY = 41
+    OUT_OF_HOST_MEMORY = 42
+    PREEMPTED = 43
+    STALLED = 44
+    NON_FINITE_LOSS = 45
+    CHECKPOINT_UNREADABLE = 46
+    STORAGE_FAILED = 47
+
+
+REASONS: dict[int, Reason] = {
+    ExitCode.DONE: Reason.COMPLETED,
+    ExitCode.USER_ERROR: Reason.USER_ERROR,
+    ExitCode.OUT_OF_DEVICE_MEMORY: Reason.OUT_OF_DEVICE_MEMORY,
+    ExitCode.OUT_OF_HOST_MEMORY: Reason.OUT_OF_HOST_MEMORY,
+    ExitCode.PREEMPTED: Reason.PREEMPTED,
+    ExitCode.STALLED: Reason.STALLED,
+    ExitCode.NON_FINITE_LOSS: Reason.NON_FINITE_LOSS,
+    ExitCode.CHECKPOINT_UNREADABLE: Reason.CHECKPOINT_UNREADABLE,
+    ExitCode.STORAGE_FAILED: Reason.STORAGE_FAILED,
+    137: Reason.OUT_OF_HOST_MEMORY,  # SIGKILL: the kernel's out-of-memory killer, and nothing of ours sends it
+}
+
+
+def reason_of(exit_code: int) -> Reason:
+    """Why an attempt ended, from its exit code alone; an unknown code is a crash."""
+    return REASONS.get(exit_code if exit_code >= 0 else 128 - exit_code, Reason.CRASHED)
+
+
+class JobRef(Model):
+    name: str
+    namespace: str = "default"
+    uid: str
+    """Names the run: checkpoints and the published manifest carry it."""
+
+
+class TrainerConfig(Model):
+    """All that a trainer is told, resolved and final. An attempt never changes."""
+
+    job: JobRef
+    spec: QLoRAJobSpec
+    attempt: int = Field(1, ge=1)
+    restarts: int = Field(0, ge=0)
+    batch: BatchSplit
+    device: Literal["CUDA", "CPU"]
+    ranks_per_worker: int = Field(ge=1)
+    gradient_checkpointing: bool
+    checkpoint_uri: str
+    """Folder, local or in object storage, for this run's checkpoints."""
+    cache_dir: str
+    """Local folder for fetched models, fetched rows and tokenized rows; content-addressed, shared by runs."""
+    termination_message_path: str
+    metrics_port: int = Field(9400, ge=0, le=65535)
+    """Rank r of a pod serves /metrics and /progress on this port + r; 0: any free port (written to ``ports_dir``)."""
+    metrics_host: str = "0.0.0.0"  # noqa: S104 a pod's port is there to be scraped
+    ports_dir: str | None = None
+    """Where each rank leaves a file ``rank-N.port``, for whoever started it with port 0."""
+
+
+class TerminationMessage(Model):
+    """The last word of an attempt, as JSON, at most 4 KiB."""
+
+    exit_code: int
+    reason: Reason
+    message: str = ""
+    """One paragraph: field, value, what is allowed; or what happened and where."""
+    rank: int | None = None
+    progress: Progress | None = None
+    memory: Memory | None = None
+    adapter: Adapter | None = None
+
+    def to_bytes(self) -> bytes:
+        """JSON within the limit; the message is what gives way."""
+        text = self.model_dump_json(by_alias=True, exclude_none=True).encode()
+        over = len(text) - TERMINATION_MESSAGE_BYTES
+        if over <= 0:
+            return text
+        keep = max(0, len(self.message.encode()) - over - 16)
+        shorter = self.message.encode()[:keep].decode(errors="ignore") + " …"
+        return self.model_copy(update={"message": shorter}).to_bytes()
+
+
+class ProgressReport(Progress):
+    """The answer of ``GET /progress`` on rank 0."""
+
+    job: str
+    attempt: int
+    section: Literal["Load", "Data", "Train", "Evaluate", "Checkpoint", "Publish", "Done"]
+    """What the rank does now."""
+    memory: Memory
+    first_step: int = 0
+    elapsed_seconds: float = 0
+    tokens: int = 0
+    """Real tokens trained on in this attempt, over all ranks."""
+
+
+class PrepareReceipt(Model):
+    """What Prepare found in the rows. Content-addressed by ``data_hash``."""
+
+    data_hash: str
+    train_rows: int
+    train_tokens: int
+    train_target_tokens: int
+    train_sequences: int
+    """Packs, or rows without packing: what globalBatchSize counts."""
+    eval_rows: int
+    eval_tokens: int
+    truncated: int
+    dropped: int
+    fully_masked: int
+    """Rows left out because no token counts (truncation cut it, or the row is empty)."""
+    longest: int
+    packing_efficiency: float
+    """Real tokens / slots of maxLength."""
+    samples: list[str]
+    """Rendered rows with the tokens that count between ⟦ and ⟧."""

@@ -1,0 +1,151 @@
+"""The CustomResourceDefinition, generated from the types: structural schema, CEL rules, printer columns.
+
+https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions/
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from qlora_api.base import Model
+from qlora_api.errors import model_of
+from qlora_api.job import GROUP, KIND, VERSION, QLoRAJob
+from qlora_api.spec import QLoRAJobSpec
+from qlora_api.status import QLoRAJobStatus
+
+PRINTER_COLUMNS = (
+    ("State", "string", ".status.state", 0),
+    ("Reason", "string", ".status.reason", 0),
+    ("Step", "integer", ".status.progress.step", 0),
+    ("Loss", "string", ".status.progress.loss", 0),
+    ("ETA", "integer", ".status.progress.etaSeconds", 0),
+    ("Restarts", "integer", ".status.restarts", 0),
+    ("GPU-Mem", "string", ".status.peakMemory", 0),
+    ("Age", "date", ".metadata.creationTimestamp", 0),
+    ("Steps", "integer", ".status.progress.totalSteps", 1),
+    ("Adapter", "string", ".status.adapter.uri", 1),
+)
+
+_NOT_STRUCTURAL = ("title", "$defs", "additionalProperties", "const", "anyOf", "$ref", "allOf")
+
+
+def crd() -> dict[str, Any]:
+    """The whole CustomResourceDefinition as plain data."""
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"qlorajobs.{GROUP}"},
+        "spec": {
+            "group": GROUP,
+            "names": {
+                "kind": KIND,
+                "listKind": f"{KIND}List",
+                "plural": "qlorajobs",
+                "singular": "qlorajob",
+                "shortNames": ["qlj"],
+                "categories": ["all"],
+            },
+            "scope": "Namespaced",
+            "versions": [
+                {
+                    "name": VERSION,
+                    "served": True,
+                    "storage": True,
+                    "subresources": {"status": {}},
+                    "additionalPrinterColumns": [
+                        {"name": name, "type": kind, "jsonPath": path, **({"priority": 1} if priority else {})}
+                        for name, kind, path, priority in PRINTER_COLUMNS
+                    ],
+                    "schema": {
+                        "openAPIV3Schema": {
+                            "type": "object",
+                            "description": _words(QLoRAJob.__doc__),
+                            "required": ["spec"],
+                            "properties": {
+                                "apiVersion": {"type": "string"},
+                                "kind": {"type": "string"},
+                                "metadata": {"type": "object", "properties": {"name": _name_schema()}},
+                                "spec": structural(QLoRAJobSpec),
+                                "status": structural(QLoRAJobStatus),
+                            },
+                        }
+                    },
+                }
+            ],
+        },
+    }
+
+
+def _name_schema() -> dict[str, Any]:
+    schema = QLoRAJob.model_json_schema(by_alias=True)["$defs"]["ObjectMeta"]["properties"]["name"]
+    return {key: schema[key] for key in ("type", "maxLength", "pattern")}
+
+
+def structural(model: type[BaseModel]) -> dict[str, Any]:
+    """A type as a structural schema: no references, no unions, CEL for what crosses fields."""
+    schema = model.model_json_schema(by_alias=True)
+    return _with_rules(_structural(schema, schema.get("$defs", {})), model)
+
+
+def _structural(node: dict[str, Any], defs: dict[str, Any]) -> dict[str, Any]:
+    node = _resolve(node, defs)
+    out = {k: v for k, v in node.items() if k not in _NOT_STRUCTURAL}
+    if "const" in node:
+        out["enum"] = [node["const"]]
+    if "description" in out:
+        out["description"] = _words(out["description"])
+    if "default" in out and out["default"] is None:
+        del out["default"]
+    if "properties" in out:
+        out["properties"] = {k: _structural(v, defs) for k, v in out["properties"].items()}
+    if "items" in out:
+        out["items"] = _structural(out["items"], defs)
+    if isinstance(node.get("additionalProperties"), dict):
+        out["additionalProperties"] = _structural(node["additionalProperties"], defs)
+    if out.get("type") == "integer":
+        out["format"] = "int64"
+    return out
+
+
+def _resolve(node: dict[str, Any], defs: dict[str, Any]) -> dict[str, Any]:
+    """Follow references and take the one alternative of ``X | None``; what stands beside a reference wins."""
+    while "$ref" in node or "anyOf" in node:
+        beside = {k: v for k, v in node.items() if k not in ("$ref", "anyOf")}
+        if "$ref" in node:
+            node = {**defs[node["$ref"].rsplit("/", 1)[-1]], **beside}
+        else:
+            options = [_resolve(o, defs) for o in node["anyOf"] if o.get("type") != "null"]
+            merged = dict(options[0])
+            if len(options) > 1:  # an enum and a literal: their values together
+                merged["enum"] = [v for o in options for v in o.get("enum", [o.get("const")])]
+                merged.pop("const", None)
+                merged.pop("description", None)
+            node = {**merged, **beside}
+    return node
+
+
+def _with_rules(schema: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    for field in model.model_fields.values():
+        inner = model_of(field.annotation)
+        if field.alias and isinstance(inner, type) and issubclass(inner, BaseModel):
+            place = schema["properties"][field.alias]
+            _with_rules(place.get("items", place), inner)
+    if issubclass(model, Model):
+        validations = [{"rule": r.cel, "message": r.message, "fieldPath": f".{r.field}"} for r in model.rules]
+        validations += [
+            {
+                "rule": f"self.{name} == oldSelf.{name}",
+                "message": f"{name} is immutable: {why}",
+                "fieldPath": f".{name}",
+            }
+            for name, why in model.immutable.items()
+        ]
+        if validations:
+            schema["x-kubernetes-validations"] = validations
+    return schema
+
+
+def _words(text: str | None) -> str:
+    return " ".join((text or "").split())

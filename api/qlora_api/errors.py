@@ -1,0 +1,120 @@
+"""A user's mistakes, in words: field, value, what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from qlora_api.base import RuleBrokenError
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class FieldMistake(ValueError):
+    """One mistake at one field of a manifest.
+
+    ``str()`` reads ``spec.lora.rank: "0" must be at least 1``.
+    """
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        self.field = field
+        self.value = value
+        self.allowed = allowed
+        super().__init__(f"{field}: {_show(value)}{allowed}")
+
+
+class ManifestError(ValueError):
+    """All mistakes of one manifest."""
+
+    def __init__(self, mistakes: list[FieldMistake]) -> None:
+        self.mistakes = mistakes
+        super().__init__("\n".join(str(m) for m in mistakes))
+
+
+def validate(model: type[T], value: Any) -> T:
+    """Build ``model`` from parsed YAML or JSON.
+
+    Raises:
+        ManifestError: names every field that is wrong.
+
+    """
+    try:
+        # Through JSON and strictly: what the API server would refuse ("3" for 3) is refused here too.
+        return model.model_validate_json(json.dumps(value, default=str), strict=True)
+    except ValidationError as error:
+        raise ManifestError([_mistake(model, e) for e in error.errors()]) from None
+
+
+def _show(value: object) -> str:
+    if value is None or isinstance(value, (dict, list, BaseModel)):
+        return ""
+    return f'"{value}" ' if not isinstance(value, bool) else f'"{str(value).lower()}" '
+
+
+def _mistake(model: type[BaseModel], error: ErrorDetails) -> FieldMistake:
+    field = _path(error["loc"])
+    context: dict[str, Any] = error.get("ctx", {})
+    cause = context.get("error")
+    if isinstance(cause, RuleBrokenError):
+        return FieldMistake(f"{field}.{cause.field}".strip("."), cause.value, str(cause))
+    if isinstance(cause, ValueError):
+        return FieldMistake(field, error["input"], str(cause))
+    return FieldMistake(field, error["input"], _allowed(model, error, context))
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.strip(".")
+
+
+def _allowed(model: type[BaseModel], error: ErrorDetails, context: dict[str, Any]) -> str:
+    match error["type"]:
+        case "missing":
+            return "is required"
+        case "extra_forbidden":
+            return _unknown_field(model, error["loc"])
+        case "greater_than_equal":
+            return f"must be at least {context['ge']}"
+        case "less_than_equal":
+            return f"must be at most {context['le']}"
+        case "enum" | "literal_error":
+            return f"must be one of {context['expected']}".replace("'", "")
+        case "string_pattern_mismatch":
+            return f"must match {context['pattern']}"
+        case "int_type" | "int_parsing" | "int_from_float":
+            return "must be a whole number, without quotes and without a unit"
+        case "bool_type" | "bool_parsing":
+            return "must be true or false"
+        case "string_type":
+            return "must be a text"
+        case "model_type" | "dict_type":
+            return "must be a group of fields"
+        case _:
+            return f"is not allowed: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _unknown_field(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    group: Any = model
+    for part in location[:-1]:
+        if isinstance(part, str) and isinstance(group, type) and issubclass(group, BaseModel):
+            group = next((model_of(f.annotation) for f in group.model_fields.values() if f.alias == part), None)
+    if not (isinstance(group, type) and issubclass(group, BaseModel)):
+        return "is not a field"
+    known = sorted(f.alias or n for n, f in group.model_fields.items())
+    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"is not a field{hint} Known here: {', '.join(known)}" if close else f"is not a field; known here: {', '.join(known)}"
+
+
+def model_of(annotation: Any) -> Any:
+    """The pydantic type inside ``X | None`` or ``list[X]``, else the annotation."""
+    for inner in getattr(annotation, "__args__", ()):
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            return inner
+    return annotation

@@ -1,0 +1,66 @@
+"""What follows the end of an attempt. One pure function serves the operator and ``qlora run``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qlora_api.batch import BatchSplit, halve_micro_batch
+from qlora_api.spec import OnOutOfMemory, PolicySpec
+from qlora_api.status import Attempt, Reason
+
+FREE_OF_CHARGE = frozenset({Reason.PREEMPTED, Reason.NODE_LOST, Reason.SUSPENDED})
+"""Ends that are not the job's doing and do not count against maxRestarts."""
+BACKOFF_SECONDS = (1, 10, 30, 60, 120, 300)
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The job is over."""
+
+    succeeded: bool
+    reason: Reason
+    message: str
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Start another attempt from the last checkpoint."""
+
+    batch: BatchSplit
+    wait_seconds: int
+    reason: Reason
+    counted: bool
+
+
+def restarts(attempts: Sequence[Attempt]) -> int:
+    """Ended attempts that count against ``policy.maxRestarts``."""
+    return sum(1 for a in attempts if a.reason not in (*FREE_OF_CHARGE, Reason.COMPLETED, None))
+
+
+def after_attempt(policy: PolicySpec, attempts: Sequence[Attempt]) -> Finish | Retry:
+    """Decide what follows the newest of ``attempts``, which has ended."""
+    last = attempts[-1]
+    reason = last.reason or Reason.CRASHED
+    batch = BatchSplit(
+        world_size=last.world_size,
+        micro_batch_size=last.micro_batch_size,
+        gradient_accumulation_steps=last.gradient_accumulation_steps,
+    )
+    if reason is Reason.COMPLETED:
+        return Finish(True, reason, last.message)
+    if reason is Reason.USER_ERROR:
+        return Finish(False, reason, last.message)
+    if reason in FREE_OF_CHARGE:
+        return Retry(batch, 0, reason, counted=False)
+    if reason is Reason.NON_FINITE_LOSS:
+        return Finish(False, reason, last.message)
+    if reason is Reason.OUT_OF_DEVICE_MEMORY:
+        smaller = halve_micro_batch(batch) if policy.on_out_of_memory is OnOutOfMemory.RECOVER else None
+        if smaller is None:
+            return Finish(False, reason, last.message)
+        return Retry(smaller, 0, reason, counted=False)
+    used = restarts(attempts)
+    if used > policy.max_restarts:
+        return Finish(False, reason, f"{last.message} (after {policy.max_restarts} restarts: spec.policy.maxRestarts)")
+    return Retry(batch, BACKOFF_SECONDS[min(used, len(BACKOFF_SECONDS)) - 1], reason, counted=True)

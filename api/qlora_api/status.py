@@ -1,0 +1,140 @@
+"""``QLoRAJob.status``: what is known of a job. Written by the operator (or ``qlora run``) alone."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from qlora_api.base import Model
+
+Text = Annotated[str, StringConstraints(max_length=4096)]
+Decimal = Annotated[str, StringConstraints(max_length=32)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class ConditionType(StrEnum):
+    PREPARED = "Prepared"
+    """Model and data are checked; the plan is made."""
+    RUNNING = "Running"
+    """All ranks of an attempt train."""
+    SUSPENDED = "Suspended"
+    SUCCEEDED = "Succeeded"
+    """The adapter is verified and published."""
+    FAILED = "Failed"
+
+
+class Reason(StrEnum):
+    """Why a condition is what it is, and why an attempt ended. A closed list."""
+
+    PENDING = "Pending"
+    PREPARING = "Preparing"
+    TRAINING = "Training"
+    COMPLETED = "Completed"
+    SUSPENDED = "Suspended"
+    USER_ERROR = "UserError"
+    """The manifest, the model or the rows must change. Never retried."""
+    OUT_OF_DEVICE_MEMORY = "OutOfDeviceMemory"
+    OUT_OF_HOST_MEMORY = "OutOfHostMemory"
+    PREEMPTED = "Preempted"
+    """The attempt was told to stop, and stopped with a checkpoint. Not counted against policy.maxRestarts."""
+    NODE_LOST = "NodeLost"
+    STALLED = "Stalled"
+    NON_FINITE_LOSS = "NonFiniteLoss"
+    CHECKPOINT_UNREADABLE = "CheckpointUnreadable"
+    STORAGE_FAILED = "StorageFailed"
+    """Disk full, or object storage out of reach after all retries."""
+    CRASHED = "Crashed"
+    DEADLINE_EXCEEDED = "DeadlineExceeded"
+
+
+class Condition(Model):
+    """As metav1.Condition."""
+
+    type: ConditionType
+    status: Literal["True", "False", "Unknown"]
+    reason: Reason
+    message: Text = ""
+    last_transition_time: datetime
+    observed_generation: Count = 0
+
+
+class Attempt(Model):
+    """One try at the training; never changed once it has ended."""
+
+    number: int = Field(ge=1)
+    world_size: int = Field(ge=1)
+    micro_batch_size: int = Field(ge=1)
+    gradient_accumulation_steps: int = Field(ge=1)
+    start_time: datetime
+    end_time: datetime | None = None
+    reason: Reason | None = None
+    message: Text = ""
+    exit_code: int | None = None
+    node: Text = ""
+    first_step: Count | None = None
+    """Step from which it went on: 0, or that of a checkpoint."""
+    last_step: Count | None = None
+
+
+class Progress(Model):
+    """Where the training stands; also the answer of ``GET /progress``, there with all fields."""
+
+    step: Count = 0
+    total_steps: Count = 0
+    epoch: Decimal = "0"
+    loss: Decimal | None = None
+    eval_loss: Decimal | None = None
+    best_eval_loss: Decimal | None = None
+    learning_rate: Decimal | None = None
+    tokens_per_second: Decimal | None = None
+    """Real tokens, no padding, over all ranks."""
+    eta_seconds: Count | None = None
+
+
+class MemoryComponent(StrEnum):
+    """What memory is for. One name per component, in predictions, measurements and metrics alike."""
+
+    QUANTIZED_WEIGHTS = "quantizedWeights"
+    QUANTIZATION_CONSTANTS = "quantizationConstants"
+    UNQUANTIZED_WEIGHTS = "unquantizedWeights"
+    ADAPTER_WEIGHTS = "adapterWeights"
+    GRADIENTS = "gradients"
+    OPTIMIZER_STATE = "optimizerState"
+    PEAK = "peak"
+    """Highest allocation on the device; on a CPU the highest resident set of the process."""
+
+
+class Memory(Model):
+    """Bytes per rank, the largest over the ranks."""
+
+    predicted: dict[str, Count] = Field({}, max_length=32)
+    measured: dict[str, Count] = Field({}, max_length=32)
+
+
+class Adapter(Model):
+    """The published adapter."""
+
+    uri: Text
+    """Folder of the adapter in PEFT's layout."""
+    manifest_uri: Text
+    manifest_sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class QLoRAJobStatus(Model):
+    """Observed state."""
+
+    observed_generation: Count = 0
+    state: ConditionType | Literal["Pending"] = "Pending"
+    """The condition that speaks for the job, for ``kubectl get``."""
+    reason: Reason = Reason.PENDING
+    conditions: list[Condition] = Field([], max_length=8)
+    attempts: list[Attempt] = Field([], max_length=256)
+    restarts: Count = 0
+    progress: Progress | None = None
+    memory: Memory | None = None
+    peak_memory: Annotated[str, StringConstraints(max_length=16)] = ""
+    """Measured peak in words, for ``kubectl get``."""
+    adapter: Adapter | None = None

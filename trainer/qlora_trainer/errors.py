@@ -1,0 +1,60 @@
+"""Every way a trainer can fail, and the exit code that tells the operator what to do about it.
+
+::
+
+    TrainerError
+    ├── UserError              40  never retried: the manifest, the model or the rows must change
+    ├── DeviceOutOfMemoryError 41  retried with a smaller micro-batch
+    ├── PreemptedError         43  told to stop; a checkpoint is written
+    ├── NonFiniteLossError     45  stopped before the update
+    ├── CheckpointError        46  no checkpoint of this run can be read
+    └── StorageError           47  disk full, or object storage out of reach
+"""
+
+from __future__ import annotations
+
+from qlora_api.contract import ExitCode
+from qlora_api.errors import FieldMistake
+
+
+class TrainerError(Exception):
+    """Ends the attempt with ``exit_code``; ``str()`` is one paragraph for a person."""
+
+    exit_code = ExitCode.CRASHED
+
+
+class UserError(TrainerError):
+    """A mistake only the user can mend.
+
+    Args:
+        field: path in the manifest, such as ``spec.lora.targetModules``.
+        value: what stands there.
+        allowed: what may stand there, or what to do; completes the sentence ``field: "value" …``.
+
+    """
+
+    exit_code = ExitCode.USER_ERROR
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        self.mistake = FieldMistake(field, value, allowed)
+        super().__init__(str(self.mistake))
+
+
+class DeviceOutOfMemoryError(TrainerError):
+    exit_code = ExitCode.OUT_OF_DEVICE_MEMORY
+
+
+class PreemptedError(TrainerError):
+    exit_code = ExitCode.PREEMPTED
+
+
+class NonFiniteLossError(TrainerError):
+    exit_code = ExitCode.NON_FINITE_LOSS
+
+
+class CheckpointError(TrainerError):
+    exit_code = ExitCode.CHECKPOINT_UNREADABLE
+
+
+class StorageError(TrainerError):
+    exit_code = ExitCode.STORAGE_FAILED
