@@ -1,0 +1,109 @@
+"""What one attempt works with: the loaded model in its engine, data, checkpoints, and where the training stands."""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from qlora_api.contract import TrainerConfig
+
+from qlora_trainer.checkpoints import CheckpointStore
+from qlora_trainer.data.batches import Batches
+from qlora_trainer.data.prepare import PreparedData, load_prepared
+from qlora_trainer.engine import Ranks, wrap_deepspeed
+from qlora_trainer.loss import NextTokenLoss, head_is_plain
+from qlora_trainer.metrics import Board
+from qlora_trainer.model import add_lora, enable_gradient_checkpointing, load_base, weight_bytes
+from qlora_trainer.prepare import Prepared, read_prepared
+
+
+class StopFlag:
+    """Set by SIGTERM; ranks agree on it at the end of a step."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        signal.signal(signal.SIGTERM, self._set)
+
+    def _set(self, *_: Any) -> None:
+        self.is_set = True
+
+
+@dataclass
+class Run:
+    """Where the training stands; all of it is in a checkpoint's ``meta``."""
+
+    step: int = 0
+    tokens: int = 0
+    base_eval_loss: float | None = None
+    """Of the untouched base: B is zero before the first step."""
+    eval_loss: float | None = None
+    best_eval_loss: float | None = None
+    evaluations_without_gain: int = 0
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def note(self, eval_loss: float) -> bool:
+        """Take an evaluation in; True when it is the best so far."""
+        best = self.best_eval_loss is None or eval_loss < self.best_eval_loss
+        self.eval_loss = eval_loss
+        self.best_eval_loss = eval_loss if best else self.best_eval_loss
+        self.evaluations_without_gain = 0 if best else self.evaluations_without_gain + 1
+        return best
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What an attempt works with. Built once by :func:`build`."""
+
+    config: TrainerConfig
+    ranks: Ranks
+    board: Board
+    prepared: Prepared
+    data: PreparedData
+    engine: Any
+    batches: Batches
+    checkpoints: CheckpointStore
+    total_steps: int
+    stop: StopFlag
+    saved_at: list[float] = field(default_factory=lambda: [time.monotonic()])
+    """When the newest checkpoint was written (one element, changed in place)."""
+
+    @property
+    def model(self) -> Any:
+        """The PEFT model inside DeepSpeed."""
+        return self.engine.module.model
+
+    @property
+    def steps_between_evaluations(self) -> int:
+        return self.config.spec.training.evaluation.every_steps or self.batches.steps_per_epoch
+
+    @property
+    def steps_between_checkpoints(self) -> int:
+        return self.config.spec.checkpoint.every_steps or self.batches.steps_per_epoch
+
+
+def build(config: TrainerConfig, ranks: Ranks, board: Board, stop: StopFlag) -> Trainer:
+    """Load the quantized base, add the adapter, wrap both in DeepSpeed, open data and checkpoints."""
+    spec = config.spec
+    prepared = read_prepared(config)
+    base = load_base(prepared.model.path, spec.quantization, ranks.device, spec.parallelism.zero_stage)
+    model = add_lora(base, spec.lora, spec.training.seed, prepared.model.source)
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    model.train()
+    board.memory(weight_bytes(model))
+    loss = NextTokenLoss(model, fused=head_is_plain(model))
+    torch.manual_seed(spec.training.seed * 1000 + ranks.rank)  # dropout differs from rank to rank
+    engine = wrap_deepspeed(loss, spec.training, spec.parallelism, config.batch, ranks.device)
+    data = load_prepared(prepared.data_dir)
+    batches = Batches(data.train, data.train_packs, config.batch, ranks.rank, spec.training.seed)
+    total_steps = spec.training.max_steps or (spec.training.epochs or 0) * batches.steps_per_epoch
+    board.set("qlora_steps_planned", total_steps)
+    board.update(total_steps=total_steps)
+    checkpoints = CheckpointStore(config.checkpoint_uri, config.job.uid, spec.checkpoint.keep)
+    return Trainer(config, ranks, board, prepared, data, engine, batches, checkpoints, total_steps, stop)

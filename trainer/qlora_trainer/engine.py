@@ -1,0 +1,129 @@
+"""DeepSpeed around the model: data parallelism and ZeRO.
+
+DeepSpeed is told nothing of 16-bit types: what learns is fp32 (``model.hold_trainable_in_fp32``), so gradients are
+accumulated and reduced in fp32 and no second master copy is made. The frozen base keeps its own types.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from qlora_api.batch import BatchSplit
+from qlora_api.spec import Offload, ParallelismSpec, TrainingSpec
+
+from qlora_trainer.loss import NextTokenLoss
+from qlora_trainer.model import trainable
+from qlora_trainer.optim import make_optimizer
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is among all."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Element-wise sum over all ranks, the same on each. A collective."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def max(self, *values: float) -> list[float]:
+        """Element-wise maximum over all ranks, the same on each. A collective."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The small ``value`` of every rank, in rank order, on each. A collective."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def join_ranks(device_kind: str, timeout_seconds: int) -> Ranks:
+    """Meet the other ranks. Reads torchrun's RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if device_kind == "CUDA" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        # gloo is enough: the shared-memory collective would need a compiler and 40 s at the first start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds), verbose=False
+    )
+    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
+
+
+def deepspeed_config(training: TrainingSpec, parallelism: ParallelismSpec, split: BatchSplit, device: torch.device) -> dict[str, Any]:
+    """What ``deepspeed.initialize`` is told. https://www.deepspeed.ai/docs/config-json/"""
+    zero: dict[str, Any] = {"stage": parallelism.zero_stage, "overlap_comm": device.type == "cuda"}
+    if parallelism.offload is Offload.OPTIMIZER:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    return {
+        "train_batch_size": split.global_batch_size,
+        "train_micro_batch_size_per_gpu": split.micro_batch_size,
+        "gradient_accumulation_steps": split.gradient_accumulation_steps,
+        # Without ZeRO DeepSpeed keeps the norm to itself: apply_update clips, and knows it.
+        "gradient_clipping": float(training.max_grad_norm) if parallelism.zero_stage else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+
+
+def wrap_deepspeed(
+    model: NextTokenLoss, training: TrainingSpec, parallelism: ParallelismSpec, split: BatchSplit, device: torch.device
+) -> Any:
+    """Give the model to DeepSpeed.
+
+    Returns:
+        The ``DeepSpeedEngine``; call it, ``backward`` and ``step`` it.
+
+    """
+    engine, _, _, _ = deepspeed.initialize(
+        model=model,
+        optimizer=make_optimizer(trainable(model.model), training, parallelism.offload),
+        config=deepspeed_config(training, parallelism, split, device),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def apply_update(engine: Any, max_grad_norm: float, learning_rate: float) -> float:
+    """Clip, and take one optimizer step.
+
+    Returns:
+        The global gradient norm before clipping.
+
+    """
+    for group in base_optimizer(engine).param_groups:
+        group["lr"] = learning_rate
+    if engine.zero_optimization_stage() == 0:
+        parameters = [p for p in engine.module.parameters() if p.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
+        engine.step()
+        return float(norm)
+    engine.step()
+    return float(engine.get_global_grad_norm() or 0.0)
+
+
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The optimizer that holds the state: ZeRO's wrapper has it inside, without ZeRO it is the engine's own."""
+    inner: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return inner

@@ -1,0 +1,27 @@
+"""Loss of the held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from qlora_trainer.data.batches import MicroBatch
+from qlora_trainer.engine import Ranks
+from qlora_trainer.loss import call_arguments
+
+
+@torch.no_grad()
+def evaluate(engine: Any, batches: Iterable[MicroBatch], ranks: Ranks) -> float:
+    """Mean loss in nats over the target tokens of all ranks' batches. A collective; perplexity is its ``exp``."""
+    engine.eval()
+    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    tokens = 0
+    for batch in batches:
+        losses = engine(*call_arguments(batch, ranks.device))
+        total += losses.double().sum()
+        tokens += len(losses)
+    engine.train()
+    loss_sum, count = ranks.sum(total.item(), tokens)
+    return loss_sum / count

@@ -1,0 +1,73 @@
+"""The end of a run: the best adapter, exported in PEFT's layout, gated and published by rank 0."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from qlora_api.spec import Merge
+from qlora_api.status import Adapter
+from torch import Tensor
+
+from qlora_trainer import state
+from qlora_trainer.attempt import Run, Trainer
+from qlora_trainer.chat import load_tokenizer
+from qlora_trainer.checkpoints import unpack_tensors
+from qlora_trainer.errors import CheckpointError
+from qlora_trainer.merge import merge
+from qlora_trainer.publish import PublishFacts, publish
+
+
+def publish_run(trainer: Trainer, run: Run) -> Adapter:
+    """Publish the best checkpoint by eval loss, or the last one where nothing was evaluated. A collective.
+
+    Returns:
+        Where the adapter is, the same on every rank.
+
+    """
+    adapter = _publish(trainer, run) if trainer.ranks.is_first else None
+    published: Adapter = trainer.ranks.gather(adapter)[0]
+    return published
+
+
+def _publish(trainer: Trainer, run: Run) -> Adapter:
+    config, prepared = trainer.config, trainer.prepared
+    chosen = trainer.checkpoints.best() or trainer.checkpoints.newest()
+    if chosen is None:
+        raise CheckpointError(f"no checkpoint to publish in {config.checkpoint_uri}")
+    with tempfile.TemporaryDirectory(prefix="qlora-publish-") as name:
+        folder = Path(name)
+        tensors = unpack_tensors(chosen.read(state.ADAPTER_FILE))
+        export_adapter(trainer.model, tensors, folder / "adapter", prepared.model.source, prepared.model.revision)
+        load_tokenizer(prepared.model.path, config.spec.dataset.chat_template).save_pretrained(folder / "adapter")
+        if config.spec.output.merge is Merge.BFLOAT16:
+            merge(prepared.model.path, folder / "adapter", folder / "merged")
+            load_tokenizer(prepared.model.path, config.spec.dataset.chat_template).save_pretrained(folder / "merged")
+        facts = PublishFacts(
+            spec=config.spec,
+            base_revision=prepared.model.revision,
+            step=chosen.step,
+            total_steps=trainer.total_steps,
+            tokens=run.tokens,
+            base_eval_loss=run.base_eval_loss,
+            eval_loss=chosen.eval_loss,
+        )
+        return publish(config.spec.output.destination, config.job, config.attempt, folder, facts)
+
+
+def export_adapter(model: Any, tensors: dict[str, Tensor], folder: Path, base: str, revision: str) -> None:
+    """Write adapter_model.safetensors and adapter_config.json as PEFT itself does, from weights taken elsewhere.
+
+    Args:
+        model: the PEFT model; only its configuration is used.
+        tensors: the adapter's weights by PEFT's names.
+        folder: made if missing.
+        base: what the adapter was trained on, for ``base_model_name_or_path``.
+        revision: of that.
+
+    """
+    peft_config = model.peft_config[model.active_adapter]
+    peft_config.base_model_name_or_path = base.removeprefix("hf://").partition("@")[0]
+    peft_config.revision = revision if base.startswith("hf://") else None
+    model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)

@@ -1,0 +1,85 @@
+"""Try a base, an adapter and a merged model side by side.
+
+``python -m qlora_trainer.generate --base DIR --adapter DIR [--merged DIR] --prompt TEXT… --json``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from qlora_trainer.chat import load_tokenizer
+
+
+def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, *, sample: bool) -> str:
+    """The model's continuation of ``prompt``, special tokens left out."""
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=True)["input_ids"].to(model.device)
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=sample,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+    text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def load(path: Path) -> Any:
+    """A model for inference: on a GPU where there is one, in bf16, or as it is quantized on disk."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, device_map={"": device}, use_safetensors=True, trust_remote_code=False
+    )
+    return model.eval()
+
+
+def answers(arguments: argparse.Namespace) -> list[dict[str, str]]:
+    """For every prompt what base, adapter and merged model say, as far as they were named."""
+    tokenizer = load_tokenizer(arguments.base)
+    torch.manual_seed(0)
+
+    def ask(model: Any) -> list[str]:
+        return [complete(model, tokenizer, p, arguments.max_new_tokens, sample=arguments.sample) for p in arguments.prompt]
+
+    columns: dict[str, list[str]] = {"prompt": arguments.prompt}
+    base = load(arguments.base)
+    columns["base"] = ask(base)
+    if arguments.adapter is not None:
+        columns["adapter"] = ask(PeftModel.from_pretrained(base, arguments.adapter).eval())
+    if arguments.merged is not None:
+        columns["merged"] = ask(load(arguments.merged))
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m qlora_trainer.generate", description=__doc__)
+    parser.add_argument("--base", type=Path, required=True, help="folder of the base model")
+    parser.add_argument("--adapter", type=Path, help="folder of an adapter in PEFT's layout")
+    parser.add_argument("--merged", type=Path, help="folder of a merged model")
+    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
+    arguments = parser.parse_args()
+    show: Callable[[dict[str, str]], str] = json.dumps if arguments.json else _as_text
+    for row in answers(arguments):
+        print(show(row))  # noqa: T201 the answers are the output
+    return 0
+
+
+def _as_text(row: dict[str, str]) -> str:
+    return "\n".join(f"{name}: {text}" for name, text in row.items()) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

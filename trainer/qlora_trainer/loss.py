@@ -1,0 +1,167 @@
+"""Next-token loss without the logits of the whole sequence.
+
+The head is frozen, so only the gradient of its input is needed, and that can be computed while the logits of a chunk
+are at hand: memory is one chunk of logits, whatever the vocabulary and the length. The idea is that of Liger's fused
+linear cross-entropy (Hsu et al. 2024, section 3.2); here without a weight gradient, over target tokens only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from qlora_trainer.data.batches import MicroBatch
+
+IGNORED = -100
+"""The label of a token that does not count; torch's and transformers' own."""
+
+LOGITS_PER_CHUNK = 1 << 25
+"""Logits held at once, in fp32: 128 MiB."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+    ) -> torch.Tensor:
+        need_gradient = ctx.needs_input_grad[0]
+        losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if need_gradient else None
+        chunk = max(1, LOGITS_PER_CHUNK // weight.shape[0])
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+            logits = functional.linear(hidden[part], weight, bias).float()
+            index = labels[part].unsqueeze(1)
+            log_sum = logits.logsumexp(dim=1, keepdim=True)
+            losses[part] = (log_sum - logits.gather(1, index)).squeeze(1)
+            if gradient is not None:
+                logits.sub_(log_sum).exp_()  # now probabilities
+                logits.scatter_add_(1, index, torch.full_like(log_sum, -1.0))
+                gradient[part] = logits.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        if gradient is None:
+            return None, None, None, None
+        return gradient * grads[0].unsqueeze(1).to(gradient.dtype), None, None, None
+
+
+class FrozenHead(nn.Module):
+    """A frozen output head that answers with losses instead of logits.
+
+    It holds the head's own parameters, so that ZeRO-3 gathers them around its forward.
+    """
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.weight = head.weight
+        self.bias = head.bias
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Loss of each token.
+
+        Args:
+            hidden: [N, hidden].
+            labels: [N] int64, each a token to predict.
+
+        Returns:
+            [N] fp32, in nats.
+
+        """
+        losses: torch.Tensor = _LinearCrossEntropy.apply(hidden.to(self.weight.dtype), self.weight, self.bias, labels)
+        return losses
+
+
+class NextTokenLoss(nn.Module):
+    """A causal language model that answers with the loss of each target token. This is what DeepSpeed wraps.
+
+    Args:
+        model: the model with its adapter (``PeftModel``).
+        fused: take the head apart and use :class:`FrozenHead`; False lets the model compute its logits itself.
+
+    """
+
+    def __init__(self, model: Any, *, fused: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.head = FrozenHead(model.get_output_embeddings()) if fused else None
+
+    def forward(self, inputs: dict[str, Any], targets: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Loss of each target token.
+
+        Args:
+            inputs: what the model is called with: input_ids and position_ids [1, T], rows by cu_seq_lens.
+            targets: [N] positions whose next token counts.
+            labels: [N] those next tokens.
+
+        Returns:
+            [N] fp32, in nats.
+
+        """
+        if self.head is None:
+            logits = self.model(**inputs, use_cache=False, logits_to_keep=targets).logits[0].float()
+            return functional.cross_entropy(logits, labels, reduction="none")
+        backbone = self.model.get_base_model().base_model
+        hidden = backbone(**inputs, use_cache=False).last_hidden_state
+        losses: torch.Tensor = self.head(hidden[0, targets], labels)
+        return losses
+
+
+def call_arguments(
+    batch: MicroBatch, device: torch.device
+) -> tuple[dict[str, torch.Tensor | int], torch.Tensor, torch.Tensor]:
+    """A micro-batch as arguments of :class:`NextTokenLoss`, on ``device``.
+
+    Targets are looked up before the move: on a GPU ``nonzero`` would wait for all that is queued.
+    """
+    targets = (batch.labels[0] != IGNORED).nonzero()[:, 0]
+    labels = batch.labels[0, targets]
+    starts = batch.cu_seqlens.to(device, non_blocking=True)
+    inputs: dict[str, torch.Tensor | int] = {
+        "input_ids": batch.input_ids.to(device, non_blocking=True),
+        "position_ids": batch.position_ids.to(device, non_blocking=True),
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": batch.max_seqlen,
+        "max_length_k": batch.max_seqlen,
+    }
+    return inputs, targets.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def head_is_plain(model: Any) -> bool:
+    """Whether the model's logits are its frozen head's output and the head's input is the last hidden state.
+
+    Found out by trying on four tokens, with the head's output made 64 times larger on the way, so that a scale or a
+    soft cap behind it (Cohere, Granite, Gemma 2) shows. False for a head that is adapted.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or any(p.requires_grad for p in head.parameters()):
+        return False
+    seen: list[torch.Tensor] = []
+
+    def enlarge(_: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        seen[:] = [arguments[0], output * 64]
+        return seen[1]
+
+    ids = torch.arange(4).unsqueeze(0)
+    batch = {"input_ids": ids, "position_ids": ids, "cu_seq_lens_q": torch.tensor([0, 4], dtype=torch.int32)}
+    inputs: dict[str, Any] = {name: tensor.to(head.weight.device) for name, tensor in batch.items()}
+    inputs |= {"cu_seq_lens_k": inputs["cu_seq_lens_q"], "max_length_q": 4, "max_length_k": 4, "use_cache": False}
+    was_training = model.training
+    model.eval()
+    hook = head.register_forward_hook(enlarge)
+    try:
+        logits = model(**inputs).logits
+    finally:
+        hook.remove()
+    hidden = model.get_base_model().base_model(**inputs).last_hidden_state
+    model.train(was_training)
+    return bool(torch.equal(logits, seen[1]) and torch.allclose(hidden, seen[0], rtol=1e-2, atol=1e-2))

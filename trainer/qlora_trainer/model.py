@@ -1,0 +1,240 @@
+"""The quantized base and the adapter on it.
+
+Memory traps avoided here: no ``prepare_model_for_kbit_training`` (it lifts embeddings, head and norms to fp32: 2.1 GB
+on an 8B model), and the adapter alone is held in fp32, because it alone learns.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft import LoraConfig, PeftModel, get_peft_model
+from qlora_api.spec import ComputeType, LoRABias, LoRASpec, QLoRAJobSpec, QuantizationSpec, QuantizationType
+from qlora_api.status import MemoryComponent
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+from qlora_trainer.attention import choose_attention, register
+from qlora_trainer.errors import UserError
+
+_BIAS = {LoRABias.NONE: "none", LoRABias.ALL: "all", LoRABias.LORA_ONLY: "lora_only"}
+_LINEAR = (nn.Linear, Linear4bit, Linear8bitLt)
+
+
+def compute_dtype(quantization: QuantizationSpec) -> torch.dtype:
+    return torch.float32 if quantization.compute_type is ComputeType.FLOAT32 else torch.bfloat16
+
+
+def quantization_config(quantization: QuantizationSpec, zero_stage: int) -> BitsAndBytesConfig | None:
+    """bitsandbytes' configuration for a base that is 16-bit on disk; None for no quantization."""
+    dtype = compute_dtype(quantization)
+    match quantization.type:
+        case QuantizationType.NONE:
+            return None
+        case QuantizationType.INT8:
+            return BitsAndBytesConfig(load_in_8bit=True)
+        case _:
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=quantization.type.value.lower(),
+                bnb_4bit_use_double_quant=quantization.double_quantization,
+                bnb_4bit_compute_dtype=dtype,
+                # ZeRO-3 partitions by dtype: the packed weights must look like the rest (PEFT's DeepSpeed guide).
+                bnb_4bit_quant_storage=dtype if zero_stage == 3 else torch.uint8,
+            )
+
+
+def load_base(path: Path, quantization: QuantizationSpec, device: torch.device, zero_stage: int = 0) -> Any:
+    """Load the frozen base onto ``device``, quantizing it on the way unless it is 4-bit on disk already.
+
+    Raises:
+        UserError: the base on disk is quantized in another way than the manifest says, or cannot be loaded.
+
+    """
+    register()
+    config = AutoConfig.from_pretrained(path)
+    on_disk = getattr(config, "quantization_config", None)
+    if on_disk is not None:
+        _must_agree(on_disk if isinstance(on_disk, dict) else on_disk.to_dict(), quantization)
+    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)  # noqa: SLF001 the public way loads the weights
+    if model_class is None:
+        raise UserError("spec.model.source", path, f'is a "{config.model_type}" model, which is no causal language model')
+    wanted = None if on_disk is not None else quantization_config(quantization, zero_stage)
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        # An explicit None would hide what the base says of itself.
+        **({} if wanted is None else {"quantization_config": wanted}),
+        dtype=compute_dtype(quantization),
+        device_map={"": device},
+        attn_implementation=choose_attention(model_class, config, device),
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    model.requires_grad_(requires_grad=False)
+    model.config.use_cache = False
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.compute_dtype = compute_dtype(quantization)  # a base that is 4-bit on disk brings its own
+            # Else bitsandbytes 0.50 re-packs the weights in the first eval-mode forward on a CPU, for good, with bf16
+            # absmax and for a kernel without a backward: gradients of later training steps would stop there silently.
+            layer.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _must_agree(on_disk: dict[str, Any], quantization: QuantizationSpec) -> None:
+    if on_disk.get("quant_method") != "bitsandbytes":
+        raise UserError(
+            "spec.model.source",
+            None,
+            f"the base is quantized with {on_disk.get('quant_method')}; it must be 16-bit, or 4-bit or 8-bit by bitsandbytes",
+        )
+    found = "INT8" if on_disk.get("load_in_8bit") else str(on_disk.get("bnb_4bit_quant_type", "fp4")).upper()
+    if found != quantization.type.value:
+        raise UserError(
+            "spec.quantization.type", quantization.type.value, f"does not match the base, which is {found} on disk: set {found}"
+        )
+    double = bool(on_disk.get("bnb_4bit_use_double_quant"))
+    if found != "INT8" and double != quantization.double_quantization:
+        raise UserError(
+            "spec.quantization.doubleQuantization",
+            quantization.double_quantization,
+            f"does not match the base on disk: set {str(double).lower()}",
+        )
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All linear layers but the output head, by full name."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {n: m for n, m in model.named_modules() if isinstance(m, _LINEAR) and m is not head}
+
+
+def check_targets(model: nn.Module, lora: LoRASpec, model_name: str) -> None:
+    """Find out whether every target names a linear layer; works on a model without weights (meta device) too.
+
+    Raises:
+        UserError: a target matches none; the message lists those that exist.
+
+    """
+    names = list(linear_layers(model))
+    head = model.get_output_embeddings()
+    names += [n for n, m in model.named_modules() if m is head]
+    for target in lora.target_modules or ():
+        if not any(n == target or n.endswith(f".{target}") for n in names):
+            kinds = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in names}))
+            raise UserError(
+                "spec.lora.targetModules", target, f"matches no linear layer of {model_name}; its linear layers are {kinds}"
+            )
+
+
+def meta_model(path: Path) -> Any:
+    """The architecture without weights: for checks before anything is loaded."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), trust_remote_code=False)
+
+
+def add_lora(model: Any, lora: LoRASpec, seed: int, model_name: str = "the base model") -> PeftModel:
+    """Put the adapter on the base: A random (from ``seed``), B zero, in fp32; everything else stays frozen.
+
+    Raises:
+        UserError: a target matches no linear layer.
+
+    """
+    check_targets(model, lora, model_name)
+    targets = lora.target_modules or sorted({n.rsplit(".", 1)[-1] for n in linear_layers(model)})
+    torch.manual_seed(seed)
+    peft_model = get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=float(lora.dropout),
+            target_modules=targets,
+            bias=_BIAS[lora.bias],
+            use_rslora=lora.rank_stabilized,
+            use_dora=lora.dora,
+        ),
+    )
+    hold_trainable_in_fp32(peft_model, model.dtype)
+    return peft_model
+
+
+class _Cast(nn.Module):
+    """fp32 where it learns, the compute type where it is used."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, master: torch.Tensor) -> torch.Tensor:
+        return master.to(self.dtype)
+
+
+def hold_trainable_in_fp32(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep what learns in fp32 and use it in ``dtype``.
+
+    In bf16 an update under 0.4% of a weight is lost. The parameter itself is the master, so optimizer, gradient
+    reduction and checkpoints need no copy of it.
+    """
+    for module in list(model.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+                if dtype is not torch.float32:
+                    parametrize.register_parametrization(module, name, _Cast(dtype), unsafe=True)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What learns, by the name PEFT gives it in an adapter file, in a fixed order."""
+    return {plain_name(n): p for n, p in sorted(model.named_parameters()) if p.requires_grad}
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name as if nothing were wrapped around it."""
+    return name.replace(".parametrizations.", ".").removesuffix(".original")
+
+
+def enable_gradient_checkpointing(model: Any) -> None:
+    """Recompute each decoder layer in the backward pass. Chen et al. 2016."""
+    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def weight_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of the model's tensors by component, counted from the tensors themselves."""
+    sizes = dict.fromkeys(
+        (
+            MemoryComponent.QUANTIZED_WEIGHTS,
+            MemoryComponent.QUANTIZATION_CONSTANTS,
+            MemoryComponent.UNQUANTIZED_WEIGHTS,
+            MemoryComponent.ADAPTER_WEIGHTS,
+        ),
+        0,
+    )
+    for parameter in model.parameters():
+        size = parameter.numel() * parameter.element_size()
+        if parameter.requires_grad:
+            sizes[MemoryComponent.ADAPTER_WEIGHTS] += size
+        elif hasattr(parameter, "quant_state") or type(parameter).__name__ == "Int8Params":
+            sizes[MemoryComponent.QUANTIZED_WEIGHTS] += size
+            sizes[MemoryComponent.QUANTIZATION_CONSTANTS] += sum(_bytes(t) for t in _constants(parameter))
+        else:
+            sizes[MemoryComponent.UNQUANTIZED_WEIGHTS] += size
+    return {str(k): v for k, v in sizes.items()}
+
+
+def _constants(parameter: Any) -> list[torch.Tensor]:
+    """absmax, its own absmax and offset where doubly quantized, and the code tables."""
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return [t for t in (getattr(parameter, "SCB", None),) if t is not None]
+    nested = state.state2
+    tensors = [state.absmax, state.code]
+    return tensors + ([nested.absmax, nested.code, state.offset] if nested is not None else [])
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,62 @@
+"""How an attempt ends: an exit code, and a termination message that says why in one paragraph."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig, reason_of
+
+from qlora_trainer.errors import TrainerError
+
+log = logging.getLogger(__name__)
+
+
+def quiet_libraries() -> None:
+    """Keep libraries' progress bars and notes out of a log that a person reads for this job's own lines."""
+    for name in ("bitsandbytes", "DeepSpeed", "deepspeed", "transformers", "peft", "torch.distributed.elastic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    transformers.utils.logging.disable_progress_bar()
+
+
+def guarded(config: TrainerConfig, work: Callable[[], TerminationMessage | None]) -> int:
+    """Run ``work``; turn its end, good or bad, into an exit code and a termination message."""
+    rank = os.environ.get("RANK", "0")
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s", stream=sys.stderr, force=True
+    )
+    quiet_libraries()
+    try:
+        message = work()
+    except TrainerError as error:
+        log.error("%s", error)  # noqa: TRY400 one paragraph for a person; the trace would hide it
+        return _leave(config, error.exit_code, str(error), rank)
+    except MemoryError as error:
+        log.exception("out of host memory")
+        return _leave(config, ExitCode.OUT_OF_HOST_MEMORY, f"out of host memory: {error}", rank)
+    except Exception as error:
+        code = ExitCode.OUT_OF_DEVICE_MEMORY if _is_device_oom(error) else ExitCode.CRASHED
+        log.exception("the attempt ended")
+        return _leave(config, code, f"{type(error).__name__}: {error}", rank)
+    if message is not None and rank == "0":
+        Path(config.termination_message_path).write_bytes(message.to_bytes())
+    return ExitCode.DONE
+
+
+def _is_device_oom(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "CUDA out of memory" in str(error)
+
+
+def _leave(config: TrainerConfig, code: ExitCode, text: str, rank: str) -> int:
+    """Write the termination message unless another rank was first: what follows a failure is not its cause."""
+    path = Path(config.termination_message_path)
+    if not path.exists() or path.stat().st_size == 0:
+        message = TerminationMessage(exit_code=code, reason=reason_of(code), message=text, rank=int(rank))
+        path.write_bytes(message.to_bytes())
+    return code

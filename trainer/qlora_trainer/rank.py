@@ -1,0 +1,30 @@
+"""The process of one rank, started by torchrun: ``python -m qlora_trainer.rank CONFIG.json``"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from qlora_api.contract import TerminationMessage, TrainerConfig
+
+from qlora_trainer.outcome import guarded
+
+
+def main() -> int:
+    config = TrainerConfig.model_validate_json(Path(sys.argv[1]).read_bytes())
+
+    def work() -> TerminationMessage:
+        from qlora_trainer.train import train  # noqa: PLC0415 an import that fails ends in a termination message too
+
+        return train(config)
+
+    return guarded(config, work)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: daemon threads of gloo and of the metrics server must not hold up a rank that is done.
+    os._exit(code)

@@ -1,0 +1,157 @@
+"""What a checkpoint holds: adapter, optimizer state and RNG, taken from an engine and put back exactly.
+
+Every rank writes what it alone has: its RNG, and under ZeRO its partition of the fp32 weights and of the optimizer
+state. The full adapter is written once besides. The frozen base is in no checkpoint; DeepSpeed's own would hold it,
+and fails on NF4 under ZeRO-3.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from qlora_trainer.engine import base_optimizer
+from qlora_trainer.model import trainable
+
+ADAPTER_FILE = "adapter.safetensors"
+
+
+def optimizer_file(shard: int) -> str:
+    """Shard of the optimizer: the rank's own under ZeRO, 0 without (there all ranks hold the same)."""
+    return f"optimizer-{shard:05d}.safetensors"
+
+
+def rng_file(rank: int) -> str:
+    return f"rng-{rank:05d}.safetensors"
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's fp32 weights by PEFT's names, on the CPU. A collective under ZeRO-3: all ranks call it."""
+    parameters = trainable(model)
+    with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=_is_partitioned(parameters)):
+        return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in parameters.items()}
+
+
+def load_adapter_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Put an adapter's weights into the model. A collective under ZeRO-3: all ranks call it.
+
+    Raises:
+        KeyError: the adapter has other layers than the model.
+
+    """
+    parameters = trainable(model)
+    with (
+        torch.no_grad(),
+        deepspeed.zero.GatheredParameters(list(parameters.values()), modifier_rank=0, enabled=_is_partitioned(parameters)),
+    ):
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def optimizer_tensors(engine: Any) -> dict[str, torch.Tensor]:
+    """This rank's share of the optimizer: fp32 weights as the optimizer sees them, and its state, bit for bit."""
+    optimizer = base_optimizer(engine)
+    tensors: dict[str, torch.Tensor] = {}
+    numbers: dict[str, float] = {}
+    for place, parameter in _places(engine):
+        tensors[f"{place}.weight"] = parameter.detach().to("cpu", copy=True).contiguous()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{place}.{key}"] = value.detach().to("cpu", copy=True)
+            else:
+                numbers[f"{place}.{key}"] = value
+    tensors["numbers"] = torch.frombuffer(bytearray(json.dumps(numbers).encode()), dtype=torch.uint8)
+    return tensors
+
+
+@torch.no_grad()
+def load_optimizer_tensors(engine: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Put back what :func:`optimizer_tensors` took from an engine of the same shape."""
+    optimizer = base_optimizer(engine)
+    numbers = json.loads(bytes(tensors["numbers"].tolist()))
+    for place, parameter in _places(engine):
+        parameter.copy_(tensors[f"{place}.weight"])
+        state = _empty_state(optimizer, place, parameter)
+        for name, saved in tensors.items():
+            if name.startswith(f"{place}.") and name != f"{place}.weight":
+                _put(state, name.removeprefix(f"{place}."), saved, parameter)
+        for name, number in numbers.items():
+            if name.startswith(f"{place}."):
+                state[name.removeprefix(f"{place}.")] = number
+
+
+def rng_tensors() -> dict[str, torch.Tensor]:
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def load_rng_tensors(tensors: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(tensors["cpu"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+
+
+def _empty_state(optimizer: torch.optim.Optimizer, place: str, parameter: torch.Tensor) -> Any:
+    """The optimizer's state of one parameter, made as the optimizer itself makes it (paged buffers included)."""
+    if hasattr(optimizer, "init_state"):  # bitsandbytes
+        if not optimizer.initialized:
+            optimizer.check_overrides()
+            optimizer.initialized = True
+        index = int(place.split(".")[0])
+        group = optimizer.param_groups[index]
+        others, group["params"] = group["params"], [parameter]  # under ZeRO-3 groups are empty between steps
+        optimizer.init_state(group, parameter, index, 0)
+        group["params"] = others
+    return optimizer.state[parameter]
+
+
+def _put(state: Any, key: str, saved: torch.Tensor, parameter: torch.Tensor) -> None:
+    place = state.get(key)
+    if isinstance(place, torch.Tensor) and place.shape == saved.shape and place.dtype == saved.dtype:
+        place.copy_(saved)
+    else:
+        state[key] = saved.to(parameter.device)
+
+
+def _places(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """What the optimizer updates on this rank, named ``group.index``: parameters, or ZeRO's flat partitions of them."""
+    if engine.zero_optimization_stage() == 3:
+        for index, partition in enumerate(engine.optimizer.fp32_partitioned_groups_flat):
+            yield f"{engine.optimizer.sub_group_to_group_id[index]}.{index}", partition
+        return
+    for g, group in enumerate(base_optimizer(engine).param_groups):
+        for p, parameter in enumerate(group["params"]):
+            yield f"{g}.{p}", parameter
+
+
+def _is_partitioned(parameters: dict[str, nn.Parameter]) -> bool:
+    return any(hasattr(p, "ds_id") for p in parameters.values())
+
+
+def optimizer_bytes(engine: Any) -> int:
+    """Bytes of this rank's optimizer state, and of its ZeRO partition of the fp32 weights where it is a copy."""
+    optimizer = base_optimizer(engine)
+    own = {p.data_ptr() for p in engine.module.parameters()}
+    size = 0
+    for _, parameter in _places(engine):
+        if optimizer is not engine.optimizer and parameter.data_ptr() not in own:
+            size += parameter.numel() * parameter.element_size()
+        size += sum(
+            v.numel() * v.element_size() for v in optimizer.state.get(parameter, {}).values() if isinstance(v, torch.Tensor)
+        )
+    return size
+
+
+def gradient_bytes(engine: Any) -> int:
+    """Bytes of the gradients this rank holds between backward and step, whole or its ZeRO partition."""
+    tensors = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    for group in (getattr(engine.optimizer, "averaged_gradients", None) or {}).values():
+        tensors += [t for t in group or () if isinstance(t, torch.Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)

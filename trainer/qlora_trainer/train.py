@@ -1,0 +1,220 @@
+"""One attempt, read from top to bottom: load, add LoRA, wrap, resume or start, loop, publish.
+
+Every rank runs this. What decides for all (the loss is finite, a stop was asked for, a checkpoint is due) is summed
+over the ranks first, so that no rank goes where the others do not.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig
+from qlora_api.status import Adapter, Memory, MemoryComponent, Progress, Reason
+
+from qlora_trainer import state
+from qlora_trainer.attempt import Run, StopFlag, Trainer, build
+from qlora_trainer.data.batches import Step, eval_batches
+from qlora_trainer.engine import Ranks, apply_update, join_ranks
+from qlora_trainer.errors import NonFiniteLossError, PreemptedError
+from qlora_trainer.evaluate import evaluate
+from qlora_trainer.finish import publish_run
+from qlora_trainer.loss import call_arguments
+from qlora_trainer.metrics import Board, peak_bytes, serve
+from qlora_trainer.optim import learning_rate
+from qlora_trainer.resume import resume_or_start, save
+
+log = logging.getLogger(__name__)
+
+
+def train(config: TrainerConfig) -> TerminationMessage:
+    """Run one attempt on this rank.
+
+    Returns:
+        The message of a finished job, the same on every rank.
+
+    Raises:
+        TrainerError: with the exit code that the contract gives its kind.
+
+    """
+    stop = StopFlag()
+    ranks = join_ranks(config.device, config.spec.policy.stall_timeout_seconds)
+    board = Board(config, ranks)
+    port_file = Path(config.ports_dir) / f"rank-{ranks.rank}.port" if config.ports_dir else None
+    port = config.metrics_port + ranks.local_rank if config.metrics_port else 0
+    serve(board, config.metrics_host, port, port_file)
+
+    with board.section("Load"):
+        trainer = build(config, ranks, board, stop)
+        run = resume_or_start(trainer)
+    if run.step == 0 and run.base_eval_loss is None and trainer.data.eval is not None:
+        run.base_eval_loss = evaluate_now(trainer, run)
+    steps = trainer.batches.steps(run.step, trainer.total_steps)
+    while run.step < trainer.total_steps and not out_of_patience(trainer, run):
+        stopping = train_step(trainer, run, steps)
+        evaluated = run.step % trainer.steps_between_evaluations == 0 or run.step == trainer.total_steps
+        best = evaluated and trainer.data.eval is not None and note_evaluation(trainer, run)
+        if best or stopping or checkpoint_due(trainer, run):
+            save(trainer, run, with_eval=evaluated)
+        if stopping and run.step < trainer.total_steps:
+            raise PreemptedError(f"stopped by SIGTERM at step {run.step} of {trainer.total_steps}; a checkpoint is written")
+    with board.section("Publish"):
+        adapter = publish_run(trainer, run)
+    return finished(trainer, run, adapter)
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+
+def train_step(trainer: Trainer, run: Run, steps: Iterator[Step]) -> bool:
+    """One optimizer step over the global batch. Returns whether any rank was told to stop.
+
+    Raises:
+        NonFiniteLossError: on all ranks, before the update.
+
+    """
+    start = time.monotonic()
+    with trainer.board.section("Data"):
+        step = next(steps)
+    trainer.board.add("qlora_data_wait_seconds", time.monotonic() - start)
+    with trainer.board.section("Train"):
+        loss_sum = accumulate(trainer.engine, step, trainer.ranks)
+        due = trainer.ranks.is_first and minutes_are_up(trainer)
+        total, stopping, minutes = trainer.ranks.sum(loss_sum, trainer.stop.is_set, due)
+        loss = total / step.target_tokens
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the loss of step {run.step + 1} is {loss}: the update was not applied. A smaller "
+                "spec.training.learningRate, or Float32 as spec.quantization.computeType, is the usual remedy"
+            )
+        gradients = {MemoryComponent.GRADIENTS.value: state.gradient_bytes(trainer.engine)}
+        rate = learning_rate(trainer.config.spec.training, run.step, trainer.total_steps)
+        norm = apply_update(trainer.engine, float(trainer.config.spec.training.max_grad_norm), rate)
+    run.step += 1
+    run.tokens += step.tokens
+    if minutes:
+        trainer.saved_at[0] = -math.inf
+    show_step(trainer, run, step, loss, rate, norm, time.monotonic() - start)
+    trainer.board.memory(
+        gradients
+        | {MemoryComponent.OPTIMIZER_STATE.value: state.optimizer_bytes(trainer.engine)}
+        | peak_bytes(trainer.ranks.device)
+    )
+    return bool(stopping)
+
+
+def accumulate(engine: Any, step: Step, ranks: Ranks) -> float:
+    """Gradients of the mean loss over the global batch's target tokens; returns this rank's sum of losses.
+
+    Every target token of the global batch weighs the same, however rows fall on ranks and micro-batches. DeepSpeed
+    averages over the ranks, hence the factor ``world_size``.
+    """
+    loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    for index, batch in enumerate(step.micro_batches):
+        engine.set_gradient_accumulation_boundary(index == len(step.micro_batches) - 1)
+        losses = engine(*call_arguments(batch, ranks.device)).sum()
+        engine.backward(losses * (ranks.world_size / step.target_tokens), scale_wrt_gas=False)
+        loss_sum += losses.detach().double()
+    return loss_sum.item()
+
+
+def show_step(trainer: Trainer, run: Run, step: Step, loss: float, rate: float, norm: float, seconds: float) -> None:
+    """Put a step's figures on the board."""
+    board = trainer.board
+    board.step_took(seconds)
+    board.add("qlora_tokens", step.tokens)
+    report = board.report
+    tokens = report.tokens + step.tokens
+    speed = step.tokens / seconds
+    # smoothed over about ten steps, so that the ETA stands still
+    speed = speed if report.tokens_per_second is None else 0.9 * float(report.tokens_per_second) + 0.1 * speed
+    epoch = run.step / trainer.batches.steps_per_epoch
+    left = (trainer.total_steps - run.step) * trainer.data.receipt.train_tokens / trainer.batches.steps_per_epoch
+    for name, value in (
+        ("qlora_step", run.step),
+        ("qlora_epoch", epoch),
+        ("qlora_loss", loss),
+        ("qlora_learning_rate", rate),
+        ("qlora_gradient_norm", norm),
+        ("qlora_tokens_per_second", speed),
+    ):
+        board.set(name, value)
+    board.update(
+        step=run.step,
+        epoch=f"{epoch:.2f}",
+        loss=f"{loss:.6g}",
+        learning_rate=f"{rate:.4g}",
+        tokens_per_second=f"{speed:.1f}",
+        eta_seconds=round(left / speed),
+        tokens=tokens,
+    )
+    log.info(
+        "step %d/%d loss %.6f lr %.3g norm %.3f tokens/s %.0f", run.step, trainer.total_steps, loss, rate, norm, speed
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate_now(trainer: Trainer, run: Run) -> float:
+    """Mean loss of the held-out rows, shown on the board. A collective."""
+    data = trainer.data
+    assert data.eval is not None and data.eval_packs is not None
+    with trainer.board.section("Evaluate"):
+        ranks = trainer.ranks
+        split = trainer.config.batch
+        micro_batches = eval_batches(data.eval, data.eval_packs, split.micro_batch_size, ranks.world_size, ranks.rank)
+        loss = evaluate(trainer.engine, micro_batches, ranks)
+    if not math.isfinite(loss):
+        raise NonFiniteLossError(f"the evaluation loss at step {run.step} is {loss}")
+    best = min(loss, run.best_eval_loss if run.best_eval_loss is not None else loss)
+    trainer.board.set("qlora_eval_loss", loss)
+    trainer.board.update(eval_loss=f"{loss:.6g}", best_eval_loss=f"{best:.6g}")
+    log.info("step %d eval loss %.6f perplexity %.3f", run.step, loss, math.exp(loss))
+    return loss
+
+
+def note_evaluation(trainer: Trainer, run: Run) -> bool:
+    return run.note(evaluate_now(trainer, run))
+
+
+def out_of_patience(trainer: Trainer, run: Run) -> bool:
+    patience = trainer.config.spec.training.evaluation.patience
+    return patience is not None and run.evaluations_without_gain >= patience
+
+
+# --------------------------------------------------------------------------------------------- checkpoints and the end
+
+
+def minutes_are_up(trainer: Trainer) -> bool:
+    return time.monotonic() - trainer.saved_at[0] > 60 * trainer.config.spec.checkpoint.every_minutes
+
+
+def checkpoint_due(trainer: Trainer, run: Run) -> bool:
+    """The same on all ranks: by steps, at the end, or when rank 0's clock said so (``train_step``)."""
+    by_clock = trainer.saved_at[0] == -math.inf
+    return by_clock or run.step % trainer.steps_between_checkpoints == 0 or run.step == trainer.total_steps
+
+
+def finished(trainer: Trainer, run: Run, adapter: Adapter) -> TerminationMessage:
+    """The last word of a job that succeeded, with the largest memory over the ranks."""
+    measured = trainer.board.report.memory.measured
+    largest = trainer.ranks.max(*measured.values())
+    trainer.board.update(section="Done")
+    report = trainer.board.report
+    return TerminationMessage(
+        exit_code=ExitCode.DONE,
+        reason=Reason.COMPLETED,
+        message=f"step {run.step} of {trainer.total_steps}" + (
+            f", eval loss {run.base_eval_loss:.4f} → {run.best_eval_loss:.4f}" if run.base_eval_loss and run.best_eval_loss else ""
+        ),
+        progress=Progress(**{n: getattr(report, n) for n in Progress.model_fields}),
+        memory=Memory(measured={k: int(v) for k, v in zip(measured, largest, strict=True)}),
+        adapter=adapter,
+    )
+
