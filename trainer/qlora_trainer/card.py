@@ -1,0 +1,140 @@
+"""The model card: README.md beside the adapter, for people and for the Hub."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from qlora_api.spec import LoRABias, QLoRAJobSpec, QuantizationType
+
+if TYPE_CHECKING:
+    from qlora_api.contract import JobRef
+    from qlora_trainer.manifest import PublishFacts
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values vLLM takes for --max-lora-rank (vllm/config/lora.py, MaxLoRARanks)."""
+
+
+def model_card(job: JobRef, attempt: int, facts: PublishFacts) -> str:
+    """Write the card. It depends on its arguments alone: an attempt that publishes twice writes the same bytes.
+
+    The license is left out: it follows from the base's license and from the rows, which only the owner knows.
+    """
+    base = base_name(facts.spec.model.source)
+    front = [
+        "---",
+        f"base_model: {json.dumps(base)}",
+        "base_model_relation: adapter",
+        "library_name: peft",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- lora",
+        "- qlora",
+        "---",
+    ]
+    rows = "\n".join(f"| {name} | {value} |" for name, value in summary(job, attempt, facts))
+    return "\n".join(
+        [
+            *front,
+            "",
+            f"# {job.name}",
+            "",
+            f"A LoRA adapter for `{base}`, trained with the base {_held_as(facts.spec)}.",
+            "",
+            "## Training",
+            "",
+            "| | |",
+            "| --- | --- |",
+            rows,
+            "",
+            "## Loading with PEFT",
+            "",
+            "```python",
+            *_peft_lines(facts, base),
+            "```",
+            "",
+            "## Serving with vLLM",
+            "",
+            *_vllm_lines(job, facts, base),
+            "",
+        ]
+    )
+
+
+def base_name(source: str) -> str:
+    """Name the base as ``from_pretrained`` knows it: ``org/name`` for the Hub, else the source as it is."""
+    return source.removeprefix("hf://").partition("@")[0] if source.startswith("hf://") else source
+
+
+def summary(job: JobRef, attempt: int, facts: PublishFacts) -> list[tuple[str, str]]:
+    """List the training in pairs of a name and a value, in the order of a manifest."""
+    spec = facts.spec
+    lora, training = spec.lora, spec.training
+    targets = ", ".join(lora.target_modules) if lora.target_modules else "all linear layers but the head"
+    variants = [name for name, on in (("rank-stabilized", lora.rank_stabilized), ("DoRA", lora.dora)) if on]
+    return [
+        ("Base", f"`{spec.model.source}`"),
+        ("Base revision", f"`{facts.base_revision}`"),
+        ("Base held as", _held_as(spec)),
+        ("Training rows", f"`{spec.dataset.train.source}` ({spec.dataset.format})"),
+        ("Loss on", str(spec.dataset.effective_loss_on)),
+        ("Longest sequence", f"{spec.dataset.max_length} tokens{', packed' if spec.dataset.packing else ''}"),
+        ("LoRA", f"rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout}{''.join(f', {v}' for v in variants)}"),
+        ("Adapted layers", targets),
+        ("Optimizer", f"{training.optimizer}, weight decay {training.weight_decay}"),
+        ("Learning rate", f"{training.learning_rate}, {training.schedule}, {training.warmup_steps} warmup steps"),
+        ("Global batch", f"{training.global_batch_size} sequences"),
+        ("Steps", f"{facts.step} published of {facts.total_steps}"),
+        ("Tokens", f"{facts.tokens:,}"),
+        ("Eval loss", f"{_loss(facts.base_eval_loss)} → {_loss(facts.eval_loss)}"),
+        ("Seed", str(training.seed)),
+        ("Run", f"`{job.namespace}/{job.name}` `{job.uid}`, attempt {attempt}"),
+    ]
+
+
+def _held_as(spec: QLoRAJobSpec) -> str:
+    quantization = spec.quantization
+    if quantization.type is QuantizationType.NONE:
+        return "in 16 bits"
+    double = quantization.double_quantization and quantization.type is not QuantizationType.INT8
+    return f"in {quantization.type}{', double-quantized' if double else ''}"
+
+
+def _loss(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"
+
+
+def _peft_lines(facts: PublishFacts, base: str) -> list[str]:
+    revision = f', revision="{facts.base_revision}"' if facts.spec.model.source.startswith("hf://") else ""
+    return [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'adapter = "./adapter"  # this folder',
+        f'base = AutoModelForCausalLM.from_pretrained({json.dumps(base)}{revision}, dtype="auto", device_map="auto")',
+        "model = PeftModel.from_pretrained(base, adapter)",
+        "tokenizer = AutoTokenizer.from_pretrained(adapter)",
+    ]
+
+
+def _vllm_lines(job: JobRef, facts: PublishFacts, base: str) -> list[str]:
+    lora = facts.spec.lora
+    rank = next((r for r in VLLM_RANKS if r >= lora.rank), None)
+    reasons = [
+        reason
+        for reason, holds in (
+            ("it uses DoRA", lora.dora),
+            ("it has trained biases", lora.bias is not LoRABias.NONE),
+            (f"its rank {lora.rank} is above {VLLM_RANKS[-1]}", rank is None),
+        )
+        if holds
+    ]
+    if reasons:
+        why = " and ".join(reasons)
+        merge = "Merge it into its base (`spec.output.merge: BFloat16`) and serve the merged model."
+        return [f"vLLM does not serve this adapter by itself, since {why}. {merge}"]
+    return [
+        "```sh",
+        f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {job.name}=./adapter",
+        "```",
+    ]

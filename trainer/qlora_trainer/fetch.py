@@ -1,0 +1,234 @@
+"""Models and rows, brought to a local folder and checked before anything is loaded.
+
+Local folders and mounted claims are used in place. What comes over the network lies in the cache under a name made of
+its source and content, complete or not at all; a second process waits for the first one's download.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from qlora_trainer import hub
+from qlora_trainer.errors import StorageError, UserError
+from qlora_trainer.model_files import (
+    ModelFilesError,
+    check_model,
+    check_names,
+    folder_revision,
+    is_side_file,
+    tokenizer_hash,
+    weight_names,
+)
+from qlora_trainer.store import PVC_MOUNT, local_path, open_store, sha256_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from qlora_trainer.store import Entry, Store
+
+__all__ = ["PVC_MOUNT", "FetchedModel", "fetch_model", "fetch_rows", "tokenizer_hash"]
+
+HUB = "hf://"
+MODEL_FIELD = "spec.model.source"
+ROW_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv", ".csv.gz", ".arrow")
+HUB_NOTES = ("dataset_infos.json",)
+"""JSON beside the rows of many datasets on the Hub that is no row."""
+
+
+@dataclass(frozen=True)
+class FetchedModel:
+    """A model on this machine, checked."""
+
+    path: Path
+    revision: str
+    """Names the content: the commit on the Hub; for object storage a hash of names, sizes and etags; for local
+    folders :func:`qlora_trainer.model_files.folder_revision`."""
+    source: str
+    """As in the manifest."""
+
+
+def fetch_model(source: str, cache_dir: Path) -> FetchedModel:
+    """Bring the base model here and check all that can be checked without loading weights.
+
+    Args:
+        source: ``spec.model.source``.
+        cache_dir: models lie in its folder ``models``.
+
+    Raises:
+        UserError: not there, not readable, incomplete, pickled, without a tokenizer, or with code of its own.
+        StorageError: a server fails, or the cache's disk is full.
+
+    """
+    try:
+        if source.startswith(HUB):
+            path, revision = _model_from_hub(source, cache_dir)
+        elif local := local_path(source, MODEL_FIELD):
+            check_model(local)
+            path, revision = local, folder_revision(local)
+        else:
+            path, revision = _model_from_store(source, cache_dir)
+    except ModelFilesError as error:
+        raise UserError(MODEL_FIELD, source, str(error)) from error
+    return FetchedModel(path=path, revision=revision, source=source)
+
+
+def fetch_rows(source: str, field: str, cache_dir: Path) -> Path:
+    """Bring rows here: a file, or a folder of them.
+
+    Args:
+        source: as in the manifest; on the Hub also a file or folder inside, ``hf://org/name@revision/data/train.jsonl``.
+        field: path of the manifest's field, such as ``spec.dataset.train.source``.
+        cache_dir: rows lie in its folder ``rows``.
+
+    Raises:
+        UserError: nothing is there, or it may not be read.
+        StorageError: a server fails, or the cache's disk is full.
+
+    """
+    if source.startswith(HUB):
+        return _rows_from_hub(source, field, cache_dir)
+    local = local_path(source, field)
+    if local is None:
+        return _rows_from_store(source, field, cache_dir)
+    if not local.exists():
+        raise UserError(field, source, "does not exist")
+    return local
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+def _model_from_hub(source: str, cache_dir: Path) -> tuple[Path, str]:
+    at = hub.parse(source, MODEL_FIELD, "model")
+    if at.path:
+        raise UserError(MODEL_FIELD, source, "must name a repository, hf://org/name@revision, not a folder inside")
+    commit = hub.commit_of(at)
+
+    def fill(partial: Path) -> None:
+        folder = hub.open_folder(at, commit)
+        names = [n for n in folder.names if "/" not in n]
+        check_names(names)
+        folder.download([n for n in names if is_side_file(n)], partial)
+        folder.download(weight_names(names, lambda n: (partial / n).read_bytes()), partial)
+        folder.tidy(partial)
+
+    name = f"hf--{at.repo.replace('/', '--')}--{commit}"
+    return _cached(cache_dir / "models" / name, fill, check_model), commit
+
+
+def _model_from_store(source: str, cache_dir: Path) -> tuple[Path, str]:
+    store = open_store(source, MODEL_FIELD)
+    there = {e.key: e for e in store.entries() if "/" not in e.key}
+    if not there:
+        raise ModelFilesError("holds no files")
+    check_names(there)
+    weights = weight_names(there, store.get)
+    wanted = [e for e in there.values() if is_side_file(e.key) or e.key in weights]
+    name = _hash_of(store.uri(), wanted)
+
+    def fill(partial: Path) -> None:
+        _download(store, [e.key for e in wanted], partial)
+
+    return _cached(cache_dir / "models" / name, fill, check_model), _hash_of("", wanted)
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def _rows_from_hub(source: str, field: str, cache_dir: Path) -> Path:
+    at = hub.parse(source, field, "dataset")
+    commit = hub.commit_of(at)
+
+    def fill(partial: Path) -> None:
+        folder = hub.open_folder(at, commit)
+        inside = [n for n in folder.names if n == at.path or n.startswith(f"{at.path}/".lstrip("/"))]
+        wanted = [n for n in inside if n.endswith(ROW_SUFFIXES) and PurePosixPath(n).name not in HUB_NOTES]
+        if not wanted:
+            raise UserError(field, source, f"holds no rows: no file ends in {', '.join(ROW_SUFFIXES)}")
+        folder.download(wanted, partial)
+        folder.tidy(partial)
+
+    place = sha256_bytes(f"{at.repo} {commit} {at.path}".encode())[:32]
+    return _cached(cache_dir / "rows" / place, fill) / at.path
+
+
+def _rows_from_store(source: str, field: str, cache_dir: Path) -> Path:
+    store = open_store(source, field)
+    entries = [e for e in store.entries() if e.key.endswith(ROW_SUFFIXES)]
+    single = ""
+    if not entries:
+        # The source is the object itself rather than a folder.
+        parent, _, single = store.uri().rpartition("/")
+        bucket_alone = parent.endswith(":/")
+        store = store if bucket_alone else open_store(parent, field)
+        entry = None if bucket_alone else store.stat(single)
+        if entry is None:
+            raise UserError(field, source, f"holds no rows: no object ends in {', '.join(ROW_SUFFIXES)}")
+        entries = [entry]
+    place = _hash_of(store.uri(), entries)[:32]
+    return (
+        _cached(cache_dir / "rows" / place, lambda partial: _download(store, [e.key for e in entries], partial))
+        / single
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- cache
+
+
+def _cached(final: Path, fill: Callable[[Path], None], check: Callable[[Path], None] = lambda _: None) -> Path:
+    """Make ``final`` by filling a folder beside it and renaming; what an earlier try left is there for ``fill``.
+
+    Args:
+        final: its name must say its content.
+        fill: brings the files.
+        check: raises if they cannot be used; then nothing of them stays.
+
+    """
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(final.with_name(f".{final.name}.lock")):
+            if not final.exists():
+                partial.mkdir(exist_ok=True)
+                fill(partial)
+                _check_or_clear(partial, check)
+                partial.rename(final)
+    except OSError as error:
+        raise StorageError(f"the cache {final.parent} cannot be written: {error}") from error
+    return final
+
+
+def _check_or_clear(folder: Path, check: Callable[[Path], None]) -> None:
+    try:
+        check(folder)
+    except ModelFilesError:
+        shutil.rmtree(folder)
+        raise
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold a lock among processes; the system drops it when the holder dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _download(store: Store, keys: list[str], folder: Path) -> None:
+    """Fetch each object that is not there yet; a file under its own name is whole."""
+    for key in keys:
+        target = folder / key
+        if not target.exists():
+            unfinished = target.with_name(f"{target.name}.part")
+            store.download_file(key, unfinished)
+            unfinished.rename(target)
+
+
+def _hash_of(uri: str, entries: list[Entry]) -> str:
+    lines = [f"{e.key} {e.size} {e.etag}" for e in sorted(entries, key=lambda e: e.key)]
+    return sha256_bytes("\n".join([uri, *lines]).encode())

@@ -1,0 +1,182 @@
+"""Models and rows from the Hugging Face Hub, pinned to the commit they were read at."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import unquote
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is the HTTP library's own
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from qlora_trainer.errors import StorageError, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+WAITS_SECONDS = (1, 2, 4)
+"""Between tries; the Hub's client repeats nothing but downloads by itself."""
+DEFAULT_ENDPOINT = "https://huggingface.co"
+
+_SOURCE = re.compile(r"^hf://(?:datasets/)?(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<path>[^@]+))?$")
+_COMMIT = re.compile(r"^[0-9a-f]{40}$")
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """``hf://org/name@revision/path``; a slash in a revision is written %2F."""
+
+    field: str
+    source: str
+    kind: str
+    """"model" or "dataset"."""
+    repo: str
+    revision: str
+    path: str
+
+
+@dataclass(frozen=True)
+class HubFolder:
+    """A repository at one commit."""
+
+    source: HubSource
+    commit: str
+    names: tuple[str, ...]
+    """Every file's path."""
+
+    def download(self, names: list[str], folder: Path) -> None:
+        """Bring files into ``folder``; those that are there from an earlier try are not fetched again.
+
+        Raises:
+            UserError: the Hub does not give them.
+            StorageError: the Hub fails, or the disk is full.
+
+        """
+        at = self.source
+        _asked(
+            at,
+            lambda: snapshot_download(
+                at.repo,
+                repo_type=at.kind,
+                revision=self.commit,
+                local_dir=folder,
+                allow_patterns=[re.sub(r"([\[*?])", r"[\1]", name) for name in names],
+                endpoint=_endpoint(),
+            ),
+        )
+
+    @staticmethod
+    def tidy(folder: Path) -> None:
+        """Delete the notes the Hub's client leaves in the folder."""
+        shutil.rmtree(folder / ".cache", ignore_errors=True)
+
+
+def parse(source: str, field: str, kind: str) -> HubSource:
+    """Take an ``hf://`` URI apart.
+
+    Raises:
+        UserError: it is none.
+
+    """
+    match = _SOURCE.match(source)
+    if not match:
+        raise UserError(field, source, "must read hf://org/name or hf://org/name@revision")
+    path = (match["path"] or "").strip("/")
+    if ".." in path.split("/"):
+        raise UserError(field, source, "must not contain ..")
+    return HubSource(field, source, kind, match["repo"], unquote(match["revision"] or "main"), path)
+
+
+def commit_of(source: HubSource) -> str:
+    """Resolve the revision to a commit; a commit is taken as it is, without asking.
+
+    Raises:
+        UserError: the repository or revision is not there, not for us, or the Hub is out of reach.
+        StorageError: the Hub fails.
+
+    """
+    if _COMMIT.match(source.revision):
+        return source.revision
+    api = HfApi(endpoint=_endpoint())
+    return str(_asked(source, lambda: api.repo_info(source.repo, revision=source.revision, repo_type=source.kind).sha))
+
+
+def open_folder(source: HubSource, commit: str) -> HubFolder:
+    """List the repository's files at a commit.
+
+    Raises:
+        UserError: as :func:`commit_of`.
+        StorageError: as :func:`commit_of`.
+
+    """
+    api = HfApi(endpoint=_endpoint())
+    names = _asked(source, lambda: api.list_repo_files(source.repo, revision=commit, repo_type=source.kind))
+    return HubFolder(source, commit, tuple(names))
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT
+
+
+def _asked(source: HubSource, call: Callable[[], T]) -> T:
+    """Run ``call``; once more where the network or the Hub may recover; in this package's errors at the end."""
+    for wait in (*WAITS_SECONDS, None):
+        try:
+            return call()
+        except (HTTPError, HFValidationError, OSError) as error:
+            if wait is None or not _may_recover(error):
+                raise _translated(source, error) from error
+            log.warning("%s: next try in %d s: %s", source.source, wait, error)
+        time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
+
+
+def _may_recover(error: Exception) -> bool:
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code >= 500 or error.response.status_code == 429
+    return isinstance(error, HTTPError | LocalEntryNotFoundError) and not isinstance(error, OfflineModeIsEnabled)
+
+
+def _translated(source: HubSource, error: Exception) -> UserError | StorageError:  # noqa: PLR0911 a table
+    secret = f"the Secret named by {source.field.rpartition('.')[0]}.credentials (with 'qlora run': the environment)"
+    page = f"{_endpoint()}/{'datasets/' if source.kind == 'dataset' else ''}{source.repo}"
+
+    def user(text: str) -> UserError:
+        return UserError(source.field, source.source, text)
+
+    if isinstance(error, GatedRepoError):
+        return user(f"is gated: accept its terms at {page}, and put an HF_TOKEN that may read it into {secret}")
+    if isinstance(error, RepositoryNotFoundError):
+        return user(f"is not a {source.kind} on {_endpoint()}, or a private one: then put an HF_TOKEN into {secret}")
+    if isinstance(error, RevisionNotFoundError):
+        return user(f"has no revision {source.revision}; {page}/commits/main lists them")
+    if isinstance(error, HFValidationError):
+        return user(f"is not a name the Hub knows: {error}")
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status in (401, 403):
+            return user(f"may not be read with this HF_TOKEN ({status}); check it in {secret}")
+        return StorageError(f"{source.field}: {source.source}: {_endpoint()} answers {status}: {error}")
+    if isinstance(error, HTTPError | LocalEntryNotFoundError | OfflineModeIsEnabled):
+        return user(
+            f"cannot be fetched, {_endpoint()} is out of reach from here ({type(error).__name__}): allow the way out, "
+            "or copy the files to s3://, gs://, az:// or pvc:// and name that"
+        )
+    return StorageError(f"{source.field}: {source.source}: cannot be written to the cache: {error}")

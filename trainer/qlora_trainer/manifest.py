@@ -1,0 +1,107 @@
+"""``manifest.json``: what was published, by which run, from what. No manifest, no adapter."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime  # noqa: TC003 read by pydantic
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field
+
+from qlora_api.base import Model
+from qlora_api.spec import QLoRAJobSpec  # noqa: TC001 read by pydantic
+
+MANIFEST = "manifest.json"
+ADAPTER = "adapter"
+MERGED = "merged"
+SCHEMA: Final = "qlora.dev/manifest/v1"
+PACKAGES = (
+    "accelerate",
+    "bitsandbytes",
+    "deepspeed",
+    "peft",
+    "qlora-operator",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
+
+
+@dataclass(frozen=True)
+class PublishFacts:
+    """What is known of a finished run, for the manifest and the model card."""
+
+    spec: QLoRAJobSpec
+    base_revision: str
+    step: int
+    """Optimizer steps behind the published weights: those of the best checkpoint."""
+    total_steps: int
+    tokens: int
+    """Real tokens trained on, over all ranks and attempts."""
+    base_eval_loss: float | None
+    """Of the base, before the first step. Nats per token."""
+    eval_loss: float | None
+    """Of what is published."""
+
+
+class BaseModelRef(Model):
+    """The model the adapter belongs to."""
+
+    source: str
+    revision: str
+
+
+class PublishedFile(Model):
+    path: str
+    """Relative to the manifest's folder."""
+    size: int = Field(ge=0)
+    """Bytes."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Manifest(Model):
+    """The last thing written, once and create-only."""
+
+    schema_version: Literal["qlora.dev/manifest/v1"] = Field(SCHEMA, alias="schema")
+    job: str
+    namespace: str
+    run_uid: str
+    attempt: int
+    created: datetime
+    base: BaseModelRef
+    adapter: str
+    """Folder in PEFT's layout, relative to the manifest's folder."""
+    merged: str | None
+    """Folder of the base with the adapter merged in, where spec.output.merge asks for it."""
+    files: tuple[PublishedFile, ...]
+    metrics: dict[str, int | float | None]
+    packages: dict[str, str]
+    config: dict[str, Any]
+    """The job's spec, every default filled in."""
+
+    def to_bytes(self) -> bytes:
+        return self.model_dump_json(by_alias=True, indent=2).encode() + b"\n"
+
+
+def metrics_of(facts: PublishFacts) -> dict[str, int | float | None]:
+    """Name the run's numbers; pydantic writes what is not finite as null."""
+    return {
+        "step": facts.step,
+        "totalSteps": facts.total_steps,
+        "tokens": facts.tokens,
+        "baseEvalLoss": facts.base_eval_loss,
+        "evalLoss": facts.eval_loss,
+    }
+
+
+def installed_packages() -> dict[str, str]:
+    """Versions of Python and of the packages that shape the result."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions

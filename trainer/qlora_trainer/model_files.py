@@ -1,0 +1,224 @@
+"""What a model's folder must hold before a weight is loaded: safetensors that are whole, a tokenizer, and no code.
+
+Checks read names, JSON files and safetensors headers, never tensor data: seconds for a model of any size. All raise
+:class:`ModelFilesError`, whose text completes a sentence that begins with the folder's name.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from qlora_trainer.store import sha256_bytes, sha256_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+CONFIG = "config.json"
+SINGLE_WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+SIDE_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+"""Configuration and tokenizer. Not here on purpose: .py, and every format that is unpickled."""
+CODE_REFERENCES = (CONFIG, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
+TOKENIZER_FILES = (
+    *VOCABULARIES,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+MAX_HEADER_BYTES = 100_000_000
+"""safetensors itself reads no longer header."""
+CONVERT = (
+    "convert it once with AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), and the tokenizer "
+    "likewise"
+)
+
+
+class ModelFilesError(ValueError):
+    """A model's folder cannot be used; the text says why and what to do."""
+
+
+def is_side_file(name: str) -> bool:
+    """Tell whether a file beside the weights is wanted: configuration or tokenizer, at the top of the folder."""
+    return "/" not in name and not name.startswith(".") and name.endswith(SIDE_SUFFIXES)
+
+
+def is_tokenizer_file(name: str) -> bool:
+    return name in TOKENIZER_FILES or name.endswith(".tiktoken")
+
+
+def weight_names(names: Iterable[str], read: Callable[[str], bytes]) -> list[str]:
+    """Choose the weight files transformers will read, from all names in the folder.
+
+    Args:
+        names: files at the top of the folder.
+        read: gives the content of one; asked for the index alone, and only if it is needed.
+
+    Raises:
+        ModelFilesError: there are no safetensors, or the index cannot be read or names what is not there.
+
+    """
+    names = set(names)
+    if SINGLE_WEIGHTS in names:
+        return [SINGLE_WEIGHTS]
+    if WEIGHTS_INDEX in names:
+        shards = _shards(read(WEIGHTS_INDEX))
+        if missing := [shard for shard in shards if shard not in names]:
+            raise ModelFilesError(f"lacks {', '.join(missing)}, which {WEIGHTS_INDEX} names; copy the model again")
+        return shards
+    if pickled := sorted(n for n in names if n.endswith(PICKLED)):
+        raise ModelFilesError(f"has only pickled weights ({', '.join(pickled)}), which could run any code; {CONVERT}")
+    other = sorted(n for n in names if n.endswith(".safetensors"))
+    found = f"; it has {', '.join(other)}, which is not what save_pretrained writes for a whole model" if other else ""
+    raise ModelFilesError(f"has neither {SINGLE_WEIGHTS} nor {WEIGHTS_INDEX}{found}")
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse a folder for what it lacks, before anything is downloaded.
+
+    Raises:
+        ModelFilesError: no config.json, or no tokenizer.
+
+    """
+    names = set(names)
+    if CONFIG not in names:
+        hint = (
+            " (adapter_config.json is there: this is an adapter, name its base)"
+            if "adapter_config.json" in names
+            else ""
+        )
+        raise ModelFilesError(f"has no {CONFIG}{hint}")
+    if not any(n in VOCABULARIES or n.endswith(".tiktoken") for n in names):
+        raise ModelFilesError(f"has no tokenizer; one of {', '.join(VOCABULARIES)} must be there")
+
+
+def check_code(name: str, content: bytes) -> None:
+    """Refuse a JSON file that cannot be read or asks for code from the model's repository.
+
+    Raises:
+        ModelFilesError: not a JSON object, or it has an ``auto_map``.
+
+    """
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise ModelFilesError(f"has a {name} that is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelFilesError(f"has a {name} that is not a JSON object")
+    if references := value.get("auto_map"):
+        raise ModelFilesError(
+            f"brings its own code (auto_map in {name}: {json.dumps(references)}), which is never run; use a model "
+            "whose architecture is built into transformers, or delete auto_map if it is"
+        )
+
+
+def check_model(folder: Path) -> None:
+    """Check a model's folder for everything that can be known without loading weights.
+
+    Raises:
+        ModelFilesError: the first thing that is wrong.
+
+    """
+    if not folder.is_dir():
+        raise ModelFilesError("is not a folder" if folder.exists() else "does not exist")
+    names = [p.name for p in folder.iterdir() if p.is_file()]
+    check_names(names)
+    check_weights(folder)
+
+
+def check_weights(folder: Path) -> None:
+    """Check configuration and weights alone, as of a merged model.
+
+    Raises:
+        ModelFilesError: the first thing that is wrong.
+
+    """
+    names = [p.name for p in folder.iterdir() if p.is_file()]
+    for name in CODE_REFERENCES:
+        if name in names:
+            check_code(name, (folder / name).read_bytes())
+    for name in weight_names(names, lambda n: (folder / n).read_bytes()):
+        safetensors_header(folder / name)
+
+
+def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Read a safetensors header: tensor name → {dtype, shape, data_offsets}, ``__metadata__`` left out.
+
+    Raises:
+        ModelFilesError: the header cannot be read, or the file is not as long as it says.
+
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
+            raise ModelFilesError(f"has a {path.name} of {size} bytes without a safetensors header; copy it again")
+        text = file.read(length)
+    try:
+        header = {name: tensor for name, tensor in json.loads(text).items() if name != "__metadata__"}
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        wanted = 8 + length + int(end)
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ModelFilesError(f"has a {path.name} whose safetensors header cannot be read; copy it again") from error
+    if size < wanted:
+        raise ModelFilesError(
+            f"has a {path.name} that is cut short ({size} of {wanted} bytes, a download that did not finish); copy it "
+            "again"
+        )
+    if size > wanted:
+        raise ModelFilesError(f"has a {path.name} of {size} bytes where its header says {wanted}; copy it again")
+    return header
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """SHA-256 over names and contents of the tokenizer's files, chat template included; hex."""
+    return _digest([f"{p.name} {sha256_file(p)}" for p in _files(folder) if is_tokenizer_file(p.name)])
+
+
+def folder_revision(folder: Path) -> str:
+    """SHA-256 that names a local model, from names, sizes, side files and safetensors headers; hex.
+
+    Covers every configuration, tokenizer and index file whole; of the weights the sizes, names, types, shapes and
+    places of all tensors, not their data: gigabytes would be read to find what a changed size or header mostly shows.
+    """
+    lines = []
+    for path in _files(folder):
+        if path.suffix == ".safetensors":
+            header = json.dumps(safetensors_header(path), sort_keys=True)
+            lines.append(f"{path.name} {path.stat().st_size} {sha256_bytes(header.encode())}")
+        elif is_side_file(path.name):
+            lines.append(f"{path.name} {path.stat().st_size} {sha256_file(path)}")
+    return _digest(lines)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_file())
+
+
+def _digest(lines: list[str]) -> str:
+    return sha256_bytes("\n".join(lines).encode())
+
+
+def _shards(index: bytes) -> list[str]:
+    try:
+        shards = sorted(set(json.loads(index)["weight_map"].values()))
+        named_plainly = all(shard.endswith(".safetensors") and "/" not in shard for shard in shards)
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ModelFilesError(f"has a {WEIGHTS_INDEX} that cannot be read: {error}") from error
+    if not shards or not named_plainly:
+        raise ModelFilesError(f"has a {WEIGHTS_INDEX} that does not name .safetensors files beside it")
+    return shards
