@@ -134,10 +134,16 @@ class PrepareReceipt(Model):
     eval_rows: int
     eval_tokens: int
     truncated: int
+    """Rows that lost their tail, of training and evaluation together; so for dropped and fully_masked."""
     dropped: int
     fully_masked: int
     """Rows left out because no token counts (truncation cut it, or the row is empty)."""
+    duplicates: int
+    """Training rows that repeat an earlier one token by token. They are kept."""
+    eval_in_train: int
+    """Distinct evaluation rows that are training rows too: for these the eval loss measures memory."""
     longest: int
+    """Tokens of the longest row, before it was cut or dropped."""
     packing_efficiency: float
     """Real tokens / slots of maxLength."""
     samples: list[str]

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from qlora_api.spec import Columns
+from qlora_trainer.data.formats import Encoder, needed_columns, render_instruction
+from qlora_trainer.errors import UserError
+
+
+def counted(encoded, tokenizer) -> str:
+    return tokenizer.decode([t for t, counts in zip(encoded.input_ids, encoded.targets, strict=True) if counts])
+
+
+def test_a_text_ends_with_the_end_token_and_all_of_it_counts(tokenizer, dataset):
+    encoded = Encoder(tokenizer, dataset(format="Text")).encode({"text": "def f(x): return x"})
+    assert tokenizer.decode(encoded.input_ids) == "def f(x): return x<eos>"
+    assert all(encoded.targets)
+    assert not encoded.truncated
+
+
+def test_of_a_pair_only_the_completion_and_the_end_token_count(tokenizer, dataset):
+    encoded = Encoder(tokenizer, dataset(format="PromptCompletion")).encode({"prompt": "return", "completion": " x"})
+    assert tokenizer.decode(encoded.input_ids) == "return x<eos>"
+    assert counted(encoded, tokenizer) == " x<eos>"
+
+
+def test_all_of_a_pair_counts_on_request(tokenizer, dataset):
+    encoder = Encoder(tokenizer, dataset(format="PromptCompletion", loss_on="All"))
+    assert all(encoder.encode({"prompt": "return", "completion": " x"}).targets)
+
+
+def test_no_token_reaches_over_the_end_of_the_prompt(tokenizer, dataset):
+    """So the prompt's tokens in training are those of generation, where the completion is not there yet."""
+    together = tokenizer("return", add_special_tokens=False)["input_ids"]
+    prompt = tokenizer("ret", add_special_tokens=False)["input_ids"]
+    assert together[: len(prompt)] != prompt, "the tokenizer merges over this boundary"
+    encoded = Encoder(tokenizer, dataset(format="PromptCompletion")).encode({"prompt": "ret", "completion": "urn"})
+    assert encoded.input_ids[: len(prompt)] == prompt
+    assert counted(encoded, tokenizer) == "urn<eos>"
+
+
+def test_the_begin_token_stands_first_once_and_does_not_count(begin_tokenizer, dataset):
+    encoder = Encoder(begin_tokenizer, dataset(format="PromptCompletion"))
+    begin, end = begin_tokenizer.bos_token_id, begin_tokenizer.eos_token_id
+    encoded = encoder.encode({"prompt": "return", "completion": "x"})
+    assert encoded.input_ids.count(begin) == 1
+    assert encoded.input_ids[0] == begin
+    prompt = begin_tokenizer("return")["input_ids"]
+    assert encoded.input_ids[: len(prompt)] == prompt
+    assert encoded.targets == [False] * len(prompt) + [True] * (len(encoded.input_ids) - len(prompt))
+    assert encoded.input_ids[-1] == end
+
+
+def test_begin_and_end_written_as_text_are_not_doubled(begin_tokenizer, dataset):
+    encoder = Encoder(begin_tokenizer, dataset(format="PromptCompletion"))
+    plain = encoder.encode({"prompt": "return", "completion": "x"})
+    written = encoder.encode({"prompt": "<bos>return", "completion": "x<eos>"})
+    assert written.input_ids.count(begin_tokenizer.bos_token_id) == 1
+    assert written.input_ids.count(begin_tokenizer.eos_token_id) == 1
+    assert written.input_ids[-1] == plain.input_ids[-1]
+    assert written.targets[-1]
+
+
+@pytest.mark.parametrize(
+    ("row", "want"),
+    [
+        pytest.param(
+            {"instruction": "Add.", "input": "1 2", "output": "3"},
+            "Below is an instruction that describes a task, paired with an input that provides further context. Write a"
+            " response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n###"
+            " Response:\n",
+            id="with-input",
+        ),
+        *(
+            pytest.param(
+                {"instruction": "Add.", **more, "output": "3"},
+                "Below is an instruction that describes a task. Write a response that appropriately completes the"
+                " request.\n\n### Instruction:\nAdd.\n\n### Response:\n",
+                id=f"{name}-input",
+            )
+            for name, more in (("without", {}), ("none-as", {"input": None}), ("blank", {"input": " "}))
+        ),
+    ],
+)
+def test_an_instruction_is_written_as_alpaca_does_and_its_output_counts(row, want, tokenizer, dataset):
+    assert render_instruction(row, Columns()) == want
+    encoded = Encoder(tokenizer, dataset(format="Instruction")).encode(row)
+    assert tokenizer.decode(encoded.input_ids) == want + "3<eos>"
+    assert counted(encoded, tokenizer) == "3<eos>"
+
+
+def test_braces_in_an_instruction_are_text(tokenizer, dataset):
+    row = {"instruction": "{input} {0}", "input": "{instruction}", "output": "{}"}
+    encoded = Encoder(tokenizer, dataset(format="Instruction")).encode(row)
+    assert "### Instruction:\n{input} {0}\n\n### Input:\n{instruction}\n" in tokenizer.decode(encoded.input_ids)
+
+
+def test_columns_are_those_of_the_manifest(tokenizer, dataset):
+    spec = dataset(format="PromptCompletion", columns=Columns(prompt="q", completion="a"))
+    assert needed_columns(spec) == ({"q": "spec.dataset.columns.prompt", "a": "spec.dataset.columns.completion"}, ())
+    assert counted(Encoder(tokenizer, spec).encode({"q": "x", "a": "y"}), tokenizer) == "y<eos>"
+
+
+def test_rows_encode_alike_alone_and_together(tokenizer, dataset, pairs):
+    encoder = Encoder(tokenizer, dataset(format="PromptCompletion"))
+    assert encoder.encode_batch(pairs[:20]) == [encoder.encode(row) for row in pairs[:20]]
+
+
+@pytest.mark.parametrize(
+    ("long_rows", "length", "truncated"),
+    [
+        pytest.param("Truncate", 16, True, id="truncate-cuts-the-tail"),
+        *(pytest.param(p, 101, False, id=f"{p.lower()}-leaves-it") for p in ("Fail", "Drop")),
+    ],
+)
+def test_a_long_row(long_rows, length, truncated, tokenizer, dataset):
+    encoder = Encoder(tokenizer, dataset(format="Text", max_length=16, long_rows=long_rows))
+    whole = Encoder(tokenizer, dataset(format="Text")).encode({"text": "<bos>" * 100}).input_ids
+    encoded = encoder.encode({"text": "<bos>" * 100})
+    assert encoded.input_ids == whole[:length]
+    assert len(encoded.targets) == length
+    assert encoded.truncated is truncated
+    assert encoded.full_length == 101
+
+
+def test_a_tokenizer_that_cuts_and_pads_by_itself_does_not(byte_level, dataset):
+    """tokenizer.json can carry both settings."""
+    own = Tokenizer.from_str(byte_level.to_str())
+    own.enable_truncation(4)
+    own.enable_padding(length=64)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, eos_token="<eos>")
+    assert Encoder(tokenizer, dataset(format="Text")).encode({"text": "<bos>" * 9}).full_length == 10
+
+
+@pytest.mark.parametrize(
+    ("spec", "row", "want"),
+    [
+        pytest.param(
+            {"format": "Text"},
+            {"text": None},
+            'spec.dataset.columns.text: "text" must hold text in every row; row 5 holds nothing',
+            id="text-none",
+        ),
+        pytest.param(
+            {"format": "PromptCompletion"},
+            {"prompt": "a", "completion": 7},
+            'spec.dataset.columns.completion: "completion" must hold text in every row; row 5 holds int 7',
+            id="completion-number",
+        ),
+        pytest.param(
+            {"format": "PromptCompletion", "columns": Columns(prompt="q")},
+            {"q": ["a" * 99], "completion": "b"},
+            'spec.dataset.columns.prompt: "q" must hold text in every row; row 5 holds list [',
+            id="prompt-list-in-renamed-column",
+        ),
+        pytest.param(
+            {"format": "Instruction"},
+            {"instruction": "a", "input": 1.5, "output": "b"},
+            'spec.dataset.columns.input: "input" must hold text in every row; row 5 holds float 1.5',
+            id="input-number",
+        ),
+        pytest.param(
+            {"format": "Instruction"},
+            {"instruction": "a", "output": None},
+            'spec.dataset.columns.output: "output" must hold text in every row; row 5 holds nothing',
+            id="output-none",
+        ),
+    ],
+)
+def test_a_cell_that_is_not_text_is_named_with_its_row(spec, row, want, tokenizer, dataset):
+    with pytest.raises(UserError) as caught:
+        Encoder(tokenizer, dataset(**spec)).encode(row, number=5)
+    assert str(caught.value).startswith(want)
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(dataset):
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(UserError, match=r"^spec.model.source: its tokenizer has no end token"):
+        Encoder(PreTrainedTokenizerFast(tokenizer_object=words), dataset(format="Text"))

@@ -1,0 +1,13 @@
+"""From a file of rows to the micro-batches of a step.
+
+::
+
+    sources  ──► formats, chat ──► tokenized ──► packing ──► batches
+    (rows)       (tokens that      (arrays on    (which rows   (what each rank
+                  count)            disk)         share a       computes in
+                                                  sequence)     step n)
+    └──────────────── prepare: once, before any GPU is held ┘
+
+Ranks start at :func:`qlora_trainer.data.prepare.load_prepared`; they never tokenize, because the others would sit in
+a collective meanwhile and run into its timeout (LlamaFactory#2424, accelerate#2528).
+"""

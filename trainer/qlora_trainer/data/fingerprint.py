@@ -1,0 +1,61 @@
+"""The name of tokenized rows: a hash of all that they follow from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from qlora_api.spec import DatasetFormat, QLoRAJobSpec
+from qlora_trainer.data.formats import needed_columns
+from qlora_trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qlora_trainer.data.formats import Encoder
+    from qlora_trainer.data.sources import SourceFiles
+
+FORMAT_VERSION = 1
+"""Of the tokenized rows. Counts up when the same rows and settings come to give other tokens, packs or files."""
+
+
+def data_hash(
+    spec: QLoRAJobSpec, encoder: Encoder, tokenizer_hash: str, train: SourceFiles, evaluation: SourceFiles | None
+) -> str:
+    """Hash contents and settings, wherever the files lie and whatever they are called; SHA-256 as hex.
+
+    Raises:
+        UserError: a file cannot be read.
+
+    """
+    dataset = spec.dataset
+    needed, optional = needed_columns(dataset)
+    fraction = dataset.eval.fraction if dataset.eval and evaluation is None else None
+    facts: dict[str, Any] = {
+        "formatVersion": FORMAT_VERSION,
+        "tokenizer": tokenizer_hash,
+        "format": dataset.format,
+        "columns": [*needed, *optional],
+        "chatTemplate": encoder.chat_template if dataset.format is DatasetFormat.MESSAGES else None,
+        "lossOn": dataset.effective_loss_on,
+        "maxLength": dataset.max_length,
+        "longRows": dataset.long_rows,
+        "packing": dataset.packing,
+        "heldOut": [fraction, spec.training.seed] if fraction is not None else None,
+        "train": _contents(train),
+        "eval": _contents(evaluation) if evaluation else None,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _contents(source: SourceFiles) -> list[str]:
+    return [source.kind, *(_sha256(path, source.field) for path in source.files)]
+
+
+def _sha256(path: Path, field: str) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(field, path, f"cannot be read: {error.strerror}") from error

@@ -1,0 +1,219 @@
+r"""From a row to tokens, and which of them count for the loss.
+
+Every format becomes :class:`Piece`\ s first, texts that are tokenized apart, so that the four differ in nothing but
+how they are written. Prompt and completion are two pieces: at generation the model is given the tokens of the prompt
+alone, and a merge over the boundary ("(" + ")" → "()") would be a token that it can never be given or asked for.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from qlora_api.spec import Columns, DatasetFormat, DatasetSpec, LongRows, LossOn
+from qlora_trainer.data.chat import ChatTemplate
+from qlora_trainer.data.pieces import Piece
+from qlora_trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+INSTRUCTION_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+INSTRUCTION_ALONE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+"""Taori et al. 2023 (Stanford Alpaca), ``train.py``; the output follows directly, then the end token."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row."""
+
+    input_ids: list[int]
+    targets: list[bool]
+    """As long as ``input_ids``; True: this token is to be predicted."""
+    truncated: bool
+    """The tail beyond ``maxLength`` was cut off."""
+    full_length: int
+    """Tokens before anything was cut off."""
+
+
+def needed_columns(dataset: DatasetSpec) -> tuple[dict[str, str], tuple[str, ...]]:
+    """List (column → the manifest's field that names it, columns that may be missing) of the dataset's format."""
+    needed = {
+        DatasetFormat.TEXT: ("text",),
+        DatasetFormat.MESSAGES: ("messages",),
+        DatasetFormat.PROMPT_COMPLETION: ("prompt", "completion"),
+        DatasetFormat.INSTRUCTION: ("instruction", "output"),
+    }[dataset.format]
+    optional = (dataset.columns.input,) if dataset.format is DatasetFormat.INSTRUCTION else ()
+    return {getattr(dataset.columns, name): f"spec.dataset.columns.{name}" for name in needed}, optional
+
+
+def render_instruction(row: Mapping[str, Any], columns: Columns, number: int = 1) -> str:
+    """Write the prompt of an Instruction row, in training and in generation.
+
+    Args:
+        row: the row's cells by column.
+        columns: the dataset's column names; ``input`` may be missing, None or blank.
+        number: of the row, from 1, for the error.
+
+    Raises:
+        UserError: the instruction, or an input that is there, is not text.
+
+    """
+    instruction = _text(row, columns, "instruction", number)
+    context = "" if row.get(columns.input) is None else _text(row, columns, "input", number)
+    if context.strip():
+        return INSTRUCTION_WITH_INPUT.format(instruction=instruction, input=context)
+    return INSTRUCTION_ALONE.format(instruction=instruction)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns rows of one dataset into tokens of one tokenizer. Has no state.
+
+    Raises:
+        UserError: at construction: Messages without a chat template or with one that does not parse, or a tokenizer
+            without an end token.
+
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    dataset: DatasetSpec
+
+    def __post_init__(self) -> None:
+        if self.dataset.format is DatasetFormat.MESSAGES:
+            self._chat.require_usable()
+        elif self.tokenizer.eos_token_id is None:
+            raise UserError(
+                "spec.model.source",
+                None,
+                "its tokenizer has no end token (eos_token in tokenizer_config.json), so a model trained on"
+                f" {self.dataset.format} rows would never stop; add one, or use format Messages with a template",
+            )
+
+    def encode(self, row: Mapping[str, Any], number: int = 1) -> Encoded:
+        """Encode one row; see :meth:`encode_batch`."""
+        return self.encode_batch([row], number)[0]
+
+    def encode_batch(self, rows: Sequence[Mapping[str, Any]], first: int = 1) -> list[Encoded]:
+        """Encode rows together: the tokenizer works on all cores within one call.
+
+        A row longer than ``maxLength`` loses its tail under longRows Truncate and is returned whole otherwise.
+
+        Args:
+            rows: cells by column.
+            first: number of the first row, from 1, for errors.
+
+        Raises:
+            UserError: names the row and the field.
+
+        """
+        pieces = [self._pieces(row, number) for number, row in enumerate(rows, start=first)]
+        flat = iter(self._tokenize([piece for row in pieces for piece in row]))
+        return [self._assemble([next(flat) for _ in row]) for row in pieces]
+
+    @property
+    def chat_template(self) -> str:
+        """The template that Messages are rendered with: the manifest's, else the tokenizer's."""
+        return self._chat.source
+
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self.dataset.chat_template)
+
+    @cached_property
+    def _begin(self) -> list[int]:
+        """The begin token, if the tokenizer itself puts one before a text."""
+        bos = self.tokenizer.bos_token_id
+        starts_with_bos = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
+        return [bos] if starts_with_bos else []
+
+    def _pieces(self, row: Mapping[str, Any], number: int) -> tuple[Piece, ...]:
+        columns = self.dataset.columns
+        everything = self.dataset.effective_loss_on is LossOn.ALL
+        match self.dataset.format:
+            case DatasetFormat.TEXT:
+                return (Piece.all(_text(row, columns, "text", number)),)
+            case DatasetFormat.MESSAGES:
+                return (self._chat.render(row.get(columns.messages), number, everything=everything),)
+            case DatasetFormat.PROMPT_COMPLETION:
+                prompt = _text(row, columns, "prompt", number)
+                completion = _text(row, columns, "completion", number)
+            case DatasetFormat.INSTRUCTION:
+                prompt = render_instruction(row, columns, number)
+                completion = _text(row, columns, "output", number)
+        return (Piece.all(prompt) if everything else Piece.none(prompt), Piece.all(completion))
+
+    def _tokenize(self, pieces: Sequence[Piece]) -> list[tuple[list[int], list[bool]]]:
+        offsets_needed = any(piece.partial for piece in pieces)
+        encodings = self.tokenizer(
+            [piece.text for piece in pieces],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=offsets_needed,
+            verbose=False,  # of rows longer than the model: maxLength is what counts here
+        )
+        ids: list[list[int]] = encodings["input_ids"]
+        offsets = encodings["offset_mapping"] if offsets_needed else [[]] * len(pieces)
+        return [(i, _targets(piece, len(i), o)) for piece, i, o in zip(pieces, ids, offsets, strict=True)]
+
+    def _assemble(self, pieces: Sequence[tuple[list[int], list[bool]]]) -> Encoded:
+        ids = list(chain.from_iterable(tokens for tokens, _ in pieces))
+        targets = list(chain.from_iterable(counts for _, counts in pieces))
+        if self.dataset.format is not DatasetFormat.MESSAGES:  # a chat template writes its own begin and end
+            everything = self.dataset.effective_loss_on is LossOn.ALL
+            if ids[:1] != self._begin:  # rows that bring the token as text do not get it twice
+                ids, targets = self._begin + ids, [everything] * len(self._begin) + targets
+            if ids[-1:] != [self.tokenizer.eos_token_id]:
+                ids, targets = [*ids, self.tokenizer.eos_token_id], [*targets, True]
+        length, most = len(ids), self.dataset.max_length
+        if length > most and self.dataset.long_rows is LongRows.TRUNCATE:
+            return Encoded(ids[:most], targets[:most], truncated=True, full_length=length)
+        return Encoded(ids, targets, truncated=False, full_length=length)
+
+
+def _text(row: Mapping[str, Any], columns: Columns, name: str, number: int) -> str:
+    column = getattr(columns, name)
+    value = row.get(column)
+    if isinstance(value, str):
+        return value
+    found = "nothing" if value is None else f"{type(value).__name__} {_short(value)}"
+    raise UserError(f"spec.dataset.columns.{name}", column, f"must hold text in every row; row {number} holds {found}")
+
+
+def _short(value: object, most: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= most else text[:most] + " …"
+
+
+def _targets(piece: Piece, length: int, offsets: Sequence[tuple[int, int]]) -> list[bool]:
+    """Decide which of a piece's tokens count.
+
+    Token i covers the characters from the end of token i - 1 (or from its own start, for the later tokens of one
+    character) to its own end: byte-level tokenizers report offsets without leading spaces, so that a token of spaces
+    alone would cover nothing. A token counts if it covers any character that does.
+    """
+    if not piece.partial:
+        return [bool(piece.spans)] * length
+    targets = [False] * length
+    ends = [end for _, end in offsets]
+    for start, stop in piece.spans:
+        last = bisect_left(ends, stop) + 1
+        while last < length and offsets[last][0] < stop:
+            last += 1
+        for token in range(bisect_right(ends, start), min(last, length)):
+            targets[token] = True
+    return targets

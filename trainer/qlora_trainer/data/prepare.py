@@ -1,0 +1,208 @@
+"""Tokenize and pack once, before any GPU is held; afterwards every rank maps the same files.
+
+Cached by content: ``<cache>/data/<hash>/`` holds ``train/``, perhaps ``eval/``, and ``receipt.json``. The folder gets
+its name by a rename when all is in it, so that a folder that is there is whole.
+
+All cores work without processes of ours: the tokenizer is native code with a thread for each core (counted within the
+container's CPU limit), and a process for each core would import transformers again and hold its own copy of the rows.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import numpy as np
+
+from qlora_api.contract import PrepareReceipt
+from qlora_trainer.data.collect import Side, Tally, collect, require_rows
+from qlora_trainer.data.fingerprint import data_hash
+from qlora_trainer.data.formats import Encoder, needed_columns
+from qlora_trainer.data.order import permutation
+from qlora_trainer.data.packing import Sequences, pack, unpacked
+from qlora_trainer.data.receipt import samples
+from qlora_trainer.data.sources import find_source, load_rows
+from qlora_trainer.data.tokenized import RowWriter, TokenizedRows, load_sequences, save_sequences
+from qlora_trainer.errors import StorageError, UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+    from qlora_api.spec import DatasetSpec, QLoRAJobSpec
+
+TRAIN_FIELD = "spec.dataset.train.source"
+EVAL_FIELD = "spec.dataset.eval.source"
+FRACTION_FIELD = "spec.dataset.eval.fraction"
+
+HOLD_OUT = 1 << 32
+"""Stands where the epoch stands in the seeds of the data order; no epoch has this number."""
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """All that training needs to know of the rows."""
+
+    folder: Path
+    """Give this to :func:`load_prepared` in every rank."""
+    train: TokenizedRows
+    eval: TokenizedRows | None
+    train_packs: Sequences
+    eval_packs: Sequences | None
+    receipt: PrepareReceipt
+
+
+@dataclass(frozen=True)
+class _Tokenized:
+    """The sides as written, and one tally for each source."""
+
+    train: Side
+    evaluation: Side | None
+    tallies: list[Tally]
+
+
+def prepare_data(
+    spec: QLoRAJobSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_hash: str,
+    train_path: Path,
+    eval_path: Path | None,
+    cache_dir: Path,
+) -> PreparedData:
+    """Tokenize and pack the rows, or find them done.
+
+    Args:
+        spec: of the job; only the dataset and ``training.seed`` are looked at.
+        tokenizer: of the base model.
+        tokenizer_hash: names the tokenizer's files.
+        train_path: the training rows, on this machine.
+        eval_path: the evaluation rows, if they have a source of their own.
+        cache_dir: the rows go to ``data/`` in it.
+
+    Raises:
+        UserError: something in the manifest or the rows must change.
+        StorageError: the cache cannot be written.
+
+    """
+    encoder = Encoder(tokenizer, spec.dataset)
+    train_source = find_source(train_path, TRAIN_FIELD)
+    eval_source = find_source(eval_path, EVAL_FIELD) if eval_path else None
+    name = data_hash(spec, encoder, tokenizer_hash, train_source, eval_source)
+    folder = cache_dir / "data" / name
+    if not folder.exists():
+        partial = folder.with_name(f".{name}-{uuid4().hex[:8]}")
+        try:
+            partial.mkdir(parents=True)
+            receipt = _receipt(name, partial, encoder, _tokenize(spec, encoder, train_path, eval_path, partial))
+            (partial / "receipt.json").write_text(receipt.model_dump_json(by_alias=True, indent=2), "utf-8")
+            _publish(partial, folder)
+        except OSError as error:
+            raise StorageError(f"cannot put the tokenized rows into {folder}: {error}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return load_prepared(folder)
+
+
+def load_prepared(folder: Path) -> PreparedData:
+    """Map what :func:`prepare_data` left in ``folder``; takes milliseconds, and the pages are shared by all ranks."""
+    held_out = folder / "eval"
+    return PreparedData(
+        folder=folder,
+        train=TokenizedRows.load(folder / "train"),
+        eval=TokenizedRows.load(held_out) if held_out.exists() else None,
+        train_packs=load_sequences(folder / "train"),
+        eval_packs=load_sequences(held_out) if held_out.exists() else None,
+        receipt=PrepareReceipt.model_validate_json((folder / "receipt.json").read_bytes()),
+    )
+
+
+def _tokenize(
+    spec: QLoRAJobSpec, encoder: Encoder, train_path: Path, eval_path: Path | None, folder: Path
+) -> _Tokenized:
+    """Write the rows of both sides below ``folder``."""
+    dataset = spec.dataset
+    needed, optional = needed_columns(dataset)
+    rows = load_rows(train_path, TRAIN_FIELD, needed, optional)
+    own_rows = load_rows(eval_path, EVAL_FIELD, needed, optional) if eval_path else None
+    held_out = _held_out(len(rows), spec) if eval_path is None else None
+    with ExitStack() as files:
+        train = Side("training", files.enter_context(RowWriter(folder / "train")))
+        evaluation = None
+        if own_rows is not None or held_out is not None:
+            evaluation = Side("evaluation", files.enter_context(RowWriter(folder / "eval")))
+
+        def side_of(number: int) -> Side:
+            return evaluation if evaluation and held_out is not None and held_out[number] else train
+
+        tallies = [collect(encoder, rows, str(train_path), side_of)]
+        require_rows(train, dataset, tallies[0], str(train_path))
+        if evaluation:
+            if own_rows is not None:
+                tallies.append(collect(encoder, own_rows, str(eval_path), lambda _: evaluation))
+            require_rows(evaluation, dataset, tallies[-1], str(eval_path or train_path))
+    return _Tokenized(train, evaluation, tallies)
+
+
+def _held_out(count: int, spec: QLoRAJobSpec) -> NDArray[np.bool_] | None:
+    """[rows]; True: the row is held out for evaluation. None if no fraction is."""
+    fraction = spec.dataset.eval.fraction if spec.dataset.eval else None
+    if fraction is None:
+        return None
+    share = round(Decimal(fraction) * count)
+    if not 1 <= share < count:
+        raise UserError(
+            FRACTION_FIELD,
+            fraction,
+            f"holds out {share} of {count} rows; at least one row must be held out and one left to train on."
+            " Raise the fraction, add rows, or leave eval out",
+        )
+    chosen = np.zeros(count, dtype=np.bool_)
+    chosen[permutation(count, (spec.training.seed, HOLD_OUT))[:share]] = True
+    return chosen
+
+
+def _receipt(name: str, folder: Path, encoder: Encoder, done: _Tokenized) -> PrepareReceipt:
+    """Pack both sides, write that beside them, and sum up."""
+    dataset = encoder.dataset
+    train, packs = _pack(folder / "train", dataset)
+    held_out = _pack(folder / "eval", dataset)[0] if done.evaluation else None
+    tokens = int(train.offsets[-1])
+    return PrepareReceipt(
+        data_hash=name,
+        train_rows=len(train),
+        train_tokens=tokens,
+        train_target_tokens=int(train.target_counts.sum(dtype=np.int64)),
+        train_sequences=len(packs),
+        eval_rows=len(held_out) if held_out else 0,
+        eval_tokens=int(held_out.offsets[-1]) if held_out else 0,
+        truncated=sum(t.truncated for t in done.tallies),
+        dropped=sum(t.dropped for t in done.tallies),
+        fully_masked=sum(t.fully_masked for t in done.tallies),
+        duplicates=done.train.duplicates,
+        eval_in_train=len(done.evaluation.seen & done.train.seen) if done.evaluation else 0,
+        longest=max(t.longest for t in done.tallies),
+        packing_efficiency=tokens / (len(packs) * dataset.max_length),
+        samples=samples(train, encoder.tokenizer),
+    )
+
+
+def _pack(folder: Path, dataset: DatasetSpec) -> tuple[TokenizedRows, Sequences]:
+    rows = TokenizedRows.load(folder)
+    sequences = pack(rows.lengths, dataset.max_length) if dataset.packing else unpacked(len(rows))
+    save_sequences(sequences, folder)
+    return rows, sequences
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Give the folder its name. Another run may have been faster: then its rows, the same as these, stay."""
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
