@@ -1,0 +1,169 @@
+"""From a YAML file to a QLoRAJob, or to mistakes with file and line."""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qlora_api import API_VERSION, KIND, QLoRAJob
+from qlora_api.errors import FieldMistake, ManifestError
+from qlora_api.job import GROUP
+from qlora_cli import schema, yamls
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from qlora_cli.yamls import Document
+
+
+@dataclass(frozen=True)
+class Located:
+    """A mistake and where it stands."""
+
+    place: str
+    """``file:line``, or the option that set the field."""
+    mistake: FieldMistake
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.mistake}"
+
+
+class RefusedError(ValueError):
+    """A manifest that cannot be used; ``str()`` has a line for each mistake."""
+
+    def __init__(self, *mistakes: Located | str) -> None:
+        self.mistakes = mistakes
+        super().__init__("\n".join(str(m) for m in mistakes))
+
+
+@dataclass(frozen=True)
+class Override:
+    """A field set on the command line: ``--set training.maxSteps=10``."""
+
+    path: str
+    value: object
+
+
+def documents(path: Path) -> list[Document]:
+    """The documents of a file (``-``: standard input), at least one.
+
+    Raises:
+        RefusedError: no such file, not YAML, or nothing in it.
+
+    """
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
+        found = yamls.read(text, str(path))
+    except OSError as error:
+        raise RefusedError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise RefusedError(f"{path}: is not UTF-8 text") from None
+    except yamls.NotYamlError as error:
+        raise RefusedError(str(error)) from None
+    if not found:
+        raise RefusedError(f"{path}: holds no document")
+    return found
+
+
+def is_foreign(document: Document) -> bool:
+    """Whether a document is plainly of another kind, such as a Secret beside the job; a misspelled QLoRAJob is not."""
+    value = document.value if isinstance(document.value, dict) else {}
+    version, kind = value.get("apiVersion"), value.get("kind")
+    if not (isinstance(version, str) and isinstance(kind, str)):
+        return False
+    return version.split("/")[0] != GROUP and "qlora" not in kind.lower()
+
+
+def check(document: Document, overrides: Sequence[Override] = ()) -> QLoRAJob:
+    """Validate one document.
+
+    Raises:
+        RefusedError: every mistake, each with file and line.
+
+    """
+    mistakes = list(document.mistakes)
+    value = document.value
+    if isinstance(value, dict):
+        # kubectl cannot send an object without them; the type has defaults only for code that builds jobs.
+        for name, want in (("apiVersion", API_VERSION), ("kind", KIND)):
+            if value.get(name) is None:
+                mistakes.append(FieldMistake(name, None, f"is required: {want}"))
+        value = schema.without_nulls(_overridden(value, overrides))
+    try:
+        job = QLoRAJob.from_manifest(value)
+    except ManifestError as error:
+        mistakes += error.mistakes
+    if not mistakes:
+        return job
+    raise RefusedError(*(_locate(document, m, overrides) for m in mistakes)) from None
+
+
+def one_job(path: Path, assignments: Sequence[str] = ()) -> QLoRAJob:
+    """The only QLoRAJob of a file, with fields set on the command line.
+
+    Raises:
+        RefusedError: not exactly one, or with mistakes.
+
+    """
+    overrides = [parse_override(text) for text in assignments]
+    ours = [d for d in documents(path) if not is_foreign(d)]
+    if len(ours) != 1:
+        lines = ", ".join(str(d.line) for d in ours)
+        held = f"{len(ours)} QLoRAJobs (lines {lines})" if ours else f"no {KIND}"
+        raise RefusedError(f"{path}: holds {held}; 'qlora run' takes exactly one")
+    return check(ours[0], overrides)
+
+
+def parse_override(text: str) -> Override:
+    """``training.maxSteps=10`` → path and value; null takes a field away.
+
+    A field that holds a text takes the text as it is, so that decimals need no second pair of quotes.
+
+    Raises:
+        RefusedError: no ``=``, or a value that is not YAML.
+
+    """
+    path, separator, raw = text.partition("=")
+    path = path.strip()
+    if not separator or not re.fullmatch(r"[A-Za-z]+(\.[A-Za-z]+)*", path):
+        raise RefusedError(f'--set "{text}": must read path=value, such as training.maxSteps=10')
+    found = schema.way_to(path)
+    if found is None:  # validation names the field and what is known there
+        outside_spec = path.split(".")[0] in (*schema.root()["properties"], "metadata")
+        full, kind = path if outside_spec else f"spec.{path}", "string"
+    else:
+        full, kind = found[0], found[1][-1].get("type", "object")
+    if kind == "string" and raw not in ("null", "~"):
+        return Override(full, raw)
+    try:
+        values = yamls.read(raw, f"--set {path}")
+    except yamls.NotYamlError as error:
+        raise RefusedError(str(error)) from None
+    return Override(full, values[0].value if values else None)
+
+
+def _overridden(value: dict[str, Any], overrides: Sequence[Override]) -> dict[str, Any]:
+    value = copy.deepcopy(value)
+    for override in overrides:
+        *groups, last = override.path.split(".")
+        place: Any = value
+        for name in groups:
+            if not isinstance(place.get(name), dict):
+                place[name] = {}
+            place = place[name]
+        if override.value is None:
+            place.pop(last, None)
+        else:
+            place[last] = override.value
+    return value
+
+
+def _locate(document: Document, mistake: FieldMistake, overrides: Sequence[Override]) -> Located:
+    for override in overrides:
+        if mistake.field == override.path or mistake.field.startswith((f"{override.path}.", f"{override.path}[")):
+            return Located("--set", mistake)
+    return Located(f"{document.source}:{document.line_of(mistake.field)}", mistake)

@@ -1,0 +1,92 @@
+"""``qlora validate``: every mistake of every manifest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qlora_cli import manifest, words
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from qlora_cli.manifest import Located
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one file holds."""
+
+    source: str
+    jobs: tuple[str, ...] = ()
+    """Names of the jobs without a mistake."""
+    passed_over: tuple[str, ...] = ()
+    """Documents of other kinds."""
+    mistakes: tuple[Located | str, ...] = ()
+
+    @property
+    def good(self) -> bool:
+        return not self.mistakes
+
+
+def check_file(path: Path) -> Report:
+    """Validate every document of a file."""
+    jobs: list[str] = []
+    passed_over: list[str] = []
+    mistakes: list[Located | str] = []
+    try:
+        documents = manifest.documents(path)
+    except manifest.RefusedError as error:
+        return Report(str(path), mistakes=error.mistakes)
+    for document in documents:
+        if manifest.is_foreign(document):
+            passed_over.append(f"{document.value['kind']} (line {document.line})")  # type: ignore[index]
+            continue
+        try:
+            jobs.append(manifest.check(document).metadata.name)
+        except manifest.RefusedError as error:
+            mistakes += error.mistakes
+    if not jobs and not mistakes:
+        mistakes.append(f"{path}: holds no QLoRAJob, only {words.listing(passed_over)}")
+    return Report(str(path), tuple(jobs), tuple(passed_over), tuple(mistakes))
+
+
+def as_text(reports: Sequence[Report]) -> str:
+    """A line for each mistake; a line for each good file."""
+    lines: list[str] = []
+    for report in reports:
+        lines += [str(mistake) for mistake in report.mistakes]
+        if report.good:
+            passed = f"; passed over: {words.listing(report.passed_over)}" if report.passed_over else ""
+            lines.append(f"{report.source}: {words.listing(report.jobs)} is valid{passed}")
+    wrong = sum(len(report.mistakes) for report in reports)
+    if wrong > 1:
+        lines.append(f"{wrong} mistakes")
+    return "\n".join(lines)
+
+
+def as_json(reports: Sequence[Report]) -> str:
+    """The same for programs."""
+    return json.dumps(
+        [
+            {
+                "source": report.source,
+                "valid": report.good,
+                "jobs": report.jobs,
+                "passedOver": report.passed_over,
+                "mistakes": [_plain(mistake) for mistake in report.mistakes],
+            }
+            for report in reports
+        ],
+        indent=2,
+        ensure_ascii=False,
+    )
+
+
+def _plain(mistake: Located | str) -> dict[str, object]:
+    if isinstance(mistake, str):
+        return {"message": mistake}
+    inner = mistake.mistake
+    return {"place": mistake.place, "field": inner.field, "allowed": inner.allowed, "message": str(inner)}

@@ -1,0 +1,239 @@
+"""The commands as they are typed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from qlora_api.contract import ExitCode
+from qlora_api.crd import crd
+from qlora_cli import explain, main, schema
+
+GOOD = """\
+apiVersion: qlora.dev/v1alpha1
+kind: QLoRAJob
+metadata:
+  name: quick
+spec:
+  model: {source: hf://org/name@main}
+  dataset:
+    train: {source: s3://bucket/rows}
+    format: Text
+  lora:
+  training:
+    epochs: 1
+  output: {destination: s3://bucket/out}
+"""
+
+
+@pytest.fixture
+def call():
+    def invoke(*arguments, **options):
+        return CliRunner().invoke(main.app, list(arguments), **options)
+
+    return invoke
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(text):
+        (tmp_path / "job.yaml").write_text(text)
+
+    write(GOOD)
+    return write
+
+
+# ------------------------------------------------------------------------------------------------------------- validate
+
+
+def test_a_good_manifest_is_valid(call, job):
+    result = call("validate", "job.yaml")
+    assert (result.exit_code, result.stdout) == (0, "job.yaml: quick is valid\n")
+
+
+def test_every_mistake_is_named_with_its_line(call, job):
+    job(GOOD.replace("  lora:\n", "  lora: {rank: 0}\n").replace("epochs: 1", "learningRate: 2e-4\n    epoch: 1"))
+    result = call("validate", "job.yaml")
+    assert result.exit_code == 40
+    assert 'job.yaml:10: spec.lora.rank: "0" must be at least 1' in result.stdout
+    assert "job.yaml:12: spec.training.learningRate: " in result.stdout
+    assert "must be a decimal in quotes" in result.stdout
+    assert "job.yaml:13: spec.training.epoch: " in result.stdout
+    assert "did you mean epochs?" in result.stdout
+    assert "3 mistakes" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(("kind: QLoRAJob\n", ""), "kind: is required: QLoRAJob", id="no-kind"),
+        pytest.param(("kind: QLoRAJob", "kind: QloraJob"), "job.yaml:2: kind: ", id="misspelled-kind"),
+        pytest.param(("v1alpha1", "v2"), "job.yaml:1: apiVersion: ", id="other-version"),
+        pytest.param(("  name: quick\n", "  name: Quick\n"), "job.yaml:4: metadata.name: ", id="name"),
+        pytest.param(
+            ("    epochs: 1\n", "    epochs: 1\n    epochs: 2\n"), "is given twice, in lines 12 and 13", id="twice"
+        ),
+        pytest.param(
+            ("    epochs: 1\n", "    epochs: '1'\n"), "job.yaml:12: spec.training.epochs: ", id="quoted-number"
+        ),
+        pytest.param(("    epochs: 1\n", "    seed: 1\n"), "exactly one of epochs and maxSteps", id="rule"),
+        pytest.param(
+            ("{destination: s3://bucket/out}", "{}"), "job.yaml:13: spec.output.destination: is required", id="missing"
+        ),
+    ],
+)
+def test_mistakes(call, job, change, message):
+    job(GOOD.replace(*change))
+    result = call("validate", "job.yaml")
+    assert result.exit_code == 40
+    assert message in result.stdout
+
+
+def test_all_documents_are_validated_and_other_kinds_passed_over(call, job):
+    secret = "apiVersion: v1\nkind: Secret\nmetadata: {name: s}\n"
+    job("---\n".join([GOOD, secret, GOOD.replace("quick", "other")]))
+    assert call("validate", "job.yaml").stdout == (
+        "job.yaml: quick and other is valid; passed over: Secret (line 15)\n"
+    )
+    job("---\n".join([GOOD, GOOD.replace("epochs: 1", "epochs: 0")]))
+    result = call("validate", "job.yaml")
+    assert (result.exit_code, "job.yaml:26: spec.training.epochs" in result.stdout) == (40, True)
+
+
+def test_files_that_hold_no_job_are_refused(call, job, tmp_path):
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    (tmp_path / "latin.yaml").write_bytes(b"a: \xe4")
+    (tmp_path / "secret.yaml").write_text("apiVersion: v1\nkind: Secret\n")
+    result = call("validate", "job.yaml", "no.yaml", "empty.yaml", "latin.yaml", "secret.yaml")
+    assert result.exit_code == 40
+    for line in (
+        "job.yaml: quick is valid",
+        "no.yaml: cannot be read: No such file or directory",
+        "empty.yaml: holds no document",
+        "latin.yaml: is not UTF-8 text",
+        "secret.yaml: holds no QLoRAJob, only Secret (line 1)",
+        "4 mistakes",
+    ):
+        assert line in result.stdout.splitlines()
+
+
+def test_validate_for_programs(call, job):
+    job(GOOD.replace("epochs: 1", "epochs: 0"))
+    (report,) = json.loads(call("validate", "-o", "json", "job.yaml").stdout)
+    assert report["mistakes"][0] == {
+        "place": "job.yaml:12",
+        "field": "spec.training.epochs",
+        "allowed": "must be at least 1",
+        "message": 'spec.training.epochs: "0" must be at least 1',
+    }
+
+
+def test_standard_input_is_a_file_too(call):
+    assert call("validate", "-", input=GOOD).exit_code == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- explain
+
+
+@pytest.mark.parametrize("path", ["spec.lora.rank", "lora.rank"])
+def test_a_field_is_explained(call, path):
+    out = call("explain", path).stdout
+    for part in (
+        "spec.lora.rank",
+        "Rank r of the update",
+        "whole number",
+        "16",
+        "1 to 1024",
+        "immutable: a resumed run",
+    ):
+        assert part in out
+
+
+@pytest.mark.parametrize(
+    ("path", "parts"),
+    [
+        pytest.param("", ["model", "required", "scheduling", "suspend"], id="the-spec"),
+        pytest.param(
+            "quantization", ["spec.quantization", "one of NF4, FP4, INT8, None", "doubleQuantization"], id="group"
+        ),
+        pytest.param("training.learningRate", ["decimal in quotes", "2e-4", "> 0 and <= 1"], id="decimal"),
+        pytest.param("policy.maxRestarts", ["may change while the job runs"], id="mutable"),
+        pytest.param("training.maxSteps", ["set exactly one of epochs and maxSteps"], id="rule-that-names-it"),
+        pytest.param("dataset.eval.fraction", ["set exactly one of source", "<= 0.5"], id="rule-of-its-group"),
+        pytest.param("lora.targetModules", ["list of texts", "1 to 64 items"], id="list"),
+        pytest.param(
+            "scheduling.tolerations.effect", ["one of NoSchedule, PreferNoSchedule, NoExecute"], id="in-a-list"
+        ),
+        pytest.param("scheduling.nodeSelector", ["map of texts"], id="map"),
+        pytest.param("status.progress.loss", ["status.progress.loss"], id="status"),
+    ],
+)
+def test_explanations(call, path, parts):
+    result = call("explain", *([path] if path else []))
+    assert result.exit_code == 0
+    for part in parts:
+        assert part in result.stdout
+
+
+def test_rules_are_explained_only_where_they_belong(call):
+    assert "Rule" not in call("explain", "lora.rank").stdout
+    assert "Rule" not in call("explain", "training.seed").stdout
+
+
+@pytest.mark.parametrize(("path", "close"), [("lora.rnk", "spec.lora.rank"), ("spec.training.batchSize", "BatchSize")])
+def test_an_unknown_field_is_answered_with_the_closest(call, path, close):
+    result = call("explain", path)
+    assert result.exit_code == 40
+    assert close in result.stderr
+
+
+def test_every_field_can_be_explained(call):
+    paths = list(schema._paths("", schema.root()))
+    assert len(paths) > 80
+    for path in paths:
+        assert explain.describe(path).path
+        json.loads(explain.as_json(explain.describe(path)))
+
+
+# ----------------------------------------------------------------------------------------------------- the small things
+
+
+def test_crds_are_the_generated_ones(call):
+    out = call("crds").stdout
+    assert out.splitlines()[0] == "# Generated by 'make crds' from api/qlora_api. Do not edit."
+    assert yaml.safe_load(out) == crd()
+
+
+def test_version(call):
+    assert call("--version").stdout.startswith("qlora 0.")
+
+
+def test_run_answers_a_mistake_in_words(call, job):
+    result = call("run", "job.yaml", "--set", "training.epochs=0")
+    assert result.exit_code == 40
+    assert '--set: spec.training.epochs: "0" must be at least 1' in result.stderr
+
+
+def test_the_exit_code_is_the_contracts():
+    assert main.USER_ERROR == ExitCode.USER_ERROR
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        pytest.param("import qlora_api, qlora_cli", ["torch", "yaml", "rich", "httpx", "typer"], id="packages"),
+        pytest.param("import qlora_cli.main", ["torch", "yaml", "rich", "httpx", "pydantic", "qlora_api"], id="main"),
+        pytest.param(
+            "import qlora_cli.run, qlora_cli.generate", ["torch", "transformers", "qlora_trainer"], id="commands"
+        ),
+    ],
+)
+def test_imports_stay_light(statement, absent):
+    code = f"{statement}; import sys; print([m for m in {absent} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

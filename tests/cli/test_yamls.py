@@ -1,0 +1,106 @@
+"""YAML as kubectl and the API server read it."""
+
+import pytest
+
+from qlora_cli import yamls
+
+
+def read_one(text):
+    (document,) = yamls.read(text, "job.yaml")
+    return document
+
+
+# Expected values are those of go-yaml 2 (sigs.k8s.io/yaml, goyaml.v2/resolve.go and decode_test.go).
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("2e-4", 0.0002),
+        ("1e3", 1000),
+        ("16.0", 16),
+        (".5", 0.5),
+        ("685_230", 685230),
+        ("014", 12),
+        ("0o14", 12),
+        ("0x1F", 31),
+        ("-0b101", -5),
+        ("09", 9),
+        ("1e999", "1e999"),
+        ("1:30", "1:30"),
+        ("190:20:30.15", "190:20:30.15"),
+        ("2024-01-02", "2024-01-02"),
+        ("1.2.3", "1.2.3"),
+        ("+", "+"),
+        ("-", "-"),
+        ("y", True),
+        ("No", False),
+        ("on", True),
+        ("yEs", "yEs"),
+        ("~", None),
+        ("", None),
+        ("NF4", "NF4"),
+    ],
+)
+def test_unquoted_scalars(text, want):
+    found = yamls.scalar(text)
+    assert (found, type(found)) == (want, type(want))
+
+
+@pytest.mark.parametrize("text", ["'2e-4'", '"2e-4"', "!!str 2e-4", "|-\n  2e-4"])
+def test_quoted_scalars_are_texts(text):
+    assert read_one(f"a: {text}").value == {"a": "2e-4"}
+
+
+def test_a_field_given_twice_is_a_mistake_with_both_lines():
+    document = read_one("spec:\n  a: 1\n  b: 2\n  a: 3\n")
+    (mistake,) = document.mistakes
+    assert str(mistake) == "spec.a: is given twice, in lines 2 and 4"
+
+
+def test_a_merged_field_may_be_given_again():
+    document = read_one("p: &p {a: 1, b: 2}\nq:\n  <<: *p\n  a: 3\n")
+    assert document.value["q"] == {"a": 3, "b": 2}
+    assert document.mistakes == ()
+
+
+def test_names_that_are_no_texts_become_texts():
+    assert read_one("{1: a, on: b}").value == {"1": "a", "true": "b"}
+
+
+def test_lines_are_known_by_path_and_those_of_missing_fields_by_the_group_around_them():
+    document = read_one("kind: A\nspec:\n  list:\n  - x\n  - name: y\n")
+    assert [document.line_of(p) for p in ("kind", "spec.list[0]", "spec.list[1].name", "spec.list[1].no", "no")] == [
+        1, 4, 5, 5, 1,
+    ]  # fmt: skip
+
+
+def test_empty_documents_are_passed_over_and_lines_count_on():
+    documents = yamls.read("---\n---\na: 1\n---\n# nothing\n---\nb: 2\n", "job.yaml")
+    assert [(d.value, d.line) for d in documents] == [({"a": 1}, 3), ({"b": 2}, 7)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("a: [1, 2", "job.yaml:1:9: not YAML", id="unclosed"),
+        pytest.param("a:\n\t- 1", "job.yaml:2:1: not YAML", id="tab"),
+        pytest.param("a: &x [*x]", "contains itself", id="recursion"),
+        pytest.param("a: !!python/name:os.system x", "is not known here", id="python-tag"),
+        pytest.param("a: !!int x", "is not known here", id="wrong-tag"),
+        pytest.param("? [a]\n: 1", "must be a text", id="list-as-name"),
+        pytest.param("a: \x01", "not YAML", id="control-character"),
+    ],
+)
+def test_what_is_no_manifest_is_refused_with_its_place(text, message):
+    with pytest.raises(yamls.NotYamlError, match=message.replace("[", r"\[")):
+        yamls.read(text, "job.yaml")
+
+
+def test_aliases_cannot_unfold_to_billions():
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    with pytest.raises(yamls.NotYamlError, match="unfold"):
+        yamls.read("\n".join(lines), "job.yaml")
+
+
+def test_numbers_that_json_cannot_hold_are_mistakes():
+    assert "no number that JSON can hold" in str(read_one("a: .nan").mistakes[0])
