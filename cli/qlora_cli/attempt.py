@@ -1,0 +1,170 @@
+"""One process of the trainer: start it, watch it, pass on signals, and leave nothing of it behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from types import FrameType
+
+    from qlora_cli.rundir import Lock
+
+TICK_SECONDS = 0.1
+INSIST_SECONDS = 1.0
+"""A Ctrl-C this soon after the first is the same one: wrappers such as 'uv run' repeat what the terminal sent."""
+MARK = "QLORA_PROCESS_MARK"
+"""Environment variable that all processes of one attempt share."""
+
+
+@dataclass(frozen=True)
+class Commands:
+    """How the trainer's processes are started; the config's path is appended."""
+
+    prepare: tuple[str, ...] = (sys.executable, "-m", "qlora_trainer.prepare")
+    train: tuple[str, ...] = (sys.executable, "-m", "qlora_trainer")
+    generate: tuple[str, ...] = (sys.executable, "-m", "qlora_trainer.generate")
+
+
+class Stopped(Enum):
+    """What was done to a process from here."""
+
+    NO = "no"
+    ASKED = "asked"
+    KILLED = "killed"
+
+
+@dataclass
+class Stop:
+    """Requests to stop. Signal handlers only note them; who waits acts on them."""
+
+    asked: bool = False
+    insisted: bool = False
+    _asked_at: float = 0
+
+    def note(self, signum: int, at: float) -> None:
+        """Ctrl-C a second time insists; other signals may come in pairs (a session's end sends HUP and TERM)."""
+        if not self.asked:
+            self.asked, self._asked_at = True, at
+        elif signum == signal.SIGINT and at - self._asked_at > INSIST_SECONDS:
+            self.insisted = True
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, but not on after a request to stop."""
+        until = time.monotonic() + seconds
+        while not self.asked and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, TICK_SECONDS))
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """Turn Ctrl-C, SIGTERM and the terminal's end into requests; signals ignored by whoever started us stay ignored."""
+    stop = Stop()
+
+    def handle(signum: int, _frame: FrameType | None) -> None:
+        stop.note(signum, time.monotonic())
+
+    caught = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
+    before = {s: signal.signal(s, handle) for s in caught}
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+class Process:
+    """A process in a session of its own, so that the terminal's Ctrl-C reaches it only through us."""
+
+    def __init__(self, command: Sequence[str], log: Path, lock: Lock, stdout: Path | None = None) -> None:
+        """Start it. All output goes to ``log``; where ``stdout`` is given, standard output goes there."""
+        self._mark = uuid.uuid4().hex
+        environment = {
+            **os.environ,
+            MARK: self._mark,
+            "PYTHONUNBUFFERED": "1",  # the log is read while it grows
+            "PYTHONSAFEPATH": "1",  # a datasets.py in the user's folder is not the library
+        }
+        with log.open("ab") as errors, (stdout or log).open("ab") as output:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                env=environment,
+                start_new_session=True,
+                pass_fds=(lock.descriptor,),  # should we be killed, the run stays locked until the trainer ends
+            )
+        lock.name_holders(os.getpid(), self._process.pid)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ended(self) -> int | None:
+        """The exit code (negative: a signal) once it has ended, after killing what it left behind; else None."""
+        if self._process.returncode is None:
+            # Look without reaping: while the leader is a zombie, its group cannot be anybody else's.
+            if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+                return None
+            self.kill()
+            self._process.wait()
+        return self._process.returncode
+
+    def terminate(self) -> None:
+        """Ask it to checkpoint and end."""
+        if self._process.returncode is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it and all that it started, at once."""
+        os.killpg(self.pid, signal.SIGKILL)
+        # torchrun gives every rank a session of its own, out of the group's reach; a rank that outlives its launcher
+        # would hold the GPU that the next attempt needs.
+        for pid in marked(f"{MARK}={self._mark}"):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def marked(setting: str) -> list[int]:
+    """Processes of this user with ``NAME=value`` in their environment; none where there is no /proc."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # another user's, or gone by now
+            if setting.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+    return found
+
+
+def watch(process: Process, stop: Stop, say: Callable[[str], None], tick: Callable[[], None]) -> tuple[int, Stopped]:
+    """Wait for the end, with ``tick`` ten times a second; the exit code, and what was done to get there."""
+    done = Stopped.NO
+    try:
+        while (code := process.ended()) is None:
+            if stop.asked and done is Stopped.NO:
+                process.terminate()
+                say("checkpointing … (Ctrl-C again: kill without a checkpoint)")
+                done = Stopped.ASKED
+            if stop.insisted and done is Stopped.ASKED:
+                say("killing all ranks; steps since the last checkpoint are lost")
+                process.kill()
+                done = Stopped.KILLED
+            tick()
+            time.sleep(TICK_SECONDS)
+    except BaseException:
+        # Whatever went wrong here (a closed pipe, a full disk), ranks must not go on unwatched.
+        process.terminate()
+        while process.ended() is None:
+            time.sleep(TICK_SECONDS)
+        raise
+    return code, done

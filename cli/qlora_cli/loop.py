@@ -1,0 +1,276 @@
+"""Prepare once, then attempts until the run is over: what the operator does with pods, with processes.
+
+What follows an attempt is decided by ``qlora_api.lifecycle``, for both alike.
+"""
+
+from __future__ import annotations
+
+import platform
+import signal
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from qlora_api.batch import BatchSplit, split_batch
+from qlora_api.contract import ExitCode, JobRef, PrepareReceipt, TerminationMessage, TrainerConfig, reason_of
+from qlora_api.lifecycle import Finish, after_attempt, restarts
+from qlora_api.status import Attempt, Reason
+from qlora_cli import local, render, rundir
+from qlora_cli.attempt import Process, Stopped, watch
+from qlora_cli.progress import Poller, Watcher, display_for
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from rich.console import Console
+
+    from qlora_api.contract import ProgressReport
+    from qlora_api.job import QLoRAJob
+    from qlora_cli.attempt import Commands, Stop
+    from qlora_cli.machine import World
+    from qlora_cli.rundir import Folder, Lock, RunRecord, Step
+
+INTERRUPTED = 130
+"""128 + SIGINT, as shells count."""
+TAIL_LINES = 20
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that stays the same over the attempts of one call."""
+
+    job: QLoRAJob
+    world: World
+    folder: Folder
+    cache_dir: Path
+    commands: Commands
+    lock: Lock
+    console: Console
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a trainer's process ended, and what it was heard to say."""
+
+    code: int
+    stopped: Stopped
+    word: TerminationMessage | None
+    report: ProgressReport | None
+
+
+class Run:
+    """One call of 'qlora run' on a run: goes on from ``record`` until the run is over or is told to stop."""
+
+    def __init__(self, setting: Setting, record: RunRecord, stop: Stop) -> None:
+        self.record = record
+        self._setting = setting
+        self._stop = stop
+        self._call_began_at = len(record.attempts)
+
+    def go(self) -> int:
+        """Prepare and train; the exit code of the call."""
+        code = self._prepare()
+        while code is None:
+            code = self._attempt()
+        return code
+
+    def _prepare(self) -> int | None:
+        """Check the rows before any rank starts; None when all is well."""
+        console, step = self._setting.console, self._setting.folder.prepare
+        out = step.path / "out.txt"
+        step.begin(
+            self._config(step, next_batch(self._setting, self.record)).model_dump_json(by_alias=True, exclude_none=True)
+        )
+        out.unlink(missing_ok=True)
+        says = "Preparing: model and rows are checked before any rank starts …"
+        if not console.is_terminal:
+            console.print(says)
+        with console.status(says) if console.is_terminal else nullcontext():
+            process = Process([*self._setting.commands.prepare, str(step.config)], step.log, self._setting.lock, out)
+            code, stopped = watch(process, self._stop, console.print, lambda: None)
+        if stopped is not Stopped.NO:
+            return self._interrupted()
+        if code != ExitCode.DONE:
+            return self._failed(step, None, shell_code(code))
+        try:
+            receipt = PrepareReceipt.model_validate_json(out.read_text(encoding="utf-8").rstrip().rsplit("\n", 1)[-1])
+        except ValidationError as error:
+            raise rundir.RunError(f"{out}: its last line is no receipt: {error.errors()[0]['msg']}") from None
+        refuse_other_rows(self.record, receipt, trained=self._trained())
+        self._keep(self.record.model_copy(update={"receipt": receipt}))
+        console.print(render.receipt(receipt))
+        return None
+
+    def _attempt(self) -> int | None:
+        """One attempt; None when another one follows."""
+        batch = next_batch(self._setting, self.record)
+        attempt = Attempt(
+            number=len(self.record.attempts) + 1,
+            world_size=batch.world_size,
+            micro_batch_size=batch.micro_batch_size,
+            gradient_accumulation_steps=batch.gradient_accumulation_steps,
+            start_time=rundir.now(),
+            node=platform.node(),
+        )
+        step = self._setting.folder.attempt(attempt.number)
+        step.begin(self._config(step, batch).model_dump_json(by_alias=True, exclude_none=True))
+        self._keep(self.record.with_attempt(attempt))
+        ended = self._train(attempt.number, step)
+        attempt = conclude(attempt, ended, step.log, rundir.now())
+        record = self.record.with_attempt(attempt)
+        if attempt.reason is Reason.COMPLETED:
+            word = ended.word or TerminationMessage(exit_code=ExitCode.DONE, reason=Reason.COMPLETED)
+            record = record.model_copy(update={"result": word})
+        self._keep(record)
+        return self._after(step, attempt, ended)
+
+    def _train(self, number: int, step: Step) -> Ended:
+        setting = self._setting
+        poller = Poller(step.path)
+        try:
+            with display_for(setting.console, number) as display:
+                watcher = Watcher(poller, display, setting.job.spec.training.evaluation.every_steps)
+                process = Process([*setting.commands.train, str(step.config)], step.log, setting.lock)
+                code, stopped = watch(process, self._stop, display.say, watcher.tick)
+        finally:
+            poller.close()
+        last = watcher.last
+        update: dict[str, object] = {}
+        if last:
+            update["tokens"] = {**self.record.tokens, number: last.tokens}
+        if self.record.first_eval_loss is None:
+            update["first_eval_loss"] = watcher.first_eval_loss
+        self.record = self.record.model_copy(update=update)
+        return Ended(code, stopped, step.last_word(), last)
+
+    def _after(self, step: Step, attempt: Attempt, ended: Ended) -> int | None:
+        """What follows; None for another attempt."""
+        console, policy = self._setting.console, self._setting.job.spec.policy
+        # Who types the command again has looked at what happened: each call has its own restarts.
+        following = after_attempt(policy, self.record.attempts[self._call_began_at :])
+        if isinstance(following, Finish):
+            if following.succeeded:
+                console.print(render.result(self.record, next_commands(self._setting.folder.path)))
+                return int(ExitCode.DONE)
+            return self._failed(step, ended.word, shell_code(ended.code), following.message, attempt)
+        if ended.stopped is not Stopped.NO:
+            return self._interrupted(attempt)
+        console.print(render.retry(attempt, following), soft_wrap=True)
+        self._stop.wait(following.wait_seconds)
+        return self._interrupted(attempt) if self._stop.asked else None
+
+    # ------------------------------------------------------------------------------------------------------ smaller
+
+    def _config(self, step: Step, batch: BatchSplit) -> TrainerConfig:
+        job, world = self._setting.job, self._setting.world
+        return TrainerConfig(
+            job=JobRef(name=job.metadata.name, namespace=job.metadata.namespace, uid=self.record.uid),
+            spec=job.spec,
+            attempt=len(self.record.attempts) + 1,
+            restarts=restarts(self.record.attempts),
+            batch=batch,
+            device=world.device,
+            ranks_per_worker=world.ranks,
+            gradient_checkpointing=local.checkpoints_gradients(job.spec, world),
+            checkpoint_uri=str(self._setting.folder.checkpoints),
+            cache_dir=str(self._setting.cache_dir),
+            termination_message_path=str(step.termination),
+            metrics_port=0,
+            metrics_host="127.0.0.1",
+            ports_dir=str(step.path),
+        )
+
+    def _keep(self, record: RunRecord) -> None:
+        self.record = record
+        self._setting.folder.write(record)
+
+    def _trained(self) -> bool:
+        return rundir.trained(self.record) or self._setting.folder.has_checkpoints()
+
+    def _interrupted(self, attempt: Attempt | None = None) -> int:
+        at = f" at step {attempt.last_step}" if attempt and attempt.last_step else ""
+        self._setting.console.print(f"Stopped{at}. The same command resumes this run.", style="bold", soft_wrap=True)
+        return INTERRUPTED
+
+    def _failed(
+        self, step: Step, word: TerminationMessage | None, code: int, message: str = "", last: Attempt | None = None
+    ) -> int:
+        word = word or step.last_word()
+        message = message or (word.message if word else f"Prepare ended with exit code {code} and left no last word")
+        tail = [] if word else step.log_tail(TAIL_LINES)
+        self._setting.console.print(
+            render.failure(reason_of(code) if word is None else word.reason, message, tail, step.log)
+        )
+        if last is not None:
+            self._setting.console.print(render.attempts(self.record.attempts))
+        return code
+
+
+# ------------------------------------------------------------------------------------------------------------ decisions
+
+
+def next_batch(setting: Setting, record: RunRecord) -> BatchSplit:
+    """How the next attempt cuts the global batch: as decided after the last one, unless the ranks are other ones."""
+    if not record.attempts or record.attempts[-1].world_size != setting.world.ranks:
+        return split_batch(setting.job.spec, setting.world.ranks)
+    last = record.attempts[-1]
+    following = after_attempt(setting.job.spec.policy, record.attempts)
+    if not isinstance(following, Finish):
+        return following.batch
+    return BatchSplit(
+        world_size=last.world_size,
+        micro_batch_size=last.micro_batch_size,
+        gradient_accumulation_steps=last.gradient_accumulation_steps,
+    )
+
+
+def conclude(attempt: Attempt, ended: Ended, log: Path, now: datetime) -> Attempt:
+    """The attempt with its end."""
+    code = shell_code(ended.code)
+    reason = reason_of(code)
+    word, report = ended.word, ended.report
+    message = word.message if word else f"The trainer ended with exit code {code} and left no last word; see {log}"
+    if ended.stopped is Stopped.KILLED and reason is not Reason.COMPLETED:
+        reason, message = Reason.PREEMPTED, "killed by a second Ctrl-C, without a checkpoint"
+    elif ended.stopped is Stopped.ASKED and code == shell_code(-signal.SIGTERM):  # before it could catch the signal
+        reason, message = Reason.PREEMPTED, "stopped before it had anything to checkpoint"
+    progress = word.progress if word and word.progress else report
+    return attempt.model_copy(
+        update={
+            "end_time": now,
+            "reason": reason,
+            "message": message if reason is not Reason.COMPLETED or word else "",
+            "exit_code": code,
+            "first_step": report.first_step if report else None,
+            "last_step": progress.step if progress else None,
+        }
+    )
+
+
+def refuse_other_rows(record: RunRecord, found: PrepareReceipt, *, trained: bool) -> None:
+    """A resumed run must see the rows it began with.
+
+    Raises:
+        RunError: the rows behind the same path are other ones.
+
+    """
+    if trained and record.receipt and record.receipt.data_hash != found.data_hash:
+        raise rundir.RunError(
+            f"the rows have changed since run {record.uid[:8]} began (data {record.receipt.data_hash[:12]} →"
+            f" {found.data_hash[:12]}), and a resumed run must match its checkpoint; put the rows back,"
+            f" use another metadata.name, or --fresh"
+        )
+
+
+def shell_code(code: int) -> int:
+    """Popen's exit code as shells and Kubernetes count: 128 + signal."""
+    return code if code >= 0 else 128 - code
+
+
+def next_commands(folder: Path) -> list[str]:
+    """What to do with an adapter."""
+    where = "" if folder.parent == Path("runs").absolute() else f" --runs-dir {folder.parent}"
+    return [f'qlora generate --run {folder.name}{where} --prompt "…"']

@@ -1,0 +1,101 @@
+"""What this machine can train on. NVML answers in milliseconds where torch takes seconds to load."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from qlora_api.errors import FieldMistake
+from qlora_cli import words
+
+CPU_RANKS = 2
+"""Enough to go through all that several ranks do, few enough for any laptop."""
+MOST_RANKS = 1024
+
+
+@dataclass(frozen=True)
+class Gpu:
+    uuid: str
+    name: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs that a process started here would see."""
+
+    gpus: tuple[Gpu, ...] = ()
+    note: str = ""
+    """Why there are none, where that is not plain."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run."""
+
+    device: Literal["CUDA", "CPU"]
+    ranks: int
+    words: str
+
+
+def look() -> Machine:
+    """Ask NVML for the GPUs, and the environment for those in use."""
+    # NVML's own rules of dates and stubs: it has no types, and is only there with the cli extra.
+    import pynvml  # noqa: PLC0415
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        silent = error.value in (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+        return Machine(note="" if silent else f"NVML does not answer: {error}")
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        gpus = tuple(
+            Gpu(pynvml.nvmlDeviceGetUUID(h), pynvml.nvmlDeviceGetName(h), pynvml.nvmlDeviceGetMemoryInfo(h).total)
+            for h in handles
+        )
+    except pynvml.NVMLError as error:
+        return Machine(note=f"NVML does not answer: {error}")
+    finally:
+        pynvml.nvmlShutdown()
+    seen = visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    hidden = f"CUDA_VISIBLE_DEVICES hides {len(gpus) - len(seen)} of {len(gpus)} GPUs" if len(seen) < len(gpus) else ""
+    return Machine(seen, hidden)
+
+
+def visible(gpus: tuple[Gpu, ...], setting: str | None) -> tuple[Gpu, ...]:
+    """Apply CUDA_VISIBLE_DEVICES as CUDA does: indices or UUID prefixes; the first that names no GPU ends the list."""
+    if setting is None:
+        return gpus
+    seen: list[Gpu] = []
+    for entry in setting.split(","):
+        name = entry.strip()
+        if name.isdecimal():
+            named = gpus[int(name) : int(name) + 1]
+        else:
+            named = tuple(g for g in gpus if name.startswith("GPU-") and g.uuid.startswith(name))
+        if len(named) != 1 or named[0] in seen:
+            break
+        seen += named
+    return tuple(seen)
+
+
+def choose_world(machine: Machine, ranks: int | None) -> World:
+    """All GPUs, or two CPU processes; ``ranks`` overrides the number.
+
+    Raises:
+        FieldMistake: more ranks than GPUs.
+
+    """
+    if ranks is not None and not 1 <= ranks <= MOST_RANKS:
+        raise FieldMistake("--ranks", ranks, f"must be 1 to {MOST_RANKS}")
+    if not machine.gpus:
+        count = ranks or CPU_RANKS
+        return World("CPU", count, f"{count} CPU process{'es' if count > 1 else ''}, no GPU")
+    most = len(machine.gpus)
+    if ranks is not None and ranks > most:
+        raise FieldMistake("--ranks", ranks, f"must be at most {most}: one for each GPU")
+    count = ranks or most
+    kinds = sorted({f"{g.name} ({words.size(g.memory_bytes)})" for g in machine.gpus[:count]})
+    return World("CUDA", count, f"{count} × {', '.join(kinds)}")

@@ -1,0 +1,192 @@
+"""What a training says of itself while it runs: asked over HTTP, shown live on a terminal, in plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Protocol
+
+import httpx
+from pydantic import ValidationError
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from qlora_api.contract import ProgressReport
+from qlora_cli import words
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+    from typing import Self
+
+    from rich.console import Console, RenderableType
+
+POLL_SECONDS = 0.5
+ANSWER_SECONDS = 1.0
+"""A rank that takes longer is busy; the next question comes soon."""
+LINE_SECONDS = 10.0
+"""Between plain lines when nothing but the step changes."""
+
+
+class Poller:
+    """Asks rank 0 of a trainer on this machine."""
+
+    def __init__(self, ports_dir: Path) -> None:
+        self._port_file = ports_dir / "rank-0.port"
+        # No proxy of the environment stands between this machine and itself.
+        self._client = httpx.Client(timeout=ANSWER_SECONDS, trust_env=False)
+
+    def ask(self) -> ProgressReport | None:
+        """The newest report; None before the rank serves, while it is busy, and after it is gone."""
+        try:
+            port = int(self._port_file.read_text())
+            answer = self._client.get(f"http://127.0.0.1:{port}/progress")
+            return ProgressReport.model_validate_json(answer.raise_for_status().content)
+        except (OSError, ValueError, httpx.HTTPError, ValidationError):
+            return None  # the training is what counts; nothing about its display may end it
+
+    def close(self) -> None:
+        self._client.close()
+
+
+class Display(Protocol):
+    """Where progress is shown. A context manager."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+    def show(self, report: ProgressReport | None) -> None:
+        """Show the newest report; None: the trainer does not answer yet."""
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+
+
+def display_for(console: Console, attempt: int) -> Display:
+    return LiveDisplay(console, attempt) if console.is_terminal else PlainDisplay(console, attempt)
+
+
+class Watcher:
+    """Polls now and then, shows what it hears, and remembers what outlives the trainer."""
+
+    def __init__(self, poller: Poller, display: Display, every_steps: int | None) -> None:
+        self.last: ProgressReport | None = None
+        self.first_eval_loss: str | None = None
+        self._poller = poller
+        self._display = display
+        self._every_steps = every_steps
+        self._next = 0.0
+
+    def tick(self) -> None:
+        """Ask and show, if it is time."""
+        if time.monotonic() < self._next:
+            return
+        report = self._poller.ask()
+        self.last = report or self.last
+        if report and self.first_eval_loss is None and before_second_evaluation(report, self._every_steps):
+            self.first_eval_loss = report.eval_loss
+        self._display.show(report or self.last)
+        self._next = time.monotonic() + POLL_SECONDS
+
+
+def before_second_evaluation(report: ProgressReport, every_steps: int | None) -> bool:
+    """Whether the eval loss in a report can only be that from before the first step."""
+    if report.first_step:
+        return False
+    return report.step < every_steps if every_steps else float(report.epoch) < 1
+
+
+# ------------------------------------------------------------------------------------------------------------- in words
+
+
+def figures(report: ProgressReport) -> list[tuple[str, str]]:
+    """What is known, as label and value."""
+    known = (
+        ("epoch", report.epoch if report.step else None),
+        ("loss", report.loss),
+        ("eval", report.eval_loss),
+        ("lr", report.learning_rate),
+        ("tokens/s", words.number(float(report.tokens_per_second)) if report.tokens_per_second else None),
+        ("left", words.duration(report.eta_seconds) if report.eta_seconds is not None else None),
+    )
+    return [(label, value) for label, value in known if value is not None]
+
+
+def plain_line(report: ProgressReport) -> str:
+    """One line for a log."""
+    return "  ".join(
+        [f"{report.section}", f"step {report.step}/{report.total_steps}", *(f"{k} {v}" for k, v in figures(report))]
+    )
+
+
+def memory_line(report: ProgressReport) -> str:
+    """Measured memory by component, the peak last."""
+    return " · ".join(f"{words.spaced(name)} {words.size(count)}" for name, count in report.memory.measured.items())
+
+
+class PlainDisplay:
+    """Lines without escape codes: every few seconds, and whenever the section changes or an evaluation comes."""
+
+    def __init__(self, console: Console, attempt: int) -> None:
+        self._console = console
+        self._attempt = attempt
+        self._shown: tuple[object, ...] = ()
+        self._next = 0.0
+
+    def __enter__(self) -> Self:
+        self.say(f"Attempt {self._attempt}: starting")
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        pass
+
+    def show(self, report: ProgressReport | None) -> None:
+        if report is None:
+            return
+        event = (report.section, report.eval_loss)
+        if event == self._shown and time.monotonic() < self._next:
+            return
+        self._shown = event
+        self._next = time.monotonic() + LINE_SECONDS
+        self.say(plain_line(report))
+
+    def say(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True)
+
+
+class LiveDisplay:
+    """A bar and the figures, redrawn in place; gone at the end, when the results are printed."""
+
+    def __init__(self, console: Console, attempt: int) -> None:
+        self._console = console
+        self._attempt = attempt
+        self._live = Live(self._render(None), console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._live.stop()
+
+    def show(self, report: ProgressReport | None) -> None:
+        self._live.update(self._render(report))
+
+    def say(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True)
+
+    def _render(self, report: ProgressReport | None) -> RenderableType:
+        if report is None:
+            return Text(f"Attempt {self._attempt} · starting …", style="dim")
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            Text(f"Attempt {self._attempt} · {report.section}", style="bold"),
+            ProgressBar(total=max(report.total_steps, 1), completed=report.step, width=40),
+            f"step {report.step}/{report.total_steps}",
+        )
+        line = Text("   ").join(Text.assemble((f"{label} ", "dim"), value) for label, value in figures(report))
+        memory = [Text(memory_line(report), style="dim")] if report.memory.measured else []
+        return Group(head, line, *memory)

@@ -1,0 +1,271 @@
+"""Tables and paragraphs that 'qlora run' prints. No decisions, no I/O but the console."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from qlora_api.spec import LossOn, QLoRAJobSpec, QuantizationType
+from qlora_api.status import Memory, MemoryComponent
+from qlora_cli import local, words
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from rich.console import RenderableType
+
+    from qlora_api.batch import BatchSplit
+    from qlora_api.contract import PrepareReceipt
+    from qlora_api.lifecycle import Retry
+    from qlora_api.status import Attempt, Reason
+    from qlora_cli.machine import World
+    from qlora_cli.rundir import RunRecord
+
+LOG_WIDTH = 120
+"""Columns where there is no terminal to ask."""
+SAMPLE_CHARACTERS = 800
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that prints text as it is: brackets and colons of users' values are no markup."""
+    made = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    if not made.is_terminal:
+        made.width = LOG_WIDTH
+    return made
+
+
+def facts(rows: Sequence[tuple[str, str]]) -> Table:
+    """Label and value, two columns."""
+    table = Table.grid(padding=(0, 3))
+    for label, value in rows:
+        table.add_row(Text(label, style="dim"), value)
+    return table
+
+
+# ----------------------------------------------------------------------------------------------------------- before it
+
+
+def plan(record: RunRecord, spec: QLoRAJobSpec, world: World, batch: BatchSplit, folder: Path) -> Table:
+    """What will happen."""
+    number = len(record.attempts) + 1
+    name = f"{record.name} (run {record.uid[:8]}" + (f", attempt {number}: resumes)" if number > 1 else ")")
+    rows = [
+        ("Job", name),
+        ("Model", spec.model.source),
+        ("Data", _data(spec)),
+        ("Quantization", _quantization(spec)),
+        ("Adapter", _adapter(spec)),
+        ("Batch", batch_equation(batch)),
+        ("Schedule", _schedule(spec)),
+        ("Machine", _machine(spec, world)),
+        ("Checkpoints", f"{_cadence(spec)}, in {folder / 'checkpoints'}"),
+        ("Output", spec.output.destination + (", with the merged model" if spec.output.merge != "None" else "")),
+    ]
+    ignored = local.unused(spec)
+    if ignored:
+        rows.append(("Not used here", "; ".join(ignored)))
+    return facts(rows)
+
+
+def batch_equation(batch: BatchSplit) -> str:
+    return (
+        f"{batch.global_batch_size} sequences = {batch.micro_batch_size} micro-batch"
+        f" × {batch.gradient_accumulation_steps} accumulation × {batch.world_size} ranks"
+    )
+
+
+def _data(spec: QLoRAJobSpec) -> str:
+    data = spec.dataset
+    held_out = "no evaluation rows"
+    if data.eval is not None:
+        held_out = f"evaluation {data.eval.source}" if data.eval.source else f"{data.eval.fraction} held out"
+    targets = {
+        LossOn.ALL: "all tokens count",
+        LossOn.COMPLETION: "completions count",
+        LossOn.ASSISTANT: "the assistant's tokens count",
+    }
+    packing = "packed" if data.packing else "not packed"
+    return (
+        f"{data.train.source}, {data.format}, {held_out}; {targets[data.effective_loss_on]};"
+        f" {packing}, up to {data.max_length} tokens"
+    )
+
+
+def _quantization(spec: QLoRAJobSpec) -> str:
+    q = spec.quantization
+    if q.type is QuantizationType.NONE:
+        return f"none, computes in {q.compute_type}"
+    four_bit = q.type in (QuantizationType.NF4, QuantizationType.FP4)
+    return (
+        q.type
+        + (" with double quantization" if four_bit and q.double_quantization else "")
+        + f", computes in {q.compute_type}"
+    )
+
+
+def _adapter(spec: QLoRAJobSpec) -> str:
+    lora = spec.lora
+    kind = "DoRA" if lora.dora else "LoRA"
+    layers = ", ".join(lora.target_modules) if lora.target_modules else "all linear layers but the head"
+    stabilized = ", rank-stabilized" if lora.rank_stabilized else ""
+    return f"{kind} of rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout}{stabilized}, on {layers}"
+
+
+def _schedule(spec: QLoRAJobSpec) -> str:
+    t = spec.training
+    length = f"{t.max_steps} steps" if t.max_steps else f"{t.epochs} epoch{'s' if t.epochs != 1 else ''}"
+    warmup = f" after {t.warmup_steps} steps of warmup" if t.warmup_steps else ""
+    return f"{length}, learning rate {t.learning_rate} {t.schedule}{warmup}, {t.optimizer}"
+
+
+def _machine(spec: QLoRAJobSpec, world: World) -> str:
+    zero = f"ZeRO stage {spec.parallelism.zero_stage}"
+    recompute = "activations recomputed" if local.checkpoints_gradients(spec, world) else "activations kept"
+    return f"{world.words}; {zero}, {recompute}"
+
+
+def _cadence(spec: QLoRAJobSpec) -> str:
+    c = spec.checkpoint
+    steps = f"every {c.every_steps} steps" if c.every_steps else "once an epoch"
+    return f"{steps} and every {c.every_minutes} min, the newest {c.keep} kept"
+
+
+def receipt(found: PrepareReceipt) -> RenderableType:
+    """What Prepare found in the rows, with one of them."""
+    lost = [
+        f"{words.number(count)} {what}"
+        for count, what in (
+            (found.truncated, "truncated"),
+            (found.dropped, "dropped as too long"),
+            (found.fully_masked, "left out as no token counts"),
+        )
+        if count
+    ]
+    share = found.train_target_tokens / found.train_tokens if found.train_tokens else 0
+    rows = [
+        ("Training rows", f"{words.number(found.train_rows)} in {words.number(found.train_sequences)} sequences"),
+        (
+            "Tokens",
+            f"{words.number(found.train_tokens)}, {share:.0%} of them count; longest row {words.number(found.longest)}",
+        ),
+        ("Slots filled", f"{found.packing_efficiency:.1%}"),
+        ("Rows cut or lost", ", ".join(lost) or "none"),
+    ]
+    if found.duplicates:
+        rows.append(("Repeated", f"{words.number(found.duplicates)} training rows repeat an earlier one"))
+    if found.eval_rows:
+        known = f"; {words.number(found.eval_in_train)} of them are training rows too" if found.eval_in_train else ""
+        rows.append(
+            ("Evaluation", f"{words.number(found.eval_rows)} rows, {words.number(found.eval_tokens)} tokens{known}")
+        )
+    parts: list[RenderableType] = [facts(rows)]
+    for sample in found.samples[:1]:
+        text = sample if len(sample) <= SAMPLE_CHARACTERS else f"{sample[:SAMPLE_CHARACTERS]} …"
+        parts.append(
+            Panel(Text(text), title=Text("A row; tokens between ⟦ and ⟧ count"), title_align="left", border_style="dim")
+        )
+    return Group(*parts)
+
+
+# ---------------------------------------------------------------------------------------------------------- between
+
+
+def retry(ended: Attempt, following: Retry) -> str:
+    """Why there is another attempt, and what differs."""
+    what = [f"Attempt {ended.number} ended: {ended.reason}. {ended.message}".rstrip()]
+    if following.batch.micro_batch_size != ended.micro_batch_size:
+        what.append(f"The next attempt takes smaller portions: {batch_equation(following.batch)}.")
+    when = f"in {words.duration(following.wait_seconds)}" if following.wait_seconds else "now"
+    what.append(f"Resuming from the last checkpoint {when}.")
+    return "\n".join(what)
+
+
+# --------------------------------------------------------------------------------------------------------- after it
+
+
+def attempts(ended: Sequence[Attempt]) -> Table:
+    """One row for each attempt."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for head in ("Attempt", "Ended", "Exit code", "Steps", "Batch", "Took"):
+        table.add_column(head)
+    for a in ended:
+        took = words.duration((a.end_time - a.start_time).total_seconds()) if a.end_time else ""
+        steps = f"{a.first_step or 0} → {a.last_step}" if a.last_step is not None else ""
+        code = "" if a.exit_code is None else str(a.exit_code)
+        batch = f"{a.micro_batch_size} × {a.gradient_accumulation_steps} × {a.world_size}"
+        table.add_row(str(a.number), str(a.reason or "runs"), code, steps, batch, took)
+    return table
+
+
+def memory(found: Memory) -> Table:
+    """Predicted and measured bytes per rank by component, the peak last."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("Memory per rank")
+    for head in ("Predicted", "Measured"):
+        table.add_column(head, justify="right")
+    names = sorted(found.predicted | found.measured, key=lambda name: name == MemoryComponent.PEAK)
+    for name in names:
+        cells = (words.size(by[name]) if name in by else "" for by in (found.predicted, found.measured))
+        table.add_row(words.spaced(name), *cells)
+    return table
+
+
+def result(record: RunRecord, next_commands: Sequence[str]) -> Group:
+    """The end of a run that succeeded."""
+    parts: list[RenderableType] = [Text(f"{record.name} is done.", style="bold green"), facts([*_results(record)])]
+    if record.result and record.result.memory and (record.result.memory.measured or record.result.memory.predicted):
+        parts += ["", memory(record.result.memory)]
+    if len(record.attempts) > 1:
+        parts += ["", attempts(record.attempts)]
+    return Group(
+        *parts,
+        "",
+        Text("Next:", style="dim"),
+        *(Text(f"  {c}", no_wrap=True, overflow="ignore") for c in next_commands),
+    )
+
+
+def _results(record: RunRecord) -> Iterator[tuple[str, str]]:
+    word = record.result
+    if word and word.adapter:
+        yield "Adapter", word.adapter.uri
+        yield "Manifest", f"{word.adapter.manifest_uri} (sha256 {word.adapter.manifest_sha256[:12]}…)"
+    progress = word.progress if word else None
+    if progress:
+        yield "Steps", f"{progress.step} of {progress.total_steps}, {progress.epoch} epochs"
+        if progress.eval_loss:
+            before = f"{record.first_eval_loss} → " if record.first_eval_loss else ""
+            best = (
+                f" (best {progress.best_eval_loss})"
+                if progress.best_eval_loss not in (None, progress.eval_loss)
+                else ""
+            )
+            yield "Eval loss", f"{before}{progress.eval_loss}{best}"
+        elif progress.loss:
+            yield "Training loss", f"{progress.loss} (no evaluation rows)"
+    if word and word.message:
+        yield "In its words", word.message
+    ended = [(a, (a.end_time - a.start_time).total_seconds()) for a in record.attempts if a.end_time]
+    wall = sum(seconds for _, seconds in ended)
+    ranks = sum(seconds * a.world_size for a, seconds in ended) / 3600
+    kind = "GPU-hours" if record.device == "CUDA" else "CPU-rank-hours"
+    yield "Time", f"{words.duration(wall)}, {ranks:.3g} {kind}"
+    tokens = sum(record.tokens.values())
+    if tokens:
+        yield "Tokens trained on", words.number(tokens)
+
+
+def failure(reason: Reason, message: str, tail: Sequence[str], log: Path) -> Group:
+    """Why it ended, in the trainer's own words; without them, with the end of its log."""
+    parts: list[RenderableType] = [Text(f"Failed: {reason}", style="bold red"), message]
+    if tail:
+        parts += [
+            Text("The last lines of the log:", style="dim"),
+            *(Text(f"  {line}", overflow="fold") for line in tail),
+        ]
+    return Group(*parts, Text(f"Log: {log}", no_wrap=True, overflow="ignore"))

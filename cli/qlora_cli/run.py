@@ -1,0 +1,120 @@
+"""``qlora run``: find out what to do, say it, do it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_api.batch import split_batch
+from qlora_api.errors import FieldMistake
+from qlora_cli import local, loop, machine, manifest, render, rundir
+from qlora_cli.attempt import Commands, stop_on_signals
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qlora_api.job import QLoRAJob
+    from qlora_cli.machine import Machine, World
+    from qlora_cli.rundir import Folder, RunRecord
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line of one call."""
+
+    manifest: Path
+    runs_dir: Path = Path("runs")
+    ranks: int | None = None
+    fresh: bool = False
+    overrides: tuple[str, ...] = ()
+
+
+def run(request: Request, console: Console, commands: Commands, here: Machine | None = None) -> int:
+    """Run or resume a job on this machine; the exit code of the call.
+
+    Raises:
+        RefusedError, ManifestError, FieldMistake: the manifest cannot be run here.
+        RunError: the run is in use, another one, or damaged.
+
+    """
+    job = manifest.one_job(request.manifest, request.overrides)
+    here = here or machine.look()
+    world = machine.choose_world(here, request.ranks)
+    spec = local.localize(job.spec, Path.cwd())
+    job = job.model_copy(update={"spec": spec})
+    _require_even_split(job, world)
+    if here.note:
+        console.print(f"Note: {here.note}", soft_wrap=True)
+    with rundir.locked(request.runs_dir, job.metadata.name) as lock:
+        folder = rundir.Folder(request.runs_dir.absolute() / job.metadata.name)
+        record = _open(folder, job, console, fresh=request.fresh)
+        if record.finished:
+            console.print(render.result(record, loop.next_commands(folder.path)))
+            return 0
+        record = record.model_copy(update={"device": world.device})
+        folder.write(record)
+        setting = loop.Setting(job, world, folder, cache_dir(), commands, lock, console)
+        console.print(render.plan(record, spec, world, loop.next_batch(setting, record), folder.path))
+        with stop_on_signals() as stop:
+            return loop.Run(setting, record, stop).go()
+
+
+def cache_dir() -> Path:
+    """Fetched models, fetched rows and tokenized rows, shared by runs."""
+    named = os.environ.get("QLORA_CACHE")
+    return Path(named).expanduser().absolute() if named else Path.home() / ".cache" / "qlora-operator"
+
+
+def _require_even_split(job: QLoRAJob, world: World) -> None:
+    """Refuse ranks that cannot share the global batch, and name numbers that can."""
+    try:
+        split_batch(job.spec, world.ranks)
+    except FieldMistake as mistake:
+        fitting = [n for n in range(world.ranks, 0, -1) if _splits(job, n)]
+        hint = f", or pass --ranks {fitting[0]}" if fitting else ""
+        raise FieldMistake(mistake.field, mistake.value, f"{mistake.allowed}{hint}") from None
+
+
+def _splits(job: QLoRAJob, ranks: int) -> bool:
+    try:
+        split_batch(job.spec, ranks)
+    except FieldMistake:
+        return False
+    return True
+
+
+def _open(folder: Folder, job: QLoRAJob, console: Console, *, fresh: bool) -> RunRecord:
+    """The record to go on with; a new one where there is none, or it is put aside."""
+    name, spec = job.metadata.name, job.spec
+    record = None if fresh else _read(folder)
+    trained = rundir.trained(record) or folder.has_checkpoints()
+    match rundir.opening(record, spec, trained=trained):
+        case rundir.Refuse(changed):
+            lines = "\n".join(f"  {change}" for change in changed)
+            raise rundir.RunError(
+                f"{folder.path} holds a run of another spec, and a resumed run must match its checkpoint:\n{lines}\n"
+                "Use another metadata.name, or --fresh to put that run aside and start anew."
+            )
+        case rundir.Resume(found) | rundir.Finished(found):
+            return found
+        case rundir.Begin():
+            if folder.path.exists():
+                console.print(f"The folder of an earlier run is now {folder.move_aside(rundir.now())}", soft_wrap=True)
+            return rundir.new_record(name, spec, rundir.now())
+
+
+def _read(folder: Folder) -> RunRecord | None:
+    """The record, with the end of an attempt that nobody saw end."""
+    record = folder.read()
+    if record is None or not record.attempts or record.attempts[-1].end_time is not None:
+        return record
+    step = folder.attempt(record.attempts[-1].number)
+    return rundir.orphaned(record, step.last_word(), _last_sign_of_life(step))
+
+
+def _last_sign_of_life(step: rundir.Step) -> datetime:
+    times = [path.stat().st_mtime for path in (step.termination, step.log, step.config) if path.exists()]
+    return datetime.fromtimestamp(max(times), UTC) if times else rundir.now()

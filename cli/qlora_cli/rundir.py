@@ -1,0 +1,348 @@
+"""The folder of one local run: what is in it, and what it means for the next call.
+
+::
+
+    runs/<job name>/
+    ├── run.json             RunRecord
+    ├── prepare/             config.json, log.txt, termination.json
+    ├── attempt-1/           config.json, log.txt, termination.json, rank-0.port
+    └── checkpoints/
+    runs/.<job name>.lock    held while a run or its trainer lives
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import uuid
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, ValidationError
+
+from qlora_api.base import Model
+from qlora_api.contract import PrepareReceipt, TerminationMessage
+from qlora_api.spec import QLoRAJobSpec  # noqa: TC001 pydantic needs it while running
+from qlora_api.status import Attempt, Count, Decimal, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+class RunError(ValueError):
+    """A run that cannot start or go on; ``str()`` says what to do."""
+
+
+class RunRecord(Model):
+    """``run.json``: all that is known of a run."""
+
+    name: str
+    uid: str
+    created: datetime
+    spec: QLoRAJobSpec
+    immutable_hash: str
+    device: Literal["CUDA", "CPU"] = "CPU"
+    """What the newest attempt ran on."""
+    attempts: list[Attempt] = []
+    receipt: PrepareReceipt | None = None
+    first_eval_loss: Decimal | None = None
+    """Before the first step."""
+    tokens: dict[int, Count] = Field({})
+    """Real tokens of each attempt, over all ranks, as last heard."""
+    result: TerminationMessage | None = None
+    """The last word of the attempt that completed the run."""
+
+    @property
+    def finished(self) -> bool:
+        return self.result is not None
+
+    def with_attempt(self, attempt: Attempt) -> RunRecord:
+        """Add an attempt, or put it in the place of the one with its number."""
+        others = [a for a in self.attempts if a.number != attempt.number]
+        return self.model_copy(update={"attempts": [*others, attempt]})
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where the parts of a run are."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def prepare(self) -> Step:
+        return Step(self.path / "prepare")
+
+    def attempt(self, number: int) -> Step:
+        return Step(self.path / f"attempt-{number}")
+
+    def read(self) -> RunRecord | None:
+        """The record; None where there is no run.
+
+        Raises:
+            RunError: the record is damaged.
+
+        """
+        try:
+            return RunRecord.model_validate_json((self.path / "run.json").read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise RunError(
+                f"{self.path / 'run.json'} cannot be understood ({where}: {first['msg']}); --fresh starts anew"
+            ) from None
+
+    def write(self, record: RunRecord) -> None:
+        """Replace the record as a whole, so that a crash leaves the old one or the new one."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        _replace(self.path / "run.json", record.model_dump_json(by_alias=True, exclude_none=True, indent=1))
+
+    def has_checkpoints(self) -> bool:
+        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+
+    def move_aside(self, now: datetime) -> Path:
+        """Give the folder another name; nothing is deleted."""
+        stamp = now.strftime("%Y%m%d-%H%M%S")
+        target = self.path.with_name(f"{self.path.name}.old-{stamp}")
+        count = 1
+        while target.exists():
+            count += 1
+            target = self.path.with_name(f"{self.path.name}.old-{stamp}-{count}")
+        return self.path.rename(target)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The files of one process: Prepare, or an attempt."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def termination(self) -> Path:
+        return self.path / "termination.json"
+
+    def begin(self, config: str) -> None:
+        """Write the config; what an earlier try left must not be taken for this one's."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for stale in (self.termination, self.log, *self.path.glob("rank-*.port")):
+            stale.unlink(missing_ok=True)
+        _replace(self.config, config)
+
+    def last_word(self) -> TerminationMessage | None:
+        """The termination message; None where the process left none that can be read."""
+        try:
+            return TerminationMessage.model_validate_json(self.termination.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+
+    def log_tail(self, lines: int) -> list[str]:
+        """The last lines of the log, from its last 64 KiB."""
+        try:
+            with self.log.open("rb") as log:
+                log.seek(max(0, self.log.stat().st_size - 65536))
+                return log.read().decode(errors="replace").splitlines()[-lines:]
+        except FileNotFoundError:
+            return []
+
+
+# ------------------------------------------------------------------------------------------------------------ decisions
+
+
+@dataclass(frozen=True)
+class Change:
+    """A field that may not change and did."""
+
+    field: str
+    old: object
+    new: object
+
+    def __str__(self) -> str:
+        return f"{self.field}: {_show(self.old)} → {_show(self.new)}"
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Start a new run; a folder that is there is put aside."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    record: RunRecord
+
+
+@dataclass(frozen=True)
+class Finished:
+    record: RunRecord
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """The run there is another one."""
+
+    changes: tuple[Change, ...]
+
+
+def opening(record: RunRecord | None, spec: QLoRAJobSpec, *, trained: bool) -> Begin | Resume | Finished | Refuse:
+    """Decide what a call goes on with. ``trained``: there is something to lose, a step taken or a checkpoint."""
+    if record is None:
+        return Begin()
+    changed = changes(record.spec, spec) if immutable_hash(spec) != record.immutable_hash else ()
+    if changed and trained:
+        return Refuse(changed)
+    if changed and record.attempts:
+        return Begin()
+    if record.finished:
+        return Finished(record)
+    return Resume(record.model_copy(update={"spec": spec, "immutable_hash": immutable_hash(spec)}))
+
+
+def new_record(name: str, spec: QLoRAJobSpec, now: datetime) -> RunRecord:
+    return RunRecord(name=name, uid=str(uuid.uuid4()), created=now, spec=spec, immutable_hash=immutable_hash(spec))
+
+
+def orphaned(record: RunRecord, word: TerminationMessage | None, ended: datetime) -> RunRecord:
+    """End the attempt that nobody saw end: 'qlora run' itself was killed, or the machine went down.
+
+    Its trainer may have gone on alone and left a last word; then that counts.
+    """
+    attempt = record.attempts[-1]
+    if word is None:
+        lost = "'qlora run' or the machine went down during this attempt"
+        return record.with_attempt(
+            attempt.model_copy(update={"end_time": ended, "reason": Reason.NODE_LOST, "message": lost})
+        )
+    step = word.progress.step if word.progress else attempt.last_step
+    update = {
+        "end_time": ended,
+        "reason": word.reason,
+        "message": word.message,
+        "exit_code": word.exit_code,
+        "last_step": step,
+    }
+    record = record.with_attempt(attempt.model_copy(update=update))
+    return record.model_copy(update={"result": word}) if word.reason is Reason.COMPLETED else record
+
+
+def trained(record: RunRecord | None) -> bool:
+    return record is not None and (record.finished or any(a.last_step for a in record.attempts))
+
+
+def immutable_hash(spec: QLoRAJobSpec) -> str:
+    """SHA-256 of the groups that may not change."""
+    plain = spec.to_json_dict()
+    groups = {name: plain.get(name) for name in sorted(spec.immutable)}
+    return hashlib.sha256(json.dumps(groups, sort_keys=True).encode()).hexdigest()
+
+
+def changes(old: QLoRAJobSpec, new: QLoRAJobSpec) -> tuple[Change, ...]:
+    """Fields of the immutable groups that differ."""
+    before, after = _flat(old), _flat(new)
+    return tuple(
+        Change(f"spec.{field}", before.get(field), after.get(field))
+        for field in sorted(before.keys() | after.keys())
+        if before.get(field) != after.get(field)
+    )
+
+
+def _flat(spec: QLoRAJobSpec) -> dict[str, object]:
+    flat: dict[str, object] = {}
+
+    def walk(prefix: str, value: object) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                walk(f"{prefix}.{name}", inner)
+        else:
+            flat[prefix] = value
+
+    plain = spec.to_json_dict()
+    for group in spec.immutable:
+        walk(group, plain.get(group))
+    return flat
+
+
+def _show(value: object) -> str:
+    return "not set" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+# ------------------------------------------------------------------------------------------------------------ the lock
+
+
+@dataclass(frozen=True)
+class Lock:
+    """Held as long as this process, or a trainer that it handed ``descriptor`` to, lives."""
+
+    descriptor: int
+
+    def name_holders(self, *pids: int) -> None:
+        """Leave word of who holds it."""
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, " ".join(str(pid) for pid in pids).encode(), 0)
+
+
+@contextmanager
+def locked(runs: Path, name: str) -> Iterator[Lock]:
+    """Keep every other 'qlora run' away from a run.
+
+    Raises:
+        RunError: it is in use; names the process.
+
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(runs / f".{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(_in_use(runs / name, os.pread(descriptor, 64, 0).decode(errors="replace"))) from None
+        lock = Lock(descriptor)
+        lock.name_holders(os.getpid())
+        yield lock
+    finally:
+        os.close(descriptor)
+
+
+def _in_use(folder: Path, holders: str) -> str:
+    alive = [pid for pid in holders.split() if pid.isdecimal() and _lives(int(pid))]
+    who = f" by process {alive[0]}; 'kill {alive[0]}' stops it with a checkpoint" if alive else ""
+    return f"{folder} is in use{who}"
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

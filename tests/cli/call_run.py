@@ -1,0 +1,20 @@
+"""'qlora run' with a fake trainer, as a process that can be sent signals: call_run.py PLAN.json MANIFEST [--fresh]"""
+
+import sys
+from pathlib import Path
+
+from qlora_cli import render
+from qlora_cli.attempt import Commands
+from qlora_cli.machine import Machine
+from qlora_cli.run import Request, run
+
+FAKE = Path(__file__).with_name("fake_trainer.py")
+
+
+def commands(plan):
+    return Commands(*((sys.executable, str(FAKE), what, str(plan)) for what in ("prepare", "train", "generate")))
+
+
+if __name__ == "__main__":
+    request = Request(Path(sys.argv[2]), fresh="--fresh" in sys.argv)
+    sys.exit(run(request, render.console(), commands(sys.argv[1]), Machine()))

@@ -1,0 +1,92 @@
+"""What is shown while a training runs."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from qlora_api.contract import ProgressReport
+from qlora_api.status import Memory
+from qlora_cli import words
+from qlora_cli.progress import LiveDisplay, PlainDisplay, Poller, before_second_evaluation, display_for, plain_line
+
+
+def report(**more):
+    fields = {"job": "quick", "attempt": 1, "section": "Train", "memory": Memory(), "step": 3, "total_steps": 9, **more}
+    return ProgressReport(**fields)
+
+
+def console(**more):
+    return Console(file=io.StringIO(), width=120, markup=False, highlight=False, **more)
+
+
+def test_only_what_is_known_is_shown():
+    assert plain_line(report(section="Load", step=0)) == "Load  step 0/9"
+    assert (
+        plain_line(report(loss="1.5", epoch="0.33", eta_seconds=7))
+        == "Train  step 3/9  epoch 0.33  loss 1.5  left 7.0 s"
+    )
+
+
+def test_plain_lines_come_with_events_and_not_with_every_step():
+    out = console()
+    display = PlainDisplay(out, 1)
+    for shown in (None, report(), report(step=4), report(step=5, eval_loss="2"), report(step=6, eval_loss="2")):
+        display.show(shown)
+    display.show(report(step=6, eval_loss="2", section="Publish"))
+    steps = [line.split()[2] for line in out.file.getvalue().splitlines()]
+    assert steps == ["3/9", "5/9", "6/9"]
+
+
+def test_a_terminal_gets_a_live_display_with_memory():
+    out = console(force_terminal=True)
+    display = display_for(out, 2)
+    assert isinstance(display, LiveDisplay)
+    with display:
+        display.show(report(memory=Memory(measured={"quantizedWeights": 1 << 30, "peak": 3 << 30})))
+        display.say("checkpointing …")
+    said = out.file.getvalue()
+    for part in ("Attempt 2", "step 3/9", "quantized weights 1.00 GiB · peak 3.00 GiB", "checkpointing …"):
+        assert part in said
+
+
+def test_no_terminal_gets_plain_lines():
+    assert isinstance(display_for(console(), 1), PlainDisplay)
+
+
+@pytest.mark.parametrize("content", [None, "", "nonsense", "1"])
+def test_a_rank_that_does_not_answer_is_no_error(tmp_path, content):
+    if content is not None:
+        (tmp_path / "rank-0.port").write_text(content)
+    poller = Poller(tmp_path)
+    assert poller.ask() is None
+    poller.close()
+
+
+@pytest.mark.parametrize(
+    ("seen", "every_steps", "want"),
+    [
+        pytest.param(report(step=3), 4, True, id="before-the-second"),
+        pytest.param(report(step=4), 4, False, id="at-the-second"),
+        pytest.param(report(step=3, epoch="0.9"), None, True, id="first-epoch"),
+        pytest.param(report(step=3, epoch="1.0"), None, False, id="epoch-done"),
+        pytest.param(report(step=3, first_step=2), 4, False, id="resumed"),
+    ],
+)
+def test_the_loss_before_training_is_only_taken_when_it_must_be_that(seen, every_steps, want):
+    assert before_second_evaluation(seen, every_steps) is want
+
+
+@pytest.mark.parametrize(
+    ("value", "want"),
+    [(0.04, "0.0 s"), (9.96, "10.0 s"), (59.7, "1 min 0 s"), (75, "1 min 15 s"), (7500, "2 h 5 min")],
+)
+def test_durations(value, want):
+    assert words.duration(value) == want
+
+
+@pytest.mark.parametrize(
+    ("value", "want"), [(512, "512 B"), (2048, "2 KiB"), (3 << 29, "1.50 GiB"), (5 << 40, "5.00 TiB")]
+)
+def test_sizes(value, want):
+    assert words.size(value) == want
