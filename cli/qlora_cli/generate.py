@@ -1,0 +1,185 @@
+"""``qlora generate``: what the base, the adapter and the merged model answer, side by side."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from qlora_cli import rundir
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from rich.console import Console, RenderableType
+
+    from qlora_cli.attempt import Commands
+
+TAIL_LINES = 20
+
+
+class GenerateError(ValueError):
+    """Nothing can be generated; ``str()`` says what to do."""
+
+
+class Answer(BaseModel):
+    """One line of the trainer's output."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    prompt: str
+    base: str | None = None
+    adapter: str | None = None
+    merged: str | None = None
+
+
+@dataclass(frozen=True)
+class Models:
+    """What answers."""
+
+    base: str
+    adapter: str
+    merged: str | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    prompts: tuple[str, ...]
+    max_new_tokens: int
+    sample: bool
+
+
+def choose_models(adapter: str | None, run: str | None, runs_dir: Path, base: str | None, merged: str | None) -> Models:
+    """What answers, from exactly one of an adapter and a run.
+
+    Raises:
+        GenerateError: both or neither, or they do not lead to a base and an adapter.
+
+    """
+    if (adapter is None) == (run is None):
+        raise GenerateError("give one of --adapter DIR and --run NAME")
+    if run is not None:
+        return models_of_run(runs_dir, run, base, merged)
+    return models_of_adapter(adapter or "", base, merged)
+
+
+def prompts(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
+    """Prompts of the command line, then those of a file, one a line.
+
+    Raises:
+        GenerateError: there are none, or the file cannot be read.
+
+    """
+    from_file: list[str] = []
+    if file is not None:
+        try:
+            from_file = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except OSError as error:
+            raise GenerateError(f"{file}: cannot be read: {error.strerror}") from None
+    every = (*given, *from_file)
+    if not every:
+        raise GenerateError("give a prompt with --prompt TEXT or --prompts-file FILE")
+    return every
+
+
+def models_of_run(runs_dir: Path, name: str, base: str | None, merged: str | None) -> Models:
+    """The base and the adapter of a finished run.
+
+    Raises:
+        GenerateError: no such run, or not finished.
+
+    """
+    record = rundir.Folder(runs_dir / name).read()
+    if record is None:
+        there = sorted(p.parent.name for p in runs_dir.glob("*/run.json"))
+        known = f"; there are {', '.join(there)}" if there else ""
+        raise GenerateError(f'no run "{name}" in {runs_dir}{known}')
+    if record.result is None or record.result.adapter is None:
+        raise GenerateError(f"run \"{name}\" has no adapter yet; 'qlora run' with its manifest goes on with it")
+    return Models(base or record.spec.model.source, record.result.adapter.uri, merged)
+
+
+def models_of_adapter(adapter: str, base: str | None, merged: str | None) -> Models:
+    """An adapter, and the base that its own config names.
+
+    Raises:
+        GenerateError: the base is not given and cannot be read from the adapter.
+
+    """
+    if base is None:
+        try:
+            config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
+            base = config.get("base_model_name_or_path")
+        except (OSError, ValueError) as error:
+            raise GenerateError(
+                f"{adapter}: its adapter_config.json cannot be read ({error}); name the base with --base"
+            ) from None
+    if not base:
+        raise GenerateError(f"{adapter}: its adapter_config.json names no base; name it with --base")
+    return Models(base, adapter, merged)
+
+
+def command(start: Sequence[str], models: Models, options: Options) -> list[str]:
+    """The process that answers; ``--option=value``, so that a prompt may begin with dashes."""
+    words = [*start, f"--base={models.base}", f"--adapter={models.adapter}"]
+    if models.merged:
+        words.append(f"--merged={models.merged}")
+    words += [f"--prompt={prompt}" for prompt in options.prompts]
+    words += [f"--max-new-tokens={options.max_new_tokens}", "--json"]
+    return [*words, "--sample"] if options.sample else words
+
+
+def generate(models: Models, options: Options, console: Console, commands: Commands) -> int:
+    """Ask and show each answer as it comes; the trainer's exit code."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
+    if not console.is_terminal:
+        console.print("Loading the models …")
+    with tempfile.TemporaryFile("w+") as errors, console.status("Loading the models …") as status:
+        process = subprocess.Popen(
+            command(commands.generate, models, options),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
+        )
+        with process:
+            for answer in _answers(process.stdout or ()):
+                console.print(show(answer))
+                status.update("Generating …")
+        if process.returncode:
+            console.print(*_tail(errors), sep="\n", soft_wrap=True)
+            console.print(f"The trainer ended with exit code {process.returncode}.", style="bold red")
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def show(answer: Answer) -> RenderableType:
+    """Columns for whoever answered."""
+    table = Table(expand=True, box=None, padding=(0, 2, 0, 0), header_style="bold")
+    texts = [(name, getattr(answer, name)) for name in ("base", "adapter", "merged")]
+    given = [(name, text) for name, text in texts if text is not None]
+    for name, _ in given:
+        table.add_column(name, ratio=1, overflow="fold")
+    table.add_row(*(Text(text.strip() or "(nothing)") for _, text in given))
+    return Panel(table, title=Text(answer.prompt.strip()), title_align="left", border_style="dim")
+
+
+def _answers(lines: Sequence[str] | IO[str]) -> Iterator[Answer]:
+    for line in lines:
+        try:
+            yield Answer.model_validate_json(line)
+        except ValidationError:
+            continue  # a library's own print, not ours
+
+
+def _tail(errors: IO[str]) -> list[str]:
+    errors.seek(0)
+    return errors.read().splitlines()[-TAIL_LINES:]

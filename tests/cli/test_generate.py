@@ -1,0 +1,83 @@
+"""Asking base, adapter and merged model."""
+
+import io
+import json
+import sys
+
+import pytest
+from rich.console import Console
+
+from qlora_cli import generate as asking
+from qlora_cli.attempt import Commands
+from qlora_cli.generate import GenerateError, Models, Options
+
+ANSWERS = """
+import json, sys
+print("a library says something")
+for word in sys.argv[1:]:
+    if word.startswith("--prompt="):
+        print(json.dumps({"prompt": word[9:], "base": "I do not know [/b].", "adapter": " ".join(sys.argv[1:])}))
+sys.exit(0)
+"""
+TWO_MODELS = Models("base", "adapter")
+FAILS = "import sys; print('ValueError: no such folder', file=sys.stderr); sys.exit(3)"
+
+
+def ask(program, models=TWO_MODELS):
+    options = Options(("--what?", "two"), 9, sample=True)
+    console = Console(file=io.StringIO(), width=120, markup=False, emoji=False, highlight=False)
+    code = asking.generate(models, options, console, Commands(generate=(sys.executable, "-c", program)))
+    return code, console.file.getvalue()
+
+
+def test_answers_stand_side_by_side():
+    code, said = ask(ANSWERS, Models("base", "adapter", "merged"))
+    assert code == 0
+    for part in ("--what?", "I do not know [/b].", "--base=base", "--merged=merged", "--max-new-tokens=9", "--sample"):
+        assert part in said
+    assert "a library says" not in said
+
+
+def test_a_failure_shows_the_end_of_the_errors():
+    code, said = ask(FAILS)
+    assert code == 3
+    assert "ValueError: no such folder" in said
+
+
+def test_a_run_names_base_and_adapter(workplace):
+    workplace.run()
+    models = asking.choose_models(None, "quick", workplace.folder / "runs", None, None)
+    assert models == Models(str(workplace.folder / "model"), str(workplace.folder / "out"))
+
+
+def test_an_adapter_names_its_base(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/models/b"}))
+    assert asking.choose_models(str(tmp_path), None, tmp_path, None, None).base == "/models/b"
+    assert asking.choose_models(str(tmp_path), None, tmp_path, "/other", None).base == "/other"
+
+
+def test_prompts_come_from_the_command_line_and_a_file(tmp_path):
+    (tmp_path / "prompts").write_text("two\n\nthree\n")
+    assert asking.prompts(["one"], tmp_path / "prompts") == ("one", "two", "three")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "run", "message"),
+    [
+        pytest.param(None, None, "give one of", id="neither"),
+        pytest.param("a", "b", "give one of", id="both"),
+        pytest.param(None, "other", "there are quick", id="unknown-run"),
+        pytest.param(None, "quick", "no adapter yet", id="unfinished-run"),
+        pytest.param("nowhere", None, "--base", id="adapter-without-config"),
+    ],
+)
+def test_what_cannot_be_asked(workplace, adapter, run, message):
+    workplace.plan("user-error")
+    workplace.run()
+    with pytest.raises(GenerateError, match=message):
+        asking.choose_models(adapter, run, workplace.folder / "runs", None, None)
+
+
+def test_no_prompt_is_a_mistake():
+    with pytest.raises(GenerateError, match="--prompt"):
+        asking.prompts([], None)
