@@ -1,0 +1,95 @@
+"""Run by torchrun in test_ranks.py: every case trains three steps, is saved, goes on; a second engine takes it up.
+
+``ranks_worker.py MODEL CASES.json OUT.json``; rank 0 writes what it saw.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from qlora_api.batch import BatchSplit
+from qlora_api.spec import LoRASpec, ParallelismSpec, QuantizationSpec, TrainingSpec
+from qlora_trainer import state
+from qlora_trainer.engine import Ranks, apply_update, join_ranks, wrap_deepspeed
+from qlora_trainer.loss import NextTokenLoss, call_arguments, head_is_plain
+from qlora_trainer.model import add_lora, enable_gradient_checkpointing, load_base
+from rows import flatten, random_rows
+
+ACCUMULATION = 2
+
+
+def build(case: dict[str, Any], model: Path, ranks: Ranks) -> Any:
+    quantization = QuantizationSpec.model_validate(case.get("quantization", {}))
+    parallelism = ParallelismSpec.model_validate(case.get("parallelism", {}))
+    training = TrainingSpec.model_validate({"maxSteps": 6, **case.get("training", {})})
+    base = load_base(model, quantization, ranks.device, parallelism.zero_stage)
+    adapted = add_lora(base, LoRASpec.model_validate(case.get("lora", {})), seed=1)
+    adapted.train()
+    if case.get("checkpointing"):
+        enable_gradient_checkpointing(adapted)
+    split = BatchSplit(world_size=ranks.world_size, micro_batch_size=1, gradient_accumulation_steps=ACCUMULATION)
+    loss = NextTokenLoss(adapted, fused=head_is_plain(adapted))
+    return wrap_deepspeed(loss, training, parallelism, split, ranks.device)
+
+
+def steps(engine: Any, ranks: Ranks, first: int, last: int) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms; step n has the same four rows however many ranks there are."""
+    losses, norms = [], []
+    for step in range(first, last):
+        rows = random_rows(30, 50, 20, 40, seed=step)
+        share = len(rows) // (ranks.world_size * ACCUMULATION)
+        targets = sum(len(r) - 1 for r in rows)
+        mine = rows[ranks.rank :: ranks.world_size]
+        total = 0.0
+        for index in range(ACCUMULATION):
+            engine.set_gradient_accumulation_boundary(index == ACCUMULATION - 1)
+            batch = flatten(mine[index * share : (index + 1) * share])
+            loss = engine(*call_arguments(batch, ranks.device)).sum()
+            engine.backward(loss * (ranks.world_size / targets), scale_wrt_gas=False)
+            total += loss.item()
+        norms.append(apply_update(engine, 0.3, 1e-3))
+        losses.append(ranks.sum(total)[0] / targets)
+    return losses, norms
+
+
+def run(case: dict[str, Any], model: Path, ranks: Ranks) -> dict[str, Any]:
+    engine = build(case, model, ranks)
+    losses, norms = steps(engine, ranks, 0, 3)
+    adapter = state.adapter_tensors(engine.module.model)
+    optimizer, rng = state.optimizer_tensors(engine), state.rng_tensors()
+    onward, _ = steps(engine, ranks, 3, 6)
+    second = build(case, model, ranks)
+    state.load_adapter_tensors(second.module.model, adapter)
+    state.load_optimizer_tensors(second, optimizer)
+    state.load_rng_tensors(rng)
+    resumed, _ = steps(second, ranks, 3, 6)
+    return {
+        "losses": losses,
+        "norms": norms,
+        "onward": onward,
+        "resumed": resumed,
+        "files": {"adapter": sorted(adapter), "optimizer": sorted(optimizer)},
+        "optimizer_bytes": state.optimizer_bytes(second),
+    }
+
+
+def main() -> None:
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    model, cases, out = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
+    ranks = join_ranks("CPU", 60)
+    seen = {name: run(case, model, ranks) for name, case in cases.items()}
+    if ranks.is_first:
+        out.write_text(json.dumps(seen))
+    ranks.sum(0)
+    os._exit(0)
+
+
+main()
