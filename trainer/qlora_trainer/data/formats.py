@@ -2,8 +2,9 @@ r"""From a row to tokens, and which of them count for the loss.
 
 Every format becomes :class:`Piece`\ s first, texts that are tokenized apart, so that the four differ in nothing but
 how they are written. Prompt and completion are two pieces: at generation the model is given the tokens of the prompt
-alone, and a merge over the boundary ("(" + ")" → "()") would be a token that it can never be given or asked for. (Tokenizers that put
-a space before every text, as Llama 2's, put one before the completion too, and take it off when the answer is decoded.)
+alone, and a merge over the boundary ("(" + ")" → "()") would be a token that it can never be given or asked for.
+Tokenizers that put a space before every text, as Llama 2's, put one before the completion too; decoding the answer
+alone takes it off again.
 """
 
 from __future__ import annotations
