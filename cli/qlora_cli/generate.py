@@ -105,7 +105,9 @@ def models_of_run(runs_dir: Path, name: str, base: str | None, merged: str | Non
         raise GenerateError(f'no run "{name}" in {runs_dir}{known}')
     if record.result is None or record.result.adapter is None:
         raise GenerateError(f"run \"{name}\" has no adapter yet; 'qlora run' with its manifest goes on with it")
-    return Models(base or record.spec.model.source, record.result.adapter.uri, merged)
+    uri = record.result.adapter.uri
+    beside = Path(uri).parent / "merged"  # the trainer publishes both in one folder
+    return Models(base or record.spec.model.source, uri, merged or (str(beside) if beside.is_dir() else None))
 
 
 def models_of_adapter(adapter: str, base: str | None, merged: str | None) -> Models:

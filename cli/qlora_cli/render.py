@@ -248,7 +248,7 @@ def _results(record: RunRecord) -> Iterator[tuple[str, str]]:
             yield "Eval loss", f"{before}{progress.eval_loss}{best}"
         elif progress.loss:
             yield "Training loss", f"{progress.loss} (no evaluation rows)"
-    if word and word.message:
+    if word and word.message and not record.first_eval_loss:  # too short a run to be asked; its last word says more
         yield "In its words", word.message
     ended = [(a, (a.end_time - a.start_time).total_seconds()) for a in record.attempts if a.end_time]
     wall = sum(seconds for _, seconds in ended)

@@ -1,4 +1,4 @@
-"""YAML read as Kubernetes reads it, remembering the line of every field.
+"""YAML read as Kubernetes reads it, remembering the line of every field; and written so that it reads it back.
 
 kubectl and the API server convert YAML to JSON with go-yaml 2 (sigs.k8s.io/yaml), which differs from PyYAML: ``2e-4``
 is a number, ``1:30`` is a text, ``y`` is true, dates are texts, ``014`` is octal, a field given twice is an error.
@@ -104,6 +104,23 @@ def scalar(text: str) -> object:
     if not _FLOAT.fullmatch(digits) or math.isinf(value := float(digits)):
         return text
     return int(value) if value.is_integer() and abs(value) < 1e21 else value  # as JSON writes it: 16.0 is 16
+
+
+def dump(value: object) -> str:
+    """YAML that Kubernetes reads back as the same values."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that only PyYAML takes for texts, such as 2e-4, which as a default in a CRD would be a number."""
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    style = None if isinstance(scalar(text), str) else "'"
+    return dumper.represent_scalar(f"{_STANDARD}str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 class _Reader:

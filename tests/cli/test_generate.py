@@ -50,6 +50,13 @@ def test_a_run_names_base_and_adapter(workplace):
     assert models == Models(str(workplace.folder / "model"), str(workplace.folder / "out"))
 
 
+def test_a_run_that_merged_has_a_merged_model_too(workplace):
+    workplace.run()
+    (workplace.folder / "merged").mkdir()
+    models = asking.choose_models(None, "quick", workplace.folder / "runs", None, None)
+    assert models.merged == str(workplace.folder / "merged")
+
+
 def test_an_adapter_names_its_base(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/models/b"}))
     assert asking.choose_models(str(tmp_path), None, tmp_path, None, None).base == "/models/b"

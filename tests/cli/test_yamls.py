@@ -104,3 +104,8 @@ def test_aliases_cannot_unfold_to_billions():
 
 def test_numbers_that_json_cannot_hold_are_mistakes():
     assert "no number that JSON can hold" in str(read_one("a: .nan").mistakes[0])
+
+
+@pytest.mark.parametrize("text", ["2e-4", "014", "y", "NF4", "", "null", "1:30", "a: b", "- a", "line\nline"])
+def test_texts_are_written_so_that_they_stay_texts(text):
+    assert read_one(yamls.dump({"default": text})).value == {"default": text}
