@@ -109,7 +109,11 @@ def _unknown_field(model: type[BaseModel], location: tuple[int | str, ...]) -> s
     known = sorted(f.alias or n for n, f in group.model_fields.items())
     close = difflib.get_close_matches(str(location[-1]), known, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
-    return f"is not a field{hint} Known here: {', '.join(known)}" if close else f"is not a field; known here: {', '.join(known)}"
+    return (
+        f"is not a field{hint} Known here: {', '.join(known)}"
+        if close
+        else f"is not a field; known here: {', '.join(known)}"
+    )
 
 
 def model_of(annotation: Any) -> Any:

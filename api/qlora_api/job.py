@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import ConfigDict, StringConstraints
 
 from qlora_api.base import Model
 from qlora_api.errors import validate
@@ -13,8 +13,8 @@ from qlora_api.status import QLoRAJobStatus
 
 GROUP = "qlora.dev"
 VERSION = "v1alpha1"
-API_VERSION = f"{GROUP}/{VERSION}"
-KIND = "QLoRAJob"
+API_VERSION: Final = "qlora.dev/v1alpha1"
+KIND: Final = "QLoRAJob"
 
 
 class ObjectMeta(Model):
@@ -34,8 +34,8 @@ class ObjectMeta(Model):
 class QLoRAJob(Model):
     """One QLoRA fine-tuning: from a base model and rows to a verified adapter."""
 
-    api_version: Literal["qlora.dev/v1alpha1"] = Field(API_VERSION)
-    kind: Literal["QLoRAJob"] = Field(KIND)
+    api_version: Literal["qlora.dev/v1alpha1"] = API_VERSION
+    kind: Literal["QLoRAJob"] = KIND
     metadata: ObjectMeta
     spec: QLoRAJobSpec
     status: QLoRAJobStatus | None = None

@@ -20,7 +20,9 @@ STORE_SCHEMES = ("s3", "gs", "az", "pvc")
 def _known_scheme(value: str) -> str:
     scheme, separator, _ = value.partition("://")
     if separator and scheme not in (*REMOTE_SCHEMES, "file"):
-        raise ValueError(f'scheme "{scheme}://" is not known; use {", ".join(s + "://" for s in REMOTE_SCHEMES)} or a local path')
+        raise ValueError(
+            f'scheme "{scheme}://" is not known; use {", ".join(s + "://" for s in REMOTE_SCHEMES)} or a local path'
+        )
     return value
 
 
@@ -35,8 +37,8 @@ def _remote_only(schemes: tuple[str, ...]) -> list[dict[str, str]]:
 
 
 Uri = Annotated[str, StringConstraints(min_length=1, max_length=1024), AfterValidator(_known_scheme)]
-Source = Annotated[Uri, Field(json_schema_extra={"x-kubernetes-validations": _remote_only(REMOTE_SCHEMES)})]  # type: ignore[dict-item]
-Destination = Annotated[Uri, Field(json_schema_extra={"x-kubernetes-validations": _remote_only(STORE_SCHEMES)})]  # type: ignore[dict-item]
+Source = Annotated[Uri, Field(json_schema_extra={"x-kubernetes-validations": _remote_only(REMOTE_SCHEMES)})]
+Destination = Annotated[Uri, Field(json_schema_extra={"x-kubernetes-validations": _remote_only(STORE_SCHEMES)})]
 Name = Annotated[str, StringConstraints(max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
 Column = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 Label = Annotated[str, StringConstraints(max_length=317)]

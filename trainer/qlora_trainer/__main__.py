@@ -6,16 +6,16 @@ torchrun itself answers 1 whatever happened; its library tells which rank ended 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
-from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from qlora_trainer.prepare import is_prepared, prepare
-from qlora_trainer.outcome import guarded
+from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig
+from qlora_trainer.prepared import Prepared
 
 GRACE_SECONDS = 86_400
 """Ranks that were told to stop are waited for; whoever sent the signal has the shorter patience."""
@@ -72,10 +72,10 @@ def _last_word(config: TrainerConfig) -> int | None:
 def main() -> int:
     path = Path(sys.argv[1])
     config = TrainerConfig.model_validate_json(path.read_bytes())
-    if not is_prepared(config):
-        code = guarded(config, lambda: (prepare(config), None)[1])
-        if code:
-            return code
+    if Prepared.read(config) is None:
+        done = subprocess.run([sys.executable, "-m", "qlora_trainer.prepare", str(path)], check=False)
+        if done.returncode:
+            return done.returncode
     return launch(config, path)
 
 

@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from qlora_api.contract import TrainerConfig
 
+from qlora_api.contract import TrainerConfig
 from qlora_trainer.checkpoints import CheckpointStore
 from qlora_trainer.data.batches import Batches
 from qlora_trainer.data.prepare import PreparedData, load_prepared
 from qlora_trainer.engine import Ranks, wrap_deepspeed
+from qlora_trainer.errors import TrainerError
 from qlora_trainer.loss import NextTokenLoss, head_is_plain
 from qlora_trainer.metrics import Board
 from qlora_trainer.model import add_lora, enable_gradient_checkpointing, load_base, weight_bytes
-from qlora_trainer.prepare import Prepared, read_prepared
+from qlora_trainer.prepared import Prepared
 
 
 class StopFlag:
@@ -90,9 +91,13 @@ class Trainer:
 def build(config: TrainerConfig, ranks: Ranks, board: Board, stop: StopFlag) -> Trainer:
     """Load the quantized base, add the adapter, wrap both in DeepSpeed, open data and checkpoints."""
     spec = config.spec
-    prepared = read_prepared(config)
-    base = load_base(prepared.model.path, spec.quantization, ranks.device, spec.parallelism.zero_stage)
-    model = add_lora(base, spec.lora, spec.training.seed, prepared.model.source)
+    prepared = Prepared.read(config)
+    if prepared is None:
+        raise TrainerError(
+            f"nothing was prepared for {config.job.name} in {config.cache_dir}: run qlora_trainer.prepare first"
+        )
+    base = load_base(prepared.model_path, spec.quantization, ranks.device, spec.parallelism.zero_stage)
+    model = add_lora(base, spec.lora, spec.training.seed, prepared.model_source)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     model.train()

@@ -14,9 +14,9 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+
 from qlora_api.batch import BatchSplit
 from qlora_api.spec import Offload, ParallelismSpec, TrainingSpec
-
 from qlora_trainer.loss import NextTokenLoss
 from qlora_trainer.model import trainable
 from qlora_trainer.optim import make_optimizer
@@ -64,12 +64,16 @@ def join_ranks(device_kind: str, timeout_seconds: int) -> Ranks:
         # gloo is enough: the shared-memory collective would need a compiler and 40 s at the first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds), verbose=False
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout_seconds),
+        verbose=False,
     )
     return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
 
 
-def deepspeed_config(training: TrainingSpec, parallelism: ParallelismSpec, split: BatchSplit, device: torch.device) -> dict[str, Any]:
+def deepspeed_config(
+    training: TrainingSpec, parallelism: ParallelismSpec, split: BatchSplit, device: torch.device
+) -> dict[str, Any]:
     """What ``deepspeed.initialize`` is told. https://www.deepspeed.ai/docs/config-json/"""
     zero: dict[str, Any] = {"stage": parallelism.zero_stage, "overlap_comm": device.type == "cuda"}
     if parallelism.offload is Offload.OPTIMIZER:

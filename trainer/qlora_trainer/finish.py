@@ -6,16 +6,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from qlora_api.spec import Merge
-from qlora_api.status import Adapter
 from torch import Tensor
 
+from qlora_api.spec import Merge
+from qlora_api.status import Adapter
 from qlora_trainer import state
 from qlora_trainer.attempt import Run, Trainer
 from qlora_trainer.chat import load_tokenizer
 from qlora_trainer.checkpoints import unpack_tensors
 from qlora_trainer.errors import CheckpointError
 from qlora_trainer.merge import merge
+from qlora_trainer.model import meta_model
 from qlora_trainer.publish import PublishFacts, publish
 
 
@@ -39,21 +40,22 @@ def _publish(trainer: Trainer, run: Run) -> Adapter:
     with tempfile.TemporaryDirectory(prefix="qlora-publish-") as name:
         folder = Path(name)
         tensors = unpack_tensors(chosen.read(state.ADAPTER_FILE))
-        export_adapter(trainer.model, tensors, folder / "adapter", prepared.model.source, prepared.model.revision)
-        load_tokenizer(prepared.model.path, config.spec.dataset.chat_template).save_pretrained(folder / "adapter")
+        export_adapter(trainer.model, tensors, folder / "adapter", prepared.model_source, prepared.model_revision)
+        load_tokenizer(prepared.model_path, config.spec.dataset.chat_template).save_pretrained(folder / "adapter")
         if config.spec.output.merge is Merge.BFLOAT16:
-            merge(prepared.model.path, folder / "adapter", folder / "merged")
-            load_tokenizer(prepared.model.path, config.spec.dataset.chat_template).save_pretrained(folder / "merged")
+            merge(prepared.model_path, folder / "adapter", folder / "merged")
+            load_tokenizer(prepared.model_path, config.spec.dataset.chat_template).save_pretrained(folder / "merged")
         facts = PublishFacts(
             spec=config.spec,
-            base_revision=prepared.model.revision,
+            base_revision=prepared.model_revision,
             step=chosen.step,
             total_steps=trainer.total_steps,
             tokens=run.tokens,
             base_eval_loss=run.base_eval_loss,
             eval_loss=chosen.eval_loss,
         )
-        return publish(config.spec.output.destination, config.job, config.attempt, folder, facts)
+        layers = [name for name, _ in meta_model(prepared.model_path).named_modules()]
+        return publish(config.spec.output.destination, config.job, config.attempt, folder, facts, base_names=layers)
 
 
 def export_adapter(model: Any, tensors: dict[str, Tensor], folder: Path, base: str, revision: str) -> None:

@@ -49,7 +49,9 @@ def answers(arguments: argparse.Namespace) -> list[dict[str, str]]:
     torch.manual_seed(0)
 
     def ask(model: Any) -> list[str]:
-        return [complete(model, tokenizer, p, arguments.max_new_tokens, sample=arguments.sample) for p in arguments.prompt]
+        return [
+            complete(model, tokenizer, p, arguments.max_new_tokens, sample=arguments.sample) for p in arguments.prompt
+        ]
 
     columns: dict[str, list[str]] = {"prompt": arguments.prompt}
     base = load(arguments.base)

@@ -18,9 +18,9 @@ import psutil
 import pynvml
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+
 from qlora_api.contract import ProgressReport, TrainerConfig
 from qlora_api.status import Memory, MemoryComponent
-
 from qlora_trainer.engine import Ranks
 
 Section = Literal["Load", "Data", "Train", "Evaluate", "Checkpoint", "Publish", "Done"]
@@ -64,7 +64,9 @@ class Board:
         self._labels = (config.job.name, config.job.namespace, str(ranks.rank))
         self._gauges = {n: self._make(Gauge, n, d) for n, d in GAUGES.items()}
         self._counters = {n: self._make(Counter, n, d) for n, d in COUNTERS.items()}
-        self._step_seconds = self._make(Histogram, "qlora_step_seconds", "Time of an optimizer step", buckets=STEP_BUCKETS)
+        self._step_seconds = self._make(
+            Histogram, "qlora_step_seconds", "Time of an optimizer step", buckets=STEP_BUCKETS
+        )
         self._component = Gauge(
             "qlora_memory_component_bytes",
             "Memory of this rank by what it is for; the components are those of status.memory",

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig, PeftModel, get_peft_model
-from qlora_api.spec import ComputeType, LoRABias, LoRASpec, QLoRAJobSpec, QuantizationSpec, QuantizationType
-from qlora_api.status import MemoryComponent
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from qlora_api.spec import ComputeType, LoRABias, LoRASpec, QuantizationSpec, QuantizationType
+from qlora_api.status import MemoryComponent
 from qlora_trainer.attention import choose_attention, register
 from qlora_trainer.errors import UserError
 
@@ -62,7 +62,9 @@ def load_base(path: Path, quantization: QuantizationSpec, device: torch.device, 
         _must_agree(on_disk if isinstance(on_disk, dict) else on_disk.to_dict(), quantization)
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)  # noqa: SLF001 the public way loads the weights
     if model_class is None:
-        raise UserError("spec.model.source", path, f'is a "{config.model_type}" model, which is no causal language model')
+        raise UserError(
+            "spec.model.source", path, f'is a "{config.model_type}" model, which is no causal language model'
+        )
     wanted = None if on_disk is not None else quantization_config(quantization, zero_stage)
     model = AutoModelForCausalLM.from_pretrained(
         path,
@@ -95,7 +97,9 @@ def _must_agree(on_disk: dict[str, Any], quantization: QuantizationSpec) -> None
     found = "INT8" if on_disk.get("load_in_8bit") else str(on_disk.get("bnb_4bit_quant_type", "fp4")).upper()
     if found != quantization.type.value:
         raise UserError(
-            "spec.quantization.type", quantization.type.value, f"does not match the base, which is {found} on disk: set {found}"
+            "spec.quantization.type",
+            quantization.type.value,
+            f"does not match the base, which is {found} on disk: set {found}",
         )
     double = bool(on_disk.get("bnb_4bit_use_double_quant"))
     if found != "INT8" and double != quantization.double_quantization:
@@ -106,13 +110,13 @@ def _must_agree(on_disk: dict[str, Any], quantization: QuantizationSpec) -> None
         )
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+def linear_layers(model: Any) -> dict[str, nn.Module]:
     """All linear layers but the output head, by full name."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return {n: m for n, m in model.named_modules() if isinstance(m, _LINEAR) and m is not head}
 
 
-def check_targets(model: nn.Module, lora: LoRASpec, model_name: str) -> None:
+def check_targets(model: Any, lora: LoRASpec, model_name: str) -> None:
     """Find out whether every target names a linear layer; works on a model without weights (meta device) too.
 
     Raises:
@@ -126,7 +130,9 @@ def check_targets(model: nn.Module, lora: LoRASpec, model_name: str) -> None:
         if not any(n == target or n.endswith(f".{target}") for n in names):
             kinds = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in names}))
             raise UserError(
-                "spec.lora.targetModules", target, f"matches no linear layer of {model_name}; its linear layers are {kinds}"
+                "spec.lora.targetModules",
+                target,
+                f"matches no linear layer of {model_name}; its linear layers are {kinds}",
             )
 
 

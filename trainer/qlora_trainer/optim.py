@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
+
 from qlora_api.spec import Offload, Optimizer, Schedule, TrainingSpec
+
+log = logging.getLogger(__name__)
 
 _BITSANDBYTES = {
     Optimizer.PAGED_ADAMW_8BIT: bnb.optim.PagedAdamW8bit,
@@ -33,6 +37,10 @@ def make_optimizer(
     With offload the state lives on the host, where torch's fused CPU AdamW takes the place of the paged optimizers.
     """
     groups = parameter_groups(parameters, float(training.weight_decay))
+    paged = training.optimizer in (Optimizer.PAGED_ADAMW_8BIT, Optimizer.PAGED_ADAMW_32BIT)
+    if paged and (offload is Offload.OPTIMIZER or not torch.cuda.is_available()):
+        instead = "AdamW on the host" if offload is Offload.OPTIMIZER else "its plain form, as there is no CUDA device"
+        log.info("%s is replaced by %s", training.optimizer, instead)
     learning_rate = float(training.learning_rate)
     if training.optimizer is Optimizer.ADAMW or offload is Offload.OPTIMIZER:
         return torch.optim.AdamW(groups, lr=learning_rate, fused=True)

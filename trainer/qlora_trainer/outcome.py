@@ -5,35 +5,50 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
-from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig, reason_of
 
-from qlora_trainer.errors import TrainerError
+from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig, reason_of
+from qlora_trainer.errors import PreemptedError, TrainerError
 
 log = logging.getLogger(__name__)
 
 
+QUIET = ("bitsandbytes", "DeepSpeed", "transformers", "peft", "torch.distributed.elastic")
+KNOWN_WARNINGS = (
+    ".*is_gradient_checkpointing. is deprecated",  # peft 0.21 on transformers 5.23
+    "Paged optimizers are not supported on CPU",  # said once by optim.make_optimizer
+)
+
+
 def quiet_libraries() -> None:
     """Keep libraries' progress bars and notes out of a log that a person reads for this job's own lines."""
-    for name in ("bitsandbytes", "DeepSpeed", "deepspeed", "transformers", "peft", "torch.distributed.elastic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in QUIET:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.ERROR)  # for its children
+        logger.addFilter(lambda record: record.levelno >= logging.ERROR)  # for those that set a level when imported
+    for message in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     transformers.utils.logging.disable_progress_bar()
 
 
 def guarded(config: TrainerConfig, work: Callable[[], TerminationMessage | None]) -> int:
     """Run ``work``; turn its end, good or bad, into an exit code and a termination message."""
     rank = os.environ.get("RANK", "0")
+    level = logging.INFO if rank == "0" else logging.WARNING
     logging.basicConfig(
-        level=logging.INFO, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s", stream=sys.stderr, force=True
+        level=level, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s", stream=sys.stderr, force=True
     )
     quiet_libraries()
     try:
         message = work()
+    except PreemptedError as error:
+        log.info("%s", error)
+        return _leave(config, error.exit_code, str(error), rank)
     except TrainerError as error:
         log.error("%s", error)  # noqa: TRY400 one paragraph for a person; the trace would hide it
         return _leave(config, error.exit_code, str(error), rank)

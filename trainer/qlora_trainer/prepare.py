@@ -7,35 +7,22 @@ the :class:`~qlora_api.contract.PrepareReceipt` as JSON.
 
 from __future__ import annotations
 
-import json
-import logging
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_api.contract import PrepareReceipt, TrainerConfig
-
 from qlora_trainer.chat import load_tokenizer
 from qlora_trainer.data.prepare import prepare_data
 from qlora_trainer.errors import UserError
 from qlora_trainer.fetch import FetchedModel, fetch_model, fetch_rows, tokenizer_hash
 from qlora_trainer.model import check_targets, meta_model
 from qlora_trainer.outcome import guarded
+from qlora_trainer.prepared import Prepared
 from qlora_trainer.publish import check_destination
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What Prepare leaves for the ranks."""
-
-    model: FetchedModel
-    data_dir: Path
 
 
 def prepare(config: TrainerConfig) -> PrepareReceipt:
-    """Check and fetch all that the ranks need, and leave a record for :func:`read_prepared`.
+    """Check and fetch all that the ranks need, and leave the record of it.
 
     Raises:
         UserError: names the field that must change.
@@ -51,33 +38,8 @@ def prepare(config: TrainerConfig) -> PrepareReceipt:
     eval_rows = fetch_rows(own_eval, "spec.dataset.eval.source", cache) if own_eval else None
     tokenizer = load_tokenizer(model.path, spec.dataset.chat_template)
     data = prepare_data(spec, tokenizer, tokenizer_hash(model.path), train_rows, eval_rows, cache)
-    record = {
-        "path": str(model.path),
-        "revision": model.revision,
-        "source": model.source,
-        "data_dir": str(data.folder),
-    }
-    path = _record_path(config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record))
-    partial.rename(path)
+    Prepared(model.path, model.source, model.revision, data.folder).write(config)
     return data.receipt
-
-
-def read_prepared(config: TrainerConfig) -> Prepared:
-    """What :func:`prepare` left for this job on this machine."""
-    record = json.loads(_record_path(config).read_text())
-    model = FetchedModel(path=Path(record["path"]), revision=record["revision"], source=record["source"])
-    return Prepared(model=model, data_dir=Path(record["data_dir"]))
-
-
-def is_prepared(config: TrainerConfig) -> bool:
-    return _record_path(config).exists()
-
-
-def _record_path(config: TrainerConfig) -> Path:
-    return Path(config.cache_dir) / "prepared" / f"{config.job.uid}.json"
 
 
 def _check_architecture(config: TrainerConfig, model: FetchedModel) -> None:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from qlora_api.contract import TerminationMessage, TrainerConfig
-
 from qlora_trainer.outcome import guarded
 
 

@@ -49,7 +49,9 @@ def resume_or_start(trainer: Trainer) -> Run:
     if checkpoint.meta["world_size"] == ranks.world_size:
         state.load_rng_tensors(unpack_tensors(checkpoint.read(state.rng_file(ranks.rank))))
     run = Run(**checkpoint.meta["run"])
-    trainer.board.update(step=run.step, first_step=run.step, eval_loss=as_text(run.eval_loss), best_eval_loss=as_text(run.best_eval_loss))
+    trainer.board.update(
+        step=run.step, first_step=run.step, eval_loss=as_text(run.eval_loss), best_eval_loss=as_text(run.best_eval_loss)
+    )
     log.info("resumed at step %d of %d", run.step, trainer.total_steps)
     return run
 
@@ -59,9 +61,15 @@ def must_fit(checkpoint: Checkpoint, trainer: Trainer) -> None:
     was, now = checkpoint.meta["world_size"], trainer.ranks.world_size
     stage = trainer.config.spec.parallelism.zero_stage
     if checkpoint.meta["sharded"] and was != now:
-        raise UserError("spec.parallelism", f"{now} ranks", f"cannot take up a ZeRO-{stage} checkpoint of {was} ranks: use {was} ranks")
+        raise UserError(
+            "spec.parallelism",
+            f"{now} ranks",
+            f"cannot take up a ZeRO-{stage} checkpoint of {was} ranks: use {was} ranks",
+        )
     if checkpoint.meta["sharded"] != (stage > 0):
-        raise CheckpointError(f"the checkpoint at step {checkpoint.step} was taken under another spec.parallelism.zeroStage")
+        raise CheckpointError(
+            f"the checkpoint at step {checkpoint.step} was taken under another spec.parallelism.zeroStage"
+        )
 
 
 def as_text(value: float | None) -> str | None:

@@ -47,7 +47,9 @@ def load_adapter_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> 
     parameters = trainable(model)
     with (
         torch.no_grad(),
-        deepspeed.zero.GatheredParameters(list(parameters.values()), modifier_rank=0, enabled=_is_partitioned(parameters)),
+        deepspeed.zero.GatheredParameters(
+            list(parameters.values()), modifier_rank=0, enabled=_is_partitioned(parameters)
+        ),
     ):
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
@@ -98,7 +100,7 @@ def load_rng_tensors(tensors: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(tensors["cuda"])
 
 
-def _empty_state(optimizer: torch.optim.Optimizer, place: str, parameter: torch.Tensor) -> Any:
+def _empty_state(optimizer: Any, place: str, parameter: torch.Tensor) -> Any:
     """The optimizer's state of one parameter, made as the optimizer itself makes it (paged buffers included)."""
     if hasattr(optimizer, "init_state"):  # bitsandbytes
         if not optimizer.initialized:
@@ -144,7 +146,9 @@ def optimizer_bytes(engine: Any) -> int:
         if optimizer is not engine.optimizer and parameter.data_ptr() not in own:
             size += parameter.numel() * parameter.element_size()
         size += sum(
-            v.numel() * v.element_size() for v in optimizer.state.get(parameter, {}).values() if isinstance(v, torch.Tensor)
+            v.numel() * v.element_size()
+            for v in optimizer.state.get(parameter, {}).values()
+            if isinstance(v, torch.Tensor)
         )
     return size
 

@@ -244,7 +244,8 @@ _CODE = re.compile(r"<Code>([^<]*)</Code>")
 _MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
 _BUCKET_CODES = ("NoSuchBucket", "ContainerNotFound")
 _OBJECT_CODES = ("", "NoSuchKey", "BlobNotFound")
-_METADATA_HOSTS = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
+_CREDENTIAL_SERVICES = ("/latest/api/token", "/latest/meta-data/iam", "/computeMetadata/", "/metadata/identity/")
+"""Where the clouds' own machines get credentials: asked last, when the environment has none."""
 _ALLOW_HTTP = {"s3": "AWS_ALLOW_HTTP", "gs": "GOOGLE_ALLOW_HTTP", "az": "AZURE_ALLOW_HTTP"}
 
 
@@ -323,7 +324,7 @@ def bucket_fault(error: Exception) -> Fault:
 
 def _meaning(error: Exception, text: str, status: int, code: str) -> tuple[FaultKind, str]:  # noqa: PLR0911 a table
     words = _words(text, status, code)
-    if any(host in text for host in _METADATA_HOSTS):
+    if any(path in text for path in _CREDENTIAL_SERVICES):
         return FaultKind.USER, "no credentials were found"
     if "builder error" in text:
         return FaultKind.USER, "the endpoint is not https; set AWS_ALLOW_HTTP=true if that is meant"

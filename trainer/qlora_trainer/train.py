@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig
 from qlora_api.status import Adapter, Memory, MemoryComponent, Progress, Reason
-
 from qlora_trainer import state
 from qlora_trainer.attempt import Run, StopFlag, Trainer, build
 from qlora_trainer.data.batches import Step, eval_batches
@@ -62,7 +62,9 @@ def train(config: TrainerConfig) -> TerminationMessage:
         if best or stopping or checkpoint_due(trainer, run):
             save(trainer, run, with_eval=evaluated)
         if stopping and run.step < trainer.total_steps:
-            raise PreemptedError(f"stopped by SIGTERM at step {run.step} of {trainer.total_steps}; a checkpoint is written")
+            raise PreemptedError(
+                f"stopped by SIGTERM at step {run.step} of {trainer.total_steps}; a checkpoint is written"
+            )
     with board.section("Publish"):
         adapter = publish_run(trainer, run)
     return finished(trainer, run, adapter)
@@ -210,11 +212,13 @@ def finished(trainer: Trainer, run: Run, adapter: Adapter) -> TerminationMessage
     return TerminationMessage(
         exit_code=ExitCode.DONE,
         reason=Reason.COMPLETED,
-        message=f"step {run.step} of {trainer.total_steps}" + (
-            f", eval loss {run.base_eval_loss:.4f} → {run.best_eval_loss:.4f}" if run.base_eval_loss and run.best_eval_loss else ""
+        message=f"step {run.step} of {trainer.total_steps}"
+        + (
+            f", eval loss {run.base_eval_loss:.4f} → {run.best_eval_loss:.4f}"
+            if run.base_eval_loss and run.best_eval_loss
+            else ""
         ),
         progress=Progress(**{n: getattr(report, n) for n in Progress.model_fields}),
         memory=Memory(measured={k: int(v) for k, v in zip(measured, largest, strict=True)}),
         adapter=adapter,
     )
-

@@ -43,7 +43,9 @@ def test_a_packed_row_has_the_losses_it_has_alone(name, tiny_models):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_losses_equal_those_of_transformers_with_its_own_attention_and_head(name, tiny_models):
-    reference = AutoModelForCausalLM.from_pretrained(tiny_models[name], dtype=torch.float32, attn_implementation="eager")
+    reference = AutoModelForCausalLM.from_pretrained(
+        tiny_models[name], dtype=torch.float32, attn_implementation="eager"
+    )
     model = add_lora(load_base(tiny_models[name], FLOAT32, CPU), LoRASpec(), seed=1).eval()  # B is zero
     (row,) = random_rows(64)
     ours = losses_of(NextTokenLoss(model, fused=head_is_plain(model)), [row])

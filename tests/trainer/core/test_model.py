@@ -125,13 +125,19 @@ def test_what_learns_besides_a_and_b_is_fp32_and_moves(lora, learns, tiny_models
 
 
 def test_rank_stabilization_scales_by_the_root_of_the_rank(tiny_models):
-    model = add_lora(load_base(tiny_models["llama"], QuantizationSpec(), CPU), LoRASpec(rank=16, alpha=32, rank_stabilized=True), 1)
+    model = add_lora(
+        load_base(tiny_models["llama"], QuantizationSpec(), CPU), LoRASpec(rank=16, alpha=32, rank_stabilized=True), 1
+    )
     assert model.get_base_model().model.layers[0].self_attn.q_proj.scaling["default"] == 32 / 4
 
 
 def test_the_seed_decides_the_initial_adapter(tiny_models):
     def first(seed):
-        return next(iter(trainable(add_lora(load_base(tiny_models["llama"], QuantizationSpec(), CPU), LoRASpec(), seed)).values()))
+        return next(
+            iter(
+                trainable(add_lora(load_base(tiny_models["llama"], QuantizationSpec(), CPU), LoRASpec(), seed)).values()
+            )
+        )
 
     assert torch.equal(first(1), first(1))
     assert not torch.equal(first(1), first(2))
@@ -157,7 +163,9 @@ def test_a_base_that_is_4_bit_on_disk_is_loaded_bit_for_bit(four_bit_on_disk, ti
 @pytest.mark.parametrize(
     ("quantization", "field", "remedy"),
     [
-        pytest.param(QuantizationSpec(type=QuantizationType.FP4), "spec.quantization.type", "set NF4", id="another-type"),
+        pytest.param(
+            QuantizationSpec(type=QuantizationType.FP4), "spec.quantization.type", "set NF4", id="another-type"
+        ),
         pytest.param(
             QuantizationSpec(double_quantization=False),
             "spec.quantization.doubleQuantization",
@@ -180,7 +188,9 @@ def test_a_model_that_is_no_causal_language_model_is_refused(tiny_models, tmp_pa
 
 
 def test_weight_bytes_are_those_of_the_tensors(tiny_models):
-    model = add_lora(load_base(tiny_models["llama"], QuantizationSpec(), CPU), LoRASpec(rank=8, target_modules=["q_proj"]), 1)
+    model = add_lora(
+        load_base(tiny_models["llama"], QuantizationSpec(), CPU), LoRASpec(rank=8, target_modules=["q_proj"]), 1
+    )
     layer = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 128 * 64
     sizes = weight_bytes(model)
     assert sizes["quantizedWeights"] == 2 * layer // 2

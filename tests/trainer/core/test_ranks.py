@@ -31,7 +31,16 @@ CASES = {
     "int8": {"quantization": {"type": "INT8"}},
     "16-bit": {"quantization": {"type": "None"}},
 }
-SAME_TRAINING = ("zero-1", "zero-2", "zero-3", "paged-32-bit", "8-bit-zero-2", "plain-adamw-zero-1", "offload-zero-2", "checkpointing")
+SAME_TRAINING = (
+    "zero-1",
+    "zero-2",
+    "zero-3",
+    "paged-32-bit",
+    "8-bit-zero-2",
+    "plain-adamw-zero-1",
+    "offload-zero-2",
+    "checkpointing",
+)
 
 
 def torchrun(ranks, model, cases, folder):
