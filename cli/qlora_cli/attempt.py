@@ -152,9 +152,9 @@ def watch(process: Process, stop: Stop, say: Callable[[str], None], tick: Callab
     try:
         while (code := process.ended()) is None:
             if stop.asked and done is Stopped.NO:
+                done = Stopped.ASKED
                 process.terminate()
                 say("checkpointing … (Ctrl-C again: kill without a checkpoint)")
-                done = Stopped.ASKED
             if stop.insisted and done is Stopped.ASKED:
                 say("killing all ranks; steps since the last checkpoint are lost")
                 process.kill()
@@ -162,8 +162,10 @@ def watch(process: Process, stop: Stop, say: Callable[[str], None], tick: Callab
             tick()
             time.sleep(TICK_SECONDS)
     except BaseException:
-        # Whatever went wrong here (a closed pipe, a full disk), ranks must not go on unwatched.
-        process.terminate()
+        # Whatever went wrong here (a closed pipe, a full disk), ranks must not go on unwatched. A second SIGTERM
+        # would interrupt the launcher while it waits for the ranks' checkpoint.
+        if done is Stopped.NO:
+            process.terminate()
         while process.ended() is None:
             time.sleep(TICK_SECONDS)
         raise

@@ -191,8 +191,8 @@ class Run:
         return rundir.trained(self.record) or self._setting.folder.has_checkpoints()
 
     def _interrupted(self, attempt: Attempt | None = None) -> int:
-        at = f" at step {attempt.last_step}" if attempt and attempt.last_step else ""
-        self._setting.console.print(f"Stopped{at}. The same command resumes this run.", style="bold", soft_wrap=True)
+        how = attempt.message[:1].upper() + attempt.message[1:] if attempt else "Stopped"
+        self._setting.console.print(f"{how}. The same command resumes this run.", style="bold", soft_wrap=True)
         return INTERRUPTED
 
     def _failed(

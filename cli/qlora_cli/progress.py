@@ -128,12 +128,13 @@ def memory_line(report: ProgressReport) -> str:
 
 
 class PlainDisplay:
-    """Lines without escape codes: every few seconds, and whenever the section changes or an evaluation comes."""
+    """Lines without escape codes: every few seconds, and when an evaluation comes or a section is entered first."""
 
     def __init__(self, console: Console, attempt: int) -> None:
         self._console = console
         self._attempt = attempt
-        self._shown: tuple[object, ...] = ()
+        self._sections: set[str] = set()
+        self._eval_loss: str | None = None
         self._next = 0.0
 
     def __enter__(self) -> Self:
@@ -146,10 +147,11 @@ class PlainDisplay:
     def show(self, report: ProgressReport | None) -> None:
         if report is None:
             return
-        event = (report.section, report.eval_loss)
-        if event == self._shown and time.monotonic() < self._next:
+        new = report.section not in self._sections or report.eval_loss != self._eval_loss
+        if not new and time.monotonic() < self._next:
             return
-        self._shown = event
+        self._sections.add(report.section)
+        self._eval_loss = report.eval_loss
         self._next = time.monotonic() + LINE_SECONDS
         self.say(plain_line(report))
 

@@ -37,7 +37,7 @@ ENDS = {
     "user-error": (40, "UserError", 'spec.lora.targetModules: "q_prj" matches no layer'),
     "oom": (41, "OutOfDeviceMemory", "out of memory on rank 0"),
     "crash": (1, "Crashed", "RuntimeError: something broke"),
-    "preempted": (43, "Preempted", "told to stop"),
+    "preempted": (43, "Preempted", "told to stop; a checkpoint is written"),
 }
 MEMORY = {"measured": {"peak": 3 << 30, "quantizedWeights": 1 << 30, "adapterWeights": 20 << 20}}
 

@@ -1,5 +1,8 @@
 """Which ranks a machine gets."""
 
+from types import SimpleNamespace
+
+import pynvml
 import pytest
 
 from qlora_api.errors import FieldMistake
@@ -47,3 +50,44 @@ def test_more_ranks_than_gpus_are_refused():
 
 def test_a_machine_can_be_asked_whatever_it_has():
     assert isinstance(look(), Machine)
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    """NVML on a machine with two GPUs."""
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 2)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", lambda handle: f"GPU-{handle}")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetName", lambda handle: "NVIDIA H200")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: SimpleNamespace(total=141 << 30))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return monkeypatch
+
+
+def test_all_gpus_are_found(nvml):
+    assert look() == Machine(tuple(Gpu(f"GPU-{n}", "NVIDIA H200", 141 << 30) for n in (0, 1)))
+
+
+def test_hidden_gpus_are_named(nvml):
+    nvml.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert [g.uuid for g in look().gpus] == ["GPU-1"]
+    assert look().note == "CUDA_VISIBLE_DEVICES hides 1 of 2 GPUs"
+
+
+@pytest.mark.parametrize(
+    ("code", "note"),
+    [
+        pytest.param(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, "", id="no-driver-is-no-news"),
+        pytest.param(pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH, "NVML does not answer", id="a-broken-driver-is"),
+    ],
+)
+def test_machines_without_a_driver_that_works(nvml, code, note):
+    def fail():
+        raise pynvml.NVMLError(code)
+
+    nvml.setattr(pynvml, "nvmlInit", fail)
+    assert look().gpus == ()
+    assert look().note.startswith(note)
+    assert bool(look().note) == bool(note)

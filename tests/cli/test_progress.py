@@ -33,9 +33,11 @@ def test_plain_lines_come_with_events_and_not_with_every_step():
     display = PlainDisplay(out, 1)
     for shown in (None, report(), report(step=4), report(step=5, eval_loss="2"), report(step=6, eval_loss="2")):
         display.show(shown)
-    display.show(report(step=6, eval_loss="2", section="Publish"))
+    display.show(report(step=7, eval_loss="2", section="Checkpoint"))
+    display.show(report(step=8, eval_loss="2"))  # a section that was there before
+    display.show(report(step=8, eval_loss="2", section="Checkpoint"))
     steps = [line.split()[2] for line in out.file.getvalue().splitlines()]
-    assert steps == ["3/9", "5/9", "6/9"]
+    assert steps == ["3/9", "5/9", "7/9"]
 
 
 def test_a_terminal_gets_a_live_display_with_memory():

@@ -216,7 +216,7 @@ def test_a_signal_checkpoints_and_the_same_command_resumes(workplace, signum):
     process.send_signal(signum)
     assert workplace.finish(process) == 130, workplace.said
     assert "checkpointing …" in workplace.said
-    assert "Stopped at step 7. The same command resumes this run." in workplace.said
+    assert "Told to stop; a checkpoint is written. The same command resumes this run." in workplace.said
     uid = workplace.record()["uid"]
     assert workplace.run() == 0
     record = workplace.record()
