@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-WAITS_SECONDS = (1, 2, 4)
-"""Between tries; the Hub's client repeats nothing but downloads by itself."""
+    from huggingface_hub import DatasetInfo, ModelInfo
+
+WAITS_SECONDS = (1, 2)
+"""Between tries."""
 DEFAULT_ENDPOINT = "https://huggingface.co"
 
 _SOURCE = re.compile(r"^hf://(?:datasets/)?(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<path>[^@]+))?$")
@@ -112,10 +114,7 @@ def commit_of(source: HubSource) -> str:
         StorageError: the Hub fails.
 
     """
-    if _COMMIT.match(source.revision):
-        return source.revision
-    api = HfApi(endpoint=_endpoint())
-    return str(_asked(source, lambda: api.repo_info(source.repo, revision=source.revision, repo_type=source.kind).sha))
+    return source.revision if _COMMIT.match(source.revision) else str(_info(source, source.revision).sha)
 
 
 def open_folder(source: HubSource, commit: str) -> HubFolder:
@@ -126,18 +125,24 @@ def open_folder(source: HubSource, commit: str) -> HubFolder:
         StorageError: as :func:`commit_of`.
 
     """
+    return HubFolder(source, commit, tuple(file.rfilename for file in _info(source, commit).siblings or ()))
+
+
+def _info(source: HubSource, revision: str) -> ModelInfo | DatasetInfo:
+    # The one request that carries both commit and names, and the one that the Hub's client does not repeat by itself.
     api = HfApi(endpoint=_endpoint())
-    names = _asked(source, lambda: api.list_repo_files(source.repo, revision=commit, repo_type=source.kind))
-    return HubFolder(source, commit, tuple(names))
+    if source.kind == "dataset":
+        return _asked(source, lambda: api.dataset_info(source.repo, revision=revision), WAITS_SECONDS)
+    return _asked(source, lambda: api.model_info(source.repo, revision=revision), WAITS_SECONDS)
 
 
 def _endpoint() -> str:
     return os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT
 
 
-def _asked(source: HubSource, call: Callable[[], T]) -> T:
-    """Run ``call``; once more where the network or the Hub may recover; in this package's errors at the end."""
-    for wait in (*WAITS_SECONDS, None):
+def _asked(source: HubSource, call: Callable[[], T], waits: tuple[int, ...] = ()) -> T:
+    """Run ``call``, again after each of ``waits`` where the Hub may recover; in this package's errors at the end."""
+    for wait in (*waits, None):
         try:
             return call()
         except (HTTPError, HFValidationError, OSError) as error:

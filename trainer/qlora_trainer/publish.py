@@ -103,10 +103,10 @@ def publish(
     store = open_store(store_uri, FIELD)
     if earlier := _own_manifest(store, job.uid):
         return _verified(store, *earlier)
-    (folder / ADAPTER / "README.md").write_text(model_card(job, attempt, facts))
     verify_adapter(folder / ADAPTER, base_names)
     if (folder / MERGED).is_dir():
         verify_merged(folder / MERGED)
+    (folder / ADAPTER / "README.md").write_text(model_card(job, attempt, facts))
     place = f"{job.uid[:8]}-attempt-{attempt}"
     manifest = _manifest(job, attempt, folder, place, facts)
     _upload(store, folder, place, manifest)
@@ -133,8 +133,8 @@ def verify_published(manifest_uri: str) -> list[str]:
         StorageError: the storage is out of reach.
 
     """
-    parent, _, name = manifest_uri.rpartition("/")
-    store = open_store(parent or "/", "manifest")
+    parent, slash, name = manifest_uri.rpartition("/")
+    store = open_store(parent or slash or ".", "manifest")
     try:
         data = store.get(name)
     except NotFoundError as error:

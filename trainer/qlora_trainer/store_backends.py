@@ -221,10 +221,11 @@ def sync_folder(folder: Path) -> None:
 
 def _make_folder(folder: Path) -> None:
     if not folder.is_dir():
-        if folder.exists():
-            raise NotADirectoryError(errno.ENOTDIR, "is a file, not a folder", str(folder))
         _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)  # another writer may be faster
+        except FileExistsError as error:
+            raise NotADirectoryError(errno.ENOTDIR, "is a file, not a folder", str(folder)) from error
         sync_folder(folder.parent)
 
 

@@ -1,0 +1,50 @@
+"""Fixtures over the real servers. ``tests/conftest.py`` imports them for every test."""
+
+from __future__ import annotations
+
+import os
+from itertools import count
+from typing import TYPE_CHECKING
+
+import pytest
+
+from services.binaries import ToolMissingError
+from services.versitygw import VersityGateway
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_bucket_numbers = count()
+
+
+def skip_unless_ci(reason: str) -> None:
+    """Skip a test whose tools are not there; with CI=true that is a failure."""
+    if os.environ.get("CI", "").lower() == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VersityGateway]:
+    """One S3 server for the session. A test that stops it must start its own."""
+    try:
+        server = VersityGateway(tmp_path_factory.mktemp("s3"))
+    except ToolMissingError as error:
+        skip_unless_ci(str(error))
+    with server:
+        yield server
+
+
+def use_s3(server: VersityGateway, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Point the environment at a server; the URI of a bucket of this test's own."""
+    for name in [n for n in os.environ if n.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    return server.bucket(f"bucket-{next(_bucket_numbers)}")
+
+
+@pytest.fixture
+def s3(s3_server: VersityGateway, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URI of an empty bucket, with the credentials in the environment."""
+    return use_s3(s3_server, monkeypatch)

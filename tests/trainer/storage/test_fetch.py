@@ -1,0 +1,355 @@
+"""Models and rows arrive whole and checked, or the user is told what to change."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from qlora_trainer import store as store_module
+from qlora_trainer.errors import StorageError, UserError
+from qlora_trainer.fetch import fetch_model, fetch_rows, tokenizer_hash
+from qlora_trainer.store import open_store
+from services import fake_hub
+from services.fake_hub import COMMIT
+
+ROWS = "spec.dataset.train.source"
+
+
+def upload(folder, uri):
+    store = open_store(uri, "x")
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        store.put(path.relative_to(folder).as_posix(), path)
+    return uri
+
+
+def names(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+# --------------------------------------------------------------------------------------------------------- local models
+
+
+def test_a_local_model_is_used_where_it_is(tmp_path, make_model):
+    folder = make_model(tmp_path / "model", shards=2)
+    for source in (str(folder), f"file://{folder}"):
+        fetched = fetch_model(source, tmp_path / "cache")
+        assert (fetched.path, fetched.source) == (folder, source)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_mounted_claim_is_used_where_it_is(tmp_path, make_model, monkeypatch):
+    monkeypatch.setattr(store_module, "PVC_MOUNT", tmp_path)
+    make_model(tmp_path / "claim" / "models" / "m")
+    fetched = fetch_model("pvc://claim/models/m", tmp_path / "cache")
+    assert (fetched.path, fetched.source) == (tmp_path / "claim/models/m", "pvc://claim/models/m")
+
+
+@pytest.mark.parametrize(
+    ("change", "new_revision", "new_tokenizer"),
+    [
+        pytest.param(lambda f: None, False, False, id="nothing"),
+        pytest.param(lambda f: (f / "README.md").write_text("words"), False, False, id="a-readme"),
+        pytest.param(lambda f: (f / "config.json").write_text('{"model_type": "opt"}'), True, False, id="the-config"),
+        pytest.param(lambda f: (f / "tokenizer.json").write_text("{}"), True, True, id="the-tokenizer"),
+        pytest.param(lambda f: (f / "chat_template.jinja").write_text("{{ x }}"), True, True, id="the-chat-template"),
+    ],
+)
+def test_revision_and_tokenizer_hash_follow_the_content(tmp_path, make_model, change, new_revision, new_tokenizer):
+    folder = make_model(tmp_path / "model")
+    revision, tokenizer = fetch_model(str(folder), tmp_path).revision, tokenizer_hash(folder)
+    change(folder)
+    assert (fetch_model(str(folder), tmp_path).revision != revision) == new_revision
+    assert (tokenizer_hash(folder) != tokenizer) == new_tokenizer
+
+
+def test_models_of_other_shapes_have_other_revisions(tmp_path, make_model):
+    revisions = {fetch_model(str(make_model(tmp_path / str(w), width=w)), tmp_path).revision for w in (8, 16)}
+    assert len(revisions) == 2
+
+
+def _cut(name, keep):
+    return lambda f: (f / name).write_bytes((f / name).read_bytes()[:keep])
+
+
+def _lengthen(f):
+    (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes() + b"\0")
+
+
+def _with_code(f):
+    (f / "config.json").write_text('{"model_type": "x", "auto_map": {"AutoModelForCausalLM": "modeling_x.Model"}}')
+
+
+def _pickled(f):
+    (f / "model.safetensors").rename(f / "pytorch_model.bin")
+
+
+def _index(text):
+    return lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors.index.json").write_text(text))
+
+
+def _adapter(f):
+    (f / "config.json").rename(f / "adapter_config.json")
+
+
+BAD_MODELS = [
+    pytest.param(lambda f: (f / "config.json").unlink(), "has no config.json", id="no-config"),
+    pytest.param(_adapter, "this is an adapter, name its base", id="an-adapter"),
+    pytest.param(lambda f: (f / "config.json").write_text("{"), "config.json that is not JSON", id="config-unreadable"),
+    pytest.param(lambda f: (f / "config.json").write_text("[]"), "not a JSON object", id="config-no-object"),
+    pytest.param(_with_code, r"brings its own code .*modeling_x\.Model", id="auto-map"),
+    pytest.param(_pickled, r"only pickled weights \(pytorch_model\.bin\).*save_pretrained", id="pickled-weights"),
+    pytest.param(lambda f: (f / "model.safetensors").unlink(), r"has neither model\.safetensors", id="no-weights"),
+    pytest.param(
+        lambda f: (f / "model.safetensors").rename(f / "consolidated.safetensors"),
+        "it has consolidated.safetensors",
+        id="weights-of-another-layout",
+    ),
+    pytest.param(_cut("model.safetensors", -1), r"cut short \(\d+ of \d+ bytes", id="truncated-weights"),
+    pytest.param(_cut("model.safetensors", 20), "without a safetensors header", id="truncated-header"),
+    pytest.param(_cut("model.safetensors", 0), "without a safetensors header", id="empty-weights"),
+    pytest.param(_lengthen, "where its header says", id="weights-too-long"),
+    pytest.param(
+        lambda f: (f / "model.safetensors").write_bytes((9).to_bytes(8, "little") + b"{not json"),
+        "header cannot be read",
+        id="header-no-json",
+    ),
+    pytest.param(_index('{"weight_map": {"a": "gone.safetensors"}}'), "lacks gone.safetensors", id="shard-missing"),
+    pytest.param(_index("{}"), "index.json that cannot be read", id="index-unreadable"),
+    pytest.param(_index('{"weight_map": {"a": "../x.safetensors"}}'), "beside it", id="index-points-outside"),
+    pytest.param(lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer", id="no-tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "said"), BAD_MODELS)
+def test_a_model_that_cannot_be_used_is_refused_with_the_reason(tmp_path, make_model, spoil, said):
+    folder = make_model(tmp_path / "model")
+    spoil(folder)
+    with pytest.raises(UserError, match=said) as caught:
+        fetch_model(str(folder), tmp_path)
+    assert str(caught.value).startswith(f'spec.model.source: "{folder}"')
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [pytest.param("none", "does not exist", id="missing"), pytest.param("file", "is not a folder", id="file")],
+)
+def test_a_source_that_is_no_folder_is_refused(tmp_path, name, said):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=said):
+        fetch_model(str(tmp_path / name), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------ models from S3
+
+
+def test_a_model_in_a_bucket_is_fetched_once_without_pickles_and_code(tmp_path, make_model, s3):
+    folder = make_model(tmp_path / "model", shards=2)
+    for extra in ("pytorch_model.bin", "modeling_x.py", "README.md", "original/consolidated.safetensors"):
+        (folder / extra).parent.mkdir(exist_ok=True)
+        (folder / extra).write_bytes(b"x")
+    source = upload(folder, f"{s3}/models/m")
+    first = fetch_model(source, tmp_path / "cache")
+    assert names(first.path) == [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    before = (first.path / "config.json").stat().st_ino
+    assert fetch_model(source, tmp_path / "cache") == first
+    assert (first.path / "config.json").stat().st_ino == before
+    assert tokenizer_hash(first.path) == tokenizer_hash(folder)
+
+
+def test_a_changed_model_in_a_bucket_is_another_model(tmp_path, make_model, s3):
+    source = upload(make_model(tmp_path / "model"), s3)
+    first = fetch_model(source, tmp_path / "cache")
+    open_store(s3, "x").put("config.json", b'{"model_type": "opt"}')
+    second = fetch_model(source, tmp_path / "cache")
+    assert second.revision != first.revision
+    assert json.loads((first.path / "config.json").read_text())["model_type"] == "llama"
+    assert json.loads((second.path / "config.json").read_text())["model_type"] == "opt"
+
+
+@pytest.mark.parametrize(("spoil", "said"), [p for p in BAD_MODELS if p.id != "an-adapter"])
+def test_a_bad_model_in_a_bucket_is_refused_and_leaves_nothing_in_the_cache(tmp_path, make_model, s3, spoil, said):
+    folder = make_model(tmp_path / "model")
+    spoil(folder)
+    with pytest.raises(UserError, match=said):
+        fetch_model(upload(folder, s3), tmp_path / "cache")
+    assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.suffix != ".lock"] == []
+
+
+def test_an_interrupted_download_goes_on_where_it_stopped(tmp_path, make_model, s3):
+    source = upload(make_model(tmp_path / "model", shards=2), s3)
+    whole = fetch_model(source, tmp_path / "cache").path
+    partial = whole.with_name(f".{whole.name}.partial")
+    whole.rename(partial)
+    (partial / "model-00002-of-00002.safetensors").rename(partial / "model-00002-of-00002.safetensors.part")
+    kept = (partial / "model-00001-of-00002.safetensors").stat().st_ino
+    again = fetch_model(source, tmp_path / "cache").path
+    assert again == whole
+    assert (again / "model-00001-of-00002.safetensors").stat().st_ino == kept
+    assert names(again) == names(tmp_path / "model")
+
+
+def test_ranks_that_fetch_at_once_download_once(tmp_path, make_model, s3):
+    source = upload(make_model(tmp_path / "model"), s3)
+    together = threading.Barrier(4)
+
+    def fetch(_):
+        together.wait()
+        fetched = fetch_model(source, tmp_path / "cache")
+        return fetched.path, (fetched.path / "config.json").stat().st_ino
+
+    with ThreadPoolExecutor(4) as ranks:
+        assert len(set(ranks.map(fetch, range(4)))) == 1
+
+
+def test_a_full_cache_is_a_storage_failure(tmpfs, tmp_path, make_model, s3):
+    source = upload(make_model(tmp_path / "model", width=1024), s3)
+    with tmpfs("size=1m") as cache, pytest.raises(StorageError, match="disk is full"):
+        fetch_model(source, cache)
+
+
+def test_an_empty_or_closed_bucket_is_the_users_to_mend(tmp_path, s3, monkeypatch):
+    with pytest.raises(UserError, match="holds no files"):
+        fetch_model(f"{s3}/nothing-here", tmp_path)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(UserError, match=r"403.*spec\.model\.credentials"):
+        fetch_model(s3, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+@pytest.mark.parametrize("source", ["{s3}/rows/train.jsonl", "{s3}/rows", "{here}/train.jsonl", "{here}"])
+def test_rows_come_as_a_file_or_as_a_folder(tmp_path, s3, source):
+    here = tmp_path / "rows"
+    here.mkdir()
+    (here / "train.jsonl").write_text('{"text": "a"}\n')
+    upload(here, f"{s3}/rows")
+    found = fetch_rows(source.format(s3=s3, here=here), ROWS, tmp_path / "cache")
+    assert found.is_file() == source.endswith(".jsonl")
+    assert (found if found.is_file() else found / "train.jsonl").read_text() == '{"text": "a"}\n'
+
+
+def test_a_folder_written_by_save_to_disk_comes_whole(tmp_path, s3):
+    store = open_store(f"{s3}/rows", "x")
+    for name in ("dataset_info.json", "state.json", "data-00000-of-00001.arrow", "notes.md"):
+        store.put(name, b"{}")
+    found = fetch_rows(f"{s3}/rows", ROWS, tmp_path / "cache")
+    assert names(found) == ["data-00000-of-00001.arrow", "dataset_info.json", "state.json"]
+
+
+@pytest.mark.parametrize("source", ["{s3}/none.jsonl", "{s3}/none", "{s3}", "{here}/none.jsonl"])
+def test_rows_that_are_not_there_are_named_with_their_field(tmp_path, s3, source):
+    source = source.format(s3=s3, here=tmp_path)
+    with pytest.raises(UserError, match=r"holds no rows|does not exist") as caught:
+        fetch_rows(source, "spec.dataset.eval.source", tmp_path / "cache")
+    assert str(caught.value).startswith(f'spec.dataset.eval.source: "{source}"')
+
+
+# ------------------------------------------------------------------------------------------------------------- the Hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with fake_hub.running() as running:
+        monkeypatch.setenv("HF_ENDPOINT", running.endpoint)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield running
+
+
+def as_files(folder):
+    return {name: (folder / name).read_bytes() for name in names(folder)}
+
+
+@pytest.mark.parametrize("revision", ["", "@main", "@v1", f"@{COMMIT}"])
+def test_a_model_on_the_hub_is_pinned_to_its_commit(tmp_path, make_model, hub, revision):
+    files = as_files(make_model(tmp_path / "model", shards=2))
+    unwanted = {"pytorch_model.bin": b"x", "modeling_x.py": b"x", "original/consolidated.safetensors": b"x"}
+    hub.add("org/base", files | unwanted)
+    source = f"hf://org/base{revision}"
+    fetched = fetch_model(source, tmp_path / "cache")
+    assert (fetched.revision, fetched.source) == (COMMIT, source)
+    assert names(fetched.path) == sorted(files)
+    assert sorted(hub.served) == sorted(files)
+    assert fetch_model(source, tmp_path / "cache") == fetched
+    assert sorted(hub.served) == sorted(files), "the second time nothing is downloaded"
+
+
+@pytest.mark.parametrize(
+    ("source", "refused", "said"),
+    [
+        pytest.param("hf://org/none", {}, r"is not a model on .*spec\.model\.credentials", id="not-found"),
+        pytest.param("hf://org/base@v9", {}, "has no revision v9", id="no-such-revision"),
+        pytest.param("hf://org/base", {"org/base": (403, "GatedRepo")}, "is gated: accept its terms at", id="gated"),
+        pytest.param("hf://org/base", {"org/base": (401, "")}, "HF_TOKEN", id="wrong-token"),
+        pytest.param("hf://base", {}, "must read hf://org/name", id="no-organization"),
+        pytest.param("hf://org/base/folder", {}, "not a folder inside", id="folder-inside"),
+        pytest.param("hf://org/base@main/../x", {}, "must not contain", id="climbs-out"),
+    ],
+)
+def test_what_the_hub_does_not_give_is_the_users_to_mend(tmp_path, make_model, hub, source, refused, said):
+    hub.add("org/base", as_files(make_model(tmp_path / "model")))
+    hub.refused.update(refused)
+    with pytest.raises(UserError, match=said) as caught:
+        fetch_model(source, tmp_path / "cache")
+    assert str(caught.value).startswith(f'spec.model.source: "{source}"')
+
+
+@pytest.mark.parametrize("commit_is_named", [False, True])
+def test_without_a_way_to_the_hub_the_user_is_told_what_else_works(tmp_path, monkeypatch, commit_is_named):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"out of reach from here .* s3://, gs://, az:// or pvc://"):
+        fetch_model(f"hf://org/base@{COMMIT}" if commit_is_named else "hf://org/base", tmp_path)
+
+
+def test_a_hub_that_fails_is_a_storage_failure(tmp_path, hub):
+    hub.refused["org/base"] = (503, "")
+    with pytest.raises(StorageError, match="answers 503"):
+        fetch_model("hf://org/base", tmp_path)
+
+
+def test_a_pinned_model_in_the_cache_needs_no_hub(tmp_path, make_model, hub, monkeypatch):
+    hub.add("org/base", as_files(make_model(tmp_path / "model")))
+    fetched = fetch_model(f"hf://org/base@{COMMIT}", tmp_path / "cache")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert fetch_model(f"hf://org/base@{COMMIT}", tmp_path / "cache") == fetched
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"), [p for p in BAD_MODELS if p.id in ("auto-map", "pickled-weights", "truncated-weights")]
+)
+def test_a_bad_model_on_the_hub_is_refused(tmp_path, make_model, hub, spoil, said):
+    folder = make_model(tmp_path / "model")
+    spoil(folder)
+    hub.add("org/base", as_files(folder))
+    with pytest.raises(UserError, match=said):
+        fetch_model("hf://org/base", tmp_path / "cache")
+    assert not any(name.endswith(".bin") for name in hub.served)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        pytest.param("hf://org/rows", ["data/test.parquet", "data/train.parquet", "extra.csv"], id="repository"),
+        pytest.param("hf://org/rows@main/data", ["test.parquet", "train.parquet"], id="folder-inside"),
+        pytest.param("hf://datasets/org/rows@v1/data/train.parquet", "train.parquet", id="file-inside"),
+    ],
+)
+def test_rows_on_the_hub_are_a_repository_a_folder_or_a_file(tmp_path, hub, source, found):
+    files = ("data/train.parquet", "data/test.parquet", "extra.csv", "README.md", "load.py", "dataset_infos.json")
+    hub.add("org/rows", dict.fromkeys(files, b"rows"), kind="datasets")
+    path = fetch_rows(source, ROWS, tmp_path / "cache")
+    assert (path.name if path.is_file() else names(path)) == found
+
+
+def test_a_repository_without_rows_is_told(tmp_path, hub):
+    hub.add("org/rows", {"README.md": b"x"}, kind="datasets")
+    with pytest.raises(UserError, match="holds no rows"):
+        fetch_rows("hf://org/rows", ROWS, tmp_path)

@@ -1,0 +1,370 @@
+"""An adapter has a manifest if, and only if, it is whole, trained and uploaded; and it has one manifest."""
+
+import json
+import shutil
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qlora_trainer import verify
+from qlora_trainer.errors import UserError
+from qlora_trainer.gate import AdapterRejectedError, verify_adapter
+from qlora_trainer.publish import Manifest, _declare, check_destination, publish, verify_published
+from qlora_trainer.store import NotFoundError, open_store, sha256_bytes
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+LAYERS = tuple(f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj"))
+
+
+def keys(uri):
+    return [key for key, _ in open_store(uri, "x").list()]
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# ------------------------------------------------------------------------------------------------------- a good adapter
+
+
+def test_a_good_adapter_gets_a_manifest_that_names_everything(place, tmp_path, make_adapter, make_facts, job):
+    adapter = publish(place, job, 2, make_adapter(tmp_path / "out"), make_facts(), base_names=LAYERS)
+    store = open_store(place, "x")
+    data = store.get("manifest.json")
+    assert adapter.manifest_uri == store.uri("manifest.json")
+    assert adapter.manifest_sha256 == sha256_bytes(data)
+    assert adapter.uri == store.uri("3f2a9c01-attempt-2/adapter")
+    manifest = json.loads(data)
+    assert (manifest["schema"], manifest["job"], manifest["namespace"]) == ("qlora.dev/manifest/v1", "tune", "team")
+    assert (manifest["runUid"], manifest["attempt"], manifest["merged"]) == (job.uid, 2, None)
+    assert manifest["base"] == {"source": "hf://org/base@main", "revision": "c" * 40}
+    assert manifest["metrics"]["evalLoss"] == 1.25
+    assert manifest["config"]["training"]["optimizer"] == "PagedAdamW8Bit", "defaults are filled in"
+    assert {"torch", "peft", "transformers", "python"} <= manifest["packages"].keys()
+    assert {f["path"].rpartition("/")[2] for f in manifest["files"]} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "README.md",
+    }
+    assert verify_published(adapter.manifest_uri) == []
+
+
+def test_a_merged_model_is_published_besides(place, tmp_path, make_adapter, make_model, make_facts, job):
+    out = make_adapter(tmp_path / "out")
+    make_model(out / "merged", shards=2)
+    adapter = publish(place, job, 1, out, make_facts())
+    manifest = json.loads(open_store(place, "x").get("manifest.json"))
+    assert manifest["merged"] == "3f2a9c01-attempt-1/merged"
+    assert len([f for f in manifest["files"] if "/merged/" in f["path"]]) == 6
+    assert verify_published(adapter.manifest_uri) == []
+
+
+def test_numbers_that_are_not_finite_do_not_break_the_manifest(tmp_path, make_adapter, make_facts, job):
+    facts = make_facts(base_eval_loss=float("nan"), eval_loss=None)
+    adapter = publish(str(tmp_path / "to"), job, 1, make_adapter(tmp_path / "out"), facts)
+    metrics = json.loads((tmp_path / "to" / "manifest.json").read_text())["metrics"]
+    assert (metrics["baseEvalLoss"], metrics["evalLoss"]) == (None, None)
+    assert verify_published(adapter.manifest_uri) == []
+
+
+def test_what_is_published_loads_on_the_base_and_answers_the_same(tmp_path, make_facts, job):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=16,
+    )  # fmt: skip
+    base = LlamaForCausalLM(config)
+    base.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    tuned = get_peft_model(base, lora).eval()
+    tuned.save_pretrained(tmp_path / "out" / "adapter")
+    (tmp_path / "out" / "adapter" / "tokenizer.json").write_text("{}")
+    names = [name for name, _ in LlamaForCausalLM.from_pretrained(tmp_path / "base").named_parameters()]
+    adapter = publish(str(tmp_path / "to"), job, 1, tmp_path / "out", make_facts(), base_names=names)
+
+    fresh = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    loaded = PeftModel.from_pretrained(fresh, adapter.uri).eval()
+    tokens = torch.arange(8).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, tuned(tokens).logits)
+
+
+# ------------------------------------------------------------------------------------------------------------- the gate
+
+
+def _remove(name):
+    return lambda f: (f / "adapter" / name).unlink()
+
+
+def _tensors(change):
+    def spoil(folder):
+        path = folder / "adapter" / "adapter_model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+
+    return spoil
+
+
+def _set(name, tensor):
+    return _tensors(lambda t: t.update({name: tensor}))
+
+
+def _drop(*names):
+    return _tensors(lambda t: [t.pop(name) for name in names])
+
+
+def _untrain(tensors):
+    for name in tensors:
+        if "lora_B" in name:
+            tensors[name] = torch.zeros_like(tensors[name])
+
+
+def _config(**changes):
+    return lambda f: edit_json(f / "adapter" / "adapter_config.json", **changes)
+
+
+def _write_config(text):
+    return lambda f: (f / "adapter" / "adapter_config.json").write_text(text)
+
+
+def _cut(folder):
+    path = folder / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _merged_without_weights(folder):
+    (folder / "merged").mkdir()
+    (folder / "merged" / "config.json").write_text("{}")
+
+
+BAD_ADAPTERS = [
+    pytest.param(lambda f: shutil.rmtree(f / "adapter"), "no adapter_model.safetensors", id="nothing"),
+    pytest.param(_remove("adapter_model.safetensors"), "no adapter_model.safetensors", id="no-weights"),
+    pytest.param(_remove("adapter_config.json"), "no adapter_config.json", id="no-config"),
+    pytest.param(_remove("tokenizer.json"), "no tokenizer", id="no-tokenizer"),
+    pytest.param(_write_config("{"), "cannot be read by PEFT", id="config-no-json"),
+    pytest.param(_config(peft_type="NONSENSE"), "cannot be read by PEFT", id="config-of-no-type"),
+    pytest.param(_write_config('{"peft_type": "LOHA"}'), "not LORA", id="config-of-another-type"),
+    pytest.param(_cut, "cut short", id="weights-cut-short"),
+    pytest.param(_tensors(dict.clear), "no LoRA tensors", id="weights-empty"),
+    pytest.param(_drop(f"{Q0}.lora_B.weight"), "no lora_B for model.layers.0", id="b-missing"),
+    pytest.param(_drop(f"{Q0}.lora_A.weight"), "no lora_A for model.layers.0", id="a-missing"),
+    pytest.param(_set(f"{Q0}.lora_A.weight", torch.full((4, 8), torch.nan)), "not finite", id="nan"),
+    pytest.param(_set(f"{Q0}.lora_B.weight", torch.full((8, 4), torch.inf)), "not finite", id="infinite"),
+    pytest.param(_set(f"{Q0}.lora_B.weight", torch.zeros(8, 0)), "is empty", id="empty-tensor"),
+    pytest.param(_set(f"{Q0}.lora_B.weight", torch.ones(8, 3)), "have ranks 4 and 3", id="ranks-differ"),
+    pytest.param(_tensors(_untrain), "every B of the adapter is zero", id="untrained"),
+    pytest.param(
+        _drop(f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"), "no weights for model.layers.0", id="a-layer-missing"
+    ),
+    pytest.param(
+        _config(target_modules=["q_proj", "o_proj"]),
+        r"no weights for model\.layers\.0\.self_attn\.o_proj",
+        id="a-target-missing",
+    ),
+    pytest.param(_merged_without_weights, "the merged model has neither", id="merged-without-weights"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "said"), BAD_ADAPTERS)
+def test_a_bad_adapter_gets_no_manifest(tmp_path, make_adapter, make_facts, job, spoil, said):
+    out = make_adapter(tmp_path / "out")
+    spoil(out)
+    names = [*LAYERS, "model.layers.0.self_attn.o_proj", "model.embed_tokens", "lm_head"]
+    with pytest.raises(AdapterRejectedError, match=said):
+        publish(str(tmp_path / "to"), job, 1, out, make_facts(), base_names=names)
+    assert not (tmp_path / "to" / "manifest.json").exists()
+
+
+def test_without_the_base_s_names_a_target_nobody_has_is_still_found(tmp_path, make_adapter):
+    out = make_adapter(tmp_path / "out")
+    verify_adapter(out / "adapter")
+    edit_json(out / "adapter" / "adapter_config.json", target_modules=["q_proj", "o_proj"])
+    with pytest.raises(AdapterRejectedError, match="no weights for any o_proj"):
+        verify_adapter(out / "adapter")
+
+
+def test_weights_for_layers_the_base_lacks_are_refused(tmp_path, make_adapter):
+    with pytest.raises(AdapterRejectedError, match=r"model\.layers\.1.*which the base lacks"):
+        verify_adapter(make_adapter(tmp_path / "out") / "adapter", [n for n in LAYERS if ".1." not in n])
+
+
+def test_some_layers_may_have_learned_nothing_and_magnitudes_are_allowed(tmp_path, make_adapter):
+    out = make_adapter(tmp_path / "out")
+    _set(f"{Q0}.lora_B.weight", torch.zeros(8, 4))(out)
+    _set(f"{Q0}.lora_magnitude_vector", torch.ones(8))(out)
+    verify_adapter(out / "adapter", LAYERS)
+
+
+# --------------------------------------------------------------------------------------------------------- one manifest
+
+
+def test_publishing_twice_answers_what_is_there(place, tmp_path, make_adapter, make_facts, job):
+    first = publish(place, job, 1, make_adapter(tmp_path / "1"), make_facts())
+    before = keys(place)
+    assert publish(place, job, 2, make_adapter(tmp_path / "2"), make_facts()) == first
+    assert keys(place) == before
+
+
+def test_a_manifest_whose_answer_was_lost_is_known_as_ours(place, tmp_path, make_adapter, make_facts, job):
+    publish(place, job, 1, make_adapter(tmp_path / "out"), make_facts())
+    store = open_store(place, "x")
+    data = store.get("manifest.json")
+    manifest = Manifest.model_validate_json(data)
+    assert _declare(store, manifest, data) == (manifest, data)
+
+
+def test_attempts_of_a_run_that_publish_at_once_agree(place, tmp_path, make_adapter, make_facts, job):
+    outs = [make_adapter(tmp_path / str(n)) for n in range(4)]
+    together = threading.Barrier(len(outs))
+
+    def attempt(number):
+        together.wait()
+        return publish(place, job, number + 1, outs[number], make_facts())
+
+    with ThreadPoolExecutor(len(outs)) as pool:
+        adapters = set(map(str, pool.map(attempt, range(len(outs)))))
+    assert len(adapters) == 1
+    assert verify_published(f"{open_store(place, 'x').uri()}/manifest.json") == []
+    assert len({key.split("/")[0] for key in keys(place)}) == 2, "the slower attempts leave no folder behind"
+
+
+def test_of_two_runs_exactly_one_gets_the_destination(place, tmp_path, make_adapter, make_facts, job):
+    jobs = [job.model_copy(update={"uid": f"{n}{job.uid[1:]}"}) for n in range(4)]
+    outs = [make_adapter(tmp_path / str(n)) for n in range(len(jobs))]
+    together = threading.Barrier(len(jobs))
+
+    def run(number):
+        together.wait()
+        try:
+            publish(place, jobs[number], 1, outs[number], make_facts())
+        except UserError as error:
+            return str(error)
+        return jobs[number].uid
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        results = list(pool.map(run, range(len(jobs))))
+    (winner,) = [r for r in results if r in {j.uid for j in jobs}]
+    assert all(f"already holds the adapter of run {winner}" in r for r in results if r != winner)
+    assert verify_published(f"{place}/manifest.json") == []
+
+
+def test_a_destination_of_another_run_is_refused_before_and_after_the_training(
+    place, tmp_path, make_adapter, make_facts, job
+):
+    publish(place, job, 1, make_adapter(tmp_path / "out"), make_facts())
+    other = job.model_copy(update={"uid": "99999999-other"})
+    said = rf'^spec\.output\.destination: ".*" already holds the adapter of run {job.uid} \(team/tune\); choose another'
+    with pytest.raises(UserError, match=said):
+        check_destination(place, other.uid)
+    with pytest.raises(UserError, match=said):
+        publish(place, other, 1, make_adapter(tmp_path / "other"), make_facts())
+    check_destination(place, job.uid)
+
+
+def test_a_manifest_that_is_none_of_ours_is_left_alone(place, tmp_path, make_adapter, make_facts, job):
+    open_store(place, "x").put("manifest.json", b'{"name": "a web app"}')
+    for act in (
+        lambda: check_destination(place, job.uid),
+        lambda: publish(place, job, 1, make_adapter(tmp_path / "out"), make_facts()),
+    ):
+        with pytest.raises(UserError, match="not a manifest of this operator"):
+            act()
+    assert open_store(place, "x").get("manifest.json") == b'{"name": "a web app"}'
+
+
+def test_an_upload_that_was_cut_short_is_made_good(place, tmp_path, make_adapter, make_facts, job):
+    store = open_store(place, "x")
+    store.put("3f2a9c01-attempt-1/adapter/adapter_model.safetensors", b"half")
+    store.put("3f2a9c01-attempt-1/adapter/left-over", b"x")
+    adapter = publish(place, job, 1, make_adapter(tmp_path / "out"), make_facts())
+    assert verify_published(adapter.manifest_uri) == []
+
+
+# --------------------------------------------------------------------------------------------------------- verification
+
+
+def _alter(store, key):
+    data = store.get(key)
+    store.put(key, data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize(
+    ("tamper", "problem"),
+    [
+        pytest.param(_alter, "is not what was published: its SHA-256 differs", id="changed"),
+        pytest.param(lambda store, key: store.delete(key), "is missing", id="missing"),
+        pytest.param(lambda store, key: store.put(f"{key}.py", b"import os"), "is not in the manifest", id="added"),
+    ],
+)
+def test_tampering_is_found_and_stops_a_second_publish(place, tmp_path, make_adapter, make_facts, job, tamper, problem):
+    adapter = publish(place, job, 1, make_adapter(tmp_path / "out"), make_facts())
+    tamper(open_store(place, "x"), "3f2a9c01-attempt-1/adapter/adapter_model.safetensors")
+    (found,) = verify_published(adapter.manifest_uri)
+    assert problem in found
+    with pytest.raises(UserError, match=r"holds this run's manifest, but .*; delete .*manifest\.json"):
+        publish(place, job, 1, make_adapter(tmp_path / "again"), make_facts())
+
+
+def test_a_manifest_cannot_point_outside_its_folder(tmp_path, make_adapter, make_facts, job):
+    publish(str(tmp_path / "to"), job, 1, make_adapter(tmp_path / "out"), make_facts())
+    path = tmp_path / "to" / "manifest.json"
+    entry = {"path": "../../etc/passwd", "size": 1, "sha256": "0" * 64}
+    edit_json(path, files=[*json.loads(path.read_text())["files"], entry])
+    assert ["outside its folder" in p for p in verify_published(str(path))] == [True]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "said"),
+    [
+        pytest.param(lambda f: None, 0, "every file is what was published", id="whole"),
+        pytest.param(lambda f: next(f.rglob("README.md")).unlink(), 1, "README.md is missing", id="incomplete"),
+        pytest.param(lambda f: (f / "manifest.json").unlink(), 40, "does not exist", id="no-manifest"),
+    ],
+)
+def test_a_person_can_verify_from_the_command_line(
+    tmp_path, make_adapter, make_facts, job, monkeypatch, capsys, spoil, code, said
+):
+    publish(str(tmp_path / "to"), job, 1, make_adapter(tmp_path / "out"), make_facts())
+    spoil(tmp_path / "to")
+    monkeypatch.chdir(tmp_path / "to")
+    assert verify.main(["manifest.json"]) == code
+    assert said in "".join(capsys.readouterr())
+
+
+def test_verifying_what_is_not_there_says_so(place):
+    with pytest.raises(UserError, match="does not exist"):
+        verify_published(f"{place}/manifest.json")
+
+
+# -------------------------------------------------------------------------------------------------- before the training
+
+
+def test_checking_a_destination_leaves_nothing_behind(place):
+    check_destination(place, "run")
+    assert keys(place) == []
+    with pytest.raises(NotFoundError):
+        open_store(place, "x").get("manifest.json")
+
+
+def test_a_destination_that_cannot_be_written_is_found_before_the_training(tmp_path, tmpfs, s3, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be used"):
+        check_destination(str(tmp_path / "file" / "out"), "run")
+    with tmpfs("size=1m") as folder:
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        with pytest.raises(UserError, match="Read-only file system"):
+            check_destination(str(folder / "out"), "run")
+    with pytest.raises(UserError, match="no such bucket"):
+        check_destination("s3://no-such-bucket/x", "run")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(UserError, match=r'spec\.output\.destination: "s3://.*" access is denied \(403'):
+        check_destination(s3, "run")
