@@ -100,13 +100,12 @@ class TerminationMessage(Model):
 
     def to_bytes(self) -> bytes:
         """JSON within the limit; the message is what gives way."""
-        text = self.model_dump_json(by_alias=True, exclude_none=True).encode()
-        over = len(text) - TERMINATION_MESSAGE_BYTES
-        if over <= 0:
-            return text
-        keep = max(0, len(self.message.encode()) - over - 16)
-        shorter = self.message.encode()[:keep].decode(errors="ignore") + " …"
-        return self.model_copy(update={"message": shorter}).to_bytes()
+        message = self.message
+        while True:
+            text = self.model_copy(update={"message": message}).model_dump_json(by_alias=True, exclude_none=True).encode()
+            if len(text) <= TERMINATION_MESSAGE_BYTES or not message:
+                return text
+            message = message[: len(message) * 9 // 10 - 2] + " …" if len(message) > 4 else ""
 
 
 class ProgressReport(Progress):

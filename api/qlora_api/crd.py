@@ -96,8 +96,10 @@ def _structural(node: dict[str, Any], defs: dict[str, Any]) -> dict[str, Any]:
         out["enum"] = [node["const"]]
     if "description" in out:
         out["description"] = _words(out["description"])
-    if "default" in out and out["default"] is None:
-        del out["default"]
+    if "default" in out:
+        out["default"] = _without_null(out["default"])
+        if out["default"] is None:
+            del out["default"]
     if "properties" in out:
         out["properties"] = {k: _structural(v, defs) for k, v in out["properties"].items()}
     if "items" in out:
@@ -145,6 +147,13 @@ def _with_rules(schema: dict[str, Any], model: type[BaseModel]) -> dict[str, Any
         if validations:
             schema["x-kubernetes-validations"] = validations
     return schema
+
+
+def _without_null(value: Any) -> Any:
+    """What is unset is left out: null is no value for the API server."""
+    if isinstance(value, dict):
+        return {k: _without_null(v) for k, v in value.items() if v is not None}
+    return value
 
 
 def _words(text: str | None) -> str:

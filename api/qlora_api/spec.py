@@ -125,6 +125,7 @@ class DatasetSpec(Model):
     """What is learned, and which tokens count."""
 
     train: DatasetSource
+    """The rows to learn from."""
     eval: EvaluationData | None = None
     """Evaluation rows. Without them there is no eval loss and no early stopping."""
     format: DatasetFormat

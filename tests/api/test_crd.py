@@ -1,0 +1,185 @@
+"""The generated CustomResourceDefinition says what the types say."""
+
+from __future__ import annotations
+
+import re
+
+import cel
+import pytest
+from pydantic import BaseModel
+from qlora_api import QLoRAJob
+from qlora_api.base import Model
+from qlora_api.crd import crd
+from qlora_api.errors import ManifestError, model_of
+from qlora_api.spec import QLoRAJobSpec
+
+from .manifests import VALID, manifest
+
+FORBIDDEN = {"$ref", "$defs", "anyOf", "oneOf", "allOf", "const", "title", "not"}
+
+
+def schema():
+    return crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+
+
+def nodes(node, path=""):
+    yield path, node
+    for name, child in node.get("properties", {}).items():
+        yield from nodes(child, f"{path}.{name}")
+    for key in ("items", "additionalProperties"):
+        if isinstance(node.get(key), dict):
+            yield from nodes(node[key], f"{path}[]")
+
+
+def test_the_schema_is_structural():
+    for path, node in nodes(schema()):
+        assert "type" in node, path
+        assert not FORBIDDEN & node.keys(), path
+
+
+def test_no_field_is_a_float():
+    assert [path for path, node in nodes(schema()) if node["type"] == "number"] == []
+
+
+def test_every_text_list_and_map_of_the_spec_is_bounded():
+    """Also what keeps the estimated cost of the CEL rules under the API server's budget."""
+    bound = {"array": "maxItems", "string": "maxLength"}
+    unbounded = [
+        path
+        for path, node in nodes(schema()["properties"]["spec"])
+        if (node["type"] in bound and "enum" not in node and bound[node["type"]] not in node)
+        or ("additionalProperties" in node and "maxProperties" not in node)
+    ]
+    assert unbounded == []
+
+
+def test_every_field_of_the_spec_is_explained_but_those_named_as_in_kubernetes():
+    bare = {path.rsplit(".", 1)[-1] for path, node in nodes(schema()["properties"]["spec"]) if path and not node.get("description")}
+    assert {name for name in bare if not name.endswith("[]")} <= {
+        "key",
+        "operator",
+        "value",
+        "effect",
+        "tolerationSeconds",
+        "nodeSelector",
+        "priorityClassName",
+        "tolerations",
+    }
+
+
+def test_every_field_has_a_name_in_camel_case():
+    names = {path.rsplit(".", 1)[-1] for path, _ in nodes(schema()) if path and not path.endswith("[]")}
+    assert {n for n in names if not re.fullmatch(r"[a-z][a-zA-Z0-9]*", n)} == set()
+
+
+def test_columns_read_as_the_architecture_says():
+    columns = crd()["spec"]["versions"][0]["additionalPrinterColumns"]
+    assert [c["name"].upper() for c in columns if not c.get("priority")] == [
+        "STATE",
+        "REASON",
+        "STEP",
+        "LOSS",
+        "ETA",
+        "RESTARTS",
+        "GPU-MEM",
+        "AGE",
+    ]
+    paths = {path for path, _ in nodes(schema())} | {".metadata.creationTimestamp"}
+    assert {c["jsonPath"] for c in columns} <= paths
+
+
+def groups(model, path=()):
+    yield path, model
+    for field in model.model_fields.values():
+        inner = model_of(field.annotation)
+        if isinstance(inner, type) and issubclass(inner, BaseModel) and field.alias:
+            yield from groups(inner, (*path, field.alias))
+
+
+def cel_violations(job):
+    """What the API server's CEL would say of a manifest with defaults filled in."""
+    broken = []
+    for path, model in groups(QLoRAJobSpec):
+        value = job["spec"]
+        for name in path:
+            value = value.get(name, {}) if isinstance(value, dict) else {}
+        if isinstance(value, dict) and value and issubclass(model, Model):
+            broken += [r.message for r in model.rules if not cel.evaluate(r.cel, {"self": value})]
+    return broken
+
+
+def with_defaults(made):
+    """As the API server defaults it, valid or not."""
+    node = schema()["properties"]["spec"]
+
+    def fill(value, node):
+        for name, child in node.get("properties", {}).items():
+            if name not in value and "default" in child:
+                value[name] = child["default"]
+            if isinstance(value.get(name), dict):
+                fill(value[name], child)
+        return value
+
+    return {**made, "spec": fill(made["spec"], node)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="valid"),
+        pytest.param({"training__maxSteps": 5}, id="both-lengths"),
+        pytest.param({"training__epochs": None}, id="no-length"),
+        pytest.param({"training__globalBatchSize": 10, "parallelism__workers": 4}, id="batch-split"),
+        pytest.param({"training__globalBatchSize": 8, "training__microBatchSize": 3}, id="micro-batch"),
+        pytest.param({"training__globalBatchSize": 8, "training__microBatchSize": 4}, id="micro-batch-that-fits"),
+        pytest.param({"dataset__lossOn": "Assistant"}, id="loss-on-assistant"),
+        pytest.param({"dataset__lossOn": "Completion"}, id="loss-on-completion"),
+        pytest.param({"dataset__format": "Messages", "dataset__lossOn": "Completion"}, id="completion-of-messages"),
+        pytest.param({"dataset__format": "Text", "dataset__lossOn": "Completion"}, id="completion-of-text"),
+        pytest.param({"dataset__chatTemplate": "x"}, id="template-without-messages"),
+        pytest.param({"dataset__eval": {"fraction": "0.1"}}, id="eval-fraction"),
+        pytest.param({"dataset__eval": {"fraction": "0.1", "source": "s3://b/e"}}, id="two-eval-sources"),
+        pytest.param({"training__evaluation": {"patience": 2}}, id="patience"),
+        pytest.param({"parallelism__offload": "Optimizer"}, id="offload-without-zero"),
+        pytest.param({"parallelism__offload": "Optimizer", "parallelism__zeroStage": 2}, id="offload-with-zero"),
+        pytest.param({"parallelism__zeroStage": 3, "quantization__type": "INT8"}, id="int8-zero-3"),
+    ],
+)
+def test_cel_and_python_agree_on_every_rule(changes):
+    made = manifest(**changes)
+    try:
+        QLoRAJob.from_manifest(made)
+        in_python = []
+    except ManifestError as error:
+        in_python = [m.allowed for m in error.mistakes]
+    in_cel = cel_violations(with_defaults(manifest(**changes)))
+    assert bool(in_cel) == bool(in_python)
+    assert set(in_python) <= set(in_cel)  # Python stops at the first of a group
+
+
+@pytest.mark.parametrize(("text", "valid"), [("2e-4", True), ("1", True), ("0", False), ("1.5", False)])
+def test_bounds_of_a_decimal_hold_in_cel_too(text, valid):
+    node = schema()["properties"]["spec"]["properties"]["training"]["properties"]["learningRate"]
+    assert re.search(node["pattern"], text)
+    (rule,) = node["x-kubernetes-validations"]
+    assert cel.evaluate(rule["rule"], {"self": text}) is valid
+
+
+@pytest.mark.parametrize(
+    ("source", "valid"), [("hf://a/b", True), ("pvc://claim/x", True), ("./folder", False), ("file:///x", False)]
+)
+def test_a_local_path_is_refused_by_the_api_server_alone(source, valid):
+    node = schema()["properties"]["spec"]["properties"]["model"]["properties"]["source"]
+    (rule,) = node["x-kubernetes-validations"]
+    assert cel.evaluate(rule["rule"], {"self": source}) is valid
+    QLoRAJob.from_manifest(manifest(model__source=source))
+
+
+def test_what_a_resume_depends_on_is_immutable_and_the_rest_is_not():
+    rules = schema()["properties"]["spec"]["x-kubernetes-validations"]
+    fixed = {r["fieldPath"].removeprefix(".") for r in rules if "oldSelf" in r["rule"]}
+    assert fixed == {"model", "dataset", "quantization", "lora", "training", "parallelism", "output"}
+    (rule,) = [r["rule"] for r in rules if "oldSelf.lora" in r["rule"]]
+    old = VALID["spec"] | {"lora": {"rank": 8}}
+    assert cel.evaluate(rule, {"self": old, "oldSelf": old})
+    assert not cel.evaluate(rule, {"self": old | {"lora": {"rank": 9}}, "oldSelf": old})
