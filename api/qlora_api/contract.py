@@ -34,6 +34,7 @@ class ExitCode(IntEnum):
     NON_FINITE_LOSS = 45
     CHECKPOINT_UNREADABLE = 46
     STORAGE_FAILED = 47
+    ADAPTER_REJECTED = 48
 
 
 REASONS: dict[int, Reason] = {
@@ -46,6 +47,7 @@ REASONS: dict[int, Reason] = {
     ExitCode.NON_FINITE_LOSS: Reason.NON_FINITE_LOSS,
     ExitCode.CHECKPOINT_UNREADABLE: Reason.CHECKPOINT_UNREADABLE,
     ExitCode.STORAGE_FAILED: Reason.STORAGE_FAILED,
+    ExitCode.ADAPTER_REJECTED: Reason.ADAPTER_REJECTED,
     143: Reason.PREEMPTED,  # SIGTERM before the trainer could catch it: nothing was done that could be lost
     137: Reason.OUT_OF_HOST_MEMORY,  # SIGKILL: the kernel's out-of-memory killer, and nothing of ours sends it
 }

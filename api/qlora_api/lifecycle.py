@@ -11,6 +11,8 @@ from qlora_api.status import Attempt, Reason
 
 FREE_OF_CHARGE = frozenset({Reason.PREEMPTED, Reason.NODE_LOST, Reason.SUSPENDED})
 """Ends that are not the job's doing and do not count against maxRestarts."""
+FINAL = frozenset({Reason.USER_ERROR, Reason.NON_FINITE_LOSS, Reason.ADAPTER_REJECTED})
+"""Ends that another attempt would only repeat: training is deterministic."""
 BACKOFF_SECONDS = (1, 10, 30, 60, 120, 300)
 
 
@@ -49,12 +51,10 @@ def after_attempt(policy: PolicySpec, attempts: Sequence[Attempt]) -> Finish | R
     )
     if reason is Reason.COMPLETED:
         return Finish(True, reason, last.message)
-    if reason is Reason.USER_ERROR:
+    if reason in FINAL:
         return Finish(False, reason, last.message)
     if reason in FREE_OF_CHARGE:
         return Retry(batch, 0, reason, counted=False)
-    if reason is Reason.NON_FINITE_LOSS:
-        return Finish(False, reason, last.message)
     if reason is Reason.OUT_OF_DEVICE_MEMORY:
         smaller = halve_micro_batch(batch) if policy.on_out_of_memory is OnOutOfMemory.RECOVER else None
         if smaller is None:

@@ -46,6 +46,8 @@ class Reason(StrEnum):
     CHECKPOINT_UNREADABLE = "CheckpointUnreadable"
     STORAGE_FAILED = "StorageFailed"
     """Disk full, or object storage out of reach after all retries."""
+    ADAPTER_REJECTED = "AdapterRejected"
+    """The publish gate found the adapter incomplete, not finite or untrained. Never retried: it would be the same."""
     CRASHED = "Crashed"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
 

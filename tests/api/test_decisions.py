@@ -85,6 +85,7 @@ def attempt(reason, number=1, micro=4):
         pytest.param([Reason.COMPLETED], {}, "finish-succeeded", id="done"),
         pytest.param([Reason.USER_ERROR], {}, "finish-failed", id="a-user-error-is-never-retried"),
         pytest.param([Reason.NON_FINITE_LOSS], {}, "finish-failed", id="the-same-data-gives-the-same-loss"),
+        pytest.param([Reason.ADAPTER_REJECTED], {}, "finish-failed", id="the-same-training-gives-the-same-adapter"),
         pytest.param([Reason.CRASHED], {}, "retry-counted", id="a-crash-counts"),
         pytest.param([Reason.CRASHED] * 3, {}, "retry-counted", id="the-last-restart"),
         pytest.param([Reason.CRASHED] * 4, {}, "finish-failed", id="no-restart-left"),

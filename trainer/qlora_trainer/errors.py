@@ -8,7 +8,8 @@
     ├── PreemptedError         43  told to stop; a checkpoint is written
     ├── NonFiniteLossError     45  stopped before the update
     ├── CheckpointError        46  no checkpoint of this run can be read
-    └── StorageError           47  disk full, or object storage out of reach
+    ├── StorageError           47  disk full, or object storage out of reach
+    └── AdapterRejectedError   48  the publish gate found the adapter bad
 """
 
 from __future__ import annotations
@@ -58,3 +59,9 @@ class CheckpointError(TrainerError):
 
 class StorageError(TrainerError):
     exit_code = ExitCode.STORAGE_FAILED
+
+
+class AdapterRejectedError(TrainerError):
+    """What was to be published fails the gate; nothing is published."""
+
+    exit_code = ExitCode.ADAPTER_REJECTED

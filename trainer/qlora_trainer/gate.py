@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError, safe_open
 
-from qlora_trainer.errors import TrainerError
+from qlora_trainer.errors import AdapterRejectedError
 from qlora_trainer.model_files import ModelFilesError, check_weights, is_tokenizer_file, safetensors_header
 
 if TYPE_CHECKING:
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _PART = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(\.weight)?$")
-
-
-class AdapterRejectedError(TrainerError):
-    """What was to be published fails the gate; nothing is published."""
 
 
 def verify_adapter(folder: Path, base_names: Iterable[str] | None = None) -> None:

@@ -19,8 +19,8 @@ from pydantic import ValidationError
 
 from qlora_api.status import Adapter
 from qlora_trainer.card import model_card
-from qlora_trainer.errors import StorageError, UserError
-from qlora_trainer.gate import AdapterRejectedError, verify_adapter, verify_merged
+from qlora_trainer.errors import AdapterRejectedError, StorageError, UserError
+from qlora_trainer.gate import verify_adapter, verify_merged
 from qlora_trainer.manifest import (
     ADAPTER,
     MANIFEST,

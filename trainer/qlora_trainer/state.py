@@ -56,12 +56,14 @@ def load_adapter_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> 
 
 
 def optimizer_tensors(engine: Any) -> dict[str, torch.Tensor]:
-    """This rank's share of the optimizer: fp32 weights as the optimizer sees them, and its state, bit for bit."""
+    """This rank's share of the optimizer: its state bit for bit, and under ZeRO its partition of the fp32 weights."""
     optimizer = base_optimizer(engine)
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, float] = {}
+    adapter = {id(p) for p in engine.module.parameters()}
     for place, parameter in _places(engine):
-        tensors[f"{place}.weight"] = parameter.detach().to("cpu", copy=True).contiguous()
+        if id(parameter) not in adapter:  # a ZeRO partition; without ZeRO it is in the adapter's file
+            tensors[f"{place}.weight"] = parameter.detach().to("cpu", copy=True).contiguous()
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
                 tensors[f"{place}.{key}"] = value.detach().to("cpu", copy=True)
@@ -77,7 +79,8 @@ def load_optimizer_tensors(engine: Any, tensors: dict[str, torch.Tensor]) -> Non
     optimizer = base_optimizer(engine)
     numbers = json.loads(bytes(tensors["numbers"].tolist()))
     for place, parameter in _places(engine):
-        parameter.copy_(tensors[f"{place}.weight"])
+        if f"{place}.weight" in tensors:
+            parameter.copy_(tensors[f"{place}.weight"])
         state = _empty_state(optimizer, place, parameter)
         for name, saved in tensors.items():
             if name.startswith(f"{place}.") and name != f"{place}.weight":

@@ -1,0 +1,223 @@
+"""A tiny but real job: a Llama of random weights, a tokenizer and rows from the standard library, two ranks on the CPU."""
+
+from __future__ import annotations
+
+import ast
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from qlora_api import QLoRAJobSpec
+from qlora_api.batch import split_batch
+from qlora_api.contract import JobRef, TerminationMessage, TrainerConfig
+from qlora_trainer.outcome import guarded
+from qlora_trainer.prepare import prepare
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parent))  # where forked processes find forked_rank
+import forked_rank  # noqa: E402
+
+VOCABULARY = 512
+MODULES = ("argparse", "ast", "pathlib", "tarfile")
+
+
+def stdlib_rows() -> Iterator[dict[str, str]]:
+    """Signature → first line of the docstring."""
+    for module in MODULES:
+        tree = ast.parse((Path(sysconfig.get_paths()["stdlib"]) / f"{module}.py").read_text("utf-8"))
+        for node in ast.walk(tree):
+            text = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
+            if text:
+                arguments = ", ".join(a.arg for a in node.args.args)
+                yield {"prompt": f"def {node.name}({arguments}):\n", "completion": text.splitlines()[0]}
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where a model and rows are, and how a job on them is started."""
+
+    model: Path
+    rows: Path
+    cache: Path
+    folder: Path
+    forks: Any = None
+    """A multiprocessing context whose server has the trainer imported."""
+
+    def spec(self, **changes: Any) -> dict[str, Any]:
+        """A small valid spec; ``changes`` are laid over it, group by group."""
+        spec: dict[str, Any] = {
+            "model": {"source": str(self.model)},
+            "dataset": {
+                "train": {"source": str(self.rows)},
+                "eval": {"fraction": "0.2"},
+                "format": "PromptCompletion",
+                "maxLength": 128,
+                "longRows": "Drop",
+            },
+            "lora": {"rank": 8},
+            "training": {"epochs": 3, "globalBatchSize": 4, "microBatchSize": 1, "learningRate": "5e-3"},
+            "output": {"destination": str(self.folder / "out")},
+        }
+        for group, fields in changes.items():
+            spec[group] = {**spec.get(group, {}), **fields}
+        return spec
+
+    def config(self, attempt: int = 1, uid: str = "0a1b2c3d-run", ranks: int = 2, **changes: Any) -> TrainerConfig:
+        spec = QLoRAJobSpec.model_validate(self.spec(**changes))
+        return TrainerConfig(
+            job=JobRef(name="tiny", uid=uid),
+            spec=spec,
+            attempt=attempt,
+            batch=split_batch(spec, ranks),
+            device="CPU",
+            ranks_per_worker=ranks,
+            gradient_checkpointing=False,
+            checkpoint_uri=str(self.folder / "checkpoints"),
+            cache_dir=str(self.cache),
+            termination_message_path=str(self.folder / f"termination-{attempt}.json"),
+            metrics_port=0,
+            metrics_host="127.0.0.1",
+            ports_dir=str(self.folder / f"ports-{attempt}"),
+        )
+
+    def write(self, config: TrainerConfig) -> tuple[Path, Path]:
+        """The config file of an attempt, and where its log goes."""
+        path, log = self.folder / f"config-{config.attempt}.json", self.folder / f"log-{config.attempt}.txt"
+        path.write_text(config.model_dump_json(by_alias=True))
+        log.touch()
+        return path, log
+
+    def launch(self, config: TrainerConfig) -> subprocess.Popen[bytes]:
+        """Start the real launcher, torchrun's agent and all."""
+        path, log = self.write(config)
+        with log.open("ab") as out:
+            return subprocess.Popen(
+                [sys.executable, "-m", "qlora_trainer", str(path)],
+                stdout=out,
+                stderr=out,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+
+    def run(self, config: TrainerConfig) -> Ended:
+        """Prepare here, then train in one forked process for each rank."""
+        path, log = self.write(config)
+        code = guarded(config, lambda: (prepare(config), None)[1])
+        if code:
+            return self.ended(config, code)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        world = config.batch.world_size
+        ranks = [
+            self.forks.Process(target=forked_rank.run_rank, args=(str(path), str(log), r, world, port)) for r in range(world)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(timeout=120)
+            process.kill()
+        codes = [p.exitcode or 0 for p in ranks]
+        said = self.ended(config, max(codes))
+        return self.ended(config, said.message.exit_code) if said.message else said
+
+    def stop_at(self, config: TrainerConfig, step: int) -> Ended:
+        """Send SIGTERM to the real launcher as soon as the log shows ``step``."""
+        process = self.launch(config)
+        log = self.folder / f"log-{config.attempt}.txt"
+        try:
+            deadline = time.monotonic() + 200
+            while f" step {step}/" not in log.read_text():
+                assert time.monotonic() < deadline, log.read_text()[-3000:]
+                assert process.poll() is None, log.read_text()[-3000:]
+                time.sleep(0.02)
+            process.send_signal(signal.SIGTERM)
+            code = process.wait(timeout=60)
+        finally:
+            process.terminate()
+        return self.ended(config, code)
+
+    def ended(self, config: TrainerConfig, code: int) -> Ended:
+        path = Path(config.termination_message_path)
+        message = TerminationMessage.model_validate_json(path.read_bytes()) if path.exists() else None
+        return Ended(code, message, (self.folder / f"log-{config.attempt}.txt").read_text())
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an attempt ended."""
+
+    code: int
+    message: TerminationMessage | None
+    log: str
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Loss by step, from the log."""
+        found = {}
+        for line in self.log.splitlines():
+            _, marked, rest = line.partition(" INFO step ")
+            if marked and " loss " in rest and "/" in rest.split()[0]:
+                words = rest.split()
+                found[int(words[0].split("/")[0])] = float(words[2])
+        return found
+
+    @property
+    def text(self) -> str:
+        assert self.message is not None, self.log[-3000:]
+        return self.message.message
+
+
+@pytest.fixture(scope="session")
+def _tiny(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    folder = tmp_path_factory.mktemp("tiny")
+    rows = list(stdlib_rows())
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        (r["prompt"] + r["completion"] for r in rows),
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=["<eos>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    model = folder / "model"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(model)
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+        )
+    ).bfloat16().save_pretrained(model)
+    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["qlora_trainer.train"])
+    return Workshop(model=model, rows=folder / "rows.jsonl", cache=folder / "cache", folder=folder, forks=forks)
+
+
+@pytest.fixture
+def workshop(_tiny: Workshop, tmp_path: Path) -> Workshop:
+    """The tiny job in a folder of its own."""
+    return Workshop(model=_tiny.model, rows=_tiny.rows, cache=tmp_path / "cache", folder=tmp_path, forks=_tiny.forks)

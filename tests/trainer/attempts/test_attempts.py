@@ -1,0 +1,154 @@
+"""Whole attempts through the real launcher: they learn, stop, resume, fall back and publish."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from qlora_api.contract import ExitCode
+from qlora_api.status import Reason
+from qlora_trainer.prepare import prepare
+from qlora_trainer.publish import verify_published
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.ranks
+
+
+def test_a_job_learns_and_ends_with_a_verified_adapter_that_plain_peft_loads(workshop):
+    ended = workshop.run(workshop.config(output={"merge": "BFloat16"}, parallelism={"zeroStage": 2}))
+    assert ended.code == ExitCode.DONE, ended.log[-3000:]
+    message = ended.message
+    assert message.reason is Reason.COMPLETED
+    assert float(message.progress.best_eval_loss) < ended.losses[1] - 0.1
+    assert verify_published(message.adapter.manifest_uri) == []
+    manifest = json.loads(Path(message.adapter.manifest_uri).read_text())
+    assert manifest["metrics"]["baseEvalLoss"] > manifest["metrics"]["evalLoss"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(workshop.model), message.adapter.uri)
+    merged = AutoModelForCausalLM.from_pretrained(Path(message.adapter.uri).parent / "merged")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        adapted = model(ids).logits
+        assert torch.allclose(adapted, merged(ids).logits, atol=0.1)
+        with model.disable_adapter():
+            assert not torch.allclose(adapted, model(ids).logits, atol=0.1)
+    assert set(message.memory.measured) == {
+        "quantizedWeights",
+        "quantizationConstants",
+        "unquantizedWeights",
+        "adapterWeights",
+        "gradients",
+        "optimizerState",
+        "peak",
+    }
+
+
+def test_a_checkpoint_holds_no_frozen_weight(workshop):
+    assert workshop.run(workshop.config(training={"epochs": None, "maxSteps": 2})).code == ExitCode.DONE
+    names = set()
+    for path in (workshop.folder / "checkpoints").glob("step-*/*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            names |= {f"{path.name}: {name}" for name in tensors.keys()}  # noqa: SIM118 no mapping
+    adapter = {n for n in names if n.startswith("adapter")}
+    assert adapter
+    assert all("lora_A" in n or "lora_B" in n for n in adapter)
+    assert not any(word in n for n in names for word in ("base_layer", "embed", "norm", "lm_head"))
+
+
+@pytest.mark.parametrize("stage", [0, 2], ids=["zero-0", "zero-2"])
+def test_a_run_stopped_in_its_second_epoch_goes_on_as_if_it_had_not_been(stage, workshop):
+    changes = {"parallelism": {"zeroStage": stage}, "lora": {"rank": 8, "dropout": "0.1"}}
+    first = workshop.stop_at(workshop.config(**changes), step=epoch_steps(workshop.config(**changes)) + 3)
+    assert first.code == ExitCode.PREEMPTED, first.log[-3000:]
+    assert first.message.reason is Reason.PREEMPTED
+    assert "a checkpoint is written" in first.text
+    stopped = max(first.losses)
+    second = workshop.run(workshop.config(attempt=2, **changes))
+    assert second.code == ExitCode.DONE, second.log[-3000:]
+    assert min(second.losses) == stopped + 1
+    shutil.rmtree(workshop.folder / "checkpoints")
+    shutil.rmtree(workshop.folder / "out")
+    whole = workshop.run(workshop.config(attempt=3, **changes))
+    assert {**first.losses, **second.losses} == pytest.approx(whole.losses, rel=1e-4)
+
+
+def epoch_steps(config):
+    return -(-prepare(config).train_sequences // config.batch.global_batch_size)
+
+
+def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(workshop):
+    changes = {"checkpoint": {"everySteps": 2}, "training": {"epochs": None, "maxSteps": 8}}
+    first = workshop.run(workshop.config(**changes))
+    assert first.code == ExitCode.DONE
+    newest = max((workshop.folder / "checkpoints").iterdir())
+    damaged = newest / "adapter.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    shutil.rmtree(workshop.folder / "out")
+    second = workshop.run(workshop.config(attempt=2, **changes))
+    assert second.code == ExitCode.DONE, second.log[-3000:]
+    assert f"{newest.name}/adapter.safetensors" in second.log
+    assert sorted(second.losses) == [7, 8]
+    assert second.losses == pytest.approx({s: first.losses[s] for s in (7, 8)}, rel=1e-4)
+
+
+def test_when_every_checkpoint_is_broken_the_attempt_says_so(workshop):
+    changes = {"training": {"epochs": None, "maxSteps": 2}}
+    assert workshop.run(workshop.config(**changes)).code == ExitCode.DONE
+    shutil.rmtree(workshop.folder / "out")
+    for path in (workshop.folder / "checkpoints").glob("*/adapter.safetensors"):
+        path.write_bytes(b"")
+    ended = workshop.run(workshop.config(attempt=2, **changes))
+    assert ended.code == ExitCode.CHECKPOINT_UNREADABLE
+    assert "adapter.safetensors" in ended.text
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(workshop):
+    model = shutil.copytree(workshop.model, workshop.folder / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("inf")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    changes = {"model": {"source": str(model)}, "dataset": {"eval": None}, "training": {"epochs": None, "maxSteps": 3}}
+    ended = workshop.run(workshop.config(**changes))
+    assert ended.code == ExitCode.NON_FINITE_LOSS, ended.log[-3000:]
+    assert "the loss of step 1 is" in ended.text
+    assert "the update was not applied" in ended.text
+    assert ended.log.count("the update was not applied") == 2  # both ranks
+    assert not list(workshop.folder.glob("checkpoints/*"))
+
+
+def test_training_stops_when_the_eval_loss_gets_no_better(workshop):
+    changes = {
+        "training": {"epochs": None, "maxSteps": 40, "learningRate": "0.3", "evaluation": {"everySteps": 1, "patience": 2}}
+    }
+    ended = workshop.run(workshop.config(**changes))
+    assert ended.code == ExitCode.DONE, ended.log[-3000:]
+    assert max(ended.losses) < 40
+    manifest = json.loads((workshop.folder / "out" / "manifest.json").read_text())
+    assert manifest["metrics"]["step"] <= max(ended.losses) - 2 or manifest["metrics"]["step"] == 1
+
+
+def test_the_best_checkpoint_outlives_newer_ones_and_is_published(workshop):
+    changes = {
+        "training": {"epochs": None, "maxSteps": 8, "learningRate": "0.3", "evaluation": {"everySteps": 2}},
+        "checkpoint": {"everySteps": 1, "keep": 1},
+    }
+    ended = workshop.run(workshop.config(**changes))
+    assert ended.code == ExitCode.DONE, ended.log[-3000:]
+    manifest = json.loads((workshop.folder / "out" / "manifest.json").read_text())
+    best = min(float(line.split("eval loss ")[1].split()[0]) for line in ended.log.splitlines() if " eval loss " in line and "step 0 " not in line)
+    assert manifest["metrics"]["evalLoss"] == pytest.approx(best, abs=1e-5)
+    kept = {int(p.name.removeprefix("step-")) for p in (workshop.folder / "checkpoints").iterdir()}
+    assert kept == {8, manifest["metrics"]["step"]}
+
+
+def test_a_finished_run_started_again_publishes_nothing_twice(workshop):
+    changes = {"training": {"epochs": None, "maxSteps": 2}}
+    first = workshop.run(workshop.config(**changes))
+    again = workshop.run(workshop.config(attempt=2, **changes))
+    assert again.code == ExitCode.DONE
+    assert again.message.adapter == first.message.adapter

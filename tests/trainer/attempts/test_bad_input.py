@@ -1,0 +1,161 @@
+"""What is wrong is found before training where it can be, said in one paragraph, with the right exit code, losing nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+from qlora_api.contract import ExitCode
+from qlora_trainer.outcome import guarded
+from qlora_trainer.prepare import prepare
+
+
+def prepared(workshop, **changes):
+    config = workshop.config(**changes)
+    workshop.write(config)
+    return workshop.ended(config, guarded(config, lambda: (prepare(config), None)[1]))
+
+
+def rows_file(workshop, rows):
+    path = workshop.folder / "some.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return {"source": str(path)}
+
+
+def model_copy(workshop, **config):
+    folder = shutil.copytree(workshop.model, workshop.folder / "model")
+    if config:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return folder
+
+
+def pickled(workshop):
+    folder = model_copy(workshop)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    return {"model": {"source": str(folder)}}
+
+
+def truncated(workshop):
+    folder = model_copy(workshop)
+    os.truncate(folder / "model.safetensors", 5000)
+    return {"model": {"source": str(folder)}}
+
+
+def with_code(workshop):
+    return {"model": {"source": str(model_copy(workshop, auto_map={"AutoModelForCausalLM": "modeling_x.X"}))}}
+
+
+def no_rows(workshop):
+    return {"dataset": {"train": rows_file(workshop, [])}}
+
+
+def masked(workshop):
+    rows = [{"prompt": "x" * 400, "completion": "never seen"}] * 3
+    return {"dataset": {"train": rows_file(workshop, rows), "eval": None, "maxLength": 16, "longRows": "Truncate"}}
+
+
+def too_long(workshop):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "x y z " * 200, "completion": "c"}]
+    return {"dataset": {"train": rows_file(workshop, rows), "eval": None, "longRows": "Fail"}}
+
+
+def no_column(workshop):
+    return {"dataset": {"train": rows_file(workshop, [{"question": "a", "completion": "b"}])}}
+
+
+def broken_template(workshop):
+    rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}] * 3
+    return {
+        "dataset": {
+            "train": rows_file(workshop, rows),
+            "eval": None,
+            "format": "Messages",
+            "chatTemplate": "{{ raise_exception('no system turn') }}",
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        pytest.param(
+            lambda w: {"lora": {"targetModules": ["q_prj"]}},
+            ['spec.lora.targetModules: "q_prj"', "its linear layers are", "q_proj"],
+            id="unknown-target-module",
+        ),
+        pytest.param(no_column, ["spec.dataset.columns.prompt", "question"], id="missing-column"),
+        pytest.param(no_rows, ["spec.dataset.train.source"], id="empty-dataset"),
+        pytest.param(masked, ["spec.dataset"], id="all-labels-masked"),
+        pytest.param(too_long, ["maxLength", "longRows", "Truncate"], id="row-longer-than-max-length"),
+        pytest.param(broken_template, ["spec.dataset.chatTemplate", "no system turn"], id="template-that-fails"),
+        pytest.param(
+            lambda w: {"model": {"source": str(w.folder / "nothing-here")}}, ["spec.model.source"], id="no-model-folder"
+        ),
+        pytest.param(truncated, ["spec.model.source", "model.safetensors"], id="unreadable-weights"),
+        pytest.param(pickled, ["spec.model.source", "pytorch_model.bin"], id="pickle-weights"),
+        pytest.param(with_code, ["spec.model.source", "auto_map"], id="code-in-the-model-repository"),
+        pytest.param(
+            lambda w: {"dataset": {"maxLength": 512}},
+            ['spec.dataset.maxLength: "512"', "256 positions"],
+            id="longer-than-the-models-positions",
+        ),
+        pytest.param(
+            lambda w: {"dataset": {"train": {"source": str(w.folder / "rows.xlsx")}}},
+            ["spec.dataset.train.source"],
+            id="no-such-rows",
+        ),
+    ],
+)
+def test_prepare_ends_with_a_users_error_that_names_the_field(changes, parts, workshop):
+    ended = prepared(workshop, **changes(workshop))
+    assert ended.code == ExitCode.USER_ERROR
+    for part in parts:
+        assert part in ended.text
+    assert "\n\n" not in ended.text
+    assert "Traceback" not in ended.text
+    assert not (workshop.folder / "out" / "manifest.json").exists()
+
+
+def test_a_destination_that_holds_another_runs_adapter_is_refused_before_training(workshop):
+    (workshop.folder / "out").mkdir()
+    changes = {"training": {"epochs": None, "maxSteps": 1}}
+    assert workshop.run(workshop.config(ranks=1, **changes)).code == ExitCode.DONE
+    before = (workshop.folder / "out" / "manifest.json").read_bytes()
+    ended = prepared(workshop, uid="ffffffff-other", attempt=2, **changes)
+    assert ended.code == ExitCode.USER_ERROR
+    assert "spec.output.destination" in ended.text
+    assert "0a1b2c3d-run" in ended.text
+    assert (workshop.folder / "out" / "manifest.json").read_bytes() == before
+
+
+def test_what_prepare_found_once_is_found_again_without_tokenizing(workshop):
+    config = workshop.config()
+    first = prepare(config)
+    files = {p: p.stat().st_mtime_ns for p in (workshop.cache / "data").rglob("*.npy")}
+    assert prepare(config) == first
+    assert {p: p.stat().st_mtime_ns for p in (workshop.cache / "data").rglob("*.npy")} == files
+
+
+@pytest.mark.ranks
+def test_a_disk_that_is_full_while_checkpointing_keeps_the_checkpoint_before(workshop):
+    disk = workshop.folder / "checkpoints"
+    disk.mkdir()
+    changes = {"training": {"epochs": None, "maxSteps": 4}, "checkpoint": {"everySteps": 1, "keep": 9}}
+    # room for two checkpoints of this job, not for four
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], check=True)
+    try:
+        ended = workshop.run(workshop.config(ranks=1, **changes))
+        assert ended.code == ExitCode.STORAGE_FAILED, ended.log[-2000:]
+        assert "spec.output" in ended.text or str(disk) in ended.text
+        kept = sorted(p.parent.name for p in disk.glob("*/COMPLETE.json"))
+        assert kept
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        again = workshop.run(workshop.config(ranks=1, attempt=2, **changes))
+        assert again.code == ExitCode.DONE, again.log[-2000:]
+        assert min(again.losses) == len(kept) + 1
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
