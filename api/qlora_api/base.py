@@ -80,7 +80,7 @@ def _must_be_quoted(value: object) -> object:
 def decimal(low: float, high: float, *, low_included: bool = True, high_included: bool = True) -> Any:
     """A decimal number kept as a string within bounds.
 
-    Kubernetes API conventions forbid floats in specs (they do not round-trip); the bound is checked by CEL there and here.
+    Kubernetes API conventions forbid floats in specs: they do not round-trip. CEL checks the bound there, Python here.
     """
     lower = ">=" if low_included else ">"
     upper = "<=" if high_included else "<"

@@ -104,7 +104,9 @@ class TerminationMessage(Model):
         """JSON within the limit; the message is what gives way."""
         message = self.message
         while True:
-            text = self.model_copy(update={"message": message}).model_dump_json(by_alias=True, exclude_none=True).encode()
+            text = (
+                self.model_copy(update={"message": message}).model_dump_json(by_alias=True, exclude_none=True).encode()
+            )
             if len(text) <= TERMINATION_MESSAGE_BYTES or not message:
                 return text
             message = message[: len(message) * 9 // 10 - 2] + " …" if len(message) > 4 else ""

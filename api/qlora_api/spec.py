@@ -146,7 +146,8 @@ class DatasetSpec(Model):
     rules: ClassVar = (
         Rule(
             "!has(self.lossOn) || self.lossOn == 'All' || (self.lossOn == 'Assistant') == (self.format == 'Messages')",
-            "lossOn Assistant goes with format Messages, Completion with PromptCompletion and Instruction; All goes with every format",
+            "lossOn Assistant goes with format Messages, Completion with PromptCompletion and Instruction; "
+            "All goes with every format",
             "lossOn",
             lambda d: (
                 d.loss_on in (None, LossOn.ALL)
@@ -284,7 +285,7 @@ class TrainingSpec(Model):
     """Sequences per forward pass on one rank. Default: the largest that divides the rank's share and keeps
     microBatchSize × maxLength within 8192 tokens."""
     optimizer: Optimizer = Optimizer.PAGED_ADAMW_8BIT
-    """Paged optimizers let their state move to host memory under pressure; without CUDA they behave as the plain ones."""
+    """Paged optimizers let their state move to host memory under pressure; without CUDA they are the plain ones."""
     weight_decay: decimal(0, 1) = "0"  # type: ignore[valid-type]
     """Decoupled weight decay on A and B; never on biases and magnitudes."""
     max_grad_norm: decimal(0, 1000) = "0.3"  # type: ignore[valid-type]
@@ -409,7 +410,8 @@ class SchedulingSpec(Model):
     """Which nodes, and in which queue. Not used by 'qlora run'."""
 
     gang: Gang = Gang.AUTO
-    """All pods start or none: by Kubernetes itself (Native), Kueue, Volcano, or not at all (None). Auto takes what is there."""
+    """All pods start or none: by Kubernetes itself (Native), Kueue, Volcano, or not at all (None). Auto takes what
+    is there."""
     queue: Name | None = None
     """Queue of Kueue or Volcano."""
     priority_class_name: Name | None = None

@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError
 
 from qlora_api.base import Model
 from qlora_api.contract import PrepareReceipt, TerminationMessage
-from qlora_api.spec import QLoRAJobSpec  # noqa: TC001 pydantic needs it while running
+from qlora_api.spec import QLoRAJobSpec
 from qlora_api.status import Attempt, Count, Decimal, Reason
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ import re
 import cel
 import pytest
 from pydantic import BaseModel
+
 from qlora_api import QLoRAJob
 from qlora_api.base import Model
 from qlora_api.crd import crd
@@ -54,7 +55,11 @@ def test_every_text_list_and_map_of_the_spec_is_bounded():
 
 
 def test_every_field_of_the_spec_is_explained_but_those_named_as_in_kubernetes():
-    bare = {path.rsplit(".", 1)[-1] for path, node in nodes(schema()["properties"]["spec"]) if path and not node.get("description")}
+    bare = {
+        path.rsplit(".", 1)[-1]
+        for path, node in nodes(schema()["properties"]["spec"])
+        if path and not node.get("description")
+    }
     assert {name for name in bare if not name.endswith("[]")} <= {
         "key",
         "operator",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 import pytest
+
 from qlora_api import QLoRAJob
 from qlora_api.batch import BatchSplit, halve_micro_batch, split_batch
 from qlora_api.contract import TERMINATION_MESSAGE_BYTES, ExitCode, TerminationMessage, reason_of
@@ -23,10 +24,14 @@ def spec(**changes):
 @pytest.mark.parametrize(
     ("changes", "ranks", "expected"),
     [
-        pytest.param({"training__globalBatchSize": 16, "dataset__maxLength": 2048}, 2, (4, 2), id="8192-tokens-at-once"),
+        pytest.param(
+            {"training__globalBatchSize": 16, "dataset__maxLength": 2048}, 2, (4, 2), id="8192-tokens-at-once"
+        ),
         pytest.param({"training__globalBatchSize": 16, "dataset__maxLength": 512}, 2, (8, 1), id="all-at-once"),
         pytest.param({"training__globalBatchSize": 6, "dataset__maxLength": 4096}, 2, (1, 3), id="largest-divisor"),
-        pytest.param({"training__globalBatchSize": 4, "dataset__maxLength": 32768}, 4, (1, 1), id="never-less-than-one"),
+        pytest.param(
+            {"training__globalBatchSize": 4, "dataset__maxLength": 32768}, 4, (1, 1), id="never-less-than-one"
+        ),
         pytest.param({"training__globalBatchSize": 16, "training__microBatchSize": 2}, 4, (2, 2), id="as-asked"),
     ],
 )
@@ -48,7 +53,7 @@ def test_the_global_batch_is_cut_for_any_number_of_ranks(changes, ranks, expecte
         pytest.param(
             {"training__globalBatchSize": 16, "training__microBatchSize": 8},
             4,
-            "spec.training.microBatchSize: \"8\" must divide each rank's 4 sequences of the global batch of 16: 1, 2, 4",
+            'spec.training.microBatchSize: "8" must divide each rank\'s 4 sequences of the global batch of 16: 1, 2, 4',
             id="micro-batch-does-not-divide",
         ),
     ],
@@ -63,7 +68,9 @@ def test_a_batch_that_cannot_be_cut_is_answered_with_sizes_that_can(changes, ran
     ("micro", "accumulation", "expected"), [(4, 2, (2, 4)), (6, 1, (3, 2)), (3, 2, (1, 6)), (1, 8, None)]
 )
 def test_half_a_micro_batch_keeps_the_global_batch(micro, accumulation, expected):
-    smaller = halve_micro_batch(BatchSplit(world_size=2, micro_batch_size=micro, gradient_accumulation_steps=accumulation))
+    smaller = halve_micro_batch(
+        BatchSplit(world_size=2, micro_batch_size=micro, gradient_accumulation_steps=accumulation)
+    )
     assert (smaller and (smaller.micro_batch_size, smaller.gradient_accumulation_steps)) == expected
 
 
@@ -94,7 +101,10 @@ def attempt(reason, number=1, micro=4):
         pytest.param([Reason.CRASHED] * 3 + [Reason.NODE_LOST], {}, "retry-free", id="a-lost-node-is-free"),
         pytest.param([Reason.OUT_OF_DEVICE_MEMORY], {}, "retry-smaller", id="out-of-memory-halves-the-micro-batch"),
         pytest.param(
-            [Reason.OUT_OF_DEVICE_MEMORY], {"on_out_of_memory": OnOutOfMemory.FAIL}, "finish-failed", id="unless-it-must-not"
+            [Reason.OUT_OF_DEVICE_MEMORY],
+            {"on_out_of_memory": OnOutOfMemory.FAIL},
+            "finish-failed",
+            id="unless-it-must-not",
         ),
     ],
 )
@@ -138,7 +148,7 @@ def test_an_exit_code_alone_gives_a_reason(code, reason):
     assert reason_of(code) is reason
 
 
-@pytest.mark.parametrize("text", ["x" * 9000, "\u00e4\"\n" * 4000, "short"], ids=["long", "escapes", "short"])
+@pytest.mark.parametrize("text", ["x" * 9000, '\u00e4"\n' * 4000, "short"], ids=["long", "escapes", "short"])
 def test_the_last_word_fits_where_kubernetes_keeps_it(text):
     data = TerminationMessage(exit_code=1, reason=Reason.CRASHED, message=text).to_bytes()
     assert len(data) <= TERMINATION_MESSAGE_BYTES

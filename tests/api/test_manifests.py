@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from qlora_api import QLoRAJob
 from qlora_api.errors import ManifestError
 from qlora_api.spec import LossOn, QuantizationType
@@ -52,7 +53,9 @@ def test_what_is_written_is_read_back_the_same():
             id="no-decimal",
         ),
         pytest.param(
-            {"lora__dropout": "1"}, 'spec.lora.dropout: "1" must be a decimal in quotes >= 0 and < 1', id="bound-not-included"
+            {"lora__dropout": "1"},
+            'spec.lora.dropout: "1" must be a decimal in quotes >= 0 and < 1',
+            id="bound-not-included",
         ),
         pytest.param(
             {"quantization__type": "nf4"},
@@ -62,10 +65,14 @@ def test_what_is_written_is_read_back_the_same():
         pytest.param({"suspend": "yes"}, 'spec.suspend: "yes" must be true or false', id="text-for-a-switch"),
         pytest.param({"output": None}, "spec.output: is required", id="missing-group"),
         pytest.param(
-            {"model__source": "http://x/y"}, 'spec.model.source: "http://x/y" scheme "http://" is not known', id="scheme"
+            {"model__source": "http://x/y"},
+            'spec.model.source: "http://x/y" scheme "http://" is not known',
+            id="scheme",
         ),
         pytest.param(
-            {"training__maxSteps": 5}, 'spec.training.epochs: "1" set exactly one of epochs and maxSteps', id="both-lengths"
+            {"training__maxSteps": 5},
+            'spec.training.epochs: "1" set exactly one of epochs and maxSteps',
+            id="both-lengths",
         ),
         pytest.param(
             {"training__epochs": None}, "spec.training.epochs: set exactly one of epochs and maxSteps", id="no-length"
@@ -115,7 +122,7 @@ def test_what_is_written_is_read_back_the_same():
 def test_a_mistake_is_answered_with_field_value_and_what_is_allowed(changes, expected):
     with pytest.raises(ManifestError) as caught:
         QLoRAJob.from_manifest(manifest(**changes))
-    assert [str(m) for m in caught.value.mistakes][0].startswith(expected)
+    assert str(caught.value.mistakes[0]).startswith(expected)
 
 
 def test_all_mistakes_are_named_at_once():
@@ -131,5 +138,5 @@ def test_a_name_that_children_could_not_carry_is_refused(name):
 
 
 def test_another_api_version_is_refused():
-    with pytest.raises(ManifestError, match="apiVersion.*must be one of qlora.dev/v1alpha1"):
+    with pytest.raises(ManifestError, match=r"apiVersion.*must be one of qlora\.dev/v1alpha1"):
         QLoRAJob.from_manifest({**VALID, "apiVersion": "qlora.dev/v2"})

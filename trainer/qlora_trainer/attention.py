@@ -1,12 +1,14 @@
 """Attention over several rows in one sequence, none of which sees another.
 
-Rows are flattened without padding: queries, keys and values are [1, heads, T, head_dim], and ``cu_seqlens`` ([rows + 1],
-int32) says where each row starts. On a GPU this is torch's variable-length flash attention; on a CPU each row is one
-call of scaled-dot-product attention, which is the block-diagonal mask without ever building it (Σ len² instead of T²).
+Rows are flattened without padding: queries, keys and values are [1, heads, T, head_dim], and ``cu_seqlens``
+([rows + 1], int32) says where each row starts. On a GPU this is torch's variable-length flash attention; on a CPU each
+row is one call of scaled-dot-product attention, which is the block-diagonal mask without building it: Σ len² instead
+of T².
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -85,7 +87,7 @@ def packed_attention(
             dropout_p=dropout,
             scale=scaling,
         )
-        for start, end in zip(starts, starts[1:], strict=False)
+        for start, end in pairwise(starts)
     ]
     return torch.cat(rows, dim=2).transpose(1, 2).contiguous(), None
 

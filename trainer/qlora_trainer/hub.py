@@ -159,7 +159,7 @@ def _may_recover(error: Exception) -> bool:
     return isinstance(error, HTTPError | LocalEntryNotFoundError) and not isinstance(error, OfflineModeIsEnabled)
 
 
-def _translated(source: HubSource, error: Exception) -> UserError | StorageError:  # noqa: PLR0911 a table
+def _translated(source: HubSource, error: Exception) -> UserError | StorageError:
     secret = f"the Secret named by {source.field.rpartition('.')[0]}.credentials (with 'qlora run': the environment)"
     page = f"{_endpoint()}/{'datasets/' if source.kind == 'dataset' else ''}{source.repo}"
 

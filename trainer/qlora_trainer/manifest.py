@@ -6,13 +6,13 @@ import importlib.metadata
 import platform
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime  # noqa: TC003 read by pydantic
+from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
 from qlora_api.base import Model
-from qlora_api.spec import QLoRAJobSpec  # noqa: TC001 read by pydantic
+from qlora_api.spec import QLoRAJobSpec
 
 MANIFEST = "manifest.json"
 ADAPTER = "adapter"

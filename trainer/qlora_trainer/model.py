@@ -92,7 +92,7 @@ def _must_agree(on_disk: dict[str, Any], quantization: QuantizationSpec) -> None
         raise UserError(
             "spec.model.source",
             None,
-            f"the base is quantized with {on_disk.get('quant_method')}; it must be 16-bit, or 4-bit or 8-bit by bitsandbytes",
+            f"the base is quantized with {on_disk.get('quant_method')}; it must be 16-bit or bitsandbytes' own",
         )
     found = "INT8" if on_disk.get("load_in_8bit") else str(on_disk.get("bnb_4bit_quant_type", "fp4")).upper()
     if found != quantization.type.value:

@@ -109,7 +109,7 @@ def _empty_state(optimizer: Any, place: str, parameter: torch.Tensor) -> Any:
         if not optimizer.initialized:
             optimizer.check_overrides()
             optimizer.initialized = True
-        index = int(place.split(".")[0])
+        index = int(place.split(".", maxsplit=1)[0])
         group = optimizer.param_groups[index]
         others, group["params"] = group["params"], [parameter]  # under ZeRO-3 groups are empty between steps
         optimizer.init_state(group, parameter, index, 0)

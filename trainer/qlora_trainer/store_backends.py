@@ -323,7 +323,7 @@ def bucket_fault(error: Exception) -> Fault:
     return Fault(*_meaning(error, text, status, code))
 
 
-def _meaning(error: Exception, text: str, status: int, code: str) -> tuple[FaultKind, str]:  # noqa: PLR0911 a table
+def _meaning(error: Exception, text: str, status: int, code: str) -> tuple[FaultKind, str]:
     words = _words(text, status, code)
     if any(path in text for path in _CREDENTIAL_SERVICES):
         return FaultKind.USER, "no credentials were found"

@@ -166,7 +166,8 @@ def show_step(trainer: Trainer, run: Run, step: Step, loss: float, rate: float, 
 def evaluate_now(trainer: Trainer, run: Run) -> float:
     """Mean loss of the held-out rows, shown on the board. A collective."""
     data = trainer.data
-    assert data.eval is not None and data.eval_packs is not None
+    assert data.eval is not None
+    assert data.eval_packs is not None
     with trainer.board.section("Evaluate"):
         ranks = trainer.ranks
         split = trainer.config.batch

@@ -1,4 +1,4 @@
-"""A tiny but real job: a Llama of random weights, a tokenizer and rows from the standard library, two ranks on the CPU."""
+"""A tiny but real job: a Llama of random weights, tokenizer and rows from the standard library, two CPU ranks."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from qlora_api import QLoRAJobSpec
 from qlora_api.batch import split_batch
 from qlora_api.contract import JobRef, TerminationMessage, TrainerConfig
 from qlora_trainer.outcome import guarded
 from qlora_trainer.prepare import prepare
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent))  # where forked processes find forked_rank
-import forked_rank  # noqa: E402
+import forked_rank
 
 VOCABULARY = 512
 MODULES = ("argparse", "ast", "pathlib", "tarfile")
@@ -122,7 +123,8 @@ class Workshop:
             port = probe.getsockname()[1]
         world = config.batch.world_size
         ranks = [
-            self.forks.Process(target=forked_rank.run_rank, args=(str(path), str(log), r, world, port)) for r in range(world)
+            self.forks.Process(target=forked_rank.run_rank, args=(str(path), str(log), r, world, port))
+            for r in range(world)
         ]
         for process in ranks:
             process.start()

@@ -1,4 +1,4 @@
-"""A rank in a process forked from one that has already imported everything: an attempt starts in a second, not fifteen."""
+"""A rank forked from a process that has imported everything: an attempt starts in a second, not in fifteen."""
 
 from __future__ import annotations
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
 from qlora_api.contract import ExitCode
 from qlora_api.status import Reason
 from qlora_trainer.prepare import prepare
 from qlora_trainer.publish import verify_published
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.ranks
 
@@ -123,7 +124,12 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(workshop):
 
 def test_training_stops_when_the_eval_loss_gets_no_better(workshop):
     changes = {
-        "training": {"epochs": None, "maxSteps": 40, "learningRate": "0.3", "evaluation": {"everySteps": 1, "patience": 2}}
+        "training": {
+            "epochs": None,
+            "maxSteps": 40,
+            "learningRate": "0.3",
+            "evaluation": {"everySteps": 1, "patience": 2},
+        }
     }
     ended = workshop.run(workshop.config(**changes))
     assert ended.code == ExitCode.DONE, ended.log[-3000:]
@@ -140,7 +146,11 @@ def test_the_best_checkpoint_outlives_newer_ones_and_is_published(workshop):
     ended = workshop.run(workshop.config(**changes))
     assert ended.code == ExitCode.DONE, ended.log[-3000:]
     manifest = json.loads((workshop.folder / "out" / "manifest.json").read_text())
-    best = min(float(line.split("eval loss ")[1].split()[0]) for line in ended.log.splitlines() if " eval loss " in line and "step 0 " not in line)
+    best = min(
+        float(line.split("eval loss ")[1].split()[0])
+        for line in ended.log.splitlines()
+        if " eval loss " in line and "step 0 " not in line
+    )
     assert manifest["metrics"]["evalLoss"] == pytest.approx(best, abs=1e-5)
     kept = {int(p.name.removeprefix("step-")) for p in (workshop.folder / "checkpoints").iterdir()}
     assert kept == {8, manifest["metrics"]["step"]}

@@ -1,4 +1,4 @@
-"""What is wrong is found before training where it can be, said in one paragraph, with the right exit code, losing nothing."""
+"""What is wrong is found before training where it can be, and said in one paragraph; nothing is lost."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import subprocess
 
 import pytest
+
 from qlora_api.contract import ExitCode
 from qlora_trainer.outcome import guarded
 from qlora_trainer.prepare import prepare

@@ -13,14 +13,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
+from rows import flatten, random_rows
+
 from qlora_api.batch import BatchSplit
 from qlora_api.spec import LoRASpec, ParallelismSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer import state
 from qlora_trainer.engine import Ranks, apply_update, join_ranks, wrap_deepspeed
 from qlora_trainer.loss import NextTokenLoss, call_arguments, head_is_plain
 from qlora_trainer.model import add_lora, enable_gradient_checkpointing, load_base
-from rows import flatten, random_rows
 
 ACCUMULATION = 2
 

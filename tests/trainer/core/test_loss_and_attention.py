@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
 from qlora_api.spec import ComputeType, LoRASpec, QuantizationSpec, QuantizationType
 from qlora_trainer import loss as loss_module
 from qlora_trainer.attention import PACKED, choose_attention, packed_attention
 from qlora_trainer.loss import FrozenHead, NextTokenLoss, call_arguments, head_is_plain
 from qlora_trainer.model import add_lora, load_base, trainable
-from torch.nn import functional
-from transformers import AutoModelForCausalLM
 
 from .conftest import CONFIGS
 from .rows import flatten, random_rows

@@ -7,11 +7,12 @@ import shutil
 import bitsandbytes as bnb
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
 from qlora_api.spec import ComputeType, LoRABias, LoRASpec, QuantizationSpec, QuantizationType
 from qlora_trainer.errors import UserError
 from qlora_trainer.loss import NextTokenLoss, call_arguments, head_is_plain
 from qlora_trainer.model import add_lora, check_targets, linear_layers, load_base, meta_model, trainable, weight_bytes
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from .rows import flatten, random_rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from qlora_api.spec import Offload, Optimizer, Schedule, TrainingSpec
 from qlora_trainer.optim import learning_rate, make_optimizer, parameter_groups
 
