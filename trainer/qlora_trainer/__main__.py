@@ -6,19 +6,22 @@ torchrun itself answers 1 whatever happened; its library tells which rank ended 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig
+from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig, reason_of
 from qlora_trainer.prepared import Prepared
 
-GRACE_SECONDS = 86_400
-"""Ranks that were told to stop are waited for; whoever sent the signal has the shorter patience."""
+PEER_SECONDS = 30
+"""When a rank has failed, the others get this long to notice before they are killed."""
 
 
 def rank_environment(config: TrainerConfig) -> dict[str, str]:
@@ -49,16 +52,43 @@ def launch(config: TrainerConfig, config_path: Path) -> int:
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
         monitor_interval=0.2,
-        shutdown_timeout=GRACE_SECONDS,
+        shutdown_timeout=PEER_SECONDS,
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )
+    signal.signal(signal.SIGTERM, _pass_on)
     try:
         elastic_launch(plan, sys.executable)("-m", "qlora_trainer.rank", str(config_path))
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return _last_word(config) or failure.exitcode
+        return _first_end(config, {rank: failure.exitcode for rank, failure in error.failures.items()})
     except SignalException as error:
         return _last_word(config) or 128 + error.sigval
     return ExitCode.DONE
+
+
+def _first_end(config: TrainerConfig, exit_codes: dict[int, int]) -> int:
+    """The exit code that tells what happened.
+
+    A rank that was killed wrote no message, and the one its peers wrote is of the broken connection: the kill is said
+    instead.
+    """
+    for rank, code in exit_codes.items():
+        if code < 0 and -code != signal.SIGTERM:
+            text = f"rank {rank} was killed by {signal.Signals(-code).name}; see the log of its node for the reason"
+            said = TerminationMessage(exit_code=128 - code, reason=reason_of(code), message=text, rank=rank)
+            Path(config.termination_message_path).write_bytes(said.to_bytes())
+            return said.exit_code
+    first = next(iter(exit_codes.values()))
+    return _last_word(config) or (first if first > 0 else 128 - first)
+
+
+def _pass_on(*_: object) -> None:
+    """Tell the ranks to stop, and go on waiting for them: whoever sent the signal has the patience that counts.
+
+    torchrun's own handler would end the attempt before its ranks had agreed on a step and written a checkpoint.
+    """
+    for rank in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            rank.terminate()
 
 
 def _last_word(config: TrainerConfig) -> int | None:

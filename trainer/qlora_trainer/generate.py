@@ -1,12 +1,13 @@
 """Try a base, an adapter and a merged model side by side.
 
-``python -m qlora_trainer.generate --base DIR --adapter DIR [--merged DIR] --prompt TEXT… --json``
+``python -m qlora_trainer.generate --base SOURCE --adapter DIR [--merged DIR] --prompt TEXT… --json``
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from qlora_trainer.chat import load_tokenizer
+from qlora_trainer.errors import TrainerError
+from qlora_trainer.fetch import fetch_model
+from qlora_trainer.outcome import quiet_libraries
 
 
 def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, *, sample: bool) -> str:
@@ -34,6 +38,11 @@ def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, *, sa
     return text
 
 
+def default_cache() -> Path:
+    """The cache of ``qlora run``."""
+    return Path(os.environ.get("QLORA_CACHE", Path.home() / ".cache" / "qlora-operator"))
+
+
 def load(path: Path) -> Any:
     """A model for inference: on a GPU where there is one, in bf16, or as it is quantized on disk."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,7 +54,8 @@ def load(path: Path) -> Any:
 
 def answers(arguments: argparse.Namespace) -> list[dict[str, str]]:
     """For every prompt what base, adapter and merged model say, as far as they were named."""
-    tokenizer = load_tokenizer(arguments.base)
+    base_path = fetch_model(arguments.base, arguments.cache_dir).path
+    tokenizer = load_tokenizer(base_path)
     torch.manual_seed(0)
 
     def ask(model: Any) -> list[str]:
@@ -54,7 +64,7 @@ def answers(arguments: argparse.Namespace) -> list[dict[str, str]]:
         ]
 
     columns: dict[str, list[str]] = {"prompt": arguments.prompt}
-    base = load(arguments.base)
+    base = load(base_path)
     columns["base"] = ask(base)
     if arguments.adapter is not None:
         columns["adapter"] = ask(PeftModel.from_pretrained(base, arguments.adapter).eval())
@@ -65,7 +75,8 @@ def answers(arguments: argparse.Namespace) -> list[dict[str, str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m qlora_trainer.generate", description=__doc__)
-    parser.add_argument("--base", type=Path, required=True, help="folder of the base model")
+    parser.add_argument("--base", required=True, help="source of the base model, as in spec.model.source")
+    parser.add_argument("--cache-dir", type=Path, default=default_cache(), help="for a base that must be fetched")
     parser.add_argument("--adapter", type=Path, help="folder of an adapter in PEFT's layout")
     parser.add_argument("--merged", type=Path, help="folder of a merged model")
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
@@ -74,7 +85,13 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
     arguments = parser.parse_args()
     show: Callable[[dict[str, str]], str] = json.dumps if arguments.json else _as_text
-    for row in answers(arguments):
+    quiet_libraries()
+    try:
+        rows = answers(arguments)
+    except TrainerError as error:
+        print(error, file=sys.stderr)  # noqa: T201 one paragraph for a person
+        return error.exit_code
+    for row in rows:
         print(show(row))  # noqa: T201 the answers are the output
     return 0
 

@@ -7,12 +7,14 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 
-from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig, reason_of
+from qlora_api.contract import ExitCode, ProgressReport, TerminationMessage, TrainerConfig, reason_of
+from qlora_api.status import Progress
 from qlora_trainer.errors import PreemptedError, TrainerError
 
 log = logging.getLogger(__name__)
@@ -36,8 +38,16 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def guarded(config: TrainerConfig, work: Callable[[], TerminationMessage | None]) -> int:
+@dataclass
+class LastSeen:
+    """What an attempt that fails can still say of itself; filled in as soon as there is something to say."""
+
+    report: Callable[[], ProgressReport] | None = None
+
+
+def guarded(config: TrainerConfig, work: Callable[[LastSeen], TerminationMessage | None]) -> int:
     """Run ``work``; turn its end, good or bad, into an exit code and a termination message."""
+    seen = LastSeen()
     rank = os.environ.get("RANK", "0")
     level = logging.INFO if rank == "0" else logging.WARNING
     logging.basicConfig(
@@ -45,33 +55,46 @@ def guarded(config: TrainerConfig, work: Callable[[], TerminationMessage | None]
     )
     quiet_libraries()
     try:
-        message = work()
+        message = work(seen)
     except PreemptedError as error:
         log.info("%s", error)
-        return _leave(config, error.exit_code, str(error), rank)
+        return _leave(config, error.exit_code, str(error), rank, seen)
     except TrainerError as error:
         log.error("%s", error)  # noqa: TRY400 one paragraph for a person; the trace would hide it
-        return _leave(config, error.exit_code, str(error), rank)
+        return _leave(config, error.exit_code, str(error), rank, seen)
     except MemoryError as error:
         log.exception("out of host memory")
-        return _leave(config, ExitCode.OUT_OF_HOST_MEMORY, f"out of host memory: {error}", rank)
+        return _leave(config, ExitCode.OUT_OF_HOST_MEMORY, f"out of host memory: {error}", rank, seen)
     except Exception as error:
         code = ExitCode.OUT_OF_DEVICE_MEMORY if _is_device_oom(error) else ExitCode.CRASHED
         log.exception("the attempt ended")
-        return _leave(config, code, f"{type(error).__name__}: {error}", rank)
+        return _leave(config, code, f"{type(error).__name__}: {error}", rank, seen)
     if message is not None and rank == "0":
         Path(config.termination_message_path).write_bytes(message.to_bytes())
     return ExitCode.DONE
+
+
+def progress_of(report: ProgressReport) -> Progress:
+    """The part of a report that a job's status keeps."""
+    return Progress(**{name: getattr(report, name) for name in Progress.model_fields})
 
 
 def _is_device_oom(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "CUDA out of memory" in str(error)
 
 
-def _leave(config: TrainerConfig, code: ExitCode, text: str, rank: str) -> int:
+def _leave(config: TrainerConfig, code: ExitCode, text: str, rank: str, seen: LastSeen) -> int:
     """Write the termination message unless another rank was first: what follows a failure is not its cause."""
     path = Path(config.termination_message_path)
     if not path.exists() or path.stat().st_size == 0:
-        message = TerminationMessage(exit_code=code, reason=reason_of(code), message=text, rank=int(rank))
+        report = seen.report() if seen.report else None
+        message = TerminationMessage(
+            exit_code=code,
+            reason=reason_of(code),
+            message=text,
+            rank=int(rank),
+            progress=progress_of(report) if report else None,
+            memory=report.memory if report else None,
+        )
         path.write_bytes(message.to_bytes())
     return code

@@ -16,7 +16,7 @@ from qlora_trainer.data.prepare import prepare_data
 from qlora_trainer.errors import UserError
 from qlora_trainer.fetch import FetchedModel, fetch_model, fetch_rows, tokenizer_hash
 from qlora_trainer.model import check_targets, meta_model
-from qlora_trainer.outcome import guarded
+from qlora_trainer.outcome import LastSeen, guarded
 from qlora_trainer.prepared import Prepared
 from qlora_trainer.publish import check_destination
 
@@ -54,7 +54,11 @@ def _check_architecture(config: TrainerConfig, model: FetchedModel) -> None:
 
 def main() -> int:
     config = TrainerConfig.model_validate_json(Path(sys.argv[1]).read_bytes())
-    return guarded(config, lambda: print(prepare(config).model_dump_json(by_alias=True)))  # noqa: T201 the receipt is the output
+
+    def work(_: LastSeen) -> None:
+        print(prepare(config).model_dump_json(by_alias=True))  # noqa: T201 the receipt is the output
+
+    return guarded(config, work)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig
-from qlora_api.status import Adapter, Memory, MemoryComponent, Progress, Reason
+from qlora_api.status import Adapter, Memory, MemoryComponent, Reason
 from qlora_trainer import state
 from qlora_trainer.attempt import Run, StopFlag, Trainer, build
 from qlora_trainer.data.batches import Step, eval_batches
@@ -27,13 +27,18 @@ from qlora_trainer.finish import publish_run
 from qlora_trainer.loss import call_arguments
 from qlora_trainer.metrics import Board, peak_bytes, serve
 from qlora_trainer.optim import learning_rate
+from qlora_trainer.outcome import LastSeen, progress_of
 from qlora_trainer.resume import resume_or_start, save
 
 log = logging.getLogger(__name__)
 
 
-def train(config: TrainerConfig) -> TerminationMessage:
+def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
     """Run one attempt on this rank.
+
+    Args:
+        config: of the attempt.
+        seen: told where to look when the attempt fails.
 
     Returns:
         The message of a finished job, the same on every rank.
@@ -45,6 +50,7 @@ def train(config: TrainerConfig) -> TerminationMessage:
     stop = StopFlag()
     ranks = join_ranks(config.device, config.spec.policy.stall_timeout_seconds)
     board = Board(config, ranks)
+    seen.report = lambda: board.report
     port_file = Path(config.ports_dir) / f"rank-{ranks.rank}.port" if config.ports_dir else None
     port = config.metrics_port + ranks.local_rank if config.metrics_port else 0
     serve(board, config.metrics_host, port, port_file)
@@ -219,7 +225,7 @@ def finished(trainer: Trainer, run: Run, adapter: Adapter) -> TerminationMessage
             if run.base_eval_loss and run.best_eval_loss
             else ""
         ),
-        progress=Progress(**{n: getattr(report, n) for n in Progress.model_fields}),
+        progress=progress_of(report),
         memory=Memory(measured={k: int(v) for k, v in zip(measured, largest, strict=True)}),
         adapter=adapter,
     )

@@ -115,7 +115,7 @@ class Workshop:
     def run(self, config: TrainerConfig) -> Ended:
         """Prepare here, then train in one forked process for each rank."""
         path, log = self.write(config)
-        code = guarded(config, lambda: (prepare(config), None)[1])
+        code = guarded(config, lambda _: (prepare(config), None)[1])
         if code:
             return self.ended(config, code)
         with socket.socket() as probe:
@@ -138,18 +138,21 @@ class Workshop:
     def stop_at(self, config: TrainerConfig, step: int) -> Ended:
         """Send SIGTERM to the real launcher as soon as the log shows ``step``."""
         process = self.launch(config)
-        log = self.folder / f"log-{config.attempt}.txt"
         try:
-            deadline = time.monotonic() + 200
-            while f" step {step}/" not in log.read_text():
-                assert time.monotonic() < deadline, log.read_text()[-3000:]
-                assert process.poll() is None, log.read_text()[-3000:]
-                time.sleep(0.02)
+            self.wait_for_step(process, config, step)
             process.send_signal(signal.SIGTERM)
             code = process.wait(timeout=60)
         finally:
             process.terminate()
         return self.ended(config, code)
+
+    def wait_for_step(self, process: subprocess.Popen[bytes], config: TrainerConfig, step: int) -> None:
+        log = self.folder / f"log-{config.attempt}.txt"
+        deadline = time.monotonic() + 200
+        while f" step {step}/" not in log.read_text():
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.02)
 
     def ended(self, config: TrainerConfig, code: int) -> Ended:
         path = Path(config.termination_message_path)

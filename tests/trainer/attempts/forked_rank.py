@@ -19,4 +19,4 @@ def run_rank(config_path: str, log_path: str, rank: int, world_size: int, port: 
     from qlora_trainer.train import train
 
     config = TrainerConfig.model_validate_json(Path(config_path).read_bytes())
-    os._exit(guarded(config, lambda: train(config)))
+    os._exit(guarded(config, lambda seen: train(config, seen)))

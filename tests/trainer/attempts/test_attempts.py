@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -154,6 +156,22 @@ def test_the_best_checkpoint_outlives_newer_ones_and_is_published(workshop):
     assert manifest["metrics"]["evalLoss"] == pytest.approx(best, abs=1e-5)
     kept = {int(p.name.removeprefix("step-")) for p in (workshop.folder / "checkpoints").iterdir()}
     assert kept == {8, manifest["metrics"]["step"]}
+
+
+def test_a_rank_that_is_killed_is_named_and_the_others_do_not_wait(workshop):
+    config = workshop.config(training={"epochs": None, "maxSteps": 500})
+    process = workshop.launch(config)
+    try:
+        workshop.wait_for_step(process, config, 2)
+        ranks = {p.environ()["RANK"]: p for p in psutil.Process(process.pid).children() if "RANK" in p.environ()}
+        ranks["1"].kill()
+        code = process.wait(timeout=60)
+    finally:
+        process.terminate()
+    ended = workshop.ended(config, code)
+    assert code == 128 + signal.SIGKILL
+    assert ended.message.reason is Reason.OUT_OF_HOST_MEMORY
+    assert "rank 1 was killed by SIGKILL" in ended.text
 
 
 def test_a_finished_run_started_again_publishes_nothing_twice(workshop):

@@ -17,7 +17,7 @@ from qlora_trainer.prepare import prepare
 def prepared(workshop, **changes):
     config = workshop.config(**changes)
     workshop.write(config)
-    return workshop.ended(config, guarded(config, lambda: (prepare(config), None)[1]))
+    return workshop.ended(config, guarded(config, lambda _: (prepare(config), None)[1]))
 
 
 def rows_file(workshop, rows):
