@@ -1,0 +1,77 @@
+# All set-up happens by itself: a machine needs Python 3.11 or newer, gcc, git, and a package index that pip can reach.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+CRD := crds/qlora.dev_qlorajobs.yaml
+STEP := .ci/step
+
+.PHONY: help
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# ------------------------------------------------------------------------------------------------------------- set-up
+# The stamps know what is installed; only a change of what is asked for installs again.
+
+$(VENV)/.run-installed: pyproject.toml constraints.txt
+	@.ci/install "$(PYTHON)" "$(VENV)" cli,trainer
+	@touch $@
+
+$(VENV)/.all-installed: pyproject.toml constraints.txt
+	@.ci/install "$(PYTHON)" "$(VENV)" cli,dev,operator,trainer
+	@touch $@ $(VENV)/.run-installed
+
+.PHONY: venv
+venv: $(VENV)/.all-installed  ## Create .venv with everything, as 'run' and 'test' do by themselves
+
+.PHONY: constraints
+constraints: $(VENV)/.all-installed  ## Pin the newest versions of all dependencies anew
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade --quiet \
+	  --no-emit-index-url --no-annotate --custom-compile-command 'make constraints' -o constraints.txt
+
+# ---------------------------------------------------------------------------------------------------------------- use
+
+.PHONY: run
+run: $(VENV)/.run-installed  ## Quickstart: make a small base and real rows here, then QLoRA on this machine
+	@$(BIN)/python examples/quickstart/prepare.py --out runs/quickstart-data
+	@$(BIN)/qlora run examples/quickstart.yaml
+
+.PHONY: fidelity
+fidelity: $(VENV)/.all-installed  ## Compare QLoRA here with the published method, number by number
+	@$(BIN)/python benchmarks/fidelity.py
+
+.PHONY: bench-trainer
+bench-trainer: $(VENV)/.all-installed  ## Measure the trainer's speed and memory beside the stock stack
+	@$(BIN)/python benchmarks/bench_trainer.py
+
+# -------------------------------------------------------------------------------------------------------------- check
+
+.PHONY: test
+test: check  ## Everything that must hold: check, then all tests
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+	  $(STEP) pytest $(BIN)/pytest -n $(WORKERS) --dist worksteal --durations 10 $(PYTEST_ARGS)
+	@tail -n 1 build/pytest.log
+
+.PHONY: check
+check: $(VENV)/.all-installed  ## Lint, format, imports, generated CRD, types
+	@$(STEP) lint $(BIN)/ruff check
+	@$(STEP) format $(BIN)/ruff format --check
+	@$(STEP) imports $(BIN)/lint-imports
+	@$(STEP) crds bash -c '$(BIN)/qlora crds | diff -u $(CRD) - || { echo "$(CRD) is stale: make crds"; exit 1; }'
+	@$(STEP) types $(BIN)/mypy
+
+.PHONY: crds
+crds: $(VENV)/.all-installed  ## Generate the CustomResourceDefinition from the types
+	$(BIN)/qlora crds > $(CRD).new && mv $(CRD).new $(CRD)
+
+.PHONY: clean
+clean:  ## Remove what is generated; .venv and runs stay
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
