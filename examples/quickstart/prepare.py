@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -95,10 +96,15 @@ def build(work: Path) -> None:
 
 def make_base(modules: Sequence[Module], folder: Path) -> dict[str, Any]:
     """Train tokenizer and base on what is not held out, and save them as a hub repository would hold them."""
-    # Here, because a second call finds everything made and needs no torch.
-    import small_base  # noqa: PLC0415
-    import torch  # noqa: PLC0415
+    # Threads that wait for each other spin, and on a machine with other work that takes five times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Here, because OpenMP reads that once, and because a second call finds everything made and needs no torch.
+    import small_base
+    import torch
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
+    logging.disable(logging.WARNING)  # DeepSpeed's, which transformers imports to save, of this machine's accelerators
     recipe = small_base.Recipe()
     texts = pretraining_texts(modules)
     tokenizer = small_base.train_tokenizer(texts, recipe.vocabulary)

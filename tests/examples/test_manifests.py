@@ -1,0 +1,46 @@
+"""Every manifest under examples/ is one that both the API server and ``qlora run`` take."""
+
+from pathlib import Path
+
+import pytest
+
+from qlora_api.batch import split_batch
+from qlora_api.spec import Optimizer, QuantizationType
+from qlora_cli import manifest, validate
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MANIFESTS = sorted(EXAMPLES.glob("**/*.yaml"))
+
+
+def test_there_are_examples():
+    assert {path.name for path in MANIFESTS} >= {"quickstart.yaml", "opt-6.7b-imdb.yaml"}
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: p.name)
+def test_example_is_valid(path):
+    report = validate.check_file(path)
+    assert report.good, validate.as_text([report])
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: p.name)
+def test_example_splits_its_batch_on_the_gpus_it_asks_for(path):
+    spec = manifest.one_job(path, ()).spec
+    split_batch(spec, spec.parallelism.workers * spec.parallelism.gpus_per_worker)
+
+
+def test_quickstart_splits_its_batch_on_two_cpu_processes_and_reads_what_prepare_writes():
+    spec = manifest.one_job(EXAMPLES / "quickstart.yaml", ()).spec
+    assert split_batch(spec, 2).global_batch_size == spec.training.global_batch_size
+    sources = (spec.model.source, spec.dataset.train.source, spec.dataset.eval.source)
+    assert sources == tuple(f"./runs/quickstart-data/{name}" for name in ("base", "train.jsonl", "eval.jsonl"))
+
+
+def test_opt_example_is_the_classic_recipe():
+    spec = manifest.one_job(EXAMPLES / "opt-6.7b-imdb.yaml", ()).spec
+    split = split_batch(spec, spec.parallelism.gpus_per_worker)
+    assert (split.micro_batch_size, split.gradient_accumulation_steps) == (4, 4)
+    assert (spec.lora.rank, spec.lora.alpha, spec.lora.dropout) == (8, 32, "0.05")
+    assert spec.lora.target_modules == ["q_proj", "v_proj"]
+    assert spec.quantization.type is QuantizationType.NF4
+    assert spec.training.optimizer is Optimizer.PAGED_ADAMW_8BIT
+    assert (spec.training.epochs, spec.training.learning_rate, spec.checkpoint.keep) == (3, "2e-4", 3)
