@@ -1,0 +1,178 @@
+"""Tokens per second of this trainer against the stock script, on this machine: ``python benchmarks/bench_trainer.py``
+
+Two ranks of one thread each over gloo, for everybody: what is measured are jobs of several ranks, where uneven rows
+make ranks wait for each other. Same model, rows, adapter, micro-batch, accumulation and optimizer; real tokens count,
+padding does not; the first steps do not count; variants take turns, since a shared machine drifts. With packing a
+sequence holds several rows, so an epoch has fewer and larger steps: the tokens are the same.
+
+``--gpu`` measures an 8B-shaped model on one GPU instead (``bench_gpu.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import corpus
+
+HERE = Path(__file__).parent
+RANKS = 2
+MICRO_BATCH = 4
+ACCUMULATION = 2
+WARM_UP = 2
+"""Steps that do not count: the first ones allocate, and start the gloo connections."""
+RANK, ALPHA, LEARNING_RATE, SEED = 16, 32, "2e-4", 42
+BARS = {"ours, unpacked": 1.1, "ours, packed": 2.0}
+"""Least ratio to the stock script."""
+STOCK, STOCK_PLAIN, UNPACKED, PACKED = "stock", "stock, no checkpointing", "ours, unpacked", "ours, packed"
+VARIANTS = (STOCK, STOCK_PLAIN, UNPACKED, PACKED)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run of one variant."""
+
+    tokens: int
+    """Real tokens of the whole epoch."""
+    tokens_per_second: float
+    """Over all ranks, warm-up left out."""
+
+
+def trainer_config(model: Path, data: Path, work: Path, *, packing: bool) -> Any:
+    """The same job for this trainer."""
+    from qlora_api.batch import BatchSplit  # noqa: PLC0415
+    from qlora_api.contract import JobRef, TrainerConfig  # noqa: PLC0415
+    from qlora_api.spec import QLoRAJobSpec  # noqa: PLC0415
+
+    spec = {
+        "model": {"source": str(model)},
+        "dataset": {
+            "train": {"source": str(data)},
+            "format": "PromptCompletion",
+            "maxLength": corpus.MAX_LENGTH,
+            "packing": packing,
+        },
+        "lora": {"rank": RANK, "alpha": ALPHA},
+        "training": {
+            "epochs": 1,
+            "learningRate": LEARNING_RATE,
+            "globalBatchSize": RANKS * MICRO_BATCH * ACCUMULATION,
+            "microBatchSize": MICRO_BATCH,
+            "seed": SEED,
+        },
+        "output": {"destination": str(work / "out")},
+    }
+    return TrainerConfig(
+        job=JobRef(name="bench", uid=f"bench-{'packed' if packing else 'unpacked'}"),
+        spec=QLoRAJobSpec.model_validate(spec),
+        batch=BatchSplit(world_size=RANKS, micro_batch_size=MICRO_BATCH, gradient_accumulation_steps=ACCUMULATION),
+        device="CPU",
+        ranks_per_worker=RANKS,
+        gradient_checkpointing=False,
+        checkpoint_uri=str(work / "checkpoints"),
+        cache_dir=str(work / "cache"),
+        termination_message_path=str(work / "message.json"),
+        metrics_port=0,
+    )
+
+
+def stock_settings(model: Path, data: Path, work: Path, *, checkpointing: bool) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        "data": str(data),
+        "cache": str(work / "stock"),
+        "gradient_checkpointing": checkpointing,
+        "rank": RANK,
+        "alpha": ALPHA,
+        "learning_rate": float(LEARNING_RATE),
+        "micro_batch_size": MICRO_BATCH,
+        "accumulation": ACCUMULATION,
+        "seed": SEED,
+        "report": str(work / "report.json"),
+    }
+
+
+def measure(variant: str, model: Path, data: Path, work: Path, profile: Path | None) -> Measured:
+    """Run one variant for an epoch."""
+    report, job = work / "report.json", work / "job.json"
+    if variant in (STOCK, STOCK_PLAIN):
+        job.write_text(json.dumps(stock_settings(model, data, work, checkpointing=variant == STOCK)))
+        command = [str(HERE / "stock_trainer.py"), str(job)]
+    else:
+        config = trainer_config(model, data, work, packing=variant == PACKED)
+        job.write_text(config.model_dump_json(by_alias=True))
+        subprocess.run([sys.executable, "-m", "qlora_trainer.prepare", job], check=True, capture_output=True)
+        command = [str(HERE / "our_trainer.py"), str(job), str(report)]
+        command += [str(profile.with_suffix(f".{variant.rsplit(maxsplit=1)[-1]}.txt"))] if profile else []
+    environment = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    with (work / "log.txt").open("w") as log:
+        done = subprocess.run(
+            [sys.executable, *launcher, *command], env=os.environ | environment, stdout=log, stderr=log, check=False
+        )
+    if done.returncode:
+        raise SystemExit(f"{variant} failed:\n{(work / 'log.txt').read_text()[-4000:]}")
+    found = json.loads(report.read_text())
+    speed = sum(found["tokens"][WARM_UP:]) / sum(found["seconds"][WARM_UP:])
+    return Measured(sum(found["tokens"]), speed)
+
+
+def verdict(speeds: dict[str, float]) -> tuple[str, bool]:
+    """The table, and whether the bars are met against the faster stock variant."""
+    faster = max(speeds[STOCK], speeds[STOCK_PLAIN])
+    lines = ["| | tokens/s | × stock | × faster stock | bar |", "|---|---|---|---|---|"]
+    met = True
+    for name, speed in speeds.items():
+        bar = BARS.get(name)
+        ok = bar is None or speed >= bar * faster
+        met = met and ok
+        word = "" if bar is None else f"≥ {bar}: {'met' if ok else 'MISSED'}"
+        lines.append(f"| {name} | {speed:,.0f} | {speed / speeds[STOCK]:.2f} | {speed / faster:.2f} | {word} |")
+    return "\n".join(lines), met
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--only", choices=VARIANTS, action="append", help="leave the other variants out")
+    parser.add_argument("--profile", type=Path, help="write where this trainer's time goes to files of this name")
+    parser.add_argument("--gpu", action="store_true", help="an 8B-shaped model on one GPU instead")
+    arguments = parser.parse_args()
+    if arguments.gpu:
+        import bench_gpu  # noqa: PLC0415 needs a GPU
+
+        return bench_gpu.main()
+    variants = arguments.only or VARIANTS
+    runs: dict[str, list[Measured]] = {v: [] for v in variants}
+    with tempfile.TemporaryDirectory(prefix="qlora-bench-") as name:
+        work = Path(name)
+        model, data = corpus.prepare(work, arguments.rows)
+        for number in range(arguments.repeats):
+            for variant in variants:
+                measured = measure(variant, model, data, work, arguments.profile)
+                runs[variant].append(measured)
+                print(
+                    f"run {number + 1}: {variant}: {measured.tokens_per_second:,.0f} tokens/s of {measured.tokens:,}",
+                    flush=True,
+                )
+    if len({m.tokens for ms in runs.values() for m in ms}) > 1:
+        raise SystemExit("the variants did not train on the same number of tokens")
+    speeds = {v: statistics.median(m.tokens_per_second for m in ms) for v, ms in runs.items()}
+    if arguments.only:
+        return 0
+    table, met = verdict(speeds)
+    print(f"\n{table}")
+    return 0 if met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

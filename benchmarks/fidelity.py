@@ -1,0 +1,289 @@
+"""Compare this trainer with the published method, number by number: ``python benchmarks/fidelity.py``
+
+Trains the quickstart's model several times, each time through the trainer's own launcher, and writes docs/fidelity.md.
+Exit code 1 when a bound is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import fidelity_models as models
+from fidelity_jobs import Ended, Job, Rows, checkpoint_files, head, job, tensor_names
+from qlora_trainer.data.prepare import PreparedData, load_prepared
+from qlora_trainer.prepared import Prepared
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "fidelity.md"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A number and what it must not exceed."""
+
+    what: str
+    measured: float
+    bound: float
+    unit: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.measured <= self.bound
+
+    @property
+    def row(self) -> str:
+        verdict = "pass" if self.passed else "**FAIL**"
+        return f"| {self.what} | {number(self.measured)}{self.unit} | ≤ {number(self.bound)}{self.unit} | {verdict} |"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section of the page."""
+
+    title: str
+    text: str
+    checks: list[Check]
+
+
+def number(value: float) -> str:
+    return "0" if value == 0 else f"{value:.3g}"
+
+
+def table(head_row: list[str], rows: list[list[str]]) -> str:
+    lines = [head_row, ["---"] * len(head_row), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def worst(one: Ended, other: Ended) -> float:
+    """The largest relative difference of a step's loss; infinite when a step is missing."""
+    if one.losses.keys() != other.losses.keys() or not one.losses:
+        return float("inf")
+    return max(abs(loss / other.losses[step] - 1) for step, loss in one.losses.items())
+
+
+def rows_of(done: Job) -> PreparedData:
+    """The tokenized rows of a run."""
+    prepared = Prepared.read(done.config)
+    assert prepared is not None
+    return load_prepared(prepared.data_dir)
+
+
+# ----------------------------------------------------------------------------------------------------------- the parts
+
+
+def quantization(work: Path, rows: Rows) -> Part:
+    """Four ways to hold the base, the same seed and data; NF4 with double quantization is the default."""
+    ways: dict[str, dict[str, Any]] = {
+        "16-bit LoRA": {"type": "None"},
+        "NF4 + DQ": {},
+        "NF4": {"doubleQuantization": False},
+        "FP4 + DQ": {"type": "FP4"},
+    }
+    ended = {
+        name: job(f"quality-{i}", work, rows, quantization=way).run() for i, (name, way) in enumerate(ways.items())
+    }
+    final = {name: e.eval_losses[e.total_steps] for name, e in ended.items()}
+    exact = final["16-bit LoRA"]
+    lines = [
+        [name, f"{e.eval_losses[0]:.4f}", f"{final[name]:.4f}", f"{100 * (final[name] / exact - 1):+.2f} %"]
+        for name, e in ended.items()
+    ]
+    text = table(["base held as", "eval loss before", "after", "against 16-bit LoRA"], lines)
+    gap = Check("NF4 + DQ: final eval loss above that of 16-bit LoRA", 100 * (final["NF4 + DQ"] / exact - 1), 1.0, " %")
+    return Part("Quantized against 16-bit training", text, [gap])
+
+
+def errors(rows: Rows) -> Part:
+    """What quantization does to each kind of layer."""
+    found = models.quantization_errors(rows.base)
+    layers = list(next(iter(found.values())))
+
+    def ratio(one: str, other: str) -> float:
+        return max(found[one][layer] / found[other][layer] for layer in layers)
+
+    text = "‖W - Q(W)‖ / ‖W‖ over all layers of a kind.\n\n"
+    text += table(["layer", *found], [[layer, *(f"{found[kind][layer]:.4f}" for kind in found)] for layer in layers])
+    checks = [
+        Check("largest error of a kind of layer, NF4 + DQ", max(found["NF4 + DQ"].values()), 0.11),
+        Check("largest ratio of the errors of NF4 + DQ and FP4 + DQ", ratio("NF4 + DQ", "FP4 + DQ"), 0.9),
+        Check("what double quantization adds to the error of NF4", ratio("NF4 + DQ", "NF4") - 1, 0.01),
+    ]
+    return Part("Quantization error", text, checks)
+
+
+def ranks(work: Path, rows: Rows) -> Part:
+    """The batch equation: two ranks × accumulation 2 = one rank × accumulation 4."""
+    checks = []
+    for compute in ("BFloat16", "Float32"):
+        way = {"computeType": compute}
+        two = job(f"two-ranks-{compute}", work, rows, ranks=2, quantization=way).run()
+        one = job(f"one-rank-{compute}", work, rows, ranks=1, quantization=way).run()
+        checks.append(Check(f"largest relative difference of a step's loss, {compute}", worst(two, one), 1e-3))
+    text = f"{two.total_steps} steps of 8 packs, dealt to other micro-batches on other ranks."
+    return Part("Two ranks × accumulation 2 against one rank × accumulation 4", text, checks)
+
+
+def packing(done: Job) -> Part:
+    """Rows in packs must not see each other, with a trained adapter on the NF4 base."""
+    data = rows_of(done)
+    base, checks = Path(done.config.spec.model.source), []
+    for compute in ("Float32", "BFloat16"):
+        found = models.packing_difference(base, compute, done.last_checkpoint, data)
+        # In bf16 a product may round otherwise when other rows stand beside it.
+        bound = 1e-3 if compute == "Float32" else 5e-2
+        checks.append(Check(f"mean difference of a token's loss, {compute}", found.mean, 1e-3))
+        checks.append(Check(f"largest difference of a token's loss, {compute}", found.largest, bound))
+    assert data.eval is not None
+    assert data.eval_packs is not None
+    text = (
+        f"{len(data.eval)} held-out rows in {len(data.eval_packs)} packs, and each on its own; relative to the mean"
+        f" loss. If rows saw each other, the mean difference would be {number(found.mean_with_leak)}."
+    )
+    checks.append(Check("bound of the mean by what a leak would make", 1e-3 / found.mean_with_leak, 0.1))
+    return Part("Packed against unpacked", text, checks)
+
+
+def resuming(work: Path, rows: Rows) -> Part:
+    """Stop at some step of epoch 2 by SIGTERM to the launcher, go on, and compare with a run that was left alone."""
+    checks, lines = [], []
+    for stage in (0, 2):
+        way = {"zeroStage": stage}
+        whole_job = job(f"whole-zero{stage}", work, rows, parallelism=way)
+        stopped = job(f"stopped-zero{stage}", work, rows, parallelism=way)
+        whole = whole_job.run()
+        per_epoch = whole.total_steps // rows.epochs
+        first = stopped.run_until(per_epoch + per_epoch // 2)
+        second = stopped.again().run()
+        last = max(first.losses)
+        both = Ended(second.code, first.losses | second.losses, {}, second.total_steps)
+        weights = [(j.last_checkpoint / "adapter.safetensors").read_bytes() for j in (whole_job, stopped)]
+        lines.append(
+            [
+                str(stage),
+                f"{last} of {whole.total_steps}",
+                str(min(second.losses)),
+                "yes" if weights[0] == weights[1] else "no",
+            ]
+        )
+        checks.append(Check(f"ZeRO {stage}: largest relative difference of a step's loss", worst(both, whole), 1e-4))
+        checks.append(Check(f"ZeRO {stage}: steps lost or done twice", abs(min(second.losses) - last - 1), 0))
+    text = "Two ranks, PagedAdamW8Bit. Samples in another order would show in the losses: each step's rows differ.\n\n"
+    text += table(["ZeRO", "stopped after step", "went on with step", "final adapter equal bit for bit"], lines)
+    return Part("Stopped and resumed against uninterrupted", text, checks)
+
+
+def merged(work: Path, done: Job) -> Part:
+    """What is served against what was trained."""
+    data = rows_of(done)
+    published_adapter = done.message.adapter
+    assert data.eval is not None
+    assert published_adapter is not None
+    base, adapter = Path(done.config.spec.model.source), Path(published_adapter.uri)
+    found = models.merging(base, adapter, done.last_checkpoint, data.eval, work)
+    trained, unmerged, published, _ = found
+
+    def above(variant: models.Variant, other: models.Variant) -> float:
+        return 100 * (variant.eval_loss / other.eval_loss - 1)
+
+    lines = [
+        [
+            v.name,
+            f"{v.eval_loss:.4f}",
+            f"{round(above(v, trained), 2) + 0.0:+.2f} %",
+            f"{v.mean:.3f}",
+            f"{v.largest:.2f}",
+        ]
+        for v in found
+    ]
+    text = table(["", "eval loss", "against as trained", "mean logit difference", "largest"], lines)
+    checks = [
+        Check("merged against unmerged on the 16-bit base: eval loss", abs(above(published, unmerged)), 0.2, " %"),
+        Check("merged against as trained: eval loss above", above(published, trained), 1.0, " %"),
+    ]
+    return Part("Merged against unmerged", text, checks)
+
+
+def checkpoint(done: Job) -> Part:
+    """A checkpoint holds what learns and no frozen weight."""
+    folder = done.last_checkpoint
+    tensors = tensor_names(folder / "adapter.safetensors")
+    frozen = {n: size for n, size in tensors.items() if ".lora_" not in n}
+    files = table(["file", "bytes"], [[f"`{name}`", f"{size:,}"] for name, size in checkpoint_files(folder).items()])
+    text = f"{files}\n\n{len(tensors)} tensors in the adapter, {sum(tensors.values()):,} bytes; the first ones:\n\n"
+    text += table(["tensor", "bytes"], [[f"`{n}`", f"{size:,}"] for n, size in list(tensors.items())[:14]])
+    base = sum(p.stat().st_size for p in Path(done.config.spec.model.source).glob("*.safetensors"))
+    rest = sum(checkpoint_files(folder).values()) - sum(tensors.values())
+    # fp32 master weights once more and two moments, 8-bit or (under 4,096 elements) fp32: at most three times.
+    checks = [
+        Check("tensors in the adapter that are not LoRA's", len(frozen), 0),
+        Check("bytes besides the adapter, by its size", rest / sum(tensors.values()), 3.5),
+    ]
+    return Part("A checkpoint holds no frozen weight", f"{text}\n\nThe base has {base:,} bytes on disk.", checks)
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+def quickstart(work: Path) -> Path:
+    """The quickstart's base and rows; made once, and kept where ``qlora run`` keeps them."""
+    out = work / "quickstart"
+    script = ROOT / "examples" / "quickstart" / "prepare.py"
+    subprocess.run([sys.executable, str(script), "--out", str(out)], check=True)
+    return out
+
+
+def page(parts: list[Part], seconds: float) -> str:
+    """The whole of docs/fidelity.md."""
+    libraries = ", ".join(f"{n} {version(n)}" for n in ("torch", "transformers", "peft", "bitsandbytes", "deepspeed"))
+    checks = [c for p in parts for c in p.checks]
+    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}, {libraries}"
+    question = (
+        "Does this trainer do what the method (QLoRA, Dettmers et al. 2023) and its own promises say?\n"
+        "`make fidelity` trains the quickstart's model with the real trainer and writes this page."
+    )
+    text = [
+        "# Fidelity",
+        "<!-- Generated by benchmarks/fidelity.py: do not edit. -->",
+        question,
+        f"{sum(c.passed for c in checks)} of {len(checks)} bounds are met, in {seconds / 60:.0f} minutes on {machine}.",
+    ]
+    for part in parts:
+        text += [f"## {part.title}", part.text, table(["check", "measured", "bound", ""], [])]
+        text[-1] += "\n" + "\n".join(c.row for c in part.checks)
+    return "\n\n".join(text) + "\n"
+
+
+def main() -> int:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    parser = argparse.ArgumentParser(description="Compare this trainer with the published method.")
+    parser.add_argument("--data", type=Path, help="folder made by examples/quickstart/prepare.py; default: make it")
+    data = parser.parse_args().data
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="qlora-fidelity-") as name:
+        work = Path(name)
+        made = data or quickstart(work)
+        held_out = head(made / "eval.jsonl", work / "eval.jsonl", 300)
+        many = Rows(made / "base", head(made / "train.jsonl", work / "many.jsonl", 2400), held_out, epochs=2)
+        few = Rows(made / "base", head(made / "train.jsonl", work / "few.jsonl", 320), held_out, epochs=2)
+        parts = [quantization(work, many), errors(many), ranks(work, few), resuming(work, few)]
+        done = job("quality-1", work, many)  # NF4 + DQ
+        parts += [packing(done), merged(work, done), checkpoint(done)]
+    PAGE.write_text(page(parts, time.monotonic() - start), "utf-8")
+    missed = [c for p in parts for c in p.checks if not c.passed]
+    print("\n".join(c.row for p in parts for c in p.checks))
+    print(f"{PAGE.relative_to(ROOT)} is written; {len(missed)} bounds are missed")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Training steps of this project's trainer, timed: its own ``build`` and ``train_step``, without what surrounds them.
+
+``torchrun --nproc-per-node 2 our_trainer.py CONFIG.json REPORT.json [PROFILE]``, with a prepared TrainerConfig. Rank 0
+writes the seconds and the real tokens of each optimizer step, and with PROFILE where its time went.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import json
+import logging
+import os
+import pstats
+import sys
+import time
+from pathlib import Path
+
+from qlora_api.contract import TrainerConfig
+from qlora_trainer.attempt import Run, StopFlag, build
+from qlora_trainer.engine import join_ranks
+from qlora_trainer.metrics import Board
+from qlora_trainer.outcome import quiet_libraries
+from qlora_trainer.train import train_step
+
+WARM_UP = 2
+"""Steps that are not profiled."""
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    quiet_libraries()
+    config = TrainerConfig.model_validate_json(Path(sys.argv[1]).read_bytes())
+    ranks = join_ranks(config.device, config.spec.policy.stall_timeout_seconds)
+    board = Board(config, ranks)
+    trainer = build(config, ranks, board, StopFlag())
+    run = Run()
+    steps = trainer.batches.steps(0, trainer.total_steps)
+    profile = cProfile.Profile() if len(sys.argv) > 3 and ranks.is_first else None
+    seconds, tokens, losses = [], [], []
+    for number in range(trainer.total_steps):
+        if profile and number == WARM_UP:
+            profile.enable()
+        start, before = time.monotonic(), run.tokens
+        train_step(trainer, run, steps)
+        seconds.append(time.monotonic() - start)
+        tokens.append(run.tokens - before)
+        losses.append(float(board.report.loss or "nan"))
+    if profile:
+        profile.disable()
+        with Path(sys.argv[3]).open("w") as out:
+            pstats.Stats(profile, stream=out).sort_stats("tottime").print_stats(45)
+    if ranks.is_first:
+        Path(sys.argv[2]).write_text(json.dumps({"seconds": seconds, "tokens": tokens, "losses": losses}))
+    ranks.sum(0)
+    os._exit(0)  # as qlora_trainer.rank does: gloo's threads must not hold up the end
+
+
+if __name__ == "__main__":
+    main()
