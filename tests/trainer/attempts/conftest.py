@@ -122,9 +122,10 @@ class Workshop:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         world = config.batch.world_size
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         ranks = [
-            self.forks.Process(target=forked_rank.run_rank, args=(str(path), str(log), r, world, port))
-            for r in range(world)
+            self.forks.Process(target=forked_rank.run_rank, args=(str(path), str(log), environment, rank, world))
+            for rank in range(world)
         ]
         for process in ranks:
             process.start()

@@ -6,14 +6,13 @@ import os
 from pathlib import Path
 
 
-def run_rank(config_path: str, log_path: str, rank: int, world_size: int, port: int) -> None:
+def run_rank(config_path: str, log_path: str, environment: dict[str, str], rank: int, world_size: int) -> None:
     """What ``python -m qlora_trainer.rank`` does under torchrun."""
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    os.environ.update(environment)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     from qlora_api.contract import TrainerConfig
     from qlora_trainer.outcome import guarded
     from qlora_trainer.train import train

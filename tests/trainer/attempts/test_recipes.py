@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
+
 from qlora_api import QLoRAJob
 from qlora_api.batch import split_batch
 from qlora_api.contract import ExitCode
-from safetensors import safe_open
-from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 RECIPE = Path(__file__).parents[3] / "examples" / "opt-6.7b-imdb.yaml"
 
