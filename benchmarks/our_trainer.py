@@ -36,13 +36,14 @@ def main() -> None:
     run = Run()
     steps = trainer.batches.steps(0, trainer.total_steps)
     profile = cProfile.Profile() if len(sys.argv) > 3 and ranks.is_first else None
-    seconds, tokens, losses = [], [], []
+    seconds, cpu_seconds, tokens, losses = [], [], [], []
     for number in range(trainer.total_steps):
         if profile and number == WARM_UP:
             profile.enable()
-        start, before = time.monotonic(), run.tokens
+        start, cpu_start, before = time.monotonic(), time.process_time(), run.tokens
         train_step(trainer, run, steps)
         seconds.append(time.monotonic() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
         tokens.append(run.tokens - before)
         losses.append(float(board.report.loss or "nan"))
     if profile:
@@ -50,7 +51,8 @@ def main() -> None:
         with Path(sys.argv[3]).open("w") as out:
             pstats.Stats(profile, stream=out).sort_stats("tottime").print_stats(45)
     if ranks.is_first:
-        Path(sys.argv[2]).write_text(json.dumps({"seconds": seconds, "tokens": tokens, "losses": losses}))
+        report = {"seconds": seconds, "cpu_seconds": cpu_seconds, "tokens": tokens, "losses": losses}
+        Path(sys.argv[2]).write_text(json.dumps(report))
     ranks.sum(0)
     os._exit(0)  # as qlora_trainer.rank does: gloo's threads must not hold up the end
 

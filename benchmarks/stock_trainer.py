@@ -62,16 +62,16 @@ def tokenize(row: dict[str, str], tokenizer: Any) -> dict[str, list[int]]:
 
 
 class Clock(TrainerCallback):
-    """Wall-clock seconds of each optimizer step, data loading and reduction over the ranks included."""
+    """(Wall-clock, CPU) seconds of each optimizer step, data loading and reduction over the ranks included."""
 
     def __init__(self) -> None:
-        self.marks: list[float] = []
+        self.marks: list[tuple[float, float]] = []
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.marks.append(time.monotonic())
+        self.marks.append((time.monotonic(), time.process_time()))
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.marks.append(time.monotonic())
+        self.marks.append((time.monotonic(), time.process_time()))
 
 
 class Counted(DataCollatorForSeq2Seq):
@@ -129,9 +129,10 @@ def write_report(settings: dict[str, Any], trainer: Any, clock: Clock, counted: 
     own = torch.tensor([sum(counted[i * per_step : (i + 1) * per_step]) for i in range(steps)])
     tokens = trainer.accelerator.reduce(own, "sum")
     if trainer.is_world_process_zero():
-        seconds = [b - a for a, b in zip(clock.marks, clock.marks[1:], strict=False)]
+        pairs = list(zip(clock.marks, clock.marks[1:], strict=False))
+        seconds, cpu_seconds = ([b[i] - a[i] for a, b in pairs] for i in range(2))
         losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
-        report = {"seconds": seconds, "tokens": tokens.tolist(), "losses": losses}
+        report = {"seconds": seconds, "cpu_seconds": cpu_seconds, "tokens": tokens.tolist(), "losses": losses}
         Path(settings["report"]).write_text(json.dumps(report))
 
 
