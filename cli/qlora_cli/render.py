@@ -203,14 +203,15 @@ def attempts(ended: Sequence[Attempt]) -> Table:
 
 
 def memory(found: Memory) -> Table:
-    """Predicted and measured bytes per rank by component, the peak last."""
+    """Bytes per rank by component, predicted and measured as far as they are known; the peak last."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("Memory per rank")
-    for head in ("Predicted", "Measured"):
+    columns = {head: by for head, by in (("Predicted", found.predicted), ("Measured", found.measured)) if by}
+    for head in columns:
         table.add_column(head, justify="right")
     names = sorted(found.predicted | found.measured, key=lambda name: name == MemoryComponent.PEAK)
     for name in names:
-        cells = (words.size(by[name]) if name in by else "" for by in (found.predicted, found.measured))
+        cells = (words.size(by[name]) if name in by else "" for by in columns.values())
         table.add_row(words.spaced(name), *cells)
     return table
 
