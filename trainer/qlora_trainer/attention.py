@@ -8,7 +8,6 @@ of T².
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -76,18 +75,20 @@ def packed_attention(
     groups = getattr(module, "num_key_value_groups", 1)
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    starts = cu_seq_lens_q.tolist()
+    lengths = cu_seq_lens_q.diff().tolist()
+    # split, not slices: the backward of a slice fills a tensor of the whole sequence with zeros, one for every row
+    parts = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     rows = [
         functional.scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            attn_mask=(mask := _window_mask(end - start, sliding_window)),
+            q,
+            k,
+            v,
+            attn_mask=(mask := _window_mask(q.shape[2], sliding_window)),
             is_causal=mask is None,
             dropout_p=dropout,
             scale=scaling,
         )
-        for start, end in pairwise(starts)
+        for q, k, v in zip(*parts, strict=True)
     ]
     return torch.cat(rows, dim=2).transpose(1, 2).contiguous(), None
 
