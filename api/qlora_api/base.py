@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
@@ -87,10 +88,9 @@ def decimal(low: float, high: float, *, low_included: bool = True, high_included
     text = f"must be a decimal in quotes {lower} {low:g} and {upper} {high:g}"
 
     def check(value: str) -> str:
-        try:
-            number = float(value)
-        except ValueError:
-            raise ValueError(text) from None
+        if not re.fullmatch(DECIMAL_PATTERN, value):
+            raise ValueError(text)
+        number = float(value)
         above = number >= low if low_included else number > low
         below = number <= high if high_included else number < high
         if not (above and below):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from qlora_api.batch import BatchSplit, halve_micro_batch
 from qlora_api.spec import OnOutOfMemory, PolicySpec
@@ -40,6 +41,11 @@ def restarts(attempts: Sequence[Attempt]) -> int:
     return sum(1 for a in attempts if a.reason not in (*FREE_OF_CHARGE, Reason.COMPLETED, None))
 
 
+def _did_nothing(attempt: Attempt) -> bool:
+    """Whether an attempt ended without a step; several in a row wait longer each, whatever ended them."""
+    return attempt.last_step is None or attempt.last_step == (attempt.first_step or 0)
+
+
 def after_attempt(policy: PolicySpec, attempts: Sequence[Attempt]) -> Finish | Retry:
     """Decide what follows the newest of ``attempts``, which has ended."""
     last = attempts[-1]
@@ -54,7 +60,8 @@ def after_attempt(policy: PolicySpec, attempts: Sequence[Attempt]) -> Finish | R
     if reason in FINAL:
         return Finish(False, reason, last.message)
     if reason in FREE_OF_CHARGE:
-        return Retry(batch, 0, reason, counted=False)
+        idle = len(list(takewhile(_did_nothing, reversed(attempts))))
+        return Retry(batch, BACKOFF_SECONDS[min(idle, len(BACKOFF_SECONDS)) - 1] if idle else 0, reason, counted=False)
     if reason is Reason.OUT_OF_DEVICE_MEMORY:
         smaller = halve_micro_batch(batch) if policy.on_out_of_memory is OnOutOfMemory.RECOVER else None
         if smaller is None:

@@ -302,6 +302,12 @@ class TrainingSpec(Model):
             "epochs",
             lambda t: (t.epochs is None) != (t.max_steps is None),
         ),
+        Rule(
+            "!has(self.maxSteps) || self.warmupSteps < self.maxSteps",
+            "warmupSteps must be less than maxSteps",
+            "warmupSteps",
+            lambda t: t.max_steps is None or t.warmup_steps < t.max_steps,
+        ),
     )
 
 
@@ -467,6 +473,12 @@ class QLoRAJobSpec(Model):
             "training.evaluation.patience needs evaluation rows: set dataset.eval",
             "training.evaluation.patience",
             lambda s: s.training.evaluation.patience is None or s.dataset.eval is not None,
+        ),
+        Rule(
+            "!has(self.training.evaluation.everySteps) || has(self.dataset.eval)",
+            "training.evaluation.everySteps needs evaluation rows: set dataset.eval",
+            "training.evaluation.everySteps",
+            lambda s: s.training.evaluation.every_steps is None or s.dataset.eval is not None,
         ),
         Rule(
             "self.quantization.type != 'INT8' || self.parallelism.zeroStage < 3",

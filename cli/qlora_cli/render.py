@@ -241,12 +241,9 @@ def _results(record: RunRecord) -> Iterator[tuple[str, str]]:
         yield "Steps", f"{progress.step} of {progress.total_steps}, {progress.epoch} epochs"
         if progress.eval_loss:
             before = f"{record.first_eval_loss} → " if record.first_eval_loss else ""
-            best = (
-                f" (best {progress.best_eval_loss})"
-                if progress.best_eval_loss not in (None, progress.eval_loss)
-                else ""
-            )
-            yield "Eval loss", f"{before}{progress.eval_loss}{best}"
+            published = progress.best_eval_loss or progress.eval_loss
+            last = f" (last {progress.eval_loss})" if published != progress.eval_loss else ""
+            yield "Eval loss", f"{before}{published}{last}"
         elif progress.loss:
             yield "Training loss", f"{progress.loss} (no evaluation rows)"
     if word and word.message and not record.first_eval_loss:  # too short a run to be asked; its last word says more

@@ -145,6 +145,8 @@ def with_defaults(made):
         pytest.param({"dataset__eval": {"fraction": "0.1"}}, id="eval-fraction"),
         pytest.param({"dataset__eval": {"fraction": "0.1", "source": "s3://b/e"}}, id="two-eval-sources"),
         pytest.param({"training__evaluation": {"patience": 2}}, id="patience"),
+        pytest.param({"training__evaluation": {"everySteps": 2}}, id="evaluation-of-no-rows"),
+        pytest.param({"training__epochs": None, "training__maxSteps": 4, "training__warmupSteps": 4}, id="all-warmup"),
         pytest.param({"parallelism__offload": "Optimizer"}, id="offload-without-zero"),
         pytest.param({"parallelism__offload": "Optimizer", "parallelism__zeroStage": 2}, id="offload-with-zero"),
         pytest.param({"parallelism__zeroStage": 3, "quantization__type": "INT8"}, id="int8-zero-3"),

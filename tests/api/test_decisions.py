@@ -122,6 +122,14 @@ def test_out_of_memory_with_one_sequence_at_a_time_ends_the_job():
     assert isinstance(after_attempt(PolicySpec(), [attempt(Reason.OUT_OF_DEVICE_MEMORY, micro=1)]), Finish)
 
 
+def test_preemption_before_the_first_step_waits_longer_each_time_and_progress_ends_the_wait():
+    idle = [attempt(Reason.PREEMPTED)] * 3
+    waits = [after_attempt(PolicySpec(), idle[:n]).wait_seconds for n in (1, 2, 3)]
+    assert waits == sorted(set(waits))
+    moved = attempt(Reason.PREEMPTED).model_copy(update={"first_step": 0, "last_step": 5})
+    assert after_attempt(PolicySpec(), [*idle, moved]).wait_seconds == 0
+
+
 def test_only_what_the_job_did_counts_as_a_restart():
     assert restarts([attempt(r) for r in (Reason.CRASHED, Reason.PREEMPTED, Reason.STALLED, None)]) == 2
 

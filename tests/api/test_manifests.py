@@ -53,6 +53,9 @@ def test_what_is_written_is_read_back_the_same():
             id="no-decimal",
         ),
         pytest.param(
+            {"lora__dropout": ".1"}, 'spec.lora.dropout: ".1" must be a decimal', id="what-the-pattern-refuses"
+        ),
+        pytest.param(
             {"lora__dropout": "1"},
             'spec.lora.dropout: "1" must be a decimal in quotes >= 0 and < 1',
             id="bound-not-included",

@@ -55,7 +55,6 @@ def launch(config: TrainerConfig, config_path: Path) -> int:
         shutdown_timeout=PEER_SECONDS,
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
     )
-    signal.signal(signal.SIGTERM, _pass_on)
     try:
         elastic_launch(plan, sys.executable)("-m", "qlora_trainer.rank", str(config_path))
     except ChildFailedError as error:
@@ -84,11 +83,15 @@ def _first_end(config: TrainerConfig, exit_codes: dict[int, int]) -> int:
 def _pass_on(*_: object) -> None:
     """Tell the ranks to stop, and go on waiting for them: whoever sent the signal has the patience that counts.
 
-    torchrun's own handler would end the attempt before its ranks had agreed on a step and written a checkpoint.
+    torchrun's own handler would end the attempt before its ranks had agreed on a step and written a checkpoint. With
+    nothing started yet there is nothing to wait for.
     """
-    for rank in psutil.Process().children():
+    children = psutil.Process().children()
+    if not children:
+        sys.exit(ExitCode.PREEMPTED)
+    for child in children:
         with suppress(psutil.NoSuchProcess):
-            rank.terminate()
+            child.terminate()
 
 
 def _last_word(config: TrainerConfig) -> int | None:
@@ -102,10 +105,11 @@ def _last_word(config: TrainerConfig) -> int | None:
 def main() -> int:
     path = Path(sys.argv[1])
     config = TrainerConfig.model_validate_json(path.read_bytes())
+    signal.signal(signal.SIGTERM, _pass_on)
     if Prepared.read(config) is None:
         done = subprocess.run([sys.executable, "-m", "qlora_trainer.prepare", str(path)], check=False)
         if done.returncode:
-            return done.returncode
+            return done.returncode if done.returncode > 0 else 128 - done.returncode
     return launch(config, path)
 
 

@@ -14,8 +14,8 @@ from qlora_trainer.checkpoints import CheckpointStore
 from qlora_trainer.data.batches import Batches
 from qlora_trainer.data.prepare import PreparedData, load_prepared
 from qlora_trainer.engine import Ranks, wrap_deepspeed
-from qlora_trainer.errors import TrainerError
-from qlora_trainer.loss import NextTokenLoss, head_is_plain
+from qlora_trainer.errors import TrainerError, UserError
+from qlora_trainer.loss import NextTokenLoss, head_is_plain, rows_are_apart
 from qlora_trainer.metrics import Board
 from qlora_trainer.model import add_lora, enable_gradient_checkpointing, load_base, weight_bytes
 from qlora_trainer.prepared import Prepared
@@ -43,6 +43,10 @@ class Run:
     eval_loss: float | None = None
     best_eval_loss: float | None = None
     evaluations_without_gain: int = 0
+    evaluated_at: int = -1
+    """Step of the newest evaluation."""
+    saved_at: int = -1
+    """Step of the newest checkpoint."""
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -103,6 +107,13 @@ def build(config: TrainerConfig, ranks: Ranks, board: Board, stop: StopFlag) -> 
     model.train()
     board.memory(weight_bytes(model))
     loss = NextTokenLoss(model, fused=head_is_plain(model))
+    if not rows_are_apart(loss, ranks.device):
+        raise UserError(
+            "spec.model.source",
+            prepared.model_source,
+            f'is a "{base.config.model_type}" model, which mixes rows that lie end to end in one sequence: '
+            "this trainer cannot keep them apart, so choose another base",
+        )
     torch.manual_seed(spec.training.seed * 1000 + ranks.rank)  # dropout differs from rank to rank
     engine = wrap_deepspeed(loss, spec.training, spec.parallelism, config.batch, ranks.device)
     data = load_prepared(prepared.data_dir)

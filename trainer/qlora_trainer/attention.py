@@ -18,6 +18,10 @@ PACKED = "qlora_packed"
 """Name under which transformers finds :func:`packed_attention`."""
 
 
+PROVEN = frozenset({"gemma", "gemma3_text", "llama", "mistral", "opt", "phi", "qwen2", "qwen3"})
+"""Model types whose attention is known to be what :func:`packed_attention` computes; each has a test."""
+
+
 def register() -> None:
     """Make :data:`PACKED` known to transformers; safe to call again."""
     AttentionInterface.register(PACKED, packed_attention)
@@ -33,7 +37,7 @@ def choose_attention(model_class: Any, config: Any, device: torch.device) -> str
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "eager"  # soft-capped scores are in neither kernel
     dropout_on_gpu = device.type == "cuda" and (getattr(config, "attention_dropout", 0) or 0) > 0
-    if not getattr(model_class, "_supports_attention_backend", False) or dropout_on_gpu:
+    if config.model_type not in PROVEN or dropout_on_gpu:
         return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
     return PACKED
 
@@ -77,7 +81,7 @@ def packed_attention(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     lengths = cu_seq_lens_q.diff().tolist()
     # split, not slices: the backward of a slice fills a tensor of the whole sequence with zeros, one for every row
-    parts = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    parts = (tensor.split(lengths, dim=2) for tensor in (query, key, value))  # type: ignore[no-untyped-call]
     rows = [
         functional.scaled_dot_product_attention(
             q,

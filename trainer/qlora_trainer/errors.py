@@ -4,12 +4,14 @@
 
     TrainerError
     ├── UserError              40  never retried: the manifest, the model or the rows must change
-    ├── DeviceOutOfMemoryError 41  retried with a smaller micro-batch
     ├── PreemptedError         43  told to stop; a checkpoint is written
     ├── NonFiniteLossError     45  stopped before the update
     ├── CheckpointError        46  no checkpoint of this run can be read
     ├── StorageError           47  disk full, or object storage out of reach
     └── AdapterRejectedError   48  the publish gate found the adapter bad
+
+Errors of libraries get their codes in :mod:`qlora_trainer.outcome`: out of device memory 41, a collective that
+timed out 44, all else 1.
 """
 
 from __future__ import annotations
@@ -39,10 +41,6 @@ class UserError(TrainerError):
     def __init__(self, field: str, value: object, allowed: str) -> None:
         self.mistake = FieldMistake(field, value, allowed)
         super().__init__(str(self.mistake))
-
-
-class DeviceOutOfMemoryError(TrainerError):
-    exit_code = ExitCode.OUT_OF_DEVICE_MEMORY
 
 
 class PreemptedError(TrainerError):

@@ -21,18 +21,7 @@ from qlora_trainer.publish import PublishFacts, publish
 
 
 def publish_run(trainer: Trainer, run: Run) -> Adapter:
-    """Publish the best checkpoint by eval loss, or the last one where nothing was evaluated. A collective.
-
-    Returns:
-        Where the adapter is, the same on every rank.
-
-    """
-    adapter = _publish(trainer, run) if trainer.ranks.is_first else None
-    published: Adapter = trainer.ranks.gather(adapter)[0]
-    return published
-
-
-def _publish(trainer: Trainer, run: Run) -> Adapter:
+    """Publish the best checkpoint by eval loss, or the last one where nothing was evaluated. Rank 0 alone calls it."""
     config, prepared = trainer.config, trainer.prepared
     chosen = trainer.checkpoints.best() or trainer.checkpoints.newest()
     if chosen is None:

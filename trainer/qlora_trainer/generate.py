@@ -21,6 +21,7 @@ from qlora_trainer.chat import load_tokenizer
 from qlora_trainer.errors import TrainerError
 from qlora_trainer.fetch import fetch_model
 from qlora_trainer.outcome import quiet_libraries
+from qlora_trainer.store import open_store, sha256_bytes
 
 
 def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, *, sample: bool) -> str:
@@ -52,6 +53,18 @@ def load(path: Path) -> Any:
     return model.eval()
 
 
+def local_folder(uri: str, option: str, cache_dir: Path) -> Path:
+    """A folder on this machine with what ``uri`` holds; object storage is fetched into the cache, once."""
+    if "://" not in uri:
+        return Path(uri)
+    folder = cache_dir / "adapters" / sha256_bytes(uri.encode())[:16]
+    if not folder.exists():
+        partial = folder.with_suffix(".partial")
+        open_store(uri, option).download("", partial)
+        partial.rename(folder)
+    return folder
+
+
 def answers(arguments: argparse.Namespace) -> list[dict[str, str]]:
     """For every prompt what base, adapter and merged model say, as far as they were named."""
     base_path = fetch_model(arguments.base, arguments.cache_dir).path
@@ -67,9 +80,10 @@ def answers(arguments: argparse.Namespace) -> list[dict[str, str]]:
     base = load(base_path)
     columns["base"] = ask(base)
     if arguments.adapter is not None:
-        columns["adapter"] = ask(PeftModel.from_pretrained(base, arguments.adapter).eval())
+        adapter = local_folder(arguments.adapter, "--adapter", arguments.cache_dir)
+        columns["adapter"] = ask(PeftModel.from_pretrained(base, adapter).eval())
     if arguments.merged is not None:
-        columns["merged"] = ask(load(arguments.merged))
+        columns["merged"] = ask(load(local_folder(arguments.merged, "--merged", arguments.cache_dir)))
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
@@ -77,8 +91,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m qlora_trainer.generate", description=__doc__)
     parser.add_argument("--base", required=True, help="source of the base model, as in spec.model.source")
     parser.add_argument("--cache-dir", type=Path, default=default_cache(), help="for a base that must be fetched")
-    parser.add_argument("--adapter", type=Path, help="folder of an adapter in PEFT's layout")
-    parser.add_argument("--merged", type=Path, help="folder of a merged model")
+    parser.add_argument("--adapter", help="folder of an adapter in PEFT's layout, here or in object storage")
+    parser.add_argument("--merged", help="folder of a merged model, here or in object storage")
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")

@@ -56,15 +56,9 @@ def load_base(path: Path, quantization: QuantizationSpec, device: torch.device, 
 
     """
     register()
-    config = AutoConfig.from_pretrained(path)
+    config = check_base(path, quantization)
     on_disk = getattr(config, "quantization_config", None)
-    if on_disk is not None:
-        _must_agree(on_disk if isinstance(on_disk, dict) else on_disk.to_dict(), quantization)
-    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)  # noqa: SLF001 the public way loads the weights
-    if model_class is None:
-        raise UserError(
-            "spec.model.source", path, f'is a "{config.model_type}" model, which is no causal language model'
-        )
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]  # noqa: SLF001 the public way loads the weights
     wanted = None if on_disk is not None else quantization_config(quantization, zero_stage)
     model = AutoModelForCausalLM.from_pretrained(
         path,
@@ -85,6 +79,20 @@ def load_base(path: Path, quantization: QuantizationSpec, device: torch.device, 
             # absmax and for a kernel without a backward: gradients of later training steps would stop there silently.
             layer.support_avx512bf16_for_cpu = False
     return model
+
+
+def check_base(path: Path, quantization: QuantizationSpec) -> Any:
+    """The base's configuration, found to be a causal language model quantized as the manifest says, or not at all.
+
+    Raises:
+        UserError: it is not.
+
+    """
+    config = causal_config(path)
+    on_disk = getattr(config, "quantization_config", None)
+    if on_disk is not None:
+        _must_agree(on_disk if isinstance(on_disk, dict) else on_disk.to_dict(), quantization)
+    return config
 
 
 def _must_agree(on_disk: dict[str, Any], quantization: QuantizationSpec) -> None:
@@ -124,6 +132,8 @@ def check_targets(model: Any, lora: LoRASpec, model_name: str) -> None:
 
     """
     names = list(linear_layers(model))
+    if not names:
+        raise UserError("spec.model.source", model_name, "has no linear layers that could be quantized and adapted")
     head = model.get_output_embeddings()
     names += [n for n, m in model.named_modules() if m is head]
     for target in lora.target_modules or ():
@@ -139,7 +149,23 @@ def check_targets(model: Any, lora: LoRASpec, model_name: str) -> None:
 def meta_model(path: Path) -> Any:
     """The architecture without weights: for checks before anything is loaded."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(causal_config(path), trust_remote_code=False)
+
+
+def causal_config(path: Path) -> Any:
+    """The configuration of a causal language model that transformers knows.
+
+    Raises:
+        UserError: it is another kind of model, or an architecture this version of transformers does not know.
+
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except ValueError as error:
+        raise UserError("spec.model.source", path, f"is of an architecture that is not known here: {error}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:  # noqa: SLF001 the public way loads the weights
+        raise UserError("spec.model.source", path, f'is a "{config.model_type}" model, no causal language model')
+    return config
 
 
 def add_lora(model: Any, lora: LoRASpec, seed: int, model_name: str = "the base model") -> PeftModel:
@@ -151,20 +177,21 @@ def add_lora(model: Any, lora: LoRASpec, seed: int, model_name: str = "the base 
     """
     check_targets(model, lora, model_name)
     targets = lora.target_modules or sorted({n.rsplit(".", 1)[-1] for n in linear_layers(model)})
-    torch.manual_seed(seed)
-    peft_model = get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=float(lora.dropout),
-            target_modules=targets,
-            bias=_BIAS[lora.bias],
-            use_rslora=lora.rank_stabilized,
-            use_dora=lora.dora,
-        ),
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=float(lora.dropout),
+        target_modules=targets,
+        bias=_BIAS[lora.bias],
+        use_rslora=lora.rank_stabilized,
+        use_dora=lora.dora,
     )
+    torch.manual_seed(seed)
+    try:
+        peft_model = get_peft_model(model, config)
+    except ValueError as error:  # layers that PEFT knows it cannot adapt
+        raise UserError("spec.lora.targetModules", ", ".join(targets), f"cannot be adapted: {error}") from error
     hold_trainable_in_fp32(peft_model, model.dtype)
     return peft_model
 

@@ -102,6 +102,8 @@ def check_names(names: Iterable[str]) -> None:
             else ""
         )
         raise ModelFilesError(f"has no {CONFIG}{hint}")
+    if "adapter_config.json" in names:
+        raise ModelFilesError("has an adapter_config.json: transformers would load that adapter into the base")
     if not any(n in VOCABULARIES or n.endswith(".tiktoken") for n in names):
         raise ModelFilesError(f"has no tokenizer; one of {', '.join(VOCABULARIES)} must be there")
 

@@ -38,9 +38,10 @@ def make_optimizer(
     """
     groups = parameter_groups(parameters, float(training.weight_decay))
     paged = training.optimizer in (Optimizer.PAGED_ADAMW_8BIT, Optimizer.PAGED_ADAMW_32BIT)
-    if paged and (offload is Offload.OPTIMIZER or not torch.cuda.is_available()):
-        instead = "AdamW on the host" if offload is Offload.OPTIMIZER else "its plain form, as there is no CUDA device"
-        log.info("%s is replaced by %s", training.optimizer, instead)
+    if offload is Offload.OPTIMIZER and training.optimizer is not Optimizer.ADAMW:
+        log.info("%s is replaced by AdamW on the host", training.optimizer)
+    elif paged and not torch.cuda.is_available():
+        log.info("%s is replaced by its plain form, as there is no CUDA device", training.optimizer)
     learning_rate = float(training.learning_rate)
     if training.optimizer is Optimizer.ADAMW or offload is Offload.OPTIMIZER:
         return torch.optim.AdamW(groups, lr=learning_rate, fused=True)

@@ -66,7 +66,11 @@ def guarded(config: TrainerConfig, work: Callable[[LastSeen], TerminationMessage
         log.exception("out of host memory")
         return _leave(config, ExitCode.OUT_OF_HOST_MEMORY, f"out of host memory: {error}", rank, seen)
     except Exception as error:
-        code = ExitCode.OUT_OF_DEVICE_MEMORY if _is_device_oom(error) else ExitCode.CRASHED
+        code = ExitCode.CRASHED
+        if _is_device_oom(error):
+            code = ExitCode.OUT_OF_DEVICE_MEMORY
+        elif _is_stall(error):
+            code = ExitCode.STALLED
         log.exception("the attempt ended")
         return _leave(config, code, f"{type(error).__name__}: {error}", rank, seen)
     if message is not None and rank == "0":
@@ -80,7 +84,18 @@ def progress_of(report: ProgressReport) -> Progress:
 
 
 def _is_device_oom(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "CUDA out of memory" in str(error)
+    """Allocations fail in PyTorch, in cuBLAS and in bitsandbytes, each with words of its own."""
+    text = str(error)
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "out of memory" in text.lower()
+        or "CUBLAS_STATUS_ALLOC_FAILED" in text
+    )
+
+
+def _is_stall(error: Exception) -> bool:
+    """A collective that outlasted policy.stallTimeoutSeconds, in gloo's words or NCCL's."""
+    return isinstance(error, RuntimeError) and "timed out" in str(error).lower()
 
 
 def _leave(config: TrainerConfig, code: ExitCode, text: str, rank: str, seen: LastSeen) -> int:

@@ -15,7 +15,7 @@ from qlora_trainer.chat import load_tokenizer
 from qlora_trainer.data.prepare import prepare_data
 from qlora_trainer.errors import UserError
 from qlora_trainer.fetch import FetchedModel, fetch_model, fetch_rows, tokenizer_hash
-from qlora_trainer.model import check_targets, meta_model
+from qlora_trainer.model import add_lora, check_base, meta_model
 from qlora_trainer.outcome import LastSeen, guarded
 from qlora_trainer.prepared import Prepared
 from qlora_trainer.publish import check_destination
@@ -44,8 +44,9 @@ def prepare(config: TrainerConfig) -> PrepareReceipt:
 
 def _check_architecture(config: TrainerConfig, model: FetchedModel) -> None:
     """Build the architecture without weights, and look for the adapter's targets and room for the positions."""
+    check_base(model.path, config.spec.quantization)
     skeleton = meta_model(model.path)
-    check_targets(skeleton, config.spec.lora, model.source)
+    add_lora(skeleton, config.spec.lora, config.spec.training.seed, model.source)
     positions = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
     longest = config.spec.dataset.max_length
     if positions is not None and longest > positions:

@@ -17,6 +17,7 @@ def save(trainer: Trainer, run: Run, *, with_eval: bool) -> None:
     """Write a checkpoint: every rank its files, rank 0 the marker when all are there. A collective."""
     ranks, store, engine = trainer.ranks, trainer.checkpoints, trainer.engine
     sharded = trainer.config.spec.parallelism.zero_stage > 0
+    run.saved_at = run.step
     with trainer.board.section("Checkpoint"):
         adapter = state.adapter_tensors(trainer.model)
         entries = [store.write_file(run.step, state.rng_file(ranks.rank), pack_tensors(state.rng_tensors()))]
@@ -27,7 +28,8 @@ def save(trainer: Trainer, run: Run, *, with_eval: bool) -> None:
             entries.append(store.write_file(run.step, state.ADAPTER_FILE, pack_tensors(adapter)))
         written = [entry for part in ranks.gather(entries) for entry in part]
         if ranks.is_first:
-            meta = {"run": run.meta, "world_size": ranks.world_size, "sharded": sharded}
+            base = trainer.prepared.model_revision
+            meta = {"run": run.meta, "world_size": ranks.world_size, "sharded": sharded, "base_revision": base}
             store.commit(run.step, written, meta, run.eval_loss if with_eval else None)
         ranks.sum(0)  # no rank goes on before the marker is written
     trainer.saved_at[0] = time.monotonic()
@@ -57,7 +59,15 @@ def resume_or_start(trainer: Trainer) -> Run:
 
 
 def must_fit(checkpoint: Checkpoint, trainer: Trainer) -> None:
-    """A sharded optimizer goes back onto as many ranks as it came from."""
+    """The base is the one the run began on, and a sharded optimizer goes back onto as many ranks as it came from."""
+    base = trainer.prepared.model_revision
+    if checkpoint.meta["base_revision"] != base:
+        raise UserError(
+            "spec.model.source",
+            trainer.prepared.model_source,
+            f"is at revision {base} now, and the run began on {checkpoint.meta['base_revision']}; "
+            "name that revision, or start a new run",
+        )
     was, now = checkpoint.meta["world_size"], trainer.ranks.world_size
     stage = trainer.config.spec.parallelism.zero_stage
     if checkpoint.meta["sharded"] and was != now:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig
-from qlora_api.status import Adapter, Memory, MemoryComponent, Reason
+from qlora_api.status import Memory, MemoryComponent, Reason
 from qlora_trainer import state
 from qlora_trainer.attempt import Run, StopFlag, Trainer, build
 from qlora_trainer.data.batches import Step, eval_batches
@@ -58,22 +58,26 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
     with board.section("Load"):
         trainer = build(config, ranks, board, stop)
         run = resume_or_start(trainer)
-    if run.step == 0 and run.base_eval_loss is None and trainer.data.eval is not None:
-        run.base_eval_loss = evaluate_now(trainer, run)
     steps = trainer.batches.steps(run.step, trainer.total_steps)
-    while run.step < trainer.total_steps and not out_of_patience(trainer, run):
-        stopping = train_step(trainer, run, steps)
-        evaluated = run.step % trainer.steps_between_evaluations == 0 or run.step == trainer.total_steps
-        best = evaluated and trainer.data.eval is not None and note_evaluation(trainer, run)
-        if best or stopping or checkpoint_due(trainer, run):
+    while True:
+        evaluated = evaluation_due(trainer, run)
+        best = evaluated and take_evaluation(trainer, run)
+        if best or checkpoint_due(trainer, run):
             save(trainer, run, with_eval=evaluated)
-        if stopping and run.step < trainer.total_steps:
+        if run.step == trainer.total_steps or out_of_patience(trainer, run):
+            break
+        stopping = train_step(trainer, run, steps)
+        if stopping and run.step < trainer.total_steps:  # before an evaluation: the grace period is short
+            save(trainer, run, with_eval=False)
             raise PreemptedError(
                 f"stopped by SIGTERM at step {run.step} of {trainer.total_steps}; a checkpoint is written"
             )
+    message = finished(trainer, run)
+    if not ranks.is_first:
+        return message  # no rank waits in a collective while the first one merges and uploads
     with board.section("Publish"):
         adapter = publish_run(trainer, run)
-    return finished(trainer, run, adapter)
+    return message.model_copy(update={"adapter": adapter})
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -188,8 +192,21 @@ def evaluate_now(trainer: Trainer, run: Run) -> float:
     return loss
 
 
-def note_evaluation(trainer: Trainer, run: Run) -> bool:
-    return run.note(evaluate_now(trainer, run))
+def evaluation_due(trainer: Trainer, run: Run) -> bool:
+    """Before the first step, every so many steps, and after the last; not twice at the same step."""
+    if trainer.data.eval is None or run.evaluated_at == run.step:
+        return False
+    return run.step % trainer.steps_between_evaluations == 0 or run.step == trainer.total_steps
+
+
+def take_evaluation(trainer: Trainer, run: Run) -> bool:
+    """Evaluate; True when the adapter is the best so far. Before the first step it is the base that is evaluated."""
+    loss = evaluate_now(trainer, run)
+    run.evaluated_at = run.step
+    if run.step == 0:
+        run.base_eval_loss = loss
+        return False
+    return run.note(loss)
 
 
 def out_of_patience(trainer: Trainer, run: Run) -> bool:
@@ -206,15 +223,16 @@ def minutes_are_up(trainer: Trainer) -> bool:
 
 def checkpoint_due(trainer: Trainer, run: Run) -> bool:
     """The same on all ranks: by steps, at the end, or when rank 0's clock said so (``train_step``)."""
+    if run.step in (0, run.saved_at):
+        return False
     by_clock = trainer.saved_at[0] == -math.inf
     return by_clock or run.step % trainer.steps_between_checkpoints == 0 or run.step == trainer.total_steps
 
 
-def finished(trainer: Trainer, run: Run, adapter: Adapter) -> TerminationMessage:
-    """The last word of a job that succeeded, with the largest memory over the ranks."""
+def finished(trainer: Trainer, run: Run) -> TerminationMessage:
+    """The last word of a job that succeeded, with the largest memory over the ranks. A collective."""
     measured = trainer.board.report.memory.measured
     largest = trainer.ranks.max(*measured.values())
-    trainer.board.update(section="Done")
     report = trainer.board.report
     return TerminationMessage(
         exit_code=ExitCode.DONE,
@@ -227,5 +245,4 @@ def finished(trainer: Trainer, run: Run, adapter: Adapter) -> TerminationMessage
         ),
         progress=progress_of(report),
         memory=Memory(measured={k: int(v) for k, v in zip(measured, largest, strict=True)}),
-        adapter=adapter,
     )

@@ -59,6 +59,10 @@ def masked(workshop):
     return {"dataset": {"train": rows_file(workshop, rows), "eval": None, "maxLength": 16, "longRows": "Truncate"}}
 
 
+def silent(workshop):
+    return {"dataset": {"train": rows_file(workshop, [{"prompt": "a", "completion": ""}] * 5), "eval": None}}
+
+
 def too_long(workshop):
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "x y z " * 200, "completion": "c"}]
     return {"dataset": {"train": rows_file(workshop, rows), "eval": None, "longRows": "Fail"}}
@@ -98,6 +102,24 @@ def broken_template(workshop):
         ),
         pytest.param(truncated, ["spec.model.source", "model.safetensors"], id="unreadable-weights"),
         pytest.param(pickled, ["spec.model.source", "pytorch_model.bin"], id="pickle-weights"),
+        pytest.param(
+            lambda w: {"model": {"source": str(model_copy(w, model_type="t5"))}},
+            ["spec.model.source", "no causal language model"],
+            id="another-kind-of-model",
+        ),
+        pytest.param(
+            lambda w: {"model": {"source": str(model_copy(w, model_type="nonsense"))}},
+            ["spec.model.source", "not known here"],
+            id="unknown-architecture",
+        ),
+        pytest.param(silent, ["spec.dataset"], id="empty-completions"),
+        pytest.param(
+            lambda w: {
+                "model": {"source": str(model_copy(w, quantization_config={"quant_method": "gptq", "bits": 4}))}
+            },
+            ["spec.model.source", "gptq"],
+            id="base-quantized-by-another-library",
+        ),
         pytest.param(with_code, ["spec.model.source", "auto_map"], id="code-in-the-model-repository"),
         pytest.param(
             lambda w: {"dataset": {"maxLength": 512}},
@@ -131,6 +153,20 @@ def test_a_destination_that_holds_another_runs_adapter_is_refused_before_trainin
     assert "spec.output.destination" in ended.text
     assert "0a1b2c3d-run" in ended.text
     assert (workshop.folder / "out" / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.ranks
+def test_a_run_does_not_go_on_from_a_base_that_was_exchanged(workshop):
+    model = model_copy(workshop)
+    changes = {"model": {"source": str(model)}, "training": {"epochs": None, "maxSteps": 2}}
+    assert workshop.run(workshop.config(ranks=1, **changes)).code == ExitCode.DONE
+    shutil.rmtree(workshop.folder / "out")
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_theta": 5000.0}))
+    ended = workshop.run(workshop.config(ranks=1, attempt=2, **changes))
+    assert ended.code == ExitCode.USER_ERROR
+    assert "spec.model.source" in ended.text
+    assert "the run began on" in ended.text
 
 
 def test_what_prepare_found_once_is_found_again_without_tokenizing(workshop):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig
 
 from qlora_api.spec import ComputeType, LoRASpec, QuantizationSpec, QuantizationType
 from qlora_trainer import loss as loss_module
 from qlora_trainer.attention import PACKED, choose_attention, packed_attention
-from qlora_trainer.loss import FrozenHead, NextTokenLoss, call_arguments, head_is_plain
+from qlora_trainer.loss import FrozenHead, NextTokenLoss, call_arguments, head_is_plain, rows_are_apart
 from qlora_trainer.model import add_lora, load_base, trainable
 
 from .conftest import CONFIGS
@@ -64,6 +64,24 @@ def test_gradients_of_the_fused_head_equal_those_of_the_models_own_logits(name, 
     assert gradients[0].keys() == gradients[1].keys()
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][key], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_models_that_keep_rows_apart_are_found_to(name, tiny_models):
+    model = with_random_adapter(tiny_models[name], QuantizationSpec())
+    assert rows_are_apart(NextTokenLoss(model, fused=head_is_plain(model)), CPU)
+
+
+def test_a_model_whose_positions_count_through_all_rows_is_found_out(tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=320, hidden_size=64, n_layer=2, n_head=4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+    model.bfloat16().save_pretrained(tmp_path)
+    adapted = add_lora(load_base(tmp_path, QuantizationSpec(), CPU), LoRASpec(), seed=1)
+    assert not rows_are_apart(NextTokenLoss(adapted, fused=head_is_plain(adapted)), CPU)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from qlora_trainer.optim import learning_rate, make_optimizer, parameter_groups
     ],
 )
 def test_learning_rate_follows_the_schedule(schedule, warmup, expected):
-    training = TrainingSpec(max_steps=4, learning_rate="1", schedule=schedule, warmup_steps=warmup)
+    training = TrainingSpec(epochs=1, learning_rate="1", schedule=schedule, warmup_steps=warmup)
     assert [learning_rate(training, step, 4) for step in range(4)] == pytest.approx(expected, abs=1e-6)
 
 

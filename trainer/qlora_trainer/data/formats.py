@@ -180,7 +180,8 @@ class Encoder:
             if ids[:1] != self._begin:  # rows that bring the token as text do not get it twice
                 ids, targets = self._begin + ids, [everything] * len(self._begin) + targets
             if ids[-1:] != [self.tokenizer.eos_token_id]:
-                ids, targets = [*ids, self.tokenizer.eos_token_id], [*targets, True]
+                # an empty completion is no lesson: its end alone would teach the model to be silent
+                ids, targets = [*ids, self.tokenizer.eos_token_id], [*targets, any(targets)]
         length, most = len(ids), self.dataset.max_length
         if length > most and self.dataset.long_rows is LongRows.TRUNCATE:
             return Encoded(ids[:most], targets[:most], truncated=True, full_length=length)

@@ -1,0 +1,58 @@
+"""Errors of libraries get the exit codes of the contract."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qlora_api.contract import ExitCode, TerminationMessage
+from qlora_trainer.errors import CheckpointError
+from qlora_trainer.outcome import guarded
+
+
+class Config:
+    """The one field of a TrainerConfig that is looked at."""
+
+    def __init__(self, path):
+        self.termination_message_path = str(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        pytest.param(
+            torch.OutOfMemoryError("CUDA out of memory. Tried …"), ExitCode.OUT_OF_DEVICE_MEMORY, id="pytorch"
+        ),
+        pytest.param(RuntimeError("CUDA error: out of memory"), ExitCode.OUT_OF_DEVICE_MEMORY, id="driver"),
+        pytest.param(
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling …"),
+            ExitCode.OUT_OF_DEVICE_MEMORY,
+            id="cublas",
+        ),
+        pytest.param(MemoryError("cannot allocate"), ExitCode.OUT_OF_HOST_MEMORY, id="host"),
+        pytest.param(
+            RuntimeError("Timed out waiting 1800000ms for recv operation"), ExitCode.STALLED, id="gloo-timeout"
+        ),
+        pytest.param(CheckpointError("broken"), ExitCode.CHECKPOINT_UNREADABLE, id="own"),
+        pytest.param(KeyError("x"), ExitCode.CRASHED, id="anything-else"),
+    ],
+)
+def test_an_error_ends_with_its_code_and_a_last_word(error, code, tmp_path):
+    def work(_):
+        raise error
+
+    assert guarded(Config(tmp_path / "word.json"), work) == code
+    word = TerminationMessage.model_validate_json((tmp_path / "word.json").read_bytes())
+    assert word.exit_code == code
+
+
+def test_the_first_rank_to_fail_has_the_last_word(tmp_path):
+    def work(text):
+        def fail(_):
+            raise RuntimeError(text)
+
+        return fail
+
+    guarded(Config(tmp_path / "word.json"), work("the cause"))
+    guarded(Config(tmp_path / "word.json"), work("what followed"))
+    assert "the cause" in (tmp_path / "word.json").read_text()
