@@ -52,9 +52,7 @@ def test_what_is_written_is_read_back_the_same():
             'spec.training.learningRate: "2x" must be a decimal in quotes > 0 and <= 1',
             id="no-decimal",
         ),
-        pytest.param(
-            {"lora__dropout": ".1"}, 'spec.lora.dropout: ".1" must be a decimal', id="what-the-pattern-refuses"
-        ),
+        pytest.param({"lora__dropout": ".1"}, 'spec.lora.dropout: ".1" must be a decimal', id="no-leading-digit"),
         pytest.param(
             {"lora__dropout": "1"},
             'spec.lora.dropout: "1" must be a decimal in quotes >= 0 and < 1',

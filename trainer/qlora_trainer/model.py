@@ -162,7 +162,8 @@ def causal_config(path: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(path)
     except ValueError as error:
-        raise UserError("spec.model.source", path, f"is of an architecture that is not known here: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise UserError("spec.model.source", path, f"is of an architecture that is not known here: {reason}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:  # noqa: SLF001 the public way loads the weights
         raise UserError("spec.model.source", path, f'is a "{config.model_type}" model, no causal language model')
     return config

@@ -114,9 +114,7 @@ def broken_template(workshop):
         ),
         pytest.param(silent, ["spec.dataset"], id="empty-completions"),
         pytest.param(
-            lambda w: {
-                "model": {"source": str(model_copy(w, quantization_config={"quant_method": "gptq", "bits": 4}))}
-            },
+            lambda w: {"model": {"source": str(model_copy(w, quantization_config={"quant_method": "gptq"}))}},
             ["spec.model.source", "gptq"],
             id="base-quantized-by-another-library",
         ),
