@@ -52,6 +52,7 @@ def run(request: Request, console: Console, commands: Commands, here: Machine | 
         folder = rundir.Folder(request.runs_dir.absolute() / job.metadata.name)
         record = _open(folder, job, console, fresh=request.fresh)
         if record.finished:
+            _require_adapter(record)
             console.print(render.result(record, loop.next_commands(folder.path)))
             return 0
         record = record.model_copy(update={"device": world.device})
@@ -66,6 +67,15 @@ def cache_dir() -> Path:
     """Fetched models, fetched rows and tokenized rows, shared by runs."""
     named = os.environ.get("QLORA_CACHE")
     return Path(named).expanduser().absolute() if named else Path.home() / ".cache" / "qlora-operator"
+
+
+def _require_adapter(record: rundir.RunRecord) -> None:
+    """A finished run is done only while its adapter is there; in object storage that is not looked at."""
+    adapter = record.result.adapter if record.result else None
+    if adapter and "://" not in adapter.manifest_uri and not Path(adapter.manifest_uri).exists():
+        raise rundir.RunError(
+            f"run {record.name} was done, but {adapter.manifest_uri} is gone; train it again with --fresh"
+        )
 
 
 def _require_even_split(job: QLoRAJob, world: World) -> None:

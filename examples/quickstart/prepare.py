@@ -134,11 +134,13 @@ def place(kept: Path, out: Path) -> None:
     """Copy what is kept to where the manifest looks for it."""
     if (out / ABOUT).exists() and (out / ABOUT).read_bytes() == (kept / ABOUT).read_bytes():
         return
-    if out.exists():
-        if not (out / ABOUT).exists():
-            sys.exit(f"{out} exists and was not made by this script; choose another --out")
-        shutil.rmtree(out)
-    shutil.copytree(kept, out)
+    if out.exists() and not (out / ABOUT).exists():
+        sys.exit(f"{out} exists and was not made by this script; choose another --out")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(kept, partial)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)  # all of it or nothing, whenever Ctrl-C comes
 
 
 def summary(out: Path) -> str:

@@ -28,7 +28,7 @@ class Recipe:
     layers: int = 4
     heads: int = 4
     context: int = 1024
-    steps: int = 260
+    steps: int = 160
     batch: int = 8
     length: int = 256
     warmup: int = 20

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -109,6 +110,14 @@ def test_a_finished_run_is_printed_again(workplace):
     assert workplace.run() == 0
     assert "quick is done." in workplace.said
     assert len(workplace.record()["attempts"]) == 1
+
+
+def test_a_finished_run_whose_adapter_is_gone_is_not_called_done(workplace):
+    assert workplace.run() == 0
+    destination = Path(workplace.record()["result"]["adapter"]["manifestUri"])
+    destination.unlink()
+    with pytest.raises(RunError, match="is gone; train it again with --fresh"):
+        workplace.run()
 
 
 def test_a_changed_spec_is_refused_with_old_and_new_value(workplace):
