@@ -30,10 +30,11 @@ def publish_run(trainer: Trainer, run: Run) -> Adapter:
         folder = Path(name)
         tensors = unpack_tensors(chosen.read(state.ADAPTER_FILE))
         export_adapter(trainer.model, tensors, folder / "adapter", prepared.model_source, prepared.model_revision)
-        load_tokenizer(prepared.model_path, config.spec.dataset.chat_template).save_pretrained(folder / "adapter")
+        tokenizer = load_tokenizer(prepared.model_path, config.spec.dataset.chat_template)
+        tokenizer.save_pretrained(folder / "adapter")
         if config.spec.output.merge is Merge.BFLOAT16:
             merge(prepared.model_path, folder / "adapter", folder / "merged")
-            load_tokenizer(prepared.model_path, config.spec.dataset.chat_template).save_pretrained(folder / "merged")
+            tokenizer.save_pretrained(folder / "merged")
         facts = PublishFacts(
             spec=config.spec,
             base_revision=prepared.model_revision,

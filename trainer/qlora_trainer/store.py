@@ -116,15 +116,10 @@ def open_store(uri: str, field: str, patience_seconds: float = PATIENCE_SECONDS)
         UserError: the URI cannot be used, or the credentials in the environment are incomplete.
 
     """
-    scheme, separator, rest = uri.partition("://")
-    if not separator or scheme == "file":
-        folder = Path(rest if separator else uri).expanduser().absolute()
+    scheme, place = _split(uri, field)
+    if scheme in ("", "file"):
+        folder = Path(place).expanduser().absolute()
         return Store(FolderBackend(folder), str(folder), field, patience_seconds)
-    place = rest.strip("/")
-    if not place or any(part in ("", ".", "..") for part in place.split("/")):
-        raise UserError(
-            field, uri, f"must name a folder, such as {scheme}://name/folder, without empty parts, . and .."
-        )
     if scheme == "pvc":
         return Store(FolderBackend(PVC_MOUNT / place), f"pvc://{place}", field, patience_seconds)
     if scheme not in ("s3", "gs", "az"):

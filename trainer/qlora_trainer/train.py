@@ -41,7 +41,7 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
         seen: told where to look when the attempt fails.
 
     Returns:
-        The message of a finished job, the same on every rank.
+        The message of a finished job; the adapter is named on rank 0, which alone publishes.
 
     Raises:
         TrainerError: with the exit code that the contract gives its kind.
