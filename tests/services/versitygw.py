@@ -11,13 +11,13 @@ import urllib.request
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
-from services.binaries import GoTool, find_or_build
+from services.binaries import find_or_build
+from services.tools import VERSITYGW
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-VERSITYGW = GoTool("versitygw", "github.com/versity/versitygw/cmd/versitygw", "v1.8.0")
 ACCESS_KEY = "test-access"
 SECRET_KEY = "test-secret"
 REGION = "us-east-1"
