@@ -1,7 +1,8 @@
 """The contract between whoever starts a trainer (the operator, ``qlora run``) and the trainer.
 
-In: one resolved, immutable :class:`TrainerConfig`. Out: an exit code, and a :class:`TerminationMessage` in the file
-that the config names. While it runs: ``GET /progress`` (:class:`qlora_api.status.Progress` and more) and ``/metrics``.
+In: one resolved, immutable :class:`TrainerConfig`, and in a pod of several workers the pod's index in
+``JOB_COMPLETION_INDEX``. Out: an exit code, and a :class:`TerminationMessage` in the file that the config names. While it
+runs: ``GET /progress`` (:class:`qlora_api.status.Progress` and more) and ``/metrics``.
 """
 
 from __future__ import annotations
@@ -75,11 +76,19 @@ class TrainerConfig(Model):
     batch: BatchSplit
     device: Literal["CUDA", "CPU"]
     ranks_per_worker: int = Field(ge=1)
+    workers: int = Field(1, ge=1)
+    """Pods of this attempt. Worker i, numbered by the environment's ``JOB_COMPLETION_INDEX``, holds the ranks from
+    i × ranks_per_worker on."""
+    rendezvous: str | None = None
+    """``host:port`` of worker 0, where all workers meet. Not needed for one worker."""
     gradient_checkpointing: bool
     checkpoint_uri: str
     """Folder, local or in object storage, for this run's checkpoints."""
     cache_dir: str
     """Local folder for fetched models, fetched rows and tokenized rows; content-addressed, shared by runs."""
+    shared_cache_uri: str | None = None
+    """Folder in object storage or on a claim where Prepare leaves what it made, content-addressed, for the trainers of
+    this and of later jobs. None: ``cache_dir`` is all there is."""
     termination_message_path: str
     metrics_port: int = Field(9400, ge=0, le=65535)
     """Rank r of a pod serves /metrics and /progress on this port + r; 0: any free port (written to ``ports_dir``)."""
@@ -88,8 +97,32 @@ class TrainerConfig(Model):
     """Where each rank leaves a file ``rank-N.port``, for whoever started it with port 0."""
 
 
+class Prepared(Model):
+    """What Prepare decided, for whoever starts the trainers and for ``status``."""
+
+    model_revision: str
+    """Exact: the commit on the Hub, a hash of the content elsewhere."""
+    data_hash: str
+    train_rows: int
+    train_tokens: int
+    train_sequences: int
+    """Packs, or rows without packing: what globalBatchSize counts."""
+    eval_rows: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    fully_masked: int = 0
+    duplicates: int = 0
+    packing_efficiency: float = 1
+    batch: BatchSplit
+    gradient_checkpointing: bool
+    memory: dict[str, int] = {}
+    """Predicted bytes of one rank by component."""
+    seconds: float = 0
+    """Time that Prepare took; near zero when everything was there already."""
+
+
 class TerminationMessage(Model):
-    """The last word of an attempt, as JSON, at most 4 KiB."""
+    """The last word of an attempt, or of Prepare, as JSON, at most 4 KiB."""
 
     exit_code: int
     reason: Reason
@@ -99,6 +132,8 @@ class TerminationMessage(Model):
     progress: Progress | None = None
     memory: Memory | None = None
     adapter: Adapter | None = None
+    prepared: Prepared | None = None
+    """Of Prepare alone."""
 
     def to_bytes(self) -> bytes:
         """JSON within the limit; the message is what gives way."""
