@@ -97,7 +97,7 @@ class TrainerConfig(Model):
     """Where each rank leaves a file ``rank-N.port``, for whoever started it with port 0."""
 
 
-class Prepared(Model):
+class PrepareResult(Model):
     """What Prepare decided, for whoever starts the trainers and for ``status``."""
 
     model_revision: str
@@ -132,7 +132,7 @@ class TerminationMessage(Model):
     progress: Progress | None = None
     memory: Memory | None = None
     adapter: Adapter | None = None
-    prepared: Prepared | None = None
+    prepared: PrepareResult | None = None
     """Of Prepare alone."""
 
     def to_bytes(self) -> bytes:
