@@ -15,7 +15,7 @@ from pydantic import Field
 from qlora_api.base import Model
 from qlora_api.batch import BatchSplit
 from qlora_api.spec import QLoRAJobSpec
-from qlora_api.status import Adapter, Memory, Progress, Reason
+from qlora_api.status import Adapter, Memory, PrepareResult, Progress, Reason
 
 TERMINATION_MESSAGE_BYTES = 4096
 """Kubernetes keeps no more of /dev/termination-log."""
@@ -95,30 +95,6 @@ class TrainerConfig(Model):
     metrics_host: str = "0.0.0.0"  # noqa: S104 a pod's port is there to be scraped
     ports_dir: str | None = None
     """Where each rank leaves a file ``rank-N.port``, for whoever started it with port 0."""
-
-
-class PrepareResult(Model):
-    """What Prepare decided, for whoever starts the trainers and for ``status``."""
-
-    model_revision: str
-    """Exact: the commit on the Hub, a hash of the content elsewhere."""
-    data_hash: str
-    train_rows: int
-    train_tokens: int
-    train_sequences: int
-    """Packs, or rows without packing: what globalBatchSize counts."""
-    eval_rows: int = 0
-    truncated: int = 0
-    dropped: int = 0
-    fully_masked: int = 0
-    duplicates: int = 0
-    packing_efficiency: float = 1
-    batch: BatchSplit
-    gradient_checkpointing: bool
-    memory: dict[str, int] = {}
-    """Predicted bytes of one rank by component."""
-    seconds: float = 0
-    """Time that Prepare took; near zero when everything was there already."""
 
 
 class TerminationMessage(Model):

@@ -20,7 +20,7 @@ PRINTER_COLUMNS = (
     ("Reason", "string", ".status.reason", 0),
     ("Step", "integer", ".status.progress.step", 0),
     ("Loss", "string", ".status.progress.loss", 0),
-    ("ETA", "integer", ".status.progress.etaSeconds", 0),
+    ("ETA", "string", ".status.eta", 0),
     ("Restarts", "integer", ".status.restarts", 0),
     ("GPU-Mem", "string", ".status.peakMemory", 0),
     ("Age", "date", ".metadata.creationTimestamp", 0),

@@ -9,10 +9,12 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from qlora_api.base import Model
+from qlora_api.batch import BatchSplit
 
 Text = Annotated[str, StringConstraints(max_length=4096)]
 Decimal = Annotated[str, StringConstraints(max_length=32)]
 Count = Annotated[int, Field(ge=0)]
+MAX_ATTEMPTS = 64
 
 
 class ConditionType(StrEnum):
@@ -30,9 +32,27 @@ class Reason(StrEnum):
     """Why a condition is what it is, and why an attempt ended. A closed list."""
 
     PENDING = "Pending"
+    QUEUED = "Queued"
+    """Kueue has not admitted the attempt yet."""
+    UNSCHEDULABLE = "Unschedulable"
+    """No node can take the pods: too few free GPUs, a selector that matches nothing, a taint."""
+    QUOTA_EXCEEDED = "QuotaExceeded"
+    """A ResourceQuota of the namespace refuses the pods."""
+    MISSING_REFERENCE = "MissingReference"
+    """A Secret or PersistentVolumeClaim that the job names is not there."""
+    IMAGE_UNAVAILABLE = "ImageUnavailable"
+    REFUSED = "Refused"
+    """The API server refuses what the operator wants to make; the message is its own."""
+    STARTING = "Starting"
+    """Pods are placed and start."""
+    BACKING_OFF = "BackingOff"
+    """The next attempt waits."""
     PREPARING = "Preparing"
+    PREPARED = "Prepared"
     TRAINING = "Training"
     COMPLETED = "Completed"
+    SUSPENDING = "Suspending"
+    """Ranks write a checkpoint and leave."""
     SUSPENDED = "Suspended"
     USER_ERROR = "UserError"
     """The manifest, the model or the rows must change. Never retried."""
@@ -116,6 +136,31 @@ class Memory(Model):
     measured: dict[str, Count] = Field({}, max_length=32)
 
 
+class PrepareResult(Model):
+    """What Prepare decided, for whoever starts the trainers and for ``status``."""
+
+    model_revision: Text
+    """Exact: the commit on the Hub, a hash of the content elsewhere."""
+    data_hash: Text
+    train_rows: Count
+    train_tokens: Count
+    train_sequences: Count
+    """Packs, or rows without packing: what globalBatchSize counts."""
+    eval_rows: Count = 0
+    truncated: Count = 0
+    dropped: Count = 0
+    fully_masked: Count = 0
+    duplicates: Count = 0
+    packing_efficiency: Decimal = "1"
+    """Real tokens / slots of maxLength."""
+    batch: BatchSplit
+    gradient_checkpointing: bool
+    memory: dict[str, Count] = Field({}, max_length=32)
+    """Predicted bytes of one rank by component."""
+    seconds: Decimal = "0"
+    """Time that Prepare took; near zero when everything was there already."""
+
+
 class Adapter(Model):
     """The published adapter."""
 
@@ -133,10 +178,17 @@ class QLoRAJobStatus(Model):
     """The condition that speaks for the job, for ``kubectl get``."""
     reason: Reason = Reason.PENDING
     conditions: list[Condition] = Field([], max_length=8)
-    attempts: list[Attempt] = Field([], max_length=256)
+    attempts: list[Attempt] = Field([], max_length=MAX_ATTEMPTS)
+    """The newest ones; what ended without counting against policy.maxRestarts is dropped first."""
     restarts: Count = 0
+    start_time: datetime | None = None
+    """Of the first attempt."""
+    completion_time: datetime | None = None
+    prepared: PrepareResult | None = None
     progress: Progress | None = None
     memory: Memory | None = None
+    eta: Annotated[str, StringConstraints(max_length=16)] = ""
+    """Time left in words, for ``kubectl get``."""
     peak_memory: Annotated[str, StringConstraints(max_length=16)] = ""
     """Measured peak in words, for ``kubectl get``."""
     adapter: Adapter | None = None
