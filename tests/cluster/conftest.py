@@ -1,0 +1,34 @@
+"""Real clusters as fixtures: one of each kind for each pytest worker, and a namespace for each test.
+
+A test that stops, restarts or fills a cluster makes its own with ``ControlPlane(tmp_path)``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cluster.harness.control_plane import ControlPlane
+from services.binaries import ToolMissingError
+from services.fixtures import skip_unless_ci
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="session")
+def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """A control plane without nodes: objects are checked, stored and controlled, and no pod is ever placed."""
+    try:
+        cluster = ControlPlane(tmp_path_factory.mktemp("control-plane"))
+    except ToolMissingError as error:
+        skip_unless_ci(str(error))
+    with cluster:
+        yield cluster
+
+
+@pytest.fixture
+def namespace(control_plane: ControlPlane) -> str:
+    """Name of an empty namespace of the control plane's."""
+    return control_plane.create_namespace()
