@@ -53,3 +53,17 @@ app.kubernetes.io/part-of: qlora-operator
 {{- define "qlora.memoryConfigMap" -}}
 {{ include "qlora.fullname" . }}-memory
 {{- end }}
+
+{{- /* What the operator puts on every pod of a job; the first line is not the chart's to choose. */ -}}
+{{- define "qlora.trainerSelector" -}}
+matchLabels:
+  app.kubernetes.io/part-of: qlora-operator
+matchExpressions:
+  - {key: app.kubernetes.io/component, operator: In, values: [trainer, prepare]}
+{{- end }}
+
+{{- define "qlora.pullSecrets" -}}
+{{- range . }}
+- name: {{ . }}
+{{- end }}
+{{- end }}
