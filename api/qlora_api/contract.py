@@ -1,8 +1,8 @@
 """The contract between whoever starts a trainer (the operator, ``qlora run``) and the trainer.
 
 In: one resolved, immutable :class:`TrainerConfig`, and in a pod of several workers the pod's index in
-``JOB_COMPLETION_INDEX``. Out: an exit code, and a :class:`TerminationMessage` in the file that the config names. While it
-runs: ``GET /progress`` (:class:`qlora_api.status.Progress` and more) and ``/metrics``.
+``JOB_COMPLETION_INDEX``. Out: an exit code, and a :class:`TerminationMessage` in the file that the config names. While
+it runs: ``GET /progress`` (:class:`qlora_api.status.Progress` and more) and ``/metrics``.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class ExitCode(IntEnum):
     CHECKPOINT_UNREADABLE = 46
     STORAGE_FAILED = 47
     ADAPTER_REJECTED = 48
+    PEER_LOST = 49
+    """A rank of another pod went away; that pod, or its node, knows why."""
 
 
 REASONS: dict[int, Reason] = {
@@ -49,6 +51,7 @@ REASONS: dict[int, Reason] = {
     ExitCode.CHECKPOINT_UNREADABLE: Reason.CHECKPOINT_UNREADABLE,
     ExitCode.STORAGE_FAILED: Reason.STORAGE_FAILED,
     ExitCode.ADAPTER_REJECTED: Reason.ADAPTER_REJECTED,
+    ExitCode.PEER_LOST: Reason.PEER_LOST,
     143: Reason.PREEMPTED,  # SIGTERM before the trainer could catch it: nothing was done that could be lost
     137: Reason.OUT_OF_HOST_MEMORY,  # SIGKILL: the kernel's out-of-memory killer, and nothing of ours sends it
 }

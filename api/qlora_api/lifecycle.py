@@ -10,7 +10,7 @@ from qlora_api.batch import BatchSplit, halve_micro_batch
 from qlora_api.spec import OnOutOfMemory, PolicySpec
 from qlora_api.status import Attempt, Reason
 
-FREE_OF_CHARGE = frozenset({Reason.PREEMPTED, Reason.NODE_LOST, Reason.SUSPENDED})
+FREE_OF_CHARGE = frozenset({Reason.PREEMPTED, Reason.NODE_LOST, Reason.PEER_LOST, Reason.SUSPENDED})
 """Ends that are not the job's doing and do not count against maxRestarts."""
 FINAL = frozenset({Reason.USER_ERROR, Reason.NON_FINITE_LOSS, Reason.ADAPTER_REJECTED})
 """Ends that another attempt would only repeat: training is deterministic."""

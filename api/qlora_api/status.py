@@ -61,6 +61,8 @@ class Reason(StrEnum):
     PREEMPTED = "Preempted"
     """The attempt was told to stop, and stopped with a checkpoint. Not counted against policy.maxRestarts."""
     NODE_LOST = "NodeLost"
+    PEER_LOST = "PeerLost"
+    """Ranks lost one of another pod, and no pod says more."""
     STALLED = "Stalled"
     NON_FINITE_LOSS = "NonFiniteLoss"
     CHECKPOINT_UNREADABLE = "CheckpointUnreadable"
