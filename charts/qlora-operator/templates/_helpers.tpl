@@ -54,10 +54,10 @@ app.kubernetes.io/part-of: qlora-operator
 {{ include "qlora.fullname" . }}-memory
 {{- end }}
 
-{{- /* What the operator puts on every pod of a job; the first line is not the chart's to choose. */ -}}
+{{- /* Labels that the operator puts on every pod of a job (operator/qlora_operator/names.py). */ -}}
 {{- define "qlora.trainerSelector" -}}
 matchLabels:
-  app.kubernetes.io/part-of: qlora-operator
+  app.kubernetes.io/managed-by: qlora-operator
 matchExpressions:
   - {key: app.kubernetes.io/component, operator: In, values: [trainer, prepare]}
 {{- end }}
