@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.harness.control_plane import ControlPlane
+from cluster.harness.control_plane import ControlPlane, Settings
 from services.binaries import ToolMissingError
 from services.fixtures import skip_unless_ci
 
@@ -26,6 +26,29 @@ def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlP
         skip_unless_ci(str(error))
     with cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def kwok_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """A cluster with four fake nodes of 8 GPUs each, on which pods do what their annotations say.
+
+    A node that is lost keeps its pods for a second, not for five minutes.
+    """
+    try:
+        cluster = ControlPlane(tmp_path_factory.mktemp("kwok-cluster"), Settings(eviction_seconds=1))
+    except ToolMissingError as error:
+        skip_unless_ci(str(error))
+    with cluster:
+        cluster.add_kwok_nodes(4)
+        yield cluster
+
+
+@pytest.fixture
+def kwok_namespace(kwok_cluster: ControlPlane) -> Iterator[str]:
+    """Name of an empty namespace of the kwok cluster's. Its pods are gone before the next test, which has all nodes."""
+    name = kwok_cluster.create_namespace()
+    yield name
+    kwok_cluster.delete_namespace(name)
 
 
 @pytest.fixture

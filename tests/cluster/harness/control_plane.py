@@ -17,6 +17,7 @@ import httpx
 from cluster.harness.api import Api, ApiError
 from cluster.harness.audit import read_audit_log
 from cluster.harness.credentials import Authority, KeyPair, write_kubeconfig
+from cluster.harness.kwok import Kwok
 from cluster.harness.processes import Process
 from cluster.harness.slots import claim_slot
 from services.binaries import find_or_build
@@ -25,6 +26,7 @@ from services.tools import ETCD, KUBE_APISERVER, KUBE_CONTROLLER_MANAGER, KUBE_S
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from cluster.harness.api import Object
     from cluster.harness.audit import Request
 
 READY_SECONDS = 60
@@ -77,6 +79,7 @@ class ControlPlane:
         self._processes: dict[str, Process] = {}
         self._namespace_numbers = count()
         self._owned = ExitStack()
+        self._kwok: Kwok | None = None
 
     # ------------------------------------------------------------------------------------------------ start and stop
 
@@ -166,12 +169,36 @@ class ControlPlane:
 
     # ------------------------------------------------------------------------------------------------------ for tests
 
+    def add_kwok_nodes(
+        self,
+        count: int,
+        *,
+        gpus: int = 8,
+        labels: Mapping[str, str] | None = None,
+        taints: Sequence[Object] = (),
+        prefix: str = "fake",
+    ) -> list[str]:
+        """Add fake nodes, on which pods run by their annotations (see ``kwok.py``); their names."""
+        if self._kwok is None:
+            self._kwok = Kwok(self)
+            self._owned.callback(self._kwok.stop)
+        return self._kwok.add_nodes(count, gpus=gpus, labels=labels or {}, taints=taints, prefix=prefix)
+
     def create_namespace(self, prefix: str = "test", labels: Mapping[str, str] | None = None) -> str:
         """Create a namespace with a name of its own and wait until pods can be made there; its name."""
         name = f"{prefix}-{next(self._namespace_numbers)}"
         self.api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels or {}}})
         self.api.wait_for(f"/api/v1/namespaces/{name}/serviceaccounts/default", bool)
         return name
+
+    def delete_namespace(self, name: str, seconds: float = 60) -> None:
+        """Delete a namespace and wait until its pods are gone; the rest the namespace controller deletes later."""
+        path = f"/api/v1/namespaces/{name}"
+        self.api.delete(path)
+        # The namespace controller begins after 5 s; nothing new can be made there meanwhile.
+        self.api.delete(f"/apis/batch/v1/namespaces/{name}/jobs")
+        self.api.delete(f"{path}/pods", gracePeriodSeconds=0)
+        self.api.wait_for(f"{path}/pods", lambda pods: not pods["items"], seconds=seconds, what=f"no pods in {name}")
 
     def audit_mark(self) -> int:
         """Where the audit log ends now, for ``requests_since``."""
@@ -274,7 +301,7 @@ class ControlPlane:
             f"--root-ca-file={self.authority.certificate}",
             f"--cluster-signing-cert-file={self.authority.certificate}",
             f"--cluster-signing-key-file={self.authority.key}",
-            f"--node-monitor-grace-period={self.settings.node_grace_seconds}s",
+            *(f"--node-monitor-grace-period={self.settings.node_grace_seconds}s", "--node-monitor-period=1s"),
             *self.settings.gates("GenericWorkload", "WorkloadWithJob"),
         )
 

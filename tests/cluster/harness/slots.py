@@ -44,17 +44,17 @@ class Slot:
         return f"{self._prefix}.128.1"
 
     def node_address(self, index: int) -> str:
-        """Address of real node 1 … 99."""
+        """Address of real node 1 … 63."""
         return f"{self._prefix}.0.{100 + index}"
 
     def pod_range(self, index: int) -> str:
-        """Range of the pods of real node 1 … 99."""
+        """Range of the pods of real node 1 … 63."""
         return f"{self._prefix}.{index}.0/24"
 
     @property
     def fake_pod_range(self) -> str:
         """Range of the pods that kwok pretends to run; nothing answers there."""
-        return f"{self._prefix}.112.0/20"
+        return f"{self._prefix}.64.0/18"
 
     def release(self) -> None:
         self._claim.close()

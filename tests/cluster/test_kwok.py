@@ -1,0 +1,140 @@
+"""The harness's own promises about fake nodes, and what native gang scheduling does for Jobs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cluster.harness.kwok import PREFIX, find_node_again, finish_pod, lose_node
+
+if TYPE_CHECKING:
+    from cluster.harness.api import Object
+    from cluster.harness.control_plane import ControlPlane
+
+
+def indexed_job(name: str, pods: int, *, gpus: int = 1, grace_seconds: int = 30, **annotations: str) -> Object:
+    container = {"name": "main", "image": "none", "resources": {"limits": {"nvidia.com/gpu": str(gpus)}}}
+    behaviour = {f"{PREFIX}{key.replace('_', '-')}": value for key, value in annotations.items()}
+    pod = {"restartPolicy": "Never", "containers": [container], "terminationGracePeriodSeconds": grace_seconds}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": name},
+        "spec": {
+            "completionMode": "Indexed",
+            "parallelism": pods,
+            "completions": pods,
+            "backoffLimit": 0,
+            "podReplacementPolicy": "Failed",
+            "template": {"metadata": {"annotations": behaviour}, "spec": pod},
+        },
+    }
+
+
+def wait_for_condition(cluster: ControlPlane, namespace: str, job: str, condition: str, seconds: float = 30) -> None:
+    def holds(found: Object) -> bool:
+        return any(c["type"] == condition and c["status"] == "True" for c in found["status"].get("conditions", ()))
+
+    path = f"/apis/batch/v1/namespaces/{namespace}/jobs/{job}"
+    cluster.api.wait_for(path, holds, seconds=seconds, what=f"Job {job} {condition}")
+
+
+def wait_for_running(cluster: ControlPlane, namespace: str, job: str, count: int) -> list[Object]:
+    """Pods of a Job, once so many of them run."""
+
+    def enough(pods: Object) -> bool:
+        return sum(pod["status"]["phase"] == "Running" for pod in pods["items"]) == count
+
+    path = f"/api/v1/namespaces/{namespace}/pods"
+    return cluster.api.wait_for(path, enough, labelSelector=f"job-name={job}", what=f"{count} running")["items"]
+
+
+def terminated(pod: Object) -> Object:
+    return pod["status"]["containerStatuses"][0]["state"]["terminated"]
+
+
+def test_a_job_of_two_pods_completes(kwok_cluster: ControlPlane, kwok_namespace: str):
+    kwok_cluster.api.create(indexed_job("job", 2, gpus=8, run_seconds="0.2"), kwok_namespace)
+    wait_for_condition(kwok_cluster, kwok_namespace, "job", "Complete")
+    pods = kwok_cluster.api.list(f"/api/v1/namespaces/{kwok_namespace}/pods")
+    assert len({pod["spec"]["nodeName"] for pod in pods}) == 2
+    assert all(pod["status"]["podIP"].startswith("10.") for pod in pods)
+
+
+def test_a_pod_ends_as_its_annotations_say(kwok_cluster: ControlPlane, kwok_namespace: str):
+    message = '{"reason": "OutOfMemory"}'
+    job = indexed_job(
+        "job", 1, run_seconds="0", exit_code="42", termination_message=message, reason="OOMKilled", pod_ip="127.0.0.1"
+    )
+    kwok_cluster.api.create(job, kwok_namespace)
+    wait_for_condition(kwok_cluster, kwok_namespace, "job", "Failed")
+    (pod,) = kwok_cluster.api.list(f"/api/v1/namespaces/{kwok_namespace}/pods")
+    assert (pod["status"]["phase"], pod["status"]["podIP"]) == ("Failed", "127.0.0.1")
+    assert {k: terminated(pod)[k] for k in ("exitCode", "message", "reason")} == {
+        "exitCode": 42,
+        "message": message,
+        "reason": "OOMKilled",
+    }
+
+
+def test_a_pod_runs_until_a_test_ends_it(kwok_cluster: ControlPlane, kwok_namespace: str):
+    kwok_cluster.api.create(indexed_job("job", 2), kwok_namespace)
+    first, second = wait_for_running(kwok_cluster, kwok_namespace, "job", 2)
+    ended = finish_pod(kwok_cluster.api, kwok_namespace, first["metadata"]["name"], exit_code=3, message="three")
+    assert (terminated(ended)["exitCode"], terminated(ended)["message"]) == (3, "three")
+    other = kwok_cluster.api.get(f"/api/v1/namespaces/{kwok_namespace}/pods/{second['metadata']['name']}")
+    assert other["status"]["phase"] == "Running"
+
+
+def test_a_deleted_pod_ends_gracefully_before_it_vanishes(kwok_cluster: ControlPlane, kwok_namespace: str):
+    job = indexed_job("job", 1, stop_seconds="0.5", stop_exit_code="7", stop_message="saved")
+    kwok_cluster.api.create(job, kwok_namespace)
+    (pod,) = wait_for_running(kwok_cluster, kwok_namespace, "job", 1)
+    path = f"/api/v1/namespaces/{kwok_namespace}/pods/{pod['metadata']['name']}"
+    held = {"metadata": {"finalizers": [*pod["metadata"]["finalizers"], "test.qlora.dev/look"]}}
+    kwok_cluster.api.patch(path, held)
+    kwok_cluster.api.delete(path)
+    assert kwok_cluster.api.get(path)["status"]["phase"] == "Running"
+    ended = kwok_cluster.api.wait_for(path, lambda pod: pod["status"]["phase"] == "Failed")
+    assert (terminated(ended)["exitCode"], terminated(ended)["message"]) == (7, "saved")
+    kwok_cluster.api.patch(path, {"metadata": {"finalizers": None}})
+    kwok_cluster.api.wait_gone(path)
+
+
+def test_a_pod_that_outlasts_its_grace_period_is_killed(kwok_cluster: ControlPlane, kwok_namespace: str):
+    kwok_cluster.api.create(indexed_job("job", 1, grace_seconds=1, stop_seconds="60"), kwok_namespace)
+    (pod,) = wait_for_running(kwok_cluster, kwok_namespace, "job", 1)
+    path = f"/api/v1/namespaces/{kwok_namespace}/pods/{pod['metadata']['name']}"
+    kwok_cluster.api.patch(path, {"metadata": {"finalizers": ["test.qlora.dev/look"]}})
+    kwok_cluster.api.delete(path)
+    ended = kwok_cluster.api.wait_for(path, lambda pod: pod["status"]["phase"] == "Failed")
+    assert terminated(ended)["exitCode"] == 137
+    kwok_cluster.api.patch(path, {"metadata": {"finalizers": None}})
+
+
+def test_two_gangs_that_do_not_fit_together_run_one_after_the_other(kwok_cluster: ControlPlane, kwok_namespace: str):
+    # Three of four nodes each: placed pod by pod, two and two would hold the nodes and wait for each other for ever.
+    for name in ("one", "two"):
+        kwok_cluster.api.create(indexed_job(name, 3, gpus=8, run_seconds="1"), kwok_namespace)
+    seen = set()
+    for name in ("one", "two"):
+        path = f"/apis/batch/v1/namespaces/{kwok_namespace}/jobs/{name}"
+        while not kwok_cluster.api.get(path)["status"].get("completionTime"):
+            pods = kwok_cluster.api.list(f"/api/v1/namespaces/{kwok_namespace}/pods")
+            placed = [p["metadata"]["labels"]["job-name"] for p in pods if p["status"]["phase"] == "Running"]
+            seen.add((placed.count("one"), placed.count("two")))
+    assert not {pair for pair in seen if pair[0] and pair[1]}
+    assert {max(counts) for counts in zip(*seen, strict=True)} == {3}
+
+
+def test_a_lost_node_keeps_its_pods_until_it_is_back(kwok_cluster: ControlPlane, kwok_namespace: str):
+    kwok_cluster.api.create(indexed_job("job", 2, gpus=8), kwok_namespace)
+    lost, _ = wait_for_running(kwok_cluster, kwok_namespace, "job", 2)
+    node, path = lost["spec"]["nodeName"], f"/api/v1/namespaces/{kwok_namespace}/pods/{lost['metadata']['name']}"
+    lose_node(kwok_cluster.api, node)
+    try:
+        deleted = kwok_cluster.api.wait_for(path, lambda pod: pod["metadata"].get("deletionTimestamp"))
+        assert deleted["status"]["phase"] == "Running"
+        assert any(c["type"] == "DisruptionTarget" for c in deleted["status"]["conditions"])
+    finally:
+        find_node_again(kwok_cluster.api, node)
+    kwok_cluster.api.wait_gone(path)
