@@ -1,0 +1,107 @@
+"""``python -m qlora_operator --config FILE``"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import kopf
+
+from qlora_api.errors import ManifestError
+from qlora_operator import handlers, health
+from qlora_operator.client import Api, load_credentials, watching_session
+from qlora_operator.config import OperatorConfig
+from qlora_operator.gangs import discover_gangs
+from qlora_operator.logs import set_up_logs
+from qlora_operator.metrics import Metrics
+from qlora_operator.progress import poll_forever
+from qlora_operator.reconcile import Reconciler
+from qlora_operator.resync import resync_forever
+from qlora_operator.store import Store
+
+log = logging.getLogger("qlora_operator")
+GANG_SECONDS = 300
+"""Between two looks at what the cluster offers."""
+
+
+async def run(config: OperatorConfig) -> None:
+    """Operate until SIGTERM or SIGINT."""
+    store = Store()
+    metrics = Metrics(store)
+    watches = health.Watches(handlers.WATCHED)
+    credentials = await load_credentials()
+    api = Api(credentials, metrics.request)
+    gangs = await discover_gangs(api)
+
+    async def look_at_gangs() -> None:
+        nonlocal gangs
+        while True:
+            await asyncio.sleep(GANG_SECONDS)
+            with suppress(Exception):
+                gangs = await discover_gangs(api)
+
+    reconciler = Reconciler(store, api, config, lambda: gangs, metrics)
+    registry = kopf.OperatorRegistry()
+    handlers.register(registry, store, reconciler)
+
+    @kopf.on.login(registry=registry)
+    async def login(**_: object) -> kopf.AiohttpSession:
+        """The same credentials for kopf's watches; asked again when the API server does not know them any more."""
+        current = await load_credentials()
+        return kopf.AiohttpSession(server=current.host, aiohttp_session=watching_session(current, watches.note))
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    server = await health.serve(metrics.registry, watches, config.metrics_port)
+    tasks = [
+        asyncio.create_task(work, name=name)
+        for name, work in {
+            "reconciler": reconciler.run(),
+            "progress": poll_forever(store, reconciler, config.progress_seconds),
+            "resync": resync_forever(store, api, reconciler, config.namespaces),
+            "gangs": look_at_gangs(),
+            "kopf": kopf.operator(
+                registry=registry,
+                settings=handlers.settings(),
+                standalone=True,
+                clusterwide=not config.namespaces,
+                namespaces=config.namespaces,
+                stop_flag=stop,
+            ),
+        }.items()
+    ]
+    log.info("serving QLoRAJobs in %s", ", ".join(config.namespaces) or "all namespaces")
+    waiting = asyncio.create_task(stop.wait())
+    done, _ = await asyncio.wait([waiting, *tasks], return_when=asyncio.FIRST_COMPLETED)
+    stop.set()
+    for task in (*tasks, waiting):
+        task.cancel()
+    await asyncio.gather(*tasks, waiting, return_exceptions=True)
+    await server.cleanup()
+    await api.close()
+    for task in done - {waiting}:
+        task.result()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="qlora_operator", description="Run QLoRAJobs on this cluster.")
+    parser.add_argument("--config", type=Path, required=True, help="settings, as the chart writes them")
+    try:
+        config = OperatorConfig.read(parser.parse_args().config)
+    except (ManifestError, OSError) as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return 2
+    set_up_logs(config.log_format)
+    asyncio.run(run(config))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""How an attempt ended: what its Job and its pods say, weighed against each other. Pure.
+
+The pods of one attempt seldom agree. One runs out of memory, and its peers see a connection close; one node goes
+away, and the others crash. The most telling end counts, in the order of :func:`_weight`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+
+from qlora_api.contract import ExitCode, TerminationMessage, reason_of
+from qlora_api.status import Attempt, Reason
+from qlora_operator.seen import JobState, Observed, SeenJob, SeenPod
+
+OVERDUE = timedelta(seconds=10)
+"""A pod this long past its deletionTimestamp has no kubelet that could end it."""
+RESULT_PATIENCE = timedelta(seconds=30)
+"""How long a complete Job's last pod may take to be seen."""
+NODE_GONE = ("DeletionByTaintManager", "DeletionByPodGC")
+"""Disruptions that mean the node, not the pod. Kubernetes, "Pod disruption conditions"."""
+
+_DECISIVE = frozenset(
+    {
+        ExitCode.USER_ERROR,
+        ExitCode.NON_FINITE_LOSS,
+        ExitCode.ADAPTER_REJECTED,
+        ExitCode.OUT_OF_DEVICE_MEMORY,
+        ExitCode.OUT_OF_HOST_MEMORY,
+        ExitCode.CHECKPOINT_UNREADABLE,
+        ExitCode.STORAGE_FAILED,
+    }
+)
+"""What a pod says of itself that nothing else explains."""
+_KILLED = 137
+"""128 + SIGKILL."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt, or Prepare, ended."""
+
+    reason: Reason
+    message: str
+    exit_code: int | None = None
+    node: str = ""
+    word: TerminationMessage | None = None
+
+
+def ending_of(attempt: int, workers: int, seen: Observed, *, asked_to_stop: bool = False) -> Ending | None:
+    """Say how an attempt ended; None while it goes on or its pods still end.
+
+    Args:
+        attempt: its number.
+        workers: its pods.
+        seen: what there is.
+        asked_to_stop: the job is to be suspended, or is over: what ends now was told to.
+
+    """
+    job, pods = seen.jobs.get(attempt), seen.pods_of(attempt)
+    if job is not None and job.state is JobState.COMPLETE:
+        return _completed(job, pods, seen)
+    if lost := _lost(pods, seen):
+        return lost
+    if job is not None and job.state is JobState.FAILED:
+        return _told(pods, workers) or _from_job(job)
+    if job is not None and not job.deleting:
+        return None
+    if any(not p.ended for p in pods):
+        return None
+    won = next((p for p in pods if p.index == 0 and p.exit_code == 0 and p.word), None)
+    if won:
+        return _of_pod(won, Reason.COMPLETED)
+    if asked_to_stop:
+        told = _told(pods, workers)
+        return Ending(
+            Reason.SUSPENDED,
+            told.message if told and told.word else "stopped; it goes on from the last checkpoint",
+            told.exit_code if told else None,
+            told.node if told else "",
+            told.word if told else None,
+        )
+    return _told(pods, workers) or Ending(Reason.PREEMPTED, "its Job was deleted")
+
+
+def _completed(job: SeenJob, pods: tuple[SeenPod, ...], seen: Observed) -> Ending | None:
+    first = next((p for p in pods if p.index == 0 and p.word), None)
+    if first:
+        return _of_pod(first, Reason.COMPLETED)
+    if seen.now < (job.ended or job.created) + RESULT_PATIENCE:
+        return None
+    return Ending(Reason.PREEMPTED, "it completed, but its pods were deleted before their result was read")
+
+
+def _lost(pods: tuple[SeenPod, ...], seen: Observed) -> Ending | None:
+    for pod in pods:
+        if pod.ended or pod.deletion_due is None:
+            continue
+        if pod.node in seen.lost_nodes or seen.now > pod.deletion_due + OVERDUE:
+            text = f"node {pod.node} is lost: it is not ready, and pod {pod.name} on it does not end"
+            return Ending(Reason.NODE_LOST, text, node=pod.node)
+    return None
+
+
+def _told(pods: tuple[SeenPod, ...], workers: int) -> Ending | None:
+    """The most telling end of the pods; None where none says anything."""
+    ends = [(weight, pod, reason) for pod in pods if (weighed := _weight(pod)) for weight, reason in (weighed,)]
+    if not ends:
+        return None
+    _, pod, reason = min(ends, key=lambda end: (end[0], end[1].index))
+    ending = _of_pod(pod, reason)
+    if reason is Reason.PEER_LOST:
+        missing = sorted(set(range(workers)) - {p.index for p in pods if p.exit_code is not None})
+        if missing:
+            names = ", ".join(str(index) for index in missing)
+            return Ending(
+                Reason.NODE_LOST, f"worker {names} went away without a word", ending.exit_code, "", ending.word
+            )
+    return ending
+
+
+def _weight(pod: SeenPod) -> tuple[int, Reason] | None:
+    """How telling a pod's end is, the lowest first; None where the pod says nothing."""
+    code = pod.exit_code
+    if code in _DECISIVE or (code == _KILLED and pod.exit_reason == "OOMKilled"):
+        return 0, reason_of(code)
+    if pod.disruption:
+        return 1, Reason.NODE_LOST if pod.disruption in NODE_GONE else Reason.PREEMPTED
+    if code is None:
+        return (2, Reason.PREEMPTED) if pod.exit_reason == "Evicted" else None
+    if code == 0:
+        return None
+    reason = reason_of(code)
+    if code == _KILLED and pod.deletion_due is not None:
+        return 4, Reason.PREEMPTED  # it outlasted its grace period
+    if reason is Reason.PREEMPTED:
+        return 4, reason
+    if reason is Reason.PEER_LOST:
+        return 5, reason
+    return (2 if reason is Reason.STALLED else 3), reason
+
+
+def _of_pod(pod: SeenPod, reason: Reason) -> Ending:
+    word = pod.word
+    if word is not None and word.message:
+        text = word.message
+    elif pod.exit_code is None:
+        text = f"pod {pod.name} was ended ({pod.disruption or pod.exit_reason or 'deleted'})"
+    else:
+        why = pod.exit_reason or "no reason"
+        text = f"pod {pod.name} ended with exit code {pod.exit_code} ({why}) and no last word"
+        if pod.message:
+            text += f": {pod.message[-500:]}"
+    return Ending(reason, text, pod.exit_code, pod.node, word)
+
+
+def _from_job(job: SeenJob) -> Ending:
+    """What is left when the pods are gone: the Job controller names exit code or condition in its message."""
+    code = re.search(r"exit code (\d+)", job.message)
+    if code:
+        return Ending(reason_of(int(code[1])), job.message, int(code[1]))
+    if "DisruptionTarget" in job.message:
+        return Ending(Reason.PREEMPTED, job.message)
+    return Ending(Reason.CRASHED, job.message or "its Job failed without a message")
+
+
+def close(attempt: Attempt, ending: Ending, seen: Observed) -> Attempt:
+    """The attempt with its end."""
+    progress = ending.word.progress if ending.word else None
+    report = seen.report if seen.report and seen.report.attempt == attempt.number else None
+    last = progress.step if progress else report.step if report else attempt.last_step
+    return attempt.model_copy(
+        update={
+            "end_time": seen.now,
+            "reason": ending.reason,
+            "message": ending.message[:4096],
+            "exit_code": ending.exit_code,
+            "node": ending.node or attempt.node,
+            "first_step": report.first_step if report else attempt.first_step,
+            "last_step": last,
+        }
+    )

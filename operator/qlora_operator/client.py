@@ -1,0 +1,160 @@
+"""The operator's few calls to the API server, over the Kubernetes client's transport and credentials.
+
+The generated classes of the client are not used: importing the one for pods alone takes 100 MB, more than all else the
+operator needs. What a call answers is plain JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+from urllib.parse import urlencode
+
+import aiohttp
+from kubernetes.aio import config as kubernetes_config
+from kubernetes.aio.client.api_client import ApiClient
+from kubernetes.aio.client.configuration import Configuration
+
+from qlora_operator.names import FIELD_MANAGER
+
+Object = dict[str, Any]
+USER_AGENT = "qlora-operator"
+TIMEOUT_SECONDS = 30
+MERGE_PATCH = "application/merge-patch+json"
+
+
+class ApiError(Exception):
+    """An answer that is not 2xx. ``reason`` is the Status object's: NotFound, AlreadyExists, Conflict, Invalid …"""
+
+    def __init__(self, status: int, reason: str, message: str, retry_after: float | None = None) -> None:
+        super().__init__(f"{status} {reason}: {message}")
+        self.status, self.reason, self.message, self.retry_after = status, reason, message, retry_after
+
+    @property
+    def is_transient(self) -> bool:
+        """Whether the same call may go through a little later."""
+        return self.status in (408, 409, 429) or self.status >= 500
+
+
+class Counted(Protocol):
+    """Told of every request: verb, status code (0: no answer), seconds."""
+
+    def __call__(self, verb: str, code: int, seconds: float) -> None: ...
+
+
+async def load_credentials() -> Configuration:
+    """The pod's own account in a cluster, else what kubectl would use."""
+    configuration = Configuration()
+    if "KUBERNETES_SERVICE_HOST" in os.environ and "KUBECONFIG" not in os.environ:
+        kubernetes_config.load_incluster_config(configuration)  # type: ignore[no-untyped-call]
+    else:
+        await kubernetes_config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+    return configuration
+
+
+class Api:
+    """JSON in, JSON out. Paths are as in the API's reference.
+
+    Every call raises :class:`ApiError`, or ``aiohttp.ClientError`` and ``TimeoutError`` when there is no answer.
+    """
+
+    def __init__(self, configuration: Configuration, count: Counted, concurrency: int = 16) -> None:
+        self._client = ApiClient(configuration)
+        self._host: str = configuration.host
+        self._configuration = configuration
+        self._count = count
+        self._slots = asyncio.Semaphore(concurrency)
+
+    async def close(self) -> None:
+        await self._client.close()  # type: ignore[no-untyped-call]
+
+    async def get(self, path: str, **parameters: str | int) -> Object:
+        return await self._call("GET", path, parameters)
+
+    async def get_metadata(self, path: str, **parameters: str | int) -> Object:
+        """A list of metadata alone, a fraction of the whole objects' size."""
+        kind = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+        return await self._call("GET", path, parameters, accept=kind)
+
+    async def create(self, path: str, body: Mapping[str, Any]) -> Object:
+        return await self._call("POST", path, {"fieldManager": FIELD_MANAGER}, body)
+
+    async def patch(self, path: str, body: Mapping[str, Any]) -> Object:
+        """JSON merge patch, RFC 7396."""
+        return await self._call("PATCH", path, {"fieldManager": FIELD_MANAGER}, body, MERGE_PATCH)
+
+    async def delete(self, path: str, uid: str | None = None, propagation: str = "Background") -> None:
+        """Delete; that it is gone already is as good."""
+        body: Object = {"propagationPolicy": propagation}
+        if uid:
+            body["preconditions"] = {"uid": uid}
+        try:
+            await self._call("DELETE", path, {}, body)
+        except ApiError as error:
+            if error.status not in (404, 409):  # 409: another one of that name by now
+                raise
+
+    async def _call(
+        self,
+        verb: str,
+        path: str,
+        parameters: Mapping[str, str | int],
+        body: Mapping[str, Any] | None = None,
+        content_type: str = "application/json",
+        accept: str = "application/json",
+    ) -> Object:
+        query = f"?{urlencode(parameters)}" if parameters else ""
+        auth = (await self._configuration.auth_settings()).get("BearerToken")
+        headers = {
+            "Accept": accept,
+            "Content-Type": content_type,
+            "User-Agent": USER_AGENT,
+            **({"Authorization": auth["value"]} if auth else {}),
+        }
+        started, code = time.monotonic(), 0
+        try:
+            async with self._slots:
+                answer = await self._client.call_api(
+                    verb, f"{self._host}{path}{query}", headers, body, _request_timeout=TIMEOUT_SECONDS
+                )
+                text: bytes = await answer.read()  # type: ignore[no-untyped-call]
+                code = answer.status
+        finally:
+            self._count(verb, code, time.monotonic() - started)
+        if not 200 <= code < 300:
+            raise _error(code, text, answer.getheaders())  # type: ignore[no-untyped-call]
+        found: Object = json.loads(text)
+        return found
+
+
+def _error(code: int, text: bytes, headers: Mapping[str, str]) -> ApiError:
+    try:
+        status = json.loads(text)
+    except ValueError:
+        status = {}
+    if not isinstance(status, dict):
+        status = {}
+    after = headers.get("Retry-After", "")
+    words = status.get("message") or text[:500].decode(errors="replace")
+    return ApiError(code, status.get("reason", ""), words, float(after) if after.isdecimal() else None)
+
+
+def watching_session(configuration: Configuration, on_request: Callable[[str], None]) -> aiohttp.ClientSession:
+    """A session for kopf's watches with the operator's credentials; ``on_request`` is told each path as it is asked."""
+    trace = aiohttp.TraceConfig()
+
+    async def started(_session: object, _context: object, request: aiohttp.TraceRequestStartParams) -> None:
+        on_request(str(request.url.path_qs))
+
+    trace.on_request_start.append(started)
+    client = ApiClient(configuration)
+    token = configuration.api_key.get("BearerToken")
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, ssl=client.rest_client.ssl_context),
+        headers={"User-Agent": f"{USER_AGENT}/watch", **({"Authorization": token} if token else {})},
+        trace_configs=[trace],
+    )

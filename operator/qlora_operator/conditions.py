@@ -1,0 +1,61 @@
+"""Conditions and the words of ``kubectl get``. Pure. Conditions as in the Kubernetes API conventions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Literal
+
+from qlora_api.status import Condition, ConditionType, MemoryComponent, Reason
+
+GIBIBYTE = 1024**3
+
+
+def set_condition(
+    conditions: Iterable[Condition],
+    kind: ConditionType,
+    reason: Reason,
+    message: str,
+    *,
+    holds: bool,
+    now: datetime,
+    generation: int,
+) -> list[Condition]:
+    """The conditions with one of them set; its transition time moves only when its status does."""
+    status: Literal["True", "False"] = "True" if holds else "False"
+    before = list(conditions)
+    place = next((i for i, c in enumerate(before) if c.type is kind), None)
+    old = before[place] if place is not None else None
+    new = Condition(
+        type=kind,
+        status=status,
+        reason=reason,
+        message=message[:4096],
+        last_transition_time=old.last_transition_time if old and old.status == status else now,
+        observed_generation=generation,
+    )
+    if place is None:
+        return [*before, new]
+    return [*before[:place], new, *before[place + 1 :]]
+
+
+def holds(conditions: Iterable[Condition], kind: ConditionType) -> bool:
+    return any(c.type is kind and c.status == "True" for c in conditions)
+
+
+def time_in_words(seconds: int | None) -> str:
+    """As kubectl writes ages: 45s, 12m, 3h20m, 2d4h."""
+    if seconds is None:
+        return ""
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if days:
+        return f"{days}d{hours % 24}h"
+    if hours:
+        return f"{hours}h{minutes % 60}m"
+    return f"{minutes}m" if minutes else f"{seconds}s"
+
+
+def memory_in_words(measured: dict[str, int]) -> str:
+    """The measured peak, or nothing yet."""
+    peak = measured.get(MemoryComponent.PEAK.value)
+    return "" if peak is None else f"{peak / GIBIBYTE:.1f}Gi"

@@ -1,0 +1,43 @@
+"""All pods of an attempt start or none: what the cluster offers, and which of it a job uses.
+
+Native: Kubernetes makes a Workload and a PodGroup of an Indexed Job by itself where its gates are on (KEP-4671).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from qlora_api.spec import Gang, SchedulingSpec
+from qlora_operator.client import Api
+
+log = logging.getLogger(__name__)
+
+GROUPS = {"kueue.x-k8s.io": Gang.KUEUE, "scheduling.volcano.sh": Gang.VOLCANO}
+NATIVE_GROUP, NATIVE_RESOURCE = "scheduling.k8s.io", "podgroups"
+
+
+def choose_gang(scheduling: SchedulingSpec, configured: Gang, offered: Iterable[Gang]) -> Gang:
+    """The job's own choice, else the operator's, else by what is there: a named queue's, native, Volcano, none."""
+    choice = scheduling.gang if scheduling.gang is not Gang.AUTO else configured
+    if choice is not Gang.AUTO:
+        return choice
+    there = set(offered)
+    if scheduling.queue and Gang.KUEUE in there:
+        return Gang.KUEUE
+    for gang in (Gang.NATIVE, Gang.VOLCANO):
+        if gang in there:
+            return gang
+    return Gang.NONE
+
+
+async def discover_gangs(api: Api) -> frozenset[Gang]:
+    """Look at the API groups that the cluster serves."""
+    groups = {g["name"]: g for g in (await api.get("/apis"))["groups"]}
+    found = {gang for name, gang in GROUPS.items() if name in groups}
+    for version in groups.get(NATIVE_GROUP, {}).get("versions", ()):
+        resources = (await api.get(f"/apis/{version['groupVersion']}"))["resources"]
+        if any(r["name"] == NATIVE_RESOURCE for r in resources):
+            found.add(Gang.NATIVE)
+    log.info("gang scheduling offered here: %s", ", ".join(sorted(found)) or "none")
+    return frozenset(found)

@@ -1,0 +1,34 @@
+"""Names, labels and ports of what the operator makes. Deterministic, so that a second create finds the first."""
+
+from __future__ import annotations
+
+from qlora_api.job import GROUP
+
+FIELD_MANAGER = "qlora-operator"
+JOB_LABEL = f"{GROUP}/job"
+"""On every child: the QLoRAJob's name. The operator watches nothing that has not this label."""
+UID_LABEL = f"{GROUP}/job-uid"
+"""On every child: the QLoRAJob's UID. Children of an earlier job of the same name are not taken for this one's."""
+ATTEMPT_LABEL = f"{GROUP}/attempt"
+"""On what trains: number of the attempt. What prepares has none."""
+COMPONENT_LABEL = "app.kubernetes.io/component"
+MANAGED_BY = {"app.kubernetes.io/managed-by": FIELD_MANAGER}
+CONFIG_ANNOTATION = f"{GROUP}/config"
+"""On pods: the trainer's whole config, which the pod reads from a downward API file."""
+PLAN_ANNOTATION = f"{GROUP}/plan"
+"""On a child Job: the attempt as it was planned, so that nothing is lost if the operator dies before status has it."""
+
+CONTAINER = "trainer"
+SERVICE = "qlora-trainers"
+"""Headless Service through which the workers of all jobs of a namespace find each other."""
+RENDEZVOUS_PORT = 29500
+METRICS_PORT = 9400
+INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
+
+
+def prepare_name(job: str) -> str:
+    return f"{job}-prepare"
+
+
+def attempt_name(job: str, number: int) -> str:
+    return f"{job}-{number}"

@@ -1,0 +1,418 @@
+"""Decide everything, touch nothing. ``plan(job, seen, …)`` says what to make, what to delete and what status says.
+
+It reads as a job lives: over already, told to stop, preparing, waiting, training, ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from qlora_api.batch import BatchSplit, split_batch
+from qlora_api.job import QLoRAJob
+from qlora_api.lifecycle import Finish, after_attempt, restarts
+from qlora_api.spec import Gang
+from qlora_api.status import (
+    MAX_ATTEMPTS,
+    Attempt,
+    Condition,
+    ConditionType,
+    Memory,
+    Progress,
+    QLoRAJobStatus,
+    Reason,
+)
+from qlora_operator import render
+from qlora_operator.attempts import Ending, close, ending_of
+from qlora_operator.conditions import holds, memory_in_words, set_condition, time_in_words
+from qlora_operator.config import OperatorConfig
+from qlora_operator.seen import PREPARE, JobState, Observed, SeenJob, planned
+from qlora_operator.waiting import why_waiting
+
+REFUSED_SECONDS = 15.0
+"""Until what the API server refused is tried again."""
+LOOK_AGAIN_SECONDS = 5.0
+"""For what no event announces: a pod that outlasts its deletion, a result that is late."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """An Event to post."""
+
+    kind: Literal["Normal", "Warning"]
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do, in this order: make, delete, write status, post events."""
+
+    status: QLoRAJobStatus
+    make: tuple[dict[str, Any], ...] = ()
+    delete: tuple[SeenJob, ...] = ()
+    notes: tuple[Note, ...] = ()
+    wake_after: float | None = None
+    """Seconds until the next decision, should nothing happen before."""
+    watch_progress: bool = False
+    """Rank 0 trains: ask it how far it is."""
+    delete_self: bool = False
+
+
+@dataclass(frozen=True)
+class Context:
+    """What stays the same over one decision."""
+
+    job: QLoRAJob
+    seen: Observed
+    config: OperatorConfig
+    gang: Gang
+    """How the cluster's gangs start; never Auto."""
+
+    @property
+    def now(self) -> datetime:
+        return self.seen.now
+
+    @property
+    def workers(self) -> int:
+        return self.job.spec.parallelism.workers
+
+    @property
+    def world_size(self) -> int:
+        return self.workers * self.job.spec.parallelism.gpus_per_worker
+
+
+def plan(job: QLoRAJob, seen: Observed, config: OperatorConfig, gang: Gang) -> Plan:
+    """Decide what follows for one job; time comes in as ``seen.now``."""
+    context = Context(job, seen, config, gang)
+    status = job.status or QLoRAJobStatus()
+    if job.metadata.deletion_timestamp is not None:
+        return Plan(status)  # the garbage collector takes the children
+    if is_over(status):
+        return _over(context, status)
+    status = _adopted(context, status)
+    status, notes = _concluded(context, status)
+    if is_over(status):
+        return _ending(context, status, notes)
+    if late := _deadline(context, status):
+        return _ending(context, late, (*notes, Note("Warning", "DeadlineExceeded", _words(late))))
+    following = _next(context, status)
+    return replace(following, notes=(*notes, *following.notes))
+
+
+def is_over(status: QLoRAJobStatus) -> bool:
+    return holds(status.conditions, ConditionType.SUCCEEDED) or holds(status.conditions, ConditionType.FAILED)
+
+
+# ------------------------------------------------------------------------------------------------------ over and done
+
+
+def _over(context: Context, status: QLoRAJobStatus) -> Plan:
+    """Nothing is left but to clear away what still runs, and to go when the time has come."""
+    ttl = context.job.spec.policy.ttl_seconds_after_finished
+    running = _running(context)
+    if ttl is None or status.completion_time is None:
+        return Plan(status, delete=running)
+    left = (status.completion_time + timedelta(seconds=ttl) - context.now).total_seconds()
+    return Plan(status, delete=running, delete_self=left <= 0, wake_after=max(left, 0) or None)
+
+
+def _ending(context: Context, status: QLoRAJobStatus, notes: Sequence[Note]) -> Plan:
+    """The decision in which a job ends."""
+    status = status.model_copy(update={"observed_generation": context.job.metadata.generation or 0})
+    return replace(_over(context, status), notes=tuple(notes))
+
+
+def _running(context: Context) -> tuple[SeenJob, ...]:
+    return tuple(
+        j
+        for j in context.seen.jobs.values()
+        if not j.deleting and j.state in (JobState.ACTIVE, JobState.SUSPENDED, JobState.FAILING)
+    )
+
+
+def _deadline(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus | None:
+    limit = context.job.spec.policy.active_deadline_seconds
+    if limit is None or status.start_time is None or context.now < status.start_time + timedelta(seconds=limit):
+        return None
+    text = f"longer than spec.policy.activeDeadlineSeconds ({limit}) over all attempts"
+    attempt = _open(status)
+    if attempt:
+        status = _with_attempt(status, close(attempt, Ending(Reason.DEADLINE_EXCEEDED, text), context.seen))
+    return _finished(context, status, Finish(False, Reason.DEADLINE_EXCEEDED, text))
+
+
+def _words(status: QLoRAJobStatus) -> str:
+    said = next((c.message for c in status.conditions if c.type.value == status.state), "")
+    return said or status.reason.value
+
+
+# ---------------------------------------------------------------------------------------------- what there is, taken in
+
+
+def _adopted(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
+    """Take in attempts that were started and did not get into status, because the operator died in between."""
+    known = {a.number for a in status.attempts}
+    newest = max(known, default=0)
+    for number in sorted(n for n in context.seen.jobs if n > newest):
+        job = context.seen.jobs[number]
+        try:
+            attempt = Attempt.model_validate({**planned(job), "number": number, "startTime": job.created})
+        except ValidationError:
+            continue  # not of this operator's making
+        status = _with_attempt(status, attempt)
+    return status
+
+
+def _concluded(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus, tuple[Note, ...]]:
+    """Close the open attempt if it ended, and the job if nothing can follow."""
+    status = _measured(context, status)
+    attempt = _open(status)
+    if attempt is None:
+        return status, ()
+    ending = ending_of(attempt.number, context.workers, context.seen, asked_to_stop=context.job.spec.suspend)
+    if ending is None:
+        return status, ()
+    if context.job.spec.suspend and ending.reason is Reason.PREEMPTED:
+        ending = replace(ending, reason=Reason.SUSPENDED)
+    attempt = close(attempt, ending, context.seen)
+    status = _with_attempt(status, attempt)
+    if ending.word:
+        status = _with_last_word(status, ending)
+    following = after_attempt(context.job.spec.policy, status.attempts)
+    if isinstance(following, Finish):
+        kind: Literal["Normal", "Warning"] = "Normal" if following.succeeded else "Warning"
+        note = Note(kind, following.reason.value, following.message)
+        return _finished(context, status, following), (note,)
+    if ending.reason is Reason.SUSPENDED:
+        return status, (Note("Normal", "Suspended", _attempt_words(attempt)),)
+    return status, (Note("Warning", ending.reason.value, f"{_attempt_words(attempt)}; another attempt follows"),)
+
+
+def _attempt_words(attempt: Attempt) -> str:
+    where = f" on {attempt.node}" if attempt.node else ""
+    return f"attempt {attempt.number}{where}: {attempt.message}"
+
+
+def _measured(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
+    """Progress and memory as rank 0 last told."""
+    report, attempt = context.seen.report, _open(status)
+    if report is None or attempt is None or report.attempt != attempt.number:
+        return status
+    progress = Progress(**{name: getattr(report, name) for name in Progress.model_fields})
+    status = _with_attempt(
+        status, attempt.model_copy(update={"first_step": report.first_step, "last_step": report.step})
+    )
+    return _with_measures(status, progress, report.memory)
+
+
+def _with_last_word(status: QLoRAJobStatus, ending: Ending) -> QLoRAJobStatus:
+    word = ending.word
+    if word is None:
+        return status
+    status = _with_measures(status, word.progress or status.progress, word.memory)
+    return status.model_copy(update={"adapter": word.adapter or status.adapter, "eta": ""})
+
+
+def _with_measures(status: QLoRAJobStatus, progress: Progress | None, memory: Memory | None) -> QLoRAJobStatus:
+    before = status.memory or Memory()
+    merged = dict(before.measured)
+    for component, size in (memory.measured if memory else {}).items():
+        merged[component] = max(size, merged.get(component, 0))
+    return status.model_copy(
+        update={
+            "progress": progress,
+            "memory": Memory(predicted=before.predicted, measured=merged) if merged or before.predicted else None,
+            "peak_memory": memory_in_words(merged),
+            "eta": time_in_words(progress.eta_seconds if progress else None),
+        }
+    )
+
+
+def _finished(context: Context, status: QLoRAJobStatus, end: Finish) -> QLoRAJobStatus:
+    kind = ConditionType.SUCCEEDED if end.succeeded else ConditionType.FAILED
+    status = _said(context, status, ConditionType.RUNNING, end.reason, "", holds=False)
+    status = _said(context, status, kind, end.reason, end.message, holds=True)
+    return status.model_copy(update={"state": kind, "reason": end.reason, "completion_time": context.now, "eta": ""})
+
+
+# -------------------------------------------------------------------------------------------------------- what is next
+
+
+def _next(context: Context, status: QLoRAJobStatus) -> Plan:
+    status = status.model_copy(update={"observed_generation": context.job.metadata.generation or 0})
+    if context.job.spec.suspend:
+        return _suspend(context, status)
+    if holds(status.conditions, ConditionType.SUSPENDED):
+        status = _said(context, status, ConditionType.SUSPENDED, Reason.PENDING, "resumed", holds=False)
+    if context.config.prepare.enabled and status.prepared is None and not status.attempts:
+        return _prepare(context, status)
+    attempt = _open(status)
+    if attempt is not None:
+        return _go_on(context, status, attempt)
+    return _start(context, status)
+
+
+def _suspend(context: Context, status: QLoRAJobStatus) -> Plan:
+    """Have the ranks checkpoint and leave; suspended once the last pod is gone."""
+    running = _running(context)
+    if running or any(not p.ended for p in context.seen.living):
+        text = "the ranks write a checkpoint and leave"
+        status = _said(context, status, ConditionType.RUNNING, Reason.SUSPENDING, text, holds=False)
+        return Plan(
+            status.model_copy(update={"state": "Pending", "reason": Reason.SUSPENDING}),
+            delete=running,
+            wake_after=LOOK_AGAIN_SECONDS,
+        )
+    text = "no pod runs; set spec.suspend to false to go on"
+    status = _said(context, status, ConditionType.RUNNING, Reason.SUSPENDED, text, holds=False)
+    status = _said(context, status, ConditionType.SUSPENDED, Reason.SUSPENDED, text, holds=True)
+    return Plan(status.model_copy(update={"state": ConditionType.SUSPENDED, "reason": Reason.SUSPENDED, "eta": ""}))
+
+
+def _prepare(context: Context, status: QLoRAJobStatus) -> Plan:
+    """Look at model and rows in a pod without GPUs; go on with what it found."""
+    job = context.seen.jobs.get(PREPARE)
+    status = status.model_copy(update={"start_time": status.start_time or context.now})
+    if context.seen.child_refused:
+        return _preparing(context, status, wake_after=REFUSED_SECONDS)
+    if job is None:
+        return _preparing(context, status, make=(render.prepare(context.job, context.config),))
+    if job.deleting:
+        return _preparing(context, status)
+    if job.state in (JobState.ACTIVE, JobState.SUSPENDED, JobState.FAILING):
+        return _preparing(context, status)
+    ending = ending_of(PREPARE, 1, context.seen)
+    if ending is None:
+        return _preparing(context, status, wake_after=LOOK_AGAIN_SECONDS)
+    if job.state is JobState.COMPLETE:
+        result = ending.word.prepared if ending.word else None
+        if result is None:  # its pod is gone, and with it what it said: do it again, all is in the cache
+            return _preparing(context, status, delete=(job,))
+        status = status.model_copy(update={"prepared": result, "memory": Memory(predicted=result.memory)})
+        text = f"{result.train_rows} rows, {result.train_tokens} tokens, model revision {result.model_revision[:12]}"
+        return _start(context, _said(context, status, ConditionType.PREPARED, Reason.PREPARED, text, holds=True))
+    status = _said(context, status, ConditionType.PREPARED, ending.reason, ending.message, holds=False)
+    return _ending(
+        context,
+        _finished(context, status, Finish(False, ending.reason, ending.message)),
+        (Note("Warning", ending.reason.value, ending.message),),
+    )
+
+
+def _preparing(
+    context: Context,
+    status: QLoRAJobStatus,
+    make: tuple[dict[str, Any], ...] = (),
+    delete: tuple[SeenJob, ...] = (),
+    wake_after: float | None = None,
+) -> Plan:
+    reason, text = why_waiting(context.job.spec, PREPARE, 1, context.seen)
+    if reason is Reason.STARTING:
+        reason, text = Reason.PREPARING, "model and rows are checked before a GPU is held"
+    status = _said(context, status, ConditionType.PREPARED, reason, text, holds=False)
+    return Plan(status.model_copy(update={"state": "Pending", "reason": reason}), make, delete, wake_after=wake_after)
+
+
+def _start(context: Context, status: QLoRAJobStatus) -> Plan:
+    """Start the next attempt, or wait until it may start."""
+    batch = status.prepared.batch if status.prepared else split_batch(context.job.spec, context.world_size)
+    if status.attempts:
+        following = after_attempt(context.job.spec.policy, status.attempts)
+        if isinstance(following, Finish):  # a limit was lowered while the job waited
+            return _ending(context, _finished(context, status, following), ())
+        batch = following.batch
+        ended = status.attempts[-1].end_time or context.now
+        left = (ended + timedelta(seconds=following.wait_seconds) - context.now).total_seconds()
+        if left > 0 and status.attempts[-1].reason is not Reason.SUSPENDED:
+            text = f"attempt {status.attempts[-1].number} ended: {status.attempts[-1].message}"
+            return _pending(context, status, Reason.BACKING_OFF, text, wake_after=left)
+    if context.seen.child_refused:
+        reason, text = why_waiting(context.job.spec, len(status.attempts) + 1, context.workers, context.seen)
+        return _pending(context, status, reason, text, wake_after=REFUSED_SECONDS)
+    attempt = _planned_attempt(context, status, batch)
+    job = render.attempt(context.job, context.config, context.gang, attempt, status)
+    status = _with_attempt(status, attempt)
+    reason, text = why_waiting(context.job.spec, attempt.number, context.workers, context.seen)
+    return _pending(context, status, reason, text, make=job)
+
+
+def _planned_attempt(context: Context, status: QLoRAJobStatus, batch: BatchSplit) -> Attempt:
+    return Attempt(
+        number=max((a.number for a in status.attempts), default=0) + 1,
+        world_size=batch.world_size,
+        micro_batch_size=batch.micro_batch_size,
+        gradient_accumulation_steps=batch.gradient_accumulation_steps,
+        start_time=context.now,
+    )
+
+
+def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Plan:
+    """The open attempt has not ended."""
+    job = context.seen.jobs.get(attempt.number)
+    overdue = any(p.deletion_due for p in context.seen.living if not p.ended)
+    wake = LOOK_AGAIN_SECONDS if overdue or (job and job.state in (JobState.COMPLETE, JobState.FAILING)) else None
+    if job is not None and job.state is JobState.ACTIVE and job.ready >= context.workers:
+        nodes = sorted({p.node for p in context.seen.pods_of(attempt.number) if not p.gone and p.node})
+        status = _with_attempt(status, attempt.model_copy(update={"node": ", ".join(nodes)[:4096]}))
+        text = f"attempt {attempt.number}: {attempt.world_size} ranks on {', '.join(nodes) or 'their nodes'}"
+        status = _said(context, status, ConditionType.RUNNING, Reason.TRAINING, text, holds=True)
+        status = status.model_copy(update={"state": ConditionType.RUNNING, "reason": Reason.TRAINING})
+        return Plan(status, wake_after=wake, watch_progress=True)
+    if holds(status.conditions, ConditionType.RUNNING) and (job is None or job.state is not JobState.ACTIVE):
+        # The last pods end: nothing to say yet that status does not say.
+        return Plan(status, wake_after=wake)
+    reason, text = why_waiting(context.job.spec, attempt.number, context.workers, context.seen)
+    return _pending(context, status, reason, text, wake_after=wake)
+
+
+def _pending(
+    context: Context,
+    status: QLoRAJobStatus,
+    reason: Reason,
+    text: str,
+    *,
+    make: tuple[dict[str, Any], ...] = (),
+    wake_after: float | None = None,
+) -> Plan:
+    status = _said(context, status, ConditionType.RUNNING, reason, text, holds=False)
+    return Plan(
+        status.model_copy(update={"state": "Pending", "reason": reason, "eta": ""}), make, wake_after=wake_after
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- smaller
+
+
+def _said(
+    context: Context, status: QLoRAJobStatus, kind: ConditionType, reason: Reason, text: str, *, holds: bool
+) -> QLoRAJobStatus:
+    conditions: list[Condition] = set_condition(
+        status.conditions,
+        kind,
+        reason,
+        text,
+        holds=holds,
+        now=context.now,
+        generation=context.job.metadata.generation or 0,
+    )
+    return status.model_copy(update={"conditions": conditions})
+
+
+def _open(status: QLoRAJobStatus) -> Attempt | None:
+    """The newest attempt, where it has not ended."""
+    return status.attempts[-1] if status.attempts and status.attempts[-1].end_time is None else None
+
+
+def _with_attempt(status: QLoRAJobStatus, attempt: Attempt) -> QLoRAJobStatus:
+    """Add an attempt, or put it in the place of the one with its number; keep no more than MAX_ATTEMPTS."""
+    attempts = [*(a for a in status.attempts if a.number != attempt.number), attempt]
+    while len(attempts) > MAX_ATTEMPTS:
+        free = next((a for a in attempts if restarts([a]) == 0), attempts[0])
+        attempts.remove(free)
+    start = status.start_time or attempt.start_time
+    return status.model_copy(update={"attempts": attempts, "restarts": restarts(attempts), "start_time": start})

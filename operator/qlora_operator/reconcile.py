@@ -1,0 +1,340 @@
+"""One QLoRAJob at a time: observe, plan, apply, write status once.
+
+A key that is woken while it is reconciled is reconciled once more; one that fails is tried again later and later.
+Nothing else in the operator writes to the API server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import aiohttp
+from pydantic import ValidationError
+
+from qlora_api.errors import ManifestError
+from qlora_api.job import GROUP, VERSION, QLoRAJob
+from qlora_api.spec import Gang
+from qlora_api.status import QLoRAJobStatus
+from qlora_operator.client import Api, ApiError, Object
+from qlora_operator.config import OperatorConfig
+from qlora_operator.gangs import choose_gang
+from qlora_operator.metrics import Metrics
+from qlora_operator.names import FIELD_MANAGER, SERVICE, UID_LABEL
+from qlora_operator.patch import merge_patch
+from qlora_operator.plan import Note, Plan, plan
+from qlora_operator.seen import Observed, SeenJob, SeenPod
+from qlora_operator.store import Key, Known, Store
+
+log = logging.getLogger(__name__)
+
+WORKERS = 8
+FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 60.0
+NODE_SECONDS = 5.0
+"""How long what was learned about a node counts."""
+TRANSIENT = (aiohttp.ClientError, TimeoutError, OSError)
+
+
+class Reconciler:
+    """Wakes keys, and does for each what the plan says.
+
+    Args:
+        store: what is known.
+        api: the operator's calls.
+        config: the operator's settings.
+        gangs: what the cluster offers, told anew each time it is asked.
+        metrics: told what happens.
+
+    """
+
+    def __init__(
+        self, store: Store, api: Api, config: OperatorConfig, gangs: Callable[[], frozenset[Gang]], metrics: Metrics
+    ) -> None:
+        self._store, self._api, self._config, self._gangs, self._metrics = store, api, config, gangs, metrics
+        self._queue: asyncio.Queue[Key] = asyncio.Queue()
+        self._queued: dict[Key, float] = {}
+        self._busy: set[Key] = set()
+        self._timers: dict[Key, asyncio.TimerHandle] = {}
+        self._failures: dict[Key, int] = {}
+        self._wrote: dict[Key, float] = {}
+        self._nodes: dict[str, tuple[float, bool]] = {}
+        self.polled: dict[Key, SeenPod] = {}
+        """Rank 0's pods of the jobs that train."""
+
+    def wake(self, key: Key) -> None:
+        """Reconcile a key as soon as possible."""
+        if timer := self._timers.pop(key, None):
+            timer.cancel()
+        if key not in self._queued:
+            self._queued[key] = time.monotonic()
+            if key not in self._busy:
+                self._queue.put_nowait(key)
+
+    def wake_later(self, key: Key, seconds: float) -> None:
+        """Reconcile a key after a while; the earliest of several whiles counts."""
+        loop = asyncio.get_running_loop()
+        timer = self._timers.get(key)
+        if timer and timer.when() <= loop.time() + seconds:
+            return
+        if timer:
+            timer.cancel()
+        self._timers[key] = loop.call_later(max(seconds, 0.01), self.wake, key)
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(WORKERS):
+                group.create_task(self._work())
+
+    async def _work(self) -> None:
+        while True:
+            key = await self._queue.get()
+            self._metrics.waited(time.monotonic() - self._queued.pop(key))
+            self._busy.add(key)
+            started = time.monotonic()
+            try:
+                await self._reconcile(key)
+                self._failures.pop(key, None)
+            except Exception as error:  # noqa: BLE001 one job's trouble must not stop the others'
+                self._failed(key, error)
+            finally:
+                self._metrics.reconciled(time.monotonic() - started)
+                self._busy.discard(key)
+                if key in self._queued:
+                    self._queue.put_nowait(key)
+
+    def _failed(self, key: Key, error: Exception) -> None:
+        failures = self._failures[key] = self._failures.get(key, 0) + 1
+        wait = min(FIRST_RETRY_SECONDS * 2 ** (failures - 1), LONGEST_RETRY_SECONDS)
+        name = "/".join(key)
+        if isinstance(error, ApiError) and error.is_transient:
+            wait = max(wait, error.retry_after or 0)
+            log.info("%s: %s; again in %.1f s", name, error, wait)
+            kind = error.reason or str(error.status)
+        elif isinstance(error, TRANSIENT):
+            log.warning("%s: no answer from the API server (%s); again in %.1f s", name, type(error).__name__, wait)
+            kind = "NoAnswer"
+        else:
+            log.error("%s: reconcile failed; again in %.1f s", name, wait, exc_info=error)
+            kind = type(error).__name__
+        self._metrics.reconcile_failed(kind)
+        self.wake_later(key, wait)
+
+    # ------------------------------------------------------------------------------------------------------------ a job
+
+    async def _reconcile(self, key: Key) -> None:
+        known = self._store[key]
+        stored = known.job
+        if stored is None:
+            self.polled.pop(key, None)
+            self._wrote.pop(key, None)
+            self._store.forget(key)
+            await self._clear_service(key[0])
+            return
+        raw = json.loads(stored.body)
+        try:
+            job = stored.parse()
+        except (ValidationError, ManifestError) as error:
+            await self._refuse(key, raw, error)
+            return
+        seen = await self._observe(known)
+        gang = choose_gang(job.spec.scheduling, self._config.gang, self._gangs())
+        decided = plan(job, seen, self._config, gang)
+        try:
+            await self._make(key, decided)
+        except ApiError as error:
+            if error.is_transient:
+                raise
+            decided = plan(job, replace(seen, child_refused=error.message), self._config, gang)
+        for child in decided.delete:
+            await self._api.delete(f"/apis/batch/v1/namespaces/{key[0]}/jobs/{child.name}", child.uid)
+        await self._write_status(key, job, raw, decided)
+        for note in decided.notes:
+            await self._post(job, note)
+        self._afterwards(key, known, job, decided)
+        if decided.delete_self:
+            await self._api.delete(f"{_path(key)}", job.metadata.uid)
+
+    def _afterwards(self, key: Key, known: Known, job: QLoRAJob, decided: Plan) -> None:
+        before, after = job.status or QLoRAJobStatus(), decided.status
+        ended = {a.number for a in before.attempts if a.end_time}
+        for attempt in after.attempts:
+            if attempt.end_time and attempt.number not in ended and attempt.reason:
+                self._metrics.attempt_ended(attempt.reason.value)
+        concluded = max((a.number for a in after.attempts if a.end_time), default=0)
+        if any(p.gone for p in known.pods.values()):
+            self._store.clear_gone(key, concluded)
+        if decided.watch_progress:
+            first = next((p for p in known.pods.values() if _is_first(p, after.attempts[-1].number)), None)
+            if first:
+                self.polled[key] = first
+        else:
+            self.polled.pop(key, None)
+            known.report = None
+        if decided.wake_after is not None:
+            self.wake_later(key, decided.wake_after)
+
+    async def _observe(self, known: Known) -> Observed:
+        owner = known.job.uid if known.job else ""
+        jobs: dict[int, SeenJob] = {}
+        for child in known.children.values():
+            if child.owner == owner and (child.attempt not in jobs or jobs[child.attempt].deleting):
+                jobs[child.attempt] = child
+        pods = tuple(p for p in known.pods.values() if p.owner == owner)
+        stuck = {p.node for p in pods if p.deletion_due and not p.ended and p.disruption and p.node}
+        lost = [node for node in stuck if await self._is_lost(node)]
+        return Observed(
+            now=datetime.now(UTC).replace(microsecond=0),
+            jobs=jobs,
+            pods=pods,
+            report=known.report,
+            lost_nodes=frozenset(lost),
+            pods_refused=known.pods_refused,
+        )
+
+    async def _is_lost(self, node: str) -> bool:
+        """Whether a node is gone or not ready. Asked only of nodes whose pods were evicted and do not end."""
+        at, lost = self._nodes.get(node, (-NODE_SECONDS, False))
+        if time.monotonic() - at < NODE_SECONDS:
+            return lost
+        try:
+            body = await self._api.get(f"/api/v1/nodes/{node}")
+            ready = next((c["status"] for c in body["status"].get("conditions", ()) if c["type"] == "Ready"), "Unknown")
+            lost = ready != "True"
+        except ApiError as error:
+            if error.status not in (403, 404):
+                raise
+            lost = error.status == 404  # without the right to look, the pod's overdue end tells later
+        self._nodes[node] = (time.monotonic(), lost)
+        return lost
+
+    # ----------------------------------------------------------------------------------------------------------- writes
+
+    async def _make(self, key: Key, decided: Plan) -> None:
+        for body in decided.make:
+            collection = _collection(body, key[0])
+            try:
+                made = await self._api.create(collection, body)
+            except ApiError as error:
+                if error.reason != "AlreadyExists":
+                    raise
+                made = await self._mine(collection, body)
+            if made["kind"] == "Job":
+                self._store.take_child(made)
+
+    async def _mine(self, collection: str, body: Object) -> Object:
+        """What stands under the name already: made by us before, or by an earlier job of the same name."""
+        name = body["metadata"]["name"]
+        there = await self._api.get(f"{collection}/{name}")
+        wanted = body["metadata"]["labels"].get(UID_LABEL)
+        if there["metadata"].get("labels", {}).get(UID_LABEL) != wanted:
+            raise ApiError(409, "Conflict", f'"{name}" of an earlier job is not gone yet')
+        there.setdefault("kind", body["kind"])
+        return there
+
+    async def _write_status(self, key: Key, job: QLoRAJob, raw: Object, decided: Plan) -> None:
+        before: Object = raw.get("status") or {}
+        after = decided.status.to_json_dict()
+        patch = merge_patch(before, after) if job.status is not None else after
+        if not patch:
+            return
+        if job.status is not None and _only_figures(job.status, decided.status):
+            left = self._wrote.get(key, 0.0) + self._config.progress_seconds - time.monotonic()
+            if left > 0:
+                self.wake_later(key, left)
+                return
+        body = {"metadata": {"resourceVersion": job.metadata.resource_version}, "status": patch}
+        try:
+            written = await self._api.patch(f"{_path(key)}/status", body)
+        except ApiError as error:
+            if error.status == 404:  # deleted meanwhile; the watch will say so
+                return
+            if error.status == 409:  # somebody changed the job: decide again on what it is now
+                self._store.take_job(await self._api.get(_path(key)))
+            raise
+        self._wrote[key] = time.monotonic()
+        self._store.take_job(written)
+
+    async def _refuse(self, key: Key, raw: Object, error: Exception) -> None:
+        """Say that this operator does not understand a job that the API server took."""
+        now = datetime.now(UTC).replace(microsecond=0).isoformat()
+        text = str(error)[:2000]
+        failed = {
+            "type": "Failed",
+            "status": "True",
+            "reason": "UserError",
+            "message": text,
+            "lastTransitionTime": now,
+            "observedGeneration": raw["metadata"].get("generation", 0),
+        }
+        before: Object = next((c for c in (raw.get("status") or {}).get("conditions", ()) if c["type"] == "Failed"), {})
+        if before.get("message") == text:
+            return
+        status = {"state": "Failed", "reason": "UserError", "conditions": [failed]}
+        self._store.take_job(await self._api.patch(f"{_path(key)}/status", {"status": status}))
+
+    async def _post(self, job: QLoRAJob, note: Note) -> None:
+        """Post an Event. Losing one loses nothing that status does not say."""
+        meta = job.metadata
+        now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+        event = {
+            "apiVersion": "events.k8s.io/v1",
+            "kind": "Event",
+            "metadata": {"generateName": f"{meta.name}.", "namespace": meta.namespace},
+            "eventTime": now,
+            "type": note.kind,
+            "reason": note.reason,
+            "action": "Reconcile",
+            "note": note.message[:1024],
+            "regarding": {
+                "apiVersion": job.api_version,
+                "kind": job.kind,
+                "name": meta.name,
+                "namespace": meta.namespace,
+                "uid": meta.uid,
+            },
+            "reportingController": f"{GROUP}/operator",
+            "reportingInstance": FIELD_MANAGER,
+        }
+        try:
+            await self._api.create(f"/apis/events.k8s.io/v1/namespaces/{meta.namespace}/events", event)
+        except (ApiError, *TRANSIENT) as error:
+            log.info("%s/%s: an event is lost: %s", meta.namespace, meta.name, error)
+
+    async def _clear_service(self, namespace: str) -> None:
+        """Delete the shared Service with the last job of its namespace."""
+        if any(key[0] == namespace and known.job for key, known in self._store):
+            return
+        await self._api.delete(f"/api/v1/namespaces/{namespace}/services/{SERVICE}")
+
+
+def _is_first(pod: SeenPod, attempt: int) -> bool:
+    return pod.attempt == attempt and pod.index == 0 and bool(pod.ip) and not pod.gone
+
+
+def _only_figures(before: QLoRAJobStatus, after: QLoRAJobStatus) -> bool:
+    """Whether nothing but progress, memory and words around them differ: that can wait for the next write."""
+
+    def quiet(status: QLoRAJobStatus) -> QLoRAJobStatus:
+        attempts = [a.model_copy(update={"first_step": None, "last_step": None}) for a in status.attempts]
+        conditions = [c.model_copy(update={"message": "", "observed_generation": 0}) for c in status.conditions]
+        update: dict[str, Any] = {"progress": None, "memory": None, "peak_memory": "", "eta": ""}
+        return status.model_copy(update={**update, "attempts": attempts, "conditions": conditions})
+
+    return quiet(before) == quiet(after)
+
+
+def _path(key: Key) -> str:
+    return f"/apis/{GROUP}/{VERSION}/namespaces/{key[0]}/qlorajobs/{key[1]}"
+
+
+def _collection(body: Object, namespace: str) -> str:
+    plural = {"Job": "jobs", "Service": "services", "PodGroup": "podgroups"}[body["kind"]]
+    group = body["apiVersion"]
+    return f"/{'api' if group == 'v1' else 'apis'}/{group}/namespaces/{namespace}/{plural}"

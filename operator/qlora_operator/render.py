@@ -1,0 +1,350 @@
+"""What children look like. Pure: the same job and attempt give the same manifests, byte for byte.
+
+Pods pass the Pod Security profile ``restricted``, and have no token: a trainer has no business with the API server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from qlora_api.batch import split_batch
+from qlora_api.contract import JobRef, TrainerConfig
+from qlora_api.job import API_VERSION, KIND, QLoRAJob
+from qlora_api.lifecycle import restarts
+from qlora_api.spec import Gang, GradientCheckpointing
+from qlora_api.status import Attempt, QLoRAJobStatus
+from qlora_operator.config import OperatorConfig
+from qlora_operator.names import (
+    ATTEMPT_LABEL,
+    COMPONENT_LABEL,
+    CONFIG_ANNOTATION,
+    CONTAINER,
+    JOB_LABEL,
+    MANAGED_BY,
+    METRICS_PORT,
+    PLAN_ANNOTATION,
+    RENDEZVOUS_PORT,
+    SERVICE,
+    UID_LABEL,
+    attempt_name,
+    prepare_name,
+)
+
+USER = 65532
+"""The image's own; what it is matters only for volumes."""
+GRACE_SECONDS = 120
+"""For the ranks to agree on a step and write a checkpoint; they leave as soon as they have."""
+PREPARE_RETRIES = 3
+USER_ERROR_CODE = 40
+CONFIG_FOLDER = "/etc/qlora"
+CACHE_FOLDER = "/cache"
+PVC_FOLDER = "/mnt/pvc"
+KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
+VOLCANO_API = "scheduling.volcano.sh/v1beta1"
+
+
+def attempt(
+    job: QLoRAJob, config: OperatorConfig, gang: Gang, attempt: Attempt, status: QLoRAJobStatus
+) -> tuple[dict[str, Any], ...]:
+    """All that one attempt needs: its Job, where several workers meet the shared Service, with Volcano a PodGroup."""
+    parallelism = job.spec.parallelism
+    name = attempt_name(job.metadata.name, attempt.number)
+    labels = _labels(job, "trainer") | {ATTEMPT_LABEL: str(attempt.number)}
+    trainer = trainer_config(job, config, attempt, status)
+    template = _pod(job, config, labels, trainer, command="qlora_trainer", ranks=parallelism.gpus_per_worker)
+    metadata = _metadata(job, name, labels)
+    metadata["annotations"] = {PLAN_ANNOTATION: attempt.model_dump_json(by_alias=True, exclude_none=True)}
+    spec: dict[str, Any] = {
+        "completionMode": "Indexed",
+        "completions": parallelism.workers,
+        "parallelism": parallelism.workers,
+        "backoffLimit": 0,
+        "podReplacementPolicy": "Failed",
+        "podFailurePolicy": {
+            # The rules change nothing in what happens (the first failed pod fails the Job) but put the cause into the
+            # Job's condition, where it outlives the pod.
+            "rules": [
+                {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                {
+                    "action": "FailJob",
+                    "onExitCodes": {"containerName": CONTAINER, "operator": "NotIn", "values": [0]},
+                },
+            ]
+        },
+        "template": template,
+    }
+    children: list[dict[str, Any]] = []
+    if parallelism.workers > 1:
+        template["spec"]["subdomain"] = SERVICE
+        children.append(service(job.metadata.namespace))
+    if gang is Gang.KUEUE:
+        metadata["labels"] = labels | {KUEUE_QUEUE: job.spec.scheduling.queue or ""}
+        spec["suspend"] = True
+    if gang is Gang.VOLCANO:
+        template["spec"]["schedulerName"] = "volcano"
+        template["metadata"]["annotations"]["scheduling.k8s.io/group-name"] = name
+        children.append(_pod_group(job, name, labels))
+    child = {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
+    return (*children, child)
+
+
+def prepare(job: QLoRAJob, config: OperatorConfig) -> dict[str, Any]:
+    """The Job that looks at model and rows before a GPU is held. It repeats itself unless the user must mend things."""
+    labels = _labels(job, "prepare")
+    status = QLoRAJobStatus()
+    world = job.spec.parallelism.workers * job.spec.parallelism.gpus_per_worker
+    split = split_batch(job.spec, world)
+    first = Attempt.model_validate(
+        {
+            "number": 1,
+            "worldSize": world,
+            "startTime": "1970-01-01T00:00:00Z",
+            "microBatchSize": split.micro_batch_size,
+            "gradientAccumulationSteps": split.gradient_accumulation_steps,
+        }
+    )
+    trainer = trainer_config(job, config, first, status)
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": _metadata(job, prepare_name(job.metadata.name), labels),
+        "spec": {
+            "backoffLimit": PREPARE_RETRIES,
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": {
+                "rules": [
+                    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                    {
+                        "action": "FailJob",
+                        "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": [USER_ERROR_CODE]},
+                    },
+                ]
+            },
+            "template": _pod(job, config, labels, trainer, command="qlora_trainer.prepare", ranks=0),
+        },
+    }
+
+
+def service(namespace: str) -> dict[str, Any]:
+    """The headless Service shared by all trainers of a namespace: it gives each pod a host name, and nothing else."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": SERVICE, "namespace": namespace, "labels": dict(MANAGED_BY)},
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": MANAGED_BY | {COMPONENT_LABEL: "trainer"},
+            "ports": [{"name": "rendezvous", "port": RENDEZVOUS_PORT, "protocol": "TCP"}],
+        },
+    }
+
+
+def trainer_config(job: QLoRAJob, config: OperatorConfig, attempt: Attempt, status: QLoRAJobStatus) -> TrainerConfig:
+    """What the trainer of an attempt is told."""
+    spec, meta = job.spec, job.metadata
+    split = split_batch(spec, attempt.world_size).model_copy(
+        update={
+            "micro_batch_size": attempt.micro_batch_size,
+            "gradient_accumulation_steps": attempt.gradient_accumulation_steps,
+        }
+    )
+    device = config.trainer.device or ("CUDA" if config.gpu_resource else "CPU")
+    choice = spec.training.gradient_checkpointing
+    automatic = status.prepared.gradient_checkpointing if status.prepared else device == "CUDA"
+    workers = spec.parallelism.workers
+    host = f"{attempt_name(meta.name, attempt.number)}-0.{SERVICE}.{meta.namespace}.svc:{RENDEZVOUS_PORT}"
+    return TrainerConfig(
+        job=JobRef(name=meta.name, namespace=meta.namespace, uid=meta.uid or ""),
+        spec=spec,
+        attempt=attempt.number,
+        restarts=restarts(status.attempts),
+        batch=split,
+        device=device,
+        ranks_per_worker=spec.parallelism.gpus_per_worker,
+        workers=workers,
+        rendezvous=host if workers > 1 else None,
+        gradient_checkpointing=(
+            automatic if choice is GradientCheckpointing.AUTO else choice is GradientCheckpointing.FULL
+        ),
+        checkpoint_uri=f"{spec.output.destination.rstrip('/')}/.checkpoints/{meta.uid}",
+        cache_dir=CACHE_FOLDER,
+        shared_cache_uri=config.shared_cache_uri or f"{spec.output.destination.rstrip('/')}/.prepared",
+        termination_message_path="/dev/termination-log",
+        metrics_port=METRICS_PORT,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------- pods
+
+
+def _pod(
+    job: QLoRAJob, config: OperatorConfig, labels: dict[str, str], trainer: TrainerConfig, *, command: str, ranks: int
+) -> dict[str, Any]:
+    """Pod template of a trainer with ``ranks`` GPUs, or of Prepare with none."""
+    pod, scheduling = config.trainer, job.spec.scheduling
+    claims = dict(_claims(job, config))
+    spec: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "serviceAccountName": pod.service_account_name,
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "tolerations": [*_tolerations(job, config, gpu=ranks > 0)],
+        "containers": [_container(job, config, claims, command=command, ranks=ranks)],
+        "volumes": [*_volumes(config, claims, ranks)],
+    }
+    if scheduling.node_selector and ranks:
+        spec["nodeSelector"] = dict(scheduling.node_selector)
+    if scheduling.priority_class_name:
+        spec["priorityClassName"] = scheduling.priority_class_name
+    if pod.runtime_class_name and ranks and config.gpu_resource:
+        spec["runtimeClassName"] = pod.runtime_class_name
+    if pod.image_pull_secrets:
+        spec["imagePullSecrets"] = [{"name": name} for name in pod.image_pull_secrets]
+    text = trainer.model_dump_json(by_alias=True, exclude_none=True)
+    return {"metadata": {"labels": labels, "annotations": {CONFIG_ANNOTATION: text}}, "spec": spec}
+
+
+def _container(
+    job: QLoRAJob, config: OperatorConfig, claims: dict[str, bool], *, command: str, ranks: int
+) -> dict[str, Any]:
+    pod = config.trainer
+    fields = {"NODE_NAME": "spec.nodeName", "POD_NAME": "metadata.name"}
+    mounts = [
+        {"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True},
+        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 a volume of the pod's own
+        {"name": "cache", "mountPath": CACHE_FOLDER},
+        *(
+            {"name": f"pvc-{claim}", "mountPath": f"{PVC_FOLDER}/{claim}", "readOnly": ro}
+            for claim, ro in claims.items()
+        ),
+    ]
+    container: dict[str, Any] = {
+        "name": CONTAINER,
+        "image": pod.image,
+        "imagePullPolicy": pod.image_pull_policy,
+        "command": ["python", "-m", command, f"{CONFIG_FOLDER}/config.json"],
+        "env": [
+            *({"name": n, "valueFrom": {"fieldRef": {"fieldPath": path}}} for n, path in fields.items()),
+            *(v.model_dump() for v in pod.env),
+        ],
+        "envFrom": [{"secretRef": {"name": name}} for name in _secrets(job)],
+        "resources": _resources(config, ranks),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": mounts,
+    }
+    if ranks:
+        container["ports"] = [{"name": f"metrics-{r}", "containerPort": METRICS_PORT + r} for r in range(ranks)]
+        mounts.append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108 where NCCL and gloo put shared memory
+    return container
+
+
+def _resources(config: OperatorConfig, ranks: int) -> dict[str, Any]:
+    if not ranks:
+        memory = config.prepare.memory
+        return {"requests": {"cpu": config.prepare.cpu, "memory": memory}, "limits": {"memory": memory}}
+    memory = times(config.trainer.memory, ranks)
+    limits: dict[str, str] = {"memory": memory}
+    if config.gpu_resource:
+        limits[config.gpu_resource] = str(ranks)
+    return {"requests": {"cpu": times(config.trainer.cpu, ranks), **limits}, "limits": limits}
+
+
+def _volumes(config: OperatorConfig, claims: dict[str, bool], ranks: int) -> Iterator[dict[str, Any]]:
+    item = {"path": "config.json", "fieldRef": {"fieldPath": f"metadata.annotations['{CONFIG_ANNOTATION}']"}}
+    yield {"name": "config", "downwardAPI": {"items": [item]}}
+    yield {"name": "tmp", "emptyDir": {}}
+    yield {"name": "cache", "emptyDir": {"sizeLimit": config.trainer.cache_size_limit}}
+    if ranks:
+        size = times(config.trainer.shared_memory, ranks)
+        yield {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": size}}
+    for claim, read_only in claims.items():
+        yield {"name": f"pvc-{claim}", "persistentVolumeClaim": {"claimName": claim, "readOnly": read_only}}
+
+
+def _tolerations(job: QLoRAJob, config: OperatorConfig, *, gpu: bool) -> Iterator[dict[str, Any]]:
+    """The job's own; the GPU's taint; and a node that goes away is waited for no longer than configured."""
+    if gpu and config.gpu_resource:
+        yield {"key": config.gpu_resource, "operator": "Exists", "effect": "NoSchedule"}
+    for key in ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"):
+        seconds = config.trainer.node_lost_seconds
+        yield {"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": seconds}
+    for toleration in job.spec.scheduling.tolerations:
+        yield toleration.to_json_dict()
+
+
+def _claims(job: QLoRAJob, config: OperatorConfig) -> Iterator[tuple[str, bool]]:
+    """Claims that the job's URIs name, and whether they are only read."""
+    spec = job.spec
+    held_out = spec.dataset.eval.source if spec.dataset.eval else None
+    for uri in (spec.model.source, spec.dataset.train.source, held_out):
+        if claim := _claim(uri):
+            yield claim, True
+    for uri in (spec.output.destination, config.shared_cache_uri):  # last: a claim that is written is not read-only
+        if claim := _claim(uri):
+            yield claim, False
+
+
+def _claim(uri: str | None) -> str | None:
+    return uri.removeprefix("pvc://").partition("/")[0] if uri and uri.startswith("pvc://") else None
+
+
+def _secrets(job: QLoRAJob) -> list[str]:
+    """Secrets whose keys become environment variables; of two with the same key the later one counts."""
+    spec = job.spec
+    names = (spec.model.credentials, spec.dataset.train.credentials, spec.output.credentials)
+    return list(dict.fromkeys(name for name in names if name))
+
+
+# ------------------------------------------------------------------------------------------------------------- smaller
+
+
+def times(quantity: str, count: int) -> str:
+    """A quantity multiplied: 4 × "1.5Gi" is "6Gi", 3 × "500m" is "1500m"."""
+    number = quantity.rstrip("EPTGMKikm")
+    return f"{float(number) * count:g}{quantity.removeprefix(number)}"
+
+
+def _labels(job: QLoRAJob, component: str) -> dict[str, str]:
+    return MANAGED_BY | {
+        "app.kubernetes.io/name": "qlora-trainer",
+        COMPONENT_LABEL: component,
+        JOB_LABEL: job.metadata.name,
+        UID_LABEL: job.metadata.uid or "",
+    }
+
+
+def _metadata(job: QLoRAJob, name: str, labels: dict[str, str]) -> dict[str, Any]:
+    owner = {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "name": job.metadata.name,
+        "uid": job.metadata.uid,
+        "controller": True,
+        "blockOwnerDeletion": False,
+    }
+    return {"name": name, "namespace": job.metadata.namespace, "labels": labels, "ownerReferences": [owner]}
+
+
+def _pod_group(job: QLoRAJob, name: str, labels: dict[str, str]) -> dict[str, Any]:
+    spec: dict[str, Any] = {"minMember": job.spec.parallelism.workers}
+    if job.spec.scheduling.queue:
+        spec["queue"] = job.spec.scheduling.queue
+    if job.spec.scheduling.priority_class_name:
+        spec["priorityClassName"] = job.spec.scheduling.priority_class_name
+    return {"apiVersion": VOLCANO_API, "kind": "PodGroup", "metadata": _metadata(job, name, labels), "spec": spec}

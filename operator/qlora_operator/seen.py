@@ -1,0 +1,213 @@
+"""What the operator sees, in the form in which it decides: small frozen values, cut out of API objects.
+
+A decision never reads an API object, and the operator keeps none in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+from pydantic import ValidationError
+
+from qlora_api.contract import ProgressReport, TerminationMessage
+from qlora_operator.names import ATTEMPT_LABEL, CONTAINER, INDEX_LABEL, PLAN_ANNOTATION, UID_LABEL
+
+PREPARE = 0
+"""Attempt number of what prepares."""
+
+
+class JobState(StrEnum):
+    ACTIVE = "Active"
+    SUSPENDED = "Suspended"
+    """By a queue: not admitted yet, or sent back."""
+    FAILING = "Failing"
+    """Failed, with pods that still end."""
+    FAILED = "Failed"
+    COMPLETE = "Complete"
+
+
+@dataclass(frozen=True, slots=True)
+class SeenJob:
+    """A child batch/v1 Job."""
+
+    name: str
+    uid: str
+    version: int
+    """resourceVersion. Comparable since Kubernetes 1.35 (KEP-5504), and in etcd's form always was."""
+    owner: str
+    """UID of its QLoRAJob."""
+    attempt: int
+    """PREPARE for the one that prepares."""
+    state: JobState
+    ready: int
+    """Pods that are ready."""
+    deleting: bool
+    message: str
+    """Of the condition that says how it failed, or why it makes no pods."""
+    failed_reason: str
+    """Of that condition: PodFailurePolicy, BackoffLimitExceeded, DeadlineExceeded …"""
+    plan: str
+    """JSON of the planned attempt."""
+    created: datetime
+    ended: datetime | None = None
+    """When it completed or failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeenPod:
+    """One pod of a child Job."""
+
+    name: str
+    uid: str
+    version: int
+    owner: str
+    """UID of its QLoRAJob."""
+    attempt: int
+    index: int
+    """Completion index: the worker's number."""
+    node: str
+    ip: str
+    phase: str
+    ready: bool
+    waiting: str
+    """Why the container waits: ImagePullBackOff, CreateContainerConfigError …"""
+    waiting_message: str
+    unschedulable: str
+    """The scheduler's message, where no node was found."""
+    disruption: str
+    """Reason of the condition DisruptionTarget: PreemptionByScheduler, DeletionByTaintManager, EvictionByEvictionAPI"""
+    created: datetime
+    exit_code: int | None = None
+    exit_reason: str = ""
+    """The container runtime's: OOMKilled, Error, Completed."""
+    message: str = ""
+    """The termination message as written; see :meth:`word`."""
+    deletion_due: datetime | None = None
+    """When it must be gone: deletionTimestamp, which has the grace period in it."""
+    gone: bool = False
+    """Deleted; kept until its attempt is concluded."""
+
+    @property
+    def word(self) -> TerminationMessage | None:
+        """The trainer's last word; None where it left none that can be read."""
+        try:
+            return TerminationMessage.model_validate_json(self.message) if self.message else None
+        except ValidationError:
+            return None
+
+    @property
+    def ended(self) -> bool:
+        return self.exit_code is not None or self.phase in ("Succeeded", "Failed") or self.gone
+
+
+@dataclass(frozen=True)
+class Observed:
+    """All that one decision may depend on, apart from the QLoRAJob itself."""
+
+    now: datetime
+    jobs: Mapping[int, SeenJob] = field(default_factory=dict)
+    """Child Jobs by attempt."""
+    pods: tuple[SeenPod, ...] = ()
+    report: ProgressReport | None = None
+    """The newest answer of the running attempt's rank 0."""
+    lost_nodes: frozenset[str] = frozenset()
+    """Nodes that are not ready, of those whose pods do not end though they should have."""
+    pods_refused: str = ""
+    """Why the Job controller cannot make pods, in its words: a quota, an admission policy."""
+    child_refused: str = ""
+    """What the API server said when it just refused to make a child."""
+
+    def pods_of(self, attempt: int) -> tuple[SeenPod, ...]:
+        return tuple(sorted((p for p in self.pods if p.attempt == attempt), key=lambda p: p.index))
+
+    @cached_property
+    def living(self) -> tuple[SeenPod, ...]:
+        return tuple(p for p in self.pods if not p.gone)
+
+
+def parse_time(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
+
+
+def see_job(body: Mapping[str, Any]) -> SeenJob:
+    """Cut out of a batch/v1 Job what decisions depend on."""
+    meta, status = body["metadata"], body.get("status") or {}
+    conditions = {c["type"]: c for c in status.get("conditions", ()) if c["status"] == "True"}
+    failed = conditions.get("Failed") or conditions.get("FailureTarget")
+    if "Complete" in conditions or "SuccessCriteriaMet" in conditions:
+        state = JobState.COMPLETE
+    elif failed:
+        state = JobState.FAILED if "Failed" in conditions else JobState.FAILING
+    elif body["spec"].get("suspend"):
+        state = JobState.SUSPENDED
+    else:
+        state = JobState.ACTIVE
+    ending = failed or conditions.get("Complete") or {}
+    return SeenJob(
+        name=meta["name"],
+        uid=meta["uid"],
+        version=int(meta["resourceVersion"]),
+        owner=meta["labels"].get(UID_LABEL, ""),
+        attempt=int(meta["labels"].get(ATTEMPT_LABEL, PREPARE)),
+        state=state,
+        ready=status.get("ready") or 0,
+        deleting="deletionTimestamp" in meta,
+        message=ending.get("message", ""),
+        failed_reason=failed.get("reason", "") if failed else "",
+        plan=(meta.get("annotations") or {}).get(PLAN_ANNOTATION, ""),
+        created=_required_time(meta["creationTimestamp"]),
+        ended=parse_time(ending.get("lastTransitionTime")),
+    )
+
+
+def see_pod(body: Mapping[str, Any]) -> SeenPod:
+    """Cut out of a Pod what decisions depend on."""
+    meta, status = body["metadata"], body.get("status") or {}
+    conditions = {c["type"]: c for c in status.get("conditions", ())}
+    container: Mapping[str, Any] = next(
+        (c for c in status.get("containerStatuses", ()) if c["name"] == CONTAINER), {"state": {}}
+    )
+    waiting = container["state"].get("waiting") or {}
+    ended = container["state"].get("terminated") or {}
+    scheduled = conditions.get("PodScheduled", {})
+    disrupted = conditions.get("DisruptionTarget", {})
+    return SeenPod(
+        name=meta["name"],
+        uid=meta["uid"],
+        version=int(meta["resourceVersion"]),
+        owner=meta["labels"].get(UID_LABEL, ""),
+        attempt=int(meta["labels"].get(ATTEMPT_LABEL, PREPARE)),
+        index=int(meta["labels"].get(INDEX_LABEL, 0)),
+        node=body["spec"].get("nodeName", ""),
+        ip=status.get("podIP", ""),
+        phase=status.get("phase", "Pending"),
+        ready=conditions.get("Ready", {}).get("status") == "True",
+        waiting=waiting.get("reason", ""),
+        waiting_message=waiting.get("message", ""),
+        unschedulable=scheduled.get("message", "") if scheduled.get("status") == "False" else "",
+        disruption=disrupted.get("reason", "") if disrupted.get("status") == "True" else "",
+        created=_required_time(meta["creationTimestamp"]),
+        exit_code=ended.get("exitCode"),
+        exit_reason=ended.get("reason", "") or status.get("reason", ""),
+        message=ended.get("message", ""),
+        deletion_due=parse_time(meta.get("deletionTimestamp")),
+    )
+
+
+def _required_time(text: str) -> datetime:
+    return datetime.fromisoformat(text)
+
+
+def planned(job: SeenJob) -> dict[str, Any]:
+    """The attempt as planned; empty where the annotation was taken away."""
+    try:
+        found = json.loads(job.plan)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

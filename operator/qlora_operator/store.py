@@ -1,0 +1,162 @@
+"""What the operator knows, kept small: per QLoRAJob a few kilobytes of JSON, per child a frozen value.
+
+Filled by watches and by the answers to the operator's own writes; of two views of one object the newer one counts, so a
+decision never falls behind what this process itself has done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from qlora_api.contract import ProgressReport
+from qlora_api.job import QLoRAJob
+from qlora_operator.names import JOB_LABEL
+from qlora_operator.seen import SeenJob, SeenPod, see_job, see_pod
+
+Key = tuple[str, str]
+"""Namespace and name of a QLoRAJob."""
+_KEPT_META = ("name", "namespace", "uid", "generation", "resourceVersion", "creationTimestamp", "deletionTimestamp")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredJob:
+    """A QLoRAJob without what nobody here reads."""
+
+    uid: str
+    version: int
+    body: bytes
+
+    def parse(self) -> QLoRAJob:
+        """Raises pydantic's ValidationError where the API server took what this version of the types refuses."""
+        return QLoRAJob.model_validate_json(self.body)
+
+
+@dataclass
+class Known:
+    """All that is known around one QLoRAJob."""
+
+    job: StoredJob | None = None
+    children: dict[str, SeenJob] = field(default_factory=dict)
+    """By UID."""
+    pods: dict[str, SeenPod] = field(default_factory=dict)
+    """By UID."""
+    report: ProgressReport | None = None
+    pods_refused: str = ""
+
+
+class Store:
+    """Everything known, by QLoRAJob."""
+
+    def __init__(self) -> None:
+        self._known: dict[Key, Known] = {}
+
+    def __iter__(self) -> Iterator[tuple[Key, Known]]:
+        return iter(self._known.items())
+
+    def __getitem__(self, key: Key) -> Known:
+        return self._known.setdefault(key, Known())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._known
+
+    def take_refusal(self, event: Mapping[str, Any]) -> Key | None:
+        """Take in an Event in which the Job controller says that it cannot make pods; None where it is no news."""
+        child, text = event["involvedObject"].get("uid", ""), event.get("message", "")
+        key = next((key for key, known in self._known.items() if child in known.children), None)
+        if key is None or self[key].pods_refused == text:
+            return None
+        self[key].pods_refused = text
+        return key
+
+    def forget(self, key: Key) -> None:
+        """Drop a job that is gone, once its children are."""
+        known = self._known.get(key)
+        if known and known.job is None and not known.children and not known.pods:
+            del self._known[key]
+
+    def take_job(self, body: Mapping[str, Any]) -> Key | None:
+        """Take in a QLoRAJob; its key, None where it is no news."""
+        meta = body["metadata"]
+        key = meta["namespace"], meta["name"]
+        known = self[key]
+        version = int(meta["resourceVersion"])
+        if known.job and known.job.uid == meta["uid"] and version <= known.job.version:
+            return None
+        if known.job and known.job.uid != meta["uid"]:
+            known.report, known.pods_refused = None, ""
+        kept = {
+            "apiVersion": body["apiVersion"],
+            "kind": body["kind"],
+            "metadata": {name: meta[name] for name in _KEPT_META if name in meta},
+            "spec": body["spec"],
+            **({"status": body["status"]} if body.get("status") else {}),
+        }
+        known.job = StoredJob(meta["uid"], version, json.dumps(kept, separators=(",", ":")).encode())
+        return key
+
+    def drop_job(self, body: Mapping[str, Any]) -> Key:
+        meta = body["metadata"]
+        key = meta["namespace"], meta["name"]
+        self.drop(key, "job", meta["uid"])
+        return key
+
+    def take_child(self, body: Mapping[str, Any]) -> Key | None:
+        """Take in a child Job; its QLoRAJob's key, None where it is no news."""
+        return self._take(see_job(body), body, "children")
+
+    def take_pod(self, body: Mapping[str, Any]) -> Key | None:
+        """Take in a pod; its QLoRAJob's key, None where it is no news."""
+        return self._take(see_pod(body), body, "pods")
+
+    def _take(self, seen: SeenJob | SeenPod, body: Mapping[str, Any], place: str) -> Key | None:
+        key = key_of_child(body)
+        held: dict[str, Any] = getattr(self[key], place)
+        before = held.get(seen.uid)
+        if before and seen.version <= before.version:
+            return None
+        held[seen.uid] = seen
+        return None if before and _same(before, seen) else key
+
+    def drop_child(self, body: Mapping[str, Any]) -> Key:
+        key = key_of_child(body)
+        self[key].children.pop(body["metadata"]["uid"], None)
+        self.forget(key)
+        return key
+
+    def drop_pod(self, body: Mapping[str, Any]) -> Key:
+        """A pod is gone. While its job lives, its last words are kept until :meth:`clear_gone`."""
+        key = key_of_child(body)
+        known = self[key]
+        pod = see_pod(body)
+        if known.job and known.job.uid == pod.owner:
+            known.pods[pod.uid] = replace(pod, gone=True)
+        else:
+            known.pods.pop(pod.uid, None)
+        self.forget(key)
+        return key
+
+    def drop(self, key: Key, kind: str, uid: str) -> None:
+        """Drop an object that is known to be gone: a ``job``, ``child`` or ``pod``."""
+        known = self[key]
+        if kind != "job":
+            (known.children if kind == "child" else known.pods).pop(uid, None)
+        elif known.job and known.job.uid == uid:
+            known.job = None
+        self.forget(key)
+
+    def clear_gone(self, key: Key, up_to_attempt: int) -> None:
+        """Forget deleted pods of attempts that are concluded."""
+        known = self[key]
+        known.pods = {u: p for u, p in known.pods.items() if not (p.gone and p.attempt <= up_to_attempt)}
+
+
+def key_of_child(body: Mapping[str, Any]) -> Key:
+    meta = body["metadata"]
+    return meta["namespace"], meta["labels"][JOB_LABEL]
+
+
+def _same(before: Any, after: Any) -> bool:
+    return bool(replace(before, version=after.version) == after)

@@ -1,0 +1,69 @@
+"""Why an attempt that exists does not run yet, in words a person can act on. Pure."""
+
+from __future__ import annotations
+
+import re
+
+from qlora_api.spec import QLoRAJobSpec
+from qlora_api.status import Reason
+from qlora_operator.seen import JobState, Observed, SeenPod
+
+_BAD_IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
+_BAD_CONFIG = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
+
+
+def why_waiting(spec: QLoRAJobSpec, attempt: int, workers: int, seen: Observed) -> tuple[Reason, str]:
+    """Reason and message of a child Job whose pods are not all ready."""
+    job, pods = seen.jobs.get(attempt), [p for p in seen.pods_of(attempt) if not p.gone]
+    if seen.child_refused or (seen.pods_refused and len(pods) < workers):
+        return refusal(seen.child_refused or seen.pods_refused)
+    if job is not None and job.state is JobState.SUSPENDED:
+        queue = f' "{spec.scheduling.queue}"' if spec.scheduling.queue else ""
+        return Reason.QUEUED, f"waits for queue{queue} to admit {workers} pods"
+    for pod in pods:
+        if found := _pod_waits(pod):
+            return found
+    ready = sum(p.ready for p in pods)
+    return Reason.STARTING, f"{ready} of {workers} pods are ready"
+
+
+def refusal(said: str) -> tuple[Reason, str]:
+    """Sort what the API server or the Job controller said when it would not make something."""
+    if "exceeded quota" in said:
+        return Reason.QUOTA_EXCEEDED, f"{said}; free some of the quota, or ask for fewer GPUs in spec.parallelism"
+    return Reason.REFUSED, said
+
+
+def _pod_waits(pod: SeenPod) -> tuple[Reason, str] | None:
+    if pod.unschedulable:
+        return _unschedulable(pod)
+    if pod.waiting in _BAD_IMAGE:
+        text = (
+            f"the image cannot be pulled ({pod.waiting}): {pod.waiting_message}; the operator's trainer.image is wrong"
+        )
+        return Reason.IMAGE_UNAVAILABLE, f"{text}, or its pull secret is missing in this namespace"
+    if pod.waiting in _BAD_CONFIG:
+        if "not found" in pod.waiting_message:
+            return Reason.MISSING_REFERENCE, f"{pod.waiting_message}; create it, or correct the job's credentials"
+        return Reason.REFUSED, f"{pod.waiting}: {pod.waiting_message}"
+    return None
+
+
+def _unschedulable(pod: SeenPod) -> tuple[Reason, str]:
+    said = pod.unschedulable
+    claim = re.search(r'persistentvolumeclaim "([^"]+)" (not found|is being deleted)', said)
+    if claim:
+        return (
+            Reason.MISSING_REFERENCE,
+            f'claim "{claim[1]}" {claim[2]}; create it, or correct the job\'s pvc:// source',
+        )
+    remedies = []
+    if gpu := re.search(r"Insufficient (\S+/\S+?)[,.]", said):
+        remedies.append(f"no node has as many free {gpu[1]} as spec.parallelism.gpusPerWorker asks for")
+    if "didn't match Pod's node affinity/selector" in said:
+        remedies.append("spec.scheduling.nodeSelector matches no node")
+    if "untolerated taint" in said:
+        remedies.append("nodes have taints that spec.scheduling.tolerations does not name")
+    remedies += [f"no node has enough free {what}" for what in ("cpu", "memory") if f"Insufficient {what}" in said]
+    words = "; ".join(remedies)
+    return Reason.UNSCHEDULABLE, f"{words} ({said})" if words else said
