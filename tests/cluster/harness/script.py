@@ -1,0 +1,130 @@
+"""What the pods of a QLoRAJob do on fake nodes, said beforehand: annotations that kwok acts on (see ``kwok.py``).
+
+The operator makes pods, and tests must not be in its manifests; so the API server adds the annotations as pods are
+created, by a MutatingAdmissionPolicy.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import contextmanager
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from cluster.harness.kwok import PREFIX
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from cluster.harness.api import Api
+
+TAKE_UP_SECONDS = 20
+_numbers = count()
+_API = "admissionregistration.k8s.io/v1"
+_PROBE = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "probe"}}
+
+
+@contextmanager
+def pods_do(
+    api: Api,
+    namespace: str,
+    does: Mapping[str, object],
+    *,
+    attempt: int | None = None,
+    index: int | None = None,
+    job: str | None = None,
+    component: str | None = None,
+) -> Iterator[None]:
+    """Have all pods of a namespace, or those of a job, attempt, index or component, do something once created.
+
+    Args:
+        api: of the cluster.
+        namespace: where it holds.
+        does: names of ``kwok.py`` without prefix and their values, such as ``{"run-seconds": 1, "exit-code": 41}``.
+        attempt: number of the attempt.
+        index: the worker's.
+        job: name of the QLoRAJob.
+        component: ``trainer`` or ``prepare``.
+
+    """
+    labels = {
+        "qlora.dev/attempt": attempt,
+        "batch.kubernetes.io/job-completion-index": index,
+        "qlora.dev/job": job,
+        "app.kubernetes.io/component": component,
+    }
+    wanted = {name: str(value) for name, value in labels.items() if value is not None}
+    name = f"script-{next(_numbers)}-{namespace}"
+    policy, binding = _policy(name, wanted, does), _binding(name, namespace)
+    api.create(policy)
+    api.create(binding)
+    _wait_until_it_holds(api, namespace, wanted, does)
+    try:
+        yield
+    finally:
+        for body, plural in ((binding, "mutatingadmissionpolicybindings"), (policy, "mutatingadmissionpolicies")):
+            api.delete(f"/apis/{_API}/{plural}/{body['metadata']['name']}")
+
+
+def _policy(name: str, wanted: Mapping[str, str], does: Mapping[str, object]) -> dict[str, Any]:
+    annotations = {f"{PREFIX}{key}": str(value) for key, value in does.items()}
+    conditions = [
+        f"has(object.metadata.labels) && {json.dumps(key)} in object.metadata.labels"
+        f" && object.metadata.labels[{json.dumps(key)}] == {json.dumps(value)}"
+        for key, value in wanted.items()
+    ]
+    return {
+        "apiVersion": _API,
+        "kind": "MutatingAdmissionPolicy",
+        "metadata": {"name": name},
+        "spec": {
+            "matchConstraints": {
+                "resourceRules": [
+                    {"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}
+                ]
+            },
+            "matchConditions": [{"name": f"c{i}", "expression": text} for i, text in enumerate(conditions)],
+            "failurePolicy": "Fail",
+            "reinvocationPolicy": "Never",
+            "mutations": [
+                {"patchType": "ApplyConfiguration", "applyConfiguration": {"expression": _apply(annotations)}}
+            ],
+        },
+    }
+
+
+def _apply(annotations: Mapping[str, str]) -> str:
+    pairs = ", ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in annotations.items())
+    return f"Object{{metadata: Object.metadata{{annotations: {{{pairs}}}}}}}"
+
+
+def _binding(name: str, namespace: str) -> dict[str, Any]:
+    selector = {"matchLabels": {"kubernetes.io/metadata.name": namespace}}
+    return {
+        "apiVersion": _API,
+        "kind": "MutatingAdmissionPolicyBinding",
+        "metadata": {"name": name},
+        "spec": {"policyName": name, "matchResources": {"namespaceSelector": selector}},
+    }
+
+
+def _wait_until_it_holds(api: Api, namespace: str, wanted: Mapping[str, str], does: Mapping[str, object]) -> None:
+    """The API server takes a policy up a moment after it is created: create pods for trial until it does."""
+    pod = {
+        **_PROBE,
+        "metadata": {"name": "probe", "namespace": namespace, "labels": dict(wanted)},
+        "spec": {"containers": [{"name": "trainer", "image": "probe"}]},
+    }
+    expected = {f"{PREFIX}{key}": str(value) for key, value in does.items()}
+
+    def holds() -> bool:
+        made = api.post(f"/api/v1/namespaces/{namespace}/pods", pod, dryRun="All")
+        annotations = made["metadata"].get("annotations", {})
+        return all(annotations.get(key) == value for key, value in expected.items())
+
+    deadline = time.monotonic() + TAKE_UP_SECONDS
+    while not holds():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"pods of {namespace} do not do {dict(does)}")
+        time.sleep(0.1)

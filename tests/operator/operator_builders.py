@@ -1,0 +1,83 @@
+"""Builders of what the operator sees; a test names only what it is about."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from qlora_api.contract import TerminationMessage, reason_of
+from qlora_api.job import QLoRAJob
+from qlora_api.status import QLoRAJobStatus
+from qlora_operator.config import OperatorConfig
+from qlora_operator.seen import JobState, Observed, SeenJob, SeenPod
+
+NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+UID = "11111111-2222-3333-4444-555555555555"
+CONFIG = OperatorConfig.model_validate({"trainer": {"image": "trainer:1"}, "prepare": {"enabled": False}})
+PREPARING = OperatorConfig.model_validate({"trainer": {"image": "trainer:1"}})
+
+
+def job(status: QLoRAJobStatus | None = None, workers: int = 1, *, deleted: bool = False, **groups: Any) -> QLoRAJob:
+    spec: dict[str, Any] = {
+        "model": {"source": "s3://models/base"},
+        "dataset": {"train": {"source": "s3://data/rows.jsonl"}, "format": "Text"},
+        "training": {"maxSteps": 10, "globalBatchSize": 16},
+        "parallelism": {"workers": workers},
+        "output": {"destination": "s3://adapters/job"},
+    }
+    for group, value in groups.items():
+        spec[group] = {**spec.get(group, {}), **value} if isinstance(value, dict) else value
+    metadata = {"name": "job", "namespace": "team", "uid": UID, "generation": 1, "resourceVersion": "7"}
+    if deleted:
+        metadata["deletionTimestamp"] = NOW.isoformat()
+    built = QLoRAJob.from_manifest({"metadata": metadata, "spec": spec})
+    return built.model_copy(update={"status": status})
+
+
+def child(attempt: int = 1, state: JobState = JobState.ACTIVE, **more: Any) -> SeenJob:
+    values: dict[str, Any] = {
+        "name": f"job-{attempt}",
+        "uid": f"job-uid-{attempt}",
+        "version": 1,
+        "owner": UID,
+        "ready": 0,
+        "deleting": False,
+        "message": "",
+        "failed_reason": "",
+        "created": NOW,
+        "plan": json.dumps({"worldSize": 1, "microBatchSize": 4, "gradientAccumulationSteps": 4}),
+        "ended": NOW if state in (JobState.COMPLETE, JobState.FAILED) else None,
+    }
+    return SeenJob(attempt=attempt, state=state, **{**values, **more})
+
+
+def pod(attempt: int = 1, index: int = 0, code: int | None = None, word: str | None = None, **more: Any) -> SeenPod:
+    """``word``: the text of the termination message that goes with the exit code; None: it left none."""
+    message = ""
+    if word is not None and code is not None:
+        message = TerminationMessage(exit_code=code, reason=reason_of(code), message=word).to_bytes().decode()
+    values: dict[str, Any] = {
+        "name": f"job-{attempt}-{index}",
+        "uid": f"pod-{attempt}-{index}",
+        "version": 1,
+        "owner": UID,
+        "node": f"node-{index}",
+        "ip": "10.0.0.1",
+        "ready": code is None,
+        "waiting": "",
+        "waiting_message": "",
+        "unschedulable": "",
+        "disruption": "",
+        "created": NOW,
+        "message": message,
+        "phase": "Running" if code is None else "Succeeded" if code == 0 else "Failed",
+    }
+    return SeenPod(attempt=attempt, index=index, exit_code=code, **{**values, **more})
+
+
+def seen(*things: SeenJob | SeenPod, after: float = 0, **more: Any) -> Observed:
+    """What is there, ``after`` seconds from the builders' now."""
+    jobs = {j.attempt: j for j in things if isinstance(j, SeenJob)}
+    pods = tuple(p for p in things if isinstance(p, SeenPod))
+    return Observed(now=NOW + timedelta(seconds=after), jobs=jobs, pods=pods, **more)

@@ -1,0 +1,100 @@
+"""How an attempt ended, from pods that do not agree."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from operator_builders import NOW, child, pod, seen
+
+from qlora_api.status import Reason
+from qlora_operator.attempts import ending_of
+from qlora_operator.seen import JobState
+
+FAILED = child(state=JobState.FAILED)
+
+
+@pytest.mark.parametrize(
+    ("pods", "reason", "text"),
+    [
+        pytest.param([pod(code=40, word="bad"), pod(index=1, code=49)], "UserError", "bad", id="own-words-over-peer"),
+        pytest.param([pod(code=49), pod(index=1, code=41, word="oom")], "OutOfDeviceMemory", "oom", id="oom-over-peer"),
+        pytest.param(
+            [pod(code=1, word="closed"), pod(index=1, code=43, word="stopped", disruption="EvictionByEvictionAPI")],
+            "Preempted",
+            "stopped",
+            id="eviction-over-crash",
+        ),
+        pytest.param(
+            [pod(code=1, word="closed"), pod(index=1, disruption="DeletionByTaintManager", gone=True)],
+            "NodeLost",
+            "DeletionByTaintManager",
+            id="lost-node-over-crash",
+        ),
+        pytest.param(
+            [pod(code=41, word="oom", disruption="EvictionByEvictionAPI")],
+            "OutOfDeviceMemory",
+            "oom",
+            id="oom-over-eviction",
+        ),
+        pytest.param([pod(code=44, word="rank 1"), pod(index=1, code=1)], "Stalled", "rank 1", id="stall-over-crash"),
+        pytest.param(
+            [pod(code=49, word="closed"), pod(index=1, gone=True)], "NodeLost", "worker 1", id="peer-without-a-word"
+        ),
+        pytest.param([pod(code=49, word="a"), pod(index=1, code=49, word="b")], "PeerLost", "a", id="peers-alone"),
+        pytest.param(
+            [pod(code=137, exit_reason="OOMKilled")], "OutOfHostMemory", "OOMKilled", id="killed-for-host-memory"
+        ),
+        pytest.param(
+            [pod(code=137, exit_reason="Error", deletion_due=NOW)], "Preempted", "137", id="outlasted-its-grace"
+        ),
+        pytest.param([pod(code=7, exit_reason="Error")], "Crashed", "exit code 7", id="unknown-code-is-a-crash"),
+    ],
+)
+def test_the_most_telling_pod_says_how_an_attempt_ended(pods, reason, text):
+    ending = ending_of(1, len(pods), seen(FAILED, *pods))
+    assert ending.reason == reason
+    assert text in ending.message
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        pytest.param("Container trainer for pod a/b failed with exit code 41 matching", "OutOfDeviceMemory", id="code"),
+        pytest.param("Pod a/b has condition DisruptionTarget matching FailJob rule", "Preempted", id="disruption"),
+        pytest.param("Job has reached the specified backoff limit", "Crashed", id="nothing"),
+    ],
+)
+def test_without_pods_the_jobs_condition_says_it(message, reason):
+    assert ending_of(1, 1, seen(child(state=JobState.FAILED, message=message))).reason == reason
+
+
+def test_a_complete_job_without_its_result_is_waited_for_and_then_done_again():
+    complete = child(state=JobState.COMPLETE)
+    assert ending_of(1, 1, seen(complete)) is None
+    assert ending_of(1, 1, seen(complete, pod(code=0, word="done"))).reason is Reason.COMPLETED
+    assert ending_of(1, 1, seen(complete, after=31)).reason is Reason.PREEMPTED
+
+
+def test_an_attempt_goes_on_while_its_job_does():
+    assert ending_of(1, 1, seen(child(), pod())) is None
+    assert ending_of(1, 1, seen(child(state=JobState.FAILING), pod(code=1))) is None
+
+
+def test_a_pod_that_outlasts_its_deletion_is_on_a_lost_node():
+    due = NOW + timedelta(seconds=5)
+    stuck = pod(deletion_due=due, disruption="DeletionByTaintManager")
+    assert ending_of(1, 1, seen(child(), stuck, after=14)) is None
+    assert ending_of(1, 1, seen(child(), stuck, after=16)).reason is Reason.NODE_LOST
+    assert ending_of(1, 1, seen(child(), stuck, lost_nodes=frozenset({"node-0"}))).reason is Reason.NODE_LOST
+
+
+def test_a_job_that_is_gone_ends_the_attempt_once_its_pods_have():
+    assert ending_of(1, 1, seen(pod())) is None
+    assert ending_of(1, 1, seen()).reason is Reason.PREEMPTED
+    assert ending_of(1, 1, seen(pod(code=43, word="stopped"), after=1), asked_to_stop=True).reason is Reason.SUSPENDED
+
+
+def test_what_completed_before_it_was_told_to_stop_is_complete():
+    ending = ending_of(1, 1, seen(pod(code=0, word="done", gone=True)), asked_to_stop=True)
+    assert ending.reason is Reason.COMPLETED

@@ -1,0 +1,225 @@
+"""What follows, decided from values alone. One row a case; its id says the behaviour."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from operator_builders import CONFIG, NOW, PREPARING, child, job, pod, seen
+
+from qlora_api.contract import ProgressReport
+from qlora_api.spec import Gang
+from qlora_api.status import MAX_ATTEMPTS, Attempt, ConditionType, Memory, QLoRAJobStatus, Reason
+from qlora_operator.plan import plan
+from qlora_operator.seen import JobState
+
+
+def decide(a_job, what_is_seen, config=CONFIG, gang=Gang.NONE):
+    return plan(a_job, what_is_seen, config, gang)
+
+
+def running(*ended: str, **more) -> QLoRAJobStatus:
+    """Status with ended attempts, by reason, and an open one."""
+    attempts = [attempt(n, reason) for n, reason in enumerate(ended, 1)]
+    return QLoRAJobStatus(attempts=[*attempts, attempt(len(ended) + 1)], start_time=NOW, **more)
+
+
+def attempt(number: int, reason: str | None = None, **more) -> Attempt:
+    values = {"number": number, "worldSize": 1, "microBatchSize": 4, "gradientAccumulationSteps": 4, "startTime": NOW}
+    if reason:
+        values |= {"endTime": NOW, "reason": reason, "lastStep": 5, "firstStep": 0}
+    return Attempt.model_validate({**values, **more})
+
+
+def names(planned) -> list[str]:
+    return [m["metadata"]["name"] for m in planned.make]
+
+
+@pytest.mark.parametrize(
+    ("a_job", "what_is_seen", "makes", "deletes", "state", "reason"),
+    [
+        pytest.param(job(), seen(), ["job-1"], [], "Pending", "Starting", id="new-job-starts"),
+        pytest.param(
+            job(workers=2), seen(), ["qlora-trainers", "job-1"], [], "Pending", "Starting", id="two-workers-need-a-service"
+        ),
+        pytest.param(
+            job(running()), seen(child(ready=1), pod()), [], [], "Running", "Training", id="ready-pods-train"
+        ),
+        pytest.param(
+            job(running(), suspend=True), seen(child(), pod()), [], ["job-1"], "Pending", "Suspending", id="suspend-deletes"
+        ),
+        pytest.param(
+            job(running(), suspend=True), seen(pod()), [], [], "Pending", "Suspending", id="suspending-until-pods-are-gone"
+        ),
+        pytest.param(job(running(), suspend=True), seen(), [], [], "Suspended", "Suspended", id="suspended-without-pods"),
+        pytest.param(
+            job(running("Suspended")).model_copy(update={"status": QLoRAJobStatus(attempts=[attempt(1, "Suspended")])}),
+            seen(),
+            ["job-2"],
+            [],
+            "Pending",
+            "Starting",
+            id="resume-is-a-new-attempt",
+        ),
+        pytest.param(
+            job(running()),
+            seen(child(state=JobState.FAILED), pod(code=41, word="oom")),
+            ["job-2"],
+            [],
+            "Pending",
+            "Starting",
+            id="out-of-memory-goes-on-at-once",
+        ),
+        pytest.param(
+            job(running()),
+            seen(child(state=JobState.FAILED), pod(code=1, word="boom")),
+            [],
+            [],
+            "Pending",
+            "BackingOff",
+            id="a-crash-backs-off",
+        ),
+        pytest.param(
+            job(running(), policy={"maxRestarts": 0}),
+            seen(child(state=JobState.FAILED), pod(code=1, word="boom")),
+            [],
+            [],
+            "Failed",
+            "Crashed",
+            id="the-last-restart-is-used-up",
+        ),
+        pytest.param(
+            job(running()), seen(child(state=JobState.COMPLETE), pod(code=0, word="ok")), [], [], "Succeeded", "Completed",
+            id="complete",
+        ),
+        pytest.param(
+            job(running(), policy={"activeDeadlineSeconds": 60}),
+            seen(child(ready=1), pod(), after=61),
+            [],
+            ["job-1"],
+            "Failed",
+            "DeadlineExceeded",
+            id="the-deadline-ends-what-runs",
+        ),
+        pytest.param(
+            job(running()), seen(child(state=JobState.SUSPENDED)), [], [], "Pending", "Queued", id="kueue-has-not-admitted"
+        ),
+        pytest.param(
+            job(),
+            seen(child_refused='jobs.batch "job-1" is forbidden: exceeded quota: q'),
+            [],
+            [],
+            "Pending",
+            "QuotaExceeded",
+            id="refused-by-the-api-server",
+        ),
+        pytest.param(
+            job(QLoRAJobStatus()), seen(child(attempt=1, ready=1), pod()), [], [], "Running", "Training",
+            id="an-attempt-status-does-not-know-is-adopted",
+        ),
+    ],
+)  # fmt: skip
+def test_what_follows(a_job, what_is_seen, makes, deletes, state, reason):
+    planned = decide(a_job, what_is_seen)
+    assert names(planned) == makes
+    assert [c.name for c in planned.delete] == deletes
+    assert (planned.status.state, planned.status.reason) == (state, reason)
+
+
+def test_deciding_again_on_what_was_decided_changes_nothing():
+    first = decide(job(), seen())
+    again = decide(job(first.status), seen(child(attempt=1)))
+    assert (again.status, again.make, again.delete, again.notes) == (first.status, (), (), ())
+
+
+def test_a_job_that_is_being_deleted_is_left_to_the_garbage_collector():
+    planned = decide(job(running(), deleted=True), seen(child()))
+    assert (planned.make, planned.delete, planned.notes) == ((), (), ())
+
+
+def test_a_finished_job_stays_as_it_is_and_goes_when_its_time_has_come():
+    done = decide(job(running()), seen(child(state=JobState.COMPLETE), pod(code=0, word="ok"))).status
+    finished = job(done, policy={"ttlSecondsAfterFinished": 60})
+    early, late = decide(finished, seen(after=10)), decide(finished, seen(after=60))
+    assert (early.status, early.delete_self, early.wake_after) == (done, False, 50)
+    assert late.delete_self
+
+
+def test_after_the_back_off_the_next_attempt_starts():
+    status = QLoRAJobStatus(attempts=[attempt(1, "Crashed")])
+    assert decide(job(status), seen()).wake_after == 1
+    assert names(decide(job(status), seen(after=1))) == ["job-2"]
+
+
+def test_an_attempt_that_is_adopted_keeps_the_batch_it_was_planned_with():
+    plan_of_two = '{"worldSize": 1, "microBatchSize": 2, "gradientAccumulationSteps": 8}'
+    planned = decide(job(QLoRAJobStatus()), seen(child(plan=plan_of_two), pod()))
+    assert planned.status.attempts[0].micro_batch_size == 2
+
+
+def test_progress_and_memory_get_into_status_with_words_for_kubectl():
+    report = ProgressReport(
+        job="job",
+        attempt=1,
+        section="Train",
+        step=3,
+        total_steps=10,
+        eta_seconds=4000,
+        memory=Memory(measured={"peak": 5 * 1024**3}),
+    )
+    planned = decide(job(running()), seen(child(ready=1), pod(), report=report))
+    assert planned.status.progress.step == 3
+    assert (planned.status.eta, planned.status.peak_memory) == ("1h6m", "5.0Gi")
+    assert planned.watch_progress
+
+
+def test_a_report_of_an_earlier_attempt_is_not_taken_for_this_ones():
+    report = ProgressReport(job="job", attempt=1, section="Train", step=3, memory=Memory())
+    planned = decide(job(running("Preempted")), seen(child(attempt=2, ready=1), pod(attempt=2), report=report))
+    assert planned.status.progress is None
+
+
+def test_the_oldest_attempts_that_did_not_count_give_way():
+    kept = [attempt(n, "Crashed" if n == 1 else "Preempted") for n in range(1, MAX_ATTEMPTS + 1)]
+    planned = decide(job(QLoRAJobStatus(attempts=kept), policy={"maxRestarts": 5}), seen(after=1000))
+    numbers = [a.number for a in planned.status.attempts]
+    assert len(numbers) == MAX_ATTEMPTS
+    assert numbers[:2] == [1, 3]
+    assert numbers[-1] == MAX_ATTEMPTS + 1
+    assert planned.status.restarts == 1
+
+
+def test_prepare_goes_first_and_its_result_is_what_the_trainers_get():
+    first = decide(job(), seen(), PREPARING)
+    assert names(first) == ["job-prepare"]
+    assert first.status.reason is Reason.PREPARING
+    result = (
+        '{"exitCode": 0, "reason": "Completed", "prepared": {"modelRevision": "r", "dataHash": "d", "trainRows": 1,'
+        ' "trainTokens": 9, "trainSequences": 1, "gradientCheckpointing": true,'
+        ' "batch": {"worldSize": 1, "microBatchSize": 2, "gradientAccumulationSteps": 8}}}'
+    )
+    prepared = seen(child(attempt=0, state=JobState.COMPLETE), pod(attempt=0, code=0, message=result))
+    then = decide(job(first.status), prepared, PREPARING)
+    assert names(then) == ["job-1"]
+    assert then.status.attempts[0].micro_batch_size == 2
+    assert (
+        '"gradientCheckpointing":true'
+        in then.make[-1]["spec"]["template"]["metadata"]["annotations"]["qlora.dev/config"]
+    )
+
+
+def test_a_user_error_in_prepare_ends_the_job():
+    failed = seen(child(attempt=0, state=JobState.FAILED), pod(attempt=0, code=40, word="no such column"))
+    planned = decide(job(), failed, PREPARING)
+    assert (planned.status.state, planned.status.reason) == ("Failed", "UserError")
+    assert planned.make == ()
+
+
+def test_conditions_keep_the_time_of_their_last_transition():
+    first = decide(job(running()), seen(child(ready=1), pod())).status
+    later = decide(job(first), seen(child(ready=1), pod(), after=100)).status
+    moved = next(c for c in later.conditions if c.type is ConditionType.RUNNING)
+    assert moved.last_transition_time == NOW
+    pending = decide(job(later), seen(child(), after=200)).status
+    stopped = next(c for c in pending.conditions if c.type is ConditionType.RUNNING)
+    assert stopped.last_transition_time == NOW + timedelta(seconds=200)

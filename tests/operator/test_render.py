@@ -1,0 +1,101 @@
+"""Manifests: a golden pair for each kind of job, and what must hold of all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from operator_builders import UID
+
+from qlora_api.contract import TrainerConfig
+from qlora_api.job import QLoRAJob
+from qlora_api.spec import Gang
+from qlora_api.status import Attempt, QLoRAJobStatus
+from qlora_operator import render
+from qlora_operator.config import OperatorConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = sorted(p.name for p in GOLDEN.iterdir() if p.is_dir())
+REFRESH = os.environ.get("REFRESH_GOLDEN") == "1"
+CONFIG_KEY = "qlora.dev/config"
+
+
+def rendered(case: str) -> list[dict]:
+    """All manifests of a case: Prepare's, then attempt 2's."""
+    given = yaml.safe_load((GOLDEN / case / "job.yaml").read_text())
+    gang = Gang(given.pop("gang", "None"))
+    config = OperatorConfig.model_validate(given.pop("operator"))
+    given["metadata"]["uid"] = UID
+    job = QLoRAJob.from_manifest(given)
+    workers, gpus = job.spec.parallelism.workers, job.spec.parallelism.gpus_per_worker
+    share = job.spec.training.global_batch_size // (workers * gpus)
+    attempt = Attempt.model_validate(
+        {
+            "number": 2,
+            "worldSize": workers * gpus,
+            "microBatchSize": 1,
+            "gradientAccumulationSteps": share,
+            "startTime": "2026-01-01T00:00:00Z",
+        }
+    )
+    return [render.prepare(job, config), *render.attempt(job, config, gang, attempt, QLoRAJobStatus())]
+
+
+def readable(manifests: list[dict]) -> list[dict]:
+    """With the trainer's config as an object in place of one long line."""
+    plain = json.loads(json.dumps(manifests))
+    for manifest in plain:
+        annotations = manifest["spec"].get("template", {}).get("metadata", {}).get("annotations", {})
+        if CONFIG_KEY in annotations:
+            annotations[CONFIG_KEY] = json.loads(annotations[CONFIG_KEY])
+    return plain
+
+
+def test_there_are_golden_cases():
+    assert CASES
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_manifests_are_as_they_were_looked_at(case):
+    want, got = GOLDEN / case / "want.yaml", readable(rendered(case))
+    if REFRESH:
+        assert os.environ.get("CI") != "true", "golden files are looked at by a person"
+        want.write_text(yaml.safe_dump_all(got, sort_keys=True, width=120))
+    assert got == list(yaml.safe_load_all(want.read_text()))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pods_pass_the_restricted_profile_and_have_no_token(case):
+    for manifest in rendered(case):
+        if manifest["kind"] != "Job":
+            continue
+        spec = manifest["spec"]["template"]["spec"]
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in spec["containers"]:
+            context = container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["readOnlyRootFilesystem"] is True
+            assert context["capabilities"] == {"drop": ["ALL"]}
+        assert {next(iter(set(v) - {"name"})) for v in spec["volumes"]} <= {
+            *("downwardAPI", "emptyDir", "persistentVolumeClaim")
+        }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_config_in_the_pod_is_the_contracts(case):
+    for manifest in rendered(case):
+        if manifest["kind"] == "Job":
+            text = manifest["spec"]["template"]["metadata"]["annotations"][CONFIG_KEY]
+            assert TrainerConfig.model_validate_json(text).job.uid == UID
+
+
+@pytest.mark.parametrize(
+    ("quantity", "count", "product"), [("1.5Gi", 4, "6Gi"), ("500m", 3, "1500m"), ("4", 8, "32"), ("1Ki", 2, "2Ki")]
+)
+def test_quantities_multiply(quantity, count, product):
+    assert render.times(quantity, count) == product
