@@ -40,20 +40,30 @@ def names(planned) -> list[str]:
     [
         pytest.param(job(), seen(), ["job-1"], [], "Pending", "Starting", id="new-job-starts"),
         pytest.param(
-            job(workers=2), seen(), ["qlora-trainers", "job-1"], [], "Pending", "Starting", id="two-workers-need-a-service"
+            job(workers=2),
+            seen(),
+            ["qlora-trainers", "job-1"],
+            [],
+            "Pending",
+            "Starting",
+            id="workers-meet-at-a-service",
+        ),
+        pytest.param(job(running()), seen(child(ready=1), pod()), [], [], "Running", "Training", id="ready-pods-train"),
+        pytest.param(
+            job(running(), suspend=True),
+            seen(child(), pod()),
+            [],
+            ["job-1"],
+            "Pending",
+            "Suspending",
+            id="suspend-deletes",
         ),
         pytest.param(
-            job(running()), seen(child(ready=1), pod()), [], [], "Running", "Training", id="ready-pods-train"
+            job(running(), suspend=True), seen(pod()), [], [], "Pending", "Suspending", id="suspending-with-pods"
         ),
+        pytest.param(job(running(), suspend=True), seen(), [], [], "Suspended", "Suspended", id="suspended"),
         pytest.param(
-            job(running(), suspend=True), seen(child(), pod()), [], ["job-1"], "Pending", "Suspending", id="suspend-deletes"
-        ),
-        pytest.param(
-            job(running(), suspend=True), seen(pod()), [], [], "Pending", "Suspending", id="suspending-until-pods-are-gone"
-        ),
-        pytest.param(job(running(), suspend=True), seen(), [], [], "Suspended", "Suspended", id="suspended-without-pods"),
-        pytest.param(
-            job(running("Suspended")).model_copy(update={"status": QLoRAJobStatus(attempts=[attempt(1, "Suspended")])}),
+            job(QLoRAJobStatus(attempts=[attempt(1, "Suspended")])),
             seen(),
             ["job-2"],
             [],
@@ -89,7 +99,12 @@ def names(planned) -> list[str]:
             id="the-last-restart-is-used-up",
         ),
         pytest.param(
-            job(running()), seen(child(state=JobState.COMPLETE), pod(code=0, word="ok")), [], [], "Succeeded", "Completed",
+            job(running()),
+            seen(child(state=JobState.COMPLETE), pod(code=0, word="ok")),
+            [],
+            [],
+            "Succeeded",
+            "Completed",
             id="complete",
         ),
         pytest.param(
@@ -102,7 +117,13 @@ def names(planned) -> list[str]:
             id="the-deadline-ends-what-runs",
         ),
         pytest.param(
-            job(running()), seen(child(state=JobState.SUSPENDED)), [], [], "Pending", "Queued", id="kueue-has-not-admitted"
+            job(running()),
+            seen(child(state=JobState.SUSPENDED)),
+            [],
+            [],
+            "Pending",
+            "Queued",
+            id="kueue-has-not-admitted",
         ),
         pytest.param(
             job(),
@@ -114,11 +135,16 @@ def names(planned) -> list[str]:
             id="refused-by-the-api-server",
         ),
         pytest.param(
-            job(QLoRAJobStatus()), seen(child(attempt=1, ready=1), pod()), [], [], "Running", "Training",
-            id="an-attempt-status-does-not-know-is-adopted",
+            job(QLoRAJobStatus()),
+            seen(child(attempt=1, ready=1), pod()),
+            [],
+            [],
+            "Running",
+            "Training",
+            id="an-unknown-attempt-is-adopted",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_follows(a_job, what_is_seen, makes, deletes, state, reason):
     planned = decide(a_job, what_is_seen)
     assert names(planned) == makes

@@ -1,4 +1,4 @@
-"""The operator as a process beside a cluster, as it would run in a pod: started, killed, stopped, asked for its metrics."""
+"""The operator as a process beside a cluster, started, killed, stopped, asked for its metrics."""
 
 from __future__ import annotations
 
