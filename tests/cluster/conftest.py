@@ -55,3 +55,23 @@ def kwok_namespace(kwok_cluster: ControlPlane) -> Iterator[str]:
 def namespace(control_plane: ControlPlane) -> str:
     """Name of an empty namespace of the control plane's."""
     return control_plane.create_namespace()
+
+
+@pytest.fixture(scope="session")
+def node_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """A cluster with one real node that says it has 8 GPUs; pods run as containers, on the CPU."""
+    try:
+        cluster = ControlPlane(tmp_path_factory.mktemp("node-cluster"), Settings(real_nodes=True))
+    except ToolMissingError as error:
+        skip_unless_ci(str(error))
+    with cluster:
+        cluster.add_node(gpus=8)
+        yield cluster
+
+
+@pytest.fixture
+def node_namespace(node_cluster: ControlPlane) -> Iterator[str]:
+    """Name of an empty namespace of the cluster with a real node. Its pods are gone before the next test."""
+    name = node_cluster.create_namespace()
+    yield name
+    node_cluster.delete_namespace(name)

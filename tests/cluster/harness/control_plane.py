@@ -18,6 +18,8 @@ from cluster.harness.api import Api, ApiError
 from cluster.harness.audit import read_audit_log
 from cluster.harness.credentials import Authority, KeyPair, write_kubeconfig
 from cluster.harness.kwok import Kwok
+from cluster.harness.network import Bridge
+from cluster.harness.node import Node, require_node_tools
 from cluster.harness.processes import Process
 from cluster.harness.slots import claim_slot
 from services.binaries import find_or_build
@@ -53,8 +55,8 @@ class Settings:
     """A node that was silent this long is not ready."""
     eviction_seconds: int = 300
     """Pods without tolerations of their own stay this long on a node that is not ready."""
-    address: str = ""
-    """Where all listen; empty: a loopback address of the cluster's own."""
+    real_nodes: bool = False
+    """Listen on a bridge that real nodes and their pods reach, not on loopback. Needs root."""
     api_server_flags: tuple[str, ...] = ()
 
     def gates(self, *gates: str) -> tuple[str, ...]:
@@ -71,6 +73,8 @@ class ControlPlane:
 
     def __init__(self, folder: Path, settings: Settings | None = None) -> None:
         self.folder, self.settings = folder.absolute(), settings or Settings()
+        if self.settings.real_nodes:
+            require_node_tools()
         tools = (ETCD, KUBE_APISERVER, KUBE_CONTROLLER_MANAGER, KUBE_SCHEDULER, KUBECTL)
         self.binaries = {tool.name: find_or_build(tool) for tool in tools}
         self.admin_token = secrets.token_hex(16)
@@ -80,6 +84,7 @@ class ControlPlane:
         self._namespace_numbers = count()
         self._owned = ExitStack()
         self._kwok: Kwok | None = None
+        self._nodes: list[Node] = []
 
     # ------------------------------------------------------------------------------------------------ start and stop
 
@@ -99,10 +104,6 @@ class ControlPlane:
     def stop(self) -> None:
         """Stop what was added to the cluster, then the cluster, at once: nothing of its state is kept."""
         self._owned.close()
-        for process in reversed(self._processes.values()):
-            process.kill()
-        self._processes.clear()
-        shutil.rmtree(self._data, ignore_errors=True)
 
     def __enter__(self) -> Self:
         self.start()
@@ -184,6 +185,22 @@ class ControlPlane:
             self._owned.callback(self._kwok.stop)
         return self._kwok.add_nodes(count, gpus=gpus, labels=labels or {}, taints=taints, prefix=prefix)
 
+    def add_node(self, name: str = "", *, gpus: int = 0, labels: Mapping[str, str] | None = None) -> Node:
+        """Boot a real node, on which pods run as containers. Needs ``Settings(real_nodes=True)``.
+
+        Raises:
+            ToolMissingError: see ``require_node_tools``.
+
+        """
+        index = len(self._nodes) + 1
+        node = Node(self, index, name or f"node-{index}", gpus, labels or {})
+        self._nodes.append(node)
+        self._owned.callback(node.stop)
+        node.start()
+        if index == 1:
+            self.bridge.route_services_to(index)
+        return node
+
     def create_namespace(self, prefix: str = "test", labels: Mapping[str, str] | None = None) -> str:
         """Create a namespace with a name of its own and wait until pods can be made there; its name."""
         name = f"{prefix}-{next(self._namespace_numbers)}"
@@ -213,7 +230,12 @@ class ControlPlane:
     def _start(self) -> None:
         slot = claim_slot()
         self._owned.callback(slot.release)
-        self.slot, self.address = slot, self.settings.address or slot.loopback
+        self.slot, self.bridge = slot, Bridge(slot)
+        self.address = slot.gateway if self.settings.real_nodes else slot.loopback
+        if self.settings.real_nodes:
+            self._owned.callback(self.bridge.stop)
+            self.bridge.start()
+        self._owned.callback(self._kill_all)
         for folder in (self.logs, self._data):
             folder.mkdir(parents=True, exist_ok=True)
         self._run_etcd()
@@ -227,6 +249,12 @@ class ControlPlane:
         for name, port in (("kube-controller-manager", CONTROLLER_PORT), ("kube-scheduler", SCHEDULER_PORT)):
             self._processes[name].wait_until(lambda port=port: self._is_healthy(port), READY_SECONDS)
         self.api.wait_for("/api/v1/namespaces/default/serviceaccounts/default", bool)
+
+    def _kill_all(self) -> None:
+        for process in reversed(self._processes.values()):
+            process.kill()
+        self._processes.clear()
+        shutil.rmtree(self._data, ignore_errors=True)
 
     def _make_credentials(self) -> None:
         certificates = self.folder / "certificates"

@@ -20,6 +20,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.harness.nodes import is_usable
 from cluster.harness.processes import Process
 from services.binaries import find_or_build
 from services.tools import KWOK
@@ -69,7 +70,7 @@ class Kwok:
         for name in names:
             self._cluster.api.create(_node(name, gpus, labels, list(taints)))
         for name in names:
-            self._cluster.api.wait_for(f"/api/v1/nodes/{name}", _is_usable, what=f"node {name} ready")
+            self._cluster.api.wait_for(f"/api/v1/nodes/{name}", is_usable, what=f"node {name} ready")
         return names
 
 
@@ -86,7 +87,7 @@ def lose_node(api: Api, name: str) -> None:
 def find_node_again(api: Api, name: str) -> None:
     """Undo ``lose_node``: the node reports itself ready, and its pods go on where they were."""
     _mark_lost(api, name, None)
-    api.wait_for(f"/api/v1/nodes/{name}", _is_usable, what=f"node {name} ready")
+    api.wait_for(f"/api/v1/nodes/{name}", is_usable, what=f"node {name} ready")
 
 
 def finish_pod(
@@ -119,9 +120,3 @@ def _node(name: str, gpus: int, labels: Mapping[str, str], taints: list[Object])
         "spec": {"taints": taints},
         "status": {"capacity": resources, "allocatable": resources},
     }
-
-
-def _is_usable(node: Object) -> bool:
-    """Ready, and the scheduler may know it: the controller has taken the taint of new nodes away."""
-    ready = any(c["type"] == "Ready" and c["status"] == "True" for c in node["status"].get("conditions", ()))
-    return ready and not any(t["key"].startswith("node.kubernetes.io/") for t in node["spec"].get("taints", ()))

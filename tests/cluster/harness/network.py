@@ -1,0 +1,68 @@
+"""The network between this machine, a cluster's real nodes and their pods.
+
+One bridge of the machine joins it and the nodes, each in a network namespace of its own. Nodes and pods are on one
+subnet: a node answers ARP for its pods (proxy ARP), so that nobody needs a route. Nothing leads out of the machine.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cluster.harness.slots import Slot
+
+PREFIX_BITS = 17
+"""Machine, nodes and pods; the other half of the cluster's range is for Services."""
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """This machine's end. A bridge of a harness that was killed is replaced: whoever has the slot owns the name."""
+
+    slot: Slot
+
+    def start(self) -> None:
+        self.stop()
+        ip("link", "add", self.slot.bridge, "type", "bridge")
+        ip("addr", "add", f"{self.slot.gateway}/{PREFIX_BITS}", "dev", self.slot.bridge)
+        ip("link", "set", self.slot.bridge, "up")
+
+    def stop(self) -> None:
+        ip("link", "del", self.slot.bridge, check=False)
+
+    def join(self, index: int, pid: int) -> None:
+        """Give the network namespace of a process an interface ``eth0`` with the node's address."""
+        end, address = f"{self.slot.bridge}n{index}", f"{self.slot.node_address(index)}/{PREFIX_BITS}"
+        ip("link", "del", end, check=False)
+        ip("link", "add", end, "type", "veth", "peer", "name", "eth0", "netns", str(pid))
+        ip("link", "set", end, "master", self.slot.bridge, "up")
+        script = (
+            "ip link set lo up; ip link set eth0 up",
+            f"ip addr add {address} dev eth0",
+            f"ip route add default via {self.slot.gateway}",
+            "cd /proc/sys/net",
+            "echo 1 > ipv6/conf/all/disable_ipv6",
+            "echo 1 > ipv4/ip_forward",
+            "echo 1 > ipv4/conf/eth0/proxy_arp; echo 0 > ipv4/neigh/eth0/proxy_delay",
+            # A Service that kube-proxy does not know yet is refused; lost packets would be sent again to nowhere.
+            f"iptables -A FORWARD -d {self.slot.service_range} -j REJECT",
+        )
+        subprocess.run(["nsenter", "-t", str(pid), "-m", "-n", "sh", "-ec", "\n".join(script)], check=True)
+
+    def route_services_to(self, index: int) -> None:
+        """Let this machine reach Services, as webhooks and out-of-cluster programs need, by a node's kube-proxy."""
+        ip("route", "replace", self.slot.service_range, "via", self.slot.node_address(index), "dev", self.slot.bridge)
+
+
+def ip(*arguments: str, check: bool = True) -> None:
+    """Run iproute2's ``ip``.
+
+    Raises:
+        RuntimeError: it fails, and ``check`` is set.
+
+    """
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    if check and done.returncode:
+        raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")

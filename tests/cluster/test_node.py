@@ -1,0 +1,165 @@
+"""The harness's own promises about a real node: pods are containers that reach each other."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+from cluster.harness.control_plane import ControlPlane, KubectlError, Settings
+from cluster.harness.images import BUSYBOX_IMAGE
+from cluster.harness.nodes import is_ready
+from cluster.test_control_plane import wait_until_ended
+from cluster.test_kwok import wait_for_condition
+from services.binaries import ToolMissingError
+from services.fixtures import skip_unless_ci
+
+if TYPE_CHECKING:
+    from cluster.harness.api import Object
+
+GREET = """
+if [ "$JOB_COMPLETION_INDEX" = 0 ]; then
+  echo "hello from $(hostname)" | nc -l -p 4000
+else
+  until greeting=$(nc -w 5 greet-0.greet 4000 2>/dev/null) && [ -n "$greeting" ]; do sleep 0.2; done
+  echo "$greeting" | tee /dev/termination-log
+fi
+"""
+
+
+def pod(name: str, script: str, **more: object) -> Object:
+    container = {"name": "main", "image": BUSYBOX_IMAGE, "command": ["sh", "-c", script], **more}
+    spec = {"restartPolicy": "Never", "terminationGracePeriodSeconds": 1, "containers": [container]}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": {"app": name}}, "spec": spec}
+
+
+def service(name: str, selector: dict, port: int, **more: object) -> Object:
+    spec = {"selector": selector, "ports": [{"port": port}], **more}
+    return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": spec}
+
+
+def wait_for_phase(cluster: ControlPlane, namespace: str, name: str, phase: str) -> Object:
+    path = f"/api/v1/namespaces/{namespace}/pods/{name}"
+    return cluster.api.wait_for(path, lambda pod: pod["status"]["phase"] == phase, what=f"pod {name} {phase}")
+
+
+def test_two_workers_of_a_job_meet_by_name(node_cluster: ControlPlane, node_namespace: str):
+    api = node_cluster.api
+    api.create(service("greet", {"job-name": "greet"}, 4000, clusterIP="None"), node_namespace)
+    template = pod("greet", GREET, resources={"limits": {"nvidia.com/gpu": "2"}})["spec"]
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "greet"},
+        "spec": {
+            "completionMode": "Indexed",
+            "completions": 2,
+            "parallelism": 2,
+            "backoffLimit": 0,
+            "template": {"spec": {**template, "subdomain": "greet"}},
+        },
+    }
+    api.create(job, node_namespace)
+    wait_for_condition(node_cluster, node_namespace, "greet", "Complete")
+    pods = api.list(f"/api/v1/namespaces/{node_namespace}/pods", labelSelector="job-name=greet")
+    (asked,) = [p for p in pods if p["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"] == "1"]
+    terminated = asked["status"]["containerStatuses"][0]["state"]["terminated"]
+    assert (terminated["exitCode"], terminated["message"]) == (0, "hello from greet-0\n")
+    assert node_cluster.kubectl("logs", asked["metadata"]["name"], "-n", node_namespace) == "hello from greet-0\n"
+
+
+def test_a_pod_is_reached_by_exec_by_address_and_by_service(node_cluster: ControlPlane, node_namespace: str):
+    api = node_cluster.api
+    api.create(pod("web", "echo hi > index.html; exec httpd -f -p 8000"), node_namespace)
+    made = api.create(service("web", {"app": "web"}, 8000), node_namespace)
+    running = wait_for_phase(node_cluster, node_namespace, "web", "Running")
+    for address in (running["status"]["podIP"], made["spec"]["clusterIP"]):
+        assert _get_eventually(f"http://{address}:8000/") == "hi\n"
+    inside = ["exec", "-n", node_namespace, "web", "--", "wget", "-qO-", "http://web:8000/"]
+    assert node_cluster.kubectl(*inside) == "hi\n"
+
+
+def test_a_service_account_reaches_the_api_from_its_pod(node_cluster: ControlPlane, node_namespace: str):
+    folder = "/var/run/secrets/kubernetes.io/serviceaccount"
+    name = "kubernetes.default.svc.cluster.local"
+    script = f"test -s {folder}/token && nslookup {name} && until nc {name} 443 </dev/null; do sleep 0.2; done"
+    node_cluster.api.create(pod("inside", script), node_namespace)
+    wait_for_phase(node_cluster, node_namespace, "inside", "Succeeded")
+
+
+def test_a_container_that_uses_too_much_memory_is_killed(node_cluster: ControlPlane, node_namespace: str):
+    limits = {"limits": {"memory": "16Mi"}}
+    node_cluster.api.create(pod("greedy", "tail /dev/zero", resources=limits), node_namespace)
+    failed = wait_for_phase(node_cluster, node_namespace, "greedy", "Failed")
+    terminated = failed["status"]["containerStatuses"][0]["state"]["terminated"]
+    assert (terminated["exitCode"], terminated["reason"]) == (137, "OOMKilled")
+
+
+def test_a_node_is_lost_comes_back_and_leaves_nothing(tmp_path: Path):
+    try:
+        cluster = ControlPlane(tmp_path / "cluster", Settings(real_nodes=True, node_grace_seconds=4))
+    except ToolMissingError as error:
+        skip_unless_ci(str(error))
+    with cluster:
+        first, second = cluster.add_node("first", gpus=1), cluster.add_node("second", labels={"disk": "ssd"})
+        namespace = cluster.create_namespace()
+        served, asks = pod("served", "echo hi > index.html; exec httpd -f -p 8000"), pod("asks", "sleep 600")
+        served["spec"]["nodeSelector"], asks["spec"]["nodeName"] = {"disk": "ssd"}, "first"
+        for manifest in (served, asks, service("served", {"app": "served"}, 8000)):
+            cluster.api.create(manifest, namespace)
+        for name in ("served", "asks"):
+            wait_for_phase(cluster, namespace, name, "Running")
+        ask = "until wget -qO- http://served:8000/ 2>/dev/null; do sleep 0.2; done"
+        across = ("exec", "-n", namespace, "asks", "--", "sh", "-c", ask)
+        assert _kubectl_eventually(cluster, *across) == "hi\n"
+
+        first.stop_kubelet()
+        cluster.api.wait_for("/api/v1/nodes/first", lambda node: not is_ready(node), what="first node lost")
+        first.start_kubelet()
+        assert cluster.api.get("/api/v1/nodes/first")["status"]["capacity"]["nvidia.com/gpu"] == "1"
+        assert _kubectl_eventually(cluster, *across) == "hi\n"
+
+        second.stop()
+        second.start()
+        wait_for_phase(cluster, namespace, "served", "Failed")
+        bridge, groups = cluster.slot.bridge, f"{cluster.slot.bridge}-*"
+        pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _is_of(p, tmp_path)]
+        assert len(pids) > 10
+    assert wait_until_ended(pids, seconds=0) == []
+    assert not Path(f"/sys/class/net/{bridge}").exists()
+    assert not list(Path("/sys/fs/cgroup").glob(groups)) + list(Path("/sys/fs/cgroup").glob(f"*/{groups}"))
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+
+
+def _is_of(process: Path, folder: Path) -> bool:
+    """Whether a process sees the folder in its arguments, its root or its mounts: those of a node's namespace do."""
+    try:
+        return str(folder).encode() in (process / "cmdline").read_bytes() + (process / "mountinfo").read_bytes()
+    except OSError:
+        return False
+
+
+def _kubectl_eventually(cluster: ControlPlane, *arguments: str, seconds: float = 10) -> str:
+    """A kubelet that has just started finds its pods again within a second or two."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return cluster.kubectl(*arguments)
+        except KubectlError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def _get_eventually(url: str, seconds: float = 10) -> str:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return httpx.get(url, timeout=2, trust_env=False).raise_for_status().text
+        except httpx.HTTPError:
+            if time.monotonic() > deadline:
+                pytest.fail(f"{url} does not answer")
+            time.sleep(0.1)
