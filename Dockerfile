@@ -1,0 +1,98 @@
+# Two images of one file: 'operator' (no torch) and 'trainer'. 'make images' builds both.
+#
+# BASE may be any image with Python 3.11 or newer, or a bare Debian, which then gets its own Python.
+ARG BASE=python:3.11-slim-bookworm
+
+# ------------------------------------------------------------------------------------- what both run on
+
+FROM ${BASE} AS python
+RUN if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || [ ! -d /usr/share/ca-certificates ]; \
+    then \
+      apt-get update -qq \
+      && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends python3 ca-certificates > /dev/null \
+      && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/log/*.log /var/log/apt; \
+    fi \
+    # Some libraries ask for the name and home of whoever runs them.
+    && echo 'qlora:x:65532:65532::/tmp:/usr/sbin/nologin' >> /etc/passwd \
+    && echo 'qlora:x:65532:' >> /etc/group
+# The root file system may be read-only: /tmp is the only place that is written to, and bytecode is compiled here.
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONPATH=/opt/qlora \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    HOME=/tmp
+WORKDIR /tmp
+
+# ----------------------------------------------------------------------------------- where packages are put together
+
+FROM python AS build
+# What a build needs to know of its surroundings; nothing of it is in the images.
+ARG PIP_CERT
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+RUN if ! python3 -c 'import ensurepip' 2> /dev/null; \
+    then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends python3-venv > /dev/null; \
+    fi \
+    && python3 -m venv /opt/uv && /opt/uv/bin/pip install --quiet --no-cache-dir --disable-pip-version-check 'uv>=0.9'
+ENV UV_LINK_MODE=copy \
+    UV_PYTHON=/opt/venv/bin/python
+RUN /opt/uv/bin/uv venv --quiet --python python3 /opt/venv
+WORKDIR /src
+
+# The lists of packages alone, so that no other change of pyproject.toml installs them again.
+FROM build AS requirements
+COPY pyproject.toml .
+RUN python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; [open(f"{name}.txt", "w").write("\n".join(p["dependencies"] + p["optional-dependencies"][name])) for name in ("operator", "trainer")]'
+
+# Compiled once, here; 'unchecked': a start looks at no source again. The generated classes of the Kubernetes client are
+# left out: nothing imports them, and they would be a third of the image.
+FROM build AS operator-build
+ARG SSL_CERT_FILE
+ARG UV_CACHE_DIR=/tmp/uv
+ARG UV_DEFAULT_INDEX
+ARG UV_INDEX
+COPY constraints.txt .
+COPY --from=requirements /src/operator.txt .
+RUN /opt/uv/bin/uv pip install --constraints constraints.txt --requirements operator.txt \
+    && python -m compileall -q -j 0 --invalidation-mode unchecked-hash -x '/client/(models|api)/' /opt/venv
+COPY api/qlora_api /opt/qlora/qlora_api
+COPY operator/qlora_operator /opt/qlora/qlora_operator
+RUN python -m compileall -q --invalidation-mode unchecked-hash /opt/qlora
+
+FROM build AS trainer-build
+ARG SSL_CERT_FILE
+ARG UV_CACHE_DIR=/tmp/uv
+ARG UV_DEFAULT_INDEX
+ARG UV_INDEX
+ARG UV_FIND_LINKS
+# cpu: PyTorch's own build without CUDA, from PyTorch's own index. Unset: the index's build, which brings CUDA.
+ARG UV_TORCH_BACKEND
+COPY constraints.txt .
+COPY --from=requirements /src/trainer.txt .
+RUN /opt/uv/bin/uv pip install --constraints constraints.txt --requirements trainer.txt \
+    && python -m compileall -q -j 0 --invalidation-mode unchecked-hash -x /torch/testing/ /opt/venv
+COPY api/qlora_api /opt/qlora/qlora_api
+COPY trainer/qlora_trainer /opt/qlora/qlora_trainer
+RUN python -m compileall -q --invalidation-mode unchecked-hash /opt/qlora
+
+# ------------------------------------------------------------------------------------------------------- the images
+
+FROM python AS operator
+LABEL org.opencontainers.image.title="qlora-operator" \
+      org.opencontainers.image.description="Serves QLoRAJobs on Kubernetes" \
+      org.opencontainers.image.licenses="Apache-2.0"
+COPY --from=operator-build /opt/venv /opt/venv
+COPY --from=operator-build /opt/qlora /opt/qlora
+USER 65532:65532
+ENTRYPOINT ["python", "-m", "qlora_operator"]
+
+FROM python AS trainer
+LABEL org.opencontainers.image.title="qlora-trainer" \
+      org.opencontainers.image.description="Prepares and trains QLoRAJobs, and publishes their adapters" \
+      org.opencontainers.image.licenses="Apache-2.0"
+# What the NVIDIA container runtime mounts: the driver, and NVML to read memory by.
+ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
+COPY --from=trainer-build /opt/venv /opt/venv
+COPY --from=trainer-build /opt/qlora /opt/qlora
+USER 65532:65532
+ENTRYPOINT ["python", "-m", "qlora_trainer"]
