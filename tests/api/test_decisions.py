@@ -99,6 +99,7 @@ def attempt(reason, number=1, micro=4):
         pytest.param([Reason.CRASHED], {"max_restarts": 0}, "finish-failed", id="no-restart-allowed"),
         pytest.param([Reason.PREEMPTED] * 9, {}, "retry-free", id="preemption-is-free"),
         pytest.param([Reason.CRASHED] * 3 + [Reason.NODE_LOST], {}, "retry-free", id="a-lost-node-is-free"),
+        pytest.param([Reason.CRASHED] * 3 + [Reason.PEER_LOST], {}, "retry-free", id="a-pod-that-vanished-is-free"),
         pytest.param([Reason.OUT_OF_DEVICE_MEMORY], {}, "retry-smaller", id="out-of-memory-halves-the-micro-batch"),
         pytest.param(
             [Reason.OUT_OF_DEVICE_MEMORY],
@@ -149,6 +150,7 @@ def test_each_restart_waits_longer_than_the_one_before():
         (137, Reason.OUT_OF_HOST_MEMORY),
         (-9, Reason.OUT_OF_HOST_MEMORY),
         (143, Reason.PREEMPTED),
+        (ExitCode.PEER_LOST, Reason.PEER_LOST),
         (-11, Reason.CRASHED),
     ],
 )

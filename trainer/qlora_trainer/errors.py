@@ -5,13 +5,15 @@
     TrainerError
     ├── UserError              40  never retried: the manifest, the model or the rows must change
     ├── PreemptedError         43  told to stop; a checkpoint is written
+    ├── StalledError           44  somebody did not come, or does not go on
     ├── NonFiniteLossError     45  stopped before the update
     ├── CheckpointError        46  no checkpoint of this run can be read
     ├── StorageError           47  disk full, or object storage out of reach
-    └── AdapterRejectedError   48  the publish gate found the adapter bad
+    ├── AdapterRejectedError   48  the publish gate found the adapter bad
+    └── PeerLostError          49  another worker is gone, and knows why
 
 Errors of libraries get their codes in :mod:`qlora_trainer.outcome`: out of device memory 41, a collective that
-timed out 44, all else 1.
+timed out 44, one whose connection broke 49, all else 1.
 """
 
 from __future__ import annotations
@@ -47,6 +49,10 @@ class PreemptedError(TrainerError):
     exit_code = ExitCode.PREEMPTED
 
 
+class StalledError(TrainerError):
+    exit_code = ExitCode.STALLED
+
+
 class NonFiniteLossError(TrainerError):
     exit_code = ExitCode.NON_FINITE_LOSS
 
@@ -63,3 +69,9 @@ class AdapterRejectedError(TrainerError):
     """What was to be published fails the gate; nothing is published."""
 
     exit_code = ExitCode.ADAPTER_REJECTED
+
+
+class PeerLostError(TrainerError):
+    """This worker cannot go on without another one; what happened is for that one to say."""
+
+    exit_code = ExitCode.PEER_LOST

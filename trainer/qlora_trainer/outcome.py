@@ -15,6 +15,7 @@ import transformers
 
 from qlora_api.contract import ExitCode, ProgressReport, TerminationMessage, TrainerConfig, reason_of
 from qlora_api.status import Progress
+from qlora_trainer import last_word
 from qlora_trainer.errors import PreemptedError, TrainerError
 
 log = logging.getLogger(__name__)
@@ -72,9 +73,11 @@ def guarded(config: TrainerConfig, work: Callable[[LastSeen], TerminationMessage
         elif _is_stall(error):
             code = ExitCode.STALLED
         log.exception("the attempt ended")
+        if code is ExitCode.CRASHED and (words := _lost_peer(error)):
+            return _leave(config, ExitCode.PEER_LOST, f"another rank is gone: {words}", rank, seen)
         return _leave(config, code, f"{type(error).__name__}: {error}", rank, seen)
     if message is not None and rank == "0":
-        Path(config.termination_message_path).write_bytes(message.to_bytes())
+        last_word.write(Path(config.termination_message_path), message)
     return ExitCode.DONE
 
 
@@ -98,18 +101,35 @@ def _is_stall(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "timed out" in str(error).lower()
 
 
+BROKEN_CONNECTIONS = (
+    "connection closed by peer",  # gloo: the other process has ended
+    "connection reset by peer",
+    "broken pipe",
+    "connection refused",  # gloo, connecting to a rank that has ended already
+    "connection was likely closed",  # TCPStore
+    "remote process exited",  # NCCL's ncclRemoteError
+)
+
+
+def _lost_peer(error: Exception) -> str | None:
+    """How a collective, or the store, noticed that its other end is gone; None where that is not what happened.
+
+    Storage and the Hub raise other types than RuntimeError.
+    """
+    text = str(error).lower()
+    return next((words for words in BROKEN_CONNECTIONS if isinstance(error, RuntimeError) and words in text), None)
+
+
 def _leave(config: TrainerConfig, code: ExitCode, text: str, rank: str, seen: LastSeen) -> int:
-    """Write the termination message unless another rank was first: what follows a failure is not its cause."""
-    path = Path(config.termination_message_path)
-    if not path.exists() or path.stat().st_size == 0:
-        report = seen.report() if seen.report else None
-        message = TerminationMessage(
-            exit_code=code,
-            reason=reason_of(code),
-            message=text,
-            rank=int(rank),
-            progress=progress_of(report) if report else None,
-            memory=report.memory if report else None,
-        )
-        path.write_bytes(message.to_bytes())
+    """Write the termination message unless another rank's says more already."""
+    report = seen.report() if seen.report else None
+    message = TerminationMessage(
+        exit_code=code,
+        reason=reason_of(code),
+        message=text,
+        rank=int(rank),
+        progress=progress_of(report) if report else None,
+        memory=report.memory if report else None,
+    )
+    last_word.write_unless_told(Path(config.termination_message_path), message)
     return code

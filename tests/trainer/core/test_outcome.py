@@ -29,6 +29,17 @@ class Config:
         ),
         pytest.param(MemoryError("cannot allocate"), ExitCode.OUT_OF_HOST_MEMORY, id="host"),
         pytest.param(RuntimeError("Timed out waiting 1800000ms for recv"), ExitCode.STALLED, id="gloo-timeout"),
+        pytest.param(
+            RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer. GLHF!"),
+            ExitCode.PEER_LOST,
+            id="gloo-peer-gone",
+        ),
+        pytest.param(
+            RuntimeError("NCCL error: remote process exited or there was a network error"),
+            ExitCode.PEER_LOST,
+            id="nccl-peer-gone",
+        ),
+        pytest.param(ConnectionResetError("Connection reset by peer"), ExitCode.CRASHED, id="another-connection"),
         pytest.param(CheckpointError("broken"), ExitCode.CHECKPOINT_UNREADABLE, id="own"),
         pytest.param(KeyError("x"), ExitCode.CRASHED, id="anything-else"),
     ],
@@ -52,3 +63,17 @@ def test_the_first_rank_to_fail_has_the_last_word(tmp_path):
     guarded(Config(tmp_path / "word.json"), work("the cause"))
     guarded(Config(tmp_path / "word.json"), work("what followed"))
     assert "the cause" in (tmp_path / "word.json").read_text()
+
+
+def test_a_rank_that_lost_a_peer_gives_way_to_one_that_knows_more(tmp_path):
+    def work(error):
+        def fail(_):
+            raise error
+
+        return fail
+
+    word = tmp_path / "word.json"
+    word.touch()  # in a pod the file is there from the start
+    for error in (RuntimeError("Connection closed by peer"), MemoryError("the cause"), RuntimeError("Broken pipe")):
+        guarded(Config(word), work(error))
+    assert "the cause" in word.read_text()

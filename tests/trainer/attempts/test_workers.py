@@ -1,0 +1,168 @@
+"""Several workers (pods) of one attempt, as launchers on this machine that know each other by index and port alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig
+from qlora_api.status import Reason
+from qlora_trainer.publish import verify_published
+
+pytestmark = pytest.mark.ranks
+
+
+@dataclass
+class Pod:
+    """One worker's launcher, with files of its own."""
+
+    config: TrainerConfig
+    index: int
+    folder: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log(self) -> str:
+        return self._path("log").read_text()
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}-{self.config.attempt}-worker-{self.index}"
+
+    def start(self) -> Pod:
+        own = self.config.model_copy(update={"termination_message_path": str(self._path("termination"))})
+        self._path("config").write_text(own.model_dump_json(by_alias=True))
+        with self._path("log").open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "qlora_trainer", str(self._path("config"))],
+                stdout=out,
+                stderr=out,
+                env={**os.environ, "JOB_COMPLETION_INDEX": str(self.index), "NODE_NAME": f"node-{self.index}"},
+            )
+        return self
+
+    def rank(self, number: int) -> psutil.Process:
+        children = psutil.Process(self.process.pid).children()
+        return next(p for p in children if p.environ().get("RANK") == str(number))
+
+    def until(self, text: str, seconds: float = 150) -> None:
+        deadline = time.monotonic() + seconds
+        while text not in self.log:
+            assert time.monotonic() < deadline, self.log[-3000:]
+            assert self.process.poll() is None, self.log[-3000:]
+            time.sleep(0.05)
+
+    def end(self) -> tuple[int, TerminationMessage | None]:
+        code = self.process.wait(timeout=150)
+        path = self._path("termination")
+        has_word = path.exists() and path.stat().st_size > 0
+        return code, TerminationMessage.model_validate_json(path.read_bytes()) if has_word else None
+
+
+@pytest.fixture
+def pods(workshop, monkeypatch):
+    """Makes the pods of an attempt, and ends those that a failing test left."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    made: list[Pod] = []
+
+    def make(workers: int = 2, ranks: int = 1, **changes) -> list[Pod]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        config = workshop.config(ranks=workers * ranks, **changes).model_copy(
+            update={"workers": workers, "ranks_per_worker": ranks, "rendezvous": f"127.0.0.1:{port}"}
+        )
+        pods = [Pod(config, index, workshop.folder) for index in range(workers)]
+        made.extend(pods)
+        return pods
+
+    yield make
+    for pod in made:
+        if pod.process and pod.process.poll() is None:
+            for child in psutil.Process(pod.process.pid).children(recursive=True):
+                child.kill()
+            pod.process.kill()
+            pod.process.wait()
+
+
+STEPS = {"training": {"epochs": None, "maxSteps": 4}}
+ENDLESS = {"training": {"epochs": None, "maxSteps": 5000}}
+
+
+def losses(log: str) -> list[str]:
+    return [line.split(" loss ")[1].split()[0] for line in log.splitlines() if " INFO step " in line and " lr " in line]
+
+
+def test_workers_that_start_apart_train_as_one_and_publish_once(pods, workshop):
+    first, second = pods(ranks=1, **STEPS)
+    first.start()
+    first.until("waiting for 1 of 2 workers: 1")
+    second.start()
+    (code, word), (other_code, other_word) = first.end(), second.end()
+    assert (code, other_code) == (ExitCode.DONE, ExitCode.DONE), first.log[-2000:] + second.log[-2000:]
+    assert verify_published(word.adapter.manifest_uri) == []
+    assert other_word is None, "rank 0 alone has the last word of a job that is done"
+    for name in ("out", "checkpoints"):
+        shutil.rmtree(workshop.folder / name)
+    alone = workshop.run(workshop.config(ranks=2, attempt=2, **STEPS))
+    assert [f"{loss:.6f}" for loss in alone.losses.values()] == losses(first.log)
+
+
+def test_sigterm_at_one_worker_checkpoints_on_all_and_both_are_preempted(pods):
+    both = [pod.start() for pod in pods(ranks=2, **ENDLESS)]
+    both[0].until(" step 2/")
+    both[1].process.send_signal(signal.SIGTERM)
+    ends = [pod.end() for pod in both]
+    assert [code for code, _ in ends] == [ExitCode.PREEMPTED] * 2, both[0].log[-2000:]
+    assert all(word.reason is Reason.PREEMPTED and "a checkpoint is written" in word.message for _, word in ends)
+    assert ends[0][1].progress.step == ends[1][1].progress.step
+
+
+def test_a_killed_rank_is_told_by_its_worker_and_the_other_worker_says_that_it_lost_it(pods):
+    both = [pod.start() for pod in pods(ranks=1, **ENDLESS)]
+    both[0].until(" step 2/")
+    both[1].rank(1).kill()
+    (suffered_code, suffered), (code, word) = (pod.end() for pod in both)
+    assert "rank 1 was killed by SIGKILL" in word.message
+    assert code not in (ExitCode.PEER_LOST, ExitCode.DONE)
+    assert suffered_code == ExitCode.PEER_LOST, both[0].log[-2000:]
+    assert suffered.reason is Reason.PEER_LOST
+    assert "worker 1 on node-1 ended as" in suffered.message
+    assert "rank 1 was killed by SIGKILL" in suffered.message
+
+
+def test_a_worker_whose_whole_pod_is_gone_is_missed_at_once(pods):
+    both = [pod.start() for pod in pods(ranks=1, **ENDLESS)]
+    both[0].until(" step 2/")
+    for process in (*psutil.Process(both[0].process.pid).children(), psutil.Process(both[0].process.pid)):
+        process.kill()
+    code, word = both[1].end()
+    assert code == ExitCode.PEER_LOST, both[1].log[-2000:]
+    assert word.reason is Reason.PEER_LOST
+
+
+def test_a_worker_that_never_comes_is_named(pods):
+    first, _ = pods(ranks=1, policy={"stallTimeoutSeconds": 30}, **STEPS)
+    first.start()
+    code, word = first.end()
+    assert code == ExitCode.STALLED
+    assert "1 of 2 workers: 1 did not come" in word.message
+    assert "stallTimeoutSeconds" in word.message
+
+
+def test_sigterm_while_workers_are_waited_for_ends_all_that_wait(pods):
+    three = pods(workers=3, ranks=1, training={"globalBatchSize": 6, "epochs": 1})
+    waiting = [pod.start() for pod in three[:2]]
+    waiting[1].until("waiting for 1 of 3 workers: 2")
+    waiting[1].process.send_signal(signal.SIGTERM)
+    ends = [pod.end() for pod in waiting]
+    assert [code for code, _ in ends] == [ExitCode.PREEMPTED] * 2, waiting[0].log + waiting[1].log

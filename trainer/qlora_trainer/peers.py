@@ -1,0 +1,289 @@
+"""The workers (pods) of one attempt: how they find each other, and how one learns that another is gone.
+
+::
+
+    worker 0 ── holds a store (torch's TCPStore) at the rendezvous
+    worker i ── waits for its name and port, for minutes if need be, and writes itself down
+    all      ── wait until everybody is written down, then start their ranks
+
+While the ranks run each worker counts up a number in the store, and looks whether the others' numbers move. A rank
+whose peer is gone mostly notices by itself, by a connection that breaks; a node without power breaks none, and NCCL
+may wait for the length of its timeout.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import socket
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from qlora_api.base import Model
+from qlora_api.contract import ExitCode, reason_of
+from qlora_trainer.errors import PeerLostError, PreemptedError, StalledError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+    from qlora_api.contract import TrainerConfig
+
+LOG_SECONDS = 30.0
+"""Between lines that say who is waited for; the first comes at once."""
+POLL_SECONDS = 0.5
+CONNECT_SECONDS = 5.0
+ANSWER_SECONDS = 30
+"""For one question to the store."""
+SILENT_SECONDS = 90.0
+"""A launcher does nothing but count and wait: one that does not count for so long is gone, or its node is."""
+LINGER_SECONDS = 10.0
+"""How long worker 0, which holds the store, stays after a failure for the others to read why."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of the workers this one is, and where they meet."""
+
+    index: int
+    workers: int
+    host: str
+    port: int
+    node: str
+
+    @classmethod
+    def of(cls, config: TrainerConfig) -> Place:
+        """Read from the config, the pod's index and the node's name."""
+        index = int(os.environ.get("JOB_COMPLETION_INDEX", "0"))
+        if not 0 <= index < config.workers:
+            raise ValueError(f"JOB_COMPLETION_INDEX is {index}, and there are {config.workers} workers")
+        host, _, port = (config.rendezvous or "").rpartition(":")
+        if config.workers > 1 and not (host and port.isdecimal()):
+            raise ValueError(f"{config.workers} workers need a rendezvous host:port, not {config.rendezvous!r}")
+        return cls(index, config.workers, host.strip("[]"), int(port or 0), node_name())
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where this worker reaches the store. Worker 0 holds it, and its own name may not be published yet."""
+        return ("127.0.0.1" if self.index == 0 else self.host), self.port
+
+
+def node_name() -> str:
+    """The node as the cluster calls it, else this machine's name."""
+    return os.environ.get("NODE_NAME") or platform.node()
+
+
+class Farewell(Model):
+    """What a worker leaves in the store when it ends."""
+
+    exit_code: int
+    text: str
+    node: str
+
+
+class Meeting:
+    """All workers of an attempt, as one of them sees the others. Made by :func:`meet`."""
+
+    def __init__(self, place: Place, store: Store, server: Store | None) -> None:
+        self._place = place
+        self._store = store
+        self._server = server
+        """Held on to: the store is gone when this object is."""
+        self._others = [i for i in range(place.workers) if i != place.index]
+        self._counts: dict[int, tuple[bytes, float]] = {}
+        self._count = 0
+
+    def arrive(self) -> None:
+        self._store.set(f"here/{self._place.index}", self._place.node)
+
+    def missing(self) -> list[int]:
+        """Workers that are not here yet.
+
+        Raises:
+            PreemptedError: one was told to stop before all were here.
+            PeerLostError: one failed before that, or the store is gone.
+
+        """
+        try:
+            if self._store.check([f"here/{i}" for i in range(self._place.workers)]):
+                return []
+            farewells = self._farewells()
+            away = [i for i in range(self._place.workers) if not self._store.check([f"here/{i}"])]
+        except DistError as error:
+            raise PeerLostError(
+                f"worker 0 at {self._place.host}:{self._place.port} went away: {_line(error)}"
+            ) from None
+        for index, farewell in farewells.items():
+            if farewell.exit_code == ExitCode.PREEMPTED:
+                raise PreemptedError(f"worker {index} on {farewell.node} was told to stop before all workers were here")
+            raise PeerLostError(_ended(index, farewell))
+        return away
+
+    def lost(self) -> str | None:
+        """Say that the ranks here wait for nobody, and whose fault that is; None while all is well.
+
+        A worker that ended well, or was told to stop, ended together with this one's ranks.
+        """
+        self._count += 1
+        try:
+            self._store.set(f"alive/{self._place.index}", str(self._count))
+            if said := self.cause() or self._follower():
+                return said
+            keys = [f"alive/{i}" for i in self._others]
+            now = time.monotonic()
+            for index, key in zip(self._others, keys, strict=True):
+                count = self._store.get(key) if self._store.check([key]) else b""
+                seen, since = self._counts.get(index, (None, now))
+                self._counts[index] = (count, since if seen == count else now)
+                if now - self._counts[index][1] > SILENT_SECONDS and not self._has_ended(index):
+                    return f"worker {index} on {self._node(index)} has been silent for {SILENT_SECONDS:.0f} s"
+        except DistError as error:
+            return f"worker 0 went away: {_line(error)}"
+        return None
+
+    def cause(self) -> str | None:
+        """What a worker that failed by itself said."""
+        for index, farewell in self._farewells().items():
+            if farewell.exit_code not in (ExitCode.DONE, ExitCode.PREEMPTED, ExitCode.PEER_LOST):
+                return _ended(index, farewell)
+        return None
+
+    def _follower(self) -> str | None:
+        """A worker that ended because it lost another; its ranks are gone all the same."""
+        return next((_ended(i, f) for i, f in self._farewells().items() if f.exit_code == ExitCode.PEER_LOST), None)
+
+    def find_cause(self) -> str | None:
+        """As :meth:`cause`, with the time that a worker takes to end its ranks and say so."""
+        until = time.monotonic() + LINGER_SECONDS
+        try:
+            while (said := self.cause()) is None and time.monotonic() < until:
+                time.sleep(POLL_SECONDS)
+        except DistError:
+            return None
+        return said
+
+    def leave(self, exit_code: int, text: str) -> None:
+        """Tell the others how this worker ended. After a failure worker 0 stays until all have read it."""
+        farewell = Farewell(exit_code=exit_code, text=text[:1000], node=self._place.node)
+        try:
+            self._store.set(f"ended/{self._place.index}", farewell.model_dump_json())
+            if exit_code in (ExitCode.DONE, ExitCode.PREEMPTED) or self._place.index:
+                return
+            until = time.monotonic() + LINGER_SECONDS
+            while len(self._farewells()) < len(self._others) and time.monotonic() < until:
+                time.sleep(POLL_SECONDS)
+        except DistError as error:
+            log.debug("nobody to tell: %s", error)
+
+    def _farewells(self) -> dict[int, Farewell]:
+        keys = {i: f"ended/{i}" for i in self._others}
+        return {
+            i: Farewell.model_validate_json(self._store.get(key)) for i, key in keys.items() if self._store.check([key])
+        }
+
+    def _has_ended(self, index: int) -> bool:
+        return bool(self._store.check([f"ended/{index}"]))
+
+    def _node(self, index: int) -> str:
+        return self._store.get(f"here/{index}").decode()
+
+
+def meet(place: Place, attempt: str, patience_seconds: float, waits: Callable[[float], None] = time.sleep) -> Meeting:
+    """Wait until all workers of an attempt are here.
+
+    Args:
+        place: this worker's.
+        attempt: names the attempt, so that a pod of an earlier one is not taken for a peer.
+        patience_seconds: how long the slowest may take.
+        waits: sleeps.
+
+    Raises:
+        StalledError: somebody did not come; names who.
+        PreemptedError: another worker was told to stop meanwhile.
+        PeerLostError: another worker was here, and failed.
+
+    """
+    clock = _Patience(patience_seconds, waits)
+    server = _hold(place) if place.index == 0 else None
+    _reach(place, clock)
+    client = TCPStore(*place.address, is_master=False, wait_for_workers=False, timeout=_seconds(ANSWER_SECONDS))
+    meeting = Meeting(place, PrefixStore(attempt, client), server)
+    meeting.arrive()
+    try:
+        while away := meeting.missing():
+            others = f"{len(away)} of {place.workers} workers: {', '.join(map(str, away))}"
+            clock.wait(f"waiting for {others}", f"{others} did not come to {place.host}:{place.port}")
+    except PreemptedError:
+        meeting.leave(ExitCode.PREEMPTED, "told to stop")
+        raise
+    except StalledError as error:
+        meeting.leave(ExitCode.STALLED, str(error))
+        raise
+    return meeting
+
+
+class _Patience:
+    """Waits in small pieces with a line now and then, until it runs out."""
+
+    def __init__(self, seconds: float, waits: Callable[[float], None]) -> None:
+        self._seconds = seconds
+        self._waits = waits
+        self._began = time.monotonic()
+        self._next_line = 0.0
+
+    def wait(self, doing: str, failed: str) -> None:
+        """Sleep a little.
+
+        Raises:
+            StalledError: for too long already.
+
+        """
+        waited = time.monotonic() - self._began
+        if waited > self._seconds:
+            raise StalledError(f"{failed} within {self._seconds:.0f} s (spec.policy.stallTimeoutSeconds)")
+        if waited >= self._next_line:
+            self._next_line = waited + LOG_SECONDS
+            log.info("%s (%.0f s of at most %.0f s)", doing, waited, self._seconds)
+        self._waits(POLL_SECONDS)
+
+
+def _hold(place: Place) -> Store:
+    """The store on worker 0. ``multi_tenant``: torchrun's own rendezvous shares this server, port and all."""
+    return TCPStore(
+        *place.address, is_master=True, wait_for_workers=False, timeout=_seconds(ANSWER_SECONDS), multi_tenant=True
+    )
+
+
+def _reach(place: Place, clock: _Patience) -> None:
+    """Wait for worker 0's name to exist and its port to answer; its pod may start minutes later."""
+    host, port = place.address
+    while True:
+        try:
+            socket.create_connection((host, port), CONNECT_SECONDS).close()
+        except OSError as error:
+            why = "its name does not exist yet" if isinstance(error, socket.gaierror) else _line(error)
+            clock.wait(
+                f"waiting for worker 0 at {host}:{port}: {why}", f"worker 0 at {host}:{port} ({why}) did not come"
+            )
+        else:
+            return
+
+
+def _ended(index: int, farewell: Farewell) -> str:
+    text = f": {farewell.text}" if farewell.text else ""
+    return f"worker {index} on {farewell.node} ended as {reason_of(farewell.exit_code)}{text}"
+
+
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _seconds(count: float) -> timedelta:
+    return timedelta(seconds=count)
