@@ -48,6 +48,11 @@ def wait_for_running(cluster: ControlPlane, namespace: str, job: str, count: int
     return cluster.api.wait_for(path, enough, labelSelector=f"job-name={job}", what=f"{count} running")["items"]
 
 
+def scheduled(pod: Object) -> str:
+    """True, False once the scheduler has refused it, or empty before."""
+    return next((c["status"] for c in pod["status"].get("conditions", ()) if c["type"] == "PodScheduled"), "")
+
+
 def terminated(pod: Object) -> Object:
     return pod["status"]["containerStatuses"][0]["state"]["terminated"]
 
@@ -114,16 +119,21 @@ def test_a_pod_that_outlasts_its_grace_period_is_killed(kwok_cluster: ControlPla
 def test_two_gangs_that_do_not_fit_together_run_one_after_the_other(kwok_cluster: ControlPlane, kwok_namespace: str):
     # Three of four nodes each: placed pod by pod, two and two would hold the nodes and wait for each other for ever.
     for name in ("one", "two"):
-        kwok_cluster.api.create(indexed_job(name, 3, gpus=8, run_seconds="1"), kwok_namespace)
-    seen = set()
-    for name in ("one", "two"):
-        path = f"/apis/batch/v1/namespaces/{kwok_namespace}/jobs/{name}"
-        while not kwok_cluster.api.get(path)["status"].get("completionTime"):
-            pods = kwok_cluster.api.list(f"/api/v1/namespaces/{kwok_namespace}/pods")
-            placed = [p["metadata"]["labels"]["job-name"] for p in pods if p["status"]["phase"] == "Running"]
-            seen.add((placed.count("one"), placed.count("two")))
-    assert not {pair for pair in seen if pair[0] and pair[1]}
-    assert {max(counts) for counts in zip(*seen, strict=True)} == {3}
+        kwok_cluster.api.create(indexed_job(name, 3, gpus=8), kwok_namespace)
+    path = f"/api/v1/namespaces/{kwok_namespace}/pods"
+
+    def is_decided(pods: Object) -> bool:
+        states = [scheduled(pod) for pod in pods["items"]]
+        return states.count("True") == states.count("False") == 3
+
+    pods = kwok_cluster.api.wait_for(path, is_decided, what="three pods placed, three refused")["items"]
+    first, second = (
+        {pod["metadata"]["labels"]["job-name"] for pod in pods if scheduled(pod) == s} for s in ("True", "False")
+    )
+    assert (len(first), len(second)) == (1, 1)
+    for pod in wait_for_running(kwok_cluster, kwok_namespace, *first, 3):
+        finish_pod(kwok_cluster.api, kwok_namespace, pod["metadata"]["name"])
+    wait_for_running(kwok_cluster, kwok_namespace, *second, 3)
 
 
 def test_a_lost_node_keeps_its_pods_until_it_is_back(kwok_cluster: ControlPlane, kwok_namespace: str):
