@@ -112,6 +112,20 @@ def build_base() -> Path:
     return base
 
 
+@contextmanager
+def root_file_system(image: Image) -> Iterator[Path]:
+    """Root file system of a built image, mounted."""
+    with _alone():
+        store = Store(image.base)
+        known = store.buildah("images", "--quiet", "--filter", f"reference={image.name}")
+        container = store.buildah("from", image.name if known else f"docker-archive:{image.archive}")
+        mount = Path(store.buildah("mount", container))
+    try:
+        yield mount
+    finally:
+        store.buildah("rm", container)
+
+
 class Store:
     """Where buildah keeps layers: one for what shapes the large ones, so that none without use stay.
 
