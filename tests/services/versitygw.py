@@ -30,21 +30,23 @@ class VersityGateway:
 
     Args:
         folder: for buckets, metadata and the log; made if missing.
+        address: where it listens, such as a bridge's that pods reach.
 
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
+        self.address = address
         self._binary = find_or_build(VERSITYGW)
         self._data, self._metadata = folder / "data", folder / "metadata"
         self._log = folder / "versitygw.log"
         self._process: subprocess.Popen[bytes] | None = None
-        self.port = _free_port()
+        self.port = _free_port(address)
         for part in (self._data, self._metadata):
             part.mkdir(parents=True)
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.address}:{self.port}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -62,11 +64,15 @@ class VersityGateway:
         (self._data / name).mkdir(exist_ok=True)
         return f"s3://{name}"
 
+    def folder_of(self, bucket: str) -> Path:
+        """Where a bucket's objects are files: what is put there is in the bucket."""
+        return self._data / bucket
+
     def start(self) -> None:
         """Start the server and wait until it answers."""
         command = [
             *(self._binary, "--access", ACCESS_KEY, "--secret", SECRET_KEY, "--region", REGION),
-            *("--port", f"127.0.0.1:{self.port}", "--health", "/health", "--quiet"),
+            *("--port", f"{self.address}:{self.port}", "--health", "/health", "--quiet"),
             *("posix", "--sidecar", self._metadata, self._data),
         ]
         with self._log.open("ab") as log:
@@ -115,7 +121,7 @@ class VersityGateway:
             return False
 
 
-def _free_port() -> int:
+def _free_port(address: str) -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((address, 0))
         return int(probe.getsockname()[1])

@@ -19,14 +19,21 @@ def qlora_job(name: str = "job", namespace: str = "default", workers: int = 1, *
         "parallelism": {"workers": workers},
         "output": {"destination": "s3://adapters/job"},
     }
-    for group, value in groups.items():
-        spec[group] = {**spec.get(group, {}), **value} if isinstance(value, dict) else value
     return {
         "apiVersion": "qlora.dev/v1alpha1",
         "kind": "QLoRAJob",
         "metadata": {"name": name, "namespace": namespace},
-        "spec": spec,
+        "spec": merged(spec, groups),
     }
+
+
+def merged(spec: Object, groups: Object) -> Object:
+    """A spec with groups laid over its own, field by field."""
+    fields = {
+        group: {**spec.get(group, {}), **value} if isinstance(value, dict) else value
+        for group, value in groups.items()
+    }
+    return {**spec, **fields}
 
 
 def job_path(namespace: str, name: str = "job") -> str:
