@@ -12,10 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qlora_api.contract import TerminationMessage, TrainerConfig, reason_of
+from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig, reason_of
 from qlora_trainer import last_word
 from qlora_trainer.errors import TrainerError
 from qlora_trainer.prepared import Prepared
+from qlora_trainer.published import finished_run
 from qlora_trainer.stop import Stop
 
 log = logging.getLogger(__name__)
@@ -28,10 +29,15 @@ def run(config: TrainerConfig, path: Path, stop: Stop) -> int:
         TrainerError: it ended before its ranks had begun.
 
     """
+    if done := finished_run(config):
+        log.info("%s", done.message)
+        last_word.write(Path(config.termination_message_path), done)
+        return ExitCode.DONE
     if Prepared.read(config) is None:
-        done = subprocess.run([sys.executable, "-m", "qlora_trainer.prepare", str(path)], check=False)
-        if done.returncode:
-            return done.returncode if done.returncode > 0 else 128 - done.returncode
+        ended = subprocess.run([sys.executable, "-m", "qlora_trainer.prepare", str(path)], check=False)
+        if ended.returncode:
+            return ended.returncode if ended.returncode > 0 else 128 - ended.returncode
+        last_word.clear(Path(config.termination_message_path))  # Prepare's
     from qlora_trainer.launch import launch  # noqa: PLC0415 seconds of torch, for nothing if there is nothing to do
 
     return launch(config, path, stop)

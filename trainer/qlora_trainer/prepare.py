@@ -1,16 +1,20 @@
 """Prepare: everything that can be known without a GPU. ``python -m qlora_trainer.prepare CONFIG.json``
 
 Fetches and checks the model and the rows, tokenizes once, finds out that the adapter's targets exist and that the
-destination can be written. The result is content-addressed: a second call finds it done. The last line on stdout is
-the :class:`~qlora_api.contract.PrepareReceipt` as JSON.
+destination can be written. The result is content-addressed: a second call finds it done. What it decided is in the
+termination message; the last line on stdout is the :class:`~qlora_api.contract.PrepareReceipt` as JSON.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
-from qlora_api.contract import PrepareReceipt, TrainerConfig
+import psutil
+
+from qlora_api.contract import ExitCode, PrepareReceipt, TerminationMessage, TrainerConfig
+from qlora_api.status import PrepareResult, Reason
 from qlora_trainer.chat import load_tokenizer
 from qlora_trainer.data.prepare import prepare_data
 from qlora_trainer.errors import UserError
@@ -18,7 +22,7 @@ from qlora_trainer.fetch import FetchedModel, fetch_model, fetch_rows, tokenizer
 from qlora_trainer.model import add_lora, check_base, meta_model
 from qlora_trainer.outcome import LastSeen, guarded
 from qlora_trainer.prepared import Prepared
-from qlora_trainer.publish import check_destination
+from qlora_trainer.published import check_destination
 
 
 def prepare(config: TrainerConfig) -> PrepareReceipt:
@@ -53,11 +57,35 @@ def _check_architecture(config: TrainerConfig, model: FetchedModel) -> None:
         raise UserError("spec.dataset.maxLength", longest, f"is more than the {positions} positions of {model.source}")
 
 
+def prepared_message(config: TrainerConfig, receipt: PrepareReceipt, prepared: Prepared | None) -> TerminationMessage:
+    """The last word of a Prepare that found all well."""
+    assert prepared is not None
+    result = PrepareResult(
+        model_revision=prepared.model_revision,
+        data_hash=receipt.data_hash,
+        train_rows=receipt.train_rows,
+        train_tokens=receipt.train_tokens,
+        train_sequences=receipt.train_sequences,
+        eval_rows=receipt.eval_rows,
+        truncated=receipt.truncated,
+        dropped=receipt.dropped,
+        fully_masked=receipt.fully_masked,
+        duplicates=receipt.duplicates,
+        packing_efficiency=f"{receipt.packing_efficiency:.4f}",
+        batch=config.batch,
+        gradient_checkpointing=config.gradient_checkpointing,
+        seconds=f"{time.time() - psutil.Process().create_time():.1f}",
+    )
+    return TerminationMessage(exit_code=ExitCode.DONE, reason=Reason.COMPLETED, prepared=result)
+
+
 def main() -> int:
     config = TrainerConfig.model_validate_json(Path(sys.argv[1]).read_bytes())
 
-    def work(_: LastSeen) -> None:
-        print(prepare(config).model_dump_json(by_alias=True))  # noqa: T201 the receipt is the output
+    def work(_: LastSeen) -> TerminationMessage:
+        receipt = prepare(config)
+        print(receipt.model_dump_json(by_alias=True))  # noqa: T201 the receipt is the output
+        return prepared_message(config, receipt, Prepared.read(config))
 
     return guarded(config, work)
 

@@ -11,15 +11,12 @@ Who finds no manifest finds no adapter: a crash at any point leaves a folder nob
 
 from __future__ import annotations
 
-import logging
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
-
 from qlora_api.status import Adapter
 from qlora_trainer.card import model_card
-from qlora_trainer.errors import AdapterRejectedError, StorageError, UserError
+from qlora_trainer.errors import AdapterRejectedError, StorageError
 from qlora_trainer.gate import verify_adapter, verify_merged
 from qlora_trainer.manifest import (
     ADAPTER,
@@ -32,7 +29,15 @@ from qlora_trainer.manifest import (
     installed_packages,
     metrics_of,
 )
-from qlora_trainer.store import AlreadyExistsError, NotFoundError, Store, open_store, sha256_bytes, sha256_file
+from qlora_trainer.published import (
+    FIELD,
+    check_destination,
+    own_manifest,
+    published_adapter,
+    verified,
+    verify_published,
+)
+from qlora_trainer.store import AlreadyExistsError, Store, open_store, sha256_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -50,28 +55,8 @@ __all__ = [
     "verify_published",
 ]
 
-FIELD = "spec.output.destination"
 CREATE_TRIES = 3
 """S3 answers two create-only writes at once with a conflict for one of them even if the other then fails."""
-log = logging.getLogger(__name__)
-
-
-def check_destination(uri: str, run_uid: str) -> None:
-    """Find out before the training whether its result can be published.
-
-    Raises:
-        UserError: the destination cannot be written, or holds another run's adapter.
-        StorageError: it is out of reach, or full.
-
-    """
-    store = open_store(uri, FIELD)
-    _own_manifest(store, run_uid)
-    probe = f".write-check-{run_uid[:8]}"
-    store.put(probe, b"")
-    try:
-        store.delete(probe)
-    except UserError as error:
-        log.warning("%s stays behind, deleting is not allowed: %s", store.uri(probe), error)
 
 
 def publish(
@@ -101,8 +86,8 @@ def publish(
 
     """
     store = open_store(store_uri, FIELD)
-    if earlier := _own_manifest(store, job.uid):
-        return _verified(store, *earlier)
+    if earlier := own_manifest(store, job.uid):
+        return verified(store, *earlier)
     verify_adapter(folder / ADAPTER, base_names)
     if (folder / MERGED).is_dir():
         verify_merged(folder / MERGED)
@@ -113,63 +98,13 @@ def publish(
     data = manifest.to_bytes()
     declared = _declare(store, manifest, data)
     if declared is None:
-        return _adapter(store, manifest, data)
+        return published_adapter(store, manifest, data)
     if declared[0].adapter != manifest.adapter:
         store.delete(place)  # another attempt of this run was faster
-    return _verified(store, *declared)
-
-
-def verify_published(manifest_uri: str) -> list[str]:
-    """Read every published file back and hold it against the manifest.
-
-    Args:
-        manifest_uri: of the manifest itself, ``…/manifest.json``.
-
-    Returns:
-        What is wrong, one line each; nothing where all is well.
-
-    Raises:
-        UserError: there is no manifest, or it cannot be read.
-        StorageError: the storage is out of reach.
-
-    """
-    parent, slash, name = manifest_uri.rpartition("/")
-    store = open_store(parent or slash or ".", "manifest")
-    try:
-        data = store.get(name)
-    except NotFoundError as error:
-        raise UserError("manifest", manifest_uri, "does not exist") from error
-    return _problems(store, _parsed(store, name, data))
+    return verified(store, *declared)
 
 
 # ------------------------------------------------------------------------------------------------------------ manifest
-
-
-def _own_manifest(store: Store, run_uid: str) -> tuple[Manifest, bytes] | None:
-    """Return this run's manifest with its bytes; None where nothing is published yet."""
-    try:
-        data = store.get(MANIFEST)
-    except NotFoundError:
-        return None
-    manifest = _parsed(store, MANIFEST, data)
-    if manifest.run_uid != run_uid:
-        raise UserError(
-            store.field,
-            store.uri(),
-            f"already holds the adapter of run {manifest.run_uid} ({manifest.namespace}/{manifest.job}); "
-            "choose another destination",
-        )
-    return manifest, data
-
-
-def _parsed(store: Store, name: str, data: bytes) -> Manifest:
-    try:
-        return Manifest.model_validate_json(data)
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise UserError(
-            store.field, store.uri(name), f"is not a manifest of this operator ({reason}); choose another destination"
-        ) from error
 
 
 def _manifest(job: JobRef, attempt: int, folder: Path, place: str, facts: PublishFacts) -> Manifest:
@@ -219,41 +154,8 @@ def _declare(store: Store, manifest: Manifest, data: bytes) -> tuple[Manifest, b
         try:
             store.create(MANIFEST, data)
         except AlreadyExistsError:
-            if there := _own_manifest(store, manifest.run_uid):
+            if there := own_manifest(store, manifest.run_uid):
                 return there
         else:
             return None
     raise StorageError(f"{store.uri(MANIFEST)} can be neither created nor read")
-
-
-def _verified(store: Store, manifest: Manifest, data: bytes) -> Adapter:
-    """Say where an adapter published earlier is, once everything it promises is there."""
-    if problems := _problems(store, manifest):
-        raise UserError(
-            store.field,
-            store.uri(),
-            f"holds this run's manifest, but {problems[0]}; delete {store.uri(MANIFEST)} and start the job again",
-        )
-    return _adapter(store, manifest, data)
-
-
-def _adapter(store: Store, manifest: Manifest, data: bytes) -> Adapter:
-    return Adapter(
-        uri=store.uri(manifest.adapter), manifest_uri=store.uri(MANIFEST), manifest_sha256=sha256_bytes(data)
-    )
-
-
-def _problems(store: Store, manifest: Manifest) -> list[str]:
-    problems = []
-    for file in manifest.files:
-        try:
-            if store.sha256(file.path) != file.sha256:
-                problems.append(f"{file.path} is not what was published: its SHA-256 differs")
-        except NotFoundError:
-            problems.append(f"{file.path} is missing")
-        except ValueError as error:
-            problems.append(f"the manifest names a file outside its folder: {error}")
-    listed = {file.path for file in manifest.files}
-    place = manifest.adapter.removesuffix(f"/{ADAPTER}")
-    problems += [f"{key} is not in the manifest" for key, _ in store.list(place) if key not in listed]
-    return problems

@@ -174,9 +174,28 @@ def test_a_rank_that_is_killed_is_named_and_the_others_do_not_wait(workshop):
     assert "rank 1 was killed by SIGKILL" in ended.text
 
 
-def test_a_finished_run_started_again_publishes_nothing_twice(workshop):
+def test_a_finished_run_is_not_trained_again_even_if_all_else_is_gone(workshop):
     changes = {"training": {"epochs": None, "maxSteps": 2}}
     first = workshop.run(workshop.config(**changes))
-    again = workshop.run(workshop.config(attempt=2, **changes))
-    assert again.code == ExitCode.DONE
-    assert again.message.adapter == first.message.adapter
+    for folder in (workshop.cache, workshop.folder / "checkpoints"):
+        shutil.rmtree(folder)
+    again = workshop.config(attempt=2, **changes)
+    code = workshop.launch(again).wait(timeout=60)
+    ended = workshop.ended(again, code)
+    assert code == ExitCode.DONE, ended.log[-2000:]
+    assert ended.message.reason is Reason.COMPLETED
+    assert ended.message.adapter == first.message.adapter
+    assert (ended.message.progress.step, ended.message.progress.total_steps) == (2, 2)
+    assert not ended.losses
+    assert not workshop.cache.exists(), "nothing is prepared for a run that is done"
+
+
+def test_a_finished_run_whose_adapter_was_damaged_says_so_instead_of_training(workshop):
+    changes = {"training": {"epochs": None, "maxSteps": 2}}
+    first = workshop.run(workshop.config(**changes))
+    (Path(first.message.adapter.uri) / "adapter_model.safetensors").write_bytes(b"")
+    again = workshop.config(attempt=2, **changes)
+    ended = workshop.ended(again, workshop.launch(again).wait(timeout=60))
+    assert ended.code == ExitCode.USER_ERROR
+    assert "spec.output.destination" in ended.text
+    assert "adapter_model.safetensors is not what was published" in ended.text

@@ -6,10 +6,11 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 
-from qlora_api.contract import ExitCode
+from qlora_api.contract import ExitCode, PrepareReceipt
 from qlora_trainer.outcome import guarded
 from qlora_trainer.prepare import prepare
 
@@ -139,6 +140,20 @@ def test_prepare_ends_with_a_users_error_that_names_the_field(changes, parts, wo
     assert "\n\n" not in ended.text
     assert "Traceback" not in ended.text
     assert not (workshop.folder / "out" / "manifest.json").exists()
+
+
+def test_prepare_tells_what_it_decided_in_its_last_word(workshop):
+    config = workshop.config()
+    path, _ = workshop.write(config)
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_trainer.prepare", str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == ExitCode.DONE, done.stderr[-2000:]
+    result = workshop.ended(config, 0).message.prepared
+    receipt = PrepareReceipt.model_validate_json(done.stdout.splitlines()[-1])
+    assert (result.data_hash, result.train_rows, result.batch) == (receipt.data_hash, receipt.train_rows, config.batch)
+    assert len(result.model_revision) == 64
+    assert float(result.seconds) > 0
 
 
 def test_a_destination_that_holds_another_runs_adapter_is_refused_before_training(workshop):

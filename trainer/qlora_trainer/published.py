@@ -1,0 +1,155 @@
+"""What is published already, and whether it is still what was published. Light to import: no torch, no PEFT.
+
+The manifest, ``<destination>/manifest.json``, names the run it belongs to and every file with its SHA-256.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from qlora_api.contract import ExitCode, TerminationMessage
+from qlora_api.status import Adapter, Progress, Reason
+from qlora_trainer.errors import UserError
+from qlora_trainer.manifest import ADAPTER, MANIFEST, Manifest
+from qlora_trainer.store import NotFoundError, Store, open_store, sha256_bytes
+
+if TYPE_CHECKING:
+    from qlora_api.contract import TrainerConfig
+
+FIELD = "spec.output.destination"
+log = logging.getLogger(__name__)
+
+
+def check_destination(uri: str, run_uid: str) -> None:
+    """Find out before the training whether its result can be published.
+
+    Raises:
+        UserError: the destination cannot be written, or holds another run's adapter.
+        StorageError: it is out of reach, or full.
+
+    """
+    store = open_store(uri, FIELD)
+    own_manifest(store, run_uid)
+    probe = f".write-check-{run_uid[:8]}"
+    store.put(probe, b"")
+    try:
+        store.delete(probe)
+    except UserError as error:
+        log.warning("%s stays behind, deleting is not allowed: %s", store.uri(probe), error)
+
+
+def finished_run(config: TrainerConfig) -> TerminationMessage | None:
+    """The last word of a run that has published its adapter already; None where there is still something to do.
+
+    A pod may be killed between its manifest and its end, and whoever started it may lose the answer.
+
+    Raises:
+        UserError: the destination holds another run's adapter, or this run's is not what was published.
+        StorageError: it is out of reach.
+
+    """
+    store = open_store(config.spec.output.destination, FIELD)
+    there = own_manifest(store, config.job.uid)
+    if there is None:
+        return None
+    adapter = verified(store, *there)
+    metrics = there[0].metrics
+    step, total = (int(metrics.get(name) or 0) for name in ("step", "totalSteps"))
+    loss = metrics.get("evalLoss")
+    return TerminationMessage(
+        exit_code=ExitCode.DONE,
+        reason=Reason.COMPLETED,
+        message=f"published by attempt {there[0].attempt} already: step {step} of {total}",
+        progress=Progress(step=step, total_steps=total, best_eval_loss=None if loss is None else f"{loss:.6g}"),
+        adapter=adapter,
+    )
+
+
+def verify_published(manifest_uri: str) -> list[str]:
+    """Read every published file back and hold it against the manifest.
+
+    Args:
+        manifest_uri: of the manifest itself, ``…/manifest.json``.
+
+    Returns:
+        What is wrong, one line each; nothing where all is well.
+
+    Raises:
+        UserError: there is no manifest, or it cannot be read.
+        StorageError: the storage is out of reach.
+
+    """
+    parent, slash, name = manifest_uri.rpartition("/")
+    store = open_store(parent or slash or ".", "manifest")
+    try:
+        data = store.get(name)
+    except NotFoundError as error:
+        raise UserError("manifest", manifest_uri, "does not exist") from error
+    return _problems(store, _parsed(store, name, data))
+
+
+def own_manifest(store: Store, run_uid: str) -> tuple[Manifest, bytes] | None:
+    """Return this run's manifest with its bytes; None where nothing is published yet."""
+    try:
+        data = store.get(MANIFEST)
+    except NotFoundError:
+        return None
+    manifest = _parsed(store, MANIFEST, data)
+    if manifest.run_uid != run_uid:
+        raise UserError(
+            store.field,
+            store.uri(),
+            f"already holds the adapter of run {manifest.run_uid} ({manifest.namespace}/{manifest.job}); "
+            "choose another destination",
+        )
+    return manifest, data
+
+
+def _parsed(store: Store, name: str, data: bytes) -> Manifest:
+    try:
+        return Manifest.model_validate_json(data)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise UserError(
+            store.field, store.uri(name), f"is not a manifest of this operator ({reason}); choose another destination"
+        ) from error
+
+
+def verified(store: Store, manifest: Manifest, data: bytes) -> Adapter:
+    """Say where an adapter published earlier is, once everything it promises is there."""
+    if problems := _problems(store, manifest, quick=True):
+        raise UserError(
+            store.field,
+            store.uri(),
+            f"holds this run's manifest, but {problems[0]}; delete {store.uri(MANIFEST)} and start the job again",
+        )
+    return published_adapter(store, manifest, data)
+
+
+def published_adapter(store: Store, manifest: Manifest, data: bytes) -> Adapter:
+    return Adapter(
+        uri=store.uri(manifest.adapter), manifest_uri=store.uri(MANIFEST), manifest_sha256=sha256_bytes(data)
+    )
+
+
+def _problems(store: Store, manifest: Manifest, *, quick: bool = False) -> list[str]:
+    """What is not as the manifest says. ``quick``: of a merged model, which may be large, sizes alone are looked at."""
+    problems = []
+    place = manifest.adapter.removesuffix(f"/{ADAPTER}")
+    there = dict(store.list(place))
+    for file in manifest.files:
+        try:
+            if quick and there.get(file.path) == file.size and not file.path.startswith(f"{manifest.adapter}/"):
+                continue
+            if store.sha256(file.path) != file.sha256:
+                problems.append(f"{file.path} is not what was published: its SHA-256 differs")
+        except NotFoundError:
+            problems.append(f"{file.path} is missing")
+        except ValueError as error:
+            problems.append(f"the manifest names a file outside its folder: {error}")
+    listed = {file.path for file in manifest.files}
+    problems += [f"{key} is not in the manifest" for key in there if key not in listed]
+    return problems
