@@ -1,4 +1,4 @@
-"""A base and rows that two CPU ranks train in seconds: the quickstart's real rows, and a base of its kind at toy size."""
+"""A base and rows that two CPU ranks train in seconds: the quickstart's real rows, and a toy base of its kind."""
 
 from __future__ import annotations
 

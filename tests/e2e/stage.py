@@ -1,4 +1,4 @@
-"""Everything a QLoRAJob meets in a cluster, for real: control plane, nodes, the project's images, its chart, S3, Prometheus.
+"""Everything a QLoRAJob meets in a cluster, for real: control plane, nodes, images, chart, S3.
 
 Used by the end-to-end tests and by ``make demo``.
 """
@@ -136,7 +136,10 @@ class Stage:
             },
             "lora": {"rank": 8},
             "training": {
-                **{"maxSteps": 40, "globalBatchSize": 4, "microBatchSize": 2, "learningRate": "5e-3"},
+                "maxSteps": 40,
+                "globalBatchSize": 4,
+                "microBatchSize": 2,
+                "learningRate": "5e-3",
                 "evaluation": {"everySteps": 20},
             },
             "parallelism": {"workers": 2, "zeroStage": 2},

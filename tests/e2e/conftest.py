@@ -1,0 +1,45 @@
+"""One stage for all end-to-end tests of a worker: it takes half a minute to set up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cluster.harness.control_plane import Settings
+from e2e.material import make_material
+from e2e.stage import Stage
+from services.binaries import ToolMissingError
+from services.fixtures import skip_unless_ci
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BUCKET = "work"
+
+
+@pytest.fixture(scope="session")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """Two real nodes, the operator installed by its chart, and a bucket with a base and rows."""
+    try:
+        made = Stage(tmp_path_factory.mktemp("e2e"), nodes=2, settings=Settings(real_nodes=True, node_grace_seconds=8))
+    except ToolMissingError as error:
+        skip_unless_ci(str(error))
+    with made:
+        made.s3.bucket(BUCKET)
+        make_material(made.s3.folder_of(BUCKET))
+        made.install(trainer={"nodeLostSeconds": 2})
+        yield made
+
+
+@pytest.fixture
+def bucket() -> str:
+    return f"s3://{BUCKET}"
+
+
+@pytest.fixture
+def team(stage: Stage) -> Iterator[str]:
+    """A tenant's namespace, which enforces the restricted profile. Its pods are gone before the next test."""
+    name = stage.tenant()
+    yield name
+    stage.cluster.delete_namespace(name)

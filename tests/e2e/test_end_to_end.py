@@ -1,0 +1,265 @@
+"""From ``kubectl apply`` to an adapter that loads: real pods train over DeepSpeed on real nodes, on the CPU.
+
+What may happen on the way is done to the job for real: pods deleted, the operator killed, a node and S3 taken away.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cluster.harness.jobs import condition, create_job, in_state, job_path
+from services.prometheus import Prometheus, scrape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from cluster.harness.api import Object
+    from e2e.stage import Stage
+
+JOB_SECONDS = 240
+METRICS_PORT = 9400
+LOADS = """
+import sys
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, adapter = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+assert any("lora_B" in n and p.abs().sum() > 0 for n, p in model.named_parameters())
+"""
+pytestmark = pytest.mark.timeout(600)
+
+
+def step_of(job: Object) -> int:
+    return int((job.get("status", {}).get("progress") or {}).get("step", 0))
+
+
+def reached(step: int) -> Callable[[Object], bool]:
+    """A condition: the newest attempt runs, and status shows at least this step."""
+    return lambda job: in_state("Running")(job) and step_of(job) >= step
+
+
+class Run:
+    """A job on the stage, and what is asked of it."""
+
+    def __init__(self, stage: Stage, team: str, bucket: str, name: str, **groups: Any) -> None:
+        self.stage, self.team, self.name = stage, team, name
+        self.path = create_job(stage.cluster.api, stage.s3_job(name, team, bucket, **groups))
+
+    def wait(self, condition: Callable[[Object], Any], seconds: float = JOB_SECONDS) -> Object:
+        """Wait; a job that failed instead tells its story."""
+
+        def holds_or_failed(job: Object) -> bool:
+            return bool(condition(job)) or in_state("Failed")(job)
+
+        try:
+            found = self.stage.cluster.api.wait_for(self.path, holds_or_failed, seconds=seconds, what=self.name)
+        except TimeoutError as error:
+            raise AssertionError(f"{error}\n{self.stage.story(self.team, self.name)}") from None
+        assert condition(found), self.stage.story(self.team, self.name)
+        return found
+
+    def succeeded(self) -> Object:
+        """Wait until it has, and hold the adapter against its manifest and its base."""
+        done = self.wait(in_state("Succeeded", "Completed"))
+        check_adapter(self.stage, done)
+        return done
+
+    def reasons(self, job: Object) -> list[str]:
+        return [a["reason"] for a in job["status"]["attempts"]]
+
+
+def check_adapter(stage: Stage, job: Object) -> None:
+    """The adapter is what its manifest says, and PEFT puts it on the base. Torch stays in other processes."""
+    adapter = job["status"]["adapter"]
+    environment = {**os.environ, **stage.s3.environment}
+    verify = [sys.executable, "-m", "qlora_trainer.verify", adapter["manifestUri"]]
+    done = subprocess.run(verify, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = stage.s3.folder_of(adapter["uri"].removeprefix("s3://").partition("/")[0])
+    local = files / adapter["uri"].removeprefix("s3://").partition("/")[2]
+    loads = [sys.executable, "-c", LOADS, files / "base", local]
+    done = subprocess.run(loads, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@contextmanager
+def scraped(stage: Stage, team: str, folder: Path) -> Iterator[Prometheus]:
+    """A Prometheus that scrapes the operator and a namespace's trainers, as the chart's monitors would have it."""
+    targets, over = folder / "targets.json", Event()
+
+    def look() -> None:
+        while not over.wait(0.2):
+            found = [
+                {
+                    "targets": [f"{pod['status']['podIP']}:{METRICS_PORT}"],
+                    "labels": {"pod": pod["metadata"]["name"], "namespace": team},
+                }
+                for pod in stage.trainer_pods(team)
+                if pod["status"].get("podIP")
+            ]
+            fresh = targets.with_suffix(".new")
+            fresh.write_text(json.dumps(found))
+            fresh.rename(targets)
+
+    operator = stage.operator_pod["status"]["podIP"]
+    trainers = {"job_name": "trainers", "honor_labels": True, "file_sd_configs": [{"files": [str(targets)]}]}
+    thread = Thread(target=look)
+    thread.start()
+    try:
+        with Prometheus(folder / "prometheus", [scrape("operator", f"{operator}:9090"), trainers]) as prometheus:
+            yield prometheus
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_two_workers_train_are_seen_and_leave_an_adapter(stage, team, bucket, tmp_path):
+    run = Run(stage, team, bucket, "quick", training={"maxSteps": 60})
+    with scraped(stage, team, tmp_path) as prometheus:
+        run.wait(in_state("Pending", "Preparing"))
+        (prepare,) = stage.cluster.api.list(f"/api/v1/namespaces/{team}/pods")
+        assert "nvidia.com/gpu" not in json.dumps(prepare["spec"]["containers"])
+        running = run.wait(reached(3))
+        assert running["status"]["prepared"]["trainRows"] > 0
+        series = prometheus.wait_for('qlora_host_memory_resident_bytes{job="quick"}', seconds=30)
+        assert {(s.labels["rank"], s.labels["namespace"]) for s in series} == {("0", team), ("1", team)}
+        assert len({s.labels["pod"] for s in series}) == 2
+        assert prometheus.wait_for('qlora_loss{job="quick", rank="0"} > 0')
+        assert prometheus.wait_for(f'qlora_operator_jobs{{namespace="{team}", state="Running"}} == 1')
+        done = run.succeeded()
+        assert prometheus.wait_for('qlora_job_final_eval_loss{job="quick"} > 0')
+    assert run.reasons(done) == ["Completed"]
+    assert done["status"]["progress"]["step"] == 60
+    row = stage.cluster.kubectl("get", "qlorajobs", "-n", team, "--no-headers").split()
+    assert row[:4] == ["quick", "Succeeded", "Completed", "60"]
+
+
+def test_a_worker_pod_that_is_deleted_with_thirty_seconds_to_leave_costs_no_step(stage, team, bucket):
+    run = Run(stage, team, bucket, "evicted", training={"maxSteps": 80}, policy={"maxRestarts": 0})
+    run.wait(reached(4))
+    second = next(p for p in stage.trainer_pods(team) if p["metadata"]["name"].startswith("evicted-1-1"))
+    stage.cluster.api.delete(f"/api/v1/namespaces/{team}/pods/{second['metadata']['name']}", gracePeriodSeconds=30)
+    done = run.succeeded()
+    assert run.reasons(done) == ["Preempted", "Completed"]
+    first, last = done["status"]["attempts"]
+    assert last["firstStep"] == first["lastStep"] >= 4
+    assert done["status"]["restarts"] == 0
+
+
+def test_suspend_frees_the_gpus_with_a_checkpoint_and_resume_goes_on(stage, team, bucket):
+    run = Run(stage, team, bucket, "paused", training={"maxSteps": 80})
+    run.wait(reached(4))
+    stage.cluster.api.patch(run.path, {"spec": {"suspend": True}})
+    suspended = run.wait(in_state("Suspended"))
+    assert stage.trainer_pods(team) == []
+    stage.cluster.api.patch(run.path, {"spec": {"suspend": False}})
+    done = run.succeeded()
+    assert run.reasons(done) == ["Suspended", "Completed"]
+    assert done["status"]["attempts"][1]["firstStep"] == suspended["status"]["attempts"][0]["lastStep"] >= 4
+
+
+def test_the_operator_may_be_killed_at_any_moment(stage, team, bucket):
+    """Before Prepare ends, while pods start, while they train, after they suspended, and at the end."""
+    run = Run(stage, team, bucket, "headless", training={"maxSteps": 80})
+    moments: list[Callable[[Object], Any]] = [
+        in_state("Pending", "Preparing"),
+        in_state("Pending", "Starting"),
+        reached(4),
+        reached(20),
+        reached(60),
+    ]
+    for moment in moments:
+        run.wait(moment)
+        kill_operator(stage)
+    done = run.succeeded()
+    assert run.reasons(done) == ["Completed"]
+    jobs = stage.cluster.api.list(f"/apis/batch/v1/namespaces/{team}/jobs")
+    assert sorted(j["metadata"]["name"] for j in jobs) == ["headless-1", "headless-prepare"]
+
+
+def kill_operator(stage: Stage) -> None:
+    """Take its pod away without a word; the Deployment makes another."""
+    pod = stage.operator_pod["metadata"]["name"]
+    stage.cluster.api.delete(f"/api/v1/namespaces/{stage.system}/pods/{pod}", gracePeriodSeconds=0)
+
+
+def test_s3_may_be_away_for_a_minute_when_the_adapter_is_published(stage, team, bucket):
+    run = Run(stage, team, bucket, "offline", training={"maxSteps": 30, "evaluation": {"everySteps": 30}})
+    run.wait(reached(20))
+    stage.s3.stop()
+    time.sleep(60)
+    stage.s3.start()
+    assert run.reasons(run.succeeded()) == ["Completed"]
+
+
+def test_a_node_that_is_lost_costs_an_attempt_and_no_restart(stage, team, bucket):
+    run = Run(
+        stage, team, bucket, "stranded", parallelism={"workers": 1, "zeroStage": 0}, training={"maxSteps": 120},
+        policy={"maxRestarts": 0},
+    )  # fmt: skip
+    running = run.wait(reached(12))
+    (lost,) = [n for n in stage.nodes if n.name == running["status"]["attempts"][0]["node"]]
+    if stage.operator_pod["spec"]["nodeName"] == lost.name:
+        stage.cluster.api.patch(f"/api/v1/nodes/{lost.name}", {"spec": {"unschedulable": True}})
+        kill_operator(stage)
+    lost.stop_kubelet()
+    try:
+        done = run.succeeded()
+    finally:
+        lost.start_kubelet()
+        stage.cluster.api.patch(f"/api/v1/nodes/{lost.name}", {"spec": {"unschedulable": False}})
+    first, last = done["status"]["attempts"]
+    assert (first["reason"], first["node"]) == ("NodeLost", lost.name)
+    assert last["firstStep"] >= 10
+    assert done["status"]["restarts"] == 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "reason", "words"),
+    [
+        pytest.param(
+            {"output": {"credentials": "absent"}}, "MissingReference", 'secret "absent" not found', id="missing-secret"
+        ),
+        pytest.param(
+            {"model": {"source": "pvc://absent/base"}}, "MissingReference", 'claim "absent"', id="missing-claim"
+        ),
+    ],
+)
+def test_what_is_missing_is_named_within_ten_seconds(stage, team, bucket, groups, reason, words):
+    run = Run(stage, team, bucket, "waiting", **groups)
+    waiting = run.wait(in_state("Pending", reason), seconds=10)
+    assert words in condition(waiting, "Prepared")["message"]
+
+
+def test_bad_rows_end_the_job_before_a_gpu_is_held(stage, team, bucket):
+    run = Run(stage, team, bucket, "badrows", dataset={"columns": {"completion": "answer"}})
+    failed = stage.cluster.api.wait_for(run.path, in_state("Failed", "UserError"), seconds=JOB_SECONDS)
+    assert "answer" in condition(failed, "Failed")["message"]
+    assert stage.trainer_pods(team) == []
+
+
+def test_uninstalling_leaves_nothing(stage, team, bucket):
+    """Last in this file: the others need what it takes away."""
+    run = Run(stage, team, bucket, "cut-short", training={"maxSteps": 500})
+    run.wait(in_state("Running"))
+    stage.cluster.api.delete(job_path(team, "cut-short"))
+    for collection in (f"/apis/batch/v1/namespaces/{team}/jobs", f"/api/v1/namespaces/{team}/pods"):
+        stage.cluster.api.wait_for(collection, lambda found: not found["items"], seconds=60)
+    stage.uninstall()
+    left = stage.cluster.kubectl("get", "all,cm,sa,roles,rolebindings", "-n", stage.system, "-o", "name").split()
+    assert [name for name in left if "qlora" in name] == []
+    cluster_wide = "clusterroles,clusterrolebindings,validatingadmissionpolicies,validatingadmissionpolicybindings"
+    left = stage.cluster.kubectl("get", cluster_wide, "-o", "name").split()
+    assert [name for name in left if "qlora" in name] == []
+    services = stage.cluster.kubectl("get", "services", "-n", team, "-o", "name")
+    assert services == ""
