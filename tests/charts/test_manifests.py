@@ -1,0 +1,174 @@
+"""The chart's manifests: as they were looked at, valid for Kubernetes, refused where values are wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from charts.helm import CHART, REPOSITORY, HelmError
+from charts.kubernetes_schemas import LOCATION, close, kubernetes_schemas
+from qlora_api.crd import crd
+from qlora_api.job import GROUP, VERSION
+from services.binaries import ToolMissingError, find_or_build
+from services.fixtures import skip_unless_ci
+from services.tools import KUBECONFORM
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = sorted(p.name for p in GOLDEN.iterdir() if p.is_dir())
+REFRESH = os.environ.get("REFRESH_GOLDEN") == "1"
+JOBS = sorted((REPOSITORY / "examples" / "cluster").glob("*.yaml"))
+DEFINITION = re.compile(r"\nkind: CustomResourceDefinition\n.*?\n(spec:\n.*?)(?=\n---)", re.DOTALL)
+
+
+def values_of(case: str) -> dict:
+    return yaml.safe_load((GOLDEN / case / "values.yaml").read_text())
+
+
+def without_definition(text: str) -> str:
+    """The CRD's spec has its own tests, and would be most of a golden file."""
+    found = DEFINITION.search(text)
+    return text.replace(found[1], "spec: …") if found else text
+
+
+# -------------------------------------------------------------------------------------------------------------- golden
+
+
+def test_there_are_golden_cases():
+    assert {"default", "namespaced", "cpu"} <= set(CASES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_manifests_are_as_they_were_looked_at(helm, case):
+    want, got = GOLDEN / case / "want.yaml", without_definition(helm.template(values_of(case)))
+    if REFRESH:
+        assert os.environ.get("CI") != "true", "golden files are looked at by a person"
+        want.write_text(got)
+    assert got == want.read_text()
+
+
+def test_what_is_generated_is_fresh():
+    """The chart's copy of the CRD, and the table of values."""
+    command = [sys.executable, REPOSITORY / "charts" / "generate.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_rendered_definition_is_the_generated_one(helm):
+    rendered = next(o for o in helm.render() if o["kind"] == "CustomResourceDefinition")
+    assert rendered["spec"] == crd()["spec"]
+    assert rendered["metadata"]["name"] == crd()["metadata"]["name"]
+
+
+# --------------------------------------------------------------------------------------------------------------- valid
+
+
+def test_the_chart_passes_helms_linter(helm):
+    helm("lint", "--strict", CHART)
+
+
+@pytest.fixture(scope="session")
+def conform(tmp_path_factory):
+    """Check manifests by Kubernetes' own schemas and by the CRD's; what is wrong with them."""
+    try:
+        binary, schemas = find_or_build(KUBECONFORM), kubernetes_schemas()
+    except ToolMissingError as error:
+        skip_unless_ci(str(error))
+    own, version = tmp_path_factory.mktemp("schemas"), crd()["spec"]["versions"][0]
+    schema = close(version["schema"]["openAPIV3Schema"])
+    schema["properties"]["metadata"] = {"type": "object"}
+    (own / f"{GROUP}-{VERSION}-qlorajob.json").write_text(json.dumps(schema))
+    locations = [f"--schema-location={folder}/{LOCATION}" for folder in (schemas, own)]
+
+    def check(text: str) -> str:
+        command = [binary, "-strict", "-skip", "PodMonitor,ServiceMonitor", *locations, "-"]
+        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+        assert (done.returncode != 0) == bool(done.stdout), done.stderr
+        return done.stdout
+
+    return check
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_manifests_are_valid_for_kubernetes(helm, conform, case):
+    assert conform(helm.template(values_of(case))) == ""
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda p: p.name)
+def test_example_jobs_are_valid_for_the_definition(conform, path):
+    assert conform(path.read_text()) == ""
+
+
+def test_there_are_example_jobs():
+    assert {p.name for p in JOBS} >= {"one-gpu.yaml", "eight-gpus.yaml", "two-nodes.yaml", "spot.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "complaint"),
+    [
+        ("replicas: 1", "replicas: one", "got string, want"),
+        ("replicas: 1", "replica: 1", "additional properties 'replica' not allowed"),
+        ("failureThreshold: 60", "failureTreshold: 60", "additional properties 'failureTreshold' not allowed"),
+    ],
+)
+def test_the_schemas_find_mistakes(helm, conform, right, wrong, complaint):
+    """A control: schemas that take everything would look like success."""
+    assert complaint in conform(helm.template().replace(right, wrong))
+
+
+# -------------------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"gang": "auto"}, "at '/gang': value must be one of 'Auto', 'Native', 'Kueue', 'Volcano', 'None'"),
+        ({"trainer": {"cup": 4}}, "at '/trainer': additional properties 'cup' not allowed"),
+        ({"trainer": {"memory": "32GiB"}}, "at '/trainer/memory': '32GiB' does not match pattern"),
+        ({"trainer": {"image": {"digest": "sha256:1"}}}, "at '/trainer/image/digest': 'sha256:1' does not match"),
+        ({"trainer": {"env": [{"name": "A", "valueFrom": {}}]}}, "additional properties 'valueFrom' not allowed"),
+        ({"namespaces": "team-a"}, "at '/namespaces': got string, want array"),
+        ({"namespaces": ["team_a"]}, "at '/namespaces/0': 'team_a' does not match pattern"),
+        ({"sharedCacheUri": "/cache"}, "at '/sharedCacheUri': '/cache' does not match pattern"),
+        ({"metrics": {"port": 0}}, "at '/metrics/port': minimum: got 0, want 1"),
+        ({"crd": {"install": False}}, "additional properties 'crd' not allowed"),
+        ({"trainer": {"image": {"repository": ""}}}, "at '/trainer/image/repository': minLength: got 0, want 1"),
+    ],
+    ids=str,
+)
+def test_wrong_values_are_refused_by_name(helm, values, complaint):
+    with pytest.raises(HelmError, match=re.escape(complaint)):
+        helm.template(values)
+
+
+def properties(schema: dict, definitions: dict, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], dict]:
+    """Paths of all values that a schema names, with the schema of each."""
+    found = {}
+    for name, entry in schema.get("properties", {}).items():
+        target = definitions[entry["$ref"].rpartition("/")[2]] if "$ref" in entry else entry
+        found |= {(*path, name): target, **properties(target, definitions, (*path, name))}
+    return found
+
+
+def test_every_value_is_documented_used_and_closed():
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    documented = set(re.findall(r"^\| `([\w.]+)` \|", (CHART / "README.md").read_text(), re.MULTILINE))
+    templates = "".join(p.read_text() for p in (CHART / "templates").iterdir())
+    for path, entry in properties(schema, schema["definitions"]).items():
+        if path[0] in ("global", "resources"):
+            continue  # read by other charts; Kubernetes' own
+        here = values
+        for name in path:
+            here = here[name]
+        if "properties" in entry:
+            assert entry["additionalProperties"] is False, path
+        else:
+            assert ".".join(path) in documented, f"{path} has no '# --' comment in values.yaml"
+            assert re.search(rf"\.{path[-1]}\b", templates), f"{path} is read by no template"

@@ -1,0 +1,212 @@
+"""What the chart grants, and what fits what the operator and its trainers are."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from charts.helm import REPOSITORY, one
+from charts.test_manifests import CASES, values_of
+from qlora_api.base import Model
+from qlora_api.crd import crd
+from qlora_api.errors import model_of
+from qlora_api.spec import ParallelismSpec, QLoRAJobSpec
+from qlora_operator.config import OperatorConfig
+from qlora_operator.names import METRICS_PORT
+
+OPERATOR_GOLDEN = REPOSITORY / "tests" / "operator" / "golden"
+READ = ("get", "list", "watch")
+IN_NAMESPACES = {
+    ("qlora.dev", "qlorajobs"): {*READ, "patch", "delete"},
+    ("qlora.dev", "qlorajobs/status"): {"get", "patch", "update"},
+    ("qlora.dev", "qlorajobs/finalizers"): {"update"},
+    ("batch", "jobs"): {*READ, "create", "patch", "delete"},
+    ("", "pods"): {*READ, "delete"},
+    ("", "services"): {*READ, "create", "patch", "delete"},
+    ("", "events"): {*READ, "create", "patch"},
+    ("events.k8s.io", "events"): {*READ, "create", "patch"},
+    ("", "resourcequotas"): {"list"},
+    ("scheduling.k8s.io", "workloads"): {"get", "list"},
+    ("scheduling.k8s.io", "podgroups"): {"get", "list"},
+    ("kueue.x-k8s.io", "workloads"): {"get", "list"},
+    ("scheduling.volcano.sh", "podgroups"): {*READ, "create", "patch", "delete"},
+}
+IN_THE_CLUSTER = {
+    ("apiextensions.k8s.io", "customresourcedefinitions"): set(READ),
+    ("", "namespaces"): {"list", "watch"},
+    ("", "nodes"): {"get", "list"},
+}
+
+
+@pytest.fixture(scope="session", params=CASES)
+def rendered(helm, request):
+    """All objects of a golden case."""
+    return helm.render(values_of(request.param))
+
+
+def granted(role: dict) -> dict[tuple[str, str], set[str]]:
+    rights: dict[tuple[str, str], set[str]] = {}
+    for rule in role["rules"]:
+        for key in ((g, r) for g in rule["apiGroups"] for r in rule["resources"]):
+            rights.setdefault(key, set()).update(rule["verbs"])
+    return rights
+
+
+def roles_of_the_operator(objects: list[dict]) -> list[dict]:
+    """Roles and cluster roles that are bound to something."""
+    bound = {o["roleRef"]["name"] for o in objects if o["kind"] in ("RoleBinding", "ClusterRoleBinding")}
+    return [o for o in objects if o["kind"] in ("Role", "ClusterRole") and o["metadata"]["name"] in bound]
+
+
+# --------------------------------------------------------------------------------------------------------------- RBAC
+
+
+def test_no_role_mentions_secrets_exec_or_everything(rendered):
+    for role in (o for o in rendered if o["kind"] in ("Role", "ClusterRole")):
+        for rule in role["rules"]:
+            words = {*rule["apiGroups"], *rule["resources"], *rule["verbs"]}
+            assert not words & {"*", "secrets", "pods/exec", "pods/attach", "escalate", "bind", "impersonate"}
+
+
+def test_in_the_whole_cluster_the_operator_may_do_this_and_no_more(helm):
+    cluster, memory = sorted(roles_of_the_operator(helm.render()), key=lambda r: r["kind"])
+    assert granted(cluster) == IN_NAMESPACES | IN_THE_CLUSTER
+    assert granted(memory) == {("", "configmaps"): {*READ, "patch"}}
+
+
+def test_in_named_namespaces_nothing_is_granted_elsewhere(helm):
+    objects = helm.render({"namespaces": ["team-a", "team-b"], "rbac": {"aggregate": False}})
+    assert not [o for o in objects if o["kind"].startswith("ClusterRole")]
+    roles = {r["metadata"]["namespace"]: granted(r) for r in roles_of_the_operator(objects)}
+    assert roles.pop("qlora-system") == {("", "configmaps"): {*READ, "patch"}}
+    assert roles == dict.fromkeys(("team-a", "team-b"), IN_NAMESPACES)
+
+
+def test_the_one_config_map_that_may_be_written_is_named_and_the_charts_own(rendered):
+    for role in (o for o in rendered if o["kind"] == "Role"):
+        for rule in role["rules"]:
+            if "configmaps" in rule["resources"]:
+                (name,) = rule["resourceNames"]
+                assert "data" not in one(rendered, "ConfigMap", name), "an upgrade would undo what the operator wrote"
+
+
+def test_bindings_name_the_account_of_the_deployment(rendered):
+    account = one(rendered, "Deployment")["spec"]["template"]["spec"]["serviceAccountName"]
+    for binding in (o for o in rendered if o["kind"] in ("RoleBinding", "ClusterRoleBinding")):
+        assert [(s["name"], s["namespace"]) for s in binding["subjects"]] == [(account, "qlora-system")]
+
+
+# ---------------------------------------------------------------------------------------------------------------- pods
+
+
+def test_the_operators_pod_passes_the_restricted_profile(rendered):
+    """https://kubernetes.io/docs/concepts/security/pod-security-standards/#restricted"""
+    spec = one(rendered, "Deployment")["spec"]["template"]["spec"]
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
+    assert {next(iter(set(v) - {"name"})) for v in spec["volumes"]} <= {"configMap", "emptyDir"}
+    (container,) = spec["containers"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def test_there_is_one_operator_at_a_time(rendered):
+    spec = one(rendered, "Deployment")["spec"]
+    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+
+
+def test_the_operator_reads_the_config_that_the_chart_writes(rendered, tmp_path):
+    """Every key that is written is known, and every key that is known is written."""
+    (config_map,) = [o for o in rendered if o["kind"] == "ConfigMap" and "data" in o]
+    text = config_map["data"]["config.yaml"]
+    (tmp_path / "config.yaml").write_text(text)
+    config = OperatorConfig.read(tmp_path / "config.yaml")
+    assert keys(yaml.safe_load(text)) == keys(config.model_dump(by_alias=True))
+    container = one(rendered, "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    assert container["ports"] == [{"name": "metrics", "containerPort": config.metrics_port}]
+    one(rendered, "ConfigMap", config.memory_config_map)
+
+
+def keys(values: object) -> object:
+    return {k: keys(v) for k, v in values.items()} if isinstance(values, dict) else None
+
+
+def test_a_changed_config_restarts_the_operator(helm):
+    checksums = {
+        one(helm.render(values), "Deployment")["spec"]["template"]["metadata"]["annotations"]["checksum/config"]
+        for values in ({}, {"gang": "None"})
+    }
+    assert len(checksums) == 2
+
+
+# --------------------------------------------------------------------------------------- what fits the trainers' pods
+
+
+def trainer_pods() -> list[dict]:
+    """Pod templates that the operator makes."""
+    manifests = [m for path in OPERATOR_GOLDEN.glob("*/want.yaml") for m in yaml.safe_load_all(path.read_text())]
+    return [m["spec"]["template"] for m in manifests if m["kind"] == "Job"]
+
+
+def selects(selector: dict, labels: dict) -> bool:
+    named = all(labels.get(k) == v for k, v in selector.get("matchLabels", {}).items())
+    return named and all(labels.get(e["key"]) in e["values"] for e in selector.get("matchExpressions", ()))
+
+
+def test_monitor_and_network_policy_select_the_operators_pods_and_no_others(helm):
+    objects = helm.render(values_of("namespaced"))
+    monitor = one(objects, "PodMonitor")["spec"]
+    policy = one(objects, "NetworkPolicy", "-trainers")["spec"]
+    assert trainer_pods()
+    for pod in trainer_pods():
+        labels = pod["metadata"]["labels"]
+        ports = [p["name"] for p in pod["spec"]["containers"][0].get("ports", ())]
+        assert selects(policy["podSelector"], labels)
+        assert selects(monitor["selector"], labels) == bool(ports)
+    operator = one(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert not selects(policy["podSelector"], operator)
+    assert not selects(monitor["selector"], operator)
+
+
+def test_the_ports_of_all_ranks_are_open_to_the_operator_and_to_monitoring(helm):
+    policy = one(helm.render(values_of("namespaced")), "NetworkPolicy", "-trainers")["spec"]
+    most = next(m.le for m in ParallelismSpec.model_fields["gpus_per_worker"].metadata if hasattr(m, "le"))
+    ranges = [rule["ports"] for rule in policy["ingress"] if "ports" in rule]
+    assert ranges == 2 * [[{"port": METRICS_PORT, "endPort": METRICS_PORT + most - 1}]]
+
+
+# ----------------------------------------------------------------------------------------------------- admission policy
+
+
+def fields(model: type[Model], above: str = "") -> list[str]:
+    """Dotted paths of all fields of a type, by their names in a manifest."""
+    found = []
+    for field in model.model_fields.values():
+        path = f"{above}{field.alias}"
+        inner = model_of(field.annotation)
+        found += [path, *(fields(inner, f"{path}.") if isinstance(inner, type) and issubclass(inner, Model) else ())]
+    return found
+
+
+def test_the_policy_looks_at_every_field_that_names_a_secret_or_a_place(helm):
+    """A field that is new in the API fails here until the policy knows it."""
+    messages = {v["messageExpression"] for v in one(helm.render(), "ValidatingAdmissionPolicy")["spec"]["validations"]}
+    naming = [f for f in fields(QLoRAJobSpec) if f.endswith(("credentials", "source", "destination"))]
+    assert len(naming) >= 7
+    for field in naming:
+        assert any(f"'spec.{field}: " in message for message in messages), field
+
+
+def test_the_policy_is_bound_and_refuses_when_in_doubt(rendered):
+    policies = [o for o in rendered if o["kind"] == "ValidatingAdmissionPolicy"]
+    for policy in policies:
+        binding = one(rendered, "ValidatingAdmissionPolicyBinding")
+        assert policy["spec"]["failurePolicy"] == "Fail"
+        assert binding["spec"]["policyName"] == policy["metadata"]["name"]
+        assert binding["spec"]["validationActions"] == ["Deny"]
+        (rule,) = policy["spec"]["matchConstraints"]["resourceRules"]
+        assert (rule["apiGroups"], rule["resources"]) == ([crd()["spec"]["group"]], [crd()["spec"]["names"]["plural"]])
