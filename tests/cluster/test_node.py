@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,13 +11,17 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
+from cluster.harness import cgroups
 from cluster.harness.control_plane import ControlPlane, KubectlError, Settings
 from cluster.harness.images import BUSYBOX_IMAGE
+from cluster.harness.leftovers import remove_leftovers
+from cluster.harness.node import require_node_tools
 from cluster.harness.nodes import is_ready
 from cluster.test_control_plane import wait_until_ended
 from cluster.test_kwok import wait_for_condition
-from services.binaries import ToolMissingError
+from services.binaries import ToolMissingError, find_or_build
 from services.fixtures import skip_unless_ci
+from services.tools import CONTROL_PLANE, KUBECTL, NODE
 
 if TYPE_CHECKING:
     from cluster.harness.api import Object
@@ -99,11 +105,8 @@ def test_a_container_that_uses_too_much_memory_is_killed(node_cluster: ControlPl
 
 
 def test_a_node_is_lost_comes_back_and_leaves_nothing(tmp_path: Path):
-    try:
-        cluster = ControlPlane(tmp_path / "cluster", Settings(real_nodes=True, node_grace_seconds=4))
-    except ToolMissingError as error:
-        skip_unless_ci(str(error))
-    with cluster:
+    _skip_without_tools()
+    with ControlPlane(tmp_path / "cluster", Settings(real_nodes=True, node_grace_seconds=4)) as cluster:
         first, second = cluster.add_node("first", gpus=1), cluster.add_node("second", labels={"disk": "ssd"})
         namespace = cluster.create_namespace()
         served, asks = pod("served", "echo hi > index.html; exec httpd -f -p 8000"), pod("asks", "sleep 600")
@@ -125,13 +128,50 @@ def test_a_node_is_lost_comes_back_and_leaves_nothing(tmp_path: Path):
         second.stop()
         second.start()
         wait_for_phase(cluster, namespace, "served", "Failed")
-        bridge, groups = cluster.slot.bridge, f"{cluster.slot.bridge}-*"
+        bridge = cluster.slot.bridge
         pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _is_of(p, tmp_path)]
         assert len(pids) > 10
     assert wait_until_ended(pids, seconds=0) == []
     assert not Path(f"/sys/class/net/{bridge}").exists()
-    assert not list(Path("/sys/fs/cgroup").glob(groups)) + list(Path("/sys/fs/cgroup").glob(f"*/{groups}"))
+    assert not cgroups.names(f"{bridge}-")
     assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+
+
+def test_a_killed_harness_takes_its_containers_along(tmp_path: Path):
+    script = (
+        "import pathlib, sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from cluster.harness.control_plane import ControlPlane, Settings\n"
+        "with ControlPlane(pathlib.Path(sys.argv[2]), Settings(real_nodes=True)) as c:\n"
+        "    c.add_node(); print(c.slot.bridge, flush=True); time.sleep(600)"
+    )
+    _skip_without_tools()
+    folder = tmp_path / "cluster"
+    command = [sys.executable, "-c", script, Path(__file__).parents[1], folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as harness:
+        bridge = harness.stdout.readline().strip()
+        assert Path(f"/sys/class/net/{bridge}").exists()
+        kubectl = [find_or_build(KUBECTL), "--kubeconfig", folder / "admin.kubeconfig"]
+        run = [*kubectl, "run", "sleeper", f"--image={BUSYBOX_IMAGE}", "--", "sleep", "31536000"]
+        subprocess.run(run, check=True, capture_output=True)
+        wait = [*kubectl, "wait", "pod/sleeper", "--for=condition=Ready", "--timeout=30s"]
+        subprocess.run(wait, check=True, capture_output=True)
+        pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _is_of(p, folder)]
+        sleepers = [pid for pid in pids if b"31536000" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        harness.kill()
+    assert sleepers
+    assert wait_until_ended(pids) == []
+    remove_leftovers()
+    assert not Path(f"/sys/class/net/{bridge}").exists()
+    assert not cgroups.names(f"{bridge}-")
+
+
+def _skip_without_tools() -> None:
+    try:
+        require_node_tools()
+        for tool in (*CONTROL_PLANE, *NODE):
+            find_or_build(tool)
+    except ToolMissingError as error:
+        skip_unless_ci(str(error))
 
 
 def _is_of(process: Path, folder: Path) -> bool:

@@ -16,6 +16,11 @@ def create(name: str) -> None:
         (hierarchy / name).mkdir(exist_ok=True)
 
 
+def names(prefix: str) -> set[str]:
+    """Groups at the top of a hierarchy whose name begins so."""
+    return {path.name for hierarchy in _hierarchies() for path in hierarchy.glob(f"{prefix}*") if path.is_dir()}
+
+
 def remove(name: str) -> None:
     """Remove the groups with all below them. Their processes have ended; the kernel may still be at it.
 

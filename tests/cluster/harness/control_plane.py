@@ -18,6 +18,7 @@ from cluster.harness.api import Api, ApiError
 from cluster.harness.audit import read_audit_log
 from cluster.harness.credentials import Authority, KeyPair, write_kubeconfig
 from cluster.harness.kwok import Kwok
+from cluster.harness.leftovers import remove_leftovers
 from cluster.harness.network import Bridge
 from cluster.harness.node import Node, require_node_tools
 from cluster.harness.processes import Process
@@ -228,6 +229,8 @@ class ControlPlane:
     # ------------------------------------------------------------------------------------------------------ the parts
 
     def _start(self) -> None:
+        if self.settings.real_nodes:
+            remove_leftovers()
         slot = claim_slot()
         self._owned.callback(slot.release)
         self.slot, self.bridge = slot, Bridge(slot)

@@ -19,12 +19,11 @@ PREFIX_BITS = 17
 
 @dataclass(frozen=True)
 class Bridge:
-    """This machine's end. A bridge of a harness that was killed is replaced: whoever has the slot owns the name."""
+    """This machine's end."""
 
     slot: Slot
 
     def start(self) -> None:
-        self.stop()
         ip("link", "add", self.slot.bridge, "type", "bridge")
         ip("addr", "add", f"{self.slot.gateway}/{PREFIX_BITS}", "dev", self.slot.bridge)
         ip("link", "set", self.slot.bridge, "up")
@@ -35,7 +34,7 @@ class Bridge:
     def join(self, index: int, pid: int) -> None:
         """Give the network namespace of a process an interface ``eth0`` with the node's address."""
         end, address = f"{self.slot.bridge}n{index}", f"{self.slot.node_address(index)}/{PREFIX_BITS}"
-        ip("link", "del", end, check=False)
+        ip("link", "del", end, check=False)  # of the node's last boot, if the kernel has not removed it yet
         ip("link", "add", end, "type", "veth", "peer", "name", "eth0", "netns", str(pid))
         ip("link", "set", end, "master", self.slot.bridge, "up")
         script = (

@@ -61,18 +61,25 @@ class Slot:
 
 
 def claim_slot() -> Slot:
-    """Take the first free number. A bound abstract socket is the claim: atomic, and gone with the process.
+    """Take the first free number.
 
     Raises:
         RuntimeError: all are taken.
 
     """
     for number in range(SLOTS):
-        claim = socket.socket(socket.AF_UNIX)
-        try:
-            claim.bind(f"\0qlora-test-cluster-{number}")
-        except OSError:
-            claim.close()
-        else:
-            return Slot(number, claim)
+        slot = try_claim(number)
+        if slot is not None:
+            return slot
     raise RuntimeError(f"{SLOTS} test clusters run on this machine already")
+
+
+def try_claim(number: int) -> Slot | None:
+    """Take this number, if it is free. A bound abstract socket is the claim: atomic, and gone with the process."""
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        claim.bind(f"\0qlora-test-cluster-{number}")
+    except OSError:
+        claim.close()
+        return None
+    return Slot(number, claim)
