@@ -58,11 +58,36 @@ cluster: $(VENV)/.all-installed  ## A Kubernetes cluster on this machine to play
 
 # -------------------------------------------------------------------------------------------------------------- check
 
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest --durations 10
+CLUSTER_TESTS := tests/charts tests/cluster tests/images
+E2E_TESTS := tests/e2e
+CLOSING := build/pytest-unit.log build/pytest-cluster.log build/pytest-e2e.log
+
+# What has to be built for the cluster (Kubernetes, images) is built while the unit tests run, and waited for after them.
 .PHONY: test
-test: check  ## Everything that must hold: check, then all tests
-	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
-	  $(STEP) pytest $(BIN)/pytest -n $(WORKERS) --dist worksteal --durations 10 $(PYTEST_ARGS)
-	@tail -n 1 build/pytest.log
+test: check  ## Everything that must hold: check, then all tests, on a real cluster too (root needed)
+	@rm -f $(CLOSING); $(STEP) system-packages .ci/system-packages
+	@$(STEP) tools $(BIN)/python tests/services/tools.py & tools=$$!; trap 'kill $$tools 2> /dev/null || true' EXIT; \
+	  $(STEP) pytest-unit env $(PYTEST) -n $(WORKERS) --dist worksteal $(addprefix --ignore=,$(CLUSTER_TESTS) $(E2E_TESTS)) \
+	    $(PYTEST_ARGS); \
+	  wait $$tools
+	@$(STEP) images $(BIN)/python tests/services/images.py
+	@$(STEP) pytest-cluster env $(PYTEST) -n $(WORKERS) --dist loadscope $(CLUSTER_TESTS) $(PYTEST_ARGS)
+	@$(STEP) pytest-e2e env $(PYTEST) $(E2E_TESTS) $(PYTEST_ARGS)
+	@.ci/sum $(CLOSING)
+
+.PHONY: test-unit
+test-unit: check  ## Only what needs no cluster and no root
+	@$(STEP) pytest-unit env $(PYTEST) -n $(WORKERS) --dist worksteal \
+	  $(addprefix --ignore=,$(CLUSTER_TESTS) $(E2E_TESTS)) $(PYTEST_ARGS)
+
+.PHONY: test-e2e
+test-e2e: $(VENV)/.all-installed  ## From helm install to a verified adapter, on real nodes; and what may happen on the way
+	@$(STEP) system-packages .ci/system-packages
+	@$(STEP) tools $(BIN)/python tests/services/tools.py
+	@$(STEP) images $(BIN)/python tests/services/images.py
+	@$(STEP) pytest-e2e env $(PYTEST) $(E2E_TESTS) $(PYTEST_ARGS)
+	@tail -n 1 build/pytest-e2e.log
 
 .PHONY: check
 check: $(VENV)/.all-installed  ## Lint, format, imports, generated CRD, types
