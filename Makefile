@@ -51,6 +51,10 @@ fidelity: $(VENV)/.all-installed  ## Compare QLoRA here with the published metho
 bench-trainer: $(VENV)/.all-installed  ## Measure the trainer's speed and memory beside the stock stack
 	@$(BIN)/python benchmarks/bench_trainer.py
 
+.PHONY: bench-operator
+bench-operator: $(VENV)/.all-installed  ## Measure the operator with thousands of jobs on a real control plane
+	@$(BIN)/python benchmarks/bench_operator.py
+
 .PHONY: cluster
 cluster: $(VENV)/.all-installed  ## A Kubernetes cluster on this machine to play with, until Ctrl-C; needs root
 	@mkdir -p build && .ci/system-packages > build/system-packages.log
