@@ -53,6 +53,16 @@ def split_batch(spec: QLoRAJobSpec, world_size: int) -> BatchSplit:
     return BatchSplit(world_size=world_size, micro_batch_size=micro, gradient_accumulation_steps=share // micro)
 
 
+def on_other_ranks(split: BatchSplit, world_size: int) -> BatchSplit | None:
+    """The same global batch on another number of ranks, with micro-batches no larger; None where it does not divide."""
+    total = split.global_batch_size
+    if total % world_size:
+        return None
+    share = total // world_size
+    micro = max(d for d in range(1, split.micro_batch_size + 1) if share % d == 0)
+    return BatchSplit(world_size=world_size, micro_batch_size=micro, gradient_accumulation_steps=share // micro)
+
+
 def halve_micro_batch(split: BatchSplit) -> BatchSplit | None:
     """The same global batch with a smaller micro-batch; None when it cannot get smaller."""
     share = split.micro_batch_size * split.gradient_accumulation_steps

@@ -10,7 +10,9 @@ from qlora_api.batch import BatchSplit, halve_micro_batch
 from qlora_api.spec import OnOutOfMemory, PolicySpec
 from qlora_api.status import Attempt, Reason
 
-FREE_OF_CHARGE = frozenset({Reason.PREEMPTED, Reason.NODE_LOST, Reason.PEER_LOST, Reason.SUSPENDED})
+FREE_OF_CHARGE = frozenset(
+    {Reason.PREEMPTED, Reason.NODE_LOST, Reason.PEER_LOST, Reason.SUSPENDED, Reason.UNSCHEDULABLE}
+)
 """Ends that are not the job's doing and do not count against maxRestarts."""
 FINAL = frozenset({Reason.USER_ERROR, Reason.NON_FINITE_LOSS, Reason.ADAPTER_REJECTED})
 """Ends that another attempt would only repeat: training is deterministic."""
@@ -59,6 +61,8 @@ def after_attempt(policy: PolicySpec, attempts: Sequence[Attempt]) -> Finish | R
         return Finish(True, reason, last.message)
     if reason in FINAL:
         return Finish(False, reason, last.message)
+    if reason is Reason.UNSCHEDULABLE:  # it has waited already, for nodes
+        return Retry(batch, 0, reason, counted=False)
     if reason in FREE_OF_CHARGE:
         idle = len(list(takewhile(_did_nothing, reversed(attempts))))
         return Retry(batch, BACKOFF_SECONDS[min(idle, len(BACKOFF_SECONDS)) - 1] if idle else 0, reason, counted=False)

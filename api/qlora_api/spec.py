@@ -324,6 +324,9 @@ class ParallelismSpec(Model):
 
     workers: int = Field(1, ge=1, le=256)
     """Pods. 'qlora run' uses this machine instead: all its GPUs, or two CPU processes."""
+    min_workers: int | None = Field(None, ge=1, le=256)
+    """With fewer nodes than workers need, go on with as few pods as this: the same global batch and the same order of
+    rows, on fewer ranks. Each next attempt asks for all workers again. Default: wait until there is room."""
     gpus_per_worker: int = Field(1, ge=1, le=16)
     """GPUs, and so ranks, of each pod."""
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -337,6 +340,18 @@ class ParallelismSpec(Model):
             "offload Optimizer needs zeroStage 1, 2 or 3",
             "offload",
             lambda p: p.offload is Offload.NONE or p.zero_stage >= 1,
+        ),
+        Rule(
+            "!has(self.minWorkers) || self.minWorkers <= self.workers",
+            "minWorkers must be at most workers",
+            "minWorkers",
+            lambda p: p.min_workers is None or p.min_workers <= p.workers,
+        ),
+        Rule(
+            "!has(self.minWorkers) || self.zeroStage < 3",
+            "a ZeRO-3 checkpoint needs as many ranks as it came from: with minWorkers, zeroStage must be 0, 1 or 2",
+            "minWorkers",
+            lambda p: p.min_workers is None or p.zero_stage < 3,
         ),
     )
 
@@ -388,6 +403,8 @@ class PolicySpec(Model):
     """Recover: halve the micro-batch, keep the global batch, resume from the last checkpoint."""
     stall_timeout_seconds: int = Field(1800, ge=30, le=86400)
     """A collective that takes longer ends the attempt."""
+    shrink_after_seconds: int = Field(120, ge=10, le=86400)
+    """With parallelism.minWorkers: how long pods that no node can take are waited for before fewer are tried."""
     active_deadline_seconds: int | None = Field(None, ge=60, le=31536000)
     """Longest time over all attempts."""
     ttl_seconds_after_finished: int | None = Field(None, ge=0, le=31536000)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from qlora_api.batch import BatchSplit, split_batch
+from qlora_api.batch import BatchSplit, on_other_ranks, split_batch
 from qlora_api.job import QLoRAJob
 from qlora_api.lifecycle import Finish, after_attempt, restarts
 from qlora_api.spec import Gang
@@ -78,12 +78,13 @@ class Context:
         return self.seen.now
 
     @property
-    def workers(self) -> int:
-        return self.job.spec.parallelism.workers
-
-    @property
     def world_size(self) -> int:
-        return self.workers * self.job.spec.parallelism.gpus_per_worker
+        """Ranks when all workers are there."""
+        return self.job.spec.parallelism.workers * self.job.spec.parallelism.gpus_per_worker
+
+    def workers(self, attempt: Attempt) -> int:
+        """Pods of an attempt: all, or with minWorkers fewer."""
+        return attempt.world_size // self.job.spec.parallelism.gpus_per_worker
 
 
 def plan(job: QLoRAJob, seen: Observed, config: OperatorConfig, gang: Gang) -> Plan:
@@ -101,7 +102,10 @@ def plan(job: QLoRAJob, seen: Observed, config: OperatorConfig, gang: Gang) -> P
     if late := _deadline(context, status):
         return _ending(context, late, (*notes, Note("Warning", "DeadlineExceeded", _words(late))))
     following = _next(context, status)
-    return replace(following, notes=(*notes, *following.notes))
+    # What ended by a decision (its node is lost, it found no room) may have a Job that would go on.
+    over = {a.number for a in status.attempts if a.end_time}
+    stale = tuple(j for j in _running(context) if j.attempt in over and j not in following.delete)
+    return replace(following, delete=(*following.delete, *stale), notes=(*notes, *following.notes))
 
 
 def is_over(status: QLoRAJobStatus) -> bool:
@@ -174,7 +178,9 @@ def _concluded(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus
     attempt = _open(status)
     if attempt is None:
         return status, ()
-    ending = ending_of(attempt.number, context.workers, context.seen, asked_to_stop=context.job.spec.suspend)
+    workers = context.workers(attempt)
+    ending = ending_of(attempt.number, workers, context.seen, asked_to_stop=context.job.spec.suspend)
+    ending = ending or _too_large(context, attempt)
     if ending is None:
         return status, ()
     if context.job.spec.suspend and ending.reason is Reason.PREEMPTED:
@@ -191,6 +197,34 @@ def _concluded(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus
     if ending.reason is Reason.SUSPENDED:
         return status, (Note("Normal", "Suspended", _attempt_words(attempt)),)
     return status, (Note("Warning", ending.reason.value, f"{_attempt_words(attempt)}; another attempt follows"),)
+
+
+def _too_large(context: Context, attempt: Attempt) -> Ending | None:
+    """With minWorkers: no node has taken the pods for long enough, and fewer can be tried."""
+    job = context.seen.jobs.get(attempt.number)
+    patience = timedelta(seconds=context.job.spec.policy.shrink_after_seconds)
+    if job is None or job.ready or context.now < attempt.start_time + patience or _fewer(context, attempt) is None:
+        return None
+    reason, text = why_waiting(context.job.spec, attempt.number, context.workers(attempt), context.seen)
+    return Ending(reason, f"{text}; fewer workers are tried") if reason is Reason.UNSCHEDULABLE else None
+
+
+def _fewer(context: Context, attempt: Attempt) -> BatchSplit | None:
+    """The largest world below an attempt's that minWorkers and the global batch allow."""
+    parallelism = context.job.spec.parallelism
+    batch = _batch_of(attempt)
+    least = parallelism.min_workers or parallelism.workers
+    sizes = range(context.workers(attempt) - 1, least - 1, -1)
+    splits = (on_other_ranks(batch, workers * parallelism.gpus_per_worker) for workers in sizes)
+    return next((split for split in splits if split), None)
+
+
+def _batch_of(attempt: Attempt) -> BatchSplit:
+    return BatchSplit(
+        world_size=attempt.world_size,
+        micro_batch_size=attempt.micro_batch_size,
+        gradient_accumulation_steps=attempt.gradient_accumulation_steps,
+    )
 
 
 def _attempt_words(attempt: Attempt) -> str:
@@ -325,20 +359,26 @@ def _start(context: Context, status: QLoRAJobStatus) -> Plan:
         following = after_attempt(context.job.spec.policy, status.attempts)
         if isinstance(following, Finish):  # a limit was lowered while the job waited
             return _ending(context, _finished(context, status, following), ())
-        batch = following.batch
+        batch = _on_the_right_ranks(context, status.attempts[-1], following.batch)
         ended = status.attempts[-1].end_time or context.now
         left = (ended + timedelta(seconds=following.wait_seconds) - context.now).total_seconds()
         if left > 0 and status.attempts[-1].reason is not Reason.SUSPENDED:
             text = f"attempt {status.attempts[-1].number} ended: {status.attempts[-1].message}"
             return _pending(context, status, Reason.BACKING_OFF, text, wake_after=left)
     if context.seen.child_refused:
-        reason, text = why_waiting(context.job.spec, len(status.attempts) + 1, context.workers, context.seen)
+        reason, text = why_waiting(context.job.spec, len(status.attempts) + 1, 1, context.seen)
         return _pending(context, status, reason, text, wake_after=REFUSED_SECONDS)
     attempt = _planned_attempt(context, status, batch)
     job = render.attempt(context.job, context.config, context.gang, attempt, status)
-    status = _with_attempt(status, attempt)
-    reason, text = why_waiting(context.job.spec, attempt.number, context.workers, context.seen)
-    return _pending(context, status, reason, text, make=job)
+    reason, text = why_waiting(context.job.spec, attempt.number, context.workers(attempt), context.seen)
+    return _pending(context, _with_attempt(status, attempt), reason, text, make=job)
+
+
+def _on_the_right_ranks(context: Context, last: Attempt, batch: BatchSplit) -> BatchSplit:
+    """All workers again, unless the last attempt waited for them in vain."""
+    if last.reason is Reason.UNSCHEDULABLE:
+        return _fewer(context, last) or batch
+    return on_other_ranks(batch, context.world_size) or batch
 
 
 def _planned_attempt(context: Context, status: QLoRAJobStatus, batch: BatchSplit) -> Attempt:
@@ -356,7 +396,7 @@ def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Plan:
     job = context.seen.jobs.get(attempt.number)
     overdue = any(p.deletion_due for p in context.seen.living if not p.ended)
     wake = LOOK_AGAIN_SECONDS if overdue or (job and job.state in (JobState.COMPLETE, JobState.FAILING)) else None
-    if job is not None and job.state is JobState.ACTIVE and job.ready >= context.workers:
+    if job is not None and job.state is JobState.ACTIVE and job.ready >= context.workers(attempt):
         nodes = sorted({p.node for p in context.seen.pods_of(attempt.number) if not p.gone and p.node})
         status = _with_attempt(status, attempt.model_copy(update={"node": ", ".join(nodes)[:4096]}))
         text = f"attempt {attempt.number}: {attempt.world_size} ranks on {', '.join(nodes) or 'their nodes'}"
@@ -366,7 +406,10 @@ def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Plan:
     if holds(status.conditions, ConditionType.RUNNING) and (job is None or job.state is not JobState.ACTIVE):
         # The last pods end: nothing to say yet that status does not say.
         return Plan(status, wake_after=wake)
-    reason, text = why_waiting(context.job.spec, attempt.number, context.workers, context.seen)
+    reason, text = why_waiting(context.job.spec, attempt.number, context.workers(attempt), context.seen)
+    if reason is Reason.UNSCHEDULABLE and _fewer(context, attempt):
+        left = timedelta(seconds=context.job.spec.policy.shrink_after_seconds) - (context.now - attempt.start_time)
+        wake = min(wake or left.total_seconds(), max(left.total_seconds(), 1))
     return _pending(context, status, reason, text, wake_after=wake)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from qlora_api.batch import split_batch
+from qlora_api.batch import BatchSplit, split_batch
 from qlora_api.contract import JobRef, TrainerConfig
 from qlora_api.job import API_VERSION, KIND, QLoRAJob
 from qlora_api.lifecycle import restarts
@@ -49,6 +49,7 @@ def attempt(
 ) -> tuple[dict[str, Any], ...]:
     """All that one attempt needs: its Job, where several workers meet the shared Service, with Volcano a PodGroup."""
     parallelism = job.spec.parallelism
+    workers = attempt.world_size // parallelism.gpus_per_worker
     name = attempt_name(job.metadata.name, attempt.number)
     labels = _labels(job, "trainer") | {ATTEMPT_LABEL: str(attempt.number)}
     trainer = trainer_config(job, config, attempt, status)
@@ -57,8 +58,8 @@ def attempt(
     metadata["annotations"] = {PLAN_ANNOTATION: attempt.model_dump_json(by_alias=True, exclude_none=True)}
     spec: dict[str, Any] = {
         "completionMode": "Indexed",
-        "completions": parallelism.workers,
-        "parallelism": parallelism.workers,
+        "completions": workers,
+        "parallelism": workers,
         "backoffLimit": 0,
         "podReplacementPolicy": "Failed",
         "podFailurePolicy": {
@@ -75,7 +76,7 @@ def attempt(
         "template": template,
     }
     children: list[dict[str, Any]] = []
-    if parallelism.workers > 1:
+    if workers > 1:
         template["spec"]["subdomain"] = SERVICE
         children.append(service(job.metadata.namespace))
     if gang is Gang.KUEUE:
@@ -84,7 +85,7 @@ def attempt(
     if gang is Gang.VOLCANO:
         template["spec"]["schedulerName"] = "volcano"
         template["metadata"]["annotations"]["scheduling.k8s.io/group-name"] = name
-        children.append(_pod_group(job, name, labels))
+        children.append(_pod_group(job, name, labels, workers))
     child = {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
     return (*children, child)
 
@@ -144,16 +145,15 @@ def service(namespace: str) -> dict[str, Any]:
 def trainer_config(job: QLoRAJob, config: OperatorConfig, attempt: Attempt, status: QLoRAJobStatus) -> TrainerConfig:
     """What the trainer of an attempt is told."""
     spec, meta = job.spec, job.metadata
-    split = split_batch(spec, attempt.world_size).model_copy(
-        update={
-            "micro_batch_size": attempt.micro_batch_size,
-            "gradient_accumulation_steps": attempt.gradient_accumulation_steps,
-        }
+    split = BatchSplit(
+        world_size=attempt.world_size,
+        micro_batch_size=attempt.micro_batch_size,
+        gradient_accumulation_steps=attempt.gradient_accumulation_steps,
     )
     device = config.trainer.device or ("CUDA" if config.gpu_resource else "CPU")
     choice = spec.training.gradient_checkpointing
     automatic = status.prepared.gradient_checkpointing if status.prepared else device == "CUDA"
-    workers = spec.parallelism.workers
+    workers = attempt.world_size // spec.parallelism.gpus_per_worker
     host = f"{attempt_name(meta.name, attempt.number)}-0.{SERVICE}.{meta.namespace}.svc:{RENDEZVOUS_PORT}"
     return TrainerConfig(
         job=JobRef(name=meta.name, namespace=meta.namespace, uid=meta.uid or ""),
@@ -341,8 +341,8 @@ def _metadata(job: QLoRAJob, name: str, labels: dict[str, str]) -> dict[str, Any
     return {"name": name, "namespace": job.metadata.namespace, "labels": labels, "ownerReferences": [owner]}
 
 
-def _pod_group(job: QLoRAJob, name: str, labels: dict[str, str]) -> dict[str, Any]:
-    spec: dict[str, Any] = {"minMember": job.spec.parallelism.workers}
+def _pod_group(job: QLoRAJob, name: str, labels: dict[str, str], workers: int) -> dict[str, Any]:
+    spec: dict[str, Any] = {"minMember": workers}
     if job.spec.scheduling.queue:
         spec["queue"] = job.spec.scheduling.queue
     if job.spec.scheduling.priority_class_name:

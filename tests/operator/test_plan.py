@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -249,3 +250,32 @@ def test_conditions_keep_the_time_of_their_last_transition():
     pending = decide(job(later), seen(child(), after=200)).status
     stopped = next(c for c in pending.conditions if c.type is ConditionType.RUNNING)
     assert stopped.last_transition_time == NOW + timedelta(seconds=200)
+
+
+FULL = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu. preemption: none."
+
+
+def test_with_min_workers_pods_that_find_no_room_give_way_to_fewer():
+    waiting = running().model_copy(update={"attempts": [attempt(1, worldSize=4, microBatchSize=4)]})
+    a_job = job(waiting, workers=4, parallelism={"minWorkers": 2})
+    full = seen(child(), *(pod(index=i, unschedulable=FULL, ready=False) for i in range(4)))
+    assert decide(a_job, full).status.reason is Reason.UNSCHEDULABLE
+    planned = decide(a_job, replace(full, now=NOW + timedelta(seconds=120)))
+    assert [c.name for c in planned.delete] == ["job-1"]
+    assert [a.world_size for a in planned.status.attempts] == [4, 2]  # three do not divide the global batch
+    assert planned.make[-1]["spec"]["completions"] == 2
+    assert planned.status.restarts == 0
+
+
+def test_without_min_workers_pods_that_find_no_room_wait():
+    waiting = running().model_copy(update={"attempts": [attempt(1, worldSize=4, microBatchSize=4)]})
+    full = seen(child(), pod(unschedulable=FULL, ready=False), after=100_000)
+    planned = decide(job(waiting, workers=4), full)
+    assert (planned.status.reason, planned.make, planned.delete) == (Reason.UNSCHEDULABLE, (), ())
+
+
+def test_the_attempt_after_a_smaller_one_asks_for_all_workers_again():
+    smaller = attempt(2, "Preempted", worldSize=2, microBatchSize=2, gradientAccumulationSteps=4)
+    status = QLoRAJobStatus(attempts=[attempt(1, "Unschedulable", worldSize=4), smaller])
+    planned = decide(job(status, workers=4, parallelism={"minWorkers": 2}), seen(after=100))
+    assert planned.status.attempts[-1].world_size == 4
