@@ -1,0 +1,327 @@
+"""The chart on a real API server: what it installs, whom it lets do what, and what is left of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+
+from charts.helm import CHART, NAMESPACE, RELEASE
+from cluster.harness.api import ApiError
+from cluster.harness.control_plane import ControlPlane, KubectlError
+from cluster.harness.jobs import qlora_job
+from services.binaries import ToolMissingError
+from services.fixtures import skip_unless_ci
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+FULL_NAME = f"{RELEASE}-qlora-operator"
+CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/qlorajobs.qlora.dev"
+POLICY = f"/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicies/{NAMESPACE}-{FULL_NAME}"
+MEMORY = f"/api/v1/namespaces/{NAMESPACE}/configmaps/{FULL_NAME}-memory"
+ACCOUNT = f"system:serviceaccount:{NAMESPACE}:{FULL_NAME}"
+VALUES = {"admissionPolicy": {"priorityClassNames": ["research"]}}
+RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
+ENFORCED_SECONDS = 30
+
+
+@contextmanager
+def running(folder) -> Iterator[ControlPlane]:
+    """A cluster without nodes, and in it a namespace for the release that refuses pods which are not restricted."""
+    try:
+        cluster = ControlPlane(folder)
+    except ToolMissingError as error:
+        skip_unless_ci(str(error))
+    with cluster:
+        metadata = {"name": NAMESPACE, "labels": RESTRICTED}
+        cluster.api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[ControlPlane]:
+    with running(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def installed(helm, cluster) -> Installed:
+    """The chart, installed as most do it."""
+    installed = Installed(helm, cluster)
+    installed.upgrade()
+    installed.wait_until_enforced()
+    return installed
+
+
+class Installed:
+    """A release on a cluster."""
+
+    def __init__(self, helm, cluster, release=RELEASE, namespace=NAMESPACE):
+        self.helm = replace(helm, kubeconfig=cluster.kubeconfig)
+        self.cluster, self.release, self.namespace = cluster, release, namespace
+
+    def upgrade(self, chart=CHART, **values):
+        """Install, or upgrade; what helm says."""
+        text = yaml.safe_dump(VALUES | values)
+        options = ("--install", "--namespace", self.namespace, "--values", "-")
+        return self.helm("upgrade", self.release, chart, *options, stdin=text)
+
+    def uninstall(self):
+        return self.helm("uninstall", self.release, "--namespace", self.namespace, "--wait")
+
+    def objects(self):
+        manifest = self.helm("get", "manifest", self.release, "--namespace", self.namespace)
+        return [o for o in yaml.safe_load_all(manifest) if o]
+
+    def left(self, objects):
+        """Kinds and names of the objects that are there, and not about to go."""
+        found = []
+        for each in objects:
+            try:
+                there = self.cluster.api.get(self.cluster.api.path_of(each, self.namespace))
+            except (ApiError, KeyError):  # a kind that is not served any more
+                continue
+            if "deletionTimestamp" not in there["metadata"]:
+                found.append((each["kind"], each["metadata"]["name"]))
+        return found
+
+    def wait_until_enforced(self):
+        """A new policy is enforced a moment after it is made; until then everything passes."""
+        job = qlora_job("probe", scheduling={"priorityClassName": "none-of-those"})
+        until = time.monotonic() + ENFORCED_SECONDS
+        while not refusal(self.cluster, job, "kubernetes-admin"):
+            assert time.monotonic() < until, "the policy is not enforced"
+            time.sleep(0.1)
+
+
+def refusal(cluster, manifest, user, verb="create"):
+    """Why a user may not create or change an object; empty: he may. Nothing is stored."""
+    groups = ("--as-group", "system:masters") if user == "kubernetes-admin" else ()
+    try:
+        cluster.kubectl(verb, "-f", "-", "--dry-run=server", "--as", user, *groups, stdin=json.dumps(manifest))
+    except KubectlError as error:
+        return str(error)
+    return ""
+
+
+def may(cluster, user, verb, resource, *, namespace="default", groups=()):
+    """Whether RBAC lets a user do something, by the API server's own answer."""
+    group, _, name = resource.rpartition("/")
+    kind, _, subresource = name.partition(":")
+    wanted = {"verb": verb, "resource": kind, "subresource": subresource, "group": group, "namespace": namespace}
+    spec = {"user": user, "groups": list(groups), "resourceAttributes": wanted}
+    review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "spec": spec}
+    return cluster.api.post("/apis/authorization.k8s.io/v1/subjectaccessreviews", review)["status"]["allowed"]
+
+
+# --------------------------------------------------------------------------------------------------------- the release
+
+
+def test_helm_says_what_comes_next(installed):
+    notes = installed.helm("get", "notes", RELEASE, "--namespace", NAMESPACE)
+    assert f"kubectl --namespace {NAMESPACE} rollout status deployment/{FULL_NAME}" in notes
+    assert "get qlorajobs --watch" in notes
+
+
+def test_the_operators_pod_is_made_in_a_namespace_that_enforces_restricted(installed, cluster):
+    path = f"/api/v1/namespaces/{NAMESPACE}/pods"
+    cluster.api.wait_for(path, lambda pods: pods["items"], what="a pod of the Deployment")
+
+
+def test_the_api_server_finds_no_fault_in_the_policys_expressions(installed, cluster):
+    policy = cluster.api.wait_for(POLICY, lambda p: "typeChecking" in p.get("status", {}), what="a checked policy")
+    assert policy["status"]["typeChecking"] == {}
+
+
+# ----------------------------------------------------------------------------------------------------- the operator may
+
+
+@pytest.mark.parametrize(
+    ("verb", "resource"),
+    [
+        *((verb, "secrets") for verb in ("get", "list", "watch", "create", "update", "patch", "delete")),
+        *(
+            (verb, resource)
+            for verb in ("get", "create")
+            for resource in ("pods:exec", "pods:attach", "pods:log", "pods:proxy")
+        ),
+        ("create", "pods"),
+        ("create", "serviceaccounts:token"),
+        ("get", "configmaps"),
+        ("update", "rbac.authorization.k8s.io/roles"),
+        ("create", "rbac.authorization.k8s.io/rolebindings"),
+        ("impersonate", "users"),
+        ("create", "qlora.dev/qlorajobs"),
+        ("patch", "apiextensions.k8s.io/customresourcedefinitions"),
+        ("patch", "nodes"),
+    ],
+)
+def test_the_operator_may_not(installed, cluster, verb, resource):
+    for namespace in (NAMESPACE, "kube-system", ""):
+        assert not may(cluster, ACCOUNT, verb, resource, namespace=namespace)
+
+
+@pytest.mark.parametrize(
+    ("verb", "resource"),
+    [
+        ("patch", "qlora.dev/qlorajobs:status"),
+        ("create", "batch/jobs"),
+        ("delete", "pods"),
+        ("create", "events.k8s.io/events"),
+    ],
+)
+def test_the_operator_may(installed, cluster, verb, resource):
+    assert may(cluster, ACCOUNT, verb, resource)
+
+
+def test_in_named_namespaces_the_operator_may_nothing_elsewhere(helm, installed, cluster):
+    here, there, own = (cluster.create_namespace(p) for p in ("served", "other", "system"))
+    second = Installed(helm, cluster, "second", own)
+    off = {"install": False}
+    second.upgrade(namespaces=[here], crds=off, admissionPolicy={"enabled": False}, rbac={"aggregate": False})
+    account = f"system:serviceaccount:{own}:second-qlora-operator"
+    assert may(cluster, account, "create", "batch/jobs", namespace=here)
+    assert not may(cluster, account, "create", "batch/jobs", namespace=there)
+    assert not may(cluster, account, "list", "qlora.dev/qlorajobs", namespace="")
+    assert not may(cluster, account, "list", "nodes", namespace="")
+    objects = second.objects()
+    second.uninstall()
+    assert second.left(objects) == []
+
+
+# ----------------------------------------------------------------------------------------------------------- people may
+
+
+@pytest.mark.parametrize(
+    ("role", "verb", "allowed"),
+    [("view", "list", True), ("view", "create", False), ("edit", "create", True), ("admin", "delete", True)],
+)
+def test_a_namespaces_roles_reach_its_jobs(installed, cluster, role, verb, allowed):
+    namespace = cluster.create_namespace("people")
+    cluster.kubectl("create", "rolebinding", "one", f"--clusterrole={role}", "--user=kim", "-n", namespace)
+    until = time.monotonic() + ENFORCED_SECONDS  # a controller puts the rules together
+    while may(cluster, "kim", verb, "qlora.dev/qlorajobs", namespace=namespace) != allowed and time.monotonic() < until:
+        time.sleep(0.1)
+    assert may(cluster, "kim", verb, "qlora.dev/qlorajobs", namespace=namespace) == allowed
+
+
+@pytest.fixture(scope="module")
+def team(installed, cluster) -> str:
+    """A namespace in which jane may create and change QLoRAJobs, and get the Secret and the claim named 'hers'."""
+    namespace = cluster.create_namespace("team")
+    for name in ("hers", "theirs"):
+        cluster.kubectl("create", "secret", "generic", name, "--from-literal=KEY=value", "-n", namespace)
+    rules = [
+        {"apiGroups": ["qlora.dev"], "resources": ["qlorajobs"], "verbs": ["create", "get", "update", "patch"]},
+        {
+            "apiGroups": [""],
+            "resources": ["secrets", "persistentvolumeclaims"],
+            "resourceNames": ["hers"],
+            "verbs": ["get"],
+        },
+    ]
+    role = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "metadata": {"name": "jane"}, "rules": rules}
+    cluster.api.create(role, namespace)
+    cluster.kubectl("create", "rolebinding", "jane", "--role=jane", "--user=jane", "-n", namespace)
+    return namespace
+
+
+def naming(namespace, field, value):
+    """A job that names something in one field, by its path below spec."""
+    job = qlora_job("job", namespace)
+    *above, last = field.split(".")
+    here = job["spec"]
+    for key in above:
+        here = here.setdefault(key, {})
+    here[last] = value
+    return job
+
+
+@pytest.mark.parametrize("field", ["model.credentials", "dataset.train.credentials", "output.credentials"])
+def test_a_job_may_name_no_secret_that_its_creator_may_not_get(cluster, team, field):
+    assert refusal(cluster, naming(team, field, "hers"), "jane") == ""
+    said = refusal(cluster, naming(team, field, "theirs"), "jane")
+    assert f'spec.{field}: "theirs" – jane may not get this Secret in namespace {team}' in said
+    assert "name one that jane may get, or have the right granted" in said
+
+
+@pytest.mark.parametrize("field", ["model.source", "dataset.train.source", "dataset.eval.source", "output.destination"])
+def test_a_job_may_name_no_claim_that_its_creator_may_not_get(cluster, team, field):
+    assert refusal(cluster, naming(team, field, "pvc://hers/folder"), "jane") == ""
+    said = refusal(cluster, naming(team, field, "pvc://theirs/folder"), "jane")
+    assert f'spec.{field}: "pvc://theirs/folder" – jane may not get this PersistentVolumeClaim' in said
+
+
+def test_a_job_that_names_all_of_it_is_not_too_dear_for_the_api_server(cluster, team):
+    """What asking for seven rights may cost is limited."""
+    job = qlora_job("job", team)
+    for place in (job["spec"]["model"], job["spec"]["dataset"]["train"], job["spec"]["output"]):
+        place["credentials"] = "hers"
+    job["spec"]["model"]["source"] = "pvc://hers/model"
+    job["spec"]["dataset"]["train"]["source"] = "pvc://hers/rows"
+    job["spec"]["dataset"]["eval"] = {"source": "pvc://hers/eval"}
+    job["spec"]["output"]["destination"] = "pvc://hers/out"
+    assert refusal(cluster, job, "jane") == ""
+
+
+def test_who_changes_something_else_of_a_job_needs_no_right_to_its_secrets(cluster, team):
+    """The operator above all, which may get no Secret."""
+    cluster.api.create(naming(team, "model.credentials", "theirs") | {"metadata": {"name": "old", "namespace": team}})
+    change = json.dumps({"spec": {"suspend": True}})
+    for user in ("jane", ACCOUNT):
+        cluster.kubectl("patch", "qlorajob", "old", "-n", team, "--type=merge", "-p", change, "--as", user)
+
+
+def test_a_job_may_name_only_the_priority_classes_of_the_list(cluster, team):
+    assert refusal(cluster, naming(team, "scheduling.priorityClassName", "research"), "jane") == ""
+    said = refusal(cluster, naming(team, "scheduling.priorityClassName", "system-node-critical"), "jane")
+    assert 'spec.scheduling.priorityClassName: "system-node-critical" is not for QLoRAJobs here; use research' in said
+
+
+# ----------------------------------------------------------------------------------------------- upgrade and uninstall
+
+
+def test_an_upgrade_changes_the_definition_and_an_uninstall_keeps_it(helm, tmp_path):
+    with running(tmp_path / "cluster") as cluster:
+        release = Installed(helm, cluster)
+        release.upgrade()
+        cluster.api.wait_for(CRD, is_served, what="a definition that is served")
+        cluster.api.create(qlora_job("kept"))
+        cluster.api.patch(MEMORY, {"data": {"corrections": "{}"}})
+
+        release.upgrade(newer_chart(tmp_path))
+        assert cluster.api.get(CRD)["spec"]["names"]["shortNames"] == ["qlj", "qlnew"]
+        assert cluster.api.get(MEMORY)["data"] == {"corrections": "{}"}, "what the operator learned outlives an upgrade"
+
+        objects = release.objects()
+        release.uninstall()
+        assert release.left(objects) == [("CustomResourceDefinition", "qlorajobs.qlora.dev")]
+        assert cluster.api.get("/apis/qlora.dev/v1alpha1/namespaces/default/qlorajobs/kept")
+
+        release.upgrade(crds={"keep": False})  # installed again, over the definition that was kept
+        objects = release.objects()
+        release.uninstall()
+        cluster.api.wait_gone(CRD)
+        assert release.left(objects) == []
+
+
+def is_served(definition) -> bool:
+    return any(c["type"] == "Established" and c["status"] == "True" for c in definition["status"].get("conditions", ()))
+
+
+def newer_chart(folder) -> Path:
+    """The chart with a definition that has one short name more."""
+    chart = folder / "qlora-operator"
+    shutil.copytree(CHART, chart)
+    definition = chart / "files" / "crd.yaml"
+    text = definition.read_text()
+    definition.write_text(text.replace("shortNames:\n    - qlj", "shortNames:\n    - qlj\n    - qlnew"))
+    return chart
