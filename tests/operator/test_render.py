@@ -45,12 +45,12 @@ def rendered(case: str) -> list[dict]:
 
 
 def readable(manifests: list[dict]) -> list[dict]:
-    """With the trainer's config as an object in place of one long line."""
+    """With the trainer's config as an object in place of one long line, and without the spec in it, which is given."""
     plain = json.loads(json.dumps(manifests))
     for manifest in plain:
         annotations = manifest["spec"].get("template", {}).get("metadata", {}).get("annotations", {})
         if CONFIG_KEY in annotations:
-            annotations[CONFIG_KEY] = json.loads(annotations[CONFIG_KEY])
+            annotations[CONFIG_KEY] = {k: v for k, v in json.loads(annotations[CONFIG_KEY]).items() if k != "spec"}
     return plain
 
 
