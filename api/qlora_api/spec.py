@@ -407,6 +407,9 @@ class PolicySpec(Model):
     """With parallelism.minWorkers: how long pods that no node can take are waited for before fewer are tried."""
     active_deadline_seconds: int | None = Field(None, ge=60, le=31536000)
     """Longest time over all attempts."""
+    budget_gpu_hours: decimal(0, 1e9, low_included=False) | None = None  # type: ignore[valid-type]
+    """GPU-hours over all attempts, waiting not counted. Before more are used the job checkpoints and is suspended; with
+    a larger budget it goes on."""
     ttl_seconds_after_finished: int | None = Field(None, ge=0, le=31536000)
     """Delete the finished job after this time. Default: never."""
 

@@ -54,6 +54,8 @@ class Reason(StrEnum):
     SUSPENDING = "Suspending"
     """Ranks write a checkpoint and leave."""
     SUSPENDED = "Suspended"
+    BUDGET_REACHED = "BudgetReached"
+    """policy.budgetGpuHours is used up; with more, the job goes on."""
     USER_ERROR = "UserError"
     """The manifest, the model or the rows must change. Never retried."""
     OUT_OF_DEVICE_MEMORY = "OutOfDeviceMemory"
@@ -93,6 +95,8 @@ class Attempt(Model):
     micro_batch_size: int = Field(ge=1)
     gradient_accumulation_steps: int = Field(ge=1)
     start_time: datetime
+    running_time: datetime | None = None
+    """When all its pods were ready: GPUs are held and paid for from then on."""
     end_time: datetime | None = None
     reason: Reason | None = None
     message: Text = ""
@@ -183,8 +187,10 @@ class QLoRAJobStatus(Model):
     attempts: list[Attempt] = Field([], max_length=MAX_ATTEMPTS)
     """The newest ones; what ended without counting against policy.maxRestarts is dropped first."""
     restarts: Count = 0
+    gpu_seconds: Count = 0
+    """Time of all GPUs over all attempts, without waiting."""
     start_time: datetime | None = None
-    """Of the first attempt."""
+    """Of the first attempt, or of Prepare."""
     completion_time: datetime | None = None
     prepared: PrepareResult | None = None
     progress: Progress | None = None

@@ -5,31 +5,33 @@ It reads as a job lives: over already, told to stop, preparing, waiting, trainin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from dataclasses import replace
+from datetime import timedelta
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from qlora_api.batch import BatchSplit, on_other_ranks, split_batch
+from qlora_api.batch import BatchSplit, split_batch
 from qlora_api.job import QLoRAJob
-from qlora_api.lifecycle import Finish, after_attempt, restarts
+from qlora_api.lifecycle import Finish, after_attempt
 from qlora_api.spec import Gang
 from qlora_api.status import (
-    MAX_ATTEMPTS,
     Attempt,
     Condition,
     ConditionType,
     Memory,
-    Progress,
     QLoRAJobStatus,
     Reason,
 )
 from qlora_operator import render
 from qlora_operator.attempts import Ending, close, ending_of
-from qlora_operator.conditions import holds, memory_in_words, set_condition, time_in_words
+from qlora_operator.conditions import holds, set_condition
 from qlora_operator.config import OperatorConfig
+from qlora_operator.decision import Context, Note, Plan
+from qlora_operator.elastic import fewer, on_the_right_ranks, too_large
+from qlora_operator.history import budget_left, gpu_seconds, measured, open_attempt, with_attempt, with_last_word
 from qlora_operator.seen import PREPARE, JobState, Observed, SeenJob, planned
 from qlora_operator.waiting import why_waiting
 
@@ -37,54 +39,6 @@ REFUSED_SECONDS = 15.0
 """Until what the API server refused is tried again."""
 LOOK_AGAIN_SECONDS = 5.0
 """For what no event announces: a pod that outlasts its deletion, a result that is late."""
-
-
-@dataclass(frozen=True)
-class Note:
-    """An Event to post."""
-
-    kind: Literal["Normal", "Warning"]
-    reason: str
-    message: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to do, in this order: make, delete, write status, post events."""
-
-    status: QLoRAJobStatus
-    make: tuple[dict[str, Any], ...] = ()
-    delete: tuple[SeenJob, ...] = ()
-    notes: tuple[Note, ...] = ()
-    wake_after: float | None = None
-    """Seconds until the next decision, should nothing happen before."""
-    watch_progress: bool = False
-    """Rank 0 trains: ask it how far it is."""
-    delete_self: bool = False
-
-
-@dataclass(frozen=True)
-class Context:
-    """What stays the same over one decision."""
-
-    job: QLoRAJob
-    seen: Observed
-    config: OperatorConfig
-    gang: Gang
-    """How the cluster's gangs start; never Auto."""
-
-    @property
-    def now(self) -> datetime:
-        return self.seen.now
-
-    @property
-    def world_size(self) -> int:
-        """Ranks when all workers are there."""
-        return self.job.spec.parallelism.workers * self.job.spec.parallelism.gpus_per_worker
-
-    def workers(self, attempt: Attempt) -> int:
-        """Pods of an attempt: all, or with minWorkers fewer."""
-        return attempt.world_size // self.job.spec.parallelism.gpus_per_worker
 
 
 def plan(job: QLoRAJob, seen: Observed, config: OperatorConfig, gang: Gang) -> Plan:
@@ -144,9 +98,9 @@ def _deadline(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus | None
     if limit is None or status.start_time is None or context.now < status.start_time + timedelta(seconds=limit):
         return None
     text = f"longer than spec.policy.activeDeadlineSeconds ({limit}) over all attempts"
-    attempt = _open(status)
+    attempt = open_attempt(status)
     if attempt:
-        status = _with_attempt(status, close(attempt, Ending(Reason.DEADLINE_EXCEEDED, text), context.seen))
+        status = with_attempt(status, close(attempt, Ending(Reason.DEADLINE_EXCEEDED, text), context.seen))
     return _finished(context, status, Finish(False, Reason.DEADLINE_EXCEEDED, text))
 
 
@@ -168,27 +122,30 @@ def _adopted(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
             attempt = Attempt.model_validate({**planned(job), "number": number, "startTime": job.created})
         except ValidationError:
             continue  # not of this operator's making
-        status = _with_attempt(status, attempt)
+        status = with_attempt(status, attempt)
     return status
 
 
 def _concluded(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus, tuple[Note, ...]]:
     """Close the open attempt if it ended, and the job if nothing can follow."""
-    status = _measured(context, status)
-    attempt = _open(status)
+    status = measured(context, status)
+    attempt = open_attempt(status)
     if attempt is None:
         return status, ()
     workers = context.workers(attempt)
-    ending = ending_of(attempt.number, workers, context.seen, asked_to_stop=context.job.spec.suspend)
-    ending = ending or _too_large(context, attempt)
+    left = budget_left(context, status)
+    stopping = context.job.spec.suspend or (left is not None and left <= 0)
+    ending = ending_of(attempt.number, workers, context.seen, asked_to_stop=stopping)
+    ending = ending or too_large(context, attempt)
     if ending is None:
         return status, ()
-    if context.job.spec.suspend and ending.reason is Reason.PREEMPTED:
+    if stopping and ending.reason is Reason.PREEMPTED:
         ending = replace(ending, reason=Reason.SUSPENDED)
     attempt = close(attempt, ending, context.seen)
-    status = _with_attempt(status, attempt)
+    status = with_attempt(status, attempt)
+    status = status.model_copy(update={"gpu_seconds": gpu_seconds(status.attempts, context.now)})
     if ending.word:
-        status = _with_last_word(status, ending)
+        status = with_last_word(status, ending)
     following = after_attempt(context.job.spec.policy, status.attempts)
     if isinstance(following, Finish):
         kind: Literal["Normal", "Warning"] = "Normal" if following.succeeded else "Warning"
@@ -199,72 +156,9 @@ def _concluded(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus
     return status, (Note("Warning", ending.reason.value, f"{_attempt_words(attempt)}; another attempt follows"),)
 
 
-def _too_large(context: Context, attempt: Attempt) -> Ending | None:
-    """With minWorkers: no node has taken the pods for long enough, and fewer can be tried."""
-    job = context.seen.jobs.get(attempt.number)
-    patience = timedelta(seconds=context.job.spec.policy.shrink_after_seconds)
-    if job is None or job.ready or context.now < attempt.start_time + patience or _fewer(context, attempt) is None:
-        return None
-    reason, text = why_waiting(context.job.spec, attempt.number, context.workers(attempt), context.seen)
-    return Ending(reason, f"{text}; fewer workers are tried") if reason is Reason.UNSCHEDULABLE else None
-
-
-def _fewer(context: Context, attempt: Attempt) -> BatchSplit | None:
-    """The largest world below an attempt's that minWorkers and the global batch allow."""
-    parallelism = context.job.spec.parallelism
-    batch = _batch_of(attempt)
-    least = parallelism.min_workers or parallelism.workers
-    sizes = range(context.workers(attempt) - 1, least - 1, -1)
-    splits = (on_other_ranks(batch, workers * parallelism.gpus_per_worker) for workers in sizes)
-    return next((split for split in splits if split), None)
-
-
-def _batch_of(attempt: Attempt) -> BatchSplit:
-    return BatchSplit(
-        world_size=attempt.world_size,
-        micro_batch_size=attempt.micro_batch_size,
-        gradient_accumulation_steps=attempt.gradient_accumulation_steps,
-    )
-
-
 def _attempt_words(attempt: Attempt) -> str:
     where = f" on {attempt.node}" if attempt.node else ""
     return f"attempt {attempt.number}{where}: {attempt.message}"
-
-
-def _measured(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
-    """Progress and memory as rank 0 last told."""
-    report, attempt = context.seen.report, _open(status)
-    if report is None or attempt is None or report.attempt != attempt.number:
-        return status
-    progress = Progress(**{name: getattr(report, name) for name in Progress.model_fields})
-    status = _with_attempt(
-        status, attempt.model_copy(update={"first_step": report.first_step, "last_step": report.step})
-    )
-    return _with_measures(status, progress, report.memory)
-
-
-def _with_last_word(status: QLoRAJobStatus, ending: Ending) -> QLoRAJobStatus:
-    word = ending.word
-    if word is None:
-        return status
-    status = _with_measures(status, word.progress or status.progress, word.memory)
-    return status.model_copy(update={"adapter": word.adapter or status.adapter, "eta": ""})
-
-
-def _with_measures(status: QLoRAJobStatus, progress: Progress | None, memory: Memory | None) -> QLoRAJobStatus:
-    before = status.memory or Memory()
-    merged = dict(before.measured)
-    for component, size in (memory.measured if memory else {}).items():
-        merged[component] = max(size, merged.get(component, 0))
-    return status.model_copy(
-        update={
-            "progress": progress,
-            "memory": Memory(predicted=before.predicted, measured=merged) if merged or before.predicted else None,
-            "peak_memory": memory_in_words(merged),
-            "eta": time_in_words(progress.eta_seconds if progress else None),
-        }
-    )
 
 
 def _finished(context: Context, status: QLoRAJobStatus, end: Finish) -> QLoRAJobStatus:
@@ -280,18 +174,23 @@ def _finished(context: Context, status: QLoRAJobStatus, end: Finish) -> QLoRAJob
 def _next(context: Context, status: QLoRAJobStatus) -> Plan:
     status = status.model_copy(update={"observed_generation": context.job.metadata.generation or 0})
     if context.job.spec.suspend:
-        return _suspend(context, status)
+        return _suspend(context, status, Reason.SUSPENDED, "set spec.suspend to false to go on")
+    left = budget_left(context, status)
+    if left is not None and left <= 0:
+        hours = context.job.spec.policy.budget_gpu_hours
+        text = f"spec.policy.budgetGpuHours ({hours}) is used up; with a larger one it goes on"
+        return _suspend(context, status, Reason.BUDGET_REACHED, text)
     if holds(status.conditions, ConditionType.SUSPENDED):
         status = _said(context, status, ConditionType.SUSPENDED, Reason.PENDING, "resumed", holds=False)
     if context.config.prepare.enabled and status.prepared is None and not status.attempts:
         return _prepare(context, status)
-    attempt = _open(status)
+    attempt = open_attempt(status)
     if attempt is not None:
         return _go_on(context, status, attempt)
     return _start(context, status)
 
 
-def _suspend(context: Context, status: QLoRAJobStatus) -> Plan:
+def _suspend(context: Context, status: QLoRAJobStatus, why: Reason, remedy: str) -> Plan:
     """Have the ranks checkpoint and leave; suspended once the last pod is gone."""
     running = _running(context)
     if running or any(not p.ended for p in context.seen.living):
@@ -302,10 +201,10 @@ def _suspend(context: Context, status: QLoRAJobStatus) -> Plan:
             delete=running,
             wake_after=LOOK_AGAIN_SECONDS,
         )
-    text = "no pod runs; set spec.suspend to false to go on"
-    status = _said(context, status, ConditionType.RUNNING, Reason.SUSPENDED, text, holds=False)
-    status = _said(context, status, ConditionType.SUSPENDED, Reason.SUSPENDED, text, holds=True)
-    return Plan(status.model_copy(update={"state": ConditionType.SUSPENDED, "reason": Reason.SUSPENDED, "eta": ""}))
+    text = f"no pod runs; {remedy}"
+    status = _said(context, status, ConditionType.RUNNING, why, text, holds=False)
+    status = _said(context, status, ConditionType.SUSPENDED, why, text, holds=True)
+    return Plan(status.model_copy(update={"state": ConditionType.SUSPENDED, "reason": why, "eta": ""}))
 
 
 def _prepare(context: Context, status: QLoRAJobStatus) -> Plan:
@@ -359,7 +258,7 @@ def _start(context: Context, status: QLoRAJobStatus) -> Plan:
         following = after_attempt(context.job.spec.policy, status.attempts)
         if isinstance(following, Finish):  # a limit was lowered while the job waited
             return _ending(context, _finished(context, status, following), ())
-        batch = _on_the_right_ranks(context, status.attempts[-1], following.batch)
+        batch = on_the_right_ranks(context, status.attempts[-1], following.batch)
         ended = status.attempts[-1].end_time or context.now
         left = (ended + timedelta(seconds=following.wait_seconds) - context.now).total_seconds()
         if left > 0 and status.attempts[-1].reason is not Reason.SUSPENDED:
@@ -371,14 +270,7 @@ def _start(context: Context, status: QLoRAJobStatus) -> Plan:
     attempt = _planned_attempt(context, status, batch)
     job = render.attempt(context.job, context.config, context.gang, attempt, status)
     reason, text = why_waiting(context.job.spec, attempt.number, context.workers(attempt), context.seen)
-    return _pending(context, _with_attempt(status, attempt), reason, text, make=job)
-
-
-def _on_the_right_ranks(context: Context, last: Attempt, batch: BatchSplit) -> BatchSplit:
-    """All workers again, unless the last attempt waited for them in vain."""
-    if last.reason is Reason.UNSCHEDULABLE:
-        return _fewer(context, last) or batch
-    return on_other_ranks(batch, context.world_size) or batch
+    return _pending(context, with_attempt(status, attempt), reason, text, make=job)
 
 
 def _planned_attempt(context: Context, status: QLoRAJobStatus, batch: BatchSplit) -> Attempt:
@@ -398,8 +290,16 @@ def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Plan:
     wake = LOOK_AGAIN_SECONDS if overdue or (job and job.state in (JobState.COMPLETE, JobState.FAILING)) else None
     if job is not None and job.state is JobState.ACTIVE and job.ready >= context.workers(attempt):
         nodes = sorted({p.node for p in context.seen.pods_of(attempt.number) if not p.gone and p.node})
-        status = _with_attempt(status, attempt.model_copy(update={"node": ", ".join(nodes)[:4096]}))
-        text = f"attempt {attempt.number}: {attempt.world_size} ranks on {', '.join(nodes) or 'their nodes'}"
+        since = attempt.running_time or context.now
+        attempt = attempt.model_copy(update={"node": ", ".join(nodes)[:4096], "running_time": since})
+        status = with_attempt(status, attempt)
+        report = context.seen.report
+        if report:  # with the other figures, or a restart of the operator would write all running jobs anew
+            status = status.model_copy(update={"gpu_seconds": gpu_seconds(status.attempts, context.now)})
+        doing = f", {report.section}" if report and report.attempt == attempt.number else ""
+        text = f"attempt {attempt.number}: {attempt.world_size} ranks on {', '.join(nodes) or 'their nodes'}{doing}"
+        if (left := budget_left(context, status)) is not None:
+            wake = min(wake or math.inf, max(left / attempt.world_size, 1))
         status = _said(context, status, ConditionType.RUNNING, Reason.TRAINING, text, holds=True)
         status = status.model_copy(update={"state": ConditionType.RUNNING, "reason": Reason.TRAINING})
         return Plan(status, wake_after=wake, watch_progress=True)
@@ -407,9 +307,9 @@ def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Plan:
         # The last pods end: nothing to say yet that status does not say.
         return Plan(status, wake_after=wake)
     reason, text = why_waiting(context.job.spec, attempt.number, context.workers(attempt), context.seen)
-    if reason is Reason.UNSCHEDULABLE and _fewer(context, attempt):
-        left = timedelta(seconds=context.job.spec.policy.shrink_after_seconds) - (context.now - attempt.start_time)
-        wake = min(wake or left.total_seconds(), max(left.total_seconds(), 1))
+    if reason is Reason.UNSCHEDULABLE and fewer(context, attempt):
+        until = attempt.start_time + timedelta(seconds=context.job.spec.policy.shrink_after_seconds)
+        wake = min(wake or math.inf, max((until - context.now).total_seconds(), 1))
     return _pending(context, status, reason, text, wake_after=wake)
 
 
@@ -444,18 +344,3 @@ def _said(
         generation=context.job.metadata.generation or 0,
     )
     return status.model_copy(update={"conditions": conditions})
-
-
-def _open(status: QLoRAJobStatus) -> Attempt | None:
-    """The newest attempt, where it has not ended."""
-    return status.attempts[-1] if status.attempts and status.attempts[-1].end_time is None else None
-
-
-def _with_attempt(status: QLoRAJobStatus, attempt: Attempt) -> QLoRAJobStatus:
-    """Add an attempt, or put it in the place of the one with its number; keep no more than MAX_ATTEMPTS."""
-    attempts = [*(a for a in status.attempts if a.number != attempt.number), attempt]
-    while len(attempts) > MAX_ATTEMPTS:
-        free = next((a for a in attempts if restarts([a]) == 0), attempts[0])
-        attempts.remove(free)
-    start = status.start_time or attempt.start_time
-    return status.model_copy(update={"attempts": attempts, "restarts": restarts(attempts), "start_time": start})

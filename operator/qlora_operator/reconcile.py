@@ -24,11 +24,12 @@ from qlora_api.spec import Gang
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.client import Api, ApiError, Object
 from qlora_operator.config import OperatorConfig
+from qlora_operator.decision import Note, Plan
 from qlora_operator.gangs import choose_gang
 from qlora_operator.metrics import Metrics
 from qlora_operator.names import FIELD_MANAGER, SERVICE, UID_LABEL
 from qlora_operator.patch import merge_patch
-from qlora_operator.plan import Note, Plan, plan
+from qlora_operator.plan import plan
 from qlora_operator.seen import Observed, SeenJob, SeenPod
 from qlora_operator.store import Key, Known, Store
 
@@ -324,7 +325,7 @@ def _only_figures(before: QLoRAJobStatus, after: QLoRAJobStatus) -> bool:
     def quiet(status: QLoRAJobStatus) -> QLoRAJobStatus:
         attempts = [a.model_copy(update={"first_step": None, "last_step": None}) for a in status.attempts]
         conditions = [c.model_copy(update={"message": "", "observed_generation": 0}) for c in status.conditions]
-        update: dict[str, Any] = {"progress": None, "memory": None, "peak_memory": "", "eta": ""}
+        update: dict[str, Any] = {"progress": None, "memory": None, "peak_memory": "", "eta": "", "gpu_seconds": 0}
         return status.model_copy(update={**update, "attempts": attempts, "conditions": conditions})
 
     return quiet(before) == quiet(after)

@@ -279,3 +279,18 @@ def test_the_attempt_after_a_smaller_one_asks_for_all_workers_again():
     status = QLoRAJobStatus(attempts=[attempt(1, "Unschedulable", worldSize=4), smaller])
     planned = decide(job(status, workers=4, parallelism={"minWorkers": 2}), seen(after=100))
     assert planned.status.attempts[-1].world_size == 4
+
+
+def test_a_job_whose_budget_is_used_up_is_suspended_and_goes_on_with_more():
+    held = running().model_copy(update={"attempts": [attempt(1, runningTime=NOW, worldSize=1)]})
+    training = seen(child(ready=1), pod())
+    early = decide(job(held, policy={"budgetGpuHours": "0.5"}), training)
+    assert (early.status.reason, early.wake_after) == (Reason.TRAINING, 1800)
+    due = decide(job(held, policy={"budgetGpuHours": "0.5"}), replace(training, now=NOW + timedelta(seconds=1800)))
+    assert ([c.name for c in due.delete], due.status.reason) == (["job-1"], Reason.SUSPENDING)
+    gone = decide(job(due.status, policy={"budgetGpuHours": "0.5"}), seen(after=1810))
+    assert (gone.status.state, gone.status.reason) == ("Suspended", "BudgetReached")
+    assert gone.status.gpu_seconds == 1810
+    assert decide(job(gone.status, policy={"budgetGpuHours": "0.5"}), seen(after=9000)).status == gone.status
+    more = decide(job(gone.status, policy={"budgetGpuHours": "1"}), seen(after=9000))
+    assert names(more) == ["job-2"]

@@ -1,0 +1,61 @@
+"""What one decision is made from, and what comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from qlora_api.job import QLoRAJob
+from qlora_api.spec import Gang
+from qlora_api.status import Attempt, QLoRAJobStatus
+from qlora_operator.config import OperatorConfig
+from qlora_operator.seen import Observed, SeenJob
+
+
+@dataclass(frozen=True)
+class Note:
+    """An Event to post."""
+
+    kind: Literal["Normal", "Warning"]
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do, in this order: make, delete, write status, post events."""
+
+    status: QLoRAJobStatus
+    make: tuple[dict[str, Any], ...] = ()
+    delete: tuple[SeenJob, ...] = ()
+    notes: tuple[Note, ...] = ()
+    wake_after: float | None = None
+    """Seconds until the next decision, should nothing happen before."""
+    watch_progress: bool = False
+    """Rank 0 trains: ask it how far it is."""
+    delete_self: bool = False
+
+
+@dataclass(frozen=True)
+class Context:
+    """What stays the same over one decision."""
+
+    job: QLoRAJob
+    seen: Observed
+    config: OperatorConfig
+    gang: Gang
+    """How the cluster's gangs start; never Auto."""
+
+    @property
+    def now(self) -> datetime:
+        return self.seen.now
+
+    @property
+    def world_size(self) -> int:
+        """Ranks when all workers are there."""
+        return self.job.spec.parallelism.workers * self.job.spec.parallelism.gpus_per_worker
+
+    def workers(self, attempt: Attempt) -> int:
+        """Pods of an attempt: all, or with minWorkers fewer."""
+        return attempt.world_size // self.job.spec.parallelism.gpus_per_worker

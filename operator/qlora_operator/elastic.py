@@ -1,0 +1,39 @@
+"""Fewer workers than asked for, where ``parallelism.minWorkers`` allows it. Pure."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from qlora_api.batch import BatchSplit, on_other_ranks
+from qlora_api.status import Attempt, Reason
+from qlora_operator.attempts import Ending
+from qlora_operator.decision import Context
+from qlora_operator.history import batch_of
+from qlora_operator.waiting import why_waiting
+
+
+def too_large(context: Context, attempt: Attempt) -> Ending | None:
+    """With minWorkers: no node has taken the pods for long enough, and fewer can be tried."""
+    job = context.seen.jobs.get(attempt.number)
+    patience = timedelta(seconds=context.job.spec.policy.shrink_after_seconds)
+    if job is None or job.ready or context.now < attempt.start_time + patience or fewer(context, attempt) is None:
+        return None
+    reason, text = why_waiting(context.job.spec, attempt.number, context.workers(attempt), context.seen)
+    return Ending(reason, f"{text}; fewer workers are tried") if reason is Reason.UNSCHEDULABLE else None
+
+
+def fewer(context: Context, attempt: Attempt) -> BatchSplit | None:
+    """The largest world below an attempt's that minWorkers and the global batch allow."""
+    parallelism = context.job.spec.parallelism
+    batch = batch_of(attempt)
+    least = parallelism.min_workers or parallelism.workers
+    sizes = range(context.workers(attempt) - 1, least - 1, -1)
+    splits = (on_other_ranks(batch, workers * parallelism.gpus_per_worker) for workers in sizes)
+    return next((split for split in splits if split), None)
+
+
+def on_the_right_ranks(context: Context, last: Attempt, batch: BatchSplit) -> BatchSplit:
+    """All workers again, unless the last attempt waited for them in vain."""
+    if last.reason is Reason.UNSCHEDULABLE:
+        return fewer(context, last) or batch
+    return on_other_ranks(batch, context.world_size) or batch

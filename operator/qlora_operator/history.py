@@ -1,0 +1,83 @@
+"""The attempts, figures and GPU time in a status: what was, as values. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from qlora_api.batch import BatchSplit
+from qlora_api.lifecycle import restarts
+from qlora_api.status import MAX_ATTEMPTS, Attempt, Memory, Progress, QLoRAJobStatus
+from qlora_operator.attempts import Ending
+from qlora_operator.conditions import memory_in_words, time_in_words
+from qlora_operator.decision import Context
+
+
+def open_attempt(status: QLoRAJobStatus) -> Attempt | None:
+    """The newest attempt, where it has not ended."""
+    return status.attempts[-1] if status.attempts and status.attempts[-1].end_time is None else None
+
+
+def with_attempt(status: QLoRAJobStatus, attempt: Attempt) -> QLoRAJobStatus:
+    """Add an attempt, or put it in the place of the one with its number; keep no more than MAX_ATTEMPTS."""
+    attempts = [*(a for a in status.attempts if a.number != attempt.number), attempt]
+    while len(attempts) > MAX_ATTEMPTS:
+        free = next((a for a in attempts if restarts([a]) == 0), attempts[0])
+        attempts.remove(free)
+    start = status.start_time or attempt.start_time
+    return status.model_copy(update={"attempts": attempts, "restarts": restarts(attempts), "start_time": start})
+
+
+def measured(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
+    """Progress and memory as rank 0 last told."""
+    report, attempt = context.seen.report, open_attempt(status)
+    if report is None or attempt is None or report.attempt != attempt.number:
+        return status
+    progress = Progress(**{name: getattr(report, name) for name in Progress.model_fields})
+    status = with_attempt(
+        status, attempt.model_copy(update={"first_step": report.first_step, "last_step": report.step})
+    )
+    return _with_measures(status, progress, report.memory)
+
+
+def with_last_word(status: QLoRAJobStatus, ending: Ending) -> QLoRAJobStatus:
+    word = ending.word
+    if word is None:
+        return status
+    status = _with_measures(status, word.progress or status.progress, word.memory)
+    return status.model_copy(update={"adapter": word.adapter or status.adapter, "eta": ""})
+
+
+def _with_measures(status: QLoRAJobStatus, progress: Progress | None, memory: Memory | None) -> QLoRAJobStatus:
+    before = status.memory or Memory()
+    merged = dict(before.measured)
+    for component, size in (memory.measured if memory else {}).items():
+        merged[component] = max(size, merged.get(component, 0))
+    return status.model_copy(
+        update={
+            "progress": progress,
+            "memory": Memory(predicted=before.predicted, measured=merged) if merged or before.predicted else None,
+            "peak_memory": memory_in_words(merged),
+            "eta": time_in_words(progress.eta_seconds if progress else None),
+        }
+    )
+
+
+def budget_left(context: Context, status: QLoRAJobStatus) -> float | None:
+    """GPU-seconds that may still be used; None without a budget."""
+    hours = context.job.spec.policy.budget_gpu_hours
+    return None if hours is None else float(hours) * 3600 - gpu_seconds(status.attempts, context.now)
+
+
+def gpu_seconds(attempts: Sequence[Attempt], now: datetime) -> int:
+    """Time of all GPUs over all attempts, from when their pods were ready."""
+    held = ((a.world_size, (a.end_time or now) - a.running_time) for a in attempts if a.running_time)
+    return round(sum(ranks * time.total_seconds() for ranks, time in held))
+
+
+def batch_of(attempt: Attempt) -> BatchSplit:
+    return BatchSplit(
+        world_size=attempt.world_size,
+        micro_batch_size=attempt.micro_batch_size,
+        gradient_accumulation_steps=attempt.gradient_accumulation_steps,
+    )
