@@ -1,6 +1,6 @@
 """Real servers for the tests, built from the Go module proxy once and kept outside the repository.
 
-A binary is looked for in ``KUBEBUILDER_ASSETS`` (the folder of Kubernetes' own envtest), then in ``QLORA_TOOLS_DIR``, else
+A binary is looked for in ``KUBEBUILDER_ASSETS`` (the folder of Kubernetes' envtest), then in ``QLORA_TOOLS_DIR``, else in
 ``~/.cache/qlora-operator/tools``, which holds ``<name>-<version>/<name>``; else it is built.
 """
 

@@ -16,6 +16,7 @@ from services.binaries import GoTool, find_or_build
 KUBERNETES_VERSION = "v1.36.3"
 _, _MINOR, _PATCH = KUBERNETES_VERSION.split(".")
 _STAMP = "k8s.io/component-base/version"
+_KUBERNETES_STAMPS = {"gitVersion": KUBERNETES_VERSION, "gitMajor": "1", "gitMinor": _MINOR}
 
 
 def _kubernetes(name: str) -> GoTool:
@@ -25,7 +26,7 @@ def _kubernetes(name: str) -> GoTool:
         version=KUBERNETES_VERSION,
         module="k8s.io/kubernetes",
         staging=f"v0.{_MINOR}.{_PATCH}",
-        ldflags=f"-s -w -X {_STAMP}.gitVersion={KUBERNETES_VERSION} -X {_STAMP}.gitMajor=1 -X {_STAMP}.gitMinor={_MINOR}",
+        ldflags=" ".join(("-s -w", *(f"-X {_STAMP}.{name}={value}" for name, value in _KUBERNETES_STAMPS.items()))),
     )
 
 
