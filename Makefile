@@ -60,6 +60,12 @@ cluster: $(VENV)/.all-installed  ## A Kubernetes cluster on this machine to play
 	@mkdir -p build && .ci/system-packages > build/system-packages.log
 	@$(BIN)/python tests/cluster/play.py $(CLUSTER_ARGS)
 
+.PHONY: demo
+demo: $(VENV)/.all-installed  ## The quickstart as a QLoRAJob on such a cluster: images, helm install, apply; needs root
+	@mkdir -p build && .ci/system-packages > build/system-packages.log
+	@$(BIN)/python examples/quickstart/prepare.py --out runs/quickstart-data
+	@$(BIN)/python tests/e2e/demo.py runs/quickstart-data
+
 # -------------------------------------------------------------------------------------------------------------- check
 
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest --durations 10
