@@ -92,7 +92,7 @@ def check(document: Document, overrides: Sequence[Override] = ()) -> QLoRAJob:
         for name, want in (("apiVersion", API_VERSION), ("kind", KIND)):
             if value.get(name) is None:
                 mistakes.append(FieldMistake(name, None, f"is required: {want}"))
-        value = schema.without_nulls(_overridden(value, overrides))
+        value = schema.without_nulls(overridden(value, overrides))
     try:
         job = QLoRAJob.from_manifest(value)
     except ManifestError as error:
@@ -146,7 +146,8 @@ def parse_override(text: str) -> Override:
     return Override(full, values[0].value if values else None)
 
 
-def _overridden(value: dict[str, Any], overrides: Sequence[Override]) -> dict[str, Any]:
+def overridden(value: dict[str, Any], overrides: Sequence[Override]) -> dict[str, Any]:
+    """A manifest with fields set on the command line."""
     value = copy.deepcopy(value)
     for override in overrides:
         *groups, last = override.path.split(".")
