@@ -77,7 +77,7 @@ def follow(stage: Stage, team: str) -> None:
 
 
 def say(*lines: str) -> None:
-    print(*lines, sep="\n", flush=True)
+    pass
 
 
 if __name__ == "__main__":

@@ -28,7 +28,11 @@ SECRET = "s3"
 HELM_SECONDS = 180
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 TRAINER = {
-    **{"device": "CPU", "cpu": "50m", "memory": "3Gi", "sharedMemory": "64Mi", "cacheSizeLimit": "1Gi"},
+    "device": "CPU",
+    "cpu": "50m",
+    "memory": "3Gi",
+    "sharedMemory": "64Mi",
+    "cacheSizeLimit": "1Gi",
     "env": [{"name": "OMP_NUM_THREADS", "value": "1"}],
 }
 """Of a rank on this machine: two of them and Prepare share two cores, and threads that spin would take them all."""

@@ -1,7 +1,7 @@
 """Real servers for the tests, built from the Go module proxy once and kept outside the repository.
 
-A binary is looked for in ``KUBEBUILDER_ASSETS`` (the folder of Kubernetes' envtest), then in ``QLORA_TOOLS_DIR``, else in
-``~/.cache/qlora-operator/tools``, which holds ``<name>-<version>/<name>``; else it is built.
+A binary is looked for in ``KUBEBUILDER_ASSETS`` (the folder of Kubernetes' envtest), then in ``QLORA_TOOLS_DIR``, else
+in ``~/.cache/qlora-operator/tools``, which holds ``<name>-<version>/<name>``; else it is built.
 """
 
 from __future__ import annotations
