@@ -1,0 +1,190 @@
+"""Bytes of activations and of the loss: one forward and backward pass of one micro-batch on one rank.
+
+Without checkpointing every decoder layer keeps what its operations save. With it (Chen et al. 2016, one segment a
+layer) a layer keeps its input, w·H·T bytes, and is computed again when its turn comes in the backward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qlora_api.memory.attend import mask_bytes, self_attention
+from qlora_api.memory.experts import mixture
+from qlora_api.memory.parts import FP32, INT64, Pen
+from qlora_api.memory.setting import Setting
+from qlora_api.memory.shape import Experts, Layer, ModelShape
+from qlora_api.memory.tape import Tape, Value
+
+INDICES = 4
+"""int64 numbers a token that a micro-batch brings to the device: ids, positions, places and labels of targets."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes at the moments that can be the highest."""
+
+    stored: int
+    """From the forward to the backward pass: of all layers, or of their inputs."""
+    loss: int
+    """Highest total of head and loss, forward or backward, besides ``stored``."""
+    layer: int
+    """Highest total of the last layer's backward pass besides ``stored``: gradients, and with checkpointing all that
+    its operations save."""
+    saved_by_loss: int
+    """Held by head and loss from the forward to the backward pass."""
+    inputs: int
+    """The micro-batch itself, cos and sin, and masks."""
+
+
+def activations(shape: ModelShape, setting: Setting, *, checkpointing: bool) -> Activations:
+    """Activations of one micro-batch."""
+    rotation = _rotation(shape, setting)
+    boundary = setting.width * shape.hidden * setting.tokens
+    if checkpointing:
+        stored = boundary * len(shape.layers)
+    else:
+        stored = sum(
+            count * decoder_layer(layer, shape.hidden, setting, rotation, learns=learns)[0].saved(_elsewhere(rotation))
+            for layer, learns, count in _kinds(shape, setting)
+        )
+    tape, x = decoder_layer(shape.layers[-1], shape.hidden, setting, rotation, learns=True)
+    outside = (*_elsewhere(rotation), x)
+    if checkpointing:
+        output = boundary if setting.software.reentrant else 0
+        again = tape.forward_peak(outside)
+        layer_peak = max(again + boundary, tape.backward_peak(outside) + output)
+    else:
+        layer_peak = tape.backward_peak(outside) - tape.saved(outside)
+    loss, saved = head_and_loss(shape, setting)
+    return Activations(
+        stored=stored,
+        loss=loss,
+        layer=layer_peak,
+        saved_by_loss=saved,
+        inputs=INDICES * INT64 * setting.tokens
+        + (rotation.size if rotation else 0)
+        + mask_bytes(shape.layers[0].attention, setting.tokens, setting.width, cuda=setting.cuda),
+    )
+
+
+def _kinds(shape: ModelShape, setting: Setting) -> list[tuple[Layer, bool, int]]:
+    """Layers that keep the same are taken together: one of them, whether its input needs a gradient, how many.
+
+    The first layer's input does not, as it comes from the frozen embeddings.
+    """
+    adapted = setting.adapter.names
+    counted: dict[object, tuple[Layer, bool, int]] = {}
+    for index, layer in enumerate(shape.layers):
+        linears = tuple((linear.inputs, linear.outputs, linear.name in adapted) for linear in layer.linears)
+        key = (index > 0, linears, layer.attention.sliding_window, isinstance(layer.feed_forward, Experts))
+        first, learns, count = counted.get(key, (layer, index > 0, 0))
+        counted[key] = (first, learns, count + 1)
+    return list(counted.values())
+
+
+def _rotation(shape: ModelShape, setting: Setting) -> Value | None:
+    """cos and sin of every position, [1, T, rotary_dim] each, made once for all layers."""
+    rotary = shape.layers[0].attention.rotary_dim
+    return Value(2 * rotary * setting.tokens, setting.width, learns=False) if rotary else None
+
+
+def _elsewhere(rotation: Value | None) -> tuple[Value, ...]:
+    return (rotation,) if rotation is not None else ()
+
+
+def decoder_layer(
+    layer: Layer, hidden: int, setting: Setting, rotation: Value | None, *, learns: bool
+) -> tuple[Tape, Value]:
+    """One decoder layer on a tape.
+
+    Returns:
+        The tape, and the layer's input on it.
+
+    """
+    pen = Pen(setting, rotation)
+    x = pen.value(hidden, learns=learns)
+    if layer.norms == 1:  # Phi: attention and feed-forward part side by side, behind one norm
+        normed = pen.norm(x, layer.norm)
+        attended = pen.dropout(self_attention(pen, normed, layer.attention), layer.dropout)
+        forward = pen.dropout(_forward(pen, normed, layer), layer.dropout)
+        pen.add(pen.add(attended, forward), x)
+        return pen.tape, x
+    attended = self_attention(pen, pen.norm(x, layer.norm), layer.attention)
+    attended = pen.norm(attended, layer.norm) if layer.norms == 4 else attended
+    middle = pen.add(x, pen.dropout(attended, layer.dropout))
+    forward = _forward(pen, pen.norm(middle, layer.norm), layer)
+    forward = pen.norm(forward, layer.norm) if layer.norms == 4 else forward
+    for other in layer.others:
+        pen.linear(x, other)
+    pen.add(middle, pen.dropout(forward, layer.dropout))
+    return pen.tape, x
+
+
+def _forward(pen: Pen, x: Value, layer: Layer) -> Value:
+    part = layer.feed_forward
+    return mixture(pen, x, part) if isinstance(part, Experts) else pen.feed_forward(x, part)
+
+
+# ------------------------------------------------------------------------------------------------------ head and loss
+
+
+def head_and_loss(shape: ModelShape, setting: Setting) -> tuple[int, int]:
+    """Final norm, head and loss.
+
+    Returns:
+        The highest total of bytes, and what is held from the forward to the backward pass.
+
+    """
+    pen = Pen(setting)
+    x = pen.value(shape.hidden, learns=True)
+    normed = pen.norm(x, shape.layers[-1].norm)
+    for linear in shape.outside:
+        normed = pen.linear(normed, linear)
+    if shape.head.plain and not setting.adapter.adapts_head:
+        _fused(pen, shape, normed)
+    else:
+        _own_logits(pen, shape, normed)
+    return max(pen.tape.forward_peak(), pen.tape.backward_peak()), pen.tape.saved()
+
+
+def _fused(pen: Pen, shape: ModelShape, hidden: Value) -> None:
+    """w·H for each labelled token (the gradient of the head's input), and 8 bytes a logit of one chunk.
+
+    ``qlora_trainer.loss.FrozenHead``: a chunk of logits in fp32, and as much again inside ``logsumexp``.
+    """
+    vocabulary = shape.head.linear.outputs
+    labelled = pen.setting.labelled
+    rows = min(labelled, max(1, pen.setting.software.logits_per_chunk // vocabulary))
+    features = hidden.elements // pen.tokens
+    places = Value(labelled, INT64, learns=False)
+    chosen = pen.tape.record(hidden, elements=labelled * features, width=pen.width, saves=(places,))
+    gradient = Value(labelled * features, pen.width, learns=False)
+    pen.tape.record(
+        chosen,
+        elements=labelled,
+        width=FP32,
+        saves=(gradient,),
+        workspace=2 * FP32 * rows * vocabulary + hidden.size,
+    )
+
+
+def _own_logits(pen: Pen, shape: ModelShape, hidden: Value) -> None:
+    """4 bytes a logit kept (w more where capped), 12 at the height of the backward pass.
+
+    The model's own logits of N labelled tokens, N·V of them.
+    ``NextTokenLoss`` with ``fused=False``; ``torch.nn.functional.cross_entropy`` keeps the log-softmax.
+    """
+    labelled, vocabulary = pen.setting.labelled, shape.head.linear.outputs
+    features = hidden.elements // pen.tokens
+    places = Value(labelled, INT64, learns=False)
+    chosen = pen.tape.record(hidden, elements=labelled * features, width=pen.width, saves=(places,))
+    cells = labelled * vocabulary
+    logits = Pen(pen.setting, tape=pen.tape, tokens=labelled).linear(chosen, shape.head.linear, is_head=True)
+    if not shape.head.plain:
+        logits = pen.tape.record(logits, elements=cells, width=pen.width)
+        logits = pen.tape.record(logits, elements=cells, width=pen.width, saves_output=True)
+        logits = pen.tape.record(logits, elements=cells, width=pen.width)
+    wide = logits if pen.width == FP32 else pen.tape.record(logits, elements=cells, width=FP32)
+    probabilities = pen.tape.record(wide, elements=cells, width=FP32, saves_output=True)
+    labels = Value(labelled, INT64, learns=False)
+    pen.tape.record(probabilities, elements=labelled, width=FP32, saves=(labels,))

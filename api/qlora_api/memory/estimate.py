@@ -1,0 +1,247 @@
+"""Bytes of one rank by component: the formulas of this package put together.
+
+Memory is highest at one of three moments: while the loss is computed, when the last decoder layer goes backward, or at
+the update. The estimate has all three; its components are those of the highest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from qlora_api.memory.activations import Activations, activations
+from qlora_api.memory.gpus import MIB, Gpu
+from qlora_api.memory.optimizer import TrainingState, training_state
+from qlora_api.memory.setting import OURS, Setting, Software
+from qlora_api.memory.shape import Linear, ModelShape
+from qlora_api.memory.weights import (
+    Adapter,
+    compute_width,
+    constant_bytes,
+    quantized_bytes,
+    rounding,
+    unquantized_bytes,
+)
+from qlora_api.spec import LoRASpec, Optimizer, ParallelismSpec, QuantizationSpec, QuantizationType
+from qlora_api.status import MemoryComponent
+
+CONTEXT_BYTES = 600 * MIB
+"""CUDA context with lazily loaded kernels: 300 to 600 MiB (pytorch/pytorch#107667, and 612 MiB on an H200 in
+PyTorch's out-of-memory messages). Not in PyTorch's own count."""
+NCCL_BYTES = 688 * MIB
+"""Of one communicator of more than two ranks on NVLink (NVIDIA/nccl#964). Not in PyTorch's own count."""
+FRAGMENTATION = 0.04
+"""Share of what is allocated that lies between blocks, unusable. A measured success at the edge: 80.32 GB allocated
+on a card that gives 84.98 GB (fms-acceleration, Llama-3-8B, A100-80), where context and this share are 4.66 GB."""
+PERSISTENT = 100_000
+"""Elements up to which ZeRO-3 keeps a parameter whole: ``stage3_param_persistence_threshold``."""
+MOST_LIVE = 1_000_000_000
+"""Elements that ZeRO-3 keeps gathered at once: ``stage3_max_live_parameters``."""
+
+
+class Moment(StrEnum):
+    LOADING = "Loading"
+    LOSS = "Loss"
+    BACKWARD = "Backward"
+    UPDATE = "Update"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be estimated: one choice of everything that memory depends on."""
+
+    shape: ModelShape
+    lora: LoRASpec
+    quantization: QuantizationSpec
+    optimizer: Optimizer
+    parallelism: ParallelismSpec
+    world_size: int
+    rows: tuple[int, ...]
+    """Tokens of each row of a micro-batch."""
+    checkpointing: bool
+    accumulates: bool = True
+    """More than one micro-batch an update: gradients of the ones before are there."""
+    targets: int | None = None
+    """Tokens that count; None: all."""
+    software: Software = OURS
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Predicted bytes of one rank on a GPU."""
+
+    moments: dict[Moment, dict[MemoryComponent, int]]
+    """What PyTorch allocates, by component."""
+    context_bytes: int
+    """CUDA context and NCCL."""
+    fragmentation_bytes: int
+    paged_bytes: int
+    """The part of the optimizer's state that may move to host memory under pressure; PyTorch does not count it."""
+    host_bytes: int
+    """In host memory, with offload."""
+
+    @property
+    def highest(self) -> Moment:
+        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+
+    @property
+    def peak_bytes(self) -> int:
+        """Highest allocation, paged optimizer state included."""
+        return sum(self.moments[self.highest].values())
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What ``torch.cuda.max_memory_allocated`` should say: without paged state, which CUDA itself manages."""
+        return self.peak_bytes - self.paged_bytes
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the GPU must have."""
+        return self.peak_bytes + self.context_bytes + self.fragmentation_bytes
+
+    @property
+    def components(self) -> dict[MemoryComponent, int]:
+        """Bytes at the highest moment, by component, with what PyTorch does not count; zeros left out."""
+        found = dict(self.moments[self.highest])
+        found[MemoryComponent.CUDA_CONTEXT] = self.context_bytes
+        found[MemoryComponent.FRAGMENTATION] = self.fragmentation_bytes
+        return {component: size for component, size in found.items() if size}
+
+    def as_status(self) -> dict[str, int]:
+        """For ``status.memory.predicted``: components at the highest moment, and the peak that will be measured."""
+        return {str(c): size for c, size in self.components.items()} | {str(MemoryComponent.PEAK): self.allocated_bytes}
+
+
+def estimate(run: Run, gpu: Gpu | None = None) -> MemoryEstimate:
+    """Predict the memory of one rank.
+
+    Args:
+        run: all that it depends on.
+        gpu: adds cuBLAS workspaces; None: those of cards before Hopper.
+
+    """
+    adapter = Adapter(run.shape, run.lora)
+    state = training_state(adapter, run.optimizer, run.parallelism, run.world_size)
+    full = weights(run, adapter)
+    held = _partitioned(run, adapter, full) if run.parallelism.zero_stage == 3 else full
+    workspace = gpu.workspace_bytes if gpu else 2 * 8_519_680
+    always = held | {MemoryComponent.LIBRARY_WORKSPACES: workspace, MemoryComponent.OPTIMIZER_STATE: state.optimizer}
+    always[MemoryComponent.COLLECTIVE_BUFFERS] = _gathered(run) + state.backward_buffers
+    forward = _activations(run, adapter)
+    gradients = state.accumulating if run.accumulates else 0
+    moments = {
+        Moment.LOADING: full
+        | {MemoryComponent.DEQUANTIZED_WEIGHTS: compute_width(run.quantization) * run.shape.largest},
+        Moment.LOSS: always | _while_loss(forward, gradients),
+        Moment.BACKWARD: always | _while_backward(run, adapter, forward, gradients),
+        Moment.UPDATE: always | _while_update(run, state),
+    }
+    peak = max(sum(sizes.values()) for sizes in moments.values())
+    return MemoryEstimate(
+        moments=moments,
+        context_bytes=CONTEXT_BYTES + (NCCL_BYTES if run.world_size > 1 else 0),
+        fragmentation_bytes=int(FRAGMENTATION * peak),
+        paged_bytes=state.paged,
+        host_bytes=state.host,
+    )
+
+
+def weights(run: Run, adapter: Adapter) -> dict[MemoryComponent, int]:
+    """Bytes of the base and the adapter, whole."""
+    quantization, linears = run.quantization, run.shape.linears
+    unquantized = unquantized_bytes(run.shape, quantization, adapter)
+    if run.software.fp32_embeddings:
+        head = 0 if run.shape.head.tied else run.shape.head.linear.elements
+        unquantized += (4 - compute_width(quantization)) * (run.shape.embeddings + head + run.shape.norms)
+    return {
+        MemoryComponent.QUANTIZED_WEIGHTS: sum(quantized_bytes(i, quantization) for i in linears),
+        MemoryComponent.QUANTIZATION_CONSTANTS: sum(
+            constant_bytes(i, quantization) + rounding(i, quantization) for i in linears
+        ),
+        MemoryComponent.UNQUANTIZED_WEIGHTS: unquantized,
+        MemoryComponent.ADAPTER_WEIGHTS: adapter.bytes,
+    }
+
+
+def _setting(run: Run, adapter: Adapter, *, dequantizes: bool = True) -> Setting:
+    return Setting(
+        adapter=adapter,
+        quantization=run.quantization,
+        rows=run.rows,
+        dequantizes=dequantizes,
+        targets=run.targets,
+        software=run.software,
+    )
+
+
+def _activations(run: Run, adapter: Adapter) -> Activations:
+    return activations(run.shape, _setting(run, adapter), checkpointing=run.checkpointing)
+
+
+def _while_loss(forward: Activations, gradients: int) -> dict[MemoryComponent, int]:
+    return {
+        MemoryComponent.ACTIVATIONS: forward.stored + forward.inputs,
+        MemoryComponent.LOGITS: forward.loss,
+        MemoryComponent.GRADIENTS: gradients,
+    }
+
+
+def _while_backward(run: Run, adapter: Adapter, forward: Activations, gradients: int) -> dict[MemoryComponent, int]:
+    """The dequantized weight counts as far as the peak would be lower without it."""
+    without = activations(run.shape, _setting(run, adapter, dequantizes=False), checkpointing=run.checkpointing)
+    return {
+        MemoryComponent.ACTIVATIONS: forward.stored + forward.inputs,
+        MemoryComponent.BACKWARD_WORKSPACE: without.layer,
+        MemoryComponent.DEQUANTIZED_WEIGHTS: forward.layer - without.layer,
+        MemoryComponent.GRADIENTS: gradients,
+    }
+
+
+def _while_update(run: Run, state: TrainingState) -> dict[MemoryComponent, int]:
+    return {
+        MemoryComponent.GRADIENTS: state.gradients,
+        MemoryComponent.COLLECTIVE_BUFFERS: _gathered(run) + state.step_buffers,
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- ZeRO stage 3
+
+
+def _storage_elements(linear: Linear, quantization: QuantizationSpec) -> int:
+    """Elements as ZeRO-3 sees them: four packed weights are one bf16 number (``bnb_4bit_quant_storage``)."""
+    if quantization.type is QuantizationType.NONE:
+        return linear.elements
+    return -(-quantized_bytes(linear, quantization) // compute_width(quantization))
+
+
+def _partitioned(run: Run, adapter: Adapter, full: dict[MemoryComponent, int]) -> dict[MemoryComponent, int]:
+    """One rank's share of the weights: tensors above 100,000 elements are divided, smaller ones and constants not.
+
+    The adapter's own partition is in the optimizer's state. deepspeed.runtime.zero.parameter_offload.
+    """
+    linears = run.shape.linears
+    large = [i for i in linears if _storage_elements(i, run.quantization) > PERSISTENT]
+    divided = sum(quantized_bytes(i, run.quantization) for i in large)
+    beside = compute_width(run.quantization) * _large_unquantized(run)
+    keep = 1 - 1 / run.world_size
+    return full | {
+        MemoryComponent.QUANTIZED_WEIGHTS: full[MemoryComponent.QUANTIZED_WEIGHTS] - int(keep * divided),
+        MemoryComponent.UNQUANTIZED_WEIGHTS: full[MemoryComponent.UNQUANTIZED_WEIGHTS] - int(keep * beside),
+        MemoryComponent.ADAPTER_WEIGHTS: 4 * sum(n for n in adapter.tensors if n <= PERSISTENT),
+    }
+
+
+def _large_unquantized(run: Run) -> int:
+    shape = run.shape
+    head = 0 if shape.head.tied else shape.head.linear.elements
+    linears = sum(i.elements for i in shape.linears) if run.quantization.type is QuantizationType.NONE else 0
+    return shape.embeddings + head + shape.experts + linears
+
+
+def _gathered(run: Run) -> int:
+    """Parameters that ZeRO-3 holds gathered while they are used."""
+    if run.parallelism.zero_stage < 3:
+        return 0
+    linears = sum(_storage_elements(i, run.quantization) for i in run.shape.linears)
+    elements = _large_unquantized(run) + (0 if run.quantization.type is QuantizationType.NONE else linears)
+    return compute_width(run.quantization) * min(elements, MOST_LIVE)

@@ -1,0 +1,121 @@
+"""Bytes that training the adapter adds: gradients, optimizer state, ZeRO's copies and buffers.
+
+Rajbhandari et al. 2020 (ZeRO), section 5, as DeepSpeed 0.19.8 and ``qlora_trainer.engine`` have it: what learns is
+fp32 and DeepSpeed is told nothing of 16-bit types.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from qlora_api.memory.weights import Adapter
+from qlora_api.spec import Offload, Optimizer, ParallelismSpec
+
+BLOCK = 256
+"""Elements that share an absmax in 8-bit optimizer states. Dettmers et al. 2022 (8-bit optimizers), section 2.2;
+bitsandbytes.optim.optimizer.Optimizer2State.init_state."""
+SMALLEST_8BIT = 4096
+"""Smaller tensors keep 32-bit states: bitsandbytes' ``min_8bit_size``."""
+SMALLEST_PAGED = 100_000
+"""Smaller states are never paged: bitsandbytes.optim.optimizer.Optimizer8bit.get_state_buffer."""
+CODES = 2 * 256 * 4
+"""fp32 tables of the signed and unsigned 8-bit values, shared by all tensors."""
+BUCKET = 500_000_000
+"""DeepSpeed's default ``reduce_bucket_size``, elements: under ZeRO it is allocated whole, however small the
+gradients are (deepspeed.runtime.zero.stage_1_and_2.setup_buckets, stage3.__init__)."""
+ALIGNMENT = 2
+"""Elements that a flat group is padded to for each rank: DeepSpeed's ``nccl_start_alignment_factor``."""
+_EIGHT_BIT = (Optimizer.PAGED_ADAMW_8BIT, Optimizer.ADAMW_8BIT)
+_PAGED = (Optimizer.PAGED_ADAMW_8BIT, Optimizer.PAGED_ADAMW_32BIT)
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What one rank holds besides weights and activations, in bytes."""
+
+    gradients: int
+    """Between the last backward pass and the update: 4·P, or this rank's share of it from ZeRO 1 on."""
+    accumulating: int
+    """Between micro-batches: 4·P without ZeRO and in stage 1, which partitions only at the end."""
+    optimizer: int
+    """First and second moments, and under ZeRO 1 and 2 the rank's fp32 copy of its partition."""
+    paged: int
+    """The part of ``optimizer`` that may move to host memory under pressure. CUDA manages it: PyTorch's own count does
+    not show it."""
+    backward_buffers: int
+    """Of collectives, while gradients are made."""
+    step_buffers: int
+    """Of collectives and copies, around the update, when activations are gone."""
+    host: int
+    """In host memory, with offload."""
+
+
+def training_state(
+    adapter: Adapter, optimizer: Optimizer, parallelism: ParallelismSpec, world_size: int, *, cuda: bool = True
+) -> TrainingState:
+    """State of one rank.
+
+    Args:
+        adapter: what learns, P elements.
+        optimizer: as the job names it; with offload AdamW in host memory takes its place.
+        parallelism: ZeRO stage and offload.
+        world_size: ranks W.
+        cuda: overlapping communication, and with it a second bucket, is switched on for GPUs alone.
+
+    """
+    stage, total = parallelism.zero_stage, adapter.parameters
+    offloaded = parallelism.offload is Offload.OPTIMIZER
+    updated = partitions(adapter, stage, world_size)
+    chosen = Optimizer.ADAMW if offloaded else optimizer
+    states = moment_bytes(updated, chosen)
+    copies = 4 * sum(updated) if stage else 0
+    share = copies if stage else 4 * total
+    bucket = 4 * BUCKET
+    buckets = {0: 0, 1: bucket * (1 + cuda), 2: bucket * (1 + cuda), 3: bucket}[stage]
+    flat = 4 * total if world_size > 1 and stage == 0 else share
+    return TrainingState(
+        gradients=0 if offloaded else share,
+        accumulating=4 * total if stage < 2 else (0 if offloaded else share),
+        optimizer=0 if offloaded else states + copies,
+        paged=0 if offloaded else paged_bytes(updated, chosen),
+        backward_buffers=buckets,
+        step_buffers=flat if world_size > 1 or stage else 0,
+        host=states + 2 * copies if offloaded else 0,
+    )
+
+
+def partitions(adapter: Adapter, stage: int, world_size: int) -> tuple[int, ...]:
+    """Elements of each tensor that the optimizer of one rank updates.
+
+    Without ZeRO the adapter's own. Under ZeRO the rank's share of two flat groups, matrices and vectors
+    (``qlora_trainer.optim.parameter_groups``): ⌈n / 2W⌉·2 in stages 1 and 2, Σ ⌈nᵢ / W⌉ in stage 3.
+    """
+    if stage == 0:
+        return adapter.tensors
+    groups = [group for group in (adapter.matrices, adapter.vectors) if group]
+    if stage == 3:
+        return tuple(sum(-(-n // world_size) for n in group) for group in groups)
+    padded = ALIGNMENT * world_size
+    return tuple(-(-sum(group) // padded) * ALIGNMENT for group in groups)
+
+
+def moment_bytes(tensors: tuple[int, ...], optimizer: Optimizer) -> int:
+    """Bytes of AdamW's two moments for tensors of these sizes.
+
+    32 bit: 8·n. 8 bit, block-wise: 2·n + 2·4·⌈n/256⌉ for tensors of 4,096 elements and more, 8·n below.
+    """
+    if optimizer not in _EIGHT_BIT:
+        steps = 4 * len(tensors) if optimizer is Optimizer.ADAMW else 0  # torch keeps the step as a tensor
+        return 8 * sum(tensors) + steps
+    small = sum(8 * n for n in tensors if n < SMALLEST_8BIT)
+    large = [n for n in tensors if n >= SMALLEST_8BIT]
+    return small + sum(2 * n + 8 * math.ceil(n / BLOCK) for n in large) + (CODES if large else 0)
+
+
+def paged_bytes(tensors: tuple[int, ...], optimizer: Optimizer) -> int:
+    """The part of the moments in memory that CUDA may page out."""
+    if optimizer not in _PAGED:
+        return 0
+    width = 2 if optimizer in _EIGHT_BIT else 8
+    return sum(width * n for n in tensors if n >= SMALLEST_PAGED)

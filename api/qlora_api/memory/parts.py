@@ -1,0 +1,183 @@
+"""The parts of a decoder layer, written on a tape as transformers 5.23 and PEFT 0.21 compute them.
+
+T tokens, H hidden, w bytes of an element in the compute type (2 for bf16). What each part keeps for the backward pass,
+in bytes a token, is in its docstring; docs/explanation/memory.md has the table.
+"""
+
+from __future__ import annotations
+
+from qlora_api.memory.setting import Setting
+from qlora_api.memory.shape import FeedForward, Linear, Norm
+from qlora_api.memory.tape import Tape, Value
+from qlora_api.spec import QuantizationType
+
+FP32 = 4
+INT64 = 8
+
+
+class Pen:
+    """Writes parts on a tape."""
+
+    def __init__(
+        self, setting: Setting, rotation: Value | None = None, tape: Tape | None = None, tokens: int | None = None
+    ) -> None:
+        self.setting = setting
+        self.tape = Tape() if tape is None else tape
+        self.tokens = setting.tokens if tokens is None else tokens
+        self.width = setting.width
+        self.rotation = rotation
+        """cos and sin: made once, kept by every layer."""
+
+    def value(self, features: int, *, learns: bool, width: int | None = None) -> Value:
+        """A tensor [T, features] that some operation saves or that comes from outside."""
+        return Value(self.tokens * features, width or self.width, learns)
+
+    # --------------------------------------------------------------------------------------------------------- norms
+
+    def norm(self, x: Value, kind: Norm = Norm.RMS, groups: int = 1) -> Value:
+        """RMS: 4·H + 4 (an fp32 copy of x, and 1/rms). Layer: w·H (x itself) + mean and 1/deviation.
+
+        transformers' LlamaRMSNorm.forward; ``torch.native_layer_norm``.
+        """
+        rows = self.tokens * groups
+        if kind is Norm.LAYER:
+            statistic = FP32 if self.setting.cuda else self.width
+            statistics = [Value(rows, statistic, learns=False) for _ in range(2)]
+            return self.tape.record(x, elements=x.elements, width=self.width, saves=(x, *statistics))
+        scale = Value(rows, FP32, learns=False)
+        if self.setting.software.fused_norm:
+            return self.tape.record(x, elements=x.elements, width=self.width, saves=(x, scale))
+        wide = x if x.width == FP32 else self.tape.record(x, elements=x.elements, width=FP32)
+        copy = FP32 * x.elements
+        scaled = self.tape.record(
+            wide, elements=x.elements, width=FP32, saves=(wide, scale), workspace=copy, backward_workspace=3 * copy
+        )
+        if self.width != FP32:
+            scaled = self.tape.record(scaled, elements=x.elements, width=self.width)
+        return self.tape.record(scaled, elements=x.elements, width=self.width)  # · weight, which is frozen
+
+    # -------------------------------------------------------------------------------------------------- linear layers
+
+    def linear(self, x: Value, layer: Linear, *, is_head: bool = False) -> Value:
+        """Frozen base: nothing. Adapted: w·inputs (x, shared by layers that read it) + w·rank, and once w·(A + B).
+
+        bitsandbytes.autograd.MatMul4Bit keeps no activation, since W is frozen; in INT8 it keeps x. W is dequantized
+        whole, forward and backward; the head never is quantized. PEFT's Linear4bit.forward clones the base's output.
+        """
+        adapted = layer.name in self.setting.adapter.names
+        keeps = (x,) if self.setting.quantization.type is QuantizationType.INT8 and self.setting.cuda else ()
+        out = self.tokens * layer.outputs
+        weight = 0 if is_head else self.setting.dequantized(layer.elements)
+        base = self.tape.record(
+            x, elements=out, width=self.width, saves=keeps, workspace=weight, backward_workspace=weight
+        )
+        if not adapted:
+            return base
+        if self.setting.software.fused_adapter:
+            return self._fused_adapter(x, base, layer)
+        return self._dora(x, base, layer) if self.setting.adapter.lora.dora else self._lora(x, base, layer)
+
+    def _lora(self, x: Value, base: Value, layer: Linear) -> Value:
+        """result + B(A(dropout(x)))·scale. PEFT's Linear4bit.forward; the casts are ``hold_trainable_in_fp32``'s."""
+        update = self._update(x, layer)
+        scaled = self.tape.record(update, elements=update.elements, width=self.width)
+        return self.tape.record(base, scaled, elements=base.elements, width=self.width, passes_gradient=True)
+
+    def _update(self, x: Value, layer: Linear) -> Value:
+        """B(A(dropout(x)))."""
+        rank = self.setting.adapter.lora.rank
+        dropped = self.dropout(x, self.setting.dropout)
+        a, b = self._master(rank * layer.inputs), self._master(rank * layer.outputs)
+        low = self.tape.record(
+            dropped, a, elements=self.tokens * rank, width=self.width, saves=self._factors(dropped, a)
+        )
+        return self.tape.record(
+            low, b, elements=self.tokens * layer.outputs, width=self.width, saves=self._factors(low, b)
+        )
+
+    def _master(self, elements: int) -> Value:
+        """An fp32 parameter where it is used: itself, or a copy in the compute type."""
+        return Value(elements, self.width, learns=True)
+
+    def _factors(self, x: Value, weight: Value) -> tuple[Value, ...]:
+        cast = (weight,) if x.learns and self.width != FP32 else ()  # in fp32 it is the parameter itself
+        return (x, *cast)
+
+    def product(self, x: Value, y: Value, elements: int) -> Value:
+        """x·y, of matrices or element by element: keeps each factor for the other's gradient."""
+        kept = [factor for factor, other in ((x, y), (y, x)) if other.learns]
+        return self.tape.record(x, y, elements=elements, width=max(x.width, y.width), saves=kept)
+
+    def _dora(self, x: Value, base: Value, layer: Linear) -> Value:
+        """DoRA keeps base result and update besides, 2·w·outputs, and makes W + B·A for its norm.
+
+        peft.tuners.lora.dora.DoraLinearLayer.forward.
+        """
+        norm = self.width * (4 * layer.elements + layer.inputs**2)  # B·A is made by running A and B on an identity
+        self.tape.record(x, elements=0, width=self.width, workspace=norm)
+        update = self._update(x, layer)
+        scale = Value(layer.outputs, self.width, learns=True)
+        whole = self.product(base, scale, base.elements)
+        part = self.product(update, scale, base.elements)
+        scaled = self.tape.record(part, elements=base.elements, width=self.width)
+        extra = self.tape.record(whole, scaled, elements=base.elements, width=self.width, passes_gradient=True)
+        return self.tape.record(base, extra, elements=base.elements, width=self.width, passes_gradient=True)
+
+    def _fused_adapter(self, x: Value, base: Value, layer: Linear) -> Value:
+        kept = Value(x.elements, self.width, learns=False) if self.setting.dropout else x
+        weights = Value(layer.inputs + layer.outputs, 0, learns=True)
+        return self.tape.record(
+            base, weights, elements=base.elements, width=self.width, saves=(x, kept), passes_gradient=True
+        )
+
+    def dropout(self, x: Value, probability: float) -> Value:
+        """1 byte an element on a GPU (the mask of ``native_dropout``), w on a CPU (noise)."""
+        if not probability:
+            return x
+        mask = Value(x.elements, 1 if self.setting.cuda else self.width, learns=False)
+        return self.tape.record(x, elements=x.elements, width=x.width, saves=(mask,))
+
+    # -------------------------------------------------------------------------------------------------- feed-forward
+
+    def feed_forward(self, x: Value, part: FeedForward) -> Value:
+        """down(act(gate(x))·up(x)): 3·w·F besides the linear layers' own. down(act(up(x))): what act keeps."""
+        if part.fused:
+            both = self.linear(x, part.up)
+            gate = self.tape.record(both, elements=both.elements // 2, width=self.width, passes_gradient=True)
+            inner = self.gated(both, gate)
+        elif part.gate is not None:
+            gate = self.linear(x, part.gate)
+            active = self.activation(gate, part.activation)
+            up = self.linear(x, part.up)
+            inner = self.product(active, up, up.elements)
+        else:
+            inner = self.activation(self.linear(x, part.up), part.activation)
+        return self.linear(inner, part.down)
+
+    def gated(self, both: Value, half: Value) -> Value:
+        """act(gate)·up where both are halves of one tensor: that tensor, and act(gate)."""
+        active = self.tape.record(both, elements=half.elements, width=self.width, saves=(both,))
+        return self.product(active, both, half.elements)
+
+    def activation(self, x: Value, name: str) -> Value:
+        """ReLU keeps its output, SiLU and GELU their input; GELU written out (``gelu_new``) four tensors."""
+        if name in ("gelu_new", "gelu_fast"):
+            kept = [Value(x.elements, self.width, learns=False) for _ in range(3)]
+            size = self.width * x.elements
+            return self.tape.record(
+                x,
+                elements=x.elements,
+                width=self.width,
+                saves=(x, *kept),
+                workspace=2 * size,
+                backward_workspace=size,
+            )
+        if name == "relu":
+            return self.tape.record(x, elements=x.elements, width=self.width, saves_output=True)
+        return self.tape.record(x, elements=x.elements, width=self.width, saves=(x,))
+
+    # ------------------------------------------------------------------------------------------------------ residual
+
+    def add(self, x: Value, y: Value) -> Value:
+        """The residual stream."""
+        return self.tape.record(x, y, elements=x.elements, width=self.width, passes_gradient=True)

@@ -1,0 +1,160 @@
+"""A base whose model type is not among :data:`qlora_api.memory.families.FAMILIES`.
+
+Its weights are exact, since headers name every tensor with its shape. Its activations are taken to be those of a Llama
+of the same sizes, and the shape says so (``ModelShape.modelled``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+
+from qlora_api.errors import FieldMistake
+from qlora_api.memory.families import SOURCE, Config, _plain, attention_kind, on_disk
+from qlora_api.memory.headers import TensorInfo
+from qlora_api.memory.shape import Attention, Experts, FeedForward, Head, Layer, Linear, ModelShape, Norm
+
+_LAYER = re.compile(r"\.(?:layers|layer|h|blocks)\.(\d+)\.")
+_EMBEDDING = re.compile(r"embed|wte|wpe")
+_HEAD = ("lm_head.weight", "embed_out.weight", "output.weight")
+_ROLES = {
+    "query": ("q_proj", "query", "wq"),
+    "key": ("k_proj", "key", "wk"),
+    "value": ("v_proj", "value", "wv"),
+    "fused": ("qkv_proj", "query_key_value", "Wqkv"),
+    "output": ("o_proj", "out_proj", "dense", "wo"),
+    "gate": ("gate_proj", "w1"),
+    "up": ("up_proj", "fc1", "dense_h_to_4h", "w3", "gate_up_proj"),
+    "down": ("down_proj", "fc2", "dense_4h_to_h", "w2"),
+}
+_ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
+
+
+def shape_of_tensors(config: Config, tensors: Mapping[str, TensorInfo] | None) -> ModelShape:
+    """The shape of a model type that is not known here.
+
+    Raises:
+        FieldMistake: there are no tensors, they are packed, or they are no decoder's.
+
+    """
+    quantized = on_disk(config)
+    if not tensors or quantized is not None:
+        why = "from a quantized base's weights" if tensors else "from its configuration alone"
+        raise FieldMistake(
+            SOURCE,
+            None,
+            f'is a "{config.model_type}" model, whose memory cannot be planned {why}; name the 16-bit base',
+        )
+    hidden, heads, pairs, count = config.sizes
+    head_dim = config.number("head_dim", hidden // heads)
+    found: dict[int, list[Linear]] = defaultdict(list)
+    outside: list[Linear] = []
+    elements = {"embeddings": 0, "norms": 0, "biases": 0, "experts": 0}
+    for name, tensor in tensors.items():
+        layer = _LAYER.search(name)
+        if name.endswith(_HEAD) and layer is None:
+            continue
+        if (linear := _linear(name, tensor, tensors)) is not None:
+            (found[int(layer[1])] if layer else outside).append(linear)
+        elif not (
+            name.endswith(".bias") and f"{name.removesuffix('.bias')}.weight" in tensors and _is_matrix(name, tensors)
+        ):
+            elements[_place(name, tensor)] += tensor.elements
+    sparse = {int(m[1]) for name in tensors if _is_expert(name) and (m := _LAYER.search(name))}
+    layers = tuple(
+        _layer(config, (heads, pairs, head_dim), found[index], sparse=index in sparse) for index in range(count)
+    )
+    vocabulary = config.number("vocab_size")
+    tied = bool(config.get("tie_word_embeddings", False)) or not any(n.endswith(_HEAD) for n in tensors)
+    return ModelShape(
+        model_type=config.model_type,
+        hidden=hidden,
+        layers=layers,
+        outside=tuple(outside),
+        head=Head(Linear("lm_head", hidden, vocabulary, "lm_head.bias" in tensors), tied, plain=_plain(config, None)),
+        embeddings=elements["embeddings"],
+        norms=elements["norms"],
+        norm_biases=elements["biases"],
+        experts=elements["experts"],
+        max_positions=config.get("max_position_embeddings"),
+        modelled=False,
+    )
+
+
+def _is_matrix(bias: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    return len(tensors[f"{bias.removesuffix('.bias')}.weight"].shape) == 2
+
+
+def _linear(name: str, tensor: TensorInfo, tensors: Mapping[str, TensorInfo]) -> Linear | None:
+    """Matrices named ``*.weight`` are linear layers, but for embeddings, experts and routers.
+
+    Experts and routers are parameters in transformers (``conversion_mapping.py``).
+    """
+    module = name.removesuffix(".weight")
+    if len(tensor.shape) != 2 or module == name or _EMBEDDING.search(name) or _is_expert(name):
+        return None
+    outputs, inputs = tensor.shape
+    return Linear(module, inputs, outputs, f"{module}.bias" in tensors)
+
+
+def _is_expert(name: str) -> bool:
+    return ".experts." in name or name.endswith((".gate.weight", ".router.weight"))
+
+
+def _place(name: str, tensor: TensorInfo) -> str:
+    if _is_expert(name):
+        return "experts"
+    if _EMBEDDING.search(name) and len(tensor.shape) == 2:
+        return "embeddings"
+    return "biases" if name.endswith("bias") else "norms"
+
+
+def _layer(config: Config, heads: tuple[int, int, int], linears: list[Linear], *, sparse: bool) -> Layer:
+    """Linear layers put in the places of a Llama's, those that fit none beside them."""
+    place: dict[str, Linear] = {}
+    others: list[Linear] = []
+    for linear in linears:
+        role = _ROLE_OF.get(linear.kind)
+        if role is None or role in place:
+            others.append(linear)
+        else:
+            place[role] = linear
+    missing = Linear("", config.number("hidden_size"), 0)
+    count, pairs, head_dim = heads
+    attention = Attention(
+        heads=count,
+        key_value_heads=pairs,
+        head_dim=head_dim,
+        kind=attention_kind(config),
+        rotary_dim=head_dim,
+        query=place.get("query"),
+        key=place.get("key"),
+        value=place.get("value"),
+        fused=place.get("fused"),
+        output=place.get("output"),
+    )
+    activation = str(config.get("hidden_act") or config.get("activation_function") or "silu")
+    dense = FeedForward(
+        activation=activation,
+        gate=place.get("gate"),
+        up=place.get("up", missing),
+        down=place.get("down", missing),
+        fused=place.get("up", missing).kind == "gate_up_proj",
+    )
+    if not sparse:
+        return Layer(attention, dense, Norm.RMS, others=tuple(others))
+    experts = Experts(
+        count=_first(config, "num_experts", "num_local_experts", "n_routed_experts"),
+        per_token=_first(config, "num_experts_per_tok", "moe_topk"),
+        intermediate=_first(config, "moe_intermediate_size", "intermediate_size"),
+        activation=activation,
+        normalized=bool(config.get("norm_topk_prob", True)),
+        fp32_weights=False,
+        shared=dense if dense.up.outputs else None,
+    )
+    return Layer(attention, experts, Norm.RMS, others=tuple(others))
+
+
+def _first(config: Config, *keys: str) -> int:
+    return config.number(next((key for key in keys if config.get(key) is not None), keys[0]))

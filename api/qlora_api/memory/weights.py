@@ -1,0 +1,180 @@
+"""Bytes of the weights: the frozen base as bitsandbytes holds it, and the adapter.
+
+Tensors are counted by their contents. On a GPU PyTorch's allocator rounds each up to 512 bytes
+(``c10/cuda/CUDACachingAllocator``, kMinBlockSize); :func:`rounding` is what that adds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from qlora_api.errors import FieldMistake
+from qlora_api.memory.shape import Linear, ModelShape
+from qlora_api.spec import ComputeType, LoRABias, LoRASpec, QuantizationSpec, QuantizationType
+
+BLOCK = 64
+"""Weights that share an absmax. Dettmers et al. 2023, section 3; bitsandbytes.functional.quantize_4bit."""
+NESTED_BLOCK = 256
+"""Absmax constants that share one of their own; bitsandbytes.functional.quantize_4bit, ``compress_statistics``."""
+CODE = 16 * 4
+"""fp32 table of the sixteen values, one for each layer."""
+NESTED_CODE = 256 * 4
+"""fp32 table of the 256 values that absmax constants take, one for each layer."""
+NESTED_OFFSET = 4
+"""The mean that is taken off absmax constants before they are quantized, fp32."""
+ALLOCATION = 512
+"""Bytes that PyTorch's CUDA allocator rounds up to."""
+FOUR_BIT = (QuantizationType.NF4, QuantizationType.FP4)
+
+
+def compute_width(quantization: QuantizationSpec) -> int:
+    """Bytes of an element in the compute type."""
+    return 4 if quantization.compute_type is ComputeType.FLOAT32 else 2
+
+
+def quantized_bytes(linear: Linear, quantization: QuantizationSpec) -> int:
+    """Bytes of one layer's weight: two to a byte in NF4 and FP4, one in INT8, none here where it is not quantized.
+
+    bitsandbytes.functional.quantize_4bit packs into ⌈n / 2⌉ bytes.
+    """
+    match quantization.type:
+        case QuantizationType.NONE:
+            return 0
+        case QuantizationType.INT8:
+            return linear.elements
+        case _:
+            return -(-linear.elements // 2)
+
+
+def constant_bytes(linear: Linear, quantization: QuantizationSpec) -> int:
+    """Bytes of one layer's quantization constants.
+
+    Single: 4·⌈n/64⌉ + code. Double: ⌈n/64⌉ + 4·⌈⌈n/64⌉/256⌉ + both codes + offset. Dettmers et al. 2023, section 3:
+    0.5 and 0.127 bits a weight. INT8: one fp32 scale a row. Dettmers et al. 2022 (LLM.int8), section 3.1.
+    """
+    match quantization.type:
+        case QuantizationType.NONE:
+            return 0
+        case QuantizationType.INT8:
+            return 4 * linear.outputs
+        case _:
+            blocks = math.ceil(linear.elements / BLOCK)
+            if not quantization.double_quantization:
+                return 4 * blocks + CODE
+            return blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + CODE + NESTED_CODE + NESTED_OFFSET
+
+
+def rounding(linear: Linear, quantization: QuantizationSpec) -> int:
+    """Bytes that the allocator adds to one quantized layer: codes and offset are far smaller than its 512."""
+    if quantization.type not in FOUR_BIT:
+        return 0
+    blocks = math.ceil(linear.elements / BLOCK)
+    sizes = [quantized_bytes(linear, quantization), CODE]
+    sizes += (
+        [blocks, 4 * math.ceil(blocks / NESTED_BLOCK), NESTED_CODE, NESTED_OFFSET]
+        if quantization.double_quantization
+        else [4 * blocks]
+    )
+    return sum(-size % ALLOCATION for size in sizes)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Which layers learn, and how large what learns is. Hu et al. 2021, section 4.1."""
+
+    shape: ModelShape
+    lora: LoRASpec
+
+    @cached_property
+    def layers(self) -> tuple[Linear, ...]:
+        """The adapted layers: all linear layers but the head, or those that a target names.
+
+        The same decision as ``qlora_trainer.model.add_lora``: a target is a full name or its dotted end; the head is
+        adapted only if it is named.
+
+        Raises:
+            FieldMistake: a target names none.
+
+        """
+        if self.lora.target_modules is None:
+            return self.shape.linears
+        candidates = (*self.shape.linears, self.shape.head.linear)
+        for target in self.lora.target_modules:
+            if not any(is_named(layer.name, target) for layer in candidates):
+                kinds = ", ".join(sorted({layer.kind for layer in candidates}))
+                raise FieldMistake(
+                    "spec.lora.targetModules",
+                    target,
+                    f"matches no linear layer of the base; its linear layers are {kinds}",
+                )
+        return tuple(c for c in candidates if any(is_named(c.name, t) for t in self.lora.target_modules))
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        return frozenset(layer.name for layer in self.layers)
+
+    @property
+    def adapts_head(self) -> bool:
+        return self.shape.head.linear.name in self.names
+
+    @cached_property
+    def matrices(self) -> tuple[int, ...]:
+        """Elements of each A [rank, inputs] and B [outputs, rank]."""
+        rank = self.lora.rank
+        return tuple(n for layer in self.layers for n in (rank * layer.inputs, rank * layer.outputs))
+
+    @cached_property
+    def vectors(self) -> tuple[int, ...]:
+        """Elements of each vector that learns: DoRA's magnitudes [outputs], and biases."""
+        found = [layer.outputs for layer in self.layers] if self.lora.dora else []
+        return (*found, *self._biases)
+
+    @cached_property
+    def _biases(self) -> tuple[int, ...]:
+        match self.lora.bias:
+            case LoRABias.NONE:
+                return ()
+            case LoRABias.LORA_ONLY:
+                return tuple(layer.outputs for layer in self.layers if layer.bias)
+            case LoRABias.ALL:
+                linears = [layer for layer in (*self.shape.linears, self.shape.head.linear) if layer.bias]
+                norms = self.shape.norm_biases // self.shape.hidden
+                return (*(layer.outputs for layer in linears), *(self.shape.hidden,) * norms)
+
+    @property
+    def tensors(self) -> tuple[int, ...]:
+        return (*self.matrices, *self.vectors)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all that learns."""
+        return sum(self.tensors)
+
+    @property
+    def bytes(self) -> int:
+        """What learns is fp32: 4 bytes an element. docs/decisions/0001."""
+        return 4 * self.parameters
+
+    @property
+    def trained_biases(self) -> int:
+        """Elements of biases that learn: they are part of the adapter, no longer of the frozen rest."""
+        return sum(self._biases)
+
+
+def is_named(name: str, target: str) -> bool:
+    """A target is a layer's name or its dotted end."""
+    return name == target or name.endswith(f".{target}")
+
+
+def unquantized_bytes(shape: ModelShape, quantization: QuantizationSpec, adapter: Adapter) -> int:
+    """Bytes of what is frozen and not quantized, in the compute type, in which the base is loaded.
+
+    Embeddings, norms, biases, experts and the head; the linear layers too where there is no quantization. The trainer
+    does not lift embeddings and head to fp32 as ``prepare_model_for_kbit_training`` would.
+    """
+    frozen = shape.parameters - adapter.trained_biases
+    if quantization.type is not QuantizationType.NONE:
+        frozen -= sum(linear.elements for linear in shape.linears)
+    return compute_width(quantization) * frozen
