@@ -17,7 +17,7 @@ from qlora_operator.seen import JobState, Observed, SeenJob, SeenPod
 OVERDUE = timedelta(seconds=10)
 """A pod this long past its deletionTimestamp has no kubelet that could end it."""
 RESULT_PATIENCE = timedelta(seconds=30)
-"""How long a complete Job's last pod may take to be seen."""
+"""How long the last pod of a Job that is over may take to be seen: Jobs and pods come by watches of their own."""
 NODE_GONE = ("DeletionByTaintManager", "DeletionByPodGC")
 """Disruptions that mean the node, not the pod. Kubernetes, "Pod disruption conditions"."""
 
@@ -64,7 +64,7 @@ def ending_of(attempt: int, workers: int, seen: Observed, *, asked_to_stop: bool
     if lost := _lost(pods, seen):
         return lost
     if job is not None and job.state is JobState.FAILED:
-        return _told(pods, workers) or _from_job(job)
+        return None if _words_are_on_their_way(job, pods, seen) else _told(pods, workers) or _from_job(job)
     if job is not None and not job.deleting:
         return None
     if any(not p.ended for p in pods):
@@ -82,6 +82,12 @@ def ending_of(attempt: int, workers: int, seen: Observed, *, asked_to_stop: bool
             told.word if told else None,
         )
     return _told(pods, workers) or Ending(Reason.PREEMPTED, "its Job was deleted")
+
+
+def _words_are_on_their_way(job: SeenJob, pods: tuple[SeenPod, ...], seen: Observed) -> bool:
+    """A Job has failed only when all its pods have ended: what is seen of them is old where it does not say so."""
+    late = seen.now >= (job.ended or job.created) + RESULT_PATIENCE
+    return not late and (not pods or any(not p.ended for p in pods))
 
 
 def _completed(job: SeenJob, pods: tuple[SeenPod, ...], seen: Observed) -> Ending | None:

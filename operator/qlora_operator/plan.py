@@ -39,6 +39,7 @@ REFUSED_SECONDS = 15.0
 """Until what the API server refused is tried again."""
 LOOK_AGAIN_SECONDS = 5.0
 """For what no event announces: a pod that outlasts its deletion, a result that is late."""
+_ENDING = (JobState.COMPLETE, JobState.FAILED, JobState.FAILING)
 
 
 def plan(job: QLoRAJob, seen: Observed, config: OperatorConfig, gang: Gang) -> Plan:
@@ -122,8 +123,18 @@ def _adopted(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
             attempt = Attempt.model_validate({**planned(job), "number": number, "startTime": job.created})
         except ValidationError:
             continue  # not of this operator's making
-        status = with_attempt(status, attempt)
+        status = with_attempt(_closed_by_the_next(context, status, job), attempt)
     return status
+
+
+def _closed_by_the_next(context: Context, status: QLoRAJobStatus, following: SeenJob) -> QLoRAJobStatus:
+    """The end of an open attempt that was decided, acted on, and not written down."""
+    attempt = open_attempt(status)
+    if attempt is None:
+        return status
+    ending = ending_of(attempt.number, context.workers(attempt), context.seen)
+    ending = ending or Ending(Reason.PREEMPTED, f"attempt {following.attempt} took its place")
+    return _with_end(context, status, close(attempt, ending, replace(context.seen, now=following.created)), ending)
 
 
 def _concluded(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus, tuple[Note, ...]]:
@@ -142,10 +153,7 @@ def _concluded(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus
     if stopping and ending.reason is Reason.PREEMPTED:
         ending = replace(ending, reason=Reason.SUSPENDED)
     attempt = close(attempt, ending, context.seen)
-    status = with_attempt(status, attempt)
-    status = status.model_copy(update={"gpu_seconds": gpu_seconds(status.attempts, context.now)})
-    if ending.word:
-        status = with_last_word(status, ending)
+    status = _with_end(context, status, attempt, ending)
     following = after_attempt(context.job.spec.policy, status.attempts)
     if isinstance(following, Finish):
         kind: Literal["Normal", "Warning"] = "Normal" if following.succeeded else "Warning"
@@ -154,6 +162,12 @@ def _concluded(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus
     if ending.reason is Reason.SUSPENDED:
         return status, (Note("Normal", "Suspended", _attempt_words(attempt)),)
     return status, (Note("Warning", ending.reason.value, f"{_attempt_words(attempt)}; another attempt follows"),)
+
+
+def _with_end(context: Context, status: QLoRAJobStatus, ended: Attempt, ending: Ending) -> QLoRAJobStatus:
+    status = with_attempt(status, ended)
+    status = status.model_copy(update={"gpu_seconds": gpu_seconds(status.attempts, context.now)})
+    return with_last_word(status, ending)
 
 
 def _attempt_words(attempt: Attempt) -> str:
@@ -287,7 +301,7 @@ def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Plan:
     """The open attempt has not ended."""
     job = context.seen.jobs.get(attempt.number)
     overdue = any(p.deletion_due for p in context.seen.living if not p.ended)
-    wake = LOOK_AGAIN_SECONDS if overdue or (job and job.state in (JobState.COMPLETE, JobState.FAILING)) else None
+    wake = LOOK_AGAIN_SECONDS if overdue or (job and job.state in _ENDING) else None
     if job is not None and job.state is JobState.ACTIVE and job.ready >= context.workers(attempt):
         nodes = sorted({p.node for p in context.seen.pods_of(attempt.number) if not p.gone and p.node})
         since = attempt.running_time or context.now

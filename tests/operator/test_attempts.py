@@ -66,7 +66,15 @@ def test_the_most_telling_pod_says_how_an_attempt_ended(pods, reason, text):
     ],
 )
 def test_without_pods_the_jobs_condition_says_it(message, reason):
-    assert ending_of(1, 1, seen(child(state=JobState.FAILED, message=message))).reason == reason
+    assert ending_of(1, 1, seen(child(state=JobState.FAILED, message=message), after=31)).reason == reason
+
+
+def test_a_failed_job_whose_pods_are_not_seen_to_have_ended_is_waited_for_since_they_say_more():
+    suffers, causes = pod(index=1, code=49, word="rank 0 is gone"), pod(code=41, word="oom")
+    assert ending_of(1, 2, seen(FAILED)) is None
+    assert ending_of(1, 2, seen(FAILED, pod(), suffers)) is None
+    assert ending_of(1, 2, seen(FAILED, causes, suffers)).message == "oom"
+    assert ending_of(1, 2, seen(FAILED, pod(), suffers, after=31)).reason is Reason.NODE_LOST
 
 
 def test_a_complete_job_without_its_result_is_waited_for_and_then_done_again():

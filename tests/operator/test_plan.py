@@ -184,6 +184,26 @@ def test_an_attempt_that_is_adopted_keeps_the_batch_it_was_planned_with():
     assert planned.status.attempts[0].micro_batch_size == 2
 
 
+@pytest.mark.parametrize(
+    ("first", "reason", "message"),
+    [
+        pytest.param(
+            [child(state=JobState.FAILED), pod(code=41, word="at step 3")], "OutOfDeviceMemory", "at step 3", id="known"
+        ),
+        pytest.param([], "Preempted", "its Job was deleted", id="without-a-trace"),
+        pytest.param([child(), pod()], "Preempted", "attempt 2 took its place", id="given-up-and-going-on"),
+    ],
+)
+def test_an_attempt_whose_end_was_not_written_down_is_closed_as_the_one_that_followed_is_adopted(
+    first, reason, message
+):
+    decided = decide(job(running()), seen(*first, child(attempt=2), after=9))
+    attempts = decided.status.attempts
+    assert [(a.number, a.reason, a.message) for a in attempts] == [(1, reason, message), (2, None, "")]
+    assert attempts[0].end_time == attempts[1].start_time
+    assert decided.make == ()
+
+
 def test_progress_and_memory_get_into_status_with_words_for_kubectl():
     report = ProgressReport(
         job="job",
