@@ -14,9 +14,10 @@ from pathlib import Path
 
 from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig, reason_of
 from qlora_trainer import last_word
-from qlora_trainer.errors import TrainerError
-from qlora_trainer.prepared import Prepared
+from qlora_trainer.errors import StorageError, TrainerError
+from qlora_trainer.prepared import Prepared, bring
 from qlora_trainer.published import finished_run
+from qlora_trainer.records import Records
 from qlora_trainer.stop import Stop
 
 log = logging.getLogger(__name__)
@@ -33,14 +34,38 @@ def run(config: TrainerConfig, path: Path, stop: Stop) -> int:
         log.info("%s", done.message)
         last_word.write(Path(config.termination_message_path), done)
         return ExitCode.DONE
-    if Prepared.read(config) is None:
-        ended = subprocess.run([sys.executable, "-m", "qlora_trainer.prepare", str(path)], check=False)
-        if ended.returncode:
-            return ended.returncode if ended.returncode > 0 else 128 - ended.returncode
-        last_word.clear(Path(config.termination_message_path))  # Prepare's
+    code = ready(config, path)
+    if code:
+        return code
     from qlora_trainer.launch import launch  # noqa: PLC0415 seconds of torch, for nothing if there is nothing to do
 
     return launch(config, path, stop)
+
+
+def ready(config: TrainerConfig, path: Path) -> int:
+    """Have on this machine what its ranks need: from what Prepare left, or by preparing here.
+
+    Returns:
+        The exit code of a Prepare that failed, else 0.
+
+    Raises:
+        UserError, StorageError: what Prepare left cannot be brought here.
+
+    """
+    if Prepared.read(config) is not None:
+        return ExitCode.DONE
+    records = Records(config)
+    began = records.of_run()
+    if began is not None and bring(config, began, records):
+        return ExitCode.DONE
+    code = subprocess.run([sys.executable, "-m", "qlora_trainer.prepare", str(path)], check=False).returncode
+    if code:
+        return code if code > 0 else 128 - code
+    last_word.clear(Path(config.termination_message_path))  # Prepare's
+    began = records.of_run()
+    if began is None or (Prepared.read(config) or bring(config, began, records)) is None:
+        raise StorageError(f"what Prepare has just left in {config.shared_cache_uri or config.cache_dir} is not there")
+    return ExitCode.DONE
 
 
 def main() -> int:

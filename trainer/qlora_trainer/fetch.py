@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from qlora_trainer import hub
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.model_files import (
     ModelFilesError,
@@ -24,14 +23,22 @@ from qlora_trainer.model_files import (
     tokenizer_hash,
     weight_names,
 )
-from qlora_trainer.store import PVC_MOUNT, local_path, open_store, sha256_bytes
+from qlora_trainer.store import PVC_MOUNT, local_path, open_store, sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from qlora_trainer.store import Entry, Store
 
-__all__ = ["PVC_MOUNT", "FetchedModel", "fetch_model", "fetch_rows", "tokenizer_hash"]
+__all__ = [
+    "PVC_MOUNT",
+    "FetchedModel",
+    "fetch_model",
+    "fetch_rows",
+    "model_revision",
+    "rows_identity",
+    "tokenizer_hash",
+]
 
 HUB = "hf://"
 MODEL_FIELD = "spec.model.source"
@@ -52,21 +59,23 @@ class FetchedModel:
     """As in the manifest."""
 
 
-def fetch_model(source: str, cache_dir: Path) -> FetchedModel:
+def fetch_model(source: str, cache_dir: Path, pinned: str | None = None) -> FetchedModel:
     """Bring the base model here and check all that can be checked without loading weights.
 
     Args:
         source: ``spec.model.source``.
         cache_dir: models lie in its folder ``models``.
+        pinned: the revision that must come. On the Hub it is asked for, whatever the source's branch says by now.
 
     Raises:
-        UserError: not there, not readable, incomplete, pickled, without a tokenizer, or with code of its own.
+        UserError: not there, not readable, incomplete, pickled, without a tokenizer, with code of its own, or at
+            another revision than the pinned one.
         StorageError: a server fails, or the cache's disk is full.
 
     """
     try:
         if source.startswith(HUB):
-            path, revision = _model_from_hub(source, cache_dir)
+            path, revision = _model_from_hub(source, cache_dir, pinned)
         elif local := local_path(source, MODEL_FIELD):
             check_model(local)
             path, revision = local, folder_revision(local)
@@ -74,6 +83,12 @@ def fetch_model(source: str, cache_dir: Path) -> FetchedModel:
             path, revision = _model_from_store(source, cache_dir)
     except ModelFilesError as error:
         raise UserError(MODEL_FIELD, source, str(error)) from error
+    if pinned not in (None, revision):
+        raise UserError(
+            MODEL_FIELD,
+            source,
+            f"is at revision {revision} now, and the job was prepared with {pinned}: put that back, or start a new job",
+        )
     return FetchedModel(path=path, revision=revision, source=source)
 
 
@@ -103,11 +118,13 @@ def fetch_rows(source: str, field: str, cache_dir: Path) -> Path:
 # -------------------------------------------------------------------------------------------------------------- models
 
 
-def _model_from_hub(source: str, cache_dir: Path) -> tuple[Path, str]:
+def _model_from_hub(source: str, cache_dir: Path, pinned: str | None) -> tuple[Path, str]:
+    from qlora_trainer import hub  # noqa: PLC0415 half a second, for nothing where the Hub is not asked
+
     at = hub.parse(source, MODEL_FIELD, "model")
     if at.path:
         raise UserError(MODEL_FIELD, source, "must name a repository, hf://org/name@revision, not a folder inside")
-    commit = hub.commit_of(at)
+    commit = pinned or hub.commit_of(at)
 
     def fill(partial: Path) -> None:
         folder = hub.open_folder(at, commit)
@@ -123,12 +140,7 @@ def _model_from_hub(source: str, cache_dir: Path) -> tuple[Path, str]:
 
 def _model_from_store(source: str, cache_dir: Path) -> tuple[Path, str]:
     store = open_store(source, MODEL_FIELD)
-    there = {e.key: e for e in store.entries() if "/" not in e.key}
-    if not there:
-        raise ModelFilesError("holds no files")
-    check_names(there)
-    weights = weight_names(there, store.get)
-    wanted = [e for e in there.values() if is_side_file(e.key) or e.key in weights]
+    wanted = _model_objects(store)
     name = _hash_of(store.uri(), wanted)
 
     def fill(partial: Path) -> None:
@@ -137,10 +149,21 @@ def _model_from_store(source: str, cache_dir: Path) -> tuple[Path, str]:
     return _cached(cache_dir / "models" / name, fill, check_model), _hash_of("", wanted)
 
 
+def _model_objects(store: Store) -> list[Entry]:
+    there = {e.key: e for e in store.entries() if "/" not in e.key}
+    if not there:
+        raise ModelFilesError("holds no files")
+    check_names(there)
+    weights = weight_names(there, store.get)
+    return [e for e in there.values() if is_side_file(e.key) or e.key in weights]
+
+
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
 def _rows_from_hub(source: str, field: str, cache_dir: Path) -> Path:
+    from qlora_trainer import hub  # noqa: PLC0415
+
     at = hub.parse(source, field, "dataset")
     commit = hub.commit_of(at)
 
@@ -158,23 +181,67 @@ def _rows_from_hub(source: str, field: str, cache_dir: Path) -> Path:
 
 
 def _rows_from_store(source: str, field: str, cache_dir: Path) -> Path:
-    store = open_store(source, field)
-    entries = [e for e in store.entries() if e.key.endswith(ROW_SUFFIXES)]
-    single = ""
-    if not entries:
-        # The source is the object itself rather than a folder.
-        parent, _, single = store.uri().rpartition("/")
-        bucket_alone = parent.endswith(":/")
-        store = store if bucket_alone else open_store(parent, field)
-        entry = None if bucket_alone else store.stat(single)
-        if entry is None:
-            raise UserError(field, source, f"holds no rows: no object ends in {', '.join(ROW_SUFFIXES)}")
-        entries = [entry]
+    store, entries, single = _row_objects(source, field)
     place = _hash_of(store.uri(), entries)[:32]
     return (
         _cached(cache_dir / "rows" / place, lambda partial: _download(store, [e.key for e in entries], partial))
         / single
     )
+
+
+def _row_objects(source: str, field: str) -> tuple[Store, list[Entry], str]:
+    """The objects below a folder; or the folder of a single object, that object, and its name."""
+    store = open_store(source, field)
+    entries = [e for e in store.entries() if e.key.endswith(ROW_SUFFIXES)]
+    if entries:
+        return store, entries, ""
+    # The source is the object itself rather than a folder.
+    parent, _, single = store.uri().rpartition("/")
+    bucket_alone = parent.endswith(":/")
+    store = store if bucket_alone else open_store(parent, field)
+    entry = None if bucket_alone else store.stat(single)
+    if entry is None:
+        raise UserError(field, source, f"holds no rows: no object ends in {', '.join(ROW_SUFFIXES)}")
+    return store, [entry], single
+
+
+# ---------------------------------------------------------------------------------------------------------- identities
+# What a source holds, found out without bringing it here.
+
+
+def model_revision(source: str) -> str:
+    """The revision that :func:`fetch_model` would bring.
+
+    Raises:
+        ModelFilesError, UserError, StorageError, OSError: as when it is fetched; there the user is told.
+
+    """
+    if source.startswith(HUB):
+        from qlora_trainer import hub  # noqa: PLC0415
+
+        return hub.commit_of(hub.parse(source, MODEL_FIELD, "model"))
+    if local := local_path(source, MODEL_FIELD):
+        return folder_revision(local)
+    return _hash_of("", _model_objects(open_store(source, MODEL_FIELD)))
+
+
+def rows_identity(source: str, field: str) -> str:
+    """Changes whenever the rows do: by content for local files, by etag in object storage, by commit on the Hub.
+
+    Raises:
+        UserError, StorageError, OSError: as when they are fetched; there the user is told.
+
+    """
+    if source.startswith(HUB):
+        from qlora_trainer import hub  # noqa: PLC0415
+
+        at = hub.parse(source, field, "dataset")
+        return f"{at.repo} {hub.commit_of(at)} {at.path}"
+    if local := local_path(source, field):
+        files = [local] if local.is_file() else sorted(p for p in local.rglob("*") if p.is_file())
+        return "\n".join(f"{p.relative_to(local.parent)} {sha256_file(p)}" for p in files)
+    store, entries, single = _row_objects(source, field)
+    return f"{_hash_of(store.uri(), entries)} {single}"
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
@@ -201,6 +268,15 @@ def _cached(final: Path, fill: Callable[[Path], None], check: Callable[[Path], N
     except OSError as error:
         raise StorageError(f"the cache {final.parent} cannot be written: {error}") from error
     return final
+
+
+def take_name(partial: Path, folder: Path) -> None:
+    """Give a filled folder its name. Who was faster has put the same there: then that stays."""
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
 
 
 def _check_or_clear(folder: Path, check: Callable[[Path], None]) -> None:

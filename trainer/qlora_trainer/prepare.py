@@ -1,67 +1,68 @@
 """Prepare: everything that can be known without a GPU. ``python -m qlora_trainer.prepare CONFIG.json``
 
 Fetches and checks the model and the rows, tokenizes once, finds out that the adapter's targets exist and that the
-destination can be written. The result is content-addressed: a second call finds it done. What it decided is in the
-termination message; the last line on stdout is the :class:`~qlora_api.contract.PrepareReceipt` as JSON.
+destination can be written. The result is content-addressed: a second call finds it done, before anything large is
+imported. What it decided is in the termination message; the last line on stdout is the
+:class:`~qlora_api.contract.PrepareReceipt` as JSON.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from pathlib import Path
 
 import psutil
 
-from qlora_api.contract import ExitCode, PrepareReceipt, TerminationMessage, TrainerConfig
+from qlora_api.contract import ExitCode, PrepareReceipt, TerminationMessage, TrainerConfig, reason_of
 from qlora_api.status import PrepareResult, Reason
-from qlora_trainer.chat import load_tokenizer
-from qlora_trainer.data.prepare import prepare_data
-from qlora_trainer.errors import UserError
-from qlora_trainer.fetch import FetchedModel, fetch_model, fetch_rows, tokenizer_hash
-from qlora_trainer.model import add_lora, check_base, meta_model
-from qlora_trainer.outcome import LastSeen, guarded
-from qlora_trainer.prepared import Prepared
+from qlora_trainer import last_word
+from qlora_trainer.errors import TrainerError
+from qlora_trainer.prepared import bring
 from qlora_trainer.published import check_destination
+from qlora_trainer.records import Record, Records, find
+
+log = logging.getLogger(__name__)
 
 
 def prepare(config: TrainerConfig) -> PrepareReceipt:
-    """Check and fetch all that the ranks need, and leave the record of it.
+    """Check all that the ranks need, and leave the record of it; without a shared cache also what they need itself.
 
     Raises:
         UserError: names the field that must change.
-        StorageError: a source or the destination is out of reach.
+        StorageError: a source, the destination or the shared cache is out of reach.
 
     """
-    spec, cache = config.spec, Path(config.cache_dir)
-    check_destination(spec.output.destination, config.job.uid)
-    model = fetch_model(spec.model.source, cache)
-    _check_architecture(config, model)
-    train_rows = fetch_rows(spec.dataset.train.source, "spec.dataset.train.source", cache)
-    own_eval = spec.dataset.eval.source if spec.dataset.eval else None
-    eval_rows = fetch_rows(own_eval, "spec.dataset.eval.source", cache) if own_eval else None
-    tokenizer = load_tokenizer(model.path, spec.dataset.chat_template)
-    data = prepare_data(spec, tokenizer, tokenizer_hash(model.path), train_rows, eval_rows, cache)
-    Prepared(model.path, model.source, model.revision, data.folder).write(config)
-    return data.receipt
+    return (_again(config) or _anew(config)).receipt
 
 
-def _check_architecture(config: TrainerConfig, model: FetchedModel) -> None:
-    """Build the architecture without weights, and look for the adapter's targets and room for the positions."""
-    check_base(model.path, config.spec.quantization)
-    skeleton = meta_model(model.path)
-    add_lora(skeleton, config.spec.lora, config.spec.training.seed, model.source)
-    positions = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
-    longest = config.spec.dataset.max_length
-    if positions is not None and longest > positions:
-        raise UserError("spec.dataset.maxLength", longest, f"is more than the {positions} positions of {model.source}")
+def _again(config: TrainerConfig) -> Record | None:
+    """What was found for the same content before; None where there is nothing, or it is damaged."""
+    check_destination(config.spec.output.destination, config.job.uid)
+    records = Records(config)
+    record = find(config, records)
+    if record is None:
+        return None
+    record = records.begin(record)
+    return record if records.is_shared or bring(config, record, records) else None
 
 
-def prepared_message(config: TrainerConfig, receipt: PrepareReceipt, prepared: Prepared | None) -> TerminationMessage:
+def _anew(config: TrainerConfig) -> Record:
+    from qlora_trainer.prepare_anew import prepare_anew  # noqa: PLC0415 ten seconds of imports
+
+    records = Records(config)
+    record = records.keep(prepare_anew(config, records.of_run()))
+    if not records.is_shared:
+        bring(config, record, records)
+    return record
+
+
+def prepared_message(config: TrainerConfig, record: Record) -> TerminationMessage:
     """The last word of a Prepare that found all well."""
-    assert prepared is not None
+    receipt = record.receipt
     result = PrepareResult(
-        model_revision=prepared.model_revision,
+        model_revision=record.model_revision,
         data_hash=receipt.data_hash,
         train_rows=receipt.train_rows,
         train_tokens=receipt.train_tokens,
@@ -79,15 +80,28 @@ def prepared_message(config: TrainerConfig, receipt: PrepareReceipt, prepared: P
     return TerminationMessage(exit_code=ExitCode.DONE, reason=Reason.COMPLETED, prepared=result)
 
 
+def _told(config: TrainerConfig, record: Record) -> TerminationMessage:
+    print(record.receipt.model_dump_json(by_alias=True))  # noqa: T201 the receipt is the output
+    return prepared_message(config, record)
+
+
 def main() -> int:
     config = TrainerConfig.model_validate_json(Path(sys.argv[1]).read_bytes())
+    word = Path(config.termination_message_path)
+    try:
+        record = _again(config)
+    except TrainerError as error:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        log.error("%s", error)  # noqa: TRY400 one paragraph for a person; the trace would hide it
+        code = error.exit_code
+        last_word.write(word, TerminationMessage(exit_code=code, reason=reason_of(code), message=str(error)))
+        return code
+    if record is not None:
+        last_word.write(word, _told(config, record))
+        return ExitCode.DONE
+    from qlora_trainer.outcome import guarded  # noqa: PLC0415 imports torch
 
-    def work(_: LastSeen) -> TerminationMessage:
-        receipt = prepare(config)
-        print(receipt.model_dump_json(by_alias=True))  # noqa: T201 the receipt is the output
-        return prepared_message(config, receipt, Prepared.read(config))
-
-    return guarded(config, work)
+    return guarded(config, lambda _: _told(config, _anew(config)))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""The record that Prepare leaves for the ranks: where the model and the tokenized rows are on this machine."""
+"""Where the model and the tokenized rows are on this machine, for its ranks."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qlora_api.contract import TrainerConfig
+from qlora_trainer.fetch import fetch_model
+
+if TYPE_CHECKING:
+    from qlora_trainer.records import Record, Records
 
 
 @dataclass(frozen=True)
@@ -44,3 +49,23 @@ class Prepared:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(vars(self), default=str))
         partial.rename(path)
+
+
+def bring(config: TrainerConfig, record: Record, records: Records) -> Prepared | None:
+    """Bring here what the run began with: that revision of the model, those rows. What is here is not fetched again.
+
+    Returns:
+        None where the rows are damaged, and have to be made anew.
+
+    Raises:
+        UserError: the model cannot be used, or is another one by now.
+        StorageError: something is out of reach, or this machine's disk is full.
+
+    """
+    model = fetch_model(config.spec.model.source, Path(config.cache_dir), record.model_revision)
+    rows = records.bring_rows(record)
+    if rows is None:
+        return None
+    prepared = Prepared(model.path, model.source, model.revision, rows)
+    prepared.write(config)
+    return prepared

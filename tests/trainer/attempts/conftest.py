@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from qlora_api import QLoRAJobSpec
 from qlora_api.batch import split_batch
 from qlora_api.contract import JobRef, TerminationMessage, TrainerConfig
+from qlora_trainer.__main__ import ready
 from qlora_trainer.outcome import guarded
 from qlora_trainer.prepare import prepare
 
@@ -114,10 +115,15 @@ class Workshop:
 
     def run(self, config: TrainerConfig) -> Ended:
         """Prepare here, then train in one forked process for each rank."""
-        path, log = self.write(config)
-        code = guarded(config, lambda _: (prepare(config), None)[1])
+        path, _ = self.write(config)
+        code = guarded(config, lambda _: (prepare(config), ready(config, path), None)[2])
         if code:
             return self.ended(config, code)
+        return self.train(config)
+
+    def train(self, config: TrainerConfig) -> Ended:
+        """Train in one forked process for each rank; all is prepared."""
+        path, log = self.write(config)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

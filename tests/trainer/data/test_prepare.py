@@ -13,11 +13,11 @@ import pytest
 
 from qlora_api.batch import BatchSplit
 from qlora_api.spec import Columns
-from qlora_trainer.data import prepare
 from qlora_trainer.data.batches import Batches
 from qlora_trainer.data.formats import Encoder
 from qlora_trainer.data.prepare import load_prepared, prepare_data
 from qlora_trainer.errors import StorageError, UserError
+from qlora_trainer.fetch import take_name
 
 if TYPE_CHECKING:
     from qlora_trainer.data.tokenized import TokenizedRows
@@ -179,7 +179,7 @@ def test_of_two_preparations_at_once_the_first_to_finish_stays(tmp_path):
     mine.mkdir()
     theirs.mkdir()
     (theirs / "receipt.json").write_text("theirs")
-    prepare._publish(mine, theirs)
+    take_name(mine, theirs)
     assert (theirs / "receipt.json").read_text() == "theirs"
 
 

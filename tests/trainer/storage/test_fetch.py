@@ -8,7 +8,7 @@ import pytest
 
 from qlora_trainer import store as store_module
 from qlora_trainer.errors import StorageError, UserError
-from qlora_trainer.fetch import fetch_model, fetch_rows, tokenizer_hash
+from qlora_trainer.fetch import fetch_model, fetch_rows, model_revision, tokenizer_hash
 from qlora_trainer.store import open_store
 from services import fake_hub
 from services.fake_hub import COMMIT
@@ -320,6 +320,13 @@ def test_a_pinned_model_in_the_cache_needs_no_hub(tmp_path, make_model, hub, mon
     fetched = fetch_model(f"hf://org/base@{COMMIT}", tmp_path / "cache")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert fetch_model(f"hf://org/base@{COMMIT}", tmp_path / "cache") == fetched
+
+
+def test_the_revision_a_job_began_with_comes_even_if_the_branch_has_moved(tmp_path, make_model, hub):
+    hub.add("org/base", as_files(make_model(tmp_path / "model")))
+    assert model_revision("hf://org/base@main") == COMMIT
+    fetched = fetch_model("hf://org/base@gone", tmp_path / "cache", pinned=COMMIT)
+    assert fetched.revision == COMMIT
 
 
 @pytest.mark.parametrize(

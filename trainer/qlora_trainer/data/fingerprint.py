@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_api.spec import DatasetFormat, QLoRAJobSpec
 from qlora_trainer.data.formats import needed_columns
+from qlora_trainer.data.version import FORMAT_VERSION
 from qlora_trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
 
     from qlora_trainer.data.formats import Encoder
     from qlora_trainer.data.sources import SourceFiles
-
-FORMAT_VERSION = 1
-"""Of the tokenized rows. Counts up when the same rows and settings come to give other tokens, packs or files."""
 
 
 def data_hash(

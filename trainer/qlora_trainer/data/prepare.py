@@ -28,6 +28,7 @@ from qlora_trainer.data.receipt import samples
 from qlora_trainer.data.sources import find_source, load_rows
 from qlora_trainer.data.tokenized import RowWriter, TokenizedRows, load_sequences, save_sequences
 from qlora_trainer.errors import StorageError, UserError
+from qlora_trainer.fetch import take_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -101,7 +102,7 @@ def prepare_data(
             partial.mkdir(parents=True)
             receipt = _receipt(name, partial, encoder, _tokenize(spec, encoder, train_path, eval_path, partial))
             (partial / "receipt.json").write_text(receipt.model_dump_json(by_alias=True, indent=2), "utf-8")
-            _publish(partial, folder)
+            take_name(partial, folder)
         except OSError as error:
             raise StorageError(f"cannot put the tokenized rows into {folder}: {error}") from error
         finally:
@@ -197,12 +198,3 @@ def _pack(folder: Path, dataset: DatasetSpec) -> tuple[TokenizedRows, Sequences]
     sequences = pack(rows.lengths, dataset.max_length) if dataset.packing else unpacked(len(rows))
     save_sequences(sequences, folder)
     return rows, sequences
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    """Give the folder its name. Another run may have been faster: then its rows, the same as these, stay."""
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise

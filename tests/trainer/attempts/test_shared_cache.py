@@ -1,0 +1,145 @@
+"""What Prepare found is found again: by a second Prepare at once, by trainers elsewhere instead of tokenizing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from qlora_api.contract import ExitCode
+from qlora_trainer.__main__ import ready
+from qlora_trainer.errors import UserError
+from qlora_trainer.prepare import prepare
+from qlora_trainer.prepared import Prepared
+from qlora_trainer.records import Records, find
+
+SHORT = {"training": {"epochs": None, "maxSteps": 2}}
+LIGHTLY = """
+import sys
+from qlora_trainer.prepare import main
+code = main()
+heavy = {"torch", "transformers", "numpy", "pyarrow", "peft"} & sys.modules.keys()
+sys.exit(code or (f"imported {heavy}" if heavy else 0))
+"""
+
+
+@pytest.fixture(params=["folder", "s3"])
+def shared(request, workshop):
+    """URI of an empty shared cache."""
+    return str(workshop.folder / "shared") if request.param == "folder" else request.getfixturevalue("s3") + "/shared"
+
+
+def on(workshop, shared, machine="a", **changes):
+    """A config as a pod gets it whose disk is its own."""
+    config = workshop.config(**changes)
+    return config.model_copy(update={"shared_cache_uri": shared, "cache_dir": str(workshop.folder / machine)})
+
+
+def lightly(workshop, config):
+    """Prepare in a process that may import nothing large."""
+    path, _ = workshop.write(config)
+    return subprocess.run([sys.executable, "-c", LIGHTLY, str(path)], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.ranks
+def test_trainers_on_another_machine_take_the_rows_from_the_shared_cache(workshop, shared):
+    receipt = prepare(on(workshop, shared))
+    rows = workshop.folder / "rows.jsonl"
+    moved = on(workshop, shared, machine="b", **SHORT)
+    began = {"dataset": {**moved.spec.to_json_dict()["dataset"], "train": {"source": str(rows)}}}
+    config = on(workshop, shared, machine="b", **SHORT, **began)  # rows.jsonl is not on this machine
+    path, _ = workshop.write(config)
+    assert ready(config, path) == ExitCode.DONE
+    assert Prepared.read(config).data_dir == workshop.folder / "b" / "data" / receipt.data_hash
+    ended = workshop.train(config)
+    assert ended.code == ExitCode.DONE, ended.log[-2000:]
+
+
+def test_a_second_prepare_of_the_same_content_imports_nothing_large(workshop, shared):
+    first = prepare(on(workshop, shared))
+    again = on(workshop, shared, machine="b", uid="another-job", attempt=2)
+    done = lightly(workshop, again)
+    assert done.returncode == 0, done.stderr
+    word = workshop.ended(again, 0).message
+    assert word.prepared.data_hash == first.data_hash
+    assert json.loads(done.stdout)["trainTokens"] == first.train_tokens
+    assert not (workshop.folder / "b" / "models").exists()
+
+
+def test_without_a_shared_cache_a_second_prepare_finds_it_on_this_machine(workshop):
+    prepare(workshop.config())
+    again = workshop.config(uid="another-job")
+    assert lightly(workshop, again).returncode == 0
+    assert Prepared.read(again) == Prepared.read(workshop.config())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"lora": {"targetModules": ["q_proj"]}}, id="other-targets-are-checked-anew"),
+        pytest.param({"dataset": {"maxLength": 64}}, id="another-length"),
+        pytest.param({"dataset": {"eval": {"fraction": "0.1"}}}, id="other-rows-held-out"),
+        pytest.param({"training": {"seed": 7}}, id="another-seed-of-the-held-out-rows"),
+        pytest.param({"quantization": {"type": "INT8"}}, id="another-quantization"),
+    ],
+)
+def test_what_prepare_looks_at_makes_another_record(workshop, changes):
+    config = workshop.config()
+    prepare(config)
+    assert find(config, Records(config)) is not None
+    other = workshop.config(**changes)
+    assert find(other, Records(other)) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"output": {"destination": "/elsewhere"}}, id="destination"),
+        pytest.param({"training": {"learningRate": "1e-3", "epochs": 9}}, id="learning-rate"),
+        pytest.param({"dataset": {"train": {"source": "ROWS", "credentials": "another"}}}, id="credentials"),
+    ],
+)
+def test_what_prepare_does_not_look_at_makes_none(workshop, changes):
+    config = workshop.config()
+    prepare(config)
+    rows = {"source": str(workshop.rows), "credentials": "another"}
+    if "dataset" in changes:
+        changes = {"dataset": {"train": rows}}
+    other = workshop.config(**changes)
+    assert find(other, Records(other)) is not None
+
+
+def test_rows_that_changed_are_tokenized_anew(workshop):
+    rows = workshop.folder / "rows.jsonl"
+    shutil.copy(workshop.rows, rows)
+    config = workshop.config(dataset={"train": {"source": str(rows)}})
+    first = prepare(config)
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join(lines[:-1]) + lines[0])
+    assert prepare(config).data_hash != first.data_hash
+
+
+def test_damaged_rows_in_the_shared_cache_are_made_anew(workshop):
+    shared = workshop.folder / "shared"
+    first = prepare(on(workshop, str(shared)))
+    (shared / "data" / first.data_hash / "train" / "tokens.npy").write_bytes(b"rotten")
+    config = on(workshop, str(shared), machine="b")
+    path, _ = workshop.write(config)
+    assert ready(config, path) == ExitCode.DONE
+    good = (shared / "data" / first.data_hash / "train" / "tokens.npy").read_bytes()
+    assert good == (Prepared.read(config).data_dir / "train" / "tokens.npy").read_bytes()
+
+
+def test_a_model_that_is_another_one_on_the_trainers_machine_is_refused(workshop):
+    model = shutil.copytree(workshop.model, workshop.folder / "model")
+    shared = str(workshop.folder / "shared")
+    prepare(on(workshop, shared, model={"source": str(model)}))
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_theta": 5000.0}))
+    config = on(workshop, shared, machine="b", model={"source": str(model)})
+    path, _ = workshop.write(config)
+    with pytest.raises(UserError, match=r"spec\.model\.source.*the job was prepared with"):
+        ready(config, path)

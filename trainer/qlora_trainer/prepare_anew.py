@@ -1,0 +1,60 @@
+"""Prepare's own work, where nothing is known yet: fetch, check, tokenize."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_trainer.chat import load_tokenizer
+from qlora_trainer.data.prepare import prepare_data
+from qlora_trainer.errors import UserError
+from qlora_trainer.fetch import FetchedModel, fetch_model, fetch_rows, tokenizer_hash
+from qlora_trainer.model import add_lora, check_base, meta_model
+from qlora_trainer.records import Record, job_key, pinned_revision
+
+if TYPE_CHECKING:
+    from qlora_api.contract import TrainerConfig
+
+
+def prepare_anew(config: TrainerConfig, began: Record | None) -> Record:
+    """Check model, rows and adapter, and tokenize the rows into ``config.cache_dir``.
+
+    Args:
+        config: of the job.
+        began: what this run began with, if it began before.
+
+    Raises:
+        UserError: names the field that must change.
+        StorageError: a source is out of reach, or the cache is full.
+
+    """
+    spec, cache = config.spec, Path(config.cache_dir)
+    model = fetch_model(spec.model.source, cache, pinned_revision(spec, began))
+    check_architecture(config, model)
+    train_rows = fetch_rows(spec.dataset.train.source, "spec.dataset.train.source", cache)
+    own_eval = spec.dataset.eval.source if spec.dataset.eval else None
+    eval_rows = fetch_rows(own_eval, "spec.dataset.eval.source", cache) if own_eval else None
+    tokenizer = load_tokenizer(model.path, spec.dataset.chat_template)
+    data = prepare_data(spec, tokenizer, tokenizer_hash(model.path), train_rows, eval_rows, cache)
+    return Record(
+        key=job_key(spec, model.revision),
+        model_source=model.source,
+        model_revision=model.revision,
+        receipt=data.receipt,
+    )
+
+
+def check_architecture(config: TrainerConfig, model: FetchedModel) -> None:
+    """Build the architecture without weights, and look for the adapter's targets and room for the positions.
+
+    Raises:
+        UserError: names the field that must change.
+
+    """
+    check_base(model.path, config.spec.quantization)
+    skeleton = meta_model(model.path)
+    add_lora(skeleton, config.spec.lora, config.spec.training.seed, model.source)
+    positions = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+    longest = config.spec.dataset.max_length
+    if positions is not None and longest > positions:
+        raise UserError("spec.dataset.maxLength", longest, f"is more than the {positions} positions of {model.source}")

@@ -1,0 +1,223 @@
+"""What Prepare found, kept so that nobody finds it again: for this machine, or for all in the shared cache.
+
+::
+
+    <cache>/prepared/<key>.json      Record, by what it follows from: another job with the same content finds it
+    <cache>/jobs/<run uid>.json      the Record a run began with: its trainers take that revision and those rows
+    <cache>/data/<hash>/…            tokenized rows; in the shared cache files.json comes last and vouches for them
+
+``<cache>`` is ``config.shared_cache_uri``, or ``config.cache_dir`` where there is none. Light to import: what was found
+before is told in less than two seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+from uuid import uuid4
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from qlora_api.base import Model
+from qlora_api.contract import PrepareReceipt
+from qlora_trainer.data.version import FORMAT_VERSION
+from qlora_trainer.errors import StorageError, UserError
+from qlora_trainer.fetch import HUB, model_revision, rows_identity, take_name
+from qlora_trainer.model_files import ModelFilesError
+from qlora_trainer.store import AlreadyExistsError, NotFoundError, open_store, sha256_bytes, sha256_file
+
+if TYPE_CHECKING:
+    from qlora_api.contract import TrainerConfig
+    from qlora_api.spec import QLoRAJobSpec
+    from qlora_trainer.store import Store
+
+PREPARE_VERSION = 1
+"""Counts up when Prepare comes to refuse what it took before."""
+FIELD = "spec.output.destination"
+"""Whose credentials open the shared cache."""
+FILES = "files.json"
+Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+log = logging.getLogger(__name__)
+
+
+class Record(Model):
+    """All that Prepare found. Everything else follows from the job's config."""
+
+    key: Hex
+    model_source: str
+    """As in the manifest."""
+    model_revision: str
+    receipt: PrepareReceipt
+
+
+class DataFile(Model):
+    path: Annotated[str, Field(pattern=r"^([a-z_]+/)*[a-z_]+\.(npy|json)$")]
+    size: int
+    sha256: Hex
+
+
+_FILES = TypeAdapter(list[DataFile])
+T = TypeVar("T", bound=Model)
+
+
+class Records:
+    """The records of one cache, and the tokenized rows that belong to them."""
+
+    def __init__(self, config: TrainerConfig) -> None:
+        self._config = config
+        self._local = Path(config.cache_dir) / "data"
+        shared = config.shared_cache_uri
+        self._store = open_store(shared, FIELD) if shared else open_store(config.cache_dir, "the cache")
+
+    @property
+    def is_shared(self) -> bool:
+        return self._config.shared_cache_uri is not None
+
+    def of_run(self) -> Record | None:
+        """The record this run began with."""
+        return _read(self._store, self._run_key)
+
+    def by_key(self, key: str) -> Record | None:
+        """The record of a job with the same content, if its rows are still there."""
+        record = _read(self._store, f"prepared/{key}.json")
+        return record if record and self.has_rows(record) else None
+
+    def has_rows(self, record: Record) -> bool:
+        name = record.receipt.data_hash
+        if self.is_shared:
+            return self._store.stat(f"data/{name}/{FILES}") is not None
+        return (self._local / name).exists()
+
+    def keep(self, record: Record) -> Record:
+        """Leave a record, and, in a shared cache, the rows it speaks of.
+
+        Returns:
+            The run's record: another pod of the same run may have been first, and then its record counts.
+
+        """
+        if self.is_shared and not self.has_rows(record):
+            self._upload(record.receipt.data_hash)
+        data = record.model_dump_json(by_alias=True).encode()
+        self._store.put(f"prepared/{record.key}.json", data)
+        return self.begin(record)
+
+    def begin(self, record: Record) -> Record:
+        """Make it the record that the run begins with, unless the run has begun with the same rows and model."""
+        data = record.model_dump_json(by_alias=True).encode()
+        began = self.of_run()
+        if began is None:
+            try:
+                self._store.create(self._run_key, data)
+            except AlreadyExistsError:
+                return self.of_run() or record
+        elif began != record:
+            self._store.put(self._run_key, data)
+        return record
+
+    def bring_rows(self, record: Record) -> Path | None:
+        """The folder of the record's rows on this machine; None where they are damaged, and now deleted.
+
+        Raises:
+            StorageError: the shared cache is out of reach, or this machine's is full.
+
+        """
+        name = record.receipt.data_hash
+        folder = self._local / name
+        if folder.exists() or not self.is_shared:
+            return folder if folder.exists() else None
+        partial = folder.with_name(f".{name}-{uuid4().hex[:8]}")
+        try:
+            if not self._download(name, partial):
+                return None
+            take_name(partial, folder)
+        except OSError as error:
+            raise StorageError(f"cannot put the tokenized rows into {folder}: {error}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return folder
+
+    @property
+    def _run_key(self) -> str:
+        return f"jobs/{self._config.job.uid}.json"
+
+    def _upload(self, name: str) -> None:
+        folder = self._local / name
+        paths = sorted(p for p in folder.rglob("*") if p.is_file())
+        files = [
+            DataFile(path=p.relative_to(folder).as_posix(), size=p.stat().st_size, sha256=sha256_file(p)) for p in paths
+        ]
+        for file in files:
+            self._store.put(f"data/{name}/{file.path}", folder / file.path)
+        self._store.put(f"data/{name}/{FILES}", _FILES.dump_json(files))
+
+    def _download(self, name: str, folder: Path) -> bool:
+        """Copy the rows; False, and the shared copy deleted, where they are not what was written."""
+        try:
+            files = _FILES.validate_json(self._store.get(f"data/{name}/{FILES}"))
+            for file in files:
+                self._store.download_file(f"data/{name}/{file.path}", folder / file.path)
+            changed = [file.path for file in files if sha256_file(folder / file.path) != file.sha256]
+        except (NotFoundError, ValidationError) as error:
+            changed = [str(error)]
+        if changed:
+            place = self._store.uri(f"data/{name}")
+            log.warning("the tokenized rows at %s are not what was written (%s): deleted", place, changed[0])
+            self._store.delete(f"data/{name}/{FILES}")
+        return not changed
+
+
+def find(config: TrainerConfig, records: Records) -> Record | None:
+    """What was found for this very content before; None where Prepare has to look.
+
+    A run stays at the model revision that it began with, whatever its branch on the Hub says by now.
+    """
+    spec = config.spec
+    try:
+        key = job_key(spec, pinned_revision(spec, records.of_run()) or model_revision(spec.model.source))
+    except (ModelFilesError, UserError, StorageError, OSError) as error:
+        log.debug("nothing is known of this job: %s", error)  # Prepare says what is wrong, if it still is
+        return None
+    return records.by_key(key)
+
+
+def pinned_revision(spec: QLoRAJobSpec, began: Record | None) -> str | None:
+    """The commit that a run from the Hub began with."""
+    source = spec.model.source
+    return began.model_revision if began and began.model_source == source and source.startswith(HUB) else None
+
+
+def job_key(spec: QLoRAJobSpec, revision: str) -> str:
+    """Hash of all that Prepare's findings follow from, without tokenizing; hex.
+
+    Raises:
+        UserError, StorageError, OSError: the rows cannot be looked at.
+
+    """
+    plain = spec.to_json_dict()
+    dataset = {k: v for k, v in plain["dataset"].items() if k not in ("train", "eval")}
+    held_out = spec.dataset.eval
+    own_eval = held_out.source if held_out else None
+    facts = {
+        "versions": [PREPARE_VERSION, FORMAT_VERSION],
+        "model": revision,
+        "dataset": dataset,
+        "heldOut": [held_out.fraction, spec.training.seed] if held_out and held_out.fraction else None,
+        "train": rows_identity(spec.dataset.train.source, "spec.dataset.train.source"),
+        "eval": rows_identity(own_eval, "spec.dataset.eval.source") if own_eval else None,
+        "quantization": plain["quantization"],
+        "lora": plain["lora"],
+    }
+    return sha256_bytes(json.dumps(facts, sort_keys=True).encode())
+
+
+def _read(store: Store, key: str) -> Record | None:
+    try:
+        return Record.model_validate_json(store.get(key))
+    except NotFoundError:
+        return None
+    except ValidationError as error:  # another version's
+        log.debug("%s: %s", store.uri(key), error)
+        return None
