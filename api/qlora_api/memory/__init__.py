@@ -1,0 +1,65 @@
+"""The memory of a training, known before a GPU is held.
+
+``config.json`` and safetensors headers → :func:`model_shape` → :func:`plan` → a :class:`Plan` (micro-batch,
+checkpointing, bytes by component), or a :class:`NoFit` and :func:`does_not_fit`, which says what would. One formula for
+each component, each with its source: docs/explanation/memory.md. Imports pydantic alone.
+
+===================  ========================================================================
+headers              safetensors headers, from bytes
+families, unknown    ``config.json`` → :class:`ModelShape`
+weights              base and adapter
+optimizer            gradients, optimizer state, ZeRO, offload, collectives
+tape, parts, attend, activations, logits and the backward pass's own, by writing each layer
+experts, activations on a tape of what autograd keeps
+estimate             all of it, at the moments that can be the highest
+gpus, cost           GPUs without having one; time and money
+planner, remedies    choose; say what would fit
+ladder               the next smaller choice after running out of memory
+===================  ========================================================================
+"""
+
+from qlora_api.memory.cost import Cost, Span, cost, flop_per_token
+from qlora_api.memory.estimate import MemoryEstimate, Moment, Run, estimate
+from qlora_api.memory.families import model_shape
+from qlora_api.memory.gpus import GPUS, Gpu, gpu_named, gpu_of_device
+from qlora_api.memory.headers import HeaderError, TensorInfo, header_length, parse_header, shard_names, tensor_infos
+from qlora_api.memory.ladder import Choice, Rung, next_smaller
+from qlora_api.memory.planner import NoFit, Plan, Request, plan, plan_of
+from qlora_api.memory.remedies import Remedy, does_not_fit, remedies
+from qlora_api.memory.shape import ModelShape
+from qlora_api.memory.weights import Adapter
+
+__all__ = [
+    "GPUS",
+    "Adapter",
+    "Choice",
+    "Cost",
+    "Gpu",
+    "HeaderError",
+    "MemoryEstimate",
+    "ModelShape",
+    "Moment",
+    "NoFit",
+    "Plan",
+    "Remedy",
+    "Request",
+    "Run",
+    "Rung",
+    "Span",
+    "TensorInfo",
+    "cost",
+    "does_not_fit",
+    "estimate",
+    "flop_per_token",
+    "gpu_named",
+    "gpu_of_device",
+    "header_length",
+    "model_shape",
+    "next_smaller",
+    "parse_header",
+    "plan",
+    "plan_of",
+    "remedies",
+    "shard_names",
+    "tensor_infos",
+]

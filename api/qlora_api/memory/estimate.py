@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from qlora_api.memory.activations import Activations, activations
-from qlora_api.memory.gpus import MIB, Gpu
+from qlora_api.memory.gpus import CUBLAS_BYTES, MIB, Gpu
 from qlora_api.memory.optimizer import TrainingState, training_state
 from qlora_api.memory.setting import OURS, Setting, Software
 from qlora_api.memory.shape import Linear, ModelShape
@@ -63,6 +63,8 @@ class Run:
     """More than one micro-batch an update: gradients of the ones before are there."""
     targets: int | None = None
     """Tokens that count; None: all."""
+    cuda: bool = True
+    """False: a CPU rank, where nothing but tensors counts."""
     software: Software = OURS
 
 
@@ -108,8 +110,12 @@ class MemoryEstimate:
         return {component: size for component, size in found.items() if size}
 
     def as_status(self) -> dict[str, int]:
-        """For ``status.memory.predicted``: components at the highest moment, and the peak that will be measured."""
-        return {str(c): size for c, size in self.components.items()} | {str(MemoryComponent.PEAK): self.allocated_bytes}
+        """For ``status.memory.predicted``: components at the highest moment, and the peak that will be measured.
+
+        On a CPU without the peak: there the whole process is measured, libraries included.
+        """
+        peak = {str(MemoryComponent.PEAK): self.allocated_bytes} if self.context_bytes else {}
+        return {str(component): size for component, size in self.components.items()} | peak
 
 
 def estimate(run: Run, gpu: Gpu | None = None) -> MemoryEstimate:
@@ -121,10 +127,10 @@ def estimate(run: Run, gpu: Gpu | None = None) -> MemoryEstimate:
 
     """
     adapter = Adapter(run.shape, run.lora)
-    state = training_state(adapter, run.optimizer, run.parallelism, run.world_size)
+    state = training_state(adapter, run.optimizer, run.parallelism, run.world_size, cuda=run.cuda)
     full = weights(run, adapter)
     held = _partitioned(run, adapter, full) if run.parallelism.zero_stage == 3 else full
-    workspace = gpu.workspace_bytes if gpu else 2 * 8_519_680
+    workspace = (gpu.workspace_bytes if gpu else 2 * CUBLAS_BYTES) if run.cuda else 0
     always = held | {MemoryComponent.LIBRARY_WORKSPACES: workspace, MemoryComponent.OPTIMIZER_STATE: state.optimizer}
     always[MemoryComponent.COLLECTIVE_BUFFERS] = _gathered(run) + state.backward_buffers
     forward = _activations(run, adapter)
@@ -139,9 +145,9 @@ def estimate(run: Run, gpu: Gpu | None = None) -> MemoryEstimate:
     peak = max(sum(sizes.values()) for sizes in moments.values())
     return MemoryEstimate(
         moments=moments,
-        context_bytes=CONTEXT_BYTES + (NCCL_BYTES if run.world_size > 1 else 0),
-        fragmentation_bytes=int(FRAGMENTATION * peak),
-        paged_bytes=state.paged,
+        context_bytes=CONTEXT_BYTES + (NCCL_BYTES if run.world_size > 1 else 0) if run.cuda else 0,
+        fragmentation_bytes=int(FRAGMENTATION * peak) if run.cuda else 0,
+        paged_bytes=state.paged if run.cuda else 0,
         host_bytes=state.host,
     )
 
@@ -156,7 +162,7 @@ def weights(run: Run, adapter: Adapter) -> dict[MemoryComponent, int]:
     return {
         MemoryComponent.QUANTIZED_WEIGHTS: sum(quantized_bytes(i, quantization) for i in linears),
         MemoryComponent.QUANTIZATION_CONSTANTS: sum(
-            constant_bytes(i, quantization) + rounding(i, quantization) for i in linears
+            constant_bytes(i, quantization) + (rounding(i, quantization) if run.cuda else 0) for i in linears
         ),
         MemoryComponent.UNQUANTIZED_WEIGHTS: unquantized,
         MemoryComponent.ADAPTER_WEIGHTS: adapter.bytes,
@@ -168,6 +174,7 @@ def _setting(run: Run, adapter: Adapter, *, dequantizes: bool = True) -> Setting
         adapter=adapter,
         quantization=run.quantization,
         rows=run.rows,
+        cuda=run.cuda,
         dequantizes=dequantizes,
         targets=run.targets,
         software=run.software,

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from qlora_api.errors import FieldMistake
 
+CUBLAS_BYTES = 8_519_680
+"""Of one cuBLAS handle before Hopper."""
 GIB = 1 << 30
 MIB = 1 << 20
 
@@ -26,7 +28,8 @@ class Gpu:
     """Dense bf16 (fp16 where there is no bf16), fp32 accumulation, 10¹² a second."""
     bandwidth: float
     """Bytes a second."""
-    bf16: bool = True
+    flash: bool = True
+    """Has bf16 and flash attention (compute capability 8.0): without it rows cannot be packed by the trainer."""
     hopper: bool = False
     """cuBLAS is given a workspace of 32 MiB in place of 8.1."""
 
@@ -36,11 +39,11 @@ class Gpu:
 
         aten/src/ATen/cuda/CublasHandlePool.cpp: ``:4096:2:16:8`` (8,519,680 bytes), 32 MiB from Hopper on.
         """
-        return 2 * (32 * MIB if self.hopper else 8_519_680)
+        return 2 * (32 * MIB if self.hopper else CUBLAS_BYTES)
 
 
-def _gpu(name: str, gib: float, tflops: float, tb: float, *, bf16: bool = True, hopper: bool = False) -> Gpu:
-    return Gpu(name, int(gib * GIB), tflops, tb * 1e12, bf16, hopper)
+def _gpu(name: str, gib: float, tflops: float, tb: float, *, flash: bool = True, hopper: bool = False) -> Gpu:
+    return Gpu(name, int(gib * GIB), tflops, tb * 1e12, flash, hopper)
 
 
 GPUS: dict[str, Gpu] = {
@@ -60,9 +63,9 @@ GPUS: dict[str, Gpu] = {
         _gpu("rtx5090-32gb", 31.36, 209.5, 1.792),
         _gpu("rtx4090-24gb", 23.52, 165.2, 1.008),
         _gpu("rtx3090-24gb", 23.56, 71.0, 0.936),
-        _gpu("t4-16gb", 14.56, 65.0, 0.32, bf16=False),
-        _gpu("v100-32gb", 31.73, 125.0, 0.9, bf16=False),
-        _gpu("v100-16gb", 15.77, 125.0, 0.9, bf16=False),
+        _gpu("t4-16gb", 14.56, 65.0, 0.32, flash=False),
+        _gpu("v100-32gb", 31.73, 125.0, 0.9, flash=False),
+        _gpu("v100-16gb", 15.77, 125.0, 0.9, flash=False),
     )
 }
 _NAMES = (
@@ -100,9 +103,14 @@ def gpu_named(name: str, field: str = "--gpu") -> Gpu:
     return found
 
 
+def known_gpu(device_name: str) -> Gpu | None:
+    """The GPU of the table that NVML or CUDA calls by this name; None where it is not known."""
+    return next((GPUS[name] for word, name in _NAMES if word in device_name), None)
+
+
 def gpu_of_device(device_name: str, memory_bytes: int) -> Gpu:
     """The GPU that this machine has: speeds from the table where its name is known, memory as it says."""
-    known = next((GPUS[name] for word, name in _NAMES if word in device_name), None)
+    known = known_gpu(device_name)
     if known is None:
         return Gpu(device_name, memory_bytes, tflops=100.0, bandwidth=0.6e12)
-    return Gpu(device_name, memory_bytes, known.tflops, known.bandwidth, known.bf16, known.hopper)
+    return Gpu(device_name, memory_bytes, known.tflops, known.bandwidth, known.flash, known.hopper)

@@ -1,0 +1,202 @@
+"""Choose the micro-batch and how much is computed again, or say what would fit. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from qlora_api.batch import TOKENS_PER_MICRO_BATCH, BatchSplit, split_batch
+from qlora_api.errors import FieldMistake
+from qlora_api.memory.cost import Span, seconds_per_token
+from qlora_api.memory.estimate import MemoryEstimate, Run, estimate
+from qlora_api.memory.gpus import GIB, Gpu
+from qlora_api.memory.shape import ModelShape
+from qlora_api.memory.weights import FOUR_BIT, Adapter
+from qlora_api.spec import GradientCheckpointing, Offload, QLoRAJobSpec
+from qlora_api.status import MemoryComponent
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be planned."""
+
+    spec: QLoRAJobSpec
+    shape: ModelShape
+    gpu: Gpu
+    world_size: int
+    longest: int | None = None
+    """Tokens of the longest sequence, where the rows are known; None: ``spec.dataset.maxLength``."""
+
+    @property
+    def row(self) -> int:
+        """Tokens of the longest sequence that a micro-batch can hold."""
+        most = self.spec.dataset.max_length
+        return most if self.longest is None else min(most, self.longest)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A choice, what it needs and how fast it should be."""
+
+    batch: BatchSplit
+    gradient_checkpointing: bool
+    zero_stage: int
+    offload: Offload
+    gpu: Gpu
+    memory: MemoryEstimate
+    seconds_per_token: Span
+    """On one GPU."""
+    row: int
+    """Tokens of a sequence it was made for."""
+    shape: ModelShape
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.needed_bytes <= self.gpu.memory_bytes
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know about the prediction."""
+        return tuple(_notes(self))
+
+    @property
+    def headroom(self) -> int:
+        """Bytes left; negative: missing."""
+        return self.gpu.memory_bytes - self.memory.needed_bytes
+
+
+@dataclass(frozen=True)
+class NoFit:
+    """Nothing that the job allows fits. :mod:`qlora_api.memory.remedies` says what would."""
+
+    smallest: Plan
+    """The choice that needs least."""
+
+
+def plan(request: Request) -> Plan | NoFit:
+    """The fastest choice that fits; the global batch size stays.
+
+    Of all micro-batches that divide a rank's share and hold at most 8,192 tokens, with and without gradient
+    checkpointing, as far as the job leaves both open. The larger micro-batch and the lesser recomputation are faster;
+    where one costs the other, expected time decides (:mod:`qlora_api.memory.cost`).
+
+    Raises:
+        FieldMistake: the global batch cannot be cut, a target names no layer, the base is quantized in another way than
+            the job says, or has fewer positions than ``maxLength``.
+
+    """
+    _must_suit(request)
+    choices = [plan_of(request, batch, checkpointing=again) for batch in _batches(request) for again in _again(request)]
+    fitting = [choice for choice in choices if choice.fits]
+    if fitting:
+        return min(fitting, key=lambda c: (c.seconds_per_token.expected, -c.batch.micro_batch_size))
+    return NoFit(min(choices, key=lambda c: c.memory.needed_bytes))
+
+
+def _must_suit(request: Request) -> None:
+    spec, shape = request.spec, request.shape
+    if shape.max_positions is not None and spec.dataset.max_length > shape.max_positions:
+        raise FieldMistake(
+            "spec.dataset.maxLength",
+            spec.dataset.max_length,
+            f"is more than the {shape.max_positions} positions of {spec.model.source}",
+        )
+    if shape.on_disk is None:
+        return
+    found, wanted = shape.on_disk, spec.quantization
+    if found.type is not wanted.type:
+        raise FieldMistake(
+            "spec.quantization.type",
+            wanted.type,
+            f"does not match the base, which is {found.type} on disk: set {found.type}",
+        )
+    if found.type in FOUR_BIT and found.double != wanted.double_quantization:
+        raise FieldMistake(
+            "spec.quantization.doubleQuantization",
+            wanted.double_quantization,
+            f"does not match the base on disk: set {str(found.double).lower()}",
+        )
+
+
+def plan_of(request: Request, batch: BatchSplit, *, checkpointing: bool) -> Plan:
+    """What one choice needs, whether it fits or not."""
+    spec, adapter = request.spec, Adapter(request.shape, request.spec.lora)
+    run = Run(
+        shape=request.shape,
+        lora=spec.lora,
+        quantization=spec.quantization,
+        optimizer=spec.training.optimizer,
+        parallelism=spec.parallelism,
+        world_size=request.world_size,
+        rows=(request.row,) * batch.micro_batch_size,
+        checkpointing=checkpointing,
+        accumulates=batch.gradient_accumulation_steps > 1,
+    )
+    speed = seconds_per_token(
+        request.shape,
+        adapter,
+        spec.quantization,
+        request.gpu,
+        row=request.row,
+        tokens=request.row * batch.micro_batch_size,
+        recomputes=checkpointing,
+    )
+    return Plan(
+        batch=batch,
+        gradient_checkpointing=checkpointing,
+        zero_stage=spec.parallelism.zero_stage,
+        offload=spec.parallelism.offload,
+        gpu=request.gpu,
+        memory=estimate(run, request.gpu),
+        seconds_per_token=speed,
+        row=request.row,
+        shape=request.shape,
+    )
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    shape = plan.shape
+    if not shape.modelled:
+        yield (
+            f'"{shape.model_type}" is not among the architectures that are modelled: weights are exact, '
+            "activations are taken to be a Llama's"
+        )
+    if shape.experts:
+        yield (
+            f"{shape.experts * 2 / GIB:.1f} GiB are experts and routers, which stay in 16 bits: transformers holds "
+            "them as parameters, bitsandbytes quantizes linear layers"
+        )
+    if plan.zero_stage:
+        yield (
+            f"ZeRO stage {plan.zero_stage} brings DeepSpeed's buckets of 500 million elements, "
+            f"{plan.memory.components.get(MemoryComponent.COLLECTIVE_BUFFERS, 0) / GIB:.1f} GiB"
+        )
+    if not plan.gpu.flash:
+        yield f"{plan.gpu.name} has neither bf16 nor flash attention, which the trainer uses on a GPU"
+    if plan.memory.paged_bytes:
+        yield f"{plan.memory.paged_bytes / GIB:.2f} GiB of optimizer state may move to host memory under pressure"
+
+
+def _batches(request: Request) -> Iterator[BatchSplit]:
+    """Ways to cut the global batch: the job's own micro-batch, or all that divide and are not too long."""
+    largest = split_batch(request.spec, request.world_size)
+    if request.spec.training.micro_batch_size is not None:
+        yield largest
+        return
+    share = largest.micro_batch_size * largest.gradient_accumulation_steps
+    most = max(1, TOKENS_PER_MICRO_BATCH // request.row)
+    for micro in range(1, min(share, most) + 1):
+        if share % micro == 0:
+            yield BatchSplit(
+                world_size=request.world_size, micro_batch_size=micro, gradient_accumulation_steps=share // micro
+            )
+
+
+def _again(request: Request) -> tuple[bool, ...]:
+    match request.spec.training.gradient_checkpointing:
+        case GradientCheckpointing.FULL:
+            return (True,)
+        case GradientCheckpointing.NONE:
+            return (False,)
+        case _:
+            return (False, True)
