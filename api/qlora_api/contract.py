@@ -92,6 +92,8 @@ class TrainerConfig(Model):
     shared_cache_uri: str | None = None
     """Folder in object storage or on a claim where Prepare leaves what it made, content-addressed, for the trainers of
     this and of later jobs. None: ``cache_dir`` is all there is."""
+    predicted_memory: dict[str, int] = {}
+    """Bytes of one rank by component, as planned: shown beside what is measured."""
     termination_message_path: str
     metrics_port: int = Field(9400, ge=0, le=65535)
     """Rank r of a pod serves /metrics and /progress on this port + r; 0: any free port (written to ``ports_dir``)."""

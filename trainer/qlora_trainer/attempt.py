@@ -15,6 +15,8 @@ from qlora_trainer.data.batches import Batches
 from qlora_trainer.data.prepare import PreparedData, load_prepared
 from qlora_trainer.engine import Ranks, wrap_deepspeed
 from qlora_trainer.errors import TrainerError, UserError
+from qlora_trainer.flops import flops_per_token
+from qlora_trainer.history import History
 from qlora_trainer.loss import NextTokenLoss, head_is_plain, rows_are_apart
 from qlora_trainer.metrics import Board
 from qlora_trainer.model import add_lora, enable_gradient_checkpointing, load_base, weight_bytes
@@ -77,6 +79,7 @@ class Trainer:
     stop: StopFlag
     saved_at: list[float] = field(default_factory=lambda: [time.monotonic()])
     """When the newest checkpoint was written (one element, changed in place)."""
+    history: History = field(default_factory=History)
 
     @property
     def model(self) -> Any:
@@ -114,9 +117,13 @@ def build(config: TrainerConfig, ranks: Ranks, board: Board, stop: StopFlag) -> 
             f'is a "{base.config.model_type}" model, which mixes rows that lie end to end in one sequence: '
             "this trainer cannot keep them apart, so choose another base",
         )
+    data = load_prepared(prepared.data_dir)
+    receipt = data.receipt
+    cost = flops_per_token(model, data.train.lengths, receipt.train_target_tokens / max(1, receipt.train_tokens))
+    if cost is not None:
+        board.set("qlora_flops_per_token", cost)
     torch.manual_seed(spec.training.seed * 1000 + ranks.rank)  # dropout differs from rank to rank
     engine = wrap_deepspeed(loss, spec.training, spec.parallelism, config.batch, ranks.device)
-    data = load_prepared(prepared.data_dir)
     batches = Batches(data.train, data.train_packs, config.batch, ranks.rank, spec.training.seed)
     total_steps = spec.training.max_steps or (spec.training.epochs or 0) * batches.steps_per_epoch
     board.set("qlora_steps_planned", total_steps)

@@ -15,6 +15,7 @@ from qlora_trainer.attempt import Run, Trainer
 from qlora_trainer.chat import load_tokenizer
 from qlora_trainer.checkpoints import unpack_tensors
 from qlora_trainer.errors import CheckpointError
+from qlora_trainer.history import PUBLISHED_FILE
 from qlora_trainer.merge import merge
 from qlora_trainer.model import meta_model
 from qlora_trainer.publish import PublishFacts, publish
@@ -32,6 +33,7 @@ def publish_run(trainer: Trainer, run: Run) -> Adapter:
         export_adapter(trainer.model, tensors, folder / "adapter", prepared.model_source, prepared.model_revision)
         tokenizer = load_tokenizer(prepared.model_path, config.spec.dataset.chat_template)
         tokenizer.save_pretrained(folder / "adapter")
+        (folder / "adapter" / PUBLISHED_FILE).write_bytes(trainer.history.to_bytes())
         if config.spec.output.merge is Merge.BFLOAT16:
             merge(prepared.model_path, folder / "adapter", folder / "merged")
             tokenizer.save_pretrained(folder / "merged")

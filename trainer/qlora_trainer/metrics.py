@@ -1,15 +1,17 @@
 """What the outside sees of a rank: Prometheus metrics on ``/metrics``, and on ``/progress`` the state as JSON.
 
-Base units, documented names; labels are job, namespace and rank, bounded by the job itself. Gauges of memory are read
-when they are scraped, not when a step ends.
+Names, texts and labels are the catalogue's (``qlora_api.metrics_catalogue``). Gauges of memory are read when they are
+scraped, not when a step ends.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -17,105 +19,66 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 import psutil
 import pynvml
 import torch
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, make_wsgi_app
 
 from qlora_api.contract import ProgressReport, TrainerConfig
+from qlora_api.memory.gpus import known_gpu
+from qlora_api.metrics_catalogue import TRAINER, Kind, Metric
 from qlora_api.status import Memory, MemoryComponent
 from qlora_trainer.engine import Ranks
+from qlora_trainer.sections import Sections
 
 Section = Literal["Load", "Data", "Train", "Evaluate", "Checkpoint", "Publish", "Done"]
 
-LABELS = ("job", "namespace", "rank")
-STEP_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
-
-GAUGES = {
-    "qlora_step": "Optimizer steps done, over all attempts",
-    "qlora_steps_planned": "Optimizer steps of the whole job",
-    "qlora_epoch": "Passes over the training rows, with fraction",
-    "qlora_loss": "Mean training loss of the last step's target tokens, in nats",
-    "qlora_eval_loss": "Mean loss of the evaluation rows' target tokens, in nats",
-    "qlora_learning_rate": "Learning rate of the last step",
-    "qlora_gradient_norm": "Global L2 norm of the gradient before clipping",
-    "qlora_tokens_per_second": "Real tokens, no padding, trained on per second over all ranks",
-    "qlora_restarts": "Attempts before this one that count against policy.maxRestarts",
-}
-COUNTERS = {
-    "qlora_tokens": "Real tokens, no padding, that all ranks trained on in this attempt",
-    "qlora_data_wait_seconds": "Time the rank waited for its next batch",
-}
-CPU_MEMORY = {
-    "qlora_host_memory_resident_bytes": "Resident memory of the rank's process",
-    "qlora_host_memory_available_bytes": "Memory the host can still give",
-}
-GPU_MEMORY = {
-    "qlora_gpu_memory_allocated_bytes": "GPU memory held by tensors",
-    "qlora_gpu_memory_reserved_bytes": "GPU memory held by PyTorch's allocator",
-    "qlora_gpu_memory_peak_bytes": "Highest qlora_gpu_memory_allocated_bytes of this attempt",
-    "qlora_gpu_memory_free_bytes": "Free memory of the device, by NVML",
-    "qlora_gpu_memory_total_bytes": "Memory of the device, by NVML",
-}
+_SECTIONS = "qlora_section_seconds"
+_KINDS: dict[Kind, Any] = {Kind.GAUGE: Gauge, Kind.COUNTER: Counter, Kind.HISTOGRAM: Histogram}
+_PCIE = {"receive": "NVML_PCIE_UTIL_RX_BYTES", "transmit": "NVML_PCIE_UTIL_TX_BYTES"}
 
 
 class Board:
-    """The one place a rank writes its figures to."""
+    """The one place a rank writes its figures to. What is not known yet is not served."""
 
     def __init__(self, config: TrainerConfig, ranks: Ranks) -> None:
+        disable_created_metrics()  # the library's own series beside each counter, which nobody reads
         self.registry = CollectorRegistry()
         self._labels = (config.job.name, config.job.namespace, str(ranks.rank))
-        self._gauges = {n: self._make(Gauge, n, d) for n, d in GAUGES.items()}
-        self._counters = {n: self._make(Counter, n, d) for n, d in COUNTERS.items()}
-        self._step_seconds = self._make(
-            Histogram, "qlora_step_seconds", "Time of an optimizer step", buckets=STEP_BUCKETS
-        )
-        self._component = Gauge(
-            "qlora_memory_component_bytes",
-            "Memory of this rank by what it is for; the components are those of status.memory",
-            (*LABELS, "component"),
-            registry=self.registry,
-        )
-        self._section = Counter(
-            "qlora_section_seconds",
-            "Time of this rank by section: Load, Data, Train, Evaluate, Checkpoint, Publish",
-            (*LABELS, "section"),
-            registry=self.registry,
-        )
+        on_gpu = ranks.device.type == "cuda"
+        self.device = torch.cuda.get_device_name(ranks.device) if on_gpu else "CPU"
+        """What the rank computes on, as the driver calls it."""
+        self._metrics = {
+            m.name: _make(m, self.registry) for m in TRAINER.values() if m.name != _SECTIONS and (on_gpu or not m.gpu)
+        }
+        self._sections = Sections(TRAINER[_SECTIONS], self._labels)
+        self.registry.register(self._sections)
         self._watch_memory(ranks.device)
         self._started = time.monotonic()
         self._lock = threading.Lock()
         self._report = ProgressReport(
             job=config.job.name, attempt=config.attempt, section="Load", memory=Memory(), first_step=0
         )
+        self.set("qlora_attempt", config.attempt)
         self.set("qlora_restarts", config.restarts)
+        for name in ("qlora_tokens", "qlora_data_wait_seconds"):
+            self.add(name, 0)
+        for component, size in config.predicted_memory.items():
+            self.set("qlora_memory_predicted_bytes", size, component)
+        self._alive()
 
-    def _make(self, kind: Any, name: str, text: str, **more: Any) -> Any:
-        return kind(name, text, LABELS, registry=self.registry, **more).labels(*self._labels)
-
-    def _watch_memory(self, device: torch.device) -> None:
-        process = psutil.Process()
-        readers: dict[str, Callable[[], float]] = {
-            "qlora_host_memory_resident_bytes": lambda: process.memory_info().rss,
-            "qlora_host_memory_available_bytes": lambda: psutil.virtual_memory().available,
-        }
-        texts = dict(CPU_MEMORY)
-        if device.type == "cuda":
-            texts |= GPU_MEMORY
-            readers |= _gpu_readers(device)
-        for name, text in texts.items():
-            self._make(Gauge, name, text).set_function(readers[name])
-
-    def set(self, name: str, value: float) -> None:
-        self._gauges[name].set(value)
+    def set(self, name: str, value: float, *more: str) -> None:
+        """Set a gauge; ``more`` are the values of its labels after the rank."""
+        self._metrics[name].labels(*self._labels, *more).set(value)
 
     def add(self, name: str, value: float) -> None:
-        self._counters[name].inc(value)
+        self._metrics[name].labels(*self._labels).inc(value)
 
     def step_took(self, seconds: float) -> None:
-        self._step_seconds.observe(seconds)
+        self._metrics["qlora_step_seconds"].labels(*self._labels).observe(seconds)
+        self._alive()
 
     def memory(self, components: dict[str, int]) -> None:
         """Show measured bytes by component, here and in the progress report."""
         for component, size in components.items():
-            self._component.labels(*self._labels, component).set(size)
+            self.set("qlora_memory_component_bytes", size, component)
         known = {**self.report.memory.measured, **components}
         self.update(memory=Memory(measured=known))
 
@@ -124,12 +87,17 @@ class Board:
         """Account the time within to a section; sections nest, and the outer one is shown again afterwards."""
         before = self.report.section
         self.update(section=name)
-        start = time.monotonic()
+        self._sections.enter(name)
+        self._alive()
         try:
             yield
         finally:
-            self._section.labels(*self._labels, name).inc(time.monotonic() - start)
+            self._sections.leave()
             self.update(section=before)
+
+    @property
+    def section_seconds(self) -> dict[str, float]:
+        return self._sections.seconds()
 
     def update(self, **changes: Any) -> None:
         """Change fields of the progress report."""
@@ -141,18 +109,52 @@ class Board:
         with self._lock:
             return self._report.model_copy(update={"elapsed_seconds": round(time.monotonic() - self._started, 1)})
 
+    def _alive(self) -> None:
+        self.set("qlora_heartbeat_timestamp_seconds", time.time())
 
-def _gpu_readers(device: torch.device) -> dict[str, Callable[[], float]]:
-    pynvml.nvmlInit()
-    # By UUID: NVML's index does not follow CUDA_VISIBLE_DEVICES.
-    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    return {
-        "qlora_gpu_memory_allocated_bytes": lambda: torch.cuda.memory_allocated(device),
-        "qlora_gpu_memory_reserved_bytes": lambda: torch.cuda.memory_reserved(device),
-        "qlora_gpu_memory_peak_bytes": lambda: torch.cuda.max_memory_allocated(device),
-        "qlora_gpu_memory_free_bytes": lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).free,
-        "qlora_gpu_memory_total_bytes": lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).total,
-    }
+    def _watch_memory(self, device: torch.device) -> None:
+        process = psutil.Process()
+        self._read("qlora_host_memory_resident_bytes", lambda: process.memory_info().rss)
+        self._read("qlora_host_memory_available_bytes", lambda: psutil.virtual_memory().available)
+        if device.type == "cuda":
+            self._watch_gpu(device)
+        else:
+            self.set("qlora_device_info", 1, self.device, "")
+
+    def _watch_gpu(self, device: torch.device) -> None:
+        pynvml.nvmlInit()
+        # By UUID: NVML's index does not follow CUDA_VISIBLE_DEVICES.
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        self.set("qlora_device_info", 1, self.device, uuid)
+        if known := known_gpu(self.device):
+            self.set("qlora_device_peak_flops_per_second", known.tflops * 1e12)
+        self._read("qlora_gpu_memory_allocated_bytes", lambda: torch.cuda.memory_allocated(device))
+        self._read("qlora_gpu_memory_reserved_bytes", lambda: torch.cuda.memory_reserved(device))
+        self._read("qlora_gpu_memory_peak_bytes", lambda: torch.cuda.max_memory_allocated(device))
+        self._read("qlora_gpu_memory_free_bytes", lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).free)
+        self._read("qlora_gpu_memory_total_bytes", lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+        for direction, counter in _PCIE.items():
+            reader = partial(_pcie_bytes, handle, getattr(pynvml, counter))
+            if not math.isnan(reader()):  # not every driver and virtual machine tells
+                self._read("qlora_gpu_pcie_bytes_per_second", reader, direction)
+
+    def _read(self, name: str, reader: Callable[[], float], *more: str) -> None:
+        """Ask for a gauge's value whenever it is scraped."""
+        self._metrics[name].labels(*self._labels, *more).set_function(reader)
+
+
+def _make(metric: Metric, registry: CollectorRegistry) -> Any:
+    more = {"buckets": metric.buckets} if metric.kind is Kind.HISTOGRAM else {}
+    return _KINDS[metric.kind](metric.name, metric.meaning, metric.labels, registry=registry, **more)
+
+
+def _pcie_bytes(handle: Any, counter: int) -> float:
+    """NVML counts over 20 ms, in KiB a second."""
+    try:
+        return float(pynvml.nvmlDeviceGetPcieThroughput(handle, counter)) * 1024
+    except pynvml.NVMLError:
+        return math.nan
 
 
 def peak_bytes(device: torch.device) -> dict[str, int]:

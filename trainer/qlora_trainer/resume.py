@@ -9,6 +9,7 @@ from qlora_trainer import state
 from qlora_trainer.attempt import Run, Trainer
 from qlora_trainer.checkpoints import Checkpoint, pack_tensors, unpack_tensors
 from qlora_trainer.errors import CheckpointError, UserError
+from qlora_trainer.history import HISTORY_FILE
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ def save(trainer: Trainer, run: Run, *, with_eval: bool) -> None:
             entries.append(store.write_file(run.step, state.optimizer_file(ranks.rank), shard))
         if ranks.is_first:
             entries.append(store.write_file(run.step, state.ADAPTER_FILE, pack_tensors(adapter)))
+            trainer.history.sections(trainer.config.attempt, run.step, trainer.board.section_seconds)
+            entries.append(store.write_file(run.step, HISTORY_FILE, trainer.history.to_bytes()))
         written = [entry for part in ranks.gather(entries) for entry in part]
         if ranks.is_first:
             base = trainer.prepared.model_revision
@@ -41,6 +44,7 @@ def resume_or_start(trainer: Trainer) -> Run:
     newest = trainer.checkpoints.newest() if ranks.is_first else None
     step = ranks.gather(newest.step if newest else None)[0]
     if step is None:
+        note_attempt(trainer, 0)
         return Run()
     checkpoint = newest or trainer.checkpoints.at(step)
     must_fit(checkpoint, trainer)
@@ -54,8 +58,24 @@ def resume_or_start(trainer: Trainer) -> Run:
     trainer.board.update(
         step=run.step, first_step=run.step, eval_loss=as_text(run.eval_loss), best_eval_loss=as_text(run.best_eval_loss)
     )
+    if ranks.is_first and any(entry.name == HISTORY_FILE for entry in checkpoint.entries):
+        trainer.history.resume(checkpoint.read(HISTORY_FILE))
+    note_attempt(trainer, run.step)
     log.info("resumed at step %d of %d", run.step, trainer.total_steps)
     return run
+
+
+def note_attempt(trainer: Trainer, step: int) -> None:
+    config, batch = trainer.config, trainer.config.batch
+    trainer.history.attempt(
+        config.attempt,
+        step,
+        worldSize=batch.world_size,
+        microBatchSize=batch.micro_batch_size,
+        gradientAccumulationSteps=batch.gradient_accumulation_steps,
+        gradientCheckpointing=config.gradient_checkpointing,
+        device=trainer.board.device,
+    )
 
 
 def must_fit(checkpoint: Checkpoint, trainer: Trainer) -> None:

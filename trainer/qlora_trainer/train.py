@@ -93,7 +93,8 @@ def train_step(trainer: Trainer, run: Run, steps: Iterator[Step]) -> bool:
     start = time.monotonic()
     with trainer.board.section("Data"):
         step = next(steps)
-    trainer.board.add("qlora_data_wait_seconds", time.monotonic() - start)
+    waited = time.monotonic() - start
+    trainer.board.add("qlora_data_wait_seconds", waited)
     with trainer.board.section("Train"):
         loss_sum = accumulate(trainer.engine, step, trainer.ranks)
         due = trainer.ranks.is_first and minutes_are_up(trainer)
@@ -111,7 +112,7 @@ def train_step(trainer: Trainer, run: Run, steps: Iterator[Step]) -> bool:
     run.tokens += step.tokens
     if minutes:
         trainer.saved_at[0] = -math.inf
-    show_step(trainer, run, step, loss, rate, norm, time.monotonic() - start)
+    show_step(trainer, run, step, loss, rate, norm, time.monotonic() - start, waited)
     trainer.board.memory(
         gradients
         | {MemoryComponent.OPTIMIZER_STATE.value: state.optimizer_bytes(trainer.engine)}
@@ -135,7 +136,9 @@ def accumulate(engine: Any, step: Step, ranks: Ranks) -> float:
     return loss_sum.item()
 
 
-def show_step(trainer: Trainer, run: Run, step: Step, loss: float, rate: float, norm: float, seconds: float) -> None:
+def show_step(
+    trainer: Trainer, run: Run, step: Step, loss: float, rate: float, norm: float, seconds: float, waited: float
+) -> None:
     """Put a step's figures on the board."""
     board = trainer.board
     board.step_took(seconds)
@@ -156,6 +159,16 @@ def show_step(trainer: Trainer, run: Run, step: Step, loss: float, rate: float, 
         ("qlora_tokens_per_second", speed),
     ):
         board.set(name, value)
+    trainer.history.step(
+        run.step,
+        epoch=epoch,
+        loss=loss,
+        learningRate=rate,
+        gradientNorm=norm,
+        tokens=step.tokens,
+        seconds=seconds,
+        dataSeconds=waited,
+    )
     board.update(
         step=run.step,
         epoch=f"{epoch:.2f}",
@@ -202,6 +215,7 @@ def evaluation_due(trainer: Trainer, run: Run) -> bool:
 def take_evaluation(trainer: Trainer, run: Run) -> bool:
     """Evaluate; True when the adapter is the best so far. Before the first step it is the base that is evaluated."""
     loss = evaluate_now(trainer, run)
+    trainer.history.evaluation(run.step, loss)
     run.evaluated_at = run.step
     if run.step == 0:
         run.base_eval_loss = loss

@@ -1,0 +1,79 @@
+"""What a training did, step by step: JSON Lines in every checkpoint, published with the adapter, for ``qlora report``.
+
+One line for each attempt, step, evaluation and checkpoint, told apart by their fields::
+
+    {"attempt": 1, "fromStep": 0, "time": 1767225600.0, "worldSize": 2, …}
+    {"step": 1, "time": …, "loss": 5.1, "learningRate": 0.0002, "gradientNorm": 1.2, "tokens": 512, "seconds": 0.8, …}
+    {"step": 1, "evalLoss": 4.9}
+    {"step": 1, "attempt": 1, "sections": {"Load": 9.1, …}}
+
+A checkpoint holds the lines up to its step, so that a resumed run has each step once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+HISTORY_FILE = "history.jsonl"
+PUBLISHED_FILE = "training_history.jsonl"
+MOST_STEPS = 20_000
+"""Beyond them every second step is left out: 3 MB a checkpoint at most."""
+log = logging.getLogger(__name__)
+
+
+class History:
+    """Kept by rank 0; on the others it stays unread."""
+
+    def __init__(self) -> None:
+        self._lines: list[dict[str, Any]] = []
+        self._steps = 0
+
+    def attempt(self, number: int, from_step: int, **more: Any) -> None:
+        """Note that an attempt begins."""
+        self._lines.append({"attempt": number, "fromStep": from_step, "time": _now(), **more})
+
+    def step(self, number: int, **figures: float) -> None:
+        """Note a step and its figures."""
+        self._lines.append({"step": number, "time": _now(), **{k: _rounded(v) for k, v in figures.items()}})
+        self._steps += 1
+        if self._steps > MOST_STEPS:
+            self._thin_out()
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Note the loss of the evaluation rows."""
+        self._lines.append({"step": step, "time": _now(), "evalLoss": _rounded(loss)})
+
+    def sections(self, attempt: int, step: int, seconds: Mapping[str, float]) -> None:
+        """Note how the attempt's time was spent up to now."""
+        self._lines.append({"step": step, "attempt": attempt, "sections": {k: round(v, 3) for k, v in seconds.items()}})
+
+    def to_bytes(self) -> bytes:
+        return "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in self._lines).encode()
+
+    def resume(self, data: bytes) -> None:
+        """Go on from a checkpoint's lines. Damaged ones are no reason to stop a training."""
+        try:
+            self._lines = [json.loads(line) for line in data.decode().splitlines()]
+        except ValueError as error:
+            log.warning("the history of earlier attempts cannot be read (%s); it begins anew", error)
+        self._steps = sum("loss" in line for line in self._lines)
+
+    def _thin_out(self) -> None:
+        self._lines = [line for line in self._lines if "loss" not in line or line["step"] % 2 == 0]
+        self._steps = sum("loss" in line for line in self._lines)
+
+
+def _now() -> float:
+    return round(time.time(), 3)
+
+
+def _rounded(value: float) -> float | None:
+    """Six digits say all that a curve shows; JSON has no NaN."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
