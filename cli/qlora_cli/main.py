@@ -51,6 +51,14 @@ Merged = Annotated[str | None, typer.Option(metavar="DIR", help="Merged model, t
 Prompt = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Prompt; may be given several times.")]
 PromptsFile = Annotated[Path | None, typer.Option(metavar="FILE", help="More prompts, one a line.")]
 NewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer in tokens.")]
+GpuName = Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="Such as h100-80gb; default: the one here.")]
+GpuCount = Annotated[int | None, typer.Option("--gpus", min=1, metavar="N", help="GPUs; default: as the job says.")]
+Price = Annotated[float | None, typer.Option("--price", min=0, metavar="X", help="Of one GPU for one hour.")]
+Tokens = Annotated[int | None, typer.Option("--tokens", min=1, metavar="N", help="Tokens of one epoch, for the time.")]
+WhatIf = Annotated[bool, typer.Option("--what-if", help="Other GPUs, ranks and sequence lengths as well.")]
+ModelConfig = Annotated[
+    Path | None, typer.Option("--model-config", metavar="config.json", help="The base's configuration, in its place.")
+]
 Sample = Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")]
 
 
@@ -119,6 +127,40 @@ def validate(jobs: Jobs, output: As = Output.TEXT) -> None:
         reports = [check.check_file(path) for path in jobs]
         typer.echo(check.as_json(reports) if output is Output.JSON else check.as_text(reports))
     raise typer.Exit(0 if all(report.good for report in reports) else USER_ERROR)
+
+
+@app.command()
+def plan(
+    job: Job,
+    *,
+    gpu: GpuName = None,
+    gpus: GpuCount = None,
+    price: Price = None,
+    tokens: Tokens = None,
+    what_if: WhatIf = False,
+    model_config: ModelConfig = None,
+    overrides: Set = None,
+    output: As = Output.TEXT,
+) -> None:
+    """Predict a job's memory and time.
+
+    Reads the base's configuration and the headers of its weights, kilobytes of gigabytes; no GPU is needed. The exit
+    code is 40 if it does not fit.
+    """
+    with _mistakes_end_it():
+        import json
+
+        from qlora_cli import plan as planning
+
+        asked = planning.Options(gpu, gpus, price, tokens, what_if, model_config)
+        answered = planning.answer(job, asked, tuple(overrides or ()))
+        if output is Output.JSON:
+            typer.echo(json.dumps(planning.as_dict(answered), indent=2))
+        else:
+            from qlora_cli import plan_view, render
+
+            render.console().print(plan_view.show(answered))
+    raise typer.Exit(0 if answered.fits else USER_ERROR)
 
 
 @app.command()

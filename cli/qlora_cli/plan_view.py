@@ -1,0 +1,153 @@
+"""What 'qlora plan' prints. No decisions, no I/O."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from qlora_api.memory import NoFit, Plan, does_not_fit
+from qlora_api.memory.gpus import GIB
+from qlora_cli import render, words
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import RenderableType
+
+    from qlora_api.memory import Cost, Span
+    from qlora_cli.plan import Answer, Variation
+
+BAR = 36
+"""Characters of a bar as long as the GPU's memory."""
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+_HEADS = {"gpu": "GPU", "rank": "lora.rank", "maxLength": "dataset.maxLength"}
+
+
+def show(answered: Answer) -> Group:
+    """The whole answer."""
+    outcome = answered.outcome
+    chosen = outcome if isinstance(outcome, Plan) else outcome.smallest
+    parts: list[RenderableType] = [render.facts(_facts(answered, chosen)), "", memory(chosen)]
+    if chosen.notes:
+        parts += ["", *(Text(f"Note: {note}.", style="dim") for note in chosen.notes)]
+    if isinstance(outcome, NoFit):
+        parts += ["", Text("Does not fit.", style="bold red"), str(does_not_fit(answered.request, outcome))]
+    for kind in _HEADS:
+        rows = [v for v in answered.variations if v.kind == kind]
+        if rows:
+            parts += ["", what_if(kind, rows)]
+    return Group(*parts)
+
+
+def _facts(answered: Answer, chosen: Plan) -> list[tuple[str, str]]:
+    request, shape = answered.request, answered.request.shape
+    gpu, count = request.gpu, request.world_size
+    recompute = "activations recomputed" if chosen.gradient_checkpointing else "activations kept"
+    rows = [
+        ("Job", answered.job),
+        ("Model", f"{shape.model_type}, {shape.parameters / 1e9:.2f} billion weights ({answered.place})"),
+        ("GPU", f"{count} × {gpu.name}, {words.size(gpu.memory_bytes)} each"),
+        ("Batch", render.batch_equation(chosen.batch)),
+        ("Sequences", f"up to {chosen.row} tokens, {recompute}"),
+        ("Memory", _headroom(chosen)),
+    ]
+    speed = chosen.seconds_per_token
+    most, expected, least = 1 / speed.low, 1 / speed.expected, 1 / speed.high
+    rows.append(("Speed", f"{words.number(round(expected))} tokens/s per GPU ({_range(least, most)})"))
+    if answered.cost is not None:
+        rows.append(("Time", _time(answered.cost, answered.tokens or 0)))
+        if answered.cost.money is not None:
+            money = answered.cost.money
+            rows.append(("Cost", f"{money.expected:.2f} ({money.low:.2f} to {money.high:.2f})"))
+    elif answered.tokens is None:
+        rows.append(
+            ("Time", f"{_per_million(chosen, count)} for a million tokens; --tokens says how many an epoch has")
+        )
+    return rows
+
+
+def _headroom(chosen: Plan) -> str:
+    needed, left = chosen.memory.needed_bytes, chosen.headroom
+    share = needed / chosen.gpu.memory_bytes
+    rest = f"{words.size(left)} left" if left >= 0 else f"{words.size(-left)} missing"
+    return f"{words.size(needed)} of {words.size(chosen.gpu.memory_bytes)} ({share:.0%}), {rest}"
+
+
+def _range(low: float, high: float) -> str:
+    return f"{words.number(round(low))} to {words.number(round(high))}"
+
+
+def _time(found: Cost, tokens: int) -> str:
+    hours = found.hours
+    span = f"{_hours(hours.low)} to {_hours(hours.high)}"
+    return (
+        f"{_hours(hours.expected)} ({span}) for {words.number(tokens)} tokens, {found.gpu_hours.expected:.3g} GPU-hours"
+    )
+
+
+def _hours(hours: float) -> str:
+    return words.duration(hours * 3600)
+
+
+def _per_million(chosen: Plan, count: int) -> str:
+    return words.duration(1e6 * chosen.seconds_per_token.expected / count)
+
+
+def memory(chosen: Plan) -> Table:
+    """Components at the highest moment, the largest first, with bars as long as their share of the GPU."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("Memory of one GPU")
+    table.add_column("Predicted", justify="right")
+    table.add_column(f"of {chosen.gpu.memory_bytes / GIB:.1f} GiB")
+    total = chosen.gpu.memory_bytes
+    for component, size in sorted(chosen.memory.components.items(), key=lambda item: -item[1]):
+        table.add_row(words.spaced(component), words.size(size), bar(size / total))
+    needed = chosen.memory.needed_bytes
+    style = "bold" if chosen.fits else "bold red"
+    table.add_row(Text("all", style=style), Text(words.size(needed), style=style), bar(needed / total))
+    return table
+
+
+def bar(share: float) -> str:
+    """A bar in eighths of a character; what does not fit is cut with an arrow."""
+    eighths = round(share * BAR * 8)
+    full, rest = divmod(eighths, 8)
+    if full >= BAR:
+        return "█" * BAR + ("▶" if share > 1 else "")
+    return ("█" * full + (_EIGHTHS[rest] if rest else "")) or "▏"
+
+
+def what_if(kind: str, rows: Sequence[Variation]) -> Table:
+    """One thing varied, the rest as the job says."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column(f"If {_HEADS[kind]} were")
+    for head in ("Needs", "Micro-batch", "Recomputes", "Tokens/s per GPU", "Hours", "Cost"):
+        table.add_column(head, justify="right")
+    for row in rows:
+        table.add_row(*_cells(row), style="bold" if row.chosen else None)
+    return table
+
+
+def _cells(row: Variation) -> list[str]:
+    outcome = row.outcome
+    if isinstance(outcome, NoFit):
+        return [row.value, f"{words.size(outcome.smallest.memory.needed_bytes)}, too much", "", "", "", "", ""]
+    again = "yes" if outcome.gradient_checkpointing else "no"
+    speed = words.number(round(1 / outcome.seconds_per_token.expected))
+    hours, money = _spans(row.cost)
+    return [
+        row.value,
+        words.size(outcome.memory.needed_bytes),
+        str(outcome.batch.micro_batch_size),
+        again,
+        speed,
+        f"{hours.expected:.3g}" if hours else "",
+        f"{money.expected:.2f}" if money else "",
+    ]
+
+
+def _spans(found: Cost | None) -> tuple[Span | None, Span | None]:
+    return (found.hours, found.money) if found else (None, None)
