@@ -7,26 +7,47 @@ import asyncio
 import logging
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import kopf
 
 from qlora_api.errors import ManifestError
+from qlora_api.spec import Gang
 from qlora_operator import handlers, health
-from qlora_operator.client import Api, load_credentials, watching_session
+from qlora_operator.client import TRANSIENT, Api, ApiError, load_credentials, watching_session
 from qlora_operator.config import OperatorConfig
 from qlora_operator.gangs import discover_gangs
 from qlora_operator.logs import set_up_logs
 from qlora_operator.metrics import Metrics
 from qlora_operator.progress import poll_forever
 from qlora_operator.reconcile import Reconciler
-from qlora_operator.resync import resync_forever
+from qlora_operator.resync import Listings, resync_forever, take_stock
 from qlora_operator.store import Store
 
 log = logging.getLogger("qlora_operator")
 GANG_SECONDS = 300
 """Between two looks at what the cluster offers."""
+FIRST_LOOK_SECONDS = 2
+"""Until the first look is tried again: the API server is not there yet, or does not serve QLoRAJobs yet."""
+
+
+async def first_look(api: Api, store: Store, namespaces: Sequence[str]) -> tuple[frozenset[Gang], set[str]]:
+    """What the cluster offers, and the namespaces that have the shared Service; the store gets all else.
+
+    Raises:
+        ApiError: the operator may not look.
+
+    """
+    while True:
+        try:
+            return await discover_gangs(api), await take_stock(store, api, namespaces)
+        except (ApiError, *TRANSIENT) as error:
+            if isinstance(error, ApiError) and error.status in (401, 403):
+                raise
+            log.warning("not everything can be seen yet: %s; again in %d s", error, FIRST_LOOK_SECONDS)
+            await asyncio.sleep(FIRST_LOOK_SECONDS)
 
 
 async def run(config: OperatorConfig) -> None:
@@ -36,7 +57,8 @@ async def run(config: OperatorConfig) -> None:
     watches = health.Watches(handlers.WATCHED)
     credentials = await load_credentials()
     api = Api(credentials, metrics.request)
-    gangs = await discover_gangs(api)
+    gangs: frozenset[Gang] = frozenset()
+    listings = Listings()
 
     async def look_at_gangs() -> None:
         nonlocal gangs
@@ -49,11 +71,30 @@ async def run(config: OperatorConfig) -> None:
     registry = kopf.OperatorRegistry()
     handlers.register(registry, store, reconciler)
 
+    def note(path: str) -> None:
+        watches.note(path)
+        listings.note(path)
+
     @kopf.on.login(registry=registry)
     async def login(**_: object) -> kopf.AiohttpSession:
         """The same credentials for kopf's watches; asked again when the API server does not know them any more."""
         current = await load_credentials()
-        return kopf.AiohttpSession(server=current.host, aiohttp_session=watching_session(current, watches.note))
+        return kopf.AiohttpSession(server=current.host, aiohttp_session=watching_session(current, note))
+
+    async def watch() -> None:
+        """Look at everything before the first decision: what was not seen would be taken for gone."""
+        nonlocal gangs
+        gangs, reconciler.services = await first_look(api, store, config.namespaces)
+        for key in (*dict(store), *((namespace, "") for namespace in reconciler.services)):
+            reconciler.wake(key)
+        await kopf.operator(
+            registry=registry,
+            settings=handlers.settings(),
+            standalone=True,
+            clusterwide=not config.namespaces,
+            namespaces=config.namespaces,
+            stop_flag=stop,
+        )
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -65,16 +106,9 @@ async def run(config: OperatorConfig) -> None:
         for name, work in {
             "reconciler": reconciler.run(),
             "progress": poll_forever(store, reconciler, config.progress_seconds),
-            "resync": resync_forever(store, api, reconciler, config.namespaces),
+            "resync": resync_forever(store, api, reconciler, config.namespaces, listings),
             "gangs": look_at_gangs(),
-            "kopf": kopf.operator(
-                registry=registry,
-                settings=handlers.settings(),
-                standalone=True,
-                clusterwide=not config.namespaces,
-                namespaces=config.namespaces,
-                stop_flag=stop,
-            ),
+            "watch": watch(),
         }.items()
     ]
     log.info("serving QLoRAJobs in %s", ", ".join(config.namespaces) or "all namespaces")

@@ -22,6 +22,8 @@ from kubernetes.aio.client.configuration import Configuration
 from qlora_operator.names import FIELD_MANAGER
 
 Object = dict[str, Any]
+TRANSIENT = (aiohttp.ClientError, TimeoutError, OSError)
+"""No answer: it may come a little later."""
 USER_AGENT = "qlora-operator"
 TIMEOUT_SECONDS = 30
 MERGE_PATCH = "application/merge-patch+json"

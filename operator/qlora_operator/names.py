@@ -12,7 +12,8 @@ UID_LABEL = f"{GROUP}/job-uid"
 ATTEMPT_LABEL = f"{GROUP}/attempt"
 """On what trains: number of the attempt. What prepares has none."""
 COMPONENT_LABEL = "app.kubernetes.io/component"
-MANAGED_BY = {"app.kubernetes.io/managed-by": FIELD_MANAGER}
+MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
+MANAGED_BY = {MANAGED_BY_LABEL: FIELD_MANAGER}
 CONFIG_ANNOTATION = f"{GROUP}/config"
 """On pods: the trainer's whole config, which the pod reads from a downward API file."""
 PLAN_ANNOTATION = f"{GROUP}/plan"

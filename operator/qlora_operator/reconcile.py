@@ -10,19 +10,19 @@ import asyncio
 import json
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-import aiohttp
 from pydantic import ValidationError
 
 from qlora_api.errors import ManifestError
 from qlora_api.job import GROUP, VERSION, QLoRAJob
 from qlora_api.spec import Gang
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.client import Api, ApiError, Object
+from qlora_operator.client import TRANSIENT, Api, ApiError, Object
 from qlora_operator.config import OperatorConfig
 from qlora_operator.decision import Note, Plan
 from qlora_operator.gangs import choose_gang
@@ -39,7 +39,6 @@ WORKERS = 8
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 60.0
 NODE_SECONDS = 5.0
 """How long what was learned about a node counts."""
-TRANSIENT = (aiohttp.ClientError, TimeoutError, OSError)
 
 
 class Reconciler:
@@ -65,11 +64,20 @@ class Reconciler:
         self._failures: dict[Key, int] = {}
         self._wrote: dict[Key, float] = {}
         self._nodes: dict[str, tuple[float, bool]] = {}
+        self._not_before: dict[Key, float] = {}
+        self._service_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.services: set[str] = set()
+        """Namespaces that have the shared Service."""
         self.polled: dict[Key, SeenPod] = {}
         """Rank 0's pods of the jobs that train."""
 
     def wake(self, key: Key) -> None:
-        """Reconcile a key as soon as possible."""
+        """Reconcile a key as soon as possible, but not before the time that the API server asked for."""
+        left = self._not_before.get(key, 0.0) - time.monotonic()
+        if left > 0:
+            self.wake_later(key, left)
+            return
+        self._not_before.pop(key, None)
         if timer := self._timers.pop(key, None):
             timer.cancel()
         if key not in self._queued:
@@ -115,7 +123,9 @@ class Reconciler:
         wait = min(FIRST_RETRY_SECONDS * 2 ** (failures - 1), LONGEST_RETRY_SECONDS)
         name = "/".join(key)
         if isinstance(error, ApiError) and error.is_transient:
-            wait = max(wait, error.retry_after or 0)
+            if error.retry_after:
+                wait = max(wait, error.retry_after)
+                self._not_before[key] = time.monotonic() + error.retry_after
             log.info("%s: %s; again in %.1f s", name, error, wait)
             kind = error.reason or str(error.status)
         elif isinstance(error, TRANSIENT):
@@ -219,15 +229,23 @@ class Reconciler:
 
     async def _make(self, key: Key, decided: Plan) -> None:
         for body in decided.make:
-            collection = _collection(body, key[0])
-            try:
-                made = await self._api.create(collection, body)
-            except ApiError as error:
-                if error.reason != "AlreadyExists":
-                    raise
-                made = await self._mine(collection, body)
+            if body["kind"] == "Service":
+                async with self._service_locks[key[0]]:
+                    await self._create(key, body)
+                    self.services.add(key[0])
+                continue
+            made = await self._create(key, body)
             if made["kind"] == "Job":
                 self._store.take_child(made)
+
+    async def _create(self, key: Key, body: Object) -> Object:
+        collection = _collection(body, key[0])
+        try:
+            return await self._api.create(collection, body)
+        except ApiError as error:
+            if error.reason != "AlreadyExists":
+                raise
+            return await self._mine(collection, body)
 
     async def _mine(self, collection: str, body: Object) -> Object:
         """What stands under the name already: made by us before, or by an earlier job of the same name."""
@@ -309,10 +327,14 @@ class Reconciler:
             log.info("%s/%s: an event is lost: %s", meta.namespace, meta.name, error)
 
     async def _clear_service(self, namespace: str) -> None:
-        """Delete the shared Service with the last job of its namespace."""
-        if any(key[0] == namespace and known.job for key, known in self._store):
+        """Delete the shared Service with the last job of its namespace, and not while another job makes sure of it."""
+        if namespace not in self.services:
             return
-        await self._api.delete(f"/api/v1/namespaces/{namespace}/services/{SERVICE}")
+        async with self._service_locks[namespace]:
+            if any(key[0] == namespace and known.job for key, known in self._store):
+                return
+            await self._api.delete(f"/api/v1/namespaces/{namespace}/services/{SERVICE}")
+            self.services.discard(namespace)
 
 
 def _is_first(pod: SeenPod, attempt: int) -> bool:

@@ -1,4 +1,4 @@
-"""Now and then, a look at what is really there.
+"""Looks at what is really there: before the first decision, after each new listing of kopf's, and now and then.
 
 Watches miss deletions: when the API server has forgotten where a watch was (410 Gone), kopf lists anew and tells what
 there is, not what is gone. Metadata of all objects is cheap to list; what the store has beyond it is dropped.
@@ -8,35 +8,80 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
-
-import aiohttp
+import re
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
 
 from qlora_api.job import GROUP, VERSION
-from qlora_operator.client import Api, ApiError
-from qlora_operator.names import JOB_LABEL
+from qlora_operator.client import TRANSIENT, Api, ApiError, Object
+from qlora_operator.names import FIELD_MANAGER, JOB_LABEL, MANAGED_BY_LABEL, SERVICE
 from qlora_operator.reconcile import Reconciler
 from qlora_operator.store import Key, Store
 
 log = logging.getLogger(__name__)
 
 RESYNC_SECONDS = 600
+SETTLE_SECONDS = 0.5
+"""After a new listing. The watches of all kinds break together, when the API server goes."""
+RETRY_SECONDS = 5
 PAGE = 500
 KINDS = {
     "job": (f"/apis/{GROUP}/{VERSION}", "qlorajobs", ""),
     "child": ("/apis/batch/v1", "jobs", JOB_LABEL),
     "pod": ("/api/v1", "pods", JOB_LABEL),
 }
+"""In this order: what is listed later belongs to what is listed before."""
 
 
-async def resync_forever(store: Store, api: Api, reconciler: Reconciler, namespaces: Sequence[str]) -> None:
+class Listings:
+    """Notices, from the paths of kopf's requests, that a watch begins after a listing."""
+
+    def __init__(self) -> None:
+        self._listed: set[str] = set()
+        self.news = asyncio.Event()
+        """Something may have been deleted unseen."""
+
+    def note(self, path: str) -> None:
+        place, _, query = path.partition("?")
+        if "watch=true" not in query:
+            if re.search(r"/(qlorajobs|jobs|pods)$", place):
+                self._listed.add(place)
+        elif place in self._listed:
+            self._listed.discard(place)
+            self.news.set()
+
+
+async def take_stock(store: Store, api: Api, namespaces: Sequence[str]) -> set[str]:
+    """Fill the store with everything there is; the namespaces that have the shared Service.
+
+    Raises:
+        ApiError, aiohttp.ClientError, TimeoutError: it is not all there yet.
+
+    """
+    take = {"job": store.take_job, "child": store.take_child, "pod": store.take_pod}
+    for kind, (base, plural, selector) in KINDS.items():
+        async for item in _items(api, base, plural, namespaces, selector):
+            take[kind](item)
+    managed = f"{MANAGED_BY_LABEL}={FIELD_MANAGER}"
+    services = [item["metadata"] async for item in _items(api, "/api/v1", "services", namespaces, managed)]
+    return {meta["namespace"] for meta in services if meta["name"] == SERVICE}
+
+
+async def resync_forever(
+    store: Store, api: Api, reconciler: Reconciler, namespaces: Sequence[str], listings: Listings
+) -> None:
     while True:
-        await asyncio.sleep(RESYNC_SECONDS)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(listings.news.wait(), RESYNC_SECONDS)
+            await asyncio.sleep(SETTLE_SECONDS)
+        listings.news.clear()
         try:
             for key in await resync(store, api, namespaces):
                 reconciler.wake(key)
-        except (ApiError, aiohttp.ClientError, TimeoutError) as error:
+        except (ApiError, *TRANSIENT) as error:
             log.info("resync did not go through: %s", error)
+            await asyncio.sleep(RETRY_SECONDS)
+            listings.news.set()
 
 
 async def resync(store: Store, api: Api, namespaces: Sequence[str]) -> list[Key]:
@@ -44,8 +89,8 @@ async def resync(store: Store, api: Api, namespaces: Sequence[str]) -> list[Key]
     before = set(_held(store))  # what comes while the lists are read is not judged by them
     there: set[str] = set()
     for base, plural, selector in KINDS.values():
-        for namespace in namespaces or ("",):
-            there |= await _uids(api, base, plural, selector, namespace)
+        items = _items(api, base, plural, namespaces, selector, metadata_only=True)
+        there |= {item["metadata"]["uid"] async for item in items}
     dropped: list[Key] = []
     for key, kind, uid in before:
         if uid not in there:
@@ -64,13 +109,18 @@ def _held(store: Store) -> Iterator[tuple[Key, str, str]]:
         yield from ((key, "pod", uid) for uid, pod in known.pods.items() if not pod.gone)
 
 
-async def _uids(api: Api, base: str, plural: str, selector: str, namespace: str) -> set[str]:
-    place = f"{base}/namespaces/{namespace}/{plural}" if namespace else f"{base}/{plural}"
-    found: set[str] = set()
-    token = ""
-    while True:
-        page = await api.get_metadata(place, limit=PAGE, labelSelector=selector, **{"continue": token})
-        found |= {item["metadata"]["uid"] for item in page["items"]}
-        token = page["metadata"].get("continue", "")
-        if not token:
-            return found
+async def _items(
+    api: Api, base: str, plural: str, namespaces: Sequence[str], selector: str, *, metadata_only: bool = False
+) -> AsyncIterator[Object]:
+    """All objects of a kind, page by page, each with its kind as if it had been asked for alone."""
+    get = api.get_metadata if metadata_only else api.get
+    for namespace in namespaces or ("",):
+        place = f"{base}/namespaces/{namespace}/{plural}" if namespace else f"{base}/{plural}"
+        token = ""
+        while True:
+            page = await get(place, limit=PAGE, labelSelector=selector, **{"continue": token})
+            for item in page["items"]:
+                yield {"apiVersion": page["apiVersion"], "kind": page["kind"].removesuffix("List"), **item}
+            token = page["metadata"].get("continue", "")
+            if not token:
+                break

@@ -7,15 +7,19 @@ decision never falls behind what this process itself has done.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from qlora_api.contract import ProgressReport
 from qlora_api.job import QLoRAJob
 from qlora_operator.names import JOB_LABEL
 from qlora_operator.seen import SeenJob, SeenPod, see_job, see_pod
 
+log = logging.getLogger(__name__)
+
+S = TypeVar("S", SeenJob, SeenPod)
 Key = tuple[str, str]
 """Namespace and name of a QLoRAJob."""
 _KEPT_META = ("name", "namespace", "uid", "generation", "resourceVersion", "creationTimestamp", "deletionTimestamp")
@@ -105,19 +109,23 @@ class Store:
 
     def take_child(self, body: Mapping[str, Any]) -> Key | None:
         """Take in a child Job; its QLoRAJob's key, None where it is no news."""
-        return self._take(see_job(body), body, "children")
+        return self._take(_see(see_job, body), body, "children")
 
     def take_pod(self, body: Mapping[str, Any]) -> Key | None:
         """Take in a pod; its QLoRAJob's key, None where it is no news."""
-        return self._take(see_pod(body), body, "pods")
+        return self._take(_see(see_pod, body), body, "pods")
 
-    def _take(self, seen: SeenJob | SeenPod, body: Mapping[str, Any], place: str) -> Key | None:
+    def _take(self, seen: SeenJob | SeenPod | None, body: Mapping[str, Any], place: str) -> Key | None:
+        if seen is None:
+            return None
         key = key_of_child(body)
         held: dict[str, Any] = getattr(self[key], place)
         before = held.get(seen.uid)
         if before and seen.version <= before.version:
             return None
         held[seen.uid] = seen
+        if before is None and place == "children":
+            self[key].pods_refused = ""  # said of an earlier attempt's
         return None if before and _same(before, seen) else key
 
     def drop_child(self, body: Mapping[str, Any]) -> Key:
@@ -130,11 +138,11 @@ class Store:
         """A pod is gone. While its job lives, its last words are kept until :meth:`clear_gone`."""
         key = key_of_child(body)
         known = self[key]
-        pod = see_pod(body)
-        if known.job and known.job.uid == pod.owner:
+        pod = _see(see_pod, body)
+        if pod and known.job and known.job.uid == pod.owner:
             known.pods[pod.uid] = replace(pod, gone=True)
         else:
-            known.pods.pop(pod.uid, None)
+            known.pods.pop(body["metadata"]["uid"], None)
         self.forget(key)
         return key
 
@@ -156,6 +164,18 @@ class Store:
 def key_of_child(body: Mapping[str, Any]) -> Key:
     meta = body["metadata"]
     return meta["namespace"], meta["labels"][JOB_LABEL]
+
+
+def _see(cut: Callable[[Mapping[str, Any]], S], body: Mapping[str, Any]) -> S | None:
+    """None for what somebody else gave the operator's labels, with values that are not the operator's."""
+    try:
+        return cut(body)
+    except (KeyError, ValueError) as error:
+        meta = body["metadata"]
+        log.warning(
+            "%s/%s has the operator's labels and is not of its making: %s", meta["namespace"], meta["name"], error
+        )
+        return None
 
 
 def _same(before: Any, after: Any) -> bool:
