@@ -39,7 +39,7 @@ class Board:
     """The one place a rank writes its figures to. What is not known yet is not served."""
 
     def __init__(self, config: TrainerConfig, ranks: Ranks) -> None:
-        disable_created_metrics()  # the library's own series beside each counter, which nobody reads
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # series of the library, which nobody reads
         self.registry = CollectorRegistry()
         self._labels = (config.job.name, config.job.namespace, str(ranks.rank))
         on_gpu = ranks.device.type == "cuda"

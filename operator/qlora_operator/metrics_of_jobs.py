@@ -1,0 +1,186 @@
+"""Figures of all jobs, counted from the store when they are asked for, so that they cannot drift from what is known.
+
+One pass over the jobs' JSON for each scrape: types are not checked here, the API server has done that.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter as Tally
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from qlora_api.metrics_catalogue import OPERATOR, Kind
+from qlora_operator.seen import SeenPod
+from qlora_operator.store import Known, Store
+
+FINAL = {
+    "qlora_job_final_loss": "loss",
+    "qlora_job_final_eval_loss": "bestEvalLoss",
+    "qlora_job_final_steps": "step",
+    "qlora_job_final_tokens_per_second": "tokensPerSecond",
+}
+"""Name, and the field of status.progress it comes from."""
+HOUR = 3600
+Json = dict[str, Any]
+
+
+class JobsCollector:
+    """Reads the store.
+
+    Args:
+        store: what is known.
+        clock: seconds since 1970.
+
+    """
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
+        self._store, self._clock = store, clock
+        self._used: dict[str, float] = {}
+        """GPU-seconds of each job, by UID, when they were last added up."""
+        self._total: defaultdict[str, float] = defaultdict(float)
+        """GPU-seconds by namespace, since this process began."""
+        self._first = True
+
+    def collect(self) -> Iterator[Metric]:
+        families = _Families()
+        now = self._clock()
+        used: dict[str, float] = {}
+        for (namespace, name), known in self._store:
+            if known.job is not None:
+                job = json.loads(known.job.body)
+                used[known.job.uid] = _add_job(families, namespace, name, job, known, now)
+                self._count(namespace, known.job.uid, used[known.job.uid])
+        self._used, self._first = used, False
+        families.add_counted()
+        for namespace, seconds in self._total.items():
+            families["qlora_operator_gpu_seconds"].add_metric((namespace,), seconds)
+        yield from families.all()
+
+    def _count(self, namespace: str, uid: str, used: float) -> None:
+        """Add what a job used since the last time; what it had used before this process began is not counted anew."""
+        before = self._used.get(uid, used if self._first else 0.0)
+        self._total[namespace] += max(0.0, used - before)
+
+
+class _Families:
+    """One family for each gauge that is read from the store, and what is counted over several jobs."""
+
+    def __init__(self) -> None:
+        self._families: dict[str, Any] = {
+            name: (CounterMetricFamily if metric.kind is Kind.COUNTER else GaugeMetricFamily)(
+                name, metric.meaning, labels=metric.labels
+            )
+            for name, metric in OPERATOR.items()
+            if metric.kind is Kind.GAUGE or name == "qlora_operator_gpu_seconds"
+        }
+        self.jobs: Tally[tuple[str, str, str]] = Tally()
+        self.gpus: Tally[tuple[str, str]] = Tally()
+        self.waits: dict[tuple[str, str], float] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._families[name]
+
+    def add_counted(self) -> None:
+        for name, counted in (
+            ("qlora_operator_jobs", self.jobs),
+            ("qlora_operator_gpus", self.gpus),
+            ("qlora_operator_pending_seconds", self.waits),
+        ):
+            for labels, value in counted.items():
+                self[name].add_metric(labels, value)
+
+    def all(self) -> Iterator[Metric]:
+        yield from self._families.values()
+
+
+def _add_job(families: _Families, namespace: str, name: str, job: Json, known: Known, now: float) -> float:
+    """Add one job's figures; its GPU-seconds."""
+    status = job.get("status") or {}
+    state, reason = status.get("state", "Pending"), status.get("reason", "Pending")
+    families.jobs[namespace, state, reason] += 1
+    families["qlora_job_state"].add_metric((name, namespace, state, reason), 1)
+    attempts = status.get("attempts") or []
+    _add_ends(families, namespace, name, attempts)
+    used = sum(_gpu_seconds(attempt, now) for attempt in attempts)
+    families["qlora_job_gpu_seconds"].add_metric((name, namespace), used)
+    if "completionTime" in status:
+        _add_final(families, namespace, name, status)
+        return used
+    _add_limits(families, namespace, name, job)
+    _add_gpus(families, namespace, job["spec"], attempts, known)
+    if state == "Pending" and not job["spec"].get("suspend"):
+        waited = max(0.0, now - _waits_since(job, status))
+        families.waits[namespace, reason] = max(waited, families.waits.get((namespace, reason), 0.0))
+    return used
+
+
+def _add_ends(families: _Families, namespace: str, name: str, attempts: list[Json]) -> None:
+    counts: Tally[str] = Tally()
+    newest: dict[str, float] = {}
+    for attempt in attempts:
+        if "endTime" in attempt and "reason" in attempt:
+            reason = attempt["reason"]
+            counts[reason] += 1
+            newest[reason] = max(_seconds(attempt["endTime"]), newest.get(reason, 0.0))
+    for reason, count in counts.items():
+        families["qlora_job_attempts"].add_metric((name, namespace, reason), count)
+        families["qlora_job_attempt_end_timestamp_seconds"].add_metric((name, namespace, reason), newest[reason])
+
+
+def _add_final(families: _Families, namespace: str, name: str, status: Json) -> None:
+    progress = status.get("progress") or {}
+    for metric, field in FINAL.items():
+        if field in progress:
+            families[metric].add_metric((name, namespace), float(progress[field]))
+    for component, size in ((status.get("memory") or {}).get("measured") or {}).items():
+        families["qlora_job_final_memory_bytes"].add_metric((name, namespace, component), size)
+
+
+def _add_limits(families: _Families, namespace: str, name: str, job: Json) -> None:
+    policy, started = job["spec"].get("policy") or {}, (job.get("status") or {}).get("startTime")
+    if started and "activeDeadlineSeconds" in policy:
+        deadline = _seconds(started) + policy["activeDeadlineSeconds"]
+        families["qlora_job_deadline_timestamp_seconds"].add_metric((name, namespace), deadline)
+    if "budgetGpuHours" in policy:
+        budget = float(policy["budgetGpuHours"]) * HOUR
+        families["qlora_job_budget_gpu_seconds"].add_metric((name, namespace), budget)
+
+
+def _add_gpus(families: _Families, namespace: str, spec: Json, attempts: list[Json], known: Known) -> None:
+    """GPUs of the open attempt: those of pods on nodes are held, the others waited for."""
+    if not attempts or "endTime" in attempts[-1]:
+        return
+    world_size = attempts[-1]["worldSize"]
+    each = min(world_size, (spec.get("parallelism") or {}).get("gpusPerWorker", 1))
+    pods = sum(_holds(pod, attempts[-1]["number"]) for pod in known.pods.values())
+    held = min(world_size, pods * each)
+    families.gpus[namespace, "Held"] += held
+    families.gpus[namespace, "Waiting"] += world_size - held
+
+
+def _holds(pod: SeenPod, attempt: int) -> bool:
+    return pod.attempt == attempt and bool(pod.node) and not pod.ended
+
+
+def _gpu_seconds(attempt: Json, now: float) -> float:
+    """As ``history.gpu_seconds``, by which budgets go."""
+    if "runningTime" not in attempt:
+        return 0.0
+    ended = _seconds(attempt["endTime"]) if "endTime" in attempt else now
+    return max(0.0, float(attempt["worldSize"] * (ended - _seconds(attempt["runningTime"]))))
+
+
+def _waits_since(job: Json, status: Json) -> float:
+    """When a job last ran, or was created."""
+    ended = [attempt["endTime"] for attempt in status.get("attempts") or () if "endTime" in attempt]
+    return _seconds(max(ended, default=job["metadata"]["creationTimestamp"]))
+
+
+def _seconds(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
