@@ -22,6 +22,7 @@ from qlora_api.status import (
     Condition,
     ConditionType,
     Memory,
+    PrepareResult,
     QLoRAJobStatus,
     Reason,
 )
@@ -115,16 +116,25 @@ def _words(status: QLoRAJobStatus) -> str:
 
 def _adopted(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
     """Take in attempts that were started and did not get into status, because the operator died in between."""
-    known = {a.number for a in status.attempts}
-    newest = max(known, default=0)
+    newest = max((a.number for a in status.attempts), default=PREPARE)
     for number in sorted(n for n in context.seen.jobs if n > newest):
         job = context.seen.jobs[number]
         try:
             attempt = Attempt.model_validate({**planned(job), "number": number, "startTime": job.created})
         except ValidationError:
             continue  # not of this operator's making
-        status = with_attempt(_closed_by_the_next(context, status, job), attempt)
+        status = _closed_by_the_next(context, _prepared_before(context, status), job)
+        status = with_attempt(status, attempt)
     return status
+
+
+def _prepared_before(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
+    """What Prepare found, acted on, and not written down."""
+    if status.prepared or status.attempts or PREPARE not in context.seen.jobs:
+        return status
+    ending = ending_of(PREPARE, 1, context.seen)
+    result = ending.word.prepared if ending and ending.word else None
+    return _with_prepared(context, status, result) if result else status
 
 
 def _closed_by_the_next(context: Context, status: QLoRAJobStatus, following: SeenJob) -> QLoRAJobStatus:
@@ -240,15 +250,19 @@ def _prepare(context: Context, status: QLoRAJobStatus) -> Plan:
         result = ending.word.prepared if ending.word else None
         if result is None:  # its pod is gone, and with it what it said: do it again, all is in the cache
             return _preparing(context, status, delete=(job,))
-        status = status.model_copy(update={"prepared": result, "memory": Memory(predicted=result.memory)})
-        text = f"{result.train_rows} rows, {result.train_tokens} tokens, model revision {result.model_revision[:12]}"
-        return _start(context, _said(context, status, ConditionType.PREPARED, Reason.PREPARED, text, holds=True))
+        return _start(context, _with_prepared(context, status, result))
     status = _said(context, status, ConditionType.PREPARED, ending.reason, ending.message, holds=False)
     return _ending(
         context,
         _finished(context, status, Finish(False, ending.reason, ending.message)),
         (Note("Warning", ending.reason.value, ending.message),),
     )
+
+
+def _with_prepared(context: Context, status: QLoRAJobStatus, result: PrepareResult) -> QLoRAJobStatus:
+    status = status.model_copy(update={"prepared": result, "memory": Memory(predicted=result.memory)})
+    text = f"{result.train_rows} rows, {result.train_tokens} tokens, model revision {result.model_revision[:12]}"
+    return _said(context, status, ConditionType.PREPARED, Reason.PREPARED, text, holds=True)
 
 
 def _preparing(

@@ -119,7 +119,7 @@ async def _items(
         token = ""
         while True:
             page = await get(place, limit=PAGE, labelSelector=selector, **{"continue": token})
-            for item in page["items"]:
+            for item in page["items"] or ():  # an empty list of metadata has null there
                 yield {"apiVersion": page["apiVersion"], "kind": page["kind"].removesuffix("List"), **item}
             token = page["metadata"].get("continue", "")
             if not token:

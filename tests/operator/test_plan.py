@@ -253,6 +253,8 @@ def test_prepare_goes_first_and_its_result_is_what_the_trainers_get():
         '"gradientCheckpointing":true'
         in then.make[-1]["spec"]["template"]["metadata"]["annotations"]["qlora.dev/config"]
     )
+    adopted = decide(job(first.status), replace(prepared, jobs={**prepared.jobs, 1: child()}), PREPARING)
+    assert (names(adopted), adopted.status.prepared) == ([], then.status.prepared)
 
 
 def test_a_user_error_in_prepare_ends_the_job():
