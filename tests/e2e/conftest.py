@@ -20,9 +20,9 @@ BUCKET = "work"
 
 @pytest.fixture(scope="session")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    """Two real nodes, the operator installed by its chart, and a bucket with a base and rows."""
+    """A real node, the operator installed by its chart, and a bucket with a base and rows."""
     try:
-        made = Stage(tmp_path_factory.mktemp("e2e"), nodes=2, settings=Settings(real_nodes=True, node_grace_seconds=8))
+        made = Stage(tmp_path_factory.mktemp("e2e"), Settings(real_nodes=True, node_grace_seconds=8))
     except ToolMissingError as error:
         skip_unless_ci(str(error))
     with made:

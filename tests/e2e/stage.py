@@ -43,16 +43,14 @@ class Stage:
 
     Args:
         folder: for everything's data and logs.
-        nodes: real nodes; each says it has 8 GPUs.
         settings: of the control plane.
 
     """
 
-    def __init__(self, folder: Path, nodes: int = 1, settings: Settings | None = None) -> None:
+    def __init__(self, folder: Path, settings: Settings | None = None) -> None:
         self.cluster = ControlPlane(folder / "cluster", settings or Settings(real_nodes=True))
-        self._folder, self._count = folder, nodes
+        self._folder = folder
         self._owned = ExitStack()
-        self.nodes: list[Node] = []
         self.operator_image, self.trainer_image = images.build("operator"), images.build("trainer")
 
     def __enter__(self) -> Self:
@@ -68,12 +66,24 @@ class Stage:
 
     def _start(self) -> None:
         self._owned.enter_context(self.cluster)
-        self.nodes = [self.cluster.add_node(gpus=8) for _ in range(self._count)]
-        for node in self.nodes:
-            for image in (self.operator_image, self.trainer_image):
-                node.import_image(image.archive)
+        node = self.cluster.add_node(gpus=8)
+        for image in (self.operator_image, self.trainer_image):
+            node.import_image(image.archive)
         self.s3 = self._owned.enter_context(VersityGateway(self._folder / "s3", self.cluster.address))
         self.system = self.cluster.create_namespace("qlora-system", RESTRICTED)
+
+    def add_trainer_node(self, name: str) -> Node:
+        """One more real node, with 8 GPUs and the trainer's image alone."""
+        node = self.cluster.add_node(name, gpus=8)
+        node.import_image(self.trainer_image.archive)
+        return node
+
+    def place_new_pods(self, *, only_on: str = "", not_on: str = "") -> None:
+        """Cordon nodes: pods that are there stay."""
+        for node in self.cluster.api.list("/api/v1/nodes"):
+            name = node["metadata"]["name"]
+            closed = name == not_on or bool(only_on and name != only_on)
+            self.cluster.api.patch(f"/api/v1/nodes/{name}", {"spec": {"unschedulable": closed}})
 
     # ------------------------------------------------------------------------------------------------------ the release
 

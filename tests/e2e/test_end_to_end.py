@@ -203,21 +203,16 @@ def test_s3_may_be_away_for_a_minute_when_the_adapter_is_published(stage, team, 
 
 
 def test_a_node_that_is_lost_costs_an_attempt_and_no_restart(stage, team, bucket):
-    run = Run(
-        stage, team, bucket, "stranded", parallelism={"workers": 1, "zeroStage": 0}, training={"maxSteps": 120},
-        policy={"maxRestarts": 0},
-    )  # fmt: skip
+    lost = stage.add_trainer_node("short-lived")
+    alone = {"parallelism": {"workers": 1, "zeroStage": 0}, "policy": {"maxRestarts": 0}}
+    stage.place_new_pods(only_on=lost.name)
+    run = Run(stage, team, bucket, "stranded", training={"maxSteps": 120}, **alone)
     running = run.wait(reached(12))
-    (lost,) = [n for n in stage.nodes if n.name == running["status"]["attempts"][0]["node"]]
-    if stage.operator_pod["spec"]["nodeName"] == lost.name:
-        stage.cluster.api.patch(f"/api/v1/nodes/{lost.name}", {"spec": {"unschedulable": True}})
-        kill_operator(stage)
+    assert running["status"]["attempts"][0]["node"] == lost.name
+    stage.place_new_pods(not_on=lost.name)
     lost.stop_kubelet()
-    try:
-        done = run.succeeded()
-    finally:
-        lost.start_kubelet()
-        stage.cluster.api.patch(f"/api/v1/nodes/{lost.name}", {"spec": {"unschedulable": False}})
+    done = run.succeeded()
+    lost.stop()
     first, last = done["status"]["attempts"]
     assert (first["reason"], first["node"]) == ("NodeLost", lost.name)
     assert last["firstStep"] >= 10
