@@ -11,12 +11,16 @@ from typing import Annotated
 
 import typer
 
+from qlora_cli.cluster import registration
+from qlora_cli.cluster.options import EXIT_CODES
+
 USER_ERROR = 40
 """As ``qlora_api.contract.ExitCode.USER_ERROR``, without the import; a test holds them together."""
 
 app = typer.Typer(
     name="qlora",
-    help="Fine-tune with QLoRA: validate and explain QLoRAJobs, run one on this machine, try its adapter.",
+    help="Fine-tune with QLoRA: on this machine, or as QLoRAJobs in a Kubernetes cluster.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     rich_markup_mode=None,  # plain help: rich would double the time it takes
     pretty_exceptions_enable=False,
@@ -92,7 +96,7 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Fine-tune with QLoRA: validate and explain QLoRAJobs, run one on this machine, try its adapter."""
+    """Fine-tune with QLoRA: on this machine, or as QLoRAJobs in a Kubernetes cluster."""
 
 
 @app.command()
@@ -215,3 +219,6 @@ def generate(
         options = asking.Options(asking.prompts(prompt or (), prompts_file), max_new_tokens, sample)
         code = asking.generate(models, options, render.console(), Commands())
     raise typer.Exit(code)
+
+
+registration.register(app)

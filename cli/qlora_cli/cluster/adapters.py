@@ -1,0 +1,248 @@
+"""Published adapters: fetch one, or hold it against its manifest, byte by byte and without torch.
+
+The manifest is what the trainer wrote last, create-only; ``status.adapter`` has its hash, and so vouches for all of it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from qlora_cli.cluster.errors import ApiError, ClusterError
+from qlora_cli.cluster.jobs import read_run, view, view_run
+from qlora_cli.cluster.names import core_path
+from qlora_cli.cluster.storage import LocalFolder, MissingError, StorageError, open_folder
+from qlora_cli.cluster.target import program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from qlora_cli.cluster.api import Object
+    from qlora_cli.cluster.jobs import JobView
+    from qlora_cli.cluster.storage import Folder
+    from qlora_cli.cluster.target import Cluster
+
+MANIFEST = "manifest.json"
+SCHEMA = "qlora.dev/manifest/v1"
+MOST_MANIFEST_BYTES = 16 << 20
+_VARIABLES = ("AWS_", "GOOGLE_", "AZURE_")
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """One file that the manifest promises."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Published:
+    """A manifest that was read, and where."""
+
+    folder: Folder
+    data: bytes
+    body: Object
+    files: tuple[PublishedFile, ...]
+
+    @property
+    def adapter(self) -> str:
+        """Folder of the adapter, relative to the manifest's."""
+        return str(self.body["adapter"])
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a manifest is, and its hash where somebody vouches for one."""
+
+    folder_uri: str
+    sha256: str = ""
+
+
+def source_of(reference: str, job: Object | None) -> Source:
+    """From what a person names (a job, a run's folder, a published folder, a manifest) to the place of a manifest.
+
+    Raises:
+        ClusterError: the job or run has published nothing yet.
+
+    """
+    if job is not None:
+        return _published_by(view(job))
+    if "://" in reference or reference.endswith(MANIFEST) or not (Path(reference) / "run.json").exists():
+        return Source(reference.removesuffix(MANIFEST).rstrip("/") or ("/" if reference.startswith("/") else "."))
+    return _published_by(view_run(Path(reference), read_run(Path(reference))))
+
+
+def _published_by(job: JobView) -> Source:
+    uri = job.adapter.get("manifestUri", "")
+    if not uri:
+        after = f"{program()} show {job.place}" if job.is_over else f"{program()} watch {job.place}"
+        raise ClusterError(f"\"{job.place}\" has published no adapter, it is {job.state} ({job.reason}); see '{after}'")
+    return Source(uri.removesuffix(MANIFEST).rstrip("/"), job.adapter.get("manifestSha256", ""))
+
+
+def read(source: Source) -> Published:
+    """Read the manifest and check its hash and its form.
+
+    Raises:
+        StorageError: it is not there, or is not what was published.
+
+    """
+    folder = open_folder(source.folder_uri)
+    where = folder.uri(MANIFEST)
+    if folder.size(MANIFEST) > MOST_MANIFEST_BYTES:
+        raise StorageError(f"{where}: is too large to be a manifest")
+    data = b"".join(folder.chunks(MANIFEST))
+    digest = hashlib.sha256(data).hexdigest()
+    if source.sha256 and digest != source.sha256:
+        raise StorageError(
+            f"{where}: is not the manifest that the job published: its SHA-256 is {digest[:12]}…, "
+            f"and status.adapter says {source.sha256[:12]}…"
+        )
+    try:
+        body = json.loads(data)
+        if body["schema"] != SCHEMA:
+            raise StorageError(f'{where}: schema "{body["schema"]}" is not known here; this version reads {SCHEMA}')
+        files = tuple(PublishedFile(f["path"], int(f["size"]), f["sha256"]) for f in body["files"])
+    except (ValueError, KeyError, TypeError):
+        raise StorageError(f"{where}: is no manifest of this operator") from None
+    for file in files:
+        if not _is_inside(file.path):
+            raise StorageError(f'{where}: names "{file.path}", which leaves its folder')
+    return Published(folder, data, body, files)
+
+
+def _is_inside(path: str) -> bool:
+    parts = path.split("/")
+    return "\\" not in path and all(part not in ("", ".", "..") for part in parts)
+
+
+# ------------------------------------------------------------------------------------------------------------ verifying
+
+
+def verify(published: Published, tell: Callable[[str], None]) -> list[str]:
+    """Read every file back; a line for each difference."""
+    problems = []
+    for file in published.files:
+        tell(file.path)
+        problem = _compare(published.folder, _place(published, file), file)
+        if problem:
+            problems.append(f"{file.path} {problem}")
+    return problems
+
+
+def _place(published: Published, file: PublishedFile) -> str:
+    """Where a file is: as published, or as 'qlora download' lays it down, without the attempt's folder."""
+    short = _short(file.path)
+    if isinstance(published.folder, LocalFolder) and (published.folder.root / short).is_file():
+        return short
+    return file.path
+
+
+def _short(path: str) -> str:
+    return path.partition("/")[2] or path
+
+
+def _compare(folder: Folder, key: str, file: PublishedFile) -> str:
+    """What is wrong with one file; empty: nothing."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        for piece in folder.chunks(key):
+            digest.update(piece)
+            size += len(piece)
+    except MissingError:
+        return "is missing"
+    if size != file.size:
+        return f"has {size} bytes where {file.size} were published"
+    return "" if digest.hexdigest() == file.sha256 else "is not what was published: its SHA-256 differs"
+
+
+# ---------------------------------------------------------------------------------------------------------- downloading
+
+
+def download(
+    published: Published, target: Path, tell: Callable[[str], None], *, adapter_only: bool = False
+) -> tuple[int, int]:
+    """Copy all files, each checked before it has its name, the manifest last; files and bytes copied now.
+
+    Raises:
+        StorageError: a file is not what was published, or cannot be written.
+
+    """
+    count = copied = 0
+    here = LocalFolder(target)
+    for file in published.files:
+        if adapter_only and not file.path.startswith(f"{published.adapter}/"):
+            continue
+        short = _short(file.path)
+        if (target / short).is_file() and not _compare(here, short, file):
+            continue  # an earlier call brought it
+        tell(file.path)
+        _copy(published.folder, file, target / short)
+        count, copied = count + 1, copied + file.size
+    _write(target / MANIFEST, [published.data])
+    return count, copied
+
+
+def _copy(folder: Folder, file: PublishedFile, target: Path) -> None:
+    digest, size = hashlib.sha256(), 0
+
+    def checked() -> Iterator[bytes]:
+        nonlocal size
+        for piece in folder.chunks(file.path):
+            digest.update(piece)
+            size += len(piece)
+            yield piece
+        if size != file.size or digest.hexdigest() != file.sha256:
+            raise StorageError(f"{folder.uri(file.path)}: is not what was published; the adapter must not be used")
+
+    _write(target, checked())
+
+
+def _write(target: Path, pieces: Any) -> None:
+    """Write a file as a whole or not at all."""
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
+        partial.replace(target)
+    except OSError as error:
+        raise StorageError(f"{target}: cannot be written: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def folder_of(published: Published, target: Path) -> Path:
+    """Where the adapter itself is after a download."""
+    return target / PurePosixPath(_short(f"{published.adapter}"))
+
+
+# ---------------------------------------------------------------------------------------------------------- credentials
+
+
+def use_secret(cluster: Cluster, job: Object) -> str:
+    """Put the object storage's credentials of the job's own Secret into the environment; the Secret's name.
+
+    Raises:
+        ClusterError: the job names none, or it may not be read.
+
+    """
+    name = ((job.get("spec") or {}).get("output") or {}).get("credentials")
+    if not name:
+        raise ClusterError("--secret: the job names none in spec.output.credentials")
+    try:
+        secret = cluster.api.get(core_path(cluster.namespace, "secrets", name))
+    except ApiError as error:
+        raise ClusterError(f"--secret: Secret {name}: {error}") from None
+    for key, value in (secret.get("data") or {}).items():
+        if key.startswith(_VARIABLES):
+            os.environ[key] = base64.b64decode(value).decode(errors="replace")
+    return str(name)

@@ -1,0 +1,245 @@
+"""Read all that may matter, at once. What may not be read is remembered as such."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from qlora_cli.cluster.doctor import references
+from qlora_cli.cluster.errors import ApiError, UnreachableError
+from qlora_cli.cluster.names import CRD, GROUP, OPERATOR_SELECTOR, PART_OF_OPERATOR, PLURAL, core_path, jobs_path
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from qlora_cli.cluster.api import Api, Object
+    from qlora_cli.cluster.doctor.references import Named
+    from qlora_cli.cluster.target import Cluster
+
+TRAINERS = "app.kubernetes.io/managed-by=qlora-operator"
+WORKERS = 8
+RIGHTS: tuple[tuple[str, str, str, str], ...] = (
+    # verb, group, resource, what of this command line needs it
+    ("create", GROUP, PLURAL, "submit, retry"),
+    ("get", GROUP, PLURAL, "show"),
+    ("list", GROUP, PLURAL, "list"),
+    ("watch", GROUP, PLURAL, "watch"),
+    ("patch", GROUP, PLURAL, "suspend, resume"),
+    ("delete", GROUP, PLURAL, "cancel"),
+    ("list", "", "pods", "logs"),
+    ("get", "", "pods/log", "logs"),
+    ("list", "", "events", "events"),
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one question brought: a value, or why there is none."""
+
+    value: Any = None
+    denied: bool = False
+    missing: bool = False
+    text: str = ""
+
+    @property
+    def there(self) -> bool:
+        return not (self.denied or self.missing)
+
+    @property
+    def items(self) -> list[Object]:
+        return list(self.value) if self.there and self.value is not None else []
+
+
+MISSING = Answer(missing=True)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """All that was read. Everything is optional but the server's answer."""
+
+    namespace: str
+    now: datetime
+    server: str = ""
+    version: str = ""
+    user: str = ""
+    rights: dict[tuple[str, str], bool] = field(default_factory=dict)
+    """By verb and resource."""
+    crd: Answer = MISSING
+    served: Answer = MISSING
+    """Resources of the API group, for whom the CustomResourceDefinition itself is not to be seen."""
+    groups: Answer = MISSING
+    gang_resources: Answer = MISSING
+    """Of scheduling.k8s.io."""
+    deployments: Answer = MISSING
+    operator_pods: Answer = MISSING
+    config: Answer = MISSING
+    """The operator's configuration, parsed."""
+    policies: Answer = MISSING
+    bindings: Answer = MISSING
+    nodes: Answer = MISSING
+    jobs: Answer = MISSING
+    pods: Answer = MISSING
+    """Of trainers and Prepare, in the namespace."""
+    events: Answer = MISSING
+    network_policies: Answer = MISSING
+    monitors: Answer = MISSING
+    quotas: Answer = MISSING
+    named: tuple[tuple[Named, Answer], ...] = ()
+    """Secrets, claims and the like that jobs name, each as it was found."""
+    endpoints: tuple[tuple[str, str, str], ...] = ()
+    """Of object storage: URL, who names it, and what is wrong with it, if anything."""
+
+
+def look(cluster: Cluster, manifests: Sequence[Object] = ()) -> Seen:
+    """Read it all. ``manifests``: jobs that are not submitted yet, whose references are looked at too.
+
+    Raises:
+        UnreachableError: there is no cluster to read from.
+
+    """
+    api, namespace = cluster.api, cluster.namespace
+    version = api.get("/version").get("gitVersion", "")
+    crd_path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{CRD}"
+    admission = "/apis/admissionregistration.k8s.io/v1"
+    with ThreadPoolExecutor(WORKERS) as pool:
+        asked: dict[str, Future[Any]] = {
+            "user": pool.submit(_user, api),
+            "rights": pool.submit(_rights, api, namespace),
+            "crd": pool.submit(_get, api, crd_path),
+            "served": pool.submit(_get, api, f"/apis/{GROUP}/v1alpha1"),
+            "groups": pool.submit(_group_names, api),
+            "gang_resources": pool.submit(_gang_resources, api),
+            "deployments": pool.submit(_deployments, api, namespace),
+            "policies": pool.submit(_list, api, f"{admission}/validatingadmissionpolicies", PART_OF_OPERATOR),
+            "bindings": pool.submit(_list, api, f"{admission}/validatingadmissionpolicybindings", PART_OF_OPERATOR),
+            "nodes": pool.submit(_list, api, "/api/v1/nodes"),
+            "jobs": pool.submit(_list, api, jobs_path(namespace)),
+            "pods": pool.submit(_list, api, core_path(namespace, "pods"), TRAINERS),
+            "events": pool.submit(_list, api, core_path(namespace, "events"), None, "type=Warning"),
+            "network_policies": pool.submit(
+                _list, api, f"/apis/networking.k8s.io/v1/namespaces/{namespace}/networkpolicies"
+            ),
+            "monitors": pool.submit(_list, api, "/apis/monitoring.coreos.com/v1/podmonitors", PART_OF_OPERATOR),
+            "quotas": pool.submit(_list, api, core_path(namespace, "resourcequotas")),
+        }
+        found: dict[str, Any] = {name: future.result() for name, future in asked.items()}
+        operator = _operator(pool, api, found["deployments"])
+        bodies = [*manifests, *(j for j in found["jobs"].items if not _is_over(j))]
+        named = references.of_jobs(bodies, namespace)
+        answers = [pool.submit(_get, api, each.path) for each in named]
+        pairs = tuple((each, answer.result()) for each, answer in zip(named, answers, strict=True))
+    return Seen(
+        namespace=namespace,
+        now=datetime.now(UTC),
+        server=api.server,
+        version=version,
+        named=pairs,
+        endpoints=tuple(references.endpoints(pairs, lambda path: _get(api, path))),
+        **operator,
+        **found,
+    )
+
+
+def _is_over(job: Object) -> bool:
+    return (job.get("status") or {}).get("state") in ("Succeeded", "Failed")
+
+
+def _answer(question: Callable[[], Any]) -> Answer:
+    try:
+        return Answer(question())
+    except ApiError as error:
+        if error.forbidden:
+            return Answer(denied=True, text=str(error))
+        return Answer(missing=True, text=str(error))
+    except UnreachableError as error:
+        return Answer(missing=True, text=str(error))
+
+
+def _get(api: Api, path: str) -> Answer:
+    return _answer(lambda: api.get(path))
+
+
+def _list(api: Api, path: str, labels: str | None = None, fields: str | None = None) -> Answer:
+    return _answer(lambda: api.list(path, labelSelector=labels, fieldSelector=fields)[0])
+
+
+def _group_names(api: Api) -> Answer:
+    return _answer(
+        lambda: [{"name": g["name"], "versions": g.get("versions") or []} for g in api.get("/apis")["groups"]]
+    )
+
+
+def _gang_resources(api: Api) -> Answer:
+    """Resources of scheduling.k8s.io in whatever versions are served."""
+
+    def question() -> list[Object]:
+        group = api.get("/apis/scheduling.k8s.io")
+        return [r for v in group["versions"] for r in api.get(f"/apis/{v['groupVersion']}")["resources"]]
+
+    return _answer(question)
+
+
+def _user(api: Api) -> str:
+    """Who asks, as the API server knows them."""
+    body = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
+    answer = _answer(lambda: api.ask("/apis/authentication.k8s.io/v1/selfsubjectreviews", body))
+    status = (answer.value or {}).get("status") or {}
+    return str((status.get("userInfo") or {}).get("username", ""))
+
+
+def _rights(api: Api, namespace: str) -> dict[tuple[str, str], bool]:
+    found = {}
+    for verb, group, resource, _ in RIGHTS:
+        name, _, subresource = resource.partition("/")
+        attributes = {
+            "namespace": namespace,
+            "verb": verb,
+            "group": group,
+            "resource": name,
+            "subresource": subresource,
+        }
+        body = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": attributes},
+        }
+        path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+        answer = _answer(lambda body=body, path=path: api.ask(path, body))  # type: ignore[misc]
+        if answer.there:
+            found[verb, resource] = bool((answer.value.get("status") or {}).get("allowed"))
+    return found
+
+
+def _deployments(api: Api, namespace: str) -> Answer:
+    """The operator's, in all namespaces; for whom those are not to be seen, in this one."""
+    everywhere = _list(api, "/apis/apps/v1/deployments", OPERATOR_SELECTOR)
+    if not everywhere.denied:
+        return everywhere
+    here = _list(api, f"/apis/apps/v1/namespaces/{namespace}/deployments", OPERATOR_SELECTOR)
+    return here if here.items else everywhere
+
+
+def _operator(pool: ThreadPoolExecutor, api: Api, deployments: Answer) -> dict[str, Any]:
+    """Pods and configuration of the first operator there is."""
+    if not deployments.items:
+        return {}
+    meta = deployments.items[0]["metadata"]
+    selector = deployments.items[0]["spec"]["selector"].get("matchLabels") or {}
+    labels = ",".join(f"{name}={value}" for name, value in selector.items())
+    pods = pool.submit(_list, api, core_path(meta["namespace"], "pods"), labels)
+    config = pool.submit(_get, api, core_path(meta["namespace"], "configmaps", meta["name"]))
+    return {"operator_pods": pods.result(), "config": _parsed(config.result())}
+
+
+def _parsed(answer: Answer) -> Answer:
+    import yaml  # noqa: PLC0415
+
+    if not answer.there:
+        return answer
+    try:
+        config = yaml.safe_load((answer.value.get("data") or {}).get("config.yaml", ""))
+    except yaml.YAMLError as error:
+        return Answer(missing=True, text=f"config.yaml: {error}")
+    return Answer(config) if isinstance(config, dict) else Answer(missing=True, text="it has no config.yaml")

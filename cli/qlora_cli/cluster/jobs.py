@@ -1,0 +1,281 @@
+"""What a command shows of a job, cut out of the API object, or of the record of a local run."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_cli.cluster.errors import ClusterError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from qlora_cli.cluster.api import Object
+
+OVER = ("Succeeded", "Failed")
+NEEDS_A_HAND = frozenset({"Unschedulable", "QuotaExceeded", "MissingReference", "ImageUnavailable", "Refused"})
+"""Reasons of a waiting job that do not go away by waiting."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptView:
+    """One attempt."""
+
+    number: int
+    started: datetime | None
+    ended: datetime | None
+    reason: str
+    message: str
+    exit_code: int | None
+    node: str
+    first_step: int | None
+    last_step: int | None
+    batch: str
+    ranks: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """One job, or one local run."""
+
+    name: str
+    namespace: str
+    """Empty for a local run."""
+    place: str
+    """How a command names it: the name, or the folder of a local run."""
+    state: str
+    reason: str
+    message: str
+    """Of the condition that speaks for the job."""
+    step: int | None
+    total_steps: int | None
+    epoch: str
+    loss: str
+    eval_loss: str
+    best_eval_loss: str
+    tokens_per_second: str
+    eta_seconds: int | None
+    restarts: int
+    ranks: int
+    peak_bytes: int | None
+    created: datetime | None
+    started: datetime | None
+    ended: datetime | None
+    attempts: tuple[AttemptView, ...]
+    adapter: Mapping[str, str]
+    """uri, manifestUri, manifestSha256; empty: none yet."""
+    suspend: bool
+    deleting: bool
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in OVER
+
+    @property
+    def needs_a_hand(self) -> bool:
+        return not self.is_over and self.reason in NEEDS_A_HAND
+
+    @property
+    def seconds(self) -> float | None:
+        """Time over all attempts that have ended."""
+        ended = [(a.ended - a.started).total_seconds() for a in self.attempts if a.started and a.ended]
+        return sum(ended) if ended else None
+
+    @property
+    def rank_hours(self) -> float | None:
+        """Hours of GPUs (or of CPU ranks) that ended attempts held."""
+        ended = [(a.ended - a.started).total_seconds() * a.ranks for a in self.attempts if a.started and a.ended]
+        return sum(ended) / 3600 if ended else None
+
+
+def view(job: Object) -> JobView:
+    """An API object, of this version or a later one."""
+    meta, spec, status = job["metadata"], job.get("spec") or {}, job.get("status") or {}
+    progress = status.get("progress") or {}
+    parallelism = spec.get("parallelism") or {}
+    state = status.get("state") or "Pending"
+    return JobView(
+        name=meta["name"],
+        namespace=meta.get("namespace", ""),
+        place=meta["name"],
+        state=state,
+        reason=status.get("reason") or ("Unseen" if not status else ""),
+        message=_message(status, state),
+        **_progress(progress),
+        restarts=status.get("restarts") or 0,
+        ranks=(parallelism.get("workers") or 1) * (parallelism.get("gpusPerWorker") or 1),
+        peak_bytes=((status.get("memory") or {}).get("measured") or {}).get("peak"),
+        created=time(meta.get("creationTimestamp")),
+        started=time(status.get("startTime")),
+        ended=time(status.get("completionTime")),
+        attempts=tuple(_attempt(a) for a in status.get("attempts") or ()),
+        adapter=status.get("adapter") or {},
+        suspend=bool(spec.get("suspend")),
+        deleting="deletionTimestamp" in meta,
+    )
+
+
+def _message(status: Mapping[str, Any], state: str) -> str:
+    """What the condition says that speaks for the job; of several, the newest that has words."""
+    conditions = status.get("conditions") or ()
+    own = [c.get("message", "") for c in conditions if c.get("type") == state and c.get("status") == "True"]
+    if state == "Pending":
+        own = [c.get("message", "") for c in conditions if c.get("reason") == status.get("reason")]
+    return next((text for text in reversed(own) if text), "")
+
+
+def _progress(progress: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "step": progress.get("step"),
+        "total_steps": progress.get("totalSteps"),
+        "epoch": progress.get("epoch") or "",
+        "loss": progress.get("loss") or "",
+        "eval_loss": progress.get("evalLoss") or "",
+        "best_eval_loss": progress.get("bestEvalLoss") or "",
+        "tokens_per_second": progress.get("tokensPerSecond") or "",
+        "eta_seconds": progress.get("etaSeconds"),
+    }
+
+
+def _attempt(attempt: Mapping[str, Any]) -> AttemptView:
+    micro, accumulation = attempt.get("microBatchSize"), attempt.get("gradientAccumulationSteps")
+    world = attempt.get("worldSize") or 1
+    return AttemptView(
+        number=attempt.get("number") or 0,
+        started=time(attempt.get("startTime")),
+        ended=time(attempt.get("endTime")),
+        reason=attempt.get("reason") or "",
+        message=attempt.get("message") or "",
+        exit_code=attempt.get("exitCode"),
+        node=attempt.get("node") or "",
+        first_step=attempt.get("firstStep"),
+        last_step=attempt.get("lastStep"),
+        batch=f"{micro} × {accumulation} × {world}",
+        ranks=world,
+    )
+
+
+def time(text: str | None) -> datetime | None:
+    """A timestamp of the API's; None where there is none or it is none."""
+    try:
+        return datetime.fromisoformat(text) if text else None
+    except ValueError:
+        return None
+
+
+# ----------------------------------------------------------------------------------------------------------- local runs
+
+
+def read_run(folder: Path) -> Object:
+    """``run.json`` of a local run.
+
+    Raises:
+        ClusterError: there is no run, or its record is damaged.
+
+    """
+    path = folder / "run.json"
+    try:
+        record = json.loads(path.read_bytes())
+    except OSError:
+        beside = sorted(str(p.parent) for p in folder.parent.glob("*/run.json"))
+        there = f"; there are {', '.join(beside)}" if beside else ""
+        raise ClusterError(f"{folder}: is no folder of a local run{there}") from None
+    except ValueError:
+        raise ClusterError(f"{path}: cannot be understood") from None
+    if not isinstance(record, dict) or "name" not in record:
+        raise ClusterError(f"{path}: is no record of a run")
+    return record
+
+
+def local_runs(runs_dir: Path) -> list[Path]:
+    """Folders of all local runs, those put aside left out."""
+    return sorted(path.parent for path in runs_dir.glob("*/run.json") if ".old-" not in path.parent.name)
+
+
+def view_run(folder: Path, record: Object) -> JobView:
+    """A local run, in the words of a job's status."""
+    result = record.get("result") or {}
+    attempts = tuple(_attempt(a) for a in record.get("attempts") or ())
+    last = attempts[-1] if attempts else None
+    state, reason, message = _local_state(folder, result, last)
+    progress = _progress(result.get("progress") or {})
+    if progress["step"] is None and last is not None:
+        progress["step"] = last.last_step
+    return JobView(
+        name=record["name"],
+        namespace="",
+        place=str(folder),
+        state=state,
+        reason=reason,
+        message=message,
+        **progress,
+        restarts=sum(1 for a in attempts[:-1] if a.reason not in ("Preempted", "Suspended", "NodeLost", "PeerLost")),
+        ranks=last.ranks if last else 1,
+        peak_bytes=((result.get("memory") or {}).get("measured") or {}).get("peak"),
+        created=time(record.get("created")),
+        started=attempts[0].started if attempts else None,
+        ended=last.ended if last and state in OVER else None,
+        attempts=attempts,
+        adapter=result.get("adapter") or {},
+        suspend=False,
+        deleting=False,
+    )
+
+
+def _local_state(folder: Path, result: Mapping[str, Any], last: AttemptView | None) -> tuple[str, str, str]:
+    if result:
+        return "Succeeded", "Completed", result.get("message") or ""
+    if _in_use(folder):
+        return "Running", "Training" if last and last.ended is None else "Preparing", ""
+    if last is None:
+        return "Pending", "Pending", "no attempt yet"
+    if last.ended is None:
+        return "Suspended", "NodeLost", "'qlora run' or the machine went down; 'qlora run' goes on from a checkpoint"
+    if last.reason in ("Preempted", "Suspended", "NodeLost", "PeerLost"):
+        return "Suspended", last.reason, last.message
+    return "Failed", last.reason, last.message
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether a 'qlora run' or its trainer lives. The lock itself is not tried: trying it could turn a run away."""
+    try:
+        holders = (folder.parent / f".{folder.name}.lock").read_text().split()
+    except (OSError, UnicodeDecodeError):
+        return False
+    return any(pid.isdecimal() and _lives(int(pid)) for pid in holders)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# -------------------------------------------------------------------------------------------------------------- several
+
+
+def in_order(views: Iterable[JobView]) -> list[JobView]:
+    """What runs first, then what waits, then what is over, the newest of each first."""
+    rank = {"Running": 0, "Pending": 1, "Suspended": 2, "Failed": 3, "Succeeded": 4}
+
+    def key(job: JobView) -> tuple[int, float, str]:
+        when = job.ended if job.is_over else job.created
+        return rank.get(job.state, 1), -(when.timestamp() if when else 0), job.name
+
+    return sorted(views, key=key)
+
+
+def counted(views: Iterable[JobView]) -> str:
+    """``3 Running, 1 Pending``."""
+    counts: dict[str, int] = {}
+    for job in in_order(views):
+        counts[job.state] = counts.get(job.state, 0) + 1
+    return ", ".join(f"{count} {state}" for state, count in counts.items())

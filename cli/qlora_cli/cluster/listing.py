@@ -1,0 +1,77 @@
+"""``qlora list``: jobs of a namespace, of the cluster, or local runs, a line each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qlora_cli.cluster import figures
+from qlora_cli.cluster.jobs import JobView, local_runs, read_run, view, view_run
+from qlora_cli.cluster.names import jobs_path
+from qlora_cli.cluster.output import Cell, state_cell
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+    from pathlib import Path
+
+    from qlora_cli.cluster.api import Object
+    from qlora_cli.cluster.target import Cluster
+
+NUMBERS = ("LOSS", "EVAL", "ETA", "RESTARTS", "GPU-MEM", "AGE")
+MESSAGE = 160
+
+
+def jobs_of(cluster: Cluster, *, everywhere: bool, selector: str | None) -> list[Object]:
+    """Objects as the API server has them, oldest first."""
+    path = jobs_path(None if everywhere else cluster.namespace)
+    items, _ = cluster.api.list(path, labelSelector=selector)
+    return sorted(items, key=lambda o: (o["metadata"].get("creationTimestamp") or "", o["metadata"]["name"]))
+
+
+def runs_of(runs_dir: Path) -> list[tuple[Object, JobView]]:
+    """Local runs, oldest first, each record with its folder."""
+    found = []
+    for folder in local_runs(runs_dir):
+        record = read_run(folder)
+        found.append(({"folder": str(folder), **record}, view_run(folder, record)))
+    return sorted(found, key=lambda pair: (pair[1].created is not None and pair[1].created.timestamp(), pair[1].name))
+
+
+def table(
+    views: Sequence[JobView], now: datetime, *, everywhere: bool = False, local: bool = False
+) -> tuple[list[str], list[list[str | Cell]]]:
+    """Head and rows, as ``kubectl get`` has them, with the reason in words for what does not run."""
+    head = ["NAME", "STATE", "REASON", "STEP", "LOSS", "EVAL", "ETA", "RESTARTS", "GPU-MEM", "AGE", "MESSAGE"]
+    rows = [_row(job, now, local=local) for job in views]
+    if everywhere:
+        head = ["NAMESPACE", *head]
+        rows = [[job.namespace, *row] for job, row in zip(views, rows, strict=True)]
+    return head, rows
+
+
+def _row(job: JobView, now: datetime, *, local: bool) -> list[str | Cell]:
+    wants_words = job.needs_a_hand or job.state == "Failed"
+    state = "Deleting" if job.deleting else job.state
+    return [
+        job.place if local else job.name,
+        state_cell(state),
+        job.reason,
+        figures.steps(job.step, job.total_steps),
+        figures.loss(job.loss),
+        figures.loss(job.best_eval_loss or job.eval_loss),
+        figures.short_time(job.eta_seconds) if job.state == "Running" else "",
+        str(job.restarts),
+        figures.memory(job.peak_bytes),
+        figures.age(job.created, now),
+        Cell(first_sentence(job.message), "red" if job.state == "Failed" else "yellow") if wants_words else "",
+    ]
+
+
+def first_sentence(text: str, most: int = MESSAGE) -> str:
+    """A message on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
+def views_of(objects: Sequence[Object]) -> list[JobView]:
+    return [view(o) for o in objects]

@@ -1,0 +1,71 @@
+"""From references on a command line to jobs and local runs, and from those to what one does next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_cli.cluster.jobs import JobView, read_run, view, view_run
+from qlora_cli.cluster.target import Target, connect, get_job, is_local, program
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qlora_cli.cluster.api import Object
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a reference names: the API object, or a run's record."""
+
+    body: Object
+    view: JobView
+
+
+def find(target: Target, references: Sequence[str]) -> list[Found]:
+    """All of them, in their order; the cluster is asked only for what is no path.
+
+    Raises:
+        ClusterError: one is not there.
+
+    """
+    names = [reference for reference in references if not is_local(reference)]
+    jobs: dict[str, Object] = {}
+    if names:
+        with connect(target) as cluster:
+            jobs = {name: get_job(cluster, name) for name in dict.fromkeys(names)}
+    return [_run(Path(r)) if is_local(r) else Found(jobs[r], view(jobs[r])) for r in references]
+
+
+def _run(folder: Path) -> Found:
+    record = read_run(folder)
+    return Found({"folder": str(folder), **record}, view_run(folder, record))
+
+
+def next_commands(job: JobView, target: Target) -> list[str]:
+    """What one does next with a job in its state."""
+    call, flags = program(), target.flags()
+    if not job.namespace:
+        return _next_locally(job, call)
+    match job.state:
+        case "Succeeded":
+            return [f"{call} download {job.name}{flags}"]
+        case "Failed":
+            return [f"{call} logs {job.name}{flags}", f"{call} retry {job.name}{flags}"]
+        case "Suspended":
+            return [f"{call} resume {job.name}{flags}"]
+        case "Running":
+            return [f"{call} watch {job.name}{flags}", f"{call} logs {job.name} --follow{flags}"]
+        case _ if job.needs_a_hand:
+            return [f"{call} doctor{flags}", f"{call} events {job.name}{flags}"]
+        case _:
+            return [f"{call} watch {job.name}{flags}", f"{call} events {job.name}{flags}"]
+
+
+def _next_locally(job: JobView, call: str) -> list[str]:
+    if job.state == "Succeeded":
+        return [f"{call} generate --run {job.name} --prompt …", f"{call} verify {job.place}"]
+    if job.state == "Running":
+        return [f"{call} logs {job.place}"]
+    return [f"{call} logs {job.place}", f"{call} run JOB.yaml"]

@@ -1,0 +1,112 @@
+"""``qlora merge``: an adapter merged into its base, by a process of the trainer's."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_cli.cluster import adapters
+from qlora_cli.cluster.errors import ClusterError
+from qlora_cli.cluster.storage import LocalFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qlora_cli.cluster.adapters import Published
+
+_PROGRAM = """\
+import sys
+from pathlib import Path
+from qlora_trainer.chat import load_tokenizer
+from qlora_trainer.errors import TrainerError
+from qlora_trainer.fetch import fetch_model
+from qlora_trainer.gate import verify_merged
+from qlora_trainer.merge import merge
+from qlora_trainer.outcome import quiet_libraries
+
+source, revision, adapter, out, cache = sys.argv[1:]
+quiet_libraries()
+try:
+    base = fetch_model(source, Path(cache), revision or None).path
+    merge(base, Path(adapter), Path(out))
+    load_tokenizer(Path(adapter)).save_pretrained(out)
+    verify_merged(Path(out))
+except TrainerError as error:
+    sys.stderr.write(f"{error}\\n")
+    sys.exit(error.exit_code)
+"""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What is merged with what."""
+
+    base: str
+    revision: str
+    """Empty: whatever is there."""
+    out: Path
+
+
+def plan(published: Published, base: str | None, out: Path) -> Merge:
+    """The base that the manifest names, at its revision, unless another is given.
+
+    Raises:
+        ClusterError: there is something at ``out`` already, or the base is where this machine cannot reach.
+
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ClusterError(f"--out {out}: is there already and not empty")
+    named = published.body.get("base") or {}
+    source = base or str(named.get("source", ""))
+    if source.startswith("pvc://"):
+        raise ClusterError(f"{source}: the base is on a claim; name a copy of it with --base")
+    return Merge(source, "" if base else str(named.get("revision", "")), out)
+
+
+def require_trainer() -> None:
+    """Find out at once whether the trainer is there.
+
+    Raises:
+        ClusterError: it is not installed.
+
+    """
+    if importlib.util.find_spec("qlora_trainer") is None or importlib.util.find_spec("peft") is None:
+        raise ClusterError("merging needs the trainer: pip install 'qlora-operator[trainer]'")
+
+
+def fetch(published: Published, tell: Callable[[str], None]) -> Path:
+    """The adapter as a folder of this machine, verified: where it was published, or fetched into the cache.
+
+    Raises:
+        ClusterError: it is not what was published.
+
+    """
+    if isinstance(published.folder, LocalFolder):
+        if problems := adapters.verify(published, tell):
+            raise ClusterError(f"{published.folder.uri('manifest.json')}: {problems[0]}; the adapter must not be used")
+        place = published.folder.root / published.adapter
+        return place if place.is_dir() else adapters.folder_of(published, published.folder.root)
+    digest = hashlib.sha256(published.data).hexdigest()
+    folder = cache_dir() / "published" / digest[:16]
+    adapters.download(published, folder, tell, adapter_only=True)
+    return adapters.folder_of(published, folder)
+
+
+def cache_dir() -> Path:
+    """As ``qlora run`` has it."""
+    named = os.environ.get("QLORA_CACHE")
+    return Path(named).expanduser().absolute() if named else Path.home() / ".cache" / "qlora-operator"
+
+
+def run(merge: Merge, adapter: Path) -> int:
+    """Merge; the process's exit code. Its words go where ours go."""
+    arguments = [merge.base, merge.revision, str(adapter), str(merge.out), str(cache_dir())]
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    code = subprocess.run([sys.executable, "-c", _PROGRAM, *arguments], env=environment, check=False).returncode
+    return code if code >= 0 else 128 - code

@@ -1,0 +1,35 @@
+"""Names of the API and of what the operator makes, without importing the types; a test holds them together."""
+
+from __future__ import annotations
+
+GROUP = "qlora.dev"
+API_VERSION = "qlora.dev/v1alpha1"
+KIND = "QLoRAJob"
+PLURAL = "qlorajobs"
+CRD = f"{PLURAL}.{GROUP}"
+
+JOB_LABEL = f"{GROUP}/job"
+ATTEMPT_LABEL = f"{GROUP}/attempt"
+COMPONENT_LABEL = "app.kubernetes.io/component"
+INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
+PART_OF_OPERATOR = "app.kubernetes.io/part-of=qlora-operator"
+OPERATOR_SELECTOR = f"{PART_OF_OPERATOR},{COMPONENT_LABEL}=operator"
+RETRY_ANNOTATION = f"{GROUP}/retry-of"
+"""On a job that 'qlora retry' made: the job whose spec it has."""
+CONTAINER = "trainer"
+FIELD_MANAGER = "qlora-cli"
+
+CHART = "charts/qlora-operator"
+"""What installs the operator, for remedies."""
+LONGEST_NAME = 52
+
+
+def jobs_path(namespace: str | None = None, name: str = "") -> str:
+    """Path of a job, of a namespace's jobs, or of all jobs."""
+    where = f"/namespaces/{namespace}" if namespace else ""
+    return f"/apis/{API_VERSION}{where}/{PLURAL}" + (f"/{name}" if name else "")
+
+
+def core_path(namespace: str, plural: str, name: str = "") -> str:
+    """Path in the core API: pods, events, secrets …"""
+    return f"/api/v1/namespaces/{namespace}/{plural}" + (f"/{name}" if name else "")

@@ -1,0 +1,126 @@
+"""Flags and arguments that several commands share, and how commands end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlora_cli.cluster.choices import Form
+
+NO = 1
+"""The answer is no: a watched job failed, an adapter is not what was published, the doctor found a fault."""
+UNREACHABLE = 3
+"""No cluster answers, or it does not know who asks."""
+USER_ERROR = 40
+"""As ``qlora_api.contract.ExitCode.USER_ERROR``: a name, a flag, a manifest, a right must change."""
+INTERRUPTED = 130
+
+EXIT_CODES = """\
+Exit codes: 0 done; 1 the answer is no (a watched job failed, an adapter differs, the doctor found a fault);
+2 wrong command line; 3 no cluster answers; 40 a mistake in a manifest, name or right; 130 Ctrl-C; 'run' and 'merge' end
+as the trainer does (docs/reference/command-line.md)."""
+
+
+def _names(incomplete: str) -> list[str]:
+    """Names of jobs for completion; nothing where no cluster answers."""
+    from qlora_cli.cluster.complete import job_names
+
+    return job_names(incomplete)
+
+
+def _contexts(incomplete: str) -> list[str]:
+    from qlora_cli.cluster import kubeconfig
+
+    return [name for name in kubeconfig.contexts() if name.startswith(incomplete)]
+
+
+def _namespaces(incomplete: str) -> list[str]:
+    from qlora_cli.cluster.complete import namespaces
+
+    return namespaces(incomplete)
+
+
+Namespace = Annotated[
+    str | None,
+    typer.Option("-n", "--namespace", metavar="NAME", help="Default: the context's.", autocompletion=_namespaces),
+]
+Context = Annotated[
+    str | None, typer.Option("--context", metavar="NAME", help="Of the kubeconfig.", autocompletion=_contexts)
+]
+Kubeconfig = Annotated[
+    Path | None, typer.Option("--kubeconfig", metavar="FILE", help="Default: $KUBECONFIG, then ~/.kube/config.")
+]
+Output = Annotated[Form, typer.Option("-o", "--output", help="Form of the result.")]
+Everywhere = Annotated[bool, typer.Option("-A", "--all-namespaces", help="Of all namespaces.")]
+Selector = Annotated[str | None, typer.Option("-l", "--selector", metavar="LABELS", help="As kubectl's.")]
+Name = Annotated[str, typer.Argument(metavar="JOB", help="Name of a job.", autocompletion=_names)]
+Names = Annotated[list[str], typer.Argument(metavar="JOB...", help="Names of jobs.", autocompletion=_names)]
+SomeNames = Annotated[
+    list[str] | None, typer.Argument(metavar="[JOB...]", help="Names of jobs.", autocompletion=_names)
+]
+Reference = Annotated[
+    str,
+    typer.Argument(metavar="JOB", help="Name of a job, or folder of a local run (runs/NAME).", autocompletion=_names),
+]
+References = Annotated[
+    list[str],
+    typer.Argument(metavar="JOB...", help="Names of jobs, folders of local runs (runs/NAME).", autocompletion=_names),
+]
+Published = Annotated[
+    str,
+    typer.Argument(
+        metavar="WHAT",
+        help="A job, a local run's folder, a published folder, or a manifest's URI.",
+        autocompletion=_names,
+    ),
+]
+Yes = Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")]
+RunsDir = Annotated[Path, typer.Option(metavar="DIR", help="Folder of all local runs.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Set a field, such as training.maxSteps=10; null takes it away."),
+]
+Secret = Annotated[
+    bool,
+    typer.Option("--secret", help="Use the credentials of the Secret that the job names (needs the right to get it)."),
+]
+
+
+@contextmanager
+def ends() -> Iterator[None]:
+    """Turn what may happen into words on standard error and an exit code of the table."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:  # 'qlora logs | head': whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+    except ValueError as error:
+        code = _code(error)
+        if code is None:
+            raise
+        typer.echo(str(error), err=True)
+        raise typer.Exit(code) from None
+
+
+def _code(error: ValueError) -> int | None:
+    """The exit code of an error in words; None for a bug, which must be seen."""
+    from qlora_cli.cluster.errors import ClusterError, ConfigError, UnreachableError
+
+    if isinstance(error, (UnreachableError, ConfigError)):
+        return UNREACHABLE
+    if isinstance(error, ClusterError):
+        return USER_ERROR
+    if "qlora_api.errors" not in sys.modules:
+        return None
+    from qlora_api.errors import FieldMistake, ManifestError
+    from qlora_cli.manifest import RefusedError
+
+    return USER_ERROR if isinstance(error, (FieldMistake, ManifestError, RefusedError)) else None

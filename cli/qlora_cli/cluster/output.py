@@ -1,0 +1,152 @@
+"""What commands print: results on standard output, everything else on standard error; colours only on a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from qlora_cli.cluster.choices import Form
+from qlora_cli.cluster.names import API_VERSION, KIND
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from qlora_cli.cluster.api import Object
+
+STATE_STYLES = {
+    "Running": "bold cyan",
+    "Succeeded": "green",
+    "Failed": "bold red",
+    "Pending": "yellow",
+    "Suspended": "magenta",
+}
+LOG_WIDTH = 120
+"""Columns for paragraphs where there is no terminal to ask."""
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that prints text as it is. rich honours NO_COLOR, FORCE_COLOR and TERM=dumb."""
+    made = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    if not made.is_terminal:
+        made.width = LOG_WIDTH
+    return made
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A text of a table with a style of its own."""
+
+    text: str
+    style: str = ""
+
+
+def state_cell(state: str) -> Cell:
+    return Cell(state, STATE_STYLES.get(state, ""))
+
+
+def aligned(
+    head: Sequence[str], rows: Iterable[Sequence[str | Cell]], width: int | None = None, *, right: Sequence[str] = ()
+) -> list[Text]:
+    """Rows as lines under a head, columns aligned with two spaces between. Columns that are empty throughout are gone.
+
+    With a ``width`` the last column gives way, and what is still too long is cut.
+    """
+    cells = [[c if isinstance(c, Cell) else Cell(c) for c in row] for row in rows]
+    kept = [i for i in range(len(head)) if not cells or any(row[i].text for row in cells)]
+    widths = {i: max([len(head[i]), *(len(row[i].text) for row in cells)]) for i in kept}
+    lines = [_line([Cell(head[i], "dim") for i in kept], [widths[i] for i in kept], [head[i] in right for i in kept])]
+    lines += [
+        _line([row[i] for i in kept], [widths[i] for i in kept], [head[i] in right for i in kept]) for row in cells
+    ]
+    for line in lines:
+        line.no_wrap = True
+        if width is None:
+            line.overflow = "ignore"
+        elif len(line) > width:
+            line.truncate(width, overflow="ellipsis")
+    return lines
+
+
+def _line(cells: Sequence[Cell], widths: Sequence[int], right: Sequence[bool]) -> Text:
+    line = Text()
+    for place, (cell, width, to_right) in enumerate(zip(cells, widths, right, strict=True)):
+        last = place == len(cells) - 1
+        text = cell.text.rjust(width) if to_right else cell.text if last else cell.text.ljust(width)
+        line.append(text, cell.style or None)
+        if not last:
+            line.append("  ")
+    line.rstrip()
+    return line
+
+
+def print_table(
+    screen: Console, head: Sequence[str], rows: Iterable[Sequence[str | Cell]], *, right: Sequence[str] = ()
+) -> None:
+    """On a terminal no wider than it; elsewhere as wide as it is, for grep and awk."""
+    lines = aligned(head, rows, screen.width if screen.is_terminal else None, right=right)
+    for line in lines:
+        screen.print(line, soft_wrap=True)
+
+
+# --------------------------------------------------------------------------------------------------------- for programs
+
+
+JOB = (API_VERSION, KIND)
+EVENT = ("v1", "Event")
+
+
+def write_objects(objects: Sequence[Object], form: Form, *, one: bool = False, kind: tuple[str, str] = JOB) -> None:
+    """JSON, YAML or names. ``one``: the object itself, not a list of one."""
+    if form is Form.NAME:
+        sys.stdout.writelines(f"{name_of(o, kind)}\n" for o in objects)
+        return
+    shown = [_as_kubectl(o, kind) for o in objects]
+    write_plain(shown[0] if one and len(shown) == 1 else {"apiVersion": "v1", "kind": "List", "items": shown}, form)
+
+
+def write_plain(value: Any, form: Form) -> None:
+    """Any plain value, as YAML or JSON."""
+    if form is Form.YAML:
+        from qlora_cli import yamls  # noqa: PLC0415
+
+        sys.stdout.write(yamls.dump(value))
+    else:
+        sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def name_of(body: Object, kind: tuple[str, str] = JOB) -> str:
+    """As ``kubectl -o name``; of a local run its folder."""
+    if "metadata" not in body:
+        return str(body["folder"])
+    group, slash, _ = kind[0].partition("/")
+    return f"{kind[1].lower()}{f'.{group}' if slash else ''}/{body['metadata']['name']}"
+
+
+def _as_kubectl(body: Object, kind: tuple[str, str]) -> Object:
+    """With what a list leaves out, without what is for other programs than the reader's."""
+    if "metadata" not in body:  # a local run
+        return body
+    meta = {name: value for name, value in body["metadata"].items() if name != "managedFields"}
+    return {"apiVersion": kind[0], "kind": kind[1], **body, "metadata": meta}
+
+
+# ----------------------------------------------------------------------------------------------------------- for people
+
+
+def say_next(*commands: str) -> None:
+    """What one does next, on standard error: standard output is for the result."""
+    screen = console(stderr=True)
+    label = "Next: "
+    for command in commands:
+        screen.print(Text.assemble((label, "dim"), command), soft_wrap=True)
+        label = " " * len(label)
+
+
+def note(text: str) -> None:
+    """A remark beside the result."""
+    console(stderr=True).print(Text(text), soft_wrap=True)

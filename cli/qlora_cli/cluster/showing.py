@@ -1,0 +1,162 @@
+"""``qlora show``: all that is known of one job or local run, on a page."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from qlora_cli import words
+from qlora_cli.cluster import figures
+from qlora_cli.cluster.output import STATE_STYLES, Cell, aligned
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from datetime import datetime
+    from typing import Any
+
+    from qlora_cli.cluster.api import Object
+    from qlora_cli.cluster.jobs import JobView
+
+BAR = 30
+LABEL = 14
+
+
+def page(job: JobView, body: Object, now: datetime, width: int) -> list[Text]:
+    """The page's lines: what it is, where it stands, its attempts, its memory."""
+    spec = body.get("spec") or {}
+    lines = [_title(job), *_facts([*_standing(job, now), *_asked(spec), *_found(body), *_result(job)], width)]
+    if job.attempts:
+        lines += [Text(), *_attempts(job, width)]
+    status = body.get("status") or {}
+    memory = status.get("memory") or (body.get("result") or {}).get("memory") or {}
+    if any(memory.values()):
+        lines += [Text(), *_memory(memory, width)]
+    return lines
+
+
+def _title(job: JobView) -> Text:
+    where = f"{job.namespace}/{job.name}" if job.namespace else job.place
+    state = "Deleting" if job.deleting else job.state
+    reason = f" ({job.reason})" if job.reason and job.reason != job.state else ""
+    return Text.assemble((where, "bold"), "  ", (state, STATE_STYLES.get(job.state, "")), reason)
+
+
+def _facts(rows: Sequence[tuple[str, str]], width: int) -> Iterator[Text]:
+    """Label and value; a long value goes on under itself."""
+    for label, value in rows:
+        if not value:
+            continue
+        room = max(width - LABEL, 20)
+        for number, part in enumerate(_folded(value, room)):
+            yield Text.assemble((f"{label if number == 0 else '':<{LABEL}}", "dim"), part, no_wrap=True)
+
+
+def _folded(text: str, room: int) -> list[str]:
+    """Text in lines of at most ``room`` characters, cut between words where there are any."""
+    import textwrap  # noqa: PLC0415
+
+    return textwrap.wrap(text, room, break_on_hyphens=False) or [""]
+
+
+def _standing(job: JobView, now: datetime) -> Iterator[tuple[str, str]]:
+    yield "Message", job.message
+    if job.step is not None:
+        bar = figures.bar(job.step, job.total_steps, BAR)
+        share = f"  {job.step / job.total_steps:.0%}" if job.total_steps else ""
+        yield "Step", f"{bar}  {figures.steps(job.step, job.total_steps)}{share}".strip()
+    told = (
+        ("loss", figures.loss(job.loss)),
+        ("eval loss", figures.loss(job.eval_loss)),
+        ("best", figures.loss(job.best_eval_loss)),
+        ("epoch", job.epoch if job.step else ""),
+        ("tokens/s", figures.rate(job.tokens_per_second)),
+        ("left", figures.short_time(job.eta_seconds) if job.state == "Running" else ""),
+    )
+    yield "Figures", "   ".join(f"{label} {value}" for label, value in told if value)
+    when = f"created {figures.age(job.created, now)} ago" if job.created else ""
+    if job.ended and job.started:
+        took = (job.ended - job.started).total_seconds()
+        when = f"{when}, took {figures.short_time(took)}, ended {figures.age(job.ended, now)} ago"
+    yield "Time", when.lstrip(", ")
+
+
+def _asked(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the job is, in the words of its manifest."""
+    dataset, training = spec.get("dataset") or {}, spec.get("training") or {}
+    lora, quantization = spec.get("lora") or {}, spec.get("quantization") or {}
+    parallelism, scheduling = spec.get("parallelism") or {}, spec.get("scheduling") or {}
+    yield "Model", str((spec.get("model") or {}).get("source", ""))
+    yield "Data", f"{(dataset.get('train') or {}).get('source', '')}, {dataset.get('format', '')}".strip(", ")
+    length = f"{training['maxSteps']} steps" if training.get("maxSteps") else f"{training.get('epochs')} epochs"
+    yield (
+        "Training",
+        f"{length}, global batch {training.get('globalBatchSize')}, learning rate {training.get('learningRate')}",
+    )
+    yield "Adapter of", f"rank {lora.get('rank')}, alpha {lora.get('alpha')}, on a base in {quantization.get('type')}"
+    workers, gpus = parallelism.get("workers") or 1, parallelism.get("gpusPerWorker") or 1
+    queue = f", queue {scheduling['queue']}" if scheduling.get("queue") else ""
+    yield "Ranks", f"{workers * gpus} = {workers} workers × {gpus}, ZeRO stage {parallelism.get('zeroStage')}{queue}"
+    yield "Output", str((spec.get("output") or {}).get("destination", ""))
+
+
+def _found(body: Object) -> Iterator[tuple[str, str]]:
+    """What Prepare found in the rows: the operator's words, or a local run's receipt."""
+    found = (body.get("status") or {}).get("prepared") or body.get("receipt") or {}
+    if not found:
+        return
+    lost = [
+        (found.get(key) or 0, text)
+        for key, text in (("truncated", "truncated"), ("dropped", "dropped"), ("fullyMasked", "without a label"))
+    ]
+    losses = "".join(f", {words.number(count)} {text}" for count, text in lost if count)
+    rows, tokens = words.number(found.get("trainRows") or 0), words.number(found.get("trainTokens") or 0)
+    held_out = f", {words.number(found['evalRows'])} for evaluation" if found.get("evalRows") else ""
+    yield "Rows", f"{rows} rows, {tokens} tokens{held_out}{losses}"
+    if revision := found.get("modelRevision"):
+        yield "Revision", str(revision)
+
+
+def _result(job: JobView) -> Iterator[tuple[str, str]]:
+    if job.adapter:
+        yield "Adapter", job.adapter.get("uri", "")
+        yield "Manifest", job.adapter.get("manifestUri", "")
+        yield "SHA-256", job.adapter.get("manifestSha256", "")
+    if job.rank_hours is not None:
+        yield "Held", f"{job.rank_hours:.3g} rank-hours in {len(job.attempts)} attempts, {job.restarts} restarts"
+
+
+def _attempts(job: JobView, width: int) -> list[Text]:
+    head = ("ATTEMPT", "ENDED", "CODE", "STEPS", "MICRO × ACC × RANKS", "TOOK", "NODE", "MESSAGE")
+    rows: list[list[str | Cell]] = []
+    for a in job.attempts:
+        took = figures.short_time((a.ended - a.started).total_seconds()) if a.started and a.ended else ""
+        steps = f"{a.first_step or 0} → {a.last_step}" if a.last_step is not None else ""
+        good = a.reason in ("Completed", "")
+        rows.append(
+            [
+                str(a.number),
+                Cell(a.reason or ("runs" if a.ended is None else ""), "" if good else "yellow"),
+                "" if a.exit_code is None else str(a.exit_code),
+                steps,
+                a.batch,
+                took,
+                a.node,
+                "" if a.message == job.message else " ".join(a.message.split()),
+            ]
+        )
+    return aligned(head, rows, width)
+
+
+def _memory(memory: Mapping[str, Any], width: int) -> list[Text]:
+    """Bytes of one rank by component, the peak last."""
+    predicted, measured = memory.get("predicted") or {}, memory.get("measured") or {}
+    names = sorted(
+        predicted.keys() | measured.keys(), key=lambda n: (n == "peak", -(measured.get(n) or predicted.get(n) or 0))
+    )
+    head = ("MEMORY PER RANK", "PREDICTED", "MEASURED")
+    rows = [
+        [words.spaced(name), *(words.size(of[name]) if name in of else "" for of in (predicted, measured))]
+        for name in names
+    ]
+    return aligned(head, rows, width, right=("PREDICTED", "MEASURED"))

@@ -1,0 +1,223 @@
+"""``qlora submit``: from a manifest to a job in the cluster, or to every mistake in it."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_api.errors import FieldMistake
+from qlora_api.spec import REMOTE_SCHEMES
+from qlora_cli import manifest, schema
+from qlora_cli.cluster.errors import ApiError, ClusterError
+from qlora_cli.cluster.jobs import view
+from qlora_cli.cluster.names import LONGEST_NAME, RETRY_ANNOTATION, jobs_path
+from qlora_cli.cluster.target import get_job, program
+from qlora_cli.manifest import Located, RefusedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from qlora_cli.cluster.api import Object
+    from qlora_cli.cluster.target import Cluster
+    from qlora_cli.yamls import Document
+
+_PLACES = ("model.source", "dataset.train.source", "dataset.eval.source", "output.destination")
+_SERVER_SET = ("uid", "resourceVersion", "generation", "creationTimestamp", "managedFields", "ownerReferences")
+_RETRY = re.compile(r"(.*?)-r(\d+)")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One job of a file, checked."""
+
+    body: Object
+    origin: str
+    """``file:line``."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """A file's jobs, and what else is in it."""
+
+    jobs: tuple[Submission, ...]
+    passed_over: tuple[str, ...]
+
+
+def read(path: Path, assignments: Sequence[str] = ()) -> Read:
+    """Check all jobs of a file as the API server would, and for what only a machine of one's own can reach.
+
+    Raises:
+        RefusedError: every mistake, with file and line.
+
+    """
+    overrides = [manifest.parse_override(text) for text in assignments]
+    jobs: list[Submission] = []
+    passed_over: list[str] = []
+    mistakes: list[Located | str] = []
+    for document in manifest.documents(path):
+        if manifest.is_foreign(document):
+            passed_over.append(_title(document))
+            continue
+        try:
+            manifest.check(document, overrides)
+            body = _body(document, overrides)
+        except RefusedError as error:
+            mistakes += error.mistakes
+            continue
+        local = [*_local_paths(body["spec"])]
+        mistakes += [Located(f"{document.source}:{document.line_of(m.field)}", m) for m in local]
+        jobs.append(Submission(body, f"{document.source}:{document.line}"))
+    if not jobs and not mistakes:
+        mistakes.append(f"{path}: holds no QLoRAJob, only {', '.join(passed_over)}")
+    if mistakes:
+        raise RefusedError(*mistakes)
+    return Read(tuple(jobs), tuple(passed_over))
+
+
+def _title(document: Document) -> str:
+    value: Any = document.value
+    name = value.get("metadata", {}).get("name", "") if isinstance(value.get("metadata"), dict) else ""
+    return f"{value['kind']} {name}".rstrip()
+
+
+def _body(document: Document, overrides: Sequence[manifest.Override]) -> Object:
+    """What is written in the file, not what defaults make of it: those are the API server's."""
+    body: Object = schema.without_nulls(manifest.overridden(document.value, overrides))  # type: ignore[arg-type]
+    body.pop("status", None)
+    for name in _SERVER_SET:
+        body["metadata"].pop(name, None)
+    return body
+
+
+def _local_paths(spec: Object) -> Iterator[FieldMistake]:
+    """Fields that name a place on this machine, and how to get it to where a cluster can read it."""
+    bucket = _bucket(spec)
+    for field in _PLACES:
+        value: Any = spec
+        for name in field.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if not isinstance(value, str) or value.partition("://")[0] in REMOTE_SCHEMES:
+            continue
+        path = value.removeprefix("file://")
+        target = f"{bucket}/{Path(path).name}"
+        if field == "output.destination":
+            remedy = f"name a folder in object storage, such as {bucket}/{Path(path).name}"
+        else:
+            remedy = f"upload it ({program()} upload {path} {target}) and name {target}"
+        yield FieldMistake(
+            f"spec.{field}", value, f"is a path on this machine, where no pod can read it; {remedy}, or use 'qlora run'"
+        )
+
+
+def _bucket(spec: Object) -> str:
+    """A bucket that the job itself names, or a stand-in."""
+    destination = str((spec.get("output") or {}).get("destination", ""))
+    scheme, separator, rest = destination.partition("://")
+    return f"{scheme}://{rest.partition('/')[0]}" if separator and scheme in ("s3", "gs", "az") else "s3://BUCKET"
+
+
+def require_one_namespace(submissions: Sequence[Submission], flag: str | None) -> None:
+    """What the manifest says and what the flag says must be the same.
+
+    Raises:
+        ClusterError: they are not.
+
+    """
+    for submission in submissions:
+        named = submission.body["metadata"].get("namespace")
+        if flag and named and named != flag:
+            raise ClusterError(
+                f'{submission.origin}: metadata.namespace: "{named}" is not --namespace {flag}; give one of the two'
+            )
+
+
+# -------------------------------------------------------------------------------------------------------------- sending
+
+
+def send(cluster: Cluster, submission: Submission, *, dry_run: bool) -> Object:
+    """Create the job.
+
+    Raises:
+        ClusterError: it is there already, or the API server refuses it; each cause with the file's line.
+
+    """
+    meta = submission.body["metadata"]
+    namespace = meta.get("namespace") or cluster.namespace
+    try:
+        return cluster.api.create(jobs_path(namespace), submission.body, dry_run=dry_run)
+    except ApiError as error:
+        if error.reason == "AlreadyExists":
+            raise ClusterError(_exists(cluster, namespace, meta["name"])) from None
+        lines = "\n".join(f"{submission.origin}: {line}" for line in str(error).splitlines())
+        raise ClusterError(lines) from None
+
+
+def _exists(cluster: Cluster, namespace: str, name: str) -> str:
+    try:
+        state = view(cluster.api.get(jobs_path(namespace, name))).state
+    except ClusterError:
+        state = "there"
+    flag = f" -n {namespace}" if namespace != cluster.namespace else ""
+    return (
+        f'metadata.name: "{name}" is taken in namespace {namespace} by a job that is {state}; take another name '
+        f"(--set metadata.name={next_name(name)}), or '{program()} cancel {name}{flag}' first. What may change in a "
+        "job that is there (policy, scheduling), kubectl apply changes"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ once more
+
+
+def again(cluster: Cluster, name: str, new_name: str | None, assignments: Sequence[str]) -> Object:
+    """A new job with a failed one's spec. It begins at step 0: checkpoints belong to the job that wrote them.
+
+    Raises:
+        ClusterError: the job has not failed.
+        RefusedError: what was set makes no valid job.
+
+    """
+    old = get_job(cluster, name)
+    seen = view(old)
+    if seen.state == "Succeeded" and not any(
+        a.startswith(("output.destination=", "spec.output.destination=")) for a in assignments
+    ):
+        raise ClusterError(
+            f'job "{name}" succeeded, and its destination holds its adapter; to train again, give another place: '
+            "--set output.destination=…"
+        )
+    if not seen.is_over:
+        raise ClusterError(
+            f'job "{name}" is {seen.state} ({seen.reason}) and is retried by the operator itself; '
+            f"'{program()} cancel {name}' ends it"
+        )
+    body = copy.deepcopy({"apiVersion": old["apiVersion"], "kind": old["kind"], "spec": old["spec"]})
+    body["spec"]["suspend"] = False
+    meta = old["metadata"]
+    annotations = {
+        k: v for k, v in (meta.get("annotations") or {}).items() if not k.startswith("kubectl.kubernetes.io/")
+    }
+    body["metadata"] = {
+        "name": new_name or _free_name(cluster, name),
+        "namespace": meta["namespace"],
+        "annotations": {**annotations, RETRY_ANNOTATION: name},
+        **({"labels": meta["labels"]} if meta.get("labels") else {}),
+    }
+    return manifest.overridden(body, [manifest.parse_override(text) for text in assignments])
+
+
+def next_name(name: str) -> str:
+    """``tune`` → ``tune-r2`` → ``tune-r3``, within the API's limit."""
+    found = _RETRY.fullmatch(name)
+    base, number = (found[1], int(found[2]) + 1) if found else (name, 2)
+    suffix = f"-r{number}"
+    return f"{base[: LONGEST_NAME - len(suffix)].rstrip('-')}{suffix}"
+
+
+def _free_name(cluster: Cluster, name: str) -> str:
+    taken = {item["metadata"]["name"] for item in cluster.api.list(jobs_path(cluster.namespace))[0]}
+    while name in taken:
+        name = next_name(name)
+    return name

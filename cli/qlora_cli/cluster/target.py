@@ -1,0 +1,99 @@
+"""Which cluster, which namespace, and what is named there: from flags to a client and to jobs or local runs."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_cli.cluster.errors import ApiError, ClusterError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from qlora_cli.cluster.api import Api, Object
+
+PLUGIN = "kubectl-qlora"
+
+
+@dataclass(frozen=True)
+class Target:
+    """The flags that kubectl has too."""
+
+    kubeconfig: Path | None = None
+    context: str | None = None
+    namespace: str | None = None
+
+    def flags(self) -> str:
+        """The flags again, for a command that is suggested."""
+        given = (("--kubeconfig", self.kubeconfig), ("--context", self.context), ("-n", self.namespace))
+        return "".join(f" {name} {value}" for name, value in given if value)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A client, and the namespace that is meant."""
+
+    api: Api
+    namespace: str
+    context: str = ""
+
+
+@contextmanager
+def connect(target: Target) -> Iterator[Cluster]:
+    """Open the way to the cluster; nothing is asked of it yet.
+
+    Raises:
+        ClusterError: no way is configured, or its credentials cannot be had.
+
+    """
+    from qlora_cli.cluster import kubeconfig  # noqa: PLC0415 only commands that need a cluster load this
+    from qlora_cli.cluster.api import Api  # noqa: PLC0415
+
+    access = kubeconfig.load(target.kubeconfig, target.context)
+    with Api(access) as api:
+        yield Cluster(api, target.namespace or access.namespace, access.context)
+
+
+def program() -> str:
+    """How this command line is called, for suggestions."""
+    return "kubectl qlora" if Path(sys.argv[0]).name.startswith(PLUGIN) else "qlora"
+
+
+def is_local(reference: str) -> bool:
+    """Whether a reference names a local run: a path. Names of jobs have no slash."""
+    return "/" in reference or reference in (".", "..")
+
+
+def get_job(cluster: Cluster, name: str) -> Object:
+    """One job.
+
+    Raises:
+        ClusterError: there is none of this name, and these are there.
+
+    """
+    from qlora_cli.cluster.names import jobs_path  # noqa: PLC0415
+
+    try:
+        return cluster.api.get(jobs_path(cluster.namespace, name))
+    except ApiError as error:
+        if error.not_found and error.said and f'"{name}" not found' in error.said:
+            raise ClusterError(no_such_job(cluster, name)) from None
+        raise
+
+
+def no_such_job(cluster: Cluster, name: str) -> str:
+    """Name the closest ones."""
+    import difflib  # noqa: PLC0415
+
+    from qlora_cli.cluster.names import jobs_path  # noqa: PLC0415
+
+    try:
+        there = [item["metadata"]["name"] for item in cluster.api.list(jobs_path(cluster.namespace))[0]]
+    except ClusterError:
+        there = []
+    close = difflib.get_close_matches(name, there, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"'{program()} list -A' shows all there are"
+    return f'no job "{name}" in namespace {cluster.namespace}; {hint}'

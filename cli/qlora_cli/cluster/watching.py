@@ -1,0 +1,305 @@
+"""``qlora watch``: jobs live, by one watch of the API server's; on a terminal a screen, elsewhere lines.
+
+What costs is drawing, not watching: the screen is drawn at most once a second and only when something changed, and only
+the rows that fit are made into text.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from qlora_cli.cluster import figures
+from qlora_cli.cluster.errors import ClusterError
+from qlora_cli.cluster.jobs import JobView, counted, in_order, view
+from qlora_cli.cluster.listing import first_sentence
+from qlora_cli.cluster.names import jobs_path
+from qlora_cli.cluster.output import STATE_STYLES, Cell, aligned, state_cell
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from qlora_cli.cluster.api import Event
+    from qlora_cli.cluster.target import Cluster
+
+DRAW_SECONDS = 1.0
+CLOCK_SECONDS = 10.0
+"""Until ages are drawn anew though nothing happened."""
+LINE_SECONDS = 10.0
+"""Between two plain lines of a job of which only the step changes."""
+KEPT_LOSSES = 24
+NUMBERS = ("LOSS", "EVAL", "TOK/S", "LEFT", "RST", "MEM", "AGE")
+
+
+@dataclass
+class Board:
+    """What is known of the watched jobs. Changed by events alone."""
+
+    names: frozenset[str] = frozenset()
+    """Empty: all."""
+    jobs: dict[tuple[str, str], JobView] = field(default_factory=dict)
+    losses: dict[tuple[str, str], deque[float]] = field(default_factory=dict)
+    lost: str = ""
+    """Why nothing new comes in."""
+
+    def take(self, event: Event) -> list[JobView]:
+        """Take an event in; the jobs that it changed."""
+        if event.kind == "LOST":
+            self.lost = event.text
+            return []
+        self.lost = ""
+        views = [view(body) for body in event.items if not self.names or body["metadata"]["name"] in self.names]
+        if event.kind == "LISTED":
+            there = {_key(job) for job in views}
+            for key in self.jobs.keys() - there:
+                del self.jobs[key]
+        for job in views:
+            if event.kind == "DELETED":
+                self.jobs.pop(_key(job), None)
+                self.losses.pop(_key(job), None)
+                continue
+            self.jobs[_key(job)] = job
+            self._remember(job)
+        return views
+
+    def _remember(self, job: JobView) -> None:
+        try:
+            value = float(job.loss)
+        except ValueError:
+            return
+        seen = self.losses.setdefault(_key(job), deque(maxlen=KEPT_LOSSES))
+        if not seen or seen[-1] != value:
+            seen.append(value)
+
+    @property
+    def all_over(self) -> bool:
+        """Whether every job asked for is over, deleted ones too."""
+        return all(job.is_over for job in self.jobs.values())
+
+    @property
+    def any_failed(self) -> bool:
+        return any(job.state == "Failed" for job in self.jobs.values())
+
+
+def _key(job: JobView) -> tuple[str, str]:
+    return job.namespace, job.name
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to watch."""
+
+    names: tuple[str, ...] = ()
+    selector: str | None = None
+    everywhere: bool = False
+
+
+def start(cluster: Cluster, request: Request) -> queue.SimpleQueue[Event | ClusterError]:
+    """Watch in a thread of its own; events, or the error that ended it, come through the queue."""
+    path = jobs_path(None if request.everywhere else cluster.namespace)
+    fields = f"metadata.name={request.names[0]}" if len(request.names) == 1 else None
+    events: queue.SimpleQueue[Event | ClusterError] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            for event in cluster.api.follow(path, labelSelector=request.selector, fieldSelector=fields):
+                events.put(event)
+        except ClusterError as error:
+            events.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return events
+
+
+def watch(
+    screen: Console, events: queue.SimpleQueue[Event | ClusterError], board: Board, title: str, *, until_over: bool
+) -> None:
+    """Show until all is over, if that is asked for; else until Ctrl-C.
+
+    Raises:
+        ClusterError: the jobs may not be watched.
+
+    """
+    if screen.is_terminal:
+        _live(screen, events, board, title, until_over=until_over)
+    else:
+        _plain(screen, events, board, until_over=until_over)
+
+
+def _next(events: queue.SimpleQueue[Event | ClusterError], seconds: float) -> list[Event]:
+    """All events that are there, waiting for the first one."""
+    found: list[Event] = []
+    try:
+        event = events.get(timeout=seconds)
+        while True:
+            if isinstance(event, ClusterError):
+                raise event
+            found.append(event)
+            event = events.get_nowait()
+    except queue.Empty:
+        return found
+
+
+# ----------------------------------------------------------------------------------------------------------- a terminal
+
+
+def _live(
+    screen: Console, events: queue.SimpleQueue[Event | ClusterError], board: Board, title: str, *, until_over: bool
+) -> None:
+    from rich.live import Live  # noqa: PLC0415
+
+    drawn, changed, heard = 0.0, True, False
+    size = (0, 0)
+    with Live(Text("waiting for the API server …"), console=screen, screen=True, auto_refresh=False) as live:
+        live.refresh()
+        while not (heard and until_over and board.all_over):
+            for event in _next(events, DRAW_SECONDS):
+                board.take(event)
+                changed, heard = True, heard or event.kind == "LISTED"
+            now = time.monotonic()
+            stale = now - drawn > CLOCK_SECONDS or size != screen.size
+            if (changed and now - drawn >= DRAW_SECONDS) or stale:
+                size = (screen.size.width, screen.size.height)
+                live.update(Text("\n").join(page(board, title, datetime.now(UTC), *size)), refresh=True)
+                drawn, changed = now, False
+    for line in page(board, title, datetime.now(UTC), screen.width, None):  # what stays after the screen is gone
+        screen.print(line, soft_wrap=True)
+
+
+def page(board: Board, title: str, now: datetime, width: int, height: int | None) -> list[Text]:
+    """The screen: a title, a line for each job that fits, what did not fit, and what is wrong."""
+    jobs = in_order(board.jobs.values())
+    lines = [Text.assemble((title, "bold"), f"   {counted(jobs) or 'no jobs'}")]
+    if board.lost:
+        lines.append(Text(f"connection lost, trying again: {first_sentence(board.lost)}", style="bold red"))
+    lines.append(Text())
+    if len(jobs) == 1:
+        return _cut(lines + _single(jobs[0], board, now, width), width)
+    room = len(jobs) if height is None else max(height - len(lines) - 2, 1)
+    shown = jobs if len(jobs) <= room + 1 else jobs[:room]
+    lines += table(shown, board, now, width)
+    if hidden := jobs[len(shown) :]:
+        lines.append(Text(f"… and {len(hidden)} more: {counted(hidden)}", style="dim"))
+    return _cut(lines, width)
+
+
+def _cut(lines: list[Text], width: int) -> list[Text]:
+    for line in lines:
+        line.no_wrap = True
+        if len(line) > width:
+            line.truncate(width, overflow="ellipsis")
+    return lines
+
+
+def table(jobs: Sequence[JobView], board: Board, now: datetime, width: int) -> list[Text]:
+    """Rows of jobs; the message of what waits or failed takes the room that is left."""
+    several = len({job.namespace for job in jobs}) > 1
+    head = ["NAME", "STATE", "", "STEP", "LOSS", "", "EVAL", "TOK/S", "LEFT", "RST", "MEM", "AGE", ""]
+    rows: list[list[str | Cell]] = []
+    for job in jobs:
+        running = job.state == "Running"
+        told = "" if running or job.state == "Succeeded" else first_sentence(job.message)
+        rows.append(
+            [
+                f"{job.namespace}/{job.name}" if several else job.name,
+                _state(job),
+                figures.bar(job.step, job.total_steps) if running else "",
+                figures.steps(job.step, job.total_steps),
+                figures.loss(job.loss),
+                Cell(figures.sparkline(list(board.losses.get(_key(job), ())), 10) if running else "", "cyan"),
+                figures.loss(job.best_eval_loss or job.eval_loss),
+                figures.rate(job.tokens_per_second) if running else "",
+                figures.short_time(job.eta_seconds) if running else "",
+                str(job.restarts) if job.restarts else "",
+                figures.memory(job.peak_bytes),
+                figures.age(job.created, now),
+                Cell(told, "red" if job.state == "Failed" else "yellow"),
+            ]
+        )
+    return aligned(head, rows, width, right=NUMBERS)
+
+
+def _state(job: JobView) -> Cell:
+    """State and, where it says more, reason in one word."""
+    if job.deleting:
+        return Cell("Deleting", "magenta")
+    if job.state in ("Running", "Succeeded", "Suspended") or job.reason in ("", job.state):
+        return state_cell(job.state)
+    return Cell(job.reason, STATE_STYLES.get(job.state, ""))
+
+
+def _single(job: JobView, board: Board, now: datetime, width: int) -> list[Text]:
+    """One job has the screen to itself."""
+    from qlora_cli.cluster.showing import page as show  # noqa: PLC0415
+
+    lines = show(job, {}, now, width)
+    losses = list(board.losses.get(_key(job), ()))
+    if line := figures.sparkline(losses, KEPT_LOSSES):
+        ends = f"{figures.loss(str(losses[0]))} → {figures.loss(str(losses[-1]))}"
+        lines.append(Text.assemble(("\nLoss, as seen ", "dim"), (line, "cyan"), f"  {ends}"))
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------- no terminal
+
+
+@dataclass
+class _Told:
+    state: tuple[str, str, str] = ("", "", "")
+    at: float = 0.0
+    step: int | None = None
+
+
+def _plain(screen: Console, events: queue.SimpleQueue[Event | ClusterError], board: Board, *, until_over: bool) -> None:
+    told: dict[tuple[str, str], _Told] = {}
+    heard = False
+    while not (heard and until_over and board.all_over):
+        for event in _next(events, DRAW_SECONDS):
+            changed = board.take(event)
+            heard = heard or event.kind == "LISTED"
+            if event.kind == "LOST":
+                screen.print(Text(f"connection lost, trying again: {first_sentence(event.text)}"), soft_wrap=True)
+            for job in changed:
+                if event.kind == "DELETED":
+                    screen.print(Text(f"{_label(job, board)}  deleted"), soft_wrap=True)
+                elif _worth_a_line(told.setdefault(_key(job), _Told()), job):
+                    screen.print(Text(plain_line(job, board)), soft_wrap=True)
+
+
+def _worth_a_line(told: _Told, job: JobView) -> bool:
+    """A change of state, reason or eval loss at once; a step now and then."""
+    state, now = (job.state, job.reason, job.eval_loss), time.monotonic()
+    if state == told.state and (job.step == told.step or now - told.at < LINE_SECONDS):
+        return False
+    told.state, told.at, told.step = state, now, job.step
+    return True
+
+
+def _label(job: JobView, board: Board) -> str:
+    several = len({namespace for namespace, _ in board.jobs}) > 1
+    return f"{job.namespace}/{job.name}" if several else job.name
+
+
+def plain_line(job: JobView, board: Board) -> str:
+    """One line for a log."""
+    known = (
+        ("step", figures.steps(job.step, job.total_steps)),
+        ("loss", figures.loss(job.loss)),
+        ("eval", figures.loss(job.eval_loss)),
+        ("tokens/s", figures.rate(job.tokens_per_second) if job.state == "Running" else ""),
+        ("left", figures.short_time(job.eta_seconds) if job.state == "Running" else ""),
+    )
+    reason = f" ({job.reason})" if job.reason not in ("", job.state) else ""
+    parts = [f"{_label(job, board)}  {job.state}{reason}", *(f"{k} {v}" for k, v in known if v)]
+    if job.state != "Running" and job.message:
+        parts.append(first_sentence(job.message))
+    return "  ".join(parts)
