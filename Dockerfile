@@ -39,10 +39,20 @@ ENV UV_LINK_MODE=copy \
 RUN /opt/uv/bin/uv venv --quiet --python python3 /opt/venv
 WORKDIR /src
 
-# The lists of packages alone, so that no other change of pyproject.toml installs them again.
+# Which package in which version, and nothing else: a change that leaves these alone installs nothing again.
 FROM build AS requirements
-COPY pyproject.toml .
-RUN python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; [open(f"{name}.txt", "w").write("\n".join(p["dependencies"] + p["optional-dependencies"][name])) for name in ("operator", "trainer")]'
+ARG SSL_CERT_FILE
+ARG UV_CACHE_DIR=/tmp/uv
+ARG UV_DEFAULT_INDEX
+ARG UV_INDEX
+ARG UV_FIND_LINKS
+# cpu: PyTorch's own build without CUDA, from PyTorch's own index. Unset: the index's build, which brings CUDA.
+ARG UV_TORCH_BACKEND
+COPY pyproject.toml constraints.txt ./
+RUN for target in operator trainer; do \
+      /opt/uv/bin/uv pip compile --quiet --no-header --no-annotate --constraints constraints.txt --extra $target \
+        pyproject.toml --output-file $target.txt || exit; \
+    done
 
 # Compiled once, here; 'unchecked': a start looks at no source again. The generated classes of the Kubernetes client are
 # left out: nothing imports them, and they would be a third of the image.
@@ -51,9 +61,9 @@ ARG SSL_CERT_FILE
 ARG UV_CACHE_DIR=/tmp/uv
 ARG UV_DEFAULT_INDEX
 ARG UV_INDEX
-COPY constraints.txt .
+ARG UV_FIND_LINKS
 COPY --from=requirements /src/operator.txt .
-RUN /opt/uv/bin/uv pip install --constraints constraints.txt --requirements operator.txt \
+RUN /opt/uv/bin/uv pip install --quiet --no-deps --requirements operator.txt \
     && python -m compileall -q -j 0 --invalidation-mode unchecked-hash -x '/client/(models|api)/' /opt/venv
 COPY api/qlora_api /opt/qlora/qlora_api
 COPY operator/qlora_operator /opt/qlora/qlora_operator
@@ -65,11 +75,10 @@ ARG UV_CACHE_DIR=/tmp/uv
 ARG UV_DEFAULT_INDEX
 ARG UV_INDEX
 ARG UV_FIND_LINKS
-# cpu: PyTorch's own build without CUDA, from PyTorch's own index. Unset: the index's build, which brings CUDA.
 ARG UV_TORCH_BACKEND
-COPY constraints.txt .
 COPY --from=requirements /src/trainer.txt .
-RUN /opt/uv/bin/uv pip install --constraints constraints.txt --requirements trainer.txt \
+# torch/testing has syntax of newer Pythons.
+RUN /opt/uv/bin/uv pip install --quiet --no-deps --requirements trainer.txt \
     && python -m compileall -q -j 0 --invalidation-mode unchecked-hash -x /torch/testing/ /opt/venv
 COPY api/qlora_api /opt/qlora/qlora_api
 COPY trainer/qlora_trainer /opt/qlora/qlora_trainer

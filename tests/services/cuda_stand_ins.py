@@ -45,7 +45,12 @@ def write_wheels(folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {s.name for library in _libraries(distribution("torch")) for s in _symbols(library, defined=False)}
     with TemporaryDirectory() as work:
-        return [_write_wheel(folder, p, wanted, Path(work)) for p in distributions() if _is_stood_in_for(p)]
+        return [_write_wheel(folder, package, wanted, Path(work)) for package in packages()]
+
+
+def packages() -> list[Distribution]:
+    """Packages of this environment that get a stand-in."""
+    return [package for package in distributions() if _is_stood_in_for(package)]
 
 
 def _is_stood_in_for(package: Distribution) -> bool:

@@ -48,6 +48,9 @@ SOURCES: dict[Target, tuple[str, ...]] = {
 STAND_INS = Path(cuda_stand_ins.__file__)
 PROGRAMS = ("buildah", "debootstrap", "runc")
 BUILD_SECONDS = 1800
+UNUSED_SECONDS = 600
+STORE_BYTES = 12_000_000_000
+"""Both images, built twice."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,9 @@ def build(target: Target) -> Image:
         if not image.archive.exists():
             started = time.monotonic()
             Store(base).build(target, Path(context), image)
-            for old in set(_folder().glob(f"{target}-*.tar")) - {image.archive}:
-                old.unlink()
+            _remove_unused(f"{target}-*.tar")
             _say(f"built {image.name} in {time.monotonic() - started:.0f} s", image.archive)
+        image.archive.touch()  # in use
         return image
 
 
@@ -127,7 +130,7 @@ def root_file_system(image: Image) -> Iterator[Path]:
 
 
 class Store:
-    """Where buildah keeps layers: one for what shapes the large ones, so that none without use stay.
+    """Where buildah keeps layers. One for each Dockerfile, and begun anew when it has grown: no layer is kept for good.
 
     Args:
         base: tar of a root file system.
@@ -136,10 +139,10 @@ class Store:
 
     def __init__(self, base: Path) -> None:
         self._base = base
-        shape = _hash(base.name, *((REPOSITORY / name).read_bytes() for name in ("Dockerfile", "constraints.txt")))
-        self._folder = _folder() / f"store-{shape}"
-        for old in set(_folder().glob("store-*")) - {self._folder}:
-            _remove(old)
+        self._folder = _folder() / f"store-{_hash(base.name, (REPOSITORY / 'Dockerfile').read_bytes())}"
+        for store in _folder().glob("store-*"):
+            if store != self._folder or _size(store) > STORE_BYTES:
+                _remove(store)
 
     def build(self, target: Target, context: Path, image: Image) -> None:
         """Build and write the archive."""
@@ -182,11 +185,20 @@ def _remove(store: Path) -> None:
     shutil.rmtree(store)
 
 
+def _size(folder: Path) -> int:
+    return int(_run("du", "--summarize", "--block-size=1", "--one-file-system", folder).split()[0])
+
+
+def _remove_unused(pattern: str) -> None:
+    """Remove what nobody has asked for in a while: another checkout may be about to use it."""
+    for file in _folder().glob(pattern):
+        if time.time() - file.stat().st_mtime > UNUSED_SECONDS:
+            file.unlink()
+
+
 def _surroundings() -> list[str]:
     """What a build needs to know of this machine: package index, certificates, wheels that are there already."""
-    wheels = _folder() / f"wheels-{_hash((REPOSITORY / 'constraints.txt').read_bytes(), STAND_INS.read_bytes())}"
-    if not wheels.exists():
-        cuda_stand_ins.write_wheels(wheels)
+    wheels = _wheels()
     cache = Path(os.environ.get("UV_CACHE_DIR") or Path.home() / ".cache" / "uv")
     cache.mkdir(parents=True, exist_ok=True)
     index, more = _pip_setting("index-url"), _pip_setting("extra-index-url")
@@ -204,6 +216,20 @@ def _surroundings() -> list[str]:
         values |= {"PIP_CERT": "/run/ca.crt", "SSL_CERT_FILE": "/run/ca.crt"}
     arguments = [a for volume in volumes for a in ("--volume", volume)]
     return arguments + [a for name, value in values.items() if value for a in ("--build-arg", f"{name}={value}")]
+
+
+def _wheels() -> Path:
+    """Folder with the stand-ins for the packages that this environment has."""
+    installed = sorted(f"{package.name} {package.version}" for package in cuda_stand_ins.packages())
+    folder = _folder() / f"wheels-{_hash(STAND_INS.read_bytes(), *installed)}"
+    if not folder.exists():
+        for old in _folder().glob("wheels-*"):
+            shutil.rmtree(old)
+        unfinished = _folder() / "wheels.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        cuda_stand_ins.write_wheels(unfinished)
+        unfinished.rename(folder)
+    return folder
 
 
 def _pip_setting(name: str) -> str:
