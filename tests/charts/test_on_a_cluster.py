@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
-from charts.helm import CHART, NAMESPACE, RELEASE
+from charts.helm import CHART, NAMESPACE, RELEASE, REPOSITORY
 from cluster.harness.api import ApiError
 from cluster.harness.control_plane import ControlPlane, KubectlError
 from cluster.harness.jobs import qlora_job
@@ -30,6 +30,8 @@ MEMORY = f"/api/v1/namespaces/{NAMESPACE}/configmaps/{FULL_NAME}-memory"
 ACCOUNT = f"system:serviceaccount:{NAMESPACE}:{FULL_NAME}"
 VALUES = {"admissionPolicy": {"priorityClassNames": ["research"]}}
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
+ADMINISTRATOR = "kubernetes-admin"
+JOBS = sorted((REPOSITORY / "examples" / "cluster").glob("*.yaml"))
 ENFORCED_SECONDS = 30
 
 
@@ -97,14 +99,14 @@ class Installed:
         """A new policy is enforced a moment after it is made; until then everything passes."""
         job = qlora_job("probe", scheduling={"priorityClassName": "none-of-those"})
         until = time.monotonic() + ENFORCED_SECONDS
-        while not refusal(self.cluster, job, "kubernetes-admin"):
+        while not refusal(self.cluster, job, ADMINISTRATOR):
             assert time.monotonic() < until, "the policy is not enforced"
             time.sleep(0.1)
 
 
 def refusal(cluster, manifest, user, verb="create"):
     """Why a user may not create or change an object; empty: he may. Nothing is stored."""
-    groups = ("--as-group", "system:masters") if user == "kubernetes-admin" else ()
+    groups = ("--as-group", "system:masters") if user == ADMINISTRATOR else ()
     try:
         cluster.kubectl(verb, "-f", "-", "--dry-run=server", "--as", user, *groups, stdin=json.dumps(manifest))
     except KubectlError as error:
@@ -139,6 +141,12 @@ def test_the_operators_pod_is_made_in_a_namespace_that_enforces_restricted(insta
 def test_the_api_server_finds_no_fault_in_the_policys_expressions(installed, cluster):
     policy = cluster.api.wait_for(POLICY, lambda p: "typeChecking" in p.get("status", {}), what="a checked policy")
     assert policy["status"]["typeChecking"] == {}
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda p: p.name)
+def test_example_jobs_pass_all_rules_of_the_definition(installed, cluster, path):
+    """Those that cross fields, too, which a schema cannot hold."""
+    assert refusal(cluster, yaml.safe_load(path.read_text()), ADMINISTRATOR) == ""
 
 
 # ----------------------------------------------------------------------------------------------------- the operator may
