@@ -35,6 +35,7 @@ def pods_do(
     index: int | None = None,
     job: str | None = None,
     component: str | None = None,
+    everywhere: Mapping[str, str] | None = None,
 ) -> Iterator[None]:
     """Have all pods of a namespace, or those of a job, attempt, index or component, do something once created.
 
@@ -46,6 +47,7 @@ def pods_do(
         index: the worker's.
         job: name of the QLoRAJob.
         component: ``trainer`` or ``prepare``.
+        everywhere: labels of namespaces; it holds in all that have them, of which ``namespace`` is one.
 
     """
     labels = {
@@ -56,7 +58,10 @@ def pods_do(
     }
     wanted = {name: str(value) for name, value in labels.items() if value is not None}
     name = f"script-{next(_numbers)}-{namespace}"
-    policy, binding = _policy(name, wanted, does), _binding(name, namespace)
+    policy, binding = (
+        _policy(name, wanted, does),
+        _binding(name, everywhere or {"kubernetes.io/metadata.name": namespace}),
+    )
     api.create(policy)
     api.create(binding)
     _wait_until_it_holds(api, namespace, wanted, does)
@@ -99,8 +104,8 @@ def _apply(annotations: Mapping[str, str]) -> str:
     return f"Object{{metadata: Object.metadata{{annotations: {{{pairs}}}}}}}"
 
 
-def _binding(name: str, namespace: str) -> dict[str, Any]:
-    selector = {"matchLabels": {"kubernetes.io/metadata.name": namespace}}
+def _binding(name: str, namespace_labels: Mapping[str, str]) -> dict[str, Any]:
+    selector = {"matchLabels": dict(namespace_labels)}
     return {
         "apiVersion": _API,
         "kind": "MutatingAdmissionPolicyBinding",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cluster.harness.jobs import GROUP
 from cluster.harness.operator import Operator
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def crd_cluster(kwok_cluster: ControlPlane) -> ControlPlane:
     """The kwok cluster with the CustomResourceDefinition served."""
     kwok_cluster.kubectl("apply", "-f", CRD)
     kwok_cluster.kubectl("wait", "--for=condition=Established", "crd/qlorajobs.qlora.dev")
+    kwok_cluster.api.wait_for(f"{GROUP}/qlorajobs", bool, what="QLoRAJobs are served")  # a moment after "Established"
     return kwok_cluster
 
 

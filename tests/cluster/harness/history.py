@@ -1,0 +1,60 @@
+"""Every version of the objects of a cluster that a test asks about, as watches tell them."""
+
+from __future__ import annotations
+
+import json
+import ssl
+import threading
+from collections import defaultdict
+from contextlib import suppress
+from typing import TYPE_CHECKING, Self
+
+import httpx
+
+from cluster.harness.jobs import GROUP
+
+if TYPE_CHECKING:
+    from cluster.harness.api import Object
+    from cluster.harness.control_plane import ControlPlane
+
+COLLECTIONS = {"qlorajobs": f"{GROUP}/qlorajobs", "jobs": "/apis/batch/v1/jobs", "pods": "/api/v1/pods"}
+
+
+class History:
+    """A context manager: records from its start on, in all namespaces."""
+
+    def __init__(self, cluster: ControlPlane) -> None:
+        self._cluster = cluster
+        self._versions: dict[tuple[str, str], list[Object]] = defaultdict(list)
+        self._http = httpx.Client(
+            base_url=cluster.url,
+            verify=ssl.create_default_context(cafile=cluster.authority.certificate),
+            headers={"Authorization": f"Bearer {cluster.admin_token}"},
+            timeout=httpx.Timeout(10, read=None),
+            trust_env=False,
+        )
+        self._threads = [
+            threading.Thread(target=self._record, args=item, name=f"history of {item[0]}", daemon=True)
+            for item in COLLECTIONS.items()
+        ]
+
+    def of(self, plural: str, namespace: str) -> list[Object]:
+        """All versions, the oldest first; the last one of an object that was deleted comes once more."""
+        return list(self._versions[plural, namespace])
+
+    def __enter__(self) -> Self:
+        self._starts = {name: self._cluster.api.get(path) for name, path in COLLECTIONS.items()}
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def _record(self, plural: str, path: str) -> None:
+        version = self._starts[plural]["metadata"]["resourceVersion"]
+        asked = {"watch": "true", "resourceVersion": version, "timeoutSeconds": "3600"}
+        with suppress(httpx.HTTPError, RuntimeError), self._http.stream("GET", path, params=asked) as answer:
+            for line in answer.iter_lines():
+                found = json.loads(line)["object"]
+                self._versions[plural, found["metadata"]["namespace"]].append(found)

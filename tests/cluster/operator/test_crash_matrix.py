@@ -1,0 +1,151 @@
+"""The operator dies, or loses an answer, at every call of a job's life that changes something; the life ends the same.
+
+Each test is one call; its three mishaps happen at once, in namespaces and to operators of their own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cluster.harness.history import History
+from cluster.harness.proxy import AnswerLost, Killed, Proxy
+from cluster.harness.whole_life import (
+    EXPECTED,
+    NAMESPACE_LABELS,
+    SETTINGS,
+    contradictions,
+    live,
+    moment,
+    outcome,
+    pods_live,
+)
+from cluster.harness.zygote import ForkedOperator, Zygote
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from cluster.harness.control_plane import ControlPlane
+    from cluster.harness.proxy import Call, Fault
+
+LIFE = (
+    "POST jobs job-prepare",
+    "PATCH qlorajobs/status Preparing",
+    "POST services qlora-trainers",
+    "POST jobs job-1",
+    "PATCH qlorajobs/status Starting attempt 1",
+    "POST services qlora-trainers",
+    "POST jobs job-2",
+    "PATCH qlorajobs/status attempt 2",
+    "POST events OutOfDeviceMemory",
+    "PATCH qlorajobs/status Training attempt 2",
+    "DELETE jobs job-2",
+    "PATCH qlorajobs/status Suspending",
+    "PATCH qlorajobs/status Suspended attempt 2",
+    "POST events Suspended",
+    "POST services qlora-trainers",
+    "POST jobs job-3",
+    "PATCH qlorajobs/status Starting attempt 3",
+    "PATCH qlorajobs/status Completed attempt 3",
+    "POST events Completed",
+    "DELETE qlorajobs job",
+    "DELETE services qlora-trainers",
+)
+"""Every call of a life without mishaps that changes something."""
+MISHAPS = ("killed-before", "killed-after", "answer-lost")
+MOST_ERRORS = 5
+"""Reconciles that may fail on account of one mishap: the one it befell, and what is conflicting for a moment."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What all lives share."""
+
+    cluster: ControlPlane
+    zygote: Zygote
+    history: History
+
+
+@pytest.fixture(scope="session")
+def stage(crd_cluster, tmp_path_factory) -> Iterator[Stage]:
+    namespace = crd_cluster.create_namespace("stage", NAMESPACE_LABELS)
+    with (
+        Zygote(tmp_path_factory.mktemp("zygote")) as zygote,
+        History(crd_cluster) as history,
+        pods_live(crd_cluster.api, namespace),
+    ):
+        yield Stage(crd_cluster, zygote, history)
+
+
+def is_nth(moments: tuple[str, ...], place: int) -> Callable[[Call], bool]:
+    """Whether a call is the one at a place of a life: of several alike, the one with as many before it."""
+    before = moments[:place].count(moments[place])
+    seen = Counter()
+
+    def matches(call: Call) -> bool:
+        is_this = bool(call.number) and moment(call) == moments[place]
+        seen.update([is_this])
+        return is_this and seen[True] == before + 1
+
+    return matches
+
+
+def live_through(stage: Stage, folder: Path, mishap: str = "", place: int = -1) -> list[str]:
+    """A whole life with a mishap at one place of it; its moments."""
+    namespace = stage.cluster.create_namespace("life", NAMESPACE_LABELS)
+    with (
+        Proxy(stage.cluster, folder) as proxy,
+        ForkedOperator(stage.zygote, folder, proxy.kubeconfig, namespaces=[namespace], **SETTINGS) as operator,
+    ):
+
+        def die() -> None:
+            operator.kill()
+            operator.spawn()
+
+        faults: dict[str, Fault] = {
+            "killed-before": Killed(die, after=False),
+            "killed-after": Killed(die, after=True),
+            "answer-lost": AnswerLost(),
+        }
+        if mishap:
+            proxy.when(is_nth(LIFE, place), faults[mishap])
+        live(stage.cluster.api, namespace)
+        assert proxy.pending_faults == 0, f"there was no {LIFE[place]}"
+        failed = {n: v for n, v in operator.metrics().items() if n.startswith("qlora_operator_reconcile_errors_total")}
+        moments = [text for call in proxy.calls if (text := moment(call))]
+    where = f"{mishap} {LIFE[place]}: {moments}"
+    assert outcome(stage.history, namespace) == EXPECTED, where
+    assert contradictions(stage.history, namespace) == [], where
+    assert sum(failed.values()) <= MOST_ERRORS, f"{where}: {failed}"
+    return moments
+
+
+def test_a_life_without_mishaps_makes_these_calls_and_no_others(stage, tmp_path):
+    assert live_through(stage, tmp_path) == list(LIFE)
+
+
+@pytest.mark.parametrize("place", range(len(LIFE)), ids=lambda place: f"{place}-{LIFE[place].replace(' ', '-')}")
+def test_a_life_ends_the_same_whatever_happens_to_the_operator_at(place, stage, tmp_path):
+    with ThreadPoolExecutor(len(MISHAPS)) as threads:
+        lives = [threads.submit(live_through, stage, tmp_path / mishap, mishap, place) for mishap in MISHAPS]
+    errors = [error for life in lives if (error := life.exception())]
+    if errors:
+        raise ExceptionGroup(LIFE[place], errors)
+
+
+def test_two_operators_at_once_do_no_harm(stage, tmp_path):
+    namespace = stage.cluster.create_namespace("life", NAMESPACE_LABELS)
+    with ExitStack() as both:
+        for name in ("one", "other"):
+            folder, kubeconfig = tmp_path / name, stage.cluster.kubeconfig
+            operator = ForkedOperator(stage.zygote, folder, kubeconfig, namespaces=[namespace], **SETTINGS)
+            both.enter_context(operator)
+        live(stage.cluster.api, namespace)
+    assert outcome(stage.history, namespace) == EXPECTED
+    assert contradictions(stage.history, namespace) == []
