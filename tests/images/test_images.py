@@ -15,6 +15,7 @@ from services.binaries import ToolMissingError
 from services.fixtures import skip_unless_ci
 from services.images import Image, build, root_file_system
 
+pytestmark = pytest.mark.timeout(1800)  # the first test of each image may build it
 MEGABYTE = 1_000_000
 IMPORT_ALL = """
 import importlib, pkgutil, {package}
