@@ -43,6 +43,10 @@ run: $(VENV)/.run-installed  ## Quickstart: make a small base and real rows here
 	@$(BIN)/python examples/quickstart/prepare.py --out runs/quickstart-data
 	@$(BIN)/qlora run examples/quickstart.yaml
 
+.PHONY: images
+images:  ## Both images, with docker, podman or buildah: make images PREFIX=registry/ TAG=1.0
+	@.ci/images '$(PREFIX)' '$(or $(TAG),dev)' $(IMAGE_OPTIONS)
+
 .PHONY: fidelity
 fidelity: $(VENV)/.all-installed  ## Compare QLoRA here with the published method, number by number
 	@$(BIN)/python benchmarks/fidelity.py
@@ -105,11 +109,16 @@ check: $(VENV)/.all-installed  ## Lint, format, imports, generated CRD, types
 	@$(STEP) format $(BIN)/ruff format --check
 	@$(STEP) imports $(BIN)/lint-imports
 	@$(STEP) crds bash -c '$(BIN)/qlora crds | diff -u $(CRD) - || { echo "$(CRD) is stale: make crds"; exit 1; }'
+	@$(STEP) chart $(BIN)/python charts/generate.py --check
 	@$(STEP) types $(BIN)/mypy
 
 .PHONY: crds
 crds: $(VENV)/.all-installed  ## Generate the CustomResourceDefinition from the types
 	$(BIN)/qlora crds > $(CRD).new && mv $(CRD).new $(CRD)
+
+.PHONY: chart
+chart: crds  ## The chart's copy of the CRD, and the table of values in its README
+	$(BIN)/python charts/generate.py
 
 .PHONY: clean
 clean:  ## Remove what is generated; .venv and runs stay

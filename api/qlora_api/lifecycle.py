@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
-from qlora_api.batch import BatchSplit, halve_micro_batch
+from qlora_api.batch import BatchSplit
+from qlora_api.memory.ladder import Choice, next_smaller
 from qlora_api.spec import OnOutOfMemory, PolicySpec
 from qlora_api.status import Attempt, Reason
 
@@ -16,6 +17,8 @@ FREE_OF_CHARGE = frozenset(
 """Ends that are not the job's doing and do not count against maxRestarts."""
 FINAL = frozenset({Reason.USER_ERROR, Reason.NON_FINITE_LOSS, Reason.ADAPTER_REJECTED})
 """Ends that another attempt would only repeat: training is deterministic."""
+OUT_OF_MEMORY = frozenset({Reason.OUT_OF_DEVICE_MEMORY, Reason.OUT_OF_HOST_MEMORY})
+"""Ends after which something smaller is tried: ``qlora_api.memory.ladder``."""
 BACKOFF_SECONDS = (1, 10, 30, 60, 120, 300)
 
 
@@ -33,6 +36,7 @@ class Retry:
     """Start another attempt from the last checkpoint."""
 
     batch: BatchSplit
+    gradient_checkpointing: bool
     wait_seconds: int
     reason: Reason
     counted: bool
@@ -40,7 +44,7 @@ class Retry:
 
 def restarts(attempts: Sequence[Attempt]) -> int:
     """Ended attempts that count against ``policy.maxRestarts``."""
-    return sum(1 for a in attempts if a.reason not in (*FREE_OF_CHARGE, Reason.COMPLETED, None))
+    return sum(1 for a in attempts if a.reason not in (*FREE_OF_CHARGE, *OUT_OF_MEMORY, Reason.COMPLETED, None))
 
 
 def _did_nothing(attempt: Attempt) -> bool:
@@ -52,26 +56,39 @@ def after_attempt(policy: PolicySpec, attempts: Sequence[Attempt]) -> Finish | R
     """Decide what follows the newest of ``attempts``, which has ended."""
     last = attempts[-1]
     reason = last.reason or Reason.CRASHED
-    batch = BatchSplit(
-        world_size=last.world_size,
-        micro_batch_size=last.micro_batch_size,
-        gradient_accumulation_steps=last.gradient_accumulation_steps,
-    )
+    again = _again(last)
     if reason is Reason.COMPLETED:
         return Finish(True, reason, last.message)
     if reason in FINAL:
         return Finish(False, reason, last.message)
     if reason is Reason.UNSCHEDULABLE:  # it has waited already, for nodes
-        return Retry(batch, 0, reason, counted=False)
+        return replace(again, reason=reason)
     if reason in FREE_OF_CHARGE:
         idle = len(list(takewhile(_did_nothing, reversed(attempts))))
-        return Retry(batch, BACKOFF_SECONDS[min(idle, len(BACKOFF_SECONDS)) - 1] if idle else 0, reason, counted=False)
-    if reason is Reason.OUT_OF_DEVICE_MEMORY:
-        smaller = halve_micro_batch(batch) if policy.on_out_of_memory is OnOutOfMemory.RECOVER else None
-        if smaller is None:
-            return Finish(False, reason, last.message)
-        return Retry(smaller, 0, reason, counted=False)
+        return replace(again, reason=reason, wait_seconds=_back_off(idle) if idle else 0)
+    if reason in OUT_OF_MEMORY:
+        rung = next_smaller(Choice(again.batch, again.gradient_checkpointing))
+        if policy.on_out_of_memory is OnOutOfMemory.FAIL:
+            return Finish(False, reason, f"{last.message} (spec.policy.onOutOfMemory: Fail)")
+        if rung is None:
+            return Finish(False, reason, f"{last.message}; nothing smaller is left to try")
+        chosen = rung.choice
+        return replace(again, batch=chosen.batch, gradient_checkpointing=chosen.gradient_checkpointing, reason=reason)
     used = restarts(attempts)
     if used > policy.max_restarts:
         return Finish(False, reason, f"{last.message} (after {policy.max_restarts} restarts: spec.policy.maxRestarts)")
-    return Retry(batch, BACKOFF_SECONDS[min(used, len(BACKOFF_SECONDS)) - 1], reason, counted=True)
+    return replace(again, reason=reason, wait_seconds=_back_off(used), counted=True)
+
+
+def _again(attempt: Attempt) -> Retry:
+    """The same once more, at once."""
+    batch = BatchSplit(
+        world_size=attempt.world_size,
+        micro_batch_size=attempt.micro_batch_size,
+        gradient_accumulation_steps=attempt.gradient_accumulation_steps,
+    )
+    return Retry(batch, attempt.gradient_checkpointing, 0, Reason.PENDING, counted=False)
+
+
+def _back_off(times: int) -> int:
+    return BACKOFF_SECONDS[min(times, len(BACKOFF_SECONDS)) - 1]

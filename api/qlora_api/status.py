@@ -94,6 +94,7 @@ class Attempt(Model):
     world_size: int = Field(ge=1)
     micro_batch_size: int = Field(ge=1)
     gradient_accumulation_steps: int = Field(ge=1)
+    gradient_checkpointing: bool = False
     start_time: datetime
     running_time: datetime | None = None
     """When all its pods were ready: GPUs are held and paid for from then on."""

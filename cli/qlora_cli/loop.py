@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from qlora_api.batch import BatchSplit, split_batch
 from qlora_api.contract import ExitCode, JobRef, PrepareReceipt, TerminationMessage, TrainerConfig, reason_of
 from qlora_api.lifecycle import Finish, after_attempt, restarts
+from qlora_api.memory.ladder import Choice
 from qlora_api.status import Attempt, Reason
 from qlora_cli import local, render, rundir
 from qlora_cli.attempt import Process, Stopped, watch
@@ -82,7 +83,9 @@ class Run:
         console, step = self._setting.console, self._setting.folder.prepare
         out = step.path / "out.txt"
         step.begin(
-            self._config(step, next_batch(self._setting, self.record)).model_dump_json(by_alias=True, exclude_none=True)
+            self._config(step, next_choice(self._setting, self.record)).model_dump_json(
+                by_alias=True, exclude_none=True
+            )
         )
         out.unlink(missing_ok=True)
         says = "Preparing: model and rows are checked before any rank starts …"
@@ -106,17 +109,19 @@ class Run:
 
     def _attempt(self) -> int | None:
         """One attempt; None when another one follows."""
-        batch = next_batch(self._setting, self.record)
+        choice = next_choice(self._setting, self.record)
+        batch = choice.batch
         attempt = Attempt(
             number=len(self.record.attempts) + 1,
             world_size=batch.world_size,
             micro_batch_size=batch.micro_batch_size,
             gradient_accumulation_steps=batch.gradient_accumulation_steps,
+            gradient_checkpointing=choice.gradient_checkpointing,
             start_time=rundir.now(),
             node=platform.node(),
         )
         step = self._setting.folder.attempt(attempt.number)
-        step.begin(self._config(step, batch).model_dump_json(by_alias=True, exclude_none=True))
+        step.begin(self._config(step, choice).model_dump_json(by_alias=True, exclude_none=True))
         self._keep(self.record.with_attempt(attempt))
         ended = self._train(attempt.number, step)
         attempt = conclude(attempt, ended, step.log, rundir.now())
@@ -164,17 +169,17 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------------ smaller
 
-    def _config(self, step: Step, batch: BatchSplit) -> TrainerConfig:
+    def _config(self, step: Step, choice: Choice) -> TrainerConfig:
         job, world = self._setting.job, self._setting.world
         return TrainerConfig(
             job=JobRef(name=job.metadata.name, namespace=job.metadata.namespace, uid=self.record.uid),
             spec=job.spec,
             attempt=len(self.record.attempts) + 1,
             restarts=restarts(self.record.attempts),
-            batch=batch,
+            batch=choice.batch,
             device=world.device,
             ranks_per_worker=world.ranks,
-            gradient_checkpointing=local.checkpoints_gradients(job.spec, world),
+            gradient_checkpointing=choice.gradient_checkpointing,
             checkpoint_uri=str(self._setting.folder.checkpoints),
             cache_dir=str(self._setting.cache_dir),
             termination_message_path=str(step.termination),
@@ -212,19 +217,21 @@ class Run:
 # ------------------------------------------------------------------------------------------------------------ decisions
 
 
-def next_batch(setting: Setting, record: RunRecord) -> BatchSplit:
-    """How the next attempt cuts the global batch: as decided after the last one, unless the ranks are other ones."""
+def next_choice(setting: Setting, record: RunRecord) -> Choice:
+    """What the next attempt starts with: as decided after the last one, unless the ranks are other ones."""
     if not record.attempts or record.attempts[-1].world_size != setting.world.ranks:
-        return split_batch(setting.job.spec, setting.world.ranks)
+        batch = split_batch(setting.job.spec, setting.world.ranks)
+        return Choice(batch, local.checkpoints_gradients(setting.job.spec, setting.world))
     last = record.attempts[-1]
     following = after_attempt(setting.job.spec.policy, record.attempts)
     if not isinstance(following, Finish):
-        return following.batch
-    return BatchSplit(
+        return Choice(following.batch, following.gradient_checkpointing)
+    batch = BatchSplit(
         world_size=last.world_size,
         micro_batch_size=last.micro_batch_size,
         gradient_accumulation_steps=last.gradient_accumulation_steps,
     )
+    return Choice(batch, last.gradient_checkpointing)
 
 
 def conclude(attempt: Attempt, ended: Ended, log: Path, now: datetime) -> Attempt:

@@ -58,7 +58,7 @@ def run(request: Request, console: Console, commands: Commands, here: Machine | 
         record = record.model_copy(update={"device": world.device})
         folder.write(record)
         setting = loop.Setting(job, world, folder, cache_dir(), commands, lock, console)
-        console.print(render.plan(record, spec, world, loop.next_batch(setting, record), folder.path))
+        console.print(render.plan(record, spec, world, loop.next_choice(setting, record).batch, folder.path))
         with stop_on_signals() as stop:
             return loop.Run(setting, record, stop).go()
 

@@ -282,11 +282,13 @@ def _preparing(
 def _start(context: Context, status: QLoRAJobStatus) -> Plan:
     """Start the next attempt, or wait until it may start."""
     batch = status.prepared.batch if status.prepared else split_batch(context.job.spec, context.world_size)
+    checkpointing = render.checkpoints_gradients(context.job.spec, context.config, status.prepared)
     if status.attempts:
         following = after_attempt(context.job.spec.policy, status.attempts)
         if isinstance(following, Finish):  # a limit was lowered while the job waited
             return _ending(context, _finished(context, status, following), ())
         batch = on_the_right_ranks(context, status.attempts[-1], following.batch)
+        checkpointing = following.gradient_checkpointing
         ended = status.attempts[-1].end_time or context.now
         left = (ended + timedelta(seconds=following.wait_seconds) - context.now).total_seconds()
         if left > 0 and status.attempts[-1].reason is not Reason.SUSPENDED:
@@ -295,18 +297,19 @@ def _start(context: Context, status: QLoRAJobStatus) -> Plan:
     if context.seen.child_refused:
         reason, text = why_waiting(context.job.spec, len(status.attempts) + 1, 1, context.seen)
         return _pending(context, status, reason, text, wake_after=REFUSED_SECONDS)
-    attempt = _planned_attempt(context, status, batch)
+    attempt = _planned_attempt(context, status, batch, checkpointing=checkpointing)
     job = render.attempt(context.job, context.config, context.gang, attempt, status)
     reason, text = why_waiting(context.job.spec, attempt.number, context.workers(attempt), context.seen)
     return _pending(context, with_attempt(status, attempt), reason, text, make=job)
 
 
-def _planned_attempt(context: Context, status: QLoRAJobStatus, batch: BatchSplit) -> Attempt:
+def _planned_attempt(context: Context, status: QLoRAJobStatus, batch: BatchSplit, *, checkpointing: bool) -> Attempt:
     return Attempt(
         number=max((a.number for a in status.attempts), default=0) + 1,
         world_size=batch.world_size,
         micro_batch_size=batch.micro_batch_size,
         gradient_accumulation_steps=batch.gradient_accumulation_steps,
+        gradient_checkpointing=checkpointing,
         start_time=context.now,
     )
 

@@ -6,14 +6,14 @@ Pods pass the Pod Security profile ``restricted``, and have no token: a trainer 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from qlora_api.batch import BatchSplit, split_batch
 from qlora_api.contract import JobRef, TrainerConfig
 from qlora_api.job import API_VERSION, KIND, QLoRAJob
 from qlora_api.lifecycle import restarts
-from qlora_api.spec import Gang, GradientCheckpointing
-from qlora_api.status import Attempt, QLoRAJobStatus
+from qlora_api.spec import Gang, GradientCheckpointing, QLoRAJobSpec
+from qlora_api.status import Attempt, PrepareResult, QLoRAJobStatus
 from qlora_operator.config import OperatorConfig
 from qlora_operator.names import (
     ATTEMPT_LABEL,
@@ -103,6 +103,7 @@ def prepare(job: QLoRAJob, config: OperatorConfig) -> dict[str, Any]:
             "startTime": "1970-01-01T00:00:00Z",
             "microBatchSize": split.micro_batch_size,
             "gradientAccumulationSteps": split.gradient_accumulation_steps,
+            "gradientCheckpointing": checkpoints_gradients(job.spec, config, None),
         }
     )
     trainer = trainer_config(job, config, first, status)
@@ -150,9 +151,6 @@ def trainer_config(job: QLoRAJob, config: OperatorConfig, attempt: Attempt, stat
         micro_batch_size=attempt.micro_batch_size,
         gradient_accumulation_steps=attempt.gradient_accumulation_steps,
     )
-    device = config.trainer.device or ("CUDA" if config.gpu_resource else "CPU")
-    choice = spec.training.gradient_checkpointing
-    automatic = status.prepared.gradient_checkpointing if status.prepared else device == "CUDA"
     workers = attempt.world_size // spec.parallelism.gpus_per_worker
     host = f"{attempt_name(meta.name, attempt.number)}-0.{SERVICE}.{meta.namespace}.svc:{RENDEZVOUS_PORT}"
     return TrainerConfig(
@@ -161,19 +159,29 @@ def trainer_config(job: QLoRAJob, config: OperatorConfig, attempt: Attempt, stat
         attempt=attempt.number,
         restarts=restarts(status.attempts),
         batch=split,
-        device=device,
+        device=device_of(config),
         ranks_per_worker=spec.parallelism.gpus_per_worker,
         workers=workers,
         rendezvous=host if workers > 1 else None,
-        gradient_checkpointing=(
-            automatic if choice is GradientCheckpointing.AUTO else choice is GradientCheckpointing.FULL
-        ),
+        gradient_checkpointing=attempt.gradient_checkpointing,
         checkpoint_uri=f"{spec.output.destination.rstrip('/')}/.checkpoints/{meta.uid}",
         cache_dir=CACHE_FOLDER,
         shared_cache_uri=config.shared_cache_uri or f"{spec.output.destination.rstrip('/')}/.prepared",
         termination_message_path="/dev/termination-log",
         metrics_port=METRICS_PORT,
     )
+
+
+def device_of(config: OperatorConfig) -> Literal["CUDA", "CPU"]:
+    return config.trainer.device or ("CUDA" if config.gpu_resource else "CPU")
+
+
+def checkpoints_gradients(spec: QLoRAJobSpec, config: OperatorConfig, prepared: PrepareResult | None) -> bool:
+    """Whether a first attempt recomputes activations; Auto: as Prepare planned, else on a GPU."""
+    choice = spec.training.gradient_checkpointing
+    if choice is GradientCheckpointing.AUTO:
+        return prepared.gradient_checkpointing if prepared else device_of(config) == "CUDA"
+    return choice is GradientCheckpointing.FULL
 
 
 # ----------------------------------------------------------------------------------------------------------------- pods

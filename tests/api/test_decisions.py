@@ -119,8 +119,19 @@ def test_what_follows_an_attempt(reasons, policy, expected):
     assert seen == expected
 
 
-def test_out_of_memory_with_one_sequence_at_a_time_ends_the_job():
-    assert isinstance(after_attempt(PolicySpec(), [attempt(Reason.OUT_OF_DEVICE_MEMORY, micro=1)]), Finish)
+def test_out_of_memory_with_one_sequence_at_a_time_recomputes_activations_and_then_ends_the_job():
+    first = attempt(Reason.OUT_OF_DEVICE_MEMORY, micro=1)
+    following = after_attempt(PolicySpec(), [first])
+    assert isinstance(following, Retry)
+    assert following.gradient_checkpointing
+    second = first.model_copy(update={"gradient_checkpointing": True})
+    assert isinstance(after_attempt(PolicySpec(), [first, second]), Finish)
+
+
+def test_host_memory_is_made_room_for_like_the_devices():
+    following = after_attempt(PolicySpec(), [attempt(Reason.OUT_OF_HOST_MEMORY, micro=2)])
+    assert isinstance(following, Retry)
+    assert following.batch.micro_batch_size == 1
 
 
 def test_preemption_before_the_first_step_waits_longer_each_time_and_progress_ends_the_wait():

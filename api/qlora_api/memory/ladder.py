@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from qlora_api.batch import BatchSplit
+from qlora_api.batch import BatchSplit, halve_micro_batch
 from qlora_api.spec import Offload
 
 WORTHWHILE = 0.98
@@ -45,7 +45,7 @@ def next_smaller(choice: Choice, needed: Callable[[Choice], int] | None = None) 
         needed: bytes that a choice needs on one GPU; None: the last rungs are left out.
 
     """
-    if (batch := _halved(choice.batch)) is not None:
+    if (batch := halve_micro_batch(choice.batch)) is not None:
         return Rung(replace(choice, batch=batch), f"micro-batches of {batch.micro_batch_size}", resumes=True)
     if not choice.gradient_checkpointing:
         return Rung(replace(choice, gradient_checkpointing=True), "gradient checkpointing", resumes=True)
@@ -56,15 +56,6 @@ def next_smaller(choice: Choice, needed: Callable[[Choice], int] | None = None) 
         if needed(rung.choice) <= most:
             return rung
     return None
-
-
-def _halved(batch: BatchSplit) -> BatchSplit | None:
-    """The largest micro-batch of at most half the size that divides a rank's share."""
-    share = batch.micro_batch_size * batch.gradient_accumulation_steps
-    micro = max((d for d in range(1, batch.micro_batch_size // 2 + 1) if share % d == 0), default=None)
-    if micro is None:
-        return None
-    return BatchSplit(world_size=batch.world_size, micro_batch_size=micro, gradient_accumulation_steps=share // micro)
 
 
 def _sharing(choice: Choice) -> Iterator[Rung]:
