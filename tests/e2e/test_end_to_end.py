@@ -116,7 +116,9 @@ def scraped(stage: Stage, team: str, folder: Path) -> Iterator[Prometheus]:
     thread = Thread(target=look)
     thread.start()
     try:
-        with Prometheus(folder / "prometheus", [scrape("operator", f"{operator}:9090"), trainers]) as prometheus:
+        with Prometheus(
+            folder / "prometheus", [scrape("operator", f"{operator}:9090", honor_labels=True), trainers]
+        ) as prometheus:
             yield prometheus
     finally:
         over.set()
