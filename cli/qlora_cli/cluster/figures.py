@@ -59,6 +59,11 @@ def loss(text: str) -> str:
     return f"{value:.4f}" if abs(value) < 100 else f"{value:.4g}"
 
 
+def plural(count: int, word: str) -> str:
+    """``1 attempt``, ``2 attempts``."""
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
 def bar(step: int | None, total: int | None, width: int = 10) -> str:
     """``█████░░░░░``; empty where nothing is known."""
     if not total or step is None:

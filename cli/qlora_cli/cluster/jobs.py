@@ -263,12 +263,13 @@ def _lives(pid: int) -> bool:
 
 
 def in_order(views: Iterable[JobView]) -> list[JobView]:
-    """What runs first, then what waits, then what is over, the newest of each first."""
-    rank = {"Running": 0, "Pending": 1, "Suspended": 2, "Failed": 3, "Succeeded": 4}
+    """What needs a hand first, then what runs, what waits and what is over, the newest of each first."""
+    rank = {"Running": 1, "Pending": 2, "Suspended": 3, "Failed": 4, "Succeeded": 5}
 
     def key(job: JobView) -> tuple[int, float, str]:
         when = job.ended if job.is_over else job.created
-        return rank.get(job.state, 1), -(when.timestamp() if when else 0), job.name
+        place = 0 if job.needs_a_hand else rank.get(job.state, 2)
+        return place, -(when.timestamp() if when else 0), job.name
 
     return sorted(views, key=key)
 

@@ -54,15 +54,20 @@ def aligned(
 ) -> list[Text]:
     """Rows as lines under a head, columns aligned with two spaces between. Columns that are empty throughout are gone.
 
-    With a ``width`` the last column gives way, and what is still too long is cut.
+    The last cell of a row that is shorter than the head takes the room of all columns that it has not. With a ``width``
+    lines that are longer are cut.
     """
     cells = [[c if isinstance(c, Cell) else Cell(c) for c in row] for row in rows]
-    kept = [i for i in range(len(head)) if not cells or any(row[i].text for row in cells)]
-    widths = {i: max([len(head[i]), *(len(row[i].text) for row in cells)]) for i in kept}
-    lines = [_line([Cell(head[i], "dim") for i in kept], [widths[i] for i in kept], [head[i] in right for i in kept])]
-    lines += [
-        _line([row[i] for i in kept], [widths[i] for i in kept], [head[i] in right for i in kept]) for row in cells
-    ]
+    full = [row for row in cells if len(row) == len(head)]
+    short = [len(row) - 1 for row in cells if len(row) < len(head)]
+    kept = [i for i in range(len(head)) if not full or any(row[i].text for row in full) or any(i < n for n in short)]
+    widths = {
+        i: max([len(head[i]), *(len(row[i].text) for row in cells if i < len(row) - (len(row) < len(head)))])
+        for i in kept
+    }
+    columns = [(i, widths[i], head[i] in right) for i in kept]
+    lines = [_line([Cell(name, "dim") for name in head], columns)]
+    lines += [_line(row, columns) for row in cells]
     for line in lines:
         line.no_wrap = True
         if width is None:
@@ -72,14 +77,14 @@ def aligned(
     return lines
 
 
-def _line(cells: Sequence[Cell], widths: Sequence[int], right: Sequence[bool]) -> Text:
+def _line(row: Sequence[Cell], columns: Sequence[tuple[int, int, bool]]) -> Text:
     line = Text()
-    for place, (cell, width, to_right) in enumerate(zip(cells, widths, right, strict=True)):
-        last = place == len(cells) - 1
-        text = cell.text.rjust(width) if to_right else cell.text if last else cell.text.ljust(width)
-        line.append(text, cell.style or None)
-        if not last:
-            line.append("  ")
+    for place, width, to_right in columns:
+        cell = row[place] if place < len(row) else Cell("")
+        line.append(cell.text.rjust(width) if to_right else cell.text.ljust(width), cell.style or None)
+        line.append("  ")
+        if place == len(row) - 1:
+            break
     line.rstrip()
     return line
 

@@ -19,13 +19,18 @@ if TYPE_CHECKING:
     from qlora_cli.cluster.jobs import JobView
 
 BAR = 30
+HELD = "\u00a0"
+"""A space at which no line ends."""
 LABEL = 14
 
 
 def page(job: JobView, body: Object, now: datetime, width: int) -> list[Text]:
     """The page's lines: what it is, where it stands, its attempts, its memory."""
     spec = body.get("spec") or {}
-    lines = [_title(job), *_facts([*_standing(job, now), *_asked(spec), *_found(body), *_result(job)], width)]
+    lines = [
+        _title(job),
+        *_facts([*_standing(job, now), *_asked(spec), *_ranks(job, body), *_found(body), *_result(job)], width),
+    ]
     if job.attempts:
         lines += [Text(), *_attempts(job, width)]
     status = body.get("status") or {}
@@ -56,7 +61,7 @@ def _folded(text: str, room: int) -> list[str]:
     """Text in lines of at most ``room`` characters, cut between words where there are any."""
     import textwrap  # noqa: PLC0415
 
-    return textwrap.wrap(text, room, break_on_hyphens=False) or [""]
+    return [line.replace(HELD, " ") for line in textwrap.wrap(text, room, break_on_hyphens=False)] or [""]
 
 
 def _standing(job: JobView, now: datetime) -> Iterator[tuple[str, str]]:
@@ -73,7 +78,7 @@ def _standing(job: JobView, now: datetime) -> Iterator[tuple[str, str]]:
         ("tokens/s", figures.rate(job.tokens_per_second)),
         ("left", figures.short_time(job.eta_seconds) if job.state == "Running" else ""),
     )
-    yield "Figures", "   ".join(f"{label} {value}" for label, value in told if value)
+    yield "Figures", "   ".join(f"{label}{HELD}{value}".replace(" ", HELD) for label, value in told if value)
     when = f"created {figures.age(job.created, now)} ago" if job.created else ""
     if job.ended and job.started:
         took = (job.ended - job.started).total_seconds()
@@ -85,7 +90,6 @@ def _asked(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What the job is, in the words of its manifest."""
     dataset, training = spec.get("dataset") or {}, spec.get("training") or {}
     lora, quantization = spec.get("lora") or {}, spec.get("quantization") or {}
-    parallelism, scheduling = spec.get("parallelism") or {}, spec.get("scheduling") or {}
     yield "Model", str((spec.get("model") or {}).get("source", ""))
     yield "Data", f"{(dataset.get('train') or {}).get('source', '')}, {dataset.get('format', '')}".strip(", ")
     length = f"{training['maxSteps']} steps" if training.get("maxSteps") else f"{training.get('epochs')} epochs"
@@ -94,10 +98,19 @@ def _asked(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         f"{length}, global batch {training.get('globalBatchSize')}, learning rate {training.get('learningRate')}",
     )
     yield "Adapter of", f"rank {lora.get('rank')}, alpha {lora.get('alpha')}, on a base in {quantization.get('type')}"
+    yield "Output", str((spec.get("output") or {}).get("destination", ""))
+
+
+def _ranks(job: JobView, body: Object) -> Iterator[tuple[str, str]]:
+    if "device" in body:  # a local run
+        yield "Ranks", f"{job.ranks}, on {'GPUs' if body['device'] == 'CUDA' else 'CPUs'} of this machine"
+        return
+    spec = body.get("spec") or {}
+    parallelism, scheduling = spec.get("parallelism") or {}, spec.get("scheduling") or {}
     workers, gpus = parallelism.get("workers") or 1, parallelism.get("gpusPerWorker") or 1
     queue = f", queue {scheduling['queue']}" if scheduling.get("queue") else ""
-    yield "Ranks", f"{workers * gpus} = {workers} workers × {gpus}, ZeRO stage {parallelism.get('zeroStage')}{queue}"
-    yield "Output", str((spec.get("output") or {}).get("destination", ""))
+    pods = f"{figures.plural(workers, 'worker')} of {figures.plural(gpus, 'GPU')}"
+    yield "Ranks", f"{workers * gpus}, in {pods}, ZeRO stage {parallelism.get('zeroStage')}{queue}"
 
 
 def _found(body: Object) -> Iterator[tuple[str, str]]:
@@ -123,11 +136,17 @@ def _result(job: JobView) -> Iterator[tuple[str, str]]:
         yield "Manifest", job.adapter.get("manifestUri", "")
         yield "SHA-256", job.adapter.get("manifestSha256", "")
     if job.rank_hours is not None:
-        yield "Held", f"{job.rank_hours:.3g} rank-hours in {len(job.attempts)} attempts, {job.restarts} restarts"
+        yield (
+            "Held",
+            (
+                f"{job.rank_hours:.3g} rank-hours in {figures.plural(len(job.attempts), 'attempt')}, "
+                f"{figures.plural(job.restarts, 'restart')}"
+            ),
+        )
 
 
 def _attempts(job: JobView, width: int) -> list[Text]:
-    head = ("ATTEMPT", "ENDED", "CODE", "STEPS", "MICRO × ACC × RANKS", "TOOK", "NODE", "MESSAGE")
+    head = ("ATTEMPT", "ENDED", "CODE", "STEPS", "MICRO × ACC × RANKS", "TOOK", "NODE")
     rows: list[list[str | Cell]] = []
     for a in job.attempts:
         took = figures.short_time((a.ended - a.started).total_seconds()) if a.started and a.ended else ""
@@ -142,9 +161,10 @@ def _attempts(job: JobView, width: int) -> list[Text]:
                 a.batch,
                 took,
                 a.node,
-                "" if a.message == job.message else " ".join(a.message.split()),
             ]
         )
+        if a.message and a.message != job.message:
+            rows += [["", part] for part in _folded(a.message, max(width - len(head[0]) - 2, 20))]
     return aligned(head, rows, width)
 
 

@@ -160,7 +160,7 @@ def _exists(cluster: Cluster, namespace: str, name: str) -> str:
         state = view(cluster.api.get(jobs_path(namespace, name))).state
     except ClusterError:
         state = "there"
-    flag = f" -n {namespace}" if namespace != cluster.namespace else ""
+    flag = f" -n {namespace}" if namespace != "default" else ""
     return (
         f'metadata.name: "{name}" is taken in namespace {namespace} by a job that is {state}; take another name '
         f"(--set metadata.name={next_name(name)}), or '{program()} cancel {name}{flag}' first. What may change in a "

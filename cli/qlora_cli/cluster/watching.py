@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -24,11 +25,11 @@ from qlora_cli.cluster.names import jobs_path
 from qlora_cli.cluster.output import STATE_STYLES, Cell, aligned, state_cell
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from rich.console import Console
 
-    from qlora_cli.cluster.api import Event
+    from qlora_cli.cluster.api import Event, Object
     from qlora_cli.cluster.target import Cluster
 
 DRAW_SECONDS = 1.0
@@ -37,6 +38,10 @@ CLOCK_SECONDS = 10.0
 LINE_SECONDS = 10.0
 """Between two plain lines of a job of which only the step changes."""
 KEPT_LOSSES = 24
+TREND = 10
+"""Columns of a loss's course. Always all of them, so that nothing moves as it fills."""
+WIDE = 112
+"""Columns from which on there is room for it."""
 NUMBERS = ("LOSS", "EVAL", "TOK/S", "LEFT", "RST", "MEM", "AGE")
 
 
@@ -50,6 +55,8 @@ class Board:
     losses: dict[tuple[str, str], deque[float]] = field(default_factory=dict)
     lost: str = ""
     """Why nothing new comes in."""
+    body: Object = field(default_factory=dict)
+    """The newest job as it came; of use where it is the only one."""
 
     def take(self, event: Event) -> list[JobView]:
         """Take an event in; the jobs that it changed."""
@@ -69,6 +76,8 @@ class Board:
                 continue
             self.jobs[_key(job)] = job
             self._remember(job)
+        if event.items:
+            self.body = event.items[-1]
         return views
 
     def _remember(self, job: JobView) -> None:
@@ -159,7 +168,10 @@ def _live(
 
     drawn, changed, heard = 0.0, True, False
     size = (0, 0)
-    with Live(Text("waiting for the API server …"), console=screen, screen=True, auto_refresh=False) as live:
+    with (
+        _last_page(screen, board, title),
+        Live(Text("waiting for the API server …"), console=screen, screen=True, auto_refresh=False) as live,
+    ):
         live.refresh()
         while not (heard and until_over and board.all_over):
             for event in _next(events, DRAW_SECONDS):
@@ -171,8 +183,17 @@ def _live(
                 size = (screen.size.width, screen.size.height)
                 live.update(Text("\n").join(page(board, title, datetime.now(UTC), *size)), refresh=True)
                 drawn, changed = now, False
-    for line in page(board, title, datetime.now(UTC), screen.width, None):  # what stays after the screen is gone
-        screen.print(line, soft_wrap=True)
+
+
+@contextmanager
+def _last_page(screen: Console, board: Board, title: str) -> Iterator[None]:
+    """Leave on the terminal what was on the screen, however it ends."""
+    try:
+        yield
+    finally:
+        if board.jobs:
+            for line in page(board, title, datetime.now(UTC), *screen.size):
+                screen.print(line, soft_wrap=True)
 
 
 def page(board: Board, title: str, now: datetime, width: int, height: int | None) -> list[Text]:
@@ -185,11 +206,22 @@ def page(board: Board, title: str, now: datetime, width: int, height: int | None
     if len(jobs) == 1:
         return _cut(lines + _single(jobs[0], board, now, width), width)
     room = len(jobs) if height is None else max(height - len(lines) - 2, 1)
-    shown = jobs if len(jobs) <= room + 1 else jobs[:room]
+    shown = jobs if len(jobs) <= room + 1 else share(jobs, room)
     lines += table(shown, board, now, width)
-    if hidden := jobs[len(shown) :]:
+    if hidden := [job for job in jobs if job not in shown]:
         lines.append(Text(f"… and {len(hidden)} more: {counted(hidden)}", style="dim"))
     return _cut(lines, width)
+
+
+def share(jobs: Sequence[JobView], room: int) -> list[JobView]:
+    """The jobs that are shown where not all fit: some of every state, and what is left of the room for what runs."""
+    groups: dict[str, list[JobView]] = {}
+    for job in jobs:
+        groups.setdefault("hand" if job.needs_a_hand else job.state, []).append(job)
+    rows = {name: min(len(group), max(room // 6, 1)) for name, group in groups.items()}
+    for name in sorted(groups, key=lambda name: name != "Running"):
+        rows[name] += max(min(len(groups[name]) - rows[name], room - sum(rows.values())), 0)
+    return [job for name, group in groups.items() for job in group[: rows[name]]][:room]
 
 
 def _cut(lines: list[Text], width: int) -> list[Text]:
@@ -201,31 +233,38 @@ def _cut(lines: list[Text], width: int) -> list[Text]:
 
 
 def table(jobs: Sequence[JobView], board: Board, now: datetime, width: int) -> list[Text]:
-    """Rows of jobs; the message of what waits or failed takes the room that is left."""
+    """A row for each job. What has no figures says in their place why."""
     several = len({job.namespace for job in jobs}) > 1
-    head = ["NAME", "STATE", "", "STEP", "LOSS", "", "EVAL", "TOK/S", "LEFT", "RST", "MEM", "AGE", ""]
-    rows: list[list[str | Cell]] = []
+    head = ["NAME", "STATE", "AGE", "", "STEP", "LOSS", "", "EVAL", "TOK/S", "LEFT", "RST", "MEM"]
+    rows = []
     for job in jobs:
-        running = job.state == "Running"
-        told = "" if running or job.state == "Succeeded" else first_sentence(job.message)
-        rows.append(
-            [
-                f"{job.namespace}/{job.name}" if several else job.name,
-                _state(job),
-                figures.bar(job.step, job.total_steps) if running else "",
-                figures.steps(job.step, job.total_steps),
-                figures.loss(job.loss),
-                Cell(figures.sparkline(list(board.losses.get(_key(job), ())), 10) if running else "", "cyan"),
-                figures.loss(job.best_eval_loss or job.eval_loss),
-                figures.rate(job.tokens_per_second) if running else "",
-                figures.short_time(job.eta_seconds) if running else "",
-                str(job.restarts) if job.restarts else "",
-                figures.memory(job.peak_bytes),
-                figures.age(job.created, now),
-                Cell(told, "red" if job.state == "Failed" else "yellow"),
-            ]
-        )
+        row: list[str | Cell] = [
+            f"{job.namespace}/{job.name}" if several else job.name,
+            _state(job),
+            figures.age(job.created, now),
+        ]
+        if job.state in ("Running", "Succeeded"):
+            row += _figures(job, board, trend=width >= WIDE)
+        else:
+            row.append(Cell(first_sentence(job.message), "red" if job.state == "Failed" else "yellow"))
+        rows.append(row)
     return aligned(head, rows, width, right=NUMBERS)
+
+
+def _figures(job: JobView, board: Board, *, trend: bool) -> list[str | Cell]:
+    running = job.state == "Running"
+    losses = list(board.losses.get(_key(job), ()))
+    return [
+        figures.bar(job.step, job.total_steps) if running else "",
+        figures.steps(job.step, job.total_steps),
+        figures.loss(job.loss),
+        Cell(figures.sparkline(losses, TREND).rjust(TREND) if running and trend else "", "cyan"),
+        figures.loss(job.best_eval_loss or job.eval_loss),
+        figures.rate(job.tokens_per_second) if running else "",
+        figures.short_time(job.eta_seconds) if running else "",
+        str(job.restarts) if job.restarts else "",
+        figures.memory(job.peak_bytes),
+    ]
 
 
 def _state(job: JobView) -> Cell:
@@ -241,7 +280,7 @@ def _single(job: JobView, board: Board, now: datetime, width: int) -> list[Text]
     """One job has the screen to itself."""
     from qlora_cli.cluster.showing import page as show  # noqa: PLC0415
 
-    lines = show(job, {}, now, width)
+    lines = show(job, board.body, now, width)
     losses = list(board.losses.get(_key(job), ()))
     if line := figures.sparkline(losses, KEPT_LOSSES):
         ends = f"{figures.loss(str(losses[0]))} → {figures.loss(str(losses[-1]))}"

@@ -1,0 +1,179 @@
+"""What commands print, as golden texts."""
+
+import json
+from collections import deque
+
+import pytest
+from cli_builders import NOW, failed, run_record, running, succeeded, waiting
+
+from qlora_cli.cluster import beginning, comparing, happened, listing, output, showing, watching
+from qlora_cli.cluster.api import Event
+from qlora_cli.cluster.jobs import view, view_run
+
+ALL = [waiting(), running(), running("support-2"), failed(), succeeded()]
+
+
+def text(lines):
+    return "\n".join(line.plain for line in lines) + "\n"
+
+
+def board_of(*jobs):
+    board = watching.Board()
+    board.take(Event("LISTED", tuple(jobs)))
+    return board
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_list(golden, everywhere):
+    head, rows = listing.table([view(j) for j in ALL], NOW, everywhere=everywhere)
+    lines = output.aligned(head, rows, None, right=listing.NUMBERS)
+    golden(f"list{'-everywhere' if everywhere else ''}.txt", text(lines))
+
+
+@pytest.mark.parametrize("body", [running(), succeeded(), failed(), waiting()], ids=lambda b: b["status"]["state"])
+def test_show(golden, body):
+    golden(f"show-{body['status']['state'].lower()}.txt", text(showing.page(view(body), body, NOW, 100)))
+
+
+def test_show_of_a_local_run(golden, tmp_path):
+    record = run_record()
+    seen = view_run(tmp_path, record)
+    page = text(showing.page(seen, record, NOW, 100))
+    golden("show-local.txt", page.replace(str(tmp_path), "runs/quick"))
+
+
+def test_watch_of_several(golden):
+    board = board_of(*ALL)
+    board.losses["research", "support"] = deque([2.0, 1.8, 1.5, 1.4, 1.2])
+    golden("watch.txt", text(watching.page(board, "namespace research · prod", NOW, 120, 40)))
+
+
+def test_watch_of_one(golden):
+    golden("watch-one.txt", text(watching.page(board_of(running()), "namespace research", NOW, 100, 40)))
+
+
+def test_watch_on_a_narrow_and_low_terminal_cuts_and_shares_its_rows(golden):
+    jobs = [f(f"{f.__name__}-{n}") for f in (waiting, running, failed, succeeded) for n in range(9)]
+    lines = watching.page(board_of(*jobs), "namespace research", NOW, 60, 16)
+    assert len(lines) <= 16
+    assert all(len(line) <= 60 for line in lines)
+    golden("watch-narrow.txt", text(lines))
+
+
+def test_watch_says_that_the_connection_is_lost():
+    board = board_of(running())
+    board.take(Event("LOST", text="https://k8s cannot be reached: refused"))
+    assert "connection lost, trying again: https://k8s cannot be reached" in text(watching.page(board, "", NOW, 99, 9))
+    board.take(Event("MODIFIED", (running(),)))
+    assert "connection lost" not in text(watching.page(board, "", NOW, 99, 9))
+
+
+def test_a_deleted_job_leaves_the_board_and_a_new_list_replaces_it():
+    board = board_of(running("a"), running("b"), running("c"))
+    board.take(Event("DELETED", (running("a"),)))
+    assert [name for _, name in board.jobs] == ["b", "c"]
+    board.take(Event("LISTED", (running("c"),)))
+    assert [name for _, name in board.jobs] == ["c"]
+
+
+def test_compare(golden, tmp_path):
+    record, body = run_record(), succeeded("baseline")
+    columns = [
+        comparing.Column(view(body), body["spec"]),
+        comparing.Column(view_run(tmp_path, record), record["spec"]),
+    ]
+    golden("compare.txt", text(comparing.pages(columns, None, every=False)).replace(str(tmp_path), "runs/quick"))
+    plain = comparing.as_plain(columns, every=False)
+    assert plain["differences"]["spec.lora.rank"] == [16, 8]
+    json.dumps(plain)
+
+
+def test_compare_leaves_out_what_changes_nothing_in_what_is_learned():
+    one, other = succeeded("one"), succeeded("other")
+    other["spec"] = {**other["spec"], "policy": {"maxRestarts": 9}}
+    columns = [comparing.Column(view(b), b["spec"]) for b in (one, other)]
+    assert comparing.differing(columns) == []
+    assert comparing.differing(columns, every=True) == [("policy.maxRestarts", [3, 9])]
+
+
+def test_events(golden):
+    bodies = [
+        {
+            "metadata": {"uid": "1", "resourceVersion": "5", "creationTimestamp": "2026-01-02T10:00:00Z"},
+            "involvedObject": {"kind": "Job", "name": "support-1"},
+            "type": "Normal",
+            "reason": "SuccessfulCreate",
+            "message": "Created pod: support-1-0-x7k2p",
+            "lastTimestamp": "2026-01-02T10:00:00Z",
+            "count": 1,
+        },
+        {
+            "metadata": {"uid": "2", "resourceVersion": "7", "creationTimestamp": "2026-01-02T10:00:00Z"},
+            "involvedObject": {"kind": "QLoRAJob", "name": "support"},
+            "type": "Warning",
+            "reason": "OutOfDeviceMemory",
+            "message": "attempt 1 on gpu-1: no memory\nfor 512 MiB",
+            "eventTime": "2026-01-02T10:30:00.123456Z",
+            "series": {"count": 3, "lastObservedTime": "2026-01-02T10:31:00Z"},
+        },
+    ]
+    rows = happened.rows([happened.see(b) for b in bodies], NOW)
+    golden("events.txt", text(output.aligned(happened.HEAD, rows)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "ours"),
+    [
+        ("QLoRAJob", "tune", True),
+        ("QLoRAJob", "tune-1", False),
+        ("Job", "tune-1", True),
+        ("Job", "tune-prepare", True),
+        ("Job", "tune-1-1", False),
+        ("Pod", "tune-1-0-x7k2p", True),
+        ("Pod", "tune-prepare-x7k2p", True),
+        ("Pod", "tune-1-1-0-x7k2p", False),
+        ("Pod", "tuned-1-0-x7k2p", False),
+        ("Workload", "job-tune-1-abcde", True),
+        ("Node", "tune", False),
+    ],
+)
+def test_whose_event_it_is(kind, name, ours):
+    assert happened.Family("tune").has({"involvedObject": {"kind": kind, "name": name}}) is ours
+
+
+# ---------------------------------------------------------------------------------------------------------------- init
+
+ANSWERS = ("hf://meta-llama/Llama-3.1-8B@main", "s3://data/support.jsonl", "s3://adapters/support")
+
+
+def test_init(golden):
+    golden("init.yaml", beginning.text(beginning.Answers(*ANSWERS, credentials="object-store")))
+
+
+@pytest.mark.parametrize("form", beginning.FORMATS)
+def test_what_init_writes_is_valid_also_with_every_comment_taken_away(form):
+    import re
+
+    from qlora_cli import manifest, yamls
+
+    written = beginning.text(beginning.Answers(*ANSWERS, format=form))
+    for pattern in (r"^(\s*)# (?=\s*[a-zA-Z]+:( |$))", r"^\s*#.*\n"):
+        written = re.sub(pattern, r"\1" if "(" in pattern[:6] else "", written, flags=re.MULTILINE)
+    (document,) = yamls.read(written, "uncommented")
+    job = manifest.check(document)
+    assert job.spec.scheduling.queue == "research"
+    assert job.spec.lora.target_modules == ["q_proj", "v_proj"]
+
+
+def test_init_refuses_what_the_api_would():
+    from qlora_cli.manifest import RefusedError
+
+    with pytest.raises(RefusedError, match=r'spec.model.source: "ftp://x" .*scheme "ftp://" is not known'):
+        beginning.text(beginning.Answers("ftp://x", *ANSWERS[1:]))
+
+
+@pytest.mark.parametrize("value", ["on", "2e-4", "a: b", "# no", "name", "é", "s3://bucket/path with space", "'", "-x"])
+def test_init_quotes_what_yaml_would_take_for_something_else(value):
+    from qlora_cli import yamls
+
+    assert yamls.read(f"x: {beginning._scalar(value)}", "-")[0].value == {"x": value}
