@@ -1,0 +1,172 @@
+"""Alert rules: what somebody has to look at. Each has a page in docs/runbooks, and fires in a test.
+
+Labels are summed away down to namespace, job and what the alert is about, so that a restart of the operator or a new
+pod is no new alert. What ended is told by time stamps, not by counters: they survive restarts of whoever counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+SILENT_SECONDS = 600
+"""A step that takes longer than this is no step."""
+RECENT_SECONDS = 3600
+"""How long an end is worth an alert."""
+STARVED = 0.2
+"""Share of time that ranks wait for rows."""
+NEAR = 0.9
+"""Share of a budget."""
+QUEUE_SECONDS = 60
+RUNBOOKS = "docs/runbooks/"
+"""The chart puts the address of the repository before it."""
+_JOB = "by (namespace, job)"
+_ENDED = "max by (namespace, job, reason) (qlora_job_attempt_end_timestamp_seconds{{reason=~{}}})"
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One rule."""
+
+    name: str
+    expr: str
+    lasts: str
+    """How long it must hold, as Prometheus writes durations."""
+    severity: Literal["critical", "warning"]
+    summary: str
+    """Which job, what; with Prometheus' templates."""
+    description: str
+    """What it means in one sentence, and the first thing to do."""
+
+    def rule(self) -> dict[str, Any]:
+        return {
+            "alert": self.name,
+            "expr": self.expr,
+            "for": self.lasts,
+            "labels": {"severity": self.severity},
+            "annotations": {
+                "summary": self.summary,
+                "description": self.description,
+                "runbook_url": f"{RUNBOOKS}{self.name}.md",
+            },
+        }
+
+
+def _recently(reasons: str) -> str:
+    """Ends for one of these reasons, as seconds since then."""
+    return f"time() - {_ENDED.format(reasons)} < {RECENT_SECONDS}"
+
+
+_WORKS = 'sum by (namespace, job, rank) (rate(qlora_section_seconds_total{section=~"Data|Train"}[5m])) > 0.5'
+_MEMORY = '"OutOf(Device|Host)Memory"'
+_BEST = f"max {_JOB} (max_over_time(qlora_step[30m]{{}}))"
+_PLANNED = f"max {_JOB} (qlora_steps_planned)"
+_STEP_RATE = 'rate(qlora_step_seconds_{}{{rank="0"}}[15m])'
+_LEFT = (
+    f"({_PLANNED} - max {_JOB} (qlora_step)) * max {_JOB} ({_STEP_RATE.format('sum')} / {_STEP_RATE.format('count')})"
+)
+_ERRORS = "sum(rate(qlora_operator_reconcile_errors_total[10m]))"
+_RECONCILES = "sum(rate(qlora_operator_reconcile_seconds_count[10m]))"
+_QUEUE = "histogram_quantile(0.99, sum by (le) (rate(qlora_operator_queue_wait_seconds_bucket[10m])))"
+WHO = "{{ $labels.namespace }}/{{ $labels.job }}"
+
+ALERTS: Sequence[Alert] = (
+    Alert(
+        "QLoRAJobStalled",
+        f"max by (namespace, job, rank) (time() - qlora_heartbeat_timestamp_seconds) > {SILENT_SECONDS}"
+        f" and on (namespace, job, rank) {_WORKS}"
+        f" or {_recently(chr(34) + 'Stalled' + chr(34))}",
+        "0m",
+        "critical",
+        f"{WHO}{{{{ with $labels.rank }}}}, rank {{{{ . }}}},{{{{ end }}}} stands still",
+        "A rank has not finished a step for ten minutes, or an attempt was ended because of it. GPUs are held for "
+        "nothing: look for a node whose network or GPU is broken.",
+    ),
+    Alert(
+        "QLoRAJobOutOfMemoryLoop",
+        f"sum {_JOB} (qlora_job_attempts{{reason=~{_MEMORY}}}) >= 2 and on (namespace, job) {_recently(_MEMORY)}",
+        "0m",
+        "warning",
+        f"{WHO} ran out of memory {{{{ $value }}}} times",
+        "Smaller micro-batches were tried and did not help, or host memory is what runs out. Look which, and at how "
+        "much was predicted.",
+    ),
+    Alert(
+        "QLoRAJobLossNotFinite",
+        f"{_recently(chr(34) + 'NonFiniteLoss' + chr(34))}"
+        f' or max {_JOB} (abs(qlora_gradient_norm{{rank="0"}}) == Inf)'
+        f' or max {_JOB} (qlora_gradient_norm{{rank="0"}} != qlora_gradient_norm{{rank="0"}})',
+        "0m",
+        "critical",
+        f"The loss or gradient of {WHO} is not finite",
+        "The update was not applied where the loss was the cause. A smaller learning rate, or Float32 as compute "
+        "type, is the usual remedy.",
+    ),
+    Alert(
+        "QLoRAJobNoProgress",
+        f"({_BEST.format('')} <= {_BEST.format(' offset 30m')}) < {_PLANNED} and on (namespace, job) qlora_step",
+        "10m",
+        "warning",
+        f"{WHO} is at step {{{{ $value }}}} as it was half an hour ago",
+        "Attempts run and come no further than the ones before: something ends each of them before its first "
+        "checkpoint, or evaluation takes all the time.",
+    ),
+    Alert(
+        "QLoRAJobDataStarved",
+        f"avg {_JOB} (rate(qlora_data_wait_seconds_total[10m])) > {STARVED}",
+        "15m",
+        "warning",
+        f"Ranks of {WHO} wait for rows {{{{ $value | humanizePercentage }}}} of the time",
+        "GPUs stand still while rows are read. Look at the disk that the cache is on.",
+    ),
+    Alert(
+        "QLoRAPublishFailing",
+        _recently('"StorageFailed|AdapterRejected"'),
+        "0m",
+        "critical",
+        f"{WHO} cannot leave its result: {{{{ $labels.reason }}}}",
+        "Object storage is out of reach or full, or the gate refuses the adapter. The training is not lost: "
+        "checkpoints that were written stay.",
+    ),
+    Alert(
+        "QLoRAJobBudgetNear",
+        f"max {_JOB} (qlora_job_gpu_seconds) / max {_JOB} (qlora_job_budget_gpu_seconds) > {NEAR}",
+        "0m",
+        "warning",
+        f"{WHO} has used {{{{ $value | humanizePercentage }}}} of its GPU-hours",
+        "Once they are used up it is suspended with a checkpoint. A larger policy.budgetGpuHours lets it go on.",
+    ),
+    Alert(
+        "QLoRAJobDeadlineNear",
+        f"max {_JOB} (qlora_job_deadline_timestamp_seconds) - time() < on (namespace, job) {_LEFT}",
+        "10m",
+        "warning",
+        f"{WHO} will not be done before its deadline, in {{{{ $value | humanizeDuration }}}}",
+        "At its present speed the steps that are left take longer than policy.activeDeadlineSeconds leaves, and then "
+        "the job fails.",
+    ),
+    Alert(
+        "QLoRAOperatorDown",
+        "absent(qlora_operator_reconcile_seconds_count)",
+        "5m",
+        "critical",
+        "Nobody serves QLoRAJobs",
+        "The operator is not there or is not scraped. Trainings that run go on; none starts, resumes or is "
+        "published in status.",
+    ),
+    Alert(
+        "QLoRAOperatorNotReconciling",
+        f"{_ERRORS} > 0.5 * {_RECONCILES} or {_QUEUE} > {QUEUE_SECONDS}",
+        "10m",
+        "critical",
+        "The operator does not come through with its work",
+        "Most of its reconciles fail, or jobs wait a minute for their turn. Look at the kinds of errors and at "
+        "the API server.",
+    ),
+)
+
+
+def rules() -> dict[str, Any]:
+    """The content of a rule file."""
+    return {"groups": [{"name": "qlora-operator", "rules": [alert.rule() for alert in ALERTS]}]}

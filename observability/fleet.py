@@ -1,0 +1,223 @@
+"""Fleet: what the GPUs of a cluster are held for, who waits, what fails, what it costs."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders import dashboard
+
+from parts import NAMESPACE, PERCENT, Column, Query, board, choice, figure, lines, rows, totals
+
+GPU_TIME = f"qlora_operator_gpu_seconds_total{{{NAMESPACE}}}"
+TRAINING = f'qlora_section_seconds_total{{{NAMESPACE},section="Train"}}'
+ATTEMPTS = "qlora_operator_attempts_total"
+OUT_OF_MEMORY = f'{ATTEMPTS}{{reason=~"OutOf(Device|Host)Memory"}}'
+STALLED = f'{ATTEMPTS}{{reason="Stalled"}}'
+EFFECTIVE = (
+    "Of the GPU time that is paid for, the share in which ranks trained. The rest is loading, waiting for rows, "
+    "evaluation, checkpoints, publishing and what stands still."
+)
+
+
+def fleet() -> dashboard.Dashboard:
+    """The dashboard."""
+    made = board("qlora-fleet", "QLoRA / Fleet", "GPUs, jobs, failures and cost of all QLoRAJobs", since="now-24h")
+    made.with_variable(choice("namespace", "Namespace", "label_values(qlora_operator_jobs, namespace)", several=True))
+    made.with_variable(dashboard.TextBoxVariable("price").label("USD per GPU-hour").default_value("2.50"))
+    _now(made)
+    _queue(made)
+    _failures(made)
+    _cost(made)
+    _operator(made)
+    return made
+
+
+def _now(made: dashboard.Dashboard) -> None:
+    made.with_row(dashboard.Row("Now"))
+    gpus = f"qlora_operator_gpus{{{NAMESPACE},state="
+    jobs = f"qlora_operator_jobs{{{NAMESPACE},state="
+    longest = f"max(qlora_operator_pending_seconds{{{NAMESPACE}}})"
+    for panel in (
+        figure("GPUs held", "By pods on nodes.", "short", Query(f'sum({gpus}"Held"}})')),
+        figure(
+            "GPUs waited for",
+            "Of attempts whose pods have no node yet.",
+            "short",
+            Query(f'sum({gpus}"Waiting"}})'),
+            steps=((1, "yellow"),),
+        ),
+        figure("Jobs that train", "All ranks of an attempt are at work.", "short", Query(f'sum({jobs}"Running"}})')),
+        figure(
+            "Longest wait",
+            "Since the job that waits longest was created, or last ran.",
+            "s",
+            Query(longest),
+            steps=((900, "yellow"), (3600, "red")),
+        ),
+        figure(
+            "Effective GPU time",
+            EFFECTIVE,
+            PERCENT,
+            Query(f"sum(rate({TRAINING}[$__rate_interval])) / sum(rate({GPU_TIME}[$__rate_interval]))"),
+            max=1,
+        ),
+        figure(
+            "Cost",
+            "GPU time in the range that is shown, at the price above.",
+            "currencyUSD",
+            Query(f"sum(increase({GPU_TIME}[$__range])) / 3600 * $price"),
+        ),
+    ):
+        made.with_panel(panel.no_value("0"))
+    key = "by (namespace, job)"
+    steps, planned = f"max {key} (qlora_step{{{NAMESPACE}}})", f"max {key} (qlora_steps_planned{{{NAMESPACE}}})"
+    made.with_panel(
+        rows(
+            "Jobs that are not over",
+            "How each stands, how far it is, how fast, and how full its fullest GPU is. Trainers that are not scraped "
+            "show no figures.",
+            (("namespace", "Namespace"), ("job", "Job"), ("state", "State"), ("reason", "Reason")),
+            f'max by (namespace, job, state, reason) (qlora_job_state{{{NAMESPACE},state!~"Succeeded|Failed"}})',
+            (
+                Column("Done", f"{steps} / {planned}", PERCENT, gauge=True),
+                Column("Loss", f"max {key} (qlora_loss{{{NAMESPACE}}})", "short"),
+                Column("Tokens/s", f"max {key} (qlora_tokens_per_second{{{NAMESPACE}}})", "short"),
+                Column("Attempt", f"max {key} (qlora_attempt{{{NAMESPACE}}})", "none"),
+                Column("GPU time", f"max {key} (qlora_job_gpu_seconds{{{NAMESPACE}}})", "s"),
+            ),
+        )
+    )
+
+
+def _queue(made: dashboard.Dashboard) -> None:
+    made.with_row(dashboard.Row("Queue"))
+    made.with_panel(
+        lines(
+            "GPUs held and waited for",
+            "Held by pods on nodes, and those that attempts still wait for.",
+            "short",
+            Query(f"sum by (state) (qlora_operator_gpus{{{NAMESPACE}}})", "{{state}}"),
+            stacked=True,
+            min=0,
+        )
+    )
+    made.with_panel(
+        lines(
+            "Longest wait by reason",
+            "Of jobs that wait now: Unschedulable (no node has room), Queued (not admitted), QuotaExceeded, Starting …",
+            "s",
+            Query(f"max by (reason) (qlora_operator_pending_seconds{{{NAMESPACE}}})", "{{reason}}"),
+            min=0,
+        )
+    )
+    made.with_panel(
+        lines(
+            "Jobs by state and reason",
+            "Every QLoRAJob that exists.",
+            "short",
+            Query(f"sum by (state, reason) (qlora_operator_jobs{{{NAMESPACE}}})", "{{state}} · {{reason}}"),
+            stacked=True,
+            span=24,
+            min=0,
+        )
+    )
+
+
+def _failures(made: dashboard.Dashboard) -> None:
+    made.with_row(dashboard.Row("What ends attempts"))
+    made.with_panel(
+        lines(
+            "Attempts that ended",
+            "In the hour before each point, by reason, over all namespaces. Preempted and NodeLost resume and do not "
+            "count against a job's restarts.",
+            "short",
+            Query(f"sum by (reason) (increase({ATTEMPTS}[1h])) > 0", "{{reason}}"),
+            bars=True,
+            stacked=True,
+            min=0,
+        )
+    )
+    share = "sum(increase({}[6h])) / clamp_min(sum(increase(" + ATTEMPTS + "[6h])), 1)"
+    made.with_panel(
+        lines(
+            "Out of memory and stalled",
+            "Share of the attempts that ended in the six hours before each point.",
+            PERCENT,
+            Query(share.format(OUT_OF_MEMORY), "out of memory"),
+            Query(share.format(STALLED), "stalled"),
+            min=0,
+            max=1,
+        )
+    )
+
+
+def _cost(made: dashboard.Dashboard) -> None:
+    made.with_row(dashboard.Row("What it costs"))
+    used = f"sum by (namespace) (increase({GPU_TIME}[$__range])) / 3600"
+    made.with_panel(
+        totals(
+            "GPU-hours", "By namespace, in the range that is shown.", "h", Query(used, "{{namespace}}"), span=6, min=0
+        )
+    )
+    made.with_panel(
+        totals(
+            "Cost",
+            "GPU-hours at the price above, by namespace, in the range that is shown.",
+            "currencyUSD",
+            Query(f"{used} * $price", "{{namespace}}"),
+            span=6,
+            min=0,
+        )
+    )
+    train = f"sum by (namespace) (rate({TRAINING}[$__rate_interval]))"
+    made.with_panel(
+        lines(
+            "Effective GPU time",
+            EFFECTIVE,
+            PERCENT,
+            Query(f"{train} / sum by (namespace) (rate({GPU_TIME}[$__rate_interval]))", "{{namespace}}"),
+            min=0,
+            max=1,
+        )
+    )
+
+
+def _operator(made: dashboard.Dashboard) -> None:
+    made.with_row(dashboard.Row("The operator"))
+    late = "histogram_quantile({}, sum by (le) (rate({}_bucket[$__rate_interval])))"
+    reconcile, queue = "qlora_operator_reconcile_seconds", "qlora_operator_queue_wait_seconds"
+    made.with_panel(
+        lines(
+            "Reconciles",
+            "How long one takes, and how long a job waits for its turn.",
+            "s",
+            Query(late.format("0.5", reconcile), "reconcile, median"),
+            Query(late.format("0.99", reconcile), "reconcile, 99%"),
+            Query(late.format("0.99", queue), "wait for a turn, 99%"),
+            span=8,
+            min=0,
+        )
+    )
+    made.with_panel(
+        lines(
+            "Requests to the API server",
+            "By verb and status code; 0 is no answer.",
+            "reqps",
+            Query(
+                "sum by (verb, code) (rate(qlora_operator_api_requests_total[$__rate_interval]))", "{{verb}} {{code}}"
+            ),
+            span=8,
+            stacked=True,
+            min=0,
+        )
+    )
+    errors = "sum by (kind) (rate(qlora_operator_reconcile_errors_total[$__rate_interval]))"
+    made.with_panel(
+        lines(
+            "Reconciles and those that failed",
+            "What failed is tried again, later and later. A few conflicts are normal.",
+            "ops",
+            Query(f"sum(rate({reconcile}_count[$__rate_interval]))", "all"),
+            Query(errors, "{{kind}}"),
+            span=8,
+            min=0,
+        )
+    )

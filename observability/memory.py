@@ -1,0 +1,148 @@
+"""GPU memory: what was predicted and what is measured, by component and by rank, and what is left."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders import dashboard
+
+from parts import EACH_JOB, JOB, PERCENT, Query, board, choice, figure, lines, side_by_side
+
+COMPONENT = "qlora_memory_component_bytes"
+PREDICTED = "qlora_memory_predicted_bytes"
+PEAK = f'max {EACH_JOB} ({COMPONENT}{{{JOB},component="peak"}})'
+PLANNED_PEAK = f'max {EACH_JOB} ({PREDICTED}{{{JOB},component="peak"}})'
+TOTAL, FREE = f"qlora_gpu_memory_total_bytes{{{JOB}}}", f"qlora_gpu_memory_free_bytes{{{JOB}}}"
+GPU = "qlora_gpu_memory"
+
+
+def memory() -> dashboard.Dashboard:
+    """The dashboard."""
+    made = board("qlora-memory", "QLoRA / GPU memory", "Predicted and measured memory of one training")
+    made.with_variable(choice("namespace", "Namespace", "label_values(qlora_step, namespace)", several=False))
+    jobs = 'label_values(qlora_step{namespace=~"$namespace"}, job)'
+    made.with_variable(choice("job", "Job", jobs, several=False))
+    _now(made)
+    _components(made)
+    _ranks(made)
+    return made
+
+
+def _now(made: dashboard.Dashboard) -> None:
+    for panel in (
+        figure("Measured peak", "Of the rank that has most. On a CPU: of the whole process.", "bytes", Query(PEAK)),
+        figure("Predicted peak", "By the plan that was made before a GPU was held.", "bytes", Query(PLANNED_PEAK)),
+        figure(
+            "Prediction",
+            "Predicted over measured peak: above 100% room was left unused, below it the plan was too hopeful.",
+            PERCENT,
+            Query(f"{PLANNED_PEAK} / {PEAK}"),
+            decimals=1,
+        ),
+        figure("Card", "Memory of the smallest card.", "bytes", Query(f"min {EACH_JOB} ({TOTAL})")),
+        figure(
+            "Headroom now",
+            "Free on the fullest card, of its memory, by NVML: other processes count too.",
+            PERCENT,
+            Query(f"min {EACH_JOB} ({FREE} / {TOTAL})"),
+            decimals=1,
+            max=1,
+        ),
+        figure(
+            "Headroom at the peak",
+            "What PyTorch never took at once on the fullest card. Under 5%: a longer row may end in out of memory.",
+            PERCENT,
+            Query(f"min {EACH_JOB} (1 - {GPU}_peak_bytes{{{JOB}}} / {TOTAL})"),
+            decimals=1,
+            max=1,
+        ),
+    ):
+        made.with_panel(panel)
+
+
+def _components(made: dashboard.Dashboard) -> None:
+    made.with_row(dashboard.Row("By component"))
+    made.with_panel(
+        side_by_side(
+            "Predicted and measured",
+            "Of the rank that has most. What only one side knows has one bar: activations and workspaces are "
+            "predicted, and are part of the measured peak.",
+            "bytes",
+            "component",
+            Query(f"max by (component) ({PREDICTED}{{{JOB}}})", "predicted"),
+            Query(f"max by (component) ({COMPONENT}{{{JOB}}})", "measured"),
+        ).height(12)
+    )
+    made.with_panel(
+        lines(
+            "Measured",
+            "Of the rank that has most, stacked; the dashed lines are the peaks.",
+            "bytes",
+            Query(f'max by (component) ({COMPONENT}{{{JOB},component!="peak"}})', "{{component}}"),
+            Query(PEAK, "measured peak", dashed=True),
+            Query(PLANNED_PEAK, "predicted peak", dashed=True),
+            stacked=True,
+            min=0,
+        ).height(12)
+    )
+
+
+def _ranks(made: dashboard.Dashboard) -> None:
+    made.with_row(dashboard.Row("By rank"))
+    made.with_panel(
+        lines(
+            "Held by tensors",
+            "GPU memory of PyTorch's tensors, and the highest it was in this attempt.",
+            "bytes",
+            Query(f"max by (rank) ({GPU}_allocated_bytes{{{JOB}}})", "rank {{rank}}"),
+            Query(f"max by (rank) ({GPU}_peak_bytes{{{JOB}}})", "rank {{rank}}, peak", dashed=True),
+            min=0,
+        )
+    )
+    kept = f"max by (rank) ({GPU}_reserved_bytes{{{JOB}}} - {GPU}_allocated_bytes{{{JOB}}})"
+    made.with_panel(
+        lines(
+            "Kept by the allocator",
+            "Reserved by PyTorch beyond its tensors: cached blocks, and gaps between them that no tensor fits into.",
+            "bytes",
+            Query(kept, "rank {{rank}}"),
+            min=0,
+        )
+    )
+    made.with_panel(
+        lines(
+            "Free on the card",
+            "By NVML. Below what the next allocation asks for, the attempt ends in out of memory.",
+            "bytes",
+            Query(f"min by (rank) ({FREE})", "rank {{rank}}"),
+            min=0,
+        )
+    )
+    made.with_panel(
+        lines(
+            "PCIe traffic",
+            "By NVML, just before each scrape. With a paged optimizer, traffic at every update means that its state "
+            "does not stay on the card; offload and checkpoints show here too.",
+            "Bps",
+            Query(
+                f"max by (rank, direction) (qlora_gpu_pcie_bytes_per_second{{{JOB}}})", "rank {{rank}}, {{direction}}"
+            ),
+            min=0,
+        )
+    )
+    made.with_panel(
+        lines(
+            "Host memory of each rank",
+            "Resident. Offloaded and paged optimizer state is here.",
+            "bytes",
+            Query(f"max by (rank) (qlora_host_memory_resident_bytes{{{JOB}}})", "rank {{rank}}"),
+            min=0,
+        )
+    )
+    made.with_panel(
+        lines(
+            "Left on the host",
+            "What a node can still give: the smallest over its ranks.",
+            "bytes",
+            Query(f"min {EACH_JOB} (qlora_host_memory_available_bytes{{{JOB}}})", "available"),
+            min=0,
+        )
+    )
