@@ -73,7 +73,7 @@ demo: $(VENV)/.all-installed  ## The quickstart as a QLoRAJob on such a cluster:
 # -------------------------------------------------------------------------------------------------------------- check
 
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest --durations 10
-CLUSTER_TESTS := tests/charts tests/cluster tests/images
+CLUSTER_TESTS := tests/charts tests/cluster tests/images tests/observability/live
 E2E_TESTS := tests/e2e
 CLOSING := build/pytest-unit.log build/pytest-cluster.log build/pytest-e2e.log
 
@@ -104,12 +104,13 @@ test-e2e: $(VENV)/.all-installed  ## From helm install to a verified adapter, on
 	@tail -n 1 build/pytest-e2e.log
 
 .PHONY: check
-check: $(VENV)/.all-installed  ## Lint, format, imports, generated CRD, types
+check: $(VENV)/.all-installed  ## Lint, format, imports, generated CRD and dashboards, types
 	@$(STEP) lint $(BIN)/ruff check
 	@$(STEP) format $(BIN)/ruff format --check
 	@$(STEP) imports $(BIN)/lint-imports
 	@$(STEP) crds bash -c '$(BIN)/qlora crds | diff -u $(CRD) - || { echo "$(CRD) is stale: make crds"; exit 1; }'
 	@$(STEP) chart $(BIN)/python charts/generate.py --check
+	@$(STEP) dashboards $(BIN)/python observability/generate.py --check
 	@$(STEP) types $(BIN)/mypy
 
 .PHONY: crds
@@ -119,6 +120,10 @@ crds: $(VENV)/.all-installed  ## Generate the CustomResourceDefinition from the 
 .PHONY: chart
 chart: crds  ## The chart's copy of the CRD, and the table of values in its README
 	$(BIN)/python charts/generate.py
+
+.PHONY: dashboards
+dashboards: $(VENV)/.all-installed  ## Generate dashboards and alert rules into the chart, and the reference of metrics
+	$(BIN)/python observability/generate.py
 
 .PHONY: clean
 clean:  ## Remove what is generated; .venv and runs stay
