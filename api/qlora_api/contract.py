@@ -92,6 +92,9 @@ class TrainerConfig(Model):
     shared_cache_uri: str | None = None
     """Folder in object storage or on a claim where Prepare leaves what it made, content-addressed, for the trainers of
     this and of later jobs. None: ``cache_dir`` is all there is."""
+    gpu: str | None = None
+    """Which GPU a rank gets, by its name in ``qlora_api.memory.GPUS``: Prepare chooses what fits it. None: not known,
+    or the CPU; then nothing is chosen by memory."""
     predicted_memory: dict[str, int] = {}
     """Bytes of one rank by component, as planned: shown beside what is measured."""
     termination_message_path: str

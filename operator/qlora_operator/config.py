@@ -39,6 +39,8 @@ class TrainerPodConfig(Model):
     runtime_class_name: str | None = None
     device: Literal["CUDA", "CPU"] | None = None
     """What trains. Default: CUDA where a GPU resource is requested, else the CPU."""
+    gpu: str | None = None
+    """Which GPU a rank gets, where a job's nodes do not say it: a name of ``qlora plan``'s table."""
     cpu: Quantity = "4"
     """For each rank; so are memory and shared_memory."""
     memory: Quantity = "32Gi"

@@ -12,6 +12,7 @@ from qlora_api.batch import BatchSplit, split_batch
 from qlora_api.contract import JobRef, TrainerConfig
 from qlora_api.job import API_VERSION, KIND, QLoRAJob
 from qlora_api.lifecycle import restarts
+from qlora_api.memory.gpus import known_gpu
 from qlora_api.spec import Gang, GradientCheckpointing, QLoRAJobSpec
 from qlora_api.status import Attempt, PrepareResult, QLoRAJobStatus
 from qlora_operator.config import OperatorConfig
@@ -41,6 +42,7 @@ CONFIG_FOLDER = "/etc/qlora"
 CACHE_FOLDER = "/cache"
 PVC_FOLDER = "/mnt/pvc"
 KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
+GPU_PRODUCT = "nvidia.com/gpu.product"
 VOLCANO_API = "scheduling.volcano.sh/v1beta1"
 
 
@@ -169,11 +171,25 @@ def trainer_config(job: QLoRAJob, config: OperatorConfig, attempt: Attempt, stat
         shared_cache_uri=config.shared_cache_uri or f"{spec.output.destination.rstrip('/')}/.prepared",
         termination_message_path="/dev/termination-log",
         metrics_port=METRICS_PORT,
+        gpu=gpu_of(spec, config),
+        predicted_memory=status.prepared.memory if status.prepared else {},
     )
 
 
 def device_of(config: OperatorConfig) -> Literal["CUDA", "CPU"]:
     return config.trainer.device or ("CUDA" if config.gpu_resource else "CPU")
+
+
+def gpu_of(spec: QLoRAJobSpec, config: OperatorConfig) -> str | None:
+    """Which GPU a rank gets: the product the job's nodes must have, by NVIDIA's feature discovery, else the operator's.
+
+    Feature discovery writes ``NVIDIA-H100-80GB-HBM3`` where the driver says ``NVIDIA H100 80GB HBM3``.
+    """
+    if device_of(config) == "CPU":
+        return None
+    product = spec.scheduling.node_selector.get(GPU_PRODUCT, "")
+    known = known_gpu(product) or known_gpu(product.replace("-", " "))
+    return known.name if known else config.trainer.gpu
 
 
 def checkpoints_gradients(spec: QLoRAJobSpec, config: OperatorConfig, prepared: PrepareResult | None) -> bool:
