@@ -1,5 +1,5 @@
 """The commands that speak to a cluster. Everything here reads API objects as they are, without the API's types.
 
 A field that a newer operator added must not stop an older command line from listing jobs, and a command that only reads
-starts in half the time without pydantic.
+starts sooner without building them.
 """

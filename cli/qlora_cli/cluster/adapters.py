@@ -107,11 +107,13 @@ def read(source: Source) -> Published:
         )
     try:
         body = json.loads(data)
-        if body["schema"] != SCHEMA:
-            raise StorageError(f'{where}: schema "{body["schema"]}" is not known here; this version reads {SCHEMA}')
-        files = tuple(PublishedFile(f["path"], int(f["size"]), f["sha256"]) for f in body["files"])
+        schema = body["schema"]
+        listed = body["files"] if schema == SCHEMA else []
+        files = tuple(PublishedFile(f["path"], int(f["size"]), f["sha256"]) for f in listed)
     except (ValueError, KeyError, TypeError):
         raise StorageError(f"{where}: is no manifest of this operator") from None
+    if schema != SCHEMA:
+        raise StorageError(f'{where}: schema "{schema}" is not known here; this version reads {SCHEMA}')
     for file in files:
         if not _is_inside(file.path):
             raise StorageError(f'{where}: names "{file.path}", which leaves its folder')

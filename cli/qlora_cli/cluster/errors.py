@@ -19,8 +19,10 @@ from qlora_cli.cluster.names import GROUP
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-_VALUE = re.compile(r"^(?:Invalid value|Unsupported value|Too (?:long|many|few)|Required value|Forbidden)(?:: )?")
-_SHOWN_VALUE = re.compile(r'^(?:"object"|"array"|\{.*?\}|\[.*?\]|null): ', re.DOTALL)
+_KIND = re.compile(
+    r"^(Invalid value|Unsupported value|Duplicate value|Too long|Too many|Required value|Forbidden)(?:: |$)"
+)
+_SHOWN = re.compile(r'^(?P<value>"(?:[^"\\]|\\.)*"|\{.*?\}|\[.*?\]|[^:\s]+): (?P<words>.*)$', re.DOTALL)
 _NOT_CHECKED = "some validation rules were not checked"
 _DENIED = re.compile(r"ValidatingAdmissionPolicy '.*?' with binding '.*?' denied request: (.*)", re.DOTALL)
 _MAY_NOT = re.compile(
@@ -68,7 +70,7 @@ def _lines(error: ApiError, status: Mapping[str, Any]) -> Iterator[str]:
     causes = (status.get("details") or {}).get("causes") or []
     fields = [c for c in causes if c.get("field") and _NOT_CHECKED not in c.get("message", "")]
     if error.code == 422 and fields:
-        yield from (f"{cause['field']}: {_plain(cause.get('message', ''))}" for cause in fields)
+        yield from (_plain(cause["field"], cause.get("message", "")) for cause in fields)
     elif denied := _DENIED.search(error.said):
         yield denied[1]
     elif found := _MAY_NOT.search(error.said):
@@ -89,11 +91,18 @@ def may_not(user: str, verb: str, what: str, namespace: str) -> str:
     return f'user "{user}" may not {verb} {what}{where}{hint}'
 
 
-def _plain(message: str) -> str:
-    """A cause's message without the parts that only a program reads."""
-    kind = _VALUE.match(message)
-    rest = message[kind.end() :] if kind else message
-    bare = _SHOWN_VALUE.sub("", rest)
-    if kind and bare == rest and kind[0].startswith("Required value"):
-        return f"is required{f': {rest}' if rest else ''}"
-    return bare.removeprefix(": ")
+def _plain(field: str, message: str) -> str:
+    """A cause as field, value and what is allowed, without the parts that only a program reads."""
+    kind = _KIND.match(message)
+    if kind is None:
+        return f"{field}: {message}"
+    rest = message[kind.end() :]
+    if kind[1] == "Required value":
+        return f"{field}: is required" + (f": {rest}" if rest else "")
+    found = _SHOWN.match(rest)
+    value, words = (found["value"], found["words"]) if found else ("", rest)
+    words = words.removeprefix(f"{field} in body ")
+    if not value or value.startswith(("{", "[")) or value in ('"object"', '"array"', "null"):
+        return f"{field}: {words}"
+    shown = value if value.startswith('"') else f'"{value}"'
+    return f"{field}: {shown} {words}"

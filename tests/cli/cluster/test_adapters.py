@@ -1,0 +1,199 @@
+"""Published adapters: fetched and verified byte by byte, from a folder and from a real S3 server."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from cli_builders import job, run_record, succeeded
+from typer.testing import CliRunner
+
+from qlora_cli import main
+from qlora_cli.cluster import adapters, storage
+from qlora_cli.cluster.errors import ClusterError
+
+FILES = {
+    "3f2a-attempt-1/adapter/adapter_config.json": b"{}",
+    "3f2a-attempt-1/adapter/adapter_model.safetensors": bytes(range(256)) * 1000,
+    "3f2a-attempt-1/merged/model.safetensors": b"merged" * 100,
+}
+
+
+def manifest(files=FILES, **more):
+    listed = [{"path": p, "size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for p, d in files.items()]
+    body = {"schema": "qlora.dev/manifest/v1", "job": "tune", "adapter": "3f2a-attempt-1/adapter", "files": listed}
+    return json.dumps({**body, "base": {"source": "/models/base", "revision": "r1"}, **more}).encode()
+
+
+def publish(folder, files=FILES, data=None):
+    for path, content in {**files, "manifest.json": data or manifest(files)}.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(main.app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def published(tmp_path):
+    return publish(tmp_path / "out")
+
+
+def test_what_was_published_is_verified(call, published):
+    result = call("verify", f"{published}/")
+    assert result.exit_code == 0
+    assert result.stdout == f"{published}/manifest.json: all 3 files are what was published\n"
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        pytest.param(lambda path: path.unlink(), "is missing", id="missing"),
+        pytest.param(lambda path: path.write_bytes(b"{"), "has 1 bytes where 2 were published", id="cut"),
+        pytest.param(lambda path: path.write_bytes(b"[]"), "its SHA-256 differs", id="changed"),
+    ],
+)
+def test_every_difference_is_named(call, published, damage, problem):
+    damage(published / "3f2a-attempt-1/adapter/adapter_config.json")
+    result = call("verify", f"{published}/")
+    assert result.exit_code == 1
+    assert result.stdout.startswith("3f2a-attempt-1/adapter/adapter_config.json ")
+    assert problem in result.stdout
+    plain = json.loads(call("verify", f"{published}/", "-o", "json").stdout)
+    assert (plain["verified"], len(plain["problems"]), plain["files"]) == (False, 1, 3)
+
+
+def test_a_download_is_the_adapter_without_the_attempts_folder_and_verifies(call, published, tmp_path):
+    result = call("download", f"{published}/manifest.json", "--to", "here")
+    assert result.exit_code == 0, result.output
+    assert "here/adapter: 3 files" in result.stdout
+    assert (tmp_path / "here/adapter/adapter_model.safetensors").read_bytes() == FILES[
+        "3f2a-attempt-1/adapter/adapter_model.safetensors"
+    ]
+    assert call("verify", "here/").exit_code == 0
+    assert "0 files" in call("download", f"{published}/manifest.json", "--to", "here").stdout
+
+
+def test_a_download_may_leave_the_merged_model(call, published, tmp_path):
+    assert call("download", f"{published}/", "--adapter-only").exit_code == 0
+    assert sorted(p.name for p in (tmp_path / "tune").iterdir()) == ["adapter", "manifest.json"]
+
+
+def test_what_differs_is_never_laid_down(call, published, tmp_path):
+    (published / "3f2a-attempt-1/adapter/adapter_model.safetensors").write_bytes(b"evil")
+    result = call("download", f"{published}/", "--to", "here")
+    assert result.exit_code == 40
+    assert "is not what was published; the adapter must not be used" in result.stderr
+    assert [p.name for p in (tmp_path / "here").rglob("*") if p.is_file()] == ["adapter_config.json"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"{", "is no manifest of this operator"),
+        (b'{"schema": "other/v9", "files": []}', 'schema "other/v9" is not known here'),
+        (manifest({"a/../../evil": b""}), "leaves its folder"),
+        (manifest({"/etc/evil": b""}), "leaves its folder"),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(tmp_path, data, message):
+    (tmp_path / "manifest.json").write_bytes(data)
+    with pytest.raises(storage.StorageError, match=message):
+        adapters.read(adapters.Source(str(tmp_path)))
+
+
+def test_a_manifest_that_is_not_the_jobs_is_refused(published):
+    with pytest.raises(
+        storage.StorageError, match=r"is not the manifest that the job published: its SHA-256 is \w+…, and"
+    ):
+        adapters.read(adapters.Source(str(published), "ab" * 32))
+
+
+def test_a_job_vouches_for_its_manifest(published):
+    adapter = {
+        "uri": "",
+        "manifestUri": f"{published}/manifest.json",
+        "manifestSha256": hashlib.sha256(manifest()).hexdigest(),
+    }
+    source = adapters.source_of("done", succeeded(adapter=adapter))
+    assert len(adapters.read(source).files) == 3
+
+
+def test_a_local_run_is_named_by_its_folder(call, published, tmp_path):
+    run = tmp_path / "runs" / "quick"
+    run.mkdir(parents=True)
+    record = run_record()
+    record["result"]["adapter"] = {"uri": "", "manifestUri": f"{published}/manifest.json", "manifestSha256": ""}
+    (run / "run.json").write_text(json.dumps(record))
+    assert call("verify", "runs/quick").exit_code == 0
+
+
+def test_a_job_without_an_adapter_says_where_to_look():
+    with pytest.raises(
+        ClusterError, match=r'"wide" has published no adapter, it is Pending \(Queued\); see .* watch wide'
+    ):
+        adapters.source_of("wide", job("wide", "Pending", "Queued"))
+
+
+# ----------------------------------------------------------------------------------------------------- object storage
+
+
+def test_object_storage_is_written_read_and_verified(call, published, s3):
+    result = call("upload", published, f"{s3}/folder")
+    assert result.exit_code == 0, result.output
+    assert f"{s3}/folder/manifest.json" in result.stdout.splitlines()
+    assert call("verify", f"{s3}/folder/").exit_code == 0
+    assert call("download", f"{s3}/folder/manifest.json", "--to", "here").exit_code == 0
+    assert call("verify", "here/").exit_code == 0
+
+
+def test_a_file_is_uploaded_under_its_name(call, tmp_path, s3):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    assert call("upload", "rows.jsonl", s3).stdout == f"{s3}/rows.jsonl\n"
+    assert call("upload", "rows.jsonl", f"{s3}/a/b").stdout == f"{s3}/a/b\n"
+
+
+def test_what_is_not_there_and_what_is_not_let_in_is_said(call, s3, monkeypatch):
+    missing = call("verify", f"{s3}/nothing/manifest.json")
+    assert (missing.exit_code, missing.stderr) == (40, f"{s3}/nothing/manifest.json: is not there\n")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    denied = call("verify", f"{s3}/nothing/manifest.json")
+    assert denied.exit_code == 40
+    assert "the environment counts: AWS_ACCESS_KEY_ID" in denied.stderr
+    assert len(denied.stderr.splitlines()) == 1
+
+
+def test_without_obstore_it_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "obstore", None)
+    with pytest.raises(storage.StorageError, match=r"pip install 'qlora-operator\[storage\]'"):
+        storage.open_folder("s3://bucket/x")
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"), [("pvc://c/x", "kubectl cp"), ("ftp://x", "must be a folder, or start with s3")]
+)
+def test_places_that_are_out_of_reach(uri, message):
+    with pytest.raises(storage.StorageError, match=message):
+        storage.open_folder(uri)
+
+
+def test_uploads_that_cannot_be(call, tmp_path):
+    assert "must start with s3://, gs:// or az://" in call("upload", tmp_path, "/elsewhere").stderr
+    assert "there is no such file or folder" in call("upload", "nothing", "s3://b/k").stderr
+
+
+def test_torch_is_never_loaded(published):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from qlora_cli.main import app\n"
+        f"try: app(['verify', '{published}/'])\nexcept SystemExit as e: assert not e.code\n"
+        "loaded = [m for m in sys.modules if m.split('.')[0] in ('torch', 'qlora_trainer', 'qlora_api')]\n"
+        "assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path("/"))

@@ -1,0 +1,47 @@
+"""What is written down twice, so that a command starts quickly, is the same."""
+
+from qlora_api import job
+from qlora_api.contract import ExitCode
+from qlora_api.spec import DatasetFormat
+from qlora_cli.cluster import beginning, choices, names, options
+
+
+def test_the_api(monkeypatch):
+    assert (names.GROUP, names.API_VERSION, names.KIND) == (job.GROUP, job.API_VERSION, job.KIND)
+    assert (
+        next(m.max_length for m in job.ObjectMeta.model_fields["name"].metadata if hasattr(m, "max_length"))
+        == names.LONGEST_NAME
+    )
+    assert options.USER_ERROR == ExitCode.USER_ERROR
+    assert set(choices.RowFormat) == set(DatasetFormat) == set(beginning.FORMATS)
+
+
+def test_what_the_operator_makes():
+    from qlora_operator import names as operators
+
+    for name in ("JOB_LABEL", "ATTEMPT_LABEL", "COMPONENT_LABEL", "INDEX_LABEL", "CONTAINER"):
+        assert getattr(names, name) == getattr(operators, name)
+
+
+def test_where_a_run_keeps_its_cache(monkeypatch, tmp_path):
+    from qlora_cli import run
+    from qlora_cli.cluster import merging
+
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+    assert merging.cache_dir() == run.cache_dir()
+    monkeypatch.delenv("QLORA_CACHE")
+    assert merging.cache_dir() == run.cache_dir()
+
+
+def test_what_the_trainer_publishes():
+    from qlora_cli.cluster import adapters
+    from qlora_trainer import manifest
+
+    assert (adapters.MANIFEST, adapters.SCHEMA) == (manifest.MANIFEST, manifest.SCHEMA)
+
+
+def test_reasons_that_need_a_hand():
+    from qlora_api.status import Reason
+    from qlora_cli.cluster.jobs import NEEDS_A_HAND
+
+    assert {Reason(reason).value for reason in NEEDS_A_HAND} == NEEDS_A_HAND
