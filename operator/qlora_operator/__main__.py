@@ -54,7 +54,7 @@ async def run(config: OperatorConfig) -> None:
     """Operate until SIGTERM or SIGINT."""
     store = Store()
     metrics = Metrics(store)
-    watches = health.Watches(handlers.WATCHED)
+    watches = health.Watches(handlers.WATCHED, each=max(1, len(config.namespaces)))
     credentials = await load_credentials()
     api = Api(credentials, metrics.request)
     gangs: frozenset[Gang] = frozenset()

@@ -15,6 +15,8 @@ from qlora_operator.store import Key, Store
 
 WATCHED = ("qlorajobs", "jobs", "pods", "events")
 LIST_CHUNK = 500
+SILENCE_SECONDS = 70
+"""A watch from which nothing comes for so long is asked for anew; the API server sends a bookmark each minute."""
 
 
 class NoDiffBase(kopf.DiffBaseStorage):
@@ -38,6 +40,7 @@ def settings() -> kopf.OperatorSettings:
     chosen.peering.standalone = True
     chosen.persistence.diffbase_storage = NoDiffBase()
     chosen.watching.server_timeout = WATCH_SECONDS
+    chosen.watching.inactivity_timeout = SILENCE_SECONDS
     chosen.watching.connect_timeout = 10
     chosen.watching.chunk_size = LIST_CHUNK
     chosen.watching.label_selectors["batch", "v1", "jobs"] = JOB_LABEL

@@ -6,9 +6,9 @@ no other sign shows it. That the API server answers is not asked: a restart of t
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry
@@ -21,27 +21,37 @@ SLACK_SECONDS = 120
 
 
 class Watches:
-    """When each watch was last asked for."""
+    """When each watch was last asked for.
 
-    def __init__(self, resources: Sequence[str]) -> None:
-        """``resources``: plurals, as they end the paths of watches."""
-        self._asked: dict[str, float] = dict.fromkeys(resources, 0.0)
-        self._started = time.monotonic()
+    Args:
+        resources: plurals, as they end the paths of watches.
+        each: watches of each: one, or as many as there are namespaces.
+        clock: in seconds.
+
+    """
+
+    def __init__(self, resources: Sequence[str], each: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
+        self._resources, self._each, self._clock = tuple(resources), each, clock
+        self._asked: dict[str, float] = {}
+        self._started = clock()
 
     def note(self, path: str) -> None:
         """Take in the path of a request of kopf's."""
-        found = re.search(r"/([a-z]+)\?.*watch=true", path)
-        if found and found[1] in self._asked:
-            self._asked[found[1]] = time.monotonic()
+        place, _, query = path.partition("?")
+        if "watch=true" in query and place.rpartition("/")[2] in self._resources:
+            self._asked[place] = self._clock()
 
     def stale(self) -> list[str]:
-        """Watches that should have been asked for again and were not."""
-        limit = time.monotonic() - WATCH_SECONDS - SLACK_SECONDS
-        return [name for name, at in self._asked.items() if max(at, self._started) < limit]
+        """Watches that should have been asked for again and were not, by resource, and by path where there are many."""
+        limit = self._clock() - WATCH_SECONDS - SLACK_SECONDS
+        late = [place for place, at in self._asked.items() if at < limit]
+        never = self.missing() if self._started < limit else []
+        return [*(place if self._each > 1 else place.rpartition("/")[2] for place in late), *never]
 
     def missing(self) -> list[str]:
         """Watches that never were."""
-        return [name for name, at in self._asked.items() if not at]
+        there = Counter(place.rpartition("/")[2] for place in self._asked)
+        return [name for name in self._resources if there[name] < self._each]
 
 
 async def serve(registry: CollectorRegistry, watches: Watches, port: int) -> web.AppRunner:

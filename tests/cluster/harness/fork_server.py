@@ -55,6 +55,9 @@ def become_operator(order: dict) -> None:
         os.dup2(log, 2)
         os.environ.update(order["environment"])
         kube_config.KUBE_CONFIG_DEFAULT_LOCATION = os.environ["KUBECONFIG"]  # was read when it was imported
+        for name, value in order["constants"].items():
+            module, _, constant = name.rpartition(".")
+            setattr(sys.modules[module], constant, value)
         sys.argv = ["qlora_operator", *order["arguments"]]
         code = main()
     except BaseException:  # noqa: BLE001 nothing may get out of a fork

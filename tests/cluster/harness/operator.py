@@ -53,6 +53,9 @@ class Operator:
     def start(self) -> None:
         """Start it and wait until it watches everything."""
         self.spawn()
+        self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
         assert self._process is not None
         self._process.wait_until(self._is_ready, READY_SECONDS)
 
@@ -72,6 +75,16 @@ class Operator:
         code = self._process.wait(0)
         self._process = None
         return code
+
+    def wait(self, seconds: float) -> int:
+        """Wait until it ends by itself; its exit code."""
+        assert self._process is not None
+        return self._process.wait(seconds)
+
+    def healthz(self) -> tuple[int, str]:
+        """What a liveness probe gets: status and text."""
+        answer = httpx.get(f"http://127.0.0.1:{self.port}/healthz", timeout=5, trust_env=False)
+        return answer.status_code, answer.text
 
     def kill(self) -> None:
         """SIGKILL: it dies between any two instructions."""

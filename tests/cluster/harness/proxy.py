@@ -10,6 +10,7 @@ import asyncio
 import json
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -53,6 +54,8 @@ class Call:
     path: str
     """Without the query."""
     user_agent: str
+    at: float
+    """When it arrived, by ``time.monotonic``."""
     watch: bool = False
     body: dict[str, Any] = field(default_factory=dict)
 
@@ -99,7 +102,12 @@ class Refused:
     retry_after: int | None = None
 
 
-Fault = Killed | AnswerLost | Refused
+@dataclass(frozen=True)
+class Passed:
+    """Nothing happens to the call; what ``matches`` did before it is the fault."""
+
+
+Fault = Killed | AnswerLost | Refused | Passed
 
 
 class _Watch:
@@ -263,6 +271,7 @@ class Proxy:
             method=request.method,
             path=request.path,
             user_agent=request.headers.get("User-Agent", ""),
+            at=time.monotonic(),
             watch=request.query.get("watch") == "true",
             body=json.loads(body) if mutates and body else {},
         )

@@ -19,7 +19,7 @@ from cluster.harness.operator import Operator
 from cluster.harness.processes import POLL_SECONDS, ComponentError, Process
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 SERVER = Path(__file__).with_name("fork_server.py")
 READY_SECONDS = 30
@@ -33,11 +33,14 @@ class Zygote:
         self._folder, self._name = folder, f"qlora-zygote-{secrets.token_hex(8)}"
         self._process: Process | None = None
 
-    def fork(self, arguments: list[str], environment: dict[str, str], log: Path) -> Fork:
+    def fork(
+        self, arguments: list[str], environment: dict[str, str], log: Path, constants: Mapping[str, object]
+    ) -> Fork:
         """Start an operator. From any thread."""
+        log.touch()
         line = socket.socket(socket.AF_UNIX)
         line.connect(f"\0{self._name}")
-        order = {"arguments": arguments, "environment": environment, "log": str(log)}
+        order = {"arguments": arguments, "environment": environment, "log": str(log), "constants": dict(constants)}
         line.sendall(json.dumps(order).encode() + b"\n")
         return Fork(line, log)
 
@@ -93,12 +96,30 @@ class Fork:
 
 
 class ForkedOperator(Operator):
-    """An operator that starts in no time."""
+    """An operator that starts in no time.
 
-    def __init__(self, zygote: Zygote, folder: Path, kubeconfig: Path, **settings: Any) -> None:
+    Args:
+        zygote: from which it is forked.
+        folder: see :class:`Operator`, as for the rest.
+        kubeconfig: whose rights it has.
+        constants: values of module constants by dotted name, where the operator's own would take a test too long.
+        settings: over the defaults.
+
+    """
+
+    def __init__(
+        self,
+        zygote: Zygote,
+        folder: Path,
+        kubeconfig: Path,
+        constants: Mapping[str, object] | None = None,
+        **settings: Any,
+    ) -> None:
         super().__init__(folder, kubeconfig, **settings)
-        self._zygote = zygote
+        self._zygote, self._constants = zygote, constants or {}
 
     def spawn(self) -> None:
         environment = {"KUBECONFIG": str(self._kubeconfig), "NO_PROXY": "*"}
-        self._process = self._zygote.fork(["--config", str(self._config)], environment, self.log)  # type: ignore[assignment]
+        self._process = self._zygote.fork(  # type: ignore[assignment]
+            ["--config", str(self._config)], environment, self.log, self._constants
+        )

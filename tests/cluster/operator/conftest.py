@@ -9,6 +9,8 @@ import pytest
 
 from cluster.harness.jobs import GROUP
 from cluster.harness.operator import Operator
+from cluster.harness.proxy import Proxy
+from cluster.harness.zygote import ForkedOperator, Zygote
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,9 +24,29 @@ CRD = Path(__file__).parents[3] / "crds" / "qlora.dev_qlorajobs.yaml"
 def crd_cluster(kwok_cluster: ControlPlane) -> ControlPlane:
     """The kwok cluster with the CustomResourceDefinition served."""
     kwok_cluster.kubectl("apply", "-f", CRD)
-    kwok_cluster.kubectl("wait", "--for=condition=Established", "crd/qlorajobs.qlora.dev")
     kwok_cluster.api.wait_for(f"{GROUP}/qlorajobs", bool, what="QLoRAJobs are served")  # a moment after "Established"
     return kwok_cluster
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """For operators that start in no time."""
+    with Zygote(tmp_path_factory.mktemp("zygote")) as running:
+        yield running
+
+
+@pytest.fixture
+def proxy(crd_cluster: ControlPlane, tmp_path: Path) -> Iterator[Proxy]:
+    """Stands before the API server."""
+    with Proxy(crd_cluster, tmp_path / "proxy") as running:
+        yield running
+
+
+@pytest.fixture
+def behind_proxy(zygote: Zygote, proxy: Proxy, kwok_namespace: str, tmp_path: Path) -> Iterator[ForkedOperator]:
+    """A running operator that serves the test's namespace and reaches the API server through ``proxy``."""
+    with ForkedOperator(zygote, tmp_path / "operator", proxy.kubeconfig, namespaces=[kwok_namespace]) as running:
+        yield running
 
 
 @pytest.fixture

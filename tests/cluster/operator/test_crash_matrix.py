@@ -25,7 +25,7 @@ from cluster.harness.whole_life import (
     outcome,
     pods_live,
 )
-from cluster.harness.zygote import ForkedOperator, Zygote
+from cluster.harness.zygote import ForkedOperator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from cluster.harness.control_plane import ControlPlane
     from cluster.harness.proxy import Call, Fault
+    from cluster.harness.zygote import Zygote
 
 LIFE = (
     "POST jobs job-prepare",
@@ -73,13 +74,9 @@ class Stage:
 
 
 @pytest.fixture(scope="session")
-def stage(crd_cluster, tmp_path_factory) -> Iterator[Stage]:
+def stage(crd_cluster, zygote) -> Iterator[Stage]:
     namespace = crd_cluster.create_namespace("stage", NAMESPACE_LABELS)
-    with (
-        Zygote(tmp_path_factory.mktemp("zygote")) as zygote,
-        History(crd_cluster) as history,
-        pods_live(crd_cluster.api, namespace),
-    ):
+    with History(crd_cluster) as history, pods_live(crd_cluster.api, namespace):
         yield Stage(crd_cluster, zygote, history)
 
 

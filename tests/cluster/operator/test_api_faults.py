@@ -1,0 +1,286 @@
+"""What the API server, or the way to it, may do to an operator, and the operator goes on."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cluster.harness.control_plane import ControlPlane
+from cluster.harness.jobs import create_job, in_state, job_path, qlora_job
+from cluster.harness.kwok import finish_pod
+from cluster.harness.operator import Operator
+from cluster.harness.proxy import GONE, Passed, Refused
+from cluster.harness.script import pods_do
+from cluster.harness.whole_life import ADAPTER, ends, word
+from cluster.harness.zygote import ForkedOperator
+from services.binaries import ToolMissingError
+from services.fixtures import skip_unless_ci
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from cluster.harness.proxy import Call
+
+CRD = Path(__file__).parents[3] / "crds" / "qlora.dev_qlorajobs.yaml"
+JOBS, PODS = "/apis/batch/v1/namespaces/{}/jobs", "/api/v1/namespaces/{}/pods"
+SOON = 15
+"""Seconds in which what happened unseen is found out."""
+DONE = ends(adapter=ADAPTER)
+ERRORS = "qlora_operator_reconcile_errors_total"
+
+
+@pytest.fixture
+def api(crd_cluster):
+    return crd_cluster.api
+
+
+def is_list(resource: str) -> Callable[[Call], bool]:
+    return lambda call: call.method == "GET" and not call.watch and call.resource == resource
+
+
+def is_watch(resource: str) -> Callable[[Call], bool]:
+    return lambda call: call.watch and call.resource == resource
+
+
+def makes(name: str) -> Callable[[Call], bool]:
+    return lambda call: call.method == "POST" and call.resource == "jobs" and call.name == name
+
+
+def is_status(call: Call) -> bool:
+    return call.method == "PATCH" and call.resource == "qlorajobs/status"
+
+
+def counted(operator: Operator, name: str) -> float:
+    """Sum of a metric over its labels."""
+    return sum(value for key, value in operator.metrics().items() if key.partition("{")[0] == name)
+
+
+def eventually(holds: Callable[[], bool], seconds: float = SOON) -> bool:
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return holds()
+
+
+# -------------------------------------------------------------------------------------------------------------- watches
+
+
+def test_a_job_goes_on_when_all_watches_are_cut(api, behind_proxy, proxy, kwok_namespace):
+    path = create_job(api, qlora_job(namespace=kwok_namespace, workers=2))
+    running = api.wait_for(path, in_state("Running"))
+    proxy.cut_watches()
+    for pod in api.list(PODS.format(kwok_namespace)):
+        finish_pod(api, kwok_namespace, pod["metadata"]["name"], message=word(adapter=ADAPTER))
+    done = api.wait_for(path, in_state("Succeeded"))
+    assert len(done["status"]["attempts"]) == len(running["status"]["attempts"]) == 1
+
+
+@pytest.fixture
+def unseen(api, proxy, behind_proxy, kwok_namespace) -> Callable[[str, str], None]:
+    """Delete an object while the watch of its kind is down, which then learns that its place is forgotten: 410 Gone."""
+
+    def delete(resource: str, path: str, **parameters: object) -> None:
+        before = sum(1 for call in proxy.reads if is_list(resource)(call))
+        proxy.when(is_list(resource), Refused(503), times=2)  # until the object is gone
+        proxy.end_watches(resource)
+        assert eventually(lambda: sum(1 for call in proxy.reads if is_list(resource)(call)) > before)
+        api.delete(path, **parameters)
+        api.wait_gone(path)
+        assert proxy.pending_faults, "it was listed before it was deleted"
+
+    return delete
+
+
+def test_a_job_that_was_deleted_unseen_is_forgotten(api, unseen, behind_proxy, kwok_namespace):
+    path = create_job(api, qlora_job(namespace=kwok_namespace, workers=2))
+    api.wait_for(path, in_state("Running"))
+    assert counted(behind_proxy, "qlora_operator_jobs") == 1
+    unseen("qlorajobs", path)
+    assert eventually(lambda: counted(behind_proxy, "qlora_operator_jobs") == 0)
+    api.wait_for(f"/api/v1/namespaces/{kwok_namespace}/services", lambda found: not found["items"], seconds=SOON)
+
+
+def test_a_child_that_was_deleted_unseen_is_followed_by_another_attempt(api, unseen, kwok_namespace):
+    stops = {"stop-exit-code": 43, "stop-message": word(43, "Preempted", "stopped at step 5")}
+    with pods_do(api, kwok_namespace, stops, attempt=1), pods_do(api, kwok_namespace, DONE, attempt=2):
+        path = create_job(api, qlora_job(namespace=kwok_namespace))
+        api.wait_for(path, in_state("Running"))
+        unseen("jobs", f"{JOBS.format(kwok_namespace)}/job-1")
+        done = api.wait_for(path, in_state("Succeeded"), seconds=SOON)
+    assert [a["reason"] for a in done["status"]["attempts"]] == ["Preempted", "Completed"]
+
+
+def test_pods_that_were_deleted_unseen_do_not_keep_a_job_from_being_suspended(api, unseen, kwok_namespace):
+    with pods_do(api, kwok_namespace, {"stop-seconds": 100}):
+        path = create_job(api, qlora_job(namespace=kwok_namespace))
+        api.wait_for(path, in_state("Running"))
+    api.patch(path, {"spec": {"suspend": True}})
+    api.wait_for(path, in_state("Pending", "Suspending"))
+    pod = api.list(PODS.format(kwok_namespace))[0]["metadata"]["name"]
+    unseen("pods", f"{PODS.format(kwok_namespace)}/{pod}", gracePeriodSeconds=0)
+    api.wait_for(path, in_state("Suspended"), seconds=SOON)
+
+
+def test_a_watch_that_is_silent_is_asked_for_anew(api, zygote, proxy, kwok_namespace, tmp_path):
+    quick = {"qlora_operator.handlers.SILENCE_SECONDS": 2}
+    with ForkedOperator(zygote, tmp_path, proxy.kubeconfig, quick, namespaces=[kwok_namespace]) as operator:
+        proxy.freeze_watches()
+        path = create_job(api, qlora_job(namespace=kwok_namespace))
+        api.wait_for(path, in_state("Running"), seconds=SOON)
+        assert operator.healthz() == (200, "ok\n")
+
+
+@pytest.mark.parametrize(
+    ("resource", "trouble"),
+    [
+        pytest.param("jobs", "error", id="an-error-that-is-not-410-as-an-event"),
+        pytest.param("pods", "gone", id="410-as-the-answer-to-a-watch"),
+        pytest.param("qlorajobs", "gone", id="410-as-the-answer-to-the-watch-of-jobs"),
+    ],
+)
+def test_what_ends_a_watch_for_good_ends_the_operator_and_another_one_goes_on(
+    api, proxy, kwok_namespace, tmp_path, resource, trouble
+):
+    """kopf#1276: Kubernetes restarts what ends with an error, and would not see that a watch of many is missing."""
+    operator = Operator(tmp_path, proxy.kubeconfig, namespaces=[kwok_namespace])
+    with operator, pods_do(api, kwok_namespace, DONE, attempt=1):
+        path = create_job(api, qlora_job("deleted-meanwhile", kwok_namespace, suspend=True))
+        api.wait_for(path, in_state("Suspended"))
+        if trouble == "error":
+            proxy.end_watches(resource, {**GONE, "code": 500, "reason": "InternalError"})
+        else:
+            proxy.when(is_watch(resource), Refused(410))
+            proxy.cut_watches(resource)
+        assert operator.wait(SOON) not in (0, None)
+        api.delete(path)
+        operator.start()
+        api.wait_for(create_job(api, qlora_job(namespace=kwok_namespace)), in_state("Succeeded"))
+        assert counted(operator, "qlora_operator_jobs") == 1
+
+
+def test_a_kind_that_cannot_be_listed_any_more_makes_the_liveness_probe_fail(zygote, proxy, kwok_namespace, tmp_path):
+    quick = dict.fromkeys(
+        (f"qlora_operator.{n}_SECONDS" for n in ("handlers.WATCH", "health.WATCH", "health.SLACK")), 2
+    )
+    with ForkedOperator(zygote, tmp_path, proxy.kubeconfig, quick, namespaces=[kwok_namespace]) as operator:
+        proxy.when(is_list("pods"), Refused(500), times=100)
+        proxy.end_watches("pods")
+        assert eventually(lambda: operator.healthz() == (503, "watches that do not move: pods\n"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- calls
+
+
+def test_a_status_that_was_decided_on_an_older_job_is_decided_again(api, behind_proxy, proxy, kwok_namespace):
+    proxy.when(is_status, Refused(409), times=2)
+    with pods_do(api, kwok_namespace, DONE):
+        done = api.wait_for(create_job(api, qlora_job(namespace=kwok_namespace)), in_state("Succeeded"))
+    assert [a["reason"] for a in done["status"]["attempts"]] == ["Completed"]
+    assert counted(behind_proxy, ERRORS) == 2
+
+
+def test_a_spec_that_changes_between_decision_and_status_counts(api, behind_proxy, proxy, kwok_namespace):
+    """The job is suspended after its attempt was made and before that is written."""
+    path = job_path(kwok_namespace)
+
+    def suspends(call: Call) -> bool:
+        if is_status(call) and "attempts" in call.body["status"]:
+            api.patch(path, {"spec": {"suspend": True}})
+            return True
+        return False
+
+    proxy.when(suspends, Passed())
+    create_job(api, qlora_job(namespace=kwok_namespace))
+    suspended = api.wait_for(path, in_state("Suspended"))
+    assert [a["reason"] for a in suspended["status"]["attempts"]] == ["Suspended"]
+    assert api.list(JOBS.format(kwok_namespace)) == []
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_is_obeyed_whatever_happens_meanwhile(api, behind_proxy, proxy, kwok_namespace, status):
+    proxy.when(makes("job-1"), Refused(status, retry_after=3))
+    path = create_job(api, qlora_job(namespace=kwok_namespace))
+    assert eventually(lambda: not proxy.pending_faults)
+    api.patch(path, {"spec": {"policy": {"maxRestarts": 9}}})  # wakes the operator
+    api.wait_for(path, in_state("Running"))
+    first, second = (call.at for call in proxy.calls if makes("job-1")(call))
+    assert second - first >= 3
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_server_errors_are_waited_out_with_pauses_that_grow(api, behind_proxy, proxy, kwok_namespace, status):
+    proxy.when(makes("job-1"), Refused(status), times=3)
+    path = create_job(api, qlora_job(namespace=kwok_namespace))
+    api.wait_for(path, in_state("Running"))
+    calls = [call.at for call in proxy.calls if makes("job-1")(call)]
+    pauses = [after - before for before, after in pairwise(calls)]
+    assert len(pauses) == 3
+    assert pauses == sorted(pauses)
+    assert len(api.list(JOBS.format(kwok_namespace))) == 1
+
+
+@pytest.mark.parametrize("status", [404, 429, 500])
+def test_the_first_look_is_repeated_until_it_succeeds(api, zygote, proxy, kwok_namespace, tmp_path, status):
+    """As when the definition of QLoRAJobs is younger than the operator."""
+    path = create_job(api, qlora_job(namespace=kwok_namespace, suspend=True))
+    proxy.when(is_list("qlorajobs"), Refused(status), times=2)
+    with ForkedOperator(zygote, tmp_path, proxy.kubeconfig, namespaces=[kwok_namespace]) as operator:
+        assert not proxy.pending_faults
+        assert operator.healthz()[0] == 200
+        api.wait_for(path, in_state("Suspended"))
+
+
+def test_an_operator_that_may_not_look_says_so_and_ends(crd_cluster, kwok_namespace, tmp_path):
+    nobody = crd_cluster.user_kubeconfig("nobody")
+    operator = Operator(tmp_path, nobody, namespaces=[kwok_namespace])
+    operator.spawn()
+    try:
+        assert operator.wait(SOON) == 1
+    finally:
+        operator.kill()
+    assert 'cannot list resource "qlorajobs"' in operator.log.read_text()
+
+
+# ------------------------------------------------------------------------------------------------------- no API server
+
+
+@pytest.fixture
+def own_cluster(tmp_path) -> Iterator[ControlPlane]:
+    try:
+        cluster = ControlPlane(tmp_path / "cluster")
+    except ToolMissingError as error:
+        skip_unless_ci(str(error))
+    with cluster:
+        cluster.add_kwok_nodes(2)
+        yield cluster
+
+
+def test_jobs_outlive_ten_seconds_without_an_api_server(own_cluster, zygote, tmp_path):
+    """The operator starts before the definition is there, and sees the API server go and come back."""
+    api = own_cluster.api
+    operator = ForkedOperator(zygote, tmp_path / "operator", own_cluster.kubeconfig)
+    operator.spawn()
+    try:
+        assert eventually(lambda: "not everything can be seen yet" in operator.log.read_text())
+        own_cluster.kubectl("apply", "-f", CRD)
+        operator.wait_until_ready()
+        paths = [create_job(api, qlora_job(f"job-{number}", workers=2)) for number in range(4)]
+        for path in paths:
+            api.wait_for(path, in_state("Running"))
+        pid = operator.pid
+        own_cluster.stop_api_server()
+        time.sleep(10)
+        own_cluster.start_api_server()
+        for pod in api.list(PODS.format("default")):
+            finish_pod(api, "default", pod["metadata"]["name"], message=word(adapter=ADAPTER))
+        for path in paths:
+            done = api.wait_for(path, in_state("Succeeded"), seconds=60)
+            assert [a["reason"] for a in done["status"]["attempts"]] == ["Completed"]
+        assert operator.pid == pid
+        assert operator.healthz() == (200, "ok\n")
+    finally:
+        operator.kill()
