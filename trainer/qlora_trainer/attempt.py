@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from qlora_api.contract import TrainerConfig
 from qlora_trainer.checkpoints import CheckpointStore
-from qlora_trainer.data.batches import Batches
+from qlora_trainer.data.batches import Batches, Step
 from qlora_trainer.data.prepare import PreparedData, load_prepared
 from qlora_trainer.engine import Ranks, wrap_deepspeed
 from qlora_trainer.errors import TrainerError, UserError
@@ -49,10 +48,18 @@ class Run:
     """Step of the newest evaluation."""
     saved_at: int = -1
     """Step of the newest checkpoint."""
+    rows_sha256: str = ""
+    """Hash over the rows of all steps so far, in their order: equal where the same rows were seen in the same order."""
 
     @property
     def meta(self) -> dict[str, Any]:
         return dict(vars(self))
+
+    def saw(self, step: Step) -> None:
+        """Take a step in that was just done."""
+        self.step += 1
+        self.tokens += step.tokens
+        self.rows_sha256 = hashlib.sha256(self.rows_sha256.encode() + step.rows.tobytes()).hexdigest()
 
     def note(self, eval_loss: float) -> bool:
         """Take an evaluation in; True when it is the best so far."""
@@ -122,7 +129,6 @@ def build(config: TrainerConfig, ranks: Ranks, board: Board, stop: StopFlag) -> 
     cost = flops_per_token(model, data.train.lengths, receipt.train_target_tokens / max(1, receipt.train_tokens))
     if cost is not None:
         board.set("qlora_flops_per_token", cost)
-    torch.manual_seed(spec.training.seed * 1000 + ranks.rank)  # dropout differs from rank to rank
     engine = wrap_deepspeed(loss, spec.training, spec.parallelism, config.batch, ranks.device)
     batches = Batches(data.train, data.train_packs, config.batch, ranks.rank, spec.training.seed)
     total_steps = spec.training.max_steps or (spec.training.epochs or 0) * batches.steps_per_epoch

@@ -3,7 +3,6 @@
 ::
 
     <uri>/step-00000120/adapter.safetensors     every rank writes its own files
-    <uri>/step-00000120/rng-00000.safetensors
     <uri>/step-00000120/COMPLETE.json           rank 0, last: sizes and SHA-256 of all of them
 
 A folder without its marker was cut short and is no checkpoint. Knows files and bytes, not engines; tensors travel as

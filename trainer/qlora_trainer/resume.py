@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
+
+from torch import Tensor
 
 from qlora_trainer import state
 from qlora_trainer.attempt import Run, Trainer
 from qlora_trainer.checkpoints import Checkpoint, pack_tensors, unpack_tensors
 from qlora_trainer.errors import CheckpointError, UserError
 from qlora_trainer.history import HISTORY_FILE
+from qlora_trainer.reshard import reshard
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +25,7 @@ def save(trainer: Trainer, run: Run, *, with_eval: bool) -> None:
     run.saved_at = run.step
     with trainer.board.section("Checkpoint"):
         adapter = state.adapter_tensors(trainer.model)
-        entries = [store.write_file(run.step, state.rng_file(ranks.rank), pack_tensors(state.rng_tensors()))]
+        entries = []
         if sharded or ranks.is_first:
             shard = pack_tensors(state.optimizer_tensors(engine))
             entries.append(store.write_file(run.step, state.optimizer_file(ranks.rank), shard))
@@ -31,8 +35,13 @@ def save(trainer: Trainer, run: Run, *, with_eval: bool) -> None:
             entries.append(store.write_file(run.step, HISTORY_FILE, trainer.history.to_bytes()))
         written = [entry for part in ranks.gather(entries) for entry in part]
         if ranks.is_first:
-            base = trainer.prepared.model_revision
-            meta = {"run": run.meta, "world_size": ranks.world_size, "sharded": sharded, "base_revision": base}
+            meta = {
+                "run": run.meta,
+                "world_size": ranks.world_size,
+                "sharded": sharded,
+                "base_revision": trainer.prepared.model_revision,
+                "data_hash": trainer.data.receipt.data_hash,
+            }
             store.commit(run.step, written, meta, run.eval_loss if with_eval else None)
         ranks.sum(0)  # no rank goes on before the marker is written
     trainer.saved_at[0] = time.monotonic()
@@ -48,12 +57,8 @@ def resume_or_start(trainer: Trainer) -> Run:
         return Run()
     checkpoint = newest or trainer.checkpoints.at(step)
     must_fit(checkpoint, trainer)
-    sharded = checkpoint.meta["sharded"]
     state.load_adapter_tensors(trainer.model, unpack_tensors(checkpoint.read(state.ADAPTER_FILE)))
-    shard = state.optimizer_file(ranks.rank if sharded else 0)
-    state.load_optimizer_tensors(trainer.engine, unpack_tensors(checkpoint.read(shard)))
-    if checkpoint.meta["world_size"] == ranks.world_size:
-        state.load_rng_tensors(unpack_tensors(checkpoint.read(state.rng_file(ranks.rank))))
+    state.load_optimizer_tensors(trainer.engine, own_shard(checkpoint, trainer))
     run = Run(**checkpoint.meta["run"])
     trainer.board.update(
         step=run.step, first_step=run.step, eval_loss=as_text(run.eval_loss), best_eval_loss=as_text(run.best_eval_loss)
@@ -78,25 +83,54 @@ def note_attempt(trainer: Trainer, step: int) -> None:
     )
 
 
+def own_shard(checkpoint: Checkpoint, trainer: Trainer) -> Mapping[str, Tensor]:
+    """This rank's part of the optimizer, put together from other ranks' parts where their number was another."""
+
+    def read(shard: int) -> dict[str, Tensor]:
+        return unpack_tensors(checkpoint.read(state.optimizer_file(shard)))
+
+    was, ranks = checkpoint.meta["world_size"], trainer.ranks
+    if not checkpoint.meta["sharded"]:
+        return read(0)
+    if was == ranks.world_size:
+        return read(ranks.rank)
+    log.info("the checkpoint of %d ranks is taken up by %d", was, ranks.world_size)
+    return reshard(read, was, ranks.rank, state.partition_sizes(trainer.engine))
+
+
 def must_fit(checkpoint: Checkpoint, trainer: Trainer) -> None:
-    """The base is the one the run began on, and a sharded optimizer goes back onto as many ranks as it came from."""
-    base = trainer.prepared.model_revision
-    if checkpoint.meta["base_revision"] != base:
+    """Refuse a checkpoint that cannot be gone on from.
+
+    Raises:
+        UserError: base or rows are other ones than those the run began on, or the number of ranks is under ZeRO-3.
+        CheckpointError: it was taken under another ZeRO stage.
+
+    """
+    meta, prepared, spec = checkpoint.meta, trainer.prepared, trainer.config.spec
+    if meta["base_revision"] != prepared.model_revision:
         raise UserError(
             "spec.model.source",
-            trainer.prepared.model_source,
-            f"is at revision {base} now, and the run began on {checkpoint.meta['base_revision']}; "
+            prepared.model_source,
+            f"is at revision {prepared.model_revision} now, and the run began on {meta['base_revision']}; "
             "name that revision, or start a new run",
         )
-    was, now = checkpoint.meta["world_size"], trainer.ranks.world_size
-    stage = trainer.config.spec.parallelism.zero_stage
-    if checkpoint.meta["sharded"] and was != now:
+    rows = trainer.data.receipt.data_hash
+    if meta["data_hash"] != rows:
         raise UserError(
-            "spec.parallelism",
-            f"{now} ranks",
-            f"cannot take up a ZeRO-{stage} checkpoint of {was} ranks: use {was} ranks",
+            "spec.dataset.train.source",
+            spec.dataset.train.source,
+            f"holds other rows now (data {rows[:12]}) than those the run began on ({meta['data_hash'][:12]}); "
+            "put them back, or start a new run",
         )
-    if checkpoint.meta["sharded"] != (stage > 0):
+    was, now, stage = meta["world_size"], trainer.ranks.world_size, spec.parallelism.zero_stage
+    if stage == 3 and was != now:
+        raise UserError(
+            "spec.parallelism.zeroStage",
+            stage,
+            f"binds a run to its number of ranks, as every weight is partitioned: go on with {was} ranks instead of "
+            f"{now}, or start a new run with zeroStage 0, 1 or 2, which resume on any number",
+        )
+    if meta["sharded"] != (stage > 0):
         raise CheckpointError(
             f"the checkpoint at step {checkpoint.step} was taken under another spec.parallelism.zeroStage"
         )

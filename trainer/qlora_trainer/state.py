@@ -1,17 +1,18 @@
-"""What a checkpoint holds: adapter, optimizer state and RNG, taken from an engine and put back exactly.
+"""What a checkpoint holds: adapter and optimizer state, taken from an engine and put back exactly.
 
-Every rank writes what it alone has: its RNG, and under ZeRO its partition of the fp32 weights and of the optimizer
-state. The full adapter is written once besides. The frozen base is in no checkpoint; DeepSpeed's own would hold it,
-and fails on NF4 under ZeRO-3.
+Under ZeRO every rank writes its partition of the fp32 weights and of the optimizer state. The full adapter is written
+once besides. The frozen base is in no checkpoint; DeepSpeed's own would hold it, and fails on NF4 under ZeRO-3. Random
+numbers follow from seed, step and rank (:func:`seed_step`), so that no state of theirs is kept.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,10 +25,6 @@ ADAPTER_FILE = "adapter.safetensors"
 def optimizer_file(shard: int) -> str:
     """Shard of the optimizer: the rank's own under ZeRO, 0 without (there all ranks hold the same)."""
     return f"optimizer-{shard:05d}.safetensors"
-
-
-def rng_file(rank: int) -> str:
-    return f"rng-{rank:05d}.safetensors"
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -74,7 +71,7 @@ def optimizer_tensors(engine: Any) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def load_optimizer_tensors(engine: Any, tensors: dict[str, torch.Tensor]) -> None:
+def load_optimizer_tensors(engine: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put back what :func:`optimizer_tensors` took from an engine of the same shape."""
     optimizer = base_optimizer(engine)
     numbers = json.loads(bytes(tensors["numbers"].tolist()))
@@ -90,17 +87,17 @@ def load_optimizer_tensors(engine: Any, tensors: dict[str, torch.Tensor]) -> Non
                 state[name.removeprefix(f"{place}.")] = number
 
 
-def rng_tensors() -> dict[str, torch.Tensor]:
-    tensors = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
-    return tensors
+def partition_sizes(engine: Any) -> dict[str, int]:
+    """Elements of this rank's partition of each parameter group, by the names of :func:`optimizer_tensors`."""
+    return {place: parameter.numel() for place, parameter in _places(engine)}
 
 
-def load_rng_tensors(tensors: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(tensors["cpu"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Set the random numbers of one rank in one step, dropout's: the same whatever was computed or stopped before.
+
+    Defined for any number of ranks, unlike a saved state. The other ranks', and the next step's, are independent of it.
+    """
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
 
 
 def _empty_state(optimizer: Any, place: str, parameter: torch.Tensor) -> Any:

@@ -95,6 +95,7 @@ def train_step(trainer: Trainer, run: Run, steps: Iterator[Step]) -> bool:
         step = next(steps)
     waited = time.monotonic() - start
     trainer.board.add("qlora_data_wait_seconds", waited)
+    state.seed_step(trainer.config.spec.training.seed, run.step, trainer.ranks.rank)
     with trainer.board.section("Train"):
         loss_sum = accumulate(trainer.engine, step, trainer.ranks)
         due = trainer.ranks.is_first and minutes_are_up(trainer)
@@ -108,8 +109,7 @@ def train_step(trainer: Trainer, run: Run, steps: Iterator[Step]) -> bool:
         gradients = {MemoryComponent.GRADIENTS.value: state.gradient_bytes(trainer.engine)}
         rate = learning_rate(trainer.config.spec.training, run.step, trainer.total_steps)
         norm = apply_update(trainer.engine, float(trainer.config.spec.training.max_grad_norm), rate)
-    run.step += 1
-    run.tokens += step.tokens
+    run.saw(step)
     if minutes:
         trainer.saved_at[0] = -math.inf
     show_step(trainer, run, step, loss, rate, norm, time.monotonic() - start, waited)

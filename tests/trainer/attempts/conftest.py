@@ -115,14 +115,26 @@ class Workshop:
 
     def run(self, config: TrainerConfig) -> Ended:
         """Prepare here, then train in one forked process for each rank."""
+        code = self.prepare(config)
+        return self.ended(config, code) if code else self.train(config)
+
+    def prepare(self, config: TrainerConfig) -> int:
+        """Prepare here, where everything is imported; the exit code."""
         path, _ = self.write(config)
-        code = guarded(config, lambda _: (prepare(config), ready(config, path), None)[2])
-        if code:
-            return self.ended(config, code)
-        return self.train(config)
+        return guarded(config, lambda _: (prepare(config), ready(config, path), None)[2])
 
     def train(self, config: TrainerConfig) -> Ended:
         """Train in one forked process for each rank; all is prepared."""
+        ranks = self.fork(config)
+        for process in ranks:
+            process.join(timeout=120)
+            process.kill()
+        codes = [p.exitcode or 0 for p in ranks]
+        said = self.ended(config, max(codes))
+        return self.ended(config, said.message.exit_code) if said.message else said
+
+    def fork(self, config: TrainerConfig) -> list[Any]:
+        """Start one process for each rank."""
         path, log = self.write(config)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -135,12 +147,22 @@ class Workshop:
         ]
         for process in ranks:
             process.start()
-        for process in ranks:
-            process.join(timeout=120)
-            process.kill()
-        codes = [p.exitcode or 0 for p in ranks]
-        said = self.ended(config, max(codes))
-        return self.ended(config, said.message.exit_code) if said.message else said
+        return ranks
+
+    def kill_at(self, config: TrainerConfig, step: int) -> Ended:
+        """Train until the log shows ``step``, then kill all ranks as a lost node would."""
+        ranks = self.fork(config)
+        log = self.folder / f"log-{config.attempt}.txt"
+        deadline = time.monotonic() + 200
+        try:
+            while f" step {step}/" not in log.read_text():
+                assert time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(0.02)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+        return self.ended(config, 137)
 
     def stop_at(self, config: TrainerConfig, step: int) -> Ended:
         """Send SIGTERM to the real launcher as soon as the log shows ``step``."""
