@@ -70,15 +70,16 @@ def activations(shape: ModelShape, setting: Setting, *, checkpointing: bool) -> 
 def _kinds(shape: ModelShape, setting: Setting) -> list[tuple[Layer, bool, int]]:
     """Layers that keep the same are taken together: one of them, whether its input needs a gradient, how many.
 
-    The first layer's input does not, as it comes from the frozen embeddings.
+    The first layer's input does not, as it comes from the frozen embeddings, nor do those before the first adapter.
     """
     adapted = setting.adapter.names
     counted: dict[object, tuple[Layer, bool, int]] = {}
-    for index, layer in enumerate(shape.layers):
+    learns = False
+    for layer in shape.layers:
         linears = tuple((linear.inputs, linear.outputs, linear.name in adapted) for linear in layer.linears)
-        key = (index > 0, linears, layer.attention.sliding_window, isinstance(layer.feed_forward, Experts))
-        first, learns, count = counted.get(key, (layer, index > 0, 0))
-        counted[key] = (first, learns, count + 1)
+        key = (learns, linears, layer.attention.sliding_window, isinstance(layer.feed_forward, Experts))
+        counted[key] = (layer, learns, counted.get(key, (layer, learns, 0))[2] + 1)
+        learns = learns or any(linear.name in adapted for linear in layer.linears)
     return list(counted.values())
 
 
@@ -137,10 +138,13 @@ def head_and_loss(shape: ModelShape, setting: Setting) -> tuple[int, int]:
     """
     pen = Pen(setting)
     x = pen.value(shape.hidden, learns=True)
-    normed = pen.norm(x, shape.layers[-1].norm)
+    normed = pen.norm(x, shape.layers[-1].norm) if shape.final_norm else x
     for linear in shape.outside:
-        normed = pen.linear(normed, linear)
-    if shape.head.plain and not setting.adapter.adapts_head:
+        if linear.inputs == shape.hidden:
+            normed = pen.linear(normed, linear)
+        else:  # behind the embeddings, whose output needs no gradient
+            pen.linear(pen.value(linear.inputs, learns=False), linear)
+    if shape.head.plain and not setting.adapter.trains_head:
         _fused(pen, shape, normed)
     else:
         _own_logits(pen, shape, normed)

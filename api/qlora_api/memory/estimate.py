@@ -13,7 +13,7 @@ from qlora_api.memory.activations import Activations, activations
 from qlora_api.memory.gpus import CUBLAS_BYTES, MIB, Gpu
 from qlora_api.memory.optimizer import TrainingState, training_state
 from qlora_api.memory.setting import OURS, Setting, Software
-from qlora_api.memory.shape import Linear, ModelShape
+from qlora_api.memory.shape import Experts, Linear, ModelShape
 from qlora_api.memory.weights import (
     Adapter,
     compute_width,
@@ -239,10 +239,18 @@ def _partitioned(run: Run, adapter: Adapter, full: dict[MemoryComponent, int]) -
 
 
 def _large_unquantized(run: Run) -> int:
+    """Elements of unquantized tensors that are divided."""
     shape = run.shape
-    head = 0 if shape.head.tied else shape.head.linear.elements
-    linears = sum(i.elements for i in shape.linears) if run.quantization.type is QuantizationType.NONE else 0
-    return shape.embeddings + head + shape.experts + linears
+    table = shape.head.linear.elements
+    sizes = [table, shape.embeddings - table, *([] if shape.head.tied else [table])]
+    for layer in shape.layers:
+        if isinstance(layer.feed_forward, Experts):
+            experts = layer.feed_forward
+            down = experts.count * experts.intermediate * shape.hidden
+            sizes += [2 * down, down]
+    if run.quantization.type is QuantizationType.NONE:
+        sizes += [linear.elements for linear in shape.linears]
+    return sum(size for size in sizes if size > PERSISTENT)
 
 
 def _gathered(run: Run) -> int:

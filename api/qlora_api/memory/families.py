@@ -221,6 +221,7 @@ def _known(config: Config, family: Family) -> ModelShape:
         norms=norms,
         norm_biases=biases,
         experts=sum(_expert_elements(hidden, layer) for layer in layers),
+        final_norm=_final_norm(config),
         max_positions=config.get("max_position_embeddings"),
         on_disk=on_disk(config),
     )

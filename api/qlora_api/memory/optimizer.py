@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 from qlora_api.memory.weights import Adapter
 from qlora_api.spec import Offload, Optimizer, ParallelismSpec
@@ -20,7 +21,7 @@ SMALLEST_8BIT = 4096
 SMALLEST_PAGED = 100_000
 """Smaller states are never paged: bitsandbytes.optim.optimizer.Optimizer8bit.get_state_buffer."""
 CODES = 2 * 256 * 4
-"""fp32 tables of the signed and unsigned 8-bit values, shared by all tensors."""
+"""fp32 tables of the signed and unsigned 8-bit values: shared by all tensors in memory, with each in a checkpoint."""
 BUCKET = 500_000_000
 """DeepSpeed's default ``reduce_bucket_size``, elements: under ZeRO it is allocated whole, however small the
 gradients are (deepspeed.runtime.zero.stage_1_and_2.setup_buckets, stage3.__init__)."""
@@ -37,7 +38,8 @@ class TrainingState:
     gradients: int
     """Between the last backward pass and the update: 4·P, or this rank's share of it from ZeRO 1 on."""
     accumulating: int
-    """Between micro-batches: 4·P without ZeRO and in stage 1, which partitions only at the end."""
+    """Between micro-batches: 4·P without ZeRO and in stage 1, which partitions only at the end; in stage 2 those of all
+    tensors that this rank's partition touches."""
     optimizer: int
     """First and second moments, and under ZeRO 1 and 2 the rank's fp32 copy of its partition."""
     paged: int
@@ -76,7 +78,7 @@ def training_state(
     flat = 4 * total if world_size > 1 and stage == 0 else share
     return TrainingState(
         gradients=0 if offloaded else share,
-        accumulating=4 * total if stage < 2 else (0 if offloaded else share),
+        accumulating=_accumulating(adapter, stage, world_size, share) if stage < 2 or not offloaded else 0,
         optimizer=0 if offloaded else states + copies,
         paged=0 if offloaded else paged_bytes(updated, chosen),
         backward_buffers=buckets,
@@ -100,6 +102,29 @@ def partitions(adapter: Adapter, stage: int, world_size: int) -> tuple[int, ...]
     return tuple(-(-sum(group) // padded) * ALIGNMENT for group in groups)
 
 
+def _accumulating(adapter: Adapter, stage: int, world_size: int, share: int) -> int:
+    """Gradients between micro-batches on the rank that has most: stage 2 keeps a tensor whole that a border divides.
+
+    deepspeed.runtime.zero.stage_1_and_2.get_all_grad_tensors.
+    """
+    if stage < 2:
+        return 4 * adapter.parameters
+    if stage == 3:
+        return share
+    total = 0
+    for group in (adapter.matrices, adapter.vectors):
+        size = -(-sum(group) // (ALIGNMENT * world_size)) * ALIGNMENT
+        ends = list(accumulate(group))
+        total += max(
+            (
+                sum(n for n, end in zip(group, ends, strict=True) if end > rank * size and end - n < (rank + 1) * size)
+                for rank in range(world_size)
+            ),
+            default=0,
+        )
+    return 4 * total
+
+
 def moment_bytes(tensors: tuple[int, ...], optimizer: Optimizer) -> int:
     """Bytes of AdamW's two moments for tensors of these sizes.
 
@@ -119,3 +144,17 @@ def paged_bytes(tensors: tuple[int, ...], optimizer: Optimizer) -> int:
         return 0
     width = 2 if optimizer in _EIGHT_BIT else 8
     return sum(width * n for n in tensors if n >= SMALLEST_PAGED)
+
+
+def checkpoint_bytes(adapter: Adapter, optimizer: Optimizer, parallelism: ParallelismSpec, world_size: int) -> int:
+    """Bytes of one checkpoint over all ranks: the adapter once, the moments, under ZeRO the partitions' weights.
+
+    ``qlora_trainer.state``; file headers and step numbers, some kilobytes, are left out.
+    """
+    stage = parallelism.zero_stage
+    chosen = Optimizer.ADAMW if parallelism.offload is Offload.OPTIMIZER else optimizer
+    updated = partitions(adapter, stage, world_size)
+    moments = moment_bytes(updated, chosen)
+    if chosen in _EIGHT_BIT:
+        moments += CODES * max(0, sum(n >= SMALLEST_8BIT for n in updated) - 1)
+    return adapter.bytes + (world_size * (moments + 4 * sum(updated)) if stage else moments)

@@ -173,6 +173,7 @@ class ModelShape:
     norm_biases: int = 0
     experts: int = 0
     """Elements of experts and routers."""
+    final_norm: bool = True
     max_positions: int | None = None
     on_disk: OnDisk | None = None
     modelled: bool = True

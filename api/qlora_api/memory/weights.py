@@ -116,14 +116,17 @@ class Adapter:
         return frozenset(layer.name for layer in self.layers)
 
     @property
-    def adapts_head(self) -> bool:
-        return self.shape.head.linear.name in self.names
+    def trains_head(self) -> bool:
+        """Something of the head learns: then the model computes its own logits."""
+        head = self.shape.head.linear
+        return head.name in self.names or (self.lora.bias is LoRABias.ALL and head.bias)
 
     @cached_property
     def matrices(self) -> tuple[int, ...]:
-        """Elements of each A [rank, inputs] and B [outputs, rank]."""
+        """Elements of each A [rank, inputs] and B [outputs, rank], in the trainer's order: by name."""
         rank = self.lora.rank
-        return tuple(n for layer in self.layers for n in (rank * layer.inputs, rank * layer.outputs))
+        ordered = sorted(self.layers, key=lambda layer: layer.name)
+        return tuple(n for layer in ordered for n in (rank * layer.inputs, rank * layer.outputs))
 
     @cached_property
     def vectors(self) -> tuple[int, ...]:
