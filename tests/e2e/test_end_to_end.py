@@ -163,7 +163,7 @@ def test_suspend_frees_the_gpus_with_a_checkpoint_and_resume_goes_on(stage, team
     run.wait(reached(4))
     stage.cluster.api.patch(run.path, {"spec": {"suspend": True}})
     suspended = run.wait(in_state("Suspended"))
-    assert stage.trainer_pods(team) == []
+    assert all(pod["status"]["phase"] in ("Succeeded", "Failed") for pod in stage.trainer_pods(team))
     stage.cluster.api.patch(run.path, {"spec": {"suspend": False}})
     done = run.succeeded()
     assert run.reasons(done) == ["Suspended", "Completed"]
@@ -171,14 +171,14 @@ def test_suspend_frees_the_gpus_with_a_checkpoint_and_resume_goes_on(stage, team
 
 
 def test_the_operator_may_be_killed_at_any_moment(stage, team, bucket):
-    """Before Prepare ends, while pods start, while they train, after they suspended, and at the end."""
+    """While Prepare runs, while pods start, and three times while they train."""
     run = Run(stage, team, bucket, "headless", training={"maxSteps": 80})
     moments: list[Callable[[Object], Any]] = [
-        in_state("Pending", "Preparing"),
-        in_state("Pending", "Starting"),
-        reached(4),
-        reached(20),
-        reached(60),
+        lambda job: job.get("status", {}).get("conditions"),
+        lambda job: job["status"].get("attempts"),
+        lambda job: step_of(job) >= 4,
+        lambda job: step_of(job) >= 20,
+        lambda job: step_of(job) >= 60,
     ]
     for moment in moments:
         run.wait(moment)
