@@ -109,7 +109,7 @@ class Api:
                     return found
                 seen = str(found)
             except ApiError as error:
-                if error.status < 500 and error.reason not in ("NotFound", "TooManyRequests"):
+                if error.status < 500 and error.status not in (404, 429):
                     raise
                 seen = str(error)
             except httpx.TransportError as error:
