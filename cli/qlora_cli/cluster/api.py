@@ -53,6 +53,7 @@ class Api:
     def __init__(self, access: Access) -> None:
         """Raises ConfigError: no credentials can be made of what the kubeconfig says."""
         self.server, self.context = access.server, access.context
+        self._closed = False
         identity = credentials.Identity(access)
         self._extensions = {"sni_hostname": access.tls_server_name} if access.tls_server_name else {}
         self._http = httpx.Client(
@@ -72,6 +73,8 @@ class Api:
         self.close()
 
     def close(self) -> None:
+        """End all connections; whoever follows in another thread ends without a word."""
+        self._closed = True
         self._http.close()
 
     # ------------------------------------------------------------------------------------------------------ requests
@@ -134,6 +137,8 @@ class Api:
                     if event["type"] != "BOOKMARK":
                         yield Event(event["type"], (body,))
             except (ApiError, UnreachableError) as error:
+                if self._closed:
+                    return
                 if not known:
                     raise
                 version = "" if isinstance(error, ApiError) else version
@@ -198,6 +203,10 @@ class Api:
             raise UnreachableError(f"{self._where()} does not answer in time ({type(error).__name__})") from None
         except httpx.TransportError as error:
             raise UnreachableError(f"{self._where()} cannot be reached: {_words(error)}") from None
+        except Exception:
+            if self._closed:  # under the feet of a thread that reads, anything may happen
+                raise UnreachableError(f"{self._where()}: the connection is closed") from None
+            raise
 
     def _refused(self, answer: httpx.Response, path: str) -> ApiError | UnreachableError:
         try:

@@ -62,8 +62,8 @@ def test_other_kinds_are_passed_over_and_named(write):
         pytest.param(
             ("s3://bucket/rows.jsonl", "data/rows.jsonl"),
             'job.yaml:9: spec.dataset.train.source: "data/rows.jsonl" is a path on this machine, where no pod '
-            "can read it; upload it (qlora upload data/rows.jsonl s3://adapters/rows.jsonl) and name s3://adapters/rows.jsonl, "
-            "or use 'qlora run'",
+            "can read it; upload it (qlora upload data/rows.jsonl s3://adapters/rows.jsonl) and name "
+            "s3://adapters/rows.jsonl, or use 'qlora run'",
             id="rows",
         ),
         pytest.param(
