@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from cluster.harness.control_plane import ControlPlane
 
 START_SECONDS = 10
+POLL_SECONDS = 0.05
 MUTATING = ("POST", "PUT", "PATCH", "DELETE")
 HOP_BY_HOP = frozenset(
     {"connection", "content-encoding", "content-length", "host", "keep-alive", "transfer-encoding", "upgrade"}
@@ -211,9 +212,10 @@ class Proxy:
 
     def _each(self, resource: str, act: Callable[[_Watch], None]) -> None:
         async def each() -> None:
-            for watch in list(self._watches):
-                if resource in ("", watch.resource):
-                    act(watch)
+            while not (met := [w for w in self._watches if resource in ("", w.resource)]):
+                await asyncio.sleep(POLL_SECONDS)  # asked for, and not answered yet
+            for watch in met:
+                act(watch)
 
         self._do(each())
 
