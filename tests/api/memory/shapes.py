@@ -1,0 +1,42 @@
+"""Configurations of published models, and jobs for them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from qlora_api.memory import ModelShape, model_shape
+from qlora_api.spec import QLoRAJobSpec
+
+from ..manifests import manifest  # noqa: TID252 the suite's own builder
+
+
+def figures() -> ModuleType:
+    """benchmarks/memory_figures.py, which has the published runs."""
+    path = Path(__file__).parents[3] / "benchmarks" / "memory_figures.py"
+    known = sys.modules.get("memory_figures")
+    if known is not None:
+        return known
+    found = importlib.util.spec_from_file_location("memory_figures", path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules["memory_figures"] = module
+    found.loader.exec_module(module)
+    return module
+
+
+LLAMA_8B: dict[str, Any] = figures().LLAMA_8B
+LLAMA_70B: dict[str, Any] = figures().MODELS["Llama-3.1-70B"]
+
+
+def llama_8b(**changes: Any) -> ModelShape:
+    return model_shape({**LLAMA_8B, **changes})
+
+
+def spec(**changes: Any) -> QLoRAJobSpec:
+    """A job's spec with fields set by path, as ``manifest`` does."""
+    return QLoRAJobSpec.model_validate(manifest(**changes)["spec"])

@@ -1,0 +1,296 @@
+"""What is chosen, what would fit, and the way down."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlora_api.batch import BatchSplit
+from qlora_api.errors import FieldMistake
+from qlora_api.memory import (
+    GPUS,
+    Choice,
+    NoFit,
+    Plan,
+    Request,
+    cost,
+    does_not_fit,
+    gpu_named,
+    gpu_of_device,
+    model_shape,
+    next_smaller,
+    plan,
+    plan_of,
+    remedies,
+)
+from qlora_api.spec import Offload
+
+from .shapes import LLAMA_8B, LLAMA_70B, figures, llama_8b, spec
+
+
+def request(gpu="h100-80gb", world_size=1, config=None, **changes):
+    fields = {"dataset__maxLength": 2048, "training__globalBatchSize": 16, **changes}
+    return Request(spec(**fields), model_shape(config or LLAMA_8B), GPUS[gpu], world_size)
+
+
+# --------------------------------------------------------------------------------------------------------------- choice
+
+
+@pytest.mark.parametrize(
+    ("gpu", "micro", "recomputes"),
+    [
+        pytest.param("h100-80gb", 4, False, id="room-for-everything"),
+        pytest.param("a100-40gb", 2, False, id="smaller-micro-batch-rather-than-recomputation"),
+        pytest.param("l4-24gb", 1, False, id="smallest-micro-batch"),
+    ],
+)
+def test_the_fastest_that_fits_is_chosen(gpu, micro, recomputes):
+    outcome = plan(request(gpu))
+    assert isinstance(outcome, Plan)
+    assert outcome.fits
+    assert (outcome.batch.micro_batch_size, outcome.gradient_checkpointing) == (micro, recomputes)
+    assert outcome.batch.global_batch_size == 16
+
+
+def test_recomputation_where_nothing_else_fits():
+    outcome = plan(request("l4-24gb", dataset__maxLength=8192))
+    assert isinstance(outcome, Plan)
+    assert (outcome.batch.micro_batch_size, outcome.gradient_checkpointing) == (1, True)
+
+
+def test_short_sequences_rather_recompute_than_dequantize_for_few_tokens():
+    outcome = plan(request("rtx4090-24gb", dataset__maxLength=256, config=LLAMA_8B))
+    assert isinstance(outcome, Plan)
+    assert outcome.batch.micro_batch_size > 1
+
+
+def test_no_choice_that_fits_is_faster():
+    asked = request("a100-40gb")
+    chosen = plan(asked)
+    assert isinstance(chosen, Plan)
+    for micro in (1, 2, 4):
+        for again in (False, True):
+            batch = BatchSplit(world_size=1, micro_batch_size=micro, gradient_accumulation_steps=16 // micro)
+            other = plan_of(asked, batch, checkpointing=again)
+            assert not other.fits or other.seconds_per_token.expected >= chosen.seconds_per_token.expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "micro", "recomputes"),
+    [
+        pytest.param({"training__microBatchSize": 1}, 1, False, id="micro-batch"),
+        pytest.param({"training__gradientCheckpointing": "Full"}, 4, True, id="checkpointing"),
+        pytest.param({"training__gradientCheckpointing": "None"}, 4, False, id="no-checkpointing"),
+        pytest.param({"training__globalBatchSize": 3}, 3, False, id="a-share-of-three"),
+    ],
+)
+def test_what_the_job_says_is_kept(changes, micro, recomputes):
+    outcome = plan(request("h100-80gb", **changes))
+    assert isinstance(outcome, Plan)
+    assert (outcome.batch.micro_batch_size, outcome.gradient_checkpointing) == (micro, recomputes)
+
+
+def test_micro_batches_hold_no_more_tokens_than_help():
+    outcome = plan(request("h200-141gb", dataset__maxLength=128, training__globalBatchSize=4096))
+    assert isinstance(outcome, Plan)
+    assert outcome.batch.micro_batch_size == 64
+
+
+def test_rows_that_are_known_to_be_short_count_as_such():
+    long = plan(request("l4-24gb", dataset__maxLength=8192))
+    asked = request("l4-24gb", dataset__maxLength=8192)
+    short = plan(Request(asked.spec, asked.shape, asked.gpu, 1, longest=1024))
+    assert isinstance(long, Plan)
+    assert isinstance(short, Plan)
+    assert not short.gradient_checkpointing
+    assert short.row == 1024
+
+
+def test_a_global_batch_that_cannot_be_cut_is_named():
+    with pytest.raises(FieldMistake, match=r"spec.training.globalBatchSize"):
+        plan(request(world_size=3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "message"),
+    [
+        pytest.param({"dataset__maxLength": 262144}, {}, "more than the 131072 positions", id="positions"),
+        pytest.param(
+            {},
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+            "set INT8",
+            id="quantized-otherwise",
+        ),
+        pytest.param(
+            {},
+            {
+                "quantization_config": {
+                    "quant_method": "bitsandbytes",
+                    "load_in_4bit": True,
+                    "bnb_4bit_quant_type": "nf4",
+                }
+            },
+            "set false",
+            id="not-doubly",
+        ),
+    ],
+)
+def test_a_base_that_does_not_suit_the_job_is_named(changes, config, message):
+    with pytest.raises(FieldMistake, match=message):
+        plan(request(config={**LLAMA_8B, **config}, **changes))
+
+
+# ------------------------------------------------------------------------------------------------------- what would fit
+
+
+def test_what_would_fit_is_said():
+    asked = request("l4-24gb", config=LLAMA_70B)
+    outcome = plan(asked)
+    assert isinstance(outcome, NoFit)
+    text = str(does_not_fit(asked, outcome))
+    assert text.startswith('spec.model.source: "hf://org/base@main" needs ')
+    assert "l4-24gb gives 22.0" in text
+    assert "quantizedWeights 31.9" in text
+    assert "a GPU such as a6000-48gb" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        pytest.param(
+            {"training__gradientCheckpointing": "None", "dataset__maxLength": 4096},
+            "spec.training.gradientCheckpointing",
+            id="recompute",
+        ),
+        pytest.param({"training__microBatchSize": 16}, "spec.training.microBatchSize", id="micro-batch"),
+        pytest.param(
+            {"quantization__type": "None", "dataset__maxLength": 16384}, "spec.quantization.type", id="quantize"
+        ),
+        pytest.param({"dataset__maxLength": 65536}, "spec.dataset.maxLength", id="shorter"),
+        pytest.param({"lora__rank": 1024, "training__optimizer": "AdamW"}, "spec.lora.rank", id="rank"),
+        pytest.param({"lora__rank": 512, "training__optimizer": "AdamW"}, "spec.training.optimizer", id="optimizer"),
+    ],
+)
+def test_each_remedy_alone_makes_it_fit(changes, field):
+    asked = request("l4-24gb", **changes)
+    assert isinstance(plan(asked), NoFit)
+    found = remedies(asked)
+    assert field in [remedy.field for remedy in found]
+    assert all(remedy.plan.fits for remedy in found)
+
+
+def test_the_longest_sequences_that_fit_are_suggested():
+    asked = request("l4-24gb", dataset__maxLength=65536)
+    length = next(int(r.value) for r in remedies(asked) if r.field == "spec.dataset.maxLength")
+    assert isinstance(plan(request("l4-24gb", dataset__maxLength=length)), Plan)
+    assert isinstance(plan(request("l4-24gb", dataset__maxLength=length + 64)), NoFit)
+
+
+def test_a_large_adapter_is_shared_among_ranks():
+    asked = request("h100-80gb", world_size=8, lora__rank=256, training__optimizer="AdamW", config=LLAMA_70B)
+    assert isinstance(plan(asked), NoFit)
+    assert "spec.parallelism.zeroStage" in [remedy.field for remedy in remedies(asked)]
+
+
+def test_notes_say_what_a_reader_would_not_expect():
+    mixture = plan(request("h200-141gb", config=figures().MODELS["Mixtral-8x7B"]))
+    assert isinstance(mixture, Plan)
+    assert any("experts" in note for note in mixture.notes)
+    shared = plan(request(world_size=2, parallelism__zeroStage=1))
+    assert isinstance(shared, Plan)
+    assert any("3.7 GiB" in note for note in shared.notes)
+
+
+# --------------------------------------------------------------------------------------------------------------- ladder
+
+
+def choice(micro=4, accumulation=4, again=False, stage=0, world_size=1):
+    batch = BatchSplit(world_size=world_size, micro_batch_size=micro, gradient_accumulation_steps=accumulation)
+    return Choice(batch, again, stage)
+
+
+def walk(start, needed=None):
+    found = []
+    rung = next_smaller(start, needed)
+    while rung is not None:
+        found.append((rung.choice.batch.micro_batch_size, rung.choice.gradient_checkpointing, rung.choice.zero_stage))
+        assert rung.choice.batch.global_batch_size == start.batch.global_batch_size
+        rung = next_smaller(rung.choice, needed)
+    return found
+
+
+def test_the_way_down():
+    assert walk(choice()) == [(2, False, 0), (1, False, 0), (1, True, 0)]
+    assert walk(choice(micro=6, accumulation=1)) == [(3, False, 0), (1, False, 0), (1, True, 0)]
+    assert walk(choice(micro=1, again=True)) == []
+
+
+def test_sharing_only_where_it_helps():
+    def shares_help(c):
+        return 100 // (1 + c.zero_stage) - (5 if c.offload is Offload.OPTIMIZER else 0)
+
+    start = choice(micro=1, again=True, world_size=4)
+    assert walk(start, shares_help) == [(1, True, 1), (1, True, 2), (1, True, 3), (1, True, 3)]
+    assert walk(start, lambda c: 100 + 10 * c.zero_stage) == []
+    rung = next_smaller(start, shares_help)
+    assert rung is not None
+    assert not rung.resumes
+
+
+def test_rungs_before_resume():
+    rung = next_smaller(choice())
+    assert rung is not None
+    assert rung.resumes
+    assert rung.change == "micro-batches of 2"
+
+
+# -------------------------------------------------------------------------------------------------------- GPUs and cost
+
+
+def test_a_gpu_that_is_not_known_is_answered_with_those_that_are():
+    with pytest.raises(FieldMistake, match=r"--gpu: .* h100-80gb"):
+        gpu_named("h100")
+    assert gpu_named("H100-80GB").name == "h100-80gb"
+
+
+@pytest.mark.parametrize(
+    ("device", "speed"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-80gb"),
+        ("NVIDIA H100 PCIe", "h100-pcie-80gb"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA L40S", "l40s-48gb"),
+        ("NVIDIA L4", "l4-24gb"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090-24gb"),
+        ("Tesla T4", "t4-16gb"),
+    ],
+)
+def test_devices_are_recognised(device, speed):
+    found = gpu_of_device(device, 123)
+    assert (found.memory_bytes, found.tflops, found.hopper) == (123, GPUS[speed].tflops, GPUS[speed].hopper)
+
+
+def test_published_speeds_lie_within_what_is_expected():
+    runs = [  # tokens/s of one GPU: fms-acceleration, torchtune; notes of docs/explanation/memory.md
+        ("a100-80gb", 4096, 32768, True, 4105),
+        ("rtx4090-24gb", 2048, 8192, True, 2413),
+    ]
+    from qlora_api.memory import Adapter
+    from qlora_api.memory.cost import seconds_per_token
+
+    shape, quantization = llama_8b(), spec().quantization
+    for gpu, row, tokens, again, measured in runs:
+        adapter = Adapter(shape, spec().lora)
+        span = seconds_per_token(shape, adapter, quantization, GPUS[gpu], row=row, tokens=tokens, recomputes=again)
+        assert 1 / span.high < measured < 1.1 / span.low
+
+
+def test_time_and_money():
+    outcome = plan(request("h100-80gb"))
+    assert isinstance(outcome, Plan)
+    found = cost(outcome.seconds_per_token, tokens=100_000_000, gpus=4, price=2.0)
+    assert found.gpu_hours.expected == pytest.approx(4 * found.hours.expected)
+    assert found.money is not None
+    assert found.money.expected == pytest.approx(2 * found.gpu_hours.expected)
+    assert found.hours.low < found.hours.expected < found.hours.high
+    assert cost(outcome.seconds_per_token, 1, 1, None).money is None
