@@ -14,7 +14,6 @@ from qlora_cli.cluster.errors import ApiError, ClusterError, UnreachableError
 from qlora_cli.cluster.jobs import view
 from qlora_cli.cluster.names import (
     ATTEMPT_LABEL,
-    COMPONENT_LABEL,
     CONTAINER,
     INDEX_LABEL,
     JOB_LABEL,
@@ -140,8 +139,9 @@ def read(cluster: Cluster, name: str, wanted: Wanted) -> Iterator[Line]:
 
     """
     job = get_job(cluster, name)
-    pods = [see_pod(body) for body in _pods(cluster, job, wanted)]
-    pods = [pod for pod in pods if pod.started]
+    path = core_path(cluster.namespace, "pods")
+    bodies, _ = cluster.api.list(path, labelSelector=f"{JOB_LABEL}={name}")
+    pods = [pod for pod in map(see_pod, bodies) if pod.started]
     attempt = wanted.attempt if wanted.attempt is not None else max((p.attempt for p in pods), default=PREPARE)
     chosen = [p for p in pods if p.attempt == attempt and wanted.worker in (None, p.worker)]
     if not chosen:
@@ -150,22 +150,13 @@ def read(cluster: Cluster, name: str, wanted: Wanted) -> Iterator[Line]:
     yield from _of_rank(merged, wanted)
 
 
-def _pods(cluster: Cluster, job: Object, wanted: Wanted) -> list[Object]:
-    selector = f"{JOB_LABEL}={job['metadata']['name']}"
-    if wanted.attempt == PREPARE:
-        selector += f",{COMPONENT_LABEL}=prepare"
-    elif wanted.attempt is not None:
-        selector += f",{ATTEMPT_LABEL}={wanted.attempt}"
-    return cluster.api.list(core_path(cluster.namespace, "pods"), labelSelector=selector)[0]
-
-
 def _nothing(job: Object, wanted: Wanted, pods: Sequence[Pod]) -> str:
     """Why there is no log, and where there is one."""
     seen = view(job)
     there = sorted({p.attempt for p in pods})
-    named = ", ".join("prepare" if a == PREPARE else str(a) for a in there)
+    named = ", ".join("Prepare" if a == PREPARE else f"attempt {a}" for a in there)
     if there and (wanted.attempt is not None or wanted.worker is not None):
-        return f'job "{seen.name}" has no log of what is asked for; there are logs of attempts {named}'
+        return f'job "{seen.name}" has no log of what is asked for; there are logs of {named}'
     if seen.is_over or seen.attempts:
         last = f"'{program()} show {seen.name}' has its last words"
         return f'job "{seen.name}" has no pods any more, and logs go with them; {last}'
