@@ -1,0 +1,359 @@
+"""``qlora plan``: from a manifest and headers to a plan, without torch, weights or a GPU."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import subprocess
+import sys
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from qlora_api.errors import FieldMistake
+from qlora_api.memory import GPUS, model_shape
+from qlora_cli import main, model_headers, plan, plan_view
+from qlora_cli.machine import Gpu, Machine
+
+from .range_server import running
+
+JOB = """\
+apiVersion: qlora.dev/v1alpha1
+kind: QLoRAJob
+metadata: {name: docs}
+spec:
+  model: {source: "MODEL"}
+  dataset: {train: {source: "s3://bucket/rows"}, format: Text, maxLength: 2048}
+  training: {epochs: 2, globalBatchSize: 16}
+  output: {destination: "s3://bucket/out"}
+"""
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+}
+LLAMA_70B = {
+    **LLAMA_8B,
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "intermediate_size": 28672,
+}
+
+
+def header_of(config):
+    """The headers of the model's weights, as safetensors would write them, in shards."""
+    shape = model_shape(config)
+    entries = {f"{i.name}.weight": [i.outputs, i.inputs] for i in shape.linears}
+    entries |= {
+        "model.embed_tokens.weight": [shape.head.linear.outputs, shape.hidden],
+        "lm_head.weight": [shape.head.linear.outputs, shape.hidden],
+        "model.norm.weight": [shape.hidden],
+    }
+    for index in range(len(shape.layers)):
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            entries[f"model.layers.{index}.{name}.weight"] = [shape.hidden]
+    return entries
+
+
+def shard(entries):
+    at, header = 0, {"__metadata__": {"format": "pt"}}
+    for name, shape in entries.items():
+        size = 2
+        for length in shape:
+            size *= length
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + b"weights" * 100_000
+
+
+def model_files(config, shards=1):
+    entries = list(header_of(config).items())
+    files = {"config.json": json.dumps(config).encode()}
+    if shards == 1:
+        return {**files, "model.safetensors": shard(dict(entries))}
+    names = [f"model-{n + 1:05d}-of-{shards:05d}.safetensors" for n in range(shards)]
+    index = {}
+    for n, name in enumerate(names):
+        part = dict(entries[n::shards])
+        files[name] = shard(part)
+        index |= dict.fromkeys(part, name)
+    return {**files, "model.safetensors.index.json": json.dumps({"weight_map": index}).encode()}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with running() as server:
+        server.files = model_files(LLAMA_8B, shards=4)
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield server
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan.machine, "look", Machine)
+
+    def invoke(*arguments, model="hf://org/base@main"):
+        (tmp_path / "job.yaml").write_text(JOB.replace("MODEL", model))
+        return CliRunner().invoke(main.app, ["plan", "job.yaml", *arguments])
+
+    return invoke
+
+
+def write(folder, files):
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return str(folder)
+
+
+# ------------------------------------------------------------------------------------------------------- where it reads
+
+
+def test_headers_come_from_a_hub_without_weights(hub):
+    found = model_headers.read_model("hf://org/base@main")
+    assert found.config == LLAMA_8B
+    assert {n: list(t.shape) for n, t in found.tensors.items()} == header_of(LLAMA_8B)
+    assert hub.given < 1_000_000  # of 4 × 700 kB and more
+    assert len(hub.requests) <= 9
+
+
+def test_a_server_that_ignores_ranges_is_not_read_to_the_end(hub):
+    hub.ranges = False
+    found = model_headers.read_model("hf://org/base")
+    assert model_shape(found.config, found.tensors) == model_shape(LLAMA_8B)
+
+
+def test_a_long_header_takes_a_second_request(hub, monkeypatch):
+    monkeypatch.setattr(model_headers, "FIRST_READ", 64)
+    found = model_headers.read_model("hf://org/base@main")
+    assert {n: list(t.shape) for n, t in found.tensors.items()} == header_of(LLAMA_8B)
+
+
+def test_a_token_opens_a_gated_model(hub, monkeypatch):
+    hub.token = "secret"
+    with pytest.raises(FieldMistake, match=r"gated or private \(401\): put an HF_TOKEN"):
+        model_headers.read_model("hf://org/base@main")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert model_headers.read_model("hf://org/base@main").config == LLAMA_8B
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        pytest.param("hf://org/other@main", "is not there (RepoNotFound)", id="no-repository"),
+        pytest.param("hf://org/base@v9", "is not there (RevisionNotFound)", id="no-revision"),
+        pytest.param("hf://org", "must read hf://org/name", id="no-name"),
+        pytest.param("pvc://claim/model", "plan with --model-config", id="volume"),
+        pytest.param("/nowhere/model", "does not exist", id="no-folder"),
+    ],
+)
+def test_models_that_cannot_be_read_say_why(hub, source, message):
+    with pytest.raises(FieldMistake) as raised:
+        model_headers.read_model(source)
+    assert message in str(raised.value)
+    assert str(raised.value).startswith("spec.model.source: ")
+
+
+def test_a_hub_out_of_reach_points_to_the_offline_way(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(FieldMistake, match=r"ConnectError.* plan with --model-config"):
+        model_headers.read_model("hf://org/base@main")
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_headers_come_from_a_folder(shards, tmp_path):
+    folder = write(tmp_path / "model", model_files(LLAMA_8B, shards))
+    found = model_headers.read_model(folder)
+    assert {n: list(t.shape) for n, t in found.tensors.items()} == header_of(LLAMA_8B)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"config.json": None}, "has no config.json", id="no-config"),
+        pytest.param({"config.json": b"{"}, "config.json that is not JSON", id="bad-config"),
+        pytest.param({"model.safetensors.index.json": None}, "neither model.safetensors nor", id="no-index"),
+        pytest.param({"model.safetensors.index.json": b"[]"}, "that cannot be read", id="bad-index"),
+        pytest.param({"model-00001-of-00002.safetensors": None}, "lacks model-00001-of-00002", id="no-shard"),
+        pytest.param({"model-00001-of-00002.safetensors": b"pickle"}, "does not begin as", id="no-header"),
+    ],
+)
+def test_folders_that_are_no_model_say_why(change, message, tmp_path):
+    files = {**model_files(LLAMA_8B, shards=2), **change}
+    folder = write(tmp_path / "model", {n: c for n, c in files.items() if c is not None})
+    with pytest.raises(FieldMistake) as raised:
+        model_headers.read_model(folder)
+    assert message in str(raised.value)
+
+
+def test_headers_come_from_a_bucket(s3):
+    import obstore
+    from obstore.store import from_url
+
+    store = from_url(f"{s3}/model", client_options={"allow_http": True})
+    for name, content in model_files(LLAMA_8B, shards=2).items():
+        obstore.put(store, name, content)
+    found = model_headers.read_model(f"{s3}/model")
+    assert {n: list(t.shape) for n, t in found.tensors.items()} == header_of(LLAMA_8B)
+    with pytest.raises(FieldMistake, match=r"has no config\.json"):
+        model_headers.read_model(f"{s3}/nothing")
+
+
+def test_a_bucket_without_obstore_says_what_to_install(monkeypatch):
+    really = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name.startswith("obstore"):
+            raise ImportError(name)
+        return really(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(FieldMistake, match=r"pip install obstore.* --model-config"):
+        model_headers.read_model("s3://bucket/model")
+
+
+# --------------------------------------------------------------------------------------------------------- what it says
+
+
+def test_a_plan_is_shown(hub, call):
+    result = call("--gpu", "h100-80gb", "--tokens", "20000000", "--price", "2.5")
+    assert result.exit_code == 0, result.output
+    for part in (
+        "llama, 8.03 billion weights (org/base at main on ",
+        "1 × h100-80gb, 79.11 GiB each",
+        "16 sequences = 4 micro-batch × 4 accumulation × 1 ranks",
+        "activations kept",
+        "quantized weights",
+        "3.25 GiB",
+        "for 40,000,000 tokens",
+        "Cost",
+        "█",
+    ):
+        assert part in result.stdout
+
+
+def test_a_plan_for_programs(hub, call):
+    shown = json.loads(call("--gpu", "l4-24gb", "--gpus", "2", "-o", "json").stdout)
+    assert shown["fits"]
+    assert shown["model"]["parameters"] == 8030261248
+    assert shown["gpu"] == {"name": "l4-24gb", "memoryBytes": GPUS["l4-24gb"].memory_bytes, "count": 2}
+    assert shown["batch"]["worldSize"] == 2
+    assert sum(shown["memory"]["components"].values()) == shown["memory"]["neededBytes"]
+    assert set(shown["memory"]["moments"]) == {"Loading", "Loss", "Backward", "Update"}
+    assert (shown["tokens"], shown["cost"]) == (None, None)
+
+
+def test_what_does_not_fit_says_what_would(hub, call):
+    hub.files = model_files(LLAMA_70B, shards=2)
+    result = call("--gpu", "l4-24gb")
+    assert result.exit_code == 40
+    assert "Does not fit." in result.stdout
+    assert "any of these fits: a GPU such as a6000-48gb" in " ".join(result.stdout.split())
+    shown = json.loads(call("--gpu", "l4-24gb", "-o", "json").stdout)
+    assert not shown["fits"]
+    assert shown["remedies"][0]["value"] == "a6000-48gb"
+
+
+def test_what_if(hub, call):
+    result = call("--gpu", "a100-40gb", "--what-if", "--tokens", "1000000", "--price", "1")
+    for part in ("If GPU were", "If lora.rank were", "If dataset.maxLength were", "rtx4090-24gb", "65536"):
+        assert part in result.stdout
+    shown = json.loads(call("--gpu", "a100-40gb", "--what-if", "-o", "json").stdout)
+    chosen = [(v["kind"], v["value"]) for v in shown["whatIf"] if v["chosen"]]
+    assert chosen == [("gpu", "a100-40gb"), ("rank", "16"), ("maxLength", "2048")]
+    assert all(v["neededBytes"] > 0 for v in shown["whatIf"])
+
+
+def test_a_configuration_alone_is_enough(call, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
+    result = call("--gpu", "h100-80gb", "--model-config", "config.json", model="hf://nobody/asks")
+    assert result.exit_code == 0, result.output
+    assert "70.55 billion weights (config.json alone)" in result.stdout
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_configuration_that_is_none_is_named(text, call, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    result = call("--gpu", "h100-80gb", "--model-config", "config.json")
+    assert result.exit_code == 40
+    assert "--model-config: " in result.stderr
+
+
+def test_fields_can_be_set(hub, call):
+    shown = json.loads(call("--gpu", "h100-80gb", "--set", "training.microBatchSize=1", "-o", "json").stdout)
+    assert shown["batch"]["microBatchSize"] == 1
+
+
+def test_the_gpus_of_this_machine_are_the_default(hub, call, monkeypatch):
+    cards = tuple(Gpu(f"GPU-{n}", "NVIDIA L4", 23 * 2**30) for n in range(2))
+    monkeypatch.setattr(plan.machine, "look", lambda: Machine(cards))
+    shown = json.loads(call("-o", "json").stdout)
+    assert shown["gpu"] == {"name": "NVIDIA L4", "memoryBytes": 23 * 2**30, "count": 2}
+
+
+def test_without_a_gpu_one_must_be_named(hub, call):
+    result = call()
+    assert result.exit_code == 40
+    assert "--gpu: is required, as this machine has no GPU; there are b200-192gb, h200-141gb" in result.stderr
+    assert "--gpu: " in call("--gpu", "h100").stderr
+
+
+def test_a_target_that_names_nothing_is_found_before_anything_runs(hub, call):
+    result = call("--gpu", "h100-80gb", "--set", "lora.targetModules=[q_prj]")
+    assert result.exit_code == 40
+    assert 'spec.lora.targetModules: "q_prj" matches no linear layer' in result.stderr
+
+
+def test_steps_say_how_many_tokens_there_are_at_most(hub, call):
+    shown = json.loads(
+        call(
+            "--gpu", "h100-80gb", "--set", "training.epochs=null", "--set", "training.maxSteps=10", "-o", "json"
+        ).stdout
+    )
+    assert shown["tokens"] == 10 * 16 * 2048
+    assert shown["cost"]["hours"]["low"] < shown["cost"]["hours"]["high"]
+
+
+@pytest.mark.parametrize(
+    ("share", "drawn"),
+    [(0, "▏"), (0.5, "█" * 18), (1, "█" * 36), (1.5, "█" * 36 + "▶"), (1 / 288, "▏"), (1.5 / 36, "█▌")],
+)
+def test_bars(share, drawn):
+    assert plan_view.bar(share) == drawn
+
+
+# ------------------------------------------------------------------------------------------------------- how fast it is
+
+
+@pytest.mark.parametrize(("config", "shards"), [(LLAMA_8B, 4), (LLAMA_70B, 30)], ids=["8B", "70B"])
+def test_a_plan_takes_less_than_three_seconds_and_no_torch(config, shards, hub, tmp_path):
+    hub.files = model_files(config, shards)
+    (tmp_path / "job.yaml").write_text(JOB.replace("MODEL", "hf://org/base@main"))
+    code = (
+        "import sys, time\n"
+        "from typer.testing import CliRunner; from qlora_cli import main\n"
+        "arguments = ['plan', 'job.yaml', '--gpu', 'h100-80gb', '--what-if']\n"
+        "result = CliRunner().invoke(main.app, arguments)\n"
+        "heavy = [m for m in ('torch', 'transformers', 'qlora_trainer', 'numpy') if m in sys.modules]\n"
+        "print(result.exit_code, heavy, time.process_time())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    exit_code, heavy, seconds = done.stdout.strip().split(maxsplit=2)
+    assert (exit_code, heavy) == ("0", "[]")
+    assert float(seconds) < 3  # of its own: the clock on the wall counts what else the machine does
+
+
+def test_nothing_is_asked_of_a_network_for_a_local_model(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(httpx, "Client", None)
+    folder = write(tmp_path / "model", model_files(LLAMA_8B))
+    assert call("--gpu", "h100-80gb", model=folder).exit_code == 0
