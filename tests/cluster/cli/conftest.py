@@ -96,6 +96,12 @@ def api(crd_cluster: ControlPlane):
 
 
 @pytest.fixture
+def qlora_class() -> type[Qlora]:
+    """For a test that has a cluster of its own."""
+    return Qlora
+
+
+@pytest.fixture
 def qlora(crd_cluster: ControlPlane, served_namespace: str, tmp_path: Path) -> Qlora:
     """Called by the administrator, in a folder of the test's own."""
     return Qlora(crd_cluster.kubeconfig, served_namespace, tmp_path)
