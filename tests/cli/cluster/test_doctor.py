@@ -1,0 +1,287 @@
+"""What the doctor makes of what it saw: the cases that a real cluster does not play on demand."""
+
+from datetime import timedelta
+
+import pytest
+from cli_builders import NOW, job, running, waiting
+
+from qlora_cli.cluster.doctor import judge_crd
+from qlora_cli.cluster.doctor.findings import Level, lines, summary
+from qlora_cli.cluster.doctor.judge import judge
+from qlora_cli.cluster.doctor.look import RIGHTS, Answer, Seen
+from qlora_cli.cluster.doctor.references import Named, endpoints, lacking, of_jobs
+
+DENIED = Answer(denied=True)
+OURS = {"labels": {"app.kubernetes.io/part-of": "qlora-operator"}}
+
+
+def deployment(**more):
+    meta = {"name": "op", "namespace": "sys", "labels": {"app.kubernetes.io/version": "1.0"}}
+    return {"metadata": meta, "spec": {"selector": {}}, "status": {"availableReplicas": 1}, **more}
+
+
+def node(name="n", gpus="8", *, ready=True, cordoned=False):
+    conditions = [{"type": "Ready", "status": str(ready)}]
+    status = {"allocatable": {"nvidia.com/gpu": gpus}, "conditions": conditions}
+    return {"metadata": {"name": name}, "spec": {"unschedulable": cordoned}, "status": status}
+
+
+def crd():
+    version = {"name": "v1alpha1", "served": True, "schema": {"openAPIV3Schema": judge_crd.own()}}
+    return {"spec": {"versions": [version]}, "status": {"conditions": [{"type": "Established", "status": "True"}]}}
+
+
+def seen(**more):
+    """A cluster in which nothing is wrong, but for ``more``."""
+    well = {
+        "namespace": "research",
+        "now": NOW,
+        "version": "v1.36.3",
+        "rights": {(verb, what): True for verb, _, what, _ in RIGHTS},
+        "crd": Answer(crd()),
+        "groups": Answer([{"name": "kueue.x-k8s.io"}]),
+        "deployments": Answer([deployment()]),
+        "operator_pods": Answer([]),
+        "config": Answer({"gpuResource": "nvidia.com/gpu", "gang": "Auto", "namespaces": []}),
+        "policies": Answer([{"metadata": {"name": "p"}}]),
+        "bindings": Answer([{"metadata": {"name": "p"}}]),
+        "nodes": Answer([node()]),
+        "jobs": Answer([running()]),
+        "pods": Answer([]),
+        "events": Answer([]),
+        "network_policies": Answer([{"metadata": {"name": "ours", **OURS}, "spec": {"podSelector": {}}}]),
+        "quotas": Answer([]),
+    }
+    return Seen(**{**well, **more})
+
+
+def faults(**more):
+    return {f.check: f.text for f in judge(seen(**more), "1.0") if f.level is Level.FAULT}
+
+
+def levels(**more):
+    return {f.check: f.level for f in judge(seen(**more), "1.0")}
+
+
+def pod(state, **more):
+    container = {"image": "registry/trainer:1", "state": {"waiting": state}, **more}
+    return {"metadata": {"name": "op-x"}, "status": {"containerStatuses": [container]}}
+
+
+def test_nothing_is_wrong():
+    assert faults() == {}
+    assert summary(judge(seen(), "1.0")) == "nothing keeps jobs from running"
+
+
+UNAVAILABLE = Answer([deployment(status={})])
+PULL = {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}
+
+
+@pytest.mark.parametrize(
+    ("more", "check", "text"),
+    [
+        pytest.param({"version": "v1.29.4"}, "cluster", "Kubernetes v1.29.4 is older than 1.31", id="old-cluster"),
+        pytest.param(
+            {
+                "deployments": UNAVAILABLE,
+                "operator_pods": Answer(
+                    [pod({"reason": "CrashLoopBackOff"}, lastState={"terminated": {"exitCode": 2}})]
+                ),
+            },
+            "operator",
+            "sys/op starts and ends again (CrashLoopBackOff, exit code 2)",
+            id="crash-loop",
+        ),
+        pytest.param(
+            {"deployments": UNAVAILABLE, "operator_pods": Answer([pod(PULL)])},
+            "operator",
+            "sys/op cannot start: ImagePullBackOff: Back-off pulling image",
+            id="operator-image",
+        ),
+        pytest.param({"deployments": UNAVAILABLE}, "operator", "sys/op is not available", id="no-reason-seen"),
+        pytest.param(
+            {"deployments": Answer([deployment(), deployment()])},
+            "operator",
+            "there are several: sys/op, sys/op; they write the same jobs",
+            id="two-operators",
+        ),
+        pytest.param(
+            {"policies": Answer([])},
+            "admission",
+            "the operator's admission policy is missing: whoever may create jobs can use any Secret there through one",
+            id="no-policy",
+        ),
+        pytest.param(
+            {"nodes": Answer([node(ready=False), node("m", cordoned=True)])},
+            "gpus",
+            "no node with nvidia.com/gpu is ready: m, n",
+            id="not-ready",
+        ),
+        pytest.param(
+            {"pods": Answer([pod(PULL)])},
+            "image",
+            "the image registry/trainer:1 cannot be pulled (ImagePullBackOff: Back-off pulling image)",
+            id="trainer-image",
+        ),
+        pytest.param(
+            {"jobs": Answer([waiting()])},
+            "jobs",
+            'job "wide" waits (Unschedulable): no node has as many free nvidia.com/gpu as '
+            "spec.parallelism.gpusPerWorker asks for",
+            id="waits-for-a-hand",
+        ),
+        pytest.param(
+            {"jobs": Answer([{**job(), "status": {}}])}, "jobs", "no operator has taken up support", id="nobody-looks"
+        ),
+        pytest.param(
+            {"crd": DENIED, "served": Answer({"resources": []})},
+            "crd",
+            "this cluster serves no QLoRAJobs",
+            id="no-crd-unseen",
+        ),
+        pytest.param(
+            {"rights": {("create", "qlorajobs"): False}},
+            "rights",
+            "you may not create qlorajobs in namespace research: submit, retry will be refused",
+            id="one-right",
+        ),
+    ],
+)
+def test_faults(more, check, text):
+    assert faults(**more) == {check: text}
+
+
+def test_a_job_that_was_just_made_is_not_left_alone():
+    young = {**job(), "status": {}}
+    assert faults(jobs=Answer([young]), now=NOW - timedelta(hours=2, minutes=1, seconds=40)) == {}
+
+
+@pytest.mark.parametrize(
+    ("more", "check", "level"),
+    [
+        pytest.param({"nodes": DENIED}, "gpus", Level.UNKNOWN, id="nodes-not-to-be-seen"),
+        pytest.param({"config": Answer({"gpuResource": None})}, "gpus", Level.OK, id="trains-on-cpus"),
+        pytest.param({"groups": Answer([])}, "gang", Level.NOTE, id="no-gangs"),
+        pytest.param(
+            {"groups": Answer([{"name": "monitoring.coreos.com"}]), "monitors": Answer([])},
+            "monitoring",
+            Level.NOTE,
+            id="no-monitor",
+        ),
+        pytest.param(
+            {"groups": Answer([{"name": "monitoring.coreos.com"}]), "monitors": Answer([{"metadata": {"name": "m"}}])},
+            "monitoring",
+            Level.OK,
+            id="monitor",
+        ),
+        pytest.param(
+            {"crd": DENIED, "served": Answer({"resources": [{"kind": "QLoRAJob"}]})},
+            "crd",
+            Level.OK,
+            id="crd-not-to-be-seen",
+        ),
+        pytest.param({"rights": {}}, "rights", Level.UNKNOWN, id="rights-not-told"),
+        pytest.param(
+            {
+                "quotas": Answer(
+                    [
+                        {
+                            "metadata": {"name": "q"},
+                            "status": {
+                                "hard": {"requests.nvidia.com/gpu": "8"},
+                                "used": {"requests.nvidia.com/gpu": "8"},
+                            },
+                        }
+                    ]
+                )
+            },
+            "quota",
+            Level.NOTE,
+            id="quota-used-up",
+        ),
+    ],
+)
+def test_what_is_no_fault(more, check, level):
+    assert levels(**more)[check] is level
+    assert faults(**more) == {}
+
+
+def policy(name, **spec):
+    return {"metadata": {"name": name}, "spec": {"podSelector": {}, **spec}}
+
+
+@pytest.mark.parametrize(
+    ("policies", "shut"),
+    [
+        ([policy("deny", policyTypes=["Egress"])], True),
+        ([policy("deny")], True),  # Ingress, by default
+        ([policy("deny", policyTypes=["Egress"]), policy("allow", policyTypes=["Egress"], egress=[{}])], False),
+        ([policy("others", podSelector={"matchLabels": {"app": "db"}}, policyTypes=["Egress"])], False),
+        ([policy("some", policyTypes=["Egress"], egress=[{"ports": [{"port": 443}]}])], False),
+        ([], False),
+    ],
+)
+def test_policies_add_up(policies, shut):
+    assert ("network" in faults(network_policies=Answer(policies))) is shut
+
+
+def test_a_newer_definition_is_no_fault_and_other_bounds_are():
+    import copy
+
+    newer = copy.deepcopy(crd())
+    fields = newer["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
+    fields["lora"]["properties"]["brandNew"] = {"type": "integer"}
+    assert faults(crd=Answer(newer)) == {}
+    assert levels(crd=Answer(newer))["crd"] is Level.NOTE
+    fields["lora"]["properties"]["rank"]["maximum"] = 7
+    assert "has other rules for spec.lora.rank" in faults(crd=Answer(newer))["crd"]
+
+
+def test_what_jobs_name_is_named_once():
+    first, second = job("a"), job("b")
+    for each in (first, second):
+        each["spec"] = {
+            **each["spec"],
+            "model": {"source": "hf://o/n", "credentials": "hub"},
+            "dataset": {"train": {"source": "pvc://rows/x", "credentials": "s3"}},
+            "output": {"destination": "s3://b/x", "credentials": "s3"},
+            "scheduling": {"queue": "q", "gang": "Kueue", "priorityClassName": "high"},
+        }
+    found = [(n.kind, n.name, n.scheme) for n in of_jobs([first, second], "research")]
+    assert found == [
+        ("Secret", "hub", "hf"),
+        ("Secret", "s3", "pvc"),
+        ("PersistentVolumeClaim", "rows", ""),
+        ("Secret", "s3", "s3"),
+        ("PriorityClass", "high", ""),
+        ("LocalQueue", "q", ""),
+    ]
+
+
+def test_keys_of_secrets():
+    assert lacking({"data": {"AWS_ACCESS_KEY_ID": ""}}, "s3") == ["AWS_SECRET_ACCESS_KEY"]
+    assert lacking({"data": {"AZURE_STORAGE_ACCOUNT_NAME": "", "AZURE_STORAGE_SAS_TOKEN": ""}}, "az") == []
+    assert lacking({}, "pvc") == []
+
+
+@pytest.mark.parametrize(
+    ("url", "trouble"),
+    [
+        ("minio:9000", "is no URL of the form https://host:port"),
+        ("http://minio:9000", "there is no Service minio in namespace research"),
+        ("http://minio.store.svc.cluster.local", "there is no Service minio in namespace store"),
+    ],
+)
+def test_endpoints(url, trouble):
+    import base64
+
+    secret = Answer({"data": {"AWS_ENDPOINT_URL": base64.b64encode(url.encode()).decode()}})
+    named = Named("Secret", "s3", "/api/v1/namespaces/research/secrets/s3", "job", "output.credentials", "s3")
+    assert list(endpoints([(named, secret)], lambda _: Answer(missing=True))) == [(url, "s3", trouble)]
+
+
+def test_the_page(golden):
+    findings = judge(
+        seen(nodes=DENIED, deployments=Answer([]), operator_pods=Answer(), config=Answer(missing=True)), "1.0"
+    )
+    golden("doctor.txt", "\n".join(line.plain for line in lines(findings)) + "\n")
