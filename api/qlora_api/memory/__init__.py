@@ -24,7 +24,7 @@ from qlora_api.memory.families import model_shape
 from qlora_api.memory.gpus import GPUS, Gpu, gpu_named, gpu_of_device
 from qlora_api.memory.headers import HeaderError, TensorInfo, header_length, parse_header, shard_names, tensor_infos
 from qlora_api.memory.ladder import Choice, Rung, next_smaller
-from qlora_api.memory.planner import NoFit, Plan, Request, plan, plan_of
+from qlora_api.memory.planner import NoFit, Plan, Request, plan, plan_of, run_of
 from qlora_api.memory.remedies import Remedy, does_not_fit, remedies
 from qlora_api.memory.shape import ModelShape
 from qlora_api.memory.weights import Adapter
@@ -60,6 +60,7 @@ __all__ = [
     "plan",
     "plan_of",
     "remedies",
+    "run_of",
     "shard_names",
     "tensor_infos",
 ]

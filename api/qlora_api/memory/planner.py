@@ -121,17 +121,7 @@ def _must_suit(request: Request) -> None:
 def plan_of(request: Request, batch: BatchSplit, *, checkpointing: bool) -> Plan:
     """What one choice needs, whether it fits or not."""
     spec, adapter = request.spec, Adapter(request.shape, request.spec.lora)
-    run = Run(
-        shape=request.shape,
-        lora=spec.lora,
-        quantization=spec.quantization,
-        optimizer=spec.training.optimizer,
-        parallelism=spec.parallelism,
-        world_size=request.world_size,
-        rows=(request.row,) * batch.micro_batch_size,
-        checkpointing=checkpointing,
-        accumulates=batch.gradient_accumulation_steps > 1,
-    )
+    run = run_of(spec, request.shape, batch, checkpointing=checkpointing, row=request.row)
     speed = seconds_per_token(
         request.shape,
         adapter,
@@ -151,6 +141,34 @@ def plan_of(request: Request, batch: BatchSplit, *, checkpointing: bool) -> Plan
         seconds_per_token=speed,
         row=request.row,
         shape=request.shape,
+    )
+
+
+def run_of(
+    spec: QLoRAJobSpec, shape: ModelShape, batch: BatchSplit, *, checkpointing: bool, row: int, cuda: bool = True
+) -> Run:
+    """A choice as inputs of :func:`qlora_api.memory.estimate.estimate`.
+
+    Args:
+        spec: of the job.
+        shape: of its base.
+        batch: how the global batch is cut.
+        checkpointing: layers are computed again.
+        row: tokens of the longest sequence.
+        cuda: False for ranks on a CPU.
+
+    """
+    return Run(
+        shape=shape,
+        lora=spec.lora,
+        quantization=spec.quantization,
+        optimizer=spec.training.optimizer,
+        parallelism=spec.parallelism,
+        world_size=batch.world_size,
+        rows=(row,) * batch.micro_batch_size,
+        checkpointing=checkpointing,
+        accumulates=batch.gradient_accumulation_steps > 1,
+        cuda=cuda,
     )
 
 
