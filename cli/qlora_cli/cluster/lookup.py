@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_cli.cluster.jobs import JobView, read_run, view, view_run
-from qlora_cli.cluster.target import Target, connect, get_job, is_local, program
+from qlora_cli.cluster.target import Cluster, Target, connect, get_job, is_local, program
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,12 +30,21 @@ def find(target: Target, references: Sequence[str]) -> list[Found]:
         ClusterError: one is not there.
 
     """
-    names = [reference for reference in references if not is_local(reference)]
-    jobs: dict[str, Object] = {}
-    if names:
-        with connect(target) as cluster:
-            jobs = {name: get_job(cluster, name) for name in dict.fromkeys(names)}
-    return [_run(Path(r)) if is_local(r) else Found(jobs[r], view(jobs[r])) for r in references]
+    if all(is_local(reference) for reference in references):
+        return [_run(Path(reference)) for reference in references]
+    with connect(target) as cluster:
+        return find_in(cluster, references)
+
+
+def find_in(cluster: Cluster, references: Sequence[str]) -> list[Found]:
+    """All of them, in a cluster that is known.
+
+    Raises:
+        ClusterError: one is not there.
+
+    """
+    bodies = {name: get_job(cluster, name) for name in dict.fromkeys(references) if not is_local(name)}
+    return [_run(Path(r)) if is_local(r) else Found(bodies[r], view(bodies[r])) for r in references]
 
 
 def _run(folder: Path) -> Found:

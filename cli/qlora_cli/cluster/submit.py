@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_api.errors import FieldMistake
 from qlora_api.spec import REMOTE_SCHEMES
-from qlora_cli import manifest, schema
+from qlora_cli import manifest, schema, yamls
 from qlora_cli.cluster.errors import ApiError, ClusterError
 from qlora_cli.cluster.jobs import view
 from qlora_cli.cluster.names import LONGEST_NAME, RETRY_ANNOTATION, jobs_path
@@ -53,11 +53,25 @@ def read(path: Path, assignments: Sequence[str] = ()) -> Read:
         RefusedError: every mistake, with file and line.
 
     """
+    return _read(manifest.documents(path), str(path), assignments)
+
+
+def read_text(text: str, source: str, assignments: Sequence[str] = ()) -> Read:
+    """The same for a text; ``source`` names it in messages.
+
+    Raises:
+        RefusedError: every mistake, with its line.
+
+    """
+    return _read(yamls.read(text, source), source, assignments)
+
+
+def _read(documents: Sequence[Document], source: str, assignments: Sequence[str]) -> Read:
     overrides = [manifest.parse_override(text) for text in assignments]
     jobs: list[Submission] = []
     passed_over: list[str] = []
     mistakes: list[Located | str] = []
-    for document in manifest.documents(path):
+    for document in documents:
         if manifest.is_foreign(document):
             passed_over.append(_title(document))
             continue
@@ -71,7 +85,7 @@ def read(path: Path, assignments: Sequence[str] = ()) -> Read:
         mistakes += [Located(f"{document.source}:{document.line_of(m.field)}", m) for m in local]
         jobs.append(Submission(body, f"{document.source}:{document.line}"))
     if not jobs and not mistakes:
-        mistakes.append(f"{path}: holds no QLoRAJob, only {', '.join(passed_over)}")
+        mistakes.append(f"{source}: holds no QLoRAJob, only {', '.join(passed_over)}")
     if mistakes:
         raise RefusedError(*mistakes)
     return Read(tuple(jobs), tuple(passed_over))

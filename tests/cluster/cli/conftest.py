@@ -76,7 +76,6 @@ class Qlora:
 def crd_cluster(kwok_cluster: ControlPlane) -> ControlPlane:
     """The kwok cluster with the CustomResourceDefinition served."""
     kwok_cluster.kubectl("apply", "-f", CRD)
-    kwok_cluster.kubectl("wait", "--for=condition=Established", "crd/qlorajobs.qlora.dev")
     kwok_cluster.api.wait_for(f"{GROUP}/qlorajobs", bool, what="QLoRAJobs are served")
     return kwok_cluster
 
