@@ -56,7 +56,7 @@ class Board:
     lost: str = ""
     """Why nothing new comes in."""
     body: Object = field(default_factory=dict)
-    """The newest job as it came; of use where it is the only one."""
+    """The newest job as it came; of use where one was named."""
 
     def take(self, event: Event) -> list[JobView]:
         """Take an event in; the jobs that it changed."""
@@ -203,7 +203,7 @@ def page(board: Board, title: str, now: datetime, width: int, height: int | None
     if board.lost:
         lines.append(Text(f"connection lost, trying again: {first_sentence(board.lost)}", style="bold red"))
     lines.append(Text())
-    if len(jobs) == 1:
+    if len(jobs) == 1 and len(board.names) == 1:
         return _cut(lines + _single(jobs[0], board, now, width), width)
     room = len(jobs) if height is None else max(height - len(lines) - 2, 1)
     shown = jobs if len(jobs) <= room + 1 else share(jobs, room)

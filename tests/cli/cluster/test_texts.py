@@ -49,7 +49,9 @@ def test_watch_of_several(golden):
 
 
 def test_watch_of_one(golden):
-    golden("watch-one.txt", text(watching.page(board_of(running()), "namespace research", NOW, 100, 40)))
+    board = watching.Board(frozenset(["support"]))
+    board.take(Event("LISTED", (running(),)))
+    golden("watch-one.txt", text(watching.page(board, "namespace research", NOW, 100, 40)))
 
 
 def test_watch_on_a_narrow_and_low_terminal_cuts_and_shares_its_rows(golden):
