@@ -6,6 +6,7 @@ Pods pass the Pod Security profile ``restricted``, and have no token: a trainer 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any, Literal
 
 from qlora_api.batch import BatchSplit, split_batch
@@ -249,8 +250,8 @@ def _container(
         {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 a volume of the pod's own
         {"name": "cache", "mountPath": CACHE_FOLDER},
         *(
-            {"name": f"pvc-{claim}", "mountPath": f"{PVC_FOLDER}/{claim}", "readOnly": ro}
-            for claim, ro in claims.items()
+            {"name": f"claim-{number}", "mountPath": f"{PVC_FOLDER}/{claim}", "readOnly": ro}
+            for number, (claim, ro) in enumerate(claims.items())
         ),
     ]
     container: dict[str, Any] = {
@@ -297,8 +298,8 @@ def _volumes(config: OperatorConfig, claims: dict[str, bool], ranks: int) -> Ite
     if ranks:
         size = times(config.trainer.shared_memory, ranks)
         yield {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": size}}
-    for claim, read_only in claims.items():
-        yield {"name": f"pvc-{claim}", "persistentVolumeClaim": {"claimName": claim, "readOnly": read_only}}
+    for number, (claim, read_only) in enumerate(claims.items()):  # a claim's name may be no name for a volume
+        yield {"name": f"claim-{number}", "persistentVolumeClaim": {"claimName": claim, "readOnly": read_only}}
 
 
 def _tolerations(job: QLoRAJob, config: OperatorConfig, *, gpu: bool) -> Iterator[dict[str, Any]]:
@@ -341,7 +342,7 @@ def _secrets(job: QLoRAJob) -> list[str]:
 def times(quantity: str, count: int) -> str:
     """A quantity multiplied: 4 × "1.5Gi" is "6Gi", 3 × "500m" is "1500m"."""
     number = quantity.rstrip("EPTGMKikm")
-    return f"{float(number) * count:g}{quantity.removeprefix(number)}"
+    return f"{(Decimal(number) * count).normalize():f}{quantity.removeprefix(number)}"
 
 
 def _labels(job: QLoRAJob, component: str) -> dict[str, str]:

@@ -95,7 +95,16 @@ def test_the_config_in_the_pod_is_the_contracts(case):
 
 
 @pytest.mark.parametrize(
-    ("quantity", "count", "product"), [("1.5Gi", 4, "6Gi"), ("500m", 3, "1500m"), ("4", 8, "32"), ("1Ki", 2, "2Ki")]
+    ("quantity", "count", "product"),
+    [
+        ("1.5Gi", 4, "6Gi"),
+        ("500m", 3, "1500m"),
+        ("4", 8, "32"),
+        ("1Ki", 2, "2Ki"),
+        ("25", 4, "100"),
+        ("33554433Ki", 8, "268435464Ki"),
+        ("0.1", 3, "0.3"),
+    ],
 )
 def test_quantities_multiply(quantity, count, product):
     assert render.times(quantity, count) == product
