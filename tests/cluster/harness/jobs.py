@@ -30,8 +30,7 @@ def qlora_job(name: str = "job", namespace: str = "default", workers: int = 1, *
 def merged(spec: Object, groups: Object) -> Object:
     """A spec with groups laid over its own, field by field."""
     fields = {
-        group: {**spec.get(group, {}), **value} if isinstance(value, dict) else value
-        for group, value in groups.items()
+        group: {**spec.get(group, {}), **value} if isinstance(value, dict) else value for group, value in groups.items()
     }
     return {**spec, **fields}
 

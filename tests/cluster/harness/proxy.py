@@ -211,11 +211,16 @@ class Proxy:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(START_SECONDS)
 
     def _each(self, resource: str, act: Callable[[_Watch], None]) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not self.watches(resource):  # asked for, and not answered yet
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nobody watches {resource or 'anything'}")
+            time.sleep(POLL_SECONDS)
+
         async def each() -> None:
-            while not (met := [w for w in self._watches if resource in ("", w.resource)]):
-                await asyncio.sleep(POLL_SECONDS)  # asked for, and not answered yet
-            for watch in met:
-                act(watch)
+            for watch in list(self._watches):
+                if resource in ("", watch.resource):
+                    act(watch)
 
         self._do(each())
 

@@ -1,0 +1,80 @@
+"""Whatever a user writes is refused with its field's name, or runs, or waits for a reason: 300 random manifests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+
+from cluster.harness.api import ApiError
+from cluster.harness.jobs import GROUP, job_path, qlora_job
+from cluster.harness.mutations import mutations
+from cluster.harness.script import pods_do
+from cluster.harness.whole_life import ADAPTER, ends
+
+if TYPE_CHECKING:
+    from cluster.harness.mutations import Mutation
+
+CRD = Path(__file__).parents[3] / "crds" / "qlora.dev_qlorajobs.yaml"
+ALL, AT_ONCE, SEED = 300, 30, 20260101
+ANSWER_SECONDS = 10
+"""In which a job that was taken says where it stands."""
+
+
+def mutants() -> list[Mutation]:
+    versions = yaml.safe_load(CRD.read_text())["spec"]["versions"]
+    base = qlora_job(
+        dataset={
+            "train": {"source": "hf://org/rows", "credentials": "hub"},
+            "eval": {"fraction": "0.1"},
+            "format": "Messages",
+            "columns": {"messages": "turns"},
+            "chatTemplate": "{{ messages }}",
+            "lossOn": "Assistant",
+        },
+        model={"credentials": "hub"},
+        lora={"targetModules": ["q_proj", "v_proj"]},
+        training={"microBatchSize": 4, "evaluation": {"everySteps": 5, "patience": 2}},
+        checkpoint={"everySteps": 5},
+        policy={"activeDeadlineSeconds": 600},
+        scheduling={
+            "gang": "None",
+            "nodeSelector": {"type": "kwok"},
+            "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        },
+        output={"credentials": "store"},
+    )
+    return list(mutations(versions[0]["schema"]["openAPIV3Schema"], base, ALL, SEED))
+
+
+@pytest.mark.parametrize("first", range(0, ALL, AT_ONCE))
+def test_a_mutated_job_is_refused_with_its_fields_name_or_says_where_it_stands(
+    crd_cluster, behind_proxy, kwok_namespace, first
+):
+    api, taken, silent = crd_cluster.api, {}, []
+    with pods_do(api, kwok_namespace, ends(adapter=ADAPTER)):
+        for number, mutation in enumerate(mutants()[first : first + AT_ONCE]):
+            name = f"job-{number}"
+            manifest = {**mutation.manifest, "metadata": {"name": name, "namespace": kwok_namespace}}
+            try:
+                api.post(f"{GROUP}/namespaces/{kwok_namespace}/qlorajobs", manifest, fieldValidation="Strict")
+                taken[name] = mutation
+            except ApiError as error:
+                if error.status not in (400, 422) or mutation.field not in error.message:
+                    silent.append(f"{mutation}: {error}")
+        assert silent == []
+        for name, mutation in taken.items():
+            job = api.wait_for(job_path(kwok_namespace, name), speaks, seconds=ANSWER_SECONDS, what=str(mutation))
+            assert job["status"]["state"] != "Failed", (
+                f"{mutation}: the operator does not take what the API server took"
+            )
+    failed = sum(v for n, v in behind_proxy.metrics().items() if n.startswith("qlora_operator_reconcile_errors_total"))
+    assert failed <= len(taken)
+    assert behind_proxy.healthz() == (200, "ok\n")
+
+
+def speaks(job) -> bool:
+    status = job.get("status", {})
+    return bool(status.get("reason")) and any(c["message"] for c in status["conditions"])
