@@ -35,11 +35,16 @@ def _names(path: Callable[[str], str], incomplete: str) -> list[str]:
     from qlora_cli.cluster.target import connect  # noqa: PLC0415
 
     try:
-        with connect(_target(os.environ.get("COMP_WORDS", "").split())) as cluster:
+        with connect(_target(_words())) as cluster:
             items = cluster.api.get(path(cluster.namespace), limit=500)["items"]
     except Exception:  # noqa: BLE001
         return []
     return [name for item in items if (name := item["metadata"]["name"]).startswith(incomplete)]
+
+
+def _words() -> list[str]:
+    """The line so far, as the shell's script hands it over: bash in the one variable, others in the other."""
+    return (os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or "").split()
 
 
 def _target(words: list[str]) -> Target:

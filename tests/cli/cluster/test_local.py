@@ -1,0 +1,147 @@
+"""Commands that take local runs as they take jobs."""
+
+import json
+import os
+
+import pytest
+from cli_builders import run_record
+from typer.testing import CliRunner
+
+from qlora_cli import main
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(name, **more):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        record = run_record(name, **more)
+        (folder / "run.json").write_text(json.dumps({k: v for k, v in record.items() if v is not None}))
+        return folder
+
+    return write
+
+
+def call(*arguments):
+    return CliRunner().invoke(main.app, list(arguments))
+
+
+FAILED = {"number": 1, "worldSize": 2, "startTime": "2026-01-02T10:00:00Z", "endTime": "2026-01-02T10:01:00Z"}
+FAILED |= {
+    "microBatchSize": 1,
+    "gradientAccumulationSteps": 8,
+    "reason": "UserError",
+    "message": "no rows",
+    "exitCode": 40,
+}
+
+
+def test_where_no_cluster_is_configured_runs_are_listed(runs):
+    runs("quick")
+    runs("wrong", result=None, attempts=[FAILED])
+    runs("quick.old-20260101-000000")
+    listed = call("list")
+    assert listed.exit_code == 0, listed.output
+    rows = [line.split() for line in listed.stdout.splitlines()]
+    assert rows[0][:2] == ["NAME", "STATE"]
+    assert [row[:3] for row in rows[1:]] == [
+        ["runs/quick", "Succeeded", "Completed"],
+        ["runs/wrong", "Failed", "UserError"],
+    ]
+    assert call("list", "--local", "-o", "name").stdout == "runs/quick\nruns/wrong\n"
+    assert [r["name"] for r in json.loads(call("list", "-o", "json").stdout)["items"]] == ["quick", "wrong"]
+
+
+@pytest.mark.parametrize(
+    ("attempt", "state"),
+    [
+        ({"reason": "Preempted"}, "Suspended"),
+        ({"reason": "Stalled"}, "Failed"),
+        ({"reason": None, "endTime": None}, "Suspended"),
+    ],
+    ids=["interrupted", "failed", "killed"],
+)
+def test_states_of_a_run_that_is_not_done(runs, attempt, state):
+    kept = {k: v for k, v in {**FAILED, **attempt}.items() if v is not None}
+    runs("quick", result=None, attempts=[kept])
+    assert call("list", "--local").stdout.splitlines()[1].split()[1] == state
+
+
+def test_a_run_whose_process_lives_is_running(runs, tmp_path):
+    runs("quick", result=None, attempts=[{k: v for k, v in FAILED.items() if k not in ("endTime", "reason")}])
+    (tmp_path / "runs" / ".quick.lock").write_text(str(os.getpid()))
+    assert call("list", "--local").stdout.splitlines()[1].split()[1:3] == ["Running", "Training"]
+
+
+def test_show_and_compare(runs):
+    runs("quick")
+    runs("other", spec={**run_record()["spec"], "lora": {"rank": 4, "alpha": 32}})
+    shown = call("show", "runs/quick")
+    assert shown.stdout.splitlines()[0] == "runs/quick  Succeeded (Completed)"
+    assert "qlora generate --run quick" in shown.stderr
+    assert json.loads(call("show", "runs/quick", "-o", "json").stdout)["name"] == "quick"
+    compared = json.loads(call("compare", "runs/quick", "runs/other", "-o", "json").stdout)
+    assert compared["differences"] == {"spec.lora.rank": [8, 4]}
+
+
+def test_a_run_that_is_not_there(runs):
+    runs("quick")
+    missing = call("show", "runs/quck")
+    assert (missing.exit_code, missing.stderr) == (40, "runs/quck: is no folder of a local run; there are runs/quick\n")
+    assert call("compare", "runs/quick").stderr.startswith("JOB: give at least two")
+
+
+def test_nothing_there_yet_suggests_a_beginning(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    empty = call("list")
+    assert (empty.exit_code, empty.stdout) == (0, "")
+    assert empty.stderr.splitlines()[:2] == ["No runs in runs.", "Next: qlora init"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- init
+
+
+def test_init_writes_a_file_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ("--model", "models/base", "--data", "rows.jsonl", "--destination", "out/mine", "--format", "Text")
+    done = call("init", *flags)
+    assert (done.exit_code, done.stdout) == (0, "job.yaml written\n")
+    assert "Next: qlora run job.yaml" in done.stderr
+    assert "  name: mine\n" in (tmp_path / "job.yaml").read_text()
+    again = call("init", *flags)
+    assert (again.exit_code, again.stderr) == (
+        40,
+        "--file job.yaml: is there already; --force replaces it, --file names another\n",
+    )
+    assert call("init", *flags, "--force").exit_code == 0
+    assert call("validate", "job.yaml").exit_code == 0
+
+
+def test_init_asks_nobody_where_there_is_no_terminal(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = call("init", "--model", "m")
+    assert (result.exit_code, result.stderr) == (
+        40,
+        "--data, --destination: needed where there is no terminal to ask on\n",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- completion
+
+
+def test_completion_is_silent_without_a_cluster():
+    environment = {"_QLORA_COMPLETE": "complete_bash", "COMP_WORDS": "qlora show a", "COMP_CWORD": "2"}
+    result = CliRunner().invoke(main.app, [], env=environment, prog_name="qlora")
+    assert (result.stdout.strip(), result.stderr) == ("", "")
+
+
+def test_help_names_every_command_and_the_exit_codes():
+    helped = call("--help").stdout
+    names = "init submit list show watch logs events suspend resume cancel retry"
+    more = "download verify merge compare upload doctor"
+    for command in f"{names} {more}".split():
+        assert f"\n  {command} " in helped
+        assert "Usage: " in call(command, "--help").stdout
+    assert "Exit codes: 0 done; 1 the answer is no" in helped

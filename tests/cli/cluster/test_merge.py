@@ -1,0 +1,101 @@
+"""An adapter merged into its base, by the trainer's process."""
+
+import hashlib
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from qlora_cli import main
+from qlora_cli.cluster import adapters, merging
+from qlora_cli.cluster.errors import ClusterError
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A llama of a few thousand weights, with a tokenizer of bytes."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(alphabet) + 1, **sizes)).to(torch.bfloat16).save_pretrained(folder)
+    vocabulary = {letter: number for number, letter in enumerate([*alphabet, "<eos>"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def published(base, tmp_path):
+    """An adapter on its q_proj, published as the trainer does it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"])
+    )
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(weight)
+    folder = tmp_path / "out"
+    adapter = folder / "u-attempt-1" / "adapter"
+    model.save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(base).save_pretrained(adapter)
+    files = [
+        {
+            "path": str(p.relative_to(folder)),
+            "size": p.stat().st_size,
+            "sha256": hashlib.sha256(p.read_bytes()).hexdigest(),
+        }
+        for p in sorted(adapter.rglob("*"))
+        if p.is_file()
+    ]
+    body = {
+        "schema": "qlora.dev/manifest/v1",
+        "adapter": "u-attempt-1/adapter",
+        "base": {"source": str(base)},
+        "files": files,
+    }
+    (folder / "manifest.json").write_text(json.dumps(body))
+    return folder
+
+
+def test_the_merged_model_is_base_plus_update(base, published, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main.app, ["merge", f"{published}/", "--out", "merged"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout == f"merged: {base} with the adapter merged in\n"
+    name = "model.layers.0.self_attn.q_proj.weight"
+    before, after = (
+        load_file(base / "model.safetensors")[name],
+        load_file(tmp_path / "merged" / "model.safetensors")[name],
+    )
+    update = load_file(published / "u-attempt-1/adapter/adapter_model.safetensors")
+    a = update["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].float()
+    b = update["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"].float()
+    assert (after.float() - (before.float() + 2 * b @ a)).abs().max() < 0.02
+    assert (after.float() - before.float()).abs().max() > 0.1
+    assert (tmp_path / "merged" / "tokenizer.json").exists()
+    again = CliRunner().invoke(main.app, ["merge", f"{published}/", "--out", "merged"])
+    assert (again.exit_code, again.stderr) == (40, "--out merged: is there already and not empty\n")
+
+
+def test_an_adapter_that_was_changed_is_not_merged(published):
+    (published / "u-attempt-1/adapter/adapter_config.json").write_text("{}")
+    found = adapters.read(adapters.Source(str(published)))
+    with pytest.raises(ClusterError, match=r"adapter_config.json has 2 bytes where .* the adapter must not be used"):
+        merging.fetch(found, lambda _: None)
+
+
+def test_without_the_trainer_it_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ClusterError, match=r"pip install 'qlora-operator\[trainer\]'"):
+        merging.require_trainer()
