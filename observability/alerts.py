@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 SILENT_SECONDS = 600
-"""A step that takes longer than this is no step."""
+"""A batch that takes longer than this is no batch."""
 RECENT_SECONDS = 3600
 """How long an end is worth an alert."""
 STARVED = 0.2
@@ -80,7 +80,7 @@ ALERTS: Sequence[Alert] = (
         "0m",
         "critical",
         f"{WHO}{{{{ with $labels.rank }}}}, rank {{{{ . }}}},{{{{ end }}}} stands still",
-        "A rank has not finished a step for ten minutes, or an attempt was ended because of it. GPUs are held for "
+        "A rank gave no sign of life for ten minutes, or an attempt was ended because of it. GPUs are held for "
         "nothing: look for a node whose network or GPU is broken.",
     ),
     Alert(

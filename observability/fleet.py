@@ -102,7 +102,8 @@ def _queue(made: dashboard.Dashboard) -> None:
     made.with_panel(
         lines(
             "Longest wait by reason",
-            "Of jobs that wait now: Unschedulable (no node has room), Queued (not admitted), QuotaExceeded, Starting and others.",
+            "Of jobs that wait now: Unschedulable (no node has room), Queued (not admitted), QuotaExceeded, "
+            "Starting and others.",
             "s",
             Query(f"max by (reason) (qlora_operator_pending_seconds{{{NAMESPACE}}})", "{{reason}}"),
             min=0,

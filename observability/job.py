@@ -166,7 +166,8 @@ def _ranks(made: dashboard.Dashboard) -> None:
     made.with_panel(
         lines(
             "Silence",
-            "Since each rank last finished a step or came into a section. A rank that hangs rises without end.",
+            "Since each rank last gave a sign of life: a section begun, a step, a batch or a file done. One that "
+            "hangs rises without end.",
             "s",
             Query(f"max {by_rank} (time() - qlora_heartbeat_timestamp_seconds{{{JOB}}})", "rank {{rank}}"),
             min=0,

@@ -104,7 +104,7 @@ _TRAINER = (
         "qlora_heartbeat_timestamp_seconds",
         _G,
         "seconds since 1970",
-        "When the rank last finished a step or came into a section",
+        "When the rank last gave a sign of life: came into a section, or was done with a step, a batch or a file",
     ),
     _trainer(
         "qlora_flops_per_token",
