@@ -74,7 +74,7 @@ def _kinds(shape: ModelShape, setting: Setting) -> list[tuple[Layer, bool, int]]
     """
     adapted = setting.adapter.names
     counted: dict[object, tuple[Layer, bool, int]] = {}
-    learns = False
+    learns = any(linear.name in adapted for linear in shape.outside if linear.outputs == shape.hidden)
     for layer in shape.layers:
         linears = tuple((linear.inputs, linear.outputs, linear.name in adapted) for linear in layer.linears)
         key = (learns, linears, layer.attention.sliding_window, isinstance(layer.feed_forward, Experts))
