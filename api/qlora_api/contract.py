@@ -131,6 +131,19 @@ class TerminationMessage(Model):
             message = message[: len(message) * 9 // 10 - 2] + " …" if len(message) > 4 else ""
 
 
+class RankActivity(Model):
+    """What one rank does, or did."""
+
+    rank: int
+    node: str
+    section: str
+    """Load, Data, Forward, Backward, Collective, Optimizer, Evaluate, Checkpoint or Publish."""
+    seconds: float
+    """In this section up to now; of the slowest rank, of the last step by itself, waits for others left out."""
+    median_seconds: float | None = None
+    """Of all ranks, beside the slowest."""
+
+
 class ProgressReport(Progress):
     """The answer of ``GET /progress`` on rank 0."""
 
@@ -143,6 +156,13 @@ class ProgressReport(Progress):
     elapsed_seconds: float = 0
     tokens: int = 0
     """Real tokens trained on in this attempt, over all ranks."""
+    longest_step_seconds: float = 0
+    """Of this attempt so far. With the longest save it is the time that a SIGTERM needs at most."""
+    longest_save_seconds: float = 0
+    slowest: RankActivity | None = None
+    """The rank that took longest by itself in the last step, and where. Shown, never ended for it."""
+    waiting_for: RankActivity | None = None
+    """The rank of rank 0's pod that the others wait for at this moment."""
 
 
 class PrepareReceipt(Model):

@@ -28,6 +28,9 @@ ANSWER_SECONDS = 1.0
 """A rank that takes longer is busy; the next question comes soon."""
 LINE_SECONDS = 10.0
 """Between plain lines when nothing but the step changes."""
+STRAGGLER = 1.5
+"""Times the median from which on a rank is worth a word."""
+LONG_WAIT_SECONDS = 5.0
 
 
 class Poller:
@@ -111,8 +114,20 @@ def figures(report: ProgressReport) -> list[tuple[str, str]]:
         ("lr", report.learning_rate),
         ("tokens/s", words.number(float(report.tokens_per_second)) if report.tokens_per_second else None),
         ("left", words.duration(report.eta_seconds) if report.eta_seconds is not None else None),
+        ("slow", straggler(report)),
     )
     return [(label, value) for label, value in known if value is not None]
+
+
+def straggler(report: ProgressReport) -> str | None:
+    """The rank that holds up the others: one they wait for just now, or one that took far longer than most."""
+    waits, slow = report.waiting_for, report.slowest
+    if waits and waits.seconds > LONG_WAIT_SECONDS:
+        return f"rank {waits.rank} on {waits.node}, {waits.seconds:.0f} s in {waits.section}"
+    if slow and slow.median_seconds and slow.seconds > STRAGGLER * slow.median_seconds:
+        usual = f"{slow.seconds:.2f} s a step, {slow.median_seconds:.2f} s usual"
+        return f"rank {slow.rank} on {slow.node}, {usual}, most in {slow.section}"
+    return None
 
 
 def plain_line(report: ProgressReport) -> str:

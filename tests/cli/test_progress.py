@@ -28,6 +28,16 @@ def test_only_what_is_known_is_shown():
     )
 
 
+def test_a_rank_that_holds_up_the_others_is_shown():
+    slow = {"rank": 3, "node": "b", "section": "Data", "seconds": 4.0}
+    assert "rank 3 on b, 4.00 s a step, 1.00 s usual, most in Data" in plain_line(
+        report(slowest={**slow, "median_seconds": 1.0})
+    )
+    assert "rank 3" not in plain_line(report(slowest={**slow, "median_seconds": 3.5}))
+    stuck = {"rank": 5, "node": "c", "section": "Forward", "seconds": 12.0}
+    assert "rank 5 on c, 12 s in Forward" in plain_line(report(waiting_for=stuck))
+
+
 def test_plain_lines_come_with_events_and_not_with_every_step():
     out = console()
     display = PlainDisplay(out, 1)

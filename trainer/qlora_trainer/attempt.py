@@ -15,10 +15,12 @@ from qlora_trainer.data.prepare import PreparedData, load_prepared
 from qlora_trainer.engine import Ranks, wrap_deepspeed
 from qlora_trainer.errors import TrainerError, UserError
 from qlora_trainer.flops import flops_per_token
+from qlora_trainer.heartbeat import node_name
 from qlora_trainer.history import History
 from qlora_trainer.loss import NextTokenLoss, head_is_plain, rows_are_apart
 from qlora_trainer.metrics import Board
 from qlora_trainer.model import add_lora, enable_gradient_checkpointing, load_base, weight_bytes
+from qlora_trainer.pace import Pace
 from qlora_trainer.prepared import Prepared
 
 
@@ -84,6 +86,7 @@ class Trainer:
     checkpoints: CheckpointStore
     total_steps: int
     stop: StopFlag
+    pace: Pace
     saved_at: list[float] = field(default_factory=lambda: [time.monotonic()])
     """When the newest checkpoint was written (one element, changed in place)."""
     history: History = field(default_factory=History)
@@ -135,4 +138,5 @@ def build(config: TrainerConfig, ranks: Ranks, board: Board, stop: StopFlag) -> 
     board.set("qlora_steps_planned", total_steps)
     board.update(total_steps=total_steps)
     checkpoints = CheckpointStore(config.checkpoint_uri, config.job.uid, spec.checkpoint.keep)
-    return Trainer(config, ranks, board, prepared, data, engine, batches, checkpoints, total_steps, stop)
+    pace = Pace(ranks, ranks.gather(node_name()))
+    return Trainer(config, ranks, board, prepared, data, engine, batches, checkpoints, total_steps, stop, pace)

@@ -7,7 +7,7 @@ accumulated and reduced in fp32 and no second master copy is made. The frozen ba
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from qlora_api.batch import BatchSplit
 from qlora_api.spec import Offload, ParallelismSpec, TrainingSpec
+from qlora_trainer.heartbeat import Heartbeat, Section
 from qlora_trainer.loss import NextTokenLoss
 from qlora_trainer.model import trainable
 from qlora_trainer.optim import make_optimizer
@@ -30,6 +31,8 @@ class Ranks:
     local_rank: int
     world_size: int
     device: torch.device
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    """Where this process says what it does."""
 
     @property
     def is_first(self) -> bool:
@@ -37,25 +40,73 @@ class Ranks:
 
     def sum(self, *values: float) -> list[float]:
         """Element-wise sum over all ranks, the same on each. A collective."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return tensor.tolist()
+        with self.heartbeat.during(Section.COLLECTIVE):
+            tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+            dist.all_reduce(tensor)
+            return tensor.tolist()
 
     def max(self, *values: float) -> list[float]:
         """Element-wise maximum over all ranks, the same on each. A collective."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return tensor.tolist()
+        with self.heartbeat.during(Section.COLLECTIVE):
+            tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+            return tensor.tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """The small ``value`` of every rank, in rank order, on each. A collective."""
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with self.heartbeat.during(Section.COLLECTIVE):
+            dist.all_gather_object(values, value)
         return values
 
 
-def join_ranks(device_kind: str, timeout_seconds: int) -> Ranks:
-    """Meet the other ranks. Reads torchrun's RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+class _Watched:
+    """DeepSpeed's way to other ranks, with a sign before and after each wait for them."""
+
+    WAITS = frozenset(
+        {
+            "all_gather",
+            "all_gather_coalesced",
+            "all_gather_into_tensor",
+            "all_gather_object",
+            "all_reduce",
+            "all_reduce_coalesced",
+            "all_to_all_single",
+            "barrier",
+            "broadcast",
+            "broadcast_object_list",
+            "reduce",
+            "reduce_scatter",
+            "reduce_scatter_tensor",
+        }
+    )
+
+    def __init__(self, backend: Any, heartbeat: Heartbeat) -> None:
+        self._backend = backend
+        self._heartbeat = heartbeat
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._backend, name)
+        if name not in self.WAITS:
+            return found
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            with self._heartbeat.during(Section.COLLECTIVE):
+                return found(*arguments, **named)
+
+        return call
+
+
+def join_ranks(device_kind: str, timeout_seconds: float, heartbeat: Heartbeat | None = None) -> Ranks:
+    """Meet the other ranks. Reads torchrun's RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+    Args:
+        device_kind: "CUDA" or "CPU".
+        timeout_seconds: of a collective.
+        heartbeat: of this process, if it is watched.
+
+    """
+    heartbeat = heartbeat or Heartbeat()
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if device_kind == "CUDA" else torch.device("cpu")
     if device.type == "cuda":
@@ -68,7 +119,8 @@ def join_ranks(device_kind: str, timeout_seconds: int) -> Ranks:
         timeout=timedelta(seconds=timeout_seconds),
         verbose=False,
     )
-    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
+    deepspeed.comm.comm.cdb = _Watched(deepspeed.comm.comm.cdb, heartbeat)
+    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device, heartbeat)
 
 
 def deepspeed_config(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,12 +13,28 @@ from qlora_trainer.loss import call_arguments
 
 
 @torch.no_grad()
-def evaluate(engine: Any, batches: Iterable[MicroBatch], ranks: Ranks) -> float:
-    """Mean loss in nats over the target tokens of all ranks' batches. A collective; perplexity is its ``exp``."""
+def evaluate(
+    engine: Any, batches: Iterable[MicroBatch], ranks: Ranks, stop_asked: Callable[[], bool] = lambda: False
+) -> float | None:
+    """Mean loss in nats over the target tokens of all ranks' batches. A collective; perplexity is its ``exp``.
+
+    Args:
+        engine: with the model.
+        batches: of this rank, as many as every rank has.
+        ranks: all of them.
+        stop_asked: whether this rank was told to stop; asked before each batch.
+
+    Returns:
+        None where a rank was told to stop: all stop before the same batch.
+
+    """
     engine.eval()
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     tokens = 0
     for batch in batches:
+        if ranks.sum(stop_asked())[0]:
+            engine.train()
+            return None
         losses = engine(*call_arguments(batch, ranks.device))
         total += losses.double().sum()
         tokens += len(losses)

@@ -47,7 +47,9 @@ def publish_run(trainer: Trainer, run: Run) -> Adapter:
             eval_loss=chosen.eval_loss,
         )
         layers = [name for name, _ in meta_model(prepared.model_path).named_modules()]
-        return publish(config.spec.output.destination, config.job, config.attempt, folder, facts, base_names=layers)
+        place, beat = config.spec.output.destination, trainer.ranks.heartbeat.beat
+        beat()
+        return publish(place, config.job, config.attempt, folder, facts, base_names=layers, beat=beat)
 
 
 def export_adapter(model: Any, tensors: dict[str, Tensor], folder: Path, base: str, revision: str) -> None:

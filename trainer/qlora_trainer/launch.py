@@ -9,7 +9,9 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,9 +23,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig, reason_of
-from qlora_trainer import last_word
+from qlora_trainer import heartbeat, last_word
 from qlora_trainer.peers import Meeting, Place, meet
 from qlora_trainer.stop import Stop, child_processes
+from qlora_trainer.watchdog import Limits, Watchdog, process_state, words
 
 PEER_SECONDS = 30
 """When a rank or a worker has failed, the ranks that depend on it get this long to notice before they are killed."""
@@ -53,11 +56,14 @@ def launch(config: TrainerConfig, config_path: Path, stop: Stop) -> int:
     """
     os.environ.update(rank_environment(config))
     place = Place.of(config)
-    if config.workers == 1:
-        return _run_ranks(config, config_path, place, stop, ())
-    meeting = meet(place, run_id(config), config.spec.policy.stall_timeout_seconds)
-    code = _run_ranks(config, config_path, place, stop, (lambda: _lost(meeting),))
-    return _with_cause(config, meeting, code)
+    with tempfile.TemporaryDirectory(prefix="qlora-heartbeats-") as folder:
+        os.environ[heartbeat.ENVIRONMENT] = folder
+        if config.workers == 1:
+            return _run_ranks(config, config_path, place, stop, (_Watch(config, place, Path(folder)),))
+        meeting = meet(place, run_id(config), config.spec.policy.stall_timeout_seconds)
+        checks = (_Watch(config, place, Path(folder)), lambda: _lost(meeting))
+        code = _run_ranks(config, config_path, place, stop, checks)
+        return _with_cause(config, meeting, code)
 
 
 def _with_cause(config: TrainerConfig, meeting: Meeting, code: int) -> int:
@@ -156,6 +162,24 @@ def _watching(
     finally:
         done.set()
         thread.join()
+
+
+class _Watch:
+    """Names a rank that gives no sign of life."""
+
+    def __init__(self, config: TrainerConfig, place: Place, folder: Path) -> None:
+        self._folder, self._place, self._ranks = folder, place, config.ranks_per_worker
+        self._stall = float(config.spec.policy.stall_timeout_seconds)
+        self._watchdog = Watchdog(Limits.of(self._stall), config.ranks_per_worker)
+        heartbeat.prepare_files(folder, config.ranks_per_worker)
+
+    def __call__(self) -> Verdict | None:
+        beats = heartbeat.read_all(self._folder)
+        stuck = self._watchdog.look(beats, time.monotonic(), [process_state(b.pid) for b in beats])
+        if stuck is None:
+            return None
+        rank = self._place.index * self._ranks + stuck.local_rank
+        return Verdict(ExitCode.STALLED, words(stuck, rank, self._place.node, self._stall), rank)
 
 
 def _lost(meeting: Meeting) -> Verdict | None:

@@ -7,6 +7,7 @@ scraped, not when a step ends.
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,16 +22,30 @@ import pynvml
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, make_wsgi_app
 
-from qlora_api.contract import ProgressReport, TrainerConfig
+from qlora_api.contract import ProgressReport, RankActivity, TrainerConfig
 from qlora_api.memory.gpus import known_gpu
 from qlora_api.metrics_catalogue import TRAINER, Kind, Metric
 from qlora_api.status import Memory, MemoryComponent
+from qlora_trainer import heartbeat
 from qlora_trainer.engine import Ranks
+from qlora_trainer.heartbeat import Section as Beats
+from qlora_trainer.heartbeat import node_name
 from qlora_trainer.sections import Sections
+from qlora_trainer.watchdog import waited_for
 
 Section = Literal["Load", "Data", "Train", "Evaluate", "Checkpoint", "Publish", "Done"]
+"""For people and dashboards. Heartbeats tell Train apart further."""
 
 _SECTIONS = "qlora_section_seconds"
+_BEATS = {
+    "Load": Beats.LOAD,
+    "Data": Beats.DATA,
+    "Train": Beats.FORWARD,
+    "Evaluate": Beats.EVALUATE,
+    "Checkpoint": Beats.CHECKPOINT,
+    "Publish": Beats.PUBLISH,
+    "Done": Beats.DONE,
+}
 _KINDS: dict[Kind, Any] = {Kind.GAUGE: Gauge, Kind.COUNTER: Counter, Kind.HISTOGRAM: Histogram}
 _PCIE = {"receive": "NVML_PCIE_UTIL_RX_BYTES", "transmit": "NVML_PCIE_UTIL_TX_BYTES"}
 
@@ -50,6 +65,8 @@ class Board:
         }
         self._sections = Sections(TRAINER[_SECTIONS], self._labels)
         self.registry.register(self._sections)
+        self._ranks = ranks
+        self._read("qlora_heartbeat_timestamp_seconds", lambda: ranks.heartbeat.wall)
         self._watch_memory(ranks.device)
         self._started = time.monotonic()
         self._lock = threading.Lock()
@@ -62,7 +79,6 @@ class Board:
             self.add(name, 0)
         for component, size in config.predicted_memory.items():
             self.set("qlora_memory_predicted_bytes", size, component)
-        self._alive()
 
     def set(self, name: str, value: float, *more: str) -> None:
         """Set a gauge; ``more`` are the values of its labels after the rank."""
@@ -73,7 +89,10 @@ class Board:
 
     def step_took(self, seconds: float) -> None:
         self._metrics["qlora_step_seconds"].labels(*self._labels).observe(seconds)
-        self._alive()
+        self.update(longest_step_seconds=max(round(seconds, 3), self.report.longest_step_seconds))
+
+    def save_took(self, seconds: float) -> None:
+        self.update(longest_save_seconds=max(round(seconds, 3), self.report.longest_save_seconds))
 
     def memory(self, components: dict[str, int]) -> None:
         """Show measured bytes by component, here and in the progress report."""
@@ -88,12 +107,24 @@ class Board:
         before = self.report.section
         self.update(section=name)
         self._sections.enter(name)
-        self._alive()
         try:
-            yield
+            with self._ranks.heartbeat.during(_BEATS[name]):
+                yield
         finally:
             self._sections.leave()
             self.update(section=before)
+
+    def waiting_for(self) -> RankActivity | None:
+        """The rank of this pod that the others wait for just now."""
+        folder = os.environ.get(heartbeat.ENVIRONMENT)
+        beats = heartbeat.read_all(Path(folder)) if folder else []
+        late = waited_for(beats)
+        if late is None:
+            return None
+        beat = beats[late]
+        rank = self._ranks.rank - self._ranks.local_rank + late
+        seconds = round(time.monotonic() - beat.at, 3)
+        return RankActivity(rank=rank, node=node_name(), section=beat.section.title, seconds=seconds)
 
     @property
     def section_seconds(self) -> dict[str, float]:
@@ -108,9 +139,6 @@ class Board:
     def report(self) -> ProgressReport:
         with self._lock:
             return self._report.model_copy(update={"elapsed_seconds": round(time.monotonic() - self._started, 1)})
-
-    def _alive(self) -> None:
-        self.set("qlora_heartbeat_timestamp_seconds", time.time())
 
     def _watch_memory(self, device: torch.device) -> None:
         process = psutil.Process()
@@ -186,7 +214,8 @@ def serve(board: Board, host: str, port: int, port_file: Path | None) -> WSGISer
                 return metrics(environ, start_response)
             case "/progress":
                 start_response("200 OK", [("Content-Type", "application/json")])
-                return [board.report.model_dump_json(by_alias=True, exclude_none=True).encode()]
+                report = board.report.model_copy(update={"waiting_for": board.waiting_for()})
+                return [report.model_dump_json(by_alias=True, exclude_none=True).encode()]
             case "/healthz":
                 start_response("200 OK", [("Content-Type", "text/plain")])
                 return [b"ok\n"]

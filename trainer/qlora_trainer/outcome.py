@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from qlora_api.contract import ExitCode, ProgressReport, TerminationMessage, Tra
 from qlora_api.status import Progress
 from qlora_trainer import last_word
 from qlora_trainer.errors import PreemptedError, TrainerError
+from qlora_trainer.heartbeat import Heartbeat
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class LastSeen:
     """What an attempt that fails can still say of itself; filled in as soon as there is something to say."""
 
     report: Callable[[], ProgressReport] | None = None
+    heartbeat: Heartbeat = field(default_factory=Heartbeat.of_this_rank)
 
 
 def guarded(config: TrainerConfig, work: Callable[[LastSeen], TerminationMessage | None]) -> int:
@@ -78,6 +80,7 @@ def guarded(config: TrainerConfig, work: Callable[[LastSeen], TerminationMessage
         return _leave(config, code, f"{type(error).__name__}: {error}", rank, seen)
     if message is not None and rank == "0":
         last_word.write(Path(config.termination_message_path), message)
+    seen.heartbeat.done()
     return ExitCode.DONE
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import socket
 import time
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[a
 from qlora_api.base import Model
 from qlora_api.contract import ExitCode, reason_of
 from qlora_trainer.errors import PeerLostError, PreemptedError, StalledError
+from qlora_trainer.heartbeat import node_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,11 +73,6 @@ class Place:
     def address(self) -> tuple[str, int]:
         """Where this worker reaches the store. Worker 0 holds it, and its own name may not be published yet."""
         return ("127.0.0.1" if self.index == 0 else self.host), self.port
-
-
-def node_name() -> str:
-    """The node as the cluster calls it, else this machine's name."""
-    return os.environ.get("NODE_NAME") or platform.node()
 
 
 class Farewell(Model):

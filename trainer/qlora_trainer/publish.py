@@ -40,7 +40,7 @@ from qlora_trainer.published import (
 from qlora_trainer.store import AlreadyExistsError, Store, open_store, sha256_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from qlora_api.contract import JobRef
@@ -67,6 +67,7 @@ def publish(
     facts: PublishFacts,
     *,
     base_names: Iterable[str] | None = None,
+    beat: Callable[[], None] = lambda: None,
 ) -> Adapter:
     """Check, upload and declare an adapter. Called again, by the same run, it answers what is published.
 
@@ -78,6 +79,7 @@ def publish(
             written into ``adapter``.
         facts: for the manifest and the card.
         base_names: for :func:`qlora_trainer.gate.verify_adapter`.
+        beat: called after each file, as a sign of life.
 
     Raises:
         AdapterRejectedError: the gate refuses it.
@@ -94,7 +96,7 @@ def publish(
     (folder / ADAPTER / "README.md").write_text(model_card(job, attempt, facts))
     place = f"{job.uid[:8]}-attempt-{attempt}"
     manifest = _manifest(job, attempt, folder, place, facts)
-    _upload(store, folder, place, manifest)
+    _upload(store, folder, place, manifest, beat)
     data = manifest.to_bytes()
     declared = _declare(store, manifest, data)
     if declared is None:
@@ -131,10 +133,11 @@ def _manifest(job: JobRef, attempt: int, folder: Path, place: str, facts: Publis
     )
 
 
-def _upload(store: Store, folder: Path, place: str, manifest: Manifest) -> None:
+def _upload(store: Store, folder: Path, place: str, manifest: Manifest, beat: Callable[[], None]) -> None:
     """Upload every file and see that it arrived: the adapter read back, the large merged model by its sizes."""
     for file in manifest.files:
         store.put(file.path, folder / file.path.removeprefix(f"{place}/"))
+        beat()
     listed = {file.path: file for file in manifest.files}
     there = dict(store.list(place))
     for key in there.keys() - listed.keys():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlora_trainer import state
 from qlora_trainer.attempt import Run, Trainer
-from qlora_trainer.checkpoints import Checkpoint, pack_tensors, unpack_tensors
+from qlora_trainer.checkpoints import Checkpoint, FileEntry, pack_tensors, unpack_tensors
 from qlora_trainer.errors import CheckpointError, UserError
 from qlora_trainer.history import HISTORY_FILE
 from qlora_trainer.reshard import reshard
@@ -23,16 +23,21 @@ def save(trainer: Trainer, run: Run, *, with_eval: bool) -> None:
     ranks, store, engine = trainer.ranks, trainer.checkpoints, trainer.engine
     sharded = trainer.config.spec.parallelism.zero_stage > 0
     run.saved_at = run.step
+    start = time.monotonic()
+    entries: list[FileEntry] = []
+
+    def write(name: str, data: bytes) -> None:
+        entries.append(store.write_file(run.step, name, data))
+        ranks.heartbeat.beat()
+
     with trainer.board.section("Checkpoint"):
         adapter = state.adapter_tensors(trainer.model)
-        entries = []
         if sharded or ranks.is_first:
-            shard = pack_tensors(state.optimizer_tensors(engine))
-            entries.append(store.write_file(run.step, state.optimizer_file(ranks.rank), shard))
+            write(state.optimizer_file(ranks.rank), pack_tensors(state.optimizer_tensors(engine)))
         if ranks.is_first:
-            entries.append(store.write_file(run.step, state.ADAPTER_FILE, pack_tensors(adapter)))
+            write(state.ADAPTER_FILE, pack_tensors(adapter))
             trainer.history.sections(trainer.config.attempt, run.step, trainer.board.section_seconds)
-            entries.append(store.write_file(run.step, HISTORY_FILE, trainer.history.to_bytes()))
+            write(HISTORY_FILE, trainer.history.to_bytes())
         written = [entry for part in ranks.gather(entries) for entry in part]
         if ranks.is_first:
             meta = {
@@ -45,6 +50,7 @@ def save(trainer: Trainer, run: Run, *, with_eval: bool) -> None:
             store.commit(run.step, written, meta, run.eval_loss if with_eval else None)
         ranks.sum(0)  # no rank goes on before the marker is written
     trainer.saved_at[0] = time.monotonic()
+    trainer.board.save_took(trainer.saved_at[0] - start)
 
 
 def resume_or_start(trainer: Trainer) -> Run:

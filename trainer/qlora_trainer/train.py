@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -24,11 +24,13 @@ from qlora_trainer.engine import Ranks, apply_update, join_ranks
 from qlora_trainer.errors import NonFiniteLossError, PreemptedError
 from qlora_trainer.evaluate import evaluate
 from qlora_trainer.finish import publish_run
+from qlora_trainer.heartbeat import Section
 from qlora_trainer.loss import call_arguments
 from qlora_trainer.metrics import Board, peak_bytes, serve
 from qlora_trainer.optim import learning_rate
 from qlora_trainer.outcome import LastSeen, progress_of
 from qlora_trainer.resume import resume_or_start, save
+from qlora_trainer.watchdog import Limits
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,8 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
 
     """
     stop = StopFlag()
-    ranks = join_ranks(config.device, config.spec.policy.stall_timeout_seconds)
+    limits = Limits.of(config.spec.policy.stall_timeout_seconds)
+    ranks = join_ranks(config.device, limits.collective_timeout, seen.heartbeat)
     board = Board(config, ranks)
     seen.report = lambda: board.report
     port_file = Path(config.ports_dir) / f"rank-{ranks.rank}.port" if config.ports_dir else None
@@ -68,16 +71,26 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
             break
         stopping = train_step(trainer, run, steps)
         if stopping and run.step < trainer.total_steps:  # before an evaluation: the grace period is short
-            save(trainer, run, with_eval=False)
-            raise PreemptedError(
-                f"stopped by SIGTERM at step {run.step} of {trainer.total_steps}; a checkpoint is written"
-            )
+            preempt(trainer, run)
     message = finished(trainer, run)
     if not ranks.is_first:
         return message  # no rank waits in a collective while the first one merges and uploads
     with board.section("Publish"):
         adapter = publish_run(trainer, run)
     return message.model_copy(update={"adapter": adapter})
+
+
+def preempt(trainer: Trainer, run: Run) -> NoReturn:
+    """End the attempt as was asked for, with a checkpoint of where it stands. A collective.
+
+    Raises:
+        PreemptedError: always.
+
+    """
+    if run.step not in (0, run.saved_at):
+        save(trainer, run, with_eval=False)
+    kept = "a checkpoint is written" if run.step else "there is nothing to keep yet"
+    raise PreemptedError(f"stopped by SIGTERM at step {run.step} of {trainer.total_steps}; {kept}")
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -99,7 +112,10 @@ def train_step(trainer: Trainer, run: Run, steps: Iterator[Step]) -> bool:
     with trainer.board.section("Train"):
         loss_sum = accumulate(trainer.engine, step, trainer.ranks)
         due = trainer.ranks.is_first and minutes_are_up(trainer)
-        total, stopping, minutes = trainer.ranks.sum(loss_sum, trainer.stop.is_set, due)
+        total, stopping, minutes, *own_seconds = trainer.ranks.sum(
+            loss_sum, trainer.stop.is_set, due, *trainer.pace.of_this_rank()
+        )
+        trainer.board.update(slowest=trainer.pace.slowest(own_seconds))
         loss = total / step.target_tokens
         if not math.isfinite(loss):
             raise NonFiniteLossError(
@@ -108,8 +124,10 @@ def train_step(trainer: Trainer, run: Run, steps: Iterator[Step]) -> bool:
             )
         gradients = {MemoryComponent.GRADIENTS.value: state.gradient_bytes(trainer.engine)}
         rate = learning_rate(trainer.config.spec.training, run.step, trainer.total_steps)
-        norm = apply_update(trainer.engine, float(trainer.config.spec.training.max_grad_norm), rate)
+        with trainer.ranks.heartbeat.during(Section.OPTIMIZER):
+            norm = apply_update(trainer.engine, float(trainer.config.spec.training.max_grad_norm), rate)
     run.saw(step)
+    trainer.ranks.heartbeat.step = run.step
     if minutes:
         trainer.saved_at[0] = -math.inf
     show_step(trainer, run, step, loss, rate, norm, time.monotonic() - start, waited)
@@ -130,10 +148,13 @@ def accumulate(engine: Any, step: Step, ranks: Ranks) -> float:
     loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for index, batch in enumerate(step.micro_batches):
         engine.set_gradient_accumulation_boundary(index == len(step.micro_batches) - 1)
-        losses = engine(*call_arguments(batch, ranks.device)).sum()
-        engine.backward(losses * (ranks.world_size / step.target_tokens), scale_wrt_gas=False)
+        with ranks.heartbeat.during(Section.FORWARD):
+            losses = engine(*call_arguments(batch, ranks.device)).sum()
+        with ranks.heartbeat.during(Section.BACKWARD):
+            engine.backward(losses * (ranks.world_size / step.target_tokens), scale_wrt_gas=False)
         loss_sum += losses.detach().double()
-    return loss_sum.item()
+    with ranks.heartbeat.during(Section.COLLECTIVE):  # on a GPU all that was asked of it is waited for here
+        return loss_sum.item()
 
 
 def show_step(
@@ -186,8 +207,8 @@ def show_step(
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate_now(trainer: Trainer, run: Run) -> float:
-    """Mean loss of the held-out rows, shown on the board. A collective."""
+def evaluate_now(trainer: Trainer, run: Run) -> float | None:
+    """Mean loss of the held-out rows, shown on the board; None where a stop was asked for. A collective."""
     data = trainer.data
     assert data.eval is not None
     assert data.eval_packs is not None
@@ -195,7 +216,9 @@ def evaluate_now(trainer: Trainer, run: Run) -> float:
         ranks = trainer.ranks
         split = trainer.config.batch
         micro_batches = eval_batches(data.eval, data.eval_packs, split.micro_batch_size, ranks.world_size, ranks.rank)
-        loss = evaluate(trainer.engine, micro_batches, ranks)
+        loss = evaluate(trainer.engine, micro_batches, ranks, lambda: trainer.stop.is_set)
+    if loss is None:
+        return None
     if not math.isfinite(loss):
         raise NonFiniteLossError(f"the evaluation loss at step {run.step} is {loss}")
     best = min(loss, run.best_eval_loss if run.best_eval_loss is not None else loss)
@@ -215,6 +238,8 @@ def evaluation_due(trainer: Trainer, run: Run) -> bool:
 def take_evaluation(trainer: Trainer, run: Run) -> bool:
     """Evaluate; True when the adapter is the best so far. Before the first step it is the base that is evaluated."""
     loss = evaluate_now(trainer, run)
+    if loss is None:
+        preempt(trainer, run)  # the next attempt evaluates this step first
     trainer.history.evaluation(run.step, loss)
     run.evaluated_at = run.step
     if run.step == 0:

@@ -153,7 +153,7 @@ class Workshop:
         """Train until the log shows ``step``, then kill all ranks as a lost node would."""
         ranks = self.fork(config)
         log = self.folder / f"log-{config.attempt}.txt"
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 300
         try:
             while f" step {step}/" not in log.read_text():
                 assert time.monotonic() < deadline, log.read_text()[-3000:]
@@ -170,14 +170,14 @@ class Workshop:
         try:
             self.wait_for_step(process, config, step)
             process.send_signal(signal.SIGTERM)
-            code = process.wait(timeout=60)
+            code = process.wait(timeout=200)
         finally:
             process.terminate()
         return self.ended(config, code)
 
     def wait_for_step(self, process: subprocess.Popen[bytes], config: TrainerConfig, step: int) -> None:
         log = self.folder / f"log-{config.attempt}.txt"
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 300
         while f" step {step}/" not in log.read_text():
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             assert process.poll() is None, log.read_text()[-3000:]

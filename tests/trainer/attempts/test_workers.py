@@ -19,7 +19,7 @@ from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig
 from qlora_api.status import Reason
 from qlora_trainer.publish import verify_published
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(900)]
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Pod:
         children = psutil.Process(self.process.pid).children()
         return next(p for p in children if p.environ().get("RANK") == str(number))
 
-    def until(self, text: str, seconds: float = 150) -> None:
+    def until(self, text: str, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while text not in self.log:
             assert time.monotonic() < deadline, self.log[-3000:]
@@ -62,7 +62,7 @@ class Pod:
             time.sleep(0.05)
 
     def end(self) -> tuple[int, TerminationMessage | None]:
-        code = self.process.wait(timeout=150)
+        code = self.process.wait(timeout=300)
         path = self._path("termination")
         has_word = path.exists() and path.stat().st_size > 0
         return code, TerminationMessage.model_validate_json(path.read_bytes()) if has_word else None
@@ -81,6 +81,7 @@ def pods(workshop, monkeypatch):
         config = workshop.config(ranks=workers * ranks, **changes).model_copy(
             update={"workers": workers, "ranks_per_worker": ranks, "rendezvous": f"127.0.0.1:{port}"}
         )
+        assert workshop.prepare(config) == 0  # here, where all is imported
         pods = [Pod(config, index, workshop.folder) for index in range(workers)]
         made.extend(pods)
         return pods
@@ -166,3 +167,14 @@ def test_sigterm_while_workers_are_waited_for_ends_all_that_wait(pods):
     waiting[1].process.send_signal(signal.SIGTERM)
     ends = [pod.end() for pod in waiting]
     assert [code for code, _ in ends] == [ExitCode.PREEMPTED] * 2, waiting[0].log + waiting[1].log
+
+
+def test_a_stopped_rank_is_named_by_its_own_worker_and_quoted_by_the_other(pods):
+    both = [pod.start() for pod in pods(ranks=1, policy={"stallTimeoutSeconds": 30}, **ENDLESS)]
+    both[0].until(" step 2/")
+    both[1].rank(1).suspend()
+    (suffered_code, suffered), (code, word) = (pod.end() for pod in both)
+    assert code == ExitCode.STALLED, both[1].log[-2000:]
+    assert "rank 1 on node-1 has given no sign of life" in word.message
+    assert suffered_code == ExitCode.PEER_LOST, both[0].log[-2000:]
+    assert "worker 1 on node-1 ended as Stalled: rank 1 on node-1" in suffered.message

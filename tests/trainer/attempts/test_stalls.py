@@ -1,0 +1,79 @@
+"""Ranks that hang or are told to stop at an awkward moment, with the real launcher."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+import urllib.request
+
+import psutil
+import pytest
+
+from qlora_api.contract import ExitCode, ProgressReport
+from qlora_api.status import Reason
+
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]
+ENDLESS = {"training": {"epochs": None, "maxSteps": 5000}, "policy": {"stallTimeoutSeconds": 30}}
+
+
+def progress(workshop, config):
+    port = (workshop.folder / f"ports-{config.attempt}" / "rank-0.port").read_text()
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/progress") as answer:
+        return ProgressReport.model_validate_json(answer.read())
+
+
+def rank_process(launcher, number):
+    return next(p for p in psutil.Process(launcher.pid).children() if p.environ().get("RANK") == str(number))
+
+
+def test_a_stopped_rank_is_shown_then_named_by_rank_node_and_section_before_the_collective_gives_up(
+    workshop, monkeypatch
+):
+    monkeypatch.setenv("NODE_NAME", "node-seven")
+    config = workshop.config(**ENDLESS)
+    assert workshop.prepare(config) == 0
+    process = workshop.launch(config)
+    try:
+        workshop.wait_for_step(process, config, 3)
+        before = progress(workshop, config)
+        rank_process(process, 1).suspend()
+        stopped = time.monotonic()
+        code = process.wait(timeout=200)
+        took = time.monotonic() - stopped
+    finally:
+        process.terminate()
+    ended = workshop.ended(config, code)
+    assert code == ExitCode.STALLED, ended.log[-3000:]
+    assert ended.message.reason is Reason.STALLED
+    assert ended.message.rank == 1
+    assert "rank 1 on node-seven has given no sign of life for" in ended.text
+    assert "stopped by a signal" in ended.text
+    assert took < 30 + 10  # the limit, five seconds, and the time that a busy machine takes to end two processes
+    assert before.longest_step_seconds > 0
+    assert before.slowest.node == "node-seven"
+    assert before.slowest.seconds >= before.slowest.median_seconds
+
+
+def test_sigterm_during_an_evaluation_does_not_wait_for_its_end(workshop):
+    rows = [json.loads(line) for line in workshop.rows.read_text().splitlines()]
+    many = workshop.folder / "many.jsonl"
+    many.write_text("".join(json.dumps(row) + "\n" for row in rows * 8))
+    changes = {
+        "dataset": {"train": {"source": str(many)}, "eval": {"fraction": "0.5"}, "packing": False},
+        "training": {"epochs": None, "maxSteps": 50, "evaluation": {"everySteps": 3}},
+    }
+    config = workshop.config(**changes)
+    assert workshop.prepare(config) == 0
+    log = workshop.folder / "log-1.txt"
+    process = workshop.launch(config)
+    try:
+        workshop.wait_for_step(process, config, 3)
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=200)
+    finally:
+        process.terminate()
+    ended = workshop.ended(config, code)
+    assert code == ExitCode.PREEMPTED, ended.log[-2000:]
+    assert "step 3 of 50; a checkpoint is written" in ended.text
+    assert "step 3 eval loss" not in log.read_text()
