@@ -31,6 +31,17 @@ def choose_gang(scheduling: SchedulingSpec, configured: Gang, offered: Iterable[
     return Gang.NONE
 
 
+def not_offered(gang: Gang, offered: Iterable[Gang]) -> str:
+    """What to say where a choice cannot be had; empty where it can."""
+    if gang is Gang.NONE or gang in set(offered):
+        return ""
+    there = ", ".join(sorted(offered)) or "none"
+    return (
+        f"gang {gang.value} (spec.scheduling.gang, or the operator's own setting) is not offered by this cluster: "
+        f"install it, or choose Auto or None; offered here: {there}"
+    )
+
+
 async def discover_gangs(api: Api) -> frozenset[Gang]:
     """Look at the API groups that the cluster serves."""
     groups = {g["name"]: g for g in (await api.get("/apis"))["groups"]}

@@ -25,7 +25,7 @@ from qlora_api.status import QLoRAJobStatus
 from qlora_operator.client import TRANSIENT, Api, ApiError, Object
 from qlora_operator.config import OperatorConfig
 from qlora_operator.decision import Note, Plan
-from qlora_operator.gangs import choose_gang
+from qlora_operator.gangs import choose_gang, not_offered
 from qlora_operator.metrics import Metrics
 from qlora_operator.names import FIELD_MANAGER, SERVICE, UID_LABEL
 from qlora_operator.patch import merge_patch
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 WORKERS = 8
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 60.0
+QUIET_FAILURES = 2
+"""So often a child may fail to be made for a passing reason before status says so."""
 NODE_SECONDS = 5.0
 """How long what was learned about a node counts."""
 
@@ -156,12 +158,15 @@ class Reconciler:
             return
         seen = await self._observe(known)
         gang = choose_gang(job.spec.scheduling, self._config.gang, self._gangs())
-        decided = plan(job, seen, self._config, gang)
+        decided = plan(job, replace(seen, child_refused=not_offered(gang, self._gangs())), self._config, gang)
+        again: ApiError | None = None
         try:
             await self._make(key, decided)
         except ApiError as error:
             if error.is_transient:
-                raise
+                if self._failures.get(key, 0) < QUIET_FAILURES:
+                    raise
+                again = error
             decided = plan(job, replace(seen, child_refused=error.message), self._config, gang)
         for child in decided.delete:
             await self._api.delete(f"/apis/batch/v1/namespaces/{key[0]}/jobs/{child.name}", child.uid)
@@ -171,6 +176,8 @@ class Reconciler:
         self._afterwards(key, known, job, decided)
         if decided.delete_self:
             await self._api.delete(f"{_path(key)}", job.metadata.uid)
+        if again:
+            raise again
 
     def _afterwards(self, key: Key, known: Known, job: QLoRAJob, decided: Plan) -> None:
         before, after = job.status or QLoRAJobStatus(), decided.status
@@ -253,7 +260,10 @@ class Reconciler:
         there = await self._api.get(f"{collection}/{name}")
         wanted = body["metadata"]["labels"].get(UID_LABEL)
         if there["metadata"].get("labels", {}).get(UID_LABEL) != wanted:
-            raise ApiError(409, "Conflict", f'"{name}" of an earlier job is not gone yet')
+            text = (
+                f'a {body["kind"]} named "{name}" is there that is not this job\'s; it is waited for until it is gone'
+            )
+            raise ApiError(409, "Conflict", f"{text}: delete it, or give the job another name")
         there.setdefault("kind", body["kind"])
         return there
 

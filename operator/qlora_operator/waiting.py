@@ -31,6 +31,8 @@ def refusal(said: str) -> tuple[Reason, str]:
     """Sort what the API server or the Job controller said when it would not make something."""
     if "exceeded quota" in said:
         return Reason.QUOTA_EXCEEDED, f"{said}; free some of the quota, or ask for fewer GPUs in spec.parallelism"
+    if "no PriorityClass with name" in said:
+        return Reason.MISSING_REFERENCE, f"{said}; have it created, or correct spec.scheduling.priorityClassName"
     return Reason.REFUSED, said
 
 

@@ -48,6 +48,12 @@ NO_CLAIM = '0/1 nodes are available: persistentvolumeclaim "models" not found. n
             "fewer GPUs",
             id="quota",
         ),
+        pytest.param(
+            seen(child(), pods_refused='pods "job-1-0" is forbidden: no PriorityClass with name top was found'),
+            "MissingReference",
+            "correct spec.scheduling.priorityClassName",
+            id="priority-class",
+        ),
         pytest.param(seen(child(), pod(ready=False)), "Starting", "0 of 1 pods are ready", id="starting"),
     ],
 )

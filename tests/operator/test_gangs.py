@@ -1,0 +1,34 @@
+"""How the pods of a job start together."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlora_api.spec import Gang, SchedulingSpec
+from qlora_operator.gangs import choose_gang, not_offered
+
+AUTO, NATIVE, KUEUE, VOLCANO, NONE = Gang.AUTO, Gang.NATIVE, Gang.KUEUE, Gang.VOLCANO, Gang.NONE
+
+
+@pytest.mark.parametrize(
+    ("of_the_job", "of_the_operator", "offered", "chosen"),
+    [
+        pytest.param({}, AUTO, [], NONE, id="nothing-there"),
+        pytest.param({}, AUTO, [VOLCANO, NATIVE], NATIVE, id="kubernetes-own-first"),
+        pytest.param({}, AUTO, [KUEUE], NONE, id="kueue-only-with-a-queue"),
+        pytest.param({"queue": "team"}, AUTO, [KUEUE, NATIVE], KUEUE, id="a-named-queue"),
+        pytest.param({"queue": "team"}, AUTO, [VOLCANO], VOLCANO, id="a-queue-of-volcano"),
+        pytest.param({}, VOLCANO, [NATIVE], VOLCANO, id="the-operators-choice"),
+        pytest.param({"gang": "None"}, VOLCANO, [NATIVE], NONE, id="the-jobs-choice-counts-most"),
+    ],
+)
+def test_the_gang_is_the_jobs_choice_or_the_operators_or_what_is_there(of_the_job, of_the_operator, offered, chosen):
+    assert choose_gang(SchedulingSpec.model_validate(of_the_job), of_the_operator, offered) is chosen
+
+
+def test_a_choice_that_cannot_be_had_is_named_with_what_can():
+    assert not_offered(NONE, []) == ""
+    assert not_offered(KUEUE, [KUEUE]) == ""
+    said = not_offered(KUEUE, [NATIVE, VOLCANO])
+    assert said.startswith("gang Kueue (spec.scheduling.gang, or")
+    assert said.endswith("offered here: Native, Volcano")
