@@ -43,6 +43,13 @@ def proxy(crd_cluster: ControlPlane, tmp_path: Path) -> Iterator[Proxy]:
 
 
 @pytest.fixture
+def forked(zygote: Zygote, crd_cluster: ControlPlane, kwok_namespace: str, tmp_path: Path) -> Iterator[ForkedOperator]:
+    """A running operator that serves the test's namespace."""
+    with ForkedOperator(zygote, tmp_path / "operator", crd_cluster.kubeconfig, namespaces=[kwok_namespace]) as running:
+        yield running
+
+
+@pytest.fixture
 def behind_proxy(zygote: Zygote, proxy: Proxy, kwok_namespace: str, tmp_path: Path) -> Iterator[ForkedOperator]:
     """A running operator that serves the test's namespace and reaches the API server through ``proxy``."""
     with ForkedOperator(zygote, tmp_path / "operator", proxy.kubeconfig, namespaces=[kwok_namespace]) as running:

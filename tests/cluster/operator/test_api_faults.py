@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cluster.harness.control_plane import ControlPlane
-from cluster.harness.jobs import create_job, in_state, job_path, qlora_job
+from cluster.harness.jobs import condition, create_job, in_state, job_path, qlora_job
 from cluster.harness.kwok import finish_pod
 from cluster.harness.operator import Operator
 from cluster.harness.proxy import GONE, Passed, Refused
@@ -221,6 +221,16 @@ def test_server_errors_are_waited_out_with_pauses_that_grow(api, behind_proxy, p
     assert len(pauses) == 3
     assert pauses == sorted(pauses)
     assert len(api.list(JOBS.format(kwok_namespace))) == 1
+
+
+def test_what_keeps_failing_is_said_in_status_while_it_is_tried_again(api, behind_proxy, proxy, kwok_namespace):
+    """As when the webhook of somebody else's is down."""
+    proxy.when(makes("job-1"), Refused(500), times=5)
+    path = create_job(api, qlora_job(namespace=kwok_namespace))
+    waiting = api.wait_for(path, in_state("Pending", "Refused"))
+    assert "a bad day, by the test" in condition(waiting, "Running")["message"]
+    api.wait_for(path, in_state("Running"))
+    assert not proxy.pending_faults
 
 
 @pytest.mark.parametrize("status", [404, 429, 500])
