@@ -104,6 +104,7 @@ def list_jobs(
             return
         head, rows = listing.table(views, datetime.now(UTC), everywhere=everywhere, local=local)
         out.print_table(out.console(), head, rows, right=listing.NUMBERS)
+        out.say_next(listing.next_command(views, program(), target.flags()))
 
 
 def show(
@@ -180,7 +181,7 @@ def logs(
         from qlora_cli.cluster.logprint import Printer, parse_since, print_local
 
         if is_local(job):
-            print_local(Path(job), attempt, prepare=prepare, tail=tail)
+            print_local(Path(job), attempt, prepare=prepare, tail=tail, follow=follow)
             return
         wanted = tailing.Wanted(
             attempt=tailing.PREPARE if prepare else attempt,

@@ -140,6 +140,8 @@ def verify(
             typer.echo(manifest)
         else:
             typer.echo("\n".join(problems) or f"{manifest}: all {len(published.files)} files are what was published")
+            if not problems:
+                out.say_next(f"{program()} merge {what} --out merged{Target(kubeconfig, context, namespace).flags()}")
     raise typer.Exit(o.NO if problems else 0)
 
 
@@ -171,6 +173,8 @@ def compare(
         screen = out.console()
         for line in comparing.pages(columns, screen.width if screen.is_terminal else None, every=every):
             screen.print(line, soft_wrap=True)
+        if best := comparing.best(columns):
+            out.say_next(f"{program()} verify {best}{Target(kubeconfig, context, namespace).flags()}")
 
 
 def doctor(

@@ -75,6 +75,16 @@ def figures_of(column: Column) -> dict[str, object]:
     }
 
 
+def best(columns: Sequence[Column]) -> str:
+    """The one with an adapter and the lowest eval loss; empty where there is none."""
+    known = [
+        (float(c.job.best_eval_loss or c.job.eval_loss), c.job.place)
+        for c in columns
+        if c.job.adapter and c.job.eval_loss
+    ]
+    return min(known)[1] if known else ""
+
+
 def as_plain(columns: Sequence[Column], *, every: bool) -> Object:
     """For programs."""
     return {

@@ -229,7 +229,7 @@ def view_run(folder: Path, record: Object) -> JobView:
 def _local_state(folder: Path, result: Mapping[str, Any], last: AttemptView | None) -> tuple[str, str, str]:
     if result:
         return "Succeeded", "Completed", result.get("message") or ""
-    if _in_use(folder):
+    if in_use(folder):
         return "Running", "Training" if last and last.ended is None else "Preparing", ""
     if last is None:
         return "Pending", "Pending", "no attempt yet"
@@ -240,7 +240,7 @@ def _local_state(folder: Path, result: Mapping[str, Any], last: AttemptView | No
     return "Failed", last.reason, last.message
 
 
-def _in_use(folder: Path) -> bool:
+def in_use(folder: Path) -> bool:
     """Whether a 'qlora run' or its trainer lives. The lock itself is not tried: trying it could turn a run away."""
     try:
         holders = (folder.parent / f".{folder.name}.lock").read_text().split()

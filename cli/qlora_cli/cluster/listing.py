@@ -49,6 +49,16 @@ def table(
     return head, rows
 
 
+def next_command(views: Sequence[JobView], call: str, flags: str) -> str:
+    """What one looks at next: what needs a hand, what failed last, what runs, else the newest."""
+    job = next((v for v in views if v.needs_a_hand), None)
+    if job is None and any(v.state == "Running" and v.namespace for v in views):
+        return f"{call} watch{flags}"
+    job = job or next((v for v in reversed(views) if v.state == "Failed"), views[-1])
+    where = f" -n {job.namespace}" if job.namespace and " -n " not in flags else ""
+    return f"{call} show {job.place}{flags}{where}"
+
+
 def _row(job: JobView, now: datetime, *, local: bool) -> list[str | Cell]:
     wants_words = job.needs_a_hand or job.state == "Failed"
     state = "Deleting" if job.deleting else job.state

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from qlora_cli.cluster.errors import ClusterError
-from qlora_cli.cluster.jobs import read_run
+from qlora_cli.cluster.jobs import in_use, read_run
 from qlora_cli.cluster.output import console
 from qlora_cli.cluster.tailing import prefix
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from qlora_cli.cluster.tailing import Line
 
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "bright_cyan", "bright_green", "bright_magenta")
+LOOK_SECONDS = 0.5
+"""Between two looks at a local log that is followed."""
 _SINCE = re.compile(r"(\d+)([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -63,8 +66,8 @@ class Printer:
         self._screen.print(Text.assemble((label, style), body), soft_wrap=True)
 
 
-def print_local(folder: Path, attempt: int | None, *, prepare: bool, tail: int | None) -> None:
-    """The log of a local run's attempt; default: the newest.
+def print_local(folder: Path, attempt: int | None, *, prepare: bool, tail: int | None, follow: bool = False) -> None:
+    """The log of a local run's attempt; default: the newest. ``follow``: until its process has ended.
 
     Raises:
         ClusterError: there is no such run, or no such log.
@@ -75,9 +78,21 @@ def print_local(folder: Path, attempt: int | None, *, prepare: bool, tail: int |
     step = "prepare" if prepare or not numbers else f"attempt-{attempt or numbers[-1]}"
     path = folder / step / "log.txt"
     try:
-        lines = path.read_bytes().decode(errors="replace").splitlines()
+        log = path.open("rb")
     except OSError:
         there = ", ".join(sorted(p.parent.name for p in folder.glob("*/log.txt"))) or "none"
         raise ClusterError(f"{path}: is not there; logs are there of {there}") from None
-    shown = lines if tail is None else lines[len(lines) - tail :] if tail else []
-    sys.stdout.writelines(f"{line}\n" for line in shown)
+    with log:
+        lines = log.readlines()
+        _put(lines if tail is None else lines[max(len(lines) - tail, 0) :])
+        while follow:
+            lives = in_use(folder)  # asked before reading: what it wrote last is read
+            _put(log.readlines())
+            if not lives:
+                return
+            time.sleep(LOOK_SECONDS)
+
+
+def _put(lines: list[bytes]) -> None:
+    sys.stdout.write(b"".join(lines).decode(errors="replace"))
+    sys.stdout.flush()

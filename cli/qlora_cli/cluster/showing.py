@@ -109,7 +109,8 @@ def _ranks(job: JobView, body: Object) -> Iterator[tuple[str, str]]:
     parallelism, scheduling = spec.get("parallelism") or {}, spec.get("scheduling") or {}
     workers, gpus = parallelism.get("workers") or 1, parallelism.get("gpusPerWorker") or 1
     queue = f", queue {scheduling['queue']}" if scheduling.get("queue") else ""
-    pods = f"{figures.plural(workers, 'worker')} of {figures.plural(gpus, 'GPU')}"
+    least = f" (at least {parallelism['minWorkers']})" if parallelism.get("minWorkers") else ""
+    pods = f"{figures.plural(workers, 'worker')}{least} of {figures.plural(gpus, 'GPU')}"
     yield "Ranks", f"{workers * gpus}, in {pods}, ZeRO stage {parallelism.get('zeroStage')}{queue}"
 
 

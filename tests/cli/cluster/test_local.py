@@ -50,6 +50,7 @@ def test_where_no_cluster_is_configured_runs_are_listed(runs):
         ["runs/quick", "Succeeded", "Completed"],
         ["runs/wrong", "Failed", "UserError"],
     ]
+    assert listed.stderr == "Next: qlora show runs/wrong\n"
     assert call("list", "--local", "-o", "name").stdout == "runs/quick\nruns/wrong\n"
     assert [r["name"] for r in json.loads(call("list", "-o", "json").stdout)["items"]] == ["quick", "wrong"]
 

@@ -75,3 +75,25 @@ def test_a_local_runs_log(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     with pytest.raises(ClusterError, match="logs are there of attempt-1, attempt-2, prepare"):
         logprint.print_local(tmp_path, 7, prepare=False, tail=None)
+
+
+def test_a_local_runs_log_is_followed_until_its_process_ends(tmp_path, capsys, monkeypatch):
+    import os
+    import threading
+
+    monkeypatch.setattr(logprint, "LOOK_SECONDS", 0.05)
+    run = tmp_path / "runs" / "quick"
+    (run / "attempt-1").mkdir(parents=True)
+    (run / "run.json").write_text('{"name": "quick", "attempts": [{"number": 1}]}')
+    log, lock = run / "attempt-1" / "log.txt", tmp_path / "runs" / ".quick.lock"
+    log.write_text("one\n")
+    lock.write_text(str(os.getpid()))
+
+    def end():
+        with log.open("a") as file:
+            file.write("two\n")
+        lock.write_text("")
+
+    threading.Timer(0.3, end).start()
+    logprint.print_local(run, None, prepare=False, tail=None, follow=True)
+    assert capsys.readouterr().out == "one\ntwo\n"

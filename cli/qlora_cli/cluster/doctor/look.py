@@ -29,6 +29,7 @@ RIGHTS: tuple[tuple[str, str, str, str], ...] = (
     ("patch", GROUP, PLURAL, "suspend, resume"),
     ("delete", GROUP, PLURAL, "cancel"),
     ("list", "", "pods", "logs"),
+    ("watch", "", "pods", "logs"),
     ("get", "", "pods/log", "logs"),
     ("list", "", "events", "events"),
 )
