@@ -141,11 +141,12 @@ def read(cluster: Cluster, name: str, wanted: Wanted) -> Iterator[Line]:
     job = get_job(cluster, name)
     path = core_path(cluster.namespace, "pods")
     bodies, _ = cluster.api.list(path, labelSelector=f"{JOB_LABEL}={name}")
-    pods = [pod for pod in map(see_pod, bodies) if pod.started]
+    every = [see_pod(body) for body in bodies]
+    pods = [pod for pod in every if pod.started]
     attempt = wanted.attempt if wanted.attempt is not None else max((p.attempt for p in pods), default=PREPARE)
     chosen = [p for p in pods if p.attempt == attempt and wanted.worker in (None, p.worker)]
     if not chosen:
-        raise ClusterError(_nothing(job, wanted, pods))
+        raise ClusterError(_nothing(job, wanted, every))
     merged = heapq.merge(*(_once(cluster, pod, wanted) for pod in chosen))
     yield from _of_rank(merged, wanted)
 
@@ -153,11 +154,11 @@ def read(cluster: Cluster, name: str, wanted: Wanted) -> Iterator[Line]:
 def _nothing(job: Object, wanted: Wanted, pods: Sequence[Pod]) -> str:
     """Why there is no log, and where there is one."""
     seen = view(job)
-    there = sorted({p.attempt for p in pods})
+    there = sorted({p.attempt for p in pods if p.started})
     named = ", ".join("Prepare" if a == PREPARE else f"attempt {a}" for a in there)
     if there and (wanted.attempt is not None or wanted.worker is not None):
         return f'job "{seen.name}" has no log of what is asked for; there are logs of {named}'
-    if seen.is_over or seen.attempts:
+    if not pods and (seen.is_over or seen.attempts):
         last = f"'{program()} show {seen.name}' has its last words"
         return f'job "{seen.name}" has no pods any more, and logs go with them; {last}'
     why = f": {seen.message}" if seen.message else ""
