@@ -63,6 +63,10 @@ WhatIf = Annotated[bool, typer.Option("--what-if", help="Other GPUs, ranks and s
 ModelConfig = Annotated[
     Path | None, typer.Option("--model-config", metavar="config.json", help="The base's configuration, in its place.")
 ]
+ReportOf = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or folder of a published adapter.")]
+ReportFile = Annotated[
+    Path | None, typer.Option("-o", "--out", metavar="FILE", help="Default: report.html in the folder of the run.")
+]
 Sample = Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")]
 
 
@@ -219,6 +223,18 @@ def generate(
         options = asking.Options(asking.prompts(prompt or (), prompts_file), max_new_tokens, sample)
         code = asking.generate(models, options, render.console(), Commands())
     raise typer.Exit(code)
+
+
+@app.command()
+def report(run: ReportOf, out: ReportFile = None, runs_dir: RunsDir = Path("runs")) -> None:
+    """Write one page with all that is known of a run: curves, memory, data, attempts, configuration.
+
+    RUN is the name of a local run, finished or not, or the folder of a published adapter. The page needs nothing else.
+    """
+    with _mistakes_end_it():
+        from qlora_cli.report import write
+
+        typer.echo(write(run, runs_dir, out))
 
 
 registration.register(app)

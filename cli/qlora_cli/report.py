@@ -1,0 +1,143 @@
+"""``qlora report``: all that is known of one run, on one page that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from qlora_api.contract import TrainerConfig
+from qlora_cli import report_history, rundir
+from qlora_cli.report_history import History
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qlora_api.contract import PrepareReceipt, TerminationMessage
+    from qlora_api.status import Attempt
+    from qlora_cli.rundir import RunRecord
+
+MANIFEST = "manifest.json"
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a report says, wherever it was found."""
+
+    name: str
+    uid: str
+    created: datetime
+    spec: dict[str, Any]
+    history: History
+    attempts: Sequence[Attempt] = ()
+    tokens: int = 0
+    device: str = ""
+    word: TerminationMessage | None = None
+    """The last word of the attempt that ended the run."""
+    receipt: PrepareReceipt | None = None
+    predicted: dict[str, int] = field(default_factory=dict)
+    measured: dict[str, int] = field(default_factory=dict)
+    manifest: dict[str, Any] | None = None
+    """As published, where it can be read here."""
+
+    @property
+    def published(self) -> bool:
+        return self.manifest is not None or bool(self.word and self.word.adapter)
+
+
+def write(run: str, runs_dir: Path, out: Path | None) -> Path:
+    """Write the page of a run, by its name or by the folder of a published adapter; where it is.
+
+    Raises:
+        RunError: there is no such run, or it cannot be read.
+
+    """
+    from qlora_cli.report_page import page  # noqa: PLC0415 pages import this module's types
+
+    facts, beside = gather(run, runs_dir)
+    path = out or beside / PAGE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(facts), encoding="utf-8")
+    return path
+
+
+def gather(run: str, runs_dir: Path) -> tuple[Facts, Path]:
+    """What is known of a run, and the folder it is in."""
+    folder = rundir.Folder(runs_dir.absolute() / run)
+    record = folder.read()
+    if record is not None:
+        return of_run(folder, record), folder.path
+    place = Path(run)
+    manifest = place if place.name == MANIFEST else place / MANIFEST
+    if manifest.is_file():
+        return of_adapter(manifest), manifest.parent
+    known = sorted(p.parent.name for p in runs_dir.glob("*/run.json") if ".old-" not in p.parent.name)
+    there = f"; there are {', '.join(known)}" if known else ""
+    raise rundir.RunError(f"{run}: no run of this name in {runs_dir}{there}, and no folder with a {MANIFEST}")
+
+
+def of_run(folder: rundir.Folder, record: RunRecord) -> Facts:
+    """A local run, finished or not."""
+    newest = folder.attempt(record.attempts[-1].number) if record.attempts else None
+    word = record.result or (newest.last_word() if newest else None)
+    memory = word.memory if word else None
+    config = _config(newest.config) if newest else None
+    history = report_history.of_run(folder.path)
+    device = next((a.device for a in reversed(history.attempts.values()) if a.device), None)
+    return Facts(
+        name=record.name,
+        uid=record.uid,
+        created=record.created,
+        spec=record.spec.to_json_dict(),
+        history=history,
+        attempts=record.attempts,
+        tokens=sum(record.tokens.values()),
+        device=device or record.device,
+        word=word,
+        receipt=record.receipt,
+        predicted=(memory.predicted if memory else None) or (config.predicted_memory if config else {}),
+        measured=memory.measured if memory else {},
+        manifest=_local_manifest(word),
+    )
+
+
+def of_adapter(manifest: Path) -> Facts:
+    """A published adapter, copied here or made here: what its manifest and its history say."""
+    try:
+        found = json.loads(manifest.read_text("utf-8"))
+        history = report_history.of_file(manifest.parent / found["adapter"] / report_history.PUBLISHED_FILE)
+        return Facts(
+            name=found["job"],
+            uid=found["runUid"],
+            created=datetime.fromisoformat(found["created"]),
+            spec=found["config"],
+            history=history,
+            tokens=int(found["metrics"].get("tokens") or 0),
+            device=next((a.device for a in reversed(history.attempts.values()) if a.device), None) or "",
+            manifest=found,
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise rundir.RunError(f"{manifest} is no manifest of an adapter ({error})") from None
+
+
+def _local_manifest(word: TerminationMessage | None) -> dict[str, Any] | None:
+    adapter = word.adapter if word else None
+    if adapter is None or "://" in adapter.manifest_uri.removeprefix("file://"):
+        return None
+    try:
+        found = json.loads(Path(adapter.manifest_uri.removeprefix("file://")).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _config(path: Path) -> TrainerConfig | None:
+    try:
+        return TrainerConfig.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None

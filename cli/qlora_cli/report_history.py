@@ -1,0 +1,158 @@
+"""The steps of a run, from what the trainer left: a history in checkpoints and beside the adapter, and logs."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+CHECKPOINT_FILE, PUBLISHED_FILE = "history.jsonl", "training_history.jsonl"
+"""As ``qlora_trainer.history`` names them; a test holds them together."""
+MARKER = "COMPLETE.json"
+"""Of a whole checkpoint."""
+_STEP = re.compile(
+    r"INFO step (?P<step>\d+)/\d+ loss (?P<loss>\S+) lr (?P<rate>\S+) norm (?P<norm>\S+)"
+    r" tokens/s (?P<speed>\S+)"
+)
+_EVALUATION = re.compile(r"INFO step (?P<step>\d+) eval loss (?P<loss>\S+)")
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """One optimizer step. None: not known, or not finite."""
+
+    step: int
+    loss: float | None = None
+    learning_rate: float | None = None
+    gradient_norm: float | None = None
+    tokens_per_second: float | None = None
+    seconds: float | None = None
+    data_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class AttemptFacts:
+    """What an attempt said of itself when it began."""
+
+    number: int
+    from_step: int
+    time: float
+    world_size: int | None = None
+    micro_batch_size: int | None = None
+    accumulation: int | None = None
+    checkpointing: bool | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class History:
+    """All that is known, each step once."""
+
+    steps: dict[int, StepFacts] = field(default_factory=dict)
+    evaluations: dict[int, float] = field(default_factory=dict)
+    attempts: dict[int, AttemptFacts] = field(default_factory=dict)
+    sections: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Seconds of rank 0 by attempt and section, up to its newest checkpoint."""
+
+    @property
+    def section_seconds(self) -> dict[str, float]:
+        """Over all attempts."""
+        total: dict[str, float] = {}
+        for seconds in self.sections.values():
+            for section, value in seconds.items():
+                total[section] = total.get(section, 0.0) + value
+        return total
+
+
+def of_run(folder: Path) -> History:
+    """The history of a local run: its newest whole checkpoint, and the logs of what came after it."""
+    saved = [p.parent / CHECKPOINT_FILE for p in sorted((folder / "checkpoints").glob(f"step-*/{MARKER}"))]
+    found = of_file(next((path for path in reversed(saved) if path.exists()), None))
+    return with_logs(found, sorted(folder.glob("attempt-*/log.txt"), key=_number))
+
+
+def of_file(path: Path | None) -> History:
+    """What a file of the trainer's says; nothing where there is none."""
+    return parse(path.read_text("utf-8").splitlines()) if path is not None and path.exists() else History()
+
+
+def parse(lines: Iterable[str]) -> History:
+    """Lines as ``qlora_trainer.history`` writes them. What cannot be read is left out."""
+    found = History()
+    for text in lines:
+        try:
+            line = json.loads(text)
+            _take(found, line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def _take(found: History, line: dict[str, Any]) -> None:
+    if "sections" in line:
+        found.sections[int(line["attempt"])] = {str(k): float(v) for k, v in line["sections"].items()}
+    elif "fromStep" in line:
+        found.attempts[int(line["attempt"])] = AttemptFacts(
+            number=int(line["attempt"]),
+            from_step=int(line["fromStep"]),
+            time=float(line["time"]),
+            world_size=line.get("worldSize"),
+            micro_batch_size=line.get("microBatchSize"),
+            accumulation=line.get("gradientAccumulationSteps"),
+            checkpointing=line.get("gradientCheckpointing"),
+            device=line.get("device"),
+        )
+    elif "evalLoss" in line:
+        if line["evalLoss"] is not None:
+            found.evaluations[int(line["step"])] = float(line["evalLoss"])
+    elif "loss" in line:
+        tokens, seconds = line.get("tokens"), line.get("seconds")
+        found.steps[int(line["step"])] = StepFacts(
+            step=int(line["step"]),
+            loss=line["loss"],
+            learning_rate=line.get("learningRate"),
+            gradient_norm=line.get("gradientNorm"),
+            tokens_per_second=tokens / seconds if tokens and seconds else None,
+            seconds=seconds,
+            data_seconds=line.get("dataSeconds"),
+        )
+
+
+def with_logs(known: History, logs: Iterable[Path]) -> History:
+    """The history with the steps that only logs tell of: those since the last checkpoint."""
+    steps, evaluations = dict(known.steps), dict(known.evaluations)
+    newest = max(known.steps, default=0)
+    for log in logs:
+        for line in log.read_text("utf-8", errors="replace").splitlines():
+            if match := _STEP.search(line):
+                number = int(match["step"])
+                if number > newest:
+                    steps[number] = _from_log(match)
+            elif match := _EVALUATION.search(line):
+                evaluations.setdefault(int(match["step"]), float(match["loss"]))
+    return replace(known, steps=dict(sorted(steps.items())), evaluations=dict(sorted(evaluations.items())))
+
+
+def _from_log(match: re.Match[str]) -> StepFacts:
+    return StepFacts(
+        step=int(match["step"]),
+        loss=_finite(match["loss"]),
+        learning_rate=_finite(match["rate"]),
+        gradient_norm=_finite(match["norm"]),
+        tokens_per_second=_finite(match["speed"]),
+    )
+
+
+def _finite(text: str) -> float | None:
+    value = float(text)
+    return value if abs(value) < float("inf") else None
+
+
+def _number(log: Path) -> int:
+    digits = log.parent.name.rpartition("-")[2]
+    return int(digits) if digits.isdecimal() else 0

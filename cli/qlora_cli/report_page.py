@@ -1,0 +1,324 @@
+"""The page of a report. HTML with its style inside, no script, nothing fetched."""
+
+from __future__ import annotations
+
+import re
+from html import escape
+from statistics import median
+from typing import TYPE_CHECKING
+
+from qlora_api.status import MemoryComponent, Reason
+from qlora_cli import words, yamls
+from qlora_cli.report_charts import Curve, Mark, lines, shares, smoothed
+from qlora_cli.report_style import STYLE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from qlora_api.contract import PrepareReceipt
+    from qlora_api.status import Attempt
+    from qlora_cli.report import Facts
+    from qlora_cli.report_history import History, StepFacts
+
+SMOOTHED_FROM = 30
+"""Steps from which the loss is smoothed over a twentieth of them."""
+MOST_SAMPLES = 5
+MARKED = re.compile("⟦(.*?)⟧", re.DOTALL)
+
+
+def page(facts: Facts) -> str:
+    """The whole page."""
+    parts = [
+        _section("Curves", "".join(_curves(facts.history)), "charts"),
+        _section("Time", _time_of(facts)),
+        _section("Memory of a rank", _memory(facts.predicted, facts.measured)),
+        _section("Attempts", _attempts(facts)),
+        _section("Data", _data(facts.receipt) if facts.receipt else ""),
+        _section("Samples", _samples(facts.receipt.samples) if facts.receipt else ""),
+        _section("What was published", _published(facts)),
+        _section("Configuration", f"<pre>{escape(yamls.dump(facts.spec))}</pre>"),
+        _section("Environment", _environment(facts)),
+    ]
+    title = f"{facts.name}: report"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n{_head(facts)}\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</main></body></html>\n"
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- pieces
+
+
+def _section(title: str, body: str, kind: str = "") -> str:
+    inner = f'<div class="{kind}">{body}</div>' if kind else body
+    return f"<section><h2>{escape(title)}</h2>{inner}</section>" if body else ""
+
+
+def _pairs(rows: Iterable[tuple[str, str]]) -> str:
+    """Names and values; values are text."""
+    cells = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in rows)
+    return f"<dl>{cells}</dl>" if cells else ""
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: frozenset[int] = frozenset()) -> str:
+    """Cells are HTML; ``numbers``: columns that stand to the right."""
+
+    def cells(row: Sequence[str], tag: str) -> str:
+        return "".join(
+            f"<{tag}{' class=n' if index in numbers else ''}>{cell}</{tag}>" for index, cell in enumerate(row)
+        )
+
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{cells(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+# ---------------------------------------------------------------------------------------------------------------- head
+
+
+def _head(facts: Facts) -> str:
+    kind, text = _end(facts)
+    source = str(facts.spec.get("model", {}).get("source", ""))
+    figures = "".join(
+        f"<div><span>{escape(name)}</span><b>{escape(value)}</b><i>{escape(more)}</i></div>"
+        for name, value, more in _figures(facts)
+    )
+    said = facts.word.message if facts.word and kind != "good" else ""
+    return (
+        f'<header><h1>{escape(facts.name)} <span class="badge {kind}">{escape(text)}</span></h1>'
+        f"<p>{escape(source)} · run {escape(facts.uid[:8])} · {facts.created:%Y-%m-%d %H:%M} UTC</p>"
+        + (f"<p class=said>{escape(said)}</p>" if said else "")
+        + f'<div class="figures">{figures}</div></header>'
+    )
+
+
+def _end(facts: Facts) -> tuple[str, str]:
+    """How the run stands: (class of the badge, text)."""
+    if facts.published:
+        return "good", "Succeeded"
+    reason = facts.attempts[-1].reason if facts.attempts else None
+    if reason is None:
+        return "", "Runs" if facts.attempts else "Not started"
+    if reason in (Reason.PREEMPTED, Reason.SUSPENDED, Reason.NODE_LOST):
+        return "waits", f"Stopped: {reason}"
+    return "bad", f"Failed: {reason}"
+
+
+def _figures(facts: Facts) -> Iterator[tuple[str, str, str]]:
+    history = facts.history
+    evaluations = list(history.evaluations.values())
+    losses = [s.loss for s in history.steps.values() if s.loss is not None]
+    if evaluations:
+        # The first one is of the base where it was taken before the first step.
+        before = evaluations[0] if 0 in history.evaluations else None
+        more = f"base {before:.4f}, {1 - min(evaluations) / before:.1%} lower" if before else "best of the evaluations"
+        yield "Eval loss", f"{min(evaluations):.4f}", more
+    if losses:
+        yield "Training loss", f"{losses[-1]:.4f}", f"first step {losses[0]:.4f}"
+    if history.steps:
+        yield "Steps", words.number(max(history.steps)), f"{words.number(facts.tokens)} tokens" if facts.tokens else ""
+    speeds = [s.tokens_per_second for s in history.steps.values() if s.tokens_per_second]
+    if speeds:
+        yield "Tokens per second", words.number(round(median(speeds))), "median of steps, all ranks"
+    seconds, ranks = _held(facts.attempts)
+    if seconds:
+        unit = "CPU-rank-hours" if facts.device == "CPU" else "GPU-hours"
+        yield "Time", words.duration(seconds), f"{ranks / 3600:.3g} {unit}"
+    if peak := facts.measured.get(MemoryComponent.PEAK.value):
+        planned = facts.predicted.get(MemoryComponent.PEAK.value)
+        yield "Peak memory", words.size(peak), f"predicted {words.size(planned)}" if planned else "of a rank"
+
+
+def _held(attempts: Sequence[Attempt]) -> tuple[float, float]:
+    """Seconds of all attempts, and times their ranks."""
+    ended = [(a, (a.end_time - a.start_time).total_seconds()) for a in attempts if a.end_time]
+    return sum(s for _, s in ended), sum(s * a.world_size for a, s in ended)
+
+
+# -------------------------------------------------------------------------------------------------------------- curves
+
+
+def _curves(history: History) -> Iterator[str]:
+    steps = list(history.steps.values())
+    marks = [Mark(a.from_step, f"attempt {a.number}") for a in history.attempts.values() if a.from_step]
+    raw = _points(steps, "loss")
+    window = max(3, len(raw) // 20)
+    training = (
+        [Curve("training", smoothed(raw, window)), Curve("each step", raw, faint=True)]
+        if len(raw) >= SMOOTHED_FROM
+        else [Curve("training", raw), Curve("", ())]
+    )
+    evaluation = Curve("evaluation", [(float(x), y) for x, y in sorted(history.evaluations.items())], dots=True)
+    # The evaluation takes the second colour in every report, the faint raw curve the first's.
+    yield lines("Loss, nats a token", [training[0], evaluation, training[1]], y_text=_short, marks=marks)
+    yield lines(
+        "Learning rate", [Curve("rate", _points(steps, "learning_rate"))], y_text=_power, from_zero=True, marks=marks
+    )
+    yield lines(
+        "Gradient norm before clipping",
+        [Curve("norm", _points(steps, "gradient_norm"))],
+        y_text=_short,
+        from_zero=True,
+        marks=marks,
+    )
+    yield lines(
+        "Tokens per second, all ranks",
+        [Curve("speed", _points(steps, "tokens_per_second"))],
+        y_text=words.number,
+        from_zero=True,
+        marks=marks,
+    )
+
+
+def _points(steps: Iterable[StepFacts], name: str) -> list[tuple[float, float]]:
+    return [(float(s.step), float(getattr(s, name))) for s in steps if getattr(s, name) is not None]
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _power(value: float) -> str:
+    return f"{value:.1e}".replace("e-0", "e-") if value else "0"
+
+
+def _time_of(facts: Facts) -> str:
+    """Where rank 0's time went, by section."""
+    found = sorted(facts.history.section_seconds.items(), key=lambda item: -item[1])
+    bar = shares(
+        "Rank 0, by section, up to the last checkpoint", [(n, s, words.duration(s)) for n, s in found if s >= 0.05]
+    )
+    steps = [s for s in facts.history.steps.values() if s.seconds]
+    if not steps:
+        return bar
+    seconds = [s.seconds for s in steps if s.seconds]
+    waits = [s.data_seconds for s in steps if s.data_seconds is not None]
+    rows = [("A step", f"{words.duration(median(seconds))} in the median, {words.duration(max(seconds))} at most")]
+    if waits:
+        rows.append(("Waiting for rows", f"{sum(waits) / sum(seconds):.2%} of the steps' time"))
+    return bar + _pairs(rows)
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def _memory(predicted: dict[str, int], measured: dict[str, int]) -> str:
+    """Bytes by component; one scale for all bars, and the peak last."""
+    names = sorted(predicted | measured, key=lambda name: name == MemoryComponent.PEAK)
+    if not names:
+        return ""
+    most = max([*predicted.values(), *measured.values()])
+    head = ["Component", *(["Predicted"] if predicted else []), "Measured", ""]
+    rows = []
+    for name in names:
+        row = [escape(words.spaced(name))]
+        if predicted:
+            row.append(words.size(predicted[name]) if name in predicted else "")
+        row.append(words.size(measured[name]) if name in measured else "")
+        bars = "".join(
+            f'<span class="bar f{index}" style="width:{max(by[name] / most * 100, 0.4):.1f}%"></span>'
+            for index, by in enumerate((predicted, measured))
+            if name in by
+        )
+        rows.append([*row, f'<div class="bars">{bars}</div>'])
+    keys = (
+        '<p class="keys"><span class="key k0">predicted</span><span class="key k1">measured</span></p>'
+        if predicted
+        else ""
+    )
+    return keys + _table(head, rows, frozenset({1, 2} if predicted else {1}))
+
+
+def _attempts(facts: Facts) -> str:
+    if facts.attempts:
+        head = [
+            "Attempt",
+            "Ended",
+            "Code",
+            "Steps",
+            "Micro-batch × accumulation × ranks",
+            "Took",
+            "Node",
+            "In its words",
+        ]
+        return _table(head, [_attempt(a) for a in facts.attempts], frozenset({0, 2}))
+    known = facts.history.attempts.values()
+    rows = [
+        [
+            str(a.number),
+            str(a.from_step),
+            f"{a.micro_batch_size} × {a.accumulation} × {a.world_size}",
+            escape(a.device or ""),
+        ]
+        for a in known
+    ]
+    return _table(["Attempt", "From step", "Micro-batch × accumulation × ranks", "Device"], rows) if rows else ""
+
+
+def _attempt(attempt: Attempt) -> list[str]:
+    a = attempt
+    took = words.duration((a.end_time - a.start_time).total_seconds()) if a.end_time else ""
+    steps = f"{a.first_step or 0} → {a.last_step}" if a.last_step is not None else ""
+    code = "" if a.exit_code is None else str(a.exit_code)
+    batch = f"{a.micro_batch_size} × {a.gradient_accumulation_steps} × {a.world_size}"
+    return [str(a.number), str(a.reason or "runs"), code, steps, batch, took, escape(a.node), escape(a.message)]
+
+
+def _data(found: PrepareReceipt) -> str:
+    share = found.train_target_tokens / found.train_tokens if found.train_tokens else 0
+    lost = [("cut at maxLength", found.truncated), ("too long, left out", found.dropped)]
+    lost.append(("no token counts, left out", found.fully_masked))
+    rows = [
+        ("Training rows", f"{words.number(found.train_rows)}, in {words.number(found.train_sequences)} sequences"),
+        ("Tokens", f"{words.number(found.train_tokens)}, of which {share:.0%} count"),
+        ("Longest row", f"{words.number(found.longest)} tokens"),
+        ("Slots filled", f"{found.packing_efficiency:.1%}"),
+        ("Rows cut or lost", ", ".join(f"{words.number(n)} {what}" for what, n in lost if n) or "none"),
+        ("Rows that repeat another", words.number(found.duplicates)),
+    ]
+    if found.eval_rows:
+        known = f"; {words.number(found.eval_in_train)} are training rows too" if found.eval_in_train else ""
+        rows.append(
+            ("Evaluation", f"{words.number(found.eval_rows)} rows, {words.number(found.eval_tokens)} tokens{known}")
+        )
+    return _pairs([*rows, ("Hash", found.data_hash)])
+
+
+def _samples(samples: Sequence[str]) -> str:
+    if not samples:
+        return ""
+    shown = "".join(f"<pre class=sample>{MARKED.sub(_mark, escape(sample))}</pre>" for sample in samples[:MOST_SAMPLES])
+    return f"<p>Rows as the model reads them. Loss is taken over <mark>these</mark> tokens.</p>{shown}"
+
+
+def _mark(found: re.Match[str]) -> str:
+    return f"<mark>{found[1]}</mark>"
+
+
+def _published(facts: Facts) -> str:
+    adapter = facts.word.adapter if facts.word else None
+    rows = []
+    if adapter:
+        rows = [("Adapter", adapter.uri), ("Manifest", adapter.manifest_uri), ("SHA-256", adapter.manifest_sha256)]
+    manifest = facts.manifest
+    if manifest is None:
+        return _pairs(rows)
+    step = manifest.get("metrics", {}).get("step")
+    if step is not None:
+        rows.append(("Weights of step", str(step)))
+    files = [
+        [escape(f["path"]), words.size(f["size"]), f"<code>{escape(f['sha256'][:16])}…</code>"]
+        for f in manifest["files"]
+    ]
+    return _pairs(rows) + _table(["File", "Size", "SHA-256"], files, frozenset({1}))
+
+
+def _environment(facts: Facts) -> str:
+    rows = [("Device", facts.device)] if facts.device else []
+    if facts.manifest:
+        rows.append(("Base revision", str(facts.manifest.get("base", {}).get("revision", ""))))
+        rows += [(name, str(version)) for name, version in facts.manifest.get("packages", {}).items()]
+    return _pairs(rows)
