@@ -179,6 +179,7 @@ def logs(
     with ends():
         from qlora_cli.cluster import tailing
         from qlora_cli.cluster.logprint import Printer, parse_since, print_local
+        from qlora_cli.cluster.output import note
 
         if is_local(job):
             print_local(Path(job), attempt, prepare=prepare, tail=tail, follow=follow)
@@ -193,7 +194,7 @@ def logs(
             timestamps=timestamps,
         )
         with connect(Target(kubeconfig, context, namespace)) as cluster:
-            lines = tailing.Follower(cluster, job, wanted).lines() if follow else tailing.read(cluster, job, wanted)
+            lines = tailing.Follower(cluster, job, wanted).lines(note) if follow else tailing.read(cluster, job, wanted)
             printer = Printer(timestamps=timestamps)
             for line in lines:
                 printer.line(line)

@@ -23,9 +23,10 @@ from qlora_cli.cluster.names import (
 from qlora_cli.cluster.target import get_job, program
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from qlora_cli.cluster.api import Object
+    from qlora_cli.cluster.jobs import JobView
     from qlora_cli.cluster.target import Cluster
 
 PREPARE = 0
@@ -161,8 +162,12 @@ def _nothing(job: Object, wanted: Wanted, pods: Sequence[Pod]) -> str:
     if not pods and (seen.is_over or seen.attempts):
         last = f"'{program()} show {seen.name}' has its last words"
         return f'job "{seen.name}" has no pods any more, and logs go with them; {last}'
-    why = f": {seen.message}" if seen.message else ""
-    return f'job "{seen.name}" has written no log yet, it is {seen.state} ({seen.reason}){why}'
+    return _no_log_yet(seen)
+
+
+def _no_log_yet(job: JobView) -> str:
+    why = f": {job.message}" if job.message else ""
+    return f'job "{job.name}" has written no log yet, it is {job.state} ({job.reason}){why}'
 
 
 def _once(cluster: Cluster, pod: Pod, wanted: Wanted) -> Iterator[Line]:
@@ -204,7 +209,7 @@ class Follower:
         """Raises ClusterError: no such job."""
         self._cluster, self._name, self._wanted = cluster, name, wanted
         self._job = view(get_job(cluster, name))
-        self._lines: queue.SimpleQueue[Line | ClusterError | None] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[Line | Exception] = queue.SimpleQueue()
         self._streams: dict[str, threading.Thread] = {}
         self._pods: dict[str, Pod] = {}
         self._first = PREPARE
@@ -213,8 +218,8 @@ class Follower:
         self._gone = False
         self._quiet = 0
 
-    def lines(self) -> Iterator[Line]:
-        """The lines as they come.
+    def lines(self, tell: Callable[[str], None] = lambda _: None) -> Iterator[Line]:
+        """The lines as they come. ``tell`` is told why there are none yet.
 
         Raises:
             ClusterError: logs or pods may not be read.
@@ -227,13 +232,16 @@ class Follower:
                 line = self._lines.get(timeout=QUIET_SECONDS)
             except queue.Empty:
                 # The watches of job and pods are two: the end of the one may overtake the last pod of the other.
+                if self._listed and not self._streams and not self._job.is_over:
+                    tell(_no_log_yet(self._job))
+                    tell = lambda _: None  # noqa: E731 once is enough
                 self._quiet = self._quiet + 1 if self._done() else 0
                 if self._quiet > 1:
                     return
                 continue
-            if isinstance(line, ClusterError):
+            if isinstance(line, Exception):
                 raise line
-            if line is not None and self._wanted.rank in (None, line.rank):
+            if self._wanted.rank in (None, line.rank):
                 yield line
 
     def _done(self) -> bool:
@@ -250,10 +258,10 @@ class Follower:
             return bool(ours) and all(p.ended for p in ours)
         return attempt is not None and attempt.ended is not None
 
-    def _guarded(self, work: object) -> None:
+    def _guarded(self, work: Callable[[], None]) -> None:
         try:
-            work()  # type: ignore[operator]
-        except ClusterError as error:
+            work()
+        except Exception as error:  # noqa: BLE001 whatever it is, it is raised where somebody sees it
             self._lines.put(error)
 
     def _watch_job(self) -> None:

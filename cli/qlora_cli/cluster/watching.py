@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from qlora_cli.cluster import figures
-from qlora_cli.cluster.errors import ClusterError
 from qlora_cli.cluster.jobs import JobView, counted, in_order, view
 from qlora_cli.cluster.listing import first_sentence
 from qlora_cli.cluster.names import jobs_path
@@ -112,17 +111,17 @@ class Request:
     everywhere: bool = False
 
 
-def start(cluster: Cluster, request: Request) -> queue.SimpleQueue[Event | ClusterError]:
+def start(cluster: Cluster, request: Request) -> queue.SimpleQueue[Event | Exception]:
     """Watch in a thread of its own; events, or the error that ended it, come through the queue."""
     path = jobs_path(None if request.everywhere else cluster.namespace)
     fields = f"metadata.name={request.names[0]}" if len(request.names) == 1 else None
-    events: queue.SimpleQueue[Event | ClusterError] = queue.SimpleQueue()
+    events: queue.SimpleQueue[Event | Exception] = queue.SimpleQueue()
 
     def work() -> None:
         try:
             for event in cluster.api.follow(path, labelSelector=request.selector, fieldSelector=fields):
                 events.put(event)
-        except ClusterError as error:
+        except Exception as error:  # noqa: BLE001 whatever it is, it is raised where somebody sees it
             events.put(error)
 
     threading.Thread(target=work, daemon=True).start()
@@ -130,7 +129,7 @@ def start(cluster: Cluster, request: Request) -> queue.SimpleQueue[Event | Clust
 
 
 def watch(
-    screen: Console, events: queue.SimpleQueue[Event | ClusterError], board: Board, title: str, *, until_over: bool
+    screen: Console, events: queue.SimpleQueue[Event | Exception], board: Board, title: str, *, until_over: bool
 ) -> None:
     """Show until all is over, if that is asked for; else until Ctrl-C.
 
@@ -144,13 +143,13 @@ def watch(
         _plain(screen, events, board, until_over=until_over)
 
 
-def _next(events: queue.SimpleQueue[Event | ClusterError], seconds: float) -> list[Event]:
+def _next(events: queue.SimpleQueue[Event | Exception], seconds: float) -> list[Event]:
     """All events that are there, waiting for the first one."""
     found: list[Event] = []
     try:
         event = events.get(timeout=seconds)
         while True:
-            if isinstance(event, ClusterError):
+            if isinstance(event, Exception):
                 raise event
             found.append(event)
             event = events.get_nowait()
@@ -162,7 +161,7 @@ def _next(events: queue.SimpleQueue[Event | ClusterError], seconds: float) -> li
 
 
 def _live(
-    screen: Console, events: queue.SimpleQueue[Event | ClusterError], board: Board, title: str, *, until_over: bool
+    screen: Console, events: queue.SimpleQueue[Event | Exception], board: Board, title: str, *, until_over: bool
 ) -> None:
     from rich.live import Live  # noqa: PLC0415
 
@@ -298,7 +297,7 @@ class _Told:
     step: int | None = None
 
 
-def _plain(screen: Console, events: queue.SimpleQueue[Event | ClusterError], board: Board, *, until_over: bool) -> None:
+def _plain(screen: Console, events: queue.SimpleQueue[Event | Exception], board: Board, *, until_over: bool) -> None:
     told: dict[tuple[str, str], _Told] = {}
     heard = False
     while not (heard and until_over and board.all_over):

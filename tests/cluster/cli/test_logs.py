@@ -149,4 +149,8 @@ def test_a_job_that_waits_says_why_there_is_no_log(qlora, manifest, api):
     assert said.code == 40
     assert said.err.startswith('job "unplaced" has written no log yet, it is Pending (Unschedulable): ')
     assert "spec.scheduling.nodeSelector matches no node" in said.err
+    process = qlora.start("logs", "--follow", "unplaced")
+    assert process.stderr.readline() == said.err  # at once, not when there is a line
+    process.kill()
+    process.communicate()
     qlora("cancel", "unplaced", "--yes")
