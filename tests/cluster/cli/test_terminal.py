@@ -144,6 +144,10 @@ def test_watching_asks_once(terminal, qlora, crd_cluster, running_job):
     """A list and a watch, however long it takes and whatever happens."""
     allow_to_read(crd_cluster.api, qlora.namespace, "watcher")
     watcher = replace(qlora, kubeconfig=crd_cluster.user_kubeconfig("watcher"))
+    deadline = time.monotonic() + 20  # a new role counts a moment after it is made
+    while watcher("list").code:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     mark = crd_cluster.audit_mark()
     with terminal("watch", caller=watcher) as watch:
         watch.wait_for("Running")
