@@ -51,7 +51,7 @@ class Facts:
 
 
 def write(run: str, runs_dir: Path, out: Path | None) -> Path:
-    """Write the page of a run, by its name or by the folder of a published adapter; where it is.
+    """Write the page of a run, by its name or folder, or of a published adapter by its folder; where it is.
 
     Raises:
         RunError: there is no such run, or it cannot be read.
@@ -68,10 +68,11 @@ def write(run: str, runs_dir: Path, out: Path | None) -> Path:
 
 def gather(run: str, runs_dir: Path) -> tuple[Facts, Path]:
     """What is known of a run, and the folder it is in."""
-    folder = rundir.Folder(runs_dir.absolute() / run)
-    record = folder.read()
-    if record is not None:
-        return of_run(folder, record), folder.path
+    for place in (runs_dir / run, Path(run)):
+        folder = rundir.Folder(place.absolute())
+        record = folder.read()
+        if record is not None:
+            return of_run(folder, record), folder.path
     place = Path(run)
     manifest = place if place.name == MANIFEST else place / MANIFEST
     if manifest.is_file():

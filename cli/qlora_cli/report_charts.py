@@ -54,7 +54,9 @@ def lines(
         return ""
     xs = [x for curve in curves for x, _ in curve.points]
     ys = [y for curve in curves for _, y in curve.points]
-    plot = _Plot(min(xs), max(xs), *_span(min(ys), max(ys), from_zero=from_zero))
+    low, high = (min(0.0, *ys) if from_zero else min(ys)), max(ys)
+    step = _round_step((high - low) or abs(high) or 1.0)
+    plot = _Plot(0.0, max(xs), math.floor(low / step) * step, math.ceil(high / step - 1e-9) * step or step, step)
     shown = [
         *_grid(plot, y_text, x_title),
         *(_mark(plot, mark) for mark in marks if plot.low_x < mark.x <= plot.high_x),
@@ -78,6 +80,8 @@ class _Plot:
     high_x: float
     low_y: float
     high_y: float
+    step_y: float
+    """Between two lines of the grid."""
 
     def x(self, value: float) -> float:
         share = (value - self.low_x) / ((self.high_x - self.low_x) or 1)
@@ -88,29 +92,21 @@ class _Plot:
         return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
 
-def _span(low: float, high: float, *, from_zero: bool) -> tuple[float, float]:
-    """Room around the values, ending on round numbers."""
-    if from_zero:
-        low = min(low, 0.0)
-    step = _round_step((high - low) or abs(high) or 1.0)
-    return math.floor(low / step) * step, math.ceil(high / step - 1e-9) * step or step
-
-
 def _round_step(span: float) -> float:
     raw = span / TICKS
     power = 10 ** math.floor(math.log10(raw))
     return float(next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999))
 
 
-def ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float, step: float = 0.0) -> list[float]:
     """Round numbers from ``low`` to ``high``."""
-    step = _round_step((high - low) or 1.0)
+    step = step or _round_step((high - low) or 1.0)
     first = math.ceil(low / step - 1e-9)
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def _grid(plot: _Plot, y_text: Callable[[float], str], x_title: str) -> Iterator[str]:
-    for value in ticks(plot.low_y, plot.high_y):
+    for value in ticks(plot.low_y, plot.high_y, plot.step_y):
         y = plot.y(value)
         yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         yield f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(y_text(value))}</text>'
@@ -161,6 +157,10 @@ def smoothed(points: Sequence[tuple[float, float]], window: int) -> list[tuple[f
     return found
 
 
+def _share(part: float) -> str:
+    return f"{part:.0%}" if part >= 0.01 else "under 1%"
+
+
 def shares(title: str, parts: Sequence[tuple[str, float, str]]) -> str:
     """One bar cut into parts: (name, size, size in words)."""
     total = sum(size for _, size, _ in parts)
@@ -175,7 +175,7 @@ def shares(title: str, parts: Sequence[tuple[str, float, str]]) -> str:
         )
         x += width
     keys = "".join(
-        f'<span class="key k{index % SERIES}">{escape(name)} <i>{escape(words)}, {size / total:.0%}</i></span>'
+        f'<span class="key k{index % SERIES}">{escape(name)} <i>{escape(words)}, {_share(size / total)}</i></span>'
         for index, (name, size, words) in enumerate(parts)
     )
     return (

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SMOOTHED_FROM = 30
 """Steps from which the loss is smoothed over a twentieth of them."""
 MOST_SAMPLES = 5
+BATCH = '<p class="keys">Batch: micro-batch × accumulation × ranks</p>'
 MARKED = re.compile("⟦(.*?)⟧", re.DOTALL)
 
 
@@ -36,7 +37,7 @@ def page(facts: Facts) -> str:
         _section("Data", _data(facts.receipt) if facts.receipt else ""),
         _section("Samples", _samples(facts.receipt.samples) if facts.receipt else ""),
         _section("What was published", _published(facts)),
-        _section("Configuration", f"<pre>{escape(yamls.dump(facts.spec))}</pre>"),
+        _section("Configuration", f'<pre class="config">{escape(yamls.dump(facts.spec))}</pre>'),
         _section("Environment", _environment(facts)),
     ]
     title = f"{facts.name}: report"
@@ -113,7 +114,7 @@ def _figures(facts: Facts) -> Iterator[tuple[str, str, str]]:
     losses = [s.loss for s in history.steps.values() if s.loss is not None]
     if evaluations:
         # The first one is of the base where it was taken before the first step.
-        before = evaluations[0] if 0 in history.evaluations else None
+        before = evaluations[0] if 0 in history.evaluations and len(evaluations) > 1 else None
         more = f"base {before:.4f}, {1 - min(evaluations) / before:.1%} lower" if before else "best of the evaluations"
         yield "Eval loss", f"{min(evaluations):.4f}", more
     if losses:
@@ -122,7 +123,7 @@ def _figures(facts: Facts) -> Iterator[tuple[str, str, str]]:
         yield "Steps", words.number(max(history.steps)), f"{words.number(facts.tokens)} tokens" if facts.tokens else ""
     speeds = [s.tokens_per_second for s in history.steps.values() if s.tokens_per_second]
     if speeds:
-        yield "Tokens per second", words.number(round(median(speeds))), "median of steps, all ranks"
+        yield "Tokens per second", words.number(round(median(speeds))), "median, all ranks"
     seconds, ranks = _held(facts.attempts)
     if seconds:
         unit = "CPU-rank-hours" if facts.device == "CPU" else "GPU-hours"
@@ -206,11 +207,12 @@ def _time_of(facts: Facts) -> str:
 
 
 def _memory(predicted: dict[str, int], measured: dict[str, int]) -> str:
-    """Bytes by component; one scale for all bars, and the peak last."""
-    names = sorted(predicted | measured, key=lambda name: name == MemoryComponent.PEAK)
+    """Bytes by component; one scale for all bars, and the peak last, without one: it is more than their sum."""
+    peak = MemoryComponent.PEAK.value
+    names = sorted(predicted | measured, key=lambda name: name == peak)
     if not names:
         return ""
-    most = max([*predicted.values(), *measured.values()])
+    most = max((size for by in (predicted, measured) for name, size in by.items() if name != peak), default=1)
     head = ["Component", *(["Predicted"] if predicted else []), "Measured", ""]
     rows = []
     for name in names:
@@ -221,7 +223,7 @@ def _memory(predicted: dict[str, int], measured: dict[str, int]) -> str:
         bars = "".join(
             f'<span class="bar f{index}" style="width:{max(by[name] / most * 100, 0.4):.1f}%"></span>'
             for index, by in enumerate((predicted, measured))
-            if name in by
+            if name in by and name != peak
         )
         rows.append([*row, f'<div class="bars">{bars}</div>'])
     keys = (
@@ -234,17 +236,8 @@ def _memory(predicted: dict[str, int], measured: dict[str, int]) -> str:
 
 def _attempts(facts: Facts) -> str:
     if facts.attempts:
-        head = [
-            "Attempt",
-            "Ended",
-            "Code",
-            "Steps",
-            "Micro-batch × accumulation × ranks",
-            "Took",
-            "Node",
-            "In its words",
-        ]
-        return _table(head, [_attempt(a) for a in facts.attempts], frozenset({0, 2}))
+        head = ["Attempt", "Ended", "Code", "Steps", "Batch", "Took", "Node", "In its words"]
+        return _table(head, [_attempt(a) for a in facts.attempts], frozenset({0, 2})) + BATCH
     known = facts.history.attempts.values()
     rows = [
         [
@@ -255,7 +248,7 @@ def _attempts(facts: Facts) -> str:
         ]
         for a in known
     ]
-    return _table(["Attempt", "From step", "Micro-batch × accumulation × ranks", "Device"], rows) if rows else ""
+    return _table(["Attempt", "From step", "Batch", "Device"], rows) + BATCH if rows else ""
 
 
 def _attempt(attempt: Attempt) -> list[str]:
@@ -311,7 +304,7 @@ def _published(facts: Facts) -> str:
         rows.append(("Weights of step", str(step)))
     files = [
         [escape(f["path"]), words.size(f["size"]), f"<code>{escape(f['sha256'][:16])}…</code>"]
-        for f in manifest["files"]
+        for f in manifest.get("files", [])
     ]
     return _pairs(rows) + _table(["File", "Size", "SHA-256"], files, frozenset({1}))
 

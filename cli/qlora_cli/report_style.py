@@ -112,10 +112,11 @@ table{border-collapse:collapse;width:100%}
 th,td{text-align:left;padding:5px 14px 5px 0;border-bottom:1px solid var(--line);vertical-align:top}
 th{color:var(--soft);font-weight:500;font-size:13px}
 td{font-variant-numeric:tabular-nums}td:last-child{overflow-wrap:anywhere;padding-right:0}
-.n{text-align:right;white-space:nowrap}
+.n{text-align:right}td:not(:last-child){white-space:nowrap}
 .bars{min-width:220px;padding-left:8px}.bar{display:block;height:8px;border-radius:2px;margin:2px 0}
 code,pre{font:13px/1.45 ui-monospace,"SF Mono",Menlo,Consolas,monospace}
 pre{background:var(--box);border-radius:8px;padding:14px 16px;margin:8px 0;white-space:pre-wrap;overflow-wrap:anywhere}
+pre.config{columns:2 340px;column-gap:32px}
 mark{background:var(--mark);color:inherit;border-radius:2px;padding:0 1px}
 @media(max-width:760px){.charts{grid-template-columns:1fr}}
 @page{size:A4;margin:14mm}
@@ -124,7 +125,7 @@ body{font-size:10.5pt}main{max-width:none;padding:0}
 h2{break-after:avoid}figure,tr,.figures div,pre.sample{break-inside:avoid}
 .charts{grid-template-columns:repeat(2,minmax(0,1fr));gap:12px 18px}
 .figures div,pre{background:none;border:1px solid var(--line)}
-.scroll{overflow:visible}
+.scroll{overflow:visible}.tick{font-size:15px}td:not(:last-child){white-space:normal}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 }
 """

@@ -1,0 +1,240 @@
+"""The page of a run: what is on it, from what a run leaves behind, and that it needs nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from typer.testing import CliRunner
+
+from qlora_cli import main, report_history
+from qlora_cli.report_charts import MOST_POINTS, Curve, Mark, lines, thinned, ticks
+
+LOG = (
+    "2026-01-01 12:00:0{n},123 rank 0 INFO step {n}/4 loss {loss} lr 0.0002 norm 1.5 tokens/s 900\n"
+    "2026-01-01 12:00:0{n},223 rank 0 INFO step {n} eval loss {evaluation} perplexity 3\n"
+)
+
+
+@pytest.fixture
+def report(workplace):
+    def invoke(*arguments):
+        done = CliRunner().invoke(main.app, ["report", *arguments])
+        assert done.exit_code == 0, done.output
+        return (workplace.folder / done.output.strip()).read_text()
+
+    return invoke
+
+
+class Page(HTMLParser):
+    """Tags and what they fetch."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.fetched, self.tags = [], [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag not in ("meta", "line", "polyline", "circle", "rect", "br"):
+            self.open.append(tag)
+        self.fetched += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        if tag not in ("line", "polyline", "circle", "rect"):
+            assert self.open.pop() == tag
+
+
+def checkpoint(workplace, step, *rows, whole=True):
+    folder = workplace.run_folder / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if whole:
+        (folder / "COMPLETE.json").write_text("{}")
+
+
+def step(number, loss, **more):
+    return {"step": number, "time": 1.0, "loss": loss, "learningRate": 2e-4, "gradientNorm": 1.0, **more}
+
+
+def test_a_finished_run_has_every_section(workplace, report):
+    assert workplace.run() == 0
+    begins = {"attempt": 1, "fromStep": 0, "time": 1.0, "worldSize": 2, "device": "NVIDIA H100 80GB HBM3"}
+    spent = {"attempt": 1, "step": 2, "sections": {"Load": 5.0, "Train": 20.0}}
+    steps = [step(n, 3.0 - n, tokens=100, seconds=0.5, dataSeconds=0.01) for n in (1, 2)]
+    checkpoint(workplace, 2, begins, {"step": 0, "evalLoss": 3.5}, *steps, {"step": 2, "evalLoss": 1.75}, spent)
+    page = report("quick")
+    for title in ("Curves", "Time", "Memory of a rank", "Attempts", "Data", "Samples", "Configuration", "Environment"):
+        assert f"<h2>{title}</h2>" in page
+    assert "1.7500" in page
+    assert "50.0% lower" in page
+    assert "NVIDIA H100 80GB HBM3" in page
+    assert "<mark>A small number.</mark>" in page
+    assert "microBatchSize: 4" in page
+
+
+def test_the_page_needs_nothing_else_and_runs_nothing(workplace, report):
+    workplace.run()
+    page = Page(report("quick"))
+    assert page.open == []
+    assert page.fetched == []
+    assert not page.tags & {"script", "link", "img", "iframe"}
+
+
+def test_what_users_wrote_is_text(workplace, report, helpers):
+    workplace.run('dataset.chatTemplate="<script>alert(1)</script>{{ messages }}"')
+    page = report("quick")
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_a_run_that_failed_says_why(workplace, report):
+    workplace.plan("user-error")
+    assert workplace.run() == 40
+    page = report("quick")
+    assert "Failed: UserError" in page
+    assert "matches no layer" in page
+
+
+def test_a_run_without_a_history_has_the_curves_of_its_logs(workplace, report):
+    workplace.run()
+    log = workplace.run_folder / "attempt-1" / "log.txt"
+    log.write_text("".join(LOG.format(n=n, loss=4.0 - n, evaluation=3.5 - n) for n in (1, 2, 3)))
+    page = report("quick")
+    assert page.count("<polyline") >= 4
+    assert "Gradient norm" in page
+
+
+def test_a_run_that_never_began_has_a_page(workplace, report):
+    workplace.plan(prepare="user-error")
+    workplace.run()
+    assert "Not started" in report("quick")
+
+
+def test_the_page_is_where_it_was_asked_for(workplace, report):
+    workplace.run()
+    assert report("quick") == (workplace.run_folder / "report.html").read_text()
+    report("runs/quick", "-o", "elsewhere/page.html")
+    assert (workplace.folder / "elsewhere" / "page.html").exists()
+
+
+def test_a_published_adapter_has_a_page_of_its_own(workplace, report):
+    place = workplace.folder / "copied"
+    (place / "run-1" / "adapter").mkdir(parents=True)
+    manifest = {
+        "job": "tune",
+        "runUid": "0123456789",
+        "created": "2026-01-01T12:00:00Z",
+        "base": {"source": "hf://org/base", "revision": "abc"},
+        "adapter": "run-1/adapter",
+        "files": [{"path": "run-1/adapter/adapter_model.safetensors", "size": 2048, "sha256": "d" * 64}],
+        "metrics": {"step": 2, "tokens": 200},
+        "packages": {"torch": "2.15.0"},
+        "config": {"model": {"source": "hf://org/base"}},
+    }
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    rows = [{"attempt": 1, "fromStep": 0, "time": 1.0, "worldSize": 8}, step(1, 2.0), step(2, 1.5)]
+    (place / "run-1" / "adapter" / "training_history.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    page = report("copied")
+    for said in ("tune", "adapter_model.safetensors", "2 KiB", "2.15.0", "hf://org/base", "<polyline"):
+        assert said in page
+
+
+@pytest.mark.parametrize("content", ["{}", "no JSON", '{"job": 1}'])
+def test_a_file_that_is_no_manifest_is_said_to_be_none(workplace, content):
+    (workplace.folder / "manifest.json").write_text(content)
+    done = CliRunner().invoke(main.app, ["report", "."])
+    assert done.exit_code == 40
+    assert "is no manifest of an adapter" in done.output
+
+
+def test_an_unknown_run_is_answered_with_those_there_are(workplace):
+    workplace.run()
+    done = CliRunner().invoke(main.app, ["report", "quack"])
+    assert done.exit_code == 40
+    assert "there are quick" in done.output
+
+
+# ------------------------------------------------------------------------------------------------------------- history
+
+
+def test_a_broken_checkpoint_and_broken_lines_are_passed_over(workplace):
+    workplace.run_folder.mkdir(parents=True)
+    checkpoint(workplace, 1, step(1, 2.0))
+    checkpoint(workplace, 2, step(1, 2.0), step(2, 9.0), whole=False)
+    assert set(report_history.of_run(workplace.run_folder).steps) == {1}
+    found = report_history.parse(['{"step": 1, "loss": 2.0}', "", "{", '{"step": "x", "loss": 1}', "[]", '{"step": 2}'])
+    assert set(found.steps) == {1}
+
+
+def test_logs_tell_only_of_steps_after_the_last_checkpoint(tmp_path):
+    log = tmp_path / "attempt-1" / "log.txt"
+    log.parent.mkdir()
+    log.write_text("".join(LOG.format(n=n, loss=9.0, evaluation=8.0) for n in (1, 2, 3)))
+    known = report_history.parse([json.dumps(step(n, 1.0)) for n in (1, 2)] + ['{"step": 2, "evalLoss": 1.5}'])
+    found = report_history.with_logs(known, [log])
+    assert {n: s.loss for n, s in found.steps.items()} == {1: 1.0, 2: 1.0, 3: 9.0}
+    assert found.evaluations == {1: 8.0, 2: 1.5, 3: 8.0}
+
+
+def test_a_loss_that_is_not_finite_is_a_gap():
+    found = report_history.parse(['{"step": 1, "loss": null}', '{"step": 2, "loss": 1.0, "gradientNorm": null}'])
+    assert [s.loss for s in found.steps.values()] == [None, 1.0]
+
+
+# -------------------------------------------------------------------------------------------------------------- charts
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "want"),
+    [
+        pytest.param(0, 10, [0, 2, 4, 6, 8, 10], id="tens"),
+        pytest.param(0, 0.5, [0, 0.1, 0.2, 0.3, 0.4, 0.5], id="tenths"),
+        pytest.param(2, 2, [2], id="one-value"),
+        pytest.param(0, 206, [0, 50, 100, 150, 200], id="steps"),
+    ],
+)
+def test_ticks_are_round(low, high, want):
+    assert ticks(low, high) == pytest.approx(want)
+
+
+def test_long_curves_are_drawn_as_means_of_neighbours():
+    points = thinned([(float(n), float(n % 2)) for n in range(10 * MOST_POINTS)])
+    assert len(points) <= MOST_POINTS
+    assert all(0.4 < y < 0.6 for _, y in points)
+
+
+def test_every_point_lies_within_the_picture():
+    text = lines("t", [Curve("a", [(1, -3.0), (2, 1e6), (3, 7.0)])], y_text=str, marks=[Mark(2, "attempt 2")])
+    numbers = [float(n) for pair in re.search(r'points="([^"]+)"', text)[1].split() for n in pair.split(",")]
+    assert all(0 <= x <= 560 for x in numbers[::2])
+    assert all(0 <= y <= 240 for y in numbers[1::2])
+    assert "attempt 2" in text
+
+
+def test_nothing_to_draw_is_no_figure():
+    assert lines("t", [Curve("a", [])], y_text=str) == ""
+
+
+def test_trainer_and_report_name_the_files_alike():
+    history = pytest.importorskip("qlora_trainer.history")
+    assert (history.HISTORY_FILE, history.PUBLISHED_FILE) == (
+        report_history.CHECKPOINT_FILE,
+        report_history.PUBLISHED_FILE,
+    )
+
+
+def test_the_report_reads_what_the_trainer_writes():
+    history = pytest.importorskip("qlora_trainer.history").History()
+    history.attempt(1, 0, worldSize=2, device="CPU")
+    history.evaluation(0, 3.5)
+    history.step(1, loss=3.0, learningRate=1e-4, gradientNorm=float("inf"), tokens=100, seconds=0.5, dataSeconds=0.1)
+    history.sections(1, 1, {"Train": 1.5})
+    found = report_history.parse(history.to_bytes().decode().splitlines())
+    assert found.attempts[1].world_size == 2
+    assert found.evaluations == {0: 3.5}
+    assert found.steps[1].tokens_per_second == 200
+    assert found.steps[1].gradient_norm is None
+    assert found.section_seconds == {"Train": 1.5}
