@@ -48,6 +48,14 @@ class Section(IntEnum):
         return self.name.capitalize()
 
 
+_STEP = frozenset({Section.DATA, Section.FORWARD, Section.BACKWARD, Section.COLLECTIVE, Section.OPTIMIZER})
+
+
+def phase(section: Section, steps_done: int) -> str:
+    """What a rank does, in words: ``Backward of step 7``."""
+    return f"{section.title} of step {steps_done + 1}" if section in _STEP else section.title
+
+
 _FORMAT = struct.Struct("=ddiiii")
 """Monotonic time of the last sign, wall-clock time of it, section, section around it, process id, step."""
 
@@ -64,6 +72,7 @@ class Beat:
     pid: int
     """0 before the rank's process has begun."""
     step: int
+    """Optimizer steps done."""
 
     def to_bytes(self, wall: float) -> bytes:
         return _FORMAT.pack(self.at, wall, self.section, self.around, self.pid, self.step)

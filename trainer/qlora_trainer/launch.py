@@ -24,6 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig, reason_of
 from qlora_trainer import heartbeat, last_word
+from qlora_trainer.cgroup import MemoryCgroup, OomWatch
 from qlora_trainer.peers import Meeting, Place, meet
 from qlora_trainer.stop import Stop, child_processes
 from qlora_trainer.watchdog import Limits, Watchdog, process_state, words
@@ -59,10 +60,9 @@ def launch(config: TrainerConfig, config_path: Path, stop: Stop) -> int:
     with tempfile.TemporaryDirectory(prefix="qlora-heartbeats-") as folder:
         os.environ[heartbeat.ENVIRONMENT] = folder
         if config.workers == 1:
-            return _run_ranks(config, config_path, place, stop, (_Watch(config, place, Path(folder)),))
+            return _run_ranks(config, config_path, place, stop, Path(folder))
         meeting = meet(place, run_id(config), config.spec.policy.stall_timeout_seconds)
-        checks = (_Watch(config, place, Path(folder)), lambda: _lost(meeting))
-        code = _run_ranks(config, config_path, place, stop, checks)
+        code = _run_ranks(config, config_path, place, stop, Path(folder), (lambda: _lost(meeting),))
         return _with_cause(config, meeting, code)
 
 
@@ -119,8 +119,26 @@ def launch_config(config: TrainerConfig, place: Place) -> LaunchConfig:
 
 
 def _run_ranks(
-    config: TrainerConfig, config_path: Path, place: Place, stop: Stop, checks: Sequence[Callable[[], Verdict | None]]
+    config: TrainerConfig,
+    config_path: Path,
+    place: Place,
+    stop: Stop,
+    folder: Path,
+    checks: Sequence[Callable[[], Verdict | None]] = (),
 ) -> int:
+    """Run the ranks to their end.
+
+    Args:
+        config: of the attempt.
+        config_path: where it is, for the ranks.
+        place: of this worker.
+        stop: told that there are ranks now.
+        folder: for their heartbeats.
+        checks: looked at beside the heartbeats.
+
+    """
+    oom = OomWatch(MemoryCgroup.of_this_process())
+    checks = (_Watch(config, place, folder), *checks)
     verdicts: list[Verdict] = []
     stop.ranks_begin = True
     try:
@@ -129,7 +147,8 @@ def _run_ranks(
     except ChildFailedError as error:
         if verdicts:
             return verdicts[0].code
-        return _first_end(config, {rank: failure.exitcode for rank, failure in error.failures.items()})
+        ends = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        return _first_end(config, place, ends, oom, folder)
     except SignalException as error:
         return _last_code(config) or 128 + error.sigval
     return ExitCode.DONE
@@ -202,18 +221,30 @@ def _end_ranks(word_path: Path, verdict: Verdict) -> None:
 # ---------------------------------------------------------------------------------------------------- when they ended
 
 
-def _first_end(config: TrainerConfig, exit_codes: dict[int, int]) -> int:
+def _first_end(config: TrainerConfig, place: Place, exit_codes: dict[int, int], oom: OomWatch, folder: Path) -> int:
     """The exit code that tells what happened.
 
     A rank that was killed wrote no message, and the one its peers wrote is of the broken connection: the kill is said
-    instead.
+    instead. The kernel's out-of-memory killer is known by its counter, since a SIGKILL does not say who sent it.
     """
+    path = Path(config.termination_message_path)
     for rank, code in exit_codes.items():
         if code < 0 and -code != signal.SIGTERM:
-            text = f"rank {rank} was killed by {signal.Signals(-code).name}; see the log of its node for the reason"
-            said = TerminationMessage(exit_code=128 - code, reason=reason_of(code), message=text, rank=rank)
-            last_word.write(Path(config.termination_message_path), said)
-            return said.exit_code
+            beat = heartbeat.read_all(folder)[rank - place.index * config.ranks_per_worker]
+            phase = heartbeat.phase(beat.section, beat.step)
+            name = signal.Signals(-code).name
+            if -code == signal.SIGKILL and oom.struck():
+                end = int(ExitCode.OUT_OF_HOST_MEMORY)
+                text = f"rank {rank} was killed in {phase} by the kernel, out of host memory: {oom.words()}"
+            else:
+                end = ExitCode.CRASHED if -code == signal.SIGKILL else 128 - code
+                text = f"rank {rank} on {place.node} was killed by {name} in {phase}; the kernel's log may say why"
+            peers = last_word.read(path)
+            word = TerminationMessage(exit_code=end, reason=reason_of(end), message=text, rank=rank)
+            if peers is not None:  # what the others knew of the step and of memory
+                word = word.model_copy(update={"progress": peers.progress, "memory": peers.memory})
+            last_word.write(path, word)
+            return end
     first = next(iter(exit_codes.values()))
     return _last_code(config) or (first if first > 0 else 128 - first)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -9,15 +10,16 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import torch
 import transformers
 
 from qlora_api.contract import ExitCode, ProgressReport, TerminationMessage, TrainerConfig, reason_of
-from qlora_api.status import Progress
+from qlora_api.status import Memory, MemoryComponent, Progress
 from qlora_trainer import last_word
 from qlora_trainer.errors import PreemptedError, TrainerError
-from qlora_trainer.heartbeat import Heartbeat
+from qlora_trainer.heartbeat import Heartbeat, phase
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,12 @@ class LastSeen:
     report: Callable[[], ProgressReport] | None = None
     heartbeat: Heartbeat = field(default_factory=Heartbeat.of_this_rank)
 
+    @staticmethod
+    def peak_bytes() -> int:
+        """The most memory this process has held: on a device if it has one, else on the host."""
+        on_device: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        return torch.cuda.max_memory_allocated() if on_device else getrusage(RUSAGE_SELF).ru_maxrss * 1024
+
 
 def guarded(config: TrainerConfig, work: Callable[[LastSeen], TerminationMessage | None]) -> int:
     """Run ``work``; turn its end, good or bad, into an exit code and a termination message."""
@@ -65,14 +73,12 @@ def guarded(config: TrainerConfig, work: Callable[[LastSeen], TerminationMessage
     except TrainerError as error:
         log.error("%s", error)  # noqa: TRY400 one paragraph for a person; the trace would hide it
         return _leave(config, error.exit_code, str(error), rank, seen)
-    except MemoryError as error:
-        log.exception("out of host memory")
-        return _leave(config, ExitCode.OUT_OF_HOST_MEMORY, f"out of host memory: {error}", rank, seen)
     except Exception as error:
         code = ExitCode.CRASHED
-        if _is_device_oom(error):
-            code = ExitCode.OUT_OF_DEVICE_MEMORY
-        elif _is_stall(error):
+        if memory := _out_of_memory(error):
+            log.exception("out of memory")
+            return _leave(config, memory, _memory_words(memory, error, seen), rank, seen)
+        if _is_stall(error):
             code = ExitCode.STALLED
         log.exception("the attempt ended")
         if code is ExitCode.CRASHED and (words := _lost_peer(error)):
@@ -89,14 +95,27 @@ def progress_of(report: ProgressReport) -> Progress:
     return Progress(**{name: getattr(report, name) for name in Progress.model_fields})
 
 
-def _is_device_oom(error: Exception) -> bool:
-    """Allocations fail in PyTorch, in cuBLAS and in bitsandbytes, each with words of its own."""
+def _out_of_memory(error: Exception) -> ExitCode | None:
+    """Which memory an allocation failed in; None where that is not what happened.
+
+    Allocations fail in PyTorch, in cuBLAS and in bitsandbytes, on the device and on the host, each with its own words.
+    """
     text = str(error)
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or "out of memory" in text.lower()
-        or "CUBLAS_STATUS_ALLOC_FAILED" in text
-    )
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return ExitCode.OUT_OF_HOST_MEMORY
+    if "DefaultCPUAllocator" in text or "Cannot allocate memory" in text:
+        return ExitCode.OUT_OF_HOST_MEMORY
+    device = isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in text
+    return ExitCode.OUT_OF_DEVICE_MEMORY if device or "out of memory" in text.lower() else None
+
+
+def _memory_words(code: ExitCode, error: Exception, seen: LastSeen) -> str:
+    """Where the memory ran out, and how much was in use at most."""
+    kind = "device" if code is ExitCode.OUT_OF_DEVICE_MEMORY else "host"
+    peak = seen.peak_bytes() / 2**30
+    where = phase(seen.heartbeat.section, seen.heartbeat.step)
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return f"out of {kind} memory in {where}; the peak of this rank was {peak:.2f} GiB: {reason}"
 
 
 def _is_stall(error: Exception) -> bool:
@@ -126,13 +145,14 @@ def _lost_peer(error: Exception) -> str | None:
 def _leave(config: TrainerConfig, code: ExitCode, text: str, rank: str, seen: LastSeen) -> int:
     """Write the termination message unless another rank's says more already."""
     report = seen.report() if seen.report else None
+    measured = {**report.memory.measured, MemoryComponent.PEAK.value: seen.peak_bytes()} if report else None
     message = TerminationMessage(
         exit_code=code,
         reason=reason_of(code),
         message=text,
         rank=int(rank),
         progress=progress_of(report) if report else None,
-        memory=report.memory if report else None,
+        memory=Memory(predicted=report.memory.predicted, measured=measured) if report and measured else None,
     )
     last_word.write_unless_told(Path(config.termination_message_path), message)
     return code

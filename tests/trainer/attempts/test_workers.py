@@ -133,12 +133,12 @@ def test_a_killed_rank_is_told_by_its_worker_and_the_other_worker_says_that_it_l
     both[0].until(" step 2/")
     both[1].rank(1).kill()
     (suffered_code, suffered), (code, word) = (pod.end() for pod in both)
-    assert "rank 1 was killed by SIGKILL" in word.message
-    assert code not in (ExitCode.PEER_LOST, ExitCode.DONE)
+    assert "rank 1 on node-1 was killed by SIGKILL" in word.message
+    assert code == ExitCode.CRASHED
     assert suffered_code == ExitCode.PEER_LOST, both[0].log[-2000:]
     assert suffered.reason is Reason.PEER_LOST
     assert "worker 1 on node-1 ended as" in suffered.message
-    assert "rank 1 was killed by SIGKILL" in suffered.message
+    assert "rank 1 on node-1 was killed by SIGKILL" in suffered.message
 
 
 def test_a_worker_whose_whole_pod_is_gone_is_missed_at_once(pods):

@@ -7,6 +7,7 @@ import torch
 
 from qlora_api.contract import ExitCode, TerminationMessage
 from qlora_trainer.errors import CheckpointError
+from qlora_trainer.heartbeat import Section
 from qlora_trainer.outcome import guarded
 
 
@@ -28,6 +29,12 @@ class Config:
             id="cublas",
         ),
         pytest.param(MemoryError("cannot allocate"), ExitCode.OUT_OF_HOST_MEMORY, id="host"),
+        pytest.param(
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+            ExitCode.OUT_OF_HOST_MEMORY,
+            id="pytorch-on-the-host",
+        ),
+        pytest.param(OSError(12, "Cannot allocate memory"), ExitCode.OUT_OF_HOST_MEMORY, id="system"),
         pytest.param(RuntimeError("Timed out waiting 1800000ms for recv"), ExitCode.STALLED, id="gloo-timeout"),
         pytest.param(
             RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer. GLHF!"),
@@ -77,3 +84,23 @@ def test_a_rank_that_lost_a_peer_gives_way_to_one_that_knows_more(tmp_path):
     for error in (RuntimeError("Connection closed by peer"), MemoryError("the cause"), RuntimeError("Broken pipe")):
         guarded(Config(word), work(error))
     assert "the cause" in word.read_text()
+
+
+@pytest.mark.parametrize(
+    ("section", "step", "said"),
+    [
+        pytest.param(Section.LOAD, 0, "in Load;", id="load"),
+        pytest.param(Section.BACKWARD, 6, "in Backward of step 7;", id="step"),
+        pytest.param(Section.CHECKPOINT, 6, "in Checkpoint;", id="save"),
+    ],
+)
+def test_out_of_memory_names_the_phase_and_the_peak(section, step, said, tmp_path):
+    def work(seen):
+        seen.heartbeat.step = step
+        with seen.heartbeat.during(section):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore lines")
+
+    assert guarded(Config(tmp_path / "word.json"), work) == ExitCode.OUT_OF_DEVICE_MEMORY
+    text = TerminationMessage.model_validate_json((tmp_path / "word.json").read_bytes()).message
+    assert text.startswith(f"out of device memory {said} the peak of this rank was ")
+    assert text.endswith("Tried to allocate 2.00 GiB")
