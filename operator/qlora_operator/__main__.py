@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import kopf
 
@@ -29,6 +31,8 @@ from qlora_operator.store import Store
 log = logging.getLogger("qlora_operator")
 GANG_SECONDS = 300
 """Between two looks at what the cluster offers."""
+STOP_SECONDS = 10
+"""For all parts to end, before they are left behind."""
 FIRST_LOOK_SECONDS = 2
 """Until the first look is tried again: the API server is not there yet, or does not serve QLoRAJobs yet."""
 
@@ -48,6 +52,11 @@ async def first_look(api: Api, store: Store, namespaces: Sequence[str]) -> tuple
                 raise
             log.warning("not everything can be seen yet: %s; again in %d s", error, FIRST_LOOK_SECONDS)
             await asyncio.sleep(FIRST_LOOK_SECONDS)
+
+
+def stop_on_signals(stop: asyncio.Event) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
 
 
 async def run(config: OperatorConfig) -> None:
@@ -87,19 +96,21 @@ async def run(config: OperatorConfig) -> None:
         gangs, reconciler.services = await first_look(api, store, config.namespaces)
         for key in (*dict(store), *((namespace, "") for namespace in reconciler.services)):
             reconciler.wake(key)
-        await kopf.operator(
+        works = await kopf.spawn_tasks(
             registry=registry,
             settings=handlers.settings(),
             standalone=True,
             clusterwide=not config.namespaces,
             namespaces=config.namespaces,
-            stop_flag=stop,
         )
+        stop_on_signals(stop)  # kopf has just taken them for itself
+        # Not kopf.run_tasks: when a watch has failed for good, it waits for the others, and they for it (kopf#1276).
+        done, _ = await asyncio.wait(works, return_when=asyncio.FIRST_COMPLETED)
+        for work in done:
+            work.result()
 
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    stop_on_signals(stop)
     server = await health.serve(metrics.registry, watches, config.metrics_port)
     tasks = [
         asyncio.create_task(work, name=name)
@@ -117,25 +128,32 @@ async def run(config: OperatorConfig) -> None:
     stop.set()
     for task in (*tasks, waiting):
         task.cancel()
-    await asyncio.gather(*tasks, waiting, return_exceptions=True)
+    await asyncio.wait((*tasks, waiting), timeout=STOP_SECONDS)
     await server.cleanup()
     await api.close()
     for task in done - {waiting}:
         task.result()
 
 
-def main() -> int:
+def main() -> NoReturn:
     parser = argparse.ArgumentParser(prog="qlora_operator", description="Run QLoRAJobs on this cluster.")
     parser.add_argument("--config", type=Path, required=True, help="settings, as the chart writes them")
     try:
         config = OperatorConfig.read(parser.parse_args().config)
     except (ManifestError, OSError) as error:
         print(error, file=sys.stderr)  # noqa: T201
-        return 2
+        sys.exit(2)
     set_up_logs(config.log_format)
-    asyncio.run(run(config))
-    return 0
+    runner, code = asyncio.Runner(), 0
+    try:
+        runner.run(run(config))
+    except Exception:
+        log.exception("the operator ends; Kubernetes starts another one")
+        code = 1
+    # Not runner.close(): some of the tasks that kopf leaves behind do not end. There is nothing to save.
+    logging.shutdown()
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -45,7 +45,6 @@ def serve(name: str) -> None:
 
 
 def become_operator(order: dict) -> None:
-    code = 1
     try:
         os.setsid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -59,12 +58,12 @@ def become_operator(order: dict) -> None:
             module, _, constant = name.rpartition(".")
             setattr(sys.modules[module], constant, value)
         sys.argv = ["qlora_operator", *order["arguments"]]
-        code = main()
+        main()
     except BaseException:  # noqa: BLE001 nothing may get out of a fork
         traceback.print_exc()
     finally:
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(1)
 
 
 if __name__ == "__main__":
