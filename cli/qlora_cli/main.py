@@ -63,7 +63,9 @@ WhatIf = Annotated[bool, typer.Option("--what-if", help="Other GPUs, ranks and s
 ModelConfig = Annotated[
     Path | None, typer.Option("--model-config", metavar="config.json", help="The base's configuration, in its place.")
 ]
-ReportOf = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or folder of a published adapter.")]
+ReportOf = Annotated[
+    str, typer.Argument(metavar="RUN", help="Name or folder of a run, or folder of a published adapter.")
+]
 ReportFile = Annotated[
     Path | None, typer.Option("-o", "--out", metavar="FILE", help="Default: report.html in the folder of the run.")
 ]
@@ -229,7 +231,7 @@ def generate(
 def report(run: ReportOf, out: ReportFile = None, runs_dir: RunsDir = Path("runs")) -> None:
     """Write one page with all that is known of a run: curves, memory, data, attempts, configuration.
 
-    RUN is the name of a local run, finished or not, or the folder of a published adapter. The page needs nothing else.
+    RUN is a local run, finished or not, by name or folder, or the folder of a published adapter.
     """
     with _mistakes_end_it():
         from qlora_cli.report import write
