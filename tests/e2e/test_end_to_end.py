@@ -217,7 +217,8 @@ def test_a_node_that_is_lost_costs_an_attempt_and_no_restart(stage, team, bucket
     lost.stop()
     first, last = done["status"]["attempts"]
     assert (first["reason"], first["node"]) == ("NodeLost", lost.name)
-    assert last["firstStep"] >= 10
+    # Its containers go on without a kubelet: they may have published before the next attempt looked.
+    assert last["firstStep"] >= 10 or "attempt-1" in done["status"]["adapter"]["uri"]
     assert done["status"]["restarts"] == 0
 
 
@@ -251,7 +252,7 @@ def test_uninstalling_leaves_nothing(stage, team, bucket):
     run.wait(in_state("Running"))
     stage.cluster.api.delete(job_path(team, "cut-short"))
     for collection in (f"/apis/batch/v1/namespaces/{team}/jobs", f"/api/v1/namespaces/{team}/pods"):
-        stage.cluster.api.wait_for(collection, lambda found: not found["items"], seconds=60)
+        stage.cluster.api.wait_for(collection, lambda found: not found["items"], seconds=150)
     stage.uninstall()
     left = stage.cluster.kubectl("get", "all,cm,sa,roles,rolebindings", "-n", stage.system, "-o", "name").split()
     assert [name for name in left if "qlora" in name] == []
