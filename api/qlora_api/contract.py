@@ -10,7 +10,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from qlora_api.base import Model
 from qlora_api.batch import BatchSplit
@@ -108,6 +108,8 @@ class TrainerConfig(Model):
 class TerminationMessage(Model):
     """The last word of an attempt, or of Prepare, as JSON, at most 4 KiB."""
 
+    model_config = ConfigDict(extra="ignore")  # a trainer of another version may say more
+
     exit_code: int
     reason: Reason
     message: str = ""
@@ -146,6 +148,8 @@ class RankActivity(Model):
 
 class ProgressReport(Progress):
     """The answer of ``GET /progress`` on rank 0."""
+
+    model_config = ConfigDict(extra="ignore")
 
     job: str
     attempt: int

@@ -384,6 +384,9 @@ class OutputSpec(Model):
     """Secret in the job's namespace with the destination's credentials as environment variables."""
     merge: Merge = Merge.NONE
     """BFloat16: publish the base with the adapter merged in, besides the adapter."""
+    allow_worse_eval: bool = False
+    """Publish the best checkpoint even if its loss on the evaluation rows is above the base's. Otherwise the job ends
+    without an adapter: the training made the model worse at what it was held against."""
 
 
 # -------------------------------------------------------------------------------------------------- policy, scheduling
@@ -397,12 +400,13 @@ class OnOutOfMemory(StrEnum):
 class PolicySpec(Model):
     """What happens when something happens. May be changed while the job runs."""
 
-    max_restarts: int = Field(3, ge=0, le=100)
+    max_restarts: int = Field(3, ge=0, le=50)
     """Attempts after the first that crashes may cost. Preemption and lost nodes do not count."""
     on_out_of_memory: OnOutOfMemory = OnOutOfMemory.RECOVER
     """Recover: halve the micro-batch, keep the global batch, resume from the last checkpoint."""
     stall_timeout_seconds: int = Field(1800, ge=30, le=86400)
-    """A collective that takes longer ends the attempt."""
+    """A rank that gives no sign of life for so long is named, and the attempt ended and resumed. Longer than the longest
+    forward or backward pass; loading, saving and publishing may take more. Also how long pods wait for each other."""
     shrink_after_seconds: int = Field(120, ge=10, le=86400)
     """With parallelism.minWorkers: how long pods that no node can take are waited for before fewer are tried."""
     active_deadline_seconds: int | None = Field(None, ge=60, le=31536000)

@@ -210,6 +210,8 @@ class QLoRAJobStatus(Model):
     restarts: Count = 0
     gpu_seconds: Count = 0
     """Time of all GPUs over all attempts, without waiting."""
+    earlier_gpu_seconds: Count = 0
+    """Of attempts that are not listed any more."""
     start_time: datetime | None = None
     """Of the first attempt, or of Prepare."""
     completion_time: datetime | None = None

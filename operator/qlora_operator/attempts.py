@@ -94,7 +94,11 @@ def _completed(job: SeenJob, pods: tuple[SeenPod, ...], seen: Observed) -> Endin
     first = next((p for p in pods if p.index == 0 and p.word), None)
     if first:
         return _of_pod(first, Reason.COMPLETED)
-    if seen.now < (job.ended or job.created) + RESULT_PATIENCE:
+    mute = next((p for p in pods if p.index == 0 and p.exit_code == 0), None)
+    if mute:
+        text = f"pod {mute.name} ended well with a last word that cannot be read; is trainer.image of this version?"
+        return Ending(Reason.CRASHED, text, 0, mute.node)
+    if job.ended is None or seen.now < job.ended + RESULT_PATIENCE:
         return None
     return Ending(Reason.PREEMPTED, "it completed, but its pods were deleted before their result was read")
 
@@ -134,7 +138,8 @@ def _weight(pod: SeenPod) -> tuple[int, Reason] | None:
     if pod.disruption:
         return 1, Reason.NODE_LOST if pod.disruption in NODE_GONE else Reason.PREEMPTED
     if code is None:
-        return (2, Reason.PREEMPTED) if pod.exit_reason == "Evicted" else None
+        # kubelet refused or ended it, without a container's end: UnexpectedAdmissionError, OutOfcpu, Evicted …
+        return (2, Reason.PREEMPTED) if pod.phase == "Failed" else None
     if code == 0:
         return None
     reason = reason_of(code)
@@ -152,7 +157,9 @@ def _of_pod(pod: SeenPod, reason: Reason) -> Ending:
     if word is not None and word.message:
         text = word.message
     elif pod.exit_code is None:
-        text = f"pod {pod.name} was ended ({pod.disruption or pod.exit_reason or 'deleted'})"
+        text = (
+            f"pod {pod.name} was ended ({pod.disruption or pod.exit_reason or 'deleted'}) {pod.message[-500:]}".rstrip()
+        )
     else:
         why = pod.exit_reason or "no reason"
         text = f"pod {pod.name} ended with exit code {pod.exit_code} ({why}) and no last word"

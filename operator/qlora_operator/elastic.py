@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from qlora_api.batch import BatchSplit, on_other_ranks
 from qlora_api.status import Attempt, Reason
@@ -16,10 +16,17 @@ def too_large(context: Context, attempt: Attempt) -> Ending | None:
     """With minWorkers: no node has taken the pods for long enough, and fewer can be tried."""
     job = context.seen.jobs.get(attempt.number)
     patience = timedelta(seconds=context.job.spec.policy.shrink_after_seconds)
-    if job is None or job.ready or context.now < attempt.start_time + patience or fewer(context, attempt) is None:
+    if job is None or job.ready >= context.workers(attempt) or fewer(context, attempt) is None:
+        return None
+    if context.now < waiting_since(context, attempt) + patience:
         return None
     reason, text = why_waiting(context.job.spec, attempt.number, context.workers(attempt), context.seen)
     return Ending(reason, f"{text}; fewer workers are tried") if reason is Reason.UNSCHEDULABLE else None
+
+
+def waiting_since(context: Context, attempt: Attempt) -> datetime:
+    """When the last of its pods was made: time in a queue before that is not time without room."""
+    return max((p.created for p in context.seen.pods_of(attempt.number)), default=attempt.start_time)
 
 
 def fewer(context: Context, attempt: Attempt) -> BatchSplit | None:

@@ -21,11 +21,14 @@ def open_attempt(status: QLoRAJobStatus) -> Attempt | None:
 def with_attempt(status: QLoRAJobStatus, attempt: Attempt) -> QLoRAJobStatus:
     """Add an attempt, or put it in the place of the one with its number; keep no more than MAX_ATTEMPTS."""
     attempts = [*(a for a in status.attempts if a.number != attempt.number), attempt]
+    earlier = status.earlier_gpu_seconds
     while len(attempts) > MAX_ATTEMPTS:
-        free = next((a for a in attempts if restarts([a]) == 0), attempts[0])
+        free = next((a for a in attempts[:-1] if restarts([a]) == 0), attempts[0])
         attempts.remove(free)
+        earlier += _held([free], free.end_time or free.start_time)
     start = status.start_time or attempt.start_time
-    return status.model_copy(update={"attempts": attempts, "restarts": restarts(attempts), "start_time": start})
+    update = {"attempts": attempts, "restarts": restarts(attempts), "start_time": start, "earlier_gpu_seconds": earlier}
+    return status.model_copy(update=update)
 
 
 def measured(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
@@ -66,11 +69,15 @@ def _with_measures(status: QLoRAJobStatus, progress: Progress | None, memory: Me
 def budget_left(context: Context, status: QLoRAJobStatus) -> float | None:
     """GPU-seconds that may still be used; None without a budget."""
     hours = context.job.spec.policy.budget_gpu_hours
-    return None if hours is None else float(hours) * 3600 - gpu_seconds(status.attempts, context.now)
+    return None if hours is None else float(hours) * 3600 - gpu_seconds(status, context.now)
 
 
-def gpu_seconds(attempts: Sequence[Attempt], now: datetime) -> int:
+def gpu_seconds(status: QLoRAJobStatus, now: datetime) -> int:
     """Time of all GPUs over all attempts, from when their pods were ready."""
+    return status.earlier_gpu_seconds + _held(status.attempts, now)
+
+
+def _held(attempts: Sequence[Attempt], now: datetime) -> int:
     held = ((a.world_size, (a.end_time or now) - a.running_time) for a in attempts if a.running_time)
     return round(sum(ranks * time.total_seconds() for ranks, time in held))
 

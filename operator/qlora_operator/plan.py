@@ -31,7 +31,7 @@ from qlora_operator.attempts import Ending, close, ending_of
 from qlora_operator.conditions import holds, set_condition
 from qlora_operator.config import OperatorConfig
 from qlora_operator.decision import Context, Note, Plan
-from qlora_operator.elastic import fewer, on_the_right_ranks, too_large
+from qlora_operator.elastic import fewer, on_the_right_ranks, too_large, waiting_since
 from qlora_operator.history import budget_left, gpu_seconds, measured, open_attempt, with_attempt, with_last_word
 from qlora_operator.seen import PREPARE, JobState, Observed, SeenJob, planned
 from qlora_operator.waiting import why_waiting
@@ -61,7 +61,13 @@ def plan(job: QLoRAJob, seen: Observed, config: OperatorConfig, gang: Gang) -> P
     # What ended by a decision (its node is lost, it found no room) may have a Job that would go on.
     over = {a.number for a in status.attempts if a.end_time}
     stale = tuple(j for j in _running(context) if j.attempt in over and j not in following.delete)
-    return replace(following, delete=(*following.delete, *stale), notes=(*notes, *following.notes))
+    wake = min(following.wake_after or math.inf, _until_deadline(context, following.status))
+    return replace(
+        following,
+        delete=(*following.delete, *stale),
+        notes=(*notes, *following.notes),
+        wake_after=None if wake == math.inf else wake,
+    )
 
 
 def is_over(status: QLoRAJobStatus) -> bool:
@@ -95,9 +101,17 @@ def _running(context: Context) -> tuple[SeenJob, ...]:
     )
 
 
+def _until_deadline(context: Context, status: QLoRAJobStatus) -> float:
+    """Seconds; no event announces it."""
+    limit = context.job.spec.policy.active_deadline_seconds
+    if limit is None or status.start_time is None:
+        return math.inf
+    return (status.start_time + timedelta(seconds=limit) - context.now).total_seconds()
+
+
 def _deadline(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus | None:
     limit = context.job.spec.policy.active_deadline_seconds
-    if limit is None or status.start_time is None or context.now < status.start_time + timedelta(seconds=limit):
+    if _until_deadline(context, status) > 0:
         return None
     text = f"longer than spec.policy.activeDeadlineSeconds ({limit}) over all attempts"
     attempt = open_attempt(status)
@@ -176,7 +190,7 @@ def _concluded(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus
 
 def _with_end(context: Context, status: QLoRAJobStatus, ended: Attempt, ending: Ending) -> QLoRAJobStatus:
     status = with_attempt(status, ended)
-    status = status.model_copy(update={"gpu_seconds": gpu_seconds(status.attempts, context.now)})
+    status = status.model_copy(update={"gpu_seconds": gpu_seconds(status, context.now)})
     return with_last_word(status, ending)
 
 
@@ -326,7 +340,7 @@ def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Plan:
         status = with_attempt(status, attempt)
         report = context.seen.report
         if report:  # with the other figures, or a restart of the operator would write all running jobs anew
-            status = status.model_copy(update={"gpu_seconds": gpu_seconds(status.attempts, context.now)})
+            status = status.model_copy(update={"gpu_seconds": gpu_seconds(status, context.now)})
         doing = f", {report.section}" if report and report.attempt == attempt.number else ""
         text = f"attempt {attempt.number}: {attempt.world_size} ranks on {', '.join(nodes) or 'their nodes'}{doing}"
         if (left := budget_left(context, status)) is not None:
@@ -334,12 +348,12 @@ def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Plan:
         status = _said(context, status, ConditionType.RUNNING, Reason.TRAINING, text, holds=True)
         status = status.model_copy(update={"state": ConditionType.RUNNING, "reason": Reason.TRAINING})
         return Plan(status, wake_after=wake, watch_progress=True)
-    if holds(status.conditions, ConditionType.RUNNING) and (job is None or job.state is not JobState.ACTIVE):
+    if holds(status.conditions, ConditionType.RUNNING) and (job is None or job.state in _ENDING):
         # The last pods end: nothing to say yet that status does not say.
         return Plan(status, wake_after=wake)
     reason, text = why_waiting(context.job.spec, attempt.number, context.workers(attempt), context.seen)
     if reason is Reason.UNSCHEDULABLE and fewer(context, attempt):
-        until = attempt.start_time + timedelta(seconds=context.job.spec.policy.shrink_after_seconds)
+        until = waiting_since(context, attempt) + timedelta(seconds=context.job.spec.policy.shrink_after_seconds)
         wake = min(wake or math.inf, max((until - context.now).total_seconds(), 1))
     return _pending(context, status, reason, text, wake_after=wake)
 

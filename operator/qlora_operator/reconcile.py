@@ -29,8 +29,8 @@ from qlora_operator.gangs import choose_gang, not_offered
 from qlora_operator.metrics import Metrics
 from qlora_operator.names import FIELD_MANAGER, SERVICE, UID_LABEL
 from qlora_operator.patch import merge_patch
-from qlora_operator.plan import plan
-from qlora_operator.seen import Observed, SeenJob, SeenPod
+from qlora_operator.plan import is_over, plan
+from qlora_operator.seen import PREPARE, Observed, SeenJob, SeenPod
 from qlora_operator.store import Key, Known, Store
 
 log = logging.getLogger(__name__)
@@ -75,13 +75,13 @@ class Reconciler:
 
     def wake(self, key: Key) -> None:
         """Reconcile a key as soon as possible, but not before the time that the API server asked for."""
+        if timer := self._timers.pop(key, None):
+            timer.cancel()
         left = self._not_before.get(key, 0.0) - time.monotonic()
         if left > 0:
             self.wake_later(key, left)
             return
         self._not_before.pop(key, None)
-        if timer := self._timers.pop(key, None):
-            timer.cancel()
         if key not in self._queued:
             self._queued[key] = time.monotonic()
             if key not in self._busy:
@@ -185,7 +185,8 @@ class Reconciler:
         for attempt in after.attempts:
             if attempt.end_time and attempt.number not in ended and attempt.reason:
                 self._metrics.attempt_ended(attempt.reason.value)
-        concluded = max((a.number for a in after.attempts if a.end_time), default=0)
+        prepared = PREPARE if after.prepared or after.attempts or is_over(after) else PREPARE - 1
+        concluded = max((a.number for a in after.attempts if a.end_time), default=prepared)
         if any(p.gone for p in known.pods.values()):
             self._store.clear_gone(key, concluded)
         if decided.watch_progress:
@@ -305,8 +306,16 @@ class Reconciler:
         before: Object = next((c for c in (raw.get("status") or {}).get("conditions", ()) if c["type"] == "Failed"), {})
         if before.get("message") == text:
             return
-        status = {"state": "Failed", "reason": "UserError", "conditions": [failed]}
-        self._store.take_job(await self._api.patch(f"{_path(key)}/status", {"status": status}))
+        with_spec_alone = {name: value for name, value in raw.items() if name != "status"}
+        try:
+            QLoRAJob.model_validate_json(json.dumps(with_spec_alone))
+        except (ValidationError, ManifestError):
+            pass
+        else:  # what a newer operator wrote is no reason to end a job: leave it alone until this one is newer, too
+            raise RuntimeError(f"status cannot be understood: {text}")
+        status = {"state": "Failed", "reason": "UserError", "completionTime": now, "conditions": [failed]}
+        body = {"metadata": {"resourceVersion": raw["metadata"]["resourceVersion"]}, "status": status}
+        self._store.take_job(await self._api.patch(f"{_path(key)}/status", body))
 
     async def _post(self, job: QLoRAJob, note: Note) -> None:
         """Post an Event. Losing one loses nothing that status does not say."""

@@ -148,7 +148,7 @@ def see_job(body: Mapping[str, Any]) -> SeenJob:
         state = JobState.SUSPENDED
     else:
         state = JobState.ACTIVE
-    ending = failed or conditions.get("Complete") or {}
+    ending = failed or conditions.get("Complete") or conditions.get("SuccessCriteriaMet") or {}
     return SeenJob(
         name=meta["name"],
         uid=meta["uid"],
@@ -195,7 +195,7 @@ def see_pod(body: Mapping[str, Any]) -> SeenPod:
         created=_required_time(meta["creationTimestamp"]),
         exit_code=ended.get("exitCode"),
         exit_reason=ended.get("reason", "") or status.get("reason", ""),
-        message=ended.get("message", ""),
+        message=ended.get("message", "") or status.get("message", ""),
         deletion_due=parse_time(meta.get("deletionTimestamp")),
     )
 

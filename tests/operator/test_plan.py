@@ -316,3 +316,30 @@ def test_a_job_whose_budget_is_used_up_is_suspended_and_goes_on_with_more():
     assert decide(job(gone.status, policy={"budgetGpuHours": "0.5"}), seen(after=9000)).status == gone.status
     more = decide(job(gone.status, policy={"budgetGpuHours": "1"}), seen(after=9000))
     assert names(more) == ["job-2"]
+
+
+def test_the_deadline_wakes_the_job_by_itself():
+    waiting = seen(child(), pod(unschedulable=FULL, ready=False))
+    assert decide(job(running(), policy={"activeDeadlineSeconds": 60}), waiting).wake_after == 60
+
+
+def test_with_min_workers_one_pod_that_found_room_does_not_hold_the_others_place():
+    waiting = running().model_copy(update={"attempts": [attempt(1, worldSize=2)]})
+    a_job = job(waiting, workers=2, parallelism={"minWorkers": 1})
+    half = seen(child(ready=1), pod(), pod(index=1, unschedulable=FULL, ready=False), after=120)
+    assert [a.world_size for a in decide(a_job, half).status.attempts] == [2, 1]
+
+
+def test_the_newest_attempt_is_never_dropped_and_gpu_time_of_dropped_ones_still_counts():
+    kept = [attempt(n, "Crashed", runningTime=NOW - timedelta(seconds=10)) for n in range(1, MAX_ATTEMPTS + 1)]
+    planned = decide(job(QLoRAJobStatus(attempts=kept), policy={"maxRestarts": 50}), seen(after=1000))
+    assert planned.status.state == "Failed"
+    free = [attempt(n, "Preempted", runningTime=NOW - timedelta(seconds=10)) for n in range(1, MAX_ATTEMPTS + 1)]
+    planned = decide(job(QLoRAJobStatus(attempts=free)), seen(after=1000))
+    assert planned.status.attempts[-1].number == MAX_ATTEMPTS + 1
+    assert planned.status.earlier_gpu_seconds == 10
+
+
+def test_a_job_sent_back_by_its_queue_is_queued():
+    trained = decide(job(running()), seen(child(ready=1), pod())).status
+    assert decide(job(trained), seen(child(state=JobState.SUSPENDED))).status.reason is Reason.QUEUED
