@@ -133,7 +133,7 @@ EXPECTED: dict[str, Any] = {
         "Suspended": "False Pending resumed",
         "Succeeded": "True Completed step 10 of 10",
     },
-    "restarts": 1,
+    "restarts": 0,
     "adapter": ADAPTER,
     "rows": 7,
     "memory": {"measured": {}, "predicted": PREPARED["memory"]},

@@ -94,7 +94,7 @@ def test_out_of_device_memory_halves_the_micro_batch_and_keeps_the_global_batch(
     assert (first["reason"], second["reason"]) == ("OutOfDeviceMemory", "Completed")
     assert second["microBatchSize"] == first["microBatchSize"] // 2
     assert second["microBatchSize"] * second["gradientAccumulationSteps"] == 16
-    assert done["status"]["restarts"] == 1
+    assert done["status"]["restarts"] == 0
 
 
 def test_a_worker_deleted_mid_run_costs_an_attempt_and_no_restart(api, operator, kwok_namespace):
