@@ -43,7 +43,7 @@ class History:
         return list(self._versions[plural, namespace])
 
     def __enter__(self) -> Self:
-        self._starts = {name: self._cluster.api.get(path) for name, path in COLLECTIONS.items()}
+        self._starts = {name: self._cluster.api.wait_for(path, bool) for name, path in COLLECTIONS.items()}
         for thread in self._threads:
             thread.start()
         return self

@@ -1,0 +1,298 @@
+"""The operator with the rights that the chart gives it, and what a tenant reaches through it."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from charts.helm import CHART, Helm
+from cluster.harness.api import ApiError
+from cluster.harness.control_plane import ControlPlane, KubectlError, Settings
+from cluster.harness.history import History
+from cluster.harness.jobs import create_job, in_state, last_attempt, qlora_job
+from cluster.harness.kwok import find_node_again, lose_node
+from cluster.harness.script import pods_do
+from cluster.harness.whole_life import (
+    ADAPTER,
+    EXPECTED,
+    NAMESPACE_LABELS,
+    SETTINGS,
+    contradictions,
+    ends,
+    live,
+    outcome,
+    pods_live,
+)
+from cluster.harness.zygote import ForkedOperator
+from services.binaries import ToolMissingError, find_or_build
+from services.fixtures import skip_unless_ci
+from services.tools import HELM
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+ENFORCED_SECONDS = 30
+MODES = ("the-whole-cluster", "one-namespace")
+
+
+@dataclass(frozen=True)
+class Installed:
+    """The chart's objects on a cluster, but for the operator's Deployment, which is a process of the test's."""
+
+    cluster: ControlPlane
+    served: str
+    """A namespace in the operator's care."""
+    settings: dict[str, Any]
+    """The operator's, as the chart writes them."""
+    account: str
+    """The operator's user name."""
+    kubeconfig: Path
+    """The operator's."""
+
+
+@pytest.fixture(scope="module")
+def own_cluster(tmp_path_factory) -> Iterator[ControlPlane]:
+    """A cluster for this module: policies and roles of the chart hold everywhere in it."""
+    try:
+        cluster = ControlPlane(tmp_path_factory.mktemp("rights"), Settings(eviction_seconds=1))
+    except ToolMissingError as error:
+        skip_unless_ci(str(error))
+    with cluster:
+        cluster.add_kwok_nodes(3)
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def history(own_cluster, cluster_wide) -> Iterator[History]:
+    with History(own_cluster) as history:
+        yield history
+
+
+@pytest.fixture(scope="module")
+def helm(tmp_path_factory) -> Helm:
+    try:
+        return Helm(find_or_build(HELM), tmp_path_factory.mktemp("helm"))
+    except ToolMissingError as error:
+        skip_unless_ci(str(error))
+        raise
+
+
+@pytest.fixture(scope="module")
+def cluster_wide(own_cluster, helm) -> Installed:
+    return install(own_cluster, helm, "qlora-system", own_cluster.create_namespace("tenant", NAMESPACE_LABELS))
+
+
+@pytest.fixture(scope="module")
+def namespaced(own_cluster, helm, cluster_wide) -> Installed:
+    """A second release, for one namespace; the definition and the policy are the first one's."""
+    served = own_cluster.create_namespace("served", NAMESPACE_LABELS)
+    off = {"crds": {"install": False}, "admissionPolicy": {"enabled": False}, "rbac": {"aggregate": False}}
+    return install(own_cluster, helm, "second-system", served, namespaces=[served], **off)
+
+
+@pytest.fixture
+def installed(request, mode) -> Installed:
+    return request.getfixturevalue({"the-whole-cluster": "cluster_wide", "one-namespace": "namespaced"}[mode])
+
+
+def install(cluster: ControlPlane, helm: Helm, system: str, served: str, **values: Any) -> Installed:
+    """``helm template | kubectl apply``, and the operator's own kubeconfig and settings out of it."""
+    cluster.api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": system}})
+    text = helm("template", "qlora", CHART, "--namespace", system, "--values", "-", stdin=yaml.safe_dump(values))
+    objects = [each for each in yaml.safe_load_all(text) if each and each["kind"] != "Deployment"]
+    cluster.kubectl("apply", "--server-side", "-f", "-", stdin="\n---\n".join(map(json.dumps, objects)))
+    (account,) = (each["metadata"]["name"] for each in objects if each["kind"] == "ServiceAccount")
+    (config,) = (each["data"]["config.yaml"] for each in objects if each["kind"] == "ConfigMap" and "data" in each)
+    settings = {key: value for key, value in yaml.safe_load(config).items() if value is not None}
+    settings |= SETTINGS | {"trainer": {"nodeLostSeconds": 1}, "progressSeconds": 1}
+    settings.pop("metricsPort")
+    return Installed(
+        cluster,
+        served,
+        settings,
+        f"system:serviceaccount:{system}:{account}",
+        cluster.service_account_kubeconfig(system, account),
+    )
+
+
+def can_i(cluster: ControlPlane, account: str, verb: str, resource: str, namespace: str) -> bool:
+    """``kubectl auth can-i``."""
+    place = ("--namespace", namespace) if namespace else ("--all-namespaces",)
+    try:
+        return cluster.kubectl("auth", "can-i", verb, resource, "--as", account, *place).strip() == "yes"
+    except KubectlError as error:
+        if str(error).rstrip().endswith("no"):
+            return False
+        raise
+
+
+# --------------------------------------------------------------------------------------------------------- the operator
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_whole_life_needs_no_right_that_the_chart_does_not_give(installed, history, zygote, tmp_path):
+    cluster, mark = installed.cluster, installed.cluster.audit_mark()
+    operator = ForkedOperator(zygote, tmp_path, installed.kubeconfig, **installed.settings)
+    with operator, pods_live(cluster.api, installed.served):
+        live(cluster.api, installed.served)
+        assert operator.healthz() == (200, "ok\n")
+    assert outcome(history, installed.served) == EXPECTED
+    assert contradictions(history, installed.served) == []
+    asked = [r for r in cluster.requests_since(mark) if r.user == installed.account]
+    assert {"create", "patch", "delete", "list", "watch"} <= {r.verb for r in asked}
+    assert [(r.verb, r.resource, r.namespace) for r in asked if r.code == 403] == []
+
+
+def test_a_lost_node_is_looked_at_with_the_rights_of_the_chart(cluster_wide, zygote, tmp_path):
+    cluster, api = cluster_wide.cluster, cluster_wide.cluster.api
+    namespace, mark = cluster.create_namespace(), cluster.audit_mark()
+    settings = cluster_wide.settings | {"prepare": {"enabled": False}}
+    with (
+        ForkedOperator(zygote, tmp_path, cluster_wide.kubeconfig, **settings),
+        pods_do(api, namespace, ends(adapter=ADAPTER), attempt=2),
+    ):
+        path = create_job(api, qlora_job(namespace=namespace))
+        node = last_attempt(api.wait_for(path, in_state("Running")))["node"]
+        lose_node(api, node)
+        try:
+            done = api.wait_for(path, in_state("Succeeded"), seconds=60)
+        finally:
+            find_node_again(api, node)
+    assert [a["reason"] for a in done["status"]["attempts"]] == ["NodeLost", "Completed"]
+    asked = [r for r in cluster.requests_since(mark) if r.user == cluster_wide.account]
+    assert [(r.verb, r.resource) for r in asked if r.code == 403] == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("verb", ["get", "list", "watch", "create"])
+def test_the_operator_sees_no_secrets(installed, verb):
+    for namespace in (installed.served, "kube-system", ""):
+        assert not can_i(installed.cluster, installed.account, verb, "secrets", namespace)
+
+
+@pytest.mark.parametrize(
+    ("verb", "resource"),
+    [
+        ("list", "qlorajobs.qlora.dev"),
+        ("create", "jobs.batch"),
+        ("delete", "pods"),
+        ("list", "pods"),
+        ("get", "services"),
+    ],
+)
+def test_an_operator_of_one_namespace_may_nothing_in_others(namespaced, verb, resource):
+    assert can_i(namespaced.cluster, namespaced.account, verb, resource, namespaced.served)
+    for namespace in ("default", "kube-system", ""):
+        assert not can_i(namespaced.cluster, namespaced.account, verb, resource, namespace)
+
+
+def test_an_operator_of_one_namespace_leaves_jobs_of_others_alone(namespaced, zygote, tmp_path):
+    api = namespaced.cluster.api
+    with ForkedOperator(zygote, tmp_path, namespaced.kubeconfig, **namespaced.settings):
+        outside = create_job(api, qlora_job("outside", "default", suspend=True))
+        inside = create_job(api, qlora_job("inside", namespaced.served, suspend=True))
+        api.wait_for(inside, in_state("Suspended"))
+        assert "status" not in api.get(outside)
+    for path in (outside, inside):
+        api.delete(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- a tenant
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """Somebody who may create and change QLoRAJobs in one namespace, and get one Secret there: 'own'."""
+
+    cluster: ControlPlane
+    namespace: str
+    kubeconfig: Path
+
+    def apply(self, manifest: dict[str, Any]) -> str:
+        """Apply as kubectl does; why it was refused, empty if it was not."""
+        try:
+            self.cluster.kubectl("apply", "-f", "-", stdin=json.dumps(manifest), kubeconfig=self.kubeconfig)
+        except KubectlError as error:
+            return str(error)
+        return ""
+
+
+@pytest.fixture(scope="module")
+def tenant(cluster_wide) -> Tenant:
+    cluster, namespace = cluster_wide.cluster, cluster_wide.cluster.create_namespace("tenant")
+    for name in ("own", "of-others"):
+        cluster.kubectl("create", "secret", "generic", name, "--from-literal=TOKEN=x", "-n", namespace)
+    rules = [
+        {"apiGroups": ["qlora.dev"], "resources": ["qlorajobs"], "verbs": ["create", "get", "patch"]},
+        {"apiGroups": [""], "resources": ["secrets"], "resourceNames": ["own"], "verbs": ["get"]},
+    ]
+    role = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "metadata": {"name": "jane"}, "rules": rules}
+    cluster.api.create(role, namespace)
+    cluster.kubectl("create", "rolebinding", "jane", "--role=jane", "--user=jane", "-n", namespace)
+    jane = Tenant(cluster, namespace, cluster.user_kubeconfig("jane", namespace=namespace))
+    deadline = time.monotonic() + ENFORCED_SECONDS
+    while not jane.apply(naming(jane, "output", "of-others", "probe")) and time.monotonic() < deadline:
+        cluster.api.delete(cluster.api.path_of(qlora_job("probe", namespace)))
+    return jane
+
+
+def naming(tenant: Tenant, group: str, secret: str, name: str = "job") -> dict[str, Any]:
+    """A job with credentials in a group of its spec."""
+    if group == "dataset.train":
+        train = {"source": "s3://data/rows.jsonl", "credentials": secret}
+        return qlora_job(name, tenant.namespace, dataset={"train": train}, suspend=True)
+    return qlora_job(name, tenant.namespace, suspend=True, **{group: {"credentials": secret}})
+
+
+@pytest.mark.parametrize("group", ["model", "dataset.train", "output"])
+def test_a_tenant_gains_no_secret_through_a_job(tenant, group):
+    assert "jane may not get this Secret" in tenant.apply(naming(tenant, group, "of-others"))
+    assert "jane may not get this Secret" in tenant.apply(naming(tenant, group, "not-there"))
+    assert tenant.apply(naming(tenant, group, "own", f"job-{group.replace('.', '-')}")) == ""
+
+
+def test_a_tenant_gains_no_secret_by_changing_a_job_later(tenant):
+    assert tenant.apply(naming(tenant, "model", "own", "later")) == ""
+    said = tenant.apply(naming(tenant, "model", "of-others", "later"))
+    assert "model is immutable" in said or "jane may not get this Secret" in said
+
+
+def test_a_tenant_can_neither_read_a_secret_nor_make_pods_nor_write_status(tenant):
+    api = tenant.cluster
+    for arguments in (
+        ("get", "secret", "of-others"),
+        ("run", "pod", "--image=x"),
+        ("create", "job", "job", "--image=x"),
+        ("patch", "qlorajob", "later", "--subresource=status", "--type=merge", "-p", '{"status": {"state": "Failed"}}'),
+    ):
+        with pytest.raises(KubectlError, match="forbidden"):
+            api.kubectl(*arguments, kubeconfig=tenant.kubeconfig)
+
+
+def test_what_a_tenant_may_name_reaches_the_pods_by_name_alone(tenant, cluster_wide, zygote, tmp_path):
+    """The operator never reads it."""
+    cluster, mark = tenant.cluster, tenant.cluster.audit_mark()
+    manifest = naming(tenant, "output", "own", "runs")
+    manifest["spec"]["suspend"] = False
+    settings = cluster_wide.settings | {"prepare": {"enabled": False}}
+    with (
+        ForkedOperator(zygote, tmp_path, cluster_wide.kubeconfig, **settings),
+        pods_do(cluster.api, tenant.namespace, {"run-seconds": 60}),
+    ):
+        assert tenant.apply(manifest) == ""
+        path = cluster.api.path_of(manifest)
+        cluster.api.wait_for(path, in_state("Running"))
+        (pod,) = cluster.api.list(f"/api/v1/namespaces/{tenant.namespace}/pods")
+        cluster.api.delete(path)
+        cluster.api.wait_gone(path)
+    assert pod["spec"]["containers"][0]["envFrom"] == [{"secretRef": {"name": "own"}}]
+    assert pod["spec"]["automountServiceAccountToken"] is False
+    assert not [r for r in cluster.requests_since(mark) if r.resource == "secrets" and r.user == cluster_wide.account]
+    with pytest.raises(ApiError):
+        cluster.api.get(path)
