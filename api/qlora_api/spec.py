@@ -405,8 +405,8 @@ class PolicySpec(Model):
     on_out_of_memory: OnOutOfMemory = OnOutOfMemory.RECOVER
     """Recover: halve the micro-batch, keep the global batch, resume from the last checkpoint."""
     stall_timeout_seconds: int = Field(1800, ge=30, le=86400)
-    """A rank that gives no sign of life for so long is named, and the attempt ended and resumed. Longer than the longest
-    forward or backward pass; loading, saving and publishing may take more. Also how long pods wait for each other."""
+    """A rank that gives no sign of life for so long is named, and the attempt ended and resumed. Must be longer than
+    a forward or backward pass; loading, saving and publishing may take more. Also how long pods wait for each other."""
     shrink_after_seconds: int = Field(120, ge=10, le=86400)
     """With parallelism.minWorkers: how long pods that no node can take are waited for before fewer are tried."""
     active_deadline_seconds: int | None = Field(None, ge=60, le=31536000)
