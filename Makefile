@@ -59,6 +59,11 @@ bench-trainer: $(VENV)/.all-installed  ## Measure the trainer's speed and memory
 bench-operator: $(VENV)/.all-installed  ## Measure the operator with thousands of jobs on a real control plane
 	@$(BIN)/python benchmarks/bench_operator.py
 
+.PHONY: pictures
+pictures: $(VENV)/.all-installed  ## Draw the documents' pictures anew, from real runs on this machine; needs root
+	@mkdir -p build && .ci/system-packages > build/system-packages.log
+	@$(BIN)/python benchmarks/pictures.py
+
 .PHONY: cluster
 cluster: $(VENV)/.all-installed  ## A Kubernetes cluster on this machine to play with, until Ctrl-C; needs root
 	@mkdir -p build && .ci/system-packages > build/system-packages.log
