@@ -46,10 +46,13 @@ def publish_run(trainer: Trainer, run: Run) -> Adapter:
             base_eval_loss=run.base_eval_loss,
             eval_loss=chosen.eval_loss,
         )
-        layers = [name for name, _ in meta_model(prepared.model_path).named_modules()]
+        skeleton = meta_model(prepared.model_path)
+        layers = [name for name, _ in skeleton.named_modules()]
         place, beat = config.spec.output.destination, trainer.ranks.heartbeat.beat
         beat()
-        return publish(place, config.job, config.attempt, folder, facts, base_names=layers, beat=beat)
+        return publish(
+            place, config.job, config.attempt, folder, facts, base_names=layers, skeleton=skeleton, beat=beat
+        )
 
 
 def export_adapter(model: Any, tensors: dict[str, Tensor], folder: Path, base: str, revision: str) -> None:

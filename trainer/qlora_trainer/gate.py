@@ -1,34 +1,44 @@
-"""The publish gate: an adapter that is incomplete, not finite or untrained never gets a manifest."""
+"""The publish gate: what an adapter must be before it gets a manifest.
+
+Complete, finite, trained, of its base, no worse than its base, and such that a server loads it.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, PeftConfig
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from qlora_trainer.errors import AdapterRejectedError
 from qlora_trainer.model_files import ModelFilesError, check_weights, is_tokenizer_file, safetensors_header
+from qlora_trainer.serving import vllm_problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
+
+    from qlora_api.spec import LoRASpec
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _PART = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(\.weight)?$")
 
 
-def verify_adapter(folder: Path, base_names: Iterable[str] | None = None) -> None:
-    """Check an adapter in PEFT's layout: complete, finite, trained, and with its tokenizer.
+def verify_adapter(folder: Path, base_names: Iterable[str] | None = None, lora: LoRASpec | None = None) -> None:
+    """Check an adapter in PEFT's layout: complete, finite, trained, servable, and with its tokenizer.
 
     Args:
         folder: adapter_model.safetensors, adapter_config.json and the tokenizer's files.
         base_names: names of the base's modules, or of its parameters. With them, every layer that the configuration
             targets must have its pair, and no pair may belong to a layer that the base lacks. Without them, every
             target must have at least one.
+        lora: what the job asked for. With it, the layout is held against the rules of vLLM's loader.
 
     Raises:
         AdapterRejectedError: the first thing that is wrong.
@@ -45,8 +55,64 @@ def verify_adapter(folder: Path, base_names: Iterable[str] | None = None) -> Non
         sides = _check_tensors(folder / WEIGHTS)
     except (ModelFilesError, SafetensorError) as error:
         raise AdapterRejectedError(f"the adapter {error}") from error
-    _check_pairs(sides)
+    _check_pairs(sides, config.r)
     _check_targets(config, set(sides), base_names)
+    if lora is not None:
+        _check_layout(folder, lora)
+
+
+def verify_loads(folder: Path, skeleton: Any) -> None:
+    """Load an adapter onto its base as PEFT does, weights of the base aside: every tensor has its place and shape.
+
+    Args:
+        folder: with the adapter.
+        skeleton: the base's architecture on the meta device; PEFT changes it.
+
+    Raises:
+        AdapterRejectedError: something is missing, left over or of another shape.
+
+    """
+    config = _lora_config(folder)
+    config.base_model_name_or_path = None  # a skeleton has no name that PEFT could compare it with
+    with torch.device("meta"):
+        model = get_peft_model(skeleton, config)
+    try:
+        left = set_peft_model_state_dict(model, load_file(folder / WEIGHTS), low_cpu_mem_usage=True)
+    except (RuntimeError, ValueError, KeyError) as error:
+        words = " ".join(str(error).split())
+        raise AdapterRejectedError(f"the adapter cannot be loaded onto its base: {words}") from error
+    missing = [name for name in left.missing_keys if "lora_" in name]
+    for what, names in (("has no weights for", missing), ("has weights that belong nowhere:", left.unexpected_keys)):
+        if names:
+            raise AdapterRejectedError(f"the adapter {what} {names[0]} when it is loaded onto its base")
+
+
+def verify_gain(base_loss: float | None, loss: float | None, *, may_be_worse: bool) -> None:
+    """Refuse an adapter that is worse than its base on the evaluation rows.
+
+    Args:
+        base_loss: of the base, before the first step; None where there are no such rows.
+        loss: of what is to be published.
+        may_be_worse: ``spec.output.allowWorseEval``.
+
+    Raises:
+        AdapterRejectedError: it is worse, and that is not allowed.
+
+    """
+    if base_loss is not None and loss is not None and loss > base_loss and not may_be_worse:
+        raise AdapterRejectedError(
+            f"the adapter's loss on the evaluation rows is {loss:.4f}, and the base's is {base_loss:.4f}: the training "
+            "made it worse. A smaller spec.training.learningRate, more rows, or evaluation rows that resemble the "
+            "training rows are the usual remedies; spec.output.allowWorseEval publishes it all the same"
+        )
+
+
+def _check_layout(folder: Path, lora: LoRASpec) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    names = set(safetensors_header(folder / WEIGHTS))
+    problem = vllm_problem(config, names, [p.name for p in folder.iterdir()], lora)
+    if problem is not None:
+        raise AdapterRejectedError(f"vLLM would not load the adapter: {problem}")
 
 
 def verify_merged(folder: Path) -> None:
@@ -94,12 +160,14 @@ def _check_tensors(path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     return sides
 
 
-def _check_pairs(sides: dict[str, dict[str, tuple[int, ...]]]) -> None:
+def _check_pairs(sides: dict[str, dict[str, tuple[int, ...]]], rank: int) -> None:
     for module, pair in sides.items():
         if missing := {"A", "B"} - pair.keys():
             raise AdapterRejectedError(f"the adapter has no lora_{missing.pop()} for {module}")
         if pair["A"][0] != pair["B"][1]:
             raise AdapterRejectedError(f"A and B of {module} have ranks {pair['A'][0]} and {pair['B'][1]}")
+        if pair["A"][0] != rank:
+            raise AdapterRejectedError(f"{module} has rank {pair['A'][0]}, and the adapter's {CONFIG} says {rank}")
 
 
 def _check_targets(config: Any, adapted: set[str], base_names: Iterable[str] | None) -> None:

@@ -12,12 +12,12 @@ Who finds no manifest finds no adapter: a crash at any point leaves a folder nob
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_api.status import Adapter
 from qlora_trainer.card import model_card
 from qlora_trainer.errors import AdapterRejectedError, StorageError
-from qlora_trainer.gate import verify_adapter, verify_merged
+from qlora_trainer.gate import verify_adapter, verify_gain, verify_loads, verify_merged
 from qlora_trainer.manifest import (
     ADAPTER,
     MANIFEST,
@@ -67,6 +67,7 @@ def publish(
     facts: PublishFacts,
     *,
     base_names: Iterable[str] | None = None,
+    skeleton: Any = None,
     beat: Callable[[], None] = lambda: None,
 ) -> Adapter:
     """Check, upload and declare an adapter. Called again, by the same run, it answers what is published.
@@ -79,6 +80,7 @@ def publish(
             written into ``adapter``.
         facts: for the manifest and the card.
         base_names: for :func:`qlora_trainer.gate.verify_adapter`.
+        skeleton: for :func:`qlora_trainer.gate.verify_loads`; without it, that is not tried.
         beat: called after each file, as a sign of life.
 
     Raises:
@@ -90,7 +92,10 @@ def publish(
     store = open_store(store_uri, FIELD)
     if earlier := own_manifest(store, job.uid):
         return verified(store, *earlier)
-    verify_adapter(folder / ADAPTER, base_names)
+    verify_gain(facts.base_eval_loss, facts.eval_loss, may_be_worse=facts.spec.output.allow_worse_eval)
+    verify_adapter(folder / ADAPTER, base_names, facts.spec.lora)
+    if skeleton is not None:
+        verify_loads(folder / ADAPTER, skeleton)
     if (folder / MERGED).is_dir():
         verify_merged(folder / MERGED)
     (folder / ADAPTER / "README.md").write_text(model_card(job, attempt, facts))

@@ -131,7 +131,8 @@ def test_training_stops_when_the_eval_loss_gets_no_better(workshop):
             "maxSteps": 40,
             "learningRate": "0.3",
             "evaluation": {"everySteps": 1, "patience": 2},
-        }
+        },
+        "output": {"allowWorseEval": True},
     }
     ended = workshop.run(workshop.config(**changes))
     assert ended.code == ExitCode.DONE, ended.log[-3000:]
@@ -144,6 +145,7 @@ def test_the_best_checkpoint_outlives_newer_ones_and_is_published(workshop):
     changes = {
         "training": {"epochs": None, "maxSteps": 8, "learningRate": "0.3", "evaluation": {"everySteps": 2}},
         "checkpoint": {"everySteps": 1, "keep": 1},
+        "output": {"allowWorseEval": True},
     }
     ended = workshop.run(workshop.config(**changes))
     assert ended.code == ExitCode.DONE, ended.log[-3000:]

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_trainer import verify
 from qlora_trainer.errors import UserError
-from qlora_trainer.gate import AdapterRejectedError, verify_adapter
+from qlora_trainer.gate import AdapterRejectedError, verify_adapter, verify_loads
 from qlora_trainer.publish import Manifest, _declare, check_destination, publish, verify_published
 from qlora_trainer.store import NotFoundError, open_store, sha256_bytes
 
@@ -140,6 +140,14 @@ def _cut(folder):
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def _rename(old, new):
+    return _tensors(lambda t: t.update({name.replace(old, new): t.pop(name) for name in list(t)}))
+
+
+def _file(name):
+    return lambda f: (f / "adapter" / name).write_bytes(b"x")
+
+
 def _merged_without_weights(folder):
     (folder / "merged").mkdir()
     (folder / "merged" / "config.json").write_text("{}")
@@ -170,6 +178,17 @@ BAD_ADAPTERS = [
         r"no weights for model\.layers\.0\.self_attn\.o_proj",
         id="a-target-missing",
     ),
+    pytest.param(_config(modules_to_save=["lm_head"]), "modules_to_save: lm_head", id="whole-modules-trained"),
+    pytest.param(_config(rank_pattern={"q_proj": 8}), "has rank_pattern", id="ranks-by-layer"),
+    pytest.param(_config(alpha_pattern={"q_proj": 8}), "has alpha_pattern", id="alphas-by-layer"),
+    pytest.param(_config(use_dora=True), "DoRA, which spec.lora.dora does not ask for", id="dora-nobody-asked-for"),
+    pytest.param(_config(bias="all"), "biases, which spec.lora.bias does not ask for", id="bias-nobody-asked-for"),
+    pytest.param(_config(r=8), "has rank 4, and the adapter's adapter_config.json says 8", id="rank-of-the-config"),
+    pytest.param(_set("base_model.model.lm_head.weight", torch.ones(3, 8)), "is no LoRA weight", id="a-base-weight"),
+    pytest.param(_set(f"{Q0}.lora_magnitude_vector", torch.ones(8)), "is no LoRA weight", id="a-magnitude"),
+    pytest.param(_rename("base_model.model.model", "model.model"), "no LoRA tensors", id="names-without-prefix"),
+    pytest.param(_file("new_embeddings.safetensors"), "holds new_embeddings.safetensors", id="own-vocabulary"),
+    pytest.param(_file("adapter_model.bin"), "holds adapter_model.bin", id="pickled-weights-beside"),
     pytest.param(_merged_without_weights, "the merged model has neither", id="merged-without-weights"),
 ]
 
@@ -182,6 +201,59 @@ def test_a_bad_adapter_gets_no_manifest(tmp_path, make_adapter, make_facts, job,
     with pytest.raises(AdapterRejectedError, match=said):
         publish(str(tmp_path / "to"), job, 1, out, make_facts(), base_names=names)
     assert not (tmp_path / "to" / "manifest.json").exists()
+
+
+SHAPE = LlamaConfig(
+    vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=2, max_position_embeddings=16,
+)  # fmt: skip
+
+
+def skeleton(config=SHAPE):
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        pytest.param(_set(f"{Q0}.lora_A.weight", torch.ones(4, 9)), "size mismatch", id="another-width"),
+        pytest.param(_rename("q_proj", "o_proj"), "q_proj", id="weights-of-another-layer"),
+    ],
+)
+def test_an_adapter_that_does_not_load_onto_its_base_gets_no_manifest(
+    tmp_path, make_adapter, make_facts, job, spoil, said
+):
+    out = make_adapter(tmp_path / "out")
+    publish(str(tmp_path / "good"), job, 1, out, make_facts(), skeleton=skeleton())
+    (out / "adapter" / "README.md").unlink()
+    spoil(out)
+    with pytest.raises(AdapterRejectedError, match=said):
+        publish(str(tmp_path / "to"), job, 1, out, make_facts(), skeleton=skeleton())
+    assert not (tmp_path / "to" / "manifest.json").exists()
+
+
+def test_an_adapter_for_a_larger_base_is_found_out_by_loading_it(tmp_path, make_adapter):
+    larger = LlamaConfig(**{**SHAPE.to_dict(), "num_hidden_layers": 3})
+    with pytest.raises(AdapterRejectedError, match=r"no weights for .*layers\.2.* when it is loaded"):
+        verify_loads(make_adapter(tmp_path / "out") / "adapter", skeleton(larger))
+
+
+def test_an_adapter_that_is_worse_than_its_base_gets_no_manifest_unless_it_may(tmp_path, make_adapter, make_facts, job):
+    worse = {"base_eval_loss": 2.5, "eval_loss": 2.5001}
+    out = make_adapter(tmp_path / "out")
+    with pytest.raises(AdapterRejectedError, match=r"2\.5001, and the base's is 2\.5000.*spec\.output\.allowWorseEval"):
+        publish(str(tmp_path / "to"), job, 1, out, make_facts(**worse))
+    assert not (tmp_path / "to" / "manifest.json").exists()
+    allowed = make_facts(**worse, output={"destination": "s3://adapters/tune", "allowWorseEval": True})
+    assert publish(str(tmp_path / "to"), job, 1, out, allowed)
+
+
+def test_what_the_job_asked_for_is_published_though_vllm_serves_it_merged_only(tmp_path, make_adapter, make_facts, job):
+    out = make_adapter(tmp_path / "out")
+    _set(f"{Q0}.lora_magnitude_vector", torch.ones(8))(out)
+    _config(use_dora=True)(out)
+    assert publish(str(tmp_path / "to"), job, 1, out, make_facts(lora={"dora": True}), base_names=LAYERS)
 
 
 def test_without_the_base_s_names_a_target_nobody_has_is_still_found(tmp_path, make_adapter):

@@ -1,0 +1,80 @@
+"""Whether vLLM's loader takes an adapter, by its own rules, without vLLM.
+
+The rules, as of vLLM 0.11 (``vllm/lora/peft_helper.py``: ``from_dict``, ``_validate_features``, ``validate_legal``;
+``vllm/lora/utils.py``: ``parse_fine_tuned_lora_name``; ``vllm/lora/models.py``: ``from_local_checkpoint``):
+
+- ``r``, ``lora_alpha`` and ``target_modules`` stand in adapter_config.json, and one rank holds for all layers
+  (``rank_pattern`` and ``alpha_pattern`` are not looked at);
+- ``modules_to_save`` is not set; no DoRA; ``bias`` is "none". What the job itself asked for is its own affair: the
+  model card says that such an adapter is served merged;
+- every tensor is ``base_model.model.<layer>.lora_A.weight`` or ``lora_B.weight``, and every layer is one of the
+  targets;
+- weights come as safetensors, without vocabulary of their own (``new_embeddings``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from qlora_api.spec import LoRABias, LoRASpec
+
+REQUIRED = ("r", "lora_alpha", "target_modules")
+_WEIGHT = re.compile(r"^base_model\.model\.(?P<layer>.+)\.lora_[AB]\.weight$")
+_MAGNITUDE = re.compile(r"\.lora_magnitude_vector(\.weight)?$")
+_BIAS = re.compile(r"^base_model\.model\..+\.bias$")
+
+
+def vllm_problem(
+    config: Mapping[str, Any], names: Collection[str], files: Collection[str], lora: LoRASpec
+) -> str | None:
+    """Say why vLLM would not load an adapter; None where it would, or where the job asked for what it does not load.
+
+    Args:
+        config: adapter_config.json.
+        names: of the tensors.
+        files: in the adapter's folder.
+        lora: what the job asked for.
+
+    """
+    return _config_problem(config, lora) or _name_problem(config, names, lora) or _file_problem(files)
+
+
+def _config_problem(config: Mapping[str, Any], lora: LoRASpec) -> str | None:
+    if missing := [key for key in REQUIRED if not config.get(key)]:
+        return f"its configuration has no {missing[0]}"
+    if config.get("modules_to_save"):
+        return f"its configuration has modules_to_save: {', '.join(config['modules_to_save'])}"
+    for key in ("rank_pattern", "alpha_pattern"):
+        if config.get(key):
+            return f"its configuration has {key}; one rank and one alpha must hold for all layers"
+    if config.get("use_dora") and not lora.dora:
+        return "it uses DoRA, which spec.lora.dora does not ask for"
+    if config.get("bias", "none") != "none" and lora.bias is LoRABias.NONE:
+        return "it has biases, which spec.lora.bias does not ask for"
+    return None
+
+
+def _name_problem(config: Mapping[str, Any], names: Collection[str], lora: LoRASpec) -> str | None:
+    targets = config["target_modules"]
+    for name in sorted(names):
+        match = _WEIGHT.match(name)
+        if match is None:
+            asked_for = (lora.dora and _MAGNITUDE.search(name)) or (
+                lora.bias is not LoRABias.NONE and _BIAS.match(name)
+            )
+            if not asked_for:
+                return f"it holds {name}, which is no LoRA weight"
+        elif isinstance(targets, list | set) and not _is_target(match["layer"], targets):
+            return f"it has weights for {match['layer']}, which is not among its target_modules"
+    return None
+
+
+def _is_target(layer: str, targets: Collection[str]) -> bool:
+    return any(layer == target or layer.endswith(f".{target}") for target in targets)
+
+
+def _file_problem(files: Collection[str]) -> str | None:
+    bad = sorted(f for f in files if f.startswith("new_embeddings") or f.endswith((".bin", ".pt", ".pth")))
+    return f"its folder holds {bad[0]}" if bad else None
