@@ -161,6 +161,36 @@ def test_what_ends_a_watch_for_good_ends_the_operator_and_another_one_goes_on(
         assert counted(operator, "qlora_operator_jobs") == 1
 
 
+def test_a_token_that_has_expired_is_asked_for_anew(api, behind_proxy, proxy, kwok_namespace):
+    proxy.when(is_watch("jobs"), Refused(401))
+    proxy.cut_watches("jobs")
+    assert eventually(lambda: not proxy.pending_faults)
+    with pods_do(api, kwok_namespace, DONE):
+        api.wait_for(create_job(api, qlora_job(namespace=kwok_namespace)), in_state("Succeeded"))
+    assert behind_proxy.healthz() == (200, "ok\n")
+
+
+def test_an_operator_that_starts_again_writes_nothing(api, behind_proxy, proxy, kwok_namespace):
+    with pods_do(api, kwok_namespace, DONE, job="done"):
+        done = create_job(api, qlora_job("done", kwok_namespace))
+        api.wait_for(done, in_state("Succeeded"))
+    running, waiting, suspended = (
+        create_job(api, qlora_job("running", kwok_namespace, workers=2)),
+        create_job(api, qlora_job("waiting", kwok_namespace, parallelism={"gpusPerWorker": 16})),
+        create_job(api, qlora_job("suspended", kwok_namespace, suspend=True)),
+    )
+    api.wait_for(running, in_state("Running"))
+    api.wait_for(waiting, in_state("Pending", "Unschedulable"))
+    api.wait_for(suspended, in_state("Suspended"))
+    behind_proxy.kill()
+    written, looked = len(proxy.calls), len(proxy.reads)
+    behind_proxy.start()
+    # Once at everything, once more after kopf's listings: by then each job was decided upon.
+    assert eventually(lambda: sum(is_list("pods")(call) for call in proxy.reads[looked:]) >= 3)
+    assert counted(behind_proxy, "qlora_operator_reconcile_seconds_count") >= 4
+    assert proxy.calls[written:] == []
+
+
 def test_a_kind_that_cannot_be_listed_any_more_makes_the_liveness_probe_fail(zygote, proxy, kwok_namespace, tmp_path):
     quick = dict.fromkeys(
         (f"qlora_operator.{n}_SECONDS" for n in ("handlers.WATCH", "health.WATCH", "health.SLACK")), 2
