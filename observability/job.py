@@ -173,10 +173,11 @@ def _ranks(made: dashboard.Dashboard) -> None:
             min=0,
         )
     )
+    made.with_row(dashboard.Row("GPUs, by DCGM's exporter"))
     made.with_panel(
         lines(
             "GPU utilization",
-            "By DCGM's exporter, where one is scraped: the share of time in which some kernel ran. Busy is not fast: "
+            "Where the exporter is scraped: the share of time in which some kernel ran. Busy is not fast: "
             "the share of the peak says how much of it is of use.",
             PERCENT,
             Query(of_job("DCGM_FI_DEV_GPU_UTIL", "gpu") + " / 100", "{{pod}} GPU {{gpu}}"),
@@ -187,7 +188,7 @@ def _ranks(made: dashboard.Dashboard) -> None:
     made.with_panel(
         lines(
             "Power",
-            "By DCGM's exporter. A card well under its limit that trains is waiting for memory or for rows.",
+            "A card well under its limit that trains is waiting for memory or for rows.",
             "watt",
             Query(of_job("DCGM_FI_DEV_POWER_USAGE", "gpu"), "{{pod}} GPU {{gpu}}"),
             min=0,

@@ -60,6 +60,7 @@ def _now(made: dashboard.Dashboard) -> None:
 
 def _components(made: dashboard.Dashboard) -> None:
     made.with_row(dashboard.Row("By component"))
+    no_peak = f'{{{JOB},component!="peak"}}'
     made.with_panel(
         side_by_side(
             "Predicted and measured",
@@ -67,8 +68,8 @@ def _components(made: dashboard.Dashboard) -> None:
             "predicted, and are part of the measured peak.",
             "bytes",
             "component",
-            Query(f"max by (component) ({PREDICTED}{{{JOB}}})", "predicted"),
-            Query(f"max by (component) ({COMPONENT}{{{JOB}}})", "measured"),
+            Query(f"max by (component) ({PREDICTED}{no_peak})", "predicted"),
+            Query(f"max by (component) ({COMPONENT}{no_peak})", "measured"),
         ).height(12)
     )
     made.with_panel(
@@ -76,7 +77,7 @@ def _components(made: dashboard.Dashboard) -> None:
             "Measured",
             "Of the rank that has most, stacked; the dashed lines are the peaks.",
             "bytes",
-            Query(f'max by (component) ({COMPONENT}{{{JOB},component!="peak"}})', "{{component}}"),
+            Query(f"max by (component) ({COMPONENT}{no_peak})", "{{component}}"),
             Query(PEAK, "measured peak", dashed=True),
             Query(PLANNED_PEAK, "predicted peak", dashed=True),
             stacked=True,
