@@ -24,8 +24,8 @@ from cluster.harness.script import pods_do
 from e2e.material import make_material
 from qlora_api.batch import split_batch
 from qlora_api.contract import JobRef, TrainerConfig
+from qlora_api.memory import Run, estimate, model_shape
 from qlora_api.spec import QLoRAJobSpec
-from qlora_api.status import MemoryComponent
 from services.prometheus import Prometheus, scrape
 
 if TYPE_CHECKING:
@@ -90,11 +90,15 @@ class Stage:
 
     Args:
         folder: for everything's data and logs.
+        gpus: with stand-ins for what only GPUs say.
+        seen_seconds: how long steps are scraped at least.
 
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, gpus: bool = True, seen_seconds: float = SEEN_SECONDS) -> None:
         self.folder = folder
+        self._gpus, self._seen_seconds = gpus, seen_seconds
+        self.began_at = 0.0
         self._owned = ExitStack()
         self._over = Event()
         self.ended_at = 0.0
@@ -117,13 +121,11 @@ class Stage:
         cluster = self._owned.enter_context(ControlPlane(self.folder / "cluster"))
         cluster.add_kwok_nodes(4)
         cluster.kubectl("apply", "-f", CRD)
-        cluster.kubectl("wait", "--for=condition=Established", "crd/qlorajobs.qlora.dev")
         cluster.api.wait_for(f"{GROUP}/qlorajobs", bool, what="QLoRAJobs are served")
         for name in (TEAM, OTHERS):
             cluster.api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
         self.api = cluster.api
         self.operator = self._owned.enter_context(Operator(self.folder / "operator", cluster.kubeconfig))
-        gpu = self._owned.enter_context(_Exporter())
         targets = self.folder / "targets.json"
         targets.write_text("[]")
         self.prometheus = self._owned.enter_context(
@@ -132,15 +134,22 @@ class Stage:
                 [
                     scrape("operator", f"127.0.0.1:{self.operator.port}", **_SCRAPE),
                     {"job_name": "trainers", "file_sd_configs": [{"files": [str(targets)]}], **_SCRAPE},
-                    scrape("gpu", f"127.0.0.1:{gpu.port}", **_SCRAPE),
-                    # As DCGM's exporter is mostly scraped: its own labels are renamed.
-                    scrape("dcgm", f"127.0.0.1:{gpu.port}", metrics_path="/dcgm", scrape_interval="1s"),
+                    *self._stand_ins(),
                 ],
                 [RULES],
             )
         )
-        self.training = _Training(self.folder, targets)
+        self.training = _Training(self.folder, targets, gpus=self._gpus)
         self._owned.callback(self.training.stop)
+
+    def _stand_ins(self) -> Iterator[dict[str, Any]]:
+        if self._gpus:
+            port = self._owned.enter_context(_Exporter()).port
+            yield scrape("gpu", f"127.0.0.1:{port}", **_SCRAPE)
+            # As DCGM's exporter is mostly scraped: its own labels are renamed, for a target has pod and namespace too.
+            labels = {"pod": "dcgm-exporter-x2b4", "namespace": "gpu-operator"}
+            targets = [{"targets": [f"127.0.0.1:{port}"], "labels": labels}]
+            yield {"job_name": "dcgm", "metrics_path": "/dcgm", "scrape_interval": "1s", "static_configs": targets}
 
     def play(self) -> None:
         """Have jobs of every kind, and the training until enough of it was seen."""
@@ -156,7 +165,7 @@ class Stage:
             self.api.wait_for(job_path(OTHERS, "done"), in_state("Succeeded"))
             self.api.wait_for(job_path(OTHERS, "waits"), in_state("Pending", "Unschedulable"))
             self.api.wait_for(job_path(OTHERS, "large"), ended_twice, seconds=WAIT_SECONDS)
-            self.ended_at = self.training.watch(self._keep_busy)
+            self.began_at, self.ended_at = self.training.watch(self._keep_busy, self._seen_seconds)
             self.training.stop()
 
     def _keep_busy(self) -> None:
@@ -174,8 +183,8 @@ _SCRAPE = {"honor_labels": True, "scrape_interval": f"{SCRAPE_SECONDS}s", "scrap
 class _Training:
     """Two ranks on the CPU, by the contract with whoever starts a trainer; their ports are targets while they live."""
 
-    def __init__(self, folder: Path, targets: Path) -> None:
-        self._folder, self._targets = folder, targets
+    def __init__(self, folder: Path, targets: Path, *, gpus: bool) -> None:
+        self._folder, self._targets, self._gpus = folder, targets, gpus
         self._ports = folder / "ports"
         self._process: subprocess.Popen[bytes] | None = None
         self._last = 0.0
@@ -191,21 +200,22 @@ class _Training:
                 env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
             )
 
-    def watch(self, meanwhile: Callable[[], None]) -> float:
-        """Keep the targets until enough was seen, or the training is over; a time at which it was still there."""
+    def watch(self, meanwhile: Callable[[], None], seen_seconds: float) -> tuple[float, float]:
+        """Keep the targets until enough was seen, or the training is over; when steps were seen first and last."""
         assert self._process is not None
-        deadline = time.monotonic() + WAIT_SECONDS
-        first = last = 0.0
-        while self._process.poll() is None and not (first and last > first + SEEN_SECONDS and self._evaluated()):
+        deadline = time.monotonic() + WAIT_SECONDS + seen_seconds
+        first, last, steps = 0.0, 0.0, 0
+        while self._process.poll() is None and not (first and last > first + seen_seconds and self._evaluated()):
             assert time.monotonic() < deadline, self.log[-3000:]
             self._look()
             meanwhile()
-            if " INFO step " in self.log:
-                last = time.time() - SCRAPE_SECONDS
+            count = self.log.count(" INFO step ")
+            if count > steps:  # at the end ranks leave before their launcher does
+                steps, last = count, time.time() - SCRAPE_SECONDS
                 first = first or last
             time.sleep(1)
         assert first, self.log[-3000:]
-        return last
+        return first, last
 
     def _evaluated(self) -> bool:
         """Also after the first step, so that all sections are there."""
@@ -261,7 +271,7 @@ class _Training:
             gradient_checkpointing=False,
             checkpoint_uri=str(self._folder / "checkpoints"),
             cache_dir=str(self._folder / "cache"),
-            predicted_memory=PREDICTED,
+            predicted_memory=predicted(spec, material / "base", 2, cuda=self._gpus),
             termination_message_path=str(self._folder / "termination.json"),
             metrics_port=0,
             metrics_host="127.0.0.1",
@@ -269,12 +279,20 @@ class _Training:
         )
 
 
-PREDICTED = {
-    MemoryComponent.QUANTIZED_WEIGHTS.value: 53_248,
-    MemoryComponent.ADAPTER_WEIGHTS.value: 240_000,
-    MemoryComponent.ACTIVATIONS.value: 2_500_000,
-    MemoryComponent.PEAK.value: 700 * (1 << 20),
-}
+def predicted(spec: QLoRAJobSpec, base: Path, ranks: int, *, cuda: bool) -> dict[str, int]:
+    """Bytes by component, by the memory model; with a peak only for a GPU."""
+    run = Run(
+        shape=model_shape(json.loads((base / "config.json").read_text())),
+        lora=spec.lora,
+        quantization=spec.quantization,
+        optimizer=spec.training.optimizer,
+        parallelism=spec.parallelism,
+        world_size=ranks,
+        rows=(spec.dataset.max_length,),
+        checkpointing=False,
+        cuda=cuda,
+    )
+    return estimate(run).as_status()
 
 
 class _Exporter:
