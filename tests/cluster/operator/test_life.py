@@ -141,7 +141,7 @@ def test_suspend_checkpoints_and_frees_the_gpus_and_resume_goes_on(api, operator
         api.patch(path, {"spec": {"suspend": True}})
         api.wait_for(path, in_state("Pending", "Suspending"))
         suspended = api.wait_for(path, in_state("Suspended", "Suspended"))
-        assert api.list(PODS.format(kwok_namespace)) == []
+        assert {p["status"]["phase"] for p in api.list(PODS.format(kwok_namespace))} <= {"Succeeded", "Failed"}
         assert last_attempt(suspended)["reason"] == "Suspended"
         assert last_attempt(suspended)["message"] == "stopped at step 5"
         api.patch(path, {"spec": {"suspend": False}})
