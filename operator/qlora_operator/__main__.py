@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -27,8 +28,11 @@ from qlora_operator.progress import poll_forever
 from qlora_operator.reconcile import Reconciler
 from qlora_operator.resync import Listings, resync_forever, take_stock
 from qlora_operator.store import Store
+from qlora_operator.watch import Watch, kinds_of
 
 log = logging.getLogger("qlora_operator")
+GC_THRESHOLD = 20_000
+"""Objects more than before, until the garbage collector looks at the young ones. Python's own is 700."""
 GANG_SECONDS = 300
 """Between two looks at what the cluster offers."""
 STOP_SECONDS = 10
@@ -37,7 +41,9 @@ FIRST_LOOK_SECONDS = 2
 """Until the first look is tried again: the API server is not there yet, or does not serve QLoRAJobs yet."""
 
 
-async def first_look(api: Api, store: Store, namespaces: Sequence[str]) -> tuple[frozenset[Gang], set[str]]:
+async def first_look(
+    api: Api, store: Store, namespaces: Sequence[str], watches: Sequence[Watch]
+) -> tuple[frozenset[Gang], set[str]]:
     """What the cluster offers, and the namespaces that have the shared Service; the store gets all else.
 
     Raises:
@@ -46,12 +52,16 @@ async def first_look(api: Api, store: Store, namespaces: Sequence[str]) -> tuple
     """
     while True:
         try:
-            return await discover_gangs(api), await take_stock(store, api, namespaces)
+            gangs, services = await discover_gangs(api), await take_stock(store, api, namespaces)
+            for watch in watches:
+                await watch.list()
         except (ApiError, *TRANSIENT) as error:
             if isinstance(error, ApiError) and error.status in (401, 403):
                 raise
             log.warning("not everything can be seen yet: %s; again in %d s", error, FIRST_LOOK_SECONDS)
             await asyncio.sleep(FIRST_LOOK_SECONDS)
+        else:
+            return gangs, services
 
 
 def stop_on_signals(stop: asyncio.Event) -> None:
@@ -79,6 +89,11 @@ async def run(config: OperatorConfig) -> None:
     reconciler = Reconciler(store, api, config, lambda: gangs, metrics)
     registry = kopf.OperatorRegistry()
     handlers.register(registry, store, reconciler)
+    followed = [
+        Watch(api, kind, namespace, reconciler.wake, watches.note)
+        for kind in kinds_of(store, reconciler.services)
+        for namespace in config.namespaces or ("",)
+    ]
 
     def note(path: str) -> None:
         watches.note(path)
@@ -93,9 +108,11 @@ async def run(config: OperatorConfig) -> None:
     async def watch() -> None:
         """Look at everything before the first decision: what was not seen would be taken for gone."""
         nonlocal gangs
-        gangs, reconciler.services = await first_look(api, store, config.namespaces)
+        gangs, services = await first_look(api, store, config.namespaces, followed)
+        reconciler.services |= services
         for key in (*dict(store), *((namespace, "") for namespace in reconciler.services)):
             reconciler.wake(key)
+        looked.set()
         works = await kopf.spawn_tasks(
             registry=registry,
             settings=handlers.settings(),
@@ -109,7 +126,11 @@ async def run(config: OperatorConfig) -> None:
         for work in done:
             work.result()
 
-    stop = asyncio.Event()
+    async def follow(one: Watch) -> None:
+        await looked.wait()
+        await one.run()
+
+    stop, looked = asyncio.Event(), asyncio.Event()
     stop_on_signals(stop)
     server = await health.serve(metrics.registry, watches, config.metrics_port)
     tasks = [
@@ -122,6 +143,7 @@ async def run(config: OperatorConfig) -> None:
             "watch": watch(),
         }.items()
     ]
+    tasks += [asyncio.create_task(follow(one), name=f"watch {one.path}") for one in followed]
     log.info("serving QLoRAJobs in %s", ", ".join(config.namespaces) or "all namespaces")
     waiting = asyncio.create_task(stop.wait())
     done, _ = await asyncio.wait([waiting, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -144,6 +166,10 @@ def main() -> NoReturn:
         print(error, file=sys.stderr)  # noqa: T201
         sys.exit(2)
     set_up_logs(config.log_format)
+    # What was imported stays, and most of what is read is gone at once without the collector, which would look
+    # through thousands of jobs again and again.
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)
     runner, code = asyncio.Runner(), 0
     try:
         runner.run(run(config))

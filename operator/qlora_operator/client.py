@@ -10,7 +10,8 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 from urllib.parse import urlencode
 
@@ -18,6 +19,7 @@ import aiohttp
 from kubernetes.aio import config as kubernetes_config
 from kubernetes.aio.client.api_client import ApiClient
 from kubernetes.aio.client.configuration import Configuration
+from yarl import URL
 
 from qlora_operator.names import FIELD_MANAGER
 
@@ -25,7 +27,12 @@ Object = dict[str, Any]
 TRANSIENT = (aiohttp.ClientError, TimeoutError, OSError)
 """No answer: it may come a little later."""
 USER_AGENT = "qlora-operator"
-TIMEOUT_SECONDS = 30
+TIMEOUT = aiohttp.ClientTimeout(total=30)
+SILENCE_SECONDS = 70
+"""A watch from which nothing comes for so long is asked for anew; the API server sends a bookmark each minute."""
+CONNECT_SECONDS = 10
+LONGEST_LINE = 2**21
+"""Bytes of one change of a watch. etcd takes objects up to 1.5 MB."""
 MERGE_PATCH = "application/merge-patch+json"
 
 
@@ -65,14 +72,18 @@ class Api:
     """
 
     def __init__(self, configuration: Configuration, count: Counted, concurrency: int = 16) -> None:
-        self._client = ApiClient(configuration)
         self._host: str = configuration.host
         self._configuration = configuration
         self._count = count
         self._slots = asyncio.Semaphore(concurrency)
+        # Not the client's own session: that one looks for a .netrc, in a thread, with every request.
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ssl=ApiClient(configuration).rest_client.ssl_context),
+            read_bufsize=LONGEST_LINE,
+        )
 
     async def close(self) -> None:
-        await self._client.close()  # type: ignore[no-untyped-call]
+        await self._session.close()
 
     async def get(self, path: str, **parameters: str | int) -> Object:
         return await self._call("GET", path, parameters)
@@ -100,6 +111,20 @@ class Api:
             if error.status not in (404, 409):  # 409: another one of that name by now
                 raise
 
+    async def watch(self, path: str, **parameters: str | int) -> AsyncIterator[Object]:
+        """Each change as ``{"type": …, "object": …}``, until the API server ends the watch."""
+        parameters = {"watch": "true", "allowWatchBookmarks": "true", **parameters}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS)
+        async with await self._ask("GET", path, parameters, timeout=timeout) as answer:
+            if answer.status != 200:
+                raise _error(answer.status, await answer.read(), answer.headers)
+            async for line in answer.content:
+                change: Object = json.loads(line)
+                if change["type"] == "ERROR":
+                    status = change["object"]
+                    raise ApiError(status.get("code", 0), status.get("reason", ""), status.get("message", ""))
+                yield change
+
     async def _call(
         self,
         verb: str,
@@ -109,28 +134,47 @@ class Api:
         content_type: str = "application/json",
         accept: str = "application/json",
     ) -> Object:
-        query = f"?{urlencode(parameters)}" if parameters else ""
-        auth = (await self._configuration.auth_settings()).get("BearerToken")
-        headers = {
-            "Accept": accept,
-            "Content-Type": content_type,
-            "User-Agent": USER_AGENT,
-            **({"Authorization": auth["value"]} if auth else {}),
-        }
         started, code = time.monotonic(), 0
         try:
-            async with self._slots:
-                answer = await self._client.call_api(
-                    verb, f"{self._host}{path}{query}", headers, body, _request_timeout=TIMEOUT_SECONDS
-                )
-                text: bytes = await answer.read()  # type: ignore[no-untyped-call]
+            async with self._slots, await self._ask(verb, path, parameters, body, content_type, accept) as answer:
+                text = await answer.read()
                 code = answer.status
         finally:
             self._count(verb, code, time.monotonic() - started)
         if not 200 <= code < 300:
-            raise _error(code, text, answer.getheaders())  # type: ignore[no-untyped-call]
+            raise _error(code, text, answer.headers)
         found: Object = json.loads(text)
         return found
+
+    async def _ask(
+        self,
+        verb: str,
+        path: str,
+        parameters: Mapping[str, str | int],
+        body: Mapping[str, Any] | None = None,
+        content_type: str = "application/json",
+        accept: str = "application/json",
+        timeout: aiohttp.ClientTimeout = TIMEOUT,  # noqa: ASYNC109 aiohttp's own, with a part for each phase
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        """A request, sent as the answer is entered."""
+        query = f"?{urlencode(parameters)}" if parameters else ""
+        auth = (await self._configuration.auth_settings()).get("BearerToken")
+        headers: dict[str, str] = {
+            "Accept": accept,
+            "Accept-Encoding": "identity",  # to pack and unpack a list takes both sides longer than to send it
+            "Content-Type": content_type,
+            "User-Agent": USER_AGENT,
+            **({"Authorization": str(auth["value"])} if auth else {}),
+        }
+        return self._session.request(
+            verb,
+            URL(f"{self._host}{path}{query}", encoded=True),
+            headers=headers,
+            data=None if body is None else json.dumps(body).encode(),
+            timeout=timeout,
+            proxy=self._configuration.proxy,
+            server_hostname=self._configuration.tls_server_name,
+        )
 
 
 def _error(code: int, text: bytes, headers: Mapping[str, str]) -> ApiError:

@@ -1,7 +1,7 @@
 """Looks at what is really there: before the first decision, after each new listing of kopf's, and now and then.
 
-Watches miss deletions: when the API server has forgotten where a watch was (410 Gone), kopf lists anew and tells what
-there is, not what is gone. Metadata of all objects is cheap to list; what the store has beyond it is dropped.
+kopf's watch misses deletions: when the API server has forgotten where a watch was (410 Gone), kopf lists anew and tells
+what there is, not what is gone. Metadata of all objects is cheap to list; what the store has beyond it is dropped.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import suppress
 
 from qlora_api.job import GROUP, VERSION
@@ -52,16 +52,14 @@ class Listings:
 
 
 async def take_stock(store: Store, api: Api, namespaces: Sequence[str]) -> set[str]:
-    """Fill the store with everything there is; the namespaces that have the shared Service.
+    """Fill the store with all QLoRAJobs; the namespaces that have the shared Service.
 
     Raises:
         ApiError, aiohttp.ClientError, TimeoutError: it is not all there yet.
 
     """
-    take = {"job": store.take_job, "child": store.take_child, "pod": store.take_pod}
-    for kind, (base, plural, selector) in KINDS.items():
-        async for item in _items(api, base, plural, namespaces, selector):
-            take[kind](item)
+    async for item in _items(api, *KINDS["job"][:2], namespaces, ""):
+        store.take_job(item)
     managed = f"{MANAGED_BY_LABEL}={FIELD_MANAGER}"
     services = [item["metadata"] async for item in _items(api, "/api/v1", "services", namespaces, managed)]
     return {meta["namespace"] for meta in services if meta["name"] == SERVICE}
@@ -71,12 +69,14 @@ async def resync_forever(
     store: Store, api: Api, reconciler: Reconciler, namespaces: Sequence[str], listings: Listings
 ) -> None:
     while True:
+        kinds = tuple(KINDS)
         with suppress(TimeoutError):
             await asyncio.wait_for(listings.news.wait(), RESYNC_SECONDS)
             await asyncio.sleep(SETTLE_SECONDS)
+            kinds = ("job",)  # of the others kopf knows nothing
         listings.news.clear()
         try:
-            for key in await resync(store, api, namespaces):
+            for key in await resync(store, api, namespaces, kinds):
                 reconciler.wake(key)
         except (ApiError, *TRANSIENT) as error:
             log.info("resync did not go through: %s", error)
@@ -84,11 +84,11 @@ async def resync_forever(
             listings.news.set()
 
 
-async def resync(store: Store, api: Api, namespaces: Sequence[str]) -> list[Key]:
-    """Drop what is not there any more; the keys that had something dropped."""
-    before = set(_held(store))  # what comes while the lists are read is not judged by them
+async def resync(store: Store, api: Api, namespaces: Sequence[str], kinds: Iterable[str] = KINDS) -> list[Key]:
+    """Drop what is not there any more of some kinds; the keys that had something dropped."""
+    before = {held for held in _held(store) if held[1] in kinds}  # what comes meanwhile is not judged by the lists
     there: set[str] = set()
-    for base, plural, selector in KINDS.values():
+    for base, plural, selector in (KINDS[kind] for kind in kinds):
         items = _items(api, base, plural, namespaces, selector, metadata_only=True)
         there |= {item["metadata"]["uid"] async for item in items}
     dropped: list[Key] = []

@@ -32,6 +32,10 @@ class StoredJob:
     uid: str
     version: int
     body: bytes
+    over: bool
+    """It succeeded or failed."""
+    rests: bool
+    """It is over, and does not go by itself."""
 
     def parse(self) -> QLoRAJob:
         """Raises pydantic's ValidationError where the API server took what this version of the types refuses."""
@@ -68,12 +72,21 @@ class Store:
 
     def take_refusal(self, event: Mapping[str, Any]) -> Key | None:
         """Take in an Event in which the Job controller says that it cannot make pods; None where it is no news."""
-        child, text = event["involvedObject"].get("uid", ""), event.get("message", "")
-        key = next((key for key, known in self._known.items() if child in known.children), None)
-        if key is None or self[key].pods_refused == text:
+        child, text = event["involvedObject"], event.get("message", "")
+        key = child.get("namespace", ""), child.get("name", "").rpartition("-")[0]
+        known = self._known.get(key)
+        if known is None or child.get("uid") not in known.children or known.pods_refused == text:
             return None
-        self[key].pods_refused = text
+        known.pods_refused = text
         return key
+
+    def held_children(self) -> Iterator[tuple[Key, str]]:
+        """Keys and UIDs of all child Jobs."""
+        return ((key, uid) for key, known in self._known.items() for uid in known.children)
+
+    def held_pods(self) -> Iterator[tuple[Key, str]]:
+        """Keys and UIDs of all pods that are not known to be gone."""
+        return ((key, uid) for key, known in self._known.items() for uid, pod in known.pods.items() if not pod.gone)
 
     def forget(self, key: Key) -> None:
         """Drop a job that is gone, once its children are."""
@@ -91,6 +104,7 @@ class Store:
             return None
         if known.job and known.job.uid != meta["uid"]:
             known.report, known.pods_refused = None, ""
+        over = _is_over(body)
         kept = {
             "apiVersion": body["apiVersion"],
             "kind": body["kind"],
@@ -98,7 +112,9 @@ class Store:
             "spec": body["spec"],
             **({"status": body["status"]} if body.get("status") else {}),
         }
-        known.job = StoredJob(meta["uid"], version, json.dumps(kept, separators=(",", ":")).encode())
+        rests = over and body["spec"].get("policy", {}).get("ttlSecondsAfterFinished") is None
+        text = json.dumps(kept, separators=(",", ":")).encode()
+        known.job = StoredJob(meta["uid"], version, text, over, rests)
         return key
 
     def drop_job(self, body: Mapping[str, Any]) -> Key:
@@ -119,7 +135,11 @@ class Store:
         if seen is None:
             return None
         key = key_of_child(body)
-        held: dict[str, Any] = getattr(self[key], place)
+        known = self[key]
+        if place == "pods" and known.job and known.job.over and known.job.uid == seen.owner:
+            known.pods.pop(seen.uid, None)  # nobody asks for them any more
+            return None
+        held: dict[str, Any] = getattr(known, place)
         before = held.get(seen.uid)
         if before and seen.version <= before.version:
             return None
@@ -159,6 +179,11 @@ class Store:
         """Forget deleted pods of attempts that are concluded."""
         known = self[key]
         known.pods = {u: p for u, p in known.pods.items() if not (p.gone and p.attempt <= up_to_attempt)}
+
+
+def _is_over(job: Mapping[str, Any]) -> bool:
+    conditions = (job.get("status") or {}).get("conditions", ())
+    return any(c["type"] in ("Succeeded", "Failed") and c["status"] == "True" for c in conditions)
 
 
 def key_of_child(body: Mapping[str, Any]) -> Key:

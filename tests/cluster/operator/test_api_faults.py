@@ -125,7 +125,7 @@ def test_pods_that_were_deleted_unseen_do_not_keep_a_job_from_being_suspended(ap
 
 
 def test_a_watch_that_is_silent_is_asked_for_anew(api, zygote, proxy, kwok_namespace, tmp_path):
-    quick = {"qlora_operator.handlers.SILENCE_SECONDS": 2}
+    quick = {"qlora_operator.handlers.SILENCE_SECONDS": 2, "qlora_operator.client.SILENCE_SECONDS": 2}
     with ForkedOperator(zygote, tmp_path, proxy.kubeconfig, quick, namespaces=[kwok_namespace]) as operator:
         proxy.freeze_watches()
         path = create_job(api, qlora_job(namespace=kwok_namespace))
@@ -133,16 +133,9 @@ def test_a_watch_that_is_silent_is_asked_for_anew(api, zygote, proxy, kwok_names
         assert operator.healthz() == (200, "ok\n")
 
 
-@pytest.mark.parametrize(
-    ("resource", "trouble"),
-    [
-        pytest.param("jobs", "error", id="an-error-that-is-not-410-as-an-event"),
-        pytest.param("pods", "gone", id="410-as-the-answer-to-a-watch"),
-        pytest.param("qlorajobs", "gone", id="410-as-the-answer-to-the-watch-of-jobs"),
-    ],
-)
-def test_what_ends_a_watch_for_good_ends_the_operator_and_another_one_goes_on(
-    api, proxy, kwok_namespace, tmp_path, resource, trouble
+@pytest.mark.parametrize("trouble", ["error", "gone"])
+def test_what_ends_the_watch_of_jobs_for_good_ends_the_operator_and_another_one_goes_on(
+    api, proxy, kwok_namespace, tmp_path, trouble
 ):
     """kopf#1276: Kubernetes restarts what ends with an error, and would not see that a watch of many is missing."""
     operator = Operator(tmp_path, proxy.kubeconfig, namespaces=[kwok_namespace])
@@ -150,15 +143,31 @@ def test_what_ends_a_watch_for_good_ends_the_operator_and_another_one_goes_on(
         path = create_job(api, qlora_job("deleted-meanwhile", kwok_namespace, suspend=True))
         api.wait_for(path, in_state("Suspended"))
         if trouble == "error":
-            proxy.end_watches(resource, {**GONE, "code": 500, "reason": "InternalError"})
+            proxy.end_watches("qlorajobs", {**GONE, "code": 500, "reason": "InternalError"})
         else:
-            proxy.when(is_watch(resource), Refused(410))
-            proxy.cut_watches(resource)
+            proxy.when(is_watch("qlorajobs"), Refused(410))
+            proxy.cut_watches("qlorajobs")
         assert operator.wait(SOON) not in (0, None)
         api.delete(path)
         operator.start()
         api.wait_for(create_job(api, qlora_job(namespace=kwok_namespace)), in_state("Succeeded"))
         assert counted(operator, "qlora_operator_jobs") == 1
+
+
+@pytest.mark.parametrize("resource", ["jobs", "pods", "events", "services"])
+@pytest.mark.parametrize("trouble", ["error", "gone"])
+def test_trouble_with_the_watch_of_what_belongs_to_jobs_is_overcome(
+    api, behind_proxy, proxy, kwok_namespace, resource, trouble
+):
+    if trouble == "error":
+        proxy.end_watches(resource, {**GONE, "code": 500, "reason": "InternalError"})
+    else:
+        proxy.when(is_watch(resource), Refused(410))
+        proxy.cut_watches(resource)
+    with pods_do(api, kwok_namespace, DONE):
+        api.wait_for(create_job(api, qlora_job(namespace=kwok_namespace, workers=2)), in_state("Succeeded"))
+    assert not proxy.pending_faults
+    assert behind_proxy.healthz() == (200, "ok\n")
 
 
 def test_a_token_that_has_expired_is_asked_for_anew(api, behind_proxy, proxy, kwok_namespace):
@@ -185,15 +194,15 @@ def test_an_operator_that_starts_again_writes_nothing(api, behind_proxy, proxy, 
     behind_proxy.kill()
     written, looked = len(proxy.calls), len(proxy.reads)
     behind_proxy.start()
-    # Once at everything, once more after kopf's listings: by then each job was decided upon.
-    assert eventually(lambda: sum(is_list("pods")(call) for call in proxy.reads[looked:]) >= 3)
+    # Before the first decision, by kopf, and once more after that: by then each job was decided upon.
+    assert eventually(lambda: sum(is_list("qlorajobs")(call) for call in proxy.reads[looked:]) >= 3)
     assert counted(behind_proxy, "qlora_operator_reconcile_seconds_count") >= 4
     assert proxy.calls[written:] == []
 
 
 def test_a_kind_that_cannot_be_listed_any_more_makes_the_liveness_probe_fail(zygote, proxy, kwok_namespace, tmp_path):
     quick = dict.fromkeys(
-        (f"qlora_operator.{n}_SECONDS" for n in ("handlers.WATCH", "health.WATCH", "health.SLACK")), 2
+        (f"qlora_operator.{n}_SECONDS" for n in ("handlers.WATCH", "watch.WATCH", "health.WATCH", "health.SLACK")), 2
     )
     with ForkedOperator(zygote, tmp_path, proxy.kubeconfig, quick, namespaces=[kwok_namespace]) as operator:
         proxy.when(is_list("pods"), Refused(500), times=100)

@@ -1,0 +1,163 @@
+"""List and watch of what belongs to QLoRAJobs: everything there is, then each change as it comes.
+
+kopf watches the QLoRAJobs themselves. Of the rest there is ten times as much, and to kopf each object is a record that
+stays and each change a task: more than half of the operator's CPU time and memory (docs/scale.md). Here a change is one
+function call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from qlora_operator.client import TRANSIENT, Api, ApiError, Object
+from qlora_operator.health import WATCH_SECONDS
+from qlora_operator.names import FIELD_MANAGER, JOB_LABEL, MANAGED_BY_LABEL, SERVICE
+from qlora_operator.store import Key, Store
+
+log = logging.getLogger(__name__)
+
+PAGE = 200
+"""Objects of one answer: a pod is 10 KB as text, and ten times that when it is parsed."""
+BREATH_SECONDS = 0.1
+"""Between two watches, so that an API server that ends them at once is not asked without end."""
+FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 30.0
+GONE = 410
+Take = Callable[[Object], Key | None]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is watched, and who is told. Of ``take`` and ``drop`` comes the key to wake, None where it is no news."""
+
+    base: str
+    plural: str
+    selectors: Mapping[str, str]
+    take: Take
+    drop: Take
+    held: Callable[[], Iterable[tuple[Key, str]]] = tuple
+    """Keys and identities of what is known. What of it is not listed any more is dropped by ``lose``."""
+    lose: Callable[[Key, str], None] = lambda _key, _identity: None
+    identity: Literal["uid", "namespace"] = "uid"
+
+
+def kinds_of(store: Store, services: set[str]) -> tuple[Kind, ...]:
+    """What belongs to QLoRAJobs. In this order: what is listed later belongs to what is listed before."""
+    ours = {"labelSelector": JOB_LABEL}
+    # The Job controller says why it cannot make pods in Events, and nowhere else.
+    refusals = {"fieldSelector": "reason=FailedCreate,involvedObject.kind=Job"}
+    shared = {"labelSelector": f"{MANAGED_BY_LABEL}={FIELD_MANAGER}", "fieldSelector": f"metadata.name={SERVICE}"}
+
+    def lose(kind: str) -> Callable[[Key, str], None]:
+        return lambda key, uid: store.drop(key, kind, uid)
+
+    def held_services() -> list[tuple[Key, str]]:
+        return [((namespace, ""), namespace) for namespace in services]
+
+    def lose_service(_: Key, namespace: str) -> None:
+        services.discard(namespace)
+
+    def unshared(body: Object) -> None:
+        services.discard(body["metadata"]["namespace"])
+
+    return (
+        Kind("/apis/batch/v1", "jobs", ours, store.take_child, store.drop_child, store.held_children, lose("child")),
+        Kind("/api/v1", "pods", ours, store.take_pod, store.drop_pod, store.held_pods, lose("pod")),
+        Kind("/api/v1", "events", refusals, store.take_refusal, lambda _: None),
+        # The reconciler knows what it makes. A late word of it here could be of one that is gone again.
+        Kind("/api/v1", "services", shared, lambda _: None, unshared, held_services, lose_service, "namespace"),
+    )
+
+
+class Watch:
+    """One kind in one namespace, or in all.
+
+    Args:
+        api: the operator's calls.
+        kind: what is watched.
+        namespace: empty: all.
+        wake: told the key of what changed.
+        note: told the path of each watch as it begins.
+
+    """
+
+    def __init__(
+        self, api: Api, kind: Kind, namespace: str, wake: Callable[[Key], None], note: Callable[[str], None]
+    ) -> None:
+        self._api, self._kind, self._namespace, self._wake, self._note = api, kind, namespace, wake, note
+        where = f"/namespaces/{namespace}" if namespace else ""
+        self.path = f"{kind.base}{where}/{kind.plural}"
+        self._version = ""
+        """Of the last that was seen; empty: nothing was listed yet, or the API server has forgotten it."""
+
+    async def list(self) -> set[Key]:
+        """Take in everything there is, and drop what is gone; the keys that have news.
+
+        Raises:
+            ApiError, aiohttp.ClientError, TimeoutError: it is not all there yet.
+
+        """
+        before = {held for held in self._kind.held() if self._namespace in ("", held[0][0])}
+        there: set[str] = set()
+        news: set[Key | None] = set()
+        token = ""
+        while True:
+            page = await self._api.get(self.path, limit=PAGE, **self._kind.selectors, **{"continue": token})
+            for item in page["items"] or ():
+                there.add(item["metadata"][self._kind.identity])
+                news.add(self._kind.take(item))
+            token = page["metadata"].get("continue", "")
+            if not token:
+                break
+        for key, identity in before:
+            if identity not in there:
+                self._kind.lose(key, identity)
+                news.add(key)
+        self._version = page["metadata"]["resourceVersion"]
+        return {key for key in news if key}
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        failures = 0
+        while True:
+            wait = BREATH_SECONDS
+            try:
+                if not self._version:
+                    for key in await self.list():
+                        self._wake(key)
+                await self._follow()
+                failures = 0
+            except ApiError as error:
+                self._version = ""
+                if error.status != GONE:
+                    wait = max(_backoff(failures), error.retry_after or 0)
+                    failures += 1
+                    log.warning("watch of %s: %s; again in %.1f s", self._kind.plural, error, wait)
+            except TRANSIENT as error:
+                wait = _backoff(failures)
+                failures += 1
+                log.info("watch of %s: no answer (%s); again in %.1f s", self._kind.plural, type(error).__name__, wait)
+            await asyncio.sleep(wait)
+
+    async def _follow(self) -> None:
+        """Take in changes until the API server ends the watch."""
+        self._note(f"{self.path}?watch=true")
+        parameters: dict[str, str | int] = {
+            **self._kind.selectors,
+            "resourceVersion": self._version,
+            "timeoutSeconds": WATCH_SECONDS,
+        }
+        async for change in self._api.watch(self.path, **parameters):
+            body = change["object"]
+            if change["type"] != "BOOKMARK":
+                key = (self._kind.drop if change["type"] == "DELETED" else self._kind.take)(body)
+                if key:
+                    self._wake(key)
+            self._version = body["metadata"]["resourceVersion"]
+
+
+def _backoff(failures: int) -> float:
+    return min(FIRST_RETRY_SECONDS * 2.0**failures, LONGEST_RETRY_SECONDS)
