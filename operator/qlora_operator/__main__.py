@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -69,6 +69,13 @@ def stop_on_signals(stop: asyncio.Event) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
 
 
+async def first_of(works: Collection[asyncio.Task[None]]) -> None:
+    """Wait until one ends; raise what it raised."""
+    done, _ = await asyncio.wait(works, return_when=asyncio.FIRST_COMPLETED)
+    for work in done:
+        work.result()
+
+
 async def run(config: OperatorConfig) -> None:
     """Operate until SIGTERM or SIGINT."""
     store = Store()
@@ -122,13 +129,7 @@ async def run(config: OperatorConfig) -> None:
         )
         stop_on_signals(stop)  # kopf has just taken them for itself
         # Not kopf.run_tasks: when a watch has failed for good, it waits for the others, and they for it (kopf#1276).
-        done, _ = await asyncio.wait(works, return_when=asyncio.FIRST_COMPLETED)
-        for work in done:
-            work.result()
-
-    async def follow(one: Watch) -> None:
-        await looked.wait()
-        await one.run()
+        await first_of(works)
 
     stop, looked = asyncio.Event(), asyncio.Event()
     stop_on_signals(stop)
@@ -143,7 +144,7 @@ async def run(config: OperatorConfig) -> None:
             "watch": watch(),
         }.items()
     ]
-    tasks += [asyncio.create_task(follow(one), name=f"watch {one.path}") for one in followed]
+    tasks += [asyncio.create_task(one.run(looked), name=f"watch {one.path}") for one in followed]
     log.info("serving QLoRAJobs in %s", ", ".join(config.namespaces) or "all namespaces")
     waiting = asyncio.create_task(stop.wait())
     done, _ = await asyncio.wait([waiting, *tasks], return_when=asyncio.FIRST_COMPLETED)

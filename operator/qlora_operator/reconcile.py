@@ -30,7 +30,7 @@ from qlora_operator.metrics import Metrics
 from qlora_operator.names import FIELD_MANAGER, SERVICE, UID_LABEL
 from qlora_operator.patch import merge_patch
 from qlora_operator.plan import is_over, plan
-from qlora_operator.seen import PREPARE, Observed, SeenJob, SeenPod
+from qlora_operator.seen import PREPARE, JobState, Observed, SeenJob, SeenPod
 from qlora_operator.store import Key, Known, Store
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Reconciler:
         self._not_before: dict[Key, float] = {}
         self._service_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.services: set[str] = set()
-        """Namespaces that have the shared Service."""
+        """Namespaces that have the shared Service. What deletes it unasked is told by its watch."""
         self.polled: dict[Key, SeenPod] = {}
         """Rank 0's pods of the jobs that train."""
 
@@ -150,6 +150,9 @@ class Reconciler:
             self._store.forget(key)
             await self._clear_service(key[0])
             return
+        if stored.rests and not any(_runs(child) for child in known.children.values() if child.owner == stored.uid):
+            self._leave(key, known)
+            return
         raw = json.loads(stored.body)
         try:
             job = stored.parse()
@@ -199,6 +202,13 @@ class Reconciler:
         if decided.wake_after is not None:
             self.wake_later(key, decided.wake_after)
 
+    def _leave(self, key: Key, known: Known) -> None:
+        """Keep of a job that is over no more than a restart would find."""
+        self.polled.pop(key, None)
+        self._wrote.pop(key, None)
+        known.report = None
+        known.pods = {uid: pod for uid, pod in known.pods.items() if known.job and pod.owner != known.job.uid}
+
     async def _observe(self, known: Known) -> Observed:
         owner = known.job.uid if known.job else ""
         jobs: dict[int, SeenJob] = {}
@@ -239,8 +249,9 @@ class Reconciler:
         for body in decided.make:
             if body["kind"] == "Service":
                 async with self._service_locks[key[0]]:
-                    await self._create(key, body)
-                    self.services.add(key[0])
+                    if key[0] not in self.services:
+                        await self._create(key, body)
+                        self.services.add(key[0])
                 continue
             made = await self._create(key, body)
             if made["kind"] == "Job":
@@ -354,6 +365,10 @@ class Reconciler:
                 return
             await self._api.delete(f"/api/v1/namespaces/{namespace}/services/{SERVICE}")
             self.services.discard(namespace)
+
+
+def _runs(child: SeenJob) -> bool:
+    return not child.deleting and child.state not in (JobState.COMPLETE, JobState.FAILED)
 
 
 def _is_first(pod: SeenPod, attempt: int) -> bool:

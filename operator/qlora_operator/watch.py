@@ -119,8 +119,9 @@ class Watch:
         self._version = page["metadata"]["resourceVersion"]
         return {key for key in news if key}
 
-    async def run(self) -> None:
-        """Watch until cancelled."""
+    async def run(self, listed: asyncio.Event) -> None:
+        """Watch until cancelled, once everything was listed."""
+        await listed.wait()
         failures = 0
         while True:
             wait = BREATH_SECONDS
