@@ -166,7 +166,8 @@ def _watching(
 
     def watch() -> None:
         while not done.wait(WATCH_SECONDS):
-            stop.pass_on()  # a SIGTERM that came before there was a rank
+            if not stop.pass_on():  # before the first rank and after the last; a SIGTERM in between is passed on now
+                continue
             verdict = next((v for v in (check() for check in checks) if v is not None), None)
             if verdict is not None:
                 if not done.wait(verdict.grace_seconds):

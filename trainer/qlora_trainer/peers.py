@@ -22,6 +22,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.agent.server.api import _TERMINAL_STATE_SYNC_ID
 
 from qlora_api.base import Model
 from qlora_api.contract import ExitCode, reason_of
@@ -96,7 +97,11 @@ class Meeting:
         self._count = 0
 
     def arrive(self) -> None:
+        """Write this worker down."""
         self._store.set(f"here/{self._place.index}", self._place.node)
+        # torchrun would have a worker that is done wait five minutes for the others, deaf to signals, while worker 0
+        # publishes. This is the key it waits for.
+        self._store.set(f"{_TERMINAL_STATE_SYNC_ID}/last_member", "")
 
     def missing(self) -> list[int]:
         """Workers that are not here yet.
