@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 HISTORY_FILE = "history.jsonl"
 PUBLISHED_FILE = "training_history.jsonl"
 MOST_STEPS = 20_000
-"""Beyond them every second step is left out: 3 MB a checkpoint at most."""
+"""Beyond them every second step is left out, then three of four, and so on: 4 MB a checkpoint at most."""
 log = logging.getLogger(__name__)
 
 
@@ -34,6 +34,8 @@ class History:
     def __init__(self) -> None:
         self._lines: list[dict[str, Any]] = []
         self._steps = 0
+        self._every = 1
+        """Steps that stay: multiples of this, and the newest."""
 
     def attempt(self, number: int, from_step: int, **more: Any) -> None:
         """Note that an attempt begins."""
@@ -41,10 +43,13 @@ class History:
 
     def step(self, number: int, **figures: float) -> None:
         """Note a step and its figures."""
+        if self._lines and "loss" in self._lines[-1] and self._lines[-1]["step"] % self._every:
+            self._lines.pop()
+            self._steps -= 1
         self._lines.append({"step": number, "time": _now(), **{k: _rounded(v) for k, v in figures.items()}})
         self._steps += 1
-        if self._steps > MOST_STEPS:
-            self._thin_out()
+        while self._steps > MOST_STEPS:
+            self._thin_out(number)
 
     def evaluation(self, step: int, loss: float) -> None:
         """Note the loss of the evaluation rows."""
@@ -65,8 +70,14 @@ class History:
             log.warning("the history of earlier attempts cannot be read (%s); it begins anew", error)
         self._steps = sum("loss" in line for line in self._lines)
 
-    def _thin_out(self) -> None:
-        self._lines = [line for line in self._lines if "loss" not in line or line["step"] % 2 == 0]
+    def _thin_out(self, newest: int) -> None:
+        self._every *= 2
+        stay = (
+            line
+            for line in self._lines
+            if "loss" not in line or not line["step"] % self._every or line["step"] == newest
+        )
+        self._lines = list(stay)
         self._steps = sum("loss" in line for line in self._lines)
 
 

@@ -1,0 +1,282 @@
+"""What a rank shows of itself: exactly the catalogue, absent where it is not known, and what a token costs."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from prometheus_client import CollectorRegistry
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qlora_api.batch import split_batch
+from qlora_api.contract import JobRef, TrainerConfig
+from qlora_api.metrics_catalogue import TRAINER, Kind
+from qlora_api.spec import QLoRAJobSpec
+from qlora_trainer import history, metrics
+from qlora_trainer import sections as sections_module
+from qlora_trainer.flops import flops_per_token
+from qlora_trainer.history import History
+from qlora_trainer.sections import Sections
+
+LABELS = {"job": "one", "namespace": "team", "rank": "3"}
+SPEC = {
+    "model": {"source": "/base"},
+    "dataset": {"train": {"source": "/rows"}, "format": "Text"},
+    "training": {"maxSteps": 10, "globalBatchSize": 4},
+    "output": {"destination": "/out"},
+}
+
+
+class Heartbeat:
+    """As the trainer's: beats are kept elsewhere."""
+
+    wall = 1234.5
+
+    def during(self, section):
+        import contextlib
+
+        return contextlib.nullcontext()
+
+
+def board(device="cpu", **more):
+    spec = QLoRAJobSpec.model_validate(SPEC)
+    config = TrainerConfig(
+        job=JobRef(name="one", namespace="team", uid="u"),
+        spec=spec,
+        attempt=2,
+        restarts=1,
+        batch=split_batch(spec, 4),
+        device="CPU",
+        ranks_per_worker=4,
+        gradient_checkpointing=False,
+        checkpoint_uri="/c",
+        cache_dir="/cache",
+        termination_message_path="/t",
+        **more,
+    )
+    ranks = SimpleNamespace(rank=3, local_rank=3, world_size=4, device=torch.device(device), heartbeat=Heartbeat())
+    return metrics.Board(config, ranks)
+
+
+def samples(of):
+    return {
+        (s.name, s.labels.get("component") or s.labels.get("section") or s.labels.get("direction") or ""): s
+        for family in of.registry.collect()
+        for s in family.samples
+    }
+
+
+def value(of, name, more=""):
+    found = samples(of).get((name, more))
+    return None if found is None else found.value
+
+
+def test_every_series_has_the_jobs_labels():
+    for sample in samples(board(predicted_memory={"peak": 1})).values():
+        assert sample.labels.items() >= LABELS.items(), sample
+
+
+def test_what_is_not_known_is_absent_and_what_was_not_done_is_zero():
+    made = board()
+    for name in ("qlora_loss", "qlora_eval_loss", "qlora_learning_rate", "qlora_step", "qlora_flops_per_token"):
+        assert value(made, name) is None
+    assert value(made, "qlora_memory_predicted_bytes", "peak") is None
+    assert value(made, "qlora_tokens_total") == 0
+    assert value(made, "qlora_attempt") == 2
+    assert value(made, "qlora_restarts") == 1
+
+
+def test_predictions_stand_beside_measurements():
+    made = board(predicted_memory={"gradients": 100, "activations": 7})
+    made.memory({"gradients": 98})
+    assert value(made, "qlora_memory_predicted_bytes", "gradients") == 100
+    assert value(made, "qlora_memory_predicted_bytes", "activations") == 7
+    assert value(made, "qlora_memory_component_bytes", "gradients") == 98
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A GPU as torch and NVML show one."""
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(free=60, total=80),
+        nvmlDeviceGetPcieThroughput=lambda handle, counter: 2 if counter == "rx" else 3,
+        NVMLError=RuntimeError,
+        NVML_PCIE_UTIL_RX_BYTES="rx",
+        NVML_PCIE_UTIL_TX_BYTES="tx",
+    )
+    monkeypatch.setattr(metrics, "pynvml", nvml)
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="abc"))
+    for name, size in (("memory_allocated", 10), ("memory_reserved", 12), ("max_memory_allocated", 15)):
+        monkeypatch.setattr(cuda, name, lambda device, size=size: size)
+    return nvml
+
+
+def test_a_rank_with_a_gpu_exports_the_whole_catalogue(card):
+    made = board("cuda", predicted_memory={"peak": 1})
+    with made.section("Train"):
+        made.step_took(0.5)
+    made.memory({"peak": 15})
+    names = ("step", "steps_planned", "epoch", "loss", "eval_loss", "learning_rate", "gradient_norm")
+    for name in (*names, "tokens_per_second", "flops_per_token"):
+        made.set(f"qlora_{name}", 1)
+    assert {name for name, _ in samples(made)} == {name for metric in TRAINER.values() for name in metric.series}
+    assert value(made, "qlora_device_peak_flops_per_second") == 989.5e12
+    assert value(made, "qlora_gpu_pcie_bytes_per_second", "receive") == 2048
+    assert value(made, "qlora_gpu_memory_free_bytes") == 60
+    assert samples(made)["qlora_device_info", ""].labels["uuid"] == "GPU-abc"
+
+
+def test_a_rank_without_one_exports_the_rest():
+    names = {family.name for family in board().registry.collect()}
+    assert names == {metric.name for metric in TRAINER.values() if not metric.gpu}
+
+
+def test_a_driver_that_does_not_tell_of_pcie_leaves_it_out(card, monkeypatch):
+    def refuse(handle, counter):
+        raise RuntimeError("not supported")
+
+    monkeypatch.setattr(card, "nvmlDeviceGetPcieThroughput", refuse)
+    assert value(board("cuda"), "qlora_gpu_pcie_bytes_per_second", "receive") is None
+    assert value(board("cuda"), "qlora_gpu_memory_total_bytes") == 80
+
+
+def test_an_unknown_card_has_no_peak(card, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Graphics Device")
+    assert value(board("cuda"), "qlora_device_peak_flops_per_second") is None
+
+
+# ------------------------------------------------------------------------------------------------------------ sections
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = SimpleNamespace(value=100.0)
+    monkeypatch.setattr(sections_module.time, "monotonic", lambda: now.value)
+    return now
+
+
+def test_a_section_inside_another_counts_for_itself_alone_and_the_open_one_up_to_now(clock):
+    made = Sections(TRAINER["qlora_section_seconds"], ("one", "team", "0"))
+    made.enter("Publish")
+    clock.value += 5
+    made.enter("Checkpoint")
+    clock.value += 2
+    made.leave()
+    clock.value += 1
+    assert made.seconds() == {"Publish": 6.0, "Checkpoint": 2.0}
+    made.leave()
+    clock.value += 100
+    assert made.seconds() == {"Publish": 6.0, "Checkpoint": 2.0}
+
+
+def test_sections_are_a_counter_of_the_catalogue(clock):
+    made, registry = Sections(TRAINER["qlora_section_seconds"], ("one", "team", "0")), CollectorRegistry()
+    registry.register(made)
+    made.enter("Train")
+    clock.value += 3
+    (family,) = registry.collect()
+    assert family.type == Kind.COUNTER.value
+    assert registry.get_sample_value(
+        "qlora_section_seconds_total", {"job": "one", "namespace": "team", "rank": "0", "section": "Train"}
+    ) == pytest.approx(3)
+
+
+# --------------------------------------------------------------------------------------------------------------- flops
+
+
+def llama(**more):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=100, num_key_value_heads=2, **sizes, **more)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    return model.requires_grad_(requires_grad=False)
+
+
+def test_a_token_costs_four_operations_a_frozen_weight_and_attention_by_its_row():
+    weights = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
+    attention = 3.5 * 4 * (33 / 2) * 64 * 2
+    found = flops_per_token(llama(), np.array([32, 32]), target_share=0.5)
+    assert found == 4 * (weights + 0.5 * 64 * 100) + attention
+
+
+def test_what_learns_costs_half_as_much_again():
+    model = llama()
+    before = flops_per_token(model, np.array([8]), 1.0)
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(requires_grad=True)
+    assert flops_per_token(model, np.array([8]), 1.0) - before == 2 * 64 * 128
+
+
+def test_long_rows_weigh_as_many_tokens_as_they_have():
+    short, long = (flops_per_token(llama(), np.array(rows), 1.0) for rows in ([10] * 10, [10, 90]))
+    assert long > short
+
+
+def test_of_a_mixture_of_experts_nothing_is_said():
+    model = llama()
+    model.config.num_local_experts = 8
+    assert flops_per_token(model, np.array([8]), 1.0) is None
+
+
+# ------------------------------------------------------------------------------------------------------------- history
+
+
+def rows(of):
+    return [json.loads(line) for line in of.to_bytes().decode().splitlines()]
+
+
+def test_a_resumed_history_has_each_step_once_and_names_both_attempts():
+    first = History()
+    first.attempt(1, 0, worldSize=2)
+    for number in (1, 2):
+        first.step(number, loss=1.0)
+    saved = first.to_bytes()
+    first.step(3, loss=9.0)  # lost with its attempt
+    second = History()
+    second.resume(saved)
+    second.attempt(2, 2, worldSize=4)
+    second.step(3, loss=0.5)
+    assert [(r["step"], r["loss"]) for r in rows(second) if "loss" in r] == [(1, 1.0), (2, 1.0), (3, 0.5)]
+    assert [r["attempt"] for r in rows(second) if "fromStep" in r] == [1, 2]
+
+
+def test_a_damaged_history_stops_no_training(caplog):
+    found = History()
+    found.resume(b"{half a li")
+    assert rows(found) == []
+    assert "begins anew" in caplog.text
+
+
+def test_figures_that_are_not_finite_are_json(caplog):
+    found = History()
+    found.step(1, loss=math.nan, gradientNorm=math.inf, tokens=123456789)
+    assert (rows(found)[0]["loss"], rows(found)[0]["gradientNorm"]) == (None, None)
+
+
+def test_a_long_history_loses_every_second_step_and_no_evaluation(monkeypatch):
+    monkeypatch.setattr(history, "MOST_STEPS", 10)
+    found = History()
+    found.attempt(1, 0)
+    for number in range(1, 41):
+        found.step(number, loss=1.0)
+        if number % 10 == 1:
+            found.evaluation(number, 2.0)
+    steps = [r["step"] for r in rows(found) if "loss" in r]
+    assert len(steps) <= 10
+    assert steps[-1] == 40
+    assert steps[:3] == [8, 16, 24]
+    again = History()
+    again.resume(found.to_bytes())
+    for number in range(41, 61):
+        again.step(number, loss=1.0)
+    steps = [r["step"] for r in rows(again) if "loss" in r]
+    assert len(steps) <= 10
+    assert steps[-1] == 60
+    assert [r["step"] for r in rows(found) if "evalLoss" in r] == [1, 11, 21, 31]
