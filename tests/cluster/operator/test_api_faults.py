@@ -164,9 +164,9 @@ def test_trouble_with_the_watch_of_what_belongs_to_jobs_is_overcome(
     else:
         proxy.when(is_watch(resource), Refused(410))
         proxy.cut_watches(resource)
+    assert eventually(lambda: not proxy.pending_faults)
     with pods_do(api, kwok_namespace, DONE):
         api.wait_for(create_job(api, qlora_job(namespace=kwok_namespace, workers=2)), in_state("Succeeded"))
-    assert not proxy.pending_faults
     assert behind_proxy.healthz() == (200, "ok\n")
 
 
