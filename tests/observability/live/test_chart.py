@@ -28,7 +28,9 @@ def rendered(helm, **metrics):
 
 
 def dashboards(objects):
-    return {name: o for o in objects if o["kind"] == "ConfigMap" for name in o["data"] if name.endswith(".json")}
+    return {
+        name: o for o in objects if o["kind"] == "ConfigMap" for name in o.get("data") or () if name.endswith(".json")
+    }
 
 
 def test_nothing_of_the_prometheus_operator_or_grafana_is_there_by_default(helm):
