@@ -38,7 +38,7 @@ class SeenJob:
 
     name: str
     uid: str
-    version: int
+    version: int = field(compare=False)
     """resourceVersion. Comparable since Kubernetes 1.35 (KEP-5504), and in etcd's form always was."""
     owner: str
     """UID of its QLoRAJob."""
@@ -65,7 +65,7 @@ class SeenPod:
 
     name: str
     uid: str
-    version: int
+    version: int = field(compare=False)
     owner: str
     """UID of its QLoRAJob."""
     attempt: int

@@ -65,7 +65,10 @@ class Store:
         return iter(self._known.items())
 
     def __getitem__(self, key: Key) -> Known:
-        return self._known.setdefault(key, Known())
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = Known()
+        return known
 
     def __contains__(self, key: object) -> bool:
         return key in self._known
@@ -146,7 +149,7 @@ class Store:
         held[seen.uid] = seen
         if before is None and place == "children":
             self[key].pods_refused = ""  # said of an earlier attempt's
-        return None if before and _same(before, seen) else key
+        return None if before == seen else key  # whatever their versions
 
     def drop_child(self, body: Mapping[str, Any]) -> Key:
         key = key_of_child(body)
@@ -201,7 +204,3 @@ def _see(cut: Callable[[Mapping[str, Any]], S], body: Mapping[str, Any]) -> S | 
             "%s/%s has the operator's labels and is not of its making: %s", meta["namespace"], meta["name"], error
         )
         return None
-
-
-def _same(before: Any, after: Any) -> bool:
-    return bool(replace(before, version=after.version) == after)
