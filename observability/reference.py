@@ -21,6 +21,9 @@ PodMonitor adds `pod`, `container`, `endpoint` and `node`; a retry is a new pod,
 `max by (namespace, job) (qlora_loss)`. No label holds free text: jobs that exist, their ranks, and closed lists
 (`reason`, `state`, `component`, `section`, `direction`, `verb`, `code`, `kind`) bound their number.
 
+A job that has been over for a day has no series of its own any more; `qlora_operator_jobs` counts it as long as it
+exists, and `last_over_time(qlora_job_final_loss[30d])` finds what it said last.
+
 A figure that is not known is absent, not zero: `qlora_eval_loss` comes with the first evaluation,
 `qlora_memory_predicted_bytes` only where something was predicted.
 """

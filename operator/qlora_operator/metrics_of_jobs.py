@@ -27,6 +27,8 @@ FINAL = {
 }
 """Name, and the field of status.progress it comes from."""
 HOUR = 3600
+SHOWN_SECONDS = 24 * HOUR
+"""How long a job that is over has series of its own: Prometheus has kept them by then."""
 Json = dict[str, Any]
 
 
@@ -104,10 +106,12 @@ def _add_job(families: _Families, namespace: str, name: str, job: Json, known: K
     status = job.get("status") or {}
     state, reason = status.get("state", "Pending"), status.get("reason", "Pending")
     families.jobs[namespace, state, reason] += 1
-    families["qlora_job_state"].add_metric((name, namespace, state, reason), 1)
     attempts = status.get("attempts") or []
-    _add_ends(families, namespace, name, attempts)
     used = sum(_gpu_seconds(attempt, now) for attempt in attempts)
+    if "completionTime" in status and now - _seconds(status["completionTime"]) > SHOWN_SECONDS:
+        return used
+    families["qlora_job_state"].add_metric((name, namespace, state, reason), 1)
+    _add_ends(families, namespace, name, attempts)
     families["qlora_job_gpu_seconds"].add_metric((name, namespace), used)
     if "completionTime" in status:
         _add_final(families, namespace, name, status)

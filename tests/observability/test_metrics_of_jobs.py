@@ -174,6 +174,16 @@ def test_a_finished_job_says_what_its_ranks_said_last(scraped):
     assert scraped.value("qlora_job_state", job="one", state="Succeeded") == 1
 
 
+def test_a_job_that_is_over_for_a_day_is_only_counted(scraped):
+    ended = attempt(runningTime="2026-01-01T11:20:00Z", endTime="2026-01-01T11:30:00Z", reason="Completed")
+    scraped.job(status={"state": "Succeeded", "completionTime": "2026-01-01T11:30:00Z", "attempts": [ended]})
+    assert scraped.value("qlora_job_state") == 1
+    scraped.now += 86400
+    for name in ("qlora_job_state", "qlora_job_attempts", "qlora_job_gpu_seconds"):
+        assert scraped.value(name) is None
+    assert scraped.value("qlora_operator_jobs", state="Succeeded") == 1
+
+
 def test_a_job_whose_status_nobody_wrote_yet_is_pending(scraped):
     scraped.job()
     assert scraped.value("qlora_operator_jobs", state="Pending", reason="Pending") == 1
