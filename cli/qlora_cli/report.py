@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from qlora_api.contract import TrainerConfig
+from qlora_api.contract import PrepareReceipt, TrainerConfig
 from qlora_cli import report_history, rundir
 from qlora_cli.report_history import History
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qlora_api.contract import PrepareReceipt, TerminationMessage
+    from qlora_api.contract import TerminationMessage
     from qlora_api.status import Attempt
     from qlora_cli.rundir import RunRecord
 
@@ -118,6 +118,9 @@ def of_adapter(manifest: Path) -> Facts:
             created=datetime.fromisoformat(found["created"]),
             spec=found["config"],
             history=history,
+            receipt=_receipt(history.end.get("receipt")),
+            predicted=history.end.get("predicted", {}),
+            measured=history.end.get("measured", {}),
             tokens=int(found["metrics"].get("tokens") or 0),
             device=next((a.device for a in reversed(history.attempts.values()) if a.device), None) or "",
             manifest=found,
@@ -135,6 +138,13 @@ def _local_manifest(word: TerminationMessage | None) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def _receipt(numbers: Any) -> PrepareReceipt | None:
+    try:
+        return PrepareReceipt.model_validate({**numbers, "samples": []}) if numbers else None
+    except (ValidationError, TypeError):
+        return None
 
 
 def _config(path: Path) -> TrainerConfig | None:

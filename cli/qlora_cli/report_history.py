@@ -58,6 +58,8 @@ class History:
     attempts: dict[int, AttemptFacts] = field(default_factory=dict)
     sections: dict[int, dict[str, float]] = field(default_factory=dict)
     """Seconds of rank 0 by attempt and section, up to its newest checkpoint."""
+    end: dict[str, Any] = field(default_factory=dict)
+    """Of what is published: numbers of the rows, and memory predicted and measured."""
 
     @property
     def section_seconds(self) -> dict[str, float]:
@@ -94,7 +96,9 @@ def parse(lines: Iterable[str]) -> History:
 
 
 def _take(found: History, line: dict[str, Any]) -> None:
-    if "sections" in line:
+    if "receipt" in line:
+        found.end.update(line)
+    elif "sections" in line:
         found.sections[int(line["attempt"])] = {str(k): float(v) for k, v in line["sections"].items()}
     elif "fromStep" in line:
         found.attempts[int(line["attempt"])] = AttemptFacts(

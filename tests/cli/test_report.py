@@ -12,6 +12,22 @@ from typer.testing import CliRunner
 from qlora_cli import main, report_history
 from qlora_cli.report_charts import MOST_POINTS, Curve, Mark, lines, thinned, ticks
 
+RECEIPT = {
+    "dataHash": "a" * 64,
+    "trainRows": 1200,
+    "trainTokens": 48000,
+    "trainTargetTokens": 24000,
+    "trainSequences": 100,
+    "evalRows": 0,
+    "evalTokens": 0,
+    "truncated": 0,
+    "dropped": 0,
+    "fullyMasked": 0,
+    "duplicates": 0,
+    "evalInTrain": 0,
+    "longest": 480,
+    "packingEfficiency": 0.9,
+}
 LOG = (
     "2026-01-01 12:00:0{n},123 rank 0 INFO step {n}/4 loss {loss} lr 0.0002 norm 1.5 tokens/s 900\n"
     "2026-01-01 12:00:0{n},223 rank 0 INFO step {n} eval loss {evaluation} perplexity 3\n"
@@ -136,9 +152,19 @@ def test_a_published_adapter_has_a_page_of_its_own(workplace, report):
     }
     (place / "manifest.json").write_text(json.dumps(manifest))
     rows = [{"attempt": 1, "fromStep": 0, "time": 1.0, "worldSize": 8}, step(1, 2.0), step(2, 1.5)]
+    rows.append({"receipt": RECEIPT, "predicted": {"gradients": 2048}, "measured": {"gradients": 1024}})
     (place / "run-1" / "adapter" / "training_history.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     page = report("copied")
-    for said in ("tune", "adapter_model.safetensors", "2 KiB", "2.15.0", "hf://org/base", "<polyline"):
+    for said in (
+        "tune",
+        "adapter_model.safetensors",
+        "2 KiB",
+        "2.15.0",
+        "hf://org/base",
+        "<polyline",
+        "48,000",
+        "Predicted",
+    ):
         assert said in page
 
 
@@ -232,9 +258,12 @@ def test_the_report_reads_what_the_trainer_writes():
     history.evaluation(0, 3.5)
     history.step(1, loss=3.0, learningRate=1e-4, gradientNorm=float("inf"), tokens=100, seconds=0.5, dataSeconds=0.1)
     history.sections(1, 1, {"Train": 1.5})
+    history.end({"trainRows": 5, "samples": ["a secret row"]}, {"peak": 2}, {"peak": 1})
+    assert b"secret" not in history.to_bytes()
     found = report_history.parse(history.to_bytes().decode().splitlines())
     assert found.attempts[1].world_size == 2
     assert found.evaluations == {0: 3.5}
     assert found.steps[1].tokens_per_second == 200
     assert found.steps[1].gradient_norm is None
     assert found.section_seconds == {"Train": 1.5}
+    assert found.end == {"receipt": {"trainRows": 5}, "predicted": {"peak": 2}, "measured": {"peak": 1}}

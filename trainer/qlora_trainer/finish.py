@@ -33,6 +33,8 @@ def publish_run(trainer: Trainer, run: Run) -> Adapter:
         export_adapter(trainer.model, tensors, folder / "adapter", prepared.model_source, prepared.model_revision)
         tokenizer = load_tokenizer(prepared.model_path, config.spec.dataset.chat_template)
         tokenizer.save_pretrained(folder / "adapter")
+        receipt = trainer.data.receipt.model_dump(mode="json", by_alias=True)
+        trainer.history.end(receipt, config.predicted_memory, trainer.board.report.memory.measured)
         (folder / "adapter" / PUBLISHED_FILE).write_bytes(trainer.history.to_bytes())
         if config.spec.output.merge is Merge.BFLOAT16:
             merge(prepared.model_path, folder / "adapter", folder / "merged")

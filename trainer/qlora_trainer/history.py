@@ -6,6 +6,7 @@ One line for each attempt, step, evaluation and checkpoint, told apart by their 
     {"step": 1, "time": …, "loss": 5.1, "learningRate": 0.0002, "gradientNorm": 1.2, "tokens": 512, "seconds": 0.8, …}
     {"step": 1, "evalLoss": 4.9}
     {"step": 1, "attempt": 1, "sections": {"Load": 9.1, …}}
+    {"receipt": {…}, "predicted": {"gradients": 81788928, …}, "measured": {…}}      last, of what is published
 
 A checkpoint holds the lines up to its step, so that a resumed run has each step once.
 """
@@ -58,6 +59,11 @@ class History:
     def sections(self, attempt: int, step: int, seconds: Mapping[str, float]) -> None:
         """Note how the attempt's time was spent up to now."""
         self._lines.append({"step": step, "attempt": attempt, "sections": {k: round(v, 3) for k, v in seconds.items()}})
+
+    def end(self, receipt: Mapping[str, Any], predicted: Mapping[str, int], measured: Mapping[str, int]) -> None:
+        """Note what else a report tells; of the rows only numbers: not everybody may read them."""
+        numbers = {name: value for name, value in receipt.items() if name != "samples"}
+        self._lines.append({"receipt": numbers, "predicted": dict(predicted), "measured": dict(measured)})
 
     def to_bytes(self) -> bytes:
         return "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in self._lines).encode()
