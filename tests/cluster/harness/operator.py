@@ -93,7 +93,8 @@ class Operator:
             self._process = None
 
     def metrics(self) -> dict[str, float]:
-        """Every sample by ``name{label="value",…}``."""
+        """Every sample by ``name{label="value",…}``; waited for, where it was just started again."""
+        self.wait_until_ready()
         text = httpx.get(f"http://127.0.0.1:{self.port}/metrics", trust_env=False).text
         rows = (line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#"))
         return {name: float(value) for name, _, value in rows}
