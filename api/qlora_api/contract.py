@@ -97,6 +97,9 @@ class TrainerConfig(Model):
     or the CPU; then nothing is chosen by memory."""
     predicted_memory: dict[str, int] = {}
     """Bytes of one rank by component, as planned: shown beside what is measured."""
+    memory_correction: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """What predicted bytes are multiplied by before they are held against the GPU: measured over predicted, as learned
+    from jobs that this cluster has finished. 1: nothing is learned yet."""
     termination_message_path: str
     metrics_port: int = Field(9400, ge=0, le=65535)
     """Rank r of a pod serves /metrics and /progress on this port + r; 0: any free port (written to ``ports_dir``)."""

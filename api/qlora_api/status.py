@@ -184,6 +184,8 @@ class PrepareResult(Model):
     gradient_checkpointing: bool
     memory: dict[str, Count] = Field({}, max_length=32)
     """Predicted bytes of one rank by component."""
+    expected_gpu_hours: Decimal | None = None
+    """Time of all GPUs together that training should take, good to a factor of 1.5. None: the GPU is not known."""
     seconds: Decimal = "0"
     """Time that Prepare took; near zero when everything was there already."""
 
