@@ -16,8 +16,11 @@ class BatchSplit(Model):
     """How one global batch is cut. The product of the three is the global batch size."""
 
     world_size: int = Field(ge=1)
+    """Ranks."""
     micro_batch_size: int = Field(ge=1)
+    """Sequences of one rank's forward pass."""
     gradient_accumulation_steps: int = Field(ge=1)
+    """Forward passes of a rank for each optimizer step."""
 
     @property
     def global_batch_size(self) -> int:

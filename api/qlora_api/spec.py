@@ -430,10 +430,15 @@ class Toleration(Model):
     """As in a Pod's spec."""
 
     key: Label | None = None
+    """Of the taint. Not set, with operator Exists: every taint."""
     operator: Literal["Exists", "Equal"] = "Equal"
+    """Exists: any value of the taint will do."""
     value: Label | None = None
+    """Of the taint, with operator Equal."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """Of the taint. Not set: any."""
     toleration_seconds: int | None = Field(None, ge=0, le=31536000)
+    """With effect NoExecute: how long pods stay on a node that gets the taint. Not set: as long as they run."""
 
 
 class SchedulingSpec(Model):
@@ -441,12 +446,25 @@ class SchedulingSpec(Model):
 
     gang: Gang = Gang.AUTO
     """All pods start or none: by Kubernetes itself (Native), Kueue, Volcano, or not at all (None). Auto takes what
-    is there."""
+    is there: Kueue where a queue is named, else Native, else Volcano, else None."""
     queue: Name | None = None
-    """Queue of Kueue or Volcano."""
+    """Queue of Volcano, or LocalQueue of Kueue in the job's namespace. Kueue needs one: it leaves a job that names none
+    suspended."""
     priority_class_name: Name | None = None
+    """PriorityClass of the trainers' pods; an administrator may allow only some."""
     node_selector: dict[str, Label] = Field({}, max_length=32)
+    """Labels that the trainers' nodes must have. By nvidia.com/gpu.product Prepare knows which GPU to plan for."""
     tolerations: list[Toleration] = Field([], max_length=32)
+    """Taints that pods put up with, besides that of the GPU resource."""
+    rules: ClassVar = (
+        Rule(
+            "self.gang != 'Kueue' || has(self.queue)",
+            "gang Kueue needs queue, the name of a LocalQueue in the job's namespace; or choose Auto, Native, Volcano "
+            "or None",
+            "queue",
+            lambda s: s.gang is not Gang.KUEUE or s.queue is not None,
+        ),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- spec

@@ -23,15 +23,18 @@ class ConditionType(StrEnum):
     RUNNING = "Running"
     """All ranks of an attempt train."""
     SUSPENDED = "Suspended"
+    """No pod runs, since somebody said so or the budget is used up."""
     SUCCEEDED = "Succeeded"
     """The adapter is verified and published."""
     FAILED = "Failed"
+    """The job is over without an adapter; the message says why."""
 
 
 class Reason(StrEnum):
     """Why a condition is what it is, and why an attempt ended. A closed list."""
 
     PENDING = "Pending"
+    """The operator has not got to it yet."""
     QUEUED = "Queued"
     """Kueue has not admitted the attempt yet."""
     UNSCHEDULABLE = "Unschedulable"
@@ -41,6 +44,7 @@ class Reason(StrEnum):
     MISSING_REFERENCE = "MissingReference"
     """A Secret or PersistentVolumeClaim that the job names is not there."""
     IMAGE_UNAVAILABLE = "ImageUnavailable"
+    """The trainer's image cannot be pulled: a wrong name, or no pull secret in this namespace."""
     REFUSED = "Refused"
     """The API server refuses what the operator wants to make; the message is its own."""
     STARTING = "Starting"
@@ -48,79 +52,116 @@ class Reason(StrEnum):
     BACKING_OFF = "BackingOff"
     """The next attempt waits."""
     PREPARING = "Preparing"
+    """Model and rows are checked in a pod without a GPU."""
     PREPARED = "Prepared"
+    """Model and rows are good; status.prepared says what was found."""
     TRAINING = "Training"
+    """All pods of the attempt are ready."""
     COMPLETED = "Completed"
+    """The adapter is verified and published."""
     SUSPENDING = "Suspending"
     """Ranks write a checkpoint and leave."""
     SUSPENDED = "Suspended"
+    """spec.suspend is true. An attempt that ended so has a checkpoint."""
     BUDGET_REACHED = "BudgetReached"
     """policy.budgetGpuHours is used up; with more, the job goes on."""
     USER_ERROR = "UserError"
     """The manifest, the model or the rows must change. Never retried."""
     OUT_OF_DEVICE_MEMORY = "OutOfDeviceMemory"
+    """A GPU's memory was not enough; the message says in which section, and the peak."""
     OUT_OF_HOST_MEMORY = "OutOfHostMemory"
+    """The container took more memory than its limit; the kernel or the kubelet said so."""
     PREEMPTED = "Preempted"
     """The attempt was told to stop, and stopped with a checkpoint. Not counted against policy.maxRestarts."""
     NODE_LOST = "NodeLost"
+    """A node went away, or a pod went away without a word."""
     PEER_LOST = "PeerLost"
     """Ranks lost one of another pod, and no pod says more."""
     STALLED = "Stalled"
+    """A rank gave no sign of life for policy.stallTimeoutSeconds; the message names rank, node and section."""
     NON_FINITE_LOSS = "NonFiniteLoss"
+    """The loss or a gradient is not a number; seen on all ranks before the update. Never retried."""
     CHECKPOINT_UNREADABLE = "CheckpointUnreadable"
+    """No checkpoint is whole: each has a file that differs from its hash."""
     STORAGE_FAILED = "StorageFailed"
     """Disk full, or object storage out of reach after all retries."""
     ADAPTER_REJECTED = "AdapterRejected"
     """The publish gate found the adapter incomplete, not finite or untrained. Never retried: it would be the same."""
     CRASHED = "Crashed"
+    """Any other end; the message has the last lines of the log."""
     DEADLINE_EXCEEDED = "DeadlineExceeded"
+    """All attempts together took longer than policy.activeDeadlineSeconds."""
 
 
 class Condition(Model):
     """As metav1.Condition."""
 
     type: ConditionType
+    """What is said something about."""
     status: Literal["True", "False", "Unknown"]
+    """Whether it holds."""
     reason: Reason
     message: Text = ""
+    """For a person: what happened, and what to do."""
     last_transition_time: datetime
+    """When status changed last."""
     observed_generation: Count = 0
+    """metadata.generation of the job that this was said of."""
 
 
 class Attempt(Model):
     """One try at the training; never changed once it has ended."""
 
     number: int = Field(ge=1)
+    """From 1; names the attempt's Job, JOB-NUMBER."""
     world_size: int = Field(ge=1)
+    """Ranks."""
     micro_batch_size: int = Field(ge=1)
+    """Sequences of one rank's forward pass."""
     gradient_accumulation_steps: int = Field(ge=1)
+    """Forward passes of a rank for each optimizer step."""
     gradient_checkpointing: bool = False
+    """Whether activations are computed again in the backward pass."""
     start_time: datetime
+    """When the operator decided on it."""
     running_time: datetime | None = None
     """When all its pods were ready: GPUs are held and paid for from then on."""
     end_time: datetime | None = None
+    """When its end was seen; not set while it goes on."""
     reason: Reason | None = None
     message: Text = ""
+    """The last word of the pod that says most, or what is known without one."""
     exit_code: int | None = None
+    """Of that pod."""
     node: Text = ""
+    """The nodes of its pods while it goes on; then that of the pod that ended it."""
     first_step: Count | None = None
     """Step from which it went on: 0, or that of a checkpoint."""
     last_step: Count | None = None
+    """Newest step that is known of."""
 
 
 class Progress(Model):
     """Where the training stands; also the answer of ``GET /progress``, there with all fields."""
 
     step: Count = 0
+    """Optimizer steps done, over all attempts."""
     total_steps: Count = 0
+    """Optimizer steps of the whole job."""
     epoch: Decimal = "0"
+    """Passes over the training rows, with fraction."""
     loss: Decimal | None = None
+    """Mean training loss of the last step's target tokens, in nats."""
     eval_loss: Decimal | None = None
+    """Of the newest evaluation."""
     best_eval_loss: Decimal | None = None
+    """The lowest so far; what is published has it."""
     learning_rate: Decimal | None = None
+    """Of the last step."""
     tokens_per_second: Decimal | None = None
     """Real tokens, no padding, over all ranks."""
     eta_seconds: Count | None = None
+    """Time left, by the steps so far."""
 
 
 class MemoryComponent(StrEnum):
@@ -133,7 +174,9 @@ class MemoryComponent(StrEnum):
     UNQUANTIZED_WEIGHTS = "unquantizedWeights"
     """Embeddings, norms, head, biases and experts, frozen, in the compute type."""
     ADAPTER_WEIGHTS = "adapterWeights"
+    """A and B, biases and magnitudes that learn, in fp32."""
     GRADIENTS = "gradients"
+    """Of what learns, in fp32."""
     OPTIMIZER_STATE = "optimizerState"
     """Moments, and under ZeRO 1 and 2 the fp32 copy of the rank's partition."""
     ACTIVATIONS = "activations"
@@ -160,7 +203,9 @@ class Memory(Model):
     """Bytes per rank, the largest over the ranks."""
 
     predicted: dict[str, Count] = Field({}, max_length=32)
+    """By component, as planned for this attempt's batch."""
     measured: dict[str, Count] = Field({}, max_length=32)
+    """By component, the highest so far; peak is the device's own."""
 
 
 class PrepareResult(Model):
@@ -169,19 +214,28 @@ class PrepareResult(Model):
     model_revision: Text
     """Exact: the commit on the Hub, a hash of the content elsewhere."""
     data_hash: Text
+    """Of the rows, the tokenizer and all that decides how they become tokens."""
     train_rows: Count
+    """Training rows that are learned from."""
     train_tokens: Count
+    """Their tokens."""
     train_sequences: Count
     """Packs, or rows without packing: what globalBatchSize counts."""
     eval_rows: Count = 0
+    """Rows held out."""
     truncated: Count = 0
+    """Rows that lost their tail."""
     dropped: Count = 0
+    """Rows left out because they are too long."""
     fully_masked: Count = 0
+    """Rows left out because no token of theirs counts."""
     duplicates: Count = 0
+    """Training rows that repeat an earlier one token by token; they are kept."""
     packing_efficiency: Decimal = "1"
     """Real tokens / slots of maxLength."""
     batch: BatchSplit
     gradient_checkpointing: bool
+    """Whether the first attempt computes activations again, as planned or as the job says."""
     memory: dict[str, Count] = Field({}, max_length=32)
     """Predicted bytes of one rank by component."""
     expected_gpu_hours: Decimal | None = None
@@ -196,13 +250,16 @@ class Adapter(Model):
     uri: Text
     """Folder of the adapter in PEFT's layout."""
     manifest_uri: Text
+    """The manifest that declares it: files, sizes, hashes, figures, configuration."""
     manifest_sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    """What the manifest's own bytes hash to."""
 
 
 class QLoRAJobStatus(Model):
     """Observed state."""
 
     observed_generation: Count = 0
+    """metadata.generation that the operator has acted on."""
     state: ConditionType | Literal["Pending"] = "Pending"
     """The condition that speaks for the job, for ``kubectl get``."""
     reason: Reason = Reason.PENDING
@@ -210,6 +267,7 @@ class QLoRAJobStatus(Model):
     attempts: list[Attempt] = Field([], max_length=MAX_ATTEMPTS)
     """The newest ones; what ended without counting against policy.maxRestarts is dropped first."""
     restarts: Count = 0
+    """Attempts that count against policy.maxRestarts."""
     gpu_seconds: Count = 0
     """Time of all GPUs over all attempts, without waiting."""
     earlier_gpu_seconds: Count = 0
@@ -217,6 +275,7 @@ class QLoRAJobStatus(Model):
     start_time: datetime | None = None
     """Of the first attempt, or of Prepare."""
     completion_time: datetime | None = None
+    """When the job succeeded or failed."""
     prepared: PrepareResult | None = None
     progress: Progress | None = None
     memory: Memory | None = None
