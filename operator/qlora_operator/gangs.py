@@ -31,8 +31,14 @@ def choose_gang(scheduling: SchedulingSpec, configured: Gang, offered: Iterable[
     return Gang.NONE
 
 
-def not_offered(gang: Gang, offered: Iterable[Gang]) -> str:
-    """What to say where a choice cannot be had; empty where it can."""
+def cannot_start(scheduling: SchedulingSpec, gang: Gang, offered: Iterable[Gang]) -> str:
+    """What to say where pods could never start by a choice; empty where they can."""
+    if gang is Gang.KUEUE and scheduling.queue is None:  # by the operator's setting: the API refuses it in a job
+        return (
+            "spec.scheduling.queue: must name a LocalQueue of Kueue in the job's namespace, since this operator starts "
+            "gangs by Kueue, which leaves a job without one suspended; or set spec.scheduling.gang to Native, Volcano "
+            "or None"
+        )
     if gang is Gang.NONE or gang in set(offered):
         return ""
     there = ", ".join(sorted(offered)) or "none"

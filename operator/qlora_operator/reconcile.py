@@ -25,7 +25,7 @@ from qlora_api.status import QLoRAJobStatus
 from qlora_operator.client import TRANSIENT, Api, ApiError, Object
 from qlora_operator.config import OperatorConfig
 from qlora_operator.decision import Note, Plan
-from qlora_operator.gangs import choose_gang, not_offered
+from qlora_operator.gangs import cannot_start, choose_gang
 from qlora_operator.metrics import Metrics
 from qlora_operator.names import FIELD_MANAGER, SERVICE, UID_LABEL
 from qlora_operator.patch import merge_patch
@@ -161,7 +161,8 @@ class Reconciler:
             return
         seen = await self._observe(known)
         gang = choose_gang(job.spec.scheduling, self._config.gang, self._gangs())
-        decided = plan(job, replace(seen, child_refused=not_offered(gang, self._gangs())), self._config, gang)
+        seen = replace(seen, child_refused=cannot_start(job.spec.scheduling, gang, self._gangs()))
+        decided = plan(job, seen, self._config, gang)
         again: ApiError | None = None
         try:
             await self._make(key, decided)

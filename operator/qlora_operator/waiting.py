@@ -18,13 +18,21 @@ def why_waiting(spec: QLoRAJobSpec, attempt: int, workers: int, seen: Observed) 
     if seen.child_refused or (seen.pods_refused and len(pods) < workers):
         return refusal(seen.child_refused or seen.pods_refused)
     if job is not None and job.state is JobState.SUSPENDED:
-        queue = f' "{spec.scheduling.queue}"' if spec.scheduling.queue else ""
-        return Reason.QUEUED, f"waits for queue{queue} to admit {workers} pods"
+        return Reason.QUEUED, _queued(spec.scheduling.queue, workers)
     for pod in pods:
         if found := _pod_waits(pod):
             return found
     ready = sum(p.ready for p in pods)
     return Reason.STARTING, f"{ready} of {workers} pods are ready"
+
+
+def _queued(queue: str | None, workers: int) -> str:
+    if queue:
+        return f'waits for queue "{queue}" to admit {workers} pods'
+    return (
+        "the cluster's queueing suspends jobs that name no queue: set spec.scheduling.queue to one of this namespace, "
+        "then spec.suspend to true and back to false"
+    )
 
 
 def refusal(said: str) -> tuple[Reason, str]:

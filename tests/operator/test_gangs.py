@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlora_api.spec import Gang, SchedulingSpec
-from qlora_operator.gangs import choose_gang, not_offered
+from qlora_operator.gangs import cannot_start, choose_gang
 
 AUTO, NATIVE, KUEUE, VOLCANO, NONE = Gang.AUTO, Gang.NATIVE, Gang.KUEUE, Gang.VOLCANO, Gang.NONE
 
@@ -27,8 +27,16 @@ def test_the_gang_is_the_jobs_choice_or_the_operators_or_what_is_there(of_the_jo
 
 
 def test_a_choice_that_cannot_be_had_is_named_with_what_can():
-    assert not_offered(NONE, []) == ""
-    assert not_offered(KUEUE, [KUEUE]) == ""
-    said = not_offered(KUEUE, [NATIVE, VOLCANO])
+    queued = SchedulingSpec(queue="team")
+    assert cannot_start(queued, NONE, []) == ""
+    assert cannot_start(queued, KUEUE, [KUEUE]) == ""
+    said = cannot_start(queued, KUEUE, [NATIVE, VOLCANO])
     assert said.startswith("gang Kueue (spec.scheduling.gang, or")
     assert said.endswith("offered here: Native, Volcano")
+
+
+@pytest.mark.parametrize("offered", [[KUEUE], []], ids=["kueue-is-there", "kueue-is-not-there"])
+def test_a_job_that_would_wait_for_kueue_for_ever_is_told_to_name_a_queue(offered):
+    said = cannot_start(SchedulingSpec(), choose_gang(SchedulingSpec(), KUEUE, offered), offered)
+    assert said.startswith("spec.scheduling.queue: must name a LocalQueue")
+    assert cannot_start(SchedulingSpec(), choose_gang(SchedulingSpec(), AUTO, offered), offered) == ""

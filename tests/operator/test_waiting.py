@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from operator_builders import child, job, pod, seen
 
+from qlora_operator.seen import JobState
 from qlora_operator.waiting import why_waiting
 
 NO_GPU = "0/5 nodes are available: 5 Insufficient nvidia.com/gpu. preemption: 0/5 nodes are available."
@@ -53,6 +54,9 @@ NO_CLAIM = '0/1 nodes are available: persistentvolumeclaim "models" not found. n
             "MissingReference",
             "correct spec.scheduling.priorityClassName",
             id="priority-class",
+        ),
+        pytest.param(
+            seen(child(state=JobState.SUSPENDED)), "Queued", "set spec.scheduling.queue", id="queued-and-in-no-queue"
         ),
         pytest.param(seen(child(), pod(ready=False)), "Starting", "0 of 1 pods are ready", id="starting"),
     ],

@@ -188,6 +188,23 @@ def test_what_keeps_a_job_from_running_is_said(api, forked, kwok_namespace, obje
         assert text in said["message"]
 
 
+def test_kueue_without_a_queue_is_refused_by_the_api_server(api, kwok_namespace):
+    with pytest.raises(ApiError, match="gang Kueue needs queue, the name of a LocalQueue"):
+        api.create(qlora_job("queued", kwok_namespace, scheduling={"gang": "Kueue"}))
+
+
+def test_a_job_without_a_queue_is_told_so_where_the_operator_starts_gangs_by_kueue(
+    api, crd_cluster, zygote, kwok_namespace, tmp_path
+):
+    settings = {"namespaces": [kwok_namespace], "gang": "Kueue"}
+    with ForkedOperator(zygote, tmp_path, crd_cluster.kubeconfig, **settings):
+        path = create_job(api, qlora_job(namespace=kwok_namespace))
+        waiting = api.wait_for(path, in_state("Pending", "Refused"), seconds=SOON)
+        assert condition(waiting, "Running")["message"].startswith("spec.scheduling.queue: must name a LocalQueue")
+        api.patch(path, {"spec": {"scheduling": {"gang": "None"}}})
+        api.wait_for(path, in_state("Running"), seconds=60)
+
+
 def test_a_job_goes_on_by_itself_once_the_quota_allows(api, forked, kwok_namespace):
     api.create(quota(**{"requests.nvidia.com/gpu": "0"}), kwok_namespace)
     with pods_do(api, kwok_namespace, DONE):
