@@ -19,6 +19,11 @@ FINAL = frozenset({Reason.USER_ERROR, Reason.NON_FINITE_LOSS, Reason.ADAPTER_REJ
 """Ends that another attempt would only repeat: training is deterministic."""
 OUT_OF_MEMORY = frozenset({Reason.OUT_OF_DEVICE_MEMORY, Reason.OUT_OF_HOST_MEMORY})
 """Ends after which something smaller is tried: ``qlora_api.memory.ladder``."""
+STUCK = frozenset({Reason.STALLED, Reason.PEER_LOST})
+"""Ends in which ranks waited for one that did not go on, or lost sight of it."""
+STUCK_ATTEMPTS = 3
+"""So many in a row without a step gained end the job, whatever maxRestarts leaves: each holds all GPUs for
+stallTimeoutSeconds, and the next would stop at the same place."""
 BACKOFF_SECONDS = (1, 10, 30, 60, 120, 300)
 
 
@@ -52,6 +57,23 @@ def _did_nothing(attempt: Attempt) -> bool:
     return attempt.last_step is None or attempt.last_step == (attempt.first_step or 0)
 
 
+def stuck(attempts: Sequence[Attempt]) -> int:
+    """How many of the newest attempts ended stuck without a step gained over all before them.
+
+    What took an attempt from outside (preemption, a lost node, a suspension) neither counts nor breaks the row.
+    """
+    count = 0
+    for number, attempt in reversed(list(enumerate(attempts))):
+        reached = max((a.last_step or 0 for a in attempts[:number]), default=0)
+        if (attempt.last_step or 0) > max(reached, attempt.first_step or 0):
+            break
+        if attempt.reason in STUCK:
+            count += 1
+        elif attempt.reason not in FREE_OF_CHARGE:
+            break
+    return count
+
+
 def after_attempt(policy: PolicySpec, attempts: Sequence[Attempt]) -> Finish | Retry:
     """Decide what follows the newest of ``attempts``, which has ended."""
     last = attempts[-1]
@@ -61,6 +83,8 @@ def after_attempt(policy: PolicySpec, attempts: Sequence[Attempt]) -> Finish | R
         return Finish(True, reason, last.message)
     if reason in FINAL:
         return Finish(False, reason, last.message)
+    if reason in STUCK and (times := stuck(attempts)) >= STUCK_ATTEMPTS:
+        return Finish(False, reason, f"{last.message} ({times} attempts in a row ended so, without a step gained)")
     if reason is Reason.UNSCHEDULABLE:  # it has waited already, for nodes
         return replace(again, reason=reason)
     if reason in FREE_OF_CHARGE:

@@ -7,10 +7,11 @@ away, and the others crash. The most telling end counts, in the order of :func:`
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from qlora_api.contract import ExitCode, TerminationMessage, reason_of
+from qlora_api.lifecycle import STUCK
 from qlora_api.status import Attempt, Reason
 from qlora_operator.seen import JobState, Observed, SeenJob, SeenPod
 
@@ -64,7 +65,7 @@ def ending_of(attempt: int, workers: int, seen: Observed, *, asked_to_stop: bool
     if lost := _lost(pods, seen):
         return lost
     if job is not None and job.state is JobState.FAILED:
-        return None if _words_are_on_their_way(job, pods, seen) else _told(pods, workers) or _from_job(job)
+        return None if _words_are_on_their_way(job, pods, seen) else _told(pods, workers, seen) or _from_job(job)
     if job is not None and not job.deleting:
         return None
     if any(not p.ended for p in pods):
@@ -73,7 +74,7 @@ def ending_of(attempt: int, workers: int, seen: Observed, *, asked_to_stop: bool
     if won:
         return _of_pod(won, Reason.COMPLETED)
     if asked_to_stop:
-        told = _told(pods, workers)
+        told = _told(pods, workers, seen)
         return Ending(
             Reason.SUSPENDED,
             told.message if told and told.word else "stopped; it goes on from the last checkpoint",
@@ -81,7 +82,7 @@ def ending_of(attempt: int, workers: int, seen: Observed, *, asked_to_stop: bool
             told.node if told else "",
             told.word if told else None,
         )
-    return _told(pods, workers) or Ending(Reason.PREEMPTED, "its Job was deleted")
+    return _told(pods, workers, seen) or Ending(Reason.PREEMPTED, "its Job was deleted")
 
 
 def _words_are_on_their_way(job: SeenJob, pods: tuple[SeenPod, ...], seen: Observed) -> bool:
@@ -113,13 +114,15 @@ def _lost(pods: tuple[SeenPod, ...], seen: Observed) -> Ending | None:
     return None
 
 
-def _told(pods: tuple[SeenPod, ...], workers: int) -> Ending | None:
+def _told(pods: tuple[SeenPod, ...], workers: int, seen: Observed) -> Ending | None:
     """The most telling end of the pods; None where none says anything."""
     ends = [(weight, pod, reason) for pod in pods if (weighed := _weight(pod)) for weight, reason in (weighed,)]
     if not ends:
         return None
     _, pod, reason = min(ends, key=lambda end: (end[0], end[1].index))
     ending = _of_pod(pod, reason)
+    if reason in STUCK and (why := _never_placed(pods, workers, seen)):
+        return replace(ending, reason=Reason.UNSCHEDULABLE, message=f"{why}; the others waited: {ending.message}")
     if reason is Reason.PEER_LOST:
         missing = sorted(set(range(workers)) - {p.index for p in pods if p.exit_code is not None})
         if missing:
@@ -128,6 +131,16 @@ def _told(pods: tuple[SeenPod, ...], workers: int) -> Ending | None:
                 Reason.NODE_LOST, f"worker {names} went away without a word", ending.exit_code, "", ending.word
             )
     return ending
+
+
+def _never_placed(pods: tuple[SeenPod, ...], workers: int, seen: Observed) -> str:
+    """Which pod the others waited for in vain, because no node took it or it could not be made; empty for none."""
+    pod = next((p for p in pods if not p.node and p.exit_code is None), None)
+    if pod is not None:
+        return f"no node took pod {pod.name} ({pod.unschedulable or 'it was not scheduled'})"
+    if seen.pods_refused and len(pods) < workers:
+        return f"not all pods could be made ({seen.pods_refused})"
+    return ""
 
 
 def _weight(pod: SeenPod) -> tuple[int, Reason] | None:
@@ -139,7 +152,8 @@ def _weight(pod: SeenPod) -> tuple[int, Reason] | None:
         return 1, Reason.NODE_LOST if pod.disruption in NODE_GONE else Reason.PREEMPTED
     if code is None:
         # kubelet refused or ended it, without a container's end: UnexpectedAdmissionError, OutOfcpu, Evicted …
-        return (2, Reason.PREEMPTED) if pod.phase == "Failed" else None
+        # What no node ever took says nothing, even where Kubernetes marks it Failed as it clears it away.
+        return (2, Reason.PREEMPTED) if pod.phase == "Failed" and pod.node else None
     if code == 0:
         return None
     reason = reason_of(code)

@@ -119,6 +119,46 @@ def test_what_follows_an_attempt(reasons, policy, expected):
     assert seen == expected
 
 
+@pytest.mark.parametrize(
+    ("ended", "after"),
+    [
+        pytest.param([("Stalled", 0, 5), ("Stalled", 5, 5), ("Stalled", 5, 5)], "retry", id="two-in-a-row"),
+        pytest.param([("Stalled", 0, None)] * 3, "Stalled", id="three-before-the-first-step"),
+        pytest.param([("Stalled", 0, 5), *[("Stalled", 5, 5)] * 3], "Stalled", id="three-restarts-without-a-step"),
+        pytest.param([("Stalled", 0, 5), *[("Stalled", 2, 5)] * 3], "Stalled", id="the-same-steps-again-are-no-gain"),
+        pytest.param([("Stalled", 0, 5), ("Stalled", 5, 6), *[("Stalled", 6, 6)] * 2], "retry", id="a-step-was-gained"),
+        pytest.param([("PeerLost", 0, None)] * 3, "PeerLost", id="free-of-charge-yet-not-for-ever"),
+        pytest.param(
+            [("Stalled", 0, None), ("PeerLost", 0, None), ("Stalled", 0, None)], "Stalled", id="of-either-kind"
+        ),
+        pytest.param(
+            [*[("Stalled", 0, None)] * 2, ("Preempted", 0, None), ("Stalled", 0, None)],
+            "Stalled",
+            id="a-preemption-between-changes-nothing",
+        ),
+        pytest.param(
+            [*[("Stalled", 0, None)] * 2, ("Preempted", 0, 3), ("Stalled", 3, 3)], "retry", id="unless-it-came-further"
+        ),
+        pytest.param(
+            [*[("Stalled", 0, None)] * 2, ("OutOfDeviceMemory", 0, None), ("Stalled", 0, None)],
+            "retry",
+            id="a-smaller-batch-is-another-try",
+        ),
+        pytest.param([("Unschedulable", 0, None)] * 9, "retry", id="a-peer-that-found-no-node-is-no-stall"),
+        pytest.param([("Crashed", 0, None)] * 4, "retry", id="crashes-are-counted-by-max-restarts"),
+    ],
+)
+def test_stalls_without_progress_end_a_job_whatever_restarts_are_left(ended, after):
+    attempts = [
+        attempt(Reason(reason), number).model_copy(update={"first_step": first, "last_step": last})
+        for number, (reason, first, last) in enumerate(ended, 1)
+    ]
+    following = after_attempt(PolicySpec(max_restarts=50), attempts)
+    assert (following.reason.value if isinstance(following, Finish) else "retry") == after
+    if isinstance(following, Finish):
+        assert following.message == "why (3 attempts in a row ended so, without a step gained)"
+
+
 def test_out_of_memory_with_one_sequence_at_a_time_recomputes_activations_and_then_ends_the_job():
     first = attempt(Reason.OUT_OF_DEVICE_MEMORY, micro=1)
     following = after_attempt(PolicySpec(), [first])

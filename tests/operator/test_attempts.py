@@ -12,6 +12,7 @@ from qlora_operator.attempts import ending_of
 from qlora_operator.seen import JobState
 
 FAILED = child(state=JobState.FAILED)
+FULL = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,18 @@ FAILED = child(state=JobState.FAILED)
         pytest.param(
             [pod(code=137, exit_reason="Error", deletion_due=NOW)], "Preempted", "137", id="outlasted-its-grace"
         ),
+        pytest.param(
+            [pod(code=44, word="worker 1 did not come"), pod(index=1, node="", unschedulable=FULL, phase="Failed")],
+            "Unschedulable",
+            f"no node took pod job-1-1 ({FULL}); the others waited: worker 1 did not come",
+            id="waited-in-vain-for-a-pod-without-a-node",
+        ),
+        pytest.param(
+            [pod(index=1, code=49, word="worker 0 did not come"), pod(node="", gone=True, unschedulable=FULL)],
+            "Unschedulable",
+            "no node took pod job-1-0",
+            id="waited-in-vain-for-the-first-pod",
+        ),
         pytest.param([pod(code=7, exit_reason="Error")], "Crashed", "exit code 7", id="unknown-code-is-a-crash"),
     ],
 )
@@ -55,6 +68,12 @@ def test_the_most_telling_pod_says_how_an_attempt_ended(pods, reason, text):
     ending = ending_of(1, len(pods), seen(FAILED, *pods))
     assert ending.reason == reason
     assert text in ending.message
+
+
+def test_pods_that_waited_for_one_a_quota_refused_did_not_stall():
+    refused = 'pods "job-1-1" is forbidden: exceeded quota: gpus'
+    ending = ending_of(1, 2, seen(FAILED, pod(code=44, word="worker 1 did not come"), pods_refused=refused))
+    assert (ending.reason, refused in ending.message) == (Reason.UNSCHEDULABLE, True)
 
 
 @pytest.mark.parametrize(
