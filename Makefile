@@ -25,7 +25,7 @@ $(VENV)/.run-installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.all-installed: pyproject.toml constraints.txt
-	@.ci/install "$(PYTHON)" "$(VENV)" cli,dev,operator,trainer
+	@.ci/install "$(PYTHON)" "$(VENV)" cli,dev,docs,operator,trainer
 	@touch $@ $(VENV)/.run-installed
 
 .PHONY: venv
@@ -111,13 +111,14 @@ test-e2e: $(VENV)/.all-installed  ## From helm install to a verified adapter, on
 	@tail -n 1 build/pytest-e2e.log
 
 .PHONY: check
-check: $(VENV)/.all-installed  ## Lint, format, imports, generated CRD and dashboards, types
+check: $(VENV)/.all-installed  ## Lint, format, imports, generated CRD, dashboards and reference, types
 	@$(STEP) lint $(BIN)/ruff check
 	@$(STEP) format $(BIN)/ruff format --check
 	@$(STEP) imports $(BIN)/lint-imports
 	@$(STEP) crds bash -c '$(BIN)/qlora crds | diff -u $(CRD) - || { echo "$(CRD) is stale: make crds"; exit 1; }'
 	@$(STEP) chart $(BIN)/python charts/generate.py --check
 	@$(STEP) dashboards $(BIN)/python observability/generate.py --check
+	@$(STEP) reference $(BIN)/python docs/generate.py --check
 	@$(STEP) types $(BIN)/mypy
 
 .PHONY: crds
@@ -131,6 +132,15 @@ chart: crds  ## The chart's copy of the CRD, and the table of values in its READ
 .PHONY: dashboards
 dashboards: $(VENV)/.all-installed  ## Generate dashboards and alert rules into the chart, and the reference of metrics
 	$(BIN)/python observability/generate.py
+
+.PHONY: reference
+reference: $(VENV)/.all-installed  ## Generate the reference of QLoRAJobs from the types
+	$(BIN)/python docs/generate.py
+
+.PHONY: docs
+docs: $(VENV)/.all-installed  ## Build the documents' site into build/site, without a warning
+	@$(STEP) docs $(BIN)/sphinx-build --fail-on-warning --nitpicky --quiet -d build/doctrees docs build/site
+	@echo "build/site/index.html"
 
 .PHONY: clean
 clean:  ## Remove what is generated; .venv and runs stay

@@ -86,7 +86,7 @@ class Reason(StrEnum):
     STORAGE_FAILED = "StorageFailed"
     """Disk full, or object storage out of reach after all retries."""
     ADAPTER_REJECTED = "AdapterRejected"
-    """The publish gate found the adapter incomplete, not finite or untrained. Never retried: it would be the same."""
+    """The publish gate found the adapter incomplete, not finite, untrained or worse than its base. Never retried."""
     CRASHED = "Crashed"
     """Any other end; the message has the last lines of the log."""
     DEADLINE_EXCEEDED = "DeadlineExceeded"

@@ -100,7 +100,7 @@ def _type(own: Schema) -> str:
     if own["type"] == "array":
         return f"list of {_type(own['items'])}s"
     if isinstance(own.get("additionalProperties"), dict):
-        return "map of texts"
+        return f"map of {_type(own['additionalProperties'])}s"
     words = {"integer": "whole number", "string": "text", "boolean": "true or false", "object": "group"}
     return words[own["type"]]
 

@@ -1,0 +1,233 @@
+"""The reference of QLoRAJobs, from the types: fields, conditions, reasons, exit codes.
+
+python docs/generate.py          writes
+python docs/generate.py --check  says what is stale, and fails
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import inspect
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from enum import StrEnum
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+from qlora_api import status
+from qlora_api.contract import REASONS, ExitCode
+from qlora_api.crd import PRINTER_COLUMNS
+from qlora_api.lifecycle import Finish, after_attempt
+from qlora_api.spec import PolicySpec
+from qlora_api.status import Attempt, ConditionType, MemoryComponent, Reason
+from qlora_cli.explain import Entry, describe
+
+REFERENCE = Path(__file__).parent / "reference"
+WRITTEN = "<!-- Written by 'make reference' from {source}. Do not edit. -->"
+BEGINNING = (
+    "`apiVersion: qlora.dev/v1alpha1`, `kind: QLoRAJob`, short name `qlj`. Every field; `qlora explain FIELD` and",
+    "`kubectl explain qlorajob.spec` say the same. `metadata.name` has at most 52 characters, so that names of its",
+    "children stay host names.",
+    "",
+    'A decimal is written in quotes, `"2e-4"`: the Kubernetes API has no floats. The API server refuses a change of',
+    "what is immutable.",
+)
+ENDS = (
+    "A trainer's exit code is its own word; a disruption of its pod or node is Kubernetes'. *Counted*: against",
+    "`policy.maxRestarts`. Waits between attempts grow from 1 s to 5 min, for what is counted and for attempts that",
+    "did no step. `qlora run` follows the same table.",
+)
+DECIDED = {
+    Reason.UNSCHEDULABLE: "another attempt with fewer workers, where `minWorkers` allows it; not counted",
+    Reason.SUSPENDED: "another attempt once the job is resumed; not counted",
+    Reason.DEADLINE_EXCEEDED: "the job fails",
+}
+"""Ends that no exit code stands for, and what follows: the operator's own decisions."""
+
+
+def generated() -> dict[Path, str]:
+    """Every file that is written here, with what it should hold."""
+    return {
+        REFERENCE / "qlorajob.md": _page(_fields()),
+        REFERENCE / "conditions.md": _page(_conditions()),
+    }
+
+
+def _page(lines: Iterable[str]) -> str:
+    return "\n".join(lines).rstrip() + "\n"
+
+
+# -------------------------------------------------------------------------------------------------------------- fields
+
+
+def _fields() -> Iterator[str]:
+    yield WRITTEN.format(source="api/qlora_api/spec.py and status.py")
+    yield from (
+        "",
+        "# QLoRAJob",
+        "",
+        *BEGINNING,
+    )
+    for top in ("spec", "status"):
+        for group in _groups(describe(top)):
+            yield from _group(group)
+    yield from ("", "## What kubectl get shows", "", "| column | field |", "| --- | --- |")
+    for name, _, path, wide in PRINTER_COLUMNS:
+        yield f"| {name.upper()}{' (with `-o wide`)' if wide else ''} | `{path.lstrip('.')}` |"
+    yield from ("", "## Components of memory", "", "Keys of `status.memory` and `status.prepared.memory`.", "")
+    yield from ("| component | meaning |", "| --- | --- |")
+    for component in MemoryComponent:
+        yield f"| `{component}` | {_cell(_meanings(MemoryComponent)[component])} |"
+
+
+def _groups(entry: Entry) -> Iterator[Entry]:
+    """A group, then the groups in it."""
+    yield entry
+    for field in entry.fields:
+        inner = describe(field.path.replace("[]", ""))
+        if inner.fields:
+            yield from _groups(inner)
+
+
+def _group(group: Entry) -> Iterator[str]:
+    name = group.path + ("[]" if group.type.startswith("list") else "")
+    yield from ("", f"## {name}", "")
+    said = [group.doc] if group.doc else []
+    if group.immutable and group.path.count(".") == 1:
+        said.append(f"Immutable: {group.immutable}.")
+    if said:
+        yield from (" ".join(said), "")
+    yield from ("| field | type | default | bounds | meaning |", "| --- | --- | --- | --- | --- |")
+    for field in group.fields:
+        short = field.path.rsplit(".", 1)[-1]
+        inner = describe(field.path.replace("[]", ""))
+        shown = (
+            f"[{short}](#{_slug(field.path + ('[]' if field.type.startswith('list') else ''))})"
+            if inner.fields
+            else f"`{short}`"
+        )
+        cells = (shown, _type(field), _default(field, is_group=bool(inner.fields)), _bounds(field), field.doc)
+        yield f"| {' | '.join(_cell(cell) for cell in cells)} |"
+    rules = [rule for rule in group.rules if not any(rule in describe(f.path).rules for f in _nested(group))]
+    if rules:
+        yield from ("", *(f"- {rule}" for rule in rules))
+
+
+def _nested(group: Entry) -> Iterator[Entry]:
+    return (f for f in group.fields if f.type == "group")
+
+
+def _slug(heading: str) -> str:
+    """As GitHub and MyST make anchors of headings."""
+    return "".join(c for c in heading.lower() if c.isalnum() or c in "-_")
+
+
+def _type(field: Entry) -> str:
+    if set(Reason) <= set(field.allowed):
+        return "a [reason](conditions.md#reasons)"
+    return ", ".join(f"`{json.dumps(v) if isinstance(v, bool) else v}`" for v in field.allowed) or field.type
+
+
+def _default(field: Entry, *, is_group: bool) -> str:
+    if field.required:
+        return "required"
+    if is_group or field.default in (None, "", [], {}):
+        return ""
+    return f"`{field.default if isinstance(field.default, str) else json.dumps(field.default)}`"
+
+
+def _bounds(field: Entry) -> str:
+    spelled = (b.replace("matches ", "matches `") + ("`" if b.startswith("matches ") else "") for b in field.bounds)
+    return "; ".join(spelled)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+# ------------------------------------------------------------------------------------ conditions, reasons, exit codes
+
+
+def _conditions() -> Iterator[str]:
+    yield WRITTEN.format(source="api/qlora_api/status.py, contract.py and lifecycle.py")
+    yield from ("", "# Conditions, reasons, exit codes", "", "## Conditions", "")
+    yield "`status.state` is the one that speaks for the job, or `Pending`; `status.reason` says why."
+    yield from ("", "| condition | holds when |", "| --- | --- |")
+    for condition in ConditionType:
+        yield f"| `{condition}` | {_cell(_meanings(ConditionType)[condition])} |"
+    yield from ("", "## Reasons", "", "A closed list, for conditions and for the ends of attempts.", "")
+    yield from ("| reason | meaning |", "| --- | --- |")
+    for reason in Reason:
+        yield f"| `{reason}` | {_cell(_meanings(Reason)[reason])} |"
+    yield from ("", "## How attempts end, and what follows", "")
+    yield from ENDS
+    yield from ("", "| reason | exit codes | what follows |", "| --- | --- | --- |")
+    for reason in Reason:
+        codes = sorted(int(code) for code, meant in REASONS.items() if meant is reason)
+        if reason is Reason.CRASHED:
+            codes = [int(ExitCode.CRASHED)]
+        if codes or reason is Reason.NODE_LOST or reason in DECIDED:
+            spelled = ", ".join(map(str, codes)) + (" and any other" if reason is Reason.CRASHED else "")
+            yield f"| `{reason}` | {spelled} | {DECIDED.get(reason) or _following(reason)} |"
+
+
+def _following(reason: Reason) -> str:
+    """What the decision function makes of an attempt that ended so."""
+    ended = Attempt(
+        number=1,
+        world_size=1,
+        micro_batch_size=2,
+        gradient_accumulation_steps=1,
+        start_time=datetime(2026, 1, 1, tzinfo=UTC),
+        last_step=1,
+        reason=reason,
+    )
+    after = after_attempt(PolicySpec(), [ended])
+    if isinstance(after, Finish):
+        return "the job succeeds" if after.succeeded else "the job fails; another attempt would only repeat it"
+    if after.batch.micro_batch_size < ended.micro_batch_size:
+        return "another attempt with half the micro-batch, then with recomputed activations; not counted"
+    return f"another attempt from the last checkpoint; {'counted' if after.counted else 'not counted'}"
+
+
+@cache
+def _meanings(names: type[StrEnum]) -> dict[StrEnum, str]:
+    """What stands below each member in the source."""
+    classes = (n for n in ast.parse(inspect.getsource(status)).body if isinstance(n, ast.ClassDef))
+    (body,) = (c.body for c in classes if c.name == names.__name__)
+    found = {}
+    for member, text in pairwise(body):
+        if isinstance(member, ast.Assign) and isinstance(member.targets[0], ast.Name):
+            assert isinstance(text, ast.Expr), f"{names.__name__}.{member.targets[0].id} says nothing"
+            found[names[member.targets[0].id]] = str(ast.literal_eval(text.value))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def main() -> int:
+    """Exit code: 1 when something is stale and only looked at."""
+    parser = argparse.ArgumentParser(description="The generated pages of the reference")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when something is stale")
+    check = parser.parse_args().check
+    stale = {path: want for path, want in generated().items() if not path.exists() or path.read_text() != want}
+    for path, want in stale.items():
+        if check:
+            have = path.read_text() if path.exists() else ""
+            sys.stdout.writelines(
+                difflib.unified_diff(have.splitlines(True), want.splitlines(True), path.name, "generated")
+            )
+            print(f"{path.relative_to(REFERENCE.parents[1])} is stale: make reference")
+        else:
+            path.write_text(want)
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
