@@ -200,7 +200,7 @@ _OPERATOR = (
         "qlora_job_deadline_timestamp_seconds",
         _G,
         "seconds since 1970",
-        "When policy.activeDeadlineSeconds ends a job; absent without one, and once the job is over",
+        "When policy.activeDeadlineSeconds ends a job that runs on as it does; absent without one, and while it waits",
         *JOB,
     ),
     _operator(

@@ -401,7 +401,8 @@ class PolicySpec(Model):
     """What happens when something happens. May be changed while the job runs."""
 
     max_restarts: int = Field(3, ge=0, le=50)
-    """Attempts after the first that crashes may cost. Preemption and lost nodes do not count."""
+    """Attempts after the first that crashes may cost. Preemption and lost nodes do not count; nor does waiting in vain
+    for a pod that no node takes. Three stalls in a row without a step gained end the job, whatever is left."""
     on_out_of_memory: OnOutOfMemory = OnOutOfMemory.RECOVER
     """Recover: halve the micro-batch, keep the global batch, resume from the last checkpoint."""
     stall_timeout_seconds: int = Field(1800, ge=30, le=86400)
@@ -410,7 +411,10 @@ class PolicySpec(Model):
     shrink_after_seconds: int = Field(120, ge=10, le=86400)
     """With parallelism.minWorkers: how long pods that no node can take are waited for before fewer are tried."""
     active_deadline_seconds: int | None = Field(None, ge=60, le=31536000)
-    """Longest time over all attempts."""
+    """Longest time that the job may run, over all attempts: each counts from when all its pods are ready until it ends.
+    Preparing, waiting for a queue, for nodes or between attempts, and being suspended do not count. Unlike a
+    batch/v1 Job's, the clock goes on where it stood when the job is resumed. Then the job fails: nothing is
+    published, its checkpoints stay."""
     budget_gpu_hours: decimal(0, 1e9, low_included=False) | None = None  # type: ignore[valid-type]
     """GPU-hours over all attempts, waiting not counted. Before more are used the job checkpoints and is suspended; with
     a larger budget it goes on."""

@@ -116,7 +116,7 @@ def _add_job(families: _Families, namespace: str, name: str, job: Json, known: K
     if "completionTime" in status:
         _add_final(families, namespace, name, status)
         return used
-    _add_limits(families, namespace, name, job)
+    _add_limits(families, namespace, name, job, attempts, now)
     _add_gpus(families, namespace, job["spec"], attempts, known)
     if state == "Pending" and not job["spec"].get("suspend"):
         waited = max(0.0, now - _waits_since(job, status))
@@ -146,11 +146,12 @@ def _add_final(families: _Families, namespace: str, name: str, status: Json) -> 
         families["qlora_job_final_memory_bytes"].add_metric((name, namespace, component), size)
 
 
-def _add_limits(families: _Families, namespace: str, name: str, job: Json) -> None:
-    policy, started = job["spec"].get("policy") or {}, (job.get("status") or {}).get("startTime")
-    if started and "activeDeadlineSeconds" in policy:
-        deadline = _seconds(started) + policy["activeDeadlineSeconds"]
-        families["qlora_job_deadline_timestamp_seconds"].add_metric((name, namespace), deadline)
+def _add_limits(families: _Families, namespace: str, name: str, job: Json, attempts: list[Json], now: float) -> None:
+    policy = job["spec"].get("policy") or {}
+    runs = bool(attempts) and "runningTime" in attempts[-1] and "endTime" not in attempts[-1]
+    if runs and "activeDeadlineSeconds" in policy:
+        left = policy["activeDeadlineSeconds"] - sum(_running_seconds(a, now) for a in attempts)
+        families["qlora_job_deadline_timestamp_seconds"].add_metric((name, namespace), now + left)
     if "budgetGpuHours" in policy:
         budget = float(policy["budgetGpuHours"]) * HOUR
         families["qlora_job_budget_gpu_seconds"].add_metric((name, namespace), budget)
@@ -174,10 +175,15 @@ def _holds(pod: SeenPod, attempt: int) -> bool:
 
 def _gpu_seconds(attempt: Json, now: float) -> float:
     """As ``history.gpu_seconds``, by which budgets go."""
+    return float(attempt["worldSize"]) * _running_seconds(attempt, now)
+
+
+def _running_seconds(attempt: Json, now: float) -> float:
+    """As ``deadline.active_seconds``."""
     if "runningTime" not in attempt:
         return 0.0
     ended = _seconds(attempt["endTime"]) if "endTime" in attempt else now
-    return max(0.0, float(attempt["worldSize"] * (ended - _seconds(attempt["runningTime"]))))
+    return max(0.0, ended - _seconds(attempt["runningTime"]))
 
 
 def _waits_since(job: Json, status: Json) -> float:

@@ -30,6 +30,7 @@ from qlora_operator import render
 from qlora_operator.attempts import Ending, close, ending_of
 from qlora_operator.conditions import holds, set_condition
 from qlora_operator.config import OperatorConfig
+from qlora_operator.deadline import seconds_left, wake_after
 from qlora_operator.decision import Context, Note, Plan
 from qlora_operator.elastic import fewer, on_the_right_ranks, too_large, waiting_since
 from qlora_operator.history import budget_left, gpu_seconds, measured, open_attempt, with_attempt, with_last_word
@@ -61,7 +62,7 @@ def plan(job: QLoRAJob, seen: Observed, config: OperatorConfig, gang: Gang) -> P
     # What ended by a decision (its node is lost, it found no room) may have a Job that would go on.
     over = {a.number for a in status.attempts if a.end_time}
     stale = tuple(j for j in _running(context) if j.attempt in over and j not in following.delete)
-    wake = min(following.wake_after or math.inf, _until_deadline(context, following.status))
+    wake = min(following.wake_after or math.inf, wake_after(context, following.status))
     return replace(
         following,
         delete=(*following.delete, *stale),
@@ -101,19 +102,11 @@ def _running(context: Context) -> tuple[SeenJob, ...]:
     )
 
 
-def _until_deadline(context: Context, status: QLoRAJobStatus) -> float:
-    """Seconds; no event announces it."""
-    limit = context.job.spec.policy.active_deadline_seconds
-    if limit is None or status.start_time is None:
-        return math.inf
-    return (status.start_time + timedelta(seconds=limit) - context.now).total_seconds()
-
-
 def _deadline(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus | None:
     limit = context.job.spec.policy.active_deadline_seconds
-    if _until_deadline(context, status) > 0:
+    if seconds_left(context, status) > 0:
         return None
-    text = f"longer than spec.policy.activeDeadlineSeconds ({limit}) over all attempts"
+    text = f"its attempts ran for longer than spec.policy.activeDeadlineSeconds ({limit}) together"
     attempt = open_attempt(status)
     if attempt:
         status = with_attempt(status, close(attempt, Ending(Reason.DEADLINE_EXCEEDED, text), context.seen))

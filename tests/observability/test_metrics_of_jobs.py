@@ -149,13 +149,26 @@ def test_ends_are_counted_by_reason_and_the_newest_is_dated(scraped):
 
 def test_limits_are_there_while_a_job_is_not_over(scraped):
     policy = {"activeDeadlineSeconds": 7200, "budgetGpuHours": "1.5"}
-    status = {"state": "Running", "startTime": "2026-01-01T11:30:00Z"}
+    ran = {"runningTime": "2026-01-01T10:00:00Z", "endTime": "2026-01-01T10:30:00Z", "reason": "Preempted"}
+    attempts = [attempt(1, **ran), attempt(2, runningTime="2026-01-01T11:50:00Z")]
+    status = {"state": "Running", "startTime": "2026-01-01T09:30:00Z", "attempts": attempts}
     scraped.job(status=status, policy=policy)
-    assert scraped.value("qlora_job_deadline_timestamp_seconds", job="one") == NOON - 1800 + 7200
+    assert scraped.value("qlora_job_deadline_timestamp_seconds", job="one") == NOON + 7200 - 1800 - 600
     assert scraped.value("qlora_job_budget_gpu_seconds", job="one") == 5400
     scraped.job(status={**status, "completionTime": "2026-01-01T12:00:00Z"}, policy=policy)
     assert scraped.value("qlora_job_deadline_timestamp_seconds") is None
     assert scraped.value("qlora_job_budget_gpu_seconds") is None
+
+
+def test_a_job_that_waits_comes_no_nearer_to_its_deadline(scraped):
+    for attempts in (
+        [],
+        [attempt(1)],
+        [attempt(1, runningTime="2026-01-01T11:00:00Z", endTime="2026-01-01T11:30:00Z")],
+    ):
+        status = {"state": "Pending", "startTime": "2026-01-01T11:00:00Z", "attempts": attempts}
+        scraped.job(status=status, policy={"activeDeadlineSeconds": 60})
+        assert scraped.value("qlora_job_deadline_timestamp_seconds") is None
 
 
 def test_a_finished_job_says_what_its_ranks_said_last(scraped):

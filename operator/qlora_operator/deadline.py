@@ -1,0 +1,29 @@
+"""``policy.activeDeadlineSeconds``: for how long a job may still run. Pure."""
+
+from __future__ import annotations
+
+import math
+
+from qlora_api.status import QLoRAJobStatus
+from qlora_operator.decision import Context
+from qlora_operator.history import open_attempt
+
+
+def seconds_left(context: Context, status: QLoRAJobStatus) -> float:
+    """Until the deadline, if the job runs on; infinity without one."""
+    limit = context.job.spec.policy.active_deadline_seconds
+    return math.inf if limit is None else limit - active_seconds(context, status)
+
+
+def wake_after(context: Context, status: QLoRAJobStatus) -> float:
+    """Seconds until the deadline comes by itself, which no event announces; infinity while the clock stands still."""
+    attempt = open_attempt(status)
+    return seconds_left(context, status) if attempt and attempt.running_time else math.inf
+
+
+def active_seconds(context: Context, status: QLoRAJobStatus) -> float:
+    """Time of all attempts, each from when its pods were ready, as GPU-hours are counted, to its end."""
+    # Of attempts that are not listed any more only the GPU time is known: with minWorkers it is too little.
+    earlier = status.earlier_gpu_seconds / context.world_size
+    spans = ((a.end_time or context.now) - a.running_time for a in status.attempts if a.running_time)
+    return earlier + sum(span.total_seconds() for span in spans)
