@@ -122,6 +122,8 @@ class Attempt(Model):
     """Forward passes of a rank for each optimizer step."""
     gradient_checkpointing: bool = False
     """Whether activations are computed again in the backward pass."""
+    grace_seconds: Count | None = None
+    """terminationGracePeriodSeconds of its pods, where it is not the operator's own setting."""
     start_time: datetime
     """When the operator decided on it."""
     running_time: datetime | None = None
@@ -272,6 +274,9 @@ class QLoRAJobStatus(Model):
     """Time of all GPUs over all attempts, without waiting."""
     earlier_gpu_seconds: Count = 0
     """Of attempts that are not listed any more."""
+    grace_seconds: Count | None = None
+    """What pods need to save a checkpoint once they are told to stop, by the longest step and save so far; for the next
+    attempt's. Set only where it is more than the operator's own setting (trainer.graceSeconds); at most 900."""
     start_time: datetime | None = None
     """Of the first attempt, or of Prepare."""
     completion_time: datetime | None = None

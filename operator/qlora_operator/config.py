@@ -47,6 +47,8 @@ class TrainerPodConfig(Model):
     shared_memory: Quantity = "1Gi"
     cache_size_limit: Quantity = "200Gi"
     node_lost_seconds: int = Field(60, ge=1)
+    grace_seconds: int = Field(120, ge=30, le=900)
+    """Between SIGTERM and SIGKILL, until a job's own steps and saves are known to need more."""
     env: tuple[EnvVar, ...] = ()
 
 

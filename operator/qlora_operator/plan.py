@@ -33,6 +33,7 @@ from qlora_operator.config import OperatorConfig
 from qlora_operator.deadline import seconds_left, wake_after
 from qlora_operator.decision import Context, Note, Plan
 from qlora_operator.elastic import fewer, on_the_right_ranks, too_large, waiting_since
+from qlora_operator.grace import with_grace
 from qlora_operator.history import budget_left, gpu_seconds, measured, open_attempt, with_attempt, with_last_word
 from qlora_operator.seen import PREPARE, JobState, Observed, SeenJob, planned
 from qlora_operator.waiting import why_waiting
@@ -156,7 +157,7 @@ def _closed_by_the_next(context: Context, status: QLoRAJobStatus, following: See
 
 def _concluded(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus, tuple[Note, ...]]:
     """Close the open attempt if it ended, and the job if nothing can follow."""
-    status = measured(context, status)
+    status = with_grace(context, measured(context, status))
     attempt = open_attempt(status)
     if attempt is None:
         return status, ()
@@ -317,6 +318,7 @@ def _planned_attempt(context: Context, status: QLoRAJobStatus, batch: BatchSplit
         micro_batch_size=batch.micro_batch_size,
         gradient_accumulation_steps=batch.gradient_accumulation_steps,
         gradient_checkpointing=checkpointing,
+        grace_seconds=status.grace_seconds,
         start_time=context.now,
     )
 

@@ -35,8 +35,6 @@ from qlora_operator.names import (
 
 USER = 65532
 """The image's own; what it is matters only for volumes."""
-GRACE_SECONDS = 120
-"""For the ranks to agree on a step and write a checkpoint; they leave as soon as they have."""
 PREPARE_RETRIES = 3
 USER_ERROR_CODE = 40
 CONFIG_FOLDER = "/etc/qlora"
@@ -57,6 +55,7 @@ def attempt(
     labels = _labels(job, "trainer") | {ATTEMPT_LABEL: str(attempt.number)}
     trainer = trainer_config(job, config, attempt, status)
     template = _pod(job, config, labels, trainer, command="qlora_trainer", ranks=parallelism.gpus_per_worker)
+    template["spec"]["terminationGracePeriodSeconds"] = attempt.grace_seconds or config.trainer.grace_seconds
     metadata = _metadata(job, name, labels)
     metadata["annotations"] = {PLAN_ANNOTATION: attempt.model_dump_json(by_alias=True, exclude_none=True)}
     spec: dict[str, Any] = {
@@ -215,7 +214,7 @@ def _pod(
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "serviceAccountName": pod.service_account_name,
-        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "terminationGracePeriodSeconds": pod.grace_seconds,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": USER,

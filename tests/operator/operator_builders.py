@@ -8,8 +8,11 @@ from typing import Any
 
 from qlora_api.contract import TerminationMessage, reason_of
 from qlora_api.job import QLoRAJob
-from qlora_api.status import QLoRAJobStatus
+from qlora_api.spec import Gang
+from qlora_api.status import Attempt, QLoRAJobStatus
 from qlora_operator.config import OperatorConfig
+from qlora_operator.decision import Plan
+from qlora_operator.plan import plan
 from qlora_operator.seen import JobState, Observed, SeenJob, SeenPod
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -81,3 +84,35 @@ def seen(*things: SeenJob | SeenPod, after: float = 0, **more: Any) -> Observed:
     jobs = {j.attempt: j for j in things if isinstance(j, SeenJob)}
     pods = tuple(p for p in things if isinstance(p, SeenPod))
     return Observed(now=NOW + timedelta(seconds=after), jobs=jobs, pods=pods, **more)
+
+
+def decide(a_job: QLoRAJob, what_is_seen: Observed, config: OperatorConfig = CONFIG, gang: Gang = Gang.NONE) -> Plan:
+    return plan(a_job, what_is_seen, config, gang)
+
+
+def running(*ended: str, **more: Any) -> QLoRAJobStatus:
+    """Status with ended attempts, by reason, and an open one."""
+    attempts = [attempt(n, reason) for n, reason in enumerate(ended, 1)]
+    return QLoRAJobStatus(attempts=[*attempts, attempt(len(ended) + 1)], start_time=NOW, **more)
+
+
+def attempt(number: int, reason: str | None = None, **more: Any) -> Attempt:
+    values: dict[str, Any] = {
+        "number": number,
+        "worldSize": 1,
+        "microBatchSize": 4,
+        "gradientAccumulationSteps": 4,
+        "startTime": NOW,
+    }
+    if reason:
+        values |= {"endTime": NOW, "reason": reason, "lastStep": 5, "firstStep": 0}
+    return Attempt.model_validate({**values, **more})
+
+
+def held(*earlier: Attempt) -> QLoRAJobStatus:
+    """Status with an attempt whose pods are ready since now."""
+    return QLoRAJobStatus(attempts=[*earlier, attempt(len(earlier) + 1, runningTime=NOW)], start_time=NOW)
+
+
+def names(planned: Plan) -> list[str]:
+    return [m["metadata"]["name"] for m in planned.make]

@@ -6,39 +6,11 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
-from operator_builders import CONFIG, NOW, PREPARING, child, job, pod, seen
+from operator_builders import NOW, PREPARING, attempt, child, decide, held, job, names, pod, running, seen
 
 from qlora_api.contract import ProgressReport
-from qlora_api.spec import Gang
-from qlora_api.status import MAX_ATTEMPTS, Attempt, ConditionType, Memory, QLoRAJobStatus, Reason
-from qlora_operator.plan import plan
+from qlora_api.status import MAX_ATTEMPTS, ConditionType, Memory, QLoRAJobStatus, Reason
 from qlora_operator.seen import JobState
-
-
-def decide(a_job, what_is_seen, config=CONFIG, gang=Gang.NONE):
-    return plan(a_job, what_is_seen, config, gang)
-
-
-def running(*ended: str, **more) -> QLoRAJobStatus:
-    """Status with ended attempts, by reason, and an open one."""
-    attempts = [attempt(n, reason) for n, reason in enumerate(ended, 1)]
-    return QLoRAJobStatus(attempts=[*attempts, attempt(len(ended) + 1)], start_time=NOW, **more)
-
-
-def attempt(number: int, reason: str | None = None, **more) -> Attempt:
-    values = {"number": number, "worldSize": 1, "microBatchSize": 4, "gradientAccumulationSteps": 4, "startTime": NOW}
-    if reason:
-        values |= {"endTime": NOW, "reason": reason, "lastStep": 5, "firstStep": 0}
-    return Attempt.model_validate({**values, **more})
-
-
-def held(*earlier: Attempt) -> QLoRAJobStatus:
-    """Status with an attempt whose pods are ready since now."""
-    return QLoRAJobStatus(attempts=[*earlier, attempt(len(earlier) + 1, runningTime=NOW)], start_time=NOW)
-
-
-def names(planned) -> list[str]:
-    return [m["metadata"]["name"] for m in planned.make]
 
 
 @pytest.mark.parametrize(
@@ -306,55 +278,6 @@ def test_the_attempt_after_a_smaller_one_asks_for_all_workers_again():
     status = QLoRAJobStatus(attempts=[attempt(1, "Unschedulable", worldSize=4), smaller])
     planned = decide(job(status, workers=4, parallelism={"minWorkers": 2}), seen(after=100))
     assert planned.status.attempts[-1].world_size == 4
-
-
-def test_a_job_whose_budget_is_used_up_is_suspended_and_goes_on_with_more():
-    training = seen(child(ready=1), pod())
-    early = decide(job(held(), policy={"budgetGpuHours": "0.5"}), training)
-    assert (early.status.reason, early.wake_after) == (Reason.TRAINING, 1800)
-    due = decide(job(held(), policy={"budgetGpuHours": "0.5"}), replace(training, now=NOW + timedelta(seconds=1800)))
-    assert ([c.name for c in due.delete], due.status.reason) == (["job-1"], Reason.SUSPENDING)
-    gone = decide(job(due.status, policy={"budgetGpuHours": "0.5"}), seen(after=1810))
-    assert (gone.status.state, gone.status.reason) == ("Suspended", "BudgetReached")
-    assert gone.status.gpu_seconds == 1810
-    assert decide(job(gone.status, policy={"budgetGpuHours": "0.5"}), seen(after=9000)).status == gone.status
-    more = decide(job(gone.status, policy={"budgetGpuHours": "1"}), seen(after=9000))
-    assert names(more) == ["job-2"]
-
-
-DEADLINE = {"activeDeadlineSeconds": 60}
-
-
-def test_the_deadline_wakes_the_job_by_itself():
-    assert decide(job(held(), policy=DEADLINE), seen(child(ready=1), pod(), after=20)).wake_after == 40
-
-
-def test_time_of_earlier_attempts_counts_towards_the_deadline_and_time_between_them_does_not():
-    ran = attempt(1, "Preempted", runningTime=NOW - timedelta(seconds=5000), endTime=NOW - timedelta(seconds=4970))
-    later = seen(child(2, ready=1), pod(2), after=20)
-    assert decide(job(held(ran), policy=DEADLINE), later).wake_after == 10
-    ended = decide(job(held(ran), policy=DEADLINE), replace(later, now=NOW + timedelta(seconds=30)))
-    assert (ended.status.reason, [c.name for c in ended.delete]) == (Reason.DEADLINE_EXCEEDED, ["job-2"])
-
-
-@pytest.mark.parametrize(
-    ("status", "what_is_seen", "more"),
-    [
-        pytest.param(running(), seen(child(), pod(unschedulable="no room", ready=False), after=9000), {}, id="no-room"),
-        pytest.param(running(), seen(child(state=JobState.SUSPENDED), after=9000), {}, id="queued"),
-        pytest.param(None, seen(child(0), pod(0), after=9000), {"config": PREPARING}, id="preparing"),
-        pytest.param(
-            QLoRAJobStatus(attempts=[attempt(1, "Suspended", runningTime=NOW - timedelta(seconds=59))]),
-            seen(after=9000),
-            {},
-            id="suspended-before",
-        ),
-    ],
-)
-def test_a_job_that_does_not_run_comes_no_nearer_to_its_deadline(status, what_is_seen, more):
-    planned = decide(job(status, policy=DEADLINE), what_is_seen, **more)
-    assert planned.status.state == "Pending"
-    assert planned.wake_after is None
 
 
 def test_with_min_workers_one_pod_that_found_room_does_not_hold_the_others_place():

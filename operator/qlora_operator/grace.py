@@ -1,0 +1,41 @@
+"""How long trainers get between SIGTERM and SIGKILL, from what steps and saves have taken. Pure."""
+
+from __future__ import annotations
+
+import math
+
+from qlora_api.contract import ProgressReport
+from qlora_api.status import QLoRAJobStatus
+from qlora_operator.decision import Context
+from qlora_operator.history import open_attempt
+
+LEAST_SECONDS, MOST_SECONDS = 30, 900
+"""Kubernetes' own default; and how long a drained node, or a queue that wants its GPUs back, may be kept waiting. A
+spot node gives what it gives, whatever a pod asks for: periodic checkpoints bound what is lost then."""
+STEPS = 2
+"""The step under way, and the one after which the ranks have agreed to stop."""
+SAVES = 1.5
+"""A save while all other jobs on a drained node save, too."""
+MARGIN_SECONDS = 10
+"""For the last word, and for kubelet."""
+UNIT_SECONDS = 10
+"""Rounded up to this, so that status changes seldom."""
+
+
+def with_grace(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
+    """Note in status where rank 0's newest report needs more than the operator's own setting and all before."""
+    report, attempt = context.seen.report, open_attempt(status)
+    if report is None or attempt is None or report.attempt != attempt.number:
+        return status
+    needed = seconds_needed(report)
+    if needed <= max(context.config.trainer.grace_seconds, status.grace_seconds or 0):
+        return status
+    return status.model_copy(update={"grace_seconds": needed})
+
+
+def seconds_needed(report: ProgressReport) -> int:
+    """From SIGTERM to a saved checkpoint at most, within bounds."""
+    seconds = STEPS * report.longest_step_seconds + SAVES * report.longest_save_seconds + MARGIN_SECONDS
+    if not math.isfinite(seconds):
+        return MOST_SECONDS
+    return min(max(math.ceil(seconds / UNIT_SECONDS) * UNIT_SECONDS, LEAST_SECONDS), MOST_SECONDS)

@@ -1,0 +1,95 @@
+"""What bounds a job: its deadline, its budget, and the time it gets to stop."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+from operator_builders import NOW, PREPARING, attempt, child, decide, held, job, names, pod, running, seen
+
+from qlora_api.contract import ProgressReport
+from qlora_api.status import Memory, QLoRAJobStatus, Reason
+from qlora_operator.seen import JobState
+
+DEADLINE = {"activeDeadlineSeconds": 60}
+
+
+def test_the_deadline_wakes_the_job_by_itself():
+    assert decide(job(held(), policy=DEADLINE), seen(child(ready=1), pod(), after=20)).wake_after == 40
+
+
+def test_time_of_earlier_attempts_counts_towards_the_deadline_and_time_between_them_does_not():
+    ran = attempt(1, "Preempted", runningTime=NOW - timedelta(seconds=5000), endTime=NOW - timedelta(seconds=4970))
+    later = seen(child(2, ready=1), pod(2), after=20)
+    assert decide(job(held(ran), policy=DEADLINE), later).wake_after == 10
+    ended = decide(job(held(ran), policy=DEADLINE), replace(later, now=NOW + timedelta(seconds=30)))
+    assert (ended.status.reason, [c.name for c in ended.delete]) == (Reason.DEADLINE_EXCEEDED, ["job-2"])
+
+
+@pytest.mark.parametrize(
+    ("status", "what_is_seen", "more"),
+    [
+        pytest.param(running(), seen(child(), pod(unschedulable="no room", ready=False), after=9000), {}, id="no-room"),
+        pytest.param(running(), seen(child(state=JobState.SUSPENDED), after=9000), {}, id="queued"),
+        pytest.param(None, seen(child(0), pod(0), after=9000), {"config": PREPARING}, id="preparing"),
+        pytest.param(
+            QLoRAJobStatus(attempts=[attempt(1, "Suspended", runningTime=NOW - timedelta(seconds=59))]),
+            seen(after=9000),
+            {},
+            id="suspended-before",
+        ),
+    ],
+)
+def test_a_job_that_does_not_run_comes_no_nearer_to_its_deadline(status, what_is_seen, more):
+    planned = decide(job(status, policy=DEADLINE), what_is_seen, **more)
+    assert planned.status.state == "Pending"
+    assert planned.wake_after is None
+
+
+def test_a_job_whose_budget_is_used_up_is_suspended_and_goes_on_with_more():
+    training = seen(child(ready=1), pod())
+    early = decide(job(held(), policy={"budgetGpuHours": "0.5"}), training)
+    assert (early.status.reason, early.wake_after) == (Reason.TRAINING, 1800)
+    due = decide(job(held(), policy={"budgetGpuHours": "0.5"}), replace(training, now=NOW + timedelta(seconds=1800)))
+    assert ([c.name for c in due.delete], due.status.reason) == (["job-1"], Reason.SUSPENDING)
+    gone = decide(job(due.status, policy={"budgetGpuHours": "0.5"}), seen(after=1810))
+    assert (gone.status.state, gone.status.reason) == ("Suspended", "BudgetReached")
+    assert gone.status.gpu_seconds == 1810
+    assert decide(job(gone.status, policy={"budgetGpuHours": "0.5"}), seen(after=9000)).status == gone.status
+    more = decide(job(gone.status, policy={"budgetGpuHours": "1"}), seen(after=9000))
+    assert names(more) == ["job-2"]
+
+
+def report(**more) -> ProgressReport:
+    return ProgressReport(job="job", attempt=1, section="Train", step=3, memory=Memory(), **more)
+
+
+def grace(planned) -> int:
+    return planned.make[-1]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize(
+    ("step", "save", "seconds"),
+    [
+        pytest.param(1, 2, 120, id="the-operators-own-setting-is-enough"),
+        pytest.param(60, 20, 160, id="two-steps-and-a-save-and-a-half-and-ten-seconds"),
+        pytest.param(61, 20, 170, id="rounded-up"),
+        pytest.param(3600, 60, 900, id="no-more-than-a-node-may-be-kept-waiting"),
+        pytest.param(float("inf"), 0, 900, id="a-figure-that-is-none"),
+    ],
+)
+def test_the_next_attempts_pods_get_the_time_that_steps_and_saves_were_seen_to_take(step, save, seconds):
+    assert grace(decide(job(), seen())) == 120
+    trains = replace(seen(child(ready=1), pod()), report=report(longest_step_seconds=step, longest_save_seconds=save))
+    told = decide(job(held()), trains).status
+    assert told.attempts[-1].grace_seconds is None  # an attempt never changes
+    again = decide(job(told), seen(child(state=JobState.FAILED), pod(code=41, word="oom")))
+    assert grace(again) == seconds
+    assert again.status.attempts[-1].grace_seconds == (seconds if seconds > 120 else None)
+
+
+def test_what_one_step_took_is_not_forgotten_for_a_faster_one():
+    slow, fast = report(longest_step_seconds=300), report(longest_step_seconds=1)
+    status = decide(job(held()), replace(seen(child(ready=1), pod()), report=slow)).status
+    assert decide(job(status), replace(seen(child(ready=1), pod()), report=fast)).status.grace_seconds == 610
