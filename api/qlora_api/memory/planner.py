@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,6 +27,8 @@ class Request:
     world_size: int
     longest: int | None = None
     """Tokens of the longest sequence, where the rows are known; None: ``spec.dataset.maxLength``."""
+    correction: float = 1.0
+    """What needed bytes are multiplied by: measured over predicted, as learned on this GPU."""
 
     @property
     def row(self) -> int:
@@ -49,10 +52,17 @@ class Plan:
     row: int
     """Tokens of a sequence it was made for."""
     shape: ModelShape
+    correction: float = 1.0
+    """Of the request."""
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the GPU must have, corrected. ``memory`` stays as predicted, or what is learned would learn from itself."""
+        return math.ceil(self.memory.needed_bytes * self.correction)
 
     @property
     def fits(self) -> bool:
-        return self.memory.needed_bytes <= self.gpu.memory_bytes
+        return self.needed_bytes <= self.gpu.memory_bytes
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -62,7 +72,7 @@ class Plan:
     @property
     def headroom(self) -> int:
         """Bytes left; negative: missing."""
-        return self.gpu.memory_bytes - self.memory.needed_bytes
+        return self.gpu.memory_bytes - self.needed_bytes
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,7 @@ def plan(request: Request) -> Plan | NoFit:
     fitting = [choice for choice in choices if choice.fits]
     if fitting:
         return min(fitting, key=lambda c: (c.seconds_per_token.expected, -c.batch.micro_batch_size))
-    return NoFit(min(choices, key=lambda c: c.memory.needed_bytes))
+    return NoFit(min(choices, key=lambda c: c.needed_bytes))
 
 
 def _must_suit(request: Request) -> None:
@@ -141,6 +151,7 @@ def plan_of(request: Request, batch: BatchSplit, *, checkpointing: bool) -> Plan
         seconds_per_token=speed,
         row=request.row,
         shape=request.shape,
+        correction=request.correction,
     )
 
 

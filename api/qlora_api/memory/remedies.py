@@ -35,7 +35,7 @@ class Remedy:
     plan: Plan
 
     def __str__(self) -> str:
-        return f"{self.field} {self.value} (needs {self.plan.memory.needed_bytes / GIB:.1f} GiB)"
+        return f"{self.field} {self.value} (needs {self.plan.needed_bytes / GIB:.1f} GiB)"
 
 
 def remedies(request: Request) -> tuple[Remedy, ...]:
@@ -55,7 +55,7 @@ def remedies(request: Request) -> tuple[Remedy, ...]:
 def does_not_fit(request: Request, outcome: NoFit) -> FieldMistake:
     """For a person: what is missing, where the memory goes, what would fit."""
     smallest = outcome.smallest
-    needed, there = smallest.memory.needed_bytes / GIB, smallest.gpu.memory_bytes / GIB
+    needed, there = smallest.needed_bytes / GIB, smallest.gpu.memory_bytes / GIB
     parts = sorted(smallest.memory.components.items(), key=lambda item: -item[1])[:3]
     largest = ", ".join(f"{component} {size / GIB:.1f}" for component, size in parts)
     ways = remedies(request)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from qlora_api.batch import BatchSplit
@@ -49,6 +51,17 @@ def test_the_fastest_that_fits_is_chosen(gpu, micro, recomputes):
     assert outcome.fits
     assert (outcome.batch.micro_batch_size, outcome.gradient_checkpointing) == (micro, recomputes)
     assert outcome.batch.global_batch_size == 16
+
+
+def test_what_was_learned_of_a_gpu_counts_in_what_fits_and_not_in_what_is_predicted():
+    asked = request("l4-24gb")
+    plain, corrected = plan(asked), plan(replace(asked, correction=1.25))
+    assert (plain.gradient_checkpointing, corrected.gradient_checkpointing) == (False, True)
+    same = plan_of(replace(asked, correction=1.25), plain.batch, checkpointing=False)
+    assert (plain.fits, same.fits) == (True, False)
+    assert same.memory == plain.memory
+    assert same.needed_bytes == pytest.approx(1.25 * plain.needed_bytes, abs=1)
+    assert same.headroom == same.gpu.memory_bytes - same.needed_bytes
 
 
 def test_recomputation_where_nothing_else_fits():
