@@ -28,7 +28,7 @@ def register() -> None:
     AttentionMaskInterface.register(PACKED, _no_mask)
 
 
-def choose_attention(model_class: Any, config: Any, device: torch.device) -> str:
+def choose_attention(model_class: Any, config: Any, device: torch.device, dtype: torch.dtype) -> str:
     """The attention implementation for a model: packed where the architecture allows it, else transformers' own masks.
 
     With transformers' own, rows are told apart by position ids that restart (``transformers.masking_utils``): the same
@@ -36,8 +36,9 @@ def choose_attention(model_class: Any, config: Any, device: torch.device) -> str
     """
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "eager"  # soft-capped scores are in neither kernel
-    dropout_on_gpu = device.type == "cuda" and (getattr(config, "attention_dropout", 0) or 0) > 0
-    if config.model_type not in PROVEN or dropout_on_gpu:
+    dropout = (getattr(config, "attention_dropout", 0) or 0) > 0
+    no_kernel = device.type == "cuda" and (dropout or dtype is torch.float32)  # flash attention has 16 bits alone
+    if config.model_type not in PROVEN or no_kernel:
         return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
     return PACKED
 

@@ -30,9 +30,9 @@ def self_attention(pen: Pen, x: Value, attention: Attention) -> Value:
     return pen.linear(out, attention.output) if attention.output else out
 
 
-def kind_on(attention: Attention, *, cuda: bool) -> AttentionKind:
-    """Dropout of scores is not in the GPU's packed kernel (``choose_attention``)."""
-    if attention.kind is AttentionKind.PACKED and cuda and attention.dropout:
+def kind_on(attention: Attention, width: int, *, cuda: bool) -> AttentionKind:
+    """Neither dropout of scores nor fp32 is in the GPU's packed kernel (``choose_attention``)."""
+    if attention.kind is AttentionKind.PACKED and cuda and (attention.dropout or width == FP32):
         return AttentionKind.MASKED
     return attention.kind
 
@@ -52,7 +52,7 @@ def _rotated(pen: Pen, x: Value) -> Value:
 
 
 def _scores(pen: Pen, attention: Attention, query: Value, key: Value, value: Value) -> Value:
-    match kind_on(attention, cuda=pen.setting.cuda):
+    match kind_on(attention, pen.width, cuda=pen.setting.cuda):
         case AttentionKind.EAGER:
             return _eager(pen, attention, query, key, value)
         case AttentionKind.MASKED:
@@ -165,7 +165,7 @@ def mask_bytes(attention: Attention, tokens: int, width: int, *, cuda: bool) -> 
 
     Of booleans for ``sdpa``; of numbers where scores are written out, there for full and for sliding attention.
     """
-    match kind_on(attention, cuda=cuda):
+    match kind_on(attention, width, cuda=cuda):
         case AttentionKind.EAGER:
             return 2 * width * tokens * tokens
         case AttentionKind.MASKED:

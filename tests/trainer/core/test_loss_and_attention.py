@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional
@@ -158,5 +160,12 @@ def test_soft_capped_scores_keep_transformers_own_attention(tiny_models):
 def test_attention_dropout_on_a_gpu_keeps_transformers_own_masks():
     model_class = type(AutoModelForCausalLM.from_config(CONFIGS["llama"]))
     config = type(CONFIGS["llama"])(attention_dropout=0.1)
-    assert choose_attention(model_class, config, torch.device("cuda")) == "sdpa"
-    assert choose_attention(model_class, config, CPU) == PACKED
+    assert choose_attention(model_class, config, torch.device("cuda"), torch.bfloat16) == "sdpa"
+    assert choose_attention(model_class, config, CPU, torch.bfloat16) == PACKED
+
+
+def test_fp32_on_a_gpu_keeps_transformers_own_masks_since_flash_attention_has_16_bits_alone():
+    model_class = type(AutoModelForCausalLM.from_config(CONFIGS["llama"]))
+    chosen = partial(choose_attention, model_class, CONFIGS["llama"])
+    assert chosen(torch.device("cuda"), torch.float32) == "sdpa"
+    assert chosen(torch.device("cuda"), torch.bfloat16) == chosen(CPU, torch.float32) == PACKED
