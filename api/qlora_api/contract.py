@@ -95,8 +95,6 @@ class TrainerConfig(Model):
     gpu: str | None = None
     """Which GPU a rank gets, by its name in ``qlora_api.memory.GPUS``: Prepare chooses what fits it. None: not known,
     or the CPU; then nothing is chosen by memory."""
-    predicted_memory: dict[str, int] = {}
-    """Bytes of one rank by component, as planned: shown beside what is measured."""
     memory_correction: float = Field(1.0, gt=0, allow_inf_nan=False)
     """What predicted bytes are multiplied by before they are held against the GPU: measured over predicted, as learned
     from jobs that this cluster has finished. 1: nothing is learned yet."""

@@ -21,6 +21,7 @@ from qlora_api.memory.ladder import Choice
 from qlora_api.status import Attempt, Reason
 from qlora_cli import local, render, rundir
 from qlora_cli.attempt import Process, Stopped, watch
+from qlora_cli.cluster.target import program
 from qlora_cli.progress import Poller, Watcher, display_for
 
 if TYPE_CHECKING:
@@ -103,8 +104,10 @@ class Run:
         except ValidationError as error:
             raise rundir.RunError(f"{out}: its last line is no receipt: {error.errors()[0]['msg']}") from None
         refuse_other_rows(self.record, receipt, trained=self._trained())
-        self._keep(self.record.model_copy(update={"receipt": receipt}))
-        console.print(render.receipt(receipt))
+        word = step.last_word()
+        prepared = word.prepared if word else None
+        self._keep(self.record.model_copy(update={"receipt": receipt, "prepared": prepared}))
+        console.print(render.receipt(receipt, None if self.record.attempts else prepared))
         return None
 
     def _attempt(self) -> int | None:
@@ -180,6 +183,7 @@ class Run:
             device=world.device,
             ranks_per_worker=world.ranks,
             gradient_checkpointing=choice.gradient_checkpointing,
+            gpu=world.gpu,
             checkpoint_uri=str(self._setting.folder.checkpoints),
             cache_dir=str(self._setting.cache_dir),
             termination_message_path=str(step.termination),
@@ -220,6 +224,9 @@ class Run:
 def next_choice(setting: Setting, record: RunRecord) -> Choice:
     """What the next attempt starts with: as decided after the last one, unless the ranks are other ones."""
     if not record.attempts or record.attempts[-1].world_size != setting.world.ranks:
+        planned = record.prepared
+        if planned and planned.batch.world_size == setting.world.ranks:
+            return Choice(planned.batch, planned.gradient_checkpointing)
         batch = split_batch(setting.job.spec, setting.world.ranks)
         return Choice(batch, local.checkpoints_gradients(setting.job.spec, setting.world))
     last = record.attempts[-1]
@@ -280,4 +287,4 @@ def shell_code(code: int) -> int:
 def next_commands(folder: Path) -> list[str]:
     """What to do with an adapter."""
     where = "" if folder.parent == Path("runs").absolute() else f" --runs-dir {folder.parent}"
-    return [f'qlora generate --run {folder.name}{where} --prompt "…"']
+    return [f'{program()} generate --run {folder.name}{where} --prompt "…"']

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlora_api.errors import FieldMistake
+from qlora_api.memory.gpus import known_gpu
 from qlora_cli import words
 
 CPU_RANKS = 2
@@ -37,6 +38,8 @@ class World:
     device: Literal["CUDA", "CPU"]
     ranks: int
     words: str
+    gpu: str | None = None
+    """The smallest of its GPUs, by its name in ``qlora_api.memory.GPUS``; None where that is not known."""
 
 
 def look() -> Machine:
@@ -97,5 +100,7 @@ def choose_world(machine: Machine, ranks: int | None) -> World:
     if ranks is not None and ranks > most:
         raise FieldMistake("--ranks", ranks, f"must be at most {most}: one for each GPU")
     count = ranks or most
-    kinds = sorted({f"{g.name} ({words.size(g.memory_bytes)})" for g in machine.gpus[:count]})
-    return World("CUDA", count, f"{count} × {', '.join(kinds)}")
+    used = machine.gpus[:count]
+    kinds = sorted({f"{g.name} ({words.size(g.memory_bytes)})" for g in used})
+    known = known_gpu(min(used, key=lambda gpu: gpu.memory_bytes).name)
+    return World("CUDA", count, f"{count} × {', '.join(kinds)}", known.name if known else None)

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from qlora_api.batch import BatchSplit
     from qlora_api.contract import PrepareReceipt
     from qlora_api.lifecycle import Retry
-    from qlora_api.status import Attempt, Reason
+    from qlora_api.status import Attempt, PrepareResult, Reason
     from qlora_cli.machine import World
     from qlora_cli.rundir import RunRecord
 
 LOG_WIDTH = 120
 """Columns where there is no terminal to ask."""
 SAMPLE_CHARACTERS = 800
+MOST_COMPONENTS = 4
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -135,8 +136,8 @@ def _cadence(spec: QLoRAJobSpec) -> str:
     return f"{steps} and every {c.every_minutes} min, the newest {c.keep} kept"
 
 
-def receipt(found: PrepareReceipt) -> RenderableType:
-    """What Prepare found in the rows, with one of them."""
+def receipt(found: PrepareReceipt, prepared: PrepareResult | None) -> RenderableType:
+    """What Prepare found in the rows, with one of them; and where the training begins, what was decided."""
     lost = [
         f"{words.number(count)} {what}"
         for count, what in (
@@ -163,6 +164,7 @@ def receipt(found: PrepareReceipt) -> RenderableType:
         rows.append(
             ("Evaluation", f"{words.number(found.eval_rows)} rows, {words.number(found.eval_tokens)} tokens{known}")
         )
+    rows += _planned(prepared) if prepared else ()
     parts: list[RenderableType] = [facts(rows)]
     for sample in found.samples[:1]:
         text = sample if len(sample) <= SAMPLE_CHARACTERS else f"{sample[:SAMPLE_CHARACTERS]} …"
@@ -170,6 +172,19 @@ def receipt(found: PrepareReceipt) -> RenderableType:
             Panel(Text(text), title=Text("A row; tokens between ⟦ and ⟧ count"), title_align="left", border_style="dim")
         )
     return Group(*parts)
+
+
+def _planned(prepared: PrepareResult) -> Iterator[tuple[str, str]]:
+    """How training begins, and what it should need."""
+    again = "activations are computed again" if prepared.gradient_checkpointing else "activations are kept"
+    yield "Begins with", f"{batch_equation(prepared.batch)}; {again}"
+    parts = {component: size for component, size in prepared.memory.items() if component != MemoryComponent.PEAK}
+    if parts:
+        largest = sorted(parts.items(), key=lambda part: -part[1])[:MOST_COMPONENTS]
+        mostly = ", ".join(f"{component} {words.size(size)}" for component, size in largest)
+        yield "Memory", f"{words.size(sum(parts.values()))} a rank, as predicted: {mostly}"
+    if prepared.expected_gpu_hours:
+        yield "Should take", f"{prepared.expected_gpu_hours} GPU-hours, give or take half"
 
 
 # ---------------------------------------------------------------------------------------------------------- between

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from qlora_api.contract import PrepareReceipt, TrainerConfig
+from qlora_api.contract import PrepareReceipt
 from qlora_cli import report_history, rundir
 from qlora_cli.report_history import History
 
@@ -87,7 +87,6 @@ def of_run(folder: rundir.Folder, record: RunRecord) -> Facts:
     newest = folder.attempt(record.attempts[-1].number) if record.attempts else None
     word = record.result or (newest.last_word() if newest else None)
     memory = word.memory if word else None
-    config = _config(newest.config) if newest else None
     history = report_history.of_run(folder.path)
     device = next((a.device for a in reversed(history.attempts.values()) if a.device), None)
     return Facts(
@@ -101,7 +100,7 @@ def of_run(folder: rundir.Folder, record: RunRecord) -> Facts:
         device=device or record.device,
         word=word,
         receipt=record.receipt,
-        predicted=(memory.predicted if memory else None) or (config.predicted_memory if config else {}),
+        predicted=memory.predicted if memory else {},
         measured=memory.measured if memory else {},
         manifest=_local_manifest(word),
     )
@@ -144,11 +143,4 @@ def _receipt(numbers: Any) -> PrepareReceipt | None:
     try:
         return PrepareReceipt.model_validate({**numbers, "samples": []}) if numbers else None
     except (ValidationError, TypeError):
-        return None
-
-
-def _config(path: Path) -> TrainerConfig | None:
-    try:
-        return TrainerConfig.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
         return None

@@ -27,7 +27,7 @@ from pydantic import Field, ValidationError
 from qlora_api.base import Model
 from qlora_api.contract import PrepareReceipt, TerminationMessage
 from qlora_api.spec import QLoRAJobSpec
-from qlora_api.status import Attempt, Count, Decimal, Reason
+from qlora_api.status import Attempt, Count, Decimal, PrepareResult, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,6 +50,8 @@ class RunRecord(Model):
     """What the newest attempt ran on."""
     attempts: list[Attempt] = []
     receipt: PrepareReceipt | None = None
+    prepared: PrepareResult | None = None
+    """What the newest Prepare decided: how an attempt starts before which nothing was trained."""
     first_eval_loss: Decimal | None = None
     """Before the first step."""
     tokens: dict[int, Count] = Field({})

@@ -53,13 +53,16 @@ def with_last_word(status: QLoRAJobStatus, ending: Ending) -> QLoRAJobStatus:
 
 def _with_measures(status: QLoRAJobStatus, progress: Progress | None, memory: Memory | None) -> QLoRAJobStatus:
     before = status.memory or Memory()
-    merged = dict(before.measured)
+    said = memory.predicted if memory else {}
+    afresh = bool(said) and said != before.predicted  # another batch than before: what that took is no measure of it
+    merged = {} if afresh else dict(before.measured)
+    predicted = said or before.predicted
     for component, size in (memory.measured if memory else {}).items():
         merged[component] = max(size, merged.get(component, 0))
     return status.model_copy(
         update={
             "progress": progress,
-            "memory": Memory(predicted=before.predicted, measured=merged) if merged or before.predicted else None,
+            "memory": Memory(predicted=predicted, measured=merged) if merged or predicted else None,
             "peak_memory": memory_in_words(merged),
             "eta": time_in_words(progress.eta_seconds if progress else None),
         }

@@ -46,14 +46,19 @@ VOLCANO_API = "scheduling.volcano.sh/v1beta1"
 
 
 def attempt(
-    job: QLoRAJob, config: OperatorConfig, gang: Gang, attempt: Attempt, status: QLoRAJobStatus
+    job: QLoRAJob,
+    config: OperatorConfig,
+    gang: Gang,
+    attempt: Attempt,
+    status: QLoRAJobStatus,
+    memory_correction: float = 1.0,
 ) -> tuple[dict[str, Any], ...]:
     """All that one attempt needs: its Job, where several workers meet the shared Service, with Volcano a PodGroup."""
     parallelism = job.spec.parallelism
     workers = attempt.world_size // parallelism.gpus_per_worker
     name = attempt_name(job.metadata.name, attempt.number)
     labels = _labels(job, "trainer") | {ATTEMPT_LABEL: str(attempt.number)}
-    trainer = trainer_config(job, config, attempt, status)
+    trainer = trainer_config(job, config, attempt, status, memory_correction)
     template = _pod(job, config, labels, trainer, command="qlora_trainer", ranks=parallelism.gpus_per_worker)
     template["spec"]["terminationGracePeriodSeconds"] = attempt.grace_seconds or config.trainer.grace_seconds
     metadata = _metadata(job, name, labels)
@@ -92,7 +97,7 @@ def attempt(
     return (*children, child)
 
 
-def prepare(job: QLoRAJob, config: OperatorConfig) -> dict[str, Any]:
+def prepare(job: QLoRAJob, config: OperatorConfig, memory_correction: float = 1.0) -> dict[str, Any]:
     """The Job that looks at model and rows before a GPU is held. It repeats itself unless the user must mend things."""
     labels = _labels(job, "prepare")
     status = QLoRAJobStatus()
@@ -108,7 +113,7 @@ def prepare(job: QLoRAJob, config: OperatorConfig) -> dict[str, Any]:
             "gradientCheckpointing": checkpoints_gradients(job.spec, config, None),
         }
     )
-    trainer = trainer_config(job, config, first, status)
+    trainer = trainer_config(job, config, first, status, memory_correction)
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -145,7 +150,9 @@ def service(namespace: str) -> dict[str, Any]:
     }
 
 
-def trainer_config(job: QLoRAJob, config: OperatorConfig, attempt: Attempt, status: QLoRAJobStatus) -> TrainerConfig:
+def trainer_config(
+    job: QLoRAJob, config: OperatorConfig, attempt: Attempt, status: QLoRAJobStatus, memory_correction: float = 1.0
+) -> TrainerConfig:
     """What the trainer of an attempt is told."""
     spec, meta = job.spec, job.metadata
     split = BatchSplit(
@@ -172,7 +179,7 @@ def trainer_config(job: QLoRAJob, config: OperatorConfig, attempt: Attempt, stat
         termination_message_path="/dev/termination-log",
         metrics_port=METRICS_PORT,
         gpu=gpu_of(spec, config),
-        predicted_memory=status.prepared.memory if status.prepared else {},
+        memory_correction=memory_correction,
     )
 
 

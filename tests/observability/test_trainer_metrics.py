@@ -76,7 +76,9 @@ def value(of, name, more=""):
 
 
 def test_every_series_has_the_jobs_labels():
-    for sample in samples(board(predicted_memory={"peak": 1})).values():
+    made = board()
+    made.predict({"peak": 1})
+    for sample in samples(made).values():
         assert sample.labels.items() >= LABELS.items(), sample
 
 
@@ -91,7 +93,8 @@ def test_what_is_not_known_is_absent_and_what_was_not_done_is_zero():
 
 
 def test_predictions_stand_beside_measurements():
-    made = board(predicted_memory={"gradients": 100, "activations": 7})
+    made = board()
+    made.predict({"gradients": 100, "activations": 7})
     made.memory({"gradients": 98})
     assert value(made, "qlora_memory_predicted_bytes", "gradients") == 100
     assert value(made, "qlora_memory_predicted_bytes", "activations") == 7
@@ -120,7 +123,8 @@ def card(monkeypatch):
 
 
 def test_a_rank_with_a_gpu_exports_the_whole_catalogue(card):
-    made = board("cuda", predicted_memory={"peak": 1})
+    made = board("cuda")
+    made.predict({"peak": 1})
     with made.section("Train"):
         made.step_took(0.5)
     made.memory({"peak": 15})

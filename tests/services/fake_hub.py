@@ -19,6 +19,8 @@ class Hub:
         """Repository's name → (status, X-Error-Code)."""
         self.served = []
         """Paths of files that were downloaded."""
+        self.ranges = []
+        """Bytes that were sent for each request of a part."""
         self.endpoint = ""
 
     def add(self, name, files, kind="models"):
@@ -77,7 +79,20 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             if with_body:
                 self.hub.served.append(path)
-            self._send(200, files[path], with_body, {"ETag": f'"{_oid(files[path])}"', "X-Repo-Commit": COMMIT})
+            headers = {"ETag": f'"{_oid(files[path])}"', "X-Repo-Commit": COMMIT}
+            self._part(files[path], with_body, headers)
+
+    def _part(self, data, with_body, headers):
+        """The bytes that a Range asks for, or all."""
+        asked = self.headers.get("Range")
+        if not asked or not with_body:
+            self._send(200, data, with_body, headers)
+            return
+        start, _, end = asked.removeprefix("bytes=").partition("-")
+        part = data[int(start) : int(end) + 1] if end else data[int(start) :]
+        place = f"bytes {start}-{int(start) + len(part) - 1}/{len(data)}"
+        self.hub.ranges.append(len(part))
+        self._send(206, part, with_body, {**headers, "Content-Range": place})
 
     def _json(self, value, with_body):
         self._send(200, json.dumps(value).encode(), with_body, {"Content-Type": "application/json"})

@@ -1,7 +1,8 @@
 """Models and rows, brought to a local folder and checked before anything is loaded.
 
 Local folders and mounted claims are used in place. What comes over the network lies in the cache under a name made of
-its source and content, complete or not at all; a second process waits for the first one's download.
+its source and content, complete or not at all; a second process waits for the first one's download. Where only headers
+of weights are wanted, the files are as long as the weights, with holes where tensors would be.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from qlora_api.memory.headers import LENGTH_BYTES, HeaderError, header_length
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.model_files import (
     ModelFilesError,
@@ -45,6 +47,8 @@ MODEL_FIELD = "spec.model.source"
 ROW_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv", ".csv.gz", ".arrow")
 HUB_NOTES = ("dataset_infos.json",)
 """JSON beside the rows of many datasets on the Hub that is no row."""
+FIRST_READ = 128 * 1024
+"""Bytes of a weight file that are asked for at once: most headers are shorter."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,14 @@ class FetchedModel:
     """As in the manifest."""
 
 
-def fetch_model(source: str, cache_dir: Path, pinned: str | None = None) -> FetchedModel:
+def fetch_model(source: str, cache_dir: Path, pinned: str | None = None, *, headers_only: bool = False) -> FetchedModel:
     """Bring the base model here and check all that can be checked without loading weights.
 
     Args:
         source: ``spec.model.source``.
         cache_dir: models lie in its folder ``models``.
         pinned: the revision that must come. On the Hub it is asked for, whatever the source's branch says by now.
+        headers_only: of weights bring names, types and shapes alone, kilobytes of gigabytes.
 
     Raises:
         UserError: not there, not readable, incomplete, pickled, without a tokenizer, with code of its own, or at
@@ -75,12 +80,12 @@ def fetch_model(source: str, cache_dir: Path, pinned: str | None = None) -> Fetc
     """
     try:
         if source.startswith(HUB):
-            path, revision = _model_from_hub(source, cache_dir, pinned)
+            path, revision = _model_from_hub(source, cache_dir, pinned, headers_only)
         elif local := local_path(source, MODEL_FIELD):
             check_model(local)
             path, revision = local, folder_revision(local)
         else:
-            path, revision = _model_from_store(source, cache_dir)
+            path, revision = _model_from_store(source, cache_dir, headers_only)
     except ModelFilesError as error:
         raise UserError(MODEL_FIELD, source, str(error)) from error
     if pinned not in (None, revision):
@@ -118,7 +123,7 @@ def fetch_rows(source: str, field: str, cache_dir: Path) -> Path:
 # -------------------------------------------------------------------------------------------------------------- models
 
 
-def _model_from_hub(source: str, cache_dir: Path, pinned: str | None) -> tuple[Path, str]:
+def _model_from_hub(source: str, cache_dir: Path, pinned: str | None, headers_only: bool) -> tuple[Path, str]:
     from qlora_trainer import hub  # noqa: PLC0415 half a second, for nothing where the Hub is not asked
 
     at = hub.parse(source, MODEL_FIELD, "model")
@@ -131,22 +136,49 @@ def _model_from_hub(source: str, cache_dir: Path, pinned: str | None) -> tuple[P
         names = [n for n in folder.names if "/" not in n]
         check_names(names)
         folder.download([n for n in names if is_side_file(n)], partial)
-        folder.download(weight_names(names, lambda n: (partial / n).read_bytes()), partial)
+        weights = weight_names(names, lambda n: (partial / n).read_bytes())
+        if headers_only:
+            _bring_headers(weights, folder.read, partial)
+        else:
+            folder.download(weights, partial)
         folder.tidy(partial)
 
     name = f"hf--{at.repo.replace('/', '--')}--{commit}"
-    return _cached(cache_dir / "models" / name, fill, check_model), commit
+    return _model_folder(cache_dir, name, fill, headers_only), commit
 
 
-def _model_from_store(source: str, cache_dir: Path) -> tuple[Path, str]:
+def _model_from_store(source: str, cache_dir: Path, headers_only: bool) -> tuple[Path, str]:
     store = open_store(source, MODEL_FIELD)
     wanted = _model_objects(store)
     name = _hash_of(store.uri(), wanted)
 
     def fill(partial: Path) -> None:
-        _download(store, [e.key for e in wanted], partial)
+        weights = [e.key for e in wanted if not is_side_file(e.key)] if headers_only else []
+        _bring_headers(weights, store.read, partial)
+        _download(store, [e.key for e in wanted if e.key not in weights], partial)
 
-    return _cached(cache_dir / "models" / name, fill, check_model), _hash_of("", wanted)
+    return _model_folder(cache_dir, name, fill, headers_only), _hash_of("", wanted)
+
+
+def _model_folder(cache_dir: Path, name: str, fill: Callable[[Path], None], headers_only: bool) -> Path:
+    """The model's place in the cache; one with holes is kept apart from what ranks load."""
+    whole = cache_dir / "models" / name
+    place = cache_dir / "headers" / name if headers_only and not whole.exists() else whole
+    return _cached(place, fill, check_model)
+
+
+def _bring_headers(names: list[str], read: Callable[[str, int, int], tuple[bytes, int]], folder: Path) -> None:
+    """Make files as long as these, with their headers; ``read`` gives bytes [start, end) and the length of a file."""
+    for name in names:
+        first, size = read(name, 0, FIRST_READ)
+        try:
+            end = LENGTH_BYTES + header_length(first)
+        except HeaderError as error:
+            raise ModelFilesError(f"has a {name} that {error}; copy it again") from error
+        rest = read(name, len(first), end)[0] if end > len(first) else b""
+        with (folder / name).open("wb") as file:
+            file.write((first + rest)[:end])
+            file.truncate(size)
 
 
 def _model_objects(store: Store) -> list[Entry]:

@@ -34,7 +34,8 @@ def publish_run(trainer: Trainer, run: Run) -> Adapter:
         tokenizer = load_tokenizer(prepared.model_path, config.spec.dataset.chat_template)
         tokenizer.save_pretrained(folder / "adapter")
         receipt = trainer.data.receipt.model_dump(mode="json", by_alias=True)
-        trainer.history.end(receipt, config.predicted_memory, trainer.board.report.memory.measured)
+        memory = trainer.board.report.memory
+        trainer.history.end(receipt, memory.predicted, memory.measured)
         (folder / "adapter" / PUBLISHED_FILE).write_bytes(trainer.history.to_bytes())
         if config.spec.output.merge is Merge.BFLOAT16:
             merge(prepared.model_path, folder / "adapter", folder / "merged")

@@ -8,10 +8,11 @@ import re
 import shutil
 import time
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is the HTTP library's own
     GatedRepoError,
     HfHubHTTPError,
@@ -21,6 +22,11 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+)
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported without being listed
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
 )
 
 from qlora_trainer.errors import StorageError, UserError
@@ -83,6 +89,32 @@ class HubFolder:
                 endpoint=_endpoint(),
             ),
         )
+
+    def read(self, name: str, start: int, end: int) -> tuple[bytes, int]:
+        """Bytes [start, end) of a file, or fewer where it ends before; with its size.
+
+        Raises:
+            UserError: the Hub does not give them.
+            StorageError: the Hub fails.
+
+        """
+        at = self.source
+        url = hf_hub_url(at.repo, name, repo_type=at.kind, revision=self.commit, endpoint=_endpoint())
+        wanted = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
+
+        def ask() -> tuple[bytes, int]:
+            with get_session().stream("GET", url, headers=wanted, follow_redirects=True) as answer:
+                hf_raise_for_status(answer)
+                part = answer.status_code == HTTPStatus.PARTIAL_CONTENT
+                size = answer.headers["Content-Range"].rpartition("/")[2] if part else answer.headers["Content-Length"]
+                skip, body = 0 if part else start, bytearray()
+                for piece in answer.iter_bytes():  # a server may answer a range with the whole file
+                    body += piece
+                    if len(body) >= skip + end - start:
+                        break
+            return bytes(body[skip : skip + end - start]), int(size)
+
+        return _asked(at, ask, WAITS_SECONDS)
 
     @staticmethod
     def tidy(folder: Path) -> None:

@@ -77,8 +77,6 @@ class Board:
         self.set("qlora_restarts", config.restarts)
         for name in ("qlora_tokens", "qlora_data_wait_seconds"):
             self.add(name, 0)
-        for component, size in config.predicted_memory.items():
-            self.set("qlora_memory_predicted_bytes", size, component)
 
     def set(self, name: str, value: float, *more: str) -> None:
         """Set a gauge; ``more`` are the values of its labels after the rank."""
@@ -94,12 +92,19 @@ class Board:
     def save_took(self, seconds: float) -> None:
         self.update(longest_save_seconds=max(round(seconds, 3), self.report.longest_save_seconds))
 
+    def predict(self, components: dict[str, int]) -> None:
+        """Show predicted bytes by component, beside which the measured ones will stand."""
+        for component, size in components.items():
+            self.set("qlora_memory_predicted_bytes", size, component)
+        self.update(memory=self.report.memory.model_copy(update={"predicted": components}))
+
     def memory(self, components: dict[str, int]) -> None:
         """Show measured bytes by component, here and in the progress report."""
         for component, size in components.items():
             self.set("qlora_memory_component_bytes", size, component)
-        known = {**self.report.memory.measured, **components}
-        self.update(memory=Memory(measured=known))
+        before = self.report.memory
+        known = {**before.measured, **components}
+        self.update(memory=before.model_copy(update={"measured": known}))
 
     @contextmanager
     def section(self, name: Section) -> Iterator[None]:

@@ -1,9 +1,9 @@
 """Prepare: everything that can be known without a GPU. ``python -m qlora_trainer.prepare CONFIG.json``
 
 Fetches and checks the model and the rows, tokenizes once, finds out that the adapter's targets exist and that the
-destination can be written. The result is content-addressed: a second call finds it done, before anything large is
-imported. What it decided is in the termination message; the last line on stdout is the
-:class:`~qlora_api.contract.PrepareReceipt` as JSON.
+destination can be written, and plans the memory: a job that does not fit its GPU ends here. The result is
+content-addressed: a second call finds it done, before anything large is imported. What it decided is in the
+termination message; the last line on stdout is the :class:`~qlora_api.contract.PrepareReceipt` as JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from qlora_api.contract import ExitCode, PrepareReceipt, TerminationMessage, Tra
 from qlora_api.status import PrepareResult, Reason
 from qlora_trainer import last_word
 from qlora_trainer.errors import TrainerError
+from qlora_trainer.planning import plan_job
 from qlora_trainer.prepared import bring
 from qlora_trainer.published import check_destination
 from qlora_trainer.records import Record, Records, find
@@ -34,7 +35,9 @@ def prepare(config: TrainerConfig) -> PrepareReceipt:
         StorageError: a source, the destination or the shared cache is out of reach.
 
     """
-    return (_again(config) or _anew(config)).receipt
+    record = _again(config) or _anew(config)
+    plan_job(config, record.shape, record.receipt)
+    return record.receipt
 
 
 def _again(config: TrainerConfig) -> Record | None:
@@ -59,8 +62,14 @@ def _anew(config: TrainerConfig) -> Record:
 
 
 def prepared_message(config: TrainerConfig, record: Record) -> TerminationMessage:
-    """The last word of a Prepare that found all well."""
+    """The last word of a Prepare that found all well.
+
+    Raises:
+        UserError: the job does not fit the GPU.
+
+    """
     receipt = record.receipt
+    planned = plan_job(config, record.shape, receipt)
     result = PrepareResult(
         model_revision=record.model_revision,
         data_hash=receipt.data_hash,
@@ -73,16 +82,19 @@ def prepared_message(config: TrainerConfig, record: Record) -> TerminationMessag
         fully_masked=receipt.fully_masked,
         duplicates=receipt.duplicates,
         packing_efficiency=f"{receipt.packing_efficiency:.4f}",
-        batch=config.batch,
-        gradient_checkpointing=config.gradient_checkpointing,
+        batch=planned.batch,
+        gradient_checkpointing=planned.gradient_checkpointing,
+        memory=planned.memory,
+        expected_gpu_hours=None if planned.gpu_hours is None else f"{planned.gpu_hours:.3f}",
         seconds=f"{time.time() - psutil.Process().create_time():.1f}",
     )
     return TerminationMessage(exit_code=ExitCode.DONE, reason=Reason.COMPLETED, prepared=result)
 
 
 def _told(config: TrainerConfig, record: Record) -> TerminationMessage:
+    message = prepared_message(config, record)
     print(record.receipt.model_dump_json(by_alias=True))  # noqa: T201 the receipt is the output
-    return prepared_message(config, record)
+    return message
 
 
 def main() -> int:
@@ -90,14 +102,15 @@ def main() -> int:
     word = Path(config.termination_message_path)
     try:
         record = _again(config)
+        message = _told(config, record) if record else None
     except TrainerError as error:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
         log.error("%s", error)  # noqa: TRY400 one paragraph for a person; the trace would hide it
         code = error.exit_code
         last_word.write(word, TerminationMessage(exit_code=code, reason=reason_of(code), message=str(error)))
         return code
-    if record is not None:
-        last_word.write(word, _told(config, record))
+    if message is not None:
+        last_word.write(word, message)
         return ExitCode.DONE
     from qlora_trainer.outcome import guarded  # noqa: PLC0415 imports torch
 

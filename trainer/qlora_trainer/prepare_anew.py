@@ -10,6 +10,7 @@ from qlora_trainer.data.prepare import prepare_data
 from qlora_trainer.errors import UserError
 from qlora_trainer.fetch import FetchedModel, fetch_model, fetch_rows, tokenizer_hash
 from qlora_trainer.model import add_lora, check_base, meta_model
+from qlora_trainer.planning import shape_of
 from qlora_trainer.records import Record, job_key, pinned_revision
 
 if TYPE_CHECKING:
@@ -29,7 +30,12 @@ def prepare_anew(config: TrainerConfig, began: Record | None) -> Record:
 
     """
     spec, cache = config.spec, Path(config.cache_dir)
-    model = fetch_model(spec.model.source, cache, pinned_revision(spec, began))
+    model = fetch_model(
+        spec.model.source,
+        cache,
+        pinned_revision(spec, began),
+        headers_only=config.shared_cache_uri is not None,  # this pod trains nothing; without it the ranks are here
+    )
     check_architecture(config, model)
     train_rows = fetch_rows(spec.dataset.train.source, "spec.dataset.train.source", cache)
     own_eval = spec.dataset.eval.source if spec.dataset.eval else None
@@ -41,6 +47,7 @@ def prepare_anew(config: TrainerConfig, began: Record | None) -> Record:
         model_source=model.source,
         model_revision=model.revision,
         receipt=data.receipt,
+        shape=shape_of(model.path),
     )
 
 

@@ -23,6 +23,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from qlora_api.base import Model
 from qlora_api.contract import PrepareReceipt
+from qlora_api.memory import ModelShape
 from qlora_trainer.data.version import FORMAT_VERSION
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.fetch import HUB, model_revision, rows_identity, take_name
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from qlora_api.spec import QLoRAJobSpec
     from qlora_trainer.store import Store
 
-PREPARE_VERSION = 1
+PREPARE_VERSION = 2
 """Counts up when Prepare comes to refuse what it took before."""
 FIELD = "spec.output.destination"
 """Whose credentials open the shared cache."""
@@ -51,6 +52,8 @@ class Record(Model):
     """As in the manifest."""
     model_revision: str
     receipt: PrepareReceipt
+    shape: ModelShape | None
+    """Of the base: what the plan of a job on another GPU, or on more of them, is made from."""
 
 
 class DataFile(Model):

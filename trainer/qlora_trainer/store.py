@@ -197,6 +197,20 @@ class Store:
             at = end
             yield piece
 
+    def read(self, key: str, start: int, end: int) -> tuple[bytes, int]:
+        """Read bytes [start, end) of the object, or fewer where it ends before; with its size.
+
+        Raises:
+            NotFoundError: there is none.
+
+        """
+        doing = f"read {self.uri(key)}"
+        entry = self._call(doing, key, lambda: self._backend.head(key))
+        last = min(end, entry.size)
+        if start >= last:
+            return b"", entry.size
+        return self._call(doing, key, lambda: self._backend.read(entry, start, last)), entry.size
+
     def sha256(self, key: str) -> str:
         """Lower-case hex digest of the object, read in pieces.
 

@@ -270,7 +270,8 @@ def checkpoint_due(trainer: Trainer, run: Run) -> bool:
 
 def finished(trainer: Trainer, run: Run) -> TerminationMessage:
     """The last word of a job that succeeded, with the largest memory over the ranks. A collective."""
-    measured = trainer.board.report.memory.measured
+    memory = trainer.board.report.memory
+    measured = memory.measured
     largest = trainer.ranks.max(*measured.values())
     report = trainer.board.report
     return TerminationMessage(
@@ -283,5 +284,5 @@ def finished(trainer: Trainer, run: Run) -> TerminationMessage:
             else ""
         ),
         progress=progress_of(report),
-        memory=Memory(measured={k: int(v) for k, v in zip(measured, largest, strict=True)}),
+        memory=Memory(predicted=memory.predicted, measured={k: int(v) for k, v in zip(measured, largest, strict=True)}),
     )

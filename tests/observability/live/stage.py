@@ -24,7 +24,6 @@ from cluster.harness.script import pods_do
 from e2e.material import make_material
 from qlora_api.batch import split_batch
 from qlora_api.contract import JobRef, TrainerConfig
-from qlora_api.memory import Run, estimate, model_shape
 from qlora_api.spec import QLoRAJobSpec
 from services.prometheus import Prometheus, scrape
 
@@ -50,6 +49,7 @@ GPU_SERIES = {
     "qlora_gpu_memory_peak_bytes": 22.4 * GIB,
     "qlora_gpu_memory_free_bytes": 55.6 * GIB,
     "qlora_gpu_memory_total_bytes": 79.1 * GIB,
+    'qlora_memory_predicted_bytes{component="peak"}': 22.7 * GIB,
 }
 """What a rank on a GPU would say besides."""
 
@@ -139,7 +139,7 @@ class Stage:
                 [RULES],
             )
         )
-        self.training = _Training(self.folder, targets, gpus=self._gpus)
+        self.training = _Training(self.folder, targets)
         self._owned.callback(self.training.stop)
 
     def _stand_ins(self) -> Iterator[dict[str, Any]]:
@@ -183,8 +183,8 @@ _SCRAPE = {"honor_labels": True, "scrape_interval": f"{SCRAPE_SECONDS}s", "scrap
 class _Training:
     """Two ranks on the CPU, by the contract with whoever starts a trainer; their ports are targets while they live."""
 
-    def __init__(self, folder: Path, targets: Path, *, gpus: bool) -> None:
-        self._folder, self._targets, self._gpus = folder, targets, gpus
+    def __init__(self, folder: Path, targets: Path) -> None:
+        self._folder, self._targets = folder, targets
         self._ports = folder / "ports"
         self._process: subprocess.Popen[bytes] | None = None
         self._last = 0.0
@@ -271,28 +271,11 @@ class _Training:
             gradient_checkpointing=False,
             checkpoint_uri=str(self._folder / "checkpoints"),
             cache_dir=str(self._folder / "cache"),
-            predicted_memory=predicted(spec, material / "base", 2, cuda=self._gpus),
             termination_message_path=str(self._folder / "termination.json"),
             metrics_port=0,
             metrics_host="127.0.0.1",
             ports_dir=str(self._ports),
         )
-
-
-def predicted(spec: QLoRAJobSpec, base: Path, ranks: int, *, cuda: bool) -> dict[str, int]:
-    """Bytes by component, by the memory model; with a peak only for a GPU."""
-    run = Run(
-        shape=model_shape(json.loads((base / "config.json").read_text())),
-        lora=spec.lora,
-        quantization=spec.quantization,
-        optimizer=spec.training.optimizer,
-        parallelism=spec.parallelism,
-        world_size=ranks,
-        rows=(spec.dataset.max_length,),
-        checkpointing=False,
-        cuda=cuda,
-    )
-    return estimate(run).as_status()
 
 
 class _Exporter:
@@ -325,7 +308,8 @@ def gpus() -> Iterator[str]:
     for rank in range(2):
         labels = f'job="{NAME}",namespace="{TEAM}",rank="{rank}",pod="{POD}"'
         for name, value in GPU_SERIES.items():
-            yield f"{name}{{{labels}}} {value}\n"
+            series, _, more = name.rstrip("}").partition("{")
+            yield f"{series}{{{labels}{more and f',{more}'}}} {value}\n"
         for direction in ("receive", "transmit"):
             yield f'qlora_gpu_pcie_bytes_per_second{{{labels},direction="{direction}"}} 2.5e8\n'
 

@@ -6,9 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from qlora_trainer import fetch
 from qlora_trainer import store as store_module
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.fetch import fetch_model, fetch_rows, model_revision, tokenizer_hash
+from qlora_trainer.model_files import safetensors_header
 from qlora_trainer.store import open_store
 from services import fake_hub
 from services.fake_hub import COMMIT
@@ -339,6 +341,41 @@ def test_a_bad_model_on_the_hub_is_refused(tmp_path, make_model, hub, spoil, sai
     with pytest.raises(UserError, match=said):
         fetch_model("hf://org/base", tmp_path / "cache")
     assert not any(name.endswith(".bin") for name in hub.served)
+
+
+# ------------------------------------------------------------------------------------------------------------- headers
+
+
+@pytest.mark.parametrize("place", ["bucket", "hub"])
+def test_headers_alone_tell_all_but_the_weights_and_are_never_loaded_as_such(
+    tmp_path, make_model, s3, hub, monkeypatch, place
+):
+    monkeypatch.setattr(fetch, "FIRST_READ", 64)  # less than a header, so that both reads happen
+    folder = make_model(tmp_path / "model", shards=2, width=512)
+    hub.add("org/base", as_files(folder))
+    source = "hf://org/base" if place == "hub" else upload(folder, f"{s3}/models/large")
+    light = fetch_model(source, tmp_path / "cache", headers_only=True)
+    weights = [name for name in names(folder) if name.endswith(".safetensors")]
+    for name in weights:
+        assert safetensors_header(light.path / name) == safetensors_header(folder / name)
+        assert (light.path / name).stat().st_size == (folder / name).stat().st_size
+        assert (light.path / name).stat().st_blocks * 512 < 16384, "holes take no room"
+    if place == "hub":
+        assert sum(hub.ranges) < 1024
+        assert not set(weights) & set(hub.served[: -len(hub.ranges)])
+    whole = fetch_model(source, tmp_path / "cache")
+    assert (whole.revision, whole.path != light.path) == (light.revision, True)
+    assert [(whole.path / n).read_bytes() for n in weights] == [(folder / n).read_bytes() for n in weights]
+    assert fetch_model(source, tmp_path / "cache", headers_only=True) == whole, "what is here whole serves as well"
+
+
+def test_a_weight_file_that_is_none_is_refused_by_its_header(tmp_path, make_model, s3):
+    folder = make_model(tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"<html>not found</html>")
+    source = upload(folder, f"{s3}/models/page")
+    with pytest.raises(UserError, match=r"model\.safetensors that does not begin as a safetensors file does"):
+        fetch_model(source, tmp_path / "cache", headers_only=True)
+    assert not list((tmp_path / "cache" / "headers").glob("[!.]*"))
 
 
 @pytest.mark.parametrize(
