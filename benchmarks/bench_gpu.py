@@ -1,176 +1,234 @@
-"""Training speed of an 8B-shaped model on one GPU: ``python benchmarks/bench_trainer.py --gpu``.
+"""Training speed of an 8B-shaped model on one GPU, and the stock stack's: ``python benchmarks/bench_trainer.py --gpu``.
 
-Llama-3-8B's shape with random weights, made on the GPU layer by layer and quantized at once: no hub and no disk. The
-steps are the trainer's own: NF4 with double quantization, LoRA of rank 16 on all linear layers, fused loss, DeepSpeed,
-paged 8-bit AdamW, packs of 4,096 tokens.
+Llama-3-8B's shape with random weights, made on the GPU layer by layer and quantized at once: no hub and no disk. NF4
+with double quantization, LoRA of rank 16 on all linear layers, paged 8-bit AdamW, 8,192 real tokens a step. Ours: the
+trainer's own steps, fused loss, DeepSpeed, packs of 4,096 tokens. Stock: ``stock_gpu.py``. Two kinds of rows: of 4,096
+tokens all, where nobody pads, and of 512 to 2,048, which are packed here and padded there. One process for ours, then
+one for the stock stack.
 """
 
 from __future__ import annotations
 
+import gc
+import json
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+import traceback
+from pathlib import Path
 from typing import Any
 
-import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-from qlora_api.batch import BatchSplit
-from qlora_api.spec import LoRASpec, ParallelismSpec, TrainingSpec
-from qlora_trainer.attention import choose_attention, register
-from qlora_trainer.data.batches import Batches
-from qlora_trainer.data.packing import pack
-from qlora_trainer.data.tokenized import TokenizedRows
-from qlora_trainer.engine import Ranks, apply_update, join_ranks, wrap_deepspeed
-from qlora_trainer.loss import NextTokenLoss
-from qlora_trainer.model import add_lora, enable_gradient_checkpointing, linear_layers
-from qlora_trainer.train import accumulate
+from qlora_api.memory import Adapter, Gpu, flop_per_token, gpu_of_device, model_shape
+from qlora_api.spec import LoRASpec, ParallelismSpec, QuantizationSpec, TrainingSpec
 
 LENGTH = 4096
-MICRO_BATCH = 2
-"""8,192 tokens: enough to hide the dequantization."""
-WARM_UP, STEPS = 3, 10
+TOKENS = 8192
+"""Of a step: enough to hide the dequantization."""
+WARM_UP, STEPS = 2, 5
 SEED = 42
-PEAK_TFLOPS = {
-    "H200": 989.5,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.5,
-    "H100": 989.5,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "4090": 165.2,
+LLAMA_8B: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
-"""Dense bf16 with fp32 accumulation, from NVIDIA's data sheets; the first name that a device's name holds."""
+ROWS = {"4,096 each": (LENGTH, LENGTH), "512 to 2,048": (2048, 1024, 512, 512) * 2}
+"""Tokens of the rows of a step."""
+VARIANTS = tuple((rows, again) for rows in ROWS for again in (True, False))
 
 
-def llama_8b() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+def measure_ours(lengths: tuple[int, ...], *, recompute: bool, profile: Path | None) -> dict[str, Any]:
+    """Seconds of each step, and the peak of allocated bytes."""
+    import torch  # noqa: PLC0415 the process that only asks others needs none
+
+    from qlora_api.batch import BatchSplit  # noqa: PLC0415
+    from qlora_trainer.engine import Ranks, apply_update, wrap_deepspeed  # noqa: PLC0415
+    from qlora_trainer.loss import NextTokenLoss  # noqa: PLC0415
+    from qlora_trainer.model import add_lora, enable_gradient_checkpointing  # noqa: PLC0415
+    from qlora_trainer.train import accumulate  # noqa: PLC0415
+    from random_base import random_base  # noqa: PLC0415
+
+    ranks = Ranks(0, 0, 1, torch.device("cuda", 0))
+    model = add_lora(random_base(LLAMA_8B, QuantizationSpec(), ranks.device), LoRASpec(), SEED)
+    if recompute:
+        enable_gradient_checkpointing(model)
+    model.train()
+    micro_batch = TOKENS // LENGTH
+    split = BatchSplit(world_size=1, micro_batch_size=micro_batch, gradient_accumulation_steps=1)
+    training = TrainingSpec(max_steps=WARM_UP + STEPS, global_batch_size=micro_batch)
+    engine = wrap_deepspeed(NextTokenLoss(model, fused=True), training, ParallelismSpec(), split, ranks.device)
+    batches = random_batches(LLAMA_8B["vocab_size"], lengths, split)
+
+    def step(number: int) -> float:
+        batch = batches.step(number)
+        start = time.monotonic()
+        accumulate(engine, batch, ranks)  # reads the loss, and so waits for the GPU
+        apply_update(engine, 0.3, 2e-4)
+        torch.cuda.synchronize()
+        return time.monotonic() - start
+
+    torch.cuda.reset_peak_memory_stats()
+    seconds = [step(number) for number in range(WARM_UP + STEPS)]
+    free, total = torch.cuda.mem_get_info()
+    found = {
+        "seconds": seconds,
+        "peak": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.max_memory_reserved(),
+        "beside": total - free - torch.cuda.memory_reserved(),
+    }
+    if profile:
+        write_profile(step, profile)
+    engine.destroy()
+    return found
+
+
+def write_profile(step: Any, path: Path) -> None:
+    """Where two steps spent their time, by kernel and by operation."""
+    from torch.profiler import ProfilerActivity, profile  # noqa: PLC0415
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as seen:
+        for number in range(2):
+            step(number)
+    by_kernel = seen.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=110)
+    by_shape = seen.key_averages(group_by_input_shape=True).table(
+        sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=60, max_shapes_column_width=90
     )
-
-
-def flop_per_token(config: LlamaConfig, length: int, *, recompute: bool) -> float:
-    """Arithmetic of a token on a frozen base: 33.8 GFLOP at 4k for 8B, 48.8 with recomputation.
-
-    Each weight costs 2 FLOP forward and 2 for the input's gradient; frozen, it has no gradient of its own. Causal
-    attention is 2·length·hidden a layer forward, and 2.5 times that backward (FlashAttention-2, section 4.1).
-    Recomputation repeats the layers' forward. LoRA's own share is under 1% and left out.
-    """
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    key_value = hidden // config.num_attention_heads * config.num_key_value_heads
-    linear = 2.0 * layers * (2 * hidden**2 + 2 * hidden * key_value + 3 * hidden * config.intermediate_size)
-    attention = 2.0 * length * hidden * layers
-    head = 2.0 * hidden * config.vocab_size
-    total = 2 * (linear + head) + 3.5 * attention
-    return total + linear + attention if recompute else total
-
-
-def random_nf4(config: LlamaConfig, device: torch.device) -> Any:
-    """A quantized base with random weights; never more than one layer of it in 16 bits."""
-    register()
-    attention = choose_attention(LlamaForCausalLM, config, device)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
-    generator = torch.Generator(device).manual_seed(SEED)
-
-    def weights(shape: torch.Size) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=0.02, generator=generator)
-
-    for name, linear in linear_layers(model).items():
-        with torch.device("meta"):
-            layer = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16)
-        weight = Params4bit(
-            weights(linear.weight.shape), requires_grad=False, quant_type="nf4", compress_statistics=True
-        )
-        layer.weight = weight.to(device)
-        layer.support_avx512bf16_for_cpu = False
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
-    for name, parameter in list(model.named_parameters()):
-        if parameter.is_meta:
-            parent, _, child = name.rpartition(".")
-            value = (
-                weights(parameter.shape) if parameter.ndim > 1 else torch.ones(parameter.shape, dtype=torch.bfloat16)
-            )
-            setattr(model.get_submodule(parent), child, torch.nn.Parameter(value.to(device), requires_grad=False))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
-    model.is_loaded_in_4bit = True  # PEFT looks here for the kind of LoRA layer
-    model.config.use_cache = False
-    return model
+    path.write_text(f"{by_kernel}\n\n{by_shape}\n")
 
 
 def one_process() -> None:
-    """Be torchrun's only rank."""
+    """Be torchrun's only rank, with the allocator as the trainer sets it."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
 
 
-def measure(config: LlamaConfig, ranks: Ranks, length: int, *, recompute: bool) -> tuple[float, int]:
-    """Train a few steps.
+def random_batches(vocabulary: int, lengths: tuple[int, ...], split: Any) -> Any:
+    """Packs that are full."""
+    import torch  # noqa: PLC0415
 
-    Returns:
-        Tokens per second, and the peak of allocated bytes (0 on a CPU).
+    from qlora_trainer.data.batches import Batches  # noqa: PLC0415
+    from qlora_trainer.data.packing import pack  # noqa: PLC0415
+    from qlora_trainer.data.tokenized import TokenizedRows  # noqa: PLC0415
+
+    generator = torch.Generator().manual_seed(SEED)
+    rows = [(torch.randint(vocabulary, (n,), generator=generator).tolist(), [True] * n) for n in lengths * 4]
+    tokenized = TokenizedRows.of(rows)
+    return Batches(tokenized, pack(tokenized.lengths, LENGTH), split, rank=0, seed=SEED)
+
+
+# ------------------------------------------------------------------------------------------------------------ reporting
+
+
+def share_of_peak(tokens_per_second: float, lengths: tuple[int, ...], gpu: Gpu, *, recompute: bool) -> float:
+    """Of the GPU's dense bf16 peak, recomputed arithmetic counted: a token sees those of its own row."""
+    shape = model_shape(LLAMA_8B)
+    row = sum(n * n for n in lengths) // sum(lengths)
+    work = flop_per_token(shape, Adapter(shape, LoRASpec()), row, recomputes=recompute)
+    return tokens_per_second * work / (gpu.tflops * 1e12)
+
+
+def child(who: str, out: str, profile: str = "") -> int:
+    """Measure the variants of one side, and write each to a file when it is done."""
+    import torch  # noqa: PLC0415
+
+    from qlora_trainer.outcome import quiet_libraries  # noqa: PLC0415
+
+    quiet_libraries()
+    if who == "ours":
+        from qlora_trainer.engine import join_ranks  # noqa: PLC0415
+
+        one_process()
+        join_ranks("CUDA", timeout_seconds=1800)
+    report = []
+    for rows, again in VARIANTS:
+        profiled = Path(f"{profile}.{'recomputed' if again else 'kept'}.txt") if profile else None
+        report.append({"rows": rows, "recomputes": again, **_one(who, rows, again, profiled)})
+        Path(out).write_text(json.dumps(report))
+        gc.collect()
+        torch.cuda.empty_cache()
+    os._exit(0)
+
+
+def _one(who: str, rows: str, again: bool, profiled: Path | None) -> dict[str, Any]:
+    import torch  # noqa: PLC0415
+
+    properties = torch.cuda.get_device_properties(0)
+    found: dict[str, Any] = {
+        "gpu": properties.name,
+        "memory": properties.total_memory,
+        "before": torch.cuda.memory_allocated(),
+    }
+    try:
+        if who == "ours":
+            profile = profiled if rows == "4,096 each" else None
+            return found | measure_ours(ROWS[rows], recompute=again, profile=profile)
+        from stock_gpu import measure_stock  # noqa: PLC0415
+
+        return found | measure_stock(ROWS[rows], checkpointing=again, steps=WARM_UP + STEPS)
+    except Exception as error:  # noqa: BLE001 the others are measured all the same
+        return found | {"error": "".join(traceback.format_exception(error)[-3:])}
+
+
+def main(out: Path | None = None, profile: Path | None = None) -> int:
+    """Measure both sides.
+
+    Args:
+        out: gets all that was measured, as JSON.
+        profile: files whose names begin so get where our time goes.
 
     """
-    model = add_lora(random_nf4(config, ranks.device), LoRASpec(), SEED)
-    if recompute:
-        enable_gradient_checkpointing(model)
-    model.train()
-    split = BatchSplit(world_size=1, micro_batch_size=MICRO_BATCH, gradient_accumulation_steps=1)
-    training = TrainingSpec(max_steps=WARM_UP + STEPS, global_batch_size=MICRO_BATCH)
-    loss = NextTokenLoss(model, fused=True)
-    engine = wrap_deepspeed(loss, training, ParallelismSpec(), split, ranks.device)
-    batches = random_batches(config.vocab_size, length, split)
-    seconds = []
-    for number in range(WARM_UP + STEPS):
-        step = batches.step(number)
-        start = time.monotonic()
-        accumulate(engine, step, ranks)  # reads the loss, and so waits for the GPU
-        apply_update(engine, 0.3, 2e-4)
-        if ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.monotonic() - start)
-    peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else 0
-    return MICRO_BATCH * length / statistics.median(seconds[WARM_UP:]), peak
+    import torch  # noqa: PLC0415
 
-
-def random_batches(vocabulary: int, length: int, split: BatchSplit) -> Batches:
-    """Packs that are full: rows of a half, a quarter and an eighth of their length."""
-    generator = torch.Generator().manual_seed(SEED)
-    lengths = [length // 2, length // 4, length // 8, length // 8] * MICRO_BATCH * 4
-    rows = [(torch.randint(vocabulary, (n,), generator=generator).tolist(), [True] * n) for n in lengths]
-    tokenized = TokenizedRows.of(rows)
-    return Batches(tokenized, pack(tokenized.lengths, length), split, rank=0, seed=SEED)
-
-
-def main() -> int:
     if not torch.cuda.is_available():
         print("no GPU: --gpu needs one")
         return 1
-    one_process()
-    ranks = join_ranks("CUDA", timeout_seconds=1800)
-    config, name = llama_8b(), torch.cuda.get_device_name()
-    peak = next((tflops for card, tflops in PEAK_TFLOPS.items() if card in name), None)
-    print(f"{name}: 8B shape, {MICRO_BATCH} packs of {LENGTH} tokens\n")
-    print("| recomputation | tokens/s | peak memory | share of bf16 peak |\n|---|---|---|---|")
-    for recompute in (True, False):
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        try:
-            speed, memory = measure(config, ranks, LENGTH, recompute=recompute)
-        except torch.OutOfMemoryError:
-            print(f"| {'full' if recompute else 'none'} | out of memory | | |")
-            continue
-        work = flop_per_token(config, LENGTH, recompute=recompute)
-        share = f"{100 * speed * work / (peak * 1e12):.1f} %" if peak else "card not in the table"
-        print(f"| {'full' if recompute else 'none'} | {speed:,.0f} | {memory / 2**30:.1f} GiB | {share} |")
+    report: dict[str, list[dict[str, Any]]] = {}
+    environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "TOKENIZERS_PARALLELISM": "false"}
+    with tempfile.TemporaryDirectory() as folder:
+        for who in ("ours", "stock"):
+            answer = Path(folder) / f"{who}.json"
+            command = [sys.executable, __file__, who, str(answer)]
+            command += [str(profile)] if profile and who == "ours" else []
+            done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+            if done.returncode:
+                print(done.stderr[-3000:])
+            report[who] = json.loads(answer.read_text()) if answer.exists() else []
+            if out:
+                out.write_text(json.dumps(report))
+    print(table(report))
     return 0
+
+
+def table(report: dict[str, list[dict[str, Any]]]) -> str:
+    """All variants, each of ours beside the stock one."""
+    lines = ["| rows | recomputation | | tokens/s | × stock | peak memory | share of bf16 peak |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    speeds: dict[tuple[str, bool], float] = {}
+    for who in ("stock", "ours"):
+        for found in report[who]:
+            rows, again = found["rows"], found["recomputes"]
+            start = f"| {rows} | {'full' if again else 'none'} | {who} |"
+            if "error" in found:
+                lines.append(f"{start} {found['error'].strip().splitlines()[-1]} | | | |")
+                continue
+            speed = TOKENS / statistics.median(found["seconds"][WARM_UP:])
+            stock = speeds.setdefault((rows, again), speed)
+            share = share_of_peak(speed, ROWS[rows], gpu_of_device(found["gpu"], found["memory"]), recompute=again)
+            lines.append(
+                f"{start} {speed:,.0f} | {speed / stock:.2f} | {found['peak'] / 2**30:.1f} GiB | "
+                f"{f'{share:.1%}' if who == 'ours' or rows == '4,096 each' else 'pads'} |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(child(*sys.argv[1:]))

@@ -150,11 +150,12 @@ def main() -> int:
     parser.add_argument("--only", choices=VARIANTS, action="append", help="leave the other variants out")
     parser.add_argument("--profile", type=Path, help="write where this trainer's time goes to files of this name")
     parser.add_argument("--gpu", action="store_true", help="an 8B-shaped model on one GPU instead")
+    parser.add_argument("--out", type=Path, help="with --gpu: all that was measured, as JSON")
     arguments = parser.parse_args()
     if arguments.gpu:
         import bench_gpu  # noqa: PLC0415 needs a GPU
 
-        return bench_gpu.main()
+        return bench_gpu.main(arguments.out, arguments.profile)
     variants = arguments.only or VARIANTS
     runs: dict[str, list[Measured]] = {v: [] for v in variants}
     with tempfile.TemporaryDirectory(prefix="qlora-bench-") as name:
