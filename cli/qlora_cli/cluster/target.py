@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from qlora_cli.cluster.api import Api, Object
 
-PLUGIN = "kubectl-qlora"
+PROGRAM, PLUGIN = "qlora", "kubectl-qlora"
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,11 @@ def connect(target: Target) -> Iterator[Cluster]:
 
 
 def program() -> str:
-    """How this command line is called, for suggestions."""
-    return "kubectl qlora" if Path(sys.argv[0]).name.startswith(PLUGIN) else "qlora"
+    """How this command line is called, for suggestions: by its path where no ``qlora`` is on PATH."""
+    called = Path(sys.argv[0])
+    if called.name.startswith(PLUGIN):
+        return "kubectl qlora"
+    return str(called) if called.name == PROGRAM and shutil.which(PROGRAM) is None else PROGRAM
 
 
 def is_local(reference: str) -> bool:

@@ -8,6 +8,7 @@ from cli_builders import run_record
 from typer.testing import CliRunner
 
 from qlora_cli import main
+from qlora_cli.cluster.target import program
 
 
 @pytest.fixture
@@ -146,3 +147,18 @@ def test_help_names_every_command_and_the_exit_codes():
         assert f"\n  {command} " in helped
         assert "Usage: " in call(command, "--help").stdout
     assert "Exit codes: 0 done; 1 the answer is no" in helped
+
+
+@pytest.mark.parametrize(
+    ("called", "on_path", "said"),
+    [
+        (".venv/bin/qlora", None, ".venv/bin/qlora"),
+        (".venv/bin/qlora", "/usr/bin/qlora", "qlora"),
+        ("/usr/bin/kubectl-qlora", None, "kubectl qlora"),
+        ("/usr/bin/pytest", None, "qlora"),
+    ],
+)
+def test_the_next_command_is_one_that_can_be_typed(called, on_path, said, monkeypatch):
+    monkeypatch.setattr("sys.argv", [called])
+    monkeypatch.setattr("shutil.which", lambda name: on_path)
+    assert program() == said
