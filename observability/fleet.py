@@ -82,6 +82,7 @@ def _now(made: dashboard.Dashboard) -> None:
                 Column("Tokens/s", f"max {key} (qlora_tokens_per_second{{{NAMESPACE}}})", "short"),
                 Column("Attempt", f"max {key} (qlora_attempt{{{NAMESPACE}}})", "none"),
                 Column("GPU time", f"max {key} (qlora_job_gpu_seconds{{{NAMESPACE}}})", "s"),
+                Column("Expected", f"max {key} (qlora_job_expected_gpu_seconds{{{NAMESPACE}}})", "s"),
             ),
         )
     )

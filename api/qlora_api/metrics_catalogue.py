@@ -184,6 +184,14 @@ _OPERATOR = (
         "namespace",
         "reason",
     ),
+    _operator(
+        "qlora_operator_memory_correction",
+        _G,
+        "",
+        "Measured over predicted peak memory, as learned from jobs that succeeded; plans are multiplied by it",
+        "gpu",
+        "quantization",
+    ),
     _operator("qlora_operator_attempts", _C, "attempts", "Attempts that ended, by reason", "reason"),
     # Each job. Also what its ranks said last, since nobody scrapes finished pods.
     _operator("qlora_job_state", _G, "", "1; says by its labels how a job stands", *JOB, "state", "reason"),
@@ -208,6 +216,13 @@ _OPERATOR = (
         _G,
         "GPU-seconds",
         "GPUs of a job's attempts times the time since all their pods were ready, up to now",
+        *JOB,
+    ),
+    _operator(
+        "qlora_job_expected_gpu_seconds",
+        _G,
+        "GPU-seconds",
+        "What Prepare expects a job's training to take, good to a factor of 1.5; absent where its GPU is not known",
         *JOB,
     ),
     _operator(

@@ -282,8 +282,13 @@ class QLoRAJobStatus(Model):
     completion_time: datetime | None = None
     """When the job succeeded or failed."""
     prepared: PrepareResult | None = None
+    expected_cost: Decimal | None = None
+    """Money for prepared.expectedGpuHours, by the operator's pricePerGpuHour and in its currency."""
     progress: Progress | None = None
     memory: Memory | None = None
+    memory_correction: Decimal | None = None
+    """What the plan multiplied its bytes by: measured over predicted, as earlier jobs of this cluster on such GPUs had
+    it. Between 0.95 and 1.15; not set where nothing was learned. ``memory.predicted`` is without it."""
     eta: Annotated[str, StringConstraints(max_length=16)] = ""
     """Time left in words, for ``kubectl get``."""
     peak_memory: Annotated[str, StringConstraints(max_length=16)] = ""

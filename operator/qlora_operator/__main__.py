@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -21,6 +21,7 @@ from qlora_api.spec import Gang
 from qlora_operator import handlers, health
 from qlora_operator.client import TRANSIENT, Api, ApiError, load_credentials, watching_session
 from qlora_operator.config import OperatorConfig
+from qlora_operator.corrections import Corrections
 from qlora_operator.gangs import discover_gangs
 from qlora_operator.logs import set_up_logs
 from qlora_operator.metrics import Metrics
@@ -33,8 +34,8 @@ from qlora_operator.watch import Watch, kinds_of
 log = logging.getLogger("qlora_operator")
 GC_THRESHOLD = 20_000
 """Objects more than before, until the garbage collector looks at the young ones. Python's own is 700."""
-GANG_SECONDS = 300
-"""Between two looks at what the cluster offers."""
+LOOK_SECONDS = 300
+"""Between two looks at what the cluster offers, and what it has learned of memory."""
 STOP_SECONDS = 10
 """For all parts to end, before they are left behind."""
 FIRST_LOOK_SECONDS = 2
@@ -64,6 +65,15 @@ async def first_look(
             return gangs, services
 
 
+async def look_around(api: Api, corrections: Corrections, offer: Callable[[frozenset[Gang]], None]) -> None:
+    """Look again and again at what the cluster offers, and at what a person may have made of the corrections."""
+    while True:
+        await asyncio.sleep(LOOK_SECONDS)
+        await corrections.refresh()
+        with suppress(Exception):
+            offer(await discover_gangs(api))
+
+
 def stop_on_signals(stop: asyncio.Event) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -86,14 +96,12 @@ async def run(config: OperatorConfig) -> None:
     gangs: frozenset[Gang] = frozenset()
     listings = Listings()
 
-    async def look_at_gangs() -> None:
+    def offer(found: frozenset[Gang]) -> None:
         nonlocal gangs
-        while True:
-            await asyncio.sleep(GANG_SECONDS)
-            with suppress(Exception):
-                gangs = await discover_gangs(api)
+        gangs = found
 
-    reconciler = Reconciler(store, api, config, lambda: gangs, metrics)
+    corrections = Corrections(api, config, metrics.corrected)
+    reconciler = Reconciler(store, api, config, lambda: gangs, corrections, metrics)
     registry = kopf.OperatorRegistry()
     handlers.register(registry, store, reconciler)
     followed = [
@@ -115,6 +123,7 @@ async def run(config: OperatorConfig) -> None:
     async def watch() -> None:
         """Look at everything before the first decision: what was not seen would be taken for gone."""
         nonlocal gangs
+        await corrections.refresh()
         gangs, services = await first_look(api, store, config.namespaces, followed)
         reconciler.services |= services
         for key in (*dict(store), *((namespace, "") for namespace in reconciler.services)):
@@ -140,7 +149,7 @@ async def run(config: OperatorConfig) -> None:
             "reconciler": reconciler.run(),
             "progress": poll_forever(store, reconciler, config.progress_seconds),
             "resync": resync_forever(store, api, reconciler, config.namespaces, listings),
-            "gangs": look_at_gangs(),
+            "look around": look_around(api, corrections, offer),
             "watch": watch(),
         }.items()
     ]

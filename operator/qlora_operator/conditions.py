@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Literal
 
-from qlora_api.status import Condition, ConditionType, MemoryComponent, Reason
+from qlora_api.status import Condition, ConditionType, MemoryComponent, QLoRAJobStatus, Reason
+from qlora_operator.decision import Context
 
 GIBIBYTE = 1024**3
 
@@ -37,6 +38,17 @@ def set_condition(
     if place is None:
         return [*before, new]
     return [*before[:place], new, *before[place + 1 :]]
+
+
+def said(
+    context: Context, status: QLoRAJobStatus, kind: ConditionType, reason: Reason, text: str, *, holds: bool
+) -> QLoRAJobStatus:
+    """The status with one condition set, now and of the job's generation."""
+    generation = context.job.metadata.generation or 0
+    conditions = set_condition(
+        status.conditions, kind, reason, text, holds=holds, now=context.now, generation=generation
+    )
+    return status.model_copy(update={"conditions": conditions})
 
 
 def holds(conditions: Iterable[Condition], kind: ConditionType) -> bool:

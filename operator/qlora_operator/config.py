@@ -6,14 +6,27 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 
 from qlora_api.base import Model
 from qlora_api.errors import validate
+from qlora_api.memory.gpus import GPUS
 from qlora_api.spec import Gang
 
 Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?([EPTGM]i?|[kKm]|Ki)?$", max_length=32)]
 """As Kubernetes writes amounts: 500m, 4, 16Gi."""
+
+
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+DEFAULT = "default"
+"""Key of the price of GPUs that have none of their own."""
+
+
+def _known_gpus(prices: dict[str, float]) -> dict[str, float]:
+    for name in prices:
+        if name != DEFAULT and name not in GPUS:
+            raise ValueError(f'"{name}" is not known; use {DEFAULT} or one of {", ".join(sorted(GPUS))}')
+    return prices
 
 
 class EnvVar(Model):
@@ -64,9 +77,16 @@ class OperatorConfig(Model):
     progress_seconds: float = Field(15, gt=0)
     metrics_port: int = Field(9090, ge=0, le=65535)
     log_format: str = "text"
-    memory_config_map: str = ""
+    price_per_gpu_hour: Annotated[dict[str, Price], AfterValidator(_known_gpus)] = {}
+    """By name of ``qlora plan``'s table, or ``default``; in whatever currency. Empty: no money is spoken of."""
+    memory_config_map: Annotated[str, StringConstraints(pattern=r"^([-a-z0-9]+/[-a-z0-9.]+)?$")] = ""
+    """``namespace/name`` of the ConfigMap with what was learned of memory. Empty: nothing is learned."""
     prepare: PrepareConfig = PrepareConfig()
     trainer: TrainerPodConfig
+
+    def price_of(self, gpu: str | None) -> float | None:
+        """Of one hour of a GPU; None: not known."""
+        return self.price_per_gpu_hour.get(gpu or DEFAULT, self.price_per_gpu_hour.get(DEFAULT))
 
     @classmethod
     def read(cls, path: Path) -> OperatorConfig:

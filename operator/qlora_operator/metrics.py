@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
@@ -28,7 +29,8 @@ class Metrics:
         self._request_seconds = self._made("qlora_operator_api_request_seconds")
         for reason in Reason:
             self._attempts.labels(reason.value)  # from 0 on: a rate sees no series that begins at 1
-        self.registry.register(JobsCollector(store))
+        self._corrections: Mapping[tuple[str, str], float] = {}
+        self.registry.register(JobsCollector(store, corrections=lambda: self._corrections))
 
     def _made(self, name: str) -> Any:
         metric = OPERATOR[name]
@@ -46,6 +48,10 @@ class Metrics:
 
     def attempt_ended(self, reason: str) -> None:
         self._attempts.labels(reason).inc()
+
+    def corrected(self, corrections: Mapping[tuple[str, str], float]) -> None:
+        """By GPU and quantization."""
+        self._corrections = corrections
 
     def request(self, verb: str, code: int, seconds: float) -> None:
         self._requests.labels(verb, str(code)).inc()

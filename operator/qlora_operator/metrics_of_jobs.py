@@ -9,7 +9,7 @@ import json
 import time
 from collections import Counter as Tally
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -38,11 +38,17 @@ class JobsCollector:
     Args:
         store: what is known.
         clock: seconds since 1970.
+        corrections: of predicted memory, by GPU and quantization.
 
     """
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
-        self._store, self._clock = store, clock
+    def __init__(
+        self,
+        store: Store,
+        clock: Callable[[], float] = time.time,
+        corrections: Callable[[], Mapping[tuple[str, str], float]] = dict,
+    ) -> None:
+        self._store, self._clock, self._corrections = store, clock, corrections
         self._used: dict[str, float] = {}
         """GPU-seconds of each job, by UID, when they were last added up."""
         self._total: defaultdict[str, float] = defaultdict(float)
@@ -62,6 +68,8 @@ class JobsCollector:
         families.add_counted()
         for namespace, seconds in self._total.items():
             families["qlora_operator_gpu_seconds"].add_metric((namespace,), seconds)
+        for labels, factor in self._corrections().items():
+            families["qlora_operator_memory_correction"].add_metric(labels, factor)
         yield from families.all()
 
     def _count(self, namespace: str, uid: str, used: float) -> None:
@@ -113,6 +121,8 @@ def _add_job(families: _Families, namespace: str, name: str, job: Json, known: K
     families["qlora_job_state"].add_metric((name, namespace, state, reason), 1)
     _add_ends(families, namespace, name, attempts)
     families["qlora_job_gpu_seconds"].add_metric((name, namespace), used)
+    if hours := (status.get("prepared") or {}).get("expectedGpuHours"):
+        families["qlora_job_expected_gpu_seconds"].add_metric((name, namespace), float(hours) * HOUR)
     if "completionTime" in status:
         _add_final(families, namespace, name, status)
         return used

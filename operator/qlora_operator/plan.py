@@ -19,22 +19,20 @@ from qlora_api.lifecycle import Finish, after_attempt
 from qlora_api.spec import Gang
 from qlora_api.status import (
     Attempt,
-    Condition,
     ConditionType,
-    Memory,
-    PrepareResult,
     QLoRAJobStatus,
     Reason,
 )
 from qlora_operator import render
 from qlora_operator.attempts import Ending, close, ending_of
-from qlora_operator.conditions import holds, set_condition
+from qlora_operator.conditions import holds, said
 from qlora_operator.config import OperatorConfig
 from qlora_operator.deadline import seconds_left, wake_after
 from qlora_operator.decision import Context, Note, Plan
 from qlora_operator.elastic import fewer, on_the_right_ranks, too_large, waiting_since
 from qlora_operator.grace import with_grace
 from qlora_operator.history import budget_left, gpu_seconds, measured, open_attempt, with_attempt, with_last_word
+from qlora_operator.prepared import with_correction, with_prepared
 from qlora_operator.seen import PREPARE, JobState, Observed, SeenJob, planned
 from qlora_operator.waiting import why_waiting
 
@@ -142,7 +140,7 @@ def _prepared_before(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus
         return status
     ending = ending_of(PREPARE, 1, context.seen)
     result = ending.word.prepared if ending and ending.word else None
-    return _with_prepared(context, status, result) if result else status
+    return with_prepared(context, status, result) if result else status
 
 
 def _closed_by_the_next(context: Context, status: QLoRAJobStatus, following: SeenJob) -> QLoRAJobStatus:
@@ -195,8 +193,8 @@ def _attempt_words(attempt: Attempt) -> str:
 
 def _finished(context: Context, status: QLoRAJobStatus, end: Finish) -> QLoRAJobStatus:
     kind = ConditionType.SUCCEEDED if end.succeeded else ConditionType.FAILED
-    status = _said(context, status, ConditionType.RUNNING, end.reason, "", holds=False)
-    status = _said(context, status, kind, end.reason, end.message, holds=True)
+    status = said(context, status, ConditionType.RUNNING, end.reason, "", holds=False)
+    status = said(context, status, kind, end.reason, end.message, holds=True)
     return status.model_copy(update={"state": kind, "reason": end.reason, "completion_time": context.now, "eta": ""})
 
 
@@ -213,7 +211,7 @@ def _next(context: Context, status: QLoRAJobStatus) -> Plan:
         text = f"spec.policy.budgetGpuHours ({hours}) is used up; with a larger one it goes on"
         return _suspend(context, status, Reason.BUDGET_REACHED, text)
     if holds(status.conditions, ConditionType.SUSPENDED):
-        status = _said(context, status, ConditionType.SUSPENDED, Reason.PENDING, "resumed", holds=False)
+        status = said(context, status, ConditionType.SUSPENDED, Reason.PENDING, "resumed", holds=False)
     if context.config.prepare.enabled and status.prepared is None and not status.attempts:
         return _prepare(context, status)
     attempt = open_attempt(status)
@@ -227,15 +225,15 @@ def _suspend(context: Context, status: QLoRAJobStatus, why: Reason, remedy: str)
     running = _running(context)
     if running or any(not p.ended for p in context.seen.living):
         text = "the ranks write a checkpoint and leave"
-        status = _said(context, status, ConditionType.RUNNING, Reason.SUSPENDING, text, holds=False)
+        status = said(context, status, ConditionType.RUNNING, Reason.SUSPENDING, text, holds=False)
         return Plan(
             status.model_copy(update={"state": "Pending", "reason": Reason.SUSPENDING}),
             delete=running,
             wake_after=LOOK_AGAIN_SECONDS,
         )
     text = f"no pod runs; {remedy}"
-    status = _said(context, status, ConditionType.RUNNING, why, text, holds=False)
-    status = _said(context, status, ConditionType.SUSPENDED, why, text, holds=True)
+    status = said(context, status, ConditionType.RUNNING, why, text, holds=False)
+    status = said(context, status, ConditionType.SUSPENDED, why, text, holds=True)
     return Plan(status.model_copy(update={"state": ConditionType.SUSPENDED, "reason": why, "eta": ""}))
 
 
@@ -246,7 +244,8 @@ def _prepare(context: Context, status: QLoRAJobStatus) -> Plan:
     if context.seen.child_refused:
         return _preparing(context, status, wake_after=REFUSED_SECONDS)
     if job is None:
-        return _preparing(context, status, make=(render.prepare(context.job, context.config),))
+        made = render.prepare(context.job, context.config, context.seen.memory_correction)
+        return _preparing(context, with_correction(context, status), make=(made,))
     if job.deleting:
         return _preparing(context, status)
     if job.state in (JobState.ACTIVE, JobState.SUSPENDED, JobState.FAILING):
@@ -258,19 +257,13 @@ def _prepare(context: Context, status: QLoRAJobStatus) -> Plan:
         result = ending.word.prepared if ending.word else None
         if result is None:  # its pod is gone, and with it what it said: do it again, all is in the cache
             return _preparing(context, status, delete=(job,))
-        return _start(context, _with_prepared(context, status, result))
-    status = _said(context, status, ConditionType.PREPARED, ending.reason, ending.message, holds=False)
+        return _start(context, with_prepared(context, status, result))
+    status = said(context, status, ConditionType.PREPARED, ending.reason, ending.message, holds=False)
     return _ending(
         context,
         _finished(context, status, Finish(False, ending.reason, ending.message)),
         (Note("Warning", ending.reason.value, ending.message),),
     )
-
-
-def _with_prepared(context: Context, status: QLoRAJobStatus, result: PrepareResult) -> QLoRAJobStatus:
-    status = status.model_copy(update={"prepared": result, "memory": Memory(predicted=result.memory)})
-    text = f"{result.train_rows} rows, {result.train_tokens} tokens, model revision {result.model_revision[:12]}"
-    return _said(context, status, ConditionType.PREPARED, Reason.PREPARED, text, holds=True)
 
 
 def _preparing(
@@ -283,7 +276,7 @@ def _preparing(
     reason, text = why_waiting(context.job.spec, PREPARE, 1, context.seen)
     if reason is Reason.STARTING:
         reason, text = Reason.PREPARING, "model and rows are checked before a GPU is held"
-    status = _said(context, status, ConditionType.PREPARED, reason, text, holds=False)
+    status = said(context, status, ConditionType.PREPARED, reason, text, holds=False)
     return Plan(status.model_copy(update={"state": "Pending", "reason": reason}), make, delete, wake_after=wake_after)
 
 
@@ -305,8 +298,11 @@ def _start(context: Context, status: QLoRAJobStatus) -> Plan:
     if context.seen.child_refused:
         reason, text = why_waiting(context.job.spec, len(status.attempts) + 1, 1, context.seen)
         return _pending(context, status, reason, text, wake_after=REFUSED_SECONDS)
+    if not status.attempts and status.prepared is None:
+        status = with_correction(context, status)
     attempt = _planned_attempt(context, status, batch, checkpointing=checkpointing)
-    job = render.attempt(context.job, context.config, context.gang, attempt, status)
+    correction = context.seen.memory_correction
+    job = render.attempt(context.job, context.config, context.gang, attempt, status, correction)
     reason, text = why_waiting(context.job.spec, attempt.number, context.workers(attempt), context.seen)
     return _pending(context, with_attempt(status, attempt), reason, text, make=job)
 
@@ -340,7 +336,7 @@ def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Plan:
         text = f"attempt {attempt.number}: {attempt.world_size} ranks on {', '.join(nodes) or 'their nodes'}{doing}"
         if (left := budget_left(context, status)) is not None:
             wake = min(wake or math.inf, max(left / attempt.world_size, 1))
-        status = _said(context, status, ConditionType.RUNNING, Reason.TRAINING, text, holds=True)
+        status = said(context, status, ConditionType.RUNNING, Reason.TRAINING, text, holds=True)
         status = status.model_copy(update={"state": ConditionType.RUNNING, "reason": Reason.TRAINING})
         return Plan(status, wake_after=wake, watch_progress=True)
     if holds(status.conditions, ConditionType.RUNNING) and (job is None or job.state in _ENDING):
@@ -362,25 +358,7 @@ def _pending(
     make: tuple[dict[str, Any], ...] = (),
     wake_after: float | None = None,
 ) -> Plan:
-    status = _said(context, status, ConditionType.RUNNING, reason, text, holds=False)
+    status = said(context, status, ConditionType.RUNNING, reason, text, holds=False)
     return Plan(
         status.model_copy(update={"state": "Pending", "reason": reason, "eta": ""}), make, wake_after=wake_after
     )
-
-
-# ------------------------------------------------------------------------------------------------------------- smaller
-
-
-def _said(
-    context: Context, status: QLoRAJobStatus, kind: ConditionType, reason: Reason, text: str, *, holds: bool
-) -> QLoRAJobStatus:
-    conditions: list[Condition] = set_condition(
-        status.conditions,
-        kind,
-        reason,
-        text,
-        holds=holds,
-        now=context.now,
-        generation=context.job.metadata.generation or 0,
-    )
-    return status.model_copy(update={"conditions": conditions})

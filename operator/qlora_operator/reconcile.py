@@ -24,10 +24,12 @@ from qlora_api.spec import Gang
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.client import TRANSIENT, Api, ApiError, Object
 from qlora_operator.config import OperatorConfig
+from qlora_operator.corrections import Corrections
 from qlora_operator.decision import Note, Plan
+from qlora_operator.events import event_of
 from qlora_operator.gangs import cannot_start, choose_gang
 from qlora_operator.metrics import Metrics
-from qlora_operator.names import FIELD_MANAGER, SERVICE, UID_LABEL
+from qlora_operator.names import SERVICE, UID_LABEL
 from qlora_operator.patch import merge_patch
 from qlora_operator.plan import is_over, plan
 from qlora_operator.seen import PREPARE, JobState, Observed, SeenJob, SeenPod
@@ -51,14 +53,22 @@ class Reconciler:
         api: the operator's calls.
         config: the operator's settings.
         gangs: what the cluster offers, told anew each time it is asked.
+        corrections: what is learned of predicted memory.
         metrics: told what happens.
 
     """
 
     def __init__(
-        self, store: Store, api: Api, config: OperatorConfig, gangs: Callable[[], frozenset[Gang]], metrics: Metrics
+        self,
+        store: Store,
+        api: Api,
+        config: OperatorConfig,
+        gangs: Callable[[], frozenset[Gang]],
+        corrections: Corrections,
+        metrics: Metrics,
     ) -> None:
         self._store, self._api, self._config, self._gangs, self._metrics = store, api, config, gangs, metrics
+        self._corrections = corrections
         self._queue: asyncio.Queue[Key] = asyncio.Queue()
         self._queued: dict[Key, float] = {}
         self._busy: set[Key] = set()
@@ -161,7 +171,8 @@ class Reconciler:
             return
         seen = await self._observe(known)
         gang = choose_gang(job.spec.scheduling, self._config.gang, self._gangs())
-        seen = replace(seen, child_refused=cannot_start(job.spec.scheduling, gang, self._gangs()))
+        refused, correction = cannot_start(job.spec.scheduling, gang, self._gangs()), self._corrections.of(job.spec)
+        seen = replace(seen, child_refused=refused, memory_correction=correction)
         decided = plan(job, seen, self._config, gang)
         again: ApiError | None = None
         try:
@@ -175,6 +186,8 @@ class Reconciler:
         for child in decided.delete:
             await self._api.delete(f"/apis/batch/v1/namespaces/{key[0]}/jobs/{child.name}", child.uid)
         await self._write_status(key, job, raw, decided)
+        if is_over(decided.status) and not (job.status and is_over(job.status)):
+            await self._corrections.take(job.spec, decided.status)
         for note in decided.notes:
             await self._post(job, note)
         self._afterwards(key, known, job, decided)
@@ -331,31 +344,11 @@ class Reconciler:
 
     async def _post(self, job: QLoRAJob, note: Note) -> None:
         """Post an Event. Losing one loses nothing that status does not say."""
-        meta = job.metadata
-        now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-        event = {
-            "apiVersion": "events.k8s.io/v1",
-            "kind": "Event",
-            "metadata": {"generateName": f"{meta.name}-", "namespace": meta.namespace},
-            "eventTime": now,
-            "type": note.kind,
-            "reason": note.reason,
-            "action": "Reconcile",
-            "note": note.message[:1024],
-            "regarding": {
-                "apiVersion": job.api_version,
-                "kind": job.kind,
-                "name": meta.name,
-                "namespace": meta.namespace,
-                "uid": meta.uid,
-            },
-            "reportingController": f"{GROUP}/operator",
-            "reportingInstance": FIELD_MANAGER,
-        }
+        path = f"/apis/events.k8s.io/v1/namespaces/{job.metadata.namespace}/events"
         try:
-            await self._api.create(f"/apis/events.k8s.io/v1/namespaces/{meta.namespace}/events", event)
+            await self._api.create(path, event_of(job, note, datetime.now(UTC)))
         except (ApiError, *TRANSIENT) as error:
-            log.info("%s/%s: an event is lost: %s", meta.namespace, meta.name, error)
+            log.info("%s/%s: an event is lost: %s", job.metadata.namespace, job.metadata.name, error)
 
     async def _clear_service(self, namespace: str) -> None:
         """Delete the shared Service with the last job of its namespace, and not while another job makes sure of it."""

@@ -122,6 +122,8 @@ class Observed:
     """Why the Job controller cannot make pods, in its words: a quota, an admission policy."""
     child_refused: str = ""
     """What the API server said when it just refused to make a child."""
+    memory_correction: float = 1.0
+    """What this cluster has learned of predicted memory on the GPU that the job gets."""
 
     def pods_of(self, attempt: int) -> tuple[SeenPod, ...]:
         return tuple(sorted((p for p in self.pods if p.attempt == attempt), key=lambda p: p.index))

@@ -128,7 +128,8 @@ def test_the_operator_reads_the_config_that_the_chart_writes(rendered, tmp_path)
     assert keys(yaml.safe_load(text)) == keys(config.model_dump(by_alias=True))
     container = one(rendered, "Deployment")["spec"]["template"]["spec"]["containers"][0]
     assert container["ports"] == [{"name": "metrics", "containerPort": config.metrics_port}]
-    one(rendered, "ConfigMap", config.memory_config_map)
+    namespace, _, name = config.memory_config_map.partition("/")
+    assert one(rendered, "ConfigMap", name)["metadata"]["namespace"] == namespace
 
 
 def keys(values: object) -> object:

@@ -67,7 +67,20 @@ def test_names_end_in_their_base_unit(metric):
 
 def test_trainers_name_job_namespace_and_rank_and_nobody_names_free_text():
     assert all(metric.labels[:3] == RANK for metric in TRAINER.values())
-    closed = {"state", "reason", "component", "section", "direction", "verb", "code", "kind", "device", "uuid"}
+    closed = {
+        "state",
+        "reason",
+        "component",
+        "section",
+        "direction",
+        "verb",
+        "code",
+        "kind",
+        "device",
+        "uuid",
+        "gpu",
+        "quantization",
+    }
     assert {label for metric in CATALOGUE for label in metric.labels} <= {*RANK, *closed}
 
 

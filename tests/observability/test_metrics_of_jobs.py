@@ -160,6 +160,16 @@ def test_limits_are_there_while_a_job_is_not_over(scraped):
     assert scraped.value("qlora_job_budget_gpu_seconds") is None
 
 
+def test_expected_gpu_time_is_prepares_and_stays_when_the_job_is_over(scraped):
+    scraped.job()
+    assert scraped.value("qlora_job_expected_gpu_seconds") is None
+    scraped.job(status={"state": "Running", "prepared": {"expectedGpuHours": "2.5"}})
+    assert scraped.value("qlora_job_expected_gpu_seconds", job="one") == 9000
+    over = {"state": "Succeeded", "completionTime": "2026-01-01T12:00:00Z", "prepared": {"expectedGpuHours": "2.5"}}
+    scraped.job(status=over)
+    assert scraped.value("qlora_job_expected_gpu_seconds", job="one") == 9000
+
+
 def test_a_job_that_waits_comes_no_nearer_to_its_deadline(scraped):
     for attempts in (
         [],

@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def needed_bytes(self) -> int:
-        """What the GPU must have, corrected. ``memory`` stays as predicted, or what is learned would learn from itself."""
+        """What the GPU must have, corrected; ``memory`` is not: a correction must not learn from itself."""
         return math.ceil(self.memory.needed_bytes * self.correction)
 
     @property

@@ -1,0 +1,44 @@
+"""What Prepare is told and what it found, in status and in words: rows, memory, hours and money. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qlora_api.status import ConditionType, Memory, PrepareResult, QLoRAJobStatus, Reason
+from qlora_operator.conditions import said
+from qlora_operator.decision import Context
+from qlora_operator.render import gpu_of
+
+
+def with_correction(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
+    """Note by what the one that plans, who is told now, multiplies its bytes."""
+    factor = context.seen.memory_correction
+    return status.model_copy(update={"memory_correction": None if factor == 1 else f"{factor:.4f}"})
+
+
+def with_prepared(context: Context, status: QLoRAJobStatus, result: PrepareResult) -> QLoRAJobStatus:
+    """Take in what Prepare found."""
+    cost = expected_cost(context, result)
+    update = {"prepared": result, "memory": Memory(predicted=result.memory), "expected_cost": cost}
+    status = status.model_copy(update=update)
+    text = ", ".join(_words(context, result, cost))
+    return said(context, status, ConditionType.PREPARED, Reason.PREPARED, text, holds=True)
+
+
+def expected_cost(context: Context, result: PrepareResult) -> str | None:
+    """Money for all GPU-hours; None where hours or price are not known."""
+    price = context.config.price_of(gpu_of(context.job.spec, context.config))
+    hours = result.expected_gpu_hours
+    return None if hours is None or price is None else f"{float(hours) * price:.2f}"
+
+
+def _words(context: Context, result: PrepareResult, cost: str | None) -> Iterator[str]:
+    yield f"{result.train_rows} rows"
+    yield f"{result.train_tokens} tokens"
+    yield f"model revision {result.model_revision[:12]}"
+    if (hours := result.expected_gpu_hours) is None:
+        return
+    yield f"about {float(hours):.3g} GPU-hours" + (f" for {cost}" if cost else "")
+    budget = context.job.spec.policy.budget_gpu_hours
+    if budget is not None and float(budget) < float(hours):
+        yield f"more than spec.policy.budgetGpuHours ({budget}): it will be suspended before its end"
