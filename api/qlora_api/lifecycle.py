@@ -24,6 +24,12 @@ STUCK = frozenset({Reason.STALLED, Reason.PEER_LOST})
 STUCK_ATTEMPTS = 3
 """So many in a row without a step gained end the job, whatever maxRestarts leaves: each holds all GPUs for
 stallTimeoutSeconds, and the next would stop at the same place."""
+NOTHING_SMALLER = {
+    Reason.OUT_OF_DEVICE_MEMORY: "a new job needs a lower spec.dataset.maxLength or spec.lora.rank, another GPU, or, "
+    "from rank 256 on, spec.parallelism.zeroStage 2 ('qlora plan' says what fits)",
+    Reason.OUT_OF_HOST_MEMORY: "its pods need more memory: the operator's trainer.memory",
+}
+"""What helps at the foot of the ladder. ZeRO and offload are no rungs of it: docs/decisions/0017."""
 BACKOFF_SECONDS = (1, 10, 30, 60, 120, 300)
 
 
@@ -95,7 +101,7 @@ def after_attempt(policy: PolicySpec, attempts: Sequence[Attempt]) -> Finish | R
         if policy.on_out_of_memory is OnOutOfMemory.FAIL:
             return Finish(False, reason, f"{last.message} (spec.policy.onOutOfMemory: Fail)")
         if rung is None:
-            return Finish(False, reason, f"{last.message}; nothing smaller is left to try")
+            return Finish(False, reason, f"{last.message}; nothing smaller is left to try: {NOTHING_SMALLER[reason]}")
         chosen = rung.choice
         return replace(again, batch=chosen.batch, gradient_checkpointing=chosen.gradient_checkpointing, reason=reason)
     used = restarts(attempts)

@@ -165,7 +165,11 @@ def test_out_of_memory_with_one_sequence_at_a_time_recomputes_activations_and_th
     assert isinstance(following, Retry)
     assert following.gradient_checkpointing
     second = first.model_copy(update={"gradient_checkpointing": True})
-    assert isinstance(after_attempt(PolicySpec(), [first, second]), Finish)
+    end = after_attempt(PolicySpec(), [first, second])
+    assert isinstance(end, Finish)
+    assert "a lower spec.dataset.maxLength or spec.lora.rank" in end.message
+    host = second.model_copy(update={"reason": Reason.OUT_OF_HOST_MEMORY})
+    assert "trainer.memory" in after_attempt(PolicySpec(), [first, host]).message
 
 
 def test_host_memory_is_made_room_for_like_the_devices():
