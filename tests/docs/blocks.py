@@ -6,7 +6,8 @@ A shell block says in its info string how it is tested, and one that does not fa
     ```sh test=cluster     runs against a cluster with the operator
     ```sh test=parse       needs what no test has (a registry, vLLM, ten minutes): its commands and options must exist
 
-More words: ``exit=40`` is the exit code that is meant, ``shows`` says that the plain block below is what is printed.
+More words: ``exit=40`` is the exit code that is meant; ``shows``: the plain block below is what is printed;
+``state=Running``: there is a job "quickstart" in this state beforehand.
 """
 
 from __future__ import annotations
