@@ -139,7 +139,8 @@ reference: $(VENV)/.all-installed  ## Generate the reference of QLoRAJobs from t
 
 .PHONY: docs
 docs: $(VENV)/.all-installed  ## Build the documents' site into build/site, without a warning
-	@$(STEP) docs $(BIN)/sphinx-build --fail-on-warning --nitpicky --quiet -d build/doctrees docs build/site
+	@$(STEP) docs $(BIN)/sphinx-build --fail-on-warning --nitpicky --fresh-env --write-all --quiet \
+	  -d build/doctrees docs build/site
 	@echo "build/site/index.html"
 
 .PHONY: clean

@@ -22,7 +22,7 @@ from pathlib import Path
 from qlora_api import status
 from qlora_api.contract import REASONS, ExitCode
 from qlora_api.crd import PRINTER_COLUMNS
-from qlora_api.lifecycle import Finish, after_attempt
+from qlora_api.lifecycle import STUCK, STUCK_ATTEMPTS, Finish, after_attempt
 from qlora_api.spec import PolicySpec
 from qlora_api.status import Attempt, ConditionType, MemoryComponent, Reason
 from qlora_cli.explain import Entry, describe
@@ -41,6 +41,9 @@ ENDS = (
     "A trainer's exit code is its own word; a disruption of its pod or node is Kubernetes'. *Counted*: against",
     "`policy.maxRestarts`. Waits between attempts grow from 1 s to 5 min, for what is counted and for attempts that",
     "did no step. `qlora run` follows the same table.",
+    "",
+    f"{STUCK_ATTEMPTS} attempts in a row that end as {' or '.join(f'`{r}`' for r in sorted(STUCK))} without a step gained",
+    "end the job.",
 )
 DECIDED = {
     Reason.UNSCHEDULABLE: "another attempt with fewer workers, where `minWorkers` allows it; not counted",

@@ -45,6 +45,13 @@ def test_commands_do_what_the_page_says(page, finished):
         assert not missing(shown, done.stdout), f"{block.where}\n{done.stdout}"
 
 
+def test_the_demo_says_what_it_does(capsys):
+    from e2e.demo import say
+
+    say("helm install …", "Ctrl-C ends it.")
+    assert capsys.readouterr().out == "helm install …\nCtrl-C ends it.\n"
+
+
 # ---------------------------------------------------------------------------------------------------------------- YAML
 
 

@@ -77,7 +77,8 @@ def follow(stage: Stage, team: str) -> None:
 
 
 def say(*lines: str) -> None:
-    pass
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
