@@ -42,8 +42,8 @@ ENDS = (
     "`policy.maxRestarts`. Waits between attempts grow from 1 s to 5 min, for what is counted and for attempts that",
     "did no step. `qlora run` follows the same table.",
     "",
-    f"{STUCK_ATTEMPTS} attempts in a row that end as {' or '.join(f'`{r}`' for r in sorted(STUCK))} without a step gained",
-    "end the job.",
+    f"{STUCK_ATTEMPTS} attempts in a row that end as {' or '.join(f'`{reason}`' for reason in sorted(STUCK))}",
+    "without a step gained end the job.",
 )
 DECIDED = {
     Reason.UNSCHEDULABLE: "another attempt with fewer workers, where `minWorkers` allows it; not counted",

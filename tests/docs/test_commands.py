@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
+import typer
 import yaml
 
 from docs.blocks import CLASSES, PAGES, REPOSITORY, all_blocks, missing, shell_blocks
 from docs.commands import NoCommandError, check, simple_commands
 from qlora_api.job import QLoRAJob
+from qlora_cli.main import app
 
 LANGUAGES = {"", "json", "promql", "python", "sh", "yaml"}
 SHELL = all_blocks("sh")
@@ -43,6 +45,14 @@ def test_commands_do_what_the_page_says(page, finished):
         done = finished.shell(block.text)
         assert done.returncode == block.exit_code, f"{block.where}\n{done.stdout}"
         assert not missing(shown, done.stdout), f"{block.where}\n{done.stdout}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/reference/command-line.md"])
+def test_every_command_is_named(page):
+    text = (REPOSITORY / page).read_text("utf-8")
+    commands = typer.main.get_command(app).commands
+    assert len(commands) > 20
+    assert not [name for name in commands if not re.search(rf"`(qlora )?{name}\b", text)]
 
 
 def test_the_demo_says_what_it_does(capsys):
