@@ -123,8 +123,8 @@ async def run(config: OperatorConfig) -> None:
     async def watch() -> None:
         """Look at everything before the first decision: what was not seen would be taken for gone."""
         nonlocal gangs
-        await corrections.refresh()
         gangs, services = await first_look(api, store, config.namespaces, followed)
+        await corrections.refresh()
         reconciler.services |= services
         for key in (*dict(store), *((namespace, "") for namespace in reconciler.services)):
             reconciler.wake(key)

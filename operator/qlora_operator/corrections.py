@@ -38,7 +38,7 @@ class Corrections:
 
     def of(self, spec: QLoRAJobSpec) -> float:
         """For a job; 1 where nothing is learned."""
-        place = Place.of(spec, self._config)
+        place = Place.of(spec, self._config) if self._learned else None
         return self._learned[place].correction if place in self._learned else 1.0
 
     async def refresh(self) -> None:
