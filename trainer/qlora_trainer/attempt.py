@@ -21,7 +21,6 @@ from qlora_trainer.loss import NextTokenLoss, head_is_plain, rows_are_apart
 from qlora_trainer.metrics import Board
 from qlora_trainer.model import add_lora, enable_gradient_checkpointing, load_base, weight_bytes
 from qlora_trainer.pace import Pace
-from qlora_trainer.planning import longest_of, predicted, shape_of
 from qlora_trainer.prepared import Prepared
 
 
@@ -130,8 +129,6 @@ def build(config: TrainerConfig, ranks: Ranks, board: Board, stop: StopFlag) -> 
         )
     data = load_prepared(prepared.data_dir)
     receipt = data.receipt
-    if shape := shape_of(prepared.model_path):
-        board.predict(predicted(config, shape, longest_of(config, receipt)))
     cost = flops_per_token(model, data.train.lengths, receipt.train_target_tokens / max(1, receipt.train_tokens))
     if cost is not None:
         board.set("qlora_flops_per_token", cost)

@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from qlora_api.batch import BatchSplit
 from qlora_api.spec import Offload, ParallelismSpec, TrainingSpec
+from qlora_trainer.data.batches import Step
 from qlora_trainer.heartbeat import Heartbeat, Section
-from qlora_trainer.loss import NextTokenLoss
+from qlora_trainer.loss import NextTokenLoss, call_arguments
 from qlora_trainer.model import trainable
 from qlora_trainer.optim import make_optimizer
 
@@ -159,6 +160,24 @@ def wrap_deepspeed(
         dist_init_required=False,
     )
     return engine
+
+
+def accumulate(engine: Any, step: Step, ranks: Ranks) -> float:
+    """Gradients of the mean loss over the global batch's target tokens; returns this rank's sum of losses.
+
+    Every target token of the global batch weighs the same, however rows fall on ranks and micro-batches. DeepSpeed
+    averages over the ranks, hence the factor ``world_size``.
+    """
+    loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    for index, batch in enumerate(step.micro_batches):
+        engine.set_gradient_accumulation_boundary(index == len(step.micro_batches) - 1)
+        with ranks.heartbeat.during(Section.FORWARD):
+            losses = engine(*call_arguments(batch, ranks.device)).sum()
+        with ranks.heartbeat.during(Section.BACKWARD):
+            engine.backward(losses * (ranks.world_size / step.target_tokens), scale_wrt_gas=False)
+        loss_sum += losses.detach().double()
+    with ranks.heartbeat.during(Section.COLLECTIVE):  # on a GPU all that was asked of it is waited for here
+        return loss_sum.item()
 
 
 def apply_update(engine: Any, max_grad_norm: float, learning_rate: float) -> float:

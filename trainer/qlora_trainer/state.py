@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from qlora_trainer.checkpoints import pack_tensors, unpack_tensors
 from qlora_trainer.engine import base_optimizer
 from qlora_trainer.model import trainable
 
@@ -70,21 +72,44 @@ def optimizer_tensors(engine: Any) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def make_optimizer_state(engine: Any) -> None:
+    """Have the optimizer make its state now, as far as it can before the first update."""
+    optimizer = base_optimizer(engine)
+    for place, parameter in _places(engine):
+        _state_of(optimizer, place, parameter)
+
+
 @torch.no_grad()
 def load_optimizer_tensors(engine: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put back what :func:`optimizer_tensors` took from an engine of the same shape."""
+    """Put back what :func:`optimizer_tensors` took from an engine of the same shape; nothing else stays."""
     optimizer = base_optimizer(engine)
     numbers = json.loads(bytes(tensors["numbers"].tolist()))
     for place, parameter in _places(engine):
         if f"{place}.weight" in tensors:
             parameter.copy_(tensors[f"{place}.weight"])
-        state = _empty_state(optimizer, place, parameter)
-        for name, saved in tensors.items():
-            if name.startswith(f"{place}.") and name != f"{place}.weight":
-                _put(state, name.removeprefix(f"{place}."), saved, parameter)
-        for name, number in numbers.items():
-            if name.startswith(f"{place}."):
-                state[name.removeprefix(f"{place}.")] = number
+        state = _state_of(optimizer, place, parameter)
+        own = {name.removeprefix(f"{place}."): t for name, t in tensors.items() if name.startswith(f"{place}.")}
+        own.pop("weight", None)
+        own_numbers = {n.removeprefix(f"{place}."): v for n, v in numbers.items() if n.startswith(f"{place}.")}
+        for key in state.keys() - own.keys() - own_numbers.keys():
+            del state[key]
+        for key, saved in own.items():
+            _put(state, key, saved, parameter)
+        state.update(own_numbers)
+
+
+@contextmanager
+def unchanged(engine: Any) -> Iterator[None]:
+    """Weights and optimizer state are afterwards what they were before, by way of a checkpoint's bytes. A collective.
+
+    Not so after an exception.
+    """
+    make_optimizer_state(engine)
+    model = engine.module.model
+    adapter, optimizer = pack_tensors(adapter_tensors(model)), pack_tensors(optimizer_tensors(engine))
+    yield
+    load_adapter_tensors(model, unpack_tensors(adapter))
+    load_optimizer_tensors(engine, unpack_tensors(optimizer))
 
 
 def partition_sizes(engine: Any) -> dict[str, int]:
@@ -100,9 +125,9 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
 
 
-def _empty_state(optimizer: Any, place: str, parameter: torch.Tensor) -> Any:
+def _state_of(optimizer: Any, place: str, parameter: torch.Tensor) -> Any:
     """The optimizer's state of one parameter, made as the optimizer itself makes it (paged buffers included)."""
-    if hasattr(optimizer, "init_state"):  # bitsandbytes
+    if hasattr(optimizer, "init_state") and not optimizer.state.get(parameter):  # bitsandbytes
         if not optimizer.initialized:
             optimizer.check_overrides()
             optimizer.initialized = True

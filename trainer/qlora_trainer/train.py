@@ -1,4 +1,4 @@
-"""One attempt, read from top to bottom: load, add LoRA, wrap, resume or start, loop, publish.
+"""One attempt, read from top to bottom: load, add LoRA, wrap, resume or start, try the largest, loop, publish.
 
 Every rank runs this. What decides for all (the loss is finite, a stop was asked for, a checkpoint is due) is summed
 over the ranks first, so that no rank goes where the others do not.
@@ -11,21 +11,19 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
-
-import torch
+from typing import NoReturn
 
 from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig
 from qlora_api.status import Memory, MemoryComponent, Reason
 from qlora_trainer import state
 from qlora_trainer.attempt import Run, StopFlag, Trainer, build
+from qlora_trainer.canary import try_largest
 from qlora_trainer.data.batches import Step, eval_batches
-from qlora_trainer.engine import Ranks, apply_update, join_ranks
+from qlora_trainer.engine import accumulate, apply_update, join_ranks
 from qlora_trainer.errors import NonFiniteLossError, PreemptedError
 from qlora_trainer.evaluate import evaluate
 from qlora_trainer.finish import publish_run
 from qlora_trainer.heartbeat import Section
-from qlora_trainer.loss import call_arguments
 from qlora_trainer.metrics import Board, peak_bytes, serve
 from qlora_trainer.optim import learning_rate
 from qlora_trainer.outcome import LastSeen, progress_of
@@ -61,6 +59,8 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
     with board.section("Load"):
         trainer = build(config, ranks, board, stop)
         run = resume_or_start(trainer)
+        if run.step < trainer.total_steps:
+            try_largest(trainer)
     steps = trainer.batches.steps(run.step, trainer.total_steps)
     while True:
         evaluated = evaluation_due(trainer, run)
@@ -137,24 +137,6 @@ def train_step(trainer: Trainer, run: Run, steps: Iterator[Step]) -> bool:
         | peak_bytes(trainer.ranks.device)
     )
     return bool(stopping)
-
-
-def accumulate(engine: Any, step: Step, ranks: Ranks) -> float:
-    """Gradients of the mean loss over the global batch's target tokens; returns this rank's sum of losses.
-
-    Every target token of the global batch weighs the same, however rows fall on ranks and micro-batches. DeepSpeed
-    averages over the ranks, hence the factor ``world_size``.
-    """
-    loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    for index, batch in enumerate(step.micro_batches):
-        engine.set_gradient_accumulation_boundary(index == len(step.micro_batches) - 1)
-        with ranks.heartbeat.during(Section.FORWARD):
-            losses = engine(*call_arguments(batch, ranks.device)).sum()
-        with ranks.heartbeat.during(Section.BACKWARD):
-            engine.backward(losses * (ranks.world_size / step.target_tokens), scale_wrt_gas=False)
-        loss_sum += losses.detach().double()
-    with ranks.heartbeat.during(Section.COLLECTIVE):  # on a GPU all that was asked of it is waited for here
-        return loss_sum.item()
 
 
 def show_step(

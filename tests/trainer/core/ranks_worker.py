@@ -70,11 +70,16 @@ def run(case: dict[str, Any], model: Path, ranks: Ranks) -> dict[str, Any]:
     state.load_adapter_tensors(second.module.model, adapter)
     state.load_optimizer_tensors(second, optimizer)
     resumed, _ = steps(second, ranks, 3, 6)
+    third = build(case, model, ranks)
+    with state.unchanged(third):
+        steps(third, ranks, 6, 8)
+    rehearsed, _ = steps(third, ranks, 0, 3)
     return {
         "losses": losses,
         "norms": norms,
         "onward": onward,
         "resumed": resumed,
+        "rehearsed": rehearsed,
         "files": {"adapter": sorted(adapter), "optimizer": sorted(optimizer)},
         "optimizer_bytes": state.optimizer_bytes(second),
     }

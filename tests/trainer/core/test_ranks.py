@@ -73,6 +73,12 @@ def test_a_resumed_run_has_the_losses_of_the_uninterrupted_one(case, on_two_rank
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("case", CASES)
+def test_a_rehearsal_leaves_nothing_behind(case, on_two_ranks):
+    assert on_two_ranks[case]["rehearsed"] == on_two_ranks[case]["losses"]
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize("case", SAME_TRAINING)
 def test_sharing_and_saving_memory_do_not_change_the_training(case, on_two_ranks):
     reference, seen = on_two_ranks["zero-0"], on_two_ranks[case]

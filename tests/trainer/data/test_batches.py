@@ -206,3 +206,16 @@ def test_evaluation_covers_every_row_once_in_the_same_number_of_passes(world_siz
     assert sorted(row for share in shares for batch in share for row in row_numbers(batch)) == list(range(len(rows)))
     labels = sum(int((batch.labels != IGNORED).sum()) for share in shares for batch in share)
     assert labels == int(rows.target_counts.sum())
+
+
+@pytest.mark.parametrize("split", SPLITS_OF_8, ids=str)
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "unpacked"])
+def test_no_step_of_any_epoch_holds_more_than_the_largest(split, packed):
+    for seed in range(6):
+        rows = random_rows(seed)
+        ranks = run_of(rows, sequences_of(rows, packed), split)
+        most = max(r.largest(1).micro_batches[0].input_ids.numel() for r in ranks)
+        assert all(len(r.largest(1).micro_batches) == 1 for r in ranks)
+        for rank in ranks:
+            for index in range(5 * rank.steps_per_epoch):
+                assert max(b.input_ids.numel() for b in rank.step(index).micro_batches) <= most

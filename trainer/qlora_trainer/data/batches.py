@@ -8,7 +8,7 @@ known to each of them without asking.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -105,15 +105,16 @@ class Batches:
         """Step ``index`` of the run, from 0 and through all epochs."""
         epoch, place = divmod(index, self.steps_per_epoch)
         size = self._split.global_batch_size
-        chosen = self._epoch_order(epoch)[place * size : (place + 1) * size]
-        slots = deal(self._lengths[chosen], self._split)[self._rank]
-        members = np.concatenate([self._sequences.rows(i) for i in chosen])
-        return Step(
-            micro_batches=[_micro_batch(self._rows, self._sequences, chosen[slot]) for slot in slots],
-            target_tokens=int(self._rows.target_counts[members].sum()),
-            tokens=int(self._lengths[chosen].sum()),
-            rows=members,
-        )
+        return self._step_of(self._epoch_order(epoch)[place * size : (place + 1) * size])
+
+    def largest(self, count: int) -> Step:
+        """This rank's ``count`` largest micro-batches of the largest step there can be: of the longest sequences.
+
+        No step of any epoch holds more, in whatever order they come.
+        """
+        chosen = np.argsort(-self._lengths, kind="stable")[: self._split.global_batch_size]
+        step = self._step_of(chosen)
+        return replace(step, micro_batches=step.micro_batches[:count])
 
     def steps(self, first: int, stop: int) -> Iterator[Step]:
         """Yield steps ``[first, stop)``; the next one is built on a thread while the current one is used."""
@@ -124,6 +125,17 @@ class Batches:
                 step = ahead.result()
                 ahead = thread.submit(self.step, index + 1) if index + 1 < stop else None
                 yield step
+
+    def _step_of(self, chosen: NDArray[np.int64]) -> Step:
+        """These sequences as one step."""
+        slots = deal(self._lengths[chosen], self._split)[self._rank]
+        members = np.concatenate([self._sequences.rows(i) for i in chosen])
+        return Step(
+            micro_batches=[_micro_batch(self._rows, self._sequences, chosen[slot]) for slot in slots],
+            target_tokens=int(self._rows.target_counts[members].sum()),
+            tokens=int(self._lengths[chosen].sum()),
+            rows=members,
+        )
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         known = self._order

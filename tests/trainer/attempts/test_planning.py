@@ -1,0 +1,114 @@
+"""Prepare knows what the ranks will need before any of them has a GPU, from the base's headers and the rows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import pytest
+
+from qlora_api.contract import ExitCode
+from qlora_api.memory import model_shape
+from qlora_api.status import Reason
+from qlora_trainer.prepare import main
+
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "torch_dtype": "bfloat16",
+}
+AUTO = {"epochs": 3, "globalBatchSize": 64, "microBatchSize": None, "learningRate": "1e-4"}
+
+
+def on_gpu(workshop, gpu, **changes):
+    """A config as an operator writes it whose nodes have these GPUs."""
+    config = workshop.config(**{"training": AUTO, **changes})
+    return config.model_copy(update={"device": "CUDA", "gpu": gpu, "gradient_checkpointing": True})
+
+
+@pytest.fixture
+def prepare(workshop, monkeypatch):
+    """Prepare, one after the other; the last words."""
+
+    def run(*configs):
+        words = []
+        for config in configs:
+            path, _ = workshop.write(config)
+            monkeypatch.setattr(sys, "argv", ["prepare", str(path)])
+            words.append(workshop.ended(config, main()).message)
+        return words
+
+    return run
+
+
+@pytest.fixture
+def large_base(workshop):
+    """All of a Llama of 70 billion weights but the weights: one file that is a hole behind its header."""
+    folder = workshop.folder / "llama-70b"
+    shutil.copytree(workshop.model, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    (folder / "config.json").write_text(json.dumps(LLAMA_70B))
+    tensors, end = {}, 0
+    for linear in model_shape(LLAMA_70B).linears:
+        start, end = end, end + 2 * linear.elements
+        shape = [linear.outputs, linear.inputs]
+        tensors[f"{linear.name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(tensors).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    return folder
+
+
+def test_the_batch_is_cut_and_activations_are_kept_as_the_gpu_allows(workshop, prepare):
+    small, large = prepare(on_gpu(workshop, "l4-24gb"), on_gpu(workshop, "h100-80gb"))
+    for word in (small, large):
+        assert word.exit_code == ExitCode.DONE, word
+        batch = word.prepared.batch
+        assert (batch.world_size, batch.global_batch_size) == (2, 64)
+        assert not word.prepared.gradient_checkpointing, "a model of this size leaves room"
+        assert batch.micro_batch_size == 32
+        assert {"peak", "activations", "adapterWeights", "logits"} <= word.prepared.memory.keys()
+    assert float(small.prepared.expected_gpu_hours) >= float(large.prepared.expected_gpu_hours)
+
+
+def test_what_the_job_says_of_its_batch_stays(workshop, prepare):
+    fixed = {**AUTO, "microBatchSize": 2, "gradientCheckpointing": "Full"}
+    (word,) = prepare(on_gpu(workshop, "h100-80gb", training=fixed))
+    assert (word.prepared.batch.micro_batch_size, word.prepared.gradient_checkpointing) == (2, True)
+
+
+def test_a_base_that_no_gpu_of_this_kind_holds_ends_the_job_with_what_would_fit(workshop, prepare, large_base):
+    model = {"source": str(large_base)}
+    small, large = prepare(on_gpu(workshop, "rtx4090-24gb", model=model), on_gpu(workshop, "h200-141gb", model=model))
+    assert (small.exit_code, small.reason, small.prepared) == (ExitCode.USER_ERROR, Reason.USER_ERROR, None)
+    assert small.message.startswith("spec.model.source: ")
+    for words in ("GiB on each GPU, but rtx4090-24gb gives 23.5", "quantizedWeights 31", "a GPU such as l40s-48gb"):
+        assert words in small.message
+    assert large.exit_code == ExitCode.DONE, "what was found of the rows is not lost"
+    assert large.prepared.memory["quantizedWeights"] == sum(i.elements for i in model_shape(LLAMA_70B).linears) // 2
+
+
+def test_on_a_cpu_nothing_is_chosen_by_memory_and_all_of_it_is_predicted(workshop, prepare):
+    (word,) = prepare(workshop.config())
+    assert word.prepared.batch == workshop.config().batch
+    assert word.prepared.expected_gpu_hours is None
+    assert word.prepared.memory["adapterWeights"] > 0
+    assert "cudaContext" not in word.prepared.memory
+
+
+def test_weights_that_contradict_the_configuration_are_refused(workshop, prepare):
+    folder = workshop.folder / "other"
+    shutil.copytree(workshop.model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": config["intermediate_size"] * 2}))
+    (word,) = prepare(workshop.config(model={"source": str(folder)}))
+    assert word.exit_code == ExitCode.USER_ERROR
+    assert "but the weights have" in word.message

@@ -1,0 +1,71 @@
+"""One step on the largest micro-batch there can be, before the first real one.
+
+What would run out of memory after an hour, when the longest rows come together, does so in the first minute, and the
+peak that is measured is the peak that was predicted. Nothing of it stays: weights and optimizer state are taken before,
+as a checkpoint holds them, and put back after, which is also the first proof that saving and taking up work here.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from qlora_api.status import MemoryComponent
+from qlora_trainer import state
+from qlora_trainer.data.batches import IGNORED
+from qlora_trainer.engine import accumulate, apply_update
+from qlora_trainer.metrics import peak_bytes
+from qlora_trainer.planning import predicted, shape_of
+
+if TYPE_CHECKING:
+    from qlora_trainer.attempt import Trainer
+    from qlora_trainer.data.batches import MicroBatch
+
+MICRO_BATCHES = 2
+"""So that gradients of one are there while the other goes backward."""
+MIB = 1 << 20
+log = logging.getLogger(__name__)
+
+
+def try_largest(trainer: Trainer) -> None:
+    """Go through a step on this rank's largest micro-batch, and show what it took. A collective.
+
+    Raises:
+        Whatever a step raises: out of memory above all.
+
+    """
+    began = time.monotonic()
+    engine, board = trainer.engine, trainer.board
+    count = min(MICRO_BATCHES, trainer.config.batch.gradient_accumulation_steps)
+    step = trainer.batches.largest(count)
+    largest = step.micro_batches[0]
+    predict(trainer, largest)
+    with state.unchanged(engine):
+        accumulate(engine, step, trainer.ranks)
+        gradients = state.gradient_bytes(engine)
+        apply_update(engine, float(trainer.config.spec.training.max_grad_norm), learning_rate=0.0)
+    peak = peak_bytes(trainer.ranks.device)
+    board.memory(
+        {
+            MemoryComponent.GRADIENTS.value: gradients,
+            MemoryComponent.OPTIMIZER_STATE.value: state.optimizer_bytes(engine),
+        }
+        | peak
+    )
+    expected = board.report.memory.predicted.get(MemoryComponent.PEAK)
+    log.info(
+        "the largest micro-batch, %d tokens, took %.1f s; peak %.0f MiB%s",
+        largest.input_ids.numel(),
+        time.monotonic() - began,
+        peak[MemoryComponent.PEAK] / MIB,
+        f", predicted {expected / MIB:.0f}" if expected else "",
+    )
+
+
+def predict(trainer: Trainer, largest: MicroBatch) -> None:
+    """Show what this very micro-batch should need."""
+    shape = shape_of(trainer.prepared.model_path)
+    if shape is not None:
+        rows = tuple(largest.cu_seqlens.diff().tolist())
+        trainer.board.predict(predicted(trainer.config, shape, rows, int((largest.labels != IGNORED).sum())))

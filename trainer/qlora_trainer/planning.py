@@ -1,0 +1,139 @@
+"""What a job's ranks will need, and how its batch is cut so that it fits: ``qlora_api.memory`` asked about one base.
+
+Light to import: Prepare asks again for each job, also where everything else was found before.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from qlora_api.errors import FieldMistake
+from qlora_api.memory import (
+    GPUS,
+    NoFit,
+    Request,
+    cost,
+    does_not_fit,
+    estimate,
+    model_shape,
+    plan,
+    run_of,
+    tensor_infos,
+)
+from qlora_api.memory.families import FAMILIES
+from qlora_trainer.errors import UserError
+from qlora_trainer.model_files import CONFIG, safetensors_header, weight_names
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qlora_api.batch import BatchSplit
+    from qlora_api.contract import PrepareReceipt, TrainerConfig
+    from qlora_api.memory import ModelShape
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """How a job starts."""
+
+    batch: BatchSplit
+    gradient_checkpointing: bool
+    memory: dict[str, int]
+    """Predicted bytes of one rank by component; empty for a base whose shape cannot be told."""
+    gpu_hours: float | None
+    """Expected, of all GPUs together; None where the GPU is not known."""
+
+
+def shape_of(folder: Path) -> ModelShape | None:
+    """The shape of the base in a folder; None for a kind of model that cannot be made out.
+
+    Raises:
+        UserError: its weights are not those that its configuration speaks of.
+
+    """
+    config = json.loads((folder / CONFIG).read_bytes())
+    names = weight_names([p.name for p in folder.iterdir()], lambda name: (folder / name).read_bytes())
+    tensors = {k: v for name in names for k, v in tensor_infos(safetensors_header(folder / name)).items()}
+    try:
+        return model_shape(config, tensors)
+    except FieldMistake as mistake:
+        if config.get("model_type") in FAMILIES:
+            raise UserError(mistake.field, folder, mistake.allowed) from None
+        log.warning("the memory of this base cannot be planned: %s", mistake.allowed)
+        return None
+
+
+def plan_job(config: TrainerConfig, shape: ModelShape | None, receipt: PrepareReceipt) -> Planned:
+    """Cut the batch for the GPU that the ranks will get.
+
+    Where there is none, or it is not known which, everything is as the job and its starter have it.
+
+    Raises:
+        UserError: nothing that the job allows fits that GPU; says what would.
+
+    """
+    if shape is None or config.gpu is None:
+        rows = (longest_of(config, receipt),) * config.batch.micro_batch_size
+        memory = predicted(config, shape, rows) if shape else {}
+        return Planned(config.batch, config.gradient_checkpointing, memory, None)
+    request = Request(
+        spec=config.spec,
+        shape=shape,
+        gpu=GPUS[config.gpu],
+        world_size=config.batch.world_size,
+        longest=longest_of(config, receipt),
+        correction=config.memory_correction,
+    )
+    try:
+        outcome = plan(request)
+        if isinstance(outcome, NoFit):
+            raise does_not_fit(request, outcome)
+    except FieldMistake as mistake:
+        raise UserError(mistake.field, mistake.value, mistake.allowed) from None
+    expected = cost(outcome.seconds_per_token, tokens_of(config, receipt), config.batch.world_size, None)
+    return Planned(
+        outcome.batch, outcome.gradient_checkpointing, outcome.memory.as_status(), expected.gpu_hours.expected
+    )
+
+
+def predicted(
+    config: TrainerConfig, shape: ModelShape, rows: tuple[int, ...], targets: int | None = None
+) -> dict[str, int]:
+    """Bytes of one rank by component, with the batch as it is cut in ``config``.
+
+    Args:
+        config: of the attempt.
+        shape: of its base.
+        rows: tokens of each row of the largest micro-batch.
+        targets: how many of them count; None: all.
+
+    """
+    run = run_of(
+        config.spec,
+        shape,
+        config.batch,
+        checkpointing=config.gradient_checkpointing,
+        row=max(rows),
+        cuda=config.device == "CUDA",
+    )
+    return estimate(replace(run, rows=rows, targets=targets), GPUS.get(config.gpu or "")).as_status()
+
+
+def longest_of(config: TrainerConfig, receipt: PrepareReceipt) -> int:
+    """Tokens of the longest sequence that a micro-batch is made of: a full pack, or the longest row."""
+    most = config.spec.dataset.max_length
+    return min(most, receipt.train_tokens if config.spec.dataset.packing else receipt.longest)
+
+
+def tokens_of(config: TrainerConfig, receipt: PrepareReceipt) -> int:
+    """Real tokens of the whole training, over all epochs."""
+    training = config.spec.training
+    if training.max_steps is None:
+        return (training.epochs or 0) * receipt.train_tokens
+    sequence = receipt.train_tokens / max(1, receipt.train_sequences)
+    return round(training.max_steps * training.global_batch_size * sequence)
