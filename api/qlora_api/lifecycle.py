@@ -90,7 +90,9 @@ def after_attempt(policy: PolicySpec, attempts: Sequence[Attempt]) -> Finish | R
     if reason in FINAL:
         return Finish(False, reason, last.message)
     if reason in STUCK and (times := stuck(attempts)) >= STUCK_ATTEMPTS:
-        return Finish(False, reason, f"{last.message} ({times} attempts in a row ended so, without a step gained)")
+        where = f", the last on {last.node}" if last.node and last.node not in last.message else ""
+        text = f"{last.message} ({times} attempts in a row ended so{where}, without a step gained)"
+        return Finish(False, reason, text)
     if reason is Reason.UNSCHEDULABLE:  # it has waited already, for nodes
         return replace(again, reason=reason)
     if reason in FREE_OF_CHARGE:

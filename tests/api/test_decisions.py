@@ -159,6 +159,14 @@ def test_stalls_without_progress_end_a_job_whatever_restarts_are_left(ended, aft
         assert following.message == "why (3 attempts in a row ended so, without a step gained)"
 
 
+def test_the_last_stalls_node_is_named_where_its_own_word_does_not():
+    last = attempt(Reason.STALLED, 3).model_copy(update={"node": "node-b"})
+    ended = [attempt(Reason.STALLED, 1), attempt(Reason.STALLED, 2)]
+    assert ", the last on node-b, " in after_attempt(PolicySpec(), [*ended, last]).message
+    said = last.model_copy(update={"message": "rank 1 on node-b is stuck in Backward"})
+    assert "the last on" not in after_attempt(PolicySpec(), [*ended, said]).message
+
+
 def test_out_of_memory_with_one_sequence_at_a_time_recomputes_activations_and_then_ends_the_job():
     first = attempt(Reason.OUT_OF_DEVICE_MEMORY, micro=1)
     following = after_attempt(PolicySpec(), [first])
