@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "quickstart"
 TRAIN_ROWS, EVAL_ROWS = 400, 40
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "torch_dtype": "bfloat16",
+}
 
 
 def make_material(folder: Path) -> None:
@@ -28,3 +42,26 @@ def make_material(folder: Path) -> None:
     small_base.train_base(model, small_base.token_blocks(tokenizer, texts, recipe), recipe, lambda _: None)
     model.to(torch.bfloat16).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
+
+
+def make_large_base(folder: Path, small: Path) -> None:
+    """Write all of a Llama of 70 billion weights but the weights: one file that is a hole behind its header.
+
+    Args:
+        folder: to be made.
+        small: a base whose tokenizer it gets.
+
+    """
+    from qlora_api.memory import model_shape
+
+    shutil.copytree(small, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    (folder / "config.json").write_text(json.dumps(LLAMA_70B))
+    tensors, end = {}, 0
+    for linear in model_shape(LLAMA_70B).linears:
+        start, end = end, end + 2 * linear.elements
+        shape = [linear.outputs, linear.inputs]
+        tensors[f"{linear.name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(tensors).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)

@@ -101,7 +101,7 @@ class Stage:
         return done.stdout
 
     def install(self, **values: Any) -> str:
-        """``helm install``, and wait until the operator is ready; helm's notes."""
+        """``helm upgrade --install``, and wait until the operator is ready; helm's notes."""
         operator, _, operator_tag = self.operator_image.name.partition(":")
         trainer, _, trainer_tag = self.trainer_image.name.partition(":")
         never = {"pullPolicy": "Never"}
@@ -118,7 +118,8 @@ class Stage:
         }
         path = self._folder / "values.json"
         path.write_text(json.dumps(chosen))
-        return self.helm("install", RELEASE, CHART, "--values", path, "--wait", "--timeout", f"{HELM_SECONDS}s")
+        wait = ("--wait", "--timeout", f"{HELM_SECONDS}s")
+        return self.helm("upgrade", "--install", RELEASE, CHART, "--values", path, *wait)
 
     def uninstall(self) -> None:
         self.helm("uninstall", RELEASE, "--wait", "--timeout", f"{HELM_SECONDS}s")

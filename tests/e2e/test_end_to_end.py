@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cluster.harness.jobs import condition, create_job, in_state, job_path
+from e2e.material import make_large_base
 from services.prometheus import Prometheus, scrape
 
 if TYPE_CHECKING:
@@ -133,6 +134,8 @@ def test_two_workers_train_are_seen_and_leave_an_adapter(stage, team, bucket, tm
         assert "nvidia.com/gpu" not in json.dumps(prepare["spec"]["containers"])
         running = run.wait(reached(3))
         assert running["status"]["prepared"]["trainRows"] > 0
+        memory = running["status"]["memory"]
+        assert memory["predicted"]["adapterWeights"] == memory["measured"]["adapterWeights"] > 0
         series = prometheus.wait_for('qlora_host_memory_resident_bytes{job="quick"}', seconds=30)
         assert {(s.labels["rank"], s.labels["namespace"]) for s in series} == {("0", team), ("1", team)}
         assert len({s.labels["pod"] for s in series}) == 2
@@ -246,8 +249,24 @@ def test_bad_rows_end_the_job_before_a_gpu_is_held(stage, team, bucket):
     assert stage.trainer_pods(team) == []
 
 
+def test_a_base_that_no_gpu_holds_ends_the_job_before_one_is_held(stage, team, bucket):
+    place = stage.s3.folder_of(bucket.removeprefix("s3://"))
+    make_large_base(place / "large", place / "base")
+    stage.install(trainer={"device": "", "gpu": "rtx4090-24gb"})
+    run = Run(stage, team, bucket, "large", model={"source": f"{bucket}/large"})
+    failed = stage.cluster.api.wait_for(run.path, in_state("Failed", "UserError"), seconds=JOB_SECONDS)
+    message = condition(failed, "Failed")["message"]
+    assert message.startswith("spec.model.source: ")
+    for words in ("GiB on each GPU, but rtx4090-24gb gives 23.5", "a GPU such as"):
+        assert words in message
+    assert stage.trainer_pods(team) == []
+    jobs = stage.cluster.api.list(f"/apis/batch/v1/namespaces/{team}/jobs")
+    assert [job["metadata"]["name"] for job in jobs] in ([], ["large-prepare"])
+
+
 def test_uninstalling_leaves_nothing(stage, team, bucket):
     """Last in this file: the others need what it takes away."""
+    stage.install()
     run = Run(stage, team, bucket, "cut-short", training={"maxSteps": 500})
     run.wait(in_state("Running"))
     stage.cluster.api.delete(job_path(team, "cut-short"))

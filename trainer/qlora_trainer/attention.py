@@ -1,9 +1,9 @@
 """Attention over several rows in one sequence, none of which sees another.
 
 Rows are flattened without padding: queries, keys and values are [1, heads, T, head_dim], and ``cu_seqlens``
-([rows + 1], int32) says where each row starts. On a GPU this is torch's variable-length flash attention; on a CPU each
-row is one call of scaled-dot-product attention, which is the block-diagonal mask without building it: Σ len² instead
-of T².
+([rows + 1], int32) says where each row starts. On a GPU this is torch's variable-length flash attention; on a CPU, in
+fp32 and with dropout of scores each row is one call of scaled-dot-product attention, which is the block-diagonal mask
+without building it: Σ len² instead of T².
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def register() -> None:
     AttentionMaskInterface.register(PACKED, _no_mask)
 
 
-def choose_attention(model_class: Any, config: Any, device: torch.device, dtype: torch.dtype) -> str:
+def choose_attention(model_class: Any, config: Any) -> str:
     """The attention implementation for a model: packed where the architecture allows it, else transformers' own masks.
 
     With transformers' own, rows are told apart by position ids that restart (``transformers.masking_utils``): the same
@@ -36,9 +36,7 @@ def choose_attention(model_class: Any, config: Any, device: torch.device, dtype:
     """
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "eager"  # soft-capped scores are in neither kernel
-    dropout = (getattr(config, "attention_dropout", 0) or 0) > 0
-    no_kernel = device.type == "cuda" and (dropout or dtype is torch.float32)  # flash attention has 16 bits alone
-    if config.model_type not in PROVEN or no_kernel:
+    if config.model_type not in PROVEN:
         return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
     return PACKED
 
@@ -68,14 +66,14 @@ def packed_attention(
         cu_seq_lens_q: [rows + 1] int32, starts of the rows and T.
         max_length_q: tokens of the longest row.
         scaling: of the scores; default 1/√D.
-        dropout: probability, on the CPU only (:func:`choose_attention`).
+        dropout: probability that a score is dropped.
         sliding_window: tokens a query sees, itself included.
 
     Returns:
         [1, T, H, D], None
 
     """
-    if query.is_cuda:
+    if query.is_cuda and query.dtype is not torch.float32 and not dropout:  # what the kernel has
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     groups = getattr(module, "num_key_value_groups", 1)
     if groups > 1:

@@ -24,6 +24,10 @@ from qlora_trainer.model import trainable
 from qlora_trainer.optim import make_optimizer
 
 
+REDUCE_BUCKET = 500_000_000
+"""DeepSpeed's default: gradients of larger adapters go in several buckets."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Who this process is among all."""
@@ -125,10 +129,21 @@ def join_ranks(device_kind: str, timeout_seconds: float, heartbeat: Heartbeat | 
 
 
 def deepspeed_config(
-    training: TrainingSpec, parallelism: ParallelismSpec, split: BatchSplit, device: torch.device
+    training: TrainingSpec, parallelism: ParallelismSpec, split: BatchSplit, device: torch.device, learning: int
 ) -> dict[str, Any]:
-    """What ``deepspeed.initialize`` is told. https://www.deepspeed.ai/docs/config-json/"""
-    zero: dict[str, Any] = {"stage": parallelism.zero_stage, "overlap_comm": device.type == "cuda"}
+    """What ``deepspeed.initialize`` is told. https://www.deepspeed.ai/docs/config-json/
+
+    Args:
+        training, parallelism, split: of the job.
+        device: of this rank.
+        learning: elements that learn. Buckets of gradients are allocated whole, by default for 500 million.
+
+    """
+    zero: dict[str, Any] = {
+        "stage": parallelism.zero_stage,
+        "overlap_comm": device.type == "cuda",
+        "reduce_bucket_size": min(learning, REDUCE_BUCKET),
+    }
     if parallelism.offload is Offload.OPTIMIZER:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     return {
@@ -153,10 +168,12 @@ def wrap_deepspeed(
         The ``DeepSpeedEngine``; call it, ``backward`` and ``step`` it.
 
     """
+    adapter = trainable(model.model)
+    learning = sum(parameter.numel() for parameter in adapter.values())
     engine, _, _, _ = deepspeed.initialize(
         model=model,
-        optimizer=make_optimizer(trainable(model.model), training, parallelism.offload),
-        config=deepspeed_config(training, parallelism, split, device),
+        optimizer=make_optimizer(adapter, training, parallelism.offload),
+        config=deepspeed_config(training, parallelism, split, device, learning),
         dist_init_required=False,
     )
     return engine

@@ -38,6 +38,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits.sub_(log_sum).exp_()  # now probabilities
                 logits.scatter_add_(1, index, torch.full_like(log_sum, -1.0))
                 gradient[part] = logits.to(weight.dtype) @ weight
+            del logits  # else this chunk's would be there while the next one's are made
         ctx.save_for_backward(gradient)
         return losses
 

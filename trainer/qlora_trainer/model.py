@@ -66,7 +66,7 @@ def load_base(path: Path, quantization: QuantizationSpec, device: torch.device, 
         **({} if wanted is None else {"quantization_config": wanted}),
         dtype=compute_dtype(quantization),
         device_map={"": device},
-        attn_implementation=choose_attention(model_class, config, device, compute_dtype(quantization)),
+        attn_implementation=choose_attention(model_class, config),
         use_safetensors=True,
         trust_remote_code=False,
     )

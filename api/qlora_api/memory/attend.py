@@ -30,13 +30,6 @@ def self_attention(pen: Pen, x: Value, attention: Attention) -> Value:
     return pen.linear(out, attention.output) if attention.output else out
 
 
-def kind_on(attention: Attention, width: int, *, cuda: bool) -> AttentionKind:
-    """Neither dropout of scores nor fp32 is in the GPU's packed kernel (``choose_attention``)."""
-    if attention.kind is AttentionKind.PACKED and cuda and (attention.dropout or width == FP32):
-        return AttentionKind.MASKED
-    return attention.kind
-
-
 def _view(pen: Pen, whole: Value, features: int) -> Value:
     return pen.tape.record(whole, elements=pen.tokens * features, width=pen.width)
 
@@ -52,20 +45,17 @@ def _rotated(pen: Pen, x: Value) -> Value:
 
 
 def _scores(pen: Pen, attention: Attention, query: Value, key: Value, value: Value) -> Value:
-    match kind_on(attention, pen.width, cuda=pen.setting.cuda):
+    match attention.kind:
         case AttentionKind.EAGER:
             return _eager(pen, attention, query, key, value)
         case AttentionKind.MASKED:
             return _masked(pen, attention, query, key, value)
         case _:
-            return (
-                _packed_gpu(pen, attention, query, key, value)
-                if pen.setting.cuda
-                else _packed_cpu(pen, attention, query, key, value)
-            )
+            flash = pen.setting.cuda and pen.width != FP32 and not attention.dropout
+            return (_packed_flash if flash else _packed_rows)(pen, attention, query, key, value)
 
 
-def _packed_gpu(pen: Pen, attention: Attention, query: Value, key: Value, value: Value) -> Value:
+def _packed_flash(pen: Pen, attention: Attention, query: Value, key: Value, value: Value) -> Value:
     """q, k, v, output, and 4 bytes a head (log-sum-exp). Dao 2023 (FlashAttention-2), section 3.
 
     Backward: dq in fp32, and dk, dv for every query head before they are summed over groups
@@ -92,9 +82,10 @@ def _repeated(pen: Pen, x: Value, attention: Attention) -> Value:
     return pen.tape.record(x, elements=pen.tokens * attention.heads * attention.head_dim, width=pen.width)
 
 
-def _packed_cpu(pen: Pen, attention: Attention, query: Value, key: Value, value: Value) -> Value:
-    """As on a GPU, with keys and values repeated for their groups, and the output a second time where rows are joined.
+def _packed_rows(pen: Pen, attention: Attention, query: Value, key: Value, value: Value) -> Value:
+    """As with flash, keys and values repeated for their groups, and the output a second time where rows are joined.
 
+    On a CPU, in fp32, and where scores are dropped (``qlora_trainer.attention.packed_attention``).
     A row longer than the sliding window brings a mask of its length squared.
     """
     key, value = _repeated(pen, key, attention), _repeated(pen, value, attention)
@@ -133,9 +124,9 @@ def _masked(pen: Pen, attention: Attention, query: Value, key: Value, value: Val
         saves=(query, key, value, mask, log_sums),
         saves_output=True,
     )
-    if pen.setting.cuda or attention.fused is None:
+    if attention.fused is None:
         return out
-    return pen.tape.record(out, elements=query.elements, width=pen.width)  # Phi 3's layout makes the CPU copy it
+    return pen.tape.record(out, elements=query.elements, width=pen.width)  # Phi 3's layout has it copied
 
 
 def _eager(pen: Pen, attention: Attention, query: Value, key: Value, value: Value) -> Value:
@@ -149,8 +140,9 @@ def _eager(pen: Pen, attention: Attention, query: Value, key: Value, value: Valu
     scaled = pen.tape.record(scores, elements=cells, width=pen.width)
     capped = pen.tape.record(scaled, elements=cells, width=pen.width, saves_output=True)
     masked = pen.tape.record(capped, elements=cells, width=pen.width, workspace=pen.width * cells)
-    wide = masked if pen.setting.cuda or pen.width == FP32 else pen.tape.record(masked, elements=cells, width=FP32)
-    softmax = pen.tape.record(wide, elements=cells, width=FP32, saves_output=True)
+    wide = masked if pen.width == FP32 else pen.tape.record(masked, elements=cells, width=FP32)
+    product = FP32 * cells if pen.setting.cuda else 0  # grad · output, in ATen's cuda/SoftMax.cu
+    softmax = pen.tape.record(wide, elements=cells, width=FP32, saves_output=True, backward_workspace=product)
     weights = (
         softmax
         if pen.width == FP32
@@ -165,7 +157,7 @@ def mask_bytes(attention: Attention, tokens: int, width: int, *, cuda: bool) -> 
 
     Of booleans for ``sdpa``; of numbers where scores are written out, there for full and for sliding attention.
     """
-    match kind_on(attention, width, cuda=cuda):
+    match attention.kind:
         case AttentionKind.EAGER:
             return 2 * width * tokens * tokens
         case AttentionKind.MASKED:

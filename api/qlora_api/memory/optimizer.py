@@ -23,8 +23,8 @@ SMALLEST_PAGED = 100_000
 CODES = 2 * 256 * 4
 """fp32 tables of the signed and unsigned 8-bit values: shared by all tensors in memory, with each in a checkpoint."""
 BUCKET = 500_000_000
-"""DeepSpeed's default ``reduce_bucket_size``, elements: under ZeRO it is allocated whole, however small the
-gradients are (deepspeed.runtime.zero.stage_1_and_2.setup_buckets, stage3.__init__)."""
+"""Most elements of ``reduce_bucket_size``, which is that of the adapter (``qlora_trainer.engine``): under ZeRO it is
+allocated whole (deepspeed.runtime.zero.stage_1_and_2.setup_buckets, stage3.__init__)."""
 ALIGNMENT = 2
 """Elements that a flat group is padded to for each rank: DeepSpeed's ``nccl_start_alignment_factor``."""
 _EIGHT_BIT = (Optimizer.PAGED_ADAMW_8BIT, Optimizer.ADAMW_8BIT)
@@ -73,7 +73,7 @@ def training_state(
     states = moment_bytes(updated, chosen)
     copies = 4 * sum(updated) if stage else 0
     share = copies if stage else 4 * total
-    bucket = 4 * BUCKET
+    bucket = 4 * min(total, BUCKET)
     buckets = {0: 0, 1: bucket * (1 + cuda), 2: bucket * (1 + cuda), 3: bucket}[stage]
     flat = 4 * total if world_size > 1 and stage == 0 else share
     return TrainingState(

@@ -197,7 +197,7 @@ def _notes(plan: Plan) -> Iterator[str]:
         )
     if plan.zero_stage:
         yield (
-            f"ZeRO stage {plan.zero_stage} brings DeepSpeed's buckets of 500 million elements, "
+            f"ZeRO stage {plan.zero_stage} brings DeepSpeed's buckets for gradients, "
             f"{plan.memory.components.get(MemoryComponent.COLLECTIVE_BUFFERS, 0) / GIB:.1f} GiB"
         )
     if not plan.gpu.flash:

@@ -79,7 +79,7 @@ def test_zero_divides_the_state_and_brings_buckets(stage):
     shared = training_state(adapter, Optimizer.ADAMW, ParallelismSpec(zero_stage=stage), 4)
     assert shared.gradients == whole.gradients / 4
     assert shared.optimizer == pytest.approx((whole.optimizer + 4 * adapter.parameters) / 4, rel=1e-3)
-    assert shared.backward_buffers >= 2_000_000_000
+    assert shared.backward_buffers == (1 if stage == 3 else 2) * 4 * adapter.parameters
     assert sum(partitions(adapter, stage, 4)) == pytest.approx(adapter.parameters / 4, rel=1e-3)
 
 

@@ -8,23 +8,12 @@ import sys
 
 import pytest
 
+from e2e.material import LLAMA_70B, make_large_base
 from qlora_api.contract import ExitCode
 from qlora_api.memory import model_shape
 from qlora_api.status import Reason
 from qlora_trainer.prepare import main
 
-LLAMA_70B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "torch_dtype": "bfloat16",
-}
 AUTO = {"epochs": 3, "globalBatchSize": 64, "microBatchSize": None, "learningRate": "1e-4"}
 
 
@@ -53,17 +42,7 @@ def prepare(workshop, monkeypatch):
 def large_base(workshop):
     """All of a Llama of 70 billion weights but the weights: one file that is a hole behind its header."""
     folder = workshop.folder / "llama-70b"
-    shutil.copytree(workshop.model, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    (folder / "config.json").write_text(json.dumps(LLAMA_70B))
-    tensors, end = {}, 0
-    for linear in model_shape(LLAMA_70B).linears:
-        start, end = end, end + 2 * linear.elements
-        shape = [linear.outputs, linear.inputs]
-        tensors[f"{linear.name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-    header = json.dumps(tensors).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + end)
+    make_large_base(folder, workshop.model)
     return folder
 
 
