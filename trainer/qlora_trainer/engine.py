@@ -23,7 +23,6 @@ from qlora_trainer.loss import NextTokenLoss, call_arguments
 from qlora_trainer.model import trainable
 from qlora_trainer.optim import make_optimizer
 
-
 REDUCE_BUCKET = 500_000_000
 """DeepSpeed's default: gradients of larger adapters go in several buckets."""
 
@@ -134,7 +133,9 @@ def deepspeed_config(
     """What ``deepspeed.initialize`` is told. https://www.deepspeed.ai/docs/config-json/
 
     Args:
-        training, parallelism, split: of the job.
+        training: of the job.
+        parallelism: of the job.
+        split: how its global batch is cut.
         device: of this rank.
         learning: elements that learn. Buckets of gradients are allocated whole, by default for 500 million.
 

@@ -37,8 +37,8 @@ def next_smaller(choice: Choice, needed: Callable[[Choice], int] | None = None) 
     """One rung down; None at the foot of the ladder. The global batch stays.
 
     Halve the micro-batch, then recompute activations, then share the state among ranks (ZeRO 1 to 3) or move the
-    optimizer's to host memory. Sharing brings DeepSpeed's buckets, one or two of the adapter's size, which seldom leaves
-    a gain: it is taken only where ``needed`` finds that it helps.
+    optimizer's to host memory. Sharing brings DeepSpeed's buckets, one or two of the adapter's size, which seldom
+    leaves a gain: it is taken only where ``needed`` finds that it helps.
 
     Args:
         choice: of the attempt that ran out.
