@@ -121,6 +121,21 @@ class EvaluationData(Model):
     )
 
 
+class Tolerance(Model):
+    """Shares of the rows above which Prepare ends the job, before a GPU is held. Unset: any share is taken."""
+
+    truncated: decimal(0, 1) | None = None  # type: ignore[valid-type]
+    """Rows that lose their tail, with longRows Truncate."""
+    dropped: decimal(0, 1) | None = None  # type: ignore[valid-type]
+    """Rows left out as too long, with longRows Drop."""
+    fully_masked: decimal(0, 1) | None = None  # type: ignore[valid-type]
+    """Rows left out because none of their tokens counts."""
+    duplicates: decimal(0, 1) | None = None  # type: ignore[valid-type]
+    """Training rows that repeat an earlier one token by token."""
+    eval_in_train: decimal(0, 1) | None = None  # type: ignore[valid-type]
+    """Evaluation rows that are training rows too."""
+
+
 class DatasetSpec(Model):
     """What is learned, and which tokens count."""
 
@@ -143,6 +158,8 @@ class DatasetSpec(Model):
     """A row longer than maxLength ends the job (Fail), loses its tail (Truncate) or is left out (Drop)."""
     packing: bool = True
     """Put several rows into one sequence of maxLength; rows never see each other."""
+    tolerance: Tolerance = Tolerance()
+    """How much of the rows may be lost or repeated."""
     rules: ClassVar = (
         Rule(
             "!has(self.lossOn) || self.lossOn == 'All' || (self.lossOn == 'Assistant') == (self.format == 'Messages')",

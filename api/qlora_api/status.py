@@ -223,6 +223,7 @@ class PrepareResult(Model):
     """Their tokens."""
     train_sequences: Count
     """Packs, or rows without packing: what globalBatchSize counts."""
+    steps_per_epoch: Count = 0
     eval_rows: Count = 0
     """Rows held out."""
     truncated: Count = 0

@@ -154,6 +154,7 @@ def receipt(found: PrepareReceipt, prepared: PrepareResult | None) -> Renderable
             "Tokens",
             f"{words.number(found.train_tokens)}, {share:.0%} of them count; longest row {words.number(found.longest)}",
         ),
+        ("Rows by tokens", words.lengths(found.lengths)),
         ("Slots filled", f"{found.packing_efficiency:.1%}"),
         ("Rows cut or lost", ", ".join(lost) or "none"),
     ]

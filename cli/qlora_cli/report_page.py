@@ -268,6 +268,7 @@ def _data(found: PrepareReceipt) -> str:
         ("Training rows", f"{words.number(found.train_rows)}, in {words.number(found.train_sequences)} sequences"),
         ("Tokens", f"{words.number(found.train_tokens)}, of which {share:.0%} count"),
         ("Longest row", f"{words.number(found.longest)} tokens"),
+        ("Rows by tokens", words.lengths(found.lengths)),
         ("Slots filled", f"{found.packing_efficiency:.1%}"),
         ("Rows cut or lost", ", ".join(f"{words.number(n)} {what}" for what, n in lost if n) or "none"),
         ("Rows that repeat another", words.number(found.duplicates)),

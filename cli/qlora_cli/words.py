@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 _SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -48,3 +48,8 @@ def listing(names: Sequence[str]) -> str:
     if len(names) < 2:
         return "".join(names)
     return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def lengths(found: Mapping[int, int]) -> str:
+    """A histogram by powers of two, in one line."""
+    return ", ".join(f"≤ {number(most)}: {number(count)}" for most, count in sorted(found.items()))

@@ -30,6 +30,7 @@ RECEIPT = {
     "duplicates": 0,
     "evalInTrain": 0,
     "longest": 480,
+    "lengths": {"256": 60, "512": 4},
     "packingEfficiency": 0.931,
     "samples": ["<user>What is [bold]4-bit[/bold]?<assistant>⟦A small number.⟧"],
 }

@@ -26,6 +26,7 @@ RECEIPT = {
     "duplicates": 0,
     "evalInTrain": 0,
     "longest": 480,
+    "lengths": {"256": 60, "512": 4},
     "packingEfficiency": 0.9,
 }
 LOG = (

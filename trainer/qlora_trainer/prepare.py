@@ -18,8 +18,9 @@ import psutil
 from qlora_api.contract import ExitCode, PrepareReceipt, TerminationMessage, TrainerConfig, reason_of
 from qlora_api.status import PrepareResult, Reason
 from qlora_trainer import last_word
+from qlora_trainer.data.tolerance import check_tolerance
 from qlora_trainer.errors import TrainerError
-from qlora_trainer.planning import plan_job
+from qlora_trainer.planning import Planned, plan_job
 from qlora_trainer.prepared import bring
 from qlora_trainer.published import check_destination
 from qlora_trainer.records import Record, Records, find
@@ -36,7 +37,7 @@ def prepare(config: TrainerConfig) -> PrepareReceipt:
 
     """
     record = _again(config) or _anew(config)
-    plan_job(config, record.shape, record.receipt)
+    _decided(config, record)
     return record.receipt
 
 
@@ -61,21 +62,28 @@ def _anew(config: TrainerConfig) -> Record:
     return record
 
 
+def _decided(config: TrainerConfig, record: Record) -> Planned:
+    """What follows from what was found, for this job: others may take more, or have other GPUs."""
+    check_tolerance(config.spec.dataset.tolerance, record.receipt)
+    return plan_job(config, record.shape, record.receipt)
+
+
 def prepared_message(config: TrainerConfig, record: Record) -> TerminationMessage:
     """The last word of a Prepare that found all well.
 
     Raises:
-        UserError: the job does not fit the GPU.
+        UserError: more of the rows is lost than the job takes, or it does not fit the GPU.
 
     """
     receipt = record.receipt
-    planned = plan_job(config, record.shape, receipt)
+    planned = _decided(config, record)
     result = PrepareResult(
         model_revision=record.model_revision,
         data_hash=receipt.data_hash,
         train_rows=receipt.train_rows,
         train_tokens=receipt.train_tokens,
         train_sequences=receipt.train_sequences,
+        steps_per_epoch=-(-receipt.train_sequences // planned.batch.global_batch_size),
         eval_rows=receipt.eval_rows,
         truncated=receipt.truncated,
         dropped=receipt.dropped,

@@ -200,7 +200,7 @@ def job_key(spec: QLoRAJobSpec, revision: str) -> str:
 
     """
     plain = spec.to_json_dict()
-    dataset = {k: v for k, v in plain["dataset"].items() if k not in ("train", "eval")}
+    dataset = {k: v for k, v in plain["dataset"].items() if k not in ("train", "eval", "tolerance")}
     held_out = spec.dataset.eval
     own_eval = held_out.source if held_out else None
     facts = {

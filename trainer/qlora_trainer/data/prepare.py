@@ -188,9 +188,16 @@ def _receipt(name: str, folder: Path, encoder: Encoder, done: _Tokenized) -> Pre
         duplicates=done.train.duplicates,
         eval_in_train=len(done.evaluation.seen & done.train.seen) if done.evaluation else 0,
         longest=max(t.longest for t in done.tallies),
+        lengths=histogram(train.lengths),
         packing_efficiency=tokens / (len(packs) * dataset.max_length),
         samples=samples(train, encoder.tokenizer),
     )
+
+
+def histogram(lengths: NDArray[np.int64]) -> dict[int, int]:
+    """How many of the rows have up to 2ⁿ tokens and more than half of it, by 2ⁿ."""
+    bounds, counts = np.unique(1 << np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64), return_counts=True)
+    return dict(zip(bounds.tolist(), counts.tolist(), strict=True))
 
 
 def _pack(folder: Path, dataset: DatasetSpec) -> tuple[TokenizedRows, Sequences]:
