@@ -299,8 +299,8 @@ class TrainingSpec(Model):
     global_batch_size: int = Field(16, ge=1, le=65536)
     """Sequences per optimizer step over all ranks; the same on any number of GPUs."""
     micro_batch_size: int | None = Field(None, ge=1, le=4096)
-    """Sequences per forward pass on one rank. Default: the largest that divides the rank's share and keeps
-    microBatchSize × maxLength within 8192 tokens."""
+    """Sequences per forward pass on one rank. Default: of those that divide the rank's share and keep
+    microBatchSize × maxLength within 8192 tokens the fastest that fits the GPU; where that is not known, the largest."""
     optimizer: Optimizer = Optimizer.PAGED_ADAMW_8BIT
     """Paged optimizers let their state move to host memory under pressure; without CUDA they are the plain ones."""
     weight_decay: decimal(0, 1) = "0"  # type: ignore[valid-type]
@@ -308,7 +308,8 @@ class TrainingSpec(Model):
     max_grad_norm: decimal(0, 1000) = "0.3"  # type: ignore[valid-type]
     """Clip the global gradient norm to this; 0 switches clipping off. QLoRA, appendix B.2."""
     gradient_checkpointing: GradientCheckpointing = GradientCheckpointing.AUTO
-    """Recompute activations in the backward pass: Full, None, or Auto (Full on a GPU, None on a CPU)."""
+    """Recompute activations in the backward pass: Full, None, or Auto: as little as fits the GPU; where that is not
+    known, Full; None on a CPU."""
     evaluation: EvaluationSpec = EvaluationSpec()
     seed: int = Field(42, ge=0, le=2147483647)
     """Of adapter initialization, dropout, data order and the held-out rows."""
