@@ -300,7 +300,7 @@ class TrainingSpec(Model):
     """Sequences per optimizer step over all ranks; the same on any number of GPUs."""
     micro_batch_size: int | None = Field(None, ge=1, le=4096)
     """Sequences per forward pass on one rank. Default: of those that divide the rank's share and keep
-    microBatchSize × maxLength within 8192 tokens the fastest that fits the GPU; where that is not known, the largest."""
+    microBatchSize × maxLength within 8192 tokens the fastest that fits the GPU; where it is not known, the largest."""
     optimizer: Optimizer = Optimizer.PAGED_ADAMW_8BIT
     """Paged optimizers let their state move to host memory under pressure; without CUDA they are the plain ones."""
     weight_decay: decimal(0, 1) = "0"  # type: ignore[valid-type]
