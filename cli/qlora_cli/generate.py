@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from qlora_cli import rundir
+from qlora_cli.answers import Answer, keep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,17 +30,6 @@ TAIL_LINES = 20
 
 class GenerateError(ValueError):
     """Nothing can be generated; ``str()`` says what to do."""
-
-
-class Answer(BaseModel):
-    """One line of the trainer's output."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    prompt: str
-    base: str | None = None
-    adapter: str | None = None
-    merged: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,8 +130,9 @@ def command(start: Sequence[str], models: Models, options: Options) -> list[str]
     return [*words, "--sample"] if options.sample else words
 
 
-def generate(models: Models, options: Options, console: Console, commands: Commands) -> int:
-    """Ask and show each answer as it comes; the trainer's exit code."""
+def generate(models: Models, options: Options, console: Console, commands: Commands, folder: Path | None = None) -> int:
+    """Ask and show each answer as it comes, and keep it in ``folder``, a run's; the trainer's exit code."""
+    told: list[Answer] = []
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
     if not console.is_terminal:
         console.print("Loading the models …")
@@ -156,7 +147,10 @@ def generate(models: Models, options: Options, console: Console, commands: Comma
         with process:
             for answer in _answers(process.stdout or ()):
                 console.print(show(answer))
+                told.append(answer)
                 status.update("Generating …")
+        if folder is not None and told:
+            keep(folder, told)
         if process.returncode:
             console.print(*_tail(errors), sep="\n", soft_wrap=True)
             console.print(f"The trainer ended with exit code {process.returncode}.", style="bold red")

@@ -223,7 +223,7 @@ def generate(
 
         models = asking.choose_models(adapter, run, runs_dir, base, merged)
         options = asking.Options(asking.prompts(prompt or (), prompts_file), max_new_tokens, sample)
-        code = asking.generate(models, options, render.console(), Commands())
+        code = asking.generate(models, options, render.console(), Commands(), runs_dir / run if run else None)
     raise typer.Exit(code)
 
 

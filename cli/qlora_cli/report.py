@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from qlora_api.contract import PrepareReceipt
 from qlora_cli import report_history, rundir
+from qlora_cli.answers import Answer, kept
 from qlora_cli.report_history import History
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class Facts:
     measured: dict[str, int] = field(default_factory=dict)
     manifest: dict[str, Any] | None = None
     """As published, where it can be read here."""
+    answers: Sequence[Answer] = ()
+    """Of base and adapter, as far as they were asked."""
 
     @property
     def published(self) -> bool:
@@ -103,6 +106,7 @@ def of_run(folder: rundir.Folder, record: RunRecord) -> Facts:
         predicted=memory.predicted if memory else {},
         measured=memory.measured if memory else {},
         manifest=_local_manifest(word),
+        answers=kept(folder.path),
     )
 
 

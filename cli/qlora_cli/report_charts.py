@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 WIDTH, HEIGHT = 560, 240
+COLUMNS_HEIGHT = 170
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 34
 MOST_POINTS = 400
 """Of one curve; longer ones are drawn as means of neighbours."""
@@ -155,6 +156,31 @@ def smoothed(points: Sequence[tuple[float, float]], window: int) -> list[tuple[f
         near = points[max(0, index - half) : index + half + 1]
         found.append((x, sum(y for _, y in near) / len(near)))
     return found
+
+
+def columns(title: str, parts: Sequence[tuple[str, float]], *, x_title: str, y_text: Callable[[float], str]) -> str:
+    """A column for each of a few parts, its size above it."""
+    most = max((size for _, size in parts), default=0)
+    if not most:
+        return ""
+    base, room = COLUMNS_HEIGHT - BOTTOM, COLUMNS_HEIGHT - BOTTOM - TOP - 14
+    apart = min(WIDTH / len(parts), 110.0)
+    wide, drawn = apart * 0.72, []
+    for index, (name, size) in enumerate(parts):
+        x, height = index * apart, max(size / most * room, 1.0)
+        drawn.append(
+            f'<rect class="f0" x="{x:.1f}" y="{base - height:.1f}" width="{wide:.1f}" height="{height:.1f}" rx="2"/>'
+            f'<text class="tick" x="{x + wide / 2:.1f}" y="{base - height - 5:.1f}" text-anchor="middle">'
+            f'{escape(y_text(size))}</text><text class="tick" x="{x + wide / 2:.1f}" y="{base + 16}" '
+            f'text-anchor="middle">{escape(name)}</text>'
+        )
+    edge = (len(parts) - 1) * apart + wide
+    drawn.append(f'<line class="axis" x1="0" x2="{edge:.1f}" y1="{base}" y2="{base}"/>')
+    drawn.append(f'<text class="tick" x="0" y="{COLUMNS_HEIGHT - 3}">{escape(x_title)}</text>')
+    return (
+        f'<figure><figcaption><b>{escape(title)}</b></figcaption><svg viewBox="0 0 {WIDTH} {COLUMNS_HEIGHT}" '
+        f'role="img" aria-label="{escape(title)}">{"".join(drawn)}</svg></figure>'
+    )
 
 
 def _share(part: float) -> str:

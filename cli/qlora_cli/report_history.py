@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
 CHECKPOINT_FILE, PUBLISHED_FILE = "history.jsonl", "training_history.jsonl"
@@ -47,6 +47,8 @@ class AttemptFacts:
     accumulation: int | None = None
     checkpointing: bool | None = None
     device: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Versions, and what else is known of the machine."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ def _take(found: History, line: dict[str, Any]) -> None:
             accumulation=line.get("gradientAccumulationSteps"),
             checkpointing=line.get("gradientCheckpointing"),
             device=line.get("device"),
+            environment={str(name): str(value) for name, value in line.get("environment", {}).items()},
         )
     elif "evalLoss" in line:
         if line["evalLoss"] is not None:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from qlora_api.status import MemoryComponent, Reason
 from qlora_cli import words, yamls
-from qlora_cli.report_charts import Curve, Mark, lines, shares, smoothed
+from qlora_cli.report_charts import Curve, Mark, columns, lines, shares, smoothed
 from qlora_cli.report_style import STYLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from typing import Any
 
     from qlora_api.contract import PrepareReceipt
     from qlora_api.status import Attempt
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
 SMOOTHED_FROM = 30
 """Steps from which the loss is smoothed over a twentieth of them."""
 MOST_SAMPLES = 5
+MOST_ANSWERS = 8
 BATCH = '<p class="keys">Batch: micro-batch × accumulation × ranks</p>'
+MACHINE = (("driver", "Driver"), ("cuda", "CUDA"), ("system", "System"), ("python", "Python"))
+"""Of an environment, what is no package, and how it is called."""
+HELD = "&nbsp;"
+"""A space at which no line ends."""
 MARKED = re.compile("⟦(.*?)⟧", re.DOTALL)
 
 
@@ -36,6 +42,7 @@ def page(facts: Facts) -> str:
         _section("Attempts", _attempts(facts)),
         _section("Data", _data(facts.receipt) if facts.receipt else ""),
         _section("Samples", _samples(facts.receipt.samples) if facts.receipt else ""),
+        _section("Base and adapter", _answers(facts)),
         _section("What was published", _published(facts)),
         _section("Configuration", f'<pre class="config">{escape(yamls.dump(facts.spec))}</pre>'),
         _section("Environment", _environment(facts)),
@@ -65,7 +72,9 @@ def _pairs(rows: Iterable[tuple[str, str]]) -> str:
     return f"<dl>{cells}</dl>" if cells else ""
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: frozenset[int] = frozenset()) -> str:
+def _table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], numbers: frozenset[int] = frozenset(), kind: str = ""
+) -> str:
     """Cells are HTML; ``numbers``: columns that stand to the right."""
 
     def cells(row: Sequence[str], tag: str) -> str:
@@ -74,7 +83,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: frozense
         )
 
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{cells(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = f"<table{' class=' * bool(kind)}{kind}>"
+    return f'<div class="scroll">{table}<thead><tr>{cells(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 # ---------------------------------------------------------------------------------------------------------------- head
@@ -91,7 +101,7 @@ def _head(facts: Facts) -> str:
     return (
         f'<header><h1>{escape(facts.name)} <span class="badge {kind}">{escape(text)}</span></h1>'
         f"<p>{escape(source)} · run {escape(facts.uid[:8])} · {facts.created:%Y-%m-%d %H:%M} UTC</p>"
-        + (f"<p class=said>{escape(said)}</p>" if said else "")
+        + (f"<p class=why>{escape(said)}</p>" if said else "")
         + f'<div class="figures">{figures}</div></header>'
     )
 
@@ -257,7 +267,8 @@ def _attempt(attempt: Attempt) -> list[str]:
     steps = f"{a.first_step or 0} → {a.last_step}" if a.last_step is not None else ""
     code = "" if a.exit_code is None else str(a.exit_code)
     batch = f"{a.micro_batch_size} × {a.gradient_accumulation_steps} × {a.world_size}"
-    return [str(a.number), str(a.reason or "runs"), code, steps, batch, took, escape(a.node), escape(a.message)]
+    whole = [text.replace(" ", HELD) for text in (steps, batch, took)]
+    return [str(a.number), str(a.reason or "runs"), code, *whole, escape(a.node), escape(a.message)]
 
 
 def _data(found: PrepareReceipt) -> str:
@@ -268,7 +279,6 @@ def _data(found: PrepareReceipt) -> str:
         ("Training rows", f"{words.number(found.train_rows)}, in {words.number(found.train_sequences)} sequences"),
         ("Tokens", f"{words.number(found.train_tokens)}, of which {share:.0%} count"),
         ("Longest row", f"{words.number(found.longest)} tokens"),
-        ("Rows by tokens", words.lengths(found.lengths)),
         ("Slots filled", f"{found.packing_efficiency:.1%}"),
         ("Rows cut or lost", ", ".join(f"{words.number(n)} {what}" for what, n in lost if n) or "none"),
         ("Rows that repeat another", words.number(found.duplicates)),
@@ -278,7 +288,9 @@ def _data(found: PrepareReceipt) -> str:
         rows.append(
             ("Evaluation", f"{words.number(found.eval_rows)} rows, {words.number(found.eval_tokens)} tokens{known}")
         )
-    return _pairs([*rows, ("Hash", found.data_hash)])
+    by_length = [(f"≤ {words.number(most)}", float(rows)) for most, rows in sorted(found.lengths.items())]
+    drawn = columns("Rows by tokens", by_length, x_title="tokens of a row", y_text=words.number)
+    return f'<div class="facts">{_pairs([*rows, ("Hash", found.data_hash)])}{drawn}</div>'
 
 
 def _samples(samples: Sequence[str]) -> str:
@@ -286,6 +298,23 @@ def _samples(samples: Sequence[str]) -> str:
         return ""
     shown = "".join(f"<pre class=sample>{MARKED.sub(_mark, escape(sample))}</pre>" for sample in samples[:MOST_SAMPLES])
     return f"<p>Rows as the model reads them. Loss is taken over <mark>these</mark> tokens.</p>{shown}"
+
+
+def _answers(facts: Facts) -> str:
+    """What they were asked, and what they said: before the training, and after it."""
+    if not facts.answers:
+        ask = f"<code>qlora generate --run {escape(facts.name)} --prompt …</code>"
+        return (
+            f"<p>Not asked yet: {ask} keeps their answers for this page.</p>"
+            if facts.published and facts.attempts
+            else ""
+        )
+    names = ["base", "adapter", *(["merged"] if any(answer.merged for answer in facts.answers) else [])]
+    rows = [
+        [f"<div class=said>{escape((text or '').strip() or '(nothing)')}</div>" for text in texts]
+        for texts in ([a.prompt, *(getattr(a, name) for name in names)] for a in facts.answers[-MOST_ANSWERS:])
+    ]
+    return _table(["Prompt", *(name.capitalize() for name in names)], rows, kind="answers")
 
 
 def _mark(found: re.Match[str]) -> str:
@@ -311,8 +340,12 @@ def _published(facts: Facts) -> str:
 
 
 def _environment(facts: Facts) -> str:
-    rows = [("Device", facts.device)] if facts.device else []
-    if facts.manifest:
-        rows.append(("Base revision", str(facts.manifest.get("base", {}).get("revision", ""))))
-        rows += [(name, str(version)) for name, version in facts.manifest.get("packages", {}).items()]
-    return _pairs(rows)
+    attempts = list(facts.history.attempts.values())
+    known = next((a.environment for a in reversed(attempts) if a.environment), None)
+    found: dict[str, Any] = dict(known or (facts.manifest or {}).get("packages", {}))
+    memory = str(found.pop("gpuMemory", ""))
+    device = f"{facts.device}, {words.size(int(memory))}" if memory.isdecimal() else facts.device
+    revision = (facts.manifest or {}).get("base", {}).get("revision")
+    machine = [("Device", device), *((title, found.pop(name, None)) for name, title in MACHINE)]
+    rows = [(title, str(value)) for title, value in (*machine, ("Base revision", revision)) if value]
+    return f'<div class="facts">{_pairs(rows)}{_pairs((name, str(found[name])) for name in sorted(found))}</div>'

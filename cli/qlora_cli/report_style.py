@@ -11,56 +11,6 @@ def _colours(series: tuple[str, ...]) -> str:
 
 
 LIGHT = (
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
     "--back:#fff;--text:#1b1f24;--soft:#5b6470;--line:#dfe3e8;--box:#f5f7f9;--mark:#fff0b3;--good:#137a4b;--bad:#b42318;"
     "--waits:#8a6100;" + _colours(_SERIES)
 )
@@ -82,7 +32,7 @@ h1{font-size:28px;margin:0}
 h2{font-size:18px;margin:0 0 12px;padding-top:26px;border-top:1px solid var(--line)}
 section{margin-top:26px}
 header p{margin:4px 0;color:var(--soft);overflow-wrap:anywhere}
-header p.said{color:var(--text)}
+header p.why{color:var(--text)}
 .badge{font-size:14px;font-weight:600;padding:3px 10px;border:1px solid;border-radius:99px;vertical-align:5px}
 .badge{color:var(--soft)}
 .badge.good{color:var(--good)}.badge.bad{color:var(--bad)}.badge.waits{color:var(--waits)}
@@ -98,13 +48,15 @@ svg.shares{height:26px}
 .grid{stroke:var(--line)}.axis{stroke:var(--soft)}.mark{stroke:var(--soft);stroke-dasharray:4 4}
 .tick{fill:var(--soft);font-size:12px;font-variant-numeric:tabular-nums}
 .curve{fill:none;stroke-width:2;stroke-linejoin:round}
-.curve.faint{stroke:var(--s0);stroke-width:1;opacity:.3}
+.curve.faint{stroke:var(--s0);stroke-width:1;opacity:.4}
 .keys{display:flex;flex-wrap:wrap;gap:2px 16px;color:var(--soft);font-size:13px;margin:0}
 .keys i{font-style:normal;opacity:.85}
 .key::before{content:"";display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px;vertical-align:-1px}
-.key.faint::before{background:var(--s0);opacity:.3}
+.key.faint::before{background:var(--s0);opacity:.4}
 .key:empty{display:none}
 div.keys{margin-top:8px}p.keys{margin-bottom:8px}
+div.facts{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:12px 28px;align-items:start}
+div.facts dl{margin-top:0}
 dl{display:grid;grid-template-columns:minmax(140px,max-content) 1fr;gap:3px 22px;margin:14px 0}
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
 .scroll{overflow-x:auto}
@@ -117,13 +69,18 @@ td{font-variant-numeric:tabular-nums}td:last-child{overflow-wrap:anywhere;paddin
 code,pre{font:13px/1.45 ui-monospace,"SF Mono",Menlo,Consolas,monospace}
 pre{background:var(--box);border-radius:8px;padding:14px 16px;margin:8px 0;white-space:pre-wrap;overflow-wrap:anywhere}
 pre.config{columns:2 340px;column-gap:32px}
+table.answers{table-layout:fixed}
+.said{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.45 ui-monospace,"SF Mono",Menlo,Consolas,monospace}
 mark{background:var(--mark);color:inherit;border-radius:2px;padding:0 1px}
-@media(max-width:760px){.charts{grid-template-columns:1fr}}
+@media(max-width:760px){.charts,div.facts{grid-template-columns:minmax(0,1fr)}}
+@media screen{.scroll table{min-width:600px}}
 @page{size:A4;margin:14mm}
 @media print{
 body{font-size:10.5pt}main{max-width:none;padding:0}
 h2{break-after:avoid}figure,tr,.figures div,pre.sample{break-inside:avoid}
-.charts{grid-template-columns:repeat(2,minmax(0,1fr));gap:12px 18px}
+.charts,div.facts{grid-template-columns:repeat(2,minmax(0,1fr));gap:12px 18px}
+dl{grid-template-columns:minmax(90px,max-content) 1fr;gap:2px 14px;break-inside:avoid}
+pre.config{columns:2;column-gap:24px}code,pre,.said{font-size:8.5pt}
 .figures div,pre{background:none;border:1px solid var(--line)}
 .scroll{overflow:visible}.tick{font-size:15px}td:not(:last-child){white-space:normal}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from qlora_cli import generate as asking
+from qlora_cli.answers import kept
 from qlora_cli.attempt import Commands
 from qlora_cli.generate import GenerateError, Models, Options
 
@@ -23,11 +24,20 @@ TWO_MODELS = Models("base", "adapter")
 FAILS = "import sys; print('ValueError: no such folder', file=sys.stderr); sys.exit(3)"
 
 
-def ask(program, models=TWO_MODELS):
+def ask(program, models=TWO_MODELS, folder=None):
     options = Options(("--what?", "two"), 9, sample=True)
     console = Console(file=io.StringIO(), width=120, markup=False, emoji=False, highlight=False)
-    code = asking.generate(models, options, console, Commands(generate=(sys.executable, "-c", program)))
+    code = asking.generate(models, options, console, Commands(generate=(sys.executable, "-c", program)), folder)
     return code, console.file.getvalue()
+
+
+def test_answers_are_kept_beside_the_run(tmp_path):
+    ask(ANSWERS, folder=tmp_path)
+    ask(FAILS, folder=tmp_path)
+    assert [(a.prompt, a.base, a.merged) for a in kept(tmp_path)] == [
+        ("--what?", "I do not know [/b].", None),
+        ("two", "I do not know [/b].", None),
+    ]
 
 
 def test_answers_stand_side_by_side():

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from qlora_cli import main, report_history
+from qlora_cli.answers import Answer, keep, kept
 from qlora_cli.report_charts import MOST_POINTS, Curve, Mark, lines, thinned, ticks
 
 RECEIPT = {
@@ -90,6 +91,52 @@ def test_a_finished_run_has_every_section(workplace, report):
     assert "NVIDIA H100 80GB HBM3" in page
     assert "<mark>A small number.</mark>" in page
     assert "microBatchSize: 4" in page
+
+
+def test_the_environment_of_the_last_attempt_is_on_the_page(workplace, report):
+    workplace.run()
+    begins = {"attempt": 1, "fromStep": 0, "time": 1.0, "device": "NVIDIA H100 80GB HBM3"}
+    found = {
+        "torch": "2.15.0",
+        "bitsandbytes": "0.50.2",
+        "driver": "580.82",
+        "cuda": "13.0",
+        "gpuMemory": str(80 << 30),
+    }
+    checkpoint(
+        workplace, 1, {**begins, "environment": {"torch": "2.14.0"}}, {**begins, "attempt": 2, "environment": found}
+    )
+    page = report("quick")
+    for name, value in (("Driver", "580.82"), ("CUDA", "13.0"), ("torch", "2.15.0"), ("bitsandbytes", "0.50.2")):
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in page
+    assert "NVIDIA H100 80GB HBM3, 80.00 GiB" in page
+    assert "2.14.0" not in page
+
+
+def test_answers_of_base_and_adapter_are_on_the_page_once_they_were_asked(workplace, report):
+    workplace.run()
+    assert "qlora generate --run quick" in report("quick")
+    keep(
+        workplace.run_folder, [Answer(prompt="1+1=", base="3", adapter="4"), Answer(prompt="<b>", base="", adapter="y")]
+    )
+    keep(workplace.run_folder, [Answer(prompt="1+1=", base="3", adapter="2")])
+    page = report("quick")
+    assert [a.adapter for a in kept(workplace.run_folder)] == ["y", "2"]
+    assert "<h2>Base and adapter</h2>" in page
+    assert "<div class=said>2</div>" in page
+    assert "<div class=said>4</div>" not in page
+    assert "&lt;b&gt;" in page
+    assert "(nothing)" in page
+
+
+def test_rows_are_shown_by_their_tokens(workplace, report):
+    workplace.run()
+    record = json.loads((workplace.run_folder / "run.json").read_text())
+    record["receipt"]["lengths"] = {"256": 60, "512": 4}
+    (workplace.run_folder / "run.json").write_text(json.dumps(record))
+    page = report("quick")
+    for text in ("Rows by tokens", "≤ 256", "≤ 512", ">60<", ">4<"):
+        assert text in page
 
 
 def test_the_page_needs_nothing_else_and_runs_nothing(workplace, report):

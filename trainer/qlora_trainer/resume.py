@@ -11,6 +11,7 @@ from torch import Tensor
 from qlora_trainer import state
 from qlora_trainer.attempt import Run, Trainer
 from qlora_trainer.checkpoints import Checkpoint, FileEntry, pack_tensors, unpack_tensors
+from qlora_trainer.environment import environment
 from qlora_trainer.errors import CheckpointError, UserError
 from qlora_trainer.history import HISTORY_FILE
 from qlora_trainer.reshard import reshard
@@ -86,6 +87,7 @@ def note_attempt(trainer: Trainer, step: int) -> None:
         gradientAccumulationSteps=batch.gradient_accumulation_steps,
         gradientCheckpointing=config.gradient_checkpointing,
         device=trainer.board.device,
+        environment=environment(),
     )
 
 

@@ -1,0 +1,52 @@
+"""What base, adapter and merged model of a run answered, kept beside the run for its report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+FILE = "answers.jsonl"
+MOST = 100
+
+
+class Answer(BaseModel):
+    """One line of the trainer's output."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    prompt: str
+    base: str | None = None
+    adapter: str | None = None
+    merged: str | None = None
+
+
+def kept(folder: Path) -> list[Answer]:
+    """The answers of a run, each prompt once, the oldest first. What cannot be read is left out."""
+    try:
+        lines = (folder / FILE).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            found.append(Answer.model_validate_json(line))
+        except ValidationError:
+            continue
+    return found
+
+
+def keep(folder: Path, answers: Iterable[Answer]) -> None:
+    """Lay answers beside a run; one to the same prompt takes the earlier one's place."""
+    every: dict[str, Answer] = {}
+    for answer in (*kept(folder), *answers):
+        every.pop(answer.prompt, None)
+        every[answer.prompt] = answer
+    text = "".join(answer.model_dump_json() + "\n" for answer in [*every.values()][-MOST:])
+    fresh = folder / f"{FILE}.new"
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(folder / FILE)

@@ -1,0 +1,21 @@
+"""What is noted of the machine and the packages with each attempt."""
+
+import pytest
+import torch
+
+from qlora_trainer.environment import environment
+
+
+def test_versions_and_the_machine_are_named():
+    found = environment()
+    assert found["torch"] == torch.__version__.partition("+")[0] or found["torch"] == torch.__version__
+    assert {"python", "bitsandbytes", "system"} <= found.keys()
+    assert all(isinstance(value, str) and value for value in found.values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_card_has_a_driver_and_memory():
+    found = environment()
+    assert found["driver"]
+    assert found["cuda"] == torch.version.cuda
+    assert int(found["gpuMemory"]) > 1 << 30

@@ -1,0 +1,23 @@
+"""What a training ran on and with: for whoever asks later why two runs differ."""
+
+from __future__ import annotations
+
+import platform
+from contextlib import suppress
+
+import pynvml
+import torch
+
+from qlora_trainer.manifest import installed_packages
+
+
+def environment() -> dict[str, str]:
+    """Versions of packages, CUDA and driver, the card's memory, the machine."""
+    found = installed_packages()
+    if torch.cuda.is_available():
+        found["cuda"] = str(torch.version.cuda)
+        found["gpuMemory"] = str(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlInit()
+            found["driver"] = str(pynvml.nvmlSystemGetDriverVersion())
+    return {**found, "system": platform.platform()}
