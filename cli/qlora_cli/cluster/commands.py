@@ -103,7 +103,7 @@ def list_jobs(
             out.say_next(f"{program()} init", f"{program()} {'run' if local else 'submit'} JOB.yaml{target.flags()}")
             return
         head, rows = listing.table(views, datetime.now(UTC), everywhere=everywhere, local=local)
-        out.print_table(out.console(), head, rows, right=listing.NUMBERS)
+        out.print_table(out.console(), head, rows, right=listing.NUMBERS, spare=listing.SPARE)
         out.say_next(listing.next_command(views, program(), target.flags()))
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from qlora_cli.cluster.target import Cluster
 
 NUMBERS = ("LOSS", "EVAL", "ETA", "RESTARTS", "GPU-MEM", "AGE")
+SPARE = ("GPU-MEM", "RESTARTS", "EVAL")
+"""Columns that give their room to a message, one after the other."""
 MESSAGE = 160
 
 

@@ -49,13 +49,23 @@ def state_cell(state: str) -> Cell:
     return Cell(state, STATE_STYLES.get(state, ""))
 
 
+ROOM = 28
+"""Letters of a message that say something."""
+
+
 def aligned(
-    head: Sequence[str], rows: Iterable[Sequence[str | Cell]], width: int | None = None, *, right: Sequence[str] = ()
+    head: Sequence[str],
+    rows: Iterable[Sequence[str | Cell]],
+    width: int | None = None,
+    *,
+    right: Sequence[str] = (),
+    spare: Sequence[str] = (),
 ) -> list[Text]:
     """Rows as lines under a head, columns aligned with two spaces between. Columns that are empty throughout are gone.
 
     The last cell of a row that is shorter than the head takes the room of all columns that it has not. With a ``width``
-    lines that are longer are cut.
+    lines that are longer are cut; before the last column has less than ``ROOM``, those named ``spare`` are given up,
+    one after the other.
     """
     cells = [[c if isinstance(c, Cell) else Cell(c) for c in row] for row in rows]
     full = [row for row in cells if len(row) == len(head)]
@@ -65,6 +75,11 @@ def aligned(
         i: max([len(head[i]), *(len(row[i].text) for row in cells if i < len(row) - (len(row) < len(head)))])
         for i in kept
     }
+    for name in spare:
+        last = kept[-1]
+        left = (width or 0) - sum(widths[i] + 2 for i in kept[:-1])
+        if width is not None and left < min(widths[last], ROOM) and head.index(name) in kept[:-1]:
+            kept.remove(head.index(name))
     columns = [(i, widths[i], head[i] in right) for i in kept]
     lines = [_line([Cell(name, "dim") for name in head], columns)]
     lines += [_line(row, columns) for row in cells]
@@ -90,10 +105,15 @@ def _line(row: Sequence[Cell], columns: Sequence[tuple[int, int, bool]]) -> Text
 
 
 def print_table(
-    screen: Console, head: Sequence[str], rows: Iterable[Sequence[str | Cell]], *, right: Sequence[str] = ()
+    screen: Console,
+    head: Sequence[str],
+    rows: Iterable[Sequence[str | Cell]],
+    *,
+    right: Sequence[str] = (),
+    spare: Sequence[str] = (),
 ) -> None:
     """On a terminal no wider than it; elsewhere as wide as it is, for grep and awk."""
-    lines = aligned(head, rows, screen.width if screen.is_terminal else None, right=right)
+    lines = aligned(head, rows, screen.width if screen.is_terminal else None, right=right, spare=spare)
     for line in lines:
         screen.print(line, soft_wrap=True)
 

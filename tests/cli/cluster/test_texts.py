@@ -30,6 +30,18 @@ def test_list(golden, everywhere):
     golden(f"list{'-everywhere' if everywhere else ''}.txt", text(lines))
 
 
+def test_a_list_gives_columns_up_before_its_messages():
+    head, rows = listing.table([view(j) for j in ALL], NOW, everywhere=True)
+    wide, middle, narrow = (
+        output.aligned(head, rows, width, right=listing.NUMBERS, spare=listing.SPARE) for width in (400, 130, 105)
+    )
+    assert all(name in wide[0].plain for name in (*listing.SPARE, "MESSAGE"))
+    assert listing.SPARE[0] not in middle[0].plain
+    assert not any(name in narrow[0].plain for name in listing.SPARE)
+    at = narrow[0].plain.index("MESSAGE")
+    assert max(len(line.plain) - at for line in narrow) >= 20
+
+
 @pytest.mark.parametrize("body", [running(), succeeded(), failed(), waiting()], ids=lambda b: b["status"]["state"])
 def test_show(golden, body):
     golden(f"show-{body['status']['state'].lower()}.txt", text(showing.page(view(body), body, NOW, 100)))
