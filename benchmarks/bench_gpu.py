@@ -50,10 +50,9 @@ def measure_ours(lengths: tuple[int, ...], *, recompute: bool, profile: Path | N
     import torch  # noqa: PLC0415 the process that only asks others needs none
 
     from qlora_api.batch import BatchSplit  # noqa: PLC0415
-    from qlora_trainer.engine import Ranks, apply_update, wrap_deepspeed  # noqa: PLC0415
+    from qlora_trainer.engine import Ranks, accumulate, apply_update, wrap_deepspeed  # noqa: PLC0415
     from qlora_trainer.loss import NextTokenLoss  # noqa: PLC0415
     from qlora_trainer.model import add_lora, enable_gradient_checkpointing  # noqa: PLC0415
-    from qlora_trainer.train import accumulate  # noqa: PLC0415
     from random_base import random_base  # noqa: PLC0415
 
     ranks = Ranks(0, 0, 1, torch.device("cuda", 0))

@@ -108,6 +108,7 @@ class Published:
                 fused_norm=True,
                 fused_rotation=True,
                 fused_adapter=self.fused_adapter,
+                peft=not self.fused_adapter,
                 reentrant=True,
                 logits_per_chunk=rows * 128256,
             ),

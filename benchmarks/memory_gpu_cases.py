@@ -85,7 +85,7 @@ def cases() -> Iterator[dict[str, Any]]:
         yield {"base": "llama-1b", "rows": _UNEVEN, "recomputes": False, **change}
     for rows, again in product(([2048] * 4, [4096], [8192], [16384]), (True, False)):
         yield {"base": "llama-8b", "rows": rows, "recomputes": again}
-    for change in _CHANGES:
+    for change in (*_CHANGES[:2], *_CHANGES[3:6], _CHANGES[7], _CHANGES[11]):
         yield {"base": "llama-8b", "rows": [4096], "recomputes": True, **change}
 
 

@@ -111,6 +111,7 @@ def measure(
     finally:
         model.unload()
         base.gradient_checkpointing_disable()
+        base.disable_input_require_grads()  # switched on with checkpointing, and not off with it
         base.requires_grad_(requires_grad=False)
     return found
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_api.spec import QuantizationSpec, QuantizationType
 from qlora_trainer.attention import choose_attention, register
-from qlora_trainer.model import compute_dtype, linear_layers
+from qlora_trainer.model import compute_dtype, linear_layers, ready_base
 
 SEED = 42
 OUTLIERS = 6.0
@@ -36,15 +36,16 @@ def random_base(
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     kind = AutoModelForCausalLM._model_mapping[type(config)]  # noqa: SLF001 as the trainer does
     dtype = compute_dtype(quantization)
-    attention = attention or choose_attention(kind, config, device, dtype)
+    attention = attention or choose_attention(kind, config)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     generator = torch.Generator(device).manual_seed(SEED)
+    deviation = 0.005 if quantization.type is QuantizationType.INT8 else 0.02  # a trained base has few outliers
 
     def weights(shape: torch.Size) -> torch.Tensor:
         if len(shape) == 1:  # of norms
             return torch.ones(shape, dtype=dtype, device=device)
-        return torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02, generator=generator)
+        return torch.empty(shape, dtype=dtype, device=device).normal_(std=deviation, generator=generator)
 
     if quantization.type is not QuantizationType.NONE:
         for name, linear in linear_layers(model).items():
@@ -59,8 +60,7 @@ def random_base(
     # PEFT looks here for the kind of LoRA layer.
     model.is_loaded_in_4bit = quantization.type in (QuantizationType.NF4, QuantizationType.FP4)
     model.is_loaded_in_8bit = quantization.type is QuantizationType.INT8
-    model.config.use_cache = False
-    return model.requires_grad_(requires_grad=False)
+    return ready_base(model, quantization)
 
 
 def _quantized(linear: Any, weight: torch.Tensor, quantization: QuantizationSpec) -> nn.Module:
@@ -81,7 +81,6 @@ def _quantized(linear: Any, weight: torch.Tensor, quantization: QuantizationSpec
             compress_statistics=quantization.double_quantization,
         )
         layer.weight = packed.to(weight.device)
-        layer.support_avx512bf16_for_cpu = False
     if bias:
         layer.bias = nn.Parameter(torch.empty(outputs, dtype=weight.dtype, device="meta"), requires_grad=False)
     return layer

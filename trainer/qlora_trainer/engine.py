@@ -194,6 +194,7 @@ def accumulate(engine: Any, step: Step, ranks: Ranks) -> float:
         with ranks.heartbeat.during(Section.BACKWARD):
             engine.backward(losses * (ranks.world_size / step.target_tokens), scale_wrt_gas=False)
         loss_sum += losses.detach().double()
+        del losses  # and its graph, before the next forward pass
     with ranks.heartbeat.during(Section.COLLECTIVE):  # on a GPU all that was asked of it is waited for here
         return loss_sum.item()
 

@@ -20,6 +20,7 @@ from qlora_api.spec import ComputeType, LoRABias, LoRASpec, QuantizationSpec, Qu
 from qlora_api.status import MemoryComponent
 from qlora_trainer.attention import choose_attention, register
 from qlora_trainer.errors import UserError
+from qlora_trainer.kernels import forget_inputs, fuse_adapters, fuse_norms
 
 _BIAS = {LoRABias.NONE: "none", LoRABias.ALL: "all", LoRABias.LORA_ONLY: "lora_only"}
 _LINEAR = (nn.Linear, Linear4bit, Linear8bitLt)
@@ -70,6 +71,11 @@ def load_base(path: Path, quantization: QuantizationSpec, device: torch.device, 
         use_safetensors=True,
         trust_remote_code=False,
     )
+    return ready_base(model, quantization)
+
+
+def ready_base(model: Any, quantization: QuantizationSpec) -> Any:
+    """A base that was loaded, frozen and with its layers as the trainer has them."""
     model.requires_grad_(requires_grad=False)
     model.config.use_cache = False
     for layer in model.modules():
@@ -78,6 +84,8 @@ def load_base(path: Path, quantization: QuantizationSpec, device: torch.device, 
             # Else bitsandbytes 0.50 re-packs the weights in the first eval-mode forward on a CPU, for good, with bf16
             # absmax and for a kernel without a backward: gradients of later training steps would stop there silently.
             layer.support_avx512bf16_for_cpu = False
+    fuse_norms(model)
+    forget_inputs(model)
     return model
 
 
@@ -194,6 +202,7 @@ def add_lora(model: Any, lora: LoRASpec, seed: int, model_name: str = "the base 
     except ValueError as error:  # layers that PEFT knows it cannot adapt
         raise UserError("spec.lora.targetModules", ", ".join(targets), f"cannot be adapted: {error}") from error
     hold_trainable_in_fp32(peft_model, model.dtype)
+    fuse_adapters(peft_model)
     return peft_model
 
 

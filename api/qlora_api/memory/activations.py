@@ -33,7 +33,7 @@ class Activations:
     saved_by_loss: int
     """Held by head and loss from the forward to the backward pass."""
     inputs: int
-    """The micro-batch itself, cos and sin, and masks."""
+    """The micro-batch itself, cos and sin, masks, and embeddings where they are not the first layer's input."""
 
 
 def activations(shape: ModelShape, setting: Setting, *, checkpointing: bool) -> Activations:
@@ -55,6 +55,8 @@ def activations(shape: ModelShape, setting: Setting, *, checkpointing: bool) -> 
         layer_peak = max(again + boundary, tape.backward_peak(outside) + output)
     else:
         layer_peak = tape.backward_peak(outside) - tape.saved(outside)
+    # Learned positions make another tensor of the embeddings, which stay: transformers has them need a gradient.
+    embeddings = boundary if checkpointing and rotation is None else 0
     loss, saved = head_and_loss(shape, setting)
     return Activations(
         stored=stored,
@@ -62,8 +64,9 @@ def activations(shape: ModelShape, setting: Setting, *, checkpointing: bool) -> 
         layer=layer_peak,
         saved_by_loss=saved,
         inputs=INDICES * INT64 * setting.tokens
+        + embeddings
         + (rotation.size if rotation else 0)
-        + mask_bytes(shape.layers[0].attention, setting.tokens, setting.width, cuda=setting.cuda),
+        + mask_bytes(shape.layers[0].attention, setting.tokens, setting.width),
     )
 
 
@@ -106,11 +109,11 @@ def decoder_layer(
     x = pen.value(hidden, learns=learns)
     if layer.norms == 1:  # Phi: attention and feed-forward part side by side, behind one norm
         normed = pen.norm(x, layer.norm)
-        attended = pen.dropout(self_attention(pen, normed, layer.attention), layer.dropout)
+        attended = pen.dropout(self_attention(pen, normed, layer.attention, layer.norm), layer.dropout)
         forward = pen.dropout(_forward(pen, normed, layer), layer.dropout)
         pen.add(pen.add(attended, forward), x)
         return pen.tape, x
-    attended = self_attention(pen, pen.norm(x, layer.norm), layer.attention)
+    attended = self_attention(pen, pen.norm(x, layer.norm), layer.attention, layer.norm)
     attended = pen.norm(attended, layer.norm) if layer.norms == 4 else attended
     middle = pen.add(x, pen.dropout(attended, layer.dropout))
     forward = _forward(pen, pen.norm(middle, layer.norm), layer)

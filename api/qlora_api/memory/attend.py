@@ -6,11 +6,11 @@ The GPU's kernel is ``torch.nn.attention.varlen`` and cannot run on a CPU; the C
 from __future__ import annotations
 
 from qlora_api.memory.parts import FP32, Pen
-from qlora_api.memory.shape import Attention, AttentionKind
+from qlora_api.memory.shape import Attention, AttentionKind, Norm
 from qlora_api.memory.tape import Value
 
 
-def self_attention(pen: Pen, x: Value, attention: Attention) -> Value:
+def self_attention(pen: Pen, x: Value, attention: Attention, norm: Norm = Norm.RMS) -> Value:
     """Query, key and value, rotated; attention; output."""
     heads, pairs, dim = attention.heads, attention.key_value_heads, attention.head_dim
     if attention.fused is not None:
@@ -23,7 +23,7 @@ def self_attention(pen: Pen, x: Value, attention: Attention) -> Value:
         key = pen.linear(x, attention.key) if attention.key else x
         value = pen.linear(x, attention.value) if attention.value else x
     if attention.query_key_norm:
-        query, key = pen.norm(query, groups=heads), pen.norm(key, groups=pairs)
+        query, key = pen.norm(query, norm, groups=heads), pen.norm(key, norm, groups=pairs)
     if attention.rotary_dim:
         query, key = _rotated(pen, query), _rotated(pen, key)
     out = _scores(pen, attention, query, key, value)
@@ -152,7 +152,7 @@ def _eager(pen: Pen, attention: Attention, query: Value, key: Value, value: Valu
     return pen.tape.record(out, elements=query.elements, width=pen.width)  # contiguous
 
 
-def mask_bytes(attention: Attention, tokens: int, width: int, *, cuda: bool) -> int:
+def mask_bytes(attention: Attention, tokens: int, width: int) -> int:
     """The [T, T] masks that are made once for all layers.
 
     Of booleans for ``sdpa``; of numbers where scores are written out, there for full and for sliding attention.

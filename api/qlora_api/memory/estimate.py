@@ -13,7 +13,7 @@ from qlora_api.memory.activations import Activations, activations
 from qlora_api.memory.gpus import CUBLAS_BYTES, MIB, Gpu
 from qlora_api.memory.optimizer import TrainingState, training_state
 from qlora_api.memory.setting import OURS, Setting, Software
-from qlora_api.memory.shape import Experts, Linear, ModelShape
+from qlora_api.memory.shape import AttentionKind, Experts, Linear, ModelShape
 from qlora_api.memory.weights import (
     Adapter,
     compute_width,
@@ -25,14 +25,17 @@ from qlora_api.memory.weights import (
 from qlora_api.spec import LoRASpec, Optimizer, ParallelismSpec, QuantizationSpec, QuantizationType
 from qlora_api.status import MemoryComponent
 
-CONTEXT_BYTES = 600 * MIB
-"""CUDA context with lazily loaded kernels: 300 to 600 MiB (pytorch/pytorch#107667, and 612 MiB on an H200 in
-PyTorch's out-of-memory messages). Not in PyTorch's own count."""
-NCCL_BYTES = 688 * MIB
-"""Of one communicator of more than two ranks on NVLink (NVIDIA/nccl#964). Not in PyTorch's own count."""
+CONTEXT_BYTES = 720 * MIB
+"""CUDA context (619 MiB), cuBLAS (66) and kernels that are loaded when they are first used: measured on an H200. Not in
+PyTorch's own count."""
+NCCL_BYTES = (490 * MIB, 688 * MIB)
+"""Of one communicator with one rank, measured on an H200, and with more than two on NVLink (NVIDIA/nccl#964). Not in
+PyTorch's own count."""
+COMMUNICATORS = 2
+"""The trainer's own collectives, and DeepSpeed's."""
 FRAGMENTATION = 0.04
-"""Share of what is allocated that lies between blocks, unusable. A measured success at the edge: 80.32 GB allocated
-on a card that gives 84.98 GB (fms-acceleration, Llama-3-8B, A100-80), where context and this share are 4.66 GB."""
+"""Share of what is allocated that lies between blocks, unusable. Measured on an H200: 0.2 to 4%, and where scores are
+written out up to one tensor of them more, since freed blocks of that size are not cut up."""
 PERSISTENT = 100_000
 """Elements up to which ZeRO-3 keeps a parameter whole: ``stage3_param_persistence_threshold``."""
 MOST_LIVE = 1_000_000_000
@@ -138,15 +141,15 @@ def estimate(run: Run, gpu: Gpu | None = None) -> MemoryEstimate:
     moments = {
         Moment.LOADING: full
         | {MemoryComponent.DEQUANTIZED_WEIGHTS: compute_width(run.quantization) * run.shape.largest},
-        Moment.LOSS: always | _while_loss(forward, gradients),
+        Moment.LOSS: always | _while_loss(run, state, forward, gradients),
         Moment.BACKWARD: always | _while_backward(run, adapter, forward, gradients),
         Moment.UPDATE: always | _while_update(run, state),
     }
     peak = max(sum(sizes.values()) for sizes in moments.values())
     return MemoryEstimate(
         moments=moments,
-        context_bytes=CONTEXT_BYTES + (NCCL_BYTES if run.world_size > 1 else 0) if run.cuda else 0,
-        fragmentation_bytes=int(FRAGMENTATION * peak) if run.cuda else 0,
+        context_bytes=CONTEXT_BYTES + COMMUNICATORS * NCCL_BYTES[run.world_size > 1] if run.cuda else 0,
+        fragmentation_bytes=int(FRAGMENTATION * peak) + _scores(run) if run.cuda else 0,
         paged_bytes=state.paged if run.cuda else 0,
         host_bytes=state.host,
     )
@@ -185,8 +188,17 @@ def _activations(run: Run, adapter: Adapter) -> Activations:
     return activations(run.shape, _setting(run, adapter), checkpointing=run.checkpointing)
 
 
-def _while_loss(forward: Activations, gradients: int) -> dict[MemoryComponent, int]:
+def _scores(run: Run) -> int:
+    """Bytes of one tensor of scores in fp32, where they are written out."""
+    attention, tokens = run.shape.layers[0].attention, sum(run.rows)
+    return 4 * attention.heads * tokens * tokens if attention.kind is AttentionKind.EAGER else 0
+
+
+def _while_loss(run: Run, state: TrainingState, forward: Activations, gradients: int) -> dict[MemoryComponent, int]:
+    """Stage 2 has its buckets in the backward pass alone; the others keep them (``stage_1_and_2.setup_buckets``)."""
+    buckets = 0 if run.parallelism.zero_stage == 2 else state.backward_buffers
     return {
+        MemoryComponent.COLLECTIVE_BUFFERS: _gathered(run) + buckets,
         MemoryComponent.ACTIVATIONS: forward.stored + forward.inputs,
         MemoryComponent.LOGITS: forward.loss,
         MemoryComponent.GRADIENTS: gradients,

@@ -50,8 +50,7 @@ def _experts(pen: Pen, x: Value, experts: Experts) -> Value:
     chosen = tape.record(x, elements=pairs * x.elements // pen.tokens, width=width, saves=(orders[0],))
     picked = tape.record(weights, elements=pairs, width=weights.width, saves=(orders[1],))
     both = tape.record(chosen, elements=2 * pairs * experts.intermediate, width=width)
-    half = Value(pairs * experts.intermediate, width, learns=False)
-    inner = pen.gated(both, half)
+    inner = pen.gated(both)
     down = tape.record(inner, elements=chosen.elements, width=width)
     weighted = pen.product(down, picked, down.elements)
     restored = tape.record(

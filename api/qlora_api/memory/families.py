@@ -71,7 +71,13 @@ class Family:
     """Key of the number of experts."""
 
 
-_GEMMA = Family(bias_key="attention_bias", tied=True, head_dim=256, activation=("hidden_act", "gelu_pytorch_tanh"))
+_GEMMA = Family(
+    bias_key="attention_bias",
+    norm=Norm.SHIFTED,
+    tied=True,
+    head_dim=256,
+    activation=("hidden_act", "gelu_pytorch_tanh"),
+)
 FAMILIES: dict[str, Family] = {
     "llama": Family(bias_key="attention_bias"),
     "mistral": Family(),
@@ -80,6 +86,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": _GEMMA,
     "gemma2": Family(
         bias_key="attention_bias",
+        norm=Norm.SHIFTED,
         tied=True,
         head_dim=256,
         norms=4,
@@ -89,6 +96,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma3_text": Family(
         bias_key="attention_bias",
+        norm=Norm.SHIFTED,
         tied=True,
         head_dim=256,
         norms=4,

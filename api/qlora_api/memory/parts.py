@@ -35,9 +35,10 @@ class Pen:
     # --------------------------------------------------------------------------------------------------------- norms
 
     def norm(self, x: Value, kind: Norm = Norm.RMS, groups: int = 1) -> Value:
-        """RMS: 4·H + 4 (an fp32 copy of x, and 1/rms). Layer: w·H (x itself) + mean and 1/deviation.
+        """RMS: w·H + 4 (x itself, and 1/rms). Written out: 4·H + 4 (an fp32 copy of x). Layer: w·H + 8.
 
-        transformers' LlamaRMSNorm.forward; ``torch.native_layer_norm``.
+        ``torch.nn.functional.rms_norm`` on a GPU (``qlora_trainer.kernels.fuse_norms``), transformers' own
+        GemmaRMSNorm.forward, and all on a CPU; ``torch.native_layer_norm``.
         """
         rows = self.tokens * groups
         if kind is Norm.LAYER:
@@ -45,7 +46,7 @@ class Pen:
             statistics = [Value(rows, statistic, learns=False) for _ in range(2)]
             return self.tape.record(x, elements=x.elements, width=self.width, saves=(x, *statistics))
         scale = Value(rows, FP32, learns=False)
-        if self.setting.software.fused_norm:
+        if self.setting.software.fused_norm or (kind is Norm.RMS and self.setting.cuda):
             return self.tape.record(x, elements=x.elements, width=self.width, saves=(x, scale))
         wide = x if x.width == FP32 else self.tape.record(x, elements=x.elements, width=FP32)
         copy = FP32 * x.elements
@@ -61,23 +62,60 @@ class Pen:
     def linear(self, x: Value, layer: Linear, *, is_head: bool = False) -> Value:
         """Frozen base: nothing. Adapted: w·inputs (x, shared by layers that read it) + w·rank, and once w·(A + B).
 
-        bitsandbytes.autograd.MatMul4Bit keeps no activation, since W is frozen; in INT8 it keeps x. W is dequantized
-        whole, forward and backward; the head never is quantized. PEFT's Linear4bit.forward clones the base's output.
+        bitsandbytes.autograd.MatMul4Bit keeps no activation, since W is frozen, nor does MatMul8bitLt, after
+        ``qlora_trainer.kernels.forget_inputs``. W is dequantized whole, forward and backward; the head never is
+        quantized.
         """
-        adapted = layer.name in self.setting.adapter.names
-        keeps = (x,) if self.setting.quantization.type is QuantizationType.INT8 and self.setting.cuda else ()
+        adapted, software = layer.name in self.setting.adapter.names, self.setting.software
+        added = (self._added(x, layer),) if adapted and self._adds else ()
         out = self.tokens * layer.outputs
         weight = 0 if is_head else self.setting.dequantized(layer.elements)
         base = self.tape.record(
-            x, elements=out, width=self.width, saves=keeps, workspace=weight, backward_workspace=weight
+            x,
+            *added,
+            elements=out,
+            width=self.width,
+            workspace=weight if is_head else self._product_workspace(layer, weight),
+            backward_workspace=weight,
         )
-        if not adapted:
+        if not adapted or added:
             return base
-        if self.setting.software.fused_adapter:
+        if software.fused_adapter:
             return self._fused_adapter(x, base, layer)
-        return self._dora(x, base, layer) if self.setting.adapter.lora.dora else self._lora(x, base, layer)
+        return self._dora(x, base, layer) if self.setting.adapter.lora.dora else self._peft(x, base, layer)
 
-    def _lora(self, x: Value, base: Value, layer: Linear) -> Value:
+    @property
+    def _adds(self) -> bool:
+        """Whether the update is added in the product itself: not in fp32, nor with DoRA (``kernels.fuse_adapters``)."""
+        software = self.setting.software
+        plain = self.width != FP32 and not self.setting.adapter.lora.dora
+        return plain and not (software.fused_adapter or software.peft)
+
+    def _product_workspace(self, layer: Linear, weight: int) -> int:
+        """Besides input and output of a frozen layer's forward: its weight; in INT8 on a GPU what is multiplied.
+
+        T·max(6·inputs, 6·outputs + inputs): the input in fp16, its absolute values and which are too large; then the
+        input in 8 bit, the product in 32 and in fp16. Inputs with outliers need more.
+        bitsandbytes' backends/cuda/ops.py, ``int8_vectorwise_quant``, ``int8_mm_dequant``.
+        """
+        if self.setting.quantization.type is not QuantizationType.INT8 or not self.setting.cuda:
+            return weight
+        return self.tokens * max(6 * layer.inputs, 6 * layer.outputs + layer.inputs)
+
+    def _added(self, x: Value, layer: Linear) -> Value:
+        """A(dropout(x)), which the product with B adds to the base's output: ``qlora_trainer.kernels.fuse_adapters``.
+
+        The update is no tensor of its own, hence no bytes.
+        """
+        rank = self.setting.adapter.lora.rank
+        dropped = self.dropout(x, self.setting.dropout)
+        a, b = self._master(rank * layer.inputs), self._master(rank * layer.outputs)
+        low = self.tape.record(
+            dropped, a, elements=self.tokens * rank, width=self.width, saves=self._factors(dropped, a)
+        )
+        return self.tape.record(low, b, elements=self.tokens * layer.outputs, width=0, saves=self._factors(low, b))
+
+    def _peft(self, x: Value, base: Value, layer: Linear) -> Value:
         """result + B(A(dropout(x)))·scale. PEFT's Linear4bit.forward; the casts are ``hold_trainable_in_fp32``'s."""
         update = self._update(x, layer)
         scaled = self.tape.record(update, elements=update.elements, width=self.width)
@@ -142,9 +180,7 @@ class Pen:
     def feed_forward(self, x: Value, part: FeedForward) -> Value:
         """down(act(gate(x))·up(x)): 3·w·F besides the linear layers' own. down(act(up(x))): what act keeps."""
         if part.fused:
-            both = self.linear(x, part.up)
-            gate = self.tape.record(both, elements=both.elements // 2, width=self.width, passes_gradient=True)
-            inner = self.gated(both, gate)
+            inner = self.gated(self.linear(x, part.up))
         elif part.gate is not None:
             gate = self.linear(x, part.gate)
             active = self.activation(gate, part.activation)
@@ -154,10 +190,11 @@ class Pen:
             inner = self.activation(self.linear(x, part.up), part.activation)
         return self.linear(inner, part.down)
 
-    def gated(self, both: Value, half: Value) -> Value:
+    def gated(self, both: Value) -> Value:
         """act(gate)·up where both are halves of one tensor: that tensor, and act(gate)."""
-        active = self.tape.record(both, elements=half.elements, width=self.width, saves=(both,))
-        return self.product(active, both, half.elements)
+        gate, up = (self.tape.record(both, elements=both.elements // 2, width=self.width, view=True) for _ in range(2))
+        active = self.tape.record(gate, elements=gate.elements, width=self.width, saves=(both,))
+        return self.tape.record(active, up, elements=up.elements, width=self.width, saves=(both, active))
 
     def activation(self, x: Value, name: str) -> Value:
         """ReLU keeps its output, SiLU and GELU their input; GELU written out (``gelu_new``) four tensors."""

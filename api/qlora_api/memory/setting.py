@@ -16,11 +16,13 @@ class Software:
     """
 
     fused_norm: bool = False
-    """RMS norm in one kernel: keeps its 16-bit input and one fp32 number a token, instead of an fp32 copy."""
+    """Every RMS norm in one kernel: keeps its 16-bit input and one fp32 number a token, instead of an fp32 copy."""
     fused_rotation: bool = False
     """Rotary embedding in place."""
     fused_adapter: bool = False
     """Adapter and base in one function, which keeps (dropped) inputs alone and has no intermediate outputs."""
+    peft: bool = False
+    """The adapter as PEFT writes it: the update is a tensor, which is scaled and added."""
     reentrant: bool = False
     """The older kind of gradient checkpointing, which holds a layer's output while it goes backward."""
     fp32_embeddings: bool = False

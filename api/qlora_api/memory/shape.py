@@ -36,7 +36,9 @@ class Linear:
 
 class Norm(StrEnum):
     RMS = "RMS"
-    """Written out in transformers: computes on an fp32 copy of its input, which it keeps."""
+    """One kernel on a GPU. On a CPU written out: computes on an fp32 copy of its input, which it keeps."""
+    SHIFTED = "Shifted"
+    """Gemma's, with 1 + weight: written out everywhere."""
     LAYER = "Layer"
     """``torch.nn.functional.layer_norm``: keeps its input."""
 

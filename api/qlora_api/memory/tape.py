@@ -52,6 +52,8 @@ class Operation:
     """Bytes held while it runs backward, besides what it saved and all gradients."""
     passes_gradient: bool
     """The gradient of each input is the very tensor that came in, as for additions and views."""
+    view: bool = False
+    """The output is a part of the input: no bytes of its own, though its gradient has."""
 
 
 @dataclass
@@ -70,6 +72,7 @@ class Tape:
         workspace: int = 0,
         backward_workspace: int = 0,
         passes_gradient: bool = False,
+        view: bool = False,
     ) -> Value:
         """Append an operation.
 
@@ -82,6 +85,7 @@ class Tape:
             workspace: bytes besides inputs and output while it runs.
             backward_workspace: bytes besides gradients and what is saved while its backward runs.
             passes_gradient: the gradient goes through as it is.
+            view: the output is a part of the input.
 
         Returns:
             The output.
@@ -89,7 +93,7 @@ class Tape:
         """
         output = Value(elements, width, learns=any(value.learns for value in inputs))
         saved = ((*saves, output) if saves_output else tuple(saves)) if output.learns else ()
-        self.operations.append(Operation(inputs, output, saved, workspace, backward_workspace, passes_gradient))
+        self.operations.append(Operation(inputs, output, saved, workspace, backward_workspace, passes_gradient, view))
         return output
 
     # ------------------------------------------------------------------------------------------------------- reading
@@ -123,7 +127,7 @@ class Tape:
         live: dict[int, int] = {}
         peak = 0
         for number, operation in enumerate(self.operations):
-            if id(operation.output) not in skip:
+            if id(operation.output) not in skip and not operation.view:
                 live[id(operation.output)] = operation.output.size
             if keeps:
                 for value in operation.saved:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 from torch.nn import functional
@@ -11,7 +9,7 @@ from transformers import AutoModelForCausalLM, BloomConfig
 
 from qlora_api.spec import ComputeType, LoRASpec, QuantizationSpec, QuantizationType
 from qlora_trainer import loss as loss_module
-from qlora_trainer.attention import PACKED, choose_attention, packed_attention
+from qlora_trainer.attention import PACKED, packed_attention
 from qlora_trainer.loss import FrozenHead, NextTokenLoss, call_arguments, head_is_plain, rows_are_apart
 from qlora_trainer.model import add_lora, load_base, trainable
 
@@ -155,17 +153,3 @@ def test_soft_capped_scores_keep_transformers_own_attention(tiny_models):
 
     assert chosen("gemma2") == "eager"
     assert all(chosen(name) == PACKED for name in CONFIGS if name != "gemma2")
-
-
-def test_attention_dropout_on_a_gpu_keeps_transformers_own_masks():
-    model_class = type(AutoModelForCausalLM.from_config(CONFIGS["llama"]))
-    config = type(CONFIGS["llama"])(attention_dropout=0.1)
-    assert choose_attention(model_class, config, torch.device("cuda"), torch.bfloat16) == "sdpa"
-    assert choose_attention(model_class, config, CPU, torch.bfloat16) == PACKED
-
-
-def test_fp32_on_a_gpu_keeps_transformers_own_masks_since_flash_attention_has_16_bits_alone():
-    model_class = type(AutoModelForCausalLM.from_config(CONFIGS["llama"]))
-    chosen = partial(choose_attention, model_class, CONFIGS["llama"])
-    assert chosen(torch.device("cuda"), torch.float32) == "sdpa"
-    assert chosen(torch.device("cuda"), torch.bfloat16) == chosen(CPU, torch.float32) == PACKED
