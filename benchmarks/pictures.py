@@ -1,13 +1,23 @@
-"""Pictures for the documents, from a real training, operator and Prometheus on this machine: make pictures
+"""Pictures from real runs on this machine: make pictures, or benchmarks/pictures.py [dashboards] [report] [docs]
 
-There is no GPU in them: panels that need one say so. Takes about four minutes.
+dashboards  of a training, an operator and a Prometheus that run for it, and what commands say of the same jobs, into
+            docs/pictures. There is no GPU in them: panels that need one say so. About six minutes; needs root.
+report      the page of a run: light, dark, narrow, and as it is printed. The run is the quickstart's (make run), which
+            is made if it is not there, or the one that --run names.
+docs        pages of the documents' site, and the pictures that they use, light and dark.
+
+The last two are to be looked at: they are in build/pictures, and need Chromium. Without one, that is said.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,23 +25,40 @@ from typing import Any
 REPOSITORY = Path(__file__).parents[1]
 sys.path[:0] = [str(REPOSITORY / "observability"), str(REPOSITORY / "tests")]
 
-from draw import picture  # noqa: E402 found by the line above
+import terminal  # noqa: E402 what is below needs the line above, and this stays beside it
+from chromium import Chromium, program  # noqa: E402
+from draw import NARROW, picture  # noqa: E402
 from observability.live.stage import NAME, OTHERS, TEAM, Stage  # noqa: E402
 
 PICTURES = REPOSITORY / "docs" / "pictures"
+LOOKED_AT = REPOSITORY / "build" / "pictures"
+SITE = REPOSITORY / "build" / "site"
 DASHBOARDS = REPOSITORY / "charts" / "qlora-operator" / "dashboards"
-SEEN_SECONDS = 120
-STEPS = 80
-"""Points of a curve."""
+PROGRAMS = Path(sys.executable).parent
+SEEN_SECONDS = 150
+STEPS = 1500
+"""Of a training that takes longer than that."""
+A4 = 688
+"""Pixels of a page between its margins."""
+POINTS = 80
+"""Of a curve."""
 SHOWN: dict[str, tuple[str, ...]] = {
-    "fleet": (),
+    "fleet": (
+        *("Now", "GPUs held", "GPUs waited for", "Jobs that train", "Longest wait", "Effective GPU time", "Cost"),
+        *("Jobs that are not over", "Queue", "GPUs held and waited for", "Longest wait by reason"),
+        *("Jobs by state and reason", "What ends attempts", "Attempts that ended", "Out of memory and stalled"),
+        *("What it costs", "GPU-hours"),
+    ),
     "job": (
-        *("Loss", "Gradient norm", "Tokens per second", "Time of a step", "Time by section", "Waiting for rows"),
-        *("Done", "Time left", "Eval loss", "Attempt"),
+        *("Done", "Time left", "Loss", "Eval loss", "Attempt", "Gradient norm", "Tokens per second"),
+        *("Time of a step", "Time by section", "Waiting for rows"),
     ),
     "memory": ("Predicted and measured", "Host memory of each rank"),
 }
-"""Dashboards, and the panels of each; none: all."""
+"""Dashboards, and the panels and rows of each."""
+PAGES = ("index", "tutorials/first-run", "guides/monitoring", "reference/command-line")
+"""Of the site."""
+PROMPTS = ("def read_text(self, encoding):", "def is_valid(self, name):", "class ServerError(Exception):")
 
 
 @dataclass(frozen=True)
@@ -47,7 +74,7 @@ class Asked:
         return list(self._get("query", expression, time=f"{self.until:.3f}"))
 
     def over_time(self, expression: str) -> list[dict[str, Any]]:
-        step = max(1.0, (self.until - self.since) / STEPS)
+        step = max(1.0, (self.until - self.since) / POINTS)
         times = {"start": f"{self.since:.3f}", "end": f"{self.until:.3f}", "step": f"{step:.3f}"}
         return list(self._get("query_range", expression, **times))
 
@@ -57,29 +84,101 @@ class Asked:
         return self.prometheus._get(what, query=expression, **times)["result"]  # noqa: SLF001 ours, in tests
 
 
-def main() -> int:
-    only = sys.argv[1:] or list(SHOWN)
+def dashboards() -> None:
+    """The dashboards' queries, drawn; and what commands say of the same jobs."""
     with tempfile.TemporaryDirectory(prefix="qlora-pictures-") as folder:
-        stage = Stage(Path(folder), gpus=False, seen_seconds=SEEN_SECONDS)
+        stage = Stage(Path(folder), gpus=False, seen_seconds=SEEN_SECONDS, steps=STEPS)
         with stage:
-            stage.play()
-            since = stage.began_at - 15
-            span = round(stage.ended_at - since)
+            here = {"KUBECONFIG": str(stage.kubeconfig), "PATH": f"{PROGRAMS}:{os.environ['PATH']}"}
+            watching = terminal.Session(["qlora", "watch", "-A"], here, height=14)
+
+            def look() -> None:
+                _write("watch", terminal.picture([("qlora watch -A", watching.interrupt())]))
+                commands = (f"qlora show {NAME} -n {TEAM}", "qlora list -A")
+                said = [(command, terminal.Session(command.split(), here).end()) for command in commands]
+                _write("show", terminal.picture(said[:1]))
+                _write("list", terminal.picture(said[1:]))
+
+            stage.play(look)
+            since = stage.began_at
             variables = {
-                "$__rate_interval": "15s",
+                "$__rate_interval": "10s",
                 "$__interval": "2s",
-                "$__range": f"{span}s",
+                "$__range": f"{stage.ended_at - since:.0f}s",
                 "$namespace": f"{TEAM}|{OTHERS}",
                 "$job": NAME,
                 "$price": "2.50",
             }
             asked = Asked(stage.prometheus, since, stage.ended_at, variables)
-            PICTURES.mkdir(parents=True, exist_ok=True)
-            for name in only:
+            for name, shown in SHOWN.items():
                 board = json.loads((DASHBOARDS / f"{name}.json").read_text())
-                path = PICTURES / f"{name}.svg"
-                path.write_text(picture(board, asked, SHOWN[name]))
-                print(f"{path.relative_to(REPOSITORY)}: {path.stat().st_size / 1000:.0f} kB")
+                _write(name, picture(board, asked, shown, NARROW))
+                whole = LOOKED_AT / f"{name}-whole.svg"
+                whole.parent.mkdir(parents=True, exist_ok=True)
+                whole.write_text(picture(board, asked))
+
+
+def report(run: Path) -> None:
+    """The page of a run."""
+    qlora = str(PROGRAMS / "qlora")
+    if run == REPOSITORY / "runs" / "quickstart":
+        subprocess.run(["make", "run"], cwd=REPOSITORY, check=True)
+    asked = [f"--prompt={prompt}" for prompt in PROMPTS]
+    ask = [qlora, "generate", "--run", run.name, "--runs-dir", run.parent, *asked, "--max-new-tokens=24"]
+    subprocess.run(ask, check=True)
+    page = LOOKED_AT / "report.html"
+    subprocess.run([qlora, "report", run, "-o", page], check=True)
+
+    def shoot(browser: Chromium) -> None:
+        browser.shoot(page, LOOKED_AT / "report-light.png", 1240)
+        browser.shoot(page, LOOKED_AT / "report-dark.png", 1240, dark=True)
+        browser.shoot(page, LOOKED_AT / "report-narrow.png", 420)
+        browser.shoot(page, LOOKED_AT / "report-paper.png", A4, media="print")
+        browser.print_page(page, LOOKED_AT / "report.pdf")
+
+    _by_chromium("the report", shoot)
+
+
+def docs() -> None:
+    """Pages of the site, and all pictures that the documents use."""
+    subprocess.run(["make", "docs"], cwd=REPOSITORY, check=True)
+
+    def shoot(browser: Chromium) -> None:
+        for name in PAGES:
+            place = LOOKED_AT / f"docs-{name.replace('/', '-')}.png"
+            browser.shoot(SITE / f"{name}.html", place, 1280)
+        browser.shoot(SITE / "index.html", LOOKED_AT / "docs-dark.png", 1280, dark=True)
+        for path in (*sorted(PICTURES.glob("*.svg")), *sorted(LOOKED_AT.glob("*-whole.svg"))):
+            for shade in ("light", "dark"):
+                browser.shoot(path, LOOKED_AT / f"{path.stem}-{shade}.png", 1220, dark=shade == "dark")
+
+    _by_chromium("pages and pictures", shoot)
+
+
+def _by_chromium(what: str, shoot: Callable[[Chromium], None]) -> None:
+    path = program()
+    if path is None:
+        print(f"No Chromium on PATH: no pictures of {what}.")
+        return
+    with Chromium(path) as browser:
+        shoot(browser)
+    print(f"{what}: {LOOKED_AT.relative_to(REPOSITORY)}")
+
+
+def _write(name: str, drawn: str) -> None:
+    path = PICTURES / f"{name}.svg"
+    path.write_text(drawn)
+    print(f"{path.relative_to(REPOSITORY)}: {path.stat().st_size / 1000:.0f} kB")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", choices=("dashboards", "report", "docs"), help="default: all")
+    parser.add_argument("--run", type=Path, default=REPOSITORY / "runs" / "quickstart", help="of the report")
+    arguments = parser.parse_args()
+    makes = {"dashboards": dashboards, "report": lambda: report(arguments.run.absolute()), "docs": docs}
+    for name in arguments.what or makes:
+        makes[name]()
     return 0
 
 

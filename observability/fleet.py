@@ -11,6 +11,13 @@ TRAINING = f'qlora_section_seconds_total{{{NAMESPACE},section="Train"}}'
 ATTEMPTS = "qlora_operator_attempts_total"
 OUT_OF_MEMORY = f'{ATTEMPTS}{{reason=~"OutOf(Device|Host)Memory"}}'
 STALLED = f'{ATTEMPTS}{{reason="Stalled"}}'
+STATES = {
+    "/^Running/": "green",
+    "/^Pending/": "yellow",
+    "/^Suspended/": "purple",
+    "/^Failed/": "red",
+    "/^Succeeded/": "blue",
+}
 EFFECTIVE = (
     "Of the GPU time that is paid for, the share in which ranks trained. The rest is loading, waiting for rows, "
     "evaluation, checkpoints, publishing and what stands still."
@@ -97,6 +104,7 @@ def _queue(made: dashboard.Dashboard) -> None:
             "short",
             Query(f"sum by (state) (qlora_operator_gpus{{{NAMESPACE}}})", "{{state}}"),
             stacked=True,
+            colours={"/^Held/": "green", "/^Waiting/": "yellow"},
             min=0,
         )
     )
@@ -118,6 +126,7 @@ def _queue(made: dashboard.Dashboard) -> None:
             Query(f"sum by (state, reason) (qlora_operator_jobs{{{NAMESPACE}}})", "{{state}} · {{reason}}"),
             stacked=True,
             span=24,
+            colours=STATES,
             min=0,
         )
     )

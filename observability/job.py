@@ -5,7 +5,7 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders import dashboard
 
 from dcgm import of_job
-from parts import EACH_JOB, JOB, PERCENT, Moments, Query, board, choice, figure, lines
+from parts import EACH_JOB, JOB, NO_DCGM, NO_GPU, PERCENT, Moments, Query, board, choice, figure, lines
 
 BEFORE = " offset $__interval"
 LEFT = f"(max {EACH_JOB} (qlora_steps_planned{{{JOB}}}) - max {EACH_JOB} (qlora_step{{{JOB}}}))"
@@ -65,7 +65,7 @@ def _now(made: dashboard.Dashboard) -> None:
             Query(f"max {EACH_JOB} (qlora_eval_loss{{{JOB}}})"),
             decimals=3,
         ),
-        figure("Share of peak", PEAK_TEXT, PERCENT, Query(OF_PEAK), decimals=1),
+        figure("Share of peak", PEAK_TEXT, PERCENT, Query(OF_PEAK), decimals=1).no_value(NO_GPU),
         figure("Attempt", "The number of the one at work.", "none", Query(f"max {EACH_JOB} (qlora_attempt{{{JOB}}})")),
     ):
         made.with_panel(panel)
@@ -125,7 +125,8 @@ def _speed(made: dashboard.Dashboard) -> None:
             min=0,
         )
     )
-    made.with_panel(lines("Share of the cards' peak", PEAK_TEXT, PERCENT, Query(OF_PEAK, "share"), min=0, max=1))
+    share = lines("Share of the cards' peak", PEAK_TEXT, PERCENT, Query(OF_PEAK, "share"), min=0, max=1)
+    made.with_panel(share.no_value(NO_GPU))
     sections = f"avg by (section) (rate(qlora_section_seconds_total{{{JOB}}}[$__rate_interval]))"
     made.with_panel(
         lines(
@@ -183,7 +184,7 @@ def _ranks(made: dashboard.Dashboard) -> None:
             Query(of_job("DCGM_FI_DEV_GPU_UTIL", "gpu") + " / 100", "{{pod}} GPU {{gpu}}"),
             min=0,
             max=1,
-        )
+        ).no_value(NO_DCGM)
     )
     made.with_panel(
         lines(
@@ -192,5 +193,5 @@ def _ranks(made: dashboard.Dashboard) -> None:
             "watt",
             Query(of_job("DCGM_FI_DEV_POWER_USAGE", "gpu"), "{{pod}} GPU {{gpu}}"),
             min=0,
-        )
+        ).no_value(NO_DCGM)
     )

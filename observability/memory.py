@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders import dashboard
 
-from parts import EACH_JOB, JOB, PERCENT, Query, board, choice, figure, lines, side_by_side
+from parts import EACH_JOB, JOB, NO_GPU, PERCENT, WIDTH, Query, board, choice, figure, lines, side_by_side
 
 COMPONENT = "qlora_memory_component_bytes"
 PREDICTED = "qlora_memory_predicted_bytes"
@@ -38,7 +38,7 @@ def _now(made: dashboard.Dashboard) -> None:
             Query(f"{PLANNED_PEAK} / {PEAK}"),
             decimals=1,
         ),
-        figure("Card", "Memory of the smallest card.", "bytes", Query(f"min {EACH_JOB} ({TOTAL})")),
+        figure("Card", "Memory of the smallest card.", "bytes", Query(f"min {EACH_JOB} ({TOTAL})")).no_value(NO_GPU),
         figure(
             "Headroom now",
             "Free on the fullest card, of its memory, by NVML: other processes count too.",
@@ -46,7 +46,7 @@ def _now(made: dashboard.Dashboard) -> None:
             Query(f"min {EACH_JOB} ({FREE} / {TOTAL})"),
             decimals=1,
             max=1,
-        ),
+        ).no_value(NO_GPU),
         figure(
             "Headroom at the peak",
             "What PyTorch never took at once on the fullest card. Under 5%: a longer row may end in out of memory.",
@@ -54,7 +54,7 @@ def _now(made: dashboard.Dashboard) -> None:
             Query(f"min {EACH_JOB} (1 - {GPU}_peak_bytes{{{JOB}}} / {TOTAL})"),
             decimals=1,
             max=1,
-        ),
+        ).no_value(NO_GPU),
     ):
         made.with_panel(panel)
 
@@ -96,7 +96,8 @@ def _learned(made: dashboard.Dashboard) -> None:
             "multiplied by it. Within 0.95 and 1.15: at an edge for long, the formulas miss something.",
             PERCENT,
             Query("max by (gpu, quantization) (qlora_operator_memory_correction)", "{{gpu}}, {{quantization}}"),
-        )
+            span=WIDTH,
+        ).no_value("No job on a GPU succeeded yet")
     )
 
 
@@ -110,7 +111,7 @@ def _ranks(made: dashboard.Dashboard) -> None:
             Query(f"max by (rank) ({GPU}_allocated_bytes{{{JOB}}})", "rank {{rank}}"),
             Query(f"max by (rank) ({GPU}_peak_bytes{{{JOB}}})", "rank {{rank}}, peak", dashed=True),
             min=0,
-        )
+        ).no_value(NO_GPU)
     )
     kept = f"max by (rank) ({GPU}_reserved_bytes{{{JOB}}} - {GPU}_allocated_bytes{{{JOB}}})"
     made.with_panel(
@@ -120,7 +121,7 @@ def _ranks(made: dashboard.Dashboard) -> None:
             "bytes",
             Query(kept, "rank {{rank}}"),
             min=0,
-        )
+        ).no_value(NO_GPU)
     )
     made.with_panel(
         lines(
@@ -129,7 +130,7 @@ def _ranks(made: dashboard.Dashboard) -> None:
             "bytes",
             Query(f"min by (rank) ({FREE})", "rank {{rank}}"),
             min=0,
-        )
+        ).no_value(NO_GPU)
     )
     made.with_panel(
         lines(
@@ -141,7 +142,7 @@ def _ranks(made: dashboard.Dashboard) -> None:
                 f"max by (rank, direction) (qlora_gpu_pcie_bytes_per_second{{{JOB}}})", "rank {{rank}}, {{direction}}"
             ),
             min=0,
-        )
+        ).no_value(NO_GPU)
     )
     made.with_panel(
         lines(

@@ -13,6 +13,8 @@ from grafana_foundation_sdk.models import dashboard as models
 from grafana_foundation_sdk.models import prometheus as prometheus_models
 from grafana_foundation_sdk.models.dashboard import DataSourceRef, DynamicConfigValue, VariableOption
 
+NO_GPU, NO_DCGM = "No GPU", "DCGM's exporter is not scraped"
+"""Said in the place of figures that only they have."""
 Panel = Any
 """A builder of a panel. The SDK's have no base with ``span`` and ``height``."""
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
@@ -45,9 +47,14 @@ def lines(
     stacked: bool = False,
     bars: bool = False,
     span: int = 12,
+    colours: Mapping[str, str] | None = None,
     **limits: float,
 ) -> Panel:
-    """Curves over time. ``limits``: ``min``, ``max`` and ``decimals`` of the axis."""
+    """Curves over time.
+
+    ``colours``: shades of a colour for the names that a ``/pattern/`` matches; ``limits``: ``min``, ``max`` and
+    ``decimals`` of the axis.
+    """
     panel = (
         timeseries.Panel()
         .line_width(2)
@@ -76,6 +83,9 @@ def lines(
             plain = DynamicConfigValue(id_val="custom.fillOpacity", value=0)
             alone = DynamicConfigValue(id_val="custom.stacking", value={"mode": "none"})
             panel.override_by_query(_letter(index), [style, plain, alone])
+    for pattern, colour in (colours or {}).items():
+        shades = DynamicConfigValue(id_val="color", value={"mode": "shades", "fixedColor": colour})
+        panel.override_by_regexp(pattern, [shades])
     return _filled(panel, title, text, unit, queries, span, limits)
 
 

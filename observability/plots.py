@@ -11,8 +11,12 @@ from html import escape
 from units import in_words
 
 COLOURS = 8
-AXIS, LEGEND, LETTER = 62, 34, 7.2
-"""Pixels: the axis' texts, the legend with the times above it, one letter."""
+MOST_LEGEND = 0.4
+"""Of an area's height."""
+AXIS, TIMES, LINE, LETTER = 56, 18, 16, 6.9
+"""Pixels: the axis' texts, the times below, a line of the legend, one letter."""
+TIME_APART = 84
+"""Pixels that a time takes below the curves, with room around it."""
 _TIMES = (15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 43200, 86400)
 
 
@@ -33,6 +37,8 @@ class Series:
     name: str
     points: Sequence[tuple[float, float]]
     dashed: bool = False
+    colour: int | None = None
+    """None: the next one."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +72,20 @@ def curves(
     if not series:
         return ""
     tops = _stack(series) if stacked else [list(s.points) for s in series]
-    plot = Area(area.x + AXIS, area.y, area.width - AXIS, area.height - LEGEND)
+    shades = [index % COLOURS if one.colour is None else one.colour for index, one in enumerate(series)]
+    legend, tall = _legend([s.name for s in series], shades, area)
+    plot = Area(area.x + AXIS, area.y, area.width - AXIS, area.height - tall - TIMES)
     scale = _scale(plot, tops, unit, limits)
     drawn = [_axes(scale, unit)]
     drawn += [_mark(scale, at, text) for at, text in marks if scale.since <= at <= scale.until]
     floor = [(at, scale.low) for at, _ in tops[0]]
-    for index, (one, top) in enumerate(zip(series, tops, strict=True)):
+    for index, (one, top, shade) in enumerate(zip(series, tops, shades, strict=True)):
         if (stacked or filled) and not one.dashed:
-            drawn.append(_area(scale, top, tops[index - 1] if stacked and index else floor, index))
+            drawn.append(_area(scale, top, tops[index - 1] if stacked and index else floor, shade))
         place = " ".join(f"{scale.x(at):.1f},{scale.y(value):.1f}" for at, value in top)
         dash = " dash" if one.dashed else ""
-        drawn.append(f'<polyline class="curve l{index % COLOURS}{dash}" points="{place}"/>')
-    return "".join(drawn) + _legend([s.name for s in series], area)
+        drawn.append(f'<polyline class="curve l{shade}{dash}" points="{place}"/>')
+    return "".join(drawn) + legend
 
 
 def _stack(series: Sequence[Series]) -> list[list[tuple[float, float]]]:
@@ -127,7 +135,7 @@ def _axes(scale: _Scale, unit: str) -> str:
         drawn.append(f'<line class="grid" x1="{plot.x:.0f}" x2="{plot.x + plot.width:.0f}" y1="{y:.1f}" y2="{y:.1f}"/>')
         text = escape(in_words(value, unit))
         drawn.append(f'<text class="soft" x="{plot.x - 7:.0f}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0) if plot.width > 340 else (0.0, 0.5, 1.0):
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0) if plot.width > 5 * TIME_APART else (0.0, 0.5, 1.0):
         at = time.strftime("%H:%M:%S", time.gmtime(scale.since + share * (scale.until - scale.since)))
         x, anchor = plot.x + share * plot.width, "start" if not share else "end" if share == 1 else "middle"
         y = plot.y + plot.height + 15
@@ -143,25 +151,30 @@ def _mark(scale: _Scale, at: float, text: str) -> str:
     )
 
 
-def _area(scale: _Scale, top: Sequence[tuple[float, float]], below: Sequence[tuple[float, float]], index: int) -> str:
+def _area(scale: _Scale, top: Sequence[tuple[float, float]], below: Sequence[tuple[float, float]], shade: int) -> str:
     floor = below if len(below) == len(top) else [(at, scale.low) for at, _ in top]
     path = [*top, *reversed(floor)]
     place = " ".join(f"{scale.x(at):.1f},{scale.y(value):.1f}" for at, value in path)
-    return f'<polygon class="area f{index % COLOURS}" points="{place}"/>'
+    return f'<polygon class="area f{shade}" points="{place}"/>'
 
 
-def _legend(names: Sequence[str], area: Area) -> str:
-    """As many names as there is room for, below the curves."""
-    drawn, x, y = [], area.x, area.y + area.height
-    for index, name in enumerate(names):
-        width = 26 + LETTER * len(name)
-        if x + width > area.x + area.width:
-            drawn.append(f'<text class="soft" x="{x:.0f}" y="{y:.0f}">…</text>')
-            break
-        drawn.append(f'<rect class="f{index % COLOURS}" x="{x:.0f}" y="{y - 9:.0f}" width="11" height="11" rx="2"/>')
-        drawn.append(f'<text class="soft" x="{x + 16:.0f}" y="{y:.0f}">{escape(name)}</text>')
+def _legend(names: Sequence[str], shades: Sequence[int], area: Area) -> tuple[str, float]:
+    """Names at the bottom of an area, in as many lines as they need and there is room for, and how tall that is."""
+    places, x, line = [], 0.0, 0
+    for name in names:
+        width = 30 + LETTER * len(name)
+        if x and x + width > area.width:
+            if (line + 2) * LINE > area.height * MOST_LEGEND:
+                break
+            x, line = 0.0, line + 1
+        places.append((x, line))
         x += width
-    return "".join(drawn)
+    drawn = []
+    for name, shade, (left, number) in zip(names, shades, places, strict=False):
+        at, y = area.x + left, area.y + area.height - (line - number) * LINE
+        drawn.append(f'<rect class="f{shade}" x="{at:.0f}" y="{y - 9:.0f}" width="11" height="11" rx="2"/>')
+        drawn.append(f'<text class="soft" x="{at + 16:.0f}" y="{y:.0f}">{escape(name)}</text>')
+    return "".join(drawn), (line + 1) * LINE
 
 
 def bars(rows: Sequence[tuple[str, Sequence[float | None]]], area: Area, unit: str, keys: Sequence[str]) -> str:
@@ -170,7 +183,8 @@ def bars(rows: Sequence[tuple[str, Sequence[float | None]]], area: Area, unit: s
     if not values:
         return ""
     left = min(area.width * 0.4, max(len(name) for name, _ in rows) * LETTER + 12)
-    room = area.height - (24 if keys else 0)
+    legend, tall = _legend(keys, range(len(keys)), area) if keys else ("", 0.0)
+    room = area.height - tall - (8 if keys else 0)
     apart = min(46.0, room / len(rows))
     height = min(30.0, apart - 4)
     widest = area.width - left - 84
@@ -191,12 +205,13 @@ def bars(rows: Sequence[tuple[str, Sequence[float | None]]], area: Area, unit: s
                 f'height="{thick - 1:.1f}" rx="1"/><text class="soft" x="{area.x + left + width + 6:.0f}" '
                 f'y="{top + thick / 2 + 4:.1f}">{escape(in_words(value, unit))}</text>'
             )
-    return "".join(drawn) + (_legend(keys, area) if keys else "")
+    return "".join(drawn) + legend
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], area: Area, numbers: int) -> str:
-    """A table as wide as the area; columns from ``numbers`` on stand to the right."""
-    wide = area.width / len(head)
+    """A table as wide as the area, columns by what is in them; those from ``numbers`` on stand to the right."""
+    longest = [max(len(row[column]) for row in (head, *rows)) + 2 for column in range(len(head))]
+    edges = [area.x + area.width * sum(longest[:column]) / sum(longest) for column in range(len(head) + 1)]
     drawn = []
     for index, row in enumerate([head, *rows]):
         y = area.y + 14 + index * 22
@@ -204,7 +219,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], area: Area, number
             break
         for column, cell in enumerate(row):
             right = column >= numbers
-            x = area.x + wide * (column + right) - (8 if right else 0)
+            x = edges[column + right] - (4 if right else 0)
             anchor, soft = ("end" if right else "start"), "" if index else ' class="soft"'
             drawn.append(f'<text{soft} x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{escape(cell)}</text>')
         drawn.append(f'<line class="grid" x1="{area.x}" x2="{area.x + area.width}" y1="{y + 7:.0f}" y2="{y + 7:.0f}"/>')

@@ -25,6 +25,7 @@ from e2e.material import make_material
 from qlora_api.batch import split_batch
 from qlora_api.contract import JobRef, TrainerConfig
 from qlora_api.spec import QLoRAJobSpec
+from qlora_operator.names import METRICS_PORT
 from services.prometheus import Prometheus, scrape
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ RULES = REPOSITORY / "charts" / "qlora-operator" / "files" / "alerts.yaml"
 CRD = REPOSITORY / "crds" / "qlora.dev_qlorajobs.yaml"
 NAME, TEAM, OTHERS = "answers", "team-a", "team-b"
 POD = f"{NAME}-1-0"
+ADDRESS = f"127.{os.getpid() % 200 + 10}.9.4"
+"""Of the job's pod: where the training serves, so that the operator reads its progress as it reads a pod's."""
 STEPS = 240
 EVALUATION_STEPS = 8
 SCRAPE_SECONDS = 1
@@ -92,12 +95,15 @@ class Stage:
         folder: for everything's data and logs.
         gpus: with stand-ins for what only GPUs say.
         seen_seconds: how long steps are scraped at least.
+        steps: of the training; as many as take longer than that.
 
     """
 
-    def __init__(self, folder: Path, *, gpus: bool = True, seen_seconds: float = SEEN_SECONDS) -> None:
+    def __init__(
+        self, folder: Path, *, gpus: bool = True, seen_seconds: float = SEEN_SECONDS, steps: int = STEPS
+    ) -> None:
         self.folder = folder
-        self._gpus, self._seen_seconds = gpus, seen_seconds
+        self._gpus, self._seen_seconds, self._steps = gpus, seen_seconds, steps
         self.began_at = 0.0
         self._owned = ExitStack()
         self._over = Event()
@@ -124,7 +130,7 @@ class Stage:
         cluster.api.wait_for(f"{GROUP}/qlorajobs", bool, what="QLoRAJobs are served")
         for name in (TEAM, OTHERS):
             cluster.api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
-        self.api = cluster.api
+        self.api, self.kubeconfig = cluster.api, cluster.kubeconfig
         self.operator = self._owned.enter_context(Operator(self.folder / "operator", cluster.kubeconfig))
         targets = self.folder / "targets.json"
         targets.write_text("[]")
@@ -139,7 +145,7 @@ class Stage:
                 [RULES],
             )
         )
-        self.training = _Training(self.folder, targets)
+        self.training = _Training(self.folder, targets, self._steps)
         self._owned.callback(self.training.stop)
 
     def _stand_ins(self) -> Iterator[dict[str, Any]]:
@@ -151,12 +157,12 @@ class Stage:
             targets = [{"targets": [f"127.0.0.1:{port}"], "labels": labels}]
             yield {"job_name": "dcgm", "metrics_path": "/dcgm", "scrape_interval": "1s", "static_configs": targets}
 
-    def play(self) -> None:
-        """Have jobs of every kind, and the training until enough of it was seen."""
-        running = {**GROUPS, NAME: {"parallelism": {"gpusPerWorker": 2}}}
-        create_job(self.api, qlora_job(NAME, TEAM, **running[NAME]))
-        self.training.start()
+    def play(self, before_the_end: Callable[[], None] = lambda: None) -> None:
+        """Have jobs of every kind, and the training until enough of it was seen, and something else before it ends."""
         with ExitStack() as scripts:
+            scripts.enter_context(pods_do(self.api, TEAM, {"pod-ip": ADDRESS}, job=NAME))
+            create_job(self.api, qlora_job(NAME, TEAM, **self.training.groups))
+            self.training.start()
             for name, (does, attempt) in OTHER_JOBS.items():
                 if does:
                     scripts.enter_context(pods_do(self.api, OTHERS, does, job=name, attempt=attempt))
@@ -166,6 +172,7 @@ class Stage:
             self.api.wait_for(job_path(OTHERS, "waits"), in_state("Pending", "Unschedulable"))
             self.api.wait_for(job_path(OTHERS, "large"), ended_twice, seconds=WAIT_SECONDS)
             self.began_at, self.ended_at = self.training.watch(self._keep_busy, self._seen_seconds)
+            before_the_end()
             self.training.stop()
 
     def _keep_busy(self) -> None:
@@ -183,8 +190,26 @@ _SCRAPE = {"honor_labels": True, "scrape_interval": f"{SCRAPE_SECONDS}s", "scrap
 class _Training:
     """Two ranks on the CPU, by the contract with whoever starts a trainer; their ports are targets while they live."""
 
-    def __init__(self, folder: Path, targets: Path) -> None:
+    def __init__(self, folder: Path, targets: Path, steps: int) -> None:
         self._folder, self._targets = folder, targets
+        self.groups: dict[str, dict[str, Any]] = {
+            "dataset": {
+                "eval": {"source": "s3://data/eval.jsonl"},
+                "format": "PromptCompletion",
+                "maxLength": 128,
+                "longRows": "Drop",
+            },
+            "training": {
+                "maxSteps": steps,
+                "globalBatchSize": 4,
+                "microBatchSize": 1,
+                "learningRate": "5e-3",
+                "evaluation": {"everySteps": EVALUATION_STEPS},
+            },
+            "checkpoint": {"everySteps": EVALUATION_STEPS},
+            "parallelism": {"gpusPerWorker": 2},
+        }
+        """Of its spec, as far as the QLoRAJob in the cluster has them too."""
         self._ports = folder / "ports"
         self._process: subprocess.Popen[bytes] | None = None
         self._last = 0.0
@@ -233,7 +258,7 @@ class _Training:
     def _look(self) -> None:
         ports = [p.read_text() for p in sorted(self._ports.glob("rank-*.port"))]
         labels = {"pod": POD, "node": "fake-0"}  # as the chart's PodMonitor has them
-        text = json.dumps([{"targets": [f"127.0.0.1:{port}" for port in ports], "labels": labels}] if ports else [])
+        text = json.dumps([{"targets": [f"{ADDRESS}:{port}" for port in ports], "labels": labels}] if ports else [])
         if self._targets.read_text() != text:
             fresh = self._targets.with_suffix(".new")
             fresh.write_text(text)
@@ -241,24 +266,12 @@ class _Training:
 
     def _config(self) -> TrainerConfig:
         material = self._folder / "material"
+        sources = {name: {"source": str(material / f"{name}.jsonl")} for name in ("train", "eval")}
         spec = QLoRAJobSpec.model_validate(
             {
+                **self.groups,
                 "model": {"source": str(material / "base")},
-                "dataset": {
-                    "train": {"source": str(material / "train.jsonl")},
-                    "eval": {"source": str(material / "eval.jsonl")},
-                    "format": "PromptCompletion",
-                    "maxLength": 128,
-                    "longRows": "Drop",
-                },
-                "training": {
-                    "maxSteps": STEPS,
-                    "globalBatchSize": 4,
-                    "microBatchSize": 1,
-                    "learningRate": "5e-3",
-                    "evaluation": {"everySteps": EVALUATION_STEPS},
-                },
-                "checkpoint": {"everySteps": EVALUATION_STEPS},
+                "dataset": {**self.groups["dataset"], **sources},
                 "output": {"destination": str(self._folder / "out")},
             }
         )
@@ -272,8 +285,8 @@ class _Training:
             checkpoint_uri=str(self._folder / "checkpoints"),
             cache_dir=str(self._folder / "cache"),
             termination_message_path=str(self._folder / "termination.json"),
-            metrics_port=0,
-            metrics_host="127.0.0.1",
+            metrics_port=METRICS_PORT,
+            metrics_host=ADDRESS,
             ports_dir=str(self._ports),
         )
 
