@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "memory": ("Predicted and measured", "Host memory of each rank"),
 }
 """Dashboards, and the panels and rows of each."""
+WIDTH = re.compile(r'<svg[^>]* width="([0-9.]+)"')
 PAGES = ("index", "tutorials/first-run", "guides/monitoring", "reference/command-line")
 """Of the site."""
 PROMPTS = ("def read_text(self, encoding):", "def is_valid(self, name):", "class ServerError(Exception):")
@@ -149,8 +151,9 @@ def docs() -> None:
             browser.shoot(SITE / f"{name}.html", place, 1280)
         browser.shoot(SITE / "index.html", LOOKED_AT / "docs-dark.png", 1280, dark=True)
         for path in (*sorted(PICTURES.glob("*.svg")), *sorted(LOOKED_AT.glob("*-whole.svg"))):
+            width = round(float(WIDTH.search(path.read_text())[1]))
             for shade in ("light", "dark"):
-                browser.shoot(path, LOOKED_AT / f"{path.stem}-{shade}.png", 1220, dark=shade == "dark")
+                browser.shoot(path, LOOKED_AT / f"{path.stem}-{shade}.png", width, dark=shade == "dark")
 
     _by_chromium("pages and pictures", shoot)
 
