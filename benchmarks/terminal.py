@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
-WIDTH = 112
+WIDTH = 120
 WAIT_SECONDS = 60
 THEME = TerminalTheme(
     (21, 25, 31),

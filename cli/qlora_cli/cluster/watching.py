@@ -41,6 +41,8 @@ TREND = 10
 """Columns of a loss's course. Always all of them, so that nothing moves as it fills."""
 WIDE = 112
 """Columns from which on there is room for it."""
+SPARE = ("TREND", "EVAL", "RST")
+"""Columns that are given up, one after the other, before the last one is cut."""
 NUMBERS = ("LOSS", "EVAL", "TOK/S", "LEFT", "RST", "MEM", "AGE")
 
 
@@ -234,7 +236,7 @@ def _cut(lines: list[Text], width: int) -> list[Text]:
 def table(jobs: Sequence[JobView], board: Board, now: datetime, width: int) -> list[Text]:
     """A row for each job. What has no figures says in their place why."""
     several = len({job.namespace for job in jobs}) > 1
-    head = ["NAME", "STATE", "AGE", "", "STEP", "LOSS", "", "EVAL", "TOK/S", "LEFT", "RST", "MEM"]
+    head = ["NAME", "STATE", "AGE", "", "STEP", "LOSS", "TREND", "EVAL", "TOK/S", "LEFT", "RST", "MEM"]
     rows = []
     for job in jobs:
         row: list[str | Cell] = [
@@ -247,7 +249,7 @@ def table(jobs: Sequence[JobView], board: Board, now: datetime, width: int) -> l
         else:
             row.append(Cell(first_sentence(job.message), "red" if job.state == "Failed" else "yellow"))
         rows.append(row)
-    return aligned(head, rows, width, right=NUMBERS)
+    return aligned(head, rows, width, right=NUMBERS, spare=SPARE)
 
 
 def _figures(job: JobView, board: Board, *, trend: bool) -> list[str | Cell]:

@@ -60,6 +60,15 @@ def test_watch_of_several(golden):
     golden("watch.txt", text(watching.page(board, "namespace research · prod", NOW, 120, 40)))
 
 
+@pytest.mark.parametrize("width", [116, 100, 92])
+def test_watch_gives_columns_up_before_it_cuts_figures(width):
+    board = board_of(*ALL)
+    board.losses["research", "support"] = deque([2.0, 1.8, 1.5, 1.4, 1.2])
+    lines = watching.table([view(j) for j in (running(), running("a-job-with-a-longer-name"))], board, NOW, width)
+    assert lines[0].plain.endswith("MEM")
+    assert all(line.plain.endswith("23.0Gi") for line in lines[1:])
+
+
 def test_watch_of_one(golden):
     board = watching.Board(frozenset(["support"]))
     board.take(Event("LISTED", (running(),)))
