@@ -5,13 +5,28 @@ Writes each table between its marks in the page; with ``--check`` says whether t
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_api.memory import GPUS, Adapter, NoFit, Request, Run, estimate, flop_per_token, model_shape, plan
+from memory_gpu_cases import change_of
+from memory_gpu_cases import run_of as run_of_case
+from qlora_api.memory import (
+    GPUS,
+    Adapter,
+    MemoryEstimate,
+    NoFit,
+    Request,
+    Run,
+    estimate,
+    flop_per_token,
+    gpu_of_device,
+    model_shape,
+    plan,
+)
 from qlora_api.memory.attend import self_attention
 from qlora_api.memory.gpus import GIB
 from qlora_api.memory.parts import Pen
@@ -19,6 +34,8 @@ from qlora_api.memory.setting import Setting, Software
 from qlora_api.memory.shape import FeedForward, ModelShape
 from qlora_api.spec import LoRASpec, Optimizer, ParallelismSpec, QLoRAJobSpec, QuantizationSpec
 
+MEASURED = Path(__file__).parent / "measured" / "h200-memory.json"
+"""What ``bench_memory_gpu.py`` saw: of each case PyTorch's peak, and what the GPU had given."""
 PAGE = Path(__file__).parent.parent / "docs" / "explanation" / "memory.md"
 
 LLAMA_8B: dict[str, Any] = {
@@ -150,6 +167,50 @@ def published() -> Iterator[str]:
         )
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One case of ``bench_memory_gpu.py``."""
+
+    case: dict[str, Any]
+    allocated: int
+    in_use: int
+    memory: MemoryEstimate
+    """As it is predicted now."""
+
+    @property
+    def error(self) -> float:
+        return self.memory.allocated_bytes / self.allocated - 1
+
+
+def measured_cases() -> tuple[Measured, ...]:
+    found = json.loads(MEASURED.read_text(encoding="utf-8"))
+    gpu = gpu_of_device(found["gpu"], found["memory"])
+    return tuple(
+        Measured(row["case"], row["allocated"], row["inUse"], estimate(run_of_case(row["case"]), gpu))
+        for row in found["cases"]
+    )
+
+
+def measured() -> Iterator[str]:
+    """An 8B base, and of each other one its worst case."""
+    worst: dict[str, Measured] = {}
+    large: dict[str, Measured] = {}
+    for row in measured_cases():
+        base = row.case["base"]
+        if base == "llama-8b":
+            large[json.dumps(row.case)] = row
+        elif base not in worst or abs(row.error) > abs(worst[base].error):
+            worst[base] = row
+    yield "| base | rows of | activations | | predicted, GB | measured, GB | error |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in (*large.values(), *worst.values()):
+        case, how = row.case, "recomputed" if row.case["recomputes"] else "kept"
+        yield (
+            f"| {case['base']} | {', '.join(f'{n:,}' for n in case['rows'])} | {how} | {change_of(case)} | "
+            f"{row.memory.allocated_bytes / 1e9:.3f} | {row.allocated / 1e9:.3f} | {row.error:+.2%} |"
+        )
+
+
 # -------------------------------------------------------------------------------------------------- what a layer keeps
 
 
@@ -226,6 +287,7 @@ def arithmetic() -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------------------------- page
 
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
+    "measured": measured,
     "published": published,
     "kept": kept,
     "plans": plans,

@@ -25,6 +25,7 @@ def figures() -> ModuleType:
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
     sys.modules["memory_figures"] = module
+    sys.path.append(str(path.parent))  # for what it imports beside it
     found.loader.exec_module(module)
     return module
 
