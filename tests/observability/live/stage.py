@@ -1,7 +1,7 @@
 """A real Prometheus over a real training on this machine, and over a real operator with jobs on fake nodes.
 
 Used by the test that runs every query, and by ``make pictures``. Only what a GPU alone can say is made up here: its
-memory, and DCGM's exporter.
+memory, what was learned of it, how long a job takes on it, and DCGM's exporter.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from cluster.harness.control_plane import ControlPlane
 from cluster.harness.jobs import GROUP, create_job, in_state, job_path, qlora_job
 from cluster.harness.operator import Operator
 from cluster.harness.script import pods_do
+from cluster.harness.whole_life import PREPARED
 from e2e.material import make_material
 from qlora_api.batch import split_batch
 from qlora_api.contract import JobRef, TrainerConfig
@@ -38,6 +39,7 @@ NAME, TEAM, OTHERS = "answers", "team-a", "team-b"
 POD = f"{NAME}-1-0"
 ADDRESS = f"127.{os.getpid() % 200 + 10}.9.4"
 """Of the job's pod: where the training serves, so that the operator reads its progress as it reads a pod's."""
+LEARNED = "learned-memory"
 STEPS = 240
 EVALUATION_STEPS = 8
 SCRAPE_SECONDS = 1
@@ -131,7 +133,10 @@ class Stage:
         for name in (TEAM, OTHERS):
             cluster.api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
         self.api, self.kubeconfig = cluster.api, cluster.kubeconfig
-        self.operator = self._owned.enter_context(Operator(self.folder / "operator", cluster.kubeconfig))
+        if self._gpus:
+            self._learned()
+        settings = {"memoryConfigMap": f"{TEAM}/{LEARNED}"} if self._gpus else {}
+        self.operator = self._owned.enter_context(Operator(self.folder / "operator", cluster.kubeconfig, **settings))
         targets = self.folder / "targets.json"
         targets.write_text("[]")
         self.prometheus = self._owned.enter_context(
@@ -147,6 +152,18 @@ class Stage:
         )
         self.training = _Training(self.folder, targets, self._steps)
         self._owned.callback(self.training.stop)
+
+    def _learned(self) -> None:
+        """As from jobs that ended on such a GPU."""
+        data = {"h100-80gb.NF4": json.dumps({"correction": 1.03, "jobs": 12})}
+        self.api.create(
+            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": LEARNED, "namespace": TEAM}, "data": data}
+        )
+
+    def _prepared(self) -> None:
+        """As by a Prepare that knows the GPU."""
+        status = {"prepared": {**PREPARED, "expectedGpuHours": "12.5"}}
+        self.api.patch(f"{job_path(OTHERS, 'waits')}/status", {"status": status})
 
     def _stand_ins(self) -> Iterator[dict[str, Any]]:
         if self._gpus:
@@ -170,6 +187,8 @@ class Stage:
                 create_job(self.api, qlora_job(name, OTHERS, **GROUPS.get(name, {})))
             self.api.wait_for(job_path(OTHERS, "done"), in_state("Succeeded"))
             self.api.wait_for(job_path(OTHERS, "waits"), in_state("Pending", "Unschedulable"))
+            if self._gpus:
+                self._prepared()
             self.api.wait_for(job_path(OTHERS, "large"), ended_twice, seconds=WAIT_SECONDS)
             self.began_at, self.ended_at = self.training.watch(self._keep_busy, self._seen_seconds)
             before_the_end()
