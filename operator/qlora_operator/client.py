@@ -112,13 +112,16 @@ class Api:
                 raise
 
     async def watch(self, path: str, **parameters: str | int) -> AsyncIterator[Object]:
-        """Each change as ``{"type": …, "object": …}``, until the API server ends the watch."""
+        """Each change as ``{"type": …, "object": …}``, until the API server ends the watch, or nothing comes any more.
+
+        Silence is no failure: Events have no bookmarks, and of a connection that is dead nothing else is heard either.
+        """
         parameters = {"watch": "true", "allowWatchBookmarks": "true", **parameters}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS)
         async with await self._ask("GET", path, parameters, timeout=timeout) as answer:
             if answer.status != 200:
                 raise _error(answer.status, await answer.read(), answer.headers)
-            async for line in answer.content:
+            while line := await _line(answer.content):
                 change: Object = json.loads(line)
                 if change["type"] == "ERROR":
                     status = change["object"]
@@ -187,6 +190,14 @@ def _error(code: int, text: bytes, headers: Mapping[str, str]) -> ApiError:
     after = headers.get("Retry-After", "")
     words = status.get("message") or text[:500].decode(errors="replace")
     return ApiError(code, status.get("reason", ""), words, float(after) if after.isdecimal() else None)
+
+
+async def _line(content: aiohttp.StreamReader) -> bytes:
+    """The next line; none at the end, or where it does not come."""
+    try:
+        return await content.readline()
+    except aiohttp.SocketTimeoutError:
+        return b""
 
 
 def watching_session(configuration: Configuration, on_request: Callable[[str], None]) -> aiohttp.ClientSession:
