@@ -192,7 +192,7 @@ class PrepareReceipt(Model):
     """Distinct evaluation rows that are training rows too: for these the eval loss measures memory."""
     longest: int
     """Tokens of the longest row, before it was cut or dropped."""
-    lengths: dict[int, int]
+    lengths: dict[int, int] = {}
     """Training rows by their tokens: the key is the power of two that they do not exceed."""
     packing_efficiency: float
     """Real tokens / slots of maxLength."""
