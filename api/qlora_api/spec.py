@@ -550,4 +550,11 @@ class QLoRAJobSpec(Model):
             "parallelism.zeroStage",
             lambda s: s.quantization.type is not QuantizationType.INT8 or s.parallelism.zero_stage < 3,
         ),
+        Rule(
+            "self.quantization.type != 'INT8' || !self.lora.dora",
+            "lora.dora needs the norms of the base's weights, which quantization.type INT8 does not give: "
+            "use NF4, FP4 or None",
+            "lora.dora",
+            lambda s: s.quantization.type is not QuantizationType.INT8 or not s.lora.dora,
+        ),
     )
