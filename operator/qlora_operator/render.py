@@ -190,13 +190,15 @@ def device_of(config: OperatorConfig) -> Literal["CUDA", "CPU"]:
 def gpu_of(spec: QLoRAJobSpec, config: OperatorConfig) -> str | None:
     """Which GPU a rank gets: the product the job's nodes must have, by NVIDIA's feature discovery, else the operator's.
 
-    Feature discovery writes ``NVIDIA-H100-80GB-HBM3`` where the driver says ``NVIDIA H100 80GB HBM3``.
+    A product that is not known, or a part of a card (MIG), is not taken for the operator's.
     """
     if device_of(config) == "CPU":
         return None
-    product = spec.scheduling.node_selector.get(GPU_PRODUCT, "")
-    known = known_gpu(product) or known_gpu(product.replace("-", " "))
-    return known.name if known else config.trainer.gpu
+    product = spec.scheduling.node_selector.get(GPU_PRODUCT)
+    if product is None:
+        return config.trainer.gpu
+    known = known_gpu(product)
+    return known.name if known else None
 
 
 def checkpoints_gradients(spec: QLoRAJobSpec, config: OperatorConfig, prepared: PrepareResult | None) -> bool:

@@ -7,6 +7,7 @@ PyTorch's out-of-memory messages of such cards. Speeds and bandwidths: NVIDIA's 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from qlora_api.errors import FieldMistake
@@ -57,6 +58,7 @@ GPUS: dict[str, Gpu] = {
         _gpu("a100-80gb", 79.14, 312.0, 2.0),
         _gpu("a100-40gb", 39.38, 312.0, 1.555),
         _gpu("l40s-48gb", 44.34, 362.0, 0.864),
+        _gpu("l40-48gb", 44.34, 181.05, 0.864),
         _gpu("a6000-48gb", 47.4, 154.8, 0.768),
         _gpu("l4-24gb", 22.03, 121.0, 0.3),
         _gpu("a10g-24gb", 22.05, 70.0, 0.6),
@@ -72,22 +74,25 @@ _NAMES = (
     ("B200", "b200-192gb"),
     ("H200", "h200-141gb"),
     ("H100 NVL", "h100-nvl-94gb"),
-    ("H100 PCIe", "h100-pcie-80gb"),
-    ("H100", "h100-80gb"),
-    ("A100-SXM4-40", "a100-40gb"),
-    ("A100-PCIE-40", "a100-40gb"),
-    ("A100", "a100-80gb"),
+    ("H100 PCIE", "h100-pcie-80gb"),
+    ("H100 80GB HBM3", "h100-80gb"),
+    ("A100 40GB", "a100-40gb"),
+    ("A100 80GB", "a100-80gb"),
     ("L40S", "l40s-48gb"),
+    ("L40", "l40-48gb"),
     ("A6000", "a6000-48gb"),
     ("L4", "l4-24gb"),
     ("A10G", "a10g-24gb"),
-    ("5090", "rtx5090-32gb"),
-    ("4090", "rtx4090-24gb"),
-    ("3090", "rtx3090-24gb"),
+    ("RTX 5090", "rtx5090-32gb"),
+    ("RTX 4090", "rtx4090-24gb"),
+    ("RTX 3090", "rtx3090-24gb"),
     ("T4", "t4-16gb"),
-    ("V100", "v100-32gb"),
+    ("V100 32GB", "v100-32gb"),
+    ("V100 16GB", "v100-16gb"),
 )
-"""What NVML and CUDA call them; the first that a device's name holds."""
+"""Words of what NVML and CUDA call them; the first of which a device's name holds all."""
+_ANOTHER = re.compile(r"MIG|LAPTOP|MAX|TI|D|\d+[ABCQ]")
+"""Words after which it is a part of a card (MIG, a virtual GPU's profile as 24Q), or another of the same number."""
 
 
 def gpu_named(name: str, field: str = "--gpu") -> Gpu:
@@ -104,8 +109,14 @@ def gpu_named(name: str, field: str = "--gpu") -> Gpu:
 
 
 def known_gpu(device_name: str) -> Gpu | None:
-    """The GPU of the table that NVML or CUDA calls by this name; None where it is not known."""
-    return next((GPUS[name] for word, name in _NAMES if word in device_name), None)
+    """The GPU of the table that NVML or CUDA calls by this name, or feature discovery, which has dashes for spaces.
+
+    None where it is not known: cards that only share a part of the name, and parts of a card.
+    """
+    words = set(device_name.upper().replace("-", " ").split())
+    if any(_ANOTHER.fullmatch(word) for word in words):
+        return None
+    return next((GPUS[name] for needed, name in _NAMES if words.issuperset(needed.split())), None)
 
 
 def gpu_of_device(device_name: str, memory_bytes: int) -> Gpu:

@@ -24,6 +24,7 @@ from qlora_api.memory import (
     plan_of,
     remedies,
 )
+from qlora_api.memory.gpus import known_gpu
 from qlora_api.spec import Offload
 
 from .shapes import LLAMA_8B, LLAMA_70B, figures, llama_8b, spec
@@ -265,20 +266,59 @@ def test_a_gpu_that_is_not_known_is_answered_with_those_that_are():
     assert gpu_named("H100-80GB").name == "h100-80gb"
 
 
-@pytest.mark.parametrize(
-    ("device", "speed"),
-    [
-        ("NVIDIA H100 80GB HBM3", "h100-80gb"),
-        ("NVIDIA H100 PCIe", "h100-pcie-80gb"),
-        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
-        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
-        ("NVIDIA L40S", "l40s-48gb"),
-        ("NVIDIA L4", "l4-24gb"),
-        ("NVIDIA GeForce RTX 4090", "rtx4090-24gb"),
-        ("Tesla T4", "t4-16gb"),
-    ],
-)
-def test_devices_are_recognised(device, speed):
+DEVICES = [
+    ("NVIDIA B200", "b200-192gb"),
+    ("NVIDIA H200", "h200-141gb"),
+    ("NVIDIA H100 80GB HBM3", "h100-80gb"),
+    ("NVIDIA H100 PCIe", "h100-pcie-80gb"),
+    ("NVIDIA H100 NVL", "h100-nvl-94gb"),
+    ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+    ("NVIDIA A100-PCIE-40GB", "a100-40gb"),
+    ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+    ("NVIDIA A100 80GB PCIe", "a100-80gb"),
+    ("NVIDIA L40S", "l40s-48gb"),
+    ("NVIDIA L40", "l40-48gb"),
+    ("NVIDIA RTX A6000", "a6000-48gb"),
+    ("NVIDIA L4", "l4-24gb"),
+    ("NVIDIA A10G", "a10g-24gb"),
+    ("NVIDIA GeForce RTX 5090", "rtx5090-32gb"),
+    ("NVIDIA GeForce RTX 4090", "rtx4090-24gb"),
+    ("NVIDIA GeForce RTX 3090", "rtx3090-24gb"),
+    ("Tesla T4", "t4-16gb"),
+    ("Tesla V100-SXM2-16GB", "v100-16gb"),
+    ("Tesla V100-PCIE-32GB", "v100-32gb"),
+    ("NVIDIA A100-SXM4-80GB-SHARED", "a100-80gb"),  # time-slicing, as feature discovery has it
+    ("NVIDIA A100-SXM-64GB", None),
+    ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ("NVIDIA GH200 480GB", None),
+    ("NVIDIA GB200", None),
+    ("NVIDIA H20", None),
+    ("NVIDIA A10", None),
+    ("NVIDIA L40S-24Q", None),
+    ("NVIDIA T400", None),
+    ("NVIDIA T400 4GB", None),
+    ("NVIDIA RTX 6000 Ada Generation", None),
+    ("NVIDIA GeForce RTX 3090 Ti", None),
+    ("NVIDIA GeForce RTX 4090 D", None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize("dashes", [False, True], ids=["nvml", "feature-discovery"])
+@pytest.mark.parametrize(("device", "name"), DEVICES)
+def test_devices_are_recognised(device, name, dashes):
+    known = known_gpu(device.replace(" ", "-") if dashes else device)
+    assert (known.name if known else None) == name
+
+
+def test_every_gpu_of_the_table_is_recognised_by_some_name():
+    assert {name for _, name in DEVICES} - {None} == set(GPUS)
+
+
+@pytest.mark.parametrize(("device", "speed"), [("NVIDIA H100 80GB HBM3", "h100-80gb"), ("Tesla T4", "t4-16gb")])
+def test_a_device_has_speeds_of_the_table_and_memory_of_its_own(device, speed):
     found = gpu_of_device(device, 123)
     assert (found.memory_bytes, found.tflops, found.hopper) == (123, GPUS[speed].tflops, GPUS[speed].hopper)
 
