@@ -45,6 +45,8 @@ ENDS = (
     f"{STUCK_ATTEMPTS} attempts in a row that end as {' or '.join(f'`{reason}`' for reason in sorted(STUCK))}",
     "without a step gained end the job.",
 )
+KILLED = 137
+"""128 + SIGKILL: of a pod it says this much only with what the kubelet says."""
 DECIDED = {
     Reason.UNSCHEDULABLE: "another attempt with fewer workers, where `minWorkers` allows it; not counted",
     Reason.SUSPENDED: "another attempt once the job is resumed; not counted",
@@ -175,7 +177,8 @@ def _conditions() -> Iterator[str]:
         if reason is Reason.CRASHED:
             codes = [int(ExitCode.CRASHED)]
         if codes or reason is Reason.NODE_LOST or reason in DECIDED:
-            spelled = ", ".join(map(str, codes)) + (" and any other" if reason is Reason.CRASHED else "")
+            spelled = ", ".join(f"{code} with `OOMKilled`" if code == KILLED else str(code) for code in codes)
+            spelled += " and any other" if reason is Reason.CRASHED else ""
             yield f"| `{reason}` | {spelled} | {DECIDED.get(reason) or _following(reason)} |"
 
 

@@ -53,7 +53,7 @@ REASONS: dict[int, Reason] = {
     ExitCode.ADAPTER_REJECTED: Reason.ADAPTER_REJECTED,
     ExitCode.PEER_LOST: Reason.PEER_LOST,
     143: Reason.PREEMPTED,  # SIGTERM before the trainer could catch it: nothing was done that could be lost
-    137: Reason.OUT_OF_HOST_MEMORY,  # SIGKILL: the kernel's out-of-memory killer, and nothing of ours sends it
+    137: Reason.OUT_OF_HOST_MEMORY,  # SIGKILL, of which nothing more is known; in a pod the kubelet knows more
 }
 
 

@@ -35,7 +35,7 @@ _DECISIVE = frozenset(
 )
 """What a pod says of itself that nothing else explains."""
 _KILLED = 137
-"""128 + SIGKILL."""
+"""128 + SIGKILL: the kernel's for memory only where the kubelet says so. docs/decisions/0016."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,9 @@ def _never_placed(pods: tuple[SeenPod, ...], workers: int, seen: Observed) -> st
 def _weight(pod: SeenPod) -> tuple[int, Reason] | None:
     """How telling a pod's end is, the lowest first; None where the pod says nothing."""
     code = pod.exit_code
-    if code in _DECISIVE or (code == _KILLED and pod.exit_reason == "OOMKilled"):
-        return 0, reason_of(code)
+    reason = Reason.CRASHED if code is None else _reason_of(code, pod)
+    if code in _DECISIVE or reason is Reason.OUT_OF_HOST_MEMORY:
+        return 0, reason
     if pod.disruption:
         return 1, Reason.NODE_LOST if pod.disruption in NODE_GONE else Reason.PREEMPTED
     if code is None:
@@ -156,7 +157,8 @@ def _weight(pod: SeenPod) -> tuple[int, Reason] | None:
         return (2, Reason.PREEMPTED) if pod.phase == "Failed" and pod.node else None
     if code == 0:
         return None
-    reason = reason_of(code)
+    if reason is Reason.NODE_LOST:
+        return 1, reason
     if code == _KILLED and pod.deletion_due is not None:
         return 4, Reason.PREEMPTED  # it outlasted its grace period
     if reason is Reason.PREEMPTED:
@@ -164,6 +166,18 @@ def _weight(pod: SeenPod) -> tuple[int, Reason] | None:
     if reason is Reason.PEER_LOST:
         return 5, reason
     return (2 if reason is Reason.STALLED else 3), reason
+
+
+def _reason_of(code: int, pod: SeenPod | None = None) -> Reason:
+    """As the contract has it, but SIGKILL alone does not say who sent it."""
+    if code != _KILLED:
+        return reason_of(code)
+    if pod is not None and pod.exit_reason == "ContainerStatusUnknown":
+        return Reason.NODE_LOST  # the kubelet lost sight of the container: its node was started anew
+    word = pod.word if pod else None
+    if pod is not None and (pod.exit_reason == "OOMKilled" or (word and word.exit_code == ExitCode.OUT_OF_HOST_MEMORY)):
+        return Reason.OUT_OF_HOST_MEMORY
+    return Reason.CRASHED
 
 
 def _of_pod(pod: SeenPod, reason: Reason) -> Ending:
@@ -186,7 +200,7 @@ def _from_job(job: SeenJob) -> Ending:
     """What is left when the pods are gone: the Job controller names exit code or condition in its message."""
     code = re.search(r"exit code (\d+)", job.message)
     if code:
-        return Ending(reason_of(int(code[1])), job.message, int(code[1]))
+        return Ending(_reason_of(int(code[1])), job.message, int(code[1]))
     if "DisruptionTarget" in job.message:
         return Ending(Reason.PREEMPTED, job.message)
     return Ending(Reason.CRASHED, job.message or "its Job failed without a message")

@@ -46,6 +46,25 @@ FULL = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."
         pytest.param(
             [pod(code=137, exit_reason="OOMKilled")], "OutOfHostMemory", "OOMKilled", id="killed-for-host-memory"
         ),
+        pytest.param([pod(code=137, exit_reason="Error")], "Crashed", "137", id="killed-by-nobody-knows-whom"),
+        pytest.param(
+            [
+                pod(
+                    code=137,
+                    exit_reason="Error",
+                    message='{"exitCode": 42, "reason": "OutOfHostMemory", "message": "of 32Gi"}',
+                )
+            ],
+            "OutOfHostMemory",
+            "of 32Gi",
+            id="killed-after-it-said-that-host-memory-ran-out",
+        ),
+        pytest.param(
+            [pod(code=49, word="closed"), pod(index=1, code=137, exit_reason="ContainerStatusUnknown")],
+            "NodeLost",
+            "ContainerStatusUnknown",
+            id="the-kubelet-lost-the-container",
+        ),
         pytest.param(
             [pod(code=137, exit_reason="Error", deletion_due=NOW)], "Preempted", "137", id="outlasted-its-grace"
         ),
@@ -80,6 +99,7 @@ def test_pods_that_waited_for_one_a_quota_refused_did_not_stall():
     ("message", "reason"),
     [
         pytest.param("Container trainer for pod a/b failed with exit code 41 matching", "OutOfDeviceMemory", id="code"),
+        pytest.param("Container trainer for pod a/b failed with exit code 137 matching", "Crashed", id="killed"),
         pytest.param("Pod a/b has condition DisruptionTarget matching FailJob rule", "Preempted", id="disruption"),
         pytest.param("Job has reached the specified backoff limit", "Crashed", id="nothing"),
     ],
