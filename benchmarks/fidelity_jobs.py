@@ -65,7 +65,9 @@ class Job:
 
     @property
     def last_checkpoint(self) -> Path:
-        return max(p for p in self.checkpoints.glob("step-*") if (p / "COMPLETE.json").exists())
+        """The newest one's files, of the last attempt that wrote some."""
+        newest = max(p for p in self.checkpoints.glob("step-*") if (p / "COMPLETE.json").exists())
+        return max(newest.glob("attempt-*"), key=lambda folder: int(folder.name.removeprefix("attempt-")))
 
     @property
     def message(self) -> TerminationMessage:

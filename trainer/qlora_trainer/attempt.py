@@ -137,6 +137,6 @@ def build(config: TrainerConfig, ranks: Ranks, board: Board, stop: StopFlag) -> 
     total_steps = spec.training.max_steps or (spec.training.epochs or 0) * batches.steps_per_epoch
     board.set("qlora_steps_planned", total_steps)
     board.update(total_steps=total_steps)
-    checkpoints = CheckpointStore(config.checkpoint_uri, config.job.uid, spec.checkpoint.keep)
+    checkpoints = CheckpointStore(config.checkpoint_uri, config.job.uid, spec.checkpoint.keep, config.attempt)
     pace = Pace(ranks, ranks.gather(node_name()))
     return Trainer(config, ranks, board, prepared, data, engine, batches, checkpoints, total_steps, stop, pace)

@@ -2,10 +2,11 @@
 
 ::
 
-    <uri>/step-00000120/adapter.safetensors     every rank writes its own files
-    <uri>/step-00000120/COMPLETE.json           rank 0, last: sizes and SHA-256 of all of them
+    <uri>/step-00000120/attempt-2/adapter.safetensors   every rank writes its own files
+    <uri>/step-00000120/COMPLETE.json                   rank 0, last: sizes and SHA-256 of all of them
 
-A folder without its marker was cut short and is no checkpoint. Knows files and bytes, not engines; tensors travel as
+A folder without its marker was cut short and is no checkpoint. Attempts write beside each other and never over what a
+marker vouches for; one that was taken for lost and goes on all the same commits nothing once a newer one has. Knows files and bytes, not engines; tensors travel as
 safetensors, since unpickling a file from a bucket would run whatever code somebody put there.
 """
 
@@ -23,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from qlora_api.base import Model
-from qlora_trainer.errors import CheckpointError, StorageError, UserError
+from qlora_trainer.errors import CheckpointError, PreemptedError, StorageError, UserError
 from qlora_trainer.store import NotFoundError, open_store, sha256_bytes
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class Marker(Model):
 
     step: int
     run_uid: str
+    attempt: int | None = None
+    """Whose files these are; None: of a version that wrote them beside the marker."""
     eval_loss: float | None
     files: tuple[FileEntry, ...]
     meta: dict[str, Any]
@@ -68,7 +71,7 @@ class Checkpoint:
 
     def __init__(self, store: Store, folder: str, marker: Marker) -> None:
         self._store = store
-        self._folder = folder
+        self._folder = folder if marker.attempt is None else f"{folder}/{files_of(marker.attempt)}"
         self._files = {f.name: f for f in marker.files}
         self.step = marker.step
         self.meta = marker.meta
@@ -115,12 +118,16 @@ class CheckpointStore:
         uri: the run's folder, local or in object storage; see :func:`qlora_trainer.store.open_store`.
         run_uid: of the run; checkpoints of another are never read, counted or deleted.
         keep: newest checkpoints that stay; the best by eval loss stays besides.
+        attempt: whose checkpoints are written.
         field: of the manifest, for messages about the folder and its credentials.
 
     """
 
-    def __init__(self, uri: str, run_uid: str, keep: int, field: str = "spec.output.destination") -> None:
+    def __init__(
+        self, uri: str, run_uid: str, keep: int, attempt: int = 1, field: str = "spec.output.destination"
+    ) -> None:
         self._store = open_store(uri, field)
+        self._attempt = attempt
         self._run_uid = run_uid
         self._keep = keep
 
@@ -133,7 +140,7 @@ class CheckpointStore:
         """
         if name == MARKER:
             raise ValueError(f"{MARKER} is written by commit")
-        self._store.put(f"{folder_of(step)}/{name}", data)
+        self._store.put(f"{folder_of(step)}/{files_of(self._attempt)}/{name}", data)
         return FileEntry(name, len(data), sha256_bytes(data))
 
     def commit(self, step: int, entries: Iterable[FileEntry], meta: dict[str, Any], eval_loss: float | None) -> None:
@@ -147,14 +154,35 @@ class CheckpointStore:
 
         Raises:
             StorageError: the marker could not be written. Trouble in deleting is only logged.
+            PreemptedError: a newer attempt has committed already: this one was taken for lost.
 
         """
-        marker = Marker(step=step, run_uid=self._run_uid, eval_loss=eval_loss, files=tuple(entries), meta=meta)
+        losses, foreign = self._survey()
+        marker = Marker(
+            step=step,
+            run_uid=self._run_uid,
+            attempt=self._attempt,
+            eval_loss=eval_loss,
+            files=tuple(entries),
+            meta=meta,
+        )
         self._store.put(f"{folder_of(step)}/{MARKER}", marker.to_bytes())
         try:
-            self._prune(step)
+            self._prune(step, losses | {step: eval_loss}, foreign)
         except (StorageError, UserError) as error:
             log.warning("the checkpoint at step %d is whole, but older ones could not be deleted: %s", step, error)
+
+    def amend(self, step: int, meta: dict[str, Any], eval_loss: float | None) -> None:
+        """Say more of a checkpoint that is whole: of one that was saved before its evaluation. Rank 0.
+
+        Raises:
+            CheckpointError: its marker is missing or broken.
+            StorageError: storage is out of reach.
+
+        """
+        marker = self._marker(step)
+        amended = marker.model_copy(update={"meta": {**marker.meta, **meta}, "eval_loss": eval_loss})
+        self._store.put(f"{folder_of(step)}/{MARKER}", amended.to_bytes())
 
     def newest(self) -> Checkpoint | None:
         """Return the newest checkpoint whose marker and files verify; None where the run has none yet.
@@ -173,7 +201,7 @@ class CheckpointStore:
             CheckpointError: there are such checkpoints and every one is broken.
 
         """
-        return self._first_whole(by_loss(self._losses_and_foreign()[0]))
+        return self._first_whole(by_loss(self._survey()[0]))
 
     def at(self, step: int) -> Checkpoint:
         """Return the checkpoint of a step that ``newest`` found on another rank; files are verified when read.
@@ -244,21 +272,33 @@ class CheckpointStore:
     def _complete(self) -> list[int]:
         return [step for step, complete in self._folders().items() if complete]
 
-    def _losses_and_foreign(self) -> tuple[dict[int, float | None], set[int]]:
-        """Eval loss of each of this run's checkpoints, and the steps of other runs'. Broken markers are in neither."""
+    def _survey(self) -> tuple[dict[int, float | None], set[int]]:
+        """Eval loss of each of this run's checkpoints, and the steps of other runs'. Broken markers are in neither.
+
+        Raises:
+            PreemptedError: one of them is of a newer attempt.
+
+        """
         losses: dict[int, float | None] = {}
         foreign: set[int] = set()
         for step in self._complete():
             try:
-                losses[step] = self._open(step).eval_loss
+                marker = self._marker(step)
             except CheckpointError as error:
                 log.debug("not counted: %s", error)
-            except _ForeignCheckpointError:
+                continue
+            if marker.run_uid != self._run_uid:
                 foreign.add(step)
+                continue
+            if marker.attempt is not None and marker.attempt > self._attempt:
+                raise PreemptedError(
+                    f"attempt {marker.attempt} has gone on from here and saved step {step}: attempt {self._attempt} "
+                    "was taken for lost, and ends"
+                )
+            losses[step] = marker.eval_loss
         return losses, foreign
 
-    def _prune(self, committed: int) -> None:
-        losses, foreign = self._losses_and_foreign()
+    def _prune(self, committed: int, losses: Mapping[int, float | None], foreign: set[int]) -> None:
         for step in to_delete(committed, set(self._folders()) - foreign, losses, self._keep):
             # The marker first: a deletion cut short must not leave a checkpoint that looks whole.
             self._store.delete(f"{folder_of(step)}/{MARKER}")
@@ -267,6 +307,11 @@ class CheckpointStore:
 
 class _ForeignCheckpointError(UserError):
     """A checkpoint of another run."""
+
+
+def files_of(attempt: int) -> str:
+    """Folder of one attempt's files within a step's."""
+    return f"attempt-{attempt}"
 
 
 def folder_of(step: int) -> str:

@@ -27,6 +27,10 @@ def publish_run(trainer: Trainer, run: Run) -> Adapter:
     chosen = trainer.checkpoints.best() or trainer.checkpoints.newest()
     if chosen is None:
         raise CheckpointError(f"no checkpoint to publish in {config.checkpoint_uri}")
+    if trainer.data.eval is None and chosen.step != run.step:
+        raise CheckpointError(
+            f"the checkpoint at step {run.step}, the last one, is broken; step {chosen.step} is whole"
+        )
     with tempfile.TemporaryDirectory(prefix="qlora-publish-") as name:
         folder = Path(name)
         tensors = unpack_tensors(chosen.read(state.ADAPTER_FILE))

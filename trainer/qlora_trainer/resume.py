@@ -22,6 +22,11 @@ log = logging.getLogger(__name__)
 def save(trainer: Trainer, run: Run, *, with_eval: bool) -> None:
     """Write a checkpoint: every rank its files, rank 0 the marker when all are there. A collective."""
     ranks, store, engine = trainer.ranks, trainer.checkpoints, trainer.engine
+    if run.saved_at == run.step:  # an attempt before saved it, and was stopped before its evaluation
+        if ranks.is_first:
+            store.amend(run.step, {"run": run.meta}, run.eval_loss if with_eval else None)
+        ranks.sum(0)
+        return
     sharded = trainer.config.spec.parallelism.zero_stage > 0
     run.saved_at = run.step
     start = time.monotonic()

@@ -89,12 +89,12 @@ def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(workshop):
     first = workshop.run(workshop.config(**changes))
     assert first.code == ExitCode.DONE
     newest = max((workshop.folder / "checkpoints").iterdir())
-    damaged = newest / "adapter.safetensors"
+    damaged = newest / "attempt-1" / "adapter.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-20])
     shutil.rmtree(workshop.folder / "out")
     second = workshop.run(workshop.config(attempt=2, **changes))
     assert second.code == ExitCode.DONE, second.log[-3000:]
-    assert f"{newest.name}/adapter.safetensors" in second.log
+    assert f"{newest.name}/attempt-1/adapter.safetensors" in second.log
     assert sorted(second.losses) == [7, 8]
     assert second.losses == pytest.approx({s: first.losses[s] for s in (7, 8)}, rel=1e-4)
 
@@ -103,7 +103,7 @@ def test_when_every_checkpoint_is_broken_the_attempt_says_so(workshop):
     changes = {"training": {"epochs": None, "maxSteps": 2}}
     assert workshop.run(workshop.config(**changes)).code == ExitCode.DONE
     shutil.rmtree(workshop.folder / "out")
-    for path in (workshop.folder / "checkpoints").glob("*/adapter.safetensors"):
+    for path in (workshop.folder / "checkpoints").glob("*/*/adapter.safetensors"):
         path.write_bytes(b"")
     ended = workshop.run(workshop.config(attempt=2, **changes))
     assert ended.code == ExitCode.CHECKPOINT_UNREADABLE

@@ -13,12 +13,13 @@ import torch
 from qlora_trainer.checkpoints import (
     MARKER,
     CheckpointStore,
+    files_of,
     folder_of,
     pack_tensors,
     to_delete,
     unpack_tensors,
 )
-from qlora_trainer.errors import CheckpointError, StorageError, UserError
+from qlora_trainer.errors import CheckpointError, PreemptedError, StorageError, UserError
 from qlora_trainer.store import open_store
 
 RUN = "3f2a9c01-run"
@@ -121,7 +122,8 @@ def test_a_broken_newest_checkpoint_is_passed_over_for_the_one_before(place, cap
     store = CheckpointStore(place, RUN, keep=3)
     save(store, 1)
     save(store, 2)
-    files, key = open_store(place, "x"), f"{folder_of(2)}/{name}"
+    inside = name if name == MARKER else f"{files_of(1)}/{name}"
+    files, key = open_store(place, "x"), f"{folder_of(2)}/{inside}"
     if damage:
         files.put(key, damage(files.get(key)))
     else:
@@ -137,8 +139,10 @@ def test_checkpoints_that_are_all_broken_are_an_error_not_a_fresh_start(place):
     save(store, 1)
     save(store, 2)
     for step in (1, 2):
-        open_store(place, "x").put(f"{folder_of(step)}/rank-0.bin", b"?")
-    with pytest.raises(CheckpointError, match=r"no checkpoint .* can be read: .*step-00000002/rank-0\.bin") as caught:
+        open_store(place, "x").put(f"{folder_of(step)}/{files_of(1)}/rank-0.bin", b"?")
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint .* can be read: .*step-00000002/attempt-1/rank-0\.bin"
+    ) as caught:
         store.newest()
     assert caught.value.exit_code == 46
 
@@ -155,7 +159,7 @@ def test_a_file_that_changes_after_the_check_is_not_returned(place):
     store = CheckpointStore(place, RUN, keep=3)
     save(store, 1)
     found = store.newest()
-    open_store(place, "x").put(f"{folder_of(1)}/rank-0.bin", b"\0" * 200)
+    open_store(place, "x").put(f"{folder_of(1)}/{files_of(1)}/rank-0.bin", b"\0" * 200)
     with pytest.raises(CheckpointError, match="SHA-256"):
         found.read("rank-0.bin")
     with pytest.raises(CheckpointError, match=r"holds no rank-9\.bin; it holds rank-0\.bin, rank-1\.bin"):
@@ -237,7 +241,7 @@ def test_a_resume_behind_a_broken_checkpoint_keeps_what_it_writes(place):
     store = CheckpointStore(place, RUN, keep=2)
     save(store, 60)
     save(store, 120)
-    open_store(place, "x").put(f"{folder_of(120)}/rank-0.bin", b"?")
+    open_store(place, "x").put(f"{folder_of(120)}/{files_of(1)}/rank-0.bin", b"?")
     resumed = CheckpointStore(place, RUN, keep=1)
     assert resumed.newest().step == 60
     save(resumed, 90)
@@ -245,11 +249,39 @@ def test_a_resume_behind_a_broken_checkpoint_keeps_what_it_writes(place):
     assert resumed.newest().step == 90
 
 
+def test_an_attempt_that_saves_a_step_again_and_dies_leaves_what_was_whole(place):
+    save(CheckpointStore(place, RUN, keep=1), 50, loss=1)
+    again = CheckpointStore(place, RUN, keep=1, attempt=2)
+    again.write_file(50, "rank-0.bin", b"of the second attempt, which dies before its marker")
+    found = CheckpointStore(place, RUN, keep=1, attempt=3).newest()
+    assert (found.step, found.read("rank-0.bin")) == (50, bytes([50, 0]) * 100)
+
+
+def test_an_attempt_that_was_taken_for_lost_deletes_nothing_of_the_one_that_goes_on(place):
+    lost, newer = CheckpointStore(place, RUN, keep=3), CheckpointStore(place, RUN, keep=3, attempt=2)
+    save(lost, 300)
+    for step in (400, 500):
+        save(newer, step)
+    with pytest.raises(PreemptedError, match="attempt 2 has gone on from here and saved step"):
+        save(lost, 310)
+    assert newer.newest().step == 500
+    assert {400, 500} <= set(steps(place))
+
+
+def test_a_checkpoint_that_was_saved_before_its_evaluation_is_told_of_it(place):
+    save(CheckpointStore(place, RUN, keep=3), 50, run={"step": 50}, worldSize=4)
+    later = CheckpointStore(place, RUN, keep=3, attempt=2)
+    later.amend(50, {"run": {"step": 50, "evaluated": True}}, 0.25)
+    best = later.best()
+    assert (best.step, best.eval_loss, best.read("rank-1.bin")) == (50, 0.25, bytes([50, 1]) * 100)
+    assert best.meta == {"run": {"step": 50, "evaluated": True}, "worldSize": 4}
+
+
 def test_a_broken_best_is_passed_over_for_the_next_best(place, caplog):
     store = CheckpointStore(place, RUN, keep=3)
     for step, loss in ((1, 0.5), (2, 0.6), (3, 0.7)):
         save(store, step, eval_loss=loss)
-    open_store(place, "x").put(f"{folder_of(1)}/rank-0.bin", b"?")
+    open_store(place, "x").put(f"{folder_of(1)}/{files_of(1)}/rank-0.bin", b"?")
     with caplog.at_level(logging.WARNING):
         assert store.best().step == 2
     assert "step 1 is broken" in caplog.text
