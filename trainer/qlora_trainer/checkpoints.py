@@ -6,8 +6,10 @@
     <uri>/step-00000120/COMPLETE.json                   rank 0, last: sizes and SHA-256 of all of them
 
 A folder without its marker was cut short and is no checkpoint. Attempts write beside each other and never over what a
-marker vouches for; one that was taken for lost and goes on all the same commits nothing once a newer one has. Knows files and bytes, not engines; tensors travel as
-safetensors, since unpickling a file from a bucket would run whatever code somebody put there.
+marker vouches for; one that was taken for lost and goes on all the same commits nothing once a newer one has.
+
+Knows files and bytes, not engines; tensors travel as safetensors, since unpickling a file from a bucket would run
+whatever code somebody put there.
 """
 
 from __future__ import annotations
