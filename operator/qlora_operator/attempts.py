@@ -13,6 +13,7 @@ from datetime import timedelta
 from qlora_api.contract import ExitCode, TerminationMessage, reason_of
 from qlora_api.lifecycle import STUCK
 from qlora_api.status import Attempt, Reason
+from qlora_operator.names import CACHE_VOLUME
 from qlora_operator.seen import JobState, Observed, SeenJob, SeenPod
 
 OVERDUE = timedelta(seconds=10)
@@ -36,6 +37,8 @@ _DECISIVE = frozenset(
 """What a pod says of itself that nothing else explains."""
 _KILLED = 137
 """128 + SIGKILL: the kernel's for memory only where the kubelet says so. docs/decisions/0016."""
+_OVERFULL = re.compile(r'Usage of EmptyDir volume "([^"]+)" exceeds the limit "([^"]+)"')
+"""The kubelet's word of a pod that it evicts because of what the pod itself wrote, not for its node's sake."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,8 @@ def _never_placed(pods: tuple[SeenPod, ...], workers: int, seen: Observed) -> st
 
 def _weight(pod: SeenPod) -> tuple[int, Reason] | None:
     """How telling a pod's end is, the lowest first; None where the pod says nothing."""
+    if _overfull(pod):
+        return 0, Reason.USER_ERROR
     code = pod.exit_code
     reason = Reason.CRASHED if code is None else _reason_of(code, pod)
     if code in _DECISIVE or reason is Reason.OUT_OF_HOST_MEMORY:
@@ -180,19 +185,32 @@ def _reason_of(code: int, pod: SeenPod | None = None) -> Reason:
     return Reason.CRASHED
 
 
+def _overfull(pod: SeenPod) -> str:
+    """What is to be done about a pod that was evicted for a volume of its own; empty for any other."""
+    found = _OVERFULL.search(pod.pod_message) if pod.pod_reason == "Evicted" else None
+    if found is None:
+        return ""
+    name, limit = found.groups()
+    what = f'pod {pod.name} was evicted: its volume "{name}" took more than its limit of {limit}'
+    if name == CACHE_VOLUME:
+        what += "; the base model and the rows need a larger trainer.cacheSizeLimit (a value of the operator's chart)"
+    return what
+
+
 def _of_pod(pod: SeenPod, reason: Reason) -> Ending:
     word = pod.word
-    if word is not None and word.message:
+    if overfull := _overfull(pod):
+        text = overfull
+    elif word is not None and word.message:
         text = word.message
     elif pod.exit_code is None:
-        text = (
-            f"pod {pod.name} was ended ({pod.disruption or pod.exit_reason or 'deleted'}) {pod.message[-500:]}".rstrip()
-        )
+        why = pod.disruption or pod.pod_reason or "deleted"
+        text = f"pod {pod.name} was ended ({why}) {pod.pod_message[-500:]}".rstrip()
     else:
-        why = pod.exit_reason or "no reason"
+        why = pod.exit_reason or pod.pod_reason or "no reason"
         text = f"pod {pod.name} ended with exit code {pod.exit_code} ({why}) and no last word"
-        if pod.message:
-            text += f": {pod.message[-500:]}"
+        if said := pod.message or pod.pod_message:
+            text += f": {said[-500:]}"
     return Ending(reason, text, pod.exit_code, pod.node, word)
 
 

@@ -20,6 +20,7 @@ PLAN_ANNOTATION = f"{GROUP}/plan"
 """On a child Job: the attempt as it was planned, so that nothing is lost if the operator dies before status has it."""
 
 CONTAINER = "trainer"
+CACHE_VOLUME = "cache"
 SERVICE = "qlora-trainers"
 """Headless Service through which the workers of all jobs of a namespace find each other."""
 RENDEZVOUS_PORT = 29500

@@ -19,6 +19,7 @@ from qlora_api.status import Attempt, PrepareResult, QLoRAJobStatus
 from qlora_operator.config import OperatorConfig
 from qlora_operator.names import (
     ATTEMPT_LABEL,
+    CACHE_VOLUME,
     COMPONENT_LABEL,
     CONFIG_ANNOTATION,
     CONTAINER,
@@ -256,7 +257,7 @@ def _container(
     mounts = [
         {"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True},
         {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 a volume of the pod's own
-        {"name": "cache", "mountPath": CACHE_FOLDER},
+        {"name": CACHE_VOLUME, "mountPath": CACHE_FOLDER},
         *(
             {"name": f"claim-{number}", "mountPath": f"{PVC_FOLDER}/{claim}", "readOnly": ro}
             for number, (claim, ro) in enumerate(claims.items())
@@ -302,7 +303,7 @@ def _volumes(config: OperatorConfig, claims: dict[str, bool], ranks: int) -> Ite
     item = {"path": "config.json", "fieldRef": {"fieldPath": f"metadata.annotations['{CONFIG_ANNOTATION}']"}}
     yield {"name": "config", "downwardAPI": {"items": [item]}}
     yield {"name": "tmp", "emptyDir": {}}
-    yield {"name": "cache", "emptyDir": {"sizeLimit": config.trainer.cache_size_limit}}
+    yield {"name": CACHE_VOLUME, "emptyDir": {"sizeLimit": config.trainer.cache_size_limit}}
     if ranks:
         size = times(config.trainer.shared_memory, ranks)
         yield {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": size}}

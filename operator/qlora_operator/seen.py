@@ -88,6 +88,9 @@ class SeenPod:
     """The container runtime's: OOMKilled, Error, Completed."""
     message: str = ""
     """The termination message as written; see :meth:`word`."""
+    pod_reason: str = ""
+    """Why the kubelet refused or ended the whole pod: Evicted, UnexpectedAdmissionError, OutOfcpu …"""
+    pod_message: str = ""
     deletion_due: datetime | None = None
     """When it must be gone: deletionTimestamp, which has the grace period in it."""
     gone: bool = False
@@ -196,8 +199,10 @@ def see_pod(body: Mapping[str, Any]) -> SeenPod:
         disruption=disrupted.get("reason", "") if disrupted.get("status") == "True" else "",
         created=_required_time(meta["creationTimestamp"]),
         exit_code=ended.get("exitCode"),
-        exit_reason=ended.get("reason", "") or status.get("reason", ""),
-        message=ended.get("message", "") or status.get("message", ""),
+        exit_reason=ended.get("reason", ""),
+        message=ended.get("message", ""),
+        pod_reason=status.get("reason", ""),
+        pod_message=status.get("message", ""),
         deletion_due=parse_time(meta.get("deletionTimestamp")),
     )
 

@@ -9,9 +9,10 @@ from operator_builders import NOW, child, pod, seen
 
 from qlora_api.status import Reason
 from qlora_operator.attempts import ending_of
-from qlora_operator.seen import JobState
+from qlora_operator.seen import JobState, see_pod
 
 FAILED = child(state=JobState.FAILED)
+OVERFULL = {"pod_reason": "Evicted", "pod_message": 'Usage of EmptyDir volume "cache" exceeds the limit "200Gi". '}
 FULL = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."
 
 
@@ -80,6 +81,21 @@ FULL = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."
             "no node took pod job-1-0",
             id="waited-in-vain-for-the-first-pod",
         ),
+        pytest.param(
+            [pod(phase="Failed", **OVERFULL)], "UserError", "trainer.cacheSizeLimit", id="evicted-for-its-own-volume"
+        ),
+        pytest.param(
+            [pod(code=49, word="closed"), pod(index=1, code=137, exit_reason="ContainerStatusUnknown", **OVERFULL)],
+            "UserError",
+            'its volume "cache" took more than its limit of 200Gi',
+            id="evicted-for-its-own-volume-with-a-container-that-was-killed",
+        ),
+        pytest.param(
+            [pod(phase="Failed", pod_reason="Evicted", pod_message="The node was low on resource: memory. ")],
+            "Preempted",
+            "(Evicted) The node was low on resource: memory.",
+            id="evicted-for-its-node",
+        ),
         pytest.param([pod(code=7, exit_reason="Error")], "Crashed", "exit code 7", id="unknown-code-is-a-crash"),
     ],
 )
@@ -121,6 +137,14 @@ def test_a_complete_job_without_its_result_is_waited_for_and_then_done_again():
     assert ending_of(1, 1, seen(complete)) is None
     assert ending_of(1, 1, seen(complete, pod(code=0, word="done"))).reason is Reason.COMPLETED
     assert ending_of(1, 1, seen(complete, after=31)).reason is Reason.PREEMPTED
+
+
+def test_what_is_said_of_a_pod_is_kept_apart_from_what_is_said_of_its_container():
+    meta = {"name": "a", "uid": "u", "resourceVersion": "1", "labels": {}, "creationTimestamp": NOW.isoformat()}
+    end = {"terminated": {"exitCode": 137, "reason": "Error", "message": "log"}}
+    status = {"containerStatuses": [{"name": "trainer", "state": end}], "reason": "Evicted", "message": "why"}
+    cut = see_pod({"metadata": meta, "spec": {}, "status": {**status, "phase": "Failed"}})
+    assert (cut.exit_reason, cut.message, cut.pod_reason, cut.pod_message) == ("Error", "log", "Evicted", "why")
 
 
 def test_an_attempt_goes_on_while_its_job_does():
