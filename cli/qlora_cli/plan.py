@@ -18,6 +18,7 @@ from qlora_api.memory import (
     gpu_named,
     gpu_of_device,
     model_shape,
+    must_train,
     plan,
     remedies,
 )
@@ -93,6 +94,7 @@ def answer(path: Path, options: Options, overrides: Sequence[str] = ()) -> Answe
     """
     job = manifest.one_job(path, overrides)
     gpu, here = _gpu(options)
+    must_train(gpu, "--gpu")
     world_size = options.gpus or here or job.spec.parallelism.workers * job.spec.parallelism.gpus_per_worker
     files = _files(job.spec, options)
     request = Request(job.spec, model_shape(files.config, files.tensors), gpu, world_size)

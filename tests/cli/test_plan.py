@@ -274,6 +274,13 @@ def test_what_if(hub, call):
     assert all(v["neededBytes"] > 0 for v in shown["whatIf"])
 
 
+@pytest.mark.parametrize("more", [(), ("--what-if",)])
+def test_a_gpu_that_the_trainer_cannot_use_is_refused(more, hub, call):
+    result = call("--gpu", "t4-16gb", *more)
+    assert result.exit_code == 40
+    assert '--gpu: "t4-16gb" has neither bf16 nor flash attention' in result.stderr
+
+
 def test_a_configuration_alone_is_enough(call, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
     result = call("--gpu", "h100-80gb", "--model-config", "config.json", model="hf://nobody/asks")

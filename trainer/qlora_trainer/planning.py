@@ -19,6 +19,7 @@ from qlora_api.memory import (
     does_not_fit,
     estimate,
     model_shape,
+    must_train,
     plan,
     run_of,
     tensor_infos,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from qlora_api.batch import BatchSplit
     from qlora_api.contract import PrepareReceipt, TrainerConfig
-    from qlora_api.memory import ModelShape
+    from qlora_api.memory import Gpu, ModelShape
 
 log = logging.getLogger(__name__)
 
@@ -74,27 +75,34 @@ def plan_job(config: TrainerConfig, shape: ModelShape | None, receipt: PrepareRe
     Where there is none, or it is not known which, everything is as the job and its starter have it.
 
     Raises:
-        UserError: nothing that the job allows fits that GPU; says what would.
+        UserError: the trainer cannot use that GPU, or nothing that the job allows fits it; says what would.
 
     """
-    if shape is None or config.gpu is None:
+    gpu = GPUS.get(config.gpu or "")
+    try:
+        if gpu is not None:
+            must_train(gpu)
+        return _planned(config, shape, gpu, receipt)
+    except FieldMistake as mistake:
+        raise UserError(mistake.field, mistake.value, mistake.allowed) from None
+
+
+def _planned(config: TrainerConfig, shape: ModelShape | None, gpu: Gpu | None, receipt: PrepareReceipt) -> Planned:
+    if shape is None or gpu is None:
         rows = (longest_of(config, receipt),) * config.batch.micro_batch_size
         memory = predicted(config, shape, rows) if shape else {}
         return Planned(config.batch, config.gradient_checkpointing, memory, None)
     request = Request(
         spec=config.spec,
         shape=shape,
-        gpu=GPUS[config.gpu],
+        gpu=gpu,
         world_size=config.batch.world_size,
         longest=longest_of(config, receipt),
         correction=config.memory_correction,
     )
-    try:
-        outcome = plan(request)
-        if isinstance(outcome, NoFit):
-            raise does_not_fit(request, outcome)
-    except FieldMistake as mistake:
-        raise UserError(mistake.field, mistake.value, mistake.allowed) from None
+    outcome = plan(request)
+    if isinstance(outcome, NoFit):
+        raise does_not_fit(request, outcome)
     expected = cost(outcome.seconds_per_token, tokens_of(config, receipt), config.batch.world_size, None)
     return Planned(
         outcome.batch, outcome.gradient_checkpointing, outcome.memory.as_status(), expected.gpu_hours.expected

@@ -108,6 +108,22 @@ def gpu_named(name: str, field: str = "--gpu") -> Gpu:
     return found
 
 
+def must_train(gpu: Gpu, field: str = "spec.scheduling.nodeSelector") -> None:
+    """Take only what the trainer can use.
+
+    Raises:
+        FieldMistake: it has neither bf16 nor flash attention.
+
+    """
+    if not gpu.flash:
+        raise FieldMistake(
+            field,
+            gpu.name,
+            "has neither bf16 nor flash attention, which the trainer uses on a GPU: take one of Ampere's generation or"
+            " newer, such as l4-24gb or a100-40gb",
+        )
+
+
 def known_gpu(device_name: str) -> Gpu | None:
     """The GPU of the table that NVML or CUDA calls by this name, or feature discovery, which has dashes for spaces.
 

@@ -10,7 +10,7 @@ from qlora_api.batch import TOKENS_PER_MICRO_BATCH, BatchSplit, split_batch
 from qlora_api.errors import FieldMistake
 from qlora_api.memory.cost import Span, seconds_per_token
 from qlora_api.memory.estimate import MemoryEstimate, Run, estimate
-from qlora_api.memory.gpus import GIB, Gpu
+from qlora_api.memory.gpus import GIB, Gpu, must_train
 from qlora_api.memory.shape import ModelShape
 from qlora_api.memory.weights import FOUR_BIT, Adapter
 from qlora_api.spec import GradientCheckpointing, Offload, QLoRAJobSpec
@@ -91,8 +91,8 @@ def plan(request: Request) -> Plan | NoFit:
     where one costs the other, expected time decides (:mod:`qlora_api.memory.cost`).
 
     Raises:
-        FieldMistake: the global batch cannot be cut, a target names no layer, the base is quantized in another way than
-            the job says, or has fewer positions than ``maxLength``.
+        FieldMistake: the trainer cannot use the GPU, the global batch cannot be cut, a target names no layer, the base
+            is quantized in another way than the job says, or has fewer positions than ``maxLength``.
 
     """
     _must_suit(request)
@@ -105,6 +105,7 @@ def plan(request: Request) -> Plan | NoFit:
 
 def _must_suit(request: Request) -> None:
     spec, shape = request.spec, request.shape
+    must_train(request.gpu)
     if shape.max_positions is not None and spec.dataset.max_length > shape.max_positions:
         raise FieldMistake(
             "spec.dataset.maxLength",
@@ -200,8 +201,6 @@ def _notes(plan: Plan) -> Iterator[str]:
             f"ZeRO stage {plan.zero_stage} brings DeepSpeed's buckets for gradients, "
             f"{plan.memory.components.get(MemoryComponent.COLLECTIVE_BUFFERS, 0) / GIB:.1f} GiB"
         )
-    if not plan.gpu.flash:
-        yield f"{plan.gpu.name} has neither bf16 nor flash attention, which the trainer uses on a GPU"
     if plan.memory.paged_bytes:
         yield f"{plan.memory.paged_bytes / GIB:.2f} GiB of optimizer state may move to host memory under pressure"
 

@@ -323,6 +323,12 @@ def test_a_device_has_speeds_of_the_table_and_memory_of_its_own(device, speed):
     assert (found.memory_bytes, found.tflops, found.hopper) == (123, GPUS[speed].tflops, GPUS[speed].hopper)
 
 
+@pytest.mark.parametrize("gpu", ["t4-16gb", "v100-32gb"])
+def test_a_gpu_without_bf16_is_refused_with_what_works(gpu):
+    with pytest.raises(FieldMistake, match=rf'spec.scheduling.nodeSelector: "{gpu}" has neither bf16 .* Ampere'):
+        plan(request(gpu))
+
+
 def test_published_speeds_lie_within_what_is_expected():
     runs = [  # tokens/s of one GPU: fms-acceleration, torchtune; notes of docs/explanation/memory.md
         ("a100-80gb", 4096, 32768, True, 4105),
