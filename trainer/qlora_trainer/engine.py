@@ -6,6 +6,7 @@ accumulated and reduced in fp32 and no second master copy is made. The frozen ba
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -200,7 +201,10 @@ def accumulate(engine: Any, step: Step, ranks: Ranks) -> float:
 
 
 def apply_update(engine: Any, max_grad_norm: float, learning_rate: float) -> float:
-    """Clip, and take one optimizer step.
+    """Clip, and take one optimizer step; none where the norm is not finite: the gradients are then thrown away.
+
+    :func:`accumulate` has reduced the gradients over the ranks: the norm, and whether a step is taken, is the same on
+    all. Under ZeRO, DeepSpeed looks at the norm and leaves the step out; it says infinity.
 
     Returns:
         The global gradient norm before clipping.
@@ -210,9 +214,13 @@ def apply_update(engine: Any, max_grad_norm: float, learning_rate: float) -> flo
         group["lr"] = learning_rate
     if engine.zero_optimization_stage() == 0:
         parameters = [p for p in engine.module.parameters() if p.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
-        engine.step()
-        return float(norm)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf")))
+        if math.isfinite(norm):
+            engine.step()
+        else:
+            for parameter in parameters:
+                parameter.grad = None
+        return norm
     engine.step()
     return float(engine.get_global_grad_norm() or 0.0)
 

@@ -100,7 +100,7 @@ def train_step(trainer: Trainer, run: Run, steps: Iterator[Step]) -> bool:
     """One optimizer step over the global batch. Returns whether any rank was told to stop.
 
     Raises:
-        NonFiniteLossError: on all ranks, before the update.
+        NonFiniteLossError: on all ranks; of a loss or a gradient that is not finite no update is applied.
 
     """
     start = time.monotonic()
@@ -117,15 +117,12 @@ def train_step(trainer: Trainer, run: Run, steps: Iterator[Step]) -> bool:
         )
         trainer.board.update(slowest=trainer.pace.slowest(own_seconds))
         loss = total / step.target_tokens
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss of step {run.step + 1} is {loss}: the update was not applied. A smaller "
-                "spec.training.learningRate, or Float32 as spec.quantization.computeType, is the usual remedy"
-            )
+        must_be_finite("loss", loss, run)
         gradients = {MemoryComponent.GRADIENTS.value: state.gradient_bytes(trainer.engine)}
         rate = learning_rate(trainer.config.spec.training, run.step, trainer.total_steps)
         with trainer.ranks.heartbeat.during(Section.OPTIMIZER):
             norm = apply_update(trainer.engine, float(trainer.config.spec.training.max_grad_norm), rate)
+        must_be_finite("gradient norm", norm, run)
     run.saw(step)
     trainer.ranks.heartbeat.step = run.step
     if minutes:
@@ -137,6 +134,20 @@ def train_step(trainer: Trainer, run: Run, steps: Iterator[Step]) -> bool:
         | peak_bytes(trainer.ranks.device)
     )
     return bool(stopping)
+
+
+def must_be_finite(what: str, value: float, run: Run) -> None:
+    """End the attempt where a value that all ranks have the same is not finite.
+
+    Raises:
+        NonFiniteLossError: it is not.
+
+    """
+    if not math.isfinite(value):
+        raise NonFiniteLossError(
+            f"the {what} of step {run.step + 1} is {value}: the update was not applied. A smaller "
+            "spec.training.learningRate, or Float32 as spec.quantization.computeType, is the usual remedy"
+        )
 
 
 def show_step(
