@@ -189,7 +189,7 @@ class PrepareReceipt(Model):
     duplicates: int
     """Training rows that repeat an earlier one token by token. They are kept."""
     eval_in_train: int
-    """Distinct evaluation rows that are training rows too: for these the eval loss measures memory."""
+    """Evaluation rows that are training rows too: for these the eval loss measures memory."""
     longest: int
     """Tokens of the longest row, before it was cut or dropped."""
     lengths: dict[int, int] = {}

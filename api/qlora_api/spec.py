@@ -183,6 +183,12 @@ class DatasetSpec(Model):
             "chatTemplate",
             lambda d: d.chat_template is None or d.format is DatasetFormat.MESSAGES,
         ),
+        Rule(
+            "!has(self.tolerance.evalInTrain) || has(self.eval)",
+            "tolerance.evalInTrain needs evaluation rows: set dataset.eval",
+            "tolerance.evalInTrain",
+            lambda d: d.tolerance.eval_in_train is None or d.eval is not None,
+        ),
     )
 
     @property

@@ -144,6 +144,10 @@ def with_defaults(made):
         pytest.param({"dataset__chatTemplate": "x"}, id="template-without-messages"),
         pytest.param({"dataset__eval": {"fraction": "0.1"}}, id="eval-fraction"),
         pytest.param({"dataset__eval": {"fraction": "0.1", "source": "s3://b/e"}}, id="two-eval-sources"),
+        pytest.param({"dataset__tolerance": {"evalInTrain": "0"}}, id="tolerance-of-no-evaluation-rows"),
+        pytest.param(
+            {"dataset__eval": {"fraction": "0.1"}, "dataset__tolerance": {"evalInTrain": "0"}}, id="tolerance"
+        ),
         pytest.param({"training__evaluation": {"patience": 2}}, id="patience"),
         pytest.param({"training__evaluation": {"everySteps": 2}}, id="evaluation-of-no-rows"),
         pytest.param({"training__epochs": None, "training__maxSteps": 4, "training__warmupSteps": 4}, id="all-warmup"),

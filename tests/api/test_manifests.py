@@ -104,6 +104,11 @@ def test_what_is_written_is_read_back_the_same():
             id="two-sources-of-evaluation-rows",
         ),
         pytest.param(
+            {"dataset__tolerance": {"evalInTrain": "0"}},
+            'spec.dataset.tolerance.evalInTrain: "0" tolerance.evalInTrain needs evaluation rows',
+            id="tolerance-of-evaluation-rows-without-any",
+        ),
+        pytest.param(
             {"training__evaluation": {"patience": 2}},
             'spec.training.evaluation.patience: "2" training.evaluation.patience needs evaluation rows',
             id="patience-without-evaluation",

@@ -210,9 +210,9 @@ def test_own_evaluation_rows_stand_apart(prepared, pairs):
 def test_repeated_rows_and_rows_on_both_sides_are_counted(prepared, pairs):
     unique = list({json.dumps(row): row for row in pairs}.values())[:20]
     receipt = prepared(
-        [*unique, unique[3], unique[3]], eval_rows=[*unique[5:7], {"prompt": "new", "completion": "x"}]
+        [*unique, unique[3], unique[3]], eval_rows=[*unique[5:7], unique[6], {"prompt": "new", "completion": "x"}]
     ).receipt
-    assert (receipt.train_rows, receipt.duplicates, receipt.eval_in_train) == (22, 2, 2)
+    assert (receipt.train_rows, receipt.duplicates, receipt.eval_rows, receipt.eval_in_train) == (22, 2, 4, 3)
 
 
 @pytest.mark.parametrize(

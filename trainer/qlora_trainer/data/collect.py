@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,22 +22,28 @@ CHUNK_ROWS = 512
 
 @dataclass
 class Side:
-    """Training or evaluation: the rows' files, and which rows were seen."""
+    """Training or evaluation: the rows' files, and which rows were seen how often."""
 
     name: str
     writer: RowWriter
-    seen: set[int] = field(default_factory=set)
-    """Hashes of the rows' tokens; a collision among 64 bits only miscounts duplicates."""
-    duplicates: int = 0
+    seen: Counter[int] = field(default_factory=Counter)
+    """Rows by the hash of their tokens; a collision among 64 bits only miscounts duplicates."""
+
+    @property
+    def duplicates(self) -> int:
+        """Rows that repeat an earlier one."""
+        return self.seen.total() - len(self.seen)
+
+    def also_in(self, other: Side) -> int:
+        """Rows that the other side has too, each as often as it is here."""
+        return sum(count for identity, count in self.seen.items() if identity in other.seen)
 
     def add(self, encoded: Encoded) -> bool:
         """Write a row; False if no token of it counts."""
         written = self.writer.append(encoded.input_ids, encoded.targets)
         if written is None:
             return False
-        identity = hash(written)
-        self.duplicates += identity in self.seen
-        self.seen.add(identity)
+        self.seen[hash(written)] += 1
         return True
 
 
