@@ -127,7 +127,7 @@ class Attempt(Model):
     start_time: datetime
     """When the operator decided on it."""
     running_time: datetime | None = None
-    """When all its pods were ready: GPUs are held and paid for from then on."""
+    """When all its pods were ready: GPUs are held and paid for from then on. Anew after a queue took them back."""
     end_time: datetime | None = None
     """When its end was seen; not set while it goes on."""
     reason: Reason | None = None
@@ -274,7 +274,7 @@ class QLoRAJobStatus(Model):
     gpu_seconds: Count = 0
     """Time of all GPUs over all attempts, without waiting."""
     earlier_gpu_seconds: Count = 0
-    """Of attempts that are not listed any more."""
+    """Of attempts that are not listed any more, and of the open one before a queue took its GPUs back."""
     grace_seconds: Count | None = None
     """What pods need to save a checkpoint once they are told to stop, by the longest step and save so far; for the next
     attempt's. Set only where it is more than the operator's own setting (trainer.graceSeconds); at most 900."""

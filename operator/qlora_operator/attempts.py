@@ -95,7 +95,8 @@ def _words_are_on_their_way(job: SeenJob, pods: tuple[SeenPod, ...], seen: Obser
 
 
 def _completed(job: SeenJob, pods: tuple[SeenPod, ...], seen: Observed) -> Ending | None:
-    first = next((p for p in pods if p.index == 0 and p.word), None)
+    # A queue that took the attempt back and admitted it again has left pods of before, with words of their own.
+    first = next((p for p in pods if p.index == 0 and p.exit_code == 0 and p.word), None)
     if first:
         return _of_pod(first, Reason.COMPLETED)
     mute = next((p for p in pods if p.index == 0 and p.exit_code == 0), None)

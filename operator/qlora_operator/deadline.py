@@ -23,7 +23,8 @@ def wake_after(context: Context, status: QLoRAJobStatus) -> float:
 
 def active_seconds(context: Context, status: QLoRAJobStatus) -> float:
     """Time of all attempts, each from when its pods were ready, as GPU-hours are counted, to its end."""
-    # Of attempts that are not listed any more only the GPU time is known: with minWorkers it is too little.
+    # Of attempts that are not listed any more, or that a queue took back, only the GPU time is known: with minWorkers
+    # it is too little.
     earlier = status.earlier_gpu_seconds / context.world_size
     spans = ((a.end_time or context.now) - a.running_time for a in status.attempts if a.running_time)
     return earlier + sum(span.total_seconds() for span in spans)

@@ -11,6 +11,7 @@ from qlora_api.status import MAX_ATTEMPTS, Attempt, Memory, Progress, QLoRAJobSt
 from qlora_operator.attempts import Ending
 from qlora_operator.conditions import memory_in_words, time_in_words
 from qlora_operator.decision import Context
+from qlora_operator.seen import JobState
 
 
 def open_attempt(status: QLoRAJobStatus) -> Attempt | None:
@@ -29,6 +30,25 @@ def with_attempt(status: QLoRAJobStatus, attempt: Attempt) -> QLoRAJobStatus:
     start = status.start_time or attempt.start_time
     update = {"attempts": attempts, "restarts": restarts(attempts), "start_time": start, "earlier_gpu_seconds": earlier}
     return status.model_copy(update=update)
+
+
+def with_clock_stopped(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
+    """Put down what was used, once the last pod is gone of an attempt that a queue took back; it may be admitted again.
+
+    Its Job stays, so the attempt goes on: what it waits from now on is no time that it runs.
+    """
+    attempt = open_attempt(status)
+    if attempt is None or attempt.running_time is None:
+        return status
+    job = context.seen.jobs.get(attempt.number)
+    if job is None or job.state is not JobState.SUSPENDED:
+        return status
+    if any(not pod.ended for pod in context.seen.pods_of(attempt.number)):
+        return status
+    earlier = status.earlier_gpu_seconds + _held([attempt], context.now)
+    status = with_attempt(status, attempt.model_copy(update={"running_time": None, "node": ""}))
+    status = status.model_copy(update={"earlier_gpu_seconds": earlier})
+    return status.model_copy(update={"gpu_seconds": gpu_seconds(status, context.now)})
 
 
 def measured(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:

@@ -115,7 +115,7 @@ def _add_job(families: _Families, namespace: str, name: str, job: Json, known: K
     state, reason = status.get("state", "Pending"), status.get("reason", "Pending")
     families.jobs[namespace, state, reason] += 1
     attempts = status.get("attempts") or []
-    used = sum(_gpu_seconds(attempt, now) for attempt in attempts)
+    used = float(status.get("earlierGpuSeconds", 0)) + sum(_gpu_seconds(attempt, now) for attempt in attempts)
     if "completionTime" in status and now - _seconds(status["completionTime"]) > SHOWN_SECONDS:
         return used
     families["qlora_job_state"].add_metric((name, namespace, state, reason), 1)
@@ -126,7 +126,7 @@ def _add_job(families: _Families, namespace: str, name: str, job: Json, known: K
     if "completionTime" in status:
         _add_final(families, namespace, name, status)
         return used
-    _add_limits(families, namespace, name, job, attempts, now)
+    _add_limits(families, namespace, name, job, now)
     _add_gpus(families, namespace, job["spec"], attempts, known)
     if state == "Pending" and not job["spec"].get("suspend"):
         waited = max(0.0, now - _waits_since(job, status))
@@ -156,11 +156,16 @@ def _add_final(families: _Families, namespace: str, name: str, status: Json) -> 
         families["qlora_job_final_memory_bytes"].add_metric((name, namespace, component), size)
 
 
-def _add_limits(families: _Families, namespace: str, name: str, job: Json, attempts: list[Json], now: float) -> None:
-    policy = job["spec"].get("policy") or {}
+def _add_limits(families: _Families, namespace: str, name: str, job: Json, now: float) -> None:
+    policy, parallelism = job["spec"].get("policy") or {}, job["spec"].get("parallelism") or {}
+    status = job.get("status") or {}
+    attempts = status.get("attempts") or []
     runs = bool(attempts) and "runningTime" in attempts[-1] and "endTime" not in attempts[-1]
     if runs and "activeDeadlineSeconds" in policy:
-        left = policy["activeDeadlineSeconds"] - sum(_running_seconds(a, now) for a in attempts)
+        earlier = status.get("earlierGpuSeconds", 0) / (
+            parallelism.get("workers", 1) * parallelism.get("gpusPerWorker", 1)
+        )
+        left = policy["activeDeadlineSeconds"] - earlier - sum(_running_seconds(a, now) for a in attempts)
         families["qlora_job_deadline_timestamp_seconds"].add_metric((name, namespace), now + left)
     if "budgetGpuHours" in policy:
         budget = float(policy["budgetGpuHours"]) * HOUR

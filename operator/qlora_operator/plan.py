@@ -31,7 +31,15 @@ from qlora_operator.deadline import seconds_left, wake_after
 from qlora_operator.decision import Context, Note, Plan
 from qlora_operator.elastic import fewer, on_the_right_ranks, too_large, waiting_since
 from qlora_operator.grace import with_grace
-from qlora_operator.history import budget_left, gpu_seconds, measured, open_attempt, with_attempt, with_last_word
+from qlora_operator.history import (
+    budget_left,
+    gpu_seconds,
+    measured,
+    open_attempt,
+    with_attempt,
+    with_clock_stopped,
+    with_last_word,
+)
 from qlora_operator.prepared import with_correction, with_prepared
 from qlora_operator.seen import PREPARE, JobState, Observed, SeenJob, planned
 from qlora_operator.waiting import why_waiting
@@ -51,7 +59,7 @@ def plan(job: QLoRAJob, seen: Observed, config: OperatorConfig, gang: Gang) -> P
         return Plan(status)  # the garbage collector takes the children
     if is_over(status):
         return _over(context, status)
-    status = _adopted(context, status)
+    status = with_clock_stopped(context, _adopted(context, status))
     status, notes = _concluded(context, status)
     if is_over(status):
         return _ending(context, status, notes)

@@ -155,6 +155,9 @@ def test_limits_are_there_while_a_job_is_not_over(scraped):
     scraped.job(status=status, policy=policy)
     assert scraped.value("qlora_job_deadline_timestamp_seconds", job="one") == NOON + 7200 - 1800 - 600
     assert scraped.value("qlora_job_budget_gpu_seconds", job="one") == 5400
+    scraped.job(status={**status, "earlierGpuSeconds": 8 * 60}, policy=policy)
+    assert scraped.value("qlora_job_deadline_timestamp_seconds", job="one") == NOON + 7200 - 1800 - 600 - 60
+    assert scraped.value("qlora_job_gpu_seconds", job="one") == 8 * 60 + (1800 + 600) * attempts[0]["worldSize"]
     scraped.job(status={**status, "completionTime": "2026-01-01T12:00:00Z"}, policy=policy)
     assert scraped.value("qlora_job_deadline_timestamp_seconds") is None
     assert scraped.value("qlora_job_budget_gpu_seconds") is None

@@ -47,6 +47,24 @@ def test_a_job_that_does_not_run_comes_no_nearer_to_its_deadline(status, what_is
     assert planned.wake_after is None
 
 
+def test_an_attempt_that_its_queue_took_back_neither_runs_nor_pays_until_it_is_admitted_again():
+    limits = {**DEADLINE, "budgetGpuHours": "1"}
+    leaving = decide(job(held(), policy=limits), seen(child(state=JobState.SUSPENDED), pod(), after=20)).status
+    assert leaving.attempts[-1].running_time == NOW  # its GPUs are held until its pods have gone
+    gone = pod(code=43, word="stopped", gone=True)
+    back = decide(job(leaving, policy=limits), seen(child(state=JobState.SUSPENDED), gone, after=30))
+    assert (back.status.reason, back.wake_after) == (Reason.QUEUED, None)
+    assert (back.status.attempts[-1].running_time, back.status.gpu_seconds) == (None, 30)
+    later = decide(job(back.status, policy=limits), seen(child(state=JobState.SUSPENDED), gone, after=9000))
+    assert later.status == back.status
+    again = seen(child(ready=1), gone, pod(uid="another"), after=9000)
+    trains = decide(job(later.status, policy=limits), again)
+    assert (trains.status.reason, trains.wake_after) == (Reason.TRAINING, 30)
+    over = seen(child(state=JobState.COMPLETE), gone, pod(uid="another", code=0, word="done"), after=9010)
+    done = decide(job(trains.status, policy=limits), over).status
+    assert (done.reason, done.gpu_seconds, done.attempts[-1].message) == (Reason.COMPLETED, 40, "done")
+
+
 def test_a_job_whose_budget_is_used_up_is_suspended_and_goes_on_with_more():
     training = seen(child(ready=1), pod())
     early = decide(job(held(), policy={"budgetGpuHours": "0.5"}), training)
