@@ -16,10 +16,11 @@ from pathlib import Path
 import psutil
 
 from qlora_api.contract import ExitCode, PrepareReceipt, TerminationMessage, TrainerConfig, reason_of
+from qlora_api.spec import TrainingSpec
 from qlora_api.status import PrepareResult, Reason
 from qlora_trainer import last_word
 from qlora_trainer.data.tolerance import check_tolerance
-from qlora_trainer.errors import TrainerError
+from qlora_trainer.errors import TrainerError, UserError
 from qlora_trainer.planning import Planned, plan_job
 from qlora_trainer.prepared import bring
 from qlora_trainer.published import check_destination
@@ -65,14 +66,38 @@ def _anew(config: TrainerConfig) -> Record:
 def _decided(config: TrainerConfig, record: Record) -> Planned:
     """What follows from what was found, for this job: others may take more, or have other GPUs."""
     check_tolerance(config.spec.dataset.tolerance, record.receipt)
-    return plan_job(config, record.shape, record.receipt)
+    planned = plan_job(config, record.shape, record.receipt)
+    check_warmup(config.spec.training, steps_per_epoch(record.receipt, planned))
+    return planned
+
+
+def steps_per_epoch(receipt: PrepareReceipt, planned: Planned) -> int:
+    return -(-receipt.train_sequences // planned.batch.global_batch_size)
+
+
+def check_warmup(training: TrainingSpec, steps_of_an_epoch: int) -> None:
+    """Refuse a run that ends before its learning rate has come up.
+
+    Raises:
+        UserError: the warmup is as long as the run; of ``maxSteps`` the manifest's own rule says so.
+
+    """
+    if training.epochs is None:
+        return
+    steps = training.epochs * steps_of_an_epoch
+    if training.warmup_steps >= steps:
+        raise UserError(
+            "spec.training.warmupSteps",
+            training.warmup_steps,
+            f"must be less than the steps of the run, {steps}: {training.epochs} epochs of {steps_of_an_epoch}",
+        )
 
 
 def prepared_message(config: TrainerConfig, record: Record) -> TerminationMessage:
     """The last word of a Prepare that found all well.
 
     Raises:
-        UserError: more of the rows is lost than the job takes, or it does not fit the GPU.
+        UserError: more of the rows is lost than the job takes, it does not fit the GPU, or warms up for too long.
 
     """
     receipt = record.receipt
@@ -83,7 +108,7 @@ def prepared_message(config: TrainerConfig, record: Record) -> TerminationMessag
         train_rows=receipt.train_rows,
         train_tokens=receipt.train_tokens,
         train_sequences=receipt.train_sequences,
-        steps_per_epoch=-(-receipt.train_sequences // planned.batch.global_batch_size),
+        steps_per_epoch=steps_per_epoch(receipt, planned),
         eval_rows=receipt.eval_rows,
         truncated=receipt.truncated,
         dropped=receipt.dropped,
