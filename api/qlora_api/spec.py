@@ -437,8 +437,8 @@ class PolicySpec(Model):
     active_deadline_seconds: int | None = Field(None, ge=60, le=31536000)
     """Longest time that the job may run, over all attempts: each counts from when all its pods are ready until it ends.
     Preparing, waiting for a queue, for nodes or between attempts, and being suspended do not count. Unlike a
-    batch/v1 Job's, the clock goes on where it stood when the job is resumed. Then the job fails: nothing is
-    published, its checkpoints stay."""
+    batch/v1 Job's, the clock goes on where it stood when the job is resumed. Then its pods are stopped, and the job
+    fails unless they have published the adapter by the time they are gone; its checkpoints stay."""
     budget_gpu_hours: decimal(0, 1e9, low_included=False) | None = None  # type: ignore[valid-type]
     """GPU-hours over all attempts, waiting not counted. Before more are used the job checkpoints and is suspended; with
     a larger budget it goes on."""

@@ -15,6 +15,11 @@ def seconds_left(context: Context, status: QLoRAJobStatus) -> float:
     return math.inf if limit is None else limit - active_seconds(context, status)
 
 
+def is_late(context: Context, status: QLoRAJobStatus) -> bool:
+    """Whether the deadline has passed."""
+    return seconds_left(context, status) <= 0
+
+
 def wake_after(context: Context, status: QLoRAJobStatus) -> float:
     """Seconds until the deadline comes by itself, which no event announces; infinity while the clock stands still."""
     attempt = open_attempt(status)

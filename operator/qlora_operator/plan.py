@@ -27,7 +27,7 @@ from qlora_operator import render
 from qlora_operator.attempts import Ending, close, ending_of
 from qlora_operator.conditions import holds, said
 from qlora_operator.config import OperatorConfig
-from qlora_operator.deadline import seconds_left, wake_after
+from qlora_operator.deadline import is_late, wake_after
 from qlora_operator.decision import Context, Note, Plan
 from qlora_operator.elastic import fewer, on_the_right_ranks, too_large, waiting_since
 from qlora_operator.grace import with_grace
@@ -63,8 +63,8 @@ def plan(job: QLoRAJob, seen: Observed, config: OperatorConfig, gang: Gang) -> P
     status, notes = _concluded(context, status)
     if is_over(status):
         return _ending(context, status, notes)
-    if late := _deadline(context, status):
-        return _ending(context, late, (*notes, Note("Warning", "DeadlineExceeded", _words(late))))
+    if is_late(context, status):
+        return _too_late(context, status, notes)
     following = _next(context, status)
     # What ended by a decision (its node is lost, it found no room) may have a Job that would go on.
     over = {a.number for a in status.attempts if a.end_time}
@@ -109,20 +109,19 @@ def _running(context: Context) -> tuple[SeenJob, ...]:
     )
 
 
-def _deadline(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus | None:
+def _too_late(context: Context, status: QLoRAJobStatus, notes: Sequence[Note]) -> Plan:
+    """Have the ranks leave; failed once the last pod is gone, for until then the adapter may still be published."""
+    text = _too_late_words(context)
+    if open_attempt(status):
+        return replace(_leaving(context, status, f"{text}: the ranks leave"), notes=tuple(notes))
+    end = Finish(False, Reason.DEADLINE_EXCEEDED, text)
+    note = Note("Warning", end.reason.value, text)
+    return _ending(context, _finished(context, status, end), (*notes, note))
+
+
+def _too_late_words(context: Context) -> str:
     limit = context.job.spec.policy.active_deadline_seconds
-    if seconds_left(context, status) > 0:
-        return None
-    text = f"its attempts ran for longer than spec.policy.activeDeadlineSeconds ({limit}) together"
-    attempt = open_attempt(status)
-    if attempt:
-        status = with_attempt(status, close(attempt, Ending(Reason.DEADLINE_EXCEEDED, text), context.seen))
-    return _finished(context, status, Finish(False, Reason.DEADLINE_EXCEEDED, text))
-
-
-def _words(status: QLoRAJobStatus) -> str:
-    said = next((c.message for c in status.conditions if c.type.value == status.state), "")
-    return said or status.reason.value
+    return f"its attempts ran for longer than spec.policy.activeDeadlineSeconds ({limit}) together"
 
 
 # ---------------------------------------------------------------------------------------------- what there is, taken in
@@ -169,16 +168,23 @@ def _concluded(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus
         return status, ()
     workers = context.workers(attempt)
     left = budget_left(context, status)
-    stopping = context.job.spec.suspend or (left is not None and left <= 0)
+    late = is_late(context, status)
+    stopping = context.job.spec.suspend or late or (left is not None and left <= 0)
     ending = ending_of(attempt.number, workers, context.seen, asked_to_stop=stopping)
     ending = ending or too_large(context, attempt)
     if ending is None:
         return status, ()
     if stopping and ending.reason is Reason.PREEMPTED:
         ending = replace(ending, reason=Reason.SUSPENDED)
+    if late and ending.reason is Reason.SUSPENDED:
+        ending = replace(ending, reason=Reason.DEADLINE_EXCEEDED, message=_too_late_words(context))
     attempt = close(attempt, ending, context.seen)
     status = _with_end(context, status, attempt, ending)
+    if ending.reason is Reason.DEADLINE_EXCEEDED:
+        return status, ()
     following = after_attempt(context.job.spec.policy, status.attempts)
+    if late and not isinstance(following, Finish):
+        return status, ()
     if isinstance(following, Finish):
         kind: Literal["Normal", "Warning"] = "Normal" if following.succeeded else "Warning"
         note = Note(kind, following.reason.value, following.message)
@@ -230,19 +236,18 @@ def _next(context: Context, status: QLoRAJobStatus) -> Plan:
 
 def _suspend(context: Context, status: QLoRAJobStatus, why: Reason, remedy: str) -> Plan:
     """Have the ranks checkpoint and leave; suspended once the last pod is gone."""
-    running = _running(context)
-    if running or any(not p.ended for p in context.seen.living):
-        text = "the ranks write a checkpoint and leave"
-        status = said(context, status, ConditionType.RUNNING, Reason.SUSPENDING, text, holds=False)
-        return Plan(
-            status.model_copy(update={"state": "Pending", "reason": Reason.SUSPENDING}),
-            delete=running,
-            wake_after=LOOK_AGAIN_SECONDS,
-        )
+    if _running(context) or any(not p.ended for p in context.seen.living):
+        return _leaving(context, status, "the ranks write a checkpoint and leave")
     text = f"no pod runs; {remedy}"
     status = said(context, status, ConditionType.RUNNING, why, text, holds=False)
     status = said(context, status, ConditionType.SUSPENDED, why, text, holds=True)
     return Plan(status.model_copy(update={"state": ConditionType.SUSPENDED, "reason": why, "eta": ""}))
+
+
+def _leaving(context: Context, status: QLoRAJobStatus, text: str) -> Plan:
+    status = said(context, status, ConditionType.RUNNING, Reason.SUSPENDING, text, holds=False)
+    status = status.model_copy(update={"state": "Pending", "reason": Reason.SUSPENDING})
+    return Plan(status, delete=_running(context), wake_after=LOOK_AGAIN_SECONDS)
 
 
 def _prepare(context: Context, status: QLoRAJobStatus) -> Plan:

@@ -24,7 +24,12 @@ def test_time_of_earlier_attempts_counts_towards_the_deadline_and_time_between_t
     later = seen(child(2, ready=1), pod(2), after=20)
     assert decide(job(held(ran), policy=DEADLINE), later).wake_after == 10
     ended = decide(job(held(ran), policy=DEADLINE), replace(later, now=NOW + timedelta(seconds=30)))
-    assert (ended.status.reason, [c.name for c in ended.delete]) == (Reason.DEADLINE_EXCEEDED, ["job-2"])
+    assert (ended.status.reason, [c.name for c in ended.delete]) == (Reason.SUSPENDING, ["job-2"])
+    left = pod(2, code=43, word="stopped", gone=True)
+    gone = decide(job(ended.status, policy=DEADLINE), seen(left, after=40))
+    assert (gone.status.state, gone.status.reason) == ("Failed", Reason.DEADLINE_EXCEEDED)
+    assert gone.status.attempts[-1].reason is Reason.DEADLINE_EXCEEDED
+    assert [n.reason for n in gone.notes] == ["DeadlineExceeded"]
 
 
 @pytest.mark.parametrize(
