@@ -278,6 +278,9 @@ class QLoRAJobStatus(Model):
     grace_seconds: Count | None = None
     """What pods need to save a checkpoint once they are told to stop, by the longest step and save so far; for the next
     attempt's. Set only where it is more than the operator's own setting (trainer.graceSeconds); at most 900."""
+    stop_seconds: Count | None = None
+    """What the newest attempt's ranks need to checkpoint and leave, by its longest step and save. policy.budgetGpuHours
+    is kept by stopping so much earlier."""
     start_time: datetime | None = None
     """Of the first attempt, or of Prepare."""
     completion_time: datetime | None = None

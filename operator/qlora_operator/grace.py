@@ -23,11 +23,14 @@ UNIT_SECONDS = 10
 
 
 def with_grace(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
-    """Note in status where rank 0's newest report needs more than the operator's own setting and all before."""
+    """Note in status what a stop takes by rank 0's newest report, and if it is more than the operator's setting."""
     report, attempt = context.seen.report, open_attempt(status)
     if report is None or attempt is None or report.attempt != attempt.number:
         return status
+    if not report.longest_step_seconds:
+        return status  # nothing is known of this attempt yet
     needed = seconds_needed(report)
+    status = status.model_copy(update={"stop_seconds": needed})
     if needed <= max(context.config.trainer.grace_seconds, status.grace_seconds or 0):
         return status
     return status.model_copy(update={"grace_seconds": needed})

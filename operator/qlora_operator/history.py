@@ -90,9 +90,11 @@ def _with_measures(status: QLoRAJobStatus, progress: Progress | None, memory: Me
 
 
 def budget_left(context: Context, status: QLoRAJobStatus) -> float | None:
-    """GPU-seconds that may still be used; None without a budget."""
+    """GPU-seconds until the ranks have to be told to stop, which takes some, too; None without a budget."""
     hours = context.job.spec.policy.budget_gpu_hours
-    return None if hours is None else float(hours) * 3600 - gpu_seconds(status, context.now)
+    attempt = open_attempt(status)
+    stop = (status.stop_seconds or 0) * (attempt.world_size if attempt else context.world_size)
+    return None if hours is None else float(hours) * 3600 - stop - gpu_seconds(status, context.now)
 
 
 def gpu_seconds(status: QLoRAJobStatus, now: datetime) -> int:

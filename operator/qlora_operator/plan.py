@@ -222,7 +222,7 @@ def _next(context: Context, status: QLoRAJobStatus) -> Plan:
     left = budget_left(context, status)
     if left is not None and left <= 0:
         hours = context.job.spec.policy.budget_gpu_hours
-        text = f"spec.policy.budgetGpuHours ({hours}) is used up; with a larger one it goes on"
+        text = f"spec.policy.budgetGpuHours ({hours}) is used up, with what a stop takes; with a larger one it goes on"
         return _suspend(context, status, Reason.BUDGET_REACHED, text)
     if holds(status.conditions, ConditionType.SUSPENDED):
         status = said(context, status, ConditionType.SUSPENDED, Reason.PENDING, "resumed", holds=False)

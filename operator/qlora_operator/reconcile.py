@@ -376,7 +376,7 @@ def _only_figures(before: QLoRAJobStatus, after: QLoRAJobStatus) -> bool:
         attempts = [a.model_copy(update={"first_step": None, "last_step": None}) for a in status.attempts]
         conditions = [c.model_copy(update={"message": "", "observed_generation": 0}) for c in status.conditions]
         update: dict[str, Any] = {"progress": None, "memory": None, "peak_memory": "", "eta": "", "gpu_seconds": 0}
-        update["grace_seconds"] = None
+        update |= {"grace_seconds": None, "stop_seconds": None}
         return status.model_copy(update={**update, "attempts": attempts, "conditions": conditions})
 
     return quiet(before) == quiet(after)

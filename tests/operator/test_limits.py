@@ -88,6 +88,32 @@ def report(**more) -> ProgressReport:
     return ProgressReport(job="job", attempt=1, section="Train", step=3, memory=Memory(), **more)
 
 
+@pytest.mark.parametrize(
+    ("step", "save", "ranks", "begins"),
+    [
+        pytest.param(0, 0, 1, 1800, id="nothing-is-known"),
+        pytest.param(0.5, 1, 1, 1770, id="no-less-than-half-a-minute"),
+        pytest.param(60, 20, 1, 1640, id="two-steps-and-a-save-and-a-half"),
+        pytest.param(60, 20, 4, 290, id="of-each-rank"),
+        pytest.param(3600, 60, 1, 900, id="no-more-than-pods-are-given"),
+    ],
+)
+def test_a_job_begins_to_stop_while_its_budget_still_pays_for_the_stop(step, save, ranks, begins):
+    budget = {"budgetGpuHours": "0.5"}
+    held_by = QLoRAJobStatus(attempts=[attempt(1, worldSize=ranks, runningTime=NOW)], start_time=NOW)
+    told = report(longest_step_seconds=step, longest_save_seconds=save)
+    a_job = job(held_by, policy=budget, parallelism={"gpusPerWorker": ranks})
+    trains = decide(a_job, seen(child(ready=1), pod(), report=told))
+    assert (trains.status.reason, trains.wake_after) == (Reason.TRAINING, begins)
+    more = {"policy": budget, "parallelism": {"gpusPerWorker": ranks}}
+    due = decide(job(trains.status, **more), seen(child(ready=1), pod(), after=begins))
+    assert ([c.name for c in due.delete], due.status.reason) == (["job-1"], Reason.SUSPENDING)
+    left = pod(code=43, word="stopped", gone=True)
+    gone = decide(job(due.status, **more), seen(left, after=begins + 1))  # much faster than it might have been
+    assert (gone.status.reason, gone.status.attempts[-1].reason) == (Reason.BUDGET_REACHED, Reason.SUSPENDED)
+    assert decide(job(gone.status, **more), seen(after=9000)).status == gone.status
+
+
 def grace(planned) -> int:
     return planned.make[-1]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
 
