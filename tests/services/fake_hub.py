@@ -21,6 +21,8 @@ class Hub:
         """Paths of files that were downloaded."""
         self.ranges = []
         """Bytes that were sent for each request of a part."""
+        self.sized = True
+        """False: whole files are sent in chunks, whatever part is asked for, without a word of their size."""
         self.endpoint = ""
 
     def add(self, name, files, kind="models"):
@@ -88,11 +90,22 @@ class _Handler(BaseHTTPRequestHandler):
         if not asked or not with_body:
             self._send(200, data, with_body, headers)
             return
+        if not self.hub.sized:
+            self._send_chunks(data, headers)
+            return
         start, _, end = asked.removeprefix("bytes=").partition("-")
         part = data[int(start) : int(end) + 1] if end else data[int(start) :]
         place = f"bytes {start}-{int(start) + len(part) - 1}/{len(data)}"
         self.hub.ranges.append(len(part))
         self._send(206, part, with_body, {**headers, "Content-Range": place})
+
+    def _send_chunks(self, data, headers):
+        self.send_response(200)
+        for name, value in {"Transfer-Encoding": "chunked", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        for chunk in (data[:100], data[100:], b""):
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
 
     def _json(self, value, with_body):
         self._send(200, json.dumps(value).encode(), with_body, {"Content-Type": "application/json"})

@@ -32,7 +32,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported wi
 from qlora_trainer.errors import StorageError, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from huggingface_hub import DatasetInfo, ModelInfo
@@ -43,6 +43,7 @@ DEFAULT_ENDPOINT = "https://huggingface.co"
 
 _SOURCE = re.compile(r"^hf://(?:datasets/)?(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<path>[^@]+))?$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
+_QUERY = re.compile(r"(?<=\S)\?[^\s'\"<>]*=[^\s'\"<>]*")
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -100,19 +101,23 @@ class HubFolder:
         """
         at = self.source
         url = hf_hub_url(at.repo, name, repo_type=at.kind, revision=self.commit, endpoint=_endpoint())
-        wanted = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
+        wanted = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
 
         def ask() -> tuple[bytes, int]:
             with get_session().stream("GET", url, headers=wanted, follow_redirects=True) as answer:
                 hf_raise_for_status(answer)
                 part = answer.status_code == HTTPStatus.PARTIAL_CONTENT
-                size = answer.headers["Content-Range"].rpartition("/")[2] if part else answer.headers["Content-Length"]
-                skip, body = 0 if part else start, bytearray()
+                size = _size(answer.headers, part=part)
+                if part and size is None:
+                    raise StorageError(f"{at.field}: {at.source}: {_endpoint()} does not say how large {name} is")
+                skip, body, seen = 0 if part else start, bytearray(), 0
                 for piece in answer.iter_bytes():  # a server may answer a range with the whole file
-                    body += piece
-                    if len(body) >= skip + end - start:
+                    seen += len(piece)
+                    if len(body) < skip + end - start:
+                        body += piece
+                    if size is not None and len(body) >= skip + end - start:
                         break
-            return bytes(body[skip : skip + end - start]), int(size)
+            return bytes(body[skip : skip + end - start]), seen if size is None else size
 
         return _asked(at, ask, WAITS_SECONDS)
 
@@ -120,6 +125,12 @@ class HubFolder:
     def tidy(folder: Path) -> None:
         """Delete the notes the Hub's client leaves in the folder."""
         shutil.rmtree(folder / ".cache", ignore_errors=True)
+
+
+def _size(headers: Mapping[str, str], *, part: bool) -> int | None:
+    """Bytes of the whole file; None where the answer does not say, being sent in chunks."""
+    text = headers.get("Content-Range", "").rpartition("/")[2] if part else headers.get("Content-Length", "")
+    return int(text) if text.isdecimal() else None
 
 
 def parse(source: str, field: str, kind: str) -> HubSource:
@@ -180,9 +191,14 @@ def _asked(source: HubSource, call: Callable[[], T], waits: tuple[int, ...] = ()
         except (HTTPError, HFValidationError, OSError) as error:
             if wait is None or not _may_recover(error):
                 raise _translated(source, error) from error
-            log.warning("%s: next try in %d s: %s", source.source, wait, error)
+            log.warning("%s: next try in %d s: %s", source.source, wait, without_queries(error))
         time.sleep(wait)
     raise AssertionError("the last try returns or raises")
+
+
+def without_queries(error: Exception) -> str:
+    """What an error says, URLs without what follows their question mark: it may let whoever reads it in."""
+    return _QUERY.sub("?…", str(error))
 
 
 def _may_recover(error: Exception) -> bool:
@@ -193,6 +209,7 @@ def _may_recover(error: Exception) -> bool:
 
 def _translated(source: HubSource, error: Exception) -> UserError | StorageError:
     secret = f"the Secret named by {source.field.rpartition('.')[0]}.credentials (with 'qlora run': the environment)"
+    text = without_queries(error)
     page = f"{_endpoint()}/{'datasets/' if source.kind == 'dataset' else ''}{source.repo}"
 
     def user(text: str) -> UserError:
@@ -205,15 +222,15 @@ def _translated(source: HubSource, error: Exception) -> UserError | StorageError
     if isinstance(error, RevisionNotFoundError):
         return user(f"has no revision {source.revision}; {page}/commits/main lists them")
     if isinstance(error, HFValidationError):
-        return user(f"is not a name the Hub knows: {error}")
+        return user(f"is not a name the Hub knows: {text}")
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         if status in (401, 403):
             return user(f"may not be read with this HF_TOKEN ({status}); check it in {secret}")
-        return StorageError(f"{source.field}: {source.source}: {_endpoint()} answers {status}: {error}")
+        return StorageError(f"{source.field}: {source.source}: {_endpoint()} answers {status}: {text}")
     if isinstance(error, HTTPError | LocalEntryNotFoundError | OfflineModeIsEnabled):
         return user(
             f"cannot be fetched, {_endpoint()} is out of reach from here ({type(error).__name__}): allow the way out, "
             "or copy the files to s3://, gs://, az:// or pvc:// and name that"
         )
-    return StorageError(f"{source.field}: {source.source}: cannot be written to the cache: {error}")
+    return StorageError(f"{source.field}: {source.source}: cannot be written to the cache: {text}")

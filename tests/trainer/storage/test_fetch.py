@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from qlora_trainer import fetch
+from qlora_trainer import hub as hub_module
 from qlora_trainer import store as store_module
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.fetch import fetch_model, fetch_rows, model_revision, tokenizer_hash
@@ -315,6 +316,21 @@ def test_a_hub_that_fails_is_a_storage_failure(tmp_path, hub):
     hub.refused["org/base"] = (503, "")
     with pytest.raises(StorageError, match="answers 503"):
         fetch_model("hf://org/base", tmp_path)
+
+
+@pytest.mark.parametrize("sized", [True, False], ids=["parts", "chunks-of-unknown-size"])
+def test_a_part_of_a_file_comes_with_its_size(hub, sized):
+    hub.add("org/base", {"weights": bytes(range(200))})
+    hub.sized = sized
+    folder = hub_module.open_folder(hub_module.parse("hf://org/base", "spec.model.source", "model"), COMMIT)
+    assert folder.read("weights", 0, 8) == (bytes(range(8)), 200)
+    assert folder.read("weights", 90, 110) == (bytes(range(90, 110)), 200)
+    assert folder.read("weights", 150, 300) == (bytes(range(150, 200)), 200)
+
+
+def test_what_a_url_asks_with_is_not_repeated():
+    error = OSError("503 for https://cdn.org/x?X-Amz-Signature=secret&Policy=p (and 'https://hub/a?token=secret')?")
+    assert hub_module.without_queries(error) == "503 for https://cdn.org/x?… (and 'https://hub/a?…')?"
 
 
 def test_a_pinned_model_in_the_cache_needs_no_hub(tmp_path, make_model, hub, monkeypatch):
