@@ -53,7 +53,8 @@ class ModelSpec(Model):
     """Where the base model is: hf://org/name@revision, s3://bucket/key, gs://…, az://…, pvc://claim/path, or a local
     folder with 'qlora run'. Safetensors only; repositories that bring code are refused."""
     credentials: Name | None = None
-    """Secret in the job's namespace with the source's credentials as environment variables."""
+    """Secret in the job's namespace with the source's credentials as environment variables. The Secrets of a
+    job make one environment, in the order model, dataset.train, output: of two with the same key the later counts."""
 
 
 # ------------------------------------------------------------------------------------------------------------- dataset
@@ -101,7 +102,8 @@ class DatasetSource(Model):
     source: Source
     """A JSONL, Parquet or CSV file, a folder of them, or a folder written by datasets.save_to_disk."""
     credentials: Name | None = None
-    """Secret in the job's namespace with the source's credentials as environment variables."""
+    """Secret in the job's namespace with the source's credentials as environment variables. The Secrets of a
+    job make one environment, in the order model, dataset.train, output: of two with the same key the later counts."""
 
 
 class EvaluationData(Model):
@@ -405,7 +407,8 @@ class OutputSpec(Model):
     destination: Destination
     """Folder in object storage (or a local one with 'qlora run'). It must not hold another run's manifest."""
     credentials: Name | None = None
-    """Secret in the job's namespace with the destination's credentials as environment variables."""
+    """Secret in the job's namespace with the destination's credentials as environment variables. The Secrets of a
+    job make one environment, in the order model, dataset.train, output: of two with the same key the later counts."""
     merge: Merge = Merge.NONE
     """BFloat16: publish the base with the adapter merged in, besides the adapter."""
     allow_worse_eval: bool = False
