@@ -7,7 +7,12 @@ from collections.abc import Iterator
 from qlora_api.status import ConditionType, Memory, PrepareResult, QLoRAJobStatus, Reason
 from qlora_operator.conditions import said
 from qlora_operator.decision import Context
-from qlora_operator.render import gpu_of
+from qlora_operator.render import GPU_PRODUCT, device_of, gpu_of
+
+GPU_NOT_KNOWN = (
+    f"GPU not known: memory was not planned; set trainer.gpu in the chart or {GPU_PRODUCT} in "
+    "spec.scheduling.nodeSelector"
+)
 
 
 def with_correction(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
@@ -32,11 +37,19 @@ def expected_cost(context: Context, result: PrepareResult) -> str | None:
     return None if hours is None or price is None else f"{float(hours) * price:.2f}"
 
 
+def _gpu_not_said(context: Context) -> bool:
+    """Whether neither the operator's settings nor the job name the GPU that a rank gets."""
+    said = context.config.trainer.gpu or GPU_PRODUCT in context.job.spec.scheduling.node_selector
+    return device_of(context.config) == "CUDA" and not said
+
+
 def _words(context: Context, result: PrepareResult, cost: str | None) -> Iterator[str]:
     yield f"{result.train_rows} rows"
     yield f"{result.train_tokens} tokens"
     yield f"model revision {result.model_revision[:12]}"
     if (hours := result.expected_gpu_hours) is None:
+        if _gpu_not_said(context):
+            yield GPU_NOT_KNOWN
         return
     yield f"about {float(hours):.3g} GPU-hours" + (f" for {cost}" if cost else "")
     budget = context.job.spec.policy.budget_gpu_hours

@@ -9,6 +9,7 @@ from qlora_api.contract import ExitCode, TerminationMessage
 from qlora_api.errors import ManifestError, validate
 from qlora_api.status import ConditionType, PrepareResult, QLoRAJobStatus, Reason
 from qlora_operator.config import OperatorConfig
+from qlora_operator.prepared import GPU_NOT_KNOWN
 from qlora_operator.seen import JobState
 
 ON_H100 = {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
@@ -37,6 +38,10 @@ def priced(**prices: float) -> OperatorConfig:
     return OperatorConfig.model_validate({"trainer": {"image": "trainer:1"}, "pricePerGpuHour": names})
 
 
+def on(**trainer: str) -> OperatorConfig:
+    return OperatorConfig.model_validate({"trainer": {"image": "trainer:1", **trainer}})
+
+
 def said(status: QLoRAJobStatus) -> str:
     return next(c.message for c in status.conditions if c.type is ConditionType.PREPARED)
 
@@ -60,7 +65,21 @@ ROWS = "7 rows, 70 tokens, model revision 0123456789ab"
             id="the-price-of-the-nodes-gpu",
         ),
         pytest.param("2", priced(h100_80gb=3), {}, None, ", about 2 GPU-hours", id="no-price-for-this-one"),
-        pytest.param(None, priced(default=2), {}, None, "", id="hours-that-are-not-known-cost-nothing-that-is-known"),
+        pytest.param(
+            None, priced(default=2), {}, None, f", {GPU_NOT_KNOWN}", id="hours-that-are-not-known-cost-nothing-known"
+        ),
+        pytest.param(
+            None,
+            PREPARING,
+            {},
+            None,
+            ", GPU not known: memory was not planned; set trainer.gpu in the chart or nvidia.com/gpu.product in "
+            "spec.scheduling.nodeSelector",
+            id="nobody-says-which-gpu",
+        ),
+        pytest.param(None, on(gpu="l4-24gb"), {}, None, "", id="the-operator-says-which-gpu"),
+        pytest.param(None, PREPARING, {"scheduling": {"nodeSelector": ON_H100}}, None, "", id="the-job-says-which-gpu"),
+        pytest.param(None, on(device="CPU"), {}, None, "", id="no-gpu"),
         pytest.param(
             "12.5",
             PREPARING,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.harness.jobs import create_job, in_state, qlora_job
 from cluster.harness.script import pods_do
+from qlora_operator.prepared import GPU_NOT_KNOWN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -128,7 +129,7 @@ EXPECTED: dict[str, Any] = {
     "attempts": ["1 OutOfDeviceMemory 4 × 2", "2 Suspended 2 × 4", "3 Completed 2 × 4"],
     "last words": ["at step 3", "step 10 of 10"],
     "conditions": {
-        "Prepared": "True Prepared 7 rows, 99 tokens, model revision abc",
+        "Prepared": f"True Prepared 7 rows, 99 tokens, model revision abc, {GPU_NOT_KNOWN}",
         "Running": "False Completed ",
         "Suspended": "False Pending resumed",
         "Succeeded": "True Completed step 10 of 10",
