@@ -108,3 +108,22 @@ def test_the_config_in_the_pod_is_the_contracts(case):
 )
 def test_quantities_multiply(quantity, count, product):
     assert render.times(quantity, count) == product
+
+
+@pytest.mark.parametrize(
+    ("product", "gpu"),
+    [
+        (None, "h100-80gb"),
+        ("NVIDIA-L40", "l40-48gb"),
+        ("NVIDIA-H100-80GB-HBM3-MIG-1g.10gb", None),
+        ("NVIDIA-GH200-480GB", None),
+    ],
+)
+def test_the_product_of_a_jobs_nodes_counts_over_the_operators_gpu(product, gpu):
+    given = yaml.safe_load((GOLDEN / CASES[0] / "job.yaml").read_text())
+    config = OperatorConfig.model_validate(given.pop("operator"))
+    trainer = config.trainer.model_copy(update={"device": "CUDA", "gpu": "h100-80gb"})
+    given.pop("gang", None)
+    given["spec"]["scheduling"] = {"nodeSelector": {render.GPU_PRODUCT: product} if product else {}}
+    spec = QLoRAJob.from_manifest(given).spec
+    assert render.gpu_of(spec, config.model_copy(update={"trainer": trainer})) == gpu
