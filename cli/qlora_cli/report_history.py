@@ -75,9 +75,19 @@ class History:
 
 def of_run(folder: Path) -> History:
     """The history of a local run: its newest whole checkpoint, and the logs of what came after it."""
-    saved = [p.parent / CHECKPOINT_FILE for p in sorted((folder / "checkpoints").glob(f"step-*/{MARKER}"))]
+    saved = [_vouched_for(p) for p in sorted((folder / "checkpoints").glob(f"step-*/{MARKER}"))]
     found = of_file(next((path for path in reversed(saved) if path.exists()), None))
     return with_logs(found, sorted(folder.glob("attempt-*/log.txt"), key=_number))
+
+
+def _vouched_for(marker: Path) -> Path:
+    """Where the history of a checkpoint is: among the files of the attempt that its marker speaks of."""
+    try:
+        attempt = json.loads(marker.read_bytes())["checkpoint"]["attempt"]
+    except (ValueError, LookupError, TypeError):
+        attempt = None
+    inside = marker.parent if attempt is None else marker.parent / f"attempt-{attempt}"
+    return inside / CHECKPOINT_FILE
 
 
 def of_file(path: Path | None) -> History:

@@ -67,10 +67,10 @@ class Page(HTMLParser):
 
 def checkpoint(workplace, step, *rows, whole=True):
     folder = workplace.run_folder / "checkpoints" / f"step-{step:08d}"
-    folder.mkdir(parents=True)
-    (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "attempt-1").mkdir(parents=True)
+    (folder / "attempt-1" / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if whole:
-        (folder / "COMPLETE.json").write_text("{}")
+        (folder / "COMPLETE.json").write_text('{"checkpoint": {"attempt": 1}}')
 
 
 def step(number, loss, **more):

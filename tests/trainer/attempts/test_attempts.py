@@ -54,7 +54,7 @@ def test_a_job_learns_and_ends_with_a_verified_adapter_that_plain_peft_loads(wor
 def test_a_checkpoint_holds_no_frozen_weight(workshop):
     assert workshop.run(workshop.config(training={"epochs": None, "maxSteps": 2})).code == ExitCode.DONE
     names = set()
-    for path in (workshop.folder / "checkpoints").glob("step-*/*.safetensors"):
+    for path in (workshop.folder / "checkpoints").glob("step-*/*/*.safetensors"):
         with safe_open(path, "pt") as tensors:
             names |= {f"{path.name}: {name}" for name in tensors.keys()}  # noqa: SIM118 no mapping
     adapter = {n for n in names if n.startswith("adapter")}
