@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from qlora_api.memory.headers import LENGTH_BYTES, MAX_HEADER_BYTES
 from qlora_trainer.store import sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
@@ -40,8 +41,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-MAX_HEADER_BYTES = 100_000_000
-"""safetensors itself reads no longer header."""
 CONVERT = (
     "convert it once with AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), and the tokenizer "
     "likewise"
@@ -166,14 +165,14 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
+        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        if size < LENGTH_BYTES or not 0 < length <= min(size - LENGTH_BYTES, MAX_HEADER_BYTES):
             raise ModelFilesError(f"has a {path.name} of {size} bytes without a safetensors header; copy it again")
         text = file.read(length)
     try:
         header = {name: tensor for name, tensor in json.loads(text).items() if name != "__metadata__"}
         end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        wanted = 8 + length + int(end)
+        wanted = LENGTH_BYTES + length + int(end)
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise ModelFilesError(f"has a {path.name} whose safetensors header cannot be read; copy it again") from error
     if size < wanted:
