@@ -22,7 +22,7 @@ RECIPE = Path(__file__).parents[3] / "examples" / "opt-6.7b-imdb.yaml"
 
 @pytest.fixture
 def recipe(workshop):
-    """The example with the three places changed that name things of a cluster, and two epochs cut to their shape."""
+    """The example with the three places changed that name things of a cluster, and its steps cut to the toy's nine."""
     manifest = yaml.safe_load(RECIPE.read_text())
     spec = manifest["spec"]
     model = workshop.folder / "opt"
@@ -46,6 +46,7 @@ def recipe(workshop):
     spec["dataset"]["train"] = {"source": str(workshop.folder / "reviews.parquet")}
     spec["output"] = {"destination": str(workshop.folder / "out")}
     spec["training"]["evaluation"]["everySteps"] = spec["checkpoint"]["everySteps"] = 2
+    spec["training"]["warmupSteps"] = 2
     return QLoRAJob.from_manifest(manifest).spec
 
 
