@@ -14,15 +14,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-import kopf
-
 from qlora_api.errors import ManifestError
 from qlora_api.spec import Gang
 from qlora_operator import handlers, health
-from qlora_operator.client import TRANSIENT, Api, ApiError, load_credentials, watching_session
+from qlora_operator.client import TRANSIENT, Api, ApiError, watching_session
 from qlora_operator.config import OperatorConfig
 from qlora_operator.corrections import Corrections
+from qlora_operator.credentials import load_credentials
 from qlora_operator.gangs import discover_gangs
+from qlora_operator.lean import kopf
 from qlora_operator.logs import set_up_logs
 from qlora_operator.metrics import Metrics
 from qlora_operator.progress import poll_forever
@@ -91,8 +91,7 @@ async def run(config: OperatorConfig) -> None:
     store = Store()
     metrics = Metrics(store)
     watches = health.Watches(handlers.WATCHED, each=max(1, len(config.namespaces)))
-    credentials = await load_credentials()
-    api = Api(credentials, metrics.request)
+    api = Api(load_credentials(), metrics.request)
     gangs: frozenset[Gang] = frozenset()
     listings = Listings()
 
@@ -117,8 +116,8 @@ async def run(config: OperatorConfig) -> None:
     @kopf.on.login(registry=registry)
     async def login(**_: object) -> kopf.AiohttpSession:
         """The same credentials for kopf's watches; asked again when the API server does not know them any more."""
-        current = await load_credentials()
-        return kopf.AiohttpSession(server=current.host, aiohttp_session=watching_session(current, note))
+        current = load_credentials()
+        return kopf.AiohttpSession(server=current.server, aiohttp_session=watching_session(current, note))
 
     async def watch() -> None:
         """Look at everything before the first decision: what was not seen would be taken for gone."""

@@ -1,14 +1,13 @@
-"""The operator's few calls to the API server, over the Kubernetes client's transport and credentials.
+"""The operator's few calls to the API server. What a call answers is plain JSON.
 
-The generated classes of the client are not used: importing the one for pods alone takes 100 MB, more than all else the
-operator needs. What a call answers is plain JSON.
+The official client's generated classes are not used: importing the one for pods alone takes 100 MB, more than all else
+the operator needs (docs/decisions/0008).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -16,11 +15,10 @@ from typing import Any, Protocol
 from urllib.parse import urlencode
 
 import aiohttp
-from kubernetes.aio import config as kubernetes_config
-from kubernetes.aio.client.api_client import ApiClient
-from kubernetes.aio.client.configuration import Configuration
 from yarl import URL
 
+from qlora_operator.credentials import Credentials
+from qlora_operator.lean import kopf
 from qlora_operator.names import FIELD_MANAGER
 
 Object = dict[str, Any]
@@ -55,31 +53,21 @@ class Counted(Protocol):
     def __call__(self, verb: str, code: int, seconds: float) -> None: ...
 
 
-async def load_credentials() -> Configuration:
-    """The pod's own account in a cluster, else what kubectl would use."""
-    configuration = Configuration()
-    if "KUBERNETES_SERVICE_HOST" in os.environ and "KUBECONFIG" not in os.environ:
-        kubernetes_config.load_incluster_config(configuration)  # type: ignore[no-untyped-call]
-    else:
-        await kubernetes_config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
-    return configuration
-
-
 class Api:
     """JSON in, JSON out. Paths are as in the API's reference.
 
     Every call raises :class:`ApiError`, or ``aiohttp.ClientError`` and ``TimeoutError`` when there is no answer.
     """
 
-    def __init__(self, configuration: Configuration, count: Counted, concurrency: int = 16) -> None:
-        self._host: str = configuration.host
-        self._configuration = configuration
+    def __init__(self, info: kopf.ConnectionInfo, count: Counted, concurrency: int = 16) -> None:
+        self._host = info.server.rstrip("/")
+        self._credentials = Credentials(info)
         self._count = count
         self._slots = asyncio.Semaphore(concurrency)
-        # Not the client's own session: that one looks for a .netrc, in a thread, with every request.
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ssl=ApiClient(configuration).rest_client.ssl_context),
+            connector=aiohttp.TCPConnector(limit=0, ssl=info.as_ssl_context()),
             read_bufsize=LONGEST_LINE,
+            proxy=info.proxy_url,
         )
 
     async def close(self) -> None:
@@ -161,13 +149,12 @@ class Api:
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """A request, sent as the answer is entered."""
         query = f"?{urlencode(parameters)}" if parameters else ""
-        auth = (await self._configuration.auth_settings()).get("BearerToken")
         headers: dict[str, str] = {
             "Accept": accept,
             "Accept-Encoding": "identity",  # to pack and unpack a list takes both sides longer than to send it
             "Content-Type": content_type,
             "User-Agent": USER_AGENT,
-            **({"Authorization": str(auth["value"])} if auth else {}),
+            **self._credentials.headers(),
         }
         return self._session.request(
             verb,
@@ -175,8 +162,6 @@ class Api:
             headers=headers,
             data=None if body is None else json.dumps(body).encode(),
             timeout=timeout,
-            proxy=self._configuration.proxy,
-            server_hostname=self._configuration.tls_server_name,
         )
 
 
@@ -200,7 +185,7 @@ async def _line(content: aiohttp.StreamReader) -> bytes:
         return b""
 
 
-def watching_session(configuration: Configuration, on_request: Callable[[str], None]) -> aiohttp.ClientSession:
+def watching_session(info: kopf.ConnectionInfo, on_request: Callable[[str], None]) -> aiohttp.ClientSession:
     """A session for kopf's watches with the operator's credentials; ``on_request`` is told each path as it is asked."""
     trace = aiohttp.TraceConfig()
 
@@ -208,10 +193,9 @@ def watching_session(configuration: Configuration, on_request: Callable[[str], N
         on_request(str(request.url.path_qs))
 
     trace.on_request_start.append(started)
-    client = ApiClient(configuration)
-    token = configuration.api_key.get("BearerToken")
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, ssl=client.rest_client.ssl_context),
-        headers={"User-Agent": f"{USER_AGENT}/watch", **({"Authorization": token} if token else {})},
+        connector=aiohttp.TCPConnector(limit=0, ssl=info.as_ssl_context()),
+        headers={"User-Agent": f"{USER_AGENT}/watch", **info.as_http_headers()},
+        proxy=info.proxy_url,
         trace_configs=[trace],
     )

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import kopf
-
 from qlora_api.job import GROUP, VERSION
 from qlora_operator.client import SILENCE_SECONDS
 from qlora_operator.health import WATCH_SECONDS
+from qlora_operator.lean import kopf
 from qlora_operator.reconcile import Reconciler
 from qlora_operator.store import Store
 

@@ -7,10 +7,10 @@ import json
 
 import pytest
 from aiohttp import web
-from kubernetes.aio.client import Configuration
 
 from qlora_operator import client
 from qlora_operator.client import Api, ApiError
+from qlora_operator.lean import kopf
 
 CHANGE = {"type": "ADDED", "object": {"metadata": {"name": "one"}}}
 ERROR = {"type": "ERROR", "object": {"code": 410, "reason": "Expired", "message": "too old"}}
@@ -35,9 +35,7 @@ async def watched(*lines, ends=True):
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    configuration = Configuration()
-    configuration.host = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    api = Api(configuration, lambda *_: None)
+    api = Api(kopf.ConnectionInfo(server=f"http://127.0.0.1:{runner.addresses[0][1]}"), lambda *_: None)
     try:
         return [change async for change in api.watch("/api/v1/pods")]
     finally:

@@ -15,8 +15,6 @@ import socket
 import sys
 import traceback
 
-from kubernetes.aio.config import kube_config
-
 from qlora_operator.__main__ import main
 
 PR_SET_PDEATHSIG = 1
@@ -53,7 +51,6 @@ def become_operator(order: dict) -> None:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.environ.update(order["environment"])
-        kube_config.KUBE_CONFIG_DEFAULT_LOCATION = os.environ["KUBECONFIG"]  # was read when it was imported
         for name, value in order["constants"].items():
             module, _, constant = name.rpartition(".")
             setattr(sys.modules[module], constant, value)

@@ -1,0 +1,103 @@
+"""Who the operator is to the API server: read as kubectl would, and again as it ages."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+
+import pytest
+from aiohttp import web
+
+from qlora_operator import credentials
+from qlora_operator.client import Api
+from qlora_operator.credentials import load_credentials
+from qlora_operator.lean import kopf
+
+
+@pytest.fixture
+def kubeconfig(tmp_path, monkeypatch):
+    """Writes a kubeconfig with this user, for this server."""
+    path = tmp_path / "kubeconfig"
+    monkeypatch.setenv("KUBECONFIG", str(path))
+
+    def write(user, server="https://127.0.0.1:6443"):
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "here",
+            "contexts": [{"name": "here", "context": {"cluster": "one", "user": "me"}}],
+            "clusters": [{"name": "one", "cluster": {"server": server}}],
+            "users": [{"name": "me", "user": user}],
+        }
+        path.write_text(json.dumps(config))
+
+    return write
+
+
+def test_a_token_of_the_kubeconfig_is_sent(kubeconfig):
+    kubeconfig({"token": "of-the-file"})
+    found = load_credentials()
+    assert (found.server, found.as_http_headers()) == (
+        "https://127.0.0.1:6443",
+        {"Authorization": "Bearer of-the-file"},
+    )
+
+
+def test_a_kubeconfig_that_asks_a_program_is_read_by_the_official_client(kubeconfig, tmp_path):
+    plugin = tmp_path / "plugin"
+    answer = {"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": {"token": "fresh"}}
+    plugin.write_text(f"#!/bin/sh\necho '{json.dumps(answer)}'\n")
+    plugin.chmod(0o755)
+    asked = {"apiVersion": answer["apiVersion"], "command": str(plugin), "interactiveMode": "Never"}
+    kubeconfig({"exec": asked})
+    script = "from qlora_operator.credentials import load_credentials as load; print(load().as_http_headers())"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ran.stdout == "{'Authorization': 'Bearer fresh'}\n", ran.stderr
+
+
+def test_without_any_configuration_the_error_says_so(tmp_path, monkeypatch):
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(kopf.LoginError):
+        load_credentials()
+
+
+def test_a_renewed_token_is_sent_once_the_old_one_has_aged(kubeconfig, monkeypatch):
+    sent = []
+
+    async def answer(request):
+        sent.append(request.headers["Authorization"])
+        return web.json_response({})
+
+    async def ask():
+        app = web.Application()
+        app.router.add_get("/api", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        server = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        kubeconfig({"token": "first"}, server)
+        api = Api(load_credentials(), lambda *_: None)
+        try:
+            await api.get("/api")
+            kubeconfig({"token": "second"}, server)
+            await api.get("/api")
+            monkeypatch.setattr(credentials, "RENEW_SECONDS", 0)
+            await api.get("/api")
+            kubeconfig({}, server)  # nobody can be read of it: the last one that could is kept
+            await api.get("/api")
+        finally:
+            await api.close()
+            await runner.cleanup()
+
+    asyncio.run(ask())
+    assert sent == ["Bearer first", "Bearer first", "Bearer second", "Bearer second"]
+
+
+def test_the_operator_starts_without_the_official_client():
+    script = "import sys, qlora_operator.__main__; print('kubernetes' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"
