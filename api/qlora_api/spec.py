@@ -41,6 +41,7 @@ Source = Annotated[Uri, Field(json_schema_extra={"x-kubernetes-validations": _re
 Destination = Annotated[Uri, Field(json_schema_extra={"x-kubernetes-validations": _remote_only(STORE_SCHEMES)})]
 Name = Annotated[str, StringConstraints(max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
 Column = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+Prompt = Annotated[str, StringConstraints(min_length=1, max_length=2000)]
 Label = Annotated[str, StringConstraints(max_length=317)]
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -289,6 +290,10 @@ class EvaluationSpec(Model):
     """Steps between evaluations. Default: once an epoch. There is one before the first step and one after the last."""
     patience: int | None = Field(None, ge=1, le=1000)
     """Stop after this many evaluations in a row without a better loss. Default: never."""
+    prompts: list[Prompt] = Field([], max_length=8)
+    """What base and adapter are asked before the first step and after the last, 64 tokens an answer: a user's message,
+    an instruction, a prompt or a beginning, as dataset.format has it. The report shows both side by side, and the
+    answers are published with the adapter."""
 
 
 class TrainingSpec(Model):

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from qlora_cli import rundir
 from qlora_cli.answers import Answer, keep
+from qlora_cli.report import MANIFEST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -39,6 +40,8 @@ class Models:
     base: str
     adapter: str
     merged: str | None = None
+    dataset: str | None = None
+    """``spec.dataset`` of the job as JSON, where it is known: prompts are put as in training."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Options:
     prompts: tuple[str, ...]
     max_new_tokens: int
     sample: bool
+    raw: bool = False
+    """Prompts go to the models as they are."""
 
 
 def choose_models(adapter: str | None, run: str | None, runs_dir: Path, base: str | None, merged: str | None) -> Models:
@@ -97,7 +102,8 @@ def models_of_run(runs_dir: Path, name: str, base: str | None, merged: str | Non
         raise GenerateError(f"run \"{name}\" has no adapter yet; 'qlora run' with its manifest goes on with it")
     uri = record.result.adapter.uri
     beside = Path(uri).parent / "merged"  # the trainer publishes both in one folder
-    return Models(base or record.spec.model.source, uri, merged or (str(beside) if beside.is_dir() else None))
+    merged = merged or (str(beside) if beside.is_dir() else None)
+    return Models(base or record.spec.model.source, uri, merged, json.dumps(record.spec.to_json_dict()["dataset"]))
 
 
 def models_of_adapter(adapter: str, base: str | None, merged: str | None) -> Models:
@@ -117,12 +123,22 @@ def models_of_adapter(adapter: str, base: str | None, merged: str | None) -> Mod
             ) from None
     if not base:
         raise GenerateError(f"{adapter}: its adapter_config.json names no base; name it with --base")
-    return Models(base, adapter, merged)
+    return Models(base, adapter, merged, _dataset_of(Path(adapter)))
+
+
+def _dataset_of(adapter: Path) -> str | None:
+    """How an adapter's rows were, if its manifest lies where the trainer put it."""
+    try:
+        return json.dumps(json.loads((adapter.parent / MANIFEST).read_text(encoding="utf-8"))["config"]["dataset"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def command(start: Sequence[str], models: Models, options: Options) -> list[str]:
     """The process that answers; ``--option=value``, so that a prompt may begin with dashes."""
     words = [*start, f"--base={models.base}", f"--adapter={models.adapter}"]
+    if models.dataset and not options.raw:
+        words.append(f"--dataset={models.dataset}")
     if models.merged:
         words.append(f"--merged={models.merged}")
     words += [f"--prompt={prompt}" for prompt in options.prompts]

@@ -69,6 +69,7 @@ ReportOf = Annotated[
 ReportFile = Annotated[
     Path | None, typer.Option("-o", "--out", metavar="FILE", help="Default: report.html in the folder of the run.")
 ]
+Raw = Annotated[bool, typer.Option("--raw", help="Put prompts as they are, not as in training.")]
 Sample = Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")]
 
 
@@ -210,11 +211,13 @@ def generate(
     prompts_file: PromptsFile = None,
     max_new_tokens: NewTokens = 64,
     sample: Sample = False,
+    raw: Raw = False,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Ask base, adapter and merged model the same.
 
-    Their answers are shown side by side.
+    A prompt is put as it was in training: as a user's message of the chat template, or as an instruction in its frame.
+    The answers are shown side by side.
     """
     with _mistakes_end_it():
         from qlora_cli import generate as asking
@@ -222,7 +225,7 @@ def generate(
         from qlora_cli.attempt import Commands
 
         models = asking.choose_models(adapter, run, runs_dir, base, merged)
-        options = asking.Options(asking.prompts(prompt or (), prompts_file), max_new_tokens, sample)
+        options = asking.Options(asking.prompts(prompt or (), prompts_file), max_new_tokens, sample, raw)
         code = asking.generate(models, options, render.console(), Commands(), runs_dir / run if run else None)
     raise typer.Exit(code)
 

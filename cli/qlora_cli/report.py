@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from qlora_api.contract import PrepareReceipt
 from qlora_cli import report_history, rundir
-from qlora_cli.answers import Answer, kept
+from qlora_cli.answers import Answer, in_training, kept
 from qlora_cli.report_history import History
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ def of_run(folder: rundir.Folder, record: RunRecord) -> Facts:
     newest = folder.attempt(record.attempts[-1].number) if record.attempts else None
     word = record.result or (newest.last_word() if newest else None)
     memory = word.memory if word else None
-    history = report_history.of_run(folder.path)
+    published = word.adapter.uri.removeprefix("file://") if word and word.adapter else "://"
+    history = report_history.of_run(folder.path, None if "://" in published else Path(published))
     device = next((a.device for a in reversed(history.attempts.values()) if a.device), None)
     return Facts(
         name=record.name,
@@ -106,7 +107,7 @@ def of_run(folder: rundir.Folder, record: RunRecord) -> Facts:
         predicted=memory.predicted if memory else {},
         measured=memory.measured if memory else {},
         manifest=_local_manifest(word),
-        answers=kept(folder.path),
+        answers=[*told(history), *kept(folder.path)],
     )
 
 
@@ -127,9 +128,14 @@ def of_adapter(manifest: Path) -> Facts:
             tokens=int(found["metrics"].get("tokens") or 0),
             device=next((a.device for a in reversed(history.attempts.values()) if a.device), None) or "",
             manifest=found,
+            answers=told(history),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise rundir.RunError(f"{manifest} is no manifest of an adapter ({error})") from None
+
+
+def told(history: History) -> list[Answer]:
+    return in_training(history.answers.get("base", {}), history.answers.get("adapter", {}))
 
 
 def _local_manifest(word: TerminationMessage | None) -> dict[str, Any] | None:

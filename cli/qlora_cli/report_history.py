@@ -60,6 +60,8 @@ class History:
     attempts: dict[int, AttemptFacts] = field(default_factory=dict)
     sections: dict[int, dict[str, float]] = field(default_factory=dict)
     """Seconds of rank 0 by attempt and section, up to its newest checkpoint."""
+    answers: dict[str, dict[str, str]] = field(default_factory=dict)
+    """By who gave them, ``base`` or ``adapter``, and prompt."""
     end: dict[str, Any] = field(default_factory=dict)
     """Of what is published: numbers of the rows, and memory predicted and measured."""
 
@@ -73,8 +75,10 @@ class History:
         return total
 
 
-def of_run(folder: Path) -> History:
-    """The history of a local run: its newest whole checkpoint, and the logs of what came after it."""
+def of_run(folder: Path, adapter: Path | None = None) -> History:
+    """The history of a local run: its adapter's, else its newest whole checkpoint's and the logs of what came after."""
+    if adapter is not None and (adapter / PUBLISHED_FILE).exists():
+        return of_file(adapter / PUBLISHED_FILE)
     saved = [_vouched_for(p) for p in sorted((folder / "checkpoints").glob(f"step-*/{MARKER}"))]
     found = of_file(next((path for path in reversed(saved) if path.exists()), None))
     return with_logs(found, sorted(folder.glob("attempt-*/log.txt"), key=_number))
@@ -110,6 +114,8 @@ def parse(lines: Iterable[str]) -> History:
 def _take(found: History, line: dict[str, Any]) -> None:
     if "receipt" in line:
         found.end.update(line)
+    elif "answers" in line:
+        found.answers[str(line["answers"])] = {str(prompt): str(text) for prompt, text in line["texts"].items()}
     elif "sections" in line:
         found.sections[int(line["attempt"])] = {str(k): float(v) for k, v in line["sections"].items()}
     elif "fromStep" in line:

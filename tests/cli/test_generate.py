@@ -57,7 +57,8 @@ def test_a_failure_shows_the_end_of_the_errors():
 def test_a_run_names_base_and_adapter(workplace):
     workplace.run()
     models = asking.choose_models(None, "quick", workplace.folder / "runs", None, None)
-    assert models == Models(str(workplace.folder / "model"), str(workplace.folder / "out"))
+    assert (models.base, models.adapter) == (str(workplace.folder / "model"), str(workplace.folder / "out"))
+    assert json.loads(models.dataset)["format"] == "Messages"
 
 
 def test_a_run_that_merged_has_a_merged_model_too(workplace):
@@ -71,6 +72,15 @@ def test_an_adapter_names_its_base(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/models/b"}))
     assert asking.choose_models(str(tmp_path), None, tmp_path, None, None).base == "/models/b"
     assert asking.choose_models(str(tmp_path), None, tmp_path, "/other", None).base == "/other"
+
+
+def test_an_adapter_beside_its_manifest_is_asked_as_it_was_taught(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"config": {"dataset": {"format": "Messages"}}}))
+    models = asking.choose_models(str(tmp_path / "adapter"), None, tmp_path, "/b", None)
+    framed = asking.command(["ask"], models, Options(("Hello",), 9, sample=False))
+    assert '--dataset={"format": "Messages"}' in framed
+    raw = asking.command(["ask"], models, Options(("Hello",), 9, sample=False, raw=True))
+    assert not any(word.startswith("--dataset") for word in raw)
 
 
 def test_prompts_come_from_the_command_line_and_a_file(tmp_path):

@@ -93,6 +93,15 @@ def test_a_finished_run_has_every_section(workplace, report):
     assert "microBatchSize: 4" in page
 
 
+def test_answers_of_base_and_adapter_stand_beside_each_other(workplace, report):
+    workplace.run()
+    said = {"base": "I <b> know.", "adapter": "Because."}
+    checkpoint(workplace, 1, *({"answers": who, "texts": {"Why?": text}} for who, text in said.items()))
+    page = report("quick")
+    cells = [f"<td><div class=said>{text}</div></td>" for text in ("Why?", "I &lt;b&gt; know.", "Because.")]
+    assert "".join(cells) in page.replace(" class=text", "")
+
+
 def test_the_environment_of_the_last_attempt_is_on_the_page(workplace, report):
     workplace.run()
     begins = {"attempt": 1, "fromStep": 0, "time": 1.0, "device": "NVIDIA H100 80GB HBM3"}

@@ -17,16 +17,18 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from qlora_api.spec import DatasetSpec
 from qlora_trainer.chat import load_tokenizer
+from qlora_trainer.data.formats import Encoder
 from qlora_trainer.errors import TrainerError
 from qlora_trainer.fetch import fetch_model
 from qlora_trainer.outcome import quiet_libraries
 from qlora_trainer.store import open_store, sha256_bytes
 
 
-def complete(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, *, sample: bool) -> str:
-    """The model's continuation of ``prompt``, special tokens left out."""
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=True)["input_ids"].to(model.device)
+def complete(model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int, *, sample: bool) -> str:
+    """The model's continuation of the prompt's tokens, special tokens left out."""
+    ids = torch.tensor([prompt], device=model.device)
     with torch.no_grad():
         out = model.generate(
             input_ids=ids,
@@ -68,13 +70,14 @@ def local_folder(uri: str, option: str, cache_dir: Path) -> Path:
 def answers(arguments: argparse.Namespace) -> list[dict[str, str]]:
     """For every prompt what base, adapter and merged model say, as far as they were named."""
     base_path = fetch_model(arguments.base, arguments.cache_dir).path
-    tokenizer = load_tokenizer(base_path)
+    tokenizer = load_tokenizer(base_path, arguments.dataset.chat_template if arguments.dataset else None)
     torch.manual_seed(0)
 
+    encode = Encoder(tokenizer, arguments.dataset).prompt if arguments.dataset else tokenizer.encode
+    prompts = [encode(prompt) for prompt in arguments.prompt]
+
     def ask(model: Any) -> list[str]:
-        return [
-            complete(model, tokenizer, p, arguments.max_new_tokens, sample=arguments.sample) for p in arguments.prompt
-        ]
+        return [complete(model, tokenizer, p, arguments.max_new_tokens, sample=arguments.sample) for p in prompts]
 
     columns: dict[str, list[str]] = {"prompt": arguments.prompt}
     base = load(base_path)
@@ -94,6 +97,11 @@ def main() -> int:
     parser.add_argument("--adapter", help="folder of an adapter in PEFT's layout, here or in object storage")
     parser.add_argument("--merged", help="folder of a merged model, here or in object storage")
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    parser.add_argument(
+        "--dataset",
+        type=DatasetSpec.model_validate_json,
+        help="spec.dataset of the job as JSON: prompts are put as in training, else as they are",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")

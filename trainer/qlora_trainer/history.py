@@ -1,11 +1,12 @@
 """What a training did, step by step: JSON Lines in every checkpoint, published with the adapter, for ``qlora report``.
 
-One line for each attempt, step, evaluation and checkpoint, told apart by their fields::
+One line for each attempt, step, evaluation, checkpoint and round of answers, told apart by their fields::
 
     {"attempt": 1, "fromStep": 0, "time": 1767225600.0, "worldSize": 2, …}
     {"step": 1, "time": …, "loss": 5.1, "learningRate": 0.0002, "gradientNorm": 1.2, "tokens": 512, "seconds": 0.8, …}
     {"step": 1, "evalLoss": 4.9}
     {"step": 1, "attempt": 1, "sections": {"Load": 9.1, …}}
+    {"answers": "base", "time": …, "texts": {"prompt": "what it said", …}}          and so of the adapter
     {"receipt": {…}, "predicted": {"gradients": 81788928, …}, "measured": {…}}      last, of what is published
 
 A checkpoint holds the lines up to its step, so that a resumed run has each step once.
@@ -59,6 +60,11 @@ class History:
     def sections(self, attempt: int, step: int, seconds: Mapping[str, float]) -> None:
         """Note how the attempt's time was spent up to now."""
         self._lines.append({"step": step, "attempt": attempt, "sections": {k: round(v, 3) for k, v in seconds.items()}})
+
+    def answers(self, who: str, texts: Mapping[str, str]) -> None:
+        """Note what ``base`` or ``adapter`` said to each prompt; what it said before is forgotten."""
+        self._lines = [line for line in self._lines if line.get("answers") != who]
+        self._lines.append({"answers": who, "time": _now(), "texts": dict(texts)})
 
     def end(self, receipt: Mapping[str, Any], predicted: Mapping[str, int], measured: Mapping[str, int]) -> None:
         """Note what else a report tells; of the rows only numbers: not everybody may read them."""

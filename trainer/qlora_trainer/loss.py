@@ -51,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class FrozenHead(nn.Module):
-    """A frozen output head that answers with losses instead of logits.
+    """A frozen output head that answers with losses instead of logits where it is told what was right.
 
     It holds the head's own parameters, so that ZeRO-3 gathers them around its forward.
     """
@@ -61,7 +61,7 @@ class FrozenHead(nn.Module):
         self.weight = head.weight
         self.bias = head.bias
 
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """Loss of each token.
 
         Args:
@@ -69,9 +69,11 @@ class FrozenHead(nn.Module):
             labels: [N] int64, each a token to predict.
 
         Returns:
-            [N] fp32, in nats.
+            [N] fp32, in nats; without labels [N, vocabulary] logits.
 
         """
+        if labels is None:
+            return functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
         losses: torch.Tensor = _LinearCrossEntropy.apply(hidden.to(self.weight.dtype), self.weight, self.bias, labels)
         return losses
 
@@ -90,7 +92,9 @@ class NextTokenLoss(nn.Module):
         self.model = model
         self.head = FrozenHead(model.get_output_embeddings()) if fused else None
 
-    def forward(self, inputs: dict[str, Any], targets: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, inputs: dict[str, Any], targets: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Loss of each target token.
 
         Args:
@@ -99,12 +103,12 @@ class NextTokenLoss(nn.Module):
             labels: [N] those next tokens.
 
         Returns:
-            [N] fp32, in nats.
+            [N] fp32, in nats; without labels [N, vocabulary] logits.
 
         """
         if self.head is None:
-            logits = self.model(**inputs, use_cache=False, logits_to_keep=targets).logits[0].float()
-            return functional.cross_entropy(logits, labels, reduction="none")
+            logits: torch.Tensor = self.model(**inputs, use_cache=False, logits_to_keep=targets).logits[0].float()
+            return logits if labels is None else functional.cross_entropy(logits, labels, reduction="none")
         backbone = self.model.get_base_model().base_model
         hidden = backbone(**inputs, use_cache=False).last_hidden_state
         losses: torch.Tensor = self.head(hidden[0, targets], labels)
@@ -177,14 +181,15 @@ def rows_are_apart(module: NextTokenLoss, device: torch.device) -> bool:
     was_training = module.training
     module.eval()
     rows = [torch.arange(24) * 7 % 97, torch.arange(24) * 5 % 89]
-    together = module(*call_arguments(_end_to_end(rows), device))
-    alone = torch.cat([module(*call_arguments(_end_to_end([row]), device)) for row in rows])
+    together = module(*call_arguments(end_to_end(rows), device))
+    alone = torch.cat([module(*call_arguments(end_to_end([row]), device)) for row in rows])
     module.train(was_training)
     # a loss that is not a number says nothing of rows; the first step will say it
     return not bool((together - alone).abs().mean() > APART_NATS)
 
 
-def _end_to_end(rows: list[torch.Tensor]) -> MicroBatch:
+def end_to_end(rows: list[torch.Tensor]) -> MicroBatch:
+    """Rows of tokens as one micro-batch; every next token is a label."""
     starts = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
     return MicroBatch(
         input_ids=torch.cat(rows)[None],

@@ -212,6 +212,7 @@ def job_key(spec: QLoRAJobSpec, revision: str) -> str:
         "eval": rows_identity(own_eval, "spec.dataset.eval.source") if own_eval else None,
         "quantization": plain["quantization"],
         "lora": plain["lora"],
+        **({"prompts": prompts} if (prompts := spec.training.evaluation.prompts) else {}),
     }
     return sha256_bytes(json.dumps(facts, sort_keys=True).encode())
 

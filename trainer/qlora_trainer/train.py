@@ -16,6 +16,7 @@ from typing import NoReturn
 from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig
 from qlora_api.status import Memory, MemoryComponent, Reason
 from qlora_trainer import state
+from qlora_trainer.answers import answer_after, answer_before
 from qlora_trainer.attempt import Run, StopFlag, Trainer, build
 from qlora_trainer.canary import try_largest
 from qlora_trainer.data.batches import Step, eval_batches
@@ -61,6 +62,7 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
         run = resume_or_start(trainer)
         if run.step < trainer.total_steps:
             try_largest(trainer)
+    answer_before(trainer, run)
     steps = trainer.batches.steps(run.step, trainer.total_steps)
     while True:
         evaluated = evaluation_due(trainer, run)
@@ -72,6 +74,7 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
         stopping = train_step(trainer, run, steps)
         if stopping and run.step < trainer.total_steps:  # before an evaluation: the grace period is short
             preempt(trainer, run)
+    answer_after(trainer, run)
     message = finished(trainer, run)
     if not ranks.is_first:
         return message  # no rank waits in a collective while the first one merges and uploads

@@ -243,6 +243,8 @@ def _tiny(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=256,
+            bos_token_id=None,
+            eos_token_id=0,
         )
     ).bfloat16().save_pretrained(model)
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")

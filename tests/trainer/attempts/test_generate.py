@@ -19,6 +19,7 @@ def test_base_adapter_and_merged_model_answer_side_by_side(workshop, monkeypatch
     assert ended.code == ExitCode.DONE, ended.log[-2000:]
     adapter = Path(ended.message.adapter.uri)
     arguments = ["--base", str(workshop.model), "--adapter", str(adapter), "--merged", str(adapter.parent / "merged")]
+    arguments += ["--dataset", json.dumps(workshop.spec()["dataset"])]
     prompts = ["def read(self):\n", "def write(self, data):\n"]
     asked = [word for prompt in prompts for word in ("--prompt", prompt)]
     monkeypatch.setattr(sys, "argv", ["generate", *arguments, *asked, "--max-new-tokens", "8", "--json"])

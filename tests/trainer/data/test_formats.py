@@ -8,6 +8,11 @@ from qlora_api.spec import Columns
 from qlora_trainer.data.formats import Encoder, needed_columns, render_instruction
 from qlora_trainer.errors import UserError
 
+TURNS = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
 
 def counted(encoded, tokenizer) -> str:
     return tokenizer.decode([t for t, counts in zip(encoded.input_ids, encoded.targets, strict=True) if counts])
@@ -180,3 +185,26 @@ def test_a_tokenizer_without_an_end_token_is_refused(dataset):
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(UserError, match=r"^spec.model.source: its tokenizer has no end token"):
         Encoder(PreTrainedTokenizerFast(tokenizer_object=words), dataset(format="Text"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "row", "asked"),
+    [
+        ({"format": "Text"}, {"text": "return"}, "return"),
+        ({"format": "PromptCompletion"}, {"prompt": "return", "completion": " x"}, "return"),
+        ({"format": "Instruction"}, {"instruction": "Add.", "output": "3"}, "Add."),
+        (
+            {"format": "Messages", "chat_template": TURNS},
+            {"messages": [{"role": "user", "content": "Add."}, {"role": "assistant", "content": "3"}]},
+            "Add.",
+        ),
+    ],
+    ids=lambda value: value.get("format") if isinstance(value, dict) else None,
+)
+def test_a_prompt_is_asked_in_the_tokens_in_which_it_was_taught(begin_tokenizer, dataset, settings, row, asked):
+    encoder = Encoder(begin_tokenizer, dataset(**settings))
+    prompt = encoder.prompt(asked)
+    encoded = encoder.encode(row)
+    assert encoded.input_ids[: len(prompt)] == prompt
+    if settings["format"] != "Text":
+        assert encoded.targets.index(True) == len(prompt), "where the answer begins in training"

@@ -104,6 +104,22 @@ class ChatTemplate:
             ) from error
         return Piece(text, tuple((start, stop) for start, stop in spans if start < stop))
 
+    def ask(self, text: str) -> str:
+        """A conversation in which the user has said ``text``, and the assistant is to begin.
+
+        Raises:
+            UserError: the template fails on it.
+
+        """
+        try:
+            return self._render([{"role": "user", "content": text}], generation_prompt=True)[0]
+        except _TEMPLATE_ERRORS as error:
+            raise UserError(
+                TEMPLATE_FIELD,
+                None,
+                f"{self._whose} fails on a prompt of training.evaluation: {type(error).__name__}: {error}",
+            ) from error
+
     @property
     def _whose(self) -> str:
         return "the model's own template" if self.override is None else "this template"

@@ -126,6 +126,24 @@ class Encoder:
         flat = iter(self._tokenize([piece for row in pieces for piece in row]))
         return [self._assemble([next(flat) for _ in row]) for row in pieces]
 
+    def prompt(self, text: str) -> list[int]:
+        """What the model is given to answer ``text``, as it was taught: a turn, an instruction, a prompt, a beginning.
+
+        Raises:
+            UserError: the chat template fails on it.
+
+        """
+        match self.dataset.format:
+            case DatasetFormat.MESSAGES:
+                text = self._chat.ask(text)
+            case DatasetFormat.INSTRUCTION:
+                columns = self.dataset.columns
+                text = render_instruction({columns.instruction: text}, columns)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self.dataset.format is not DatasetFormat.MESSAGES and ids[:1] != self._begin:
+            ids = self._begin + ids
+        return ids
+
     @property
     def chat_template(self) -> str:
         """The template that Messages are rendered with: the manifest's, else the tokenizer's."""

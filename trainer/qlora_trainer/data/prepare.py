@@ -79,7 +79,7 @@ def prepare_data(
     """Tokenize and pack the rows, or find them done.
 
     Args:
-        spec: of the job; only the dataset and ``training.seed`` are looked at.
+        spec: of the job; only the dataset, ``training.seed`` and the prompts are looked at.
         tokenizer: of the base model.
         tokenizer_hash: names the tokenizer's files.
         train_path: the training rows, on this machine.
@@ -92,6 +92,7 @@ def prepare_data(
 
     """
     encoder = Encoder(tokenizer, spec.dataset)
+    _check_prompts(spec, encoder)
     train_source = find_source(train_path, TRAIN_FIELD)
     eval_source = find_source(eval_path, EVAL_FIELD) if eval_path else None
     name = data_hash(spec, encoder, tokenizer_hash, train_source, eval_source)
@@ -108,6 +109,17 @@ def prepare_data(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return load_prepared(folder)
+
+
+def _check_prompts(spec: QLoRAJobSpec, encoder: Encoder) -> None:
+    for prompt in spec.training.evaluation.prompts:
+        length, most = len(encoder.prompt(prompt)), spec.dataset.max_length
+        if not 0 < length < most:
+            raise UserError(
+                "spec.training.evaluation.prompts",
+                prompt,
+                f"has {length} tokens; there must be some, and fewer than dataset.maxLength, {most}",
+            )
 
 
 def load_prepared(folder: Path) -> PreparedData:
