@@ -71,7 +71,7 @@ def _page(lines: Iterable[str]) -> str:
 
 
 def _fields() -> Iterator[str]:
-    yield WRITTEN.format(source="api/qlora_api/spec.py and status.py")
+    yield WRITTEN.format(source="api/qlora_api/spec and status.py")
     yield from (
         "",
         "# QLoRAJob",

@@ -1,0 +1,160 @@
+"""``QLoRAJob.spec``: every field, default, bound and reason. The CRD and ``qlora explain`` are generated from here.
+
+Read in the order of a manifest: model and dataset (``data.py``), quantization, lora and training (``learning.py``),
+parallelism, checkpoint, output, policy and scheduling (``running.py``); what holds between them stands here.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from qlora_api.base import Model, Rule
+from qlora_api.spec.data import (
+    Columns,
+    DatasetFormat,
+    DatasetSource,
+    DatasetSpec,
+    EvaluationData,
+    LongRows,
+    LossOn,
+    ModelSpec,
+    Tolerance,
+)
+from qlora_api.spec.learning import (
+    ComputeType,
+    EvaluationSpec,
+    GradientCheckpointing,
+    LoRABias,
+    LoRASpec,
+    Optimizer,
+    QuantizationSpec,
+    QuantizationType,
+    Schedule,
+    TrainingSpec,
+)
+from qlora_api.spec.running import (
+    CheckpointSpec,
+    Gang,
+    Merge,
+    Offload,
+    OnOutOfMemory,
+    OutputSpec,
+    ParallelismSpec,
+    PolicySpec,
+    SchedulingSpec,
+    Toleration,
+)
+from qlora_api.spec.values import REMOTE_SCHEMES, STORE_SCHEMES
+
+__all__ = [
+    "REMOTE_SCHEMES",
+    "STORE_SCHEMES",
+    "CheckpointSpec",
+    "Columns",
+    "ComputeType",
+    "DatasetFormat",
+    "DatasetSource",
+    "DatasetSpec",
+    "EvaluationData",
+    "EvaluationSpec",
+    "Gang",
+    "GradientCheckpointing",
+    "LoRABias",
+    "LoRASpec",
+    "LongRows",
+    "LossOn",
+    "Merge",
+    "ModelSpec",
+    "Offload",
+    "OnOutOfMemory",
+    "Optimizer",
+    "OutputSpec",
+    "ParallelismSpec",
+    "PolicySpec",
+    "QLoRAJobSpec",
+    "QuantizationSpec",
+    "QuantizationType",
+    "Schedule",
+    "SchedulingSpec",
+    "Tolerance",
+    "Toleration",
+    "TrainingSpec",
+]
+
+_RESUME = "a resumed run must match its checkpoint; create a new QLoRAJob instead"
+
+
+class QLoRAJobSpec(Model):
+    """What to train and how."""
+
+    model: ModelSpec
+    dataset: DatasetSpec
+    quantization: QuantizationSpec = QuantizationSpec()
+    lora: LoRASpec = LoRASpec()
+    training: TrainingSpec
+    parallelism: ParallelismSpec = ParallelismSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    output: OutputSpec
+    policy: PolicySpec = PolicySpec()
+    scheduling: SchedulingSpec = SchedulingSpec()
+    suspend: bool = False
+    """Checkpoint, free the GPUs and wait; set back to false, the job resumes."""
+
+    immutable: ClassVar = dict.fromkeys(
+        ("model", "dataset", "quantization", "lora", "training", "parallelism", "output"), _RESUME
+    )
+    rules: ClassVar = (
+        Rule(
+            "self.training.globalBatchSize % (self.parallelism.workers * self.parallelism.gpusPerWorker) == 0",
+            "globalBatchSize must be a multiple of parallelism.workers × parallelism.gpusPerWorker",
+            "training.globalBatchSize",
+            lambda s: s.training.global_batch_size % (s.parallelism.workers * s.parallelism.gpus_per_worker) == 0,
+        ),
+        Rule(
+            "!has(self.parallelism.minWorkers) || self.training.globalBatchSize %"
+            " (self.parallelism.minWorkers * self.parallelism.gpusPerWorker) == 0",
+            "globalBatchSize must be a multiple of parallelism.minWorkers × parallelism.gpusPerWorker",
+            "parallelism.minWorkers",
+            lambda s: (
+                s.parallelism.min_workers is None
+                or s.training.global_batch_size % (s.parallelism.min_workers * s.parallelism.gpus_per_worker) == 0
+            ),
+        ),
+        Rule(
+            "!has(self.training.microBatchSize) || self.training.globalBatchSize %"
+            " (self.training.microBatchSize * self.parallelism.workers * self.parallelism.gpusPerWorker) == 0",
+            "globalBatchSize must be a multiple of microBatchSize × parallelism.workers × parallelism.gpusPerWorker",
+            "training.microBatchSize",
+            lambda s: (
+                s.training.micro_batch_size is None
+                or s.training.global_batch_size
+                % (s.training.micro_batch_size * s.parallelism.workers * s.parallelism.gpus_per_worker)
+                == 0
+            ),
+        ),
+        Rule(
+            "!has(self.training.evaluation.patience) || has(self.dataset.eval)",
+            "training.evaluation.patience needs evaluation rows: set dataset.eval",
+            "training.evaluation.patience",
+            lambda s: s.training.evaluation.patience is None or s.dataset.eval is not None,
+        ),
+        Rule(
+            "!has(self.training.evaluation.everySteps) || has(self.dataset.eval)",
+            "training.evaluation.everySteps needs evaluation rows: set dataset.eval",
+            "training.evaluation.everySteps",
+            lambda s: s.training.evaluation.every_steps is None or s.dataset.eval is not None,
+        ),
+        Rule(
+            "self.quantization.type != 'INT8' || self.parallelism.zeroStage < 3",
+            "quantization.type INT8 cannot be partitioned: parallelism.zeroStage must be 0, 1 or 2",
+            "parallelism.zeroStage",
+            lambda s: s.quantization.type is not QuantizationType.INT8 or s.parallelism.zero_stage < 3,
+        ),
+        Rule(
+            "self.quantization.type != 'INT8' || !self.lora.dora",
+            "lora.dora needs the norms of the base's weights, which quantization.type INT8 does not give: "
+            "use NF4, FP4 or None",
+            "lora.dora",
+            lambda s: s.quantization.type is not QuantizationType.INT8 or not s.lora.dora,
+        ),
+    )

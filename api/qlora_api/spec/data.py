@@ -1,0 +1,164 @@
+"""What is trained on what: the base model and the rows."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, ClassVar
+
+from pydantic import Field, StringConstraints
+
+from qlora_api.base import Model, Rule, decimal
+from qlora_api.spec.values import Column, Name, Source
+
+
+class ModelSpec(Model):
+    """The base model. It is frozen: only the adapter learns."""
+
+    source: Source
+    """Where the base model is: hf://org/name@revision, s3://bucket/key, gs://…, az://…, pvc://claim/path, or a local
+    folder with 'qlora run'. Safetensors only; repositories that bring code are refused."""
+    credentials: Name | None = None
+    """Secret in the job's namespace with the source's credentials as environment variables. The Secrets of a
+    job make one environment, in the order model, dataset.train, output: of two with the same key the later counts."""
+
+
+class DatasetFormat(StrEnum):
+    TEXT = "Text"
+    MESSAGES = "Messages"
+    PROMPT_COMPLETION = "PromptCompletion"
+    INSTRUCTION = "Instruction"
+
+
+class LossOn(StrEnum):
+    ALL = "All"
+    COMPLETION = "Completion"
+    ASSISTANT = "Assistant"
+
+
+class LongRows(StrEnum):
+    FAIL = "Fail"
+    TRUNCATE = "Truncate"
+    DROP = "Drop"
+
+
+class Columns(Model):
+    """Names of the dataset's columns; only those of the chosen format are read."""
+
+    text: Column = "text"
+    """Text: the text."""
+    messages: Column = "messages"
+    """Messages: a list of {role, content}."""
+    prompt: Column = "prompt"
+    """PromptCompletion: what is given."""
+    completion: Column = "completion"
+    """PromptCompletion: what is to be learned."""
+    instruction: Column = "instruction"
+    """Instruction: the task."""
+    input: Column = "input"
+    """Instruction: the optional context; the column may be missing."""
+    output: Column = "output"
+    """Instruction: what is to be learned."""
+
+
+class DatasetSource(Model):
+    source: Source
+    """A JSONL, Parquet or CSV file, a folder of them, or a folder written by datasets.save_to_disk."""
+    credentials: Name | None = None
+    """Secret in the job's namespace with the source's credentials as environment variables. The Secrets of a
+    job make one environment, in the order model, dataset.train, output: of two with the same key the later counts."""
+
+
+class EvaluationData(Model):
+    """Rows held out for evaluation: an own source, or a fraction of the training rows."""
+
+    source: Source | None = None
+    """Own evaluation rows, in the same format as the training rows."""
+    fraction: decimal(0, 0.5, low_included=False) | None = None  # type: ignore[valid-type]
+    """Share of the training rows held out, chosen by training.seed."""
+    rules: ClassVar = (
+        Rule(
+            "has(self.source) != has(self.fraction)",
+            "set exactly one of source (own rows) and fraction (share of the training rows)",
+            "fraction",
+            lambda e: (e.source is None) != (e.fraction is None),
+        ),
+    )
+
+
+class Tolerance(Model):
+    """Shares of the rows above which Prepare ends the job, before a GPU is held. Unset: any share is taken."""
+
+    truncated: decimal(0, 1) | None = None  # type: ignore[valid-type]
+    """Rows that lose their tail, with longRows Truncate."""
+    dropped: decimal(0, 1) | None = None  # type: ignore[valid-type]
+    """Rows left out as too long, with longRows Drop."""
+    fully_masked: decimal(0, 1) | None = None  # type: ignore[valid-type]
+    """Rows left out because none of their tokens counts."""
+    duplicates: decimal(0, 1) | None = None  # type: ignore[valid-type]
+    """Training rows that repeat an earlier one token by token."""
+    eval_in_train: decimal(0, 1) | None = None  # type: ignore[valid-type]
+    """Evaluation rows that are training rows too."""
+
+
+class DatasetSpec(Model):
+    """What is learned, and which tokens count."""
+
+    train: DatasetSource
+    """The rows to learn from."""
+    eval: EvaluationData | None = None
+    """Evaluation rows. Without them there is no eval loss and no early stopping."""
+    format: DatasetFormat
+    """Text, Messages (chat), PromptCompletion or Instruction (instruction, input, output)."""
+    columns: Columns = Columns()
+    chat_template: Annotated[str, StringConstraints(min_length=1, max_length=32768)] | None = None
+    """Jinja template for Messages; default: the tokenizer's own. Mark the assistant's tokens with
+    {% generation %} … {% endgeneration %}; without the mark they are found by rendering turn by turn."""
+    loss_on: LossOn | None = None
+    """Tokens that count: All, Completion (PromptCompletion and Instruction) or Assistant (Messages).
+    Default: All for Text, Assistant for Messages, else Completion."""
+    max_length: int = Field(2048, ge=16, le=1048576)
+    """Longest sequence in tokens; with packing also the length of a pack."""
+    long_rows: LongRows = LongRows.FAIL
+    """A row longer than maxLength ends the job (Fail), loses its tail (Truncate) or is left out (Drop)."""
+    packing: bool = True
+    """Put several rows into one sequence of maxLength; rows never see each other."""
+    tolerance: Tolerance = Tolerance()
+    """How much of the rows may be lost or repeated."""
+    rules: ClassVar = (
+        Rule(
+            "!has(self.lossOn) || self.lossOn == 'All' || (self.lossOn == 'Assistant') == (self.format == 'Messages')",
+            "lossOn Assistant goes with format Messages, Completion with PromptCompletion and Instruction; "
+            "All goes with every format",
+            "lossOn",
+            lambda d: (
+                d.loss_on in (None, LossOn.ALL)
+                or (d.loss_on is LossOn.ASSISTANT) == (d.format is DatasetFormat.MESSAGES)
+            ),
+        ),
+        Rule(
+            "!has(self.lossOn) || self.lossOn == 'All' || self.format != 'Text'",
+            "format Text has no completion: lossOn must be All",
+            "lossOn",
+            lambda d: d.loss_on in (None, LossOn.ALL) or d.format is not DatasetFormat.TEXT,
+        ),
+        Rule(
+            "!has(self.chatTemplate) || self.format == 'Messages'",
+            "chatTemplate goes with format Messages",
+            "chatTemplate",
+            lambda d: d.chat_template is None or d.format is DatasetFormat.MESSAGES,
+        ),
+        Rule(
+            "!has(self.tolerance.evalInTrain) || has(self.eval)",
+            "tolerance.evalInTrain needs evaluation rows: set dataset.eval",
+            "tolerance.evalInTrain",
+            lambda d: d.tolerance.eval_in_train is None or d.eval is not None,
+        ),
+    )
+
+    @property
+    def effective_loss_on(self) -> LossOn:
+        """``loss_on`` with its default by format."""
+        if self.loss_on is not None:
+            return self.loss_on
+        by_format = {DatasetFormat.TEXT: LossOn.ALL, DatasetFormat.MESSAGES: LossOn.ASSISTANT}
+        return by_format.get(self.format, LossOn.COMPLETION)

@@ -1,0 +1,141 @@
+"""How the adapter learns: quantization of the base, LoRA, the loop."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, ClassVar
+
+from pydantic import Field, StringConstraints
+
+from qlora_api.base import Model, Rule, decimal
+from qlora_api.spec.values import Prompt
+
+
+class QuantizationType(StrEnum):
+    NF4 = "NF4"
+    FP4 = "FP4"
+    INT8 = "INT8"
+    NONE = "None"
+
+
+class ComputeType(StrEnum):
+    BFLOAT16 = "BFloat16"
+    FLOAT32 = "Float32"
+
+
+class QuantizationSpec(Model):
+    """How the frozen base is held. Dettmers et al. 2023 (QLoRA), sections 3 and 4."""
+
+    type: QuantizationType = QuantizationType.NF4
+    """NF4 (4-bit normal float), FP4, INT8 (LLM.int8) or None (16-bit LoRA, for comparison). A base that is already
+    4-bit on disk is loaded as it is and must be of this type."""
+    double_quantization: bool = True
+    """Quantize the absmax constants of NF4 and FP4 too: 0.127 instead of 0.5 bits a parameter."""
+    compute_type: ComputeType = ComputeType.BFLOAT16
+    """Type in which the base computes; Float32 for comparison and for CPUs without bf16."""
+
+
+class LoRABias(StrEnum):
+    NONE = "None"
+    ALL = "All"
+    LORA_ONLY = "LoRAOnly"
+
+
+class LoRASpec(Model):
+    """The adapter: W + (alpha / rank)·B·A. Hu et al. 2021, section 4.1."""
+
+    rank: int = Field(16, ge=1, le=1024)
+    """Rank r of the update B·A."""
+    alpha: int = Field(32, ge=1, le=65536)
+    """Numerator of the scale alpha / rank."""
+    dropout: decimal(0, 1, high_included=False) = "0"  # type: ignore[valid-type]
+    """Probability of dropping an input of A."""
+    target_modules: list[Annotated[str, StringConstraints(min_length=1, max_length=253)]] | None = Field(
+        None, min_length=1, max_length=64
+    )
+    """Names (or dotted suffixes) of the linear layers that get an adapter. Default: all but the head, as QLoRA
+    (section 4) found necessary to match full fine-tuning."""
+    bias: LoRABias = LoRABias.NONE
+    """Biases that learn too: None, All, or LoRAOnly (those of adapted layers)."""
+    rank_stabilized: bool = False
+    """Scale by alpha / sqrt(rank) instead. Kalajdzievski 2023."""
+    dora: bool = False
+    """Learn magnitude and direction apart. Liu et al. 2024 (DoRA)."""
+
+
+class Schedule(StrEnum):
+    COSINE = "Cosine"
+    LINEAR = "Linear"
+    CONSTANT = "Constant"
+
+
+class Optimizer(StrEnum):
+    PAGED_ADAMW_8BIT = "PagedAdamW8Bit"
+    PAGED_ADAMW_32BIT = "PagedAdamW32Bit"
+    ADAMW_8BIT = "AdamW8Bit"
+    ADAMW = "AdamW"
+
+
+class GradientCheckpointing(StrEnum):
+    AUTO = "Auto"
+    FULL = "Full"
+    NONE = "None"
+
+
+class EvaluationSpec(Model):
+    """When the held-out rows are looked at, and what follows."""
+
+    every_steps: int | None = Field(None, ge=1, le=1_000_000)
+    """Steps between evaluations. Default: once an epoch. There is one before the first step and one after the last."""
+    patience: int | None = Field(None, ge=1, le=1000)
+    """Stop after this many evaluations in a row without a better loss. Default: never."""
+    prompts: list[Prompt] = Field([], max_length=8)
+    """What base and adapter are asked before the first step and after the last, 64 tokens an answer: a user's message,
+    an instruction, a prompt or a beginning, as dataset.format has it. The report shows both side by side, and the
+    answers are published with the adapter."""
+
+
+class TrainingSpec(Model):
+    """The loop: how long, how fast, in what portions."""
+
+    epochs: int | None = Field(None, ge=1, le=1000)
+    """Passes over the training rows. Exactly one of epochs and maxSteps is set."""
+    max_steps: int | None = Field(None, ge=1, le=10_000_000)
+    """Optimizer steps."""
+    learning_rate: decimal(0, 1, low_included=False) = "2e-4"  # type: ignore[valid-type]
+    """Peak learning rate."""
+    schedule: Schedule = Schedule.COSINE
+    """Course of the learning rate after warmup: to zero (Cosine, Linear) or Constant."""
+    warmup_steps: int = Field(0, ge=0, le=1_000_000)
+    """Steps over which the learning rate rises linearly from zero."""
+    global_batch_size: int = Field(16, ge=1, le=65536)
+    """Sequences per optimizer step over all ranks; the same on any number of GPUs."""
+    micro_batch_size: int | None = Field(None, ge=1, le=4096)
+    """Sequences per forward pass on one rank. Default: of those that divide the rank's share and keep
+    microBatchSize × maxLength within 8192 tokens the fastest that fits the GPU; where it is not known, the largest."""
+    optimizer: Optimizer = Optimizer.PAGED_ADAMW_8BIT
+    """Paged optimizers let their state move to host memory under pressure; without CUDA they are the plain ones."""
+    weight_decay: decimal(0, 1) = "0"  # type: ignore[valid-type]
+    """Decoupled weight decay on A and B; never on biases and magnitudes."""
+    max_grad_norm: decimal(0, 1000) = "0.3"  # type: ignore[valid-type]
+    """Clip the global gradient norm to this; 0 switches clipping off. QLoRA, appendix B.2."""
+    gradient_checkpointing: GradientCheckpointing = GradientCheckpointing.AUTO
+    """Recompute activations in the backward pass: Full, None, or Auto: as little as fits the GPU; where that is not
+    known, Full; None on a CPU."""
+    evaluation: EvaluationSpec = EvaluationSpec()
+    seed: int = Field(42, ge=0, le=2147483647)
+    """Of adapter initialization, dropout, data order and the held-out rows."""
+    rules: ClassVar = (
+        Rule(
+            "has(self.epochs) != has(self.maxSteps)",
+            "set exactly one of epochs and maxSteps",
+            "epochs",
+            lambda t: (t.epochs is None) != (t.max_steps is None),
+        ),
+        Rule(
+            "!has(self.maxSteps) || self.warmupSteps < self.maxSteps",
+            "warmupSteps must be less than maxSteps",
+            "warmupSteps",
+            lambda t: t.max_steps is None or t.warmup_steps < t.max_steps,
+        ),
+    )

@@ -1,0 +1,163 @@
+"""Where it runs and what becomes of it: parallelism, checkpoints, output, policy, scheduling."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from qlora_api.base import Model, Rule, decimal
+from qlora_api.spec.values import Destination, Label, Name
+
+
+class Offload(StrEnum):
+    NONE = "None"
+    OPTIMIZER = "Optimizer"
+
+
+class ParallelismSpec(Model):
+    """Data parallelism with DeepSpeed ZeRO: every rank holds the whole quantized base. Rajbhandari et al. 2020."""
+
+    workers: int = Field(1, ge=1, le=256)
+    """Pods. 'qlora run' uses this machine instead: all its GPUs, or two CPU processes."""
+    min_workers: int | None = Field(None, ge=1, le=256)
+    """With fewer nodes than workers need, go on with as few pods as this: the same global batch and the same order of
+    rows, on fewer ranks. Each next attempt asks for all workers again. Default: wait until there is room."""
+    gpus_per_worker: int = Field(1, ge=1, le=16)
+    """GPUs, and so ranks, of each pod."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What ranks share: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters. LoRA's states are small:
+    0 is the fastest and fits nearly always. Even under 3 the whole quantized base must fit each GPU while it loads."""
+    offload: Offload = Offload.NONE
+    """Optimizer: hold the optimizer state in host memory (AdamW on the CPU replaces the paged optimizers)."""
+    rules: ClassVar = (
+        Rule(
+            "self.offload == 'None' || self.zeroStage >= 1",
+            "offload Optimizer needs zeroStage 1, 2 or 3",
+            "offload",
+            lambda p: p.offload is Offload.NONE or p.zero_stage >= 1,
+        ),
+        Rule(
+            "!has(self.minWorkers) || self.minWorkers <= self.workers",
+            "minWorkers must be at most workers",
+            "minWorkers",
+            lambda p: p.min_workers is None or p.min_workers <= p.workers,
+        ),
+        Rule(
+            "!has(self.minWorkers) || self.zeroStage < 3",
+            "a ZeRO-3 checkpoint needs as many ranks as it came from: with minWorkers, zeroStage must be 0, 1 or 2",
+            "minWorkers",
+            lambda p: p.min_workers is None or p.zero_stage < 3,
+        ),
+    )
+
+
+class CheckpointSpec(Model):
+    """Resume points: adapter, optimizer, schedule, RNG and data position; never the frozen base."""
+
+    every_steps: int | None = Field(None, ge=1, le=1_000_000)
+    """Steps between checkpoints. Default: once an epoch."""
+    every_minutes: int = Field(15, ge=1, le=1440)
+    """Longest time between checkpoints, so that a lost node costs no more than this."""
+    keep: int = Field(3, ge=1, le=100)
+    """Newest checkpoints kept; the best by eval loss is kept besides."""
+
+
+class Merge(StrEnum):
+    NONE = "None"
+    BFLOAT16 = "BFloat16"
+
+
+class OutputSpec(Model):
+    """Where the verified adapter goes."""
+
+    destination: Destination
+    """Folder in object storage (or a local one with 'qlora run'). It must not hold another run's manifest."""
+    credentials: Name | None = None
+    """Secret in the job's namespace with the destination's credentials as environment variables. The Secrets of a
+    job make one environment, in the order model, dataset.train, output: of two with the same key the later counts."""
+    merge: Merge = Merge.NONE
+    """BFloat16: publish the base with the adapter merged in, besides the adapter."""
+    allow_worse_eval: bool = False
+    """Publish the best checkpoint even if its loss on the evaluation rows is above the base's. Otherwise the job ends
+    without an adapter: the training made the model worse at what it was held against."""
+
+
+class OnOutOfMemory(StrEnum):
+    RECOVER = "Recover"
+    FAIL = "Fail"
+
+
+class PolicySpec(Model):
+    """What happens when something happens. May be changed while the job runs."""
+
+    max_restarts: int = Field(3, ge=0, le=50)
+    """Attempts after the first that crashes may cost. Preemption and lost nodes do not count; nor does waiting in vain
+    for a pod that no node takes. Three stalls in a row without a step gained end the job, whatever is left."""
+    on_out_of_memory: OnOutOfMemory = OnOutOfMemory.RECOVER
+    """Recover: halve the micro-batch, keep the global batch, resume from the last checkpoint."""
+    stall_timeout_seconds: int = Field(1800, ge=30, le=86400)
+    """A rank that gives no sign of life for so long is named, and the attempt ended and resumed. Must be longer than
+    a forward or backward pass; loading, saving and publishing may take more. Also how long pods wait for each other."""
+    shrink_after_seconds: int = Field(120, ge=10, le=86400)
+    """With parallelism.minWorkers: how long pods that no node can take are waited for before fewer are tried."""
+    active_deadline_seconds: int | None = Field(None, ge=60, le=31536000)
+    """Longest time that the job may run, over all attempts: each counts from when all its pods are ready until it ends.
+    Preparing, waiting for a queue, for nodes or between attempts, and being suspended do not count. Unlike a
+    batch/v1 Job's, the clock goes on where it stood when the job is resumed. Then its pods are stopped, and the job
+    fails unless they have published the adapter by the time they are gone; its checkpoints stay."""
+    budget_gpu_hours: decimal(0, 1e9, low_included=False) | None = None  # type: ignore[valid-type]
+    """GPU-hours over all attempts, waiting not counted. Before more are used the job checkpoints and is suspended; with
+    a larger budget it goes on."""
+    ttl_seconds_after_finished: int | None = Field(None, ge=0, le=31536000)
+    """Delete the finished job after this time. Default: never."""
+
+
+class Gang(StrEnum):
+    AUTO = "Auto"
+    NATIVE = "Native"
+    KUEUE = "Kueue"
+    VOLCANO = "Volcano"
+    NONE = "None"
+
+
+class Toleration(Model):
+    """As in a Pod's spec."""
+
+    key: Label | None = None
+    """Of the taint. Not set, with operator Exists: every taint."""
+    operator: Literal["Exists", "Equal"] = "Equal"
+    """Exists: any value of the taint will do."""
+    value: Label | None = None
+    """Of the taint, with operator Equal."""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """Of the taint. Not set: any."""
+    toleration_seconds: int | None = Field(None, ge=0, le=31536000)
+    """With effect NoExecute: how long pods stay on a node that gets the taint. Not set: as long as they run."""
+
+
+class SchedulingSpec(Model):
+    """Which nodes, and in which queue. Not used by 'qlora run'."""
+
+    gang: Gang = Gang.AUTO
+    """All pods start or none: by Kubernetes itself (Native), Kueue, Volcano, or not at all (None). Auto takes what
+    is there: Kueue where a queue is named, else Native, else Volcano, else None."""
+    queue: Name | None = None
+    """Queue of Volcano, or LocalQueue of Kueue in the job's namespace. Kueue needs one: it leaves a job that names none
+    suspended."""
+    priority_class_name: Name | None = None
+    """PriorityClass of the trainers' pods; an administrator may allow only some."""
+    node_selector: dict[str, Label] = Field({}, max_length=32)
+    """Labels that the trainers' nodes must have. By nvidia.com/gpu.product Prepare knows which GPU to plan for."""
+    tolerations: list[Toleration] = Field([], max_length=32)
+    """Taints that pods put up with, besides that of the GPU resource."""
+    rules: ClassVar = (
+        Rule(
+            "self.gang != 'Kueue' || has(self.queue)",
+            "gang Kueue needs queue, the name of a LocalQueue in the job's namespace; or choose Auto, Native, Volcano "
+            "or None",
+            "queue",
+            lambda s: s.gang is not Gang.KUEUE or s.queue is not None,
+        ),
+    )
