@@ -21,6 +21,11 @@ def names(prefix: str) -> set[str]:
     return {path.name for hierarchy in _hierarchies() for path in hierarchy.glob(f"{prefix}*") if path.is_dir()}
 
 
+def path(name: str) -> Path:
+    """A group's folder, in the first hierarchy where there are several."""
+    return _hierarchies()[0] / name
+
+
 def remove(name: str) -> None:
     """Remove the groups with all below them. Their processes have ended; the kernel may still be at it.
 

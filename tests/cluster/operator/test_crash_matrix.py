@@ -9,11 +9,13 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from threading import Event
 from typing import TYPE_CHECKING
 
 import pytest
 
 from cluster.harness.history import History
+from cluster.harness.operator import READY_SECONDS
 from cluster.harness.proxy import AnswerLost, Killed, Proxy
 from cluster.harness.whole_life import (
     EXPECTED,
@@ -94,6 +96,7 @@ def is_nth(moments: tuple[str, ...], place: int) -> Callable[[Call], bool]:
 def live_through(stage: Stage, folder: Path, mishap: str = "", place: int = -1) -> list[str]:
     """A whole life with a mishap at one place of it; its moments."""
     namespace = stage.cluster.create_namespace("life", NAMESPACE_LABELS)
+    risen = Event()
     with (
         Proxy(stage.cluster, folder) as proxy,
         ForkedOperator(stage.zygote, folder, proxy.kubeconfig, namespaces=[namespace], **SETTINGS) as operator,
@@ -102,6 +105,7 @@ def live_through(stage: Stage, folder: Path, mishap: str = "", place: int = -1) 
         def die() -> None:
             operator.kill()
             operator.spawn()
+            risen.set()
 
         faults: dict[str, Fault] = {
             "killed-before": Killed(die, after=False),
@@ -112,6 +116,8 @@ def live_through(stage: Stage, folder: Path, mishap: str = "", place: int = -1) 
             proxy.when(is_nth(LIFE, place), faults[mishap])
         live(stage.cluster.api, namespace)
         assert proxy.pending_faults == 0, f"there was no {LIFE[place]}"
+        # the last call of a life is its end, here before the operator's death is over
+        assert not mishap.startswith("killed") or risen.wait(READY_SECONDS)
         failed = {n: v for n, v in operator.metrics().items() if n.startswith("qlora_operator_reconcile_errors_total")}
         moments = [text for call in proxy.calls if (text := moment(call))]
     where = f"{mishap} {LIFE[place]}: {moments}"
