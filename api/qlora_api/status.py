@@ -90,7 +90,7 @@ class Reason(StrEnum):
     CRASHED = "Crashed"
     """Any other end; the message has the last lines of the log."""
     DEADLINE_EXCEEDED = "DeadlineExceeded"
-    """All attempts together took longer than policy.activeDeadlineSeconds."""
+    """All attempts together took longer than policy.activeDeadlineSeconds, or Prepare than the operator allows."""
 
 
 class Condition(Model):

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -86,84 +86,98 @@ async def first_of(works: Collection[asyncio.Task[None]]) -> None:
         work.result()
 
 
-async def run(config: OperatorConfig) -> None:
-    """Operate until SIGTERM or SIGINT."""
-    store = Store()
-    metrics = Metrics(store)
-    watches = health.Watches(handlers.WATCHED, each=max(1, len(config.namespaces)))
-    api = Api(load_credentials(), metrics.request)
-    gangs: frozenset[Gang] = frozenset()
-    listings = Listings()
+class Operator:
+    """All parts, put together; :meth:`run` has them work."""
 
-    def offer(found: frozenset[Gang]) -> None:
-        nonlocal gangs
-        gangs = found
+    def __init__(self, config: OperatorConfig) -> None:
+        self.config = config
+        self.store = Store()
+        self.metrics = Metrics(self.store)
+        self.watches = health.Watches(handlers.WATCHED, each=max(1, len(config.namespaces)))
+        self.listings = Listings()
+        self.api = Api(load_credentials(), self.metrics.request)
+        self.corrections = Corrections(self.api, config, self.metrics.corrected)
+        self.gangs: frozenset[Gang] = frozenset()
+        self.reconciler = Reconciler(self.store, self.api, config, lambda: self.gangs, self.corrections, self.metrics)
+        self.followed = [
+            Watch(self.api, kind, namespace, self.reconciler.wake, self.watches.note)
+            for kind in kinds_of(self.store, self.reconciler.services)
+            for namespace in config.namespaces or ("",)
+        ]
+        self.stop, self.looked = asyncio.Event(), asyncio.Event()
 
-    corrections = Corrections(api, config, metrics.corrected)
-    reconciler = Reconciler(store, api, config, lambda: gangs, corrections, metrics)
-    registry = kopf.OperatorRegistry()
-    handlers.register(registry, store, reconciler)
-    followed = [
-        Watch(api, kind, namespace, reconciler.wake, watches.note)
-        for kind in kinds_of(store, reconciler.services)
-        for namespace in config.namespaces or ("",)
-    ]
+    async def run(self) -> None:
+        """Operate until SIGTERM or SIGINT; raise what a part raised that ended."""
+        stop_on_signals(self.stop)
+        server = await health.serve(self.metrics.registry, self.watches, self.config.metrics_port)
+        tasks = [asyncio.create_task(work, name=name) for name, work in self.works()]
+        log.info("serving QLoRAJobs in %s", ", ".join(self.config.namespaces) or "all namespaces")
+        waiting = asyncio.create_task(self.stop.wait())
+        done, _ = await asyncio.wait([waiting, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        self.stop.set()
+        for task in (*tasks, waiting):
+            task.cancel()
+        await asyncio.wait((*tasks, waiting), timeout=STOP_SECONDS)
+        await server.cleanup()
+        await self.api.close()
+        for task in done - {waiting}:
+            task.result()
 
-    def note(path: str) -> None:
-        watches.note(path)
-        listings.note(path)
+    def works(self) -> Iterator[tuple[str, Coroutine[None, None, None]]]:
+        """What goes on side by side, by name."""
+        namespaces = self.config.namespaces
+        yield "reconciler", self.reconciler.run()
+        yield "progress", poll_forever(self.store, self.reconciler, self.config.progress_seconds)
+        yield "resync", resync_forever(self.store, self.api, self.reconciler, namespaces, self.listings)
+        yield "look around", look_around(self.api, self.corrections, self.offer)
+        yield "watch", self.watch()
+        yield from ((f"watch {one.path}", one.run(self.looked)) for one in self.followed)
 
-    @kopf.on.login(registry=registry)
-    async def login(**_: object) -> kopf.AiohttpSession:
-        """The same credentials for kopf's watches; asked again when the API server does not know them any more."""
-        current = load_credentials()
-        return kopf.AiohttpSession(server=current.server, aiohttp_session=watching_session(current, note))
-
-    async def watch() -> None:
+    async def watch(self) -> None:
         """Look at everything before the first decision: what was not seen would be taken for gone."""
-        nonlocal gangs
-        gangs, services = await first_look(api, store, config.namespaces, followed)
-        await corrections.refresh()
-        reconciler.services |= services
-        for key in (*dict(store), *((namespace, "") for namespace in reconciler.services)):
-            reconciler.wake(key)
-        looked.set()
+        self.gangs, services = await first_look(self.api, self.store, self.config.namespaces, self.followed)
+        await self.corrections.refresh()
+        self.reconciler.services |= services
+        for key in (*dict(self.store), *((namespace, "") for namespace in self.reconciler.services)):
+            self.reconciler.wake(key)
+        self.looked.set()
         works = await kopf.spawn_tasks(
-            registry=registry,
+            registry=self.registry(),
             settings=handlers.settings(),
             standalone=True,
-            clusterwide=not config.namespaces,
-            namespaces=config.namespaces,
+            clusterwide=not self.config.namespaces,
+            namespaces=self.config.namespaces,
         )
-        stop_on_signals(stop)  # kopf has just taken them for itself
+        stop_on_signals(self.stop)  # kopf has just taken them for itself
         # Not kopf.run_tasks: when a watch has failed for good, it waits for the others, and they for it (kopf#1276).
         await first_of(works)
 
-    stop, looked = asyncio.Event(), asyncio.Event()
-    stop_on_signals(stop)
-    server = await health.serve(metrics.registry, watches, config.metrics_port)
-    tasks = [
-        asyncio.create_task(work, name=name)
-        for name, work in {
-            "reconciler": reconciler.run(),
-            "progress": poll_forever(store, reconciler, config.progress_seconds),
-            "resync": resync_forever(store, api, reconciler, config.namespaces, listings),
-            "look around": look_around(api, corrections, offer),
-            "watch": watch(),
-        }.items()
-    ]
-    tasks += [asyncio.create_task(one.run(looked), name=f"watch {one.path}") for one in followed]
-    log.info("serving QLoRAJobs in %s", ", ".join(config.namespaces) or "all namespaces")
-    waiting = asyncio.create_task(stop.wait())
-    done, _ = await asyncio.wait([waiting, *tasks], return_when=asyncio.FIRST_COMPLETED)
-    stop.set()
-    for task in (*tasks, waiting):
-        task.cancel()
-    await asyncio.wait((*tasks, waiting), timeout=STOP_SECONDS)
-    await server.cleanup()
-    await api.close()
-    for task in done - {waiting}:
-        task.result()
+    def registry(self) -> kopf.OperatorRegistry:
+        """What kopf does for the operator."""
+        registry = kopf.OperatorRegistry()
+        handlers.register(registry, self.store, self.reconciler)
+
+        @kopf.on.login(registry=registry)
+        async def login(**_: object) -> kopf.AiohttpSession:
+            """The same credentials for kopf's watches; asked again when the API server does not know them any more."""
+            current = load_credentials()
+            return kopf.AiohttpSession(server=current.server, aiohttp_session=watching_session(current, self.note))
+
+        return registry
+
+    def note(self, path: str) -> None:
+        """Take in that kopf asks for a path."""
+        self.watches.note(path)
+        self.listings.note(path)
+
+    def offer(self, gangs: frozenset[Gang]) -> None:
+        """Take in what the cluster offers for gangs."""
+        self.gangs = gangs
+
+
+async def run(config: OperatorConfig) -> None:
+    """Operate until SIGTERM or SIGINT."""
+    await Operator(config).run()
 
 
 def main() -> NoReturn:

@@ -40,6 +40,8 @@ class PrepareConfig(Model):
     enabled: bool = True
     cpu: Quantity = "2"
     memory: Quantity = "8Gi"
+    deadline_seconds: int = Field(14_400, ge=60)
+    """On its node. What takes longer hangs: a file system that does not answer, a source without an end."""
 
 
 class TrainerPodConfig(Model):

@@ -48,6 +48,8 @@ REFUSED_SECONDS = 15.0
 """Until what the API server refused is tried again."""
 LOOK_AGAIN_SECONDS = 5.0
 """For what no event announces: a pod that outlasts its deletion, a result that is late."""
+DEADLINE = "DeadlineExceeded"
+"""The kubelet's reason for a pod that outlived its activeDeadlineSeconds."""
 _ENDING = (JobState.COMPLETE, JobState.FAILED, JobState.FAILING)
 
 
@@ -261,6 +263,8 @@ def _prepare(context: Context, status: QLoRAJobStatus) -> Plan:
         return _preparing(context, with_correction(context, status), make=(made,))
     if job.deleting:
         return _preparing(context, status)
+    if any(pod.pod_reason == DEADLINE for pod in context.seen.pods_of(PREPARE)):
+        return _prepare_failed(context, status, Ending(Reason.DEADLINE_EXCEEDED, _hangs(context)))
     if job.state in (JobState.ACTIVE, JobState.SUSPENDED, JobState.FAILING):
         return _preparing(context, status)
     ending = ending_of(PREPARE, 1, context.seen)
@@ -271,11 +275,20 @@ def _prepare(context: Context, status: QLoRAJobStatus) -> Plan:
         if result is None:  # its pod is gone, and with it what it said: do it again, all is in the cache
             return _preparing(context, status, delete=(job,))
         return _start(context, with_prepared(context, status, result))
+    return _prepare_failed(context, status, ending)
+
+
+def _prepare_failed(context: Context, status: QLoRAJobStatus, ending: Ending) -> Plan:
     status = said(context, status, ConditionType.PREPARED, ending.reason, ending.message, holds=False)
-    return _ending(
-        context,
-        _finished(context, status, Finish(False, ending.reason, ending.message)),
-        (Note("Warning", ending.reason.value, ending.message),),
+    end = Finish(False, ending.reason, ending.message)
+    return _ending(context, _finished(context, status, end), (Note("Warning", ending.reason.value, ending.message),))
+
+
+def _hangs(context: Context) -> str:
+    limit = context.config.prepare.deadline_seconds
+    return (
+        f"Prepare was ended after {limit} s on its node (prepare.deadlineSeconds, a value of the operator's chart): "
+        "its log says what it was at; a source that does not answer, or more rows than it reads in that time"
     )
 
 

@@ -115,6 +115,9 @@ def prepare(job: QLoRAJob, config: OperatorConfig, memory_correction: float = 1.
         }
     )
     trainer = trainer_config(job, config, first, status, memory_correction)
+    pod = _pod(job, config, labels, trainer, command="qlora_trainer.prepare", ranks=0)
+    # Of the pod, not of the Job: waiting for a node does not count.
+    pod["spec"]["activeDeadlineSeconds"] = config.prepare.deadline_seconds
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -131,7 +134,7 @@ def prepare(job: QLoRAJob, config: OperatorConfig, memory_correction: float = 1.
                     },
                 ]
             },
-            "template": _pod(job, config, labels, trainer, command="qlora_trainer.prepare", ranks=0),
+            "template": pod,
         },
     }
 

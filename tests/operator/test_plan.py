@@ -286,6 +286,16 @@ def test_a_user_error_in_prepare_ends_the_job():
     assert planned.make == ()
 
 
+def test_a_prepare_that_hangs_ends_the_job_without_another_try():
+    made = decide(job(), seen(), PREPARING).make[0]["spec"]["template"]["spec"]
+    assert made["activeDeadlineSeconds"] == PREPARING.prepare.deadline_seconds
+    hung = pod(attempt=0, phase="Failed", ready=False, pod_reason="DeadlineExceeded")
+    planned = decide(job(), seen(child(attempt=0), hung), PREPARING)
+    assert (planned.status.state, planned.status.reason) == ("Failed", "DeadlineExceeded")
+    assert "prepare.deadlineSeconds" in planned.status.conditions[0].message
+    assert [child.attempt for child in planned.delete] == [0]
+
+
 def test_conditions_keep_the_time_of_their_last_transition():
     first = decide(job(running()), seen(child(ready=1), pod())).status
     later = decide(job(first), seen(child(ready=1), pod(), after=100)).status
