@@ -54,8 +54,7 @@ async def first_look(
     while True:
         try:
             gangs, services = await discover_gangs(api), await take_stock(store, api, namespaces)
-            for watch in watches:
-                await watch.list()
+            await list_all(watches)
         except (ApiError, *TRANSIENT) as error:
             if isinstance(error, ApiError) and error.status in (401, 403):
                 raise
@@ -63,6 +62,15 @@ async def first_look(
             await asyncio.sleep(FIRST_LOOK_SECONDS)
         else:
             return gangs, services
+
+
+async def list_all(watches: Sequence[Watch]) -> None:
+    """List everything that belongs to QLoRAJobs, several kinds at once."""
+    for events in (False, True):  # what is said of children means nothing before they are known
+        lists = (watch.list() for watch in watches if watch.path.endswith("/events") is events)
+        for done in await asyncio.gather(*lists, return_exceptions=True):
+            if isinstance(done, BaseException):
+                raise done
 
 
 async def look_around(api: Api, corrections: Corrections, offer: Callable[[frozenset[Gang]], None]) -> None:

@@ -68,11 +68,13 @@ async def take_stock(store: Store, api: Api, namespaces: Sequence[str]) -> set[s
 async def resync_forever(
     store: Store, api: Api, reconciler: Reconciler, namespaces: Sequence[str], listings: Listings
 ) -> None:
+    settle = 0.0  # the first listing follows the first look, and no watch that broke
     while True:
         kinds = tuple(KINDS)
         with suppress(TimeoutError):
             await asyncio.wait_for(listings.news.wait(), RESYNC_SECONDS)
-            await asyncio.sleep(SETTLE_SECONDS)
+            await asyncio.sleep(settle)
+            settle = SETTLE_SECONDS
             kinds = ("job",)  # of the others kopf knows nothing
         listings.news.clear()
         try:
