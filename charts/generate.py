@@ -6,8 +6,6 @@ python charts/generate.py --check  says what is stale, and fails
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import json
 import re
 import sys
@@ -16,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1] / ".ci"))
+from generated import write_or_check
 
 REPOSITORY = Path(__file__).parents[1]
 CHART = REPOSITORY / "charts" / "qlora-operator"
@@ -70,22 +71,5 @@ def _at(values: Any, path: str) -> Any:
     return values
 
 
-def main() -> int:
-    """Exit code: 1 when something is stale and only looked at."""
-    parser = argparse.ArgumentParser(description="The chart's generated files")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail when something is stale")
-    check = parser.parse_args().check
-    stale = {path: want for path, want in generated().items() if not path.exists() or path.read_text() != want}
-    for path, want in stale.items():
-        if check:
-            have = path.read_text() if path.exists() else ""
-            name = str(path.relative_to(REPOSITORY))
-            sys.stdout.writelines(difflib.unified_diff(have.splitlines(True), want.splitlines(True), name, "generated"))
-            sys.stdout.write(f"{name} is stale: make chart\n")
-        else:
-            path.write_text(want)
-    return int(check and bool(stale))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check("The chart's generated files", generated(), "chart"))

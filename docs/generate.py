@@ -6,9 +6,7 @@ python docs/generate.py --check  says what is stale, and fails
 
 from __future__ import annotations
 
-import argparse
 import ast
-import difflib
 import inspect
 import json
 import sys
@@ -18,6 +16,9 @@ from enum import StrEnum
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / ".ci"))
+from generated import write_or_check
 
 from qlora_api import status
 from qlora_api.contract import REASONS, ExitCode
@@ -217,23 +218,5 @@ def _meanings(names: type[StrEnum]) -> dict[StrEnum, str]:
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
-def main() -> int:
-    """Exit code: 1 when something is stale and only looked at."""
-    parser = argparse.ArgumentParser(description="The generated pages of the reference")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail when something is stale")
-    check = parser.parse_args().check
-    stale = {path: want for path, want in generated().items() if not path.exists() or path.read_text() != want}
-    for path, want in stale.items():
-        if check:
-            have = path.read_text() if path.exists() else ""
-            sys.stdout.writelines(
-                difflib.unified_diff(have.splitlines(True), want.splitlines(True), path.name, "generated")
-            )
-            print(f"{path.relative_to(REFERENCE.parents[1])} is stale: make reference")
-        else:
-            path.write_text(want)
-    return int(check and bool(stale))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check("The generated pages of the reference", generated(), "reference"))

@@ -6,8 +6,6 @@ python observability/generate.py --check  says what is stale, and fails
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import json
 import sys
 from pathlib import Path
@@ -15,6 +13,9 @@ from typing import Any
 
 import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
+
+sys.path.insert(0, str(Path(__file__).parents[1] / ".ci"))
+from generated import write_or_check
 
 from alerts import rules
 from fleet import fleet
@@ -40,23 +41,5 @@ def _json(dashboard: Any) -> str:
     return json.dumps(dashboard, cls=JSONEncoder, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def main() -> int:
-    """Exit code: 1 when something is stale and only looked at."""
-    parser = argparse.ArgumentParser(description="Dashboards, alert rules and the reference of metrics")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail when something is stale")
-    check = parser.parse_args().check
-    stale = {path: want for path, want in generated().items() if not path.exists() or path.read_text() != want}
-    for path, want in stale.items():
-        name = str(path.relative_to(REPOSITORY))
-        if check:
-            have = path.read_text() if path.exists() else ""
-            sys.stdout.writelines(difflib.unified_diff(have.splitlines(True), want.splitlines(True), name, "generated"))
-            print(f"{name} is stale: make dashboards")
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(want)
-    return int(check and bool(stale))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check("Dashboards, alert rules and the reference of metrics", generated(), "dashboards"))
