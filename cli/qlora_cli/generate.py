@@ -149,6 +149,8 @@ def command(start: Sequence[str], models: Models, options: Options) -> list[str]
 def generate(models: Models, options: Options, console: Console, commands: Commands, folder: Path | None = None) -> int:
     """Ask and show each answer as it comes, and keep it in ``folder``, a run's; the trainer's exit code."""
     told: list[Answer] = []
+    if models.dataset is None and not options.raw:
+        console.print(f"No {MANIFEST} beside the adapter says how its rows were: prompts are put as they are.")
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
     if not console.is_terminal:
         console.print("Loading the models …")

@@ -45,8 +45,10 @@ class Facts:
     measured: dict[str, int] = field(default_factory=dict)
     manifest: dict[str, Any] | None = None
     """As published, where it can be read here."""
+    told: Sequence[Answer] = ()
+    """Of base and adapter, before the first step and after the last."""
     answers: Sequence[Answer] = ()
-    """Of base and adapter, as far as they were asked."""
+    """As far as they were asked later."""
 
     @property
     def published(self) -> bool:
@@ -107,7 +109,8 @@ def of_run(folder: rundir.Folder, record: RunRecord) -> Facts:
         predicted=memory.predicted if memory else {},
         measured=memory.measured if memory else {},
         manifest=_local_manifest(word),
-        answers=[*told(history), *kept(folder.path)],
+        told=told(history),
+        answers=kept(folder.path),
     )
 
 
@@ -128,7 +131,7 @@ def of_adapter(manifest: Path) -> Facts:
             tokens=int(found["metrics"].get("tokens") or 0),
             device=next((a.device for a in reversed(history.attempts.values()) if a.device), None) or "",
             manifest=found,
-            answers=told(history),
+            told=told(history),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise rundir.RunError(f"{manifest} is no manifest of an adapter ({error})") from None

@@ -106,7 +106,7 @@ def parse(lines: Iterable[str]) -> History:
         try:
             line = json.loads(text)
             _take(found, line)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return found
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from qlora_api.contract import PrepareReceipt
     from qlora_api.status import Attempt
+    from qlora_cli.answers import Answer
     from qlora_cli.report import Facts
     from qlora_cli.report_history import History, StepFacts
 
@@ -301,18 +302,25 @@ def _samples(samples: Sequence[str]) -> str:
 
 
 def _answers(facts: Facts) -> str:
-    """What they were asked, and what they said: before the training, and after it."""
-    if not facts.answers:
+    """What base and adapter were asked, and what they said: in training, and since."""
+    parts = []
+    if facts.told:
+        parts.append("<p>To the prompts of the manifest, before the first step and after the last:</p>")
+        parts.append(_said(facts.told))
+    if facts.answers:
+        parts.append("<p>To <code>qlora generate</code>:</p>")
+        parts.append(_said(facts.answers[-MOST_ANSWERS:]))
+    if not parts and facts.published and facts.attempts:
         ask = f"<code>qlora generate --run {escape(facts.name)} --prompt …</code>"
-        return (
-            f"<p>Not asked yet: {ask} keeps their answers for this page.</p>"
-            if facts.published and facts.attempts
-            else ""
-        )
-    names = ["base", "adapter", *(["merged"] if any(answer.merged for answer in facts.answers) else [])]
+        parts.append(f"<p>Not asked yet: {ask} keeps their answers for this page.</p>")
+    return "".join(parts)
+
+
+def _said(answers: Sequence[Answer]) -> str:
+    names = ["base", "adapter", *(["merged"] if any(answer.merged for answer in answers) else [])]
     rows = [
         [f"<div class=said>{escape((text or '').strip() or '(nothing)')}</div>" for text in texts]
-        for texts in ([a.prompt, *(getattr(a, name) for name in names)] for a in facts.answers[-MOST_ANSWERS:])
+        for texts in ([a.prompt, *(getattr(a, name) for name in names)] for a in answers)
     ]
     return _table(["Prompt", *(name.capitalize() for name in names)], rows, kind="answers")
 

@@ -168,7 +168,7 @@ class Operator:
         @kopf.on.login(registry=registry)
         async def login(**_: object) -> kopf.AiohttpSession:
             """The same credentials for kopf's watches; asked again when the API server does not know them any more."""
-            current = load_credentials()
+            current = await asyncio.to_thread(load_credentials)
             return kopf.AiohttpSession(server=current.server, aiohttp_session=watching_session(current, self.note))
 
         return registry

@@ -154,7 +154,7 @@ class Api:
             "Accept-Encoding": "identity",  # to pack and unpack a list takes both sides longer than to send it
             "Content-Type": content_type,
             "User-Agent": USER_AGENT,
-            **self._credentials.headers(),
+            **await self._credentials.headers(),
         }
         return self._session.request(
             verb,

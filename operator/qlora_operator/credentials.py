@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from qlora_operator.lean import kopf
 
@@ -13,29 +18,63 @@ log = logging.getLogger(__name__)
 
 RENEW_SECONDS = 60
 """Age at which a token is read again, as client-go does: the kubelet renews that of a pod in place."""
+PLAIN = frozenset(
+    {
+        "server",
+        "certificate-authority-data",
+        "insecure-skip-tls-verify",
+        "proxy-url",
+        "client-certificate-data",
+        "client-key-data",
+        "token",
+        "username",
+        "password",
+    }
+)
+"""Of a kubeconfig's clusters and users: what kopf reads as kubectl does."""
 
 
 def load_credentials() -> kopf.ConnectionInfo:
-    """The pod's own account in a cluster, else what kubectl would use.
+    """What $KUBECONFIG says, else the pod's own account, else what kubectl would use.
 
     Raises:
-        kopf.LoginError: there is neither.
+        kopf.LoginError: there is none of them.
 
     """
     settings = kopf.OperatorSettings()
-    account = kopf.login_with_service_account(settings=settings)
+    account = None if os.environ.get("KUBECONFIG") else kopf.login_with_service_account(settings=settings)
     if account:
         # By address, as client-go does: kopf's own answer needs the cluster's DNS before anything else.
         host, port = os.environ.get("KUBERNETES_SERVICE_HOST"), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
         return replace(account, server=f"https://{_bracketed(host)}:{port}") if host else account
-    found = kopf.login_with_kubeconfig(settings=settings)
-    if found and (found.token or found.username or found.certificate_path or found.certificate_data):
-        return found
-    # What asks another program for its token. The official client knows how, and takes its time to load.
-    found = kopf.login_via_client(settings=settings, logger=log)
+    path = os.environ.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")
+    if _is_plain(path):
+        found = kopf.login_with_kubeconfig(settings=settings)
+    else:  # files, several of them, programs that give tokens: the official client knows them, and loads slowly
+        found = kopf.login_via_client(settings=settings, logger=log)
     if not found:
         raise kopf.LoginError("no way to a cluster is configured: neither a pod's account nor a kubeconfig")
     return found
+
+
+def _is_plain(path: str) -> bool:
+    """Whether a kubeconfig is one file with everything in it.
+
+    Raises:
+        kopf.LoginError: it asks for what neither reader heeds.
+
+    """
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        parts: list[dict[str, Any]] = [
+            entry.get(kind) or {} for kind in ("cluster", "user") for entry in config.get(f"{kind}s") or ()
+        ]
+        keys = {key for part in parts for key in part}
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return False  # the official client says what is wrong
+    if "tls-server-name" in keys:
+        raise kopf.LoginError(f"{path}: tls-server-name is not supported: have kubectl proxy in between")
+    return keys <= PLAIN
 
 
 def _bracketed(host: str) -> str:
@@ -48,12 +87,12 @@ class Credentials:
     def __init__(self, info: kopf.ConnectionInfo) -> None:
         self.info, self._read = info, time.monotonic()
 
-    def headers(self) -> dict[str, str]:
+    async def headers(self) -> dict[str, str]:
         """What a request says of who asks. What cannot be read again just now is used as it was."""
         if time.monotonic() - self._read > RENEW_SECONDS:
             self._read = time.monotonic()
             try:
-                self.info = load_credentials()
+                self.info = await asyncio.to_thread(load_credentials)
             except Exception as error:  # noqa: BLE001 of files, of another program, of the client
                 log.warning("credentials cannot be read again: %s", error)
         return self.info.as_http_headers()

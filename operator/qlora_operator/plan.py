@@ -41,7 +41,7 @@ from qlora_operator.history import (
     with_last_word,
 )
 from qlora_operator.prepared import with_correction, with_prepared
-from qlora_operator.seen import PREPARE, JobState, Observed, SeenJob, planned
+from qlora_operator.seen import PREPARE, JobState, Observed, SeenJob, SeenPod, planned
 from qlora_operator.waiting import why_waiting
 
 REFUSED_SECONDS = 15.0
@@ -263,8 +263,9 @@ def _prepare(context: Context, status: QLoRAJobStatus) -> Plan:
         return _preparing(context, with_correction(context, status), make=(made,))
     if job.deleting:
         return _preparing(context, status)
-    if any(pod.pod_reason == DEADLINE for pod in context.seen.pods_of(PREPARE)):
-        return _prepare_failed(context, status, Ending(Reason.DEADLINE_EXCEEDED, _hangs(context)))
+    hung = next((pod for pod in context.seen.pods_of(PREPARE) if pod.pod_reason == DEADLINE), None)
+    if hung is not None and job.state is not JobState.COMPLETE:
+        return _prepare_failed(context, status, Ending(Reason.DEADLINE_EXCEEDED, _hangs(context, hung), node=hung.node))
     if job.state in (JobState.ACTIVE, JobState.SUSPENDED, JobState.FAILING):
         return _preparing(context, status)
     ending = ending_of(PREPARE, 1, context.seen)
@@ -284,12 +285,14 @@ def _prepare_failed(context: Context, status: QLoRAJobStatus, ending: Ending) ->
     return _ending(context, _finished(context, status, end), (Note("Warning", ending.reason.value, ending.message),))
 
 
-def _hangs(context: Context) -> str:
+def _hangs(context: Context, pod: SeenPod) -> str:
     limit = context.config.prepare.deadline_seconds
-    return (
-        f"Prepare was ended after {limit} s on its node (prepare.deadlineSeconds, a value of the operator's chart): "
-        "its log says what it was at; a source that does not answer, or more rows than it reads in that time"
+    text = (
+        f"Prepare was ended after {limit} s on node {pod.node} (prepare.deadlineSeconds, a value of the operator's "
+        "chart): a source does not answer, or there are more rows than it reads in that time"
     )
+    said = pod.word.message if pod.word else pod.message[-500:]
+    return f"{text}; its last words: {said}" if said else text
 
 
 def _preparing(

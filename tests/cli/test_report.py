@@ -100,6 +100,7 @@ def test_answers_of_base_and_adapter_stand_beside_each_other(workplace, report):
     page = report("quick")
     cells = [f"<td><div class=said>{text}</div></td>" for text in ("Why?", "I &lt;b&gt; know.", "Because.")]
     assert "".join(cells) in page.replace(" class=text", "")
+    assert "before the first step and after the last" in page
 
 
 def test_the_environment_of_the_last_attempt_is_on_the_page(workplace, report):

@@ -22,13 +22,13 @@ def kubeconfig(tmp_path, monkeypatch):
     path = tmp_path / "kubeconfig"
     monkeypatch.setenv("KUBECONFIG", str(path))
 
-    def write(user, server="https://127.0.0.1:6443"):
+    def write(user, server="https://127.0.0.1:6443", **cluster):
         config = {
             "apiVersion": "v1",
             "kind": "Config",
             "current-context": "here",
             "contexts": [{"name": "here", "context": {"cluster": "one", "user": "me"}}],
-            "clusters": [{"name": "one", "cluster": {"server": server}}],
+            "clusters": [{"name": "one", "cluster": {"server": server, **cluster}}],
             "users": [{"name": "me", "user": user}],
         }
         path.write_text(json.dumps(config))
@@ -57,6 +57,30 @@ def test_a_kubeconfig_that_asks_a_program_is_read_by_the_official_client(kubecon
     assert ran.stdout == "{'Authorization': 'Bearer fresh'}\n", ran.stderr
 
 
+def test_a_kubeconfig_counts_before_the_account_of_the_pod_it_runs_in(kubeconfig, monkeypatch):
+    account = kopf.ConnectionInfo(server="https://10.0.0.1", token="the-pods")
+    monkeypatch.setattr(kopf, "login_with_service_account", lambda **_: account)
+    kubeconfig({"token": "of-the-file"})
+    assert load_credentials().token == "of-the-file"
+    monkeypatch.delenv("KUBECONFIG")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "fd00::1")
+    assert (load_credentials().server, load_credentials().token) == ("https://[fd00::1]:443", "the-pods")
+
+
+def test_a_file_named_in_a_kubeconfig_lies_beside_it(kubeconfig, tmp_path):
+    (tmp_path / "ca.crt").write_text("a certificate")
+    kubeconfig({"token": "t"}, **{"certificate-authority": "ca.crt"})
+    script = "from qlora_operator.credentials import load_credentials as load; print(load().ca_path)"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ran.stdout == f"{tmp_path / 'ca.crt'}\n", ran.stderr
+
+
+def test_what_no_reader_heeds_is_refused_with_a_way_out(kubeconfig):
+    kubeconfig({"token": "t"}, **{"tls-server-name": "inside"})
+    with pytest.raises(kopf.LoginError, match="tls-server-name is not supported: have kubectl proxy"):
+        load_credentials()
+
+
 def test_without_any_configuration_the_error_says_so(tmp_path, monkeypatch):
     monkeypatch.delenv("KUBECONFIG", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -64,7 +88,7 @@ def test_without_any_configuration_the_error_says_so(tmp_path, monkeypatch):
         load_credentials()
 
 
-def test_a_renewed_token_is_sent_once_the_old_one_has_aged(kubeconfig, monkeypatch):
+def test_a_renewed_token_is_sent_once_the_old_one_has_aged(kubeconfig, monkeypatch, tmp_path):
     sent = []
 
     async def answer(request):
@@ -87,7 +111,7 @@ def test_a_renewed_token_is_sent_once_the_old_one_has_aged(kubeconfig, monkeypat
             await api.get("/api")
             monkeypatch.setattr(credentials, "RENEW_SECONDS", 0)
             await api.get("/api")
-            kubeconfig({}, server)  # nobody can be read of it: the last one that could is kept
+            (tmp_path / "kubeconfig").unlink()  # what cannot be read again is used as it was
             await api.get("/api")
         finally:
             await api.close()

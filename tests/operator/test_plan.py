@@ -289,11 +289,14 @@ def test_a_user_error_in_prepare_ends_the_job():
 def test_a_prepare_that_hangs_ends_the_job_without_another_try():
     made = decide(job(), seen(), PREPARING).make[0]["spec"]["template"]["spec"]
     assert made["activeDeadlineSeconds"] == PREPARING.prepare.deadline_seconds
-    hung = pod(attempt=0, phase="Failed", ready=False, pod_reason="DeadlineExceeded")
+    hung = pod(attempt=0, phase="Failed", ready=False, pod_reason="DeadlineExceeded", message="reading rows")
     planned = decide(job(), seen(child(attempt=0), hung), PREPARING)
     assert (planned.status.state, planned.status.reason) == ("Failed", "DeadlineExceeded")
     assert "prepare.deadlineSeconds" in planned.status.conditions[0].message
+    assert planned.status.conditions[0].message.endswith("its last words: reading rows")
     assert [child.attempt for child in planned.delete] == [0]
+    done = seen(child(attempt=0, state=JobState.COMPLETE), hung, pod(attempt=0, code=0, word="done"))
+    assert decide(job(), done, PREPARING).status.state == "Pending", "another try did it while nobody looked"
 
 
 def test_conditions_keep_the_time_of_their_last_transition():

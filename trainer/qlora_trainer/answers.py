@@ -1,7 +1,11 @@
 """What the model answers to the job's own prompts before the training and after it, for whoever reads the report.
 
-No cache of keys and values: the prompts lie end to end in one sequence, as rows in training do, and each new token
-takes one forward pass of the model as it is trained. That is slow beside a server and quick beside a training.
+No cache of keys and values: the prompts lie end to end in one sequence, as rows in training do, no more of them than a
+micro-batch has, and each new token takes one forward pass of the model as it is trained. That is slow beside a server
+and quick beside a training.
+
+All ranks go through it token by token, though under ZeRO 0 to 2 the first one alone computes: so nobody waits for
+longer than a token, a stop is heard between two of them, and an answer that fails costs no more than the answers.
 """
 
 from __future__ import annotations
@@ -29,72 +33,97 @@ log = logging.getLogger(__name__)
 
 
 def answer_before(trainer: Trainer, run: Run) -> None:
-    """Have the base answer, B being zero before the first step. A collective under ZeRO-3."""
+    """Have the base answer, B being zero before the first step. A collective."""
     if run.step == 0:
         answer(trainer, "base")
 
 
 def answer_after(trainer: Trainer, run: Run) -> None:
-    """Have the adapter answer that will be published, whose weights the model then has. A collective under ZeRO-3."""
-    if not asks(trainer):
+    """Have the adapter answer that will be published, whose weights the model then has. A collective."""
+    if not trainer.config.spec.training.evaluation.prompts:
         return
-    chosen = trainer.checkpoints.best() or trainer.checkpoints.newest()
-    if chosen is not None and chosen.step != run.step:
-        state.load_adapter_tensors(trainer.model, unpack_tensors(chosen.read(state.ADAPTER_FILE)))
+    ranks, store = trainer.ranks, trainer.checkpoints
+    with trainer.board.section("Checkpoint"):
+        chosen = (store.best() or store.newest()) if ranks.is_first else None
+        step = ranks.gather(chosen.step if chosen else None)[0]
+        if step is not None and step != run.step and computes(trainer):
+            weights = (chosen or store.at(step)).read(state.ADAPTER_FILE)
+            state.load_adapter_tensors(trainer.model, unpack_tensors(weights))
     answer(trainer, "adapter")
 
 
-def asks(trainer: Trainer) -> bool:
-    """Whether this rank has anything to do here: under ZeRO-3 no rank has the model alone."""
-    spec = trainer.config.spec
-    return bool(spec.training.evaluation.prompts) and (trainer.ranks.is_first or spec.parallelism.zero_stage == 3)
+def together(trainer: Trainer) -> bool:
+    """Whether no rank has the model alone."""
+    return trainer.config.spec.parallelism.zero_stage == 3
+
+
+def computes(trainer: Trainer) -> bool:
+    return trainer.ranks.is_first or together(trainer)
 
 
 def answer(trainer: Trainer, who: str) -> None:
-    """Note in the history what ``who`` says to each prompt."""
-    if not asks(trainer):
-        return
-    began, spec = time.monotonic(), trainer.config.spec
+    """Note in the history what ``who`` says to each prompt. A collective."""
+    spec, began = trainer.config.spec, time.monotonic()
     prompts = spec.training.evaluation.prompts
+    if not prompts:
+        return
     tokenizer = load_tokenizer(trainer.prepared.model_path, spec.dataset.chat_template)
-    encoder = Encoder(tokenizer, spec.dataset)
+    encoder, ends = Encoder(tokenizer, spec.dataset), end_tokens(trainer, tokenizer)
+    texts: dict[str, str] = {}
     with trainer.board.section("Evaluate"):
-        rows = continue_rows(trainer, [encoder.prompt(prompt) for prompt in prompts], end_tokens(trainer, tokenizer))
-    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-    trainer.history.answers(who, dict(zip(prompts, texts, strict=True)))
+        for start in range(0, len(prompts), trainer.config.batch.micro_batch_size):
+            some = prompts[start : start + trainer.config.batch.micro_batch_size]
+            rows = continue_rows(trainer, [encoder.prompt(prompt) for prompt in some], ends)
+            if rows is None:
+                return
+            texts |= zip(some, (tokenizer.decode(row, skip_special_tokens=True) for row in rows), strict=True)
+    trainer.history.answers(who, texts)
     log.info("the %s answered %d prompts in %.1f s", who, len(prompts), time.monotonic() - began)
 
 
 def end_tokens(trainer: Trainer, tokenizer: Any) -> set[int]:
     """What ends an answer: the tokenizer's end token, and those that the model's own generation stops at."""
     named = trainer.model.generation_config.eos_token_id
-    return {
-        token
-        for token in (tokenizer.eos_token_id, *(named if isinstance(named, list) else [named]))
-        if token is not None
-    }
+    every = (tokenizer.eos_token_id, *(named if isinstance(named, list) else [named]))
+    return {token for token in every if token is not None}
+
+
+def continue_rows(trainer: Trainer, prompts: Sequence[list[int]], ends: Collection[int]) -> list[list[int]] | None:
+    """The likeliest continuation of each row of tokens, up to one of ``ends`` or the longest row there may be.
+
+    A collective. None on all ranks where one was told to stop, or where the first one, computing alone, cannot.
+    """
+    ranks = trainer.ranks
+    rows = [list(prompt) for prompt in prompts]
+    going = set(range(len(rows))) if computes(trainer) else set()
+    trainer.engine.eval()
+    for _ in range(NEW_TOKENS):
+        failed = False
+        if going or together(trainer):
+            try:
+                going -= _one_more(trainer, rows, going, ends)
+            except RuntimeError as error:  # out of memory among them
+                if together(trainer):
+                    raise
+                log.warning("prompts are left unanswered: %s", error)
+                failed = True
+        still, over = ranks.sum(len(going), failed or trainer.stop.is_set)
+        if over or not still:
+            break
+    trainer.engine.train()
+    return None if over else [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
 
 
 @torch.no_grad()
-def continue_rows(trainer: Trainer, prompts: Sequence[list[int]], ends: Collection[int]) -> list[list[int]]:
-    """The likeliest continuation of each row of tokens, up to one of ``ends`` or the longest row there may be."""
-    engine, ranks = trainer.engine, trainer.ranks
-    rows = [list(prompt) for prompt in prompts]
-    most = trainer.config.spec.dataset.max_length  # as far as positions are known to go
-    over: set[int] = set()
-    together = trainer.config.spec.parallelism.zero_stage == 3  # then no rank may stop before another
-    engine.eval()
-    for _ in range(NEW_TOKENS):
-        if len(over) == len(rows) and not together:
-            break
-        batch = end_to_end([torch.tensor(row) for row in rows])
-        inputs, _, _ = call_arguments(batch, ranks.device)
-        last = (batch.cu_seqlens[1:] - 1).to(ranks.device)
-        for number, token in enumerate(engine(inputs, last).argmax(dim=-1).tolist()):
-            if token in ends or len(rows[number]) == most:
-                over.add(number)
-            if number not in over:
-                rows[number].append(token)
-        ranks.heartbeat.beat()
-    engine.train()
-    return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+def _one_more(trainer: Trainer, rows: list[list[int]], going: Collection[int], ends: Collection[int]) -> set[int]:
+    """Add the likeliest token to each row that goes on; those that are over now."""
+    batch = end_to_end([torch.tensor(row) for row in rows])
+    inputs, _, _ = call_arguments(batch, trainer.ranks.device)
+    last = (batch.cu_seqlens[1:] - 1).to(trainer.ranks.device)
+    over = set()
+    for number, token in enumerate(trainer.engine(inputs, last).argmax(dim=-1).tolist()):
+        if token in ends or len(rows[number]) == trainer.config.spec.dataset.max_length:
+            over.add(number)
+        elif number in going:
+            rows[number].append(token)
+    return over

@@ -248,6 +248,14 @@ _OBJECT_CODES = ("", "NoSuchKey", "BlobNotFound")
 _CREDENTIAL_SERVICES = ("/latest/api/token", "/latest/meta-data/iam", "/computeMetadata/", "/metadata/identity/")
 """Where the clouds' own machines get credentials: asked last, when the environment has none."""
 _ALLOW_HTTP = {"s3": "AWS_ALLOW_HTTP", "gs": "GOOGLE_ALLOW_HTTP", "az": "AZURE_ALLOW_HTTP"}
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
+
+
+def forget_empty_endpoints() -> None:
+    """Take an empty endpoint for none: a Secret made of an unset variable has one, and obstore panics on it."""
+    for name in ENDPOINTS:
+        if os.environ.get(name) == "":
+            del os.environ[name]
 
 
 class BucketBackend:
@@ -262,6 +270,7 @@ class BucketBackend:
 
     def __init__(self, scheme: str, bucket: str, prefix: str, request_seconds: float = REQUEST_SECONDS) -> None:
         self.scheme = scheme
+        forget_empty_endpoints()
         retry: RetryConfig = {"max_retries": INNER_RETRIES, "retry_timeout": timedelta(seconds=REQUEST_SECONDS)}
         client: ClientConfig = {
             "timeout": timedelta(seconds=request_seconds),

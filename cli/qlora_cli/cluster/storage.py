@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 BUCKETS = ("s3", "gs", "az")
 CHUNK = 8 << 20
 _ALLOW_HTTP = {"s3": "AWS_ALLOW_HTTP", "gs": "GOOGLE_ALLOW_HTTP", "az": "AZURE_ALLOW_HTTP"}
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
 _NEEDS = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION (AWS_ENDPOINT_URL for a server other than AWS)",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -123,6 +124,9 @@ class BucketFolder:
         self._obstore: Any = obstore
         self._root = f"{scheme}://{bucket}" + (f"/{prefix.strip('/')}" if prefix.strip("/") else "")
         self._scheme = scheme
+        for name in ENDPOINTS:
+            if os.environ.get(name) == "":  # of a variable that was not set; obstore panics on it
+                del os.environ[name]
         kinds = {"s3": stores.S3Store, "gs": stores.GCSStore, "az": stores.AzureStore}
         # Passing any option makes obstore ignore these variables.
         options: dict[str, Any] = {"allow_http": os.environ.get(_ALLOW_HTTP[scheme], "").lower() in ("1", "true")}

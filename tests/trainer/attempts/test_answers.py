@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.answers import NEW_TOKENS
+from qlora_trainer.answers import NEW_TOKENS, continue_rows
 
 PROMPTS = ["def read(self):\n", "def write(self, data):\n"]
 PLAIN = {"quantization": {"type": "None", "computeType": "Float32"}}
@@ -40,7 +41,7 @@ def said(model, tokenizer, prompt):
 @pytest.mark.ranks
 def test_answers_are_those_of_the_base_and_of_the_published_adapter(workshop):
     training = {"evaluation": {"prompts": PROMPTS, "everySteps": 5}, "learningRate": "5e-2", "schedule": "Constant"}
-    ended = workshop.run(workshop.config(ranks=1, training=training, **PLAIN))
+    ended = workshop.run(workshop.config(ranks=2, training=training, **PLAIN))
     told = answers_of(ended)
     tokenizer = AutoTokenizer.from_pretrained(workshop.model)
     base = AutoModelForCausalLM.from_pretrained(workshop.model, dtype=torch.float32).eval()
@@ -62,6 +63,21 @@ def test_a_model_that_no_rank_has_alone_answers_too_and_a_resumed_run_keeps_what
     told = answers_of(workshop.train(workshop.config(attempt=2, **changes)))
     assert [*told["base"]] == [*told["adapter"]] == PROMPTS
     assert told["adapter"] != told["base"]
+
+
+class Broken(torch.nn.Module):
+    def forward(self, *_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_answers_that_fail_cost_no_more_than_the_answers(caplog):
+    spec = SimpleNamespace(parallelism=SimpleNamespace(zero_stage=0), dataset=SimpleNamespace(max_length=64))
+    ranks = SimpleNamespace(is_first=True, device="cpu", sum=lambda *values: values)
+    alone = SimpleNamespace(
+        config=SimpleNamespace(spec=spec), ranks=ranks, engine=Broken(), stop=SimpleNamespace(is_set=False)
+    )
+    assert continue_rows(alone, [[1, 2]], {0}) is None
+    assert "prompts are left unanswered: CUDA out of memory" in caplog.text
 
 
 def test_a_prompt_without_room_for_an_answer_is_refused_before_a_gpu_is_held(workshop):

@@ -33,6 +33,15 @@ def store(place):
     return open_store(place, FIELD)
 
 
+def test_an_empty_endpoint_is_none(monkeypatch):
+    """A Secret made of a variable that was not set has one."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    open_store("s3://bucket/folder", FIELD)
+    assert "AWS_ENDPOINT_URL" not in os.environ
+    assert os.environ["AWS_ENDPOINT_URL_S3"] == "http://127.0.0.1:9"
+
+
 # ----------------------------------------------------------------------------------------------------- what is promised
 
 

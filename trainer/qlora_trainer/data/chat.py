@@ -117,7 +117,7 @@ class ChatTemplate:
             raise UserError(
                 TEMPLATE_FIELD,
                 None,
-                f"{self._whose} fails on a prompt of training.evaluation: {type(error).__name__}: {error}",
+                f"{self._whose} fails on a prompt: {type(error).__name__}: {error}",
             ) from error
 
     @property
