@@ -4,12 +4,14 @@ from datetime import timedelta
 
 import pytest
 from cli_builders import NOW, job, running, waiting
+from fake_server import FakeServer
 
-from qlora_cli.cluster.doctor import judge_crd
+from qlora_cli.cluster.doctor import judge_crd, look
 from qlora_cli.cluster.doctor.findings import Level, lines, summary
 from qlora_cli.cluster.doctor.judge import judge
 from qlora_cli.cluster.doctor.look import RIGHTS, Answer, Seen
 from qlora_cli.cluster.doctor.references import Named, endpoints, lacking, of_jobs
+from qlora_cli.cluster.errors import ApiError
 
 DENIED = Answer(denied=True)
 OURS = {"labels": {"app.kubernetes.io/part-of": "qlora-operator"}}
@@ -285,3 +287,15 @@ def test_the_page(golden):
         seen(nodes=DENIED, deployments=Answer([]), operator_pods=Answer(), config=Answer(missing=True)), "1.0"
     )
     golden("doctor.txt", "\n".join(line.plain for line in lines(findings)) + "\n")
+
+
+def test_a_busy_or_silent_api_server_is_asked_again_and_nothing_is_called_missing(monkeypatch):
+    monkeypatch.setattr(look._answer, "__defaults__", ((0.01, 0.01),))
+    there = {"kind": "Node"}
+    with FakeServer((429, {"message": "too many requests"}), (0, None), (200, there)) as server, server.api() as api:
+        assert look._get(api, "/api/v1/nodes/one").value == there
+    away = [(503, {"message": "etcd is away"})] * 3
+    with FakeServer(*away) as server, server.api() as api, pytest.raises(ApiError, match="etcd is away"):
+        look._get(api, "/api/v1/nodes/one")
+    with FakeServer((404, {"message": "not found"})) as server, server.api() as api:
+        assert look._get(api, "/api/v1/nodes/one").missing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 TRAINERS = "app.kubernetes.io/managed-by=qlora-operator"
 WORKERS = 8
+PAUSES = (0.5, 2.0)
+"""Seconds before a question is asked again."""
+BUSY = 429
+"""This code and those above it speak of the API server, not of what was asked for."""
 RIGHTS: tuple[tuple[str, str, str, str], ...] = (
     # verb, group, resource, what of this command line needs it
     ("create", GROUP, PLURAL, "submit, retry"),
@@ -147,15 +152,22 @@ def _is_over(job: Object) -> bool:
     return (job.get("status") or {}).get("state") in ("Succeeded", "Failed")
 
 
-def _answer(question: Callable[[], Any]) -> Answer:
+def _answer(question: Callable[[], Any], pauses: Sequence[float] = PAUSES) -> Answer:
+    """Ask, and again where the API server is busy or silent: that says nothing of what is there.
+
+    Raises:
+        ClusterError: it stays so.
+
+    """
     try:
         return Answer(question())
-    except ApiError as error:
-        if error.forbidden:
-            return Answer(denied=True, text=str(error))
-        return Answer(missing=True, text=str(error))
-    except UnreachableError as error:
-        return Answer(missing=True, text=str(error))
+    except (ApiError, UnreachableError) as error:
+        if isinstance(error, ApiError) and error.code < BUSY:
+            return Answer(denied=error.forbidden, missing=not error.forbidden, text=str(error))
+        if not pauses:
+            raise
+    time.sleep(pauses[0])
+    return _answer(question, pauses[1:])
 
 
 def _get(api: Api, path: str) -> Answer:
