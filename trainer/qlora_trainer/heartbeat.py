@@ -123,15 +123,16 @@ class Heartbeat:
     def during(self, section: Section) -> Iterator[None]:
         """Be in a section; afterwards in the one before."""
         before = self.section, self._around
-        self._enter(section, self._around if section is Section.COLLECTIVE else section)
+        self.enter(section, self._around if section is Section.COLLECTIVE else section)
         yield
-        self._enter(*before)  # not after an exception: where it happened is worth knowing
+        self.enter(*before)  # not after an exception: where it happened is worth knowing
 
     def done(self) -> None:
         """Nothing more is to be expected."""
-        self._enter(Section.DONE, Section.DONE)
+        self.enter(Section.DONE, Section.DONE)
 
-    def _enter(self, section: Section, around: Section) -> None:
+    def enter(self, section: Section, around: Section) -> None:
+        """Be in a section from now on."""
         self.spent[self.section] += time.monotonic() - self._at
         self._at = time.monotonic()
         self.section, self._around = section, around

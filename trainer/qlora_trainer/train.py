@@ -62,6 +62,7 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
         run = resume_or_start(trainer)
         if run.step < trainer.total_steps:
             try_largest(trainer)
+    ranks.heartbeat.enter(Section.DATA, Section.DATA)  # where a rank is between two sections, no more in Load
     answer_before(trainer, run)
     steps = trainer.batches.steps(run.step, trainer.total_steps)
     while True:
