@@ -49,6 +49,11 @@ def reached(step: int) -> Callable[[Object], bool]:
     return lambda job: in_state("Running")(job) and step_of(job) >= step
 
 
+def is_at(section: str) -> Callable[[Object], bool]:
+    """A condition: the newest attempt runs, and rank 0 is in this section."""
+    return lambda job: in_state("Running")(job) and condition(job, "Running")["message"].endswith(section)
+
+
 class Run:
     """A job on the stage, and what is asked of it."""
 
@@ -199,9 +204,11 @@ def kill_operator(stage: Stage) -> None:
 
 
 def test_s3_may_be_away_for_a_minute_when_the_adapter_is_published(stage, team, bucket):
-    run = Run(stage, team, bucket, "offline", training={"maxSteps": 30, "evaluation": {"everySteps": 30}})
-    run.wait(reached(20))
+    once = {"maxSteps": 400, "evaluation": {"everySteps": 400}}
+    run = Run(stage, team, bucket, "offline", training=once, checkpoint={"everySteps": 400})
+    run.wait(reached(1))
     stage.s3.stop()
+    run.wait(is_at("Checkpoint"))  # the last one, and then the adapter: both wait
     time.sleep(60)
     stage.s3.start()
     assert run.reasons(run.succeeded()) == ["Completed"]
