@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
     from pathlib import Path
 
 FILE = "answers.jsonl"
@@ -38,11 +38,6 @@ def kept(folder: Path) -> list[Answer]:
         except ValidationError:
             continue
     return found
-
-
-def in_training(base: Mapping[str, str], adapter: Mapping[str, str]) -> list[Answer]:
-    """What the trainer itself asked for before the first step and after the last, by prompt."""
-    return [Answer(prompt=p, base=base.get(p), adapter=adapter.get(p)) for p in {**base, **adapter}]
 
 
 def keep(folder: Path, answers: Iterable[Answer]) -> None:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from qlora_api.contract import PrepareReceipt
 from qlora_cli import report_history, rundir
-from qlora_cli.answers import Answer, in_training, kept
+from qlora_cli.answers import Answer, kept
 from qlora_cli.report_history import History
 
 if TYPE_CHECKING:
@@ -138,7 +138,9 @@ def of_adapter(manifest: Path) -> Facts:
 
 
 def told(history: History) -> list[Answer]:
-    return in_training(history.answers.get("base", {}), history.answers.get("adapter", {}))
+    """What the trainer itself asked for before the first step and after the last, by prompt."""
+    base, adapter = (history.answers.get(who, {}) for who in ("base", "adapter"))
+    return [Answer(prompt=p, base=base.get(p), adapter=adapter.get(p)) for p in {**base, **adapter}]
 
 
 def _local_manifest(word: TerminationMessage | None) -> dict[str, Any] | None:

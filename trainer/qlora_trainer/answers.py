@@ -44,7 +44,7 @@ def answer_after(trainer: Trainer, run: Run) -> None:
         return
     ranks, store = trainer.ranks, trainer.checkpoints
     with trainer.board.section("Checkpoint"):
-        chosen = (store.best() or store.newest()) if ranks.is_first else None
+        chosen = store.chosen() if ranks.is_first else None
         step = ranks.gather(chosen.step if chosen else None)[0]
         if step is not None and step != run.step and computes(trainer):
             weights = (chosen or store.at(step)).read(state.ADAPTER_FILE)
@@ -58,6 +58,7 @@ def together(trainer: Trainer) -> bool:
 
 
 def computes(trainer: Trainer) -> bool:
+    """Whether this rank's model answers; the others only wait."""
     return trainer.ranks.is_first or together(trainer)
 
 

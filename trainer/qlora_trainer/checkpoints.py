@@ -205,6 +205,15 @@ class CheckpointStore:
         """
         return self._first_whole(by_loss(self._survey()[0]))
 
+    def chosen(self) -> Checkpoint | None:
+        """Return the one to publish: the best, or the newest where nothing was evaluated; None where there is none.
+
+        Raises:
+            CheckpointError: there are such checkpoints and every one is broken.
+
+        """
+        return self.best() or self.newest()
+
     def at(self, step: int) -> Checkpoint:
         """Return the checkpoint of a step that ``newest`` found on another rank; files are verified when read.
 

@@ -24,7 +24,7 @@ from qlora_trainer.publish import PublishFacts, publish
 def publish_run(trainer: Trainer, run: Run) -> Adapter:
     """Publish the best checkpoint by eval loss, or the last one where nothing was evaluated. Rank 0 alone calls it."""
     config, prepared = trainer.config, trainer.prepared
-    chosen = trainer.checkpoints.best() or trainer.checkpoints.newest()
+    chosen = trainer.checkpoints.chosen()
     if chosen is None:
         raise CheckpointError(f"no checkpoint to publish in {config.checkpoint_uri}")
     if trainer.data.eval is None and chosen.step != run.step:
