@@ -160,6 +160,8 @@ class Reconciler:
             self._store.forget(key)
             await self._clear_service(key[0])
             return
+        if stored.uid in known.deleted:
+            return
         if stored.rests and not any(_runs(child) for child in known.children.values() if child.owner == stored.uid):
             self._leave(key, known)
             return
@@ -184,7 +186,7 @@ class Reconciler:
                 again = error
             decided = plan(job, replace(seen, child_refused=error.message), self._config, gang)
         for child in decided.delete:
-            await self._api.delete(f"/apis/batch/v1/namespaces/{key[0]}/jobs/{child.name}", child.uid)
+            await self._delete(known, f"/apis/batch/v1/namespaces/{key[0]}/jobs/{child.name}", child.uid)
         await self._write_status(key, job, raw, decided)
         if is_over(decided.status) and not (job.status and is_over(job.status)):
             await self._corrections.take(job.spec, decided.status)
@@ -192,7 +194,7 @@ class Reconciler:
             await self._post(job, note)
         self._afterwards(key, known, job, decided)
         if decided.delete_self:
-            await self._api.delete(f"{_path(key)}", job.metadata.uid)
+            await self._delete(known, _path(key), stored.uid)
         if again:
             raise again
 
@@ -228,7 +230,7 @@ class Reconciler:
         jobs: dict[int, SeenJob] = {}
         for child in known.children.values():
             if child.owner == owner and (child.attempt not in jobs or jobs[child.attempt].deleting):
-                jobs[child.attempt] = child
+                jobs[child.attempt] = replace(child, deleting=child.deleting or child.uid in known.deleted)
         pods = tuple(p for p in known.pods.values() if p.owner == owner)
         stuck = {p.node for p in pods if p.deletion_due and not p.ended and p.disruption and p.node}
         lost = [node for node in stuck if await self._is_lost(node)]
@@ -279,6 +281,10 @@ class Reconciler:
             if error.reason != "AlreadyExists":
                 raise
             return await self._mine(collection, body)
+
+    async def _delete(self, known: Known, path: str, uid: str) -> None:
+        await self._api.delete(path, uid)
+        known.deleted |= {uid}
 
     async def _mine(self, collection: str, body: Object) -> Object:
         """What stands under the name already: made by us before, or by an earlier job of the same name."""

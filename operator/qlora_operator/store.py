@@ -53,6 +53,8 @@ class Known:
     """By UID."""
     report: ProgressReport | None = None
     pods_refused: str = ""
+    deleted: frozenset[str] = frozenset()
+    """UIDs of what this process has had deleted. A watch says so later, maybe after one that wakes the job."""
 
 
 class Store:

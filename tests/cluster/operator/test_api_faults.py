@@ -12,7 +12,7 @@ from cluster.harness.control_plane import ControlPlane
 from cluster.harness.jobs import condition, create_job, in_state, job_path, qlora_job
 from cluster.harness.kwok import finish_pod
 from cluster.harness.operator import Operator
-from cluster.harness.proxy import GONE, Passed, Refused
+from cluster.harness.proxy import GONE, Passed, Proxy, Refused
 from cluster.harness.script import pods_do
 from cluster.harness.whole_life import ADAPTER, ends, word
 from cluster.harness.zygote import ForkedOperator
@@ -30,6 +30,7 @@ SOON = 15
 """Seconds in which what happened unseen is found out."""
 DONE = ends(adapter=ADAPTER)
 ERRORS = "qlora_operator_reconcile_errors_total"
+RECONCILES = "qlora_operator_reconcile_seconds_count"
 
 
 @pytest.fixture
@@ -133,6 +134,36 @@ def test_a_watch_that_is_silent_is_asked_for_anew(api, zygote, proxy, kwok_names
         assert operator.healthz() == (200, "ok\n")
 
 
+def deletions(proxy: Proxy, resource: str) -> int:
+    return sum(1 for call in proxy.calls if call.method == "DELETE" and call.resource == resource)
+
+
+def test_a_child_is_deleted_once_however_late_its_watch_says_so(api, behind_proxy, proxy, kwok_namespace):
+    stops = {"stop-seconds": 3, "stop-exit-code": 43, "stop-message": word(43, "Preempted", "stopped at step 5")}
+    with pods_do(api, kwok_namespace, stops):
+        path = create_job(api, qlora_job(namespace=kwok_namespace))
+        api.wait_for(path, in_state("Running"))
+        proxy.freeze_watches("jobs")
+        before = counted(behind_proxy, RECONCILES)
+        api.patch(path, {"spec": {"suspend": True}})
+        suspended = api.wait_for(path, in_state("Suspended"), seconds=SOON)
+    assert counted(behind_proxy, RECONCILES) >= before + 3, "nothing woke it as its pods left"
+    assert deletions(proxy, "jobs") == 1
+    assert [a["message"] for a in suspended["status"]["attempts"]] == ["stopped at step 5"]
+
+
+def test_a_job_is_deleted_once_however_late_its_watch_says_so(api, behind_proxy, proxy, kwok_namespace):
+    with pods_do(api, kwok_namespace, DONE):
+        path = create_job(api, qlora_job(namespace=kwok_namespace, policy={"ttlSecondsAfterFinished": 3}))
+        api.wait_for(path, in_state("Succeeded"))
+    proxy.freeze_watches("qlorajobs")
+    before = counted(behind_proxy, RECONCILES)
+    api.wait_gone(path, seconds=SOON)
+    api.delete(f"{JOBS.format(kwok_namespace)}/job-1")  # as the garbage collector will
+    assert eventually(lambda: counted(behind_proxy, RECONCILES) >= before + 2), "nothing woke it"
+    assert deletions(proxy, "qlorajobs") == 1
+
+
 @pytest.mark.parametrize("trouble", ["error", "gone"])
 def test_what_ends_the_watch_of_jobs_for_good_ends_the_operator_and_another_one_goes_on(
     api, proxy, kwok_namespace, tmp_path, trouble
@@ -196,7 +227,7 @@ def test_an_operator_that_starts_again_writes_nothing(api, behind_proxy, proxy, 
     behind_proxy.start()
     # Before the first decision, by kopf, and once more after that: by then each job was decided upon.
     assert eventually(lambda: sum(is_list("qlorajobs")(call) for call in proxy.reads[looked:]) >= 3)
-    assert counted(behind_proxy, "qlora_operator_reconcile_seconds_count") >= 4
+    assert counted(behind_proxy, RECONCILES) >= 4
     assert proxy.calls[written:] == []
 
 
