@@ -171,32 +171,36 @@ class Reconciler:
         except (ValidationError, ManifestError) as error:
             await self._refuse(key, raw, error)
             return
-        seen = await self._observe(known)
-        gang = choose_gang(job.spec.scheduling, self._config.gang, self._gangs())
-        refused, correction = cannot_start(job.spec.scheduling, gang, self._gangs()), self._corrections.of(job.spec)
-        seen = replace(seen, child_refused=refused, memory_correction=correction)
-        decided = plan(job, seen, self._config, gang)
-        again: ApiError | None = None
-        try:
-            await self._make(key, decided)
-        except ApiError as error:
-            if error.is_transient:
-                if self._failures.get(key, 0) < QUIET_FAILURES:
-                    raise
-                again = error
-            decided = plan(job, replace(seen, child_refused=error.message), self._config, gang)
-        for child in decided.delete:
-            await self._delete(known, f"/apis/batch/v1/namespaces/{key[0]}/jobs/{child.name}", child.uid)
+        decided, refusal = await self._decide(key, known, job)
         await self._write_status(key, job, raw, decided)
         if is_over(decided.status) and not (job.status and is_over(job.status)):
             await self._corrections.take(job.spec, decided.status)
         for note in decided.notes:
             await self._post(job, note)
         self._afterwards(key, known, job, decided)
+        # Now that status is written, the decision was not made on a job that has changed since.
+        for child in decided.delete:
+            await self._delete(known, f"/apis/batch/v1/namespaces/{key[0]}/jobs/{child.name}", child.uid)
         if decided.delete_self:
             await self._delete(known, _path(key), stored.uid)
-        if again:
-            raise again
+        if refusal:
+            raise refusal
+
+    async def _decide(self, key: Key, known: Known, job: QLoRAJob) -> tuple[Plan, ApiError | None]:
+        """Decide, and make what is to be made; what the API server does not make for now goes into status, and on."""
+        seen = await self._observe(known)
+        gang = choose_gang(job.spec.scheduling, self._config.gang, self._gangs())
+        refused, correction = cannot_start(job.spec.scheduling, gang, self._gangs()), self._corrections.of(job.spec)
+        seen = replace(seen, child_refused=refused, memory_correction=correction)
+        decided = plan(job, seen, self._config, gang)
+        try:
+            await self._make(key, decided)
+        except ApiError as error:
+            if error.is_transient and self._failures.get(key, 0) < QUIET_FAILURES:
+                raise
+            waiting = plan(job, replace(seen, child_refused=error.message), self._config, gang)
+            return waiting, error if error.is_transient else None
+        return decided, None
 
     def _afterwards(self, key: Key, known: Known, job: QLoRAJob, decided: Plan) -> None:
         before, after = job.status or QLoRAJobStatus(), decided.status
