@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 COLLECTIONS = {"qlorajobs": f"{GROUP}/qlorajobs", "jobs": "/apis/batch/v1/jobs", "pods": "/api/v1/pods"}
 
+SILENCE_SECONDS, PAUSE_SECONDS = 2, 0.05
+"""A watch is asked for anew, or ends, after a silence; and after a pause, lest the API server be asked without end."""
+
 
 class History:
     """A context manager: records from its start on, in all namespaces."""
@@ -30,9 +33,10 @@ class History:
             base_url=cluster.url,
             verify=ssl.create_default_context(cafile=cluster.authority.certificate),
             headers={"Authorization": f"Bearer {cluster.admin_token}"},
-            timeout=httpx.Timeout(10, read=None),
+            timeout=httpx.Timeout(10, read=SILENCE_SECONDS),
             trust_env=False,
         )
+        self._over = threading.Event()
         self._threads = [
             threading.Thread(target=self._record, args=item, name=f"history of {item[0]}", daemon=True)
             for item in COLLECTIONS.items()
@@ -49,12 +53,23 @@ class History:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # A connection that is closed while another thread reads leaves an error of OpenSSL's behind, and what uses
+        # TLS next in this thread fails of it.
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
         self._http.close()
 
     def _record(self, plural: str, path: str) -> None:
         version = self._starts[plural]["metadata"]["resourceVersion"]
-        asked = {"watch": "true", "resourceVersion": version, "timeoutSeconds": "3600"}
-        with suppress(httpx.HTTPError, RuntimeError), self._http.stream("GET", path, params=asked) as answer:
-            for line in answer.iter_lines():
-                found = json.loads(line)["object"]
-                self._versions[plural, found["metadata"]["namespace"]].append(found)
+        while not self._over.wait(PAUSE_SECONDS):
+            asked = {"watch": "true", "resourceVersion": version, "allowWatchBookmarks": "true"}
+            with suppress(httpx.TransportError), self._http.stream("GET", path, params=asked) as answer:
+                for line in answer.iter_lines():
+                    change = json.loads(line)
+                    found = change["object"]
+                    version = found["metadata"]["resourceVersion"]
+                    if change["type"] != "BOOKMARK":
+                        self._versions[plural, found["metadata"]["namespace"]].append(found)
+                    if self._over.is_set():
+                        break

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cluster.harness.history import History
 from cluster.harness.jobs import GROUP
 from cluster.harness.operator import Operator
 from cluster.harness.proxy import Proxy
@@ -26,6 +27,13 @@ def crd_cluster(kwok_cluster: ControlPlane) -> ControlPlane:
     kwok_cluster.kubectl("apply", "-f", CRD)
     kwok_cluster.api.wait_for(f"{GROUP}/qlorajobs", bool, what="QLoRAJobs are served")  # a moment after "Established"
     return kwok_cluster
+
+
+@pytest.fixture(scope="session")
+def history(crd_cluster: ControlPlane) -> Iterator[History]:
+    """Of all that happened on the cluster since."""
+    with History(crd_cluster) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.harness.history import History
 from cluster.harness.operator import READY_SECONDS
 from cluster.harness.proxy import AnswerLost, Killed, Proxy
 from cluster.harness.whole_life import (
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cluster.harness.control_plane import ControlPlane
+    from cluster.harness.history import History
     from cluster.harness.proxy import Call, Fault
     from cluster.harness.zygote import Zygote
 
@@ -74,9 +74,9 @@ class Stage:
 
 
 @pytest.fixture(scope="session")
-def stage(crd_cluster, zygote) -> Iterator[Stage]:
+def stage(crd_cluster, zygote, history) -> Iterator[Stage]:
     namespace = crd_cluster.create_namespace("stage", NAMESPACE_LABELS)
-    with History(crd_cluster) as history, pods_live(crd_cluster.api, namespace):
+    with pods_live(crd_cluster.api, namespace):
         yield Stage(crd_cluster, zygote, history)
 
 

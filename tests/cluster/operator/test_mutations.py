@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from cluster.harness.api import ApiError
-from cluster.harness.history import History
 from cluster.harness.jobs import GROUP, qlora_job
 from cluster.harness.mutations import mutations
 from cluster.harness.script import pods_do
@@ -18,6 +17,7 @@ from cluster.harness.whole_life import ADAPTER, ends
 
 if TYPE_CHECKING:
     from cluster.harness.api import Object
+    from cluster.harness.history import History
     from cluster.harness.mutations import Mutation
 
 CRD = Path(__file__).parents[3] / "crds" / "qlora.dev_qlorajobs.yaml"
@@ -54,10 +54,10 @@ def mutants() -> list[Mutation]:
 
 @pytest.mark.parametrize("first", range(0, ALL, AT_ONCE))
 def test_a_mutated_job_is_refused_with_its_fields_name_or_says_where_it_stands(
-    crd_cluster, behind_proxy, kwok_namespace, first
+    crd_cluster, history, behind_proxy, kwok_namespace, first
 ):
     api, taken, silent = crd_cluster.api, {}, []
-    with History(crd_cluster) as history, pods_do(api, kwok_namespace, ends(adapter=ADAPTER)):
+    with pods_do(api, kwok_namespace, ends(adapter=ADAPTER)):
         for number, mutation in enumerate(mutants()[first : first + AT_ONCE]):
             name = f"job-{number}"
             manifest = {**mutation.manifest, "metadata": {"name": name, "namespace": kwok_namespace}}
