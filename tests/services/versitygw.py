@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
 from services.binaries import find_or_build
+from services.ports import free_port
 from services.tools import VERSITYGW
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class VersityGateway:
         self._data, self._metadata = folder / "data", folder / "metadata"
         self._log = folder / "versitygw.log"
         self._process: subprocess.Popen[bytes] | None = None
-        self.port = _free_port(address)
+        self.port = free_port(address)
         for part in (self._data, self._metadata):
             part.mkdir(parents=True)
 
@@ -119,9 +119,3 @@ class VersityGateway:
                 return answer.status == 200
         except (urllib.error.URLError, OSError):
             return False
-
-
-def _free_port(address: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])

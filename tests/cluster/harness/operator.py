@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,6 +10,7 @@ import httpx
 import yaml
 
 from cluster.harness.processes import Process
+from services.ports import free_port
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,7 +32,7 @@ class Operator:
 
     def __init__(self, folder: Path, kubeconfig: Path, **settings: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.port = _free_port()
+        self.port = free_port()
         self._kubeconfig = kubeconfig
         self._config, self.log = folder / "operator.yaml", folder / "operator.log"
         merged: dict[str, Any] = {
@@ -111,9 +111,3 @@ class Operator:
             return httpx.get(f"http://127.0.0.1:{self.port}/readyz", timeout=2, trust_env=False).status_code == 200
         except httpx.TransportError:
             return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

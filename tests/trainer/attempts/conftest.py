@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -28,6 +27,7 @@ from qlora_api.contract import JobRef, TerminationMessage, TrainerConfig
 from qlora_trainer.__main__ import ready
 from qlora_trainer.outcome import guarded
 from qlora_trainer.prepare import prepare
+from services.ports import free_port
 
 sys.path.insert(0, str(Path(__file__).parent))  # where forked processes find forked_rank
 import forked_rank
@@ -136,11 +136,8 @@ class Workshop:
     def fork(self, config: TrainerConfig) -> list[Any]:
         """Start one process for each rank."""
         path, log = self.write(config)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         world = config.batch.world_size
-        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         ranks = [
             self.forks.Process(target=forked_rank.run_rank, args=(str(path), str(log), environment, rank, world))
             for rank in range(world)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import pytest
 from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig
 from qlora_api.status import Reason
 from qlora_trainer.publish import verify_published
+from services.ports import free_port
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(900)]
 
@@ -75,11 +75,8 @@ def pods(workshop, monkeypatch):
     made: list[Pod] = []
 
     def make(workers: int = 2, ranks: int = 1, **changes) -> list[Pod]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         config = workshop.config(ranks=workers * ranks, **changes).model_copy(
-            update={"workers": workers, "ranks_per_worker": ranks, "rendezvous": f"127.0.0.1:{port}"}
+            update={"workers": workers, "ranks_per_worker": ranks, "rendezvous": f"127.0.0.1:{free_port()}"}
         )
         assert workshop.prepare(config) == 0  # here, where all is imported
         pods = [Pod(config, index, workshop.folder) for index in range(workers)]
