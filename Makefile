@@ -8,6 +8,8 @@ MAKEFLAGS += --no-builtin-rules
 
 PYTHON ?= python3
 WORKERS ?= 2
+# The cluster's tests mostly wait.
+CLUSTER_WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 CRD := crds/qlora.dev_qlorajobs.yaml
@@ -93,7 +95,7 @@ test: check  ## Everything that must hold: check, then all tests, on a real clus
 	    $(PYTEST_ARGS); \
 	  wait $$tools
 	@$(STEP) images $(BIN)/python tests/services/images.py
-	@$(STEP) pytest-cluster env $(PYTEST) -n $(WORKERS) --dist loadscope $(CLUSTER_TESTS) $(PYTEST_ARGS)
+	@$(STEP) pytest-cluster env $(PYTEST) -n $(CLUSTER_WORKERS) --dist loadscope $(CLUSTER_TESTS) $(PYTEST_ARGS)
 	@$(STEP) pytest-e2e env $(PYTEST) $(E2E_TESTS) -k '$(E2E_MAIN)' $(PYTEST_ARGS)
 	@.ci/sum $(CLOSING)
 
