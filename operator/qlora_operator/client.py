@@ -88,8 +88,8 @@ class Api:
         """JSON merge patch, RFC 7396."""
         return await self._call("PATCH", path, {"fieldManager": FIELD_MANAGER}, body, MERGE_PATCH)
 
-    async def delete(self, path: str, uid: str | None = None, propagation: str = "Background") -> None:
-        """Delete; that it is gone already is as good."""
+    async def delete(self, path: str, uid: str | None = None, propagation: str = "Background") -> bool:
+        """Delete; that it is gone already is as good. Whether it was there."""
         body: Object = {"propagationPolicy": propagation}
         if uid:
             body["preconditions"] = {"uid": uid}
@@ -98,6 +98,8 @@ class Api:
         except ApiError as error:
             if error.status not in (404, 409):  # 409: another one of that name by now
                 raise
+            return False
+        return True
 
     async def watch(self, path: str, **parameters: str | int) -> AsyncIterator[Object]:
         """Each change as ``{"type": …, "object": …}``, until the API server ends the watch, or nothing comes any more.

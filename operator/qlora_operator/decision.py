@@ -24,7 +24,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do, in this order: make, write status, post events, delete."""
+    """What to do, in this order: make, delete, write status, post events."""
 
     status: QLoRAJobStatus
     make: tuple[dict[str, Any], ...] = ()

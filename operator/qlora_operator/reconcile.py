@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -171,23 +171,22 @@ class Reconciler:
         except (ValidationError, ManifestError) as error:
             await self._refuse(key, raw, error)
             return
-        decided, refusal = await self._decide(key, known, job)
+        decided, passing = await self._decide(key, known, job)
+        if not await self._clear(key, known, job, decided.delete):
+            return
         await self._write_status(key, job, raw, decided)
         if is_over(decided.status) and not (job.status and is_over(job.status)):
             await self._corrections.take(job.spec, decided.status)
         for note in decided.notes:
             await self._post(job, note)
         self._afterwards(key, known, job, decided)
-        # Now that status is written, the decision was not made on a job that has changed since.
-        for child in decided.delete:
-            await self._delete(known, f"/apis/batch/v1/namespaces/{key[0]}/jobs/{child.name}", child.uid)
-        if decided.delete_self:
+        if decided.delete_self and await self._is_as_decided(key, job):
             await self._delete(known, _path(key), stored.uid)
-        if refusal:
-            raise refusal
+        if passing:
+            raise passing
 
     async def _decide(self, key: Key, known: Known, job: QLoRAJob) -> tuple[Plan, ApiError | None]:
-        """Decide, and make what is to be made; what the API server does not make for now goes into status, and on."""
+        """Decide, and make what is to be made; a refusal goes into status, and is returned if it may pass."""
         seen = await self._observe(known)
         gang = choose_gang(job.spec.scheduling, self._config.gang, self._gangs())
         refused, correction = cannot_start(job.spec.scheduling, gang, self._gangs()), self._corrections.of(job.spec)
@@ -234,7 +233,7 @@ class Reconciler:
         jobs: dict[int, SeenJob] = {}
         for child in known.children.values():
             if child.owner == owner and (child.attempt not in jobs or jobs[child.attempt].deleting):
-                jobs[child.attempt] = replace(child, deleting=child.deleting or child.uid in known.deleted)
+                jobs[child.attempt] = child
         pods = tuple(p for p in known.pods.values() if p.owner == owner)
         stuck = {p.node for p in pods if p.deletion_due and not p.ended and p.disruption and p.node}
         lost = [node for node in stuck if await self._is_lost(node)]
@@ -286,9 +285,37 @@ class Reconciler:
                 raise
             return await self._mine(collection, body)
 
+    async def _clear(self, key: Key, known: Known, job: QLoRAJob, children: Sequence[SeenJob]) -> bool:
+        """Delete children; whether the decision may be carried out further."""
+        children = [child for child in children if child.uid not in known.deleted]
+        if children and not await self._is_as_decided(key, job):
+            return False
+        for child in children:
+            await self._delete(known, f"/apis/batch/v1/namespaces/{key[0]}/jobs/{child.name}", child.uid)
+        return True
+
+    async def _is_as_decided(self, key: Key, job: QLoRAJob) -> bool:
+        """Whether a job is still what was decided on; if it has changed, it is decided on anew.
+
+        Of two operators for a moment, one that has not seen yet that a job was resumed would delete what the other
+        one made.
+        """
+        try:
+            there = await self._api.get(_path(key))
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            self.wake_later(key, LONGEST_RETRY_SECONDS)  # the watch will say so before, unless nothing was served
+            return False
+        if there["metadata"]["resourceVersion"] == job.metadata.resource_version:
+            return True
+        self._store.take_job(there)
+        self.wake(key)
+        return False
+
     async def _delete(self, known: Known, path: str, uid: str) -> None:
-        await self._api.delete(path, uid)
-        known.deleted |= {uid}
+        if await self._api.delete(path, uid):
+            known.deleted |= {uid}
 
     async def _mine(self, collection: str, body: Object) -> Object:
         """What stands under the name already: made by us before, or by an earlier job of the same name."""

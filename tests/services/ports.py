@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import socket
 
@@ -17,15 +18,17 @@ def free_port(address: str = "127.0.0.1") -> int:
         RuntimeError: all are taken.
 
     """
-    for port in random.sample(RANGE, len(RANGE)):
+    for port in random.SystemRandom().sample(RANGE, len(RANGE)):
         claim = socket.socket(socket.AF_UNIX)
         try:
             claim.bind(f"\0qlora-test-port-{port}")  # atomic, and gone with the process
             with socket.socket() as probe:
                 probe.bind((address, port))
-        except OSError:
+        except OSError as error:
             claim.close()
+            if error.errno != errno.EADDRINUSE:
+                raise
             continue
         _claims.append(claim)
         return port
-    raise RuntimeError(f"no port from {RANGE.start} to {RANGE.stop} is free")
+    raise RuntimeError(f"no port from {RANGE.start} to {RANGE.stop - 1} is free")

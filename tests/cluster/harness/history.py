@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 COLLECTIONS = {"qlorajobs": f"{GROUP}/qlorajobs", "jobs": "/apis/batch/v1/jobs", "pods": "/api/v1/pods"}
 
-SILENCE_SECONDS, PAUSE_SECONDS = 2, 0.05
-"""A watch is asked for anew, or ends, after a silence; and after a pause, lest the API server be asked without end."""
+WATCH_SECONDS, PAUSE_SECONDS = 3, 0.05
+"""Of one watch, and before the next."""
 
 
 class History:
@@ -33,7 +33,7 @@ class History:
             base_url=cluster.url,
             verify=ssl.create_default_context(cafile=cluster.authority.certificate),
             headers={"Authorization": f"Bearer {cluster.admin_token}"},
-            timeout=httpx.Timeout(10, read=SILENCE_SECONDS),
+            timeout=httpx.Timeout(10),
             trust_env=False,
         )
         self._over = threading.Event()
@@ -54,7 +54,7 @@ class History:
 
     def __exit__(self, *_: object) -> None:
         # A connection that is closed while another thread reads leaves an error of OpenSSL's behind, and what uses
-        # TLS next in this thread fails of it.
+        # TLS next in this thread fails of it. The API server ends each watch soon.
         self._over.set()
         for thread in self._threads:
             thread.join()
@@ -63,13 +63,11 @@ class History:
     def _record(self, plural: str, path: str) -> None:
         version = self._starts[plural]["metadata"]["resourceVersion"]
         while not self._over.wait(PAUSE_SECONDS):
-            asked = {"watch": "true", "resourceVersion": version, "allowWatchBookmarks": "true"}
+            asked = {"watch": "true", "resourceVersion": version, "timeoutSeconds": str(WATCH_SECONDS)}
             with suppress(httpx.TransportError), self._http.stream("GET", path, params=asked) as answer:
+                if answer.status_code >= 500 or answer.status_code == 429:
+                    continue
                 for line in answer.iter_lines():
-                    change = json.loads(line)
-                    found = change["object"]
+                    found = json.loads(line)["object"]
                     version = found["metadata"]["resourceVersion"]
-                    if change["type"] != "BOOKMARK":
-                        self._versions[plural, found["metadata"]["namespace"]].append(found)
-                    if self._over.is_set():
-                        break
+                    self._versions[plural, found["metadata"]["namespace"]].append(found)

@@ -51,7 +51,7 @@ def word(code: int = 0, reason: str = "Completed", message: str = "step 10 of 10
 
 
 def ends(code: int = 0, reason: str = "Completed", message: str = "step 10 of 10", **more: object) -> dict[str, object]:
-    """What pods do that end at once, so that nobody sees them train."""
+    """What pods do that end at once: before the Job controller counts them as ready."""
     return {"run-seconds": "0", "exit-code": code, "termination-message": word(code, reason, message, **more)}
 
 

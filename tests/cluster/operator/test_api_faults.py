@@ -137,26 +137,53 @@ def test_a_child_is_deleted_once_however_late_its_watch_says_so(api, behind_prox
     with pods_do(api, kwok_namespace, stops):
         path = create_job(api, qlora_job(namespace=kwok_namespace))
         api.wait_for(path, in_state("Running"))
-        proxy.freeze_watches("jobs")
-        before = counted(behind_proxy, RECONCILES)
-        api.patch(path, {"spec": {"suspend": True}})
-        suspended = api.wait_for(path, in_state("Suspended"), seconds=SOON)
-    assert counted(behind_proxy, RECONCILES) >= before + 3, "nothing woke it as its pods left"
+    proxy.freeze_watches("jobs")
+    api.patch(path, {"spec": {"suspend": True}})
+    assert eventually(lambda: deletions(proxy, "jobs") == 1)
+    before = counted(behind_proxy, RECONCILES)
+    assert eventually(lambda: counted(behind_proxy, RECONCILES) >= before + 2), "nothing woke it as its pod left"
     assert deletions(proxy, "jobs") == 1
+    proxy.cut_watches("jobs")
+    suspended = api.wait_for(path, in_state("Suspended"), seconds=SOON)
     assert [a["message"] for a in suspended["status"]["attempts"]] == ["stopped at step 5"]
 
 
 def test_a_job_is_deleted_once_however_late_its_watch_says_so(api, behind_proxy, proxy, kwok_namespace):
     with pods_do(api, kwok_namespace, DONE):
-        path = create_job(api, qlora_job(namespace=kwok_namespace, policy={"ttlSecondsAfterFinished": 3}))
+        path = create_job(api, qlora_job(namespace=kwok_namespace, policy={"ttlSecondsAfterFinished": 8}))
         api.wait_for(path, in_state("Succeeded"))
     proxy.freeze_watches("qlorajobs")
     before = counted(behind_proxy, RECONCILES)
-    api.wait_gone(path, seconds=SOON)
+    api.wait_gone(path, seconds=2 * SOON)
     with suppress(ApiError):  # the garbage collector was quicker
         api.delete(f"{JOBS.format(kwok_namespace)}/job-1")
+    # One has deleted it, and the end of its child wakes it once more.
     assert eventually(lambda: counted(behind_proxy, RECONCILES) >= before + 2), "nothing woke it"
     assert deletions(proxy, "qlorajobs") == 1
+
+
+def test_what_was_decided_on_a_job_that_has_changed_deletes_nothing(api, behind_proxy, proxy, kwok_namespace):
+    """As of an operator that has not seen yet that a job goes on."""
+    path = create_job(api, qlora_job(namespace=kwok_namespace))
+    api.wait_for(path, in_state("Running"))
+    resumed = []
+
+    def resumes(call: Call) -> bool:
+        if call.method == "GET" and not call.watch and call.path == path:
+            resumed.append(api.patch(path, {"spec": {"suspend": False}}))
+            return True
+        return False
+
+    proxy.when(resumes, Passed())
+    api.patch(path, {"spec": {"suspend": True}})
+    assert eventually(lambda: resumed)
+    before = counted(behind_proxy, RECONCILES)
+    api.patch(path, {"spec": {"policy": {"maxRestarts": 9}}})
+    assert eventually(lambda: counted(behind_proxy, RECONCILES) > before)
+    assert deletions(proxy, "jobs") == 0
+    running = api.get(path)
+    assert running["status"]["state"] == "Running"
+    assert [a.get("reason") for a in running["status"]["attempts"]] == [None]
 
 
 @pytest.mark.parametrize("trouble", ["error", "gone"])
