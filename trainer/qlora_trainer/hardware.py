@@ -1,0 +1,51 @@
+"""Which number formats a device computes in by hardware: the one place that decides it.
+
+A format without hardware still works, by conversion or emulation, and is many times slower: a bfloat16 matrix product
+takes 40 times as long as a float32 one on a CPU with AVX2 alone. Nothing is timed to decide, so that the same machine
+always gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+BF16_CAPABILITY = (8, 0)
+"""First CUDA compute capability with bfloat16 tensor cores (Ampere). CUDA C++ Programming Guide, compute capabilities."""
+FP16_CAPABILITY = (7, 0)
+"""First CUDA compute capability with float16 tensor cores (Volta)."""
+
+
+def bf16_in_hardware(device: torch.device) -> bool:
+    """Return whether ``device`` multiplies bfloat16 matrices by hardware.
+
+    On CUDA from compute capability 8.0. On a CPU with AVX512_BF16, AMX or Arm's BF16 instructions, as far as oneDNN may
+    use them (``ONEDNN_MAX_CPU_ISA``).
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
+    if not _onednn("bf16"):
+        return False
+    return not _is_x86() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # noqa: SLF001 no public names
+
+
+def fp16_in_hardware(device: torch.device) -> bool:
+    """Return whether ``device`` multiplies float16 matrices by hardware.
+
+    On CUDA from compute capability 7.0. On a CPU with AVX512_FP16, AMX-FP16 or Arm's FP16 instructions.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= FP16_CAPABILITY
+    return _onednn("fp16")
+
+
+def _onednn(name: str) -> bool:
+    """Return whether oneDNN takes matrices of a format on this CPU; False in a build of PyTorch without oneDNN."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
+
+
+def _is_x86() -> bool:
+    return platform.machine().lower() in {"x86_64", "amd64", "i686"}
