@@ -12,7 +12,7 @@ import platform
 import torch
 
 BF16_CAPABILITY = (8, 0)
-"""First CUDA compute capability with bfloat16 tensor cores (Ampere). CUDA C++ Programming Guide, compute capabilities."""
+"""First CUDA compute capability with bfloat16 tensor cores: Ampere. CUDA C++ Programming Guide, Compute Capabilities."""
 FP16_CAPABILITY = (7, 0)
 """First CUDA compute capability with float16 tensor cores (Volta)."""
 
@@ -42,7 +42,7 @@ def fp16_in_hardware(device: torch.device) -> bool:
 
 def _onednn(name: str) -> bool:
     """Return whether oneDNN takes matrices of a format on this CPU; False in a build of PyTorch without oneDNN."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
 
