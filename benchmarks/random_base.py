@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_api.spec import QuantizationSpec, QuantizationType
 from qlora_trainer.attention import choose_attention, register
-from qlora_trainer.model import compute_dtype, linear_layers, ready_base
+from qlora_trainer.compute_type import DTYPES, resolved_on
+from qlora_trainer.model import linear_layers, ready_base
 
 SEED = 42
 OUTLIERS = 6.0
@@ -35,7 +36,8 @@ def random_base(
     values = dict(values)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     kind = AutoModelForCausalLM._model_mapping[type(config)]  # noqa: SLF001 as the trainer does
-    dtype = compute_dtype(quantization)
+    quantization = resolved_on(quantization, device)
+    dtype = DTYPES[quantization.compute_type]
     attention = attention or choose_attention(kind, config)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)

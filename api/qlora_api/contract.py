@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 
 from qlora_api.base import Model
 from qlora_api.batch import BatchSplit
-from qlora_api.spec import QLoRAJobSpec
+from qlora_api.spec import ComputeType, QLoRAJobSpec
 from qlora_api.status import Adapter, Memory, PrepareResult, Progress, Reason
 
 TERMINATION_MESSAGE_BYTES = 4096
@@ -119,6 +119,8 @@ class TerminationMessage(Model):
     progress: Progress | None = None
     memory: Memory | None = None
     adapter: Adapter | None = None
+    compute_type: ComputeType | None = None
+    """In which the base computed."""
     prepared: PrepareResult | None = None
     """Of Prepare alone."""
 
@@ -157,6 +159,8 @@ class ProgressReport(Progress):
     section: Literal["Load", "Data", "Train", "Evaluate", "Checkpoint", "Publish", "Done"]
     """What the rank does now."""
     memory: Memory
+    compute_type: ComputeType | None = None
+    """In which the base computes: as the job says, or what Auto means on the device of this run."""
     first_step: int = 0
     elapsed_seconds: float = 0
     tokens: int = 0

@@ -86,6 +86,8 @@ _TRAINER = (
     _trainer("qlora_eval_loss", _G, "nats", "Mean loss of the evaluation rows' target tokens; absent before the first"),
     _trainer("qlora_learning_rate", _G, "", "Learning rate of the last step"),
     _trainer("qlora_gradient_norm", _G, "", "Global L2 norm of the gradient before clipping"),
+    _trainer("qlora_loss_scale", _G, "", "What losses are multiplied by in Float16; absent in other compute types"),
+    _trainer("qlora_skipped_steps", _G, "steps", "Steps of the run whose update was left out: Float16 overflowed"),
     # Speed.
     _trainer("qlora_tokens", _C, "tokens", "Real tokens, no padding, that all ranks trained on in this attempt"),
     _trainer(

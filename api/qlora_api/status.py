@@ -10,6 +10,7 @@ from pydantic import Field, StringConstraints
 
 from qlora_api.base import Model
 from qlora_api.batch import BatchSplit
+from qlora_api.spec.learning import ComputeType
 
 Text = Annotated[str, StringConstraints(max_length=4096)]
 Decimal = Annotated[str, StringConstraints(max_length=32)]
@@ -137,6 +138,8 @@ class Attempt(Model):
     """Of that pod."""
     node: Text = ""
     """The nodes of its pods while it goes on; then that of the pod that ended it."""
+    compute_type: ComputeType | None = None
+    """Type in which the base computed, as resolved on the device."""
     first_step: Count | None = None
     """Step from which it went on: 0, or that of a checkpoint."""
     last_step: Count | None = None

@@ -13,12 +13,12 @@ from qlora_api.memory import (
     Plan,
     Request,
     Span,
+    check_gpu,
     cost,
     does_not_fit,
     gpu_named,
     gpu_of_device,
     model_shape,
-    must_train,
     plan,
     remedies,
 )
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qlora_api.memory import Gpu
-    from qlora_api.spec import QLoRAJobSpec
+    from qlora_api.spec import QLoRAJobSpec, QuantizationSpec
     from qlora_cli.model_headers import ModelFiles
 
 RANKS = (4, 8, 16, 32, 64, 128, 256)
@@ -94,7 +94,7 @@ def answer(path: Path, options: Options, overrides: Sequence[str] = ()) -> Answe
     """
     job = manifest.one_job(path, overrides)
     gpu, here = _gpu(options)
-    must_train(gpu, "--gpu")
+    check_gpu(gpu, job.spec.quantization, "--gpu")
     world_size = options.gpus or here or job.spec.parallelism.workers * job.spec.parallelism.gpus_per_worker
     files = _files(job.spec, options)
     request = Request(job.spec, model_shape(files.config, files.tensors), gpu, world_size)
@@ -144,7 +144,9 @@ def _variations(request: Request, tokens: int | None, price: float | None) -> It
     """Other GPUs, ranks and sequence lengths, each by itself."""
     spec = request.spec
     cases: list[tuple[str, str, bool, Request]] = [
-        ("gpu", gpu.name, gpu == request.gpu, replace(request, gpu=gpu)) for gpu in GPUS.values() if gpu.flash
+        ("gpu", gpu.name, gpu == request.gpu, replace(request, gpu=gpu))
+        for gpu in GPUS.values()
+        if _suits(gpu, spec.quantization)
     ]
     cases += [
         ("rank", str(rank), rank == spec.lora.rank, _with(request, "lora", rank=rank))
@@ -159,6 +161,14 @@ def _variations(request: Request, tokens: int | None, price: float | None) -> It
     for kind, value, chosen, asked in cases:
         outcome = plan(asked)
         yield Variation(kind, value, chosen, outcome, _cost(outcome, asked, tokens, price))
+
+
+def _suits(gpu: Gpu, quantization: QuantizationSpec) -> bool:
+    try:
+        check_gpu(gpu, quantization)
+    except FieldMistake:
+        return False
+    return True
 
 
 def _with(request: Request, group: str, **values: Any) -> Request:
@@ -203,6 +213,7 @@ def _plan_dict(chosen: Plan) -> dict[str, Any]:
     memory = chosen.memory
     return {
         "batch": chosen.batch.to_json_dict(),
+        "computeType": chosen.compute_type,
         "gradientCheckpointing": chosen.gradient_checkpointing,
         "memory": {
             "components": {str(component): size for component, size in memory.components.items()},

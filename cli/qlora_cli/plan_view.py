@@ -10,6 +10,7 @@ from rich.text import Text
 
 from qlora_api.memory import NoFit, Plan, does_not_fit
 from qlora_api.memory.gpus import GIB
+from qlora_api.spec import ComputeType
 from qlora_cli import render, words
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from qlora_api.memory import Cost, Span
+    from qlora_api.spec import QLoRAJobSpec
     from qlora_cli.plan import Answer, Variation
 
 BAR = 36
@@ -50,6 +52,7 @@ def _facts(answered: Answer, chosen: Plan) -> list[tuple[str, str]]:
         ("Job", answered.job),
         ("Model", f"{shape.model_type}, {shape.parameters / 1e9:.2f} billion weights ({answered.place})"),
         ("GPU", f"{count} × {gpu.name}, {words.size(gpu.memory_bytes)} each"),
+        ("Computes in", _compute_type(request.spec, chosen)),
         ("Batch", render.batch_equation(chosen.batch)),
         ("Sequences", f"up to {chosen.row} tokens, {recompute}"),
         ("Memory", _headroom(chosen)),
@@ -67,6 +70,12 @@ def _facts(answered: Answer, chosen: Plan) -> list[tuple[str, str]]:
             ("Time", f"{_per_million(chosen, count)} for a million tokens; --tokens says how many an epoch has")
         )
     return rows
+
+
+def _compute_type(spec: QLoRAJobSpec, chosen: Plan) -> str:
+    scaled = " with dynamic loss scaling" if chosen.compute_type is ComputeType.FLOAT16 else ""
+    auto = f" (Auto on {chosen.gpu.name})" if spec.quantization.compute_type is ComputeType.AUTO else ""
+    return f"{chosen.compute_type}{scaled}{auto}"
 
 
 def _headroom(chosen: Plan) -> str:

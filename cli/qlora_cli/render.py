@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from qlora_api.spec import LossOn, QLoRAJobSpec, QuantizationType
+from qlora_api.spec import ComputeType, LossOn, QLoRAJobSpec, QuantizationSpec, QuantizationType
 from qlora_api.status import Memory, MemoryComponent
 from qlora_cli import local, words
 
@@ -100,13 +100,15 @@ def _data(spec: QLoRAJobSpec) -> str:
 def _quantization(spec: QLoRAJobSpec) -> str:
     q = spec.quantization
     if q.type is QuantizationType.NONE:
-        return f"none, computes in {q.compute_type}"
+        return f"none, {_computes_in(q)}"
     four_bit = q.type in (QuantizationType.NF4, QuantizationType.FP4)
-    return (
-        q.type
-        + (" with double quantization" if four_bit and q.double_quantization else "")
-        + f", computes in {q.compute_type}"
-    )
+    return q.type + (" with double quantization" if four_bit and q.double_quantization else "") + f", {_computes_in(q)}"
+
+
+def _computes_in(quantization: QuantizationSpec) -> str:
+    if quantization.compute_type is ComputeType.AUTO:
+        return "computes in what the device is fast in"
+    return f"computes in {quantization.compute_type}"
 
 
 def _adapter(spec: QLoRAJobSpec) -> str:

@@ -46,6 +46,7 @@ class AttemptFacts:
     micro_batch_size: int | None = None
     accumulation: int | None = None
     checkpointing: bool | None = None
+    compute_type: str | None = None
     device: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     """Versions, and what else is known of the machine."""
@@ -127,6 +128,7 @@ def _take(found: History, line: dict[str, Any]) -> None:
             micro_batch_size=line.get("microBatchSize"),
             accumulation=line.get("gradientAccumulationSteps"),
             checkpointing=line.get("gradientCheckpointing"),
+            compute_type=line.get("computeType"),
             device=line.get("device"),
             environment={str(name): str(value) for name, value in line.get("environment", {}).items()},
         )

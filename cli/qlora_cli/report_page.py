@@ -247,7 +247,7 @@ def _memory(predicted: dict[str, int], measured: dict[str, int]) -> str:
 
 def _attempts(facts: Facts) -> str:
     if facts.attempts:
-        head = ["Attempt", "Ended", "Code", "Steps", "Batch", "Took", "Node", "In its words"]
+        head = ["Attempt", "Ended", "Code", "Steps", "Batch", "Computes in", "Took", "Node", "Message"]
         return _table(head, [_attempt(a) for a in facts.attempts], frozenset({0, 2})) + BATCH
     known = facts.history.attempts.values()
     rows = [
@@ -255,11 +255,12 @@ def _attempts(facts: Facts) -> str:
             str(a.number),
             str(a.from_step),
             f"{a.micro_batch_size} × {a.accumulation} × {a.world_size}",
+            escape(a.compute_type or ""),
             escape(a.device or ""),
         ]
         for a in known
     ]
-    return _table(["Attempt", "From step", "Batch", "Device"], rows) + BATCH if rows else ""
+    return _table(["Attempt", "From step", "Batch", "Computes in", "Device"], rows) + BATCH if rows else ""
 
 
 def _attempt(attempt: Attempt) -> list[str]:
@@ -268,7 +269,7 @@ def _attempt(attempt: Attempt) -> list[str]:
     steps = f"{a.first_step or 0} → {a.last_step}" if a.last_step is not None else ""
     code = "" if a.exit_code is None else str(a.exit_code)
     batch = f"{a.micro_batch_size} × {a.gradient_accumulation_steps} × {a.world_size}"
-    whole = [text.replace(" ", HELD) for text in (steps, batch, took)]
+    whole = [text.replace(" ", HELD) for text in (steps, batch, str(a.compute_type or ""), took)]
     return [str(a.number), str(a.reason or "runs"), code, *whole, escape(a.node), escape(a.message)]
 
 

@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError
 
 from qlora_api.base import Model
 from qlora_api.contract import PrepareReceipt, TerminationMessage
-from qlora_api.spec import QLoRAJobSpec
+from qlora_api.spec import ComputeType, QLoRAJobSpec
 from qlora_api.status import Attempt, Count, Decimal, PrepareResult, Reason
 
 if TYPE_CHECKING:
@@ -206,6 +206,7 @@ def opening(record: RunRecord | None, spec: QLoRAJobSpec, *, trained: bool) -> B
     """Decide what a call goes on with. ``trained``: there is something to lose, a step taken or a checkpoint."""
     if record is None:
         return Begin()
+    spec = with_recorded_compute_type(record.spec, spec)
     changed = changes(record.spec, spec) if immutable_hash(spec) != record.immutable_hash else ()
     if changed and trained:
         return Refuse(changed)
@@ -214,6 +215,17 @@ def opening(record: RunRecord | None, spec: QLoRAJobSpec, *, trained: bool) -> B
     if record.finished:
         return Finished(record)
     return Resume(record.model_copy(update={"spec": spec, "immutable_hash": immutable_hash(spec)}))
+
+
+def with_recorded_compute_type(began: QLoRAJobSpec, spec: QLoRAJobSpec) -> QLoRAJobSpec:
+    """Return ``spec`` with the compute type that a run began with where the manifest leaves it to the device.
+
+    Versions before ``Auto`` recorded their default, BFloat16, for a manifest that names none.
+    """
+    if spec.quantization.compute_type is not ComputeType.AUTO:
+        return spec
+    kept = spec.quantization.model_copy(update={"compute_type": began.quantization.compute_type})
+    return spec.model_copy(update={"quantization": kept})
 
 
 def new_record(name: str, spec: QLoRAJobSpec, now: datetime) -> RunRecord:

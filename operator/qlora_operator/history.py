@@ -57,9 +57,8 @@ def measured(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
     if report is None or attempt is None or report.attempt != attempt.number:
         return status
     progress = Progress(**{name: getattr(report, name) for name in Progress.model_fields})
-    status = with_attempt(
-        status, attempt.model_copy(update={"first_step": report.first_step, "last_step": report.step})
-    )
+    update = {"first_step": report.first_step, "last_step": report.step, "compute_type": report.compute_type}
+    status = with_attempt(status, attempt.model_copy(update=update))
     return _with_measures(status, progress, report.memory)
 
 
@@ -68,6 +67,8 @@ def with_last_word(status: QLoRAJobStatus, ending: Ending) -> QLoRAJobStatus:
     if word is None:
         return status
     status = _with_measures(status, word.progress or status.progress, word.memory)
+    if status.attempts and word.compute_type is not None:
+        status = with_attempt(status, status.attempts[-1].model_copy(update={"compute_type": word.compute_type}))
     return status.model_copy(update={"adapter": word.adapter or status.adapter, "eta": ""})
 
 

@@ -276,9 +276,15 @@ def test_what_if(hub, call):
 
 @pytest.mark.parametrize("more", [(), ("--what-if",)])
 def test_a_gpu_that_the_trainer_cannot_use_is_refused(more, hub, call):
-    result = call("--gpu", "t4-16gb", *more)
+    result = call("--gpu", "p100-16gb", *more)
     assert result.exit_code == 40
-    assert '--gpu: "t4-16gb" has neither bf16 nor flash attention' in result.stderr
+    assert '--gpu: "p100-16gb" has compute capability 6.0; the trainer needs 7.0 or higher' in result.stderr
+
+
+@pytest.mark.parametrize("gpu", ["t4-16gb", "v100-16gb"])
+def test_a_gpu_without_bf16_is_planned_in_float16(gpu, hub, call):
+    assert f"Float16 with dynamic loss scaling (Auto on {gpu})" in call("--gpu", gpu).stdout
+    assert json.loads(call("--gpu", gpu, "-o", "json").stdout)["computeType"] == "Float16"
 
 
 def test_a_configuration_alone_is_enough(call, tmp_path):

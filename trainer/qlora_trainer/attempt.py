@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import signal
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from qlora_api.contract import TrainerConfig
-from qlora_trainer.checkpoints import CheckpointStore
+from qlora_api.spec import ComputeType
+from qlora_trainer.checkpoints import Checkpoint, CheckpointStore
+from qlora_trainer.compute_type import OF_OLD_CHECKPOINTS, with_compute_type
 from qlora_trainer.data.batches import Batches, Step
 from qlora_trainer.data.prepare import PreparedData, load_prepared
 from qlora_trainer.engine import Ranks, wrap_deepspeed
@@ -18,6 +20,7 @@ from qlora_trainer.flops import flops_per_token
 from qlora_trainer.heartbeat import node_name
 from qlora_trainer.history import History
 from qlora_trainer.loss import NextTokenLoss, head_is_plain, rows_are_apart
+from qlora_trainer.loss_scale import LossScale
 from qlora_trainer.metrics import Board
 from qlora_trainer.model import add_lora, enable_gradient_checkpointing, load_base, weight_bytes
 from qlora_trainer.pace import Pace
@@ -52,10 +55,20 @@ class Run:
     """Step of the newest checkpoint."""
     rows_sha256: str = ""
     """Hash over the rows of all steps so far, in their order: equal where the same rows were seen in the same order."""
+    loss_scale: LossScale | None = None
+    """Where the base computes in float16."""
 
     @property
     def meta(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return asdict(self)
+
+    @classmethod
+    def from_meta(cls, meta: dict[str, Any]) -> Run:
+        """Read what :attr:`meta` wrote; an older version wrote fewer fields, a newer one may write more."""
+        known = {f.name: meta[f.name] for f in fields(cls) if f.name in meta}
+        if known.get("loss_scale") is not None:
+            known["loss_scale"] = LossScale(**known["loss_scale"])
+        return cls(**known)
 
     def saw(self, step: Step) -> None:
         """Take a step in that was just done."""
@@ -87,6 +100,8 @@ class Trainer:
     total_steps: int
     stop: StopFlag
     pace: Pace
+    resumes: Checkpoint | None
+    """What the attempt goes on from."""
     saved_at: list[float] = field(default_factory=lambda: [time.monotonic()])
     """When the newest checkpoint was written (one element, changed in place)."""
     history: History = field(default_factory=History)
@@ -113,6 +128,11 @@ def build(config: TrainerConfig, ranks: Ranks, board: Board, stop: StopFlag) -> 
         raise TrainerError(
             f"nothing was prepared for {config.job.name} in {config.cache_dir}: run qlora_trainer.prepare first"
         )
+    checkpoints = CheckpointStore(config.checkpoint_uri, config.job.uid, spec.checkpoint.keep, config.attempt)
+    resumes = newest_checkpoint(checkpoints, ranks)
+    config = with_compute_type(config, ranks, compute_type_of(resumes))
+    spec = config.spec
+    board.update(compute_type=spec.quantization.compute_type)
     base = load_base(prepared.model_path, spec.quantization, ranks.device, spec.parallelism.zero_stage)
     model = add_lora(base, spec.lora, spec.training.seed, prepared.model_source)
     if config.gradient_checkpointing:
@@ -137,6 +157,17 @@ def build(config: TrainerConfig, ranks: Ranks, board: Board, stop: StopFlag) -> 
     total_steps = spec.training.max_steps or (spec.training.epochs or 0) * batches.steps_per_epoch
     board.set("qlora_steps_planned", total_steps)
     board.update(total_steps=total_steps)
-    checkpoints = CheckpointStore(config.checkpoint_uri, config.job.uid, spec.checkpoint.keep, config.attempt)
     pace = Pace(ranks, ranks.gather(node_name()))
-    return Trainer(config, ranks, board, prepared, data, engine, batches, checkpoints, total_steps, stop, pace)
+    return Trainer(config, ranks, board, prepared, data, engine, batches, checkpoints, total_steps, stop, pace, resumes)
+
+
+def newest_checkpoint(store: CheckpointStore, ranks: Ranks) -> Checkpoint | None:
+    """Find the newest checkpoint that is whole; all ranks take the same one. A collective."""
+    newest = store.newest() if ranks.is_first else None
+    step = ranks.gather(newest.step if newest else None)[0]
+    return None if step is None else newest or store.at(step)
+
+
+def compute_type_of(checkpoint: Checkpoint | None) -> ComputeType | None:
+    """Return the type in which a checkpoint's run computes; None without a checkpoint."""
+    return None if checkpoint is None else ComputeType(checkpoint.meta.get("compute_type", OF_OLD_CHECKPOINTS))

@@ -1,9 +1,9 @@
 """Attention over several rows in one sequence, none of which sees another.
 
 Rows are flattened without padding: queries, keys and values are [1, heads, T, head_dim], and ``cu_seqlens``
-([rows + 1], int32) says where each row starts. On a GPU this is torch's variable-length flash attention; on a CPU, in
-fp32 and with dropout of scores each row is one call of scaled-dot-product attention, which is the block-diagonal mask
-without building it: Σ len² instead of T².
+([rows + 1], int32) says where each row starts. On a GPU this is torch's variable-length flash attention. On a CPU, on a
+GPU before Ampere, in fp32 and with dropout of scores each row is one call of scaled-dot-product attention, which is the
+block-diagonal mask without building it: Σ len² instead of T².
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from qlora_trainer.hardware import bf16_in_hardware
 
 PACKED = "qlora_packed"
 """Name under which transformers finds :func:`packed_attention`."""
@@ -73,7 +75,7 @@ def packed_attention(
         [1, T, H, D], None
 
     """
-    if query.is_cuda and query.dtype is not torch.float32 and not dropout:  # what the kernel has
+    if query.is_cuda and query.dtype is not torch.float32 and not dropout and bf16_in_hardware(query.device):
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     groups = getattr(module, "num_key_value_groups", 1)
     if groups > 1:

@@ -181,39 +181,59 @@ def wrap_deepspeed(
     return engine
 
 
-def accumulate(engine: Any, step: Step, ranks: Ranks) -> float:
+def accumulate(engine: Any, step: Step, ranks: Ranks, loss_scale: float | None = None) -> float:
     """Gradients of the mean loss over the global batch's target tokens; returns this rank's sum of losses.
 
     Every target token of the global batch weighs the same, however rows fall on ranks and micro-batches. DeepSpeed
     averages over the ranks, hence the factor ``world_size``.
+
+    Args:
+        engine: DeepSpeed's.
+        step: this rank's micro-batches.
+        ranks: all of them.
+        loss_scale: what losses are multiplied by on their way back, and :func:`apply_update` divides gradients by.
+
     """
+    scale = ranks.world_size / step.target_tokens
+    if loss_scale is not None and engine.zero_optimization_stage():
+        engine.optimizer.override_loss_scale(loss_scale)  # ZeRO multiplies and divides by itself
+    elif loss_scale is not None:
+        scale *= loss_scale
     loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for index, batch in enumerate(step.micro_batches):
         engine.set_gradient_accumulation_boundary(index == len(step.micro_batches) - 1)
         with ranks.heartbeat.during(Section.FORWARD):
             losses = engine(*call_arguments(batch, ranks.device)).sum()
         with ranks.heartbeat.during(Section.BACKWARD):
-            engine.backward(losses * (ranks.world_size / step.target_tokens), scale_wrt_gas=False)
+            engine.backward(losses * scale, scale_wrt_gas=False)
         loss_sum += losses.detach().double()
         del losses  # and its graph, before the next forward pass
     with ranks.heartbeat.during(Section.COLLECTIVE):  # on a GPU all that was asked of it is waited for here
         return loss_sum.item()
 
 
-def apply_update(engine: Any, max_grad_norm: float, learning_rate: float) -> float:
+def apply_update(engine: Any, max_grad_norm: float, learning_rate: float, loss_scale: float | None = None) -> float:
     """Clip, and take one optimizer step; none where the norm is not finite: the gradients are then thrown away.
 
     :func:`accumulate` has reduced the gradients over the ranks: the norm, and whether a step is taken, is the same on
     all. Under ZeRO, DeepSpeed looks at the norm and leaves the step out; it says infinity.
 
+    Args:
+        engine: DeepSpeed's.
+        max_grad_norm: 0 for no clipping.
+        learning_rate: of this step.
+        loss_scale: what :func:`accumulate` was told.
+
     Returns:
-        The global gradient norm before clipping.
+        The global gradient norm before clipping, of the loss without its scale.
 
     """
     for group in base_optimizer(engine).param_groups:
         group["lr"] = learning_rate
     if engine.zero_optimization_stage() == 0:
         parameters = [p for p in engine.module.parameters() if p.requires_grad]
+        if loss_scale is not None:
+            torch._foreach_div_([p.grad for p in parameters if p.grad is not None], loss_scale)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf")))
         if math.isfinite(norm):
             engine.step()

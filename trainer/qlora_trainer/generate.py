@@ -22,6 +22,7 @@ from qlora_trainer.chat import load_tokenizer
 from qlora_trainer.data.formats import Encoder
 from qlora_trainer.errors import TrainerError
 from qlora_trainer.fetch import fetch_model
+from qlora_trainer.hardware import fast_dtype
 from qlora_trainer.outcome import quiet_libraries
 from qlora_trainer.store import open_store, sha256_bytes
 
@@ -47,10 +48,10 @@ def default_cache() -> Path:
 
 
 def load(path: Path) -> Any:
-    """A model for inference: on a GPU where there is one, in bf16, or as it is quantized on disk."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """A model for inference: on a GPU where there is one, in the type that is fast, or as it is quantized on disk."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.bfloat16, device_map={"": device}, use_safetensors=True, trust_remote_code=False
+        path, dtype=fast_dtype(device), device_map={"": device}, use_safetensors=True, trust_remote_code=False
     )
     return model.eval()
 

@@ -12,7 +12,7 @@ import platform
 import torch
 
 BF16_CAPABILITY = (8, 0)
-"""First CUDA compute capability with bfloat16 tensor cores: Ampere. CUDA C++ Programming Guide, Compute Capabilities."""
+"""First CUDA compute capability with bfloat16 tensor cores (Ampere). CUDA C++ Programming Guide, section 20."""
 FP16_CAPABILITY = (7, 0)
 """First CUDA compute capability with float16 tensor cores (Volta)."""
 
@@ -49,3 +49,10 @@ def _onednn(name: str) -> bool:
 
 def _is_x86() -> bool:
     return platform.machine().lower() in {"x86_64", "amd64", "i686"}
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """Return the type for inference on ``device``: the smallest that it computes in by hardware."""
+    if bf16_in_hardware(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" and fp16_in_hardware(device) else torch.float32

@@ -16,9 +16,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_api.spec import ComputeType, LoRABias, LoRASpec, QuantizationSpec, QuantizationType
+from qlora_api.spec import LoRABias, LoRASpec, QuantizationSpec, QuantizationType
 from qlora_api.status import MemoryComponent
 from qlora_trainer.attention import choose_attention, register
+from qlora_trainer.compute_type import DTYPES, resolved_on
 from qlora_trainer.errors import UserError
 from qlora_trainer.kernels import forget_inputs, fuse_adapters, fuse_norms
 
@@ -26,13 +27,9 @@ _BIAS = {LoRABias.NONE: "none", LoRABias.ALL: "all", LoRABias.LORA_ONLY: "lora_o
 _LINEAR = (nn.Linear, Linear4bit, Linear8bitLt)
 
 
-def compute_dtype(quantization: QuantizationSpec) -> torch.dtype:
-    return torch.float32 if quantization.compute_type is ComputeType.FLOAT32 else torch.bfloat16
-
-
 def quantization_config(quantization: QuantizationSpec, zero_stage: int) -> BitsAndBytesConfig | None:
     """bitsandbytes' configuration for a base that is 16-bit on disk; None for no quantization."""
-    dtype = compute_dtype(quantization)
+    dtype = DTYPES[quantization.compute_type]
     match quantization.type:
         case QuantizationType.NONE:
             return None
@@ -52,11 +49,14 @@ def quantization_config(quantization: QuantizationSpec, zero_stage: int) -> Bits
 def load_base(path: Path, quantization: QuantizationSpec, device: torch.device, zero_stage: int = 0) -> Any:
     """Load the frozen base onto ``device``, quantizing it on the way unless it is 4-bit on disk already.
 
+    A compute type of ``Auto`` is what this device is fast in; an attempt resolves it over all ranks before.
+
     Raises:
         UserError: the base on disk is quantized in another way than the manifest says, or cannot be loaded.
 
     """
     register()
+    quantization = resolved_on(quantization, device)
     config = check_base(path, quantization)
     on_disk = getattr(config, "quantization_config", None)
     model_class = AutoModelForCausalLM._model_mapping[type(config)]  # noqa: SLF001 the public way loads the weights
@@ -65,7 +65,7 @@ def load_base(path: Path, quantization: QuantizationSpec, device: torch.device, 
         path,
         # An explicit None would hide what the base says of itself.
         **({} if wanted is None else {"quantization_config": wanted}),
-        dtype=compute_dtype(quantization),
+        dtype=DTYPES[quantization.compute_type],
         device_map={"": device},
         attn_implementation=choose_attention(model_class, config),
         use_safetensors=True,
@@ -80,7 +80,7 @@ def ready_base(model: Any, quantization: QuantizationSpec) -> Any:
     model.config.use_cache = False
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
-            layer.compute_dtype = compute_dtype(quantization)  # a base that is 4-bit on disk brings its own
+            layer.compute_dtype = DTYPES[quantization.compute_type]  # a base that is 4-bit on disk brings its own
             # Else bitsandbytes 0.50 re-packs the weights in the first eval-mode forward on a CPU, for good, with bf16
             # absmax and for a kernel without a backward: gradients of later training steps would stop there silently.
             layer.support_avx512bf16_for_cpu = False

@@ -152,6 +152,7 @@ def _leave(config: TrainerConfig, code: ExitCode, text: str, rank: str, seen: La
         message=text,
         rank=int(rank),
         progress=progress_of(report) if report else None,
+        compute_type=report.compute_type if report else None,
         memory=Memory(predicted=report.memory.predicted, measured=measured) if report and measured else None,
     )
     last_word.write_unless_told(Path(config.termination_message_path), message)

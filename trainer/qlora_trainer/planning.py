@@ -15,11 +15,11 @@ from qlora_api.memory import (
     GPUS,
     NoFit,
     Request,
+    check_gpu,
     cost,
     does_not_fit,
     estimate,
     model_shape,
-    must_train,
     plan,
     run_of,
     tensor_infos,
@@ -81,7 +81,7 @@ def plan_job(config: TrainerConfig, shape: ModelShape | None, receipt: PrepareRe
     gpu = GPUS.get(config.gpu or "")
     try:
         if gpu is not None:
-            must_train(gpu)
+            check_gpu(gpu, config.spec.quantization)
         return _planned(config, shape, gpu, receipt)
     except FieldMistake as mistake:
         raise UserError(mistake.field, mistake.value, mistake.allowed) from None
@@ -121,6 +121,7 @@ def predicted(
         targets: how many of them count; None: all.
 
     """
+    gpu = GPUS.get(config.gpu or "")
     run = run_of(
         config.spec,
         shape,
@@ -128,8 +129,9 @@ def predicted(
         checkpointing=config.gradient_checkpointing,
         row=max(rows),
         cuda=config.device == "CUDA",
+        gpu=gpu,
     )
-    return estimate(replace(run, rows=rows, targets=targets), GPUS.get(config.gpu or "")).as_status()
+    return estimate(replace(run, rows=rows, targets=targets), gpu).as_status()
 
 
 def longest_of(config: TrainerConfig, receipt: PrepareReceipt) -> int:

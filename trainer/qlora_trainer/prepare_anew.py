@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from qlora_trainer.chat import load_tokenizer
+from qlora_trainer.compute_type import device_problem
 from qlora_trainer.data.prepare import prepare_data
 from qlora_trainer.errors import UserError
 from qlora_trainer.fetch import FetchedModel, fetch_model, fetch_rows, tokenizer_hash
@@ -58,6 +61,8 @@ def check_architecture(config: TrainerConfig, model: FetchedModel) -> None:
         UserError: names the field that must change.
 
     """
+    if config.device == "CPU" and (problem := device_problem(config.spec.quantization, torch.device("cpu"))):
+        raise problem
     check_base(model.path, config.spec.quantization)
     skeleton = meta_model(model.path)
     add_lora(skeleton, config.spec.lora, config.spec.training.seed, model.source)

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from qlora_api.spec import ComputeType
 from qlora_trainer import state
 from qlora_trainer.attempt import Run, Trainer
 from qlora_trainer.checkpoints import Checkpoint, FileEntry, pack_tensors, unpack_tensors
 from qlora_trainer.environment import environment
 from qlora_trainer.errors import CheckpointError, UserError
 from qlora_trainer.history import HISTORY_FILE
+from qlora_trainer.loss_scale import LossScale
 from qlora_trainer.reshard import reshard
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ def save(trainer: Trainer, run: Run, *, with_eval: bool) -> None:
                 "run": run.meta,
                 "world_size": ranks.world_size,
                 "sharded": sharded,
+                "compute_type": trainer.config.spec.quantization.compute_type,
                 "base_revision": trainer.prepared.model_revision,
                 "data_hash": trainer.data.receipt.data_hash,
             }
@@ -60,18 +63,16 @@ def save(trainer: Trainer, run: Run, *, with_eval: bool) -> None:
 
 
 def resume_or_start(trainer: Trainer) -> Run:
-    """Take up the newest checkpoint that is whole, or start at step 0. All ranks take the same one."""
-    ranks = trainer.ranks
-    newest = trainer.checkpoints.newest() if ranks.is_first else None
-    step = ranks.gather(newest.step if newest else None)[0]
-    if step is None:
+    """Take up the newest checkpoint that is whole, or start at step 0. A collective."""
+    ranks, checkpoint = trainer.ranks, trainer.resumes
+    scaled = trainer.config.spec.quantization.compute_type is ComputeType.FLOAT16
+    if checkpoint is None:
         note_attempt(trainer, 0)
-        return Run()
-    checkpoint = newest or trainer.checkpoints.at(step)
+        return Run(loss_scale=LossScale() if scaled else None)
     must_fit(checkpoint, trainer)
     state.load_adapter_tensors(trainer.model, unpack_tensors(checkpoint.read(state.ADAPTER_FILE)))
     state.load_optimizer_tensors(trainer.engine, own_shard(checkpoint, trainer))
-    run = Run(**checkpoint.meta["run"])
+    run = Run.from_meta(checkpoint.meta["run"])
     trainer.board.update(
         step=run.step, first_step=run.step, eval_loss=as_text(run.eval_loss), best_eval_loss=as_text(run.best_eval_loss)
     )
@@ -91,6 +92,7 @@ def note_attempt(trainer: Trainer, step: int) -> None:
         microBatchSize=batch.micro_batch_size,
         gradientAccumulationSteps=batch.gradient_accumulation_steps,
         gradientCheckpointing=config.gradient_checkpointing,
+        computeType=config.spec.quantization.compute_type,
         device=trainer.board.device,
         environment=environment(),
     )

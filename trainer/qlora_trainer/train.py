@@ -25,6 +25,7 @@ from qlora_trainer.errors import NonFiniteLossError, PreemptedError
 from qlora_trainer.evaluate import evaluate
 from qlora_trainer.finish import publish_run
 from qlora_trainer.heartbeat import Section
+from qlora_trainer.loss_scale import LossScale
 from qlora_trainer.metrics import Board, peak_bytes, serve
 from qlora_trainer.optim import learning_rate
 from qlora_trainer.outcome import LastSeen, progress_of
@@ -114,19 +115,24 @@ def train_step(trainer: Trainer, run: Run, steps: Iterator[Step]) -> bool:
     trainer.board.add("qlora_data_wait_seconds", waited)
     state.seed_step(trainer.config.spec.training.seed, run.step, trainer.ranks.rank)
     with trainer.board.section("Train"):
-        loss_sum = accumulate(trainer.engine, step, trainer.ranks)
+        scale = run.loss_scale.scale if run.loss_scale else None
+        loss_sum = accumulate(trainer.engine, step, trainer.ranks, scale)
         due = trainer.ranks.is_first and minutes_are_up(trainer)
         total, stopping, minutes, *own_seconds = trainer.ranks.sum(
             loss_sum, trainer.stop.is_set, due, *trainer.pace.of_this_rank()
         )
         trainer.board.update(slowest=trainer.pace.slowest(own_seconds))
         loss = total / step.target_tokens
-        must_be_finite("loss", loss, run)
+        if run.loss_scale is None:
+            must_be_finite("loss", loss, run)
         gradients = {MemoryComponent.GRADIENTS.value: state.gradient_bytes(trainer.engine)}
         rate = learning_rate(trainer.config.spec.training, run.step, trainer.total_steps)
         with trainer.ranks.heartbeat.during(Section.OPTIMIZER):
-            norm = apply_update(trainer.engine, float(trainer.config.spec.training.max_grad_norm), rate)
-        must_be_finite("gradient norm", norm, run)
+            norm = apply_update(trainer.engine, float(trainer.config.spec.training.max_grad_norm), rate, scale)
+        if run.loss_scale is None:
+            must_be_finite("gradient norm", norm, run)
+        else:
+            run.loss_scale = next_loss_scale(run.loss_scale, loss, norm, run)
     run.saw(step)
     trainer.ranks.heartbeat.step = run.step
     if minutes:
@@ -154,11 +160,33 @@ def must_be_finite(what: str, value: float, run: Run) -> None:
         )
 
 
+def next_loss_scale(before: LossScale, loss: float, norm: float, run: Run) -> LossScale:
+    """Return the loss scale after a float16 step; an overflow, whose update was left out, is counted and halves it.
+
+    Raises:
+        NonFiniteLossError: there is nothing left to halve, or the loss overflowed and the gradients did not.
+
+    """
+    finite = math.isfinite(norm)
+    if before.is_smallest or finite:
+        must_be_finite("loss", loss, run)
+        must_be_finite("gradient norm", norm, run)
+    after = before.after(finite=finite)
+    if not finite:
+        log.warning(
+            "step %d overflowed in Float16: its update was left out, the loss scale goes from %g to %g",
+            run.step + 1,
+            before.scale,
+            after.scale,
+        )
+    return after
+
+
 def show_step(
     trainer: Trainer, run: Run, step: Step, loss: float, rate: float, norm: float, seconds: float, waited: float
 ) -> None:
     """Put a step's figures on the board."""
-    board = trainer.board
+    board, scaling = trainer.board, run.loss_scale
     board.step_took(seconds)
     board.add("qlora_tokens", step.tokens)
     report = board.report
@@ -171,10 +199,11 @@ def show_step(
     for name, value in (
         ("qlora_step", run.step),
         ("qlora_epoch", epoch),
-        ("qlora_loss", loss),
+        *((("qlora_loss", loss),) if math.isfinite(loss) else ()),
         ("qlora_learning_rate", rate),
         ("qlora_gradient_norm", norm),
         ("qlora_tokens_per_second", speed),
+        *((("qlora_loss_scale", scaling.scale), ("qlora_skipped_steps", scaling.skipped_steps)) if scaling else ()),
     ):
         board.set(name, value)
     trainer.history.step(
@@ -186,11 +215,12 @@ def show_step(
         tokens=step.tokens,
         seconds=seconds,
         dataSeconds=waited,
+        **({"lossScale": scaling.scale, "skippedSteps": scaling.skipped_steps} if scaling else {}),
     )
     board.update(
         step=run.step,
         epoch=f"{epoch:.2f}",
-        loss=f"{loss:.6g}",
+        loss=f"{loss:.6g}" if math.isfinite(loss) else report.loss,
         learning_rate=f"{rate:.4g}",
         tokens_per_second=f"{speed:.1f}",
         eta_seconds=round(left / speed),
@@ -281,5 +311,6 @@ def finished(trainer: Trainer, run: Run) -> TerminationMessage:
             else ""
         ),
         progress=progress_of(report),
+        compute_type=report.compute_type,
         memory=Memory(predicted=memory.predicted, measured={k: int(v) for k, v in zip(measured, largest, strict=True)}),
     )

@@ -21,7 +21,7 @@ ladder               the next smaller choice after running out of memory
 from qlora_api.memory.cost import Cost, Span, cost, flop_per_token
 from qlora_api.memory.estimate import MemoryEstimate, Moment, Run, estimate
 from qlora_api.memory.families import model_shape
-from qlora_api.memory.gpus import GPUS, Gpu, gpu_named, gpu_of_device, must_train
+from qlora_api.memory.gpus import GPUS, Gpu, check_gpu, gpu_named, gpu_of_device, resolved
 from qlora_api.memory.headers import HeaderError, TensorInfo, header_length, parse_header, shard_names, tensor_infos
 from qlora_api.memory.ladder import Choice, Rung, next_smaller
 from qlora_api.memory.planner import NoFit, Plan, Request, plan, plan_of, run_of
@@ -47,6 +47,7 @@ __all__ = [
     "Rung",
     "Span",
     "TensorInfo",
+    "check_gpu",
     "cost",
     "does_not_fit",
     "estimate",
@@ -55,12 +56,12 @@ __all__ = [
     "gpu_of_device",
     "header_length",
     "model_shape",
-    "must_train",
     "next_smaller",
     "parse_header",
     "plan",
     "plan_of",
     "remedies",
+    "resolved",
     "run_of",
     "shard_names",
     "tensor_infos",

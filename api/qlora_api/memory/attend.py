@@ -51,7 +51,7 @@ def _scores(pen: Pen, attention: Attention, query: Value, key: Value, value: Val
         case AttentionKind.MASKED:
             return _masked(pen, attention, query, key, value)
         case _:
-            flash = pen.setting.cuda and pen.width != FP32 and not attention.dropout
+            flash = pen.setting.cuda and pen.setting.flash and pen.width != FP32 and not attention.dropout
             return (_packed_flash if flash else _packed_rows)(pen, attention, query, key, value)
 
 

@@ -68,6 +68,8 @@ class Run:
     """Tokens that count; None: all."""
     cuda: bool = True
     """False: a CPU rank, where nothing but tensors counts."""
+    flash: bool = True
+    """The GPU has flash attention; without it each row is a call of memory-efficient attention."""
     software: Software = OURS
 
 
@@ -178,6 +180,7 @@ def _setting(run: Run, adapter: Adapter, *, dequantizes: bool = True) -> Setting
         quantization=run.quantization,
         rows=run.rows,
         cuda=run.cuda,
+        flash=run.flash,
         dequantizes=dequantizes,
         targets=run.targets,
         software=run.software,

@@ -10,10 +10,10 @@ from qlora_api.batch import TOKENS_PER_MICRO_BATCH, BatchSplit, split_batch
 from qlora_api.errors import FieldMistake
 from qlora_api.memory.cost import Span, seconds_per_token
 from qlora_api.memory.estimate import MemoryEstimate, Run, estimate
-from qlora_api.memory.gpus import GIB, Gpu, must_train
+from qlora_api.memory.gpus import GIB, Gpu, check_gpu, resolved
 from qlora_api.memory.shape import ModelShape
 from qlora_api.memory.weights import FOUR_BIT, Adapter
-from qlora_api.spec import GradientCheckpointing, Offload, QLoRAJobSpec
+from qlora_api.spec import ComputeType, GradientCheckpointing, Offload, QLoRAJobSpec
 from qlora_api.status import MemoryComponent
 
 
@@ -52,6 +52,8 @@ class Plan:
     row: int
     """Tokens of a sequence it was made for."""
     shape: ModelShape
+    compute_type: ComputeType
+    """As resolved for the GPU."""
     correction: float = 1.0
     """Of the request."""
 
@@ -105,7 +107,7 @@ def plan(request: Request) -> Plan | NoFit:
 
 def _must_suit(request: Request) -> None:
     spec, shape = request.spec, request.shape
-    must_train(request.gpu)
+    check_gpu(request.gpu, spec.quantization)
     if shape.max_positions is not None and spec.dataset.max_length > shape.max_positions:
         raise FieldMistake(
             "spec.dataset.maxLength",
@@ -132,11 +134,11 @@ def _must_suit(request: Request) -> None:
 def plan_of(request: Request, batch: BatchSplit, *, checkpointing: bool) -> Plan:
     """What one choice needs, whether it fits or not."""
     spec, adapter = request.spec, Adapter(request.shape, request.spec.lora)
-    run = run_of(spec, request.shape, batch, checkpointing=checkpointing, row=request.row)
+    run = run_of(spec, request.shape, batch, checkpointing=checkpointing, row=request.row, gpu=request.gpu)
     speed = seconds_per_token(
         request.shape,
         adapter,
-        spec.quantization,
+        run.quantization,
         request.gpu,
         row=request.row,
         tokens=request.row * batch.micro_batch_size,
@@ -152,12 +154,20 @@ def plan_of(request: Request, batch: BatchSplit, *, checkpointing: bool) -> Plan
         seconds_per_token=speed,
         row=request.row,
         shape=request.shape,
+        compute_type=run.quantization.compute_type,
         correction=request.correction,
     )
 
 
 def run_of(
-    spec: QLoRAJobSpec, shape: ModelShape, batch: BatchSplit, *, checkpointing: bool, row: int, cuda: bool = True
+    spec: QLoRAJobSpec,
+    shape: ModelShape,
+    batch: BatchSplit,
+    *,
+    checkpointing: bool,
+    row: int,
+    cuda: bool = True,
+    gpu: Gpu | None = None,
 ) -> Run:
     """A choice as inputs of :func:`qlora_api.memory.estimate.estimate`.
 
@@ -168,12 +178,13 @@ def run_of(
         checkpointing: layers are computed again.
         row: tokens of the longest sequence.
         cuda: False for ranks on a CPU.
+        gpu: of each rank, where it is known.
 
     """
     return Run(
         shape=shape,
         lora=spec.lora,
-        quantization=spec.quantization,
+        quantization=resolved(spec.quantization, gpu, cuda=cuda),
         optimizer=spec.training.optimizer,
         parallelism=spec.parallelism,
         world_size=batch.world_size,
@@ -181,6 +192,7 @@ def run_of(
         checkpointing=checkpointing,
         accumulates=batch.gradient_accumulation_steps > 1,
         cuda=cuda,
+        flash=gpu is None or gpu.ampere,
     )
 
 
@@ -201,6 +213,8 @@ def _notes(plan: Plan) -> Iterator[str]:
             f"ZeRO stage {plan.zero_stage} brings DeepSpeed's buckets for gradients, "
             f"{plan.memory.components.get(MemoryComponent.COLLECTIVE_BUFFERS, 0) / GIB:.1f} GiB"
         )
+    if plan.compute_type is ComputeType.BFLOAT16 and not plan.gpu.ampere:
+        yield f"{plan.gpu.name} has no bf16 in hardware: BFloat16 is emulated and slow, Float16 is what it is fast in"
     if plan.memory.paged_bytes:
         yield f"{plan.memory.paged_bytes / GIB:.2f} GiB of optimizer state may move to host memory under pressure"
 

@@ -94,8 +94,8 @@ def _changes(spec: QLoRAJobSpec, world_size: int) -> Iterator[tuple[str, str, QL
     elif not quantization.double_quantization:
         yield "spec.quantization.doubleQuantization", "true", changed(spec, "quantization", double_quantization=True)
     if quantization.compute_type is ComputeType.FLOAT32:
-        bf16 = ComputeType.BFLOAT16
-        yield "spec.quantization.computeType", bf16, changed(spec, "quantization", compute_type=bf16)
+        changes = changed(spec, "quantization", compute_type=ComputeType.AUTO)
+        yield "spec.quantization.computeType", ComputeType.AUTO, changes
     if training.optimizer is not Optimizer.PAGED_ADAMW_8BIT and sharing.offload is Offload.NONE:
         small = Optimizer.PAGED_ADAMW_8BIT
         yield "spec.training.optimizer", small, changed(spec, "training", optimizer=small)
@@ -137,7 +137,7 @@ def _smaller_rank(request: Request) -> Remedy | None:
 def _other_gpu(request: Request) -> Remedy | None:
     """The smallest GPU of the table that holds it."""
     larger = sorted(
-        (gpu for gpu in GPUS.values() if gpu.memory_bytes > request.gpu.memory_bytes and gpu.flash),
+        (gpu for gpu in GPUS.values() if gpu.memory_bytes > request.gpu.memory_bytes and gpu.ampere),
         key=lambda gpu: gpu.memory_bytes,
     )
     for gpu in larger:

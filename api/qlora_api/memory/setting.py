@@ -44,6 +44,8 @@ class Setting:
     rows: tuple[int, ...]
     """Tokens of each row; they lie end to end in one sequence."""
     cuda: bool = True
+    flash: bool = True
+    """The GPU has flash attention."""
     dequantizes: bool = True
     """False leaves the dequantized weight out, to see what it adds."""
     targets: int | None = None

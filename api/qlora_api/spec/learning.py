@@ -19,7 +19,9 @@ class QuantizationType(StrEnum):
 
 
 class ComputeType(StrEnum):
+    AUTO = "Auto"
     BFLOAT16 = "BFloat16"
+    FLOAT16 = "Float16"
     FLOAT32 = "Float32"
 
 
@@ -31,8 +33,18 @@ class QuantizationSpec(Model):
     4-bit on disk is loaded as it is and must be of this type."""
     double_quantization: bool = True
     """Quantize the absmax constants of NF4 and FP4 too: 0.127 instead of 0.5 bits a parameter."""
-    compute_type: ComputeType = ComputeType.BFLOAT16
-    """Type in which the base computes; Float32 for comparison and for CPUs without bf16."""
+    compute_type: ComputeType = ComputeType.AUTO
+    """Type in which the base computes. Auto follows the device at the first attempt, and later attempts keep it:
+    BFloat16 on GPUs of compute capability 8.0 or higher and on CPUs with bf16 instructions, Float16 with dynamic loss
+    scaling on GPUs of capability 7.x (T4, V100), Float32 on other CPUs. Float16 is not available with type INT8."""
+    rules: ClassVar = (
+        Rule(
+            "self.type != 'INT8' || self.computeType != 'Float16'",
+            "computeType Float16 is not available with type INT8: set Auto, BFloat16 or Float32, or type NF4",
+            "computeType",
+            lambda q: q.type is not QuantizationType.INT8 or q.compute_type is not ComputeType.FLOAT16,
+        ),
+    )
 
 
 class LoRABias(StrEnum):

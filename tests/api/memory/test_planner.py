@@ -16,6 +16,7 @@ from qlora_api.memory import (
     Request,
     cost,
     does_not_fit,
+    estimate,
     gpu_named,
     gpu_of_device,
     model_shape,
@@ -23,9 +24,12 @@ from qlora_api.memory import (
     plan,
     plan_of,
     remedies,
+    run_of,
 )
 from qlora_api.memory.gpus import known_gpu
-from qlora_api.spec import Offload
+from qlora_api.memory.remedies import changed
+from qlora_api.spec import ComputeType, Offload, QuantizationType
+from qlora_api.status import MemoryComponent
 
 from .shapes import LLAMA_8B, LLAMA_70B, figures, llama_8b, spec
 
@@ -287,6 +291,8 @@ DEVICES = [
     ("Tesla T4", "t4-16gb"),
     ("Tesla V100-SXM2-16GB", "v100-16gb"),
     ("Tesla V100-PCIE-32GB", "v100-32gb"),
+    ("Tesla P100-PCIE-16GB", "p100-16gb"),
+    ("Tesla P100-SXM2-16GB", "p100-16gb"),
     ("NVIDIA A100-SXM4-80GB-SHARED", "a100-80gb"),  # time-slicing, as feature discovery has it
     ("NVIDIA A100-SXM-64GB", None),
     ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
@@ -323,10 +329,48 @@ def test_a_device_has_speeds_of_the_table_and_memory_of_its_own(device, speed):
     assert (found.memory_bytes, found.tflops, found.hopper) == (123, GPUS[speed].tflops, GPUS[speed].hopper)
 
 
-@pytest.mark.parametrize("gpu", ["t4-16gb", "v100-32gb"])
-def test_a_gpu_without_bf16_is_refused_with_what_works(gpu):
-    with pytest.raises(FieldMistake, match=rf'spec.scheduling.nodeSelector: "{gpu}" has neither bf16 .* Ampere'):
-        plan(request(gpu))
+@pytest.mark.parametrize(
+    ("gpu", "wanted", "planned"),
+    [
+        ("t4-16gb", "Auto", "Float16"),
+        ("v100-16gb", "Auto", "Float16"),
+        ("a100-40gb", "Auto", "BFloat16"),
+        ("rtx5090-32gb", "Auto", "BFloat16"),
+        ("t4-16gb", "Float32", "Float32"),
+        ("t4-16gb", "BFloat16", "BFloat16"),
+        ("h100-80gb", "Float16", "Float16"),
+    ],
+)
+def test_auto_follows_the_gpu_and_a_named_compute_type_is_obeyed(gpu, wanted, planned):
+    asked = request(gpu)
+    found = plan(replace(asked, spec=changed(asked.spec, "quantization", compute_type=ComputeType(wanted))))
+    assert isinstance(found, Plan)
+    assert found.compute_type == planned
+    emulated = any("no bf16 in hardware" in note for note in found.notes)
+    assert emulated == (wanted == "BFloat16" and gpu == "t4-16gb")
+
+
+def test_a_gpu_without_tensor_cores_is_refused_with_what_works():
+    with pytest.raises(FieldMistake, match=r'nodeSelector: "p100-16gb" has compute capability 6.0; .*7.0'):
+        plan(request("p100-16gb"))
+
+
+def test_int8_is_refused_on_a_gpu_that_would_compute_it_in_float16():
+    asked = request("t4-16gb")
+    int8 = replace(asked, spec=changed(asked.spec, "quantization", type=QuantizationType.INT8))
+    with pytest.raises(FieldMistake, match=r'spec.quantization.type: "INT8" is not available on t4-16gb'):
+        plan(int8)
+
+
+def test_without_flash_attention_keys_and_values_are_repeated_for_their_groups():
+    asked, one = request(), BatchSplit(world_size=1, micro_batch_size=1, gradient_accumulation_steps=16)
+    turing, ampere = (
+        estimate(run_of(asked.spec, asked.shape, one, checkpointing=False, row=1024, gpu=GPUS[gpu]))
+        for gpu in ("t4-16gb", "a100-40gb")
+    )
+    assert turing.components[MemoryComponent.ACTIVATIONS] > ampere.components[MemoryComponent.ACTIVATIONS]
+    same = (MemoryComponent.QUANTIZED_WEIGHTS, MemoryComponent.UNQUANTIZED_WEIGHTS, MemoryComponent.ADAPTER_WEIGHTS)
+    assert [turing.components[c] for c in same] == [ampere.components[c] for c in same]
 
 
 def test_published_speeds_lie_within_what_is_expected():

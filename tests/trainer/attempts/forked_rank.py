@@ -5,6 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+EMULATED_FLOAT16 = "TEST_INITIAL_LOSS_SCALE"
+"""Set to an initial loss scale, it has this CPU's slow float16 taken for hardware's."""
+
+
+def emulate_float16(initial_scale: float) -> None:
+    from functools import partial
+
+    from qlora_trainer import compute_type, loss_scale, resume
+
+    compute_type.fp16_in_hardware = lambda _: True
+    resume.LossScale = partial(loss_scale.LossScale, scale=initial_scale)
+
 
 def run_rank(config_path: str, log_path: str, environment: dict[str, str], rank: int, world_size: int) -> None:
     """What ``python -m qlora_trainer.rank`` does under torchrun."""
@@ -17,5 +29,7 @@ def run_rank(config_path: str, log_path: str, environment: dict[str, str], rank:
     from qlora_trainer.outcome import guarded
     from qlora_trainer.train import train
 
+    if initial := environment.get(EMULATED_FLOAT16):
+        emulate_float16(float(initial))
     config = TrainerConfig.model_validate_json(Path(config_path).read_bytes())
     os._exit(guarded(config, lambda seen: train(config, seen)))

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from rows import flatten, random_rows
 
 from qlora_api.batch import BatchSplit
 from qlora_api.spec import LoRASpec, ParallelismSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer import state
-from qlora_trainer.engine import Ranks, apply_update, join_ranks, wrap_deepspeed
-from qlora_trainer.loss import NextTokenLoss, call_arguments, head_is_plain
+from qlora_trainer.engine import Ranks, accumulate, apply_update, join_ranks, wrap_deepspeed
+from qlora_trainer.loss import NextTokenLoss, head_is_plain
 from qlora_trainer.model import add_lora, enable_gradient_checkpointing, load_base
 
 ACCUMULATION = 2
@@ -39,7 +42,9 @@ def build(case: dict[str, Any], model: Path, ranks: Ranks) -> Any:
     return wrap_deepspeed(loss, training, parallelism, split, ranks.device)
 
 
-def steps(engine: Any, ranks: Ranks, first: int, last: int) -> tuple[list[float], list[float]]:
+def steps(
+    engine: Any, ranks: Ranks, first: int, last: int, scale: float | None = None
+) -> tuple[list[float], list[float]]:
     """Losses and gradient norms; step n has the same four rows however many ranks there are."""
     losses, norms = [], []
     for step in range(first, last):
@@ -48,41 +53,47 @@ def steps(engine: Any, ranks: Ranks, first: int, last: int) -> tuple[list[float]
         share = len(rows) // (ranks.world_size * ACCUMULATION)
         targets = sum(len(r) - 1 for r in rows)
         mine = rows[ranks.rank :: ranks.world_size]
-        total = 0.0
-        for index in range(ACCUMULATION):
-            engine.set_gradient_accumulation_boundary(index == ACCUMULATION - 1)
-            batch = flatten(mine[index * share : (index + 1) * share])
-            loss = engine(*call_arguments(batch, ranks.device)).sum()
-            engine.backward(loss * (ranks.world_size / targets), scale_wrt_gas=False)
-            total += loss.item()
-        norms.append(apply_update(engine, 0.3, 1e-3))
+        batches = [flatten(mine[index * share : (index + 1) * share]) for index in range(ACCUMULATION)]
+        total = accumulate(engine, SimpleNamespace(micro_batches=batches, target_tokens=targets), ranks, scale)
+        norms.append(apply_update(engine, 0.3, 1e-3, scale))
         losses.append(ranks.sum(total)[0] / targets)
     return losses, norms
 
 
 def run(case: dict[str, Any], model: Path, ranks: Ranks) -> dict[str, Any]:
-    engine = build(case, model, ranks)
-    losses, norms = steps(engine, ranks, 0, 3)
+    engine, scale = build(case, model, ranks), case.get("lossScale")
+    losses, norms = steps(engine, ranks, 0, 3, scale)
+    skipped = leave_out_a_step(engine, ranks) if scale else {}
     adapter = state.adapter_tensors(engine.module.model)
     optimizer = state.optimizer_tensors(engine)
-    onward, _ = steps(engine, ranks, 3, 6)
+    onward, _ = steps(engine, ranks, 3, 6, scale)
     second = build(case, model, ranks)
     state.load_adapter_tensors(second.module.model, adapter)
     state.load_optimizer_tensors(second, optimizer)
-    resumed, _ = steps(second, ranks, 3, 6)
+    resumed, _ = steps(second, ranks, 3, 6, scale)
     third = build(case, model, ranks)
     with state.unchanged(third):
-        steps(third, ranks, 6, 8)
-    rehearsed, _ = steps(third, ranks, 0, 3)
+        steps(third, ranks, 6, 8, scale)
+    rehearsed, _ = steps(third, ranks, 0, 3, scale)
     return {
         "losses": losses,
         "norms": norms,
+        "skipped": skipped,
         "onward": onward,
         "resumed": resumed,
         "rehearsed": rehearsed,
         "files": {"adapter": sorted(adapter), "optimizer": sorted(optimizer)},
         "optimizer_bytes": state.optimizer_bytes(second),
     }
+
+
+def leave_out_a_step(engine: Any, ranks: Ranks) -> dict[str, Any]:
+    """Take a step whose scaled loss overflows float16, and compare what it must not change. A collective."""
+    before = state.adapter_tensors(engine.module.model), state.optimizer_tensors(engine)
+    _, (norm,) = steps(engine, ranks, 9, 10, scale=2.0**60)
+    after = state.adapter_tensors(engine.module.model), state.optimizer_tensors(engine)
+    same = all(torch.equal(old[name], new[name]) for old, new in zip(before, after, strict=True) for name in old)
+    return {"norm_is_finite": math.isfinite(norm), "changed": not same, "gradient_bytes": state.gradient_bytes(engine)}
 
 
 def main() -> None:

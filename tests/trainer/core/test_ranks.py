@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
+FLOAT16 = {"quantization": {"computeType": "Float16"}, "lossScale": 4096.0}
 DROPOUT = {"lora": {"dropout": "0.1"}}
 
 CASES = {
@@ -30,7 +31,10 @@ CASES = {
     "fp4": {"quantization": {"type": "FP4"}},
     "int8": {"quantization": {"type": "INT8"}},
     "16-bit": {"quantization": {"type": "None"}},
+    **{f"float16-zero-{stage}": {**FLOAT16, "parallelism": {"zeroStage": stage}} for stage in range(4)},
+    "float16-offload": {**FLOAT16, "parallelism": {"zeroStage": 2, "offload": "Optimizer"}},
 }
+SCALED = [name for name, case in CASES.items() if "lossScale" in case]
 SAME_TRAINING = (
     "zero-1",
     "zero-2",
@@ -84,6 +88,22 @@ def test_sharing_and_saving_memory_do_not_change_the_training(case, on_two_ranks
     reference, seen = on_two_ranks["zero-0"], on_two_ranks[case]
     assert seen["losses"] == pytest.approx(reference["losses"], rel=1e-3)
     assert seen["norms"] == pytest.approx(reference["norms"], rel=2e-2)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", SCALED)
+def test_float16_with_a_loss_scale_trains_as_the_default_does(case, on_two_ranks):
+    reference, seen = on_two_ranks["zero-0"], on_two_ranks[case]
+    assert seen["losses"] == pytest.approx(reference["losses"], rel=2e-3)
+    assert seen["norms"] == pytest.approx(reference["norms"], rel=5e-2)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", SCALED)
+def test_an_overflow_in_float16_changes_neither_weights_nor_optimizer(case, on_two_ranks):
+    seen = on_two_ranks[case]["skipped"]
+    assert not seen["norm_is_finite"]
+    assert not seen["changed"]
 
 
 @pytest.mark.ranks

@@ -1,0 +1,75 @@
+"""The compute type of whole attempts: Auto, what a resumed run keeps, and float16 with its loss scale."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_api.contract import ExitCode
+from qlora_trainer import compute_type
+from qlora_trainer.hardware import bf16_in_hardware
+
+pytestmark = pytest.mark.ranks
+SHORT = {"epochs": None, "maxSteps": 6}
+
+
+def history_of(ended):
+    lines = (Path(ended.message.adapter.uri) / "training_history.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_auto_is_what_this_cpu_is_fast_in_and_stands_in_message_manifest_and_history(workshop):
+    ended = workshop.run(workshop.config(training=SHORT))
+    assert ended.code == ExitCode.DONE, ended.log[-3000:]
+    best = "BFloat16" if bf16_in_hardware(torch.device("cpu")) else "Float32"
+    manifest = json.loads(Path(ended.message.adapter.manifest_uri).read_text())
+    attempts = [line["computeType"] for line in history_of(ended) if "fromStep" in line]
+    assert [ended.message.compute_type, manifest["config"]["quantization"]["computeType"], *attempts] == [best] * 3
+
+
+def test_a_resumed_run_keeps_its_type_and_refuses_another(workshop):
+    checkpoint = {"everySteps": 2}
+    first = workshop.config(training=SHORT, checkpoint=checkpoint, quantization={"computeType": "Float32"})
+    assert workshop.prepare(first) == ExitCode.DONE
+    workshop.kill_at(first, step=3)
+    other = workshop.config(2, training=SHORT, checkpoint=checkpoint, quantization={"computeType": "BFloat16"})
+    refused = workshop.train(other)
+    assert refused.code == ExitCode.USER_ERROR, refused.log[-3000:]
+    assert 'spec.quantization.computeType: "BFloat16" differs from Float32' in refused.text
+    resumed = workshop.train(workshop.config(3, training=SHORT, checkpoint=checkpoint))
+    assert resumed.code == ExitCode.DONE, resumed.log[-3000:]
+    assert resumed.message.compute_type == "Float32"
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_float16_skips_overflows_and_resumes_with_its_loss_scale_bit_for_bit(stage, workshop, monkeypatch):
+    monkeypatch.setenv("TEST_INITIAL_LOSS_SCALE", str(2.0**40))  # some steps overflow before the scale suits
+    monkeypatch.setattr(compute_type, "fp16_in_hardware", lambda _: True)
+    steps = 40
+    changes = {
+        "training": {"epochs": None, "maxSteps": steps, "evaluation": {"everySteps": steps}},
+        "quantization": {"computeType": "Float16"},
+        "parallelism": {"zeroStage": stage},
+        "checkpoint": {"everySteps": 1},
+    }
+    first = workshop.config(**changes)
+    assert workshop.prepare(first) == ExitCode.DONE
+    stopped = workshop.kill_at(first, step=20)
+    resumed = workshop.train(workshop.config(2, **changes))
+    assert resumed.code == ExitCode.DONE, resumed.log[-3000:]
+    assert min(resumed.losses) > 1
+    assert resumed.message.compute_type == "Float16"
+    last = [line for line in history_of(resumed) if "lossScale" in line][-1]
+    shutil.rmtree(workshop.folder / "checkpoints")
+    shutil.rmtree(workshop.folder / "out")
+    undisturbed = workshop.run(workshop.config(3, **changes))
+    assert undisturbed.code == ExitCode.DONE, undisturbed.log[-3000:]
+    assert {**stopped.losses, **resumed.losses} == undisturbed.losses
+
+    assert last["skippedSteps"] > 0
+    assert last["lossScale"] == 2.0 ** (40 - last["skippedSteps"])
+    assert undisturbed.losses[steps] < undisturbed.losses[1]
