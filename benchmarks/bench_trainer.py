@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ BARS = {"ours, unpacked": 1.1, "ours, packed": 2.0}
 """Least ratio to the stock script."""
 STOCK, STOCK_PLAIN, UNPACKED, PACKED = "stock", "stock, no checkpointing", "ours, unpacked", "ours, packed"
 VARIANTS = (STOCK, STOCK_PLAIN, UNPACKED, PACKED)
+COMPUTE_TYPES = ("Auto", "BFloat16", "Float32")
+SHARE_FOR_COMPUTE_TYPES = 5
+"""One row of so many is trained in each compute type: one of them is ten times slower on some CPUs."""
+AUTO_BAR = 0.95
+"""Least speed of Auto, by that of the faster of the two types named explicitly."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,10 @@ class Measured:
     """Of rank 0's processor time, which others on the machine do not lengthen; waiting for other ranks is not in it."""
 
 
-def trainer_config(model: Path, data: Path, work: Path, *, packing: bool) -> Any:
+Runs = dict[str, list[Measured]]
+
+
+def trainer_config(model: Path, data: Path, work: Path, *, packing: bool, compute_type: str = "Auto") -> Any:
     """The same job for this trainer."""
     from qlora_api.batch import BatchSplit  # noqa: PLC0415
     from qlora_api.contract import JobRef, TrainerConfig  # noqa: PLC0415
@@ -62,6 +71,7 @@ def trainer_config(model: Path, data: Path, work: Path, *, packing: bool) -> Any
             "maxLength": corpus.MAX_LENGTH,
             "packing": packing,
         },
+        "quantization": {"computeType": compute_type},
         "lora": {"rank": RANK, "alpha": ALPHA},
         "training": {
             "epochs": 1,
@@ -109,7 +119,8 @@ def measure(variant: str, model: Path, data: Path, work: Path, profile: Path | N
         job.write_text(json.dumps(stock_settings(model, data, work, checkpointing=variant == STOCK)))
         command = [str(HERE / "stock_trainer.py"), str(job)]
     else:
-        config = trainer_config(model, data, work, packing=variant == PACKED)
+        compute_type = variant if variant in COMPUTE_TYPES else "Auto"
+        config = trainer_config(model, data, work, packing=variant == PACKED, compute_type=compute_type)
         job.write_text(config.model_dump_json(by_alias=True))
         subprocess.run([sys.executable, "-m", "qlora_trainer.prepare", job], check=True, capture_output=True)
         command = [str(HERE / "our_trainer.py"), str(job), str(report)]
@@ -143,11 +154,43 @@ def verdict(speeds: dict[str, float], cpu_speeds: dict[str, float]) -> tuple[str
     return "\n".join(lines), met
 
 
+def rounds(variants: Sequence[str], repeats: int, model: Path, data: Path, work: Path, profile: Path | None) -> Runs:
+    """Run the variants in turns.
+
+    Raises:
+        SystemExit: they did not train on the same number of tokens.
+
+    """
+    runs: Runs = {v: [] for v in variants}
+    for number in range(repeats):
+        for variant in variants:
+            measured = measure(variant, model, data, work, profile)
+            runs[variant].append(measured)
+            print(
+                f"run {number + 1}: {variant}: {measured.tokens_per_second:,.0f} tokens/s of {measured.tokens:,}",
+                flush=True,
+            )
+    if len({m.tokens for ms in runs.values() for m in ms}) > 1:
+        raise SystemExit("the variants did not train on the same number of tokens")
+    return runs
+
+
+def compute_types_verdict(runs: Runs) -> tuple[str, bool]:
+    """Return the table of compute types, and whether Auto is as fast as the faster of the others."""
+    speeds = {v: statistics.median(m.tokens_per_second for m in ms) for v, ms in runs.items()}
+    faster = max(speed for name, speed in speeds.items() if name != "Auto")
+    met = speeds["Auto"] >= AUTO_BAR * faster
+    lines = ["| computeType | tokens/s | × faster explicit type |", "|---|---|---|"]
+    lines += [f"| {name} | {speed:,.0f} | {speed / faster:.2f} |" for name, speed in speeds.items()]
+    return "\n".join([*lines, f"\nAuto ≥ {AUTO_BAR} × the faster one: {'met' if met else 'MISSED'}"]), met
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--only", choices=VARIANTS, action="append", help="leave the other variants out")
+    parser.add_argument("--compute-types", action="store_true", help="only this trainer in each compute type")
     parser.add_argument("--profile", type=Path, help="write where this trainer's time goes to files of this name")
     parser.add_argument("--gpu", action="store_true", help="an 8B-shaped model on one GPU instead")
     parser.add_argument("--out", type=Path, help="with --gpu: all that was measured, as JSON")
@@ -157,27 +200,23 @@ def main() -> int:
 
         return bench_gpu.main(arguments.out, arguments.profile)
     variants = arguments.only or VARIANTS
-    runs: dict[str, list[Measured]] = {v: [] for v in variants}
     with tempfile.TemporaryDirectory(prefix="qlora-bench-") as name:
         work = Path(name)
-        model, data = corpus.prepare(work, arguments.rows)
-        for number in range(arguments.repeats):
-            for variant in variants:
-                measured = measure(variant, model, data, work, arguments.profile)
-                runs[variant].append(measured)
-                print(
-                    f"run {number + 1}: {variant}: {measured.tokens_per_second:,.0f} tokens/s of {measured.tokens:,}",
-                    flush=True,
-                )
-    if len({m.tokens for ms in runs.values() for m in ms}) > 1:
-        raise SystemExit("the variants did not train on the same number of tokens")
+        few = corpus.prepare(work / "few", arguments.rows // SHARE_FOR_COMPUTE_TYPES)
+        types, fast = compute_types_verdict(
+            rounds(COMPUTE_TYPES, arguments.repeats, *few, work / "few", arguments.profile)
+        )
+        print(f"\n{types}\n", flush=True)
+        if arguments.compute_types:
+            return 0 if fast else 1
+        runs = rounds(variants, arguments.repeats, *corpus.prepare(work, arguments.rows), work, arguments.profile)
     speeds = {v: statistics.median(m.tokens_per_second for m in ms) for v, ms in runs.items()}
     cpu_speeds = {v: statistics.median(m.tokens_per_cpu_second for m in ms) for v, ms in runs.items()}
     if arguments.only:
         return 0
     table, met = verdict(speeds, cpu_speeds)
     print(f"\n{table}")
-    return 0 if met else 1
+    return 0 if met and fast else 1
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ def prepare(folder: Path, rows: int) -> tuple[Path, Path]:
     import torch  # noqa: PLC0415 the rest of this module does without
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
 
+    folder.mkdir(exist_ok=True)
     model, data = folder / "model", folder / f"rows-{rows}.jsonl"
     if data.exists():
         return model, data

@@ -19,7 +19,9 @@ from qlora_api.spec import QLoRAJobSpec
 
 _STEP = re.compile(r" step (\d+)/(\d+) loss (\S+) ")
 _EVAL = re.compile(r" step (\d+) eval loss (\S+) ")
-PATIENCE_SECONDS = 600
+PATIENCE_SECONDS = 1800
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+EMULATED_FLOAT16 = Path(__file__).with_name("emulated_float16.py")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Job:
     name: str
     folder: Path
     config: TrainerConfig
+    emulates_float16: bool = False
+    """Its ranks take the CPU's slow float16 for hardware's. The rows are those of a job before it."""
 
     @property
     def checkpoints(self) -> Path:
@@ -118,6 +122,13 @@ class Job:
         print(f"  {self.name}, attempt {self.config.attempt}", flush=True)
         with self._log.open("w") as log:
             command = [sys.executable, "-m", "qlora_trainer", str(path)]
+            if self.emulates_float16:
+                # Found in the cache: a Prepare of its own would refuse Float16 on a CPU.
+                subprocess.run(
+                    [sys.executable, "-m", "qlora_trainer.prepare", path], check=True, stdout=log, stderr=log
+                )
+                ranks = str(self.config.ranks_per_worker)
+                command = [sys.executable, *TORCHRUN, ranks, str(EMULATED_FLOAT16), str(path)]
             # The same threads whatever the ranks: sums of bf16 products depend on how they are cut.
             return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 

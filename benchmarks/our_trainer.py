@@ -16,10 +16,11 @@ import time
 from pathlib import Path
 
 from qlora_api.contract import TrainerConfig
-from qlora_trainer.attempt import Run, StopFlag, build
+from qlora_trainer.attempt import StopFlag, build
 from qlora_trainer.engine import join_ranks
 from qlora_trainer.metrics import Board
 from qlora_trainer.outcome import quiet_libraries
+from qlora_trainer.resume import resume_or_start
 from qlora_trainer.train import train_step
 
 WARM_UP = 2
@@ -33,7 +34,7 @@ def main() -> None:
     ranks = join_ranks(config.device, config.spec.policy.stall_timeout_seconds)
     board = Board(config, ranks)
     trainer = build(config, ranks, board, StopFlag())
-    run = Run()
+    run = resume_or_start(trainer)
     steps = trainer.batches.steps(0, trainer.total_steps)
     profile = cProfile.Profile() if len(sys.argv) > 3 and ranks.is_first else None
     seconds, cpu_seconds, tokens, losses = [], [], [], []

@@ -25,6 +25,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from qlora_trainer.hardware import fast_dtype
+
+DTYPE = fast_dtype(torch.device("cpu"))
+"""The stock script is given the type that is fast on this machine, too."""
+
 
 def load_model(settings: dict[str, Any]) -> Any:
     """NF4 with double quantization, and LoRA on all linear layers."""
@@ -34,9 +39,9 @@ def load_model(settings: dict[str, Any]) -> Any:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=DTYPE,
         ),
-        dtype=torch.bfloat16,
+        dtype=DTYPE,
         device_map={"": "cpu"},
     )
     model.config.use_cache = False
@@ -104,7 +109,7 @@ def main() -> None:
             lr_scheduler_type="cosine",
             max_grad_norm=0.3,
             optim="paged_adamw_8bit",
-            bf16=True,
+            bf16=DTYPE is torch.bfloat16,
             use_cpu=True,
             seed=settings["seed"],
             save_strategy="no",
