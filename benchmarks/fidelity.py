@@ -123,7 +123,7 @@ def compute_types(work: Path, rows: Rows) -> Part:
         for name, e in ended.items()
     ]
     text = (
-        f"{exact.total_steps} steps of 8 packs on the NF4 base. Float16 trained with dynamic loss scaling: at the end the "
+        f"{exact.total_steps} steps of 8 packs on the NF4 base. Float16 has dynamic loss scaling: at the end the "
         f"scale was {scales[-1]['lossScale']:g}, and {scales[-1]['skippedSteps']} updates had been left out.\n\n"
     )
     text += table(["computeType", "eval loss before", "after", "against Float32"], lines)
