@@ -110,6 +110,19 @@ def _learning(made: dashboard.Dashboard) -> None:
             min=0,
         )
     )
+    for title, text, metric in (
+        (
+            "Loss scale",
+            "Only in Float16: what losses are multiplied by. It halves at an overflow, and doubles after 2,000 steps.",
+            "qlora_loss_scale",
+        ),
+        (
+            "Skipped updates",
+            "Only in Float16: steps whose update was left out because the loss or a gradient overflowed.",
+            "qlora_skipped_steps",
+        ),
+    ):
+        made.with_panel(lines(title, text, "short", Query(f"max {EACH_JOB} ({metric}{{{JOB}}})", title.lower()), min=0))
 
 
 def _speed(made: dashboard.Dashboard) -> None:

@@ -129,7 +129,7 @@ def test_a_rank_with_a_gpu_exports_the_whole_catalogue(card):
         made.step_took(0.5)
     made.memory({"peak": 15})
     names = ("step", "steps_planned", "epoch", "loss", "eval_loss", "learning_rate", "gradient_norm")
-    for name in (*names, "tokens_per_second", "flops_per_token"):
+    for name in (*names, "loss_scale", "skipped_steps", "tokens_per_second", "flops_per_token"):
         made.set(f"qlora_{name}", 1)
     assert {name for name, _ in samples(made)} == {name for metric in TRAINER.values() for name in metric.series}
     assert value(made, "qlora_device_peak_flops_per_second") == 989.5e12
