@@ -8,9 +8,9 @@ it runs: ``GET /progress`` (:class:`qlora_api.status.Progress` and more) and ``/
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, StringConstraints
 
 from qlora_api.base import Model
 from qlora_api.batch import BatchSplit
@@ -161,6 +161,8 @@ class ProgressReport(Progress):
     memory: Memory
     compute_type: ComputeType | None = None
     """In which the base computes: as the job says, or what Auto means on the device of this run."""
+    warnings: list[Annotated[str, StringConstraints(max_length=512)]] = Field([], max_length=8)
+    """What a person who waits for this attempt should know, each once."""
     first_step: int = 0
     elapsed_seconds: float = 0
     tokens: int = 0

@@ -258,6 +258,7 @@ def conclude(attempt: Attempt, ended: Ended, log: Path, now: datetime) -> Attemp
             "reason": reason,
             "message": message if reason is not Reason.COMPLETED or word else "",
             "exit_code": code,
+            "compute_type": (word and word.compute_type) or (report and report.compute_type),
             "first_step": report.first_step if report else None,
             "last_step": progress.step if progress else None,
         }

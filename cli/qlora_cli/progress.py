@@ -75,13 +75,17 @@ def display_for(console: Console, attempt: int) -> Display:
 class Watcher:
     """Polls now and then, shows what it hears, and remembers what outlives the trainer."""
 
-    def __init__(self, poller: Poller, display: Display, every_steps: int | None) -> None:
+    def __init__(
+        self, poller: Poller, display: Display, every_steps: int | None, poll_seconds: float = POLL_SECONDS
+    ) -> None:
         self.last: ProgressReport | None = None
         self.first_eval_loss: str | None = None
         self._poller = poller
         self._display = display
         self._every_steps = every_steps
         self._next = 0.0
+        self._warnings = 0
+        self._poll_seconds = poll_seconds
 
     def tick(self) -> None:
         """Ask and show, if it is time."""
@@ -91,8 +95,11 @@ class Watcher:
         self.last = report or self.last
         if report and self.first_eval_loss is None and before_second_evaluation(report, self._every_steps):
             self.first_eval_loss = report.eval_loss
+        for warning in report.warnings[self._warnings :] if report else ():
+            self._display.say(f"Warning: {warning}")
+            self._warnings += 1
         self._display.show(report or self.last)
-        self._next = time.monotonic() + POLL_SECONDS
+        self._next = time.monotonic() + self._poll_seconds
 
 
 def before_second_evaluation(report: ProgressReport, every_steps: int | None) -> bool:

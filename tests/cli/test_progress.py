@@ -1,6 +1,7 @@
 """What is shown while a training runs."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -8,7 +9,15 @@ from rich.console import Console
 from qlora_api.contract import ProgressReport
 from qlora_api.status import Memory
 from qlora_cli import words
-from qlora_cli.progress import LiveDisplay, PlainDisplay, Poller, before_second_evaluation, display_for, plain_line
+from qlora_cli.progress import (
+    LiveDisplay,
+    PlainDisplay,
+    Poller,
+    Watcher,
+    before_second_evaluation,
+    display_for,
+    plain_line,
+)
 
 
 def report(**more):
@@ -102,3 +111,14 @@ def test_durations(value, want):
 )
 def test_sizes(value, want):
     assert words.size(value) == want
+
+
+def test_a_warning_of_the_trainer_is_said_once():
+    first, second = "BFloat16 is emulated", "the disk is nearly full"
+    reports = iter([None, report(warnings=[first]), report(warnings=[first]), report(warnings=[first, second])])
+    out = console()
+    watcher = Watcher(SimpleNamespace(ask=lambda: next(reports)), PlainDisplay(out, 1), None, poll_seconds=0)
+    for _ in range(4):
+        watcher.tick()
+    warnings = [line for line in out.file.getvalue().splitlines() if line.startswith("Warning")]
+    assert warnings == [f"Warning: {first}", f"Warning: {second}"]

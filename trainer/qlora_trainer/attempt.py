@@ -11,7 +11,7 @@ from typing import Any
 from qlora_api.contract import TrainerConfig
 from qlora_api.spec import ComputeType
 from qlora_trainer.checkpoints import Checkpoint, CheckpointStore
-from qlora_trainer.compute_type import OF_OLD_CHECKPOINTS, with_compute_type
+from qlora_trainer.compute_type import OF_OLD_CHECKPOINTS, slow_bf16_warning, with_compute_type
 from qlora_trainer.data.batches import Batches, Step
 from qlora_trainer.data.prepare import PreparedData, load_prepared
 from qlora_trainer.engine import Ranks, wrap_deepspeed
@@ -133,6 +133,8 @@ def build(config: TrainerConfig, ranks: Ranks, board: Board, stop: StopFlag) -> 
     config = with_compute_type(config, ranks, compute_type_of(resumes))
     spec = config.spec
     board.update(compute_type=spec.quantization.compute_type)
+    if ranks.is_first and (warning := slow_bf16_warning(spec.quantization, ranks.device)):
+        board.warn(warning)
     base = load_base(prepared.model_path, spec.quantization, ranks.device, spec.parallelism.zero_stage)
     model = add_lora(base, spec.lora, spec.training.seed, prepared.model_source)
     if config.gradient_checkpointing:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,6 @@ DTYPES = {
 }
 OF_OLD_CHECKPOINTS = ComputeType.BFLOAT16
 """The default of versions whose checkpoints do not say in which type they computed."""
-log = logging.getLogger(__name__)
 
 
 def with_compute_type(config: TrainerConfig, ranks: Ranks, began_with: ComputeType | None) -> TrainerConfig:
@@ -51,8 +49,6 @@ def with_compute_type(config: TrainerConfig, ranks: Ranks, began_with: ComputeTy
     (problems,) = ranks.sum(problem is not None)
     if problems:
         raise problem or UserError(FIELD, chosen, "is not available on the device of another rank; its log says why")
-    if ranks.is_first and chosen is ComputeType.BFLOAT16 and not bf16_in_hardware(ranks.device):
-        log.warning("%s", slow_bf16_warning(ranks.device))
     return config.model_copy(update={"spec": config.spec.model_copy(update={"quantization": resolved})})
 
 
@@ -115,8 +111,13 @@ def device_problem(quantization: QuantizationSpec, device: torch.device) -> User
     return None
 
 
-def slow_bf16_warning(device: torch.device) -> str:
-    """Return what BFloat16 costs on a device without it, measured on one product. It informs, and decides nothing."""
+def slow_bf16_warning(quantization: QuantizationSpec, device: torch.device) -> str | None:
+    """Return what BFloat16 costs on a device that emulates it, measured on one product; None where it is fast.
+
+    It informs, and decides nothing.
+    """
+    if quantization.compute_type is not ComputeType.BFLOAT16 or bf16_in_hardware(device):
+        return None
     rows, inner, columns = 256, 512, 512
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):

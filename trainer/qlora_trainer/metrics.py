@@ -6,6 +6,7 @@ scraped, not when a step ends.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import threading
@@ -36,6 +37,7 @@ from qlora_trainer.watchdog import waited_for
 Section = Literal["Load", "Data", "Train", "Evaluate", "Checkpoint", "Publish", "Done"]
 """For people and dashboards. Heartbeats tell Train apart further."""
 
+log = logging.getLogger(__name__)
 _SECTIONS = "qlora_section_seconds"
 _BEATS = {
     "Load": Beats.LOAD,
@@ -105,6 +107,11 @@ class Board:
         before = self.report.memory
         known = {**before.measured, **components}
         self.update(memory=before.model_copy(update={"measured": known}))
+
+    def warn(self, text: str) -> None:
+        """Log a warning, and show it to whoever watches the attempt."""
+        log.warning("%s", text)
+        self.update(warnings=[*self.report.warnings, text])
 
     @contextmanager
     def section(self, name: Section) -> Iterator[None]:

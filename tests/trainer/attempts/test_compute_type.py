@@ -15,6 +15,8 @@ from qlora_trainer.hardware import bf16_in_hardware
 
 pytestmark = pytest.mark.ranks
 SHORT = {"epochs": None, "maxSteps": 6}
+LONG = {"epochs": None, "maxSteps": 40}
+"""Killed at step 3, it is not over."""
 
 
 def history_of(ended):
@@ -33,14 +35,14 @@ def test_auto_is_what_this_cpu_is_fast_in_and_stands_in_message_manifest_and_his
 
 def test_a_resumed_run_keeps_its_type_and_refuses_another(workshop):
     checkpoint = {"everySteps": 2}
-    first = workshop.config(training=SHORT, checkpoint=checkpoint, quantization={"computeType": "Float32"})
+    first = workshop.config(training=LONG, checkpoint=checkpoint, quantization={"computeType": "Float32"})
     assert workshop.prepare(first) == ExitCode.DONE
     workshop.kill_at(first, step=3)
-    other = workshop.config(2, training=SHORT, checkpoint=checkpoint, quantization={"computeType": "BFloat16"})
+    other = workshop.config(2, training=LONG, checkpoint=checkpoint, quantization={"computeType": "BFloat16"})
     refused = workshop.train(other)
     assert refused.code == ExitCode.USER_ERROR, refused.log[-3000:]
     assert 'spec.quantization.computeType: "BFloat16" differs from Float32' in refused.text
-    resumed = workshop.train(workshop.config(3, training=SHORT, checkpoint=checkpoint))
+    resumed = workshop.train(workshop.config(3, training=LONG, checkpoint=checkpoint))
     assert resumed.code == ExitCode.DONE, resumed.log[-3000:]
     assert resumed.message.compute_type == "Float32"
 
@@ -73,3 +75,13 @@ def test_float16_skips_overflows_and_resumes_with_its_loss_scale_bit_for_bit(sta
     assert last["skippedSteps"] > 0
     assert last["lossScale"] == 2.0 ** (40 - last["skippedSteps"])
     assert undisturbed.losses[steps] < undisturbed.losses[1]
+
+
+def test_an_explicit_bfloat16_on_a_cpu_without_it_is_obeyed_with_one_warning_of_its_cost(workshop, monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    config = workshop.config(training={"epochs": None, "maxSteps": 1}, quantization={"computeType": "BFloat16"})
+    process = workshop.launch(config)
+    ended = workshop.ended(config, process.wait())
+    assert ended.code == ExitCode.DONE, ended.log[-3000:]
+    assert ended.message.compute_type == "BFloat16"
+    assert ended.log.count("this device emulates BFloat16: a matrix product takes") == 1
