@@ -57,6 +57,10 @@ fidelity: $(VENV)/.all-installed  ## Compare QLoRA here with the published metho
 bench-trainer: $(VENV)/.all-installed  ## Measure the trainer's speed and memory beside the stock stack
 	@$(BIN)/python benchmarks/bench_trainer.py
 
+.PHONY: bench-cli
+bench-cli: $(VENV)/.all-installed  ## Measure the command line's processor time beside a bare interpreter's
+	@$(BIN)/python benchmarks/bench_cli.py
+
 .PHONY: bench-operator
 bench-operator: $(VENV)/.all-installed  ## Measure the operator with thousands of jobs on a real control plane
 	@$(BIN)/python benchmarks/bench_operator.py

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from qlora_cli.machine import Machine
 from qlora_cli.run import Request, run
+from services.patience import PATIENCE_SECONDS
 
 HERE = Path(__file__).parent
 CPUS_ONLY = Machine()
@@ -84,7 +85,7 @@ class Workplace:
 
     def finish(self, process):
         """Wait for it; its exit code."""
-        self.said = process.communicate(timeout=60)[0]
+        self.said = process.communicate(timeout=PATIENCE_SECONDS)[0]
         return process.returncode
 
     def record(self):
@@ -98,7 +99,7 @@ class Workplace:
         wait_until((self.run_folder / f"attempt-{attempt}" / "rank-0.port").exists)
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=PATIENCE_SECONDS):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "waited in vain"

@@ -345,25 +345,23 @@ def test_bars(share, drawn):
     assert plan_view.bar(share) == drawn
 
 
-# ------------------------------------------------------------------------------------------------------- how fast it is
+# ------------------------------------------------------------------------------------------------------ what it loads
 
 
 @pytest.mark.parametrize(("config", "shards"), [(LLAMA_8B, 4), (LLAMA_70B, 30)], ids=["8B", "70B"])
-def test_a_plan_takes_less_than_three_seconds_and_no_torch(config, shards, hub, tmp_path):
+def test_a_plan_reads_headers_alone_and_loads_no_torch(config, shards, hub, tmp_path):
     hub.files = model_files(config, shards)
     (tmp_path / "job.yaml").write_text(JOB.replace("MODEL", "hf://org/base@main"))
     code = (
-        "import sys, time\n"
+        "import sys\n"
         "from typer.testing import CliRunner; from qlora_cli import main\n"
         "arguments = ['plan', 'job.yaml', '--gpu', 'h100-80gb', '--what-if']\n"
         "result = CliRunner().invoke(main.app, arguments)\n"
         "heavy = [m for m in ('torch', 'transformers', 'qlora_trainer', 'numpy') if m in sys.modules]\n"
-        "print(result.exit_code, heavy, time.process_time())"
+        "print(result.exit_code, heavy)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    exit_code, heavy, seconds = done.stdout.strip().split(maxsplit=2)
-    assert (exit_code, heavy) == ("0", "[]")
-    assert float(seconds) < 3  # of its own: the clock on the wall counts what else the machine does
+    assert done.stdout.strip() == "0 []"
 
 
 def test_nothing_is_asked_of_a_network_for_a_local_model(call, tmp_path, monkeypatch):

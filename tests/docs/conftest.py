@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from docs.blocks import REPOSITORY
+from services.patience import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 VOCABULARY, HIDDEN, INTERMEDIATE, HEADS = 300, 64, 128, 2
 ROWS = 60
 TOY = ("training.epochs=null", "training.maxSteps=2", "training.warmupSteps=0", "training.evaluation.everySteps=2")
-RUN_SECONDS = 240
+RUN_SECONDS = PATIENCE_SECONDS
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from docs.blocks import PAGES, REPOSITORY
+from services.patience import PATIENCE_SECONDS
 
 DOCS = REPOSITORY / "docs"
 LINK = re.compile(r"\]\((?P<target>[\w./#:%~-]+)\)")
@@ -23,7 +24,7 @@ def build(docs: Path, site: Path) -> subprocess.CompletedProcess[str]:
     """As 'make docs' does."""
     options = ("--fail-on-warning", "--nitpicky", "--quiet", "-d", site.with_name("doctrees"))
     command = [sys.executable, "-m", "sphinx", *options, docs, site]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS)
 
 
 @pytest.fixture(scope="module")

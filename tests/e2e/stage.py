@@ -15,6 +15,7 @@ from cluster.harness.control_plane import ControlPlane, Settings
 from cluster.harness.jobs import job_path, merged, qlora_job
 from services import images
 from services.binaries import find_or_build
+from services.patience import PATIENCE_SECONDS
 from services.tools import HELM
 from services.versitygw import VersityGateway
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 CHART = Path(__file__).parents[2] / "charts" / "qlora-operator"
 RELEASE = "qlora"
 SECRET = "s3"
-HELM_SECONDS = 180
+HELM_SECONDS = PATIENCE_SECONDS
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 TRAINER = {
     "device": "CPU",

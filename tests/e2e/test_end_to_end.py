@@ -19,6 +19,7 @@ import pytest
 
 from cluster.harness.jobs import condition, create_job, in_state, job_path
 from e2e.material import make_large_base
+from services.patience import PATIENCE_SECONDS
 from services.prometheus import Prometheus, scrape
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from cluster.harness.api import Object
     from e2e.stage import Stage
 
-JOB_SECONDS = 240
+JOB_SECONDS = PATIENCE_SECONDS
 METRICS_PORT = 9400
 LOADS = """
 import sys
@@ -37,7 +38,6 @@ base, adapter = sys.argv[1:]
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
 assert any("lora_B" in n and p.abs().sum() > 0 for n, p in model.named_parameters())
 """
-pytestmark = pytest.mark.timeout(600)
 
 
 def step_of(job: Object) -> int:

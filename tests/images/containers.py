@@ -8,8 +8,10 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.patience import PATIENCE_SECONDS
+
 USER = 65532
-RUN_SECONDS = 240
+RUN_SECONDS = PATIENCE_SECONDS
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ import httpx
 
 from cluster.harness.processes import Process
 from services.binaries import ToolMissingError
+from services.patience import PATIENCE_SECONDS
 from services.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-READY_SECONDS = 20
-PROMTOOL_SECONDS = 60
+READY_SECONDS = PATIENCE_SECONDS
+PROMTOOL_SECONDS = PATIENCE_SECONDS
 POLL_SECONDS = 0.05
 SCRAPE_INTERVAL = "200ms"
 """Where a scrape configuration names none, and between evaluations of rules."""

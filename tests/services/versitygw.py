@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
 from services.binaries import find_or_build
+from services.patience import PATIENCE_SECONDS
 from services.ports import free_port
 from services.tools import VERSITYGW
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 ACCESS_KEY = "test-access"
 SECRET_KEY = "test-secret"
 REGION = "us-east-1"
-READY_SECONDS = 20
+READY_SECONDS = PATIENCE_SECONDS
 STOP_SECONDS = 5
 
 

@@ -24,6 +24,7 @@ from cluster.harness.node import Node, require_node_tools
 from cluster.harness.processes import Process
 from cluster.harness.slots import claim_slot
 from services.binaries import find_or_build
+from services.patience import PATIENCE_SECONDS
 from services.tools import ETCD, KUBE_APISERVER, KUBE_CONTROLLER_MANAGER, KUBE_SCHEDULER, KUBECTL
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from cluster.harness.api import Object
     from cluster.harness.audit import Request
 
-READY_SECONDS = 60
-KUBECTL_SECONDS = 60
+READY_SECONDS = PATIENCE_SECONDS
+KUBECTL_SECONDS = PATIENCE_SECONDS
 TOKEN_SECONDS = 3600
 ETCD_PORT, ETCD_PEER_PORT, API_PORT, CONTROLLER_PORT, SCHEDULER_PORT = 2379, 2380, 6443, 10257, 10259
 CLIENT_LIMITS = ("--kube-api-qps=500", "--kube-api-burst=1000")

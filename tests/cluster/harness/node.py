@@ -22,6 +22,7 @@ from cluster.harness.node_config import cni_config, coredns_config, kubelet_conf
 from cluster.harness.nodes import is_usable
 from cluster.harness.processes import Process
 from services.binaries import ToolMissingError, find_or_build
+from services.patience import PATIENCE_SECONDS
 from services.tools import NODE
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 NAMESPACES = ("--pid", "--mount", "--net", "--uts", "--ipc")
 DEBIAN_FILES = (Path("/usr/sbin/runc"), Path("/usr/lib/cni/ptp"), Path("/usr/sbin/iptables"), BUSYBOX)
-READY_SECONDS = 90
-IMPORT_SECONDS = 300
+READY_SECONDS = PATIENCE_SECONDS
+IMPORT_SECONDS = PATIENCE_SECONDS
 STOP_SECONDS = 30
 GPU = "nvidia.com/gpu"
 

@@ -10,12 +10,13 @@ import httpx
 import yaml
 
 from cluster.harness.processes import Process
+from services.patience import PATIENCE_SECONDS
 from services.ports import free_port
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-READY_SECONDS = 30
+READY_SECONDS = PATIENCE_SECONDS
 STOP_SECONDS = 20
 TRAINER_IMAGE = "qlora-trainer:test"
 

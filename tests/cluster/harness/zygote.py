@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from cluster.harness.operator import Operator
 from cluster.harness.processes import POLL_SECONDS, ComponentError, Process
+from services.patience import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 SERVER = Path(__file__).with_name("fork_server.py")
-READY_SECONDS = 30
+READY_SECONDS = PATIENCE_SECONDS
 
 
 class Zygote:

@@ -27,6 +27,7 @@ from qlora_api.batch import split_batch
 from qlora_api.contract import JobRef, TrainerConfig
 from qlora_api.spec import QLoRAJobSpec
 from qlora_operator.names import METRICS_PORT
+from services.patience import PATIENCE_SECONDS
 from services.prometheus import Prometheus, scrape
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ EVALUATION_STEPS = 8
 SCRAPE_SECONDS = 1
 SEEN_SECONDS = 25
 """Of steps that are scraped: rates over 15 s have something to say then."""
-WAIT_SECONDS = 240
+WAIT_SECONDS = PATIENCE_SECONDS
 GIB = 1 << 30
 GPU_SERIES = {
     "qlora_device_peak_flops_per_second": 989.5e12,

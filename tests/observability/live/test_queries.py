@@ -25,7 +25,6 @@ VARIABLES = {
 }
 NOT_HERE = {"qlora_operator_reconcile_errors_total": "nothing failed"}
 """Series that a healthy operator has not."""
-pytestmark = pytest.mark.timeout(900)
 SELECTOR = re.compile(r"(qlora_[a-z0-9_]+)(\{[^}]*\})?")
 
 

@@ -27,6 +27,7 @@ from qlora_api.contract import JobRef, TerminationMessage, TrainerConfig
 from qlora_trainer.__main__ import ready
 from qlora_trainer.outcome import guarded
 from qlora_trainer.prepare import prepare
+from services.patience import PATIENCE_SECONDS
 from services.ports import free_port
 
 sys.path.insert(0, str(Path(__file__).parent))  # where forked processes find forked_rank
@@ -127,7 +128,7 @@ class Workshop:
         """Train in one forked process for each rank; all is prepared."""
         ranks = self.fork(config)
         for process in ranks:
-            process.join(timeout=120)
+            process.join(timeout=PATIENCE_SECONDS)
             process.kill()
         codes = [p.exitcode or 0 for p in ranks]
         said = self.ended(config, max(codes))
@@ -150,7 +151,7 @@ class Workshop:
         """Train until the log shows ``step``, then kill all ranks as a lost node would."""
         ranks = self.fork(config)
         log = self.folder / f"log-{config.attempt}.txt"
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + PATIENCE_SECONDS
         try:
             while f" step {step}/" not in log.read_text():
                 assert time.monotonic() < deadline, log.read_text()[-3000:]
@@ -167,14 +168,14 @@ class Workshop:
         try:
             self.wait_for_step(process, config, step)
             process.send_signal(signal.SIGTERM)
-            code = process.wait(timeout=200)
+            code = process.wait(timeout=PATIENCE_SECONDS)
         finally:
             process.terminate()
         return self.ended(config, code)
 
     def wait_for_step(self, process: subprocess.Popen[bytes], config: TrainerConfig, step: int) -> None:
         log = self.folder / f"log-{config.attempt}.txt"
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while f" step {step}/" not in log.read_text():
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             assert process.poll() is None, log.read_text()[-3000:]

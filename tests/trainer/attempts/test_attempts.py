@@ -19,6 +19,7 @@ from qlora_api.contract import ExitCode
 from qlora_api.status import Reason
 from qlora_trainer.prepare import prepare
 from qlora_trainer.publish import verify_published
+from services.patience import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.ranks
 
@@ -168,7 +169,7 @@ def test_a_rank_that_is_killed_is_named_and_the_others_do_not_wait(workshop):
         workshop.wait_for_step(process, config, 2)
         ranks = {p.environ()["RANK"]: p for p in psutil.Process(process.pid).children() if "RANK" in p.environ()}
         ranks["1"].kill()
-        code = process.wait(timeout=60)
+        code = process.wait(timeout=PATIENCE_SECONDS)
     finally:
         process.terminate()
     ended = workshop.ended(config, code)
@@ -184,7 +185,7 @@ def test_a_finished_run_is_not_trained_again_even_if_all_else_is_gone(workshop):
     for folder in (workshop.cache, workshop.folder / "checkpoints"):
         shutil.rmtree(folder)
     again = workshop.config(attempt=2, **changes)
-    code = workshop.launch(again).wait(timeout=60)
+    code = workshop.launch(again).wait(timeout=PATIENCE_SECONDS)
     ended = workshop.ended(again, code)
     assert code == ExitCode.DONE, ended.log[-2000:]
     assert ended.message.reason is Reason.COMPLETED
@@ -199,7 +200,7 @@ def test_a_finished_run_whose_adapter_was_damaged_says_so_instead_of_training(wo
     first = workshop.run(workshop.config(**changes))
     (Path(first.message.adapter.uri) / "adapter_model.safetensors").write_bytes(b"")
     again = workshop.config(attempt=2, **changes)
-    ended = workshop.ended(again, workshop.launch(again).wait(timeout=60))
+    ended = workshop.ended(again, workshop.launch(again).wait(timeout=PATIENCE_SECONDS))
     assert ended.code == ExitCode.USER_ERROR
     assert "spec.output.destination" in ended.text
     assert "adapter_model.safetensors is not what was published" in ended.text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 import urllib.request
 
 import psutil
@@ -12,8 +11,9 @@ import pytest
 
 from qlora_api.contract import ExitCode, ProgressReport
 from qlora_api.status import Reason
+from services.patience import PATIENCE_SECONDS
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.ranks
 ENDLESS = {"training": {"epochs": None, "maxSteps": 5000}, "policy": {"stallTimeoutSeconds": 30}}
 
 
@@ -38,9 +38,7 @@ def test_a_stopped_rank_is_shown_then_named_by_rank_node_and_section_before_the_
         workshop.wait_for_step(process, config, 3)
         before = progress(workshop, config)
         rank_process(process, 1).suspend()
-        stopped = time.monotonic()
-        code = process.wait(timeout=200)
-        took = time.monotonic() - stopped
+        code = process.wait(timeout=PATIENCE_SECONDS)
     finally:
         process.terminate()
     ended = workshop.ended(config, code)
@@ -49,7 +47,7 @@ def test_a_stopped_rank_is_shown_then_named_by_rank_node_and_section_before_the_
     assert ended.message.rank == 1
     assert "rank 1 on node-seven has given no sign of life for" in ended.text
     assert "stopped by a signal" in ended.text
-    assert took < 30 + 10  # the limit, five seconds, and the time that a busy machine takes to end two processes
+    assert "timed out" not in ended.log, "the watchdog speaks before a collective gives up"
     assert before.longest_step_seconds > 0
     assert before.slowest.node == "node-seven"
     assert before.slowest.seconds >= before.slowest.median_seconds
@@ -70,7 +68,7 @@ def test_sigterm_during_an_evaluation_does_not_wait_for_its_end(workshop):
     try:
         workshop.wait_for_step(process, config, 3)
         process.send_signal(signal.SIGTERM)
-        code = process.wait(timeout=200)
+        code = process.wait(timeout=PATIENCE_SECONDS)
     finally:
         process.terminate()
     ended = workshop.ended(config, code)

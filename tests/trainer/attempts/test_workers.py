@@ -17,9 +17,10 @@ import pytest
 from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig
 from qlora_api.status import Reason
 from qlora_trainer.publish import verify_published
+from services.patience import PATIENCE_SECONDS
 from services.ports import free_port
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.ranks
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Pod:
         children = psutil.Process(self.process.pid).children()
         return next(p for p in children if p.environ().get("RANK") == str(number))
 
-    def until(self, text: str, seconds: float = 300) -> None:
+    def until(self, text: str, seconds: float = PATIENCE_SECONDS) -> None:
         deadline = time.monotonic() + seconds
         while text not in self.log:
             assert time.monotonic() < deadline, self.log[-3000:]
@@ -62,7 +63,7 @@ class Pod:
             time.sleep(0.05)
 
     def end(self) -> tuple[int, TerminationMessage | None]:
-        code = self.process.wait(timeout=300)
+        code = self.process.wait(timeout=PATIENCE_SECONDS)
         path = self._path("termination")
         has_word = path.exists() and path.stat().st_size > 0
         return code, TerminationMessage.model_validate_json(path.read_bytes()) if has_word else None

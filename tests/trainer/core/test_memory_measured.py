@@ -20,6 +20,7 @@ from qlora_api.spec import LoRASpec, Optimizer, ParallelismSpec, QuantizationSpe
 from qlora_trainer.attention import PROVEN
 from qlora_trainer.model import add_lora, linear_layers, meta_model
 from qlora_trainer.model_files import safetensors_header
+from services.patience import PATIENCE_SECONDS
 
 from .memory_models import CONFIGS, save_models
 
@@ -92,7 +93,7 @@ def torchrun(ranks, models, cases, folder):
         env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=PATIENCE_SECONDS,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

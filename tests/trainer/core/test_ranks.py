@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from services.patience import PATIENCE_SECONDS
+
 WORKER = Path(__file__).with_name("ranks_worker.py")
 FLOAT16 = {"quantization": {"computeType": "Float16"}, "lossScale": 4096.0}
 DROPOUT = {"lora": {"dropout": "0.1"}}
@@ -56,7 +58,7 @@ def torchrun(ranks, model, cases, folder):
         env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=PATIENCE_SECONDS,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -179,15 +179,14 @@ def test_a_uri_that_names_no_place_is_the_users_mistake(uri, said):
     ],
 )
 @pytest.mark.parametrize("action", ["put", "create", "get", "list", "delete"])
-def test_a_place_that_does_not_let_us_in_is_the_users_to_mend(s3, monkeypatch, changes, bucket, said, action):
+def test_a_place_that_does_not_let_us_in_is_the_users_to_mend(s3, monkeypatch, caplog, changes, bucket, said, action):
     for name, value in changes.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
-    started = time.monotonic()
     with pytest.raises(UserError, match=said) as caught:
         _act(open_store(bucket or s3, FIELD), action)
     assert "spec.output.credentials" in str(caught.value)
     assert "AWS_ACCESS_KEY_ID" in str(caught.value)
-    assert time.monotonic() - started < 5, "there was nothing to wait for"
+    assert "next try in" not in caplog.text, "there was nothing to wait for"
 
 
 def test_without_any_credentials_the_user_is_told_which_are_missing(s3, monkeypatch):
@@ -292,11 +291,9 @@ def test_a_create_whose_answer_is_lost_may_find_its_own_object(own_server, hasty
 def test_a_server_that_stays_away_is_a_storage_failure_after_a_bounded_wait(own_server, monkeypatch):
     store = open_store(use_s3(own_server, monkeypatch), FIELD, patience_seconds=1)
     own_server.stop()
-    started = time.monotonic()
     with pytest.raises(StorageError, match=r"cannot write s3://bucket-\d+/k: tried for 1 s") as caught:
         store.put("k", b"1")
     assert caught.value.exit_code == 47
-    assert time.monotonic() - started < 20
 
 
 def test_an_object_that_changes_while_it_is_read_is_not_mixed(s3):
