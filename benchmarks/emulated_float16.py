@@ -1,14 +1,19 @@
-"""A rank of the trainer that takes this CPU's slow float16 for hardware's, so that its arithmetic can be compared.
+"""The trainer taking this CPU's slow float16 for hardware's, so that its arithmetic can be compared.
 
-``torchrun --nproc-per-node N emulated_float16.py CONFIG.json``, with a prepared TrainerConfig.
+``python emulated_float16.py prepare CONFIG.json``, then a process for each rank:
+``torchrun --nproc-per-node N emulated_float16.py rank CONFIG.json``
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
-from qlora_trainer import compute_type, rank
+from qlora_trainer import compute_type, prepare, rank
 
 if __name__ == "__main__":
     compute_type.fp16_in_hardware = lambda _: True
-    os._exit(rank.main())  # as qlora_trainer.rank does: gloo's threads must not hold up the end
+    part = {"prepare": prepare, "rank": rank}[sys.argv.pop(1)]
+    code = part.main()
+    sys.stdout.flush()
+    os._exit(code)  # as qlora_trainer.rank does: gloo's threads must not hold up the end

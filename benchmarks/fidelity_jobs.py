@@ -61,7 +61,7 @@ class Job:
     folder: Path
     config: TrainerConfig
     emulates_float16: bool = False
-    """Its ranks take the CPU's slow float16 for hardware's. The rows are those of a job before it."""
+    """Its ranks take the CPU's slow float16 for hardware's."""
 
     @property
     def checkpoints(self) -> Path:
@@ -123,12 +123,10 @@ class Job:
         with self._log.open("w") as log:
             command = [sys.executable, "-m", "qlora_trainer", str(path)]
             if self.emulates_float16:
-                # Found in the cache: a Prepare of its own would refuse Float16 on a CPU.
-                subprocess.run(
-                    [sys.executable, "-m", "qlora_trainer.prepare", path], check=True, stdout=log, stderr=log
-                )
+                prepare = [sys.executable, str(EMULATED_FLOAT16), "prepare", str(path)]
+                subprocess.run(prepare, check=True, stdout=log, stderr=log)
                 ranks = str(self.config.ranks_per_worker)
-                command = [sys.executable, *TORCHRUN, ranks, str(EMULATED_FLOAT16), str(path)]
+                command = [sys.executable, *TORCHRUN, ranks, str(EMULATED_FLOAT16), "rank", str(path)]
             # The same threads whatever the ranks: sums of bf16 products depend on how they are cut.
             return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
