@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_api.contract import TrainerConfig
+from qlora_trainer.authentication import Authenticator
 from qlora_trainer.checkpoints import CheckpointStore
 from qlora_trainer.data.batches import Batches, Step
 from qlora_trainer.data.prepare import PreparedData, load_prepared
@@ -137,6 +138,12 @@ def build(config: TrainerConfig, ranks: Ranks, board: Board, stop: StopFlag) -> 
     total_steps = spec.training.max_steps or (spec.training.epochs or 0) * batches.steps_per_epoch
     board.set("qlora_steps_planned", total_steps)
     board.update(total_steps=total_steps)
-    checkpoints = CheckpointStore(config.checkpoint_uri, config.job.uid, spec.checkpoint.keep, config.attempt)
+    checkpoints = CheckpointStore(
+        config.checkpoint_uri,
+        config.job.uid,
+        spec.checkpoint.keep,
+        config.attempt,
+        authenticator=Authenticator.of(config),
+    )
     pace = Pace(ranks, ranks.gather(node_name()))
     return Trainer(config, ranks, board, prepared, data, engine, batches, checkpoints, total_steps, stop, pace)

@@ -6,6 +6,7 @@ import ast
 import json
 import multiprocessing
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -86,6 +87,7 @@ class Workshop:
             batch=split_batch(spec, ranks),
             device="CPU",
             ranks_per_worker=ranks,
+            key_file=str(self.key_file()),
             gradient_checkpointing=False,
             checkpoint_uri=str(self.folder / "checkpoints"),
             cache_dir=str(self.cache),
@@ -95,6 +97,13 @@ class Workshop:
             ports_dir=str(self.folder / f"ports-{attempt}"),
         )
 
+    def key_file(self) -> Path:
+        """The run's key, the same for all its attempts."""
+        path = self.folder / "key"
+        if not path.exists():
+            path.write_text(secrets.token_hex(32))
+        return path
+
     def write(self, config: TrainerConfig) -> tuple[Path, Path]:
         """The config file of an attempt, and where its log goes."""
         path, log = self.folder / f"config-{config.attempt}.json", self.folder / f"log-{config.attempt}.txt"
@@ -103,7 +112,7 @@ class Workshop:
         return path, log
 
     def launch(self, config: TrainerConfig) -> subprocess.Popen[bytes]:
-        """Start the real launcher, torchrun's agent and all."""
+        """Start the real launcher."""
         path, log = self.write(config)
         with log.open("ab") as out:
             return subprocess.Popen(
