@@ -260,7 +260,8 @@ def _prepare(context: Context, status: QLoRAJobStatus) -> Plan:
     if context.seen.child_refused:
         return _preparing(context, status, wake_after=REFUSED_SECONDS)
     if job is None:
-        made = render.prepare(context.job, context.config, context.seen.memory_correction)
+        child = render.prepare(context.job, context.config, context.seen.memory_correction)
+        made = (render.key_secret(context.job), child)
         return _preparing(context, with_correction(context, status), make=made)
     if job.deleting:
         return _preparing(context, status)

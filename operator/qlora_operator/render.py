@@ -109,13 +109,8 @@ def attempt(
     return (*children, child)
 
 
-def prepare(
-    job: QLoRAJob, config: OperatorConfig, memory_correction: float = 1.0
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The job's key, and the Job that looks at model and rows before a GPU is held.
-
-    It repeats itself unless the user must mend things.
-    """
+def prepare(job: QLoRAJob, config: OperatorConfig, memory_correction: float = 1.0) -> dict[str, Any]:
+    """The Job that looks at model and rows before a GPU is held. It repeats itself unless the user must mend things."""
     labels = _labels(job, "prepare")
     status = QLoRAJobStatus()
     world = job.spec.parallelism.workers * job.spec.parallelism.gpus_per_worker
@@ -134,7 +129,7 @@ def prepare(
     pod = _pod(job, config, labels, trainer, command="qlora_trainer.prepare", ranks=0)
     # Of the pod, not of the Job: waiting for a node does not count.
     pod["spec"]["activeDeadlineSeconds"] = config.prepare.deadline_seconds
-    child = {
+    return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": _metadata(job, prepare_name(job.metadata.name), labels),
@@ -153,7 +148,6 @@ def prepare(
             "template": pod,
         },
     }
-    return key_secret(job), child
 
 
 def key_secret(job: QLoRAJob) -> dict[str, Any]:
