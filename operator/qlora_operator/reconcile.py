@@ -78,6 +78,7 @@ class Reconciler:
         self._wrote: dict[Key, float] = {}
         self._nodes: dict[str, tuple[float, bool]] = {}
         self._not_before: dict[Key, float] = {}
+        self._unread: defaultdict[Key, set[str]] = defaultdict(set)
         self._service_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.services: set[str] = set()
         """Namespaces that have the shared Service. What deletes it unasked is told by its watch."""
@@ -158,6 +159,7 @@ class Reconciler:
         if stored is None:
             self.polled.pop(key, None)
             self._wrote.pop(key, None)
+            self._unread.pop(key, None)
             self._store.forget(key)
             await self._clear_service(key[0])
             return
@@ -226,6 +228,7 @@ class Reconciler:
         """Keep of a job that is over no more than a restart would find."""
         self.polled.pop(key, None)
         self._wrote.pop(key, None)
+        self._unread.pop(key, None)
         known.report = None
         known.pods = {uid: pod for uid, pod in known.pods.items() if known.job and pod.owner != known.job.uid}
 
@@ -291,11 +294,15 @@ class Reconciler:
 
     async def _create_unread(self, key: Key, body: Object) -> None:
         """Create what the operator may create and not read. Its name has the job's UID: what is there is the job's."""
+        name, created = body["metadata"]["name"], self._unread[key]
+        if name in created:
+            return
         try:
             await self._api.create(collection_of(body, key[0]), with_new_key(body))
         except ApiError as error:
             if error.reason != "AlreadyExists":
                 raise
+        created.add(name)
 
     async def _clear(self, key: Key, known: Known, job: QLoRAJob, children: Sequence[SeenJob]) -> bool:
         """Delete children; whether the decision may be carried out further."""
