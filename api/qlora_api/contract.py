@@ -84,6 +84,11 @@ class TrainerConfig(Model):
     i × ranks_per_worker on."""
     rendezvous: str | None = None
     """``host:port`` of worker 0, where all workers meet. Not needed for one worker."""
+    key_file: str | None = None
+    """File with the run's key, at least 32 bytes that nobody else knows. Workers prove with it that they belong to the
+    attempt; checkpoints and manifest are signed with it. None: nothing is signed, and there is one worker at most."""
+    accepts_unsigned: bool = False
+    """The run began before runs had keys: checkpoints and a manifest without a signature are its own."""
     gradient_checkpointing: bool
     checkpoint_uri: str
     """Folder, local or in object storage, for this run's checkpoints."""

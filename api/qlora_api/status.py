@@ -125,6 +125,8 @@ class Attempt(Model):
     """Whether activations are computed again in the backward pass."""
     grace_seconds: Count | None = None
     """terminationGracePeriodSeconds of its pods, where it is not the operator's own setting."""
+    key_secret: Text = ""
+    """Secret with the key that signs its checkpoints and its manifest; empty for attempts of earlier versions."""
     start_time: datetime
     """When the operator decided on it."""
     running_time: datetime | None = None

@@ -182,6 +182,8 @@ class Run:
             batch=choice.batch,
             device=world.device,
             ranks_per_worker=world.ranks,
+            key_file=str(self._setting.folder.key_file(self.record)),
+            accepts_unsigned=not self.record.signed,
             gradient_checkpointing=choice.gradient_checkpointing,
             gpu=world.gpu,
             checkpoint_uri=str(self._setting.folder.checkpoints),

@@ -4,6 +4,7 @@
 
     runs/<job name>/
     ├── run.json             RunRecord
+    ├── key                  the run's own key, which signs its checkpoints and manifest; mode 0600
     ├── prepare/             config.json, log.txt, termination.json
     ├── attempt-1/           config.json, log.txt, termination.json, rank-0.port
     └── checkpoints/
@@ -16,6 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +34,9 @@ from qlora_api.status import Attempt, Count, Decimal, PrepareResult, Reason
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+
+KEY_BYTES = 32
 
 
 class RunError(ValueError):
@@ -58,6 +63,8 @@ class RunRecord(Model):
     """Real tokens of each attempt, over all ranks, as last heard."""
     result: TerminationMessage | None = None
     """The last word of the attempt that completed the run."""
+    signed: bool = False
+    """Whether the run had a key from its first attempt on. Not so: runs of earlier versions."""
 
     @property
     def finished(self) -> bool:
@@ -108,6 +115,24 @@ class Folder:
         """Replace the record as a whole, so that a crash leaves the old one or the new one."""
         self.path.mkdir(parents=True, exist_ok=True)
         _replace(self.path / "run.json", record.model_dump_json(by_alias=True, exclude_none=True, indent=1))
+
+    def key_file(self, record: RunRecord) -> Path:
+        """Return the file with the run's key; make it where there is none yet.
+
+        Raises:
+            RunError: it is gone, and what the run has left was signed with it.
+
+        """
+        path = self.path / "key"
+        if not path.exists():
+            if record.signed and record.attempts:
+                raise RunError(
+                    f"{path} is gone: without this key the run's own checkpoints cannot be told from others; "
+                    "put it back, or start anew with --fresh"
+                )
+            self.path.mkdir(parents=True, exist_ok=True)
+            _replace(path, f"{secrets.token_hex(KEY_BYTES)}\n", mode=0o600)
+        return path
 
     def has_checkpoints(self) -> bool:
         return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
@@ -229,7 +254,9 @@ def with_recorded_compute_type(began: QLoRAJobSpec, spec: QLoRAJobSpec) -> QLoRA
 
 
 def new_record(name: str, spec: QLoRAJobSpec, now: datetime) -> RunRecord:
-    return RunRecord(name=name, uid=str(uuid.uuid4()), created=now, spec=spec, immutable_hash=immutable_hash(spec))
+    return RunRecord(
+        name=name, uid=str(uuid.uuid4()), created=now, spec=spec, immutable_hash=immutable_hash(spec), signed=True
+    )
 
 
 def orphaned(record: RunRecord, word: TerminationMessage | None, ended: datetime) -> RunRecord:
@@ -353,9 +380,10 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, text: str, mode: int = 0o666) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    temporary.unlink(missing_ok=True)  # it would keep its mode
+    with open(temporary, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

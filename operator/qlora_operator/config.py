@@ -67,6 +67,15 @@ class TrainerPodConfig(Model):
     env: tuple[EnvVar, ...] = ()
 
 
+class NetworkPolicyConfig(Model):
+    """Who may reach trainers over the network."""
+
+    workers: bool = True
+    """Make a NetworkPolicy for each job of several workers: none but its own pods reach their ports."""
+    restricted_namespaces: tuple[str, ...] = ()
+    """Where the chart's own policy says who may read metrics. Elsewhere all may, as without any policy."""
+
+
 class OperatorConfig(Model):
     """Everything the operator is told."""
 
@@ -83,6 +92,7 @@ class OperatorConfig(Model):
     """By name of ``qlora plan``'s table, or ``default``; in whatever currency. Empty: no money is spoken of."""
     memory_config_map: Annotated[str, StringConstraints(pattern=r"^([-a-z0-9]+/[-a-z0-9.]+)?$")] = ""
     """``namespace/name`` of the ConfigMap with what was learned of memory. Empty: nothing is learned."""
+    network_policy: NetworkPolicyConfig = NetworkPolicyConfig()
     prepare: PrepareConfig = PrepareConfig()
     trainer: TrainerPodConfig
 

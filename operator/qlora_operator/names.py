@@ -23,6 +23,9 @@ CONTAINER = "trainer"
 CACHE_VOLUME = "cache"
 SERVICE = "qlora-trainers"
 """Headless Service through which the workers of all jobs of a namespace find each other."""
+KEY_SECRET_PREFIX = "qlora-key-"  # noqa: S105 a name
+"""Of Secrets with jobs' keys. The chart's admission policy lets nobody but the operator create one of these names."""
+KEY_ENTRY = "key"
 RENDEZVOUS_PORT = 29500
 METRICS_PORT = 9400
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
@@ -34,3 +37,11 @@ def prepare_name(job: str) -> str:
 
 def attempt_name(job: str, number: int) -> str:
     return f"{job}-{number}"
+
+
+def key_secret_name(job_uid: str) -> str:
+    return f"{KEY_SECRET_PREFIX}{job_uid}"
+
+
+def workers_policy_name(job_uid: str) -> str:
+    return f"qlora-workers-{job_uid}"

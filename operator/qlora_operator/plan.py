@@ -40,6 +40,7 @@ from qlora_operator.history import (
     with_clock_stopped,
     with_last_word,
 )
+from qlora_operator.names import key_secret_name
 from qlora_operator.prepared import with_correction, with_prepared
 from qlora_operator.seen import PREPARE, JobState, Observed, SeenJob, SeenPod, planned
 from qlora_operator.waiting import why_waiting
@@ -259,8 +260,9 @@ def _prepare(context: Context, status: QLoRAJobStatus) -> Plan:
     if context.seen.child_refused:
         return _preparing(context, status, wake_after=REFUSED_SECONDS)
     if job is None:
-        made = render.prepare(context.job, context.config, context.seen.memory_correction)
-        return _preparing(context, with_correction(context, status), make=(made,))
+        child = render.prepare(context.job, context.config, context.seen.memory_correction)
+        made = (render.key_secret(context.job), child)
+        return _preparing(context, with_correction(context, status), make=made)
     if job.deleting:
         return _preparing(context, status)
     hung = next((pod for pod in context.seen.pods_of(PREPARE) if pod.pod_reason == DEADLINE), None)
@@ -344,6 +346,7 @@ def _planned_attempt(context: Context, status: QLoRAJobStatus, batch: BatchSplit
         gradient_accumulation_steps=batch.gradient_accumulation_steps,
         gradient_checkpointing=checkpointing,
         grace_seconds=status.grace_seconds,
+        key_secret=key_secret_name(context.job.metadata.uid or ""),
         start_time=context.now,
     )
 

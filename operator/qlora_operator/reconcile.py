@@ -22,6 +22,7 @@ from qlora_api.errors import ManifestError
 from qlora_api.job import GROUP, VERSION, QLoRAJob
 from qlora_api.spec import Gang
 from qlora_api.status import QLoRAJobStatus
+from qlora_operator.children import UNREAD, collection_of, with_new_key
 from qlora_operator.client import TRANSIENT, Api, ApiError, Object
 from qlora_operator.config import OperatorConfig
 from qlora_operator.corrections import Corrections
@@ -77,6 +78,7 @@ class Reconciler:
         self._wrote: dict[Key, float] = {}
         self._nodes: dict[str, tuple[float, bool]] = {}
         self._not_before: dict[Key, float] = {}
+        self._unread: defaultdict[Key, set[str]] = defaultdict(set)
         self._service_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.services: set[str] = set()
         """Namespaces that have the shared Service. What deletes it unasked is told by its watch."""
@@ -157,6 +159,7 @@ class Reconciler:
         if stored is None:
             self.polled.pop(key, None)
             self._wrote.pop(key, None)
+            self._unread.pop(key, None)
             self._store.forget(key)
             await self._clear_service(key[0])
             return
@@ -225,6 +228,7 @@ class Reconciler:
         """Keep of a job that is over no more than a restart would find."""
         self.polled.pop(key, None)
         self._wrote.pop(key, None)
+        self._unread.pop(key, None)
         known.report = None
         known.pods = {uid: pod for uid, pod in known.pods.items() if known.job and pod.owner != known.job.uid}
 
@@ -272,18 +276,33 @@ class Reconciler:
                         await self._create(key, body)
                         self.services.add(key[0])
                 continue
+            if body["kind"] in UNREAD:
+                await self._create_unread(key, body)
+                continue
             made = await self._create(key, body)
             if made["kind"] == "Job":
                 self._store.take_child(made)
 
     async def _create(self, key: Key, body: Object) -> Object:
-        collection = _collection(body, key[0])
+        collection = collection_of(body, key[0])
         try:
             return await self._api.create(collection, body)
         except ApiError as error:
             if error.reason != "AlreadyExists":
                 raise
             return await self._mine(collection, body)
+
+    async def _create_unread(self, key: Key, body: Object) -> None:
+        """Create what the operator may create and not read. Its name has the job's UID: what is there is the job's."""
+        name, created = body["metadata"]["name"], self._unread[key]
+        if name in created:
+            return
+        try:
+            await self._api.create(collection_of(body, key[0]), with_new_key(body))
+        except ApiError as error:
+            if error.reason != "AlreadyExists":
+                raise
+        created.add(name)
 
     async def _clear(self, key: Key, known: Known, job: QLoRAJob, children: Sequence[SeenJob]) -> bool:
         """Delete children; whether the decision may be carried out further."""
@@ -421,9 +440,3 @@ def _only_figures(before: QLoRAJobStatus, after: QLoRAJobStatus) -> bool:
 
 def _path(key: Key) -> str:
     return f"/apis/{GROUP}/{VERSION}/namespaces/{key[0]}/qlorajobs/{key[1]}"
-
-
-def _collection(body: Object, namespace: str) -> str:
-    plural = {"Job": "jobs", "Service": "services", "PodGroup": "podgroups"}[body["kind"]]
-    group = body["apiVersion"]
-    return f"/{'api' if group == 'v1' else 'apis'}/{group}/namespaces/{namespace}/{plural}"

@@ -24,6 +24,7 @@ from qlora_operator.names import (
     CONFIG_ANNOTATION,
     CONTAINER,
     JOB_LABEL,
+    KEY_ENTRY,
     MANAGED_BY,
     METRICS_PORT,
     PLAN_ANNOTATION,
@@ -31,7 +32,9 @@ from qlora_operator.names import (
     SERVICE,
     UID_LABEL,
     attempt_name,
+    key_secret_name,
     prepare_name,
+    workers_policy_name,
 )
 
 USER = 65532
@@ -39,6 +42,9 @@ USER = 65532
 PREPARE_RETRIES = 3
 USER_ERROR_CODE = 40
 CONFIG_FOLDER = "/etc/qlora"
+KEY_FOLDER = "/etc/qlora-key"
+KEY_FILE_MODE = 0o440
+KEY_SECRET_TYPE = "qlora.dev/job-key"  # noqa: S105 a name
 CACHE_FOLDER = "/cache"
 PVC_FOLDER = "/mnt/pvc"
 KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
@@ -54,7 +60,10 @@ def attempt(
     status: QLoRAJobStatus,
     memory_correction: float = 1.0,
 ) -> tuple[dict[str, Any], ...]:
-    """All that one attempt needs: its Job, where several workers meet the shared Service, with Volcano a PodGroup."""
+    """All that one attempt needs: the job's key and the attempt's Job.
+
+    Several workers need the shared Service and a NetworkPolicy besides, and with Volcano a PodGroup.
+    """
     parallelism = job.spec.parallelism
     workers = attempt.world_size // parallelism.gpus_per_worker
     name = attempt_name(job.metadata.name, attempt.number)
@@ -83,10 +92,12 @@ def attempt(
         },
         "template": template,
     }
-    children: list[dict[str, Any]] = []
+    children = [key_secret(job)]
     if workers > 1:
         template["spec"]["subdomain"] = SERVICE
         children.append(service(job.metadata.namespace))
+        if config.network_policy.workers:
+            children.append(workers_policy(job, config))
     if gang is Gang.KUEUE:
         metadata["labels"] = labels | {KUEUE_QUEUE: job.spec.scheduling.queue or ""}
         spec["suspend"] = True
@@ -139,6 +150,32 @@ def prepare(job: QLoRAJob, config: OperatorConfig, memory_correction: float = 1.
     }
 
 
+def key_secret(job: QLoRAJob) -> dict[str, Any]:
+    """The Secret for the job's key, without it: whoever creates the Secret makes one, and nobody changes it."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "type": KEY_SECRET_TYPE,
+        "metadata": _metadata(job, key_secret_name(job.metadata.uid or ""), _labels(job, "key")),
+        "immutable": True,
+    }
+
+
+def workers_policy(job: QLoRAJob, config: OperatorConfig) -> dict[str, Any]:
+    """Let none but the job's own pods reach its trainers, and all others no more than their metrics."""
+    own = {"matchLabels": {UID_LABEL: job.metadata.uid or "", COMPONENT_LABEL: "trainer"}}
+    ingress: list[dict[str, Any]] = [{"from": [{"podSelector": own}]}]
+    if job.metadata.namespace not in config.network_policy.restricted_namespaces:
+        last = METRICS_PORT + job.spec.parallelism.gpus_per_worker - 1
+        ingress.append({"ports": [{"port": METRICS_PORT, "endPort": last, "protocol": "TCP"}]})
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": _metadata(job, workers_policy_name(job.metadata.uid or ""), _labels(job, "network-policy")),
+        "spec": {"podSelector": own, "policyTypes": ["Ingress"], "ingress": ingress},
+    }
+
+
 def service(namespace: str) -> dict[str, Any]:
     """The headless Service shared by all trainers of a namespace: it gives each pod a host name, and nothing else."""
     return {
@@ -176,6 +213,8 @@ def trainer_config(
         ranks_per_worker=spec.parallelism.gpus_per_worker,
         workers=workers,
         rendezvous=host if workers > 1 else None,
+        key_file=f"{KEY_FOLDER}/{KEY_ENTRY}",
+        accepts_unsigned=any(not earlier.key_secret for earlier in status.attempts),
         gradient_checkpointing=attempt.gradient_checkpointing,
         checkpoint_uri=f"{spec.output.destination.rstrip('/')}/.checkpoints/{meta.uid}",
         cache_dir=CACHE_FOLDER,
@@ -238,7 +277,7 @@ def _pod(
         },
         "tolerations": [*_tolerations(job, config, gpu=ranks > 0)],
         "containers": [_container(job, config, claims, command=command, ranks=ranks)],
-        "volumes": [*_volumes(config, claims, ranks)],
+        "volumes": [*_volumes(job, config, claims, ranks)],
     }
     if scheduling.node_selector and ranks:
         spec["nodeSelector"] = dict(scheduling.node_selector)
@@ -259,6 +298,7 @@ def _container(
     fields = {"NODE_NAME": "spec.nodeName", "POD_NAME": "metadata.name"}
     mounts = [
         {"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True},
+        {"name": "key", "mountPath": KEY_FOLDER, "readOnly": True},
         {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 a volume of the pod's own
         {"name": CACHE_VOLUME, "mountPath": CACHE_FOLDER},
         *(
@@ -302,9 +342,11 @@ def _resources(config: OperatorConfig, ranks: int) -> dict[str, Any]:
     return {"requests": {"cpu": times(config.trainer.cpu, ranks), **limits}, "limits": limits}
 
 
-def _volumes(config: OperatorConfig, claims: dict[str, bool], ranks: int) -> Iterator[dict[str, Any]]:
+def _volumes(job: QLoRAJob, config: OperatorConfig, claims: dict[str, bool], ranks: int) -> Iterator[dict[str, Any]]:
     item = {"path": "config.json", "fieldRef": {"fieldPath": f"metadata.annotations['{CONFIG_ANNOTATION}']"}}
     yield {"name": "config", "downwardAPI": {"items": [item]}}
+    name = key_secret_name(job.metadata.uid or "")
+    yield {"name": "key", "secret": {"secretName": name, "defaultMode": KEY_FILE_MODE}}
     yield {"name": "tmp", "emptyDir": {}}
     yield {"name": CACHE_VOLUME, "emptyDir": {"sizeLimit": config.trainer.cache_size_limit}}
     if ranks:

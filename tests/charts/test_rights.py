@@ -12,7 +12,8 @@ from qlora_api.crd import crd
 from qlora_api.errors import model_of
 from qlora_api.spec import ParallelismSpec, QLoRAJobSpec
 from qlora_operator.config import OperatorConfig
-from qlora_operator.names import METRICS_PORT
+from qlora_operator.names import KEY_SECRET_PREFIX, METRICS_PORT
+from qlora_operator.render import KEY_SECRET_TYPE
 
 OPERATOR_GOLDEN = REPOSITORY / "tests" / "operator" / "golden"
 READ = ("get", "list", "watch")
@@ -22,6 +23,8 @@ IN_NAMESPACES = {
     ("batch", "jobs"): {*READ, "create", "delete"},
     ("", "pods"): {"list", "watch"},
     ("", "services"): {*READ, "create", "delete"},
+    ("", "secrets"): {"create"},
+    ("networking.k8s.io", "networkpolicies"): {"create"},
     ("", "events"): {"list", "watch"},
     ("events.k8s.io", "events"): {"create"},
     ("scheduling.volcano.sh", "podgroups"): {"get", "create"},
@@ -53,11 +56,26 @@ def roles_of_the_operator(objects: list[dict]) -> list[dict]:
 # --------------------------------------------------------------------------------------------------------------- RBAC
 
 
-def test_no_role_mentions_secrets_exec_or_everything(rendered):
+def test_no_role_reads_secrets_or_mentions_exec_or_everything(rendered):
     for role in (o for o in rendered if o["kind"] in ("Role", "ClusterRole")):
         for rule in role["rules"]:
             words = {*rule["apiGroups"], *rule["resources"], *rule["verbs"]}
-            assert not words & {"*", "secrets", "pods/exec", "pods/attach", "escalate", "bind", "impersonate"}
+            assert not words & {"*", "pods/exec", "pods/attach", "escalate", "bind", "impersonate"}
+            assert "secrets" not in words or rule["verbs"] == ["create"]
+
+
+def test_the_operator_creates_no_secret_but_keys_and_nobody_else_creates_these(helm):
+    """What the expressions do is tried on a cluster; here, that they name what the operator makes."""
+    for values in ({}, values_of("namespaced")):
+        objects = helm.render(values)
+        policy = one(objects, "ValidatingAdmissionPolicy", "-keys")["spec"]
+        account = one(objects, "Deployment")["spec"]["template"]["spec"]["serviceAccountName"]
+        (rule,) = policy["matchConstraints"]["resourceRules"]
+        assert (policy["failurePolicy"], rule["resources"], rule["operations"]) == ("Fail", ["secrets"], ["CREATE"])
+        text = str(policy)
+        assert f"system:serviceaccount:qlora-system:{account}'" in text
+        assert f"startsWith('{KEY_SECRET_PREFIX}')" in text
+        assert KEY_SECRET_TYPE in text
 
 
 def test_in_the_whole_cluster_the_operator_may_do_this_and_no_more(helm):
@@ -187,7 +205,10 @@ def fields(model: type[Model], above: str = "") -> list[str]:
 
 def test_the_policy_looks_at_every_field_that_names_a_secret_or_a_place(helm):
     """A field that is new in the API fails here until the policy knows it."""
-    messages = {v["messageExpression"] for v in one(helm.render(), "ValidatingAdmissionPolicy")["spec"]["validations"]}
+    messages = {
+        v["messageExpression"]
+        for v in one(helm.render(), "ValidatingAdmissionPolicy", "operator")["spec"]["validations"]
+    }
     naming = [f for f in fields(QLoRAJobSpec) if f.endswith(("credentials", "source", "destination"))]
     assert len(naming) >= 7
     for field in naming:
@@ -197,9 +218,11 @@ def test_the_policy_looks_at_every_field_that_names_a_secret_or_a_place(helm):
 def test_the_policy_is_bound_and_refuses_when_in_doubt(rendered):
     policies = [o for o in rendered if o["kind"] == "ValidatingAdmissionPolicy"]
     for policy in policies:
-        binding = one(rendered, "ValidatingAdmissionPolicyBinding")
+        binding = one(rendered, "ValidatingAdmissionPolicyBinding", policy["metadata"]["name"])
         assert policy["spec"]["failurePolicy"] == "Fail"
         assert binding["spec"]["policyName"] == policy["metadata"]["name"]
         assert binding["spec"]["validationActions"] == ["Deny"]
         (rule,) = policy["spec"]["matchConstraints"]["resourceRules"]
-        assert (rule["apiGroups"], rule["resources"]) == ([crd()["spec"]["group"]], [crd()["spec"]["names"]["plural"]])
+        if rule["resources"] != ["secrets"]:
+            names = crd()["spec"]
+            assert (rule["apiGroups"], rule["resources"]) == ([names["group"]], [names["names"]["plural"]])

@@ -115,4 +115,5 @@ def held(*earlier: Attempt) -> QLoRAJobStatus:
 
 
 def names(planned: Plan) -> list[str]:
-    return [m["metadata"]["name"] for m in planned.make]
+    """Names of what is made, without the job's key, which comes before every Job."""
+    return [m["metadata"]["name"] for m in planned.make if m["kind"] != "Secret"]

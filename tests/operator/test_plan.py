@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
-from operator_builders import NOW, PREPARING, attempt, child, decide, held, job, names, pod, running, seen
+from operator_builders import NOW, PREPARING, UID, attempt, child, decide, held, job, names, pod, running, seen
 
 from qlora_api.contract import ProgressReport
 from qlora_api.status import MAX_ATTEMPTS, ConditionType, Memory, QLoRAJobStatus, Reason
@@ -20,7 +20,7 @@ from qlora_operator.seen import JobState
         pytest.param(
             job(workers=2),
             seen(),
-            ["qlora-trainers", "job-1"],
+            ["qlora-trainers", f"qlora-workers-{UID}", "job-1"],
             [],
             "Pending",
             "Starting",
@@ -287,7 +287,7 @@ def test_a_user_error_in_prepare_ends_the_job():
 
 
 def test_a_prepare_that_hangs_ends_the_job_without_another_try():
-    made = decide(job(), seen(), PREPARING).make[0]["spec"]["template"]["spec"]
+    made = decide(job(), seen(), PREPARING).make[-1]["spec"]["template"]["spec"]
     assert made["activeDeadlineSeconds"] == PREPARING.prepare.deadline_seconds
     hung = pod(attempt=0, phase="Failed", ready=False, pod_reason="DeadlineExceeded", message="reading rows")
     planned = decide(job(), seen(child(attempt=0), hung), PREPARING)

@@ -48,7 +48,7 @@ def readable(manifests: list[dict]) -> list[dict]:
     """With the trainer's config as an object in place of one long line, and without the spec in it, which is given."""
     plain = json.loads(json.dumps(manifests))
     for manifest in plain:
-        annotations = manifest["spec"].get("template", {}).get("metadata", {}).get("annotations", {})
+        annotations = manifest.get("spec", {}).get("template", {}).get("metadata", {}).get("annotations", {})
         if CONFIG_KEY in annotations:
             annotations[CONFIG_KEY] = {k: v for k, v in json.loads(annotations[CONFIG_KEY]).items() if k != "spec"}
     return plain
@@ -82,7 +82,7 @@ def test_pods_pass_the_restricted_profile_and_have_no_token(case):
             assert context["readOnlyRootFilesystem"] is True
             assert context["capabilities"] == {"drop": ["ALL"]}
         assert {next(iter(set(v) - {"name"})) for v in spec["volumes"]} <= {
-            *("downwardAPI", "emptyDir", "persistentVolumeClaim")
+            *("downwardAPI", "emptyDir", "persistentVolumeClaim", "secret")
         }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from qlora_api.contract import TrainerConfig
 from qlora_api.spec import ComputeType
+from qlora_trainer.authentication import Authenticator
 from qlora_trainer.checkpoints import Checkpoint, CheckpointStore
 from qlora_trainer.compute_type import OF_OLD_CHECKPOINTS, slow_bf16_warning, with_compute_type
 from qlora_trainer.data.batches import Batches, Step
@@ -128,7 +129,13 @@ def build(config: TrainerConfig, ranks: Ranks, board: Board, stop: StopFlag) -> 
         raise TrainerError(
             f"nothing was prepared for {config.job.name} in {config.cache_dir}: run qlora_trainer.prepare first"
         )
-    checkpoints = CheckpointStore(config.checkpoint_uri, config.job.uid, spec.checkpoint.keep, config.attempt)
+    checkpoints = CheckpointStore(
+        config.checkpoint_uri,
+        config.job.uid,
+        spec.checkpoint.keep,
+        config.attempt,
+        authenticator=Authenticator.of(config),
+    )
     resumes = newest_checkpoint(checkpoints, ranks)
     config = with_compute_type(config, ranks, compute_type_of(resumes))
     spec = config.spec

@@ -5,8 +5,9 @@
     <uri>/step-00000120/attempt-2/adapter.safetensors   every rank writes its own files
     <uri>/step-00000120/COMPLETE.json                   rank 0, last: sizes and SHA-256 of all of them
 
-A folder without its marker was cut short and is no checkpoint. Attempts write beside each other and never over what a
-marker vouches for; one that was taken for lost and goes on all the same commits nothing once a newer one has.
+A folder without its marker was cut short and is no checkpoint; one whose marker the run has not signed is not used.
+Attempts write beside each other and never over what a marker vouches for; one that was taken for lost and goes on all
+the same commits nothing once a newer one has.
 
 Knows files and bytes, not engines; tensors travel as safetensors, since unpickling a file from a bucket would run
 whatever code somebody put there.
@@ -26,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from qlora_api.base import Model
+from qlora_trainer.authentication import UNAUTHENTICATED, Authenticator, canonical
 from qlora_trainer.errors import CheckpointError, PreemptedError, StorageError, UserError
 from qlora_trainer.store import NotFoundError, open_store, sha256_bytes
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from qlora_trainer.store import Store
 
 MARKER = "COMPLETE.json"
+SIGNATURE_PURPOSE = "checkpoint"
 _FOLDER = re.compile(r"^step-(\d{8,})$")
 log = logging.getLogger(__name__)
 
@@ -52,7 +55,7 @@ class FileEntry:
 
 
 class Marker(Model):
-    """What ``COMPLETE.json`` says; the file holds this and its SHA-256."""
+    """What ``COMPLETE.json`` says; the file holds this, its SHA-256 and the run's signature."""
 
     step: int
     run_uid: str
@@ -63,9 +66,11 @@ class Marker(Model):
     meta: dict[str, Any]
     """The trainer's own: where the run stands, as JSON."""
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self, authenticator: Authenticator) -> bytes:
         body = self.model_dump(by_alias=True)
-        return json.dumps({"sha256": sha256_bytes(_canonical(body)), "checkpoint": body}, indent=1).encode()
+        signature = authenticator.sign(SIGNATURE_PURPOSE, body)
+        signed = {} if signature is None else {"signature": signature}
+        return json.dumps({"sha256": sha256_bytes(canonical(body)), **signed, "checkpoint": body}, indent=1).encode()
 
 
 class Checkpoint:
@@ -121,13 +126,22 @@ class CheckpointStore:
         run_uid: of the run; checkpoints of another are never read, counted or deleted.
         keep: newest checkpoints that stay; the best by eval loss stays besides.
         attempt: whose checkpoints are written.
+        authenticator: signs checkpoints, and tells this run's from what others put there.
         field: of the manifest, for messages about the folder and its credentials.
 
     """
 
     def __init__(
-        self, uri: str, run_uid: str, keep: int, attempt: int = 1, field: str = "spec.output.destination"
+        self,
+        uri: str,
+        run_uid: str,
+        keep: int,
+        attempt: int = 1,
+        *,
+        authenticator: Authenticator = UNAUTHENTICATED,
+        field: str = "spec.output.destination",
     ) -> None:
+        self._authenticator = authenticator
         self._store = open_store(uri, field)
         self._attempt = attempt
         self._run_uid = run_uid
@@ -168,7 +182,7 @@ class CheckpointStore:
             files=tuple(entries),
             meta=meta,
         )
-        self._store.put(f"{folder_of(step)}/{MARKER}", marker.to_bytes())
+        self._store.put(f"{folder_of(step)}/{MARKER}", marker.to_bytes(self._authenticator))
         try:
             self._prune(step, losses | {step: eval_loss}, foreign)
         except (StorageError, UserError) as error:
@@ -184,7 +198,7 @@ class CheckpointStore:
         """
         marker = self._marker(step)
         amended = marker.model_copy(update={"meta": {**marker.meta, **meta}, "eval_loss": eval_loss})
-        self._store.put(f"{folder_of(step)}/{MARKER}", amended.to_bytes())
+        self._store.put(f"{folder_of(step)}/{MARKER}", amended.to_bytes(self._authenticator))
 
     def newest(self) -> Checkpoint | None:
         """Return the newest checkpoint whose marker and files verify; None where the run has none yet.
@@ -266,8 +280,11 @@ class CheckpointStore:
             raise CheckpointError(f"{uri} is missing") from error
         except (ValueError, TypeError, LookupError, ValidationError) as error:
             raise CheckpointError(f"{uri} cannot be read: {error}") from error
-        if digest != sha256_bytes(_canonical(body)) or marker.step != step:
+        if digest != sha256_bytes(canonical(body)) or marker.step != step:
             raise CheckpointError(f"{uri} is not what was written: its SHA-256 or step differs")
+        problem = self._authenticator.problem(SIGNATURE_PURPOSE, body, file.get("signature"))
+        if problem and marker.run_uid == self._run_uid:  # of another run nothing is used
+            raise CheckpointError(f"{uri} was not written by this run: {problem}")
         return marker
 
     def _folders(self) -> dict[int, bool]:
@@ -378,7 +395,3 @@ def _must_match(uri: str, file: FileEntry, size: int, sha256: str) -> None:
         raise CheckpointError(f"{uri} has {size} bytes, {file.size} were written")
     if sha256 != file.sha256:
         raise CheckpointError(f"{uri} is not what was written: its SHA-256 differs")
-
-
-def _canonical(body: dict[str, Any]) -> bytes:
-    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()

@@ -6,6 +6,7 @@ accumulated and reduced in fp32 and no second master copy is made. The frozen ba
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from qlora_trainer.loss import NextTokenLoss, call_arguments
 from qlora_trainer.model import trainable
 from qlora_trainer.optim import make_optimizer
 
+GATHER_BYTES = 2**20
+"""Of one rank's value."""
 REDUCE_BUCKET = 500_000_000
 """DeepSpeed's default: gradients of larger adapters go in several buckets."""
 
@@ -58,11 +61,28 @@ class Ranks:
             return tensor.tolist()
 
     def gather(self, value: Any) -> list[Any]:
-        """The small ``value`` of every rank, in rank order, on each. A collective."""
-        values: list[Any] = [None] * self.world_size
+        """Return the ``value`` of every rank, in rank order, on each: anything small that JSON can hold. A collective.
+
+        PyTorch's all_gather_object would unpickle, and so run, whatever comes over the network.
+
+        Raises:
+            ValueError: the value is larger than ``GATHER_BYTES``, or a rank sends what is no JSON.
+
+        """
+        own = json.dumps(value).encode()
+        if len(own) > GATHER_BYTES:
+            raise ValueError(f"{len(own)} bytes are too many to gather; at most {GATHER_BYTES}")
         with self.heartbeat.during(Section.COLLECTIVE):
-            dist.all_gather_object(values, value)
-        return values
+            sizes = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+            sizes[self.rank] = len(own)
+            dist.all_reduce(sizes)
+            lengths = [min(max(size, 0), GATHER_BYTES) for size in sizes.tolist()]
+            padded = torch.zeros(max(lengths), dtype=torch.uint8)
+            padded[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+            parts = [torch.zeros_like(padded, device=self.device) for _ in range(self.world_size)]
+            dist.all_gather(parts, padded.to(self.device))
+        rows = zip(parts, lengths, strict=True)
+        return [json.loads(part[:length].cpu().numpy().tobytes()) for part, length in rows]
 
 
 class _Watched:
@@ -73,24 +93,26 @@ class _Watched:
             "all_gather",
             "all_gather_coalesced",
             "all_gather_into_tensor",
-            "all_gather_object",
             "all_reduce",
             "all_reduce_coalesced",
             "all_to_all_single",
             "barrier",
             "broadcast",
-            "broadcast_object_list",
             "reduce",
             "reduce_scatter",
             "reduce_scatter_tensor",
         }
     )
 
+    UNPICKLING = frozenset({"all_gather_object", "broadcast_object_list"})
+
     def __init__(self, backend: Any, heartbeat: Heartbeat) -> None:
         self._backend = backend
         self._heartbeat = heartbeat
 
     def __getattr__(self, name: str) -> Any:
+        if name in self.UNPICKLING:
+            raise RuntimeError(f"{name} unpickles what comes over the network, which could run any code")
         found = getattr(self._backend, name)
         if name not in self.WAITS:
             return found
@@ -103,7 +125,7 @@ class _Watched:
 
 
 def join_ranks(device_kind: str, timeout_seconds: float, heartbeat: Heartbeat | None = None) -> Ranks:
-    """Meet the other ranks. Reads torchrun's RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+    """Meet the other ranks. Reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them.
 
     Args:
         device_kind: "CUDA" or "CPU".

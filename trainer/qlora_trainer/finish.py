@@ -12,6 +12,7 @@ from qlora_api.spec import Merge
 from qlora_api.status import Adapter
 from qlora_trainer import state
 from qlora_trainer.attempt import Run, Trainer
+from qlora_trainer.authentication import Authenticator
 from qlora_trainer.chat import load_tokenizer
 from qlora_trainer.checkpoints import unpack_tensors
 from qlora_trainer.errors import CheckpointError
@@ -58,7 +59,15 @@ def publish_run(trainer: Trainer, run: Run) -> Adapter:
         place, beat = config.spec.output.destination, trainer.ranks.heartbeat.beat
         beat()
         return publish(
-            place, config.job, config.attempt, folder, facts, base_names=layers, skeleton=skeleton, beat=beat
+            place,
+            config.job,
+            config.attempt,
+            folder,
+            facts,
+            base_names=layers,
+            skeleton=skeleton,
+            beat=beat,
+            authenticator=Authenticator.of(config),
         )
 
 

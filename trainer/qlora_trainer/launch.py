@@ -1,12 +1,10 @@
-"""The ranks of one worker: started under torchrun's agent, watched, and ended when it is no use to wait for them.
-
-torchrun itself answers 1 whatever happened; its library tells which rank ended first, and how.
-"""
+"""The ranks of one worker: started, watched, and ended when it is no use to wait for them."""
 
 from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -18,20 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig, reason_of
 from qlora_trainer import heartbeat, last_word
+from qlora_trainer.authentication import Authenticator
 from qlora_trainer.cgroup import MemoryCgroup, OomWatch
-from qlora_trainer.peers import Meeting, Place, meet
+from qlora_trainer.errors import TrainerError
+from qlora_trainer.peers import LOOPBACK, Meeting, Place, hold_store, meet
+from qlora_trainer.rank_processes import InterruptedBySignalError, run_ranks
 from qlora_trainer.stop import Stop, child_processes
 from qlora_trainer.watchdog import Limits, Watchdog, process_state, words
 
 PEER_SECONDS = 30
 """When a rank or a worker has failed, the ranks that depend on it get this long to notice before they are killed."""
 WATCH_SECONDS = 1.0
+LOOPBACK_INTERFACE = "lo"
 log = logging.getLogger(__name__)
 
 
@@ -55,14 +54,24 @@ def launch(config: TrainerConfig, config_path: Path, stop: Stop) -> int:
         StalledError, PeerLostError, PreemptedError: the workers did not come together.
 
     """
-    os.environ.update(rank_environment(config))
     place = Place.of(config)
+    authenticator = Authenticator.of(config)
+    raise_open_file_limit()
     with tempfile.TemporaryDirectory(prefix="qlora-heartbeats-") as folder:
-        os.environ[heartbeat.ENVIRONMENT] = folder
         if config.workers == 1:
-            return _run_ranks(config, config_path, place, stop, Path(folder))
-        meeting = meet(place, run_id(config), config.spec.policy.stall_timeout_seconds)
-        code = _run_ranks(config, config_path, place, stop, Path(folder), (lambda: _lost(meeting),))
+            store, port = hold_store()
+            code = _run_ranks(config, config_path, place, port, stop, Path(folder))
+            del store  # it has served until here
+            return code
+        if authenticator.key is None:
+            raise TrainerError(
+                f"keyFile: none is given, and {config.workers} workers need one to know each other; "
+                "start the attempt with an operator of the trainer's version"
+            )
+        key = authenticator.derive(f"rendezvous/{config.attempt}")
+        meeting = meet(place, run_id(config), key, config.spec.policy.stall_timeout_seconds)
+        checks = (lambda: _lost(meeting),)
+        code = _run_ranks(config, config_path, place, meeting.store_port, stop, Path(folder), checks)
         return _with_cause(config, meeting, code)
 
 
@@ -87,41 +96,47 @@ def run_id(config: TrainerConfig) -> str:
     return f"{config.job.uid}-{config.attempt}"
 
 
-def rank_environment(config: TrainerConfig) -> dict[str, str]:
-    """Threads for each rank, an accelerator for DeepSpeed, and no network where none is expected."""
+def rank_environments(
+    config: TrainerConfig, place: Place, store_port: int, heartbeats: Path
+) -> dict[int, dict[str, str]]:
+    """Return the whole environment of each rank of this worker, by rank, with torchrun's names.
+
+    Ranks are clients of the launcher's store and serve none themselves: torch calls that the agent's store.
+    """
+    count = config.ranks_per_worker
     cores = os.cpu_count() or 1
-    return {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // config.ranks_per_worker))),
+    common = {
+        **os.environ,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count))),
         "TOKENIZERS_PARALLELISM": "false",
         "DS_ACCELERATOR": "cuda" if config.device == "CUDA" else "cpu",
         "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True"),
-        "TORCH_ELASTIC_WORKER_IDENTICAL": "1",  # rank = worker × ranks_per_worker + local rank
+        heartbeat.ENVIRONMENT: str(heartbeats),
+        "MASTER_ADDR": LOOPBACK,
+        "MASTER_PORT": str(store_port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),  # as torchrun
+        "WORLD_SIZE": str(config.workers * count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "GROUP_RANK": str(place.index),
     }
+    if config.workers == 1:  # nothing is to be reached from elsewhere, whatever the pod's environment says
+        common |= {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE, "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE}
+    first = place.index * count
+    return {first + local: {**common, "RANK": str(first + local), "LOCAL_RANK": str(local)} for local in range(count)}
 
 
-def launch_config(config: TrainerConfig, place: Place) -> LaunchConfig:
-    """What torchrun is told. Several workers have their places already; nothing is left to negotiate."""
-    several = config.workers > 1
-    host, port = place.address
-    return LaunchConfig(
-        min_nodes=config.workers,
-        max_nodes=config.workers,
-        nproc_per_node=config.ranks_per_worker,
-        run_id=run_id(config),
-        rdzv_backend="static" if several else "c10d",
-        rdzv_endpoint=f"[{host}]:{port}" if several and ":" in host else f"{host}:{port}" if several else "127.0.0.1:0",
-        rdzv_configs={"rank": place.index} if several else {},
-        max_restarts=0,
-        monitor_interval=0.2,
-        shutdown_timeout=PEER_SECONDS,
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
-    )
+def raise_open_file_limit() -> None:
+    """Allow the ranks as many open files as the system does: gloo keeps each connection that a stranger makes."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _run_ranks(
     config: TrainerConfig,
     config_path: Path,
     place: Place,
+    store_port: int,
     stop: Stop,
     folder: Path,
     checks: Sequence[Callable[[], Verdict | None]] = (),
@@ -132,6 +147,7 @@ def _run_ranks(
         config: of the attempt.
         config_path: where it is, for the ranks.
         place: of this worker.
+        store_port: of the store, on loopback.
         stop: told that there are ranks now.
         folder: for their heartbeats.
         checks: looked at beside the heartbeats.
@@ -141,17 +157,16 @@ def _run_ranks(
     checks = (_Watch(config, place, folder), *checks)
     verdicts: list[Verdict] = []
     stop.ranks_begin = True
+    command = (sys.executable, "-m", "qlora_trainer.rank", str(config_path))
+    environments = rank_environments(config, place, store_port, folder)
     try:
         with _watching(Path(config.termination_message_path), stop, checks, verdicts):
-            elastic_launch(launch_config(config, place), sys.executable)("-m", "qlora_trainer.rank", str(config_path))
-    except ChildFailedError as error:
-        if verdicts:
-            return verdicts[0].code
-        ends = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        return _first_end(config, place, ends, oom, folder)
-    except SignalException as error:
-        return _last_code(config) or 128 + error.sigval
-    return ExitCode.DONE
+            failed = run_ranks(command, environments, PEER_SECONDS)
+    except InterruptedBySignalError as error:
+        return _last_code(config) or 128 + error.number
+    if not failed:
+        return ExitCode.DONE
+    return verdicts[0].code if verdicts else _first_end(config, place, failed, oom, folder)
 
 
 # ---------------------------------------------------------------------------------------------------- while they run

@@ -13,10 +13,12 @@ from pydantic import Field
 
 from qlora_api.base import Model
 from qlora_api.spec import QLoRAJobSpec
+from qlora_trainer.authentication import Authenticator
 
 MANIFEST = "manifest.json"
 ADAPTER = "adapter"
 MERGED = "merged"
+SIGNATURE_PURPOSE = "manifest"
 SCHEMA: Final = "qlora.dev/manifest/v1"
 PACKAGES = (
     "accelerate",
@@ -82,9 +84,24 @@ class Manifest(Model):
     packages: dict[str, str]
     config: dict[str, Any]
     """The job's spec, every default filled in."""
+    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """HMAC-SHA256 over all other fields, with the run's key: this run's attempt has written it. Only the run can tell;
+    everyone else has the hashes. None: of a run without a key."""
 
     def to_bytes(self) -> bytes:
-        return self.model_dump_json(by_alias=True, indent=2).encode() + b"\n"
+        left_out = {"signature"} if self.signature is None else None
+        return self.model_dump_json(by_alias=True, indent=2, exclude=left_out).encode() + b"\n"
+
+    def signed(self, authenticator: Authenticator) -> Manifest:
+        """Return it with the run's signature."""
+        return self.model_copy(update={"signature": authenticator.sign(SIGNATURE_PURPOSE, self._body())})
+
+    def signature_problem(self, authenticator: Authenticator) -> str | None:
+        """Say why it does not count as written by this run; None where it does."""
+        return authenticator.problem(SIGNATURE_PURPOSE, self._body(), self.signature)
+
+    def _body(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", by_alias=True, exclude={"signature"})
 
 
 def metrics_of(facts: PublishFacts) -> dict[str, int | float | None]:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from socketserver import ThreadingMixIn
 from typing import Any, Literal
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -37,7 +40,11 @@ from qlora_trainer.watchdog import waited_for
 Section = Literal["Load", "Data", "Train", "Evaluate", "Checkpoint", "Publish", "Done"]
 """For people and dashboards. Heartbeats tell Train apart further."""
 
+REQUEST_SECONDS = 5.0
+"""A connection on which nothing is said for so long is closed."""
+MAXIMUM_CONNECTIONS = 32
 log = logging.getLogger(__name__)
+
 _SECTIONS = "qlora_section_seconds"
 _BEATS = {
     "Load": Beats.LOAD,
@@ -206,9 +213,43 @@ def peak_bytes(device: torch.device) -> dict[str, int]:
     return {MemoryComponent.PEAK.value: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-class _Quiet(WSGIRequestHandler):
+class _Handler(WSGIRequestHandler):
+    timeout = REQUEST_SECONDS
+
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 the base class names it so
         """Scrapes are not worth a line each."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """A thread for each connection, and of too many at once the oldest is closed: nobody can keep others out."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._open: dict[socket.socket, None] = {}
+        self._lock = threading.Lock()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            self._open[request] = None
+            oldest = next(iter(self._open)) if len(self._open) > MAXIMUM_CONNECTIONS else None
+            if oldest is not None:
+                del self._open[oldest]
+        if oldest is not None:
+            with suppress(OSError):  # it has just been closed
+                oldest.shutdown(socket.SHUT_RDWR)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 the base class has it
+        """Note a connection that broke, or was no HTTP, without a trace in the log."""
+        log.debug("a request from %s failed: %s", client_address, sys.exception())
 
 
 def serve(board: Board, host: str, port: int, port_file: Path | None) -> WSGIServer:
@@ -235,7 +276,7 @@ def serve(board: Board, host: str, port: int, port_file: Path | None) -> WSGISer
                 start_response("404 Not Found", [("Content-Type", "text/plain")])
                 return [b"there are /metrics, /progress and /healthz\n"]
 
-    server = make_server(host, port, app, handler_class=_Quiet)
+    server = make_server(host, port, app, _Server, _Handler)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     if port_file is not None:
         port_file.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from qlora_trainer.heartbeat import Heartbeat, phase
 log = logging.getLogger(__name__)
 
 
-QUIET = ("bitsandbytes", "DeepSpeed", "transformers", "peft", "torch.distributed.elastic")
+QUIET = ("bitsandbytes", "DeepSpeed", "transformers", "peft")
 KNOWN_WARNINGS = (
     ".*is_gradient_checkpointing. is deprecated",  # peft 0.21 on transformers 5.23
     "Paged optimizers are not supported on CPU",  # said once by optim.make_optimizer

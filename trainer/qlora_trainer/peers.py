@@ -2,9 +2,12 @@
 
 ::
 
-    worker 0 ── holds a store (torch's TCPStore) at the rendezvous
+    worker 0 ── holds a store (torch's TCPStore) on loopback, and serves it to its peers at the rendezvous
     worker i ── waits for its name and port, for minutes if need be, and writes itself down
-    all      ── wait until everybody is written down, then start their ranks
+    all      ── wait until everybody is written down, then start their ranks, which use the same store
+
+The rendezvous admits only workers that prove that they have the job's key (:mod:`qlora_trainer.store_proxy`). What is
+in the store is text and JSON, checked as it is read.
 
 While the ranks run each worker counts up a number in the store, and looks whether the others' numbers move. A rank
 whose peer is gone mostly notices by itself, by a connection that breaks; a node without power breaks none, and NCCL
@@ -22,12 +25,12 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.elastic.agent.server.api import _TERMINAL_STATE_SYNC_ID
 
 from qlora_api.base import Model
 from qlora_api.contract import ExitCode, reason_of
 from qlora_trainer.errors import PeerLostError, PreemptedError, StalledError
 from qlora_trainer.heartbeat import node_name
+from qlora_trainer.store_proxy import StoreClient, StoreServer, listen_on_loopback
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
 LOG_SECONDS = 30.0
 """Between lines that say who is waited for; the first comes at once."""
 POLL_SECONDS = 0.5
-CONNECT_SECONDS = 5.0
+LOOPBACK = "127.0.0.1"
 ANSWER_SECONDS = 30
 """For one question to the store."""
 SILENT_SECONDS = 90.0
@@ -70,11 +73,6 @@ class Place:
             raise ValueError(f"{config.workers} workers need a rendezvous host:port, not {config.rendezvous!r}")
         return cls(index, config.workers, host.strip("[]"), int(port or 0), node_name())
 
-    @property
-    def address(self) -> tuple[str, int]:
-        """Where this worker reaches the store. Worker 0 holds it, and its own name may not be published yet."""
-        return ("127.0.0.1" if self.index == 0 else self.host), self.port
-
 
 class Farewell(Model):
     """What a worker leaves in the store when it ends."""
@@ -87,11 +85,13 @@ class Farewell(Model):
 class Meeting:
     """All workers of an attempt, as one of them sees the others. Made by :func:`meet`."""
 
-    def __init__(self, place: Place, store: Store, server: Store | None) -> None:
+    def __init__(self, place: Place, store: Store, store_port: int, held: tuple[object, ...]) -> None:
         self._place = place
         self._store = store
-        self._server = server
-        """Held on to: the store is gone when this object is."""
+        self.store_port = store_port
+        """On 127.0.0.1, for the ranks of this worker."""
+        self._held = held
+        """What serves the store: it is gone when this object is."""
         self._others = [i for i in range(place.workers) if i != place.index]
         self._counts: dict[int, tuple[bytes, float]] = {}
         self._count = 0
@@ -99,9 +99,6 @@ class Meeting:
     def arrive(self) -> None:
         """Write this worker down."""
         self._store.set(f"here/{self._place.index}", self._place.node)
-        # torchrun would have a worker that is done wait five minutes for the others, deaf to signals, while worker 0
-        # publishes. This is the key it waits for.
-        self._store.set(f"{_TERMINAL_STATE_SYNC_ID}/last_member", "")
 
     def missing(self) -> list[int]:
         """Workers that are not here yet.
@@ -195,12 +192,15 @@ class Meeting:
         return self._store.get(f"here/{index}").decode()
 
 
-def meet(place: Place, attempt: str, patience_seconds: float, waits: Callable[[float], None] = time.sleep) -> Meeting:
+def meet(
+    place: Place, attempt: str, key: bytes, patience_seconds: float, waits: Callable[[float], None] = time.sleep
+) -> Meeting:
     """Wait until all workers of an attempt are here.
 
     Args:
         place: this worker's.
         attempt: names the attempt, so that a pod of an earlier one is not taken for a peer.
+        key: of the attempt; a peer without it is not let in.
         patience_seconds: how long the slowest may take.
         waits: sleeps.
 
@@ -211,10 +211,9 @@ def meet(place: Place, attempt: str, patience_seconds: float, waits: Callable[[f
 
     """
     clock = _Patience(patience_seconds, waits)
-    server = _hold(place) if place.index == 0 else None
-    _reach(place, clock)
-    client = TCPStore(*place.address, is_master=False, wait_for_workers=False, timeout=_seconds(ANSWER_SECONDS))
-    meeting = Meeting(place, PrefixStore(attempt, client), server)
+    port, *held = _serve_store(place, key) if place.index == 0 else _reach_store(place, key, clock)
+    client = TCPStore(LOOPBACK, port, is_master=False, wait_for_workers=False, timeout=_seconds(ANSWER_SECONDS))
+    meeting = Meeting(place, PrefixStore(attempt, client), port, tuple(held))
     meeting.arrive()
     try:
         while away := meeting.missing():
@@ -254,26 +253,38 @@ class _Patience:
         self._waits(POLL_SECONDS)
 
 
-def _hold(place: Place) -> Store:
-    """The store on worker 0. ``multi_tenant``: torchrun's own rendezvous shares this server, port and all."""
-    return TCPStore(
-        *place.address, is_master=True, wait_for_workers=False, timeout=_seconds(ANSWER_SECONDS), multi_tenant=True
+def hold_store() -> tuple[Store, int]:
+    """Return a new store on loopback, which lives as long as the object, and its port."""
+    listener = listen_on_loopback()
+    port = listener.getsockname()[1]
+    store = TCPStore(
+        LOOPBACK,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=_seconds(ANSWER_SECONDS),
+        master_listen_fd=listener.detach(),
     )
+    return store, port
 
 
-def _reach(place: Place, clock: _Patience) -> None:
+def _serve_store(place: Place, key: bytes) -> tuple[int, Store, StoreServer]:
+    store, port = hold_store()
+    return port, store, StoreServer(place.port, key, port)
+
+
+def _reach_store(place: Place, key: bytes, clock: _Patience) -> tuple[int, StoreClient]:
     """Wait for worker 0's name to exist and its port to answer; its pod may start minutes later."""
-    host, port = place.address
+    client = StoreClient((place.host, place.port), key, place.index)
+    where = f"worker 0 at {place.host}:{place.port}"
     while True:
         try:
-            socket.create_connection((host, port), CONNECT_SECONDS).close()
+            client.check()
         except OSError as error:
             why = "its name does not exist yet" if isinstance(error, socket.gaierror) else _line(error)
-            clock.wait(
-                f"waiting for worker 0 at {host}:{port}: {why}", f"worker 0 at {host}:{port} ({why}) did not come"
-            )
+            clock.wait(f"waiting for {where}: {why}", f"{where} ({why}) did not come")
         else:
-            return
+            return client.port, client
 
 
 def _ended(index: int, farewell: Farewell) -> str:

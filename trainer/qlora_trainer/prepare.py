@@ -19,6 +19,7 @@ from qlora_api.contract import ExitCode, PrepareReceipt, TerminationMessage, Tra
 from qlora_api.spec import TrainingSpec
 from qlora_api.status import PrepareResult, Reason
 from qlora_trainer import last_word
+from qlora_trainer.authentication import Authenticator
 from qlora_trainer.data.tolerance import check_tolerance
 from qlora_trainer.errors import TrainerError, UserError
 from qlora_trainer.planning import Planned, plan_job
@@ -44,7 +45,7 @@ def prepare(config: TrainerConfig) -> PrepareReceipt:
 
 def _again(config: TrainerConfig) -> Record | None:
     """What was found for the same content before; None where there is nothing, or it is damaged."""
-    check_destination(config.spec.output.destination, config.job.uid)
+    check_destination(config.spec.output.destination, config.job.uid, Authenticator.of(config))
     records = Records(config)
     record = find(config, records)
     if record is None:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from qlora_api.status import Adapter
+from qlora_trainer.authentication import UNAUTHENTICATED, Authenticator
 from qlora_trainer.card import model_card
 from qlora_trainer.errors import AdapterRejectedError, StorageError
 from qlora_trainer.gate import verify_adapter, verify_gain, verify_loads, verify_merged
@@ -32,6 +33,7 @@ from qlora_trainer.manifest import (
 from qlora_trainer.published import (
     FIELD,
     check_destination,
+    check_gate,
     own_manifest,
     published_adapter,
     verified,
@@ -69,6 +71,7 @@ def publish(
     base_names: Iterable[str] | None = None,
     skeleton: Any = None,
     beat: Callable[[], None] = lambda: None,
+    authenticator: Authenticator = UNAUTHENTICATED,
 ) -> Adapter:
     """Check, upload and declare an adapter. Called again, by the same run, it answers what is published.
 
@@ -82,6 +85,7 @@ def publish(
         base_names: for :func:`qlora_trainer.gate.verify_adapter`.
         skeleton: for :func:`qlora_trainer.gate.verify_loads`; without it, that is not tried.
         beat: called after each file, as a sign of life.
+        authenticator: signs the manifest, and tells one of this run's from what others put there.
 
     Raises:
         AdapterRejectedError: the gate refuses it.
@@ -90,8 +94,10 @@ def publish(
 
     """
     store = open_store(store_uri, FIELD)
-    if earlier := own_manifest(store, job.uid):
-        return verified(store, *earlier)
+    if earlier := own_manifest(store, job.uid, authenticator):
+        adapter = verified(store, *earlier)
+        check_gate(store, earlier[0], facts.spec)
+        return adapter
     verify_gain(facts.base_eval_loss, facts.eval_loss, may_be_worse=facts.spec.output.allow_worse_eval)
     verify_adapter(folder / ADAPTER, base_names, facts.spec.lora)
     if skeleton is not None:
@@ -100,15 +106,17 @@ def publish(
         verify_merged(folder / MERGED)
     (folder / ADAPTER / "README.md").write_text(model_card(job, attempt, facts))
     place = f"{job.uid[:8]}-attempt-{attempt}"
-    manifest = _manifest(job, attempt, folder, place, facts)
+    manifest = _manifest(job, attempt, folder, place, facts).signed(authenticator)
     _upload(store, folder, place, manifest, beat)
     data = manifest.to_bytes()
-    declared = _declare(store, manifest, data)
+    declared = _declare(store, manifest, data, authenticator)
     if declared is None:
         return published_adapter(store, manifest, data)
     if declared[0].adapter != manifest.adapter:
         store.delete(place)  # another attempt of this run was faster
-    return verified(store, *declared)
+    adapter = verified(store, *declared)
+    check_gate(store, declared[0], facts.spec)
+    return adapter
 
 
 # ------------------------------------------------------------------------------------------------------------ manifest
@@ -153,7 +161,9 @@ def _upload(store: Store, folder: Path, place: str, manifest: Manifest, beat: Ca
             raise StorageError(f"{store.uri(key)} is not what was written to it")
 
 
-def _declare(store: Store, manifest: Manifest, data: bytes) -> tuple[Manifest, bytes] | None:
+def _declare(
+    store: Store, manifest: Manifest, data: bytes, authenticator: Authenticator = UNAUTHENTICATED
+) -> tuple[Manifest, bytes] | None:
     """Write the manifest; return the one that is there instead, if it is this run's.
 
     "Exists" may be the echo of our own write whose answer was lost, so what is there is read and compared.
@@ -162,7 +172,7 @@ def _declare(store: Store, manifest: Manifest, data: bytes) -> tuple[Manifest, b
         try:
             store.create(MANIFEST, data)
         except AlreadyExistsError:
-            if there := own_manifest(store, manifest.run_uid):
+            if there := own_manifest(store, manifest.run_uid, authenticator):
                 return there
         else:
             return None

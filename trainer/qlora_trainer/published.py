@@ -6,33 +6,38 @@ The manifest, ``<destination>/manifest.json``, names the run it belongs to and e
 from __future__ import annotations
 
 import logging
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from qlora_api.contract import ExitCode, TerminationMessage
 from qlora_api.status import Adapter, Progress, Reason
-from qlora_trainer.errors import UserError
+from qlora_trainer.authentication import UNAUTHENTICATED, Authenticator
+from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.manifest import ADAPTER, MANIFEST, Manifest
-from qlora_trainer.store import NotFoundError, Store, open_store, sha256_bytes
+from qlora_trainer.store import NotFoundError, Store, open_store, sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
     from qlora_api.contract import TrainerConfig
+    from qlora_api.spec import QLoRAJobSpec
 
 FIELD = "spec.output.destination"
 log = logging.getLogger(__name__)
 
 
-def check_destination(uri: str, run_uid: str) -> None:
+def check_destination(uri: str, run_uid: str, authenticator: Authenticator = UNAUTHENTICATED) -> None:
     """Find out before the training whether its result can be published.
 
     Raises:
-        UserError: the destination cannot be written, or holds another run's adapter.
+        UserError: the destination cannot be written, or holds another run's adapter, or a manifest that claims to be
+            of this run and is not.
         StorageError: it is out of reach, or full.
 
     """
     store = open_store(uri, FIELD)
-    own_manifest(store, run_uid)
+    own_manifest(store, run_uid, authenticator)
     probe = f".write-check-{run_uid[:8]}"
     store.put(probe, b"")
     try:
@@ -48,14 +53,16 @@ def finished_run(config: TrainerConfig) -> TerminationMessage | None:
 
     Raises:
         UserError: the destination holds another run's adapter, or this run's is not what was published.
+        AdapterRejectedError: what is there would not have passed the gate.
         StorageError: it is out of reach.
 
     """
     store = open_store(config.spec.output.destination, FIELD)
-    there = own_manifest(store, config.job.uid)
+    there = own_manifest(store, config.job.uid, Authenticator.of(config))
     if there is None:
         return None
     adapter = verified(store, *there)
+    check_gate(store, there[0], config.spec)
     metrics = there[0].metrics
     step, total = (int(metrics.get(name) or 0) for name in ("step", "totalSteps"))
     loss = metrics.get("evalLoss")
@@ -91,8 +98,15 @@ def verify_published(manifest_uri: str) -> list[str]:
     return _problems(store, _parsed(store, name, data))
 
 
-def own_manifest(store: Store, run_uid: str) -> tuple[Manifest, bytes] | None:
-    """Return this run's manifest with its bytes; None where nothing is published yet."""
+def own_manifest(
+    store: Store, run_uid: str, authenticator: Authenticator = UNAUTHENTICATED
+) -> tuple[Manifest, bytes] | None:
+    """Return this run's manifest with its bytes; None where nothing is published yet.
+
+    Raises:
+        UserError: what is there is no manifest, another run's, or was not written by this run though it says so.
+
+    """
     try:
         data = store.get(MANIFEST)
     except NotFoundError:
@@ -104,6 +118,14 @@ def own_manifest(store: Store, run_uid: str) -> tuple[Manifest, bytes] | None:
             store.uri(),
             f"already holds the adapter of run {manifest.run_uid} ({manifest.namespace}/{manifest.job}); "
             "choose another destination",
+        )
+    if problem := manifest.signature_problem(authenticator):
+        raise UserError(
+            store.field,
+            store.uri(MANIFEST),
+            f"says that this run has published it, but {problem}: somebody else who may write there has put it there, "
+            "or changed it; find out who may write there, delete it and start the job again, or choose another "
+            "destination",
         )
     return manifest, data
 
@@ -127,6 +149,28 @@ def verified(store: Store, manifest: Manifest, data: bytes) -> Adapter:
             f"holds this run's manifest, but {problems[0]}; delete {store.uri(MANIFEST)} and start the job again",
         )
     return published_adapter(store, manifest, data)
+
+
+def check_gate(store: Store, manifest: Manifest, spec: QLoRAJobSpec) -> None:
+    """Hold an adapter published earlier against the gate, as if it were to be published now.
+
+    Raises:
+        AdapterRejectedError: it does not pass.
+        StorageError: it cannot be read.
+
+    """
+    from qlora_trainer.gate import verify_adapter, verify_gain  # noqa: PLC0415 seconds of torch, and seldom needed
+
+    base, own = (manifest.metrics.get(name) for name in ("baseEvalLoss", "evalLoss"))
+    verify_gain(base, own, may_be_worse=spec.output.allow_worse_eval)
+    with tempfile.TemporaryDirectory(prefix="qlora-published-") as name:
+        folder = Path(name) / ADAPTER
+        for file in manifest.files:
+            if file.path.startswith(f"{manifest.adapter}/"):
+                store.download_file(file.path, folder / file.path.removeprefix(f"{manifest.adapter}/"))
+                if sha256_file(folder / file.path.removeprefix(f"{manifest.adapter}/")) != file.sha256:
+                    raise StorageError(f"{store.uri(file.path)} has changed while it was read")
+        verify_adapter(folder, None, spec.lora)
 
 
 def published_adapter(store: Store, manifest: Manifest, data: bytes) -> Adapter:

@@ -1,4 +1,4 @@
-"""The process of one rank, started by torchrun: ``python -m qlora_trainer.rank CONFIG.json``"""
+"""The process of one rank, started by :mod:`qlora_trainer.launch`: ``python -m qlora_trainer.rank CONFIG.json``"""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from torch import Tensor
 
@@ -46,7 +47,8 @@ def save(trainer: Trainer, run: Run, *, with_eval: bool) -> None:
             write(state.ADAPTER_FILE, pack_tensors(adapter))
             trainer.history.sections(trainer.config.attempt, run.step, trainer.board.section_seconds)
             write(HISTORY_FILE, trainer.history.to_bytes())
-        written = [entry for part in ranks.gather(entries) for entry in part]
+        parts = ranks.gather([asdict(entry) for entry in entries])
+        written = [FileEntry(**entry) for part in parts for entry in part]
         if ranks.is_first:
             meta = {
                 "run": run.meta,

@@ -12,7 +12,7 @@ from qlora_trainer.errors import PreemptedError
 class Stop:
     """SIGTERM, passed on to the ranks, which are waited for: whoever sent it has the patience that counts.
 
-    torchrun's own handler would end the attempt before its ranks had agreed on a step and written a checkpoint.
+    To end the ranks at once would end the attempt before they had agreed on a step and written a checkpoint.
     """
 
     def __init__(self) -> None:

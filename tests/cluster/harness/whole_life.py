@@ -6,6 +6,7 @@ Prepare, an attempt that runs out of memory, one that is suspended, one that suc
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,9 @@ def live(api: Api, namespace: str) -> None:
         api.wait_for(place, lambda found: not found["items"], seconds=STEP_SECONDS, what=f"nothing left in {place}")
 
 
+UID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
 def moment(call: Call) -> str:
     """What a call of the operator's is for, in words that are the same in every life; empty where it only says more.
 
@@ -100,7 +104,7 @@ def moment(call: Call) -> str:
         if not {"attempts", "reason", "prepared", "adapter"} & set(status):
             return ""
         return " ".join(filter(None, (kind, status.get("reason"), newest)))
-    return f"{kind} {call.body['reason'] if call.resource == 'events' else call.name}"
+    return f"{kind} {call.body['reason'] if call.resource == 'events' else UID.sub('UID', call.name)}"
 
 
 def outcome(history: History, namespace: str) -> dict[str, Any]:

@@ -38,9 +38,11 @@ if TYPE_CHECKING:
     from cluster.harness.zygote import Zygote
 
 LIFE = (
+    "POST secrets qlora-key-UID",
     "POST jobs job-prepare",
     "PATCH qlorajobs/status Preparing",
     "POST services qlora-trainers",
+    "POST networkpolicies qlora-workers-UID",
     "POST jobs job-1",
     "PATCH qlorajobs/status Starting attempt 1",
     "POST jobs job-2",

@@ -240,7 +240,7 @@ def writes(cluster: ControlPlane, installed: Installed, mark: int) -> list[Reque
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("verb", ["get", "list", "watch", "create"])
+@pytest.mark.parametrize("verb", ["get", "list", "watch", "update", "patch", "delete"])
 def test_the_operator_sees_no_secrets(installed, verb):
     for namespace in (installed.served, "kube-system", ""):
         assert not can_i(installed.cluster, installed.account, verb, "secrets", namespace)
@@ -271,6 +271,45 @@ def test_an_operator_of_one_namespace_leaves_jobs_of_others_alone(namespaced, zy
         assert "status" not in api.get(outside)
     for path in (outside, inside):
         api.delete(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "allowed"),
+    [
+        ("qlora-key-1", "qlora.dev/job-key", True),
+        ("qlora-key-2", "Opaque", False),
+        ("other", "qlora.dev/job-key", False),
+        ("token", "kubernetes.io/service-account-token", False),
+    ],
+)
+def test_an_operator_that_was_taken_over_creates_no_secret_but_keys(name, kind, allowed, cluster_wide, tenant):
+    said = create_secret(tenant, name, kind, cluster_wide.kubeconfig)
+    assert bool(said) != allowed, said
+    assert allowed or "the operator creates no Secrets but those" in said
+
+
+def test_nobody_else_puts_a_key_where_the_operator_would_find_it(tenant):
+    """Who may create Secrets, and read none, would otherwise know a job's key before its first pod."""
+    rules = [{"apiGroups": [""], "resources": ["secrets"], "verbs": ["create"]}]
+    role = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "metadata": {"name": "w"}, "rules": rules}
+    tenant.cluster.api.create(role, tenant.namespace)
+    tenant.cluster.kubectl("create", "rolebinding", "w", "--role=w", "--user=writer", "-n", tenant.namespace)
+    writer = tenant.cluster.user_kubeconfig("writer", namespace=tenant.namespace)
+    assert "only their operator creates them" in create_secret(tenant, "qlora-key-3", "qlora.dev/job-key", writer)
+    assert create_secret(tenant, "own-secret", "Opaque", writer) == ""
+
+
+def create_secret(tenant: Tenant, name: str, kind: str, kubeconfig: Path) -> str:
+    """Create a Secret; why it was refused, empty if it was not."""
+    metadata: dict[str, Any] = {"name": name, "namespace": tenant.namespace}
+    if kind == "kubernetes.io/service-account-token":
+        metadata["annotations"] = {"kubernetes.io/service-account.name": "default"}
+    body = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": kind}
+    try:
+        tenant.cluster.kubectl("create", "-f", "-", stdin=json.dumps(body), kubeconfig=kubeconfig)
+    except KubectlError as error:
+        return str(error)
+    return ""
 
 
 # ------------------------------------------------------------------------------------------------------------- a tenant
@@ -363,6 +402,7 @@ def test_what_a_tenant_may_name_reaches_the_pods_by_name_alone(tenant, cluster_w
         cluster.api.wait_gone(path)
     assert pod["spec"]["containers"][0]["envFrom"] == [{"secretRef": {"name": "own"}}]
     assert pod["spec"]["automountServiceAccountToken"] is False
-    assert not [r for r in cluster.requests_since(mark) if r.resource == "secrets" and r.user == cluster_wide.account]
+    of_secrets = [r for r in cluster.requests_since(mark) if r.resource == "secrets" and r.user == cluster_wide.account]
+    assert {r.verb for r in of_secrets} == {"create"}
     with pytest.raises(ApiError):
         cluster.api.get(path)

@@ -6,6 +6,7 @@ import ast
 import json
 import multiprocessing
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -32,6 +34,7 @@ from services.ports import free_port
 
 sys.path.insert(0, str(Path(__file__).parent))  # where forked processes find forked_rank
 import forked_rank
+from worker_pods import Pod
 
 VOCABULARY = 512
 MODULES = ("argparse", "ast", "pathlib", "tarfile")
@@ -87,6 +90,7 @@ class Workshop:
             batch=split_batch(spec, ranks),
             device="CPU",
             ranks_per_worker=ranks,
+            key_file=str(self.key_file()),
             gradient_checkpointing=False,
             checkpoint_uri=str(self.folder / "checkpoints"),
             cache_dir=str(self.cache),
@@ -96,6 +100,13 @@ class Workshop:
             ports_dir=str(self.folder / f"ports-{attempt}"),
         )
 
+    def key_file(self) -> Path:
+        """The run's key, the same for all its attempts."""
+        path = self.folder / "key"
+        if not path.exists():
+            path.write_text(secrets.token_hex(32))
+        return path
+
     def write(self, config: TrainerConfig) -> tuple[Path, Path]:
         """The config file of an attempt, and where its log goes."""
         path, log = self.folder / f"config-{config.attempt}.json", self.folder / f"log-{config.attempt}.txt"
@@ -104,7 +115,7 @@ class Workshop:
         return path, log
 
     def launch(self, config: TrainerConfig) -> subprocess.Popen[bytes]:
-        """Start the real launcher, torchrun's agent and all."""
+        """Start the real launcher."""
         path, log = self.write(config)
         with log.open("ab") as out:
             return subprocess.Popen(
@@ -255,3 +266,27 @@ def _tiny(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 def workshop(_tiny: Workshop, tmp_path: Path) -> Workshop:
     """The tiny job in a folder of its own."""
     return Workshop(model=_tiny.model, rows=_tiny.rows, cache=tmp_path / "cache", folder=tmp_path, forks=_tiny.forks)
+
+
+@pytest.fixture
+def pods(workshop, monkeypatch):
+    """Makes the pods of an attempt, and ends those that a failing test left."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    made: list[Pod] = []
+
+    def make(workers: int = 2, ranks: int = 1, **changes) -> list[Pod]:
+        config = workshop.config(ranks=workers * ranks, **changes).model_copy(
+            update={"workers": workers, "ranks_per_worker": ranks, "rendezvous": f"127.0.0.1:{free_port()}"}
+        )
+        assert workshop.prepare(config) == 0  # here, where all is imported
+        pods = [Pod(config, index, workshop.folder) for index in range(workers)]
+        made.extend(pods)
+        return pods
+
+    yield make
+    for pod in made:
+        if pod.process and pod.process.poll() is None:
+            for child in psutil.Process(pod.process.pid).children(recursive=True):
+                child.kill()
+            pod.process.kill()
+            pod.process.wait()

@@ -2,103 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import pytest
+from worker_pods import losses
 
-from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig
+from qlora_api.contract import ExitCode
 from qlora_api.status import Reason
 from qlora_trainer.publish import verify_published
-from services.patience import PATIENCE_SECONDS
-from services.ports import free_port
 
 pytestmark = pytest.mark.ranks
 
 
-@dataclass
-class Pod:
-    """One worker's launcher, with files of its own."""
-
-    config: TrainerConfig
-    index: int
-    folder: Path
-    process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def log(self) -> str:
-        return self._path("log").read_text()
-
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}-{self.config.attempt}-worker-{self.index}"
-
-    def start(self) -> Pod:
-        own = self.config.model_copy(update={"termination_message_path": str(self._path("termination"))})
-        self._path("config").write_text(own.model_dump_json(by_alias=True))
-        with self._path("log").open("wb") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "qlora_trainer", str(self._path("config"))],
-                stdout=out,
-                stderr=out,
-                env={**os.environ, "JOB_COMPLETION_INDEX": str(self.index), "NODE_NAME": f"node-{self.index}"},
-            )
-        return self
-
-    def rank(self, number: int) -> psutil.Process:
-        children = psutil.Process(self.process.pid).children()
-        return next(p for p in children if p.environ().get("RANK") == str(number))
-
-    def until(self, text: str, seconds: float = PATIENCE_SECONDS) -> None:
-        deadline = time.monotonic() + seconds
-        while text not in self.log:
-            assert time.monotonic() < deadline, self.log[-3000:]
-            assert self.process.poll() is None, self.log[-3000:]
-            time.sleep(0.05)
-
-    def end(self) -> tuple[int, TerminationMessage | None]:
-        code = self.process.wait(timeout=PATIENCE_SECONDS)
-        path = self._path("termination")
-        has_word = path.exists() and path.stat().st_size > 0
-        return code, TerminationMessage.model_validate_json(path.read_bytes()) if has_word else None
-
-
-@pytest.fixture
-def pods(workshop, monkeypatch):
-    """Makes the pods of an attempt, and ends those that a failing test left."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    made: list[Pod] = []
-
-    def make(workers: int = 2, ranks: int = 1, **changes) -> list[Pod]:
-        config = workshop.config(ranks=workers * ranks, **changes).model_copy(
-            update={"workers": workers, "ranks_per_worker": ranks, "rendezvous": f"127.0.0.1:{free_port()}"}
-        )
-        assert workshop.prepare(config) == 0  # here, where all is imported
-        pods = [Pod(config, index, workshop.folder) for index in range(workers)]
-        made.extend(pods)
-        return pods
-
-    yield make
-    for pod in made:
-        if pod.process and pod.process.poll() is None:
-            for child in psutil.Process(pod.process.pid).children(recursive=True):
-                child.kill()
-            pod.process.kill()
-            pod.process.wait()
-
-
 STEPS = {"training": {"epochs": None, "maxSteps": 4}}
 ENDLESS = {"training": {"epochs": None, "maxSteps": 5000}}
-
-
-def losses(log: str) -> list[str]:
-    return [line.split(" loss ")[1].split()[0] for line in log.splitlines() if " INFO step " in line and " lr " in line]
 
 
 def test_workers_that_start_apart_train_as_one_and_publish_once(pods, workshop):
