@@ -21,8 +21,9 @@ from torch.distributed import DistError, TCPStore
 from worker_pods import Pod, losses
 
 from qlora_api.contract import ExitCode
+from services.patience import PATIENCE_SECONDS
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.ranks
 MESSAGES = 1000
 """Random ones, and as many near-valid ones, for each port."""
 VALIDATION_MAGIC = 0x3C85F7CE
@@ -62,7 +63,7 @@ def test_nothing_of_one_worker_listens_beyond_loopback(workshop):
         workshop.wait_for_step(process, config, 2)
         found = listeners(process.pid)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=200) == ExitCode.PREEMPTED
+        assert process.wait(timeout=PATIENCE_SECONDS) == ExitCode.PREEMPTED
     finally:
         process.kill()
     assert len(found) == 3, "the launcher and two ranks"

@@ -46,7 +46,7 @@ class Pod:
         children = psutil.Process(self.process.pid).children()
         return next(p for p in children if p.environ().get("RANK") == str(number))
 
-    def until(self, text: str, seconds: float = 300) -> None:
+    def until(self, text: str, seconds: float = PATIENCE_SECONDS) -> None:
         deadline = time.monotonic() + seconds
         while text not in self.log:
             assert time.monotonic() < deadline, self.log[-3000:]
@@ -54,7 +54,7 @@ class Pod:
             time.sleep(0.05)
 
     def end(self) -> tuple[int, TerminationMessage | None]:
-        code = self.process.wait(timeout=300)
+        code = self.process.wait(timeout=PATIENCE_SECONDS)
         path = self._path("termination")
         has_word = path.exists() and path.stat().st_size > 0
         return code, TerminationMessage.model_validate_json(path.read_bytes()) if has_word else None
