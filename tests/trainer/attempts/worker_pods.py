@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from qlora_api.contract import TerminationMessage, TrainerConfig
+from services.patience import PATIENCE_SECONDS
 
 
 @dataclass
