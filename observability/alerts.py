@@ -19,6 +19,8 @@ STARVED = 0.2
 NEAR = 0.9
 """Share of a budget."""
 QUEUE_SECONDS = 60
+TASK_FAILURES = 3
+"""In a quarter of an hour. A task that always fails does so thirty times."""
 RUNBOOKS = "docs/runbooks/"
 """The chart puts the address of the repository before it."""
 _JOB = "by (namespace, job)"
@@ -163,6 +165,15 @@ ALERTS: Sequence[Alert] = (
         "The operator does not come through with its work",
         "Most of its reconciles fail, or jobs wait a minute for their turn. Look at the kinds of errors and at "
         "the API server.",
+    ),
+    Alert(
+        "QLoRAOperatorTaskFailing",
+        f"sum by (task) (increase(qlora_operator_task_failures_total[15m])) > {TASK_FAILURES}",
+        "0m",
+        "critical",
+        "The operator's task {{ $labels.task }} fails again and again",
+        "It is started again each time, and the other tasks go on. What it does for jobs is late or missing: its "
+        "error is in the operator's log.",
     ),
 )
 

@@ -232,3 +232,19 @@ def _operator(made: dashboard.Dashboard) -> None:
             min=0,
         )
     )
+    made.with_panel(
+        lines(
+            "Set aside",
+            "What the operator left out or began anew, so that one object or pod does not concern the others.",
+            "short",
+            Query("sum by (task) (increase(qlora_operator_task_failures_total[5m]))", "task {{task}} failed"),
+            Query(
+                "sum by (kind, reason) (increase(qlora_operator_objects_skipped_total[5m])) > 0",
+                "{{kind}} · {{reason}}",
+            ),
+            Query("sum(increase(qlora_operator_reports_rejected_total[5m]))", "answers that are no progress report"),
+            Query(f"sum(qlora_operator_uncounted_jobs{{{NAMESPACE}}})", "jobs with a figure that is no number"),
+            span=8,
+            min=0,
+        )
+    )

@@ -115,6 +115,8 @@ class Attempt(Model):
 
     number: int = Field(ge=1)
     """From 1; names the attempt's Job, JOB-NUMBER."""
+    job_uid: Annotated[str, StringConstraints(max_length=64)] | None = None
+    """UID of that Job: only pods that it controls are the attempt's."""
     world_size: int = Field(ge=1)
     """Ranks."""
     micro_batch_size: int = Field(ge=1)

@@ -9,26 +9,29 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from qlora_api.errors import ManifestError
 from qlora_api.spec import Gang
 from qlora_operator import handlers, health
-from qlora_operator.client import TRANSIENT, Api, ApiError, watching_session
+from qlora_operator.bounded_reads import TooLargeError
+from qlora_operator.client import TRANSIENT, Api, ApiError
 from qlora_operator.config import OperatorConfig
 from qlora_operator.corrections import Corrections
 from qlora_operator.credentials import load_credentials
 from qlora_operator.gangs import discover_gangs
+from qlora_operator.kopf_session import PLURAL, watching_session
 from qlora_operator.lean import kopf
 from qlora_operator.logs import set_up_logs
 from qlora_operator.metrics import Metrics
-from qlora_operator.progress import poll_forever
+from qlora_operator.progress import ProgressPoller
 from qlora_operator.reconcile import Reconciler
 from qlora_operator.resync import Listings, resync_forever, take_stock
 from qlora_operator.store import Store
+from qlora_operator.supervisor import BackgroundTask, supervise
 from qlora_operator.watch import Watch, kinds_of
 
 log = logging.getLogger("qlora_operator")
@@ -43,7 +46,11 @@ FIRST_LOOK_SECONDS = 2
 
 
 async def first_look(
-    api: Api, store: Store, namespaces: Sequence[str], watches: Sequence[Watch]
+    api: Api,
+    store: Store,
+    namespaces: Sequence[str],
+    watches: Sequence[Watch],
+    skipped: Callable[[str, str], None],
 ) -> tuple[frozenset[Gang], set[str]]:
     """What the cluster offers, and the namespaces that have the shared Service; the store gets all else.
 
@@ -53,9 +60,9 @@ async def first_look(
     """
     while True:
         try:
-            gangs, services = await discover_gangs(api), await take_stock(store, api, namespaces)
+            gangs, services = await discover_gangs(api), await take_stock(store, api, namespaces, skipped)
             await list_all(watches)
-        except (ApiError, *TRANSIENT) as error:
+        except (ApiError, TooLargeError, *TRANSIENT) as error:
             if isinstance(error, ApiError) and error.status in (401, 403):
                 raise
             log.warning("not everything can be seen yet: %s; again in %d s", error, FIRST_LOOK_SECONDS)
@@ -78,8 +85,10 @@ async def look_around(api: Api, corrections: Corrections, offer: Callable[[froze
     while True:
         await asyncio.sleep(LOOK_SECONDS)
         await corrections.refresh()
-        with suppress(Exception):
+        try:
             offer(await discover_gangs(api))
+        except (ApiError, *TRANSIENT) as error:
+            log.info("what the cluster offers cannot be seen: %s", error)
 
 
 def stop_on_signals(stop: asyncio.Event) -> None:
@@ -88,8 +97,14 @@ def stop_on_signals(stop: asyncio.Event) -> None:
 
 
 async def first_of(works: Collection[asyncio.Task[None]]) -> None:
-    """Wait until one ends; raise what it raised."""
-    done, _ = await asyncio.wait(works, return_when=asyncio.FIRST_COMPLETED)
+    """Wait until one ends, and have the others end; raise what it raised."""
+    try:
+        done, others = await asyncio.wait(works, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for work in works:
+            work.cancel()
+    if others:
+        await asyncio.wait(others, timeout=STOP_SECONDS)
     for work in done:
         work.result()
 
@@ -101,54 +116,75 @@ class Operator:
         self.config = config
         self.store = Store()
         self.metrics = Metrics(self.store)
+        for kind in handlers.WATCHED:
+            self.metrics.show_kind(kind)
         self.watches = health.Watches(handlers.WATCHED, each=max(1, len(config.namespaces)))
         self.listings = Listings()
         self.api = Api(load_credentials(), self.metrics.request)
         self.corrections = Corrections(self.api, config, self.metrics.corrected)
         self.gangs: frozenset[Gang] = frozenset()
         self.reconciler = Reconciler(self.store, self.api, config, lambda: self.gangs, self.corrections, self.metrics)
+        self.poller = ProgressPoller(self.store, self.reconciler, config.progress_seconds, self.metrics.report_rejected)
         self.followed = [
-            Watch(self.api, kind, namespace, self.reconciler.wake, self.watches.note)
+            Watch(self.api, kind, namespace, self.reconciler.wake, self.watches.note, self.metrics.skipped)
             for kind in kinds_of(self.store, self.reconciler.services)
             for namespace in config.namespaces or ("",)
         ]
         self.stop, self.looked = asyncio.Event(), asyncio.Event()
 
     async def run(self) -> None:
-        """Operate until SIGTERM or SIGINT; raise what a part raised that ended."""
+        """Operate until SIGTERM or SIGINT.
+
+        Raises:
+            ApiError: the operator may not look at what it is to serve, as it starts.
+
+        """
         stop_on_signals(self.stop)
         server = await health.serve(self.metrics.registry, self.watches, self.config.metrics_port)
-        tasks = [asyncio.create_task(work, name=name) for name, work in self.works()]
+        waiting, looking = asyncio.create_task(self.stop.wait()), asyncio.create_task(self.look())
+        tasks = [asyncio.create_task(supervise(task, self.metrics.task_failed)) for task in self.background_tasks()]
         log.info("serving QLoRAJobs in %s", ", ".join(self.config.namespaces) or "all namespaces")
-        waiting = asyncio.create_task(self.stop.wait())
-        done, _ = await asyncio.wait([waiting, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((waiting, looking), return_when=asyncio.FIRST_COMPLETED)
+        if not looking.done() or not looking.exception():
+            await waiting
         self.stop.set()
-        for task in (*tasks, waiting):
+        for task in (*tasks, waiting, looking):
             task.cancel()
-        await asyncio.wait((*tasks, waiting), timeout=STOP_SECONDS)
+        await asyncio.wait((*tasks, waiting, looking), timeout=STOP_SECONDS)
         await server.cleanup()
         await self.api.close()
-        for task in done - {waiting}:
-            task.result()
+        if looking.done() and not looking.cancelled():
+            looking.result()
 
-    def works(self) -> Iterator[tuple[str, Coroutine[None, None, None]]]:
-        """What goes on side by side, by name."""
-        namespaces = self.config.namespaces
-        yield "reconciler", self.reconciler.run()
-        yield "progress", poll_forever(self.store, self.reconciler, self.config.progress_seconds)
-        yield "resync", resync_forever(self.store, self.api, self.reconciler, namespaces, self.listings)
-        yield "look around", look_around(self.api, self.corrections, self.offer)
-        yield "watch", self.watch()
-        yield from ((f"watch {one.path}", one.run(self.looked)) for one in self.followed)
+    def background_tasks(self) -> Iterator[BackgroundTask]:
+        """Give what goes on side by side; the failure of one is none of the others'."""
+        resync = partial(resync_forever, self.store, self.api, self.reconciler, self.config.namespaces, self.listings)
+        tasks = (
+            BackgroundTask("reconciler", self.reconciler.run),
+            BackgroundTask("progress", self.poller.run),
+            BackgroundTask("resync", resync),
+            BackgroundTask("capabilities", partial(look_around, self.api, self.corrections, self.offer)),
+            BackgroundTask(f"watch-{PLURAL}", self.watch),
+            *(BackgroundTask(f"watch-{one.plural}", partial(one.run, self.looked)) for one in self.followed),
+        )
+        for task in tasks:
+            self.metrics.show_task(task.name)
+            yield task
 
-    async def watch(self) -> None:
+    async def look(self) -> None:
         """Look at everything before the first decision: what was not seen would be taken for gone."""
-        self.gangs, services = await first_look(self.api, self.store, self.config.namespaces, self.followed)
+        self.gangs, services = await first_look(
+            self.api, self.store, self.config.namespaces, self.followed, self.metrics.skipped
+        )
         await self.corrections.refresh()
         self.reconciler.services |= services
         for key in (*dict(self.store), *((namespace, "") for namespace in self.reconciler.services)):
             self.reconciler.wake(key)
         self.looked.set()
+
+    async def watch(self) -> None:
+        """Have kopf watch the QLoRAJobs until cancelled."""
+        await self.looked.wait()
         works = await kopf.spawn_tasks(
             registry=self.registry(),
             settings=handlers.settings(),
@@ -169,7 +205,8 @@ class Operator:
         async def login(**_: object) -> kopf.AiohttpSession:
             """The same credentials for kopf's watches; asked again when the API server does not know them any more."""
             current = await asyncio.to_thread(load_credentials)
-            return kopf.AiohttpSession(server=current.server, aiohttp_session=watching_session(current, self.note))
+            session = watching_session(current, self.note, self.metrics.skipped)
+            return kopf.AiohttpSession(server=current.server, aiohttp_session=session)
 
         return registry
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, Protocol
 from urllib.parse import urlencode
 
 import aiohttp
 from yarl import URL
 
+from qlora_api.deep_json import parse_json
+from qlora_operator.bounded_reads import TooLargeError, lines, read_within
 from qlora_operator.credentials import Credentials
 from qlora_operator.lean import kopf
 from qlora_operator.names import FIELD_MANAGER
@@ -29,8 +31,10 @@ TIMEOUT = aiohttp.ClientTimeout(total=30)
 SILENCE_SECONDS = 70
 """A watch from which nothing comes for so long is asked for anew; the API server sends a bookmark each minute."""
 CONNECT_SECONDS = 10
-LONGEST_LINE = 2**21
-"""Bytes of one change of a watch. etcd takes objects up to 1.5 MB."""
+PAGE = 200
+"""Objects of one answer at most: a pod is 10 KB as text, and ten times that when it is parsed."""
+METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+"""A list of metadata alone, a fraction of the whole objects' size."""
 MERGE_PATCH = "application/merge-patch+json"
 
 
@@ -66,7 +70,6 @@ class Api:
         self._slots = asyncio.Semaphore(concurrency)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ssl=info.as_ssl_context()),
-            read_bufsize=LONGEST_LINE,
             proxy=info.proxy_url,
         )
 
@@ -76,10 +79,29 @@ class Api:
     async def get(self, path: str, **parameters: str | int) -> Object:
         return await self._call("GET", path, parameters)
 
-    async def get_metadata(self, path: str, **parameters: str | int) -> Object:
-        """A list of metadata alone, a fraction of the whole objects' size."""
-        kind = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
-        return await self._call("GET", path, parameters, accept=kind)
+    async def pages(
+        self, path: str, parameters: Mapping[str, str], *, metadata_only: bool = False
+    ) -> AsyncIterator[Object]:
+        """List a collection page by page, each of no more objects than the operator has room for.
+
+        Raises:
+            TooLargeError: one object alone is more than etcd can hold.
+
+        """
+        accept = METADATA_LIST if metadata_only else "application/json"
+        limit, token = PAGE, ""
+        while True:
+            try:
+                page = await self._call("GET", path, {**parameters, "limit": limit, "continue": token}, accept=accept)
+            except TooLargeError:
+                if limit == 1:
+                    raise
+                limit = max(1, limit // 8)
+                continue
+            yield page
+            limit, token = min(PAGE, limit * 2), page["metadata"].get("continue", "")
+            if not token:
+                return
 
     async def create(self, path: str, body: Mapping[str, Any]) -> Object:
         return await self._call("POST", path, {"fieldManager": FIELD_MANAGER}, body)
@@ -101,8 +123,10 @@ class Api:
             return False
         return True
 
-    async def watch(self, path: str, **parameters: str | int) -> AsyncIterator[Object]:
+    async def watch(self, path: str, **parameters: str | int) -> AsyncIterator[Object | None]:
         """Each change as ``{"type": …, "object": …}``, until the API server ends the watch, or nothing comes any more.
+
+        None stands for a change that cannot be read: larger than anything that etcd holds, or no object.
 
         Silence is no failure: Events have no bookmarks, and of a connection that is dead nothing else is heard either.
         """
@@ -110,13 +134,14 @@ class Api:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS)
         async with await self._ask("GET", path, parameters, timeout=timeout) as answer:
             if answer.status != 200:
-                raise _error(answer.status, await answer.read(), answer.headers)
-            while line := await _line(answer.content):
-                change: Object = json.loads(line)
-                if change["type"] == "ERROR":
-                    status = change["object"]
-                    raise ApiError(status.get("code", 0), status.get("reason", ""), status.get("message", ""))
-                yield change
+                raise _error(answer.status, await read_within(answer.content), answer.headers)
+            with suppress(aiohttp.SocketTimeoutError):
+                async for line in lines(answer.content):
+                    change = read_change(line)
+                    if change and change["type"] == "ERROR":
+                        status = change["object"]
+                        raise ApiError(status.get("code", 0), status.get("reason", ""), status.get("message", ""))
+                    yield change
 
     async def _call(
         self,
@@ -130,13 +155,13 @@ class Api:
         started, code = time.monotonic(), 0
         try:
             async with self._slots, await self._ask(verb, path, parameters, body, content_type, accept) as answer:
-                text = await answer.read()
+                text = await read_within(answer.content)
                 code = answer.status
         finally:
             self._count(verb, code, time.monotonic() - started)
         if not 200 <= code < 300:
             raise _error(code, text, answer.headers)
-        found: Object = json.loads(text)
+        found: Object = parse_json(text)
         return found
 
     async def _ask(
@@ -169,7 +194,7 @@ class Api:
 
 def _error(code: int, text: bytes, headers: Mapping[str, str]) -> ApiError:
     try:
-        status = json.loads(text)
+        status = parse_json(text)
     except ValueError:
         status = {}
     if not isinstance(status, dict):
@@ -179,25 +204,11 @@ def _error(code: int, text: bytes, headers: Mapping[str, str]) -> ApiError:
     return ApiError(code, status.get("reason", ""), words, float(after) if after.isdecimal() else None)
 
 
-async def _line(content: aiohttp.StreamReader) -> bytes:
-    """The next line; none at the end, or where it does not come."""
+def read_change(line: bytes | None) -> Object | None:
+    """A change of a watch; None where it is none."""
     try:
-        return await content.readline()
-    except aiohttp.SocketTimeoutError:
-        return b""
-
-
-def watching_session(info: kopf.ConnectionInfo, on_request: Callable[[str], None]) -> aiohttp.ClientSession:
-    """A session for kopf's watches with the operator's credentials; ``on_request`` is told each path as it is asked."""
-    trace = aiohttp.TraceConfig()
-
-    async def started(_session: object, _context: object, request: aiohttp.TraceRequestStartParams) -> None:
-        on_request(str(request.url.path_qs))
-
-    trace.on_request_start.append(started)
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, ssl=info.as_ssl_context()),
-        headers={"User-Agent": f"{USER_AGENT}/watch", **info.as_http_headers()},
-        proxy=info.proxy_url,
-        trace_configs=[trace],
-    )
+        change = parse_json(line) if line else None
+    except ValueError:
+        return None
+    readable = isinstance(change, dict) and isinstance(change.get("object"), dict) and "type" in change
+    return change if readable else None

@@ -14,7 +14,8 @@ from qlora_operator.store import Store
 
 WATCHED = ("qlorajobs", "jobs", "pods", "events", "services")
 """By kopf, and by ``watch.py``."""
-LIST_CHUNK = 500
+LIST_CHUNK = 20
+"""kopf reads a page at once, and each job may be as large as etcd takes it."""
 
 
 class NoDiffBase(kopf.DiffBaseStorage):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
+from typing import Any
 
 from qlora_api.batch import BatchSplit
 from qlora_api.lifecycle import restarts
@@ -11,7 +12,11 @@ from qlora_api.status import MAX_ATTEMPTS, Attempt, Memory, Progress, QLoRAJobSt
 from qlora_operator.attempts import Ending
 from qlora_operator.conditions import memory_in_words, time_in_words
 from qlora_operator.decision import Context
-from qlora_operator.seen import JobState
+from qlora_operator.reports import known_components
+from qlora_operator.seen import JobState, SeenJob
+
+REPORTED_FIELDS = ("progress", "memory", "eta", "peakMemory", "stopSeconds", "graceSeconds")
+"""Of status: figures that pods tell of, which no decision but the time to stop depends on."""
 
 
 def open_attempt(status: QLoRAJobStatus) -> Attempt | None:
@@ -30,6 +35,16 @@ def with_attempt(status: QLoRAJobStatus, attempt: Attempt) -> QLoRAJobStatus:
     start = status.start_time or attempt.start_time
     update = {"attempts": attempts, "restarts": restarts(attempts), "start_time": start, "earlier_gpu_seconds": earlier}
     return status.model_copy(update=update)
+
+
+def with_job_uids(status: QLoRAJobStatus, jobs: Iterable[SeenJob]) -> QLoRAJobStatus:
+    """Record the Jobs of attempts: pods that outlive their Job are known by its UID."""
+    uids = {job.attempt: job.uid for job in jobs}
+    attempts = [
+        a.model_copy(update={"job_uid": uids[a.number]}) if a.end_time is None and a.number in uids else a
+        for a in status.attempts
+    ]
+    return status.model_copy(update={"attempts": attempts})
 
 
 def with_clock_stopped(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
@@ -74,11 +89,11 @@ def with_last_word(status: QLoRAJobStatus, ending: Ending) -> QLoRAJobStatus:
 
 def _with_measures(status: QLoRAJobStatus, progress: Progress | None, memory: Memory | None) -> QLoRAJobStatus:
     before = status.memory or Memory()
-    said = memory.predicted if memory else {}
+    said = known_components(memory.predicted if memory else {})
     afresh = bool(said) and said != before.predicted  # another batch than before: what that took is no measure of it
-    merged = {} if afresh else dict(before.measured)
+    merged = {} if afresh else known_components(before.measured)
     predicted = said or before.predicted
-    for component, size in (memory.measured if memory else {}).items():
+    for component, size in known_components(memory.measured if memory else {}).items():
         merged[component] = max(size, merged.get(component, 0))
     return status.model_copy(
         update={
@@ -114,3 +129,16 @@ def batch_of(attempt: Attempt) -> BatchSplit:
         micro_batch_size=attempt.micro_batch_size,
         gradient_accumulation_steps=attempt.gradient_accumulation_steps,
     )
+
+
+def differ_in_figures(before: QLoRAJobStatus, after: QLoRAJobStatus) -> bool:
+    """Whether nothing but progress, memory and words around them differ: that can wait for the next write."""
+
+    def quiet(status: QLoRAJobStatus) -> QLoRAJobStatus:
+        attempts = [a.model_copy(update={"first_step": None, "last_step": None}) for a in status.attempts]
+        conditions = [c.model_copy(update={"message": "", "observed_generation": 0}) for c in status.conditions]
+        update: dict[str, Any] = {"progress": None, "memory": None, "peak_memory": "", "eta": "", "gpu_seconds": 0}
+        update |= {"grace_seconds": None, "stop_seconds": None}
+        return status.model_copy(update={**update, "attempts": attempts, "conditions": conditions})
+
+    return quiet(before) == quiet(after)

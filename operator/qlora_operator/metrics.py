@@ -11,6 +11,7 @@ from qlora_api.metrics_catalogue import OPERATOR, Kind
 from qlora_api.status import Reason
 from qlora_operator.metrics_of_jobs import JobsCollector
 from qlora_operator.store import Store
+from qlora_operator.watch import NOT_OWNED, UNREADABLE
 
 _KINDS: dict[Kind, Any] = {Kind.COUNTER: Counter, Kind.HISTOGRAM: Histogram}
 
@@ -27,6 +28,9 @@ class Metrics:
         self._attempts = self._made("qlora_operator_attempts")
         self._requests = self._made("qlora_operator_api_requests")
         self._request_seconds = self._made("qlora_operator_api_request_seconds")
+        self._tasks = self._made("qlora_operator_task_failures")
+        self._skipped = self._made("qlora_operator_objects_skipped")
+        self._rejected = self._made("qlora_operator_reports_rejected")
         for reason in Reason:
             self._attempts.labels(reason.value)  # from 0 on: a rate sees no series that begins at 1
         self._corrections: Mapping[tuple[str, str], float] = {}
@@ -45,6 +49,25 @@ class Metrics:
 
     def reconcile_failed(self, kind: str) -> None:
         self._errors.labels(kind).inc()
+
+    def show_task(self, task: str) -> None:
+        """Count a task's failures from 0 on."""
+        self._tasks.labels(task)
+
+    def show_kind(self, kind: str) -> None:
+        """Count the objects of a kind that are left out from 0 on."""
+        for reason in (NOT_OWNED, UNREADABLE):
+            self._skipped.labels(kind, reason)
+
+    def task_failed(self, task: str) -> None:
+        self._tasks.labels(task).inc()
+
+    def skipped(self, kind: str, reason: str) -> None:
+        """An object of a watch was left out."""
+        self._skipped.labels(kind, reason).inc()
+
+    def report_rejected(self) -> None:
+        self._rejected.inc()
 
     def attempt_ended(self, reason: str) -> None:
         self._attempts.labels(reason).inc()

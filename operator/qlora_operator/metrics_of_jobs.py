@@ -1,11 +1,14 @@
 """Figures of all jobs, counted from the store when they are asked for, so that they cannot drift from what is known.
 
-One pass over the jobs' JSON for each scrape: types are not checked here, the API server has done that.
+One pass over the jobs' JSON for each scrape: types are not checked here, the API server has done that. What is no
+number is left out, and its job is counted as such: no job takes the figures of the others away.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import time
 from collections import Counter as Tally
 from collections import defaultdict
@@ -18,6 +21,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from qlora_api.metrics_catalogue import OPERATOR, Kind
 from qlora_operator.seen import SeenPod
 from qlora_operator.store import Known, Store
+
+log = logging.getLogger(__name__)
 
 FINAL = {
     "qlora_job_final_loss": "loss",
@@ -60,10 +65,16 @@ class JobsCollector:
         now = self._clock()
         used: dict[str, float] = {}
         for (namespace, name), known in self._store:
-            if known.job is not None:
-                job = json.loads(known.job.body)
-                used[known.job.uid] = _add_job(families, namespace, name, job, known, now)
-                self._count(namespace, known.job.uid, used[known.job.uid])
+            if known.job is None:
+                continue
+            uid, figures = known.job.uid, _Figures()
+            try:
+                used[uid] = _add_job(figures, namespace, name, json.loads(known.job.body), known, now)
+            except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+                log.debug("%s/%s cannot be counted: %r", namespace, name, error)
+                used[uid], figures.complete = self._used.get(uid, 0.0), False
+            families.add(namespace, figures)
+            self._count(namespace, uid, used[uid])
         self._used, self._first = used, False
         families.add_counted()
         for namespace, seconds in self._total.items():
@@ -78,6 +89,29 @@ class JobsCollector:
         self._total[namespace] += max(0.0, used - before)
 
 
+class _Figures:
+    """What one job adds: samples by family, and its part of what is counted over several jobs."""
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[str, tuple[str, ...], float]] = []
+        self.complete = True
+        """Whether nothing had to be left out."""
+        self.jobs: Tally[tuple[str, str, str]] = Tally()
+        self.gpus: Tally[tuple[str, str]] = Tally()
+        self.waits: dict[tuple[str, str], float] = {}
+
+    def add(self, name: str, labels: tuple[str, ...], value: object, scale: float = 1) -> None:
+        """Add a sample; note where its value is no number, and leave it out."""
+        try:
+            number = float(str(value)) * scale
+        except ValueError:
+            number = math.nan
+        if math.isfinite(number):
+            self.samples.append((name, labels, number))
+        else:
+            self.complete = False
+
+
 class _Families:
     """One family for each gauge that is read from the store, and what is counted over several jobs."""
 
@@ -89,18 +123,28 @@ class _Families:
             for name, metric in OPERATOR.items()
             if metric.kind is Kind.GAUGE or name == "qlora_operator_gpu_seconds"
         }
-        self.jobs: Tally[tuple[str, str, str]] = Tally()
-        self.gpus: Tally[tuple[str, str]] = Tally()
-        self.waits: dict[tuple[str, str], float] = {}
+        self._total = _Figures()
+        self.uncounted: Tally[tuple[str, ...]] = Tally()
 
     def __getitem__(self, name: str) -> Any:
         return self._families[name]
 
+    def add(self, namespace: str, figures: _Figures) -> None:
+        """Add the figures of one job."""
+        self.uncounted[(namespace,)] += not figures.complete
+        for name, labels, value in figures.samples:
+            self[name].add_metric(labels, value)
+        self._total.jobs.update(figures.jobs)
+        self._total.gpus.update(figures.gpus)
+        for key, waited in figures.waits.items():
+            self._total.waits[key] = max(waited, self._total.waits.get(key, 0.0))
+
     def add_counted(self) -> None:
         for name, counted in (
-            ("qlora_operator_jobs", self.jobs),
-            ("qlora_operator_gpus", self.gpus),
-            ("qlora_operator_pending_seconds", self.waits),
+            ("qlora_operator_jobs", self._total.jobs),
+            ("qlora_operator_gpus", self._total.gpus),
+            ("qlora_operator_pending_seconds", self._total.waits),
+            ("qlora_operator_uncounted_jobs", self.uncounted),
         ):
             for labels, value in counted.items():
                 self[name].add_metric(labels, value)
@@ -109,32 +153,31 @@ class _Families:
         yield from self._families.values()
 
 
-def _add_job(families: _Families, namespace: str, name: str, job: Json, known: Known, now: float) -> float:
+def _add_job(figures: _Figures, namespace: str, name: str, job: Json, known: Known, now: float) -> float:
     """Add one job's figures; its GPU-seconds."""
     status = job.get("status") or {}
     state, reason = status.get("state", "Pending"), status.get("reason", "Pending")
-    families.jobs[namespace, state, reason] += 1
+    figures.jobs[namespace, state, reason] += 1
     attempts = status.get("attempts") or []
     used = float(status.get("earlierGpuSeconds", 0)) + sum(_gpu_seconds(attempt, now) for attempt in attempts)
     if "completionTime" in status and now - _seconds(status["completionTime"]) > SHOWN_SECONDS:
         return used
-    families["qlora_job_state"].add_metric((name, namespace, state, reason), 1)
-    _add_ends(families, namespace, name, attempts)
-    families["qlora_job_gpu_seconds"].add_metric((name, namespace), used)
+    figures.add("qlora_job_state", (name, namespace, state, reason), 1)
+    _add_ends(figures, namespace, name, attempts)
+    figures.add("qlora_job_gpu_seconds", (name, namespace), used)
     if hours := (status.get("prepared") or {}).get("expectedGpuHours"):
-        families["qlora_job_expected_gpu_seconds"].add_metric((name, namespace), float(hours) * HOUR)
+        figures.add("qlora_job_expected_gpu_seconds", (name, namespace), hours, HOUR)
     if "completionTime" in status:
-        _add_final(families, namespace, name, status)
+        _add_final(figures, namespace, name, status)
         return used
-    _add_limits(families, namespace, name, job, now)
-    _add_gpus(families, namespace, job["spec"], attempts, known)
+    _add_limits(figures, namespace, name, job, now)
+    _add_gpus(figures, namespace, job["spec"], attempts, known)
     if state == "Pending" and not job["spec"].get("suspend"):
-        waited = max(0.0, now - _waits_since(job, status))
-        families.waits[namespace, reason] = max(waited, families.waits.get((namespace, reason), 0.0))
+        figures.waits[namespace, reason] = max(0.0, now - _waits_since(job, status))
     return used
 
 
-def _add_ends(families: _Families, namespace: str, name: str, attempts: list[Json]) -> None:
+def _add_ends(figures: _Figures, namespace: str, name: str, attempts: list[Json]) -> None:
     counts: Tally[str] = Tally()
     newest: dict[str, float] = {}
     for attempt in attempts:
@@ -143,20 +186,20 @@ def _add_ends(families: _Families, namespace: str, name: str, attempts: list[Jso
             counts[reason] += 1
             newest[reason] = max(_seconds(attempt["endTime"]), newest.get(reason, 0.0))
     for reason, count in counts.items():
-        families["qlora_job_attempts"].add_metric((name, namespace, reason), count)
-        families["qlora_job_attempt_end_timestamp_seconds"].add_metric((name, namespace, reason), newest[reason])
+        figures.add("qlora_job_attempts", (name, namespace, reason), count)
+        figures.add("qlora_job_attempt_end_timestamp_seconds", (name, namespace, reason), newest[reason])
 
 
-def _add_final(families: _Families, namespace: str, name: str, status: Json) -> None:
+def _add_final(figures: _Figures, namespace: str, name: str, status: Json) -> None:
     progress = status.get("progress") or {}
     for metric, field in FINAL.items():
         if field in progress:
-            families[metric].add_metric((name, namespace), float(progress[field]))
+            figures.add(metric, (name, namespace), progress[field])
     for component, size in ((status.get("memory") or {}).get("measured") or {}).items():
-        families["qlora_job_final_memory_bytes"].add_metric((name, namespace, component), size)
+        figures.add("qlora_job_final_memory_bytes", (name, namespace, component), size)
 
 
-def _add_limits(families: _Families, namespace: str, name: str, job: Json, now: float) -> None:
+def _add_limits(figures: _Figures, namespace: str, name: str, job: Json, now: float) -> None:
     policy, parallelism = job["spec"].get("policy") or {}, job["spec"].get("parallelism") or {}
     status = job.get("status") or {}
     attempts = status.get("attempts") or []
@@ -166,22 +209,22 @@ def _add_limits(families: _Families, namespace: str, name: str, job: Json, now: 
             parallelism.get("workers", 1) * parallelism.get("gpusPerWorker", 1)
         )
         left = policy["activeDeadlineSeconds"] - earlier - sum(_running_seconds(a, now) for a in attempts)
-        families["qlora_job_deadline_timestamp_seconds"].add_metric((name, namespace), now + left)
+        figures.add("qlora_job_deadline_timestamp_seconds", (name, namespace), now + left)
     if "budgetGpuHours" in policy:
         budget = float(policy["budgetGpuHours"]) * HOUR
-        families["qlora_job_budget_gpu_seconds"].add_metric((name, namespace), budget)
+        figures.add("qlora_job_budget_gpu_seconds", (name, namespace), budget)
 
 
-def _add_gpus(families: _Families, namespace: str, spec: Json, attempts: list[Json], known: Known) -> None:
+def _add_gpus(figures: _Figures, namespace: str, spec: Json, attempts: list[Json], known: Known) -> None:
     """GPUs of the open attempt: those of pods on nodes are held, the others waited for."""
     if not attempts or "endTime" in attempts[-1]:
         return
     world_size = attempts[-1]["worldSize"]
     each = min(world_size, (spec.get("parallelism") or {}).get("gpusPerWorker", 1))
-    pods = sum(_holds(pod, attempts[-1]["number"]) for pod in known.pods.values())
+    pods = sum(_holds(pod, attempts[-1]["number"]) for pod in known.own_pods())
     held = min(world_size, pods * each)
-    families.gpus[namespace, "Held"] += held
-    families.gpus[namespace, "Waiting"] += world_size - held
+    figures.gpus[namespace, "Held"] += held
+    figures.gpus[namespace, "Waiting"] += world_size - held
 
 
 def _holds(pod: SeenPod, attempt: int) -> bool:

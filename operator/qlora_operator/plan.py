@@ -32,6 +32,7 @@ from qlora_operator.decision import Context, Note, Plan
 from qlora_operator.elastic import fewer, on_the_right_ranks, too_large, waiting_since
 from qlora_operator.grace import with_grace
 from qlora_operator.history import (
+    batch_of,
     budget_left,
     gpu_seconds,
     measured,
@@ -41,7 +42,7 @@ from qlora_operator.history import (
     with_last_word,
 )
 from qlora_operator.names import key_secret_name
-from qlora_operator.prepared import with_correction, with_prepared
+from qlora_operator.prepared import NOT_PREPARED, is_for, with_correction, with_prepared
 from qlora_operator.seen import PREPARE, JobState, Observed, SeenJob, SeenPod, planned
 from qlora_operator.waiting import why_waiting
 
@@ -139,9 +140,18 @@ def _adopted(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
             attempt = Attempt.model_validate({**planned(job), "number": number, "startTime": job.created})
         except ValidationError:
             continue  # not of this operator's making
+        if not _is_planned_for(context, attempt):
+            continue
         status = _closed_by_the_next(context, _prepared_before(context, status), job)
         status = with_attempt(status, attempt)
     return status
+
+
+def _is_planned_for(context: Context, attempt: Attempt) -> bool:
+    """Whether an attempt has no more ranks than the job asks for, and its batch."""
+    split = batch_of(attempt)
+    whole = context.job.spec.training.global_batch_size
+    return split.world_size <= context.world_size and split.global_batch_size == whole
 
 
 def _prepared_before(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
@@ -150,7 +160,7 @@ def _prepared_before(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus
         return status
     ending = ending_of(PREPARE, 1, context.seen)
     result = ending.word.prepared if ending and ending.word else None
-    return with_prepared(context, status, result) if result else status
+    return with_prepared(context, status, result) if result and is_for(context, result) else status
 
 
 def _closed_by_the_next(context: Context, status: QLoRAJobStatus, following: SeenJob) -> QLoRAJobStatus:
@@ -275,8 +285,10 @@ def _prepare(context: Context, status: QLoRAJobStatus) -> Plan:
         return _preparing(context, status, wake_after=LOOK_AGAIN_SECONDS)
     if job.state is JobState.COMPLETE:
         result = ending.word.prepared if ending.word else None
-        if result is None:  # its pod is gone, and with it what it said: do it again, all is in the cache
+        if ending.reason is Reason.PREEMPTED:  # its pod is gone, and with it what it said: all is in the cache
             return _preparing(context, status, delete=(job,))
+        if result is None or not is_for(context, result):
+            return _prepare_failed(context, status, Ending(Reason.CRASHED, NOT_PREPARED, 0, ending.node))
         return _start(context, with_prepared(context, status, result))
     return _prepare_failed(context, status, ending)
 

@@ -15,6 +15,21 @@ GPU_NOT_KNOWN = (
 )
 
 
+NOT_PREPARED = (
+    "Prepare ended well without a result that is this job's: no termination message that can be read, or a plan for "
+    "other ranks or another batch; is trainer.image of this version?"
+)
+
+
+def is_for(context: Context, result: PrepareResult) -> bool:
+    """Whether a result is a plan for the job's ranks and batch: pods are made by it."""
+    batch = result.batch
+    return (batch.world_size, batch.global_batch_size) == (
+        context.world_size,
+        context.job.spec.training.global_batch_size,
+    )
+
+
 def with_correction(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
     """Note by what the one that plans, who is told now, multiplies its bytes."""
     factor = context.seen.memory_correction

@@ -1,17 +1,24 @@
-"""Asking the first rank of each running attempt how far it is."""
+"""Asking the first rank of each running attempt how far it is.
+
+Whoever runs a pod decides on what it answers, and how slowly. Nothing but the pod's own address is connected to, and
+what comes of an answer is one job's matter.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 import aiohttp
-from pydantic import ValidationError
 
 from qlora_api.contract import ProgressReport
+from qlora_operator.bounded_reads import TooLargeError, read_within
 from qlora_operator.names import METRICS_PORT
 from qlora_operator.reconcile import Reconciler
+from qlora_operator.reports import ReportError, read_report
 from qlora_operator.seen import SeenPod
 from qlora_operator.store import Key, Store
 
@@ -20,45 +27,111 @@ log = logging.getLogger(__name__)
 TIMEOUT = aiohttp.ClientTimeout(total=3)
 AT_ONCE = 32
 LARGEST_BYTES = 65536
+LONGEST_PAUSE = 8
+"""Rounds at most in which a pod that does not answer is left out, so that many of them do not delay the others."""
+UNREADABLE = (aiohttp.ClientResponseError, ReportError, TooLargeError)
+"""Something answered, with something else than a report."""
 
 
-async def poll_forever(store: Store, reconciler: Reconciler, every_seconds: float) -> None:
-    """Ask all that train, again and again, and wake those that have news."""
-    slots = asyncio.Semaphore(AT_ONCE)
-    async with aiohttp.ClientSession(timeout=TIMEOUT, trust_env=False) as session:
-        while True:
-            await asyncio.sleep(every_seconds)
-            await _poll_once(session, slots, store, reconciler, dict(reconciler.polled))
+class ProgressPoller:
+    """Asks all that train, again and again, and wakes those that have news.
+
+    Args:
+        store: what is known.
+        reconciler: knows whom to ask.
+        every_seconds: between two rounds.
+        rejected: told of each answer that is no progress report.
+        port: of the pods.
+
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        reconciler: Reconciler,
+        every_seconds: float,
+        rejected: Callable[[], None],
+        port: int = METRICS_PORT,
+    ) -> None:
+        self._store, self._reconciler, self._every, self._rejected = store, reconciler, every_seconds, rejected
+        self._port = port
+        self._slots = asyncio.Semaphore(AT_ONCE)
+        self._failures: Counter[str] = Counter()
+        """Rounds in a row in which a pod, by UID, did not answer with a report."""
+        self._round = 0
+
+    async def run(self) -> None:
+        """Ask until cancelled."""
+        async with progress_session() as session:
+            while True:
+                await asyncio.sleep(self._every)
+                await self._ask_all(session, dict(self._reconciler.polled))
+
+    async def _ask_all(self, session: aiohttp.ClientSession, pods: Mapping[Key, SeenPod]) -> None:
+        self._round += 1
+        there = {pod.uid for pod in pods.values()}
+        self._failures = Counter({uid: count for uid, count in self._failures.items() if uid in there})
+        due = {key: pod for key, pod in pods.items() if self._round % self._pause(pod) == 0}
+        await asyncio.gather(*(self._ask(session, key, pod) for key, pod in due.items()))
+
+    def _pause(self, pod: SeenPod) -> int:
+        return min(LONGEST_PAUSE, 1 << min(self._failures[pod.uid], 8))
+
+    async def _ask(self, session: aiohttp.ClientSession, key: Key, pod: SeenPod) -> None:
+        try:
+            async with self._slots:
+                report = await ask_progress(session, pod.ip, self._port)
+        except Exception as error:  # noqa: BLE001 one pod's answer is one job's matter, whatever it does to aiohttp
+            if isinstance(error, UNREADABLE) or not isinstance(error, (aiohttp.ClientError, OSError)):
+                self._rejected()
+            self._failures[pod.uid] += 1
+            log.debug("no progress of %s/%s from pod %s: %s", *key, pod.name, error)
+            return
+        self._failures.pop(pod.uid, None)
+        self._take(key, pod, report)
+
+    def _take(self, key: Key, pod: SeenPod, report: ProgressReport) -> None:
+        asked = self._reconciler.polled.get(key)
+        if asked is None or asked.uid != pod.uid or report.attempt != pod.attempt:
+            return
+        known = self._store[key]
+        news = known.report is None or report.step != known.report.step or report.section != known.report.section
+        known.report = report
+        if news:
+            self._reconciler.wake(key)
 
 
-async def _poll_once(
-    session: aiohttp.ClientSession,
-    slots: asyncio.Semaphore,
-    store: Store,
-    reconciler: Reconciler,
-    pods: Mapping[Key, SeenPod],
-) -> None:
-    async def ask(key: Key, pod: SeenPod) -> None:
-        async with slots:
-            report = await ask_progress(session, pod.ip)
-        known = store[key]
-        if report and report.attempt == pod.attempt and key in reconciler.polled:
-            news = known.report is None or report.step != known.report.step or report.section != known.report.section
-            known.report = report
-            if news:
-                reconciler.wake(key)
-
-    await asyncio.gather(*(ask(key, pod) for key, pod in pods.items()))
+def progress_session() -> aiohttp.ClientSession:
+    """Return a session that keeps nothing of an answer and unpacks nothing."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(force_close=True, limit=AT_ONCE),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=TIMEOUT,
+        trust_env=False,
+        auto_decompress=False,
+        headers={"Accept-Encoding": "identity"},
+    )
 
 
-async def ask_progress(session: aiohttp.ClientSession, ip: str) -> ProgressReport | None:
-    """The progress of a rank; None where it does not answer, or with something else."""
-    host = f"[{ip}]" if ":" in ip else ip
+async def ask_progress(session: aiohttp.ClientSession, ip: str, port: int) -> ProgressReport:
+    """Return the progress of a rank.
+
+    Raises:
+        ReportError, TooLargeError: it answers with something else.
+        aiohttp.ClientError, OSError: it does not answer.
+
+    """
     try:
-        async with session.get(f"http://{host}:{METRICS_PORT}/progress") as answer:
-            if answer.status != 200:
-                return None
-            return ProgressReport.model_validate_json(await answer.content.read(LARGEST_BYTES))
-    except (aiohttp.ClientError, TimeoutError, OSError, ValidationError) as error:
-        log.debug("no progress from %s: %s", ip, error)
-        return None
+        address = ipaddress.ip_address(ip)
+    except ValueError:
+        raise ReportError("a pod's address is no IP address") from None
+    address = getattr(address, "ipv4_mapped", None) or address
+    if address.is_link_local or address.is_multicast or address.is_unspecified:
+        raise ReportError(f"{address} is no address of a pod")
+    host = f"[{address}]" if address.version == 6 else str(address)
+    async with session.get(f"http://{host}:{port}/progress", allow_redirects=False) as answer:
+        if answer.status != 200:
+            raise ReportError(f"status code {answer.status}")
+        if answer.headers.get("Content-Encoding", "identity") != "identity":
+            raise ReportError("an encoded answer")
+        return read_report(await read_within(answer.content, LARGEST_BYTES))

@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -29,12 +28,16 @@ from qlora_operator.corrections import Corrections
 from qlora_operator.decision import Note, Plan
 from qlora_operator.events import event_of
 from qlora_operator.gangs import cannot_start, choose_gang
+from qlora_operator.history import REPORTED_FIELDS, differ_in_figures, with_job_uids
 from qlora_operator.metrics import Metrics
-from qlora_operator.names import SERVICE, UID_LABEL
+from qlora_operator.names import SERVICE
+from qlora_operator.nodes import Nodes
+from qlora_operator.ownership import is_same_object
 from qlora_operator.patch import merge_patch
 from qlora_operator.plan import is_over, plan
 from qlora_operator.seen import PREPARE, JobState, Observed, SeenJob, SeenPod
 from qlora_operator.store import Key, Known, Store
+from qlora_operator.supervisor import backoff
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +45,6 @@ WORKERS = 8
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 60.0
 QUIET_FAILURES = 2
 """So often a child may fail to be made for a passing reason before status says so."""
-NODE_SECONDS = 5.0
-"""How long what was learned about a node counts."""
 
 
 class Reconciler:
@@ -76,7 +77,7 @@ class Reconciler:
         self._timers: dict[Key, asyncio.TimerHandle] = {}
         self._failures: dict[Key, int] = {}
         self._wrote: dict[Key, float] = {}
-        self._nodes: dict[str, tuple[float, bool]] = {}
+        self._nodes = Nodes(api)
         self._not_before: dict[Key, float] = {}
         self._unread: defaultdict[Key, set[str]] = defaultdict(set)
         self._service_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -126,6 +127,9 @@ class Reconciler:
                 self._failures.pop(key, None)
             except Exception as error:  # noqa: BLE001 one job's trouble must not stop the others'
                 self._failed(key, error)
+            except asyncio.CancelledError:
+                self._queued.setdefault(key, started)  # whoever works on takes it up again
+                raise
             finally:
                 self._metrics.reconciled(time.monotonic() - started)
                 self._busy.discard(key)
@@ -134,7 +138,7 @@ class Reconciler:
 
     def _failed(self, key: Key, error: Exception) -> None:
         failures = self._failures[key] = self._failures.get(key, 0) + 1
-        wait = min(FIRST_RETRY_SECONDS * 2 ** (failures - 1), LONGEST_RETRY_SECONDS)
+        wait = backoff(failures, FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS)
         name = "/".join(key)
         if isinstance(error, ApiError) and error.is_transient:
             if error.retry_after:
@@ -165,7 +169,7 @@ class Reconciler:
             return
         if stored.uid in known.deleted:
             return
-        if stored.rests and not any(_runs(child) for child in known.children.values() if child.owner == stored.uid):
+        if stored.rests and not any(_runs(child) for child in known.own_children()):
             self._leave(key, known)
             return
         raw = json.loads(stored.body)
@@ -194,15 +198,24 @@ class Reconciler:
         gang = choose_gang(job.spec.scheduling, self._config.gang, self._gangs())
         refused, correction = cannot_start(job.spec.scheduling, gang, self._gangs()), self._corrections.of(job.spec)
         seen = replace(seen, child_refused=refused, memory_correction=correction)
-        decided = plan(job, seen, self._config, gang)
+        decided = self._plan(key, job, seen, gang)
         try:
             await self._make(key, decided)
         except ApiError as error:
             if error.is_transient and self._failures.get(key, 0) < QUIET_FAILURES:
                 raise
-            waiting = plan(job, replace(seen, child_refused=error.message), self._config, gang)
+            waiting = self._plan(key, job, replace(seen, child_refused=error.message), gang)
             return waiting, error if error.is_transient else None
         return decided, None
+
+    def _plan(self, key: Key, job: QLoRAJob, seen: Observed, gang: Gang) -> Plan:
+        """Decide; without what pods say of themselves, where that cannot be dealt with."""
+        try:
+            return plan(job, seen, self._config, gang)
+        except Exception as error:
+            log.exception("%s: nothing can be decided on what its pods say; it is left out", "/".join(key))
+            self._metrics.reconcile_failed(type(error).__name__)
+            return plan(job, seen.without_reports(), self._config, gang)
 
     def _afterwards(self, key: Key, known: Known, job: QLoRAJob, decided: Plan) -> None:
         before, after = job.status or QLoRAJobStatus(), decided.status
@@ -215,9 +228,11 @@ class Reconciler:
         if any(p.gone for p in known.pods.values()):
             self._store.clear_gone(key, concluded)
         if decided.watch_progress:
-            first = next((p for p in known.pods.values() if _is_first(p, after.attempts[-1].number)), None)
+            first = next((p for p in known.own_pods() if _is_first(p, after.attempts[-1].number)), None)
             if first:
                 self.polled[key] = first
+            else:
+                self.polled.pop(key, None)
         else:
             self.polled.pop(key, None)
             known.report = None
@@ -233,14 +248,13 @@ class Reconciler:
         known.pods = {uid: pod for uid, pod in known.pods.items() if known.job and pod.owner != known.job.uid}
 
     async def _observe(self, known: Known) -> Observed:
-        owner = known.job.uid if known.job else ""
         jobs: dict[int, SeenJob] = {}
-        for child in known.children.values():
-            if child.owner == owner and (child.attempt not in jobs or jobs[child.attempt].deleting):
+        for child in known.own_children():
+            if child.attempt not in jobs or jobs[child.attempt].deleting:
                 jobs[child.attempt] = child
-        pods = tuple(p for p in known.pods.values() if p.owner == owner)
+        pods = known.own_pods()
         stuck = {p.node for p in pods if p.deletion_due and not p.ended and p.disruption and p.node}
-        lost = [node for node in stuck if await self._is_lost(node)]
+        lost = [node for node in stuck if await self._nodes.is_lost(node)]
         return Observed(
             now=datetime.now(UTC).replace(microsecond=0),
             jobs=jobs,
@@ -249,22 +263,6 @@ class Reconciler:
             lost_nodes=frozenset(lost),
             pods_refused=known.pods_refused,
         )
-
-    async def _is_lost(self, node: str) -> bool:
-        """Whether a node is gone or not ready. Asked only of nodes whose pods were evicted and do not end."""
-        at, lost = self._nodes.get(node, (-NODE_SECONDS, False))
-        if time.monotonic() - at < NODE_SECONDS:
-            return lost
-        try:
-            body = await self._api.get(f"/api/v1/nodes/{node}")
-            ready = next((c["status"] for c in body["status"].get("conditions", ()) if c["type"] == "Ready"), "Unknown")
-            lost = ready != "True"
-        except ApiError as error:
-            if error.status not in (403, 404):
-                raise
-            lost = error.status == 404  # without the right to look, the pod's overdue end tells later
-        self._nodes[node] = (time.monotonic(), lost)
-        return lost
 
     # ----------------------------------------------------------------------------------------------------------- writes
 
@@ -340,8 +338,7 @@ class Reconciler:
         """What stands under the name already: made by us before, or by an earlier job of the same name."""
         name = body["metadata"]["name"]
         there = await self._api.get(f"{collection}/{name}")
-        wanted = body["metadata"]["labels"].get(UID_LABEL)
-        if there["metadata"].get("labels", {}).get(UID_LABEL) != wanted:
+        if not is_same_object(body, there):
             text = (
                 f'a {body["kind"]} named "{name}" is there that is not this job\'s; it is waited for until it is gone'
             )
@@ -351,18 +348,19 @@ class Reconciler:
 
     async def _write_status(self, key: Key, job: QLoRAJob, raw: Object, decided: Plan) -> None:
         before: Object = raw.get("status") or {}
+        decided = replace(decided, status=with_job_uids(decided.status, self._store[key].own_children()))
         after = decided.status.to_json_dict()
         patch = merge_patch(before, after) if job.status is not None else after
         if not patch:
             return
-        if job.status is not None and _only_figures(job.status, decided.status):
+        if job.status is not None and differ_in_figures(job.status, decided.status):
             left = self._wrote.get(key, 0.0) + self._config.progress_seconds - time.monotonic()
             if left > 0:
                 self.wake_later(key, left)
                 return
         body = {"metadata": {"resourceVersion": job.metadata.resource_version}, "status": patch}
         try:
-            written = await self._api.patch(f"{_path(key)}/status", body)
+            written = await self._patch_status(key, body)
         except ApiError as error:
             if error.status == 404:  # deleted meanwhile; the watch will say so
                 return
@@ -371,6 +369,17 @@ class Reconciler:
             raise
         self._wrote[key] = time.monotonic()
         self._store.take_job(written)
+
+    async def _patch_status(self, key: Key, body: Object) -> Object:
+        """Write status; without the figures that pods tell of, where the API server refuses it with them."""
+        try:
+            return await self._api.patch(f"{_path(key)}/status", body)
+        except ApiError as error:
+            told = {name: value for name, value in body["status"].items() if name not in REPORTED_FIELDS}
+            if error.status != 422 or told == body["status"]:
+                raise
+            log.warning("%s: status is refused with the figures of its pods: %s", "/".join(key), error)
+            return await self._api.patch(f"{_path(key)}/status", {**body, "status": told})
 
     async def _refuse(self, key: Key, raw: Object, error: Exception) -> None:
         """Say that this operator does not understand a job that the API server took."""
@@ -423,19 +432,6 @@ def _runs(child: SeenJob) -> bool:
 
 def _is_first(pod: SeenPod, attempt: int) -> bool:
     return pod.attempt == attempt and pod.index == 0 and bool(pod.ip) and not pod.gone
-
-
-def _only_figures(before: QLoRAJobStatus, after: QLoRAJobStatus) -> bool:
-    """Whether nothing but progress, memory and words around them differ: that can wait for the next write."""
-
-    def quiet(status: QLoRAJobStatus) -> QLoRAJobStatus:
-        attempts = [a.model_copy(update={"first_step": None, "last_step": None}) for a in status.attempts]
-        conditions = [c.model_copy(update={"message": "", "observed_generation": 0}) for c in status.conditions]
-        update: dict[str, Any] = {"progress": None, "memory": None, "peak_memory": "", "eta": "", "gpu_seconds": 0}
-        update |= {"grace_seconds": None, "stop_seconds": None}
-        return status.model_copy(update={**update, "attempts": attempts, "conditions": conditions})
-
-    return quiet(before) == quiet(after)
 
 
 def _path(key: Key) -> str:

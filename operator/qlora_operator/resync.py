@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 
 from qlora_api.job import GROUP, VERSION
 from qlora_operator.client import TRANSIENT, Api, ApiError, Object
 from qlora_operator.names import FIELD_MANAGER, JOB_LABEL, MANAGED_BY_LABEL, SERVICE
+from qlora_operator.ownership import is_same_object
 from qlora_operator.reconcile import Reconciler
+from qlora_operator.render import service
 from qlora_operator.store import Key, Store
+from qlora_operator.watch import UNREADABLE
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +27,6 @@ RESYNC_SECONDS = 600
 SETTLE_SECONDS = 0.5
 """After a new listing. The watches of all kinds break together, when the API server goes."""
 RETRY_SECONDS = 5
-PAGE = 500
 KINDS = {
     "job": (f"/apis/{GROUP}/{VERSION}", "qlorajobs", ""),
     "child": ("/apis/batch/v1", "jobs", JOB_LABEL),
@@ -51,7 +53,9 @@ class Listings:
             self.news.set()
 
 
-async def take_stock(store: Store, api: Api, namespaces: Sequence[str]) -> set[str]:
+async def take_stock(
+    store: Store, api: Api, namespaces: Sequence[str], skipped: Callable[[str, str], None]
+) -> set[str]:
     """Fill the store with all QLoRAJobs; the namespaces that have the shared Service.
 
     Raises:
@@ -59,10 +63,18 @@ async def take_stock(store: Store, api: Api, namespaces: Sequence[str]) -> set[s
 
     """
     async for item in _items(api, *KINDS["job"][:2], namespaces, ""):
-        store.take_job(item)
+        try:
+            store.take_job(item)
+        except (KeyError, TypeError, ValueError) as error:
+            log.warning("a QLoRAJob is left out: %r", error)
+            skipped(KINDS["job"][1], UNREADABLE)
     managed = f"{MANAGED_BY_LABEL}={FIELD_MANAGER}"
-    services = [item["metadata"] async for item in _items(api, "/api/v1", "services", namespaces, managed)]
-    return {meta["namespace"] for meta in services if meta["name"] == SERVICE}
+    found: set[str] = set()
+    async for item in _items(api, "/api/v1", "services", namespaces, managed):
+        namespace = item["metadata"]["namespace"]
+        if item["metadata"]["name"] == SERVICE and is_same_object(service(namespace), item):
+            found.add(namespace)
+    return found
 
 
 async def resync_forever(
@@ -115,14 +127,8 @@ async def _items(
     api: Api, base: str, plural: str, namespaces: Sequence[str], selector: str, *, metadata_only: bool = False
 ) -> AsyncIterator[Object]:
     """All objects of a kind, page by page, each with its kind as if it had been asked for alone."""
-    get = api.get_metadata if metadata_only else api.get
     for namespace in namespaces or ("",):
         place = f"{base}/namespaces/{namespace}/{plural}" if namespace else f"{base}/{plural}"
-        token = ""
-        while True:
-            page = await get(place, limit=PAGE, labelSelector=selector, **{"continue": token})
+        async for page in api.pages(place, {"labelSelector": selector}, metadata_only=metadata_only):
             for item in page["items"] or ():  # an empty list of metadata has null there
                 yield {"apiVersion": page["apiVersion"], "kind": page["kind"].removesuffix("List"), **item}
-            token = page["metadata"].get("continue", "")
-            if not token:
-                break

@@ -7,19 +7,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
-from pydantic import ValidationError
-
 from qlora_api.contract import ProgressReport, TerminationMessage
-from qlora_operator.names import ATTEMPT_LABEL, CONTAINER, INDEX_LABEL, PLAN_ANNOTATION, UID_LABEL
+from qlora_api.job import GROUP, KIND
+from qlora_operator.names import (
+    ATTEMPT_LABEL,
+    CONTAINER,
+    INDEX_LABEL,
+    JOB_LABEL,
+    PLAN_ANNOTATION,
+    UID_LABEL,
+    attempt_name,
+    prepare_name,
+)
+from qlora_operator.reports import read_termination_message
 
 PREPARE = 0
 """Attempt number of what prepares."""
+LONGEST_TEXT = 4096
+"""Characters that are kept of a text: a kubelet's termination message has no more bytes."""
+
+
+class NotOwnedError(Exception):
+    """An object has the operator's labels and not the controller that the operator gave its own."""
 
 
 class JobState(StrEnum):
@@ -41,7 +56,7 @@ class SeenJob:
     version: int = field(compare=False)
     """resourceVersion. Comparable since Kubernetes 1.35 (KEP-5504), and in etcd's form always was."""
     owner: str
-    """UID of its QLoRAJob."""
+    """UID of the QLoRAJob that controls it."""
     attempt: int
     """PREPARE for the one that prepares."""
     state: JobState
@@ -67,7 +82,7 @@ class SeenPod:
     uid: str
     version: int = field(compare=False)
     owner: str
-    """UID of its QLoRAJob."""
+    """UID of its QLoRAJob, by its label."""
     attempt: int
     index: int
     """Completion index: the worker's number."""
@@ -95,14 +110,13 @@ class SeenPod:
     """When it must be gone: deletionTimestamp, which has the grace period in it."""
     gone: bool = False
     """Deleted; kept until its attempt is concluded."""
+    controller: str = ""
+    """UID of the Job that controls it."""
 
     @property
     def word(self) -> TerminationMessage | None:
         """The trainer's last word; None where it left none that can be read."""
-        try:
-            return TerminationMessage.model_validate_json(self.message) if self.message else None
-        except ValidationError:
-            return None
+        return read_termination_message(self.message) if self.message else None
 
     @property
     def ended(self) -> bool:
@@ -131,6 +145,10 @@ class Observed:
     def pods_of(self, attempt: int) -> tuple[SeenPod, ...]:
         return tuple(sorted((p for p in self.pods if p.attempt == attempt), key=lambda p: p.index))
 
+    def without_reports(self) -> Observed:
+        """The same without what pods say of themselves."""
+        return replace(self, report=None, pods=tuple(replace(pod, message="") for pod in self.pods))
+
     @cached_property
     def living(self) -> tuple[SeenPod, ...]:
         return tuple(p for p in self.pods if not p.gone)
@@ -141,7 +159,12 @@ def parse_time(text: str | None) -> datetime | None:
 
 
 def see_job(body: Mapping[str, Any]) -> SeenJob:
-    """Cut out of a batch/v1 Job what decisions depend on."""
+    """Cut out of a batch/v1 Job what decisions depend on.
+
+    Raises:
+        NotOwnedError: the QLoRAJob that its labels name does not control it, or never gave it this name.
+
+    """
     meta, status = body["metadata"], body.get("status") or {}
     conditions = {c["type"]: c for c in status.get("conditions", ()) if c["status"] == "True"}
     failed = conditions.get("Failed") or conditions.get("FailureTarget")
@@ -154,25 +177,34 @@ def see_job(body: Mapping[str, Any]) -> SeenJob:
     else:
         state = JobState.ACTIVE
     ending = failed or conditions.get("Complete") or conditions.get("SuccessCriteriaMet") or {}
+    owner, job = controller_of(meta, GROUP, KIND), meta["labels"][JOB_LABEL]
+    attempt = int(meta["labels"].get(ATTEMPT_LABEL, PREPARE))
+    if owner["name"] != job or meta["name"] != (attempt_name(job, attempt) if attempt else prepare_name(job)):
+        raise NotOwnedError(f"Job {meta['name']} is not one that a QLoRAJob named {job} has")
     return SeenJob(
         name=meta["name"],
         uid=meta["uid"],
         version=int(meta["resourceVersion"]),
-        owner=meta["labels"].get(UID_LABEL, ""),
-        attempt=int(meta["labels"].get(ATTEMPT_LABEL, PREPARE)),
+        owner=owner["uid"],
+        attempt=attempt,
         state=state,
         ready=status.get("ready") or 0,
         deleting="deletionTimestamp" in meta,
-        message=ending.get("message", ""),
-        failed_reason=failed.get("reason", "") if failed else "",
-        plan=(meta.get("annotations") or {}).get(PLAN_ANNOTATION, ""),
+        message=_text(ending, "message"),
+        failed_reason=_text(failed or {}, "reason"),
+        plan=_text(meta.get("annotations") or {}, PLAN_ANNOTATION),
         created=_required_time(meta["creationTimestamp"]),
         ended=parse_time(ending.get("lastTransitionTime")),
     )
 
 
 def see_pod(body: Mapping[str, Any]) -> SeenPod:
-    """Cut out of a Pod what decisions depend on."""
+    """Cut out of a Pod what decisions depend on.
+
+    Raises:
+        NotOwnedError: no Job controls it.
+
+    """
     meta, status = body["metadata"], body.get("status") or {}
     conditions = {c["type"]: c for c in status.get("conditions", ())}
     container: Mapping[str, Any] = next(
@@ -193,18 +225,39 @@ def see_pod(body: Mapping[str, Any]) -> SeenPod:
         ip=status.get("podIP", ""),
         phase=status.get("phase", "Pending"),
         ready=conditions.get("Ready", {}).get("status") == "True",
-        waiting=waiting.get("reason", ""),
-        waiting_message=waiting.get("message", ""),
-        unschedulable=scheduled.get("message", "") if scheduled.get("status") == "False" else "",
-        disruption=disrupted.get("reason", "") if disrupted.get("status") == "True" else "",
+        waiting=_text(waiting, "reason"),
+        waiting_message=_text(waiting, "message"),
+        unschedulable=_text(scheduled, "message") if scheduled.get("status") == "False" else "",
+        disruption=_text(disrupted, "reason") if disrupted.get("status") == "True" else "",
         created=_required_time(meta["creationTimestamp"]),
         exit_code=ended.get("exitCode"),
-        exit_reason=ended.get("reason", ""),
-        message=ended.get("message", ""),
-        pod_reason=status.get("reason", ""),
-        pod_message=status.get("message", ""),
+        exit_reason=_text(ended, "reason"),
+        message=_text(ended, "message"),
+        pod_reason=_text(status, "reason"),
+        pod_message=_text(status, "message"),
         deletion_due=parse_time(meta.get("deletionTimestamp")),
+        controller=controller_of(meta, "batch", "Job")["uid"],
     )
+
+
+def controller_of(meta: Mapping[str, Any], group: str, kind: str) -> Mapping[str, str]:
+    """Return the owner reference of an object's controller.
+
+    Raises:
+        NotOwnedError: it has none, or one of another kind.
+
+    """
+    for owner in meta.get("ownerReferences") or ():
+        if owner.get("controller"):
+            if owner["kind"] == kind and owner["apiVersion"].partition("/")[0] == group:
+                return dict(owner)
+            break
+    raise NotOwnedError(f"{meta['name']} is not controlled by a {kind} of {group}")
+
+
+def _text(body: Mapping[str, Any], name: str) -> str:
+    """A text of somebody else's, cut to what is kept; empty where there is none."""
+    return (body.get(name) or "")[:LONGEST_TEXT]
 
 
 def _required_time(text: str) -> datetime:
@@ -215,6 +268,6 @@ def planned(job: SeenJob) -> dict[str, Any]:
     """The attempt as planned; empty where the annotation was taken away."""
     try:
         found = json.loads(job.plan)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -7,19 +7,16 @@ decision never falls behind what this process itself has done.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from qlora_api.contract import ProgressReport
 from qlora_api.job import QLoRAJob
 from qlora_operator.names import JOB_LABEL
-from qlora_operator.seen import SeenJob, SeenPod, see_job, see_pod
+from qlora_operator.seen import LONGEST_TEXT, NotOwnedError, SeenJob, SeenPod, see_job, see_pod
 
-log = logging.getLogger(__name__)
-
-S = TypeVar("S", SeenJob, SeenPod)
 Key = tuple[str, str]
 """Namespace and name of a QLoRAJob."""
 _KEPT_META = ("name", "namespace", "uid", "generation", "resourceVersion", "creationTimestamp", "deletionTimestamp")
@@ -36,10 +33,15 @@ class StoredJob:
     """It succeeded or failed."""
     rests: bool
     """It is over, and does not go by itself."""
+    attempts: frozenset[str] = frozenset()
+    """UIDs of the Jobs of its attempts, as status has them."""
 
     def parse(self) -> QLoRAJob:
         """Raises pydantic's ValidationError where the API server took what this version of the types refuses."""
         return QLoRAJob.model_validate_json(self.body)
+
+
+_NOBODY = StoredJob("", 0, b"", over=False, rests=False)
 
 
 @dataclass
@@ -55,6 +57,25 @@ class Known:
     pods_refused: str = ""
     deleted: frozenset[str] = frozenset()
     """UIDs of what this process has had deleted. A watch says so later, maybe after one that wakes the job."""
+    made: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """Owner and attempt of each child Job that was ever seen, by UID: pods outlive their Job."""
+
+    def own_children(self) -> tuple[SeenJob, ...]:
+        """Child Jobs that the QLoRAJob controls."""
+        return tuple(child for child in self.children.values() if self.job and child.owner == self.job.uid)
+
+    def own_pods(self) -> tuple[SeenPod, ...]:
+        """Pods that a child Job of the QLoRAJob controls. What others label as theirs is not among them."""
+        return tuple(pod for pod in self.pods.values() if self.owns(pod))
+
+    def owns(self, pod: SeenPod) -> bool:
+        """Whether a pod is controlled by a Job that the QLoRAJob controls, of the attempt that the pod says."""
+        return self.job is not None and self.made.get(pod.controller) == (self.job.uid, pod.attempt)
+
+    def forget_made(self) -> None:
+        """Drop records of Jobs that are gone and that no pod or attempt speaks of any more."""
+        needed = {pod.controller for pod in self.pods.values()} | self.children.keys() | (self.job or _NOBODY).attempts
+        self.made = {uid: made for uid, made in self.made.items() if uid in needed}
 
 
 class Store:
@@ -77,7 +98,7 @@ class Store:
 
     def take_refusal(self, event: Mapping[str, Any]) -> Key | None:
         """Take in an Event in which the Job controller says that it cannot make pods; None where it is no news."""
-        child, text = event["involvedObject"], event.get("message", "")
+        child, text = event["involvedObject"], event.get("message", "")[:LONGEST_TEXT]
         key = child.get("namespace", ""), child.get("name", "").rpartition("-")[0]
         known = self._known.get(key)
         if known is None or child.get("uid") not in known.children or known.pods_refused == text:
@@ -110,16 +131,12 @@ class Store:
         if known.job and known.job.uid != meta["uid"]:
             known.report, known.pods_refused = None, ""
         over = _is_over(body)
-        kept = {
-            "apiVersion": body["apiVersion"],
-            "kind": body["kind"],
-            "metadata": {name: meta[name] for name in _KEPT_META if name in meta},
-            "spec": body["spec"],
-            **({"status": body["status"]} if body.get("status") else {}),
-        }
         rests = over and body["spec"].get("policy", {}).get("ttlSecondsAfterFinished") is None
-        text = json.dumps(kept, separators=(",", ":")).encode()
-        known.job = StoredJob(meta["uid"], version, text, over, rests)
+        text = json.dumps(kept_of(body), separators=(",", ":")).encode()
+        attempts = {a["jobUid"]: a["number"] for a in (body.get("status") or {}).get("attempts") or () if "jobUid" in a}
+        known.job = StoredJob(meta["uid"], version, text, over, rests, frozenset(attempts))
+        known.made |= {uid: (meta["uid"], number) for uid, number in attempts.items()}
+        known.forget_made()
         return key
 
     def drop_job(self, body: Mapping[str, Any]) -> Key:
@@ -129,17 +146,33 @@ class Store:
         return key
 
     def take_child(self, body: Mapping[str, Any]) -> Key | None:
-        """Take in a child Job; its QLoRAJob's key, None where it is no news."""
-        return self._take(_see(see_job, body), body, "children")
+        """Take in a child Job; its QLoRAJob's key, None where it is no news.
+
+        Raises:
+            NotOwnedError: it is not controlled by the QLoRAJob that its labels name.
+
+        """
+        return self._take(see_job, body, "children")
 
     def take_pod(self, body: Mapping[str, Any]) -> Key | None:
-        """Take in a pod; its QLoRAJob's key, None where it is no news."""
-        return self._take(_see(see_pod, body), body, "pods")
+        """Take in a pod; its QLoRAJob's key, None where it is no news.
 
-    def _take(self, seen: SeenJob | SeenPod | None, body: Mapping[str, Any], place: str) -> Key | None:
-        if seen is None:
-            return None
+        Raises:
+            NotOwnedError: no Job controls it. By which Job it is counted says :meth:`Known.owns`.
+
+        """
+        return self._take(see_pod, body, "pods")
+
+    def _take(
+        self, see: Callable[[Mapping[str, Any]], SeenJob | SeenPod], body: Mapping[str, Any], place: str
+    ) -> Key | None:
         key = key_of_child(body)
+        try:
+            seen = see(body)
+        except NotOwnedError:
+            if key in self._known:
+                getattr(self[key], place).pop(body["metadata"]["uid"], None)  # it was released
+            raise
         known = self[key]
         if place == "pods" and known.job and known.job.over and known.job.uid == seen.owner:
             known.pods.pop(seen.uid, None)  # nobody asks for them any more
@@ -149,9 +182,12 @@ class Store:
         if before and seen.version <= before.version:
             return None
         held[seen.uid] = seen
-        if before is None and place == "children":
-            self[key].pods_refused = ""  # said of an earlier attempt's
-        return None if before == seen else key  # whatever their versions
+        if isinstance(seen, SeenJob):
+            known.made[seen.uid] = (seen.owner, seen.attempt)
+            if before is None:
+                known.pods_refused = ""  # said of an earlier attempt's
+        news = before != seen and (isinstance(seen, SeenJob) or known.owns(seen))  # whatever their versions
+        return key if news else None
 
     def drop_child(self, body: Mapping[str, Any]) -> Key:
         key = key_of_child(body)
@@ -163,11 +199,11 @@ class Store:
         """A pod is gone. While its job lives, its last words are kept until :meth:`clear_gone`."""
         key = key_of_child(body)
         known = self[key]
-        pod = _see(see_pod, body)
-        if pod and known.job and known.job.uid == pod.owner:
-            known.pods[pod.uid] = replace(pod, gone=True)
-        else:
-            known.pods.pop(body["metadata"]["uid"], None)
+        known.pods.pop(body["metadata"]["uid"], None)
+        with suppress(NotOwnedError):
+            pod = see_pod(body)
+            if known.owns(pod):
+                known.pods[pod.uid] = replace(pod, gone=True)
         self.forget(key)
         return key
 
@@ -184,6 +220,7 @@ class Store:
         """Forget deleted pods of attempts that are concluded."""
         known = self[key]
         known.pods = {u: p for u, p in known.pods.items() if not (p.gone and p.attempt <= up_to_attempt)}
+        known.forget_made()
 
 
 def _is_over(job: Mapping[str, Any]) -> bool:
@@ -196,13 +233,13 @@ def key_of_child(body: Mapping[str, Any]) -> Key:
     return meta["namespace"], meta["labels"][JOB_LABEL]
 
 
-def _see(cut: Callable[[Mapping[str, Any]], S], body: Mapping[str, Any]) -> S | None:
-    """None for what somebody else gave the operator's labels, with values that are not the operator's."""
-    try:
-        return cut(body)
-    except (KeyError, ValueError) as error:
-        meta = body["metadata"]
-        log.warning(
-            "%s/%s has the operator's labels and is not of its making: %s", meta["namespace"], meta["name"], error
-        )
-        return None
+def kept_of(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a QLoRAJob without what nobody here reads: labels, finalizers and managed fields can be megabytes."""
+    meta = body["metadata"]
+    return {
+        "apiVersion": body["apiVersion"],
+        "kind": body["kind"],
+        "metadata": {name: meta[name] for name in _KEPT_META if name in meta},
+        "spec": body["spec"],
+        **({"status": body["status"]} if body.get("status") else {}),
+    }

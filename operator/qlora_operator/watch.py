@@ -16,16 +16,18 @@ from typing import Literal
 from qlora_operator.client import TRANSIENT, Api, ApiError, Object
 from qlora_operator.health import WATCH_SECONDS
 from qlora_operator.names import FIELD_MANAGER, JOB_LABEL, MANAGED_BY_LABEL, SERVICE
+from qlora_operator.seen import NotOwnedError
 from qlora_operator.store import Key, Store
+from qlora_operator.supervisor import backoff
 
 log = logging.getLogger(__name__)
 
-PAGE = 200
-"""Objects of one answer: a pod is 10 KB as text, and ten times that when it is parsed."""
 BREATH_SECONDS = 0.1
 """Between two watches, so that an API server that ends them at once is not asked without end."""
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 30.0
 GONE = 410
+NOT_OWNED, UNREADABLE = "NotOwned", "Unreadable"
+"""Why an object is left out: it has the operator's labels and not its controller; it is larger or other than can be."""
 Take = Callable[[Object], Key | None]
 
 
@@ -81,17 +83,30 @@ class Watch:
         namespace: empty: all.
         wake: told the key of what changed.
         note: told the path of each watch as it begins.
+        skipped: told plural and reason of each object that is left out.
 
     """
 
     def __init__(
-        self, api: Api, kind: Kind, namespace: str, wake: Callable[[Key], None], note: Callable[[str], None]
+        self,
+        api: Api,
+        kind: Kind,
+        namespace: str,
+        wake: Callable[[Key], None],
+        note: Callable[[str], None],
+        skipped: Callable[[str, str], None],
     ) -> None:
         self._api, self._kind, self._namespace, self._wake, self._note = api, kind, namespace, wake, note
+        self._skipped = skipped
         where = f"/namespaces/{namespace}" if namespace else ""
         self.path = f"{kind.base}{where}/{kind.plural}"
         self._version = ""
         """Of the last that was seen; empty: nothing was listed yet, or the API server has forgotten it."""
+
+    @property
+    def plural(self) -> str:
+        """Of what is watched."""
+        return self._kind.plural
 
     async def list(self) -> set[Key]:
         """Take in everything there is, and drop what is gone; the keys that have news.
@@ -103,25 +118,29 @@ class Watch:
         before = {held for held in self._kind.held() if self._namespace in ("", held[0][0])}
         there: set[str] = set()
         news: set[Key | None] = set()
-        token = ""
-        while True:
-            page = await self._api.get(self.path, limit=PAGE, **self._kind.selectors, **{"continue": token})
+        version = ""
+        async for page in self._api.pages(self.path, self._kind.selectors):
+            version = page["metadata"]["resourceVersion"]
             for item in page["items"] or ():
                 there.add(item["metadata"][self._kind.identity])
-                news.add(self._kind.take(item))
-            token = page["metadata"].get("continue", "")
-            if not token:
-                break
+                news.add(self._tell(self._kind.take, item))
         for key, identity in before:
             if identity not in there:
                 self._kind.lose(key, identity)
                 news.add(key)
-        self._version = page["metadata"]["resourceVersion"]
+        self._version = version
         return {key for key in news if key}
 
     async def run(self, listed: asyncio.Event) -> None:
         """Watch until cancelled, once everything was listed."""
         await listed.wait()
+        try:
+            await self._run()
+        except Exception:
+            self._version = ""  # what was being taken in when it ended is listed anew
+            raise
+
+    async def _run(self) -> None:
         failures = 0
         while True:
             wait = BREATH_SECONDS
@@ -134,12 +153,12 @@ class Watch:
             except ApiError as error:
                 self._version = ""
                 if error.status != GONE:
-                    wait = max(_backoff(failures), error.retry_after or 0)
                     failures += 1
+                    wait = max(backoff(failures, FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS), error.retry_after or 0)
                     log.warning("watch of %s: %s; again in %.1f s", self._kind.plural, error, wait)
             except TRANSIENT as error:
-                wait = _backoff(failures)
                 failures += 1
+                wait = backoff(failures, FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS)
                 log.info("watch of %s: no answer (%s); again in %.1f s", self._kind.plural, type(error).__name__, wait)
             await asyncio.sleep(wait)
 
@@ -152,13 +171,25 @@ class Watch:
             "timeoutSeconds": WATCH_SECONDS,
         }
         async for change in self._api.watch(self.path, **parameters):
+            if change is None:
+                self._skipped(self._kind.plural, UNREADABLE)
+                continue
             body = change["object"]
             if change["type"] != "BOOKMARK":
-                key = (self._kind.drop if change["type"] == "DELETED" else self._kind.take)(body)
+                key = self._tell(self._kind.drop if change["type"] == "DELETED" else self._kind.take, body)
                 if key:
                     self._wake(key)
             self._version = body["metadata"]["resourceVersion"]
 
-
-def _backoff(failures: int) -> float:
-    return min(FIRST_RETRY_SECONDS * 2.0**failures, LONGEST_RETRY_SECONDS)
+    def _tell(self, told: Take, body: Object) -> Key | None:
+        """Have an object taken in or dropped; one that is not the operator's, or cannot be read, is left out."""
+        try:
+            return told(body)
+        except NotOwnedError as error:
+            log.debug("%s", error)
+            self._skipped(self._kind.plural, NOT_OWNED)
+        except Exception as error:  # noqa: BLE001 one object must not end the watch of all
+            meta = body.get("metadata") or {}
+            log.warning("%s %s/%s is left out: %r", self._kind.plural, meta.get("namespace"), meta.get("name"), error)
+            self._skipped(self._kind.plural, UNREADABLE)
+        return None

@@ -216,6 +216,13 @@ FIRES = [
         [{}],
         id="jobs-wait-more-than-a-minute-for-their-turn",
     ),
+    pytest.param(
+        "QLoRAOperatorTaskFailing",
+        [alone("qlora_operator_task_failures_total", "0+2x60", task="progress")],
+        "20m",
+        [{"task": "progress"}],
+        id="a-task-fails-each-half-minute",
+    ),
 ]
 
 QUIET = [
@@ -283,6 +290,12 @@ QUIET = [
         [*OPERATOR, alone("qlora_operator_reconcile_errors_total", "0+2x120", kind="Conflict")],
         "30m",
         id="a-few-conflicts",
+    ),
+    pytest.param(
+        "QLoRAOperatorTaskFailing",
+        [alone("qlora_operator_task_failures_total", "0x10 1x50", task="progress")],
+        "20m",
+        id="a-task-failed-once",
     ),
 ]
 

@@ -43,25 +43,27 @@ class Scraped:
         )
 
     def pod(self, index, node="node", phase="Running", attempt=1, name="one"):
-        self._version += 1
-        self.store.take_pod(
-            {
-                "metadata": {
-                    "name": f"{name}-{index}",
-                    "namespace": "team",
-                    "uid": f"pod-{name}-{attempt}-{index}",
-                    "resourceVersion": str(self._version),
-                    "creationTimestamp": "2026-01-01T11:00:00Z",
-                    "labels": {
-                        "qlora.dev/job": name,
-                        "qlora.dev/job-uid": f"uid-{name}",
-                        "qlora.dev/attempt": str(attempt),
-                    },
-                },
-                "spec": {"nodeName": node},
-                "status": {"phase": phase},
-            }
+        """Put a pod in, and the Job that controls it."""
+        job, child = ("qlora.dev/v1alpha1", "QLoRAJob", name, f"uid-{name}"), f"{name}-{attempt}"
+        self.store.take_child({"metadata": self._metadata(child, f"job-{child}", attempt, name, job), "spec": {}})
+        metadata = self._metadata(
+            f"{child}-{index}", f"pod-{child}-{index}", attempt, name, ("batch/v1", "Job", child, f"job-{child}")
         )
+        self.store.take_pod({"metadata": metadata, "spec": {"nodeName": node}, "status": {"phase": phase}})
+
+    def _metadata(self, name, uid, attempt, job, controller):
+        self._version += 1
+        labels = {"qlora.dev/job": job, "qlora.dev/job-uid": f"uid-{job}", "qlora.dev/attempt": str(attempt)}
+        fields = dict(zip(("apiVersion", "kind", "name", "uid"), controller, strict=True))
+        return {
+            "name": name,
+            "namespace": "team",
+            "uid": uid,
+            "resourceVersion": str(self._version),
+            "creationTimestamp": "2026-01-01T11:00:00Z",
+            "labels": labels,
+            "ownerReferences": [{**fields, "controller": True}],
+        }
 
     def value(self, name, **labels):
         families = {f.name: f for f in self._registry.collect()}

@@ -140,7 +140,9 @@ def test_a_complete_job_without_its_result_is_waited_for_and_then_done_again():
 
 
 def test_what_is_said_of_a_pod_is_kept_apart_from_what_is_said_of_its_container():
+    controller = {"apiVersion": "batch/v1", "kind": "Job", "name": "job-1", "uid": "job-uid-1", "controller": True}
     meta = {"name": "a", "uid": "u", "resourceVersion": "1", "labels": {}, "creationTimestamp": NOW.isoformat()}
+    meta["ownerReferences"] = [controller]
     end = {"terminated": {"exitCode": 137, "reason": "Error", "message": "log"}}
     status = {"containerStatuses": [{"name": "trainer", "state": end}], "reason": "Evicted", "message": "why"}
     cut = see_pod({"metadata": meta, "spec": {}, "status": {**status, "phase": "Failed"}})

@@ -9,7 +9,8 @@ import pytest
 from aiohttp import web
 
 from qlora_operator import client
-from qlora_operator.client import Api, ApiError
+from qlora_operator.bounded_reads import LARGEST_BYTES, TooLargeError
+from qlora_operator.client import PAGE, Api, ApiError
 from qlora_operator.lean import kopf
 
 CHANGE = {"type": "ADDED", "object": {"metadata": {"name": "one"}}}
@@ -17,14 +18,14 @@ ERROR = {"type": "ERROR", "object": {"code": 410, "reason": "Expired", "message"
 
 
 async def watched(*lines, ends=True):
-    """What a watch gives of these lines, from a server that ends it after them or says nothing more."""
+    """What a watch gives of these lines, as JSON or as they are, from a server that ends it or says nothing more."""
     over = asyncio.Event()
 
     async def answer(request):
         response = web.StreamResponse()
         await response.prepare(request)
         for line in lines:
-            await response.write(json.dumps(line).encode() + b"\n")
+            await response.write((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n")
         if not ends:
             await over.wait()
         return response
@@ -56,3 +57,79 @@ def test_silence_ends_a_watch_and_is_no_failure(monkeypatch):
 def test_an_error_in_a_watch_is_the_api_servers():
     with pytest.raises(ApiError, match="410 Expired: too old"):
         asyncio.run(watched(CHANGE, ERROR))
+
+
+LARGE = {"type": "ADDED", "object": {"metadata": {"name": "<" * 1_500_000}}}
+
+
+def as_the_api_server_writes_it(change):
+    return json.dumps(change).replace("<", "\\u003c").encode()
+
+
+def test_a_change_may_be_as_large_as_etcd_makes_it():
+    text = as_the_api_server_writes_it(LARGE)
+    assert len(text) > 9_000_000
+    assert asyncio.run(watched(text, CHANGE)) == [LARGE, CHANGE]
+
+
+def test_a_change_may_be_nested_as_deep_as_the_api_server_takes_it():
+    depth = 9_900
+    text = b'{"type": "ADDED", "object": {"metadata": ' + b'{"f:a":' * depth + b"{}" + b"}" * depth + b"}}"
+    nested, then = asyncio.run(watched(text, CHANGE))
+    assert (nested["type"], then) == ("ADDED", CHANGE)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param(b"x" * (LARGEST_BYTES + 1), id="more-than-etcd-holds"),
+        pytest.param(b"{", id="no-json"),
+        pytest.param(b"[" * 200_000, id="deeper-than-any-api-server-writes"),
+        pytest.param(b"[]", id="no-object"),
+        pytest.param(b'{"type": "ADDED"}', id="no-change"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_left_out_and_the_next_one_is_read(line):
+    assert asyncio.run(watched(CHANGE, line, CHANGE)) == [CHANGE, None, CHANGE]
+
+
+def test_a_change_that_breaks_off_is_not_taken():
+    assert asyncio.run(watched(CHANGE, b'{"type": "ADDED", "object": {}}'[:-1])) == [CHANGE, None]
+
+
+async def listed(sizes, path="/api/v1/pods"):
+    """Pages in which objects of these sizes are listed, and the limits that were asked for."""
+    limits = []
+
+    async def answer(request):
+        limit, start = int(request.query["limit"]), int(request.query["continue"] or 0)
+        limits.append(limit)
+        end = min(start + limit, len(sizes))
+        items = [{"metadata": {"name": f"{number}", "large": "x" * sizes[number]}} for number in range(start, end)]
+        token = str(end) if end < len(sizes) else ""
+        return web.json_response({"metadata": {"resourceVersion": "1", "continue": token}, "items": items})
+
+    app = web.Application()
+    app.router.add_get(path, answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    api = Api(kopf.ConnectionInfo(server=f"http://127.0.0.1:{runner.addresses[0][1]}"), lambda *_: None)
+    try:
+        return [[i["metadata"]["name"] for i in page["items"]] async for page in api.pages(path, {})], limits
+    finally:
+        await api.close()
+        await runner.cleanup()
+
+
+def test_a_page_of_large_objects_is_asked_for_in_smaller_ones_and_nothing_is_missed():
+    pages, limits = asyncio.run(listed([10] * 3 + [3_000_000] * 20 + [10] * 30))
+    assert [name for page in pages for name in page] == [str(number) for number in range(53)]
+    assert limits[0] == PAGE
+    assert min(limits) < PAGE // 8
+
+
+def test_an_object_that_alone_is_larger_than_etcd_makes_it_is_an_error():
+    with pytest.raises(TooLargeError):
+        asyncio.run(listed([LARGEST_BYTES + 1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from datetime import timedelta
 
@@ -142,3 +143,27 @@ def test_what_one_step_took_is_not_forgotten_for_a_faster_one():
     slow, fast = report(longest_step_seconds=300), report(longest_step_seconds=1)
     status = decide(job(held()), replace(seen(child(ready=1), pod()), report=slow)).status
     assert decide(job(status), replace(seen(child(ready=1), pod()), report=fast)).status.grace_seconds == 610
+
+
+def test_names_of_components_that_a_pod_makes_up_neither_get_into_status_nor_keep_a_job_from_its_deadline():
+    status = held()
+    for number in range(3):
+        made_up = {f"key{number * 25 + key}": key for key in range(25)}
+        told = report().model_copy(update={"memory": Memory(predicted=made_up, measured={**made_up, "peak": 7})})
+        trains = replace(seen(child(ready=1), pod(), after=20 + number), report=told)
+        status = decide(job(status, policy=DEADLINE), trains).status
+    assert (status.memory.predicted, status.memory.measured) == ({}, {"peak": 7})
+    late = decide(job(status, policy=DEADLINE), replace(trains, now=NOW + timedelta(seconds=61)))
+    assert (late.status.reason, [c.name for c in late.delete]) == (Reason.SUSPENDING, ["job-1"])
+
+
+@pytest.mark.parametrize("batch", [(64, 1, 1), (1, 4, 2)], ids=["more-ranks", "another-batch"])
+def test_a_plan_that_is_not_the_jobs_makes_no_pods(batch):
+    plan = dict(zip(("worldSize", "microBatchSize", "gradientAccumulationSteps"), batch, strict=True))
+    found = {"modelRevision": "r", "dataHash": "d", "trainRows": 1, "trainTokens": 9, "trainSequences": 1}
+    word = {"exitCode": 0, "reason": "Completed", "prepared": {**found, "gradientCheckpointing": True, "batch": plan}}
+    over = seen(child(0, state=JobState.COMPLETE), pod(0, code=0, message=json.dumps(word)))
+    refused = decide(job(), over, PREPARING)
+    assert (refused.status.state, refused.status.reason, names(refused)) == ("Failed", Reason.CRASHED, [])
+    forged = seen(child(7, plan=json.dumps(plan)), pod(7))
+    assert [a.number for a in decide(job(), forged).status.attempts] == [1]

@@ -258,16 +258,18 @@ def test_the_oldest_attempts_that_did_not_count_give_way():
     assert planned.status.restarts == 1
 
 
+PREPARED = (
+    '{"exitCode": 0, "reason": "Completed", "prepared": {"modelRevision": "r", "dataHash": "d", "trainRows": 1,'
+    ' "trainTokens": 9, "trainSequences": 1, "gradientCheckpointing": true,'
+    ' "batch": {"worldSize": 1, "microBatchSize": 2, "gradientAccumulationSteps": 8}}}'
+)
+
+
 def test_prepare_goes_first_and_its_result_is_what_the_trainers_get():
     first = decide(job(), seen(), PREPARING)
     assert names(first) == ["job-prepare"]
     assert first.status.reason is Reason.PREPARING
-    result = (
-        '{"exitCode": 0, "reason": "Completed", "prepared": {"modelRevision": "r", "dataHash": "d", "trainRows": 1,'
-        ' "trainTokens": 9, "trainSequences": 1, "gradientCheckpointing": true,'
-        ' "batch": {"worldSize": 1, "microBatchSize": 2, "gradientAccumulationSteps": 8}}}'
-    )
-    prepared = seen(child(attempt=0, state=JobState.COMPLETE), pod(attempt=0, code=0, message=result))
+    prepared = seen(child(attempt=0, state=JobState.COMPLETE), pod(attempt=0, code=0, message=PREPARED))
     then = decide(job(first.status), prepared, PREPARING)
     assert names(then) == ["job-1"]
     assert then.status.attempts[0].micro_batch_size == 2
@@ -295,7 +297,7 @@ def test_a_prepare_that_hangs_ends_the_job_without_another_try():
     assert "prepare.deadlineSeconds" in planned.status.conditions[0].message
     assert planned.status.conditions[0].message.endswith("its last words: reading rows")
     assert [child.attempt for child in planned.delete] == [0]
-    done = seen(child(attempt=0, state=JobState.COMPLETE), hung, pod(attempt=0, code=0, word="done"))
+    done = seen(child(attempt=0, state=JobState.COMPLETE), hung, pod(attempt=0, code=0, message=PREPARED))
     assert decide(job(), done, PREPARING).status.state == "Pending", "another try did it while nobody looked"
 
 

@@ -1,0 +1,111 @@
+"""What a pod may answer that is asked how far it is: nothing of it reaches further than its own job."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+from operator_builders import pod
+
+from cluster.harness.waits import eventually
+from qlora_operator.bounded_reads import TooLargeError
+from qlora_operator.progress import ProgressPoller, ask_progress, progress_session
+from qlora_operator.reports import ReportError
+from qlora_operator.store import Store
+from services.hostile import REPORT, HostileRank, answers, http, report
+
+ADDRESS = f"127.{os.getpid() % 200 + 10}.9.5"
+
+
+def asked(*said: bytes, address: str = ADDRESS, times: int = 1):
+    """What comes of asking a rank that answers so: reports and errors."""
+
+    async def ask():
+        found = []
+        async with progress_session() as session:
+            for _ in range(times):
+                try:
+                    found.append(await ask_progress(session, address, rank.port))
+                except Exception as error:  # noqa: BLE001 looked at by the test
+                    found.append(error)
+        return found
+
+    with HostileRank(ADDRESS, 0, said) as rank:
+        return asyncio.run(ask())
+
+
+def test_an_honest_report_is_read():
+    (found,) = asked(report())
+    assert (found.step, found.loss, found.memory.measured) == (3, "1.25", {"peak": 1100})
+
+
+@pytest.mark.parametrize("place", ["http://./", "http://{}/", "/progress", "http://169.254.169.254/"])
+def test_no_redirect_is_followed(place):
+    with HostileRank(ADDRESS, 0, [report()]) as elsewhere:
+        target = place.format(f"{ADDRESS}:{elsewhere.port}")
+        (found,) = asked(http(b"", f"Location: {target}", status="302 Found"))
+    assert isinstance(found, ReportError)
+    assert elsewhere.asked == 0
+
+
+@pytest.mark.parametrize(
+    "address", ["169.254.169.254", "::ffff:169.254.169.254", "fe80::1", "0.0.0.0", "224.0.0.1", "metadata", ""]
+)
+def test_nothing_but_the_address_of_a_pod_is_connected_to(address):
+    (found,) = asked(report(), address=address)
+    assert isinstance(found, ReportError)
+
+
+def test_a_report_that_comes_in_pieces_is_read_whole():
+    body = http(b"")[:-2].replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + b"\r\n"
+    text = report().partition(b"\r\n\r\n")[2]
+    pieces = b"".join(b"1\r\n" + text[i : i + 1] + b"\r\n" for i in range(len(text)))
+    (found,) = asked(body + pieces + b"0\r\n\r\n")
+    assert found.step == 3
+
+
+def test_an_answer_of_more_than_64_kib_is_not_read():
+    (found,) = asked(http(b" " * 2**20))
+    assert isinstance(found, TooLargeError)
+
+
+def test_each_of_more_than_200_hostile_answers_is_an_error_or_a_report_that_status_takes():
+    said = answers("127.0.0.1:1")
+    for found in asked(*said, times=len(said)):
+        if not isinstance(found, Exception):
+            assert {*found.memory.measured, *found.memory.predicted} <= {"peak"}
+            assert 0 <= found.first_step <= 2**53
+            assert found.loss is None or float(found.loss) < 10
+
+
+class Reconciler:
+    """Knows whom to ask, and who was woken."""
+
+    def __init__(self, polled) -> None:
+        self.polled, self.woken = polled, []
+
+    def wake(self, key) -> None:
+        self.woken.append(key)
+
+
+def test_what_one_pod_answers_ends_no_round_and_the_others_are_heard():
+    hostile, honest = ("team", "hostile"), ("team", "honest")
+    rejected = []
+
+    async def poll(reconciler, said, rounds):
+        poller = ProgressPoller(store, reconciler, 0.001, lambda: rejected.append(1), said.port)
+        running = asyncio.create_task(poller.run())
+        await asyncio.to_thread(eventually, lambda: said.asked >= rounds or running.done(), 60)
+        assert not running.done()
+        running.cancel()
+
+    store = Store()
+    other = f"{ADDRESS[:-1]}6"
+    with HostileRank(ADDRESS, 0, answers("127.0.0.1:1")[:60]) as bad, HostileRank(other, bad.port, [report()]) as good:
+        reconciler = Reconciler({hostile: pod(ip=ADDRESS), honest: pod(uid="other", ip=other)})
+        asyncio.run(poll(reconciler, bad, 60))
+        assert good.asked > bad.asked
+    assert store[honest].report.step == REPORT["step"]
+    assert honest in reconciler.woken
+    assert rejected

@@ -1,0 +1,91 @@
+"""What of a pod's report and last word is taken, and what is left out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+
+from qlora_api.status import Reason
+from qlora_operator.reports import ReportError, read_report, read_termination_message
+from services.hostile import NOT_A_VALUE, REPORT
+
+WORD = {"exitCode": 0, "reason": "Completed", "message": "step 10 of 10"}
+PREPARED = {
+    "modelRevision": "r",
+    "dataHash": "d",
+    "trainRows": 1,
+    "trainTokens": 9,
+    "trainSequences": 1,
+    "gradientCheckpointing": True,
+    "batch": {"worldSize": 1, "microBatchSize": 2, "gradientAccumulationSteps": 8},
+}
+JUNK = {f"key{number}": number for number in range(40)}
+
+
+def report(**changes):
+    return read_report(json.dumps({**REPORT, **changes}).encode())
+
+
+def word(**more):
+    return read_termination_message(json.dumps({**WORD, **more}))
+
+
+@pytest.mark.parametrize("text", ["n/a", "nan", "inf", "-inf", "1e999", "1_0", " 1", "٣", ""])
+def test_a_figure_that_is_no_number_is_left_out_and_the_rest_is_read(text):
+    assert report(loss=text).loss is None
+    assert report(loss=text).step == 3
+    assert report(epoch=text).epoch == "0"
+    assert word(progress={"step": 10, "loss": text}).progress.loss is None
+
+
+@pytest.mark.parametrize("name", ["step", "totalSteps", "etaSeconds", "firstStep", "longestStepSeconds", "attempt"])
+@pytest.mark.parametrize("value", [-1, 2**53, 10**30, "many", [], {}], ids=str)
+def test_a_count_out_of_bounds_is_no_report(name, value):
+    with pytest.raises(ReportError):
+        report(**{name: value})
+
+
+@pytest.mark.parametrize("value", NOT_A_VALUE)
+def test_what_is_no_value_is_an_error_and_never_another_one(value):
+    for name in REPORT:
+        text = json.dumps({**REPORT, name: "@"}).replace('"@"', value)
+        with contextlib.suppress(ReportError):
+            read_report(text.encode(errors="replace"))
+
+
+def test_components_are_a_closed_set_of_names():
+    sizes = {**JUNK, "peak": 7, "logits": -1, "gradients": 2**60, "activations": "8"}
+    assert report(memory={"measured": sizes, "predicted": sizes}).memory.measured == {"peak": 7}
+    assert word(memory={"measured": sizes}).memory.measured == {"peak": 7}
+    assert word(prepared={**PREPARED, "memory": sizes}).prepared.memory == {"peak": 7}
+
+
+@pytest.mark.parametrize(
+    "figures", [{"progress": {"step": -1}}, {"progress": "none"}, {"memory": 7}, {"memory": {"measured": "?"}}], ids=str
+)
+def test_figures_take_nothing_else_of_a_termination_message_away(figures):
+    said = word(**figures)
+    assert (said.exit_code, said.reason, said.message) == (0, Reason.COMPLETED, "step 10 of 10")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"expectedGpuHours": "n/a"},
+        {"expectedGpuHours": "1e999"},
+        {"trainRows": 10**30},
+        {"batch": {}},
+        {"seconds": "?"},
+    ],
+    ids=str,
+)
+def test_a_plan_is_taken_whole_or_not_at_all(changes):
+    assert word(prepared=PREPARED).prepared is not None
+    assert word(prepared={**PREPARED, **changes}).prepared is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 4000, '{"a":' * 700, "Traceback …", "\ud800"])
+def test_what_is_no_termination_message_is_none(text):
+    assert read_termination_message(text) is None
