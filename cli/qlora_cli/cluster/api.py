@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 
+from qlora_api.deep_json import parse_json
 from qlora_cli.cluster import credentials
 from qlora_cli.cluster.errors import ApiError, UnreachableError
 from qlora_cli.cluster.names import FIELD_MANAGER
@@ -158,7 +158,7 @@ class Api:
             "timeoutSeconds": WATCH_SECONDS,
         }
         for line in self._lines(path, asked, httpx.Timeout(CONNECT_SECONDS, read=SILENCE_SECONDS)):
-            yield json.loads(line)
+            yield parse_json(line)
 
     def _lines(self, path: str, parameters: Object, timeout: httpx.Timeout) -> Iterator[bytes]:
         with self._answers():
@@ -187,7 +187,7 @@ class Api:
         if not answer.is_success:
             raise self._refused(answer, path)
         try:
-            found = answer.json()
+            found = parse_json(answer.content)
         except ValueError:
             found = None
         if not isinstance(found, dict):

@@ -56,6 +56,16 @@ def test_a_list_is_read_page_by_page(serve):
     assert [q.get("continue") for _, _, q, _ in server.asked] == [None, "next"]
 
 
+def test_an_object_that_is_nested_as_deep_as_an_api_server_takes_it_hides_no_other(serve):
+    depth = 9_000
+    fields = '{"f:a":' * depth + "{}" + "}" * depth
+    deep = f'{{"metadata": {{"name": "deep", "resourceVersion": "1", "managedFields": {fields}}}}}'
+    whole = f'{{"metadata": {{"resourceVersion": "5"}}, "items": [{deep}, {json.dumps(item("b", 2))}]}}'
+    server = serve((200, whole), (200, [f'{{"type": "MODIFIED", "object": {deep}}}', told("ADDED", "c", 7)]))
+    with server.api() as api:
+        assert take(api.follow(PATH), 3) == [("LISTED", ["deep", "b"]), ("MODIFIED", ["deep"]), ("ADDED", ["c"])]
+
+
 def test_a_watch_goes_on_where_it_ended(serve):
     server = serve(
         listed(item("a", 1), version="5"),
