@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
 
+from qlora_api.deep_json import parse_json
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -148,7 +150,8 @@ class Api:
         return f"{root}{where}/{resource['name']}", metadata.get("name", "")
 
     def _call(self, method: str, path: str, parameters: Object, **more: Any) -> Object:
-        return self._request(method, path, parameters, **more).json()
+        found: Object = parse_json(self._request(method, path, parameters, **more).content)
+        return found
 
     def _request(self, method: str, path: str, parameters: Object, **more: Any) -> httpx.Response:
         answer = self._http.request(method, path, params=parameters, **more)

@@ -187,12 +187,11 @@ def test_what_was_decided_on_a_job_that_has_changed_deletes_nothing(api, behind_
 
 
 @pytest.mark.parametrize("trouble", ["error", "gone"])
-def test_what_ends_the_watch_of_jobs_for_good_ends_the_operator_and_another_one_goes_on(
-    api, proxy, kwok_namespace, tmp_path, trouble
+def test_what_ends_the_watch_of_jobs_for_good_has_it_started_again_and_the_operator_goes_on(
+    api, behind_proxy, proxy, kwok_namespace, trouble
 ):
-    """kopf#1276: Kubernetes restarts what ends with an error, and would not see that a watch of many is missing."""
-    operator = Operator(tmp_path, proxy.kubeconfig, namespaces=[kwok_namespace])
-    with operator, pods_do(api, kwok_namespace, DONE, attempt=1):
+    pid = behind_proxy.pid
+    with pods_do(api, kwok_namespace, DONE, attempt=1):
         path = create_job(api, qlora_job("deleted-meanwhile", kwok_namespace, suspend=True))
         api.wait_for(path, in_state("Suspended"))
         if trouble == "error":
@@ -200,11 +199,12 @@ def test_what_ends_the_watch_of_jobs_for_good_ends_the_operator_and_another_one_
         else:
             proxy.when(is_watch("qlorajobs"), Refused(410))
             proxy.cut_watches("qlorajobs")
-        assert operator.wait(SOON) not in (0, None)
+        failures = 'qlora_operator_task_failures_total{task="watch-qlorajobs"}'
+        assert eventually(lambda: behind_proxy.metrics()[failures] == 1)
         api.delete(path)
-        operator.start()
         api.wait_for(create_job(api, qlora_job(namespace=kwok_namespace)), in_state("Succeeded"))
-        assert counted(operator, "qlora_operator_jobs") == 1
+        assert eventually(lambda: counted(behind_proxy, "qlora_operator_jobs") == 1)
+    assert (behind_proxy.pid, behind_proxy.healthz()) == (pid, (200, "ok\n"))
 
 
 @pytest.mark.parametrize("resource", ["jobs", "pods", "events", "services"])

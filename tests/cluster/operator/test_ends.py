@@ -33,7 +33,8 @@ def test_three_stalls_without_a_step_gained_end_a_job_and_name_the_last(api, for
 
 def test_hours_and_money_are_in_status_before_a_gpu_is_held(api, crd_cluster, zygote, kwok_namespace, tmp_path):
     settings = {"namespaces": [kwok_namespace], "prepare": {"enabled": True}, "pricePerGpuHour": {"default": 2.5}}
-    found = PREPARED | {"expectedGpuHours": "12.5", "batch": PREPARED["batch"] | {"worldSize": 1}}
+    batch = {"worldSize": 1, "microBatchSize": 4, "gradientAccumulationSteps": 4}
+    found = PREPARED | {"expectedGpuHours": "12.5", "batch": batch}
     with (
         ForkedOperator(zygote, tmp_path, crd_cluster.kubeconfig, **settings),
         pods_do(api, kwok_namespace, ends(prepared=found), component="prepare"),
