@@ -124,7 +124,7 @@ def compute_types(work: Path, rows: Rows) -> Part:
     ]
     text = (
         f"{exact.total_steps} steps of 8 packs on the NF4 base. Float16 has dynamic loss scaling: at the end the "
-        f"scale was {scales[-1]['lossScale']:g}, and {scales[-1]['skippedSteps']} updates had been left out.\n\n"
+        f"scale was {scales[-1]['lossScale']:g}, and {scales[-1]['skippedSteps']:g} updates had been left out.\n\n"
     )
     text += table(["computeType", "eval loss before", "after", "against Float32"], lines)
     checks = [
