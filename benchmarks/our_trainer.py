@@ -1,7 +1,8 @@
 """Training steps of this project's trainer, timed: its own ``build`` and ``train_step``, without what surrounds them.
 
 ``torchrun --nproc-per-node 2 our_trainer.py CONFIG.json REPORT.json [PROFILE]``, with a prepared TrainerConfig. Rank 0
-writes the seconds, the minor page faults and the real tokens of each optimizer step, and with PROFILE where its time went.
+writes the seconds, the minor page faults and the real tokens of each optimizer step, and with PROFILE where its time
+went.
 """
 
 from __future__ import annotations

@@ -29,9 +29,7 @@ class Muon(torch.optim.Optimizer):
 
     """
 
-    def __init__(
-        self, matrices: Iterable[torch.Tensor], lr: float, dtype: torch.dtype, momentum: float = 0.95
-    ) -> None:
+    def __init__(self, matrices: Iterable[torch.Tensor], lr: float, dtype: torch.dtype, momentum: float = 0.95) -> None:
         super().__init__(matrices, {"lr": lr, "momentum": momentum})
         self._dtype = dtype
 

@@ -1,8 +1,8 @@
 """The C library's allocator, told to keep freed memory for the next step.
 
-glibc returns large freed blocks to the kernel, and a training step frees and allocates the same hundreds of MB again and
-again. Each page is then zeroed and mapped anew at its first touch: a minor page fault of 0.1 to 20 µs, the latter on some
-virtual machines, where a step can spend most of its time in them.
+glibc returns large freed blocks to the kernel, and a training step frees and allocates the same hundreds of MB again
+and again. Each page is then zeroed and mapped anew at its first touch: a minor page fault of 0.1 to 20 µs, the latter
+on some virtual machines, where a step can spend most of its time in them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ NEVER = -1
 def keep_freed_memory() -> bool:
     """Have this process keep the memory that it frees; call it before large allocations.
 
-    Memory peaks stay as they are, but what was freed after a peak is not given to other processes. Where the environment
-    sets the allocator's thresholds (mallopt(3)) or any ``glibc.malloc`` tunable, they stay.
+    Memory peaks stay as they are, but what was freed after a peak is not given to other processes. Where the
+    environment sets the allocator's thresholds (mallopt(3)) or any ``glibc.malloc`` tunable, they stay.
 
     Returns:
         Whether it was done; False also where the C library is not glibc.
