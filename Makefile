@@ -42,8 +42,9 @@ constraints: $(VENV)/.all-installed  ## Pin the newest versions of all dependenc
 
 .PHONY: run
 run: $(VENV)/.run-installed  ## Quickstart: make a small base and real rows here, then QLoRA on this machine
-	@$(BIN)/python examples/quickstart/prepare.py --out runs/quickstart-data
-	@$(BIN)/qlora run examples/quickstart.yaml
+	@$(BIN)/python examples/quickstart/prepare.py --out runs/quickstart-data; made=$$SECONDS; \
+	  $(BIN)/qlora run examples/quickstart.yaml; \
+	  echo "Base and rows took $$made s, all together $$SECONDS s."
 
 .PHONY: images
 images:  ## Both images, with docker, podman or buildah: make images PREFIX=registry/ TAG=1.0

@@ -154,6 +154,17 @@ class RankActivity(Model):
     """Of all ranks, beside the slowest."""
 
 
+class SectionProgress(Model):
+    """How far a rank has come within its section."""
+
+    unit: str
+    """What is counted: ``weights``, ``micro-batches``."""
+    done: int
+    total: int
+    seconds: float
+    """Since the first of them."""
+
+
 class ProgressReport(Progress):
     """The answer of ``GET /progress`` on rank 0."""
 
@@ -163,6 +174,12 @@ class ProgressReport(Progress):
     attempt: int
     section: Literal["Load", "Data", "Train", "Evaluate", "Checkpoint", "Publish", "Done"]
     """What the rank does now."""
+    section_progress: SectionProgress | None = None
+    """Of a section whose length is known: a Load or an Evaluate."""
+    section_seconds: dict[str, float] = {}
+    """Time of rank 0 in this attempt by section, the one at work up to now."""
+    expected_seconds: int | None = None
+    """Time for all that this attempt has to do, evaluations included, by a trial step before the first one."""
     memory: Memory
     compute_type: ComputeType | None = None
     """In which the base computes: as the job says, or what Auto means on the device of this run."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import platform
 import signal
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +21,7 @@ from qlora_api.status import Attempt, Reason
 from qlora_cli import local, render, rundir
 from qlora_cli.attempt import Process, Stopped, watch
 from qlora_cli.cluster.target import program
-from qlora_cli.progress import Poller, Watcher, display_for
+from qlora_cli.progress import Poller, Waiting, Watcher, display_for
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -90,11 +89,9 @@ class Run:
         )
         out.unlink(missing_ok=True)
         says = "Preparing: model and rows are checked before any rank starts …"
-        if not console.is_terminal:
-            console.print(says)
-        with console.status(says) if console.is_terminal else nullcontext():
+        with Waiting(console, says) as waiting:
             process = Process([*self._setting.commands.prepare, str(step.config)], step.log, self._setting.lock, out)
-            code, stopped = watch(process, self._stop, console.print, lambda: None)
+            code, stopped = watch(process, self._stop, console.print, waiting.tick)
         if stopped is not Stopped.NO:
             return self._interrupted()
         if code != ExitCode.DONE:
@@ -149,6 +146,7 @@ class Run:
         update: dict[str, object] = {}
         if last:
             update["tokens"] = {**self.record.tokens, number: last.tokens}
+            update["section_seconds"] = {**self.record.section_seconds, number: last.section_seconds}
         if self.record.first_eval_loss is None:
             update["first_eval_loss"] = watcher.first_eval_loss
         self.record = self.record.model_copy(update=update)

@@ -271,9 +271,22 @@ def _results(record: RunRecord) -> Iterator[tuple[str, str]]:
     ranks = sum(seconds * a.world_size for a, seconds in ended) / 3600
     kind = "GPU-hours" if record.device == "CUDA" else "CPU-rank-hours"
     yield "Time", f"{words.duration(wall)}, {ranks:.3g} {kind}"
+    if record.section_seconds:
+        yield "Time by part", ", ".join(f"{part} {words.duration(s)}" for part, s in parts(record, wall).items())
     tokens = sum(record.tokens.values())
     if tokens:
         yield "Tokens trained on", words.number(tokens)
+
+
+def parts(record: RunRecord, attempts_seconds: float) -> dict[str, float]:
+    """Return the seconds of Prepare and of each part of all attempts, of which ``Start`` came before any section."""
+    sections: dict[str, float] = {}
+    for found in record.section_seconds.values():
+        for section, seconds in found.items():
+            sections[section] = sections.get(section, 0.0) + seconds
+    start = max(0.0, attempts_seconds - sum(sections.values()))
+    before = {"Prepare": float(record.prepared.seconds)} if record.prepared and record.prepared.seconds else {}
+    return {**before, "Start": start, **sections}
 
 
 def failure(reason: Reason, message: str, tail: Sequence[str], log: Path) -> Group:

@@ -61,6 +61,8 @@ class RunRecord(Model):
     """Before the first step."""
     tokens: dict[int, Count] = Field({})
     """Real tokens of each attempt, over all ranks, as last heard."""
+    section_seconds: dict[int, dict[str, float]] = {}
+    """Time of rank 0 in each attempt by section, as last heard."""
     result: TerminationMessage | None = None
     """The last word of the attempt that completed the run."""
     signed: bool = False

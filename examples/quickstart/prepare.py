@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 from stdlib_rows import Module, Row, extract, pretraining_texts, read_modules, source_files
 
+from qlora_trainer.allocator import keep_freed_memory
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -37,8 +39,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the quickstart's base model and rows.")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     out: Path = parser.parse_args().out
-    files = source_files()
-    key = content_key(files)
+    keep_freed_memory()
+    # Threads that wait for each other spin, and on a machine with other work that takes five times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # OpenMP reads it when torch is imported
+    from small_base import fast_type
+
+    dtype = str(fast_type()).removeprefix("torch.")
+    key = content_key(source_files(), dtype)
     kept = cache_dir() / key
     if not (kept / ABOUT).exists():
         build_into(kept)
@@ -52,9 +59,9 @@ def cache_dir() -> Path:
     return (Path(named).expanduser() if named else Path.home() / ".cache" / "qlora-operator") / "quickstart"
 
 
-def content_key(files: Sequence[Path]) -> str:
-    """Hash of all that decides the result: the sources read, these scripts, the libraries."""
-    digest = hashlib.sha256(platform.python_version().encode())
+def content_key(files: Sequence[Path], dtype: str) -> str:
+    """Hash of all that decides the result: the sources read, these scripts, the libraries, the type computed in."""
+    digest = hashlib.sha256(f"{platform.python_version()} {dtype}\n".encode())
     for package in ("tokenizers", "torch", "transformers"):
         digest.update(f"{package}={version(package)}\n".encode())
     for path in (*files, *sorted(Path(__file__).parent.glob("*.py"))):
@@ -96,29 +103,29 @@ def build(work: Path) -> None:
 
 def make_base(modules: Sequence[Module], folder: Path) -> dict[str, Any]:
     """Train tokenizer and base on what is not held out, and save them as a hub repository would hold them."""
-    # Threads that wait for each other spin, and on a machine with other work that takes five times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Here, because OpenMP reads that once, and because a second call finds everything made and needs no torch.
     import small_base
     import torch
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     logging.disable(logging.WARNING)  # DeepSpeed's, which transformers imports to save, of this machine's accelerators
-    recipe = small_base.Recipe()
+    recipe, dtype = small_base.Recipe(), small_base.fast_type()
+    say("Training a tokenizer")
     texts = pretraining_texts(modules)
     tokenizer = small_base.train_tokenizer(texts, recipe.vocabulary)
     blocks = small_base.token_blocks(tokenizer, texts, recipe)
     model = small_base.make_model(tokenizer, recipe)
     parameters = sum(p.numel() for p in model.parameters())
-    say(f"Training a base of {parameters / 1e6:.1f}M parameters from scratch: about two minutes on two cores")
+    kind = str(dtype).removeprefix("torch.")
+    say(f"Training a base of {parameters / 1e6:.1f}M parameters from scratch in {kind}, {recipe.steps} steps")
     start = time.monotonic()
-    loss = small_base.train_base(model, blocks, recipe, say)
+    loss = small_base.train_base(model, blocks, recipe, dtype, say)
     seconds = time.monotonic() - start
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {
         "parameters": parameters,
+        "computeType": kind,
         "pretrainingTokens": recipe.steps * recipe.batch * recipe.length,
         "pretrainingLoss": round(loss, 4),
         "pretrainingSeconds": round(seconds, 1),

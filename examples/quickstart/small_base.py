@@ -8,14 +8,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from muon import Muon
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qlora_trainer.hardware import bf16_in_hardware
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 END, PAD = "<|end|>", "<|pad|>"
+SAY_SECONDS = 10
+"""Between lines that tell how far the training is."""
 
 
 @dataclass(frozen=True)
@@ -80,20 +85,33 @@ def make_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Any:
     return LlamaForCausalLM(config)
 
 
-def train_base(model: Any, blocks: torch.Tensor, recipe: Recipe, say: Callable[[str], None]) -> float:
-    """Train in place; the mean loss of the last tenth of the steps, on text not seen before, in nats."""
-    optimizers = _optimizers(model, recipe)
-    in_bf16 = bf16_is_faster(recipe)
+def fast_type() -> torch.dtype:
+    """Return the type that this machine's CPU multiplies matrices in fastest."""
+    return torch.bfloat16 if bf16_in_hardware(torch.device("cpu")) else torch.float32
+
+
+def train_base(
+    model: Any, blocks: torch.Tensor, recipe: Recipe, dtype: torch.dtype, say: Callable[[str], None]
+) -> float:
+    """Train in place, with matrix products in ``dtype``.
+
+    Returns:
+        The mean loss of the last tenth of the steps, on text not seen before, in nats.
+
+    """
+    optimizers = make_optimizers(model, recipe, dtype)
     losses: list[float] = []
-    last_word = time.monotonic()
+    start = said = time.monotonic()
     for step in range(recipe.steps):
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = group["initial_lr"] * rate_at(step, recipe)
         rows = torch.arange(step * recipe.batch, (step + 1) * recipe.batch) % len(blocks)
-        losses.append(_train_step(model, blocks[rows], optimizers, in_bf16=in_bf16))
-        if time.monotonic() - last_word > 10:
-            say(f"  step {step + 1} of {recipe.steps}, loss {losses[-1]:.2f}")
-            last_word = time.monotonic()
+        losses.append(train_step(model, blocks[rows], optimizers, dtype))
+        now, done = time.monotonic(), step + 1
+        if step == 0 or now - said > SAY_SECONDS:
+            left = (recipe.steps - done) * (now - start) / done
+            say(f"  step {done} of {recipe.steps}, loss {losses[-1]:.2f}, about {left:.0f} s left")
+            said = now
     tail = losses[-max(1, recipe.steps // 10) :]
     return sum(tail) / len(tail)
 
@@ -104,13 +122,13 @@ def rate_at(step: int, recipe: Recipe) -> float:
     return min((step + 1) / recipe.warmup, 0.02 + 0.98 * cosine)
 
 
-def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: Any, recipe: Recipe, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     """Muon for the matrices: after as many steps as here the loss is a nat below AdamW's (4.4 for 5.4)."""
     embedding = model.get_input_embeddings().weight
     matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
     others = [embedding, *(p for p in model.parameters() if p.ndim == 1)]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=recipe.matrix_rate, weight_decay=0.0),
+        Muon(matrices, recipe.matrix_rate, dtype),
         torch.optim.AdamW(others, lr=recipe.embedding_rate, weight_decay=0.0, betas=(0.9, 0.95), fused=True),
     ]
     for group in (g for o in optimizers for g in o.param_groups):
@@ -118,8 +136,10 @@ def _optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
     return optimizers
 
 
-def _train_step(model: Any, rows: torch.Tensor, optimizers: Sequence[torch.optim.Optimizer], *, in_bf16: bool) -> float:
-    with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+def train_step(
+    model: Any, rows: torch.Tensor, optimizers: Sequence[torch.optim.Optimizer], dtype: torch.dtype
+) -> float:
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
         logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
     loss = functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
     loss.backward()  # type: ignore[no-untyped-call]
@@ -128,19 +148,3 @@ def _train_step(model: Any, rows: torch.Tensor, optimizers: Sequence[torch.optim
         optimizer.step()
     model.zero_grad()
     return loss.item()
-
-
-def bf16_is_faster(recipe: Recipe) -> bool:
-    """Try it: twice as fast where the CPU has bf16 instructions, several times slower where it has not."""
-    left = torch.ones(recipe.batch * recipe.length, recipe.hidden)
-    right = torch.ones(recipe.hidden, recipe.intermediate)
-    return _best_of_five(left.bfloat16(), right.bfloat16()) < _best_of_five(left, right)
-
-
-def _best_of_five(left: torch.Tensor, right: torch.Tensor) -> float:
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        torch.mm(left, right)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)

@@ -13,6 +13,7 @@ from qlora_cli.progress import (
     LiveDisplay,
     PlainDisplay,
     Poller,
+    Waiting,
     Watcher,
     before_second_evaluation,
     display_for,
@@ -122,3 +123,48 @@ def test_a_warning_of_the_trainer_is_said_once():
         watcher.tick()
     warnings = [line for line in out.file.getvalue().splitlines() if line.startswith("Warning")]
     assert warnings == [f"Warning: {first}", f"Warning: {second}"]
+
+
+def ticking(*seconds):
+    times = iter(seconds)
+    return lambda: next(times)
+
+
+def test_a_rank_that_is_not_heard_yet_is_seen_to_start():
+    out = console()
+    with PlainDisplay(out, 1, ticking(0, 9, 10, 11, 20)) as display:
+        for _ in range(4):
+            display.show(None)
+    lines = out.file.getvalue().splitlines()
+    assert lines == [
+        "Attempt 1: starting: the ranks import PyTorch and meet",
+        "Attempt 1: starting: the ranks import PyTorch and meet, 10 s",
+        "Attempt 1: starting: the ranks import PyTorch and meet, 20 s",
+    ]
+
+
+def test_a_section_of_known_length_shows_how_far_it_is_and_how_fast():
+    progress = {"unit": "micro-batches", "done": 12, "total": 86, "seconds": 4.0}
+    said = plain_line(report(section="Evaluate", section_progress=progress))
+    assert said.startswith("Evaluate 12 of 86 micro-batches, 3/s  step 3/9")
+    said = plain_line(report(section="Load", section_progress={**progress, "unit": "weights", "done": 0}))
+    assert said.startswith("Load 0 of 86 weights  step")
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(420, True), (20, False)])
+def test_what_a_long_run_will_take_is_said_once_before_its_first_step(seconds, said):
+    reports = iter([report(step=0), *[report(step=0, total_steps=206, expected_seconds=seconds)] * 2])
+    out = console()
+    watcher = Watcher(SimpleNamespace(ask=lambda: next(reports)), PlainDisplay(out, 1), None, poll_seconds=0)
+    for _ in range(3):
+        watcher.tick()
+    expected = "206 steps are to be done: about 7 min 0 s on this machine, by one trial step, evaluations included"
+    assert out.file.getvalue().count(expected) == said
+
+
+def test_a_process_that_reports_nothing_shows_for_how_long_it_works():
+    out = console()
+    with Waiting(out, "Preparing …", ticking(0, 0, 4, 10, 12)) as waiting:
+        for _ in range(3):
+            waiting.tick()
+    assert out.file.getvalue().splitlines() == ["Preparing …", "Preparing … 10 s"]

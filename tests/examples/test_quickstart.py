@@ -145,7 +145,8 @@ def test_the_real_library_splits_without_leaks(rows):
     assert not {r.prompt for r in found.train} & {r.prompt for r in found.eval}
 
 
-def test_tokenizer_and_base_come_back_from_disk(library, rows, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_tokenizer_and_base_come_back_from_disk(library, rows, tmp_path, dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries, while they are imported
         import torch
@@ -158,8 +159,9 @@ def test_tokenizer_and_base_come_back_from_disk(library, rows, tmp_path, monkeyp
     model = small_base.make_model(tokenizer, recipe)
     blocks = small_base.token_blocks(tokenizer, [text], recipe)
     said = []
-    loss = small_base.train_base(model, blocks, recipe, said.append)
+    loss = small_base.train_base(model, blocks, recipe, getattr(torch, dtype), said.append)
     assert 0 < loss < 8
+    assert "step 1 of 6" in said[0]
     model.to(torch.bfloat16).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
 

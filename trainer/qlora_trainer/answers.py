@@ -98,7 +98,7 @@ def continue_rows(trainer: Trainer, prompts: Sequence[list[int]], ends: Collecti
     rows = [list(prompt) for prompt in prompts]
     going = set(range(len(rows))) if computes(trainer) else set()
     trainer.engine.eval()
-    for _ in range(NEW_TOKENS):
+    for _ in trainer.board.count(range(NEW_TOKENS), NEW_TOKENS, "tokens of each answer"):
         failed = False
         if going or together(trainer):
             try:

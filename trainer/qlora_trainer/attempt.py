@@ -20,6 +20,7 @@ from qlora_trainer.errors import TrainerError, UserError
 from qlora_trainer.flops import flops_per_token
 from qlora_trainer.heartbeat import node_name
 from qlora_trainer.history import History
+from qlora_trainer.loading import counted_weights
 from qlora_trainer.loss import NextTokenLoss, head_is_plain, rows_are_apart
 from qlora_trainer.loss_scale import LossScale
 from qlora_trainer.metrics import Board
@@ -142,7 +143,8 @@ def build(config: TrainerConfig, ranks: Ranks, board: Board, stop: StopFlag) -> 
     board.update(compute_type=spec.quantization.compute_type)
     if ranks.is_first and (warning := slow_bf16_warning(spec.quantization, ranks.device)):
         board.warn(warning)
-    base = load_base(prepared.model_path, spec.quantization, ranks.device, spec.parallelism.zero_stage)
+    with counted_weights(board.count):
+        base = load_base(prepared.model_path, spec.quantization, ranks.device, spec.parallelism.zero_stage)
     model = add_lora(base, spec.lora, spec.training.seed, prepared.model_source)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)

@@ -28,8 +28,11 @@ MIB = 1 << 20
 log = logging.getLogger(__name__)
 
 
-def try_largest(trainer: Trainer) -> None:
+def try_largest(trainer: Trainer) -> float:
     """Go through a step on this rank's largest micro-batch, and show what it took. A collective.
+
+    Returns:
+        Its seconds a token of this rank. It informs, and decides nothing.
 
     Raises:
         Whatever a step raises: out of memory above all.
@@ -42,7 +45,9 @@ def try_largest(trainer: Trainer) -> None:
     largest = step.micro_batches[0]
     predict(trainer, largest)
     with state.unchanged(engine):
+        start = time.monotonic()
         accumulate(engine, step, trainer.ranks)
+        seconds = time.monotonic() - start
         gradients = state.gradient_bytes(engine)
         apply_update(engine, float(trainer.config.spec.training.max_grad_norm), learning_rate=0.0)
     peak = peak_bytes(trainer.ranks.device)
@@ -61,6 +66,21 @@ def try_largest(trainer: Trainer) -> None:
         peak[MemoryComponent.PEAK] / MIB,
         f", predicted {expected / MIB:.0f}" if expected else "",
     )
+    return seconds / sum(batch.input_ids.numel() for batch in step.micro_batches)
+
+
+def expected_seconds(trainer: Trainer, done: int, seconds_per_token: float) -> int:
+    """Return about how long the steps after the first ``done`` and their evaluations take.
+
+    A pass without a backward one takes a third of the time.
+    """
+    receipt = trainer.data.receipt
+    steps = trainer.total_steps - done
+    tokens = steps * receipt.train_tokens / trainer.batches.steps_per_epoch
+    if receipt.eval_tokens:
+        evaluations = -(-steps // trainer.steps_between_evaluations) + (done == 0)
+        tokens += evaluations * receipt.eval_tokens / 3
+    return round(tokens * seconds_per_token / trainer.ranks.world_size)
 
 
 def predict(trainer: Trainer, largest: MicroBatch) -> None:

@@ -13,12 +13,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from socketserver import ThreadingMixIn
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import psutil
@@ -26,7 +26,7 @@ import pynvml
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, make_wsgi_app
 
-from qlora_api.contract import ProgressReport, RankActivity, TrainerConfig
+from qlora_api.contract import ProgressReport, RankActivity, SectionProgress, TrainerConfig
 from qlora_api.memory.gpus import known_gpu
 from qlora_api.metrics_catalogue import TRAINER, Kind, Metric
 from qlora_api.status import Memory, MemoryComponent
@@ -45,6 +45,7 @@ REQUEST_SECONDS = 5.0
 MAXIMUM_CONNECTIONS = 32
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 _SECTIONS = "qlora_section_seconds"
 _BEATS = {
     "Load": Beats.LOAD,
@@ -133,6 +134,17 @@ class Board:
             self._sections.leave()
             self.update(section=before)
 
+    def count(self, items: Iterable[T], total: int, unit: str) -> Iterator[T]:
+        """Yield items, and show how many of them are done; ``unit`` says what they are."""
+        start = time.monotonic()
+        try:
+            for done, item in enumerate(items):
+                seconds = round(time.monotonic() - start, 3)
+                self.update(section_progress=SectionProgress(unit=unit, done=done, total=total, seconds=seconds))
+                yield item
+        finally:
+            self.update(section_progress=None)
+
     def waiting_for(self) -> RankActivity | None:
         """The rank of this pod that the others wait for just now."""
         folder = os.environ.get(heartbeat.ENVIRONMENT)
@@ -157,7 +169,10 @@ class Board:
     @property
     def report(self) -> ProgressReport:
         with self._lock:
-            return self._report.model_copy(update={"elapsed_seconds": round(time.monotonic() - self._started, 1)})
+            report = self._report
+        seconds = {section: round(spent, 1) for section, spent in self.section_seconds.items()}
+        elapsed = round(time.monotonic() - self._started, 1)
+        return report.model_copy(update={"elapsed_seconds": elapsed, "section_seconds": seconds})
 
     def _watch_memory(self, device: torch.device) -> None:
         process = psutil.Process()

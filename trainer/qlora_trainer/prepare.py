@@ -19,6 +19,7 @@ from qlora_api.contract import ExitCode, PrepareReceipt, TerminationMessage, Tra
 from qlora_api.spec import TrainingSpec
 from qlora_api.status import PrepareResult, Reason
 from qlora_trainer import last_word
+from qlora_trainer.allocator import keep_freed_memory
 from qlora_trainer.authentication import Authenticator
 from qlora_trainer.data.tolerance import check_tolerance
 from qlora_trainer.errors import TrainerError, UserError
@@ -134,6 +135,7 @@ def _told(config: TrainerConfig, record: Record) -> TerminationMessage:
 def main() -> int:
     config = TrainerConfig.model_validate_json(Path(sys.argv[1]).read_bytes())
     word = Path(config.termination_message_path)
+    keep_freed_memory()
     try:
         record = _again(config)
         message = _told(config, record) if record else None

@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 from qlora_api.contract import TerminationMessage, TrainerConfig
+from qlora_trainer.allocator import keep_freed_memory
 from qlora_trainer.outcome import LastSeen, guarded
 
 
 def main() -> int:
     config = TrainerConfig.model_validate_json(Path(sys.argv[1]).read_bytes())
+    if config.device == "CPU":
+        keep_freed_memory()
 
     def work(seen: LastSeen) -> TerminationMessage:
         from qlora_trainer.train import train  # noqa: PLC0415 an import that fails ends in a termination message too

@@ -18,7 +18,7 @@ from qlora_api.status import Memory, MemoryComponent, Reason
 from qlora_trainer import state
 from qlora_trainer.answers import answer_after, answer_before
 from qlora_trainer.attempt import Run, StopFlag, Trainer, build
-from qlora_trainer.canary import try_largest
+from qlora_trainer.canary import expected_seconds, try_largest
 from qlora_trainer.data.batches import Step, eval_batches
 from qlora_trainer.engine import accumulate, apply_update, join_ranks
 from qlora_trainer.errors import NonFiniteLossError, PreemptedError
@@ -62,7 +62,7 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
         trainer = build(config, ranks, board, stop)
         run = resume_or_start(trainer)
         if run.step < trainer.total_steps:
-            try_largest(trainer)
+            board.update(expected_seconds=expected_seconds(trainer, run.step, try_largest(trainer)))
     ranks.heartbeat.enter(Section.DATA, Section.DATA)  # where a rank is between two sections, no more in Load
     answer_before(trainer, run)
     steps = trainer.batches.steps(run.step, trainer.total_steps)
@@ -243,6 +243,9 @@ def evaluate_now(trainer: Trainer, run: Run) -> float | None:
         ranks = trainer.ranks
         split = trainer.config.batch
         micro_batches = eval_batches(data.eval, data.eval_packs, split.micro_batch_size, ranks.world_size, ranks.rank)
+        micro_batches = trainer.board.count(
+            micro_batches, -(-len(data.eval_packs) // (split.micro_batch_size * ranks.world_size)), "micro-batches"
+        )
         loss = evaluate(trainer.engine, micro_batches, ranks, lambda: trainer.stop.is_set)
     if loss is None:
         return None
