@@ -6,6 +6,9 @@
     <cache>/jobs/<run uid>.json      the Record a run began with: its trainers take that revision and those rows
     <cache>/data/<hash>/…            tokenized rows; in the shared cache files.json comes last and vouches for them
 
+The run signs the record it begins with. In a cache of its own, below its destination, it takes no record by content
+that it has not signed; a cache for all is for those who trust each other.
+
 ``<cache>`` is ``config.shared_cache_uri``, or ``config.cache_dir`` where there is none. Light to import: what was found
 before is told in less than two seconds.
 """
