@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import random
+import socket
+import struct
 from types import SimpleNamespace
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -21,6 +26,7 @@ from qlora_trainer import sections as sections_module
 from qlora_trainer.flops import flops_per_token
 from qlora_trainer.history import History
 from qlora_trainer.sections import Sections
+from services.patience import PATIENCE_SECONDS
 
 LABELS = {"job": "one", "namespace": "team", "rank": "3"}
 SPEC = {
@@ -37,8 +43,6 @@ class Heartbeat:
     wall = 1234.5
 
     def during(self, section):
-        import contextlib
-
         return contextlib.nullcontext()
 
 
@@ -284,3 +288,43 @@ def test_a_long_history_loses_every_second_step_and_no_evaluation(monkeypatch):
     assert len(steps) <= 10
     assert steps[-1] == 60
     assert [r["step"] for r in rows(found) if "evalLoss" in r] == [1, 11, 21, 31]
+
+
+# ------------------------------------------------------------------------------------------------- who asks for them
+
+
+@pytest.fixture
+def served():
+    made = board()
+    server = metrics.serve(made, "127.0.0.1", 0, None)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_connections_on_which_nothing_is_said_keep_nobody_out(served):
+    silent = [socket.create_connection(served.server_address, 5) for _ in range(4 * metrics.MAXIMUM_CONNECTIONS)]
+    try:
+        with urlopen(f"http://127.0.0.1:{served.server_port}/healthz", timeout=PATIENCE_SECONDS) as answer:
+            assert answer.read() == b"ok\n"
+        assert len(served._open) <= metrics.MAXIMUM_CONNECTIONS
+    finally:
+        for stranger in silent:
+            stranger.close()
+
+
+def test_a_silent_connection_is_closed_in_time(monkeypatch, served):
+    monkeypatch.setattr(metrics._Handler, "timeout", 0.5)
+    with socket.create_connection(served.server_address, PATIENCE_SECONDS) as stranger:
+        assert stranger.recv(1) == b""
+
+
+def test_what_is_no_http_leaves_no_trace_in_the_log(served, capfd):
+    chance = random.Random(1)
+    for _ in range(200):
+        with contextlib.suppress(ConnectionError), socket.create_connection(served.server_address, 5) as stranger:
+            stranger.sendall(chance.randbytes(chance.randrange(1, 500)) + b"\r\n\r\n")
+            stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with urlopen(f"http://127.0.0.1:{served.server_port}/progress", timeout=PATIENCE_SECONDS) as answer:
+        assert answer.status == 200
+    assert "Traceback" not in capfd.readouterr().err

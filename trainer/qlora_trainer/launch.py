@@ -30,7 +30,6 @@ from qlora_trainer.watchdog import Limits, Watchdog, process_state, words
 PEER_SECONDS = 30
 """When a rank or a worker has failed, the ranks that depend on it get this long to notice before they are killed."""
 WATCH_SECONDS = 1.0
-LOOPBACK_INTERFACE = "lo"
 log = logging.getLogger(__name__)
 
 
@@ -121,7 +120,7 @@ def rank_environments(
         "GROUP_RANK": str(place.index),
     }
     if config.workers == 1:  # nothing is to be reached from elsewhere, whatever the pod's environment says
-        common |= {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE, "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE}
+        common |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}  # "=": NCCL takes a name for a prefix
     first = place.index * count
     return {first + local: {**common, "RANK": str(first + local), "LOCAL_RANK": str(local)} for local in range(count)}
 

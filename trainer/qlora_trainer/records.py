@@ -6,6 +6,9 @@
     <cache>/jobs/<run uid>.json      the Record a run began with: its trainers take that revision and those rows
     <cache>/data/<hash>/…            tokenized rows; in the shared cache files.json comes last and vouches for them
 
+The run signs the record it begins with. In a cache of its own, below its destination, it takes no record by content
+that it has not signed; a cache for all is for those who trust each other.
+
 ``<cache>`` is ``config.shared_cache_uri``, or ``config.cache_dir`` where there is none. Light to import: what was found
 before is told in less than two seconds.
 """
@@ -16,7 +19,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from uuid import uuid4
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -24,6 +27,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from qlora_api.base import Model
 from qlora_api.contract import PrepareReceipt
 from qlora_api.memory import ModelShape
+from qlora_trainer.authentication import Authenticator
 from qlora_trainer.data.version import FORMAT_VERSION
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.fetch import HUB, model_revision, rows_identity, take_name
@@ -40,6 +44,7 @@ PREPARE_VERSION = 2
 FIELD = "spec.output.destination"
 """Whose credentials open the shared cache."""
 FILES = "files.json"
+SIGNATURE_PURPOSE = "record"
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 log = logging.getLogger(__name__)
 
@@ -54,6 +59,21 @@ class Record(Model):
     receipt: PrepareReceipt
     shape: ModelShape | None
     """Of the base: what the plan of a job on another GPU, or on more of them, is made from."""
+    files_sha256: Hex | None = None
+    """Of the list of the rows' files in a shared cache: these rows, and no others of their name."""
+    signature: Hex | None = None
+    """HMAC-SHA256 over all other fields with the key of the run that began with it, or made it."""
+
+    def signed(self, authenticator: Authenticator) -> Record:
+        """Return it with the run's signature."""
+        return self.model_copy(update={"signature": authenticator.sign(SIGNATURE_PURPOSE, self._body())})
+
+    def signature_problem(self, authenticator: Authenticator) -> str | None:
+        """Say why it does not count as written by this run; None where it does."""
+        return authenticator.problem(SIGNATURE_PURPOSE, self._body(), self.signature)
+
+    def _body(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", by_alias=True, exclude={"signature"})
 
 
 class DataFile(Model):
@@ -72,7 +92,11 @@ class Records:
     def __init__(self, config: TrainerConfig) -> None:
         self._config = config
         self._local = Path(config.cache_dir) / "data"
+        self._authenticator = Authenticator.of(config)
         shared = config.shared_cache_uri
+        destination = config.spec.output.destination.rstrip("/")
+        self._is_own = shared is not None and shared.startswith(f"{destination}/")
+        """Whether no other job is meant to use the cache, so that a record of another's making is nobody's."""
         self._store = open_store(shared, FIELD) if shared else open_store(config.cache_dir, "the cache")
 
     @property
@@ -81,12 +105,21 @@ class Records:
 
     def of_run(self) -> Record | None:
         """The record this run began with."""
-        return _read(self._store, self._run_key)
+        return self._own(self._run_key)
 
     def by_key(self, key: str) -> Record | None:
         """The record of a job with the same content, if its rows are still there."""
-        record = _read(self._store, f"prepared/{key}.json")
+        name = f"prepared/{key}.json"
+        record = self._own(name) if self._is_own else _read(self._store, name)
         return record if record and self.has_rows(record) else None
+
+    def _own(self, key: str) -> Record | None:
+        """A record that this run has signed."""
+        record = _read(self._store, key)
+        if record and (problem := record.signature_problem(self._authenticator)):
+            log.warning("%s is not used, since it was not written by this run: %s", self._store.uri(key), problem)
+            return None
+        return record
 
     def has_rows(self, record: Record) -> bool:
         name = record.receipt.data_hash
@@ -101,23 +134,31 @@ class Records:
             The run's record: another pod of the same run may have been first, and then its record counts.
 
         """
-        if self.is_shared and not self.has_rows(record):
-            self._upload(record.receipt.data_hash)
-        data = record.model_dump_json(by_alias=True).encode()
+        if self.is_shared:
+            record = record.model_copy(update={"files_sha256": self._upload(record.receipt.data_hash)})
+        data = record.signed(self._authenticator).model_dump_json(by_alias=True).encode()
         self._store.put(f"prepared/{record.key}.json", data)
         return self.begin(record)
 
     def begin(self, record: Record) -> Record:
         """Make it the record that the run begins with, unless the run has begun with the same rows and model."""
+        if self.is_shared and record.files_sha256 is None:  # of a version that did not name them
+            listed = self._store.get(f"data/{record.receipt.data_hash}/{FILES}")
+            record = record.model_copy(update={"files_sha256": sha256_bytes(listed)})
+        record = record.signed(self._authenticator)
         data = record.model_dump_json(by_alias=True).encode()
         began = self.of_run()
+        if began == record:
+            return record
         if began is None:
             try:
                 self._store.create(self._run_key, data)
             except AlreadyExistsError:
-                return self.of_run() or record
-        elif began != record:
-            self._store.put(self._run_key, data)
+                if other := self.of_run():
+                    return other
+            else:
+                return record
+        self._store.put(self._run_key, data)
         return record
 
     def bring_rows(self, record: Record) -> Path | None:
@@ -133,7 +174,7 @@ class Records:
             return folder if folder.exists() else None
         partial = folder.with_name(f".{name}-{uuid4().hex[:8]}")
         try:
-            if not self._download(name, partial):
+            if not self._download(record, partial):
                 return None
             take_name(partial, folder)
         except OSError as error:
@@ -146,23 +187,35 @@ class Records:
     def _run_key(self) -> str:
         return f"jobs/{self._config.job.uid}.json"
 
-    def _upload(self, name: str) -> None:
+    def _upload(self, name: str) -> str:
+        """Leave the rows, unless these very rows are there; return the SHA-256 of the list of their files."""
         folder = self._local / name
         paths = sorted(p for p in folder.rglob("*") if p.is_file())
         files = [
             DataFile(path=p.relative_to(folder).as_posix(), size=p.stat().st_size, sha256=sha256_file(p)) for p in paths
         ]
-        for file in files:
-            self._store.put(f"data/{name}/{file.path}", folder / file.path)
-        self._store.put(f"data/{name}/{FILES}", _FILES.dump_json(files))
-
-    def _download(self, name: str, folder: Path) -> bool:
-        """Copy the rows; False, and the shared copy deleted, where they are not what was written."""
+        listed = _FILES.dump_json(files)
         try:
-            files = _FILES.validate_json(self._store.get(f"data/{name}/{FILES}"))
+            there = self._store.get(f"data/{name}/{FILES}")
+        except NotFoundError:
+            there = b""
+        if there != listed:
             for file in files:
+                self._store.put(f"data/{name}/{file.path}", folder / file.path)
+            self._store.put(f"data/{name}/{FILES}", listed)
+        return sha256_bytes(listed)
+
+    def _download(self, record: Record, folder: Path) -> bool:
+        """Copy the rows; False, and the shared copy deleted, where they are not what was written."""
+        name = record.receipt.data_hash
+        try:
+            listed = self._store.get(f"data/{name}/{FILES}")
+            files = _FILES.validate_json(listed)
+            changed = [FILES] if record.files_sha256 not in (None, sha256_bytes(listed)) else []
+            for file in () if changed else files:
                 self._store.download_file(f"data/{name}/{file.path}", folder / file.path)
-            changed = [file.path for file in files if sha256_file(folder / file.path) != file.sha256]
+                if sha256_file(folder / file.path) != file.sha256:
+                    changed.append(file.path)
         except (NotFoundError, ValidationError) as error:
             changed = [str(error)]
         if changed:

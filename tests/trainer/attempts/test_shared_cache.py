@@ -15,6 +15,7 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.prepare import prepare
 from qlora_trainer.prepared import Prepared
 from qlora_trainer.records import Records, find
+from qlora_trainer.store import open_store, sha256_bytes
 
 SHORT = {"training": {"epochs": None, "maxSteps": 2}}
 LIGHTLY = """
@@ -143,3 +144,61 @@ def test_a_model_that_is_another_one_on_the_trainers_machine_is_refused(workshop
     path, _ = workshop.write(config)
     with pytest.raises(UserError, match=r"spec\.model\.source.*the job was prepared with"):
         ready(config, path)
+
+
+# ------------------------------------------------------------------------------- somebody else may write to the bucket
+
+
+def plant(store, key, **changes):
+    """Change a record's fields, as somebody does who may write there and has not the run's key."""
+    record = json.loads(store.get(key))
+    store.put(key, json.dumps(record | changes).encode())
+
+
+def cache_below_its_destination(workshop, machine="a"):
+    config = workshop.config()
+    return on(workshop, f"{config.spec.output.destination}/.prepared", machine)
+
+
+def test_a_run_begins_with_what_its_own_prepare_left_and_nothing_that_was_planted(workshop, caplog):
+    config = cache_below_its_destination(workshop)
+    prepare(config)
+    began = Records(config).of_run()
+    store = open_store(config.shared_cache_uri, "x")
+    plant(store, f"jobs/{config.job.uid}.json", modelRevision="0" * 40)
+    plant(store, f"prepared/{began.key}.json", modelRevision="0" * 40)
+    later = cache_below_its_destination(workshop, machine="b")
+    assert Records(later).of_run() is None
+    assert find(later, Records(later)) is None
+    assert "was not written by this run: its signature is not of this run's key" in caplog.text
+    prepare(later)
+    assert Records(later).of_run() == began, "made anew, over what was planted"
+
+
+def test_rows_that_somebody_exchanged_with_their_list_are_not_trained_on(workshop, shared):
+    config = on(workshop, shared)
+    receipt = prepare(config)
+    store = open_store(shared, "x")
+    place = f"data/{receipt.data_hash}"
+    files = json.loads(store.get(f"{place}/files.json"))
+    tokens = next(file for file in files if file["path"].endswith(".npy"))
+    planted = store.get(f"{place}/{tokens['path']}")[:-1] + b"\x01"
+    store.put(f"{place}/{tokens['path']}", planted)
+    tokens |= {"sha256": sha256_bytes(planted)}
+    store.put(f"{place}/files.json", json.dumps(files).encode())
+    later = on(workshop, shared, machine="b")
+    records = Records(later)
+    assert records.bring_rows(records.of_run()) is None
+    path, _ = workshop.write(later)
+    assert ready(later, path) == ExitCode.DONE
+    rows = Prepared.read(later).data_dir / tokens["path"]
+    assert rows.read_bytes() != planted
+
+
+def test_in_a_cache_for_all_another_jobs_record_is_taken_and_signed_by_the_run_that_begins_with_it(workshop, shared):
+    prepare(on(workshop, shared))
+    (workshop.folder / "key").unlink()  # the next job has a key of its own
+    other = on(workshop, shared, machine="b", uid="another-job")
+    prepare(other)
+    assert Records(other).of_run() is not None
+    assert not (workshop.folder / "b" / "models").exists()

@@ -11,6 +11,7 @@ import signal
 import socket
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
@@ -135,7 +136,8 @@ def test_strangers_on_every_port_of_two_workers_change_nothing(pods, workshop, t
     planted = pickle.dumps(Executed(str(tmp_path / "executed")))
     both[0].until(" step 2/")
     found = sorted(set(ports_of(both)), key=lambda address: address[2])
-    assert [kind for _, _, kind in found] == ["data", "data", "metrics", "metrics", "rendezvous"]
+    kinds = Counter(kind for _, _, kind in found)
+    assert (kinds.keys(), kinds["metrics"], kinds["rendezvous"]) == ({"data", "metrics", "rendezvous"}, 2, 1)
     rendezvous = found[-1][1]
     with pytest.raises((DistError, RuntimeError)):  # as was done, to list the keys
         TCPStore(
