@@ -2,7 +2,8 @@
 
 ``start_program`` takes the place of ``subprocess.Popen([sys.executable, "-m", MODULE, ...])``. What the program starts
 by ``subprocess`` in the same way (a launcher its ranks) is forked from it. Each is a process of its own with the
-environment, output, signals and exit code that it would have; only ``/proc/PID/environ`` and ``cmdline`` are the server's.
+environment, output, signals and exit code that it would have; only ``/proc/PID/environ`` and ``cmdline`` are the
+server's.
 A test of a start's time, of memory, or of variables that libraries read once, starts a process anew instead.
 """
 
@@ -85,7 +86,7 @@ def start_program(words: Sequence[str], output: Path, environment: Mapping[str, 
         environment: all of it; without it this process's own.
 
     """
-    arguments = (list(words), str(output), os.getcwd(), {**(environment or os.environ), **READ_WHEN_IMPORTED})
+    arguments = (list(words), str(output), str(Path.cwd()), {**(environment or os.environ), **READ_WHEN_IMPORTED})
     process = fork_context().Process(target=_run_with_output, args=arguments, name=" ".join(words))
     process.start()
     return ForkedProgram(process)
@@ -119,6 +120,7 @@ def run_program(words: Sequence[str], environment: Mapping[str, str] | None) -> 
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = list(words)
+        sys.path.insert(0, str(Path(words[0]).parent))
         runpy.run_path(words[0], run_name="__main__")
 
 
