@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from docs.blocks import REPOSITORY
 from services.patience import PATIENCE_SECONDS
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from services.shared import alone, shared_folder
 
 VOCABULARY, HIDDEN, INTERMEDIATE, HEADS = 300, 64, 128, 2
 ROWS = 60
@@ -63,32 +58,18 @@ class Workshop:
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     """One for all pytest workers."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "workshop"
-    folder.mkdir(exist_ok=True)
-    with _alone(folder / ".lock"):
-        if not (folder / "made").exists():
-            _make(folder)
-            (folder / "made").touch()
-    return Workshop(folder)
+    return Workshop(shared_folder(tmp_path_factory, "workshop", _make))
 
 
 @pytest.fixture(scope="session")
 def finished(workshop: Workshop) -> Workshop:
     """With the quickstart run to its end, by the real trainer."""
-    with _alone(workshop.folder / ".lock"):
+    with alone(workshop.folder / ".lock"):
         if not (workshop.folder / "runs" / "quickstart" / "run.json").exists():
             options = " ".join(f"--set {setting}" for setting in TOY)
             done = workshop.shell(f"qlora run examples/quickstart.yaml --ranks 1 {options}")
             assert done.returncode == 0, done.stdout
     return workshop
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _make(folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import multiprocessing
 import os
 import secrets
 import signal
@@ -29,6 +28,7 @@ from qlora_api.contract import JobRef, TerminationMessage, TrainerConfig
 from qlora_trainer.__main__ import ready
 from qlora_trainer.outcome import guarded
 from qlora_trainer.prepare import prepare
+from services.forks import ForkedProgram, fork_context, start_program
 from services.patience import PATIENCE_SECONDS
 from services.ports import free_port
 
@@ -59,8 +59,6 @@ class Workshop:
     rows: Path
     cache: Path
     folder: Path
-    forks: Any = None
-    """A multiprocessing context whose server has the trainer imported."""
 
     def spec(self, **changes: Any) -> dict[str, Any]:
         """A small valid spec; ``changes`` are laid over it, group by group."""
@@ -114,16 +112,17 @@ class Workshop:
         log.touch()
         return path, log
 
-    def launch(self, config: TrainerConfig) -> subprocess.Popen[bytes]:
-        """Start the real launcher."""
+    def launch(self, config: TrainerConfig) -> ForkedProgram:
+        """Start the real launcher, which starts real ranks."""
+        path, log = self.write(config)
+        return start_program(["-m", "qlora_trainer", str(path)], log)
+
+    def launch_anew(self, config: TrainerConfig) -> subprocess.Popen[bytes]:
+        """Start it with all its imports, which may read the environment."""
         path, log = self.write(config)
         with log.open("ab") as out:
-            return subprocess.Popen(
-                [sys.executable, "-m", "qlora_trainer", str(path)],
-                stdout=out,
-                stderr=out,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
+            command = [sys.executable, "-m", "qlora_trainer", str(path)]
+            return subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     def run(self, config: TrainerConfig) -> Ended:
         """Prepare here, then train in one forked process for each rank."""
@@ -151,7 +150,7 @@ class Workshop:
         world = config.batch.world_size
         environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         ranks = [
-            self.forks.Process(target=forked_rank.run_rank, args=(str(path), str(log), environment, rank, world))
+            fork_context().Process(target=forked_rank.run_rank, args=(str(path), str(log), environment, rank, world))
             for rank in range(world)
         ]
         for process in ranks:
@@ -184,13 +183,17 @@ class Workshop:
             process.terminate()
         return self.ended(config, code)
 
-    def wait_for_step(self, process: subprocess.Popen[bytes], config: TrainerConfig, step: int) -> None:
+    def wait_for_step(self, process: ForkedProgram, config: TrainerConfig, step: int) -> None:
         log = self.folder / f"log-{config.attempt}.txt"
         deadline = time.monotonic() + PATIENCE_SECONDS
         while f" step {step}/" not in log.read_text():
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             assert process.poll() is None, log.read_text()[-3000:]
             time.sleep(0.02)
+
+    def ranks(self, launcher: ForkedProgram) -> list[psutil.Process]:
+        """Return the processes that a launcher started, which it does in their order."""
+        return sorted(psutil.Process(launcher.pid).children(), key=lambda process: (process.create_time(), process.pid))
 
     def ended(self, config: TrainerConfig, code: int) -> Ended:
         path = Path(config.termination_message_path)
@@ -257,15 +260,13 @@ def _tiny(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
         )
     ).bfloat16().save_pretrained(model)
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["qlora_trainer.train"])
-    return Workshop(model=model, rows=folder / "rows.jsonl", cache=folder / "cache", folder=folder, forks=forks)
+    return Workshop(model=model, rows=folder / "rows.jsonl", cache=folder / "cache", folder=folder)
 
 
 @pytest.fixture
 def workshop(_tiny: Workshop, tmp_path: Path) -> Workshop:
     """The tiny job in a folder of its own."""
-    return Workshop(model=_tiny.model, rows=_tiny.rows, cache=tmp_path / "cache", folder=tmp_path, forks=_tiny.forks)
+    return Workshop(model=_tiny.model, rows=_tiny.rows, cache=tmp_path / "cache", folder=tmp_path)
 
 
 @pytest.fixture

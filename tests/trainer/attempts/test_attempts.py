@@ -7,7 +7,6 @@ import re
 import shutil
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -167,8 +166,7 @@ def test_a_rank_that_is_killed_is_named_and_the_others_do_not_wait(workshop):
     process = workshop.launch(config)
     try:
         workshop.wait_for_step(process, config, 2)
-        ranks = {p.environ()["RANK"]: p for p in psutil.Process(process.pid).children() if "RANK" in p.environ()}
-        ranks["1"].kill()
+        workshop.ranks(process)[1].kill()
         code = process.wait(timeout=PATIENCE_SECONDS)
     finally:
         process.terminate()

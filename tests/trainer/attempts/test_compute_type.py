@@ -80,7 +80,7 @@ def test_float16_skips_overflows_and_resumes_with_its_loss_scale_bit_for_bit(sta
 def test_an_explicit_bfloat16_on_a_cpu_without_it_is_obeyed_with_one_warning_of_its_cost(workshop, monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     config = workshop.config(training={"epochs": None, "maxSteps": 1}, quantization={"computeType": "BFloat16"})
-    process = workshop.launch(config)
+    process = workshop.launch_anew(config)
     ended = workshop.ended(config, process.wait())
     assert ended.code == ExitCode.DONE, ended.log[-3000:]
     assert ended.message.compute_type == "BFloat16"

@@ -6,7 +6,6 @@ import json
 import signal
 import urllib.request
 
-import psutil
 import pytest
 
 from qlora_api.contract import ExitCode, ProgressReport
@@ -23,10 +22,6 @@ def progress(workshop, config):
         return ProgressReport.model_validate_json(answer.read())
 
 
-def rank_process(launcher, number):
-    return next(p for p in psutil.Process(launcher.pid).children() if p.environ().get("RANK") == str(number))
-
-
 def test_a_stopped_rank_is_shown_then_named_by_rank_node_and_section_before_the_collective_gives_up(
     workshop, monkeypatch
 ):
@@ -37,7 +32,7 @@ def test_a_stopped_rank_is_shown_then_named_by_rank_node_and_section_before_the_
     try:
         workshop.wait_for_step(process, config, 3)
         before = progress(workshop, config)
-        rank_process(process, 1).suspend()
+        workshop.ranks(process)[1].suspend()
         code = process.wait(timeout=PATIENCE_SECONDS)
     finally:
         process.terminate()

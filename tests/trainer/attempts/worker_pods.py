@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from qlora_api.contract import TerminationMessage, TrainerConfig
+from services.forks import ForkedProgram, start_program
 from services.patience import PATIENCE_SECONDS
 
 
@@ -22,7 +21,7 @@ class Pod:
     config: TrainerConfig
     index: int
     folder: Path
-    process: subprocess.Popen[bytes] | None = None
+    process: ForkedProgram | None = None
 
     @property
     def log(self) -> str:
@@ -34,18 +33,17 @@ class Pod:
     def start(self) -> Pod:
         own = self.config.model_copy(update={"termination_message_path": str(self._path("termination"))})
         self._path("config").write_text(own.model_dump_json(by_alias=True))
-        with self._path("log").open("wb") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "qlora_trainer", str(self._path("config"))],
-                stdout=out,
-                stderr=out,
-                env={**os.environ, "JOB_COMPLETION_INDEX": str(self.index), "NODE_NAME": f"node-{self.index}"},
-            )
+        self._path("log").touch()
+        own_environment = {"JOB_COMPLETION_INDEX": str(self.index), "NODE_NAME": f"node-{self.index}"}
+        words = ["-m", "qlora_trainer", str(self._path("config"))]
+        self.process = start_program(words, self._path("log"), {**os.environ, **own_environment})
         return self
 
     def rank(self, number: int) -> psutil.Process:
+        """Return a rank of this worker, which starts them in their order."""
         children = psutil.Process(self.process.pid).children()
-        return next(p for p in children if p.environ().get("RANK") == str(number))
+        children.sort(key=lambda process: (process.create_time(), process.pid))
+        return children[number - self.index * self.config.ranks_per_worker]
 
     def until(self, text: str, seconds: float = PATIENCE_SECONDS) -> None:
         deadline = time.monotonic() + seconds

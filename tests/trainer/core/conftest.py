@@ -21,6 +21,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from services.shared import shared_folder
+
 VOCABULARY = 320
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -48,7 +50,11 @@ CONFIGS: dict[str, PretrainedConfig] = {
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder with bf16 safetensors for each architecture."""
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("models")
+    folder = shared_folder(tmp_path_factory, "tiny-models", _save_models)
+    return {name: folder / name for name in CONFIGS}
+
+
+def _save_models(folder: Path) -> None:
     for name, config in CONFIGS.items():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -57,4 +63,3 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 if parameter.ndim > 1:
                     parameter.normal_(std=0.15)
         model.save_pretrained(folder / name)
-    return {name: folder / name for name in CONFIGS}

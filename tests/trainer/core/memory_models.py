@@ -55,10 +55,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
 """Names hold a family; ``wide`` has layers above the size that ZeRO-3 divides."""
 
 
-def save_models(folder: Path) -> Path:
+def save_models(folder: Path) -> None:
     """Write them all, with random bf16 weights."""
     torch.set_num_threads(1)
     for name, config in CONFIGS.items():
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / name)
-    return folder

@@ -20,6 +20,7 @@ from qlora_api.memory.setting import Setting
 from qlora_api.spec import LoRASpec, QuantizationSpec
 from qlora_trainer.loss import NextTokenLoss, call_arguments, head_is_plain
 from qlora_trainer.model import add_lora, enable_gradient_checkpointing, load_base
+from services.shared import shared_folder
 
 from .memory_models import CONFIGS, save_models
 from .rows import flatten, random_rows
@@ -44,7 +45,8 @@ SETTINGS = {
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    return save_models(tmp_path_factory.mktemp("activation-models"))
+    torch.set_num_threads(1)
+    return shared_folder(tmp_path_factory, "memory-models", save_models)
 
 
 def build(models, name, lora, quantization, checkpointing):

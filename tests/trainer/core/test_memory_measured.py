@@ -6,11 +6,7 @@ Real loading, real adapters, real DeepSpeed with one rank and with two. Within 1
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -20,11 +16,12 @@ from qlora_api.spec import LoRASpec, Optimizer, ParallelismSpec, QuantizationSpe
 from qlora_trainer.attention import PROVEN
 from qlora_trainer.model import add_lora, linear_layers, meta_model
 from qlora_trainer.model_files import safetensors_header
-from services.patience import PATIENCE_SECONDS
+from services.shared import shared_folder
 
 from .memory_models import CONFIGS, save_models
+from .torchrun import torchrun_once
 
-WORKER = Path(__file__).with_name("memory_worker.py")
+WORKER = "memory_worker.py"
 TOLERANCE = 0.01
 QUANTIZATIONS = (
     {},
@@ -82,32 +79,17 @@ TOGETHER = {
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    return save_models(tmp_path_factory.mktemp("memory-models"))
-
-
-def torchrun(ranks, models, cases, folder):
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run(
-        [*command, str(WORKER), str(models), str(folder / "cases.json"), str(folder / "out.json")],
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "out.json").read_text())
+    return shared_folder(tmp_path_factory, "memory-models", save_models)
 
 
 @pytest.fixture(scope="session")
 def on_one_rank(models, tmp_path_factory):
-    return torchrun(1, models, ALONE, tmp_path_factory.mktemp("one"))
+    return torchrun_once(tmp_path_factory, WORKER, 1, models, ALONE)
 
 
 @pytest.fixture(scope="session")
 def on_two_ranks(models, tmp_path_factory):
-    return torchrun(2, models, TOGETHER, tmp_path_factory.mktemp("two"))
+    return torchrun_once(tmp_path_factory, WORKER, 2, models, TOGETHER)
 
 
 def shape_of(models, name):

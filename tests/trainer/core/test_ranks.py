@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from services.patience import PATIENCE_SECONDS
+from .torchrun import torchrun, torchrun_once
 
-WORKER = Path(__file__).with_name("ranks_worker.py")
+WORKER = "ranks_worker.py"
 FLOAT16 = {"quantization": {"computeType": "Float16"}, "lossScale": 4096.0}
 DROPOUT = {"lora": {"dropout": "0.1"}}
 
@@ -49,25 +43,9 @@ SAME_TRAINING = (
 )
 
 
-def torchrun(ranks, model, cases, folder):
-    (folder / "cases.json").write_text(json.dumps(cases))
-    out = folder / "out.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run(
-        [*command, str(WORKER), str(model), str(folder / "cases.json"), str(out)],
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_SECONDS,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())
-
-
 @pytest.fixture(scope="module")
 def on_two_ranks(tiny_models, tmp_path_factory):
-    return torchrun(2, tiny_models["llama"], CASES, tmp_path_factory.mktemp("two"))
+    return torchrun_once(tmp_path_factory, WORKER, 2, tiny_models["llama"], CASES)
 
 
 @pytest.mark.ranks
@@ -110,7 +88,7 @@ def test_an_overflow_in_float16_changes_neither_weights_nor_optimizer(case, on_t
 
 @pytest.mark.ranks
 def test_one_rank_trains_as_two_do(tiny_models, tmp_path, on_two_ranks):
-    alone = torchrun(1, tiny_models["llama"], {"zero-0": {}}, tmp_path)["zero-0"]
+    alone = torchrun(WORKER, 1, tiny_models["llama"], {"zero-0": {}}, tmp_path)["zero-0"]
     together = on_two_ranks["zero-0"]
     assert alone["losses"] + alone["onward"] == pytest.approx(together["losses"] + together["onward"], rel=1e-3)
 
