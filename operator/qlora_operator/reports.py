@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic.alias_generators import to_camel
 from pydantic_core import from_json
 
 from qlora_api.contract import ProgressReport, TerminationMessage
@@ -19,6 +20,13 @@ from qlora_api.status import Memory, MemoryComponent, PrepareResult, Progress
 MOST = 2**53 - 1
 """Largest count that is taken: what JSON holds exactly, and an int64 of the API server's in any case."""
 COMPONENTS = frozenset(component.value for component in MemoryComponent)
+_READ_FIELDS = frozenset(
+    {
+        *("job", "attempt", "section", "memory", "firstStep", "longestStepSeconds", "longestSaveSeconds"),
+        *(to_camel(name) for name in Progress.model_fields),
+    }
+)
+"""Of a progress report: what the operator acts on or writes into status. The rest is for people, and is not kept."""
 _DECIMAL = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _FIGURES = ("loss", "eval_loss", "best_eval_loss", "learning_rate", "tokens_per_second")
 
@@ -37,7 +45,7 @@ def read_report(text: bytes) -> ProgressReport:
     found = _mapping(text)
     found["memory"] = _memory(found.get("memory"))
     try:
-        report = ProgressReport.model_validate({**found, "slowest": None, "waitingFor": None})
+        report = ProgressReport.model_validate({name: value for name, value in found.items() if name in _READ_FIELDS})
     except ValidationError as error:
         raise ReportError(f"{error.error_count()} fields of a progress report cannot be read") from None
     counts = (

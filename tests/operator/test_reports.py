@@ -63,6 +63,13 @@ def test_components_are_a_closed_set_of_names():
 
 
 @pytest.mark.parametrize(
+    "more", [{"sectionSeconds": JUNK}, {"sectionSeconds": 7}, {"slowest": {"node": "x" * 9_000}}, JUNK], ids=str
+)
+def test_what_a_report_has_for_people_alone_is_neither_checked_nor_kept(more):
+    assert report(**more) == report()
+
+
+@pytest.mark.parametrize(
     "figures", [{"progress": {"step": -1}}, {"progress": "none"}, {"memory": 7}, {"memory": {"measured": "?"}}], ids=str
 )
 def test_figures_take_nothing_else_of_a_termination_message_away(figures):
