@@ -24,6 +24,7 @@ QUICKSTART = HERE.parent / "examples/quickstart"
 DEFAULTS = {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}
 """Changes nothing, but leaves the allocator as the environment has it (``qlora_trainer.allocator``)."""
 ALLOCATORS = {"glibc's defaults": DEFAULTS, "freed memory kept": {}}
+BASE = {"OMP_WAIT_POLICY": "passive"}
 RANKS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
 BASE_STEPS = 12
 WARM_UP = 4
@@ -151,7 +152,7 @@ def measure(data: Path, steps: int, rows: int) -> dict[str, dict[str, Counted]]:
             work.mkdir(parents=True)
             report = work / "base.json"
             command = [sys.executable, __file__, "--base", str(report)]
-            count_process(command, environment)
+            count_process(command, BASE | environment)
             jobs = {"quickstart": quickstart_config(data, work, steps), "bench_trainer": bench_config(work, rows)}
             one = {"a step of the quickstart's base": of_steps(json.loads(report.read_text()))}
             for job, config in jobs.items():

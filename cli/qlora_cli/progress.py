@@ -166,9 +166,8 @@ def straggler(report: ProgressReport) -> str | None:
 
 def plain_line(report: ProgressReport) -> str:
     """One line for a log."""
-    return "  ".join(
-        [within_section(report), f"step {report.step}/{report.total_steps}", *(f"{k} {v}" for k, v in figures(report))]
-    )
+    steps = [f"step {report.step}/{report.total_steps}"] if report.total_steps else []
+    return "  ".join([within_section(report), *steps, *(f"{k} {v}" for k, v in figures(report))])
 
 
 def memory_line(report: ProgressReport) -> str:
@@ -278,7 +277,7 @@ class Waiting:
         now = self._clock()
         if now < self._next:
             return
-        shown = f"{self._text} {words.duration(now - self._began)}" if now > self._began else self._text
+        shown = f"{self._text} {words.duration(now - self._began)}" if now - self._began >= 1 else self._text
         if self._status:
             self._status.update(shown)
         else:

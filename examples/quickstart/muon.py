@@ -1,6 +1,6 @@
 """The Muon optimizer, computing in a type of choice: torch.optim.Muon always orthogonalizes in bfloat16.
 
-Many times slower that is on a CPU without bfloat16 instructions. Jordan et al. 2024,
+On a CPU without bfloat16 instructions that is many times slower. Jordan et al. 2024,
 https://kellerjordan.github.io/posts/muon/
 """
 
@@ -34,7 +34,7 @@ class Muon(torch.optim.Optimizer):
         self._dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Update all matrices that have a gradient."""
         if closure is not None:
             raise NotImplementedError("this optimizer takes no closure")

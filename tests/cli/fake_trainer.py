@@ -61,6 +61,7 @@ class Trainer:
             "tokensPerSecond": "1234.5",
             "etaSeconds": 75,
             "tokens": 5000,
+            "sectionSeconds": {"Load": 2.0, "Train": 61.0},
             "memory": MEMORY,
         }
 

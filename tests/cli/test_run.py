@@ -28,6 +28,7 @@ def test_a_run_says_what_it_will_do_and_what_came_of_it(workplace):
         "quick is done.",
         "3.25 → 2.125",
         "CPU-rank-hours",
+        "Start 0.0 s, Load 2.0 s, Train 1 min 1 s",
         "quantized weights",
         "1.00 GiB",
         'qlora generate --run quick --prompt "…"',

@@ -25,6 +25,7 @@ from qlora_trainer import history, metrics
 from qlora_trainer import sections as sections_module
 from qlora_trainer.flops import flops_per_token
 from qlora_trainer.history import History
+from qlora_trainer.loading import counted_weights
 from qlora_trainer.sections import Sections
 from services.patience import PATIENCE_SECONDS
 
@@ -328,3 +329,37 @@ def test_what_is_no_http_leaves_no_trace_in_the_log(served, capfd):
     with urlopen(f"http://127.0.0.1:{served.server_port}/progress", timeout=PATIENCE_SECONDS) as answer:
         assert answer.status == 200
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_is_counted_within_a_section_shows_how_far_it_is():
+    shown = board()
+    with shown.section("Evaluate"):
+        for number in shown.count(iter("ab"), 2, "micro-batches"):
+            progress = shown.report.section_progress
+            assert (progress.unit, progress.total) == ("micro-batches", 2)
+            assert progress.done == "ab".index(number)
+    report = shown.report
+    assert report.section_progress is None
+    assert list(report.section_seconds) == ["Evaluate"]
+
+
+def test_counting_ends_with_a_loop_that_is_left_early():
+    shown = board()
+    for _ in shown.count(range(5), 5, "tokens"):
+        break
+    assert shown.report.section_progress is None
+
+
+def test_the_weights_of_a_model_are_counted_while_it_is_loaded(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path)
+    shown, seen = board(), []
+
+    def count(items, total, unit):
+        for item in shown.count(items, total, unit):
+            seen.append(shown.report.section_progress.done)
+            yield item
+
+    with counted_weights(count):
+        loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert seen == list(range(len(loaded.state_dict())))
