@@ -31,7 +31,13 @@ CPU = torch.device("cpu")
 ROWS = (130, 70)
 LONG = (700, 500, 200)
 FAMILIES = [n for n in CONFIGS if n != "wide"]
-NF4, PLAIN, WIDE = QuantizationSpec(), QuantizationSpec(type="None"), QuantizationSpec(compute_type="Float32")
+BFLOAT16 = QuantizationSpec(compute_type="BFloat16")
+"""On each machine, also where it is slow: what is predicted depends on it."""
+NF4, PLAIN, WIDE = (
+    BFLOAT16,
+    QuantizationSpec(type="None", compute_type="BFloat16"),
+    QuantizationSpec(compute_type="Float32"),
+)
 SETTINGS = {
     "kept": (LoRASpec(), NF4, False),
     "recomputed": (LoRASpec(), NF4, True),

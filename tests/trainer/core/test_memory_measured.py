@@ -23,6 +23,8 @@ from .torchrun import torchrun_once
 
 WORKER = "memory_worker.py"
 TOLERANCE = 0.01
+BFLOAT16 = {"computeType": "BFloat16"}
+"""On each machine, also where it is slow: what is predicted depends on it."""
 QUANTIZATIONS = (
     {},
     {"doubleQuantization": False},
@@ -57,7 +59,7 @@ def generated(count: int, seed: int) -> dict[str, dict]:
         some = kinds.get(model.split("-")[0], ["q_proj", "v_proj"])
         cases[f"{number}-{model}"] = {
             "model": model,
-            "quantization": quantization,
+            "quantization": {**BFLOAT16, **quantization},
             "lora": {
                 "rank": draw.choice((1, 4, 16, 60)),
                 **({"targetModules": some} if draw.random() < 0.4 else {}),
@@ -73,7 +75,10 @@ def generated(count: int, seed: int) -> dict[str, dict]:
 ALONE = generated(30, seed=1)
 TOGETHER = {
     **generated(15, seed=2),
-    **{f"wide-zero-{stage}": {"model": "wide", "parallelism": {"zeroStage": stage}} for stage in (1, 2, 3)},
+    **{
+        f"wide-zero-{stage}": {"model": "wide", "quantization": BFLOAT16, "parallelism": {"zeroStage": stage}}
+        for stage in (1, 2, 3)
+    },
 }
 
 
