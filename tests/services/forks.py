@@ -113,6 +113,8 @@ def run_program(words: Sequence[str], environment: Mapping[str, str] | None) -> 
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):  # as exec does
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # as Python's start does, after subprocess has restored them
+        signal.signal(number, signal.SIG_IGN)
     for handler in list(logging.root.handlers):
         logging.root.removeHandler(handler)
     if words[0] == "-m":

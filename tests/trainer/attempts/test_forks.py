@@ -17,7 +17,7 @@ from services.patience import PATIENCE_SECONDS
 
 SHOWS = """
 import json, os, signal, sys
-handlers = [repr(signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
+handlers = [repr(signal.getsignal(number)) for number in map(signal.Signals, (15, 2, 13, 25))]
 print(json.dumps([sys.argv, __name__, os.environ["WORD"], os.getcwd(), handlers, sys.path[0]]))
 sys.exit(7)
 """
@@ -77,6 +77,7 @@ def test_what_a_forked_program_starts_is_forked_from_it_and_shows_the_same(progr
     assert (argv, name, word) == ([script, "a"], "__main__", "inner")
     assert "SIG_DFL" in handlers[0], "the handler of the one that started it is not its own"
     assert "default_int_handler" in handlers[1]
+    assert all("SIG_IGN" in handler for handler in handlers[2:]), "of SIGPIPE and SIGXFSZ, as Python has them"
     assert output.splitlines()[-1] == "7 7"
     assert code == 0
 
