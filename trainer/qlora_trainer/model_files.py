@@ -23,6 +23,8 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 SIDE_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 """Configuration and tokenizer. Not here on purpose: .py, and every format that is unpickled."""
 CODE_REFERENCES = (CONFIG, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+OTHER_WEIGHTS = "transformers_weights"
+"""A key of config.json: the file that transformers loads in place of the usual ones, pickled or not."""
 VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -108,10 +110,10 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def check_code(name: str, content: bytes) -> None:
-    """Refuse a JSON file that cannot be read or asks for code from the model's repository.
+    """Refuse a JSON file that cannot be read, asks for the repository's code, or sends the loader to other weights.
 
     Raises:
-        ModelFilesError: not a JSON object, or it has an ``auto_map``.
+        ModelFilesError: not a JSON object, or it has an ``auto_map`` or ``transformers_weights``.
 
     """
     try:
@@ -124,6 +126,11 @@ def check_code(name: str, content: bytes) -> None:
         raise ModelFilesError(
             f"brings its own code (auto_map in {name}: {json.dumps(references)}), which is never run; use a model "
             "whose architecture is built into transformers, or delete auto_map if it is"
+        )
+    if value.get(OTHER_WEIGHTS) is not None:
+        raise ModelFilesError(
+            f"has a {name} that names other weights ({OTHER_WEIGHTS}: {json.dumps(value[OTHER_WEIGHTS])}), which are "
+            f"not checked; delete {OTHER_WEIGHTS}: {SINGLE_WEIGHTS} or the files of {WEIGHTS_INDEX} are loaded"
         )
 
 

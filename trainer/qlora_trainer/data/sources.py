@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import IO, TYPE_CHECKING, Any
@@ -162,9 +163,15 @@ def _saved_files(folder: Path, field: str) -> tuple[Path, ...]:
     """Those of the dataset itself: maps and filters leave their caches in the same folder."""
     try:
         state = json.loads((folder / "state.json").read_bytes())
-        return tuple(folder / file["filename"] for file in state["_data_files"])
+        files = tuple(folder / file["filename"] for file in state["_data_files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(field, folder, f"cannot be read as {Kind.SAVED}: state.json: {_one_line(error)}") from error
+    for number, (file, entry) in enumerate(zip(files, state["_data_files"], strict=True)):
+        if file.parent != folder or file.name != entry["filename"] or file.name == "..":
+            raise UserError(
+                field, folder, f"has a state.json whose _data_files[{number}] is not the name of a file beside it"
+            )
+    return files
 
 
 # ------------------------------------------------------------------------------------------------------------- readers
@@ -284,4 +291,7 @@ def _require(needed: Mapping[str, str], names: Sequence[str] | set[str]) -> None
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """Give the error's text without the rows: pyarrow ends its sentence on a CSV row of wrong length with the row."""
+    text = " ".join(str(error).split())
+    counts = re.match(r"CSV parse error: (Row #\d+: )?Expected \d+ columns, got \d+", text)
+    return (counts.group() if counts else text) or type(error).__name__

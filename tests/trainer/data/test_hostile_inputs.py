@@ -1,0 +1,37 @@
+"""Bases and rows from someone who wants other files read, or rows shown to those who may only view a job."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qlora_trainer.data.sources import find_source, load_rows
+from qlora_trainer.errors import UserError
+from qlora_trainer.model_files import ModelFilesError, check_code
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FIELD = "spec.dataset.train.source"
+
+
+@pytest.mark.parametrize("other", ["other.safetensors", "adapter_model.bin", "../x/model.safetensors", ""])
+def test_a_base_cannot_name_other_weights(other: str) -> None:
+    with pytest.raises(ModelFilesError, match="transformers_weights"):
+        check_code("config.json", json.dumps({"transformers_weights": other}).encode())
+
+
+@pytest.mark.parametrize("name", ["../other/x.arrow", "/etc/x.arrow", "a/x.arrow", "./x.arrow", "..", ""])
+def test_a_saved_dataset_cannot_name_files_elsewhere(tmp_path: Path, name: str) -> None:
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    with pytest.raises(UserError, match="not the name of a file beside it"):
+        find_source(tmp_path, FIELD)
+
+
+def test_a_bad_csv_row_is_counted_and_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text,label\nfine,1\nsecret of a patient,2,3\n")
+    with pytest.raises(UserError, match="Expected 2 columns, got 3") as caught:
+        load_rows(tmp_path / "rows.csv", FIELD, {"text": "spec.dataset.columns.text"})
+    assert "patient" not in str(caught.value)
