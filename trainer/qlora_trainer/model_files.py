@@ -118,7 +118,7 @@ def check_code(name: str, content: bytes) -> None:
     """
     try:
         value = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelFilesError(f"has a {name} that is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ModelFilesError(f"has a {name} that is not a JSON object")
@@ -180,7 +180,7 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
         header = {name: tensor for name, tensor in json.loads(text).items() if name != "__metadata__"}
         end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         wanted = LENGTH_BYTES + length + int(end)
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise ModelFilesError(f"has a {path.name} whose safetensors header cannot be read; copy it again") from error
     if size < wanted:
         raise ModelFilesError(
@@ -225,7 +225,7 @@ def _shards(index: bytes) -> list[str]:
     try:
         shards = sorted(set(json.loads(index)["weight_map"].values()))
         named_plainly = all(shard.endswith(".safetensors") and "/" not in shard for shard in shards)
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise ModelFilesError(f"has a {WEIGHTS_INDEX} that cannot be read: {error}") from error
     if not shards or not named_plainly:
         raise ModelFilesError(f"has a {WEIGHTS_INDEX} that does not name .safetensors files beside it")

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_trainer.data.sources import find_source, load_rows
 from qlora_trainer.errors import UserError
-from qlora_trainer.model_files import ModelFilesError, check_code
+from qlora_trainer.model_files import ModelFilesError, check_code, safetensors_header
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,3 +35,28 @@ def test_a_bad_csv_row_is_counted_and_not_shown(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Expected 2 columns, got 3") as caught:
         load_rows(tmp_path / "rows.csv", FIELD, {"text": "spec.dataset.columns.text"})
     assert "patient" not in str(caught.value)
+
+
+DEEP = "[" * 200_000
+
+
+@pytest.mark.parametrize("text", ['{"text": ' + DEEP, DEEP], ids=["line", "array"])
+def test_rows_nested_too_deep_are_the_users_mistake(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(UserError, match="cannot be read as JSON Lines"):
+        load_rows(tmp_path / "rows.jsonl", FIELD, {"text": "spec.dataset.columns.text"})
+
+
+def test_a_saved_dataset_nested_too_deep_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text(DEEP)
+    with pytest.raises(UserError, match="cannot be read"):
+        find_source(tmp_path, FIELD)
+
+
+def test_a_base_nested_too_deep_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(ModelFilesError, match="not JSON"):
+        check_code("config.json", DEEP.encode())
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(DEEP).to_bytes(8, "little") + DEEP.encode())
+    with pytest.raises(ModelFilesError, match="cannot be read"):
+        safetensors_header(path)

@@ -121,7 +121,14 @@ def load_rows(path: Path, field: str, needed: Mapping[str, str], optional: Seque
         column, names = error.args
         known = ", ".join(sorted(names)) or "none"
         raise UserError(needed[column], column, f"is not a column of {path}; its columns are {known}") from None
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:  # pyarrow's errors are ValueErrors
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ) as error:  # pyarrow's errors are ValueErrors
         raise UserError(field, path, f"cannot be read as {source.kind}: {_one_line(error)}") from error
     if not len(rows):
         raise UserError(field, path, "has no rows; at least one is needed")
@@ -164,7 +171,7 @@ def _saved_files(folder: Path, field: str) -> tuple[Path, ...]:
     try:
         state = json.loads((folder / "state.json").read_bytes())
         files = tuple(folder / file["filename"] for file in state["_data_files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(field, folder, f"cannot be read as {Kind.SAVED}: state.json: {_one_line(error)}") from error
     for number, (file, entry) in enumerate(zip(files, state["_data_files"], strict=True)):
         if file.parent != folder or file.name != entry["filename"] or file.name == "..":
@@ -204,7 +211,7 @@ def _json_objects(path: Path) -> Iterator[Row]:
                 return
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path.name}, line {number}: {error}") from error
             yield _object(row, f"{path.name}, line {number}")
 
