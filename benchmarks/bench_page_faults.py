@@ -19,16 +19,20 @@ from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
+from qlora_trainer.launch import CACHED_PRIMITIVES
+
 HERE = Path(__file__).parent
 QUICKSTART = HERE.parent / "examples/quickstart"
 DEFAULTS = {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}
 """Changes nothing, but leaves the allocator as the environment has it (``qlora_trainer.allocator``)."""
-ALLOCATORS = {"glibc's defaults": DEFAULTS, "freed memory kept": {}}
+KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(CACHED_PRIMITIVES)}
+"""As the launcher has it."""
+ALLOCATORS = {"glibc's defaults": DEFAULTS, "freed memory kept": KEPT}
 BASE = {"OMP_WAIT_POLICY": "passive"}
 RANKS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
 BASE_STEPS = 12
-WARM_UP = 4
-"""Steps that do not count: the first ones allocate."""
+STEADY = 0.5
+"""Share of the steps that counts, the last ones: the first ones allocate."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Counted:
 
 
 def of_steps(report: dict[str, Any]) -> Counted:
-    faults, seconds = report["page_faults"][WARM_UP:], report["cpu_seconds"][WARM_UP:]
+    steady = int(len(report["page_faults"]) * (1 - STEADY))
+    faults, seconds = report["page_faults"][steady:], report["cpu_seconds"][steady:]
     return Counted(statistics.mean(faults), statistics.median(seconds), report["peak_bytes"])
 
 
@@ -175,8 +180,8 @@ def table(found: dict[str, dict[str, Counted]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--data", type=Path, default=Path("runs/quickstart-data"), help="made where it is not there")
-    parser.add_argument("--steps", type=int, default=20, help="of the quickstart's ranks")
-    parser.add_argument("--rows", type=int, default=400, help="of bench_trainer's job")
+    parser.add_argument("--steps", type=int, default=48, help="of the quickstart's ranks")
+    parser.add_argument("--rows", type=int, default=1500, help="of bench_trainer's job")
     parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.base:

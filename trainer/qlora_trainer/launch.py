@@ -30,6 +30,9 @@ from qlora_trainer.watchdog import Limits, Watchdog, process_state, words
 PEER_SECONDS = 30
 """When a rank or a worker has failed, the ranks that depend on it get this long to notice before they are killed."""
 WATCH_SECONDS = 1.0
+CACHED_PRIMITIVES = 256
+"""oneDNN keeps 1,024 of them, each with memory of its own. The sequences of each step have lengths of their own, so that
+memory would grow for hundreds of steps; the layers of one step need fewer than these."""
 log = logging.getLogger(__name__)
 
 
@@ -109,6 +112,7 @@ def rank_environments(
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count))),
         "TOKENIZERS_PARALLELISM": "false",
         "DS_ACCELERATOR": "cuda" if config.device == "CUDA" else "cpu",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(CACHED_PRIMITIVES)),
         "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True"),
         heartbeat.ENVIRONMENT: str(heartbeats),
         "MASTER_ADDR": LOOPBACK,
