@@ -31,8 +31,8 @@ PEER_SECONDS = 30
 """When a rank or a worker has failed, the ranks that depend on it get this long to notice before they are killed."""
 WATCH_SECONDS = 1.0
 CACHED_PRIMITIVES = 256
-"""oneDNN keeps 1,024 of them, each with memory of its own. The sequences of each step have lengths of their own, so that
-memory would grow for hundreds of steps; the layers of one step need fewer than these."""
+"""oneDNN keeps 1,024 of them, each with memory of its own. The sequences of each step have lengths of their own: memory
+would grow for hundreds of steps. The layers of one step need fewer than these."""
 log = logging.getLogger(__name__)
 
 
