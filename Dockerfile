@@ -66,6 +66,7 @@ COPY --from=requirements /src/operator.txt .
 RUN /opt/uv/bin/uv pip install --quiet --no-deps --requirements operator.txt \
     && python -m compileall -q -j 0 --invalidation-mode unchecked-hash -x '/client/(models|api)/' /opt/venv
 COPY api/qlora_api /opt/qlora/qlora_api
+COPY memory/qlora_memory /opt/qlora/qlora_memory
 COPY operator/qlora_operator /opt/qlora/qlora_operator
 RUN python -m compileall -q --invalidation-mode unchecked-hash /opt/qlora
 
@@ -81,6 +82,7 @@ COPY --from=requirements /src/trainer.txt .
 RUN /opt/uv/bin/uv pip install --quiet --no-deps --requirements trainer.txt \
     && python -m compileall -q -j 0 --invalidation-mode unchecked-hash -x /torch/testing/ /opt/venv
 COPY api/qlora_api /opt/qlora/qlora_api
+COPY memory/qlora_memory /opt/qlora/qlora_memory
 COPY trainer/qlora_trainer /opt/qlora/qlora_trainer
 RUN python -m compileall -q --invalidation-mode unchecked-hash /opt/qlora
 

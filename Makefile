@@ -52,7 +52,7 @@ images:  ## Both images, with docker, podman or buildah: make images PREFIX=regi
 
 .PHONY: fidelity
 fidelity: $(VENV)/.all-installed  ## Compare QLoRA here with the published method, number by number
-	@$(BIN)/python benchmarks/fidelity.py
+	@$(BIN)/python benchmarks/fidelity/fidelity.py
 
 .PHONY: bench-trainer
 bench-trainer: $(VENV)/.all-installed  ## Measure the trainer's speed and memory beside the stock stack
@@ -64,23 +64,23 @@ bench-cli: $(VENV)/.all-installed  ## Measure the command line's processor time 
 
 .PHONY: bench-operator
 bench-operator: $(VENV)/.all-installed  ## Measure the operator with thousands of jobs on a real control plane
-	@$(BIN)/python benchmarks/bench_operator.py
+	@$(BIN)/python benchmarks/operator/bench_operator.py
 
 .PHONY: pictures
 pictures: $(VENV)/.all-installed  ## Draw the documents' pictures anew, from real runs on this machine; needs root
 	@mkdir -p build && .ci/system-packages > build/system-packages.log
-	@$(BIN)/python benchmarks/pictures.py
+	@$(BIN)/python tools/docs_pictures/pictures.py
 
 .PHONY: cluster
 cluster: $(VENV)/.all-installed  ## A Kubernetes cluster on this machine to play with, until Ctrl-C; needs root
 	@mkdir -p build && .ci/system-packages > build/system-packages.log
-	@$(BIN)/python tests/cluster/play.py $(CLUSTER_ARGS)
+	@$(BIN)/python tools/cluster/play.py $(CLUSTER_ARGS)
 
 .PHONY: demo
 demo: $(VENV)/.all-installed  ## The quickstart as a QLoRAJob on such a cluster: images, helm install, apply; needs root
 	@mkdir -p build && .ci/system-packages > build/system-packages.log
 	@$(BIN)/python examples/quickstart/prepare.py --out runs/quickstart-data
-	@$(BIN)/python tests/e2e/demo.py runs/quickstart-data
+	@$(BIN)/python tools/demo/demo.py runs/quickstart-data
 
 # -------------------------------------------------------------------------------------------------------------- check
 
@@ -95,11 +95,11 @@ CLOSING := build/pytest-unit.log build/pytest-cluster.log build/pytest-e2e.log
 .PHONY: test
 test: check  ## Everything that must hold: check, then all tests, on a real cluster too (root needed)
 	@rm -f $(CLOSING); $(STEP) system-packages .ci/system-packages
-	@$(STEP) tools $(BIN)/python tests/services/tools.py & tools=$$!; trap 'kill $$tools 2> /dev/null || true' EXIT; \
+	@$(STEP) tools $(BIN)/python tools/services/tools.py & tools=$$!; trap 'kill $$tools 2> /dev/null || true' EXIT; \
 	  $(STEP) pytest-unit env $(PYTEST) -n $(WORKERS) --dist worksteal $(addprefix --ignore=,$(CLUSTER_TESTS) $(E2E_TESTS)) \
 	    $(PYTEST_ARGS); \
 	  wait $$tools
-	@$(STEP) images $(BIN)/python tests/services/images.py
+	@$(STEP) images $(BIN)/python tools/services/images.py
 	@$(STEP) pytest-cluster env $(PYTEST) -n $(CLUSTER_WORKERS) --dist loadscope $(CLUSTER_TESTS) $(PYTEST_ARGS)
 	@$(STEP) pytest-e2e env $(PYTEST) $(E2E_TESTS) -k '$(E2E_MAIN)' $(PYTEST_ARGS)
 	@.ci/sum $(CLOSING)
@@ -112,8 +112,8 @@ test-unit: check  ## Only what needs no cluster and no root
 .PHONY: test-e2e
 test-e2e: $(VENV)/.all-installed  ## From helm install to a verified adapter, on real nodes; and what may happen on the way
 	@$(STEP) system-packages .ci/system-packages
-	@$(STEP) tools $(BIN)/python tests/services/tools.py
-	@$(STEP) images $(BIN)/python tests/services/images.py
+	@$(STEP) tools $(BIN)/python tools/services/tools.py
+	@$(STEP) images $(BIN)/python tools/services/images.py
 	@$(STEP) pytest-e2e env $(PYTEST) $(E2E_TESTS) $(PYTEST_ARGS)
 	@tail -n 1 build/pytest-e2e.log
 
@@ -124,7 +124,7 @@ check: $(VENV)/.all-installed  ## Lint, format, imports, generated CRD, dashboar
 	@$(STEP) imports $(BIN)/lint-imports
 	@$(STEP) crds bash -c '$(BIN)/qlora crds | diff -u $(CRD) - || { echo "$(CRD) is stale: make crds"; exit 1; }'
 	@$(STEP) chart $(BIN)/python charts/generate.py --check
-	@$(STEP) dashboards $(BIN)/python observability/generate.py --check
+	@$(STEP) dashboards $(BIN)/python -m observability.generate --check
 	@$(STEP) reference $(BIN)/python docs/generate.py --check
 	@$(STEP) types $(BIN)/mypy
 
@@ -138,7 +138,7 @@ chart: crds  ## The chart's copy of the CRD, and the table of values in its READ
 
 .PHONY: dashboards
 dashboards: $(VENV)/.all-installed  ## Generate dashboards and alert rules into the chart, and the reference of metrics
-	$(BIN)/python observability/generate.py
+	$(BIN)/python -m observability.generate
 
 .PHONY: reference
 reference: $(VENV)/.all-installed  ## Generate the reference of QLoRAJobs from the types

@@ -28,7 +28,7 @@ CONFIG = """\
 {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
  "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192, "tie_word_embeddings": false}
 """
-QLORA = "from qlora_cli.main import app; app()"
+QLORA = "from qlora_cli.app import app; app()"
 PLANNED = ("--gpu", "h100-80gb", "--model-config", "config.json")
 COMMANDS = {
     "python -c pass": ["-c", "pass"],

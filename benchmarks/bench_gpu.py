@@ -21,8 +21,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from qlora_api.memory import Adapter, Gpu, flop_per_token, gpu_of_device, model_shape
 from qlora_api.spec import LoRASpec, ParallelismSpec, QuantizationSpec, TrainingSpec
+from qlora_memory import Adapter, Gpu, flop_per_token, gpu_of_device, model_shape
 
 LENGTH = 4096
 TOKENS = 8192
@@ -50,9 +50,10 @@ def measure_ours(lengths: tuple[int, ...], *, recompute: bool, profile: Path | N
     import torch  # noqa: PLC0415 the process that only asks others needs none
 
     from qlora_api.batch import BatchSplit  # noqa: PLC0415
-    from qlora_trainer.engine import Ranks, accumulate, apply_update, wrap_deepspeed  # noqa: PLC0415
-    from qlora_trainer.loss import NextTokenLoss  # noqa: PLC0415
-    from qlora_trainer.model import add_lora, enable_gradient_checkpointing  # noqa: PLC0415
+    from qlora_trainer.engine.deepspeed_engine import accumulate, apply_update, wrap_deepspeed  # noqa: PLC0415
+    from qlora_trainer.model.base_model import add_lora, enable_gradient_checkpointing  # noqa: PLC0415
+    from qlora_trainer.model.loss import NextTokenLoss  # noqa: PLC0415
+    from qlora_trainer.ranks import Ranks  # noqa: PLC0415
     from random_base import random_base  # noqa: PLC0415
 
     ranks = Ranks(0, 0, 1, torch.device("cuda", 0))
@@ -116,7 +117,7 @@ def random_batches(vocabulary: int, lengths: tuple[int, ...], split: Any) -> Any
 
     from qlora_trainer.data.batches import Batches  # noqa: PLC0415
     from qlora_trainer.data.packing import pack  # noqa: PLC0415
-    from qlora_trainer.data.tokenized import TokenizedRows  # noqa: PLC0415
+    from qlora_trainer.data.tokenized_rows import TokenizedRows  # noqa: PLC0415
 
     generator = torch.Generator().manual_seed(SEED)
     rows = [(torch.randint(vocabulary, (n,), generator=generator).tolist(), [True] * n) for n in lengths * 4]
@@ -139,11 +140,11 @@ def child(who: str, out: str, profile: str = "") -> int:
     """Measure the variants of one side, and write each to a file when it is done."""
     import torch  # noqa: PLC0415
 
-    from qlora_trainer.outcome import quiet_libraries  # noqa: PLC0415
+    from qlora_trainer.reporting.rank_exit import quiet_libraries  # noqa: PLC0415
 
     quiet_libraries()
     if who == "ours":
-        from qlora_trainer.engine import join_ranks  # noqa: PLC0415
+        from qlora_trainer.engine.deepspeed_engine import join_ranks  # noqa: PLC0415
 
         one_process()
         join_ranks("CUDA", timeout_seconds=1800)

@@ -18,11 +18,13 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as qlora_trainer.launch does; read once
+os.environ.setdefault(
+    "PYTORCH_ALLOC_CONF", "expandable_segments:True"
+)  # as qlora_trainer.worker.launch does; read once
 
 from memory_gpu_cases import BASES, cases, change_of, quantization_of, run_of
-from qlora_api.memory import Gpu, Moment, Run, estimate, gpu_of_device, model_shape
 from qlora_api.spec import LoRASpec, Optimizer, ParallelismSpec, QuantizationSpec
+from qlora_memory import Gpu, Moment, Run, estimate, gpu_of_device, model_shape
 
 LOADED = (("llama-1b", "NF4"), ("llama-1b", "INT8"), ("llama-1b", "None"), ("qwen3-2b", "NF4"))
 
@@ -34,7 +36,7 @@ def main() -> int:
         print("no GPU: this measures one")
         return 1
     from memory_gpu_measure import Bases, join, measure, measure_loading  # noqa: PLC0415
-    from qlora_trainer.outcome import quiet_libraries  # noqa: PLC0415
+    from qlora_trainer.reporting.rank_exit import quiet_libraries  # noqa: PLC0415
 
     quiet_libraries()
     ranks = join()

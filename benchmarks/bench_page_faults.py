@@ -19,7 +19,7 @@ from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
-from qlora_trainer.launch import CACHED_PRIMITIVES
+from qlora_trainer.worker.launch import CACHED_PRIMITIVES
 
 HERE = Path(__file__).parent
 QUICKSTART = HERE.parent / "examples/quickstart"

@@ -14,7 +14,8 @@ from typing import Any
 
 from memory_gpu_cases import change_of
 from memory_gpu_cases import run_of as run_of_case
-from qlora_api.memory import (
+from qlora_api.spec import LoRASpec, Optimizer, ParallelismSpec, QLoRAJobSpec, QuantizationSpec
+from qlora_memory import (
     GPUS,
     Adapter,
     MemoryEstimate,
@@ -27,12 +28,11 @@ from qlora_api.memory import (
     model_shape,
     plan,
 )
-from qlora_api.memory.attend import self_attention
-from qlora_api.memory.gpus import GIB
-from qlora_api.memory.parts import Pen
-from qlora_api.memory.setting import Setting, Software
-from qlora_api.memory.shape import FeedForward, ModelShape
-from qlora_api.spec import LoRASpec, Optimizer, ParallelismSpec, QLoRAJobSpec, QuantizationSpec
+from qlora_memory.activations.attention import self_attention
+from qlora_memory.activations.layers import Pen
+from qlora_memory.activations.setting import Setting, Software
+from qlora_memory.gpus import GIB
+from qlora_memory.shape.model_shape import FeedForward, ModelShape
 
 MEASURED = Path(__file__).parent / "measured" / "h200-memory.json"
 """What ``bench_memory_gpu.py`` saw: of each case PyTorch's peak, and what the GPU had given."""

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from qlora_api.memory import Run, model_shape
 from qlora_api.spec import LoRASpec, Optimizer, ParallelismSpec, QuantizationSpec
+from qlora_memory import Run, model_shape
 
 VOCABULARY = 128256
 _LLAMA: dict[str, Any] = {"model_type": "llama", "vocab_size": VOCABULARY, "max_position_embeddings": 131072}

@@ -13,12 +13,13 @@ import torch
 
 from memory_gpu_cases import BASES, quantization_of, run_of
 from qlora_api.batch import BatchSplit
-from qlora_api.memory import Moment, Run
 from qlora_api.spec import QuantizationSpec, TrainingSpec
+from qlora_memory import Moment, Run
 from qlora_trainer.data.batches import IGNORED, MicroBatch
-from qlora_trainer.engine import Ranks, apply_update, join_ranks, wrap_deepspeed
-from qlora_trainer.loss import NextTokenLoss, call_arguments, head_is_plain
-from qlora_trainer.model import add_lora, enable_gradient_checkpointing, load_base, weight_bytes
+from qlora_trainer.engine.deepspeed_engine import apply_update, join_ranks, wrap_deepspeed
+from qlora_trainer.model.base_model import add_lora, enable_gradient_checkpointing, load_base, weight_bytes
+from qlora_trainer.model.loss import NextTokenLoss, call_arguments, head_is_plain
+from qlora_trainer.ranks import Ranks
 from random_base import random_base
 
 SEED = 42
@@ -28,7 +29,7 @@ FIRST = 64
 
 
 def join() -> Ranks:
-    """Be the only rank, with the allocator as the trainer sets it (``qlora_trainer.launch.rank_environment``)."""
+    """Be the only rank, with the allocator as ``qlora_trainer.worker.launch.rank_environment`` sets it."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
     os.environ.update(alone)
     return join_ranks("CUDA", timeout_seconds=600)

@@ -19,12 +19,12 @@ from resource import RUSAGE_SELF, getrusage
 
 from qlora_api.contract import TrainerConfig
 from qlora_trainer.allocator import keep_freed_memory
-from qlora_trainer.attempt import StopFlag, build
-from qlora_trainer.engine import join_ranks
-from qlora_trainer.metrics import Board
-from qlora_trainer.outcome import quiet_libraries
-from qlora_trainer.resume import resume_or_start
-from qlora_trainer.train import train_step
+from qlora_trainer.engine.deepspeed_engine import join_ranks
+from qlora_trainer.reporting.metrics import Board
+from qlora_trainer.reporting.rank_exit import quiet_libraries
+from qlora_trainer.training.context import StopFlag, build
+from qlora_trainer.training.resume import resume_or_start
+from qlora_trainer.training.train import train_step
 
 WARM_UP = 2
 """Steps that are not profiled."""

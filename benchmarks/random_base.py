@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_api.spec import QuantizationSpec, QuantizationType
-from qlora_trainer.attention import choose_attention, register
-from qlora_trainer.compute_type import DTYPES, resolved_on
-from qlora_trainer.model import linear_layers, ready_base
+from qlora_trainer.model.attention import choose_attention, register
+from qlora_trainer.model.base_model import linear_layers, ready_base
+from qlora_trainer.model.compute_type import DTYPES, resolved_on
 
 SEED = 42
 OUTLIERS = 6.0
@@ -23,7 +23,7 @@ OUTLIERS = 6.0
 def random_base(
     values: dict[str, Any], quantization: QuantizationSpec, device: torch.device, attention: str | None = None
 ) -> Any:
-    """A frozen base as ``qlora_trainer.model.load_base`` leaves it.
+    """A frozen base as ``qlora_trainer.model.base_model.load_base`` leaves it.
 
     Args:
         values: of its ``config.json``, ``model_type`` among them.

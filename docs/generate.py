@@ -26,7 +26,7 @@ from qlora_api.crd import PRINTER_COLUMNS
 from qlora_api.lifecycle import STUCK, STUCK_ATTEMPTS, Finish, after_attempt
 from qlora_api.spec import PolicySpec
 from qlora_api.status import Attempt, ConditionType, MemoryComponent, Reason
-from qlora_cli.explain import Entry, describe
+from qlora_cli.manifest.explain import Entry, describe
 
 REFERENCE = Path(__file__).parent / "reference"
 WRITTEN = "<!-- Written by 'make reference' from {source}. Do not edit. -->"

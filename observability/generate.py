@@ -1,7 +1,7 @@
 """Write dashboards and alert rules into the chart, and the reference of all metrics.
 
-python observability/generate.py          writes
-python observability/generate.py --check  says what is stale, and fails
+python -m observability.generate          writes
+python -m observability.generate --check  says what is stale, and fails
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 sys.path.insert(0, str(Path(__file__).parents[1] / ".ci"))
 from generated import write_or_check
 
-from alerts import rules
-from fleet import fleet
-from job import job
-from memory import memory
-from reference import reference
+from observability.alerts import rules
+from observability.dashboards.fleet import fleet
+from observability.dashboards.job import job
+from observability.dashboards.memory import memory
+from observability.reference import reference
 
 REPOSITORY = Path(__file__).parents[1]
 CHART = REPOSITORY / "charts" / "qlora-operator"

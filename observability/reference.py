@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from dcgm import by_trainer_pod, of_job
+from observability.dashboards.dcgm import by_trainer_pod, of_job
 from qlora_api.metrics_catalogue import OPERATOR, TRAINER, Kind, Metric
 
 _HEAD = """\

@@ -1,12 +1,13 @@
-"""For all tests: ``tests/`` is importable (``services``), and the real servers are fixtures."""
+"""For all tests: ``tests/`` and ``tools/`` are importable, and the real servers are fixtures."""
 
 import signal
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from services.fixtures import s3, s3_server  # noqa: F401 fixtures
+from fixtures import s3, s3_server  # noqa: F401 fixtures
 
 # A shell starts a job in the background with SIGINT ignored, and nohup ignores SIGHUP; children would inherit that, and
 # the tests of Ctrl-C would wait for an end that never comes.

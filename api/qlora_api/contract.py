@@ -98,7 +98,7 @@ class TrainerConfig(Model):
     """Folder in object storage or on a claim where Prepare leaves what it made, content-addressed, for the trainers of
     this and of later jobs. None: ``cache_dir`` is all there is."""
     gpu: str | None = None
-    """Which GPU a rank gets, by its name in ``qlora_api.memory.GPUS``: Prepare chooses what fits it. None: not known,
+    """Which GPU a rank gets, by its name in ``qlora_memory.GPUS``: Prepare chooses what fits it. None: not known,
     or the CPU; then nothing is chosen by memory."""
     memory_correction: float = Field(1.0, gt=0, allow_inf_nan=False)
     """What predicted bytes are multiplied by before they are held against the GPU: measured over predicted, as learned

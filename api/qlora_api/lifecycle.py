@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 
 from qlora_api.batch import BatchSplit
-from qlora_api.memory.ladder import Choice, next_smaller
+from qlora_api.memory_fallback import Choice, next_smaller
 from qlora_api.spec import OnOutOfMemory, PolicySpec
 from qlora_api.status import Attempt, Reason
 
@@ -18,7 +18,7 @@ FREE_OF_CHARGE = frozenset(
 FINAL = frozenset({Reason.USER_ERROR, Reason.NON_FINITE_LOSS, Reason.ADAPTER_REJECTED})
 """Ends that another attempt would only repeat: training is deterministic."""
 OUT_OF_MEMORY = frozenset({Reason.OUT_OF_DEVICE_MEMORY, Reason.OUT_OF_HOST_MEMORY})
-"""Ends after which something smaller is tried: ``qlora_api.memory.ladder``."""
+"""Ends after which something smaller is tried: ``qlora_api.memory_fallback``."""
 STUCK = frozenset({Reason.STALLED, Reason.PEER_LOST})
 """Ends in which ranks waited for one that did not go on, or lost sight of it."""
 STUCK_ATTEMPTS = 3

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import sys
 
-from qlora_trainer import compute_type, prepare, rank
+from qlora_trainer import rank
+from qlora_trainer.model import compute_type
+from qlora_trainer.prepare import command
 
 if __name__ == "__main__":
     compute_type.fp16_in_hardware = lambda _: True
-    part = {"prepare": prepare, "rank": rank}[sys.argv.pop(1)]
+    part = {"prepare": command, "rank": rank}[sys.argv.pop(1)]
     code = part.main()
     sys.stdout.flush()
     os._exit(code)  # as qlora_trainer.rank does: gloo's threads must not hold up the end

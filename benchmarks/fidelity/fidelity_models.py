@@ -13,19 +13,19 @@ from peft.utils.integrations import dequantize_bnb_weight
 from safetensors.torch import load_file
 
 from qlora_api.spec import LoRASpec, QuantizationSpec, QuantizationType
-from qlora_trainer import state
+from qlora_trainer.checkpoint import engine_state
 from qlora_trainer.data.batches import eval_batches
 from qlora_trainer.data.packing import unpacked
-from qlora_trainer.loss import NextTokenLoss, call_arguments
-from qlora_trainer.merge import merge
-from qlora_trainer.model import add_lora, linear_layers, load_base
+from qlora_trainer.model.base_model import add_lora, linear_layers, load_base
+from qlora_trainer.model.loss import NextTokenLoss, call_arguments
+from qlora_trainer.publish.merge_adapter import merge
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from qlora_trainer.data.packing import Sequences
-    from qlora_trainer.data.prepare import PreparedData
-    from qlora_trainer.data.tokenized import TokenizedRows
+    from qlora_trainer.data.tokenized_rows import TokenizedRows
+    from qlora_trainer.prepare.tokenize_rows import PreparedData
 
 CPU = torch.device("cpu")
 UNQUANTIZED = QuantizationSpec(type=QuantizationType.NONE)
@@ -55,7 +55,7 @@ def quantization_errors(base: Path) -> dict[str, dict[str, float]]:
 def trained(base: Path, quantization: QuantizationSpec, checkpoint: Path) -> Any:
     """The base with the adapter of a checkpoint, as the trainer holds both."""
     model = add_lora(load_base(base, quantization, CPU), LoRASpec(), seed=0)
-    state.load_adapter_tensors(model, load_file(checkpoint / state.ADAPTER_FILE))
+    engine_state.load_adapter_tensors(model, load_file(checkpoint / engine_state.ADAPTER_FILE))
     return model.eval()
 
 

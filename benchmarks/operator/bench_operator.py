@@ -25,7 +25,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 from bench_operator_measure import (
     OPERATOR,
@@ -40,13 +40,13 @@ from bench_operator_measure import (
     wait_quiet,
 )
 from bench_operator_report import tables
-from cluster.harness.api import Object
-from cluster.harness.control_plane import ControlPlane, Settings
-from cluster.harness.jobs import qlora_job
-from cluster.harness.operator import Operator
-from cluster.harness.script import pods_do
+from cluster.api import Object
+from cluster.control_plane import ControlPlane, Settings
+from cluster.scenarios.jobs import qlora_job
+from cluster.scenarios.operator import Operator
+from cluster.scenarios.script import pods_do
 
-CRD = Path(__file__).parents[1] / "crds" / "qlora.dev_qlorajobs.yaml"
+CRD = Path(__file__).parents[2] / "crds" / "qlora.dev_qlorajobs.yaml"
 CRD_PATH = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/qlorajobs.qlora.dev"
 CLIENTS = 10
 WORKERS = 2

@@ -17,9 +17,9 @@ from typing import Any, Self
 
 import httpx
 
-from cluster.harness.audit import READS
-from cluster.harness.control_plane import ControlPlane
-from cluster.harness.jobs import GROUP
+from cluster.audit import READS
+from cluster.control_plane import ControlPlane
+from cluster.scenarios.jobs import GROUP
 
 TICKS = os.sysconf("SC_CLK_TCK")
 BUSY = 0.1

@@ -1,4 +1,4 @@
-"""The figures of ``bench_operator.py`` as tables: ``python benchmarks/bench_operator_report.py FIGURES.json``"""
+"""Tables of the figures of ``bench_operator.py``: ``python benchmarks/operator/bench_operator_report.py FIGURES``"""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@
         client.metrics([job.name, "baseline"])          # a DataFrame where pandas is installed
         client.adapter(job.name, "adapters/tuned")      # every byte checked
 
-The same code as the commands'; errors are ``qlora_cli.cluster.errors.ClusterError``, in words.
+The same code as the commands'; errors are ``qlora_cli.kube.errors.ClusterError``, in words.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from qlora_cli.cluster import adapters, comparing, submit
-from qlora_cli.cluster.errors import ClusterError
-from qlora_cli.cluster.jobs import JobView, view
-from qlora_cli.cluster.lookup import find_in
-from qlora_cli.cluster.names import API_VERSION, KIND, jobs_path
-from qlora_cli.cluster.target import Cluster, Target, connect, get_job
+from qlora_cli.artifacts import adapters
+from qlora_cli.jobs import compare, submit
+from qlora_cli.jobs.job_view import JobView, view
+from qlora_cli.jobs.lookup import find_in
+from qlora_cli.kube.errors import ClusterError
+from qlora_cli.kube.names import API_VERSION, KIND, jobs_path
+from qlora_cli.kube.target import Cluster, Target, connect, get_job
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -82,7 +83,7 @@ class QLoRAClient:
 
         Raises:
             ClusterError: the API server refuses it.
-            qlora_cli.manifest.RefusedError: every mistake in it.
+            qlora_cli.manifest.job_manifest.RefusedError: every mistake in it.
 
         """
         assignments = [f"{path}={_assigned(value)}" for path, value in (settings or {}).items()]
@@ -133,8 +134,8 @@ class QLoRAClient:
             A ``pandas.DataFrame`` indexed by job where pandas is installed, else a dict of dicts.
 
         """
-        columns = [comparing.Column(found.view, found.body.get("spec") or {}) for found in find_in(self._cluster, jobs)]
-        rows = {column.job.place: _numbers(comparing.figures_of(column)) for column in columns}
+        columns = [compare.Column(found.view, found.body.get("spec") or {}) for found in find_in(self._cluster, jobs)]
+        rows = {column.job.place: _numbers(compare.figures_of(column)) for column in columns}
         try:
             pandas: Any = import_module("pandas")
         except ImportError:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qlora_trainer.hardware import bf16_in_hardware
+from qlora_trainer.model.hardware import bf16_in_hardware
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

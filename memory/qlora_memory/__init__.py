@@ -14,25 +14,29 @@ experts, activations on a tape of what autograd keeps
 estimate             all of it, at the moments that can be the highest
 gpus, cost           GPUs without having one; time and money
 planner, remedies    choose; say what would fit
-ladder               the next smaller choice after running out of memory
 ===================  ========================================================================
 """
 
-from qlora_api.memory.cost import Cost, Span, cost, flop_per_token
-from qlora_api.memory.estimate import MemoryEstimate, Moment, Run, estimate
-from qlora_api.memory.families import model_shape
-from qlora_api.memory.gpus import GPUS, Gpu, check_gpu, gpu_named, gpu_of_device, resolved
-from qlora_api.memory.headers import HeaderError, TensorInfo, header_length, parse_header, shard_names, tensor_infos
-from qlora_api.memory.ladder import Choice, Rung, next_smaller
-from qlora_api.memory.planner import NoFit, Plan, Request, plan, plan_of, run_of
-from qlora_api.memory.remedies import Remedy, does_not_fit, remedies
-from qlora_api.memory.shape import ModelShape
-from qlora_api.memory.weights import Adapter
+from qlora_memory.estimate import MemoryEstimate, Moment, Run, estimate
+from qlora_memory.gpus import GPUS, Gpu, check_gpu, gpu_named, gpu_of_device, resolved
+from qlora_memory.planning.cost import Cost, Span, cost, flop_per_token
+from qlora_memory.planning.planner import NoFit, Plan, Request, plan, plan_of, run_of
+from qlora_memory.planning.remedies import Remedy, does_not_fit, remedies
+from qlora_memory.shape.model_shape import ModelShape
+from qlora_memory.shape.read_shape import model_shape
+from qlora_memory.shape.safetensors_headers import (
+    HeaderError,
+    TensorInfo,
+    header_length,
+    parse_header,
+    shard_names,
+    tensor_infos,
+)
+from qlora_memory.weights import Adapter
 
 __all__ = [
     "GPUS",
     "Adapter",
-    "Choice",
     "Cost",
     "Gpu",
     "HeaderError",
@@ -44,7 +48,6 @@ __all__ = [
     "Remedy",
     "Request",
     "Run",
-    "Rung",
     "Span",
     "TensorInfo",
     "check_gpu",
@@ -56,7 +59,6 @@ __all__ = [
     "gpu_of_device",
     "header_length",
     "model_shape",
-    "next_smaller",
     "parse_header",
     "plan",
     "plan_of",

@@ -9,21 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from qlora_api.memory.activations import Activations, activations
-from qlora_api.memory.gpus import CUBLAS_BYTES, MIB, Gpu
-from qlora_api.memory.optimizer import TrainingState, training_state
-from qlora_api.memory.setting import OURS, Setting, Software
-from qlora_api.memory.shape import AttentionKind, Experts, Linear, ModelShape
-from qlora_api.memory.weights import (
-    Adapter,
-    compute_width,
-    constant_bytes,
-    quantized_bytes,
-    rounding,
-    unquantized_bytes,
-)
 from qlora_api.spec import LoRASpec, Optimizer, ParallelismSpec, QuantizationSpec, QuantizationType
 from qlora_api.status import MemoryComponent
+from qlora_memory.activations.forward_backward import Activations, activations
+from qlora_memory.activations.setting import OURS, Setting, Software
+from qlora_memory.gpus import CUBLAS_BYTES, MIB, Gpu
+from qlora_memory.optimizer import TrainingState, training_state
+from qlora_memory.shape.model_shape import AttentionKind, Experts, Linear, ModelShape
+from qlora_memory.weights import Adapter, compute_width, constant_bytes, quantized_bytes, rounding, unquantized_bytes
 
 CONTEXT_BYTES = 720 * MIB
 """CUDA context (619 MiB), cuBLAS (66) and kernels that are loaded when they are first used: measured on an H200. Not in

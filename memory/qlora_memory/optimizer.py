@@ -1,7 +1,7 @@
 """Bytes that training the adapter adds: gradients, optimizer state, ZeRO's copies and buffers.
 
-Rajbhandari et al. 2020 (ZeRO), section 5, as DeepSpeed 0.19.8 and ``qlora_trainer.engine`` have it: what learns is
-fp32 and DeepSpeed is told nothing of 16-bit types.
+Rajbhandari et al. 2020 (ZeRO), section 5, as DeepSpeed 0.19.8 and ``qlora_trainer.engine.deepspeed_engine`` have it:
+what learns is fp32 and DeepSpeed is told nothing of 16-bit types.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from itertools import accumulate
 
-from qlora_api.memory.weights import Adapter
 from qlora_api.spec import Offload, Optimizer, ParallelismSpec
+from qlora_memory.weights import Adapter
 
 BLOCK = 256
 """Elements that share an absmax in 8-bit optimizer states. Dettmers et al. 2022 (8-bit optimizers), section 2.2;
@@ -23,8 +23,8 @@ SMALLEST_PAGED = 100_000
 CODES = 2 * 256 * 4
 """fp32 tables of the signed and unsigned 8-bit values: shared by all tensors in memory, with each in a checkpoint."""
 BUCKET = 500_000_000
-"""Most elements of ``reduce_bucket_size``, which is that of the adapter (``qlora_trainer.engine``): under ZeRO it is
-allocated whole (deepspeed.runtime.zero.stage_1_and_2.setup_buckets, stage3.__init__)."""
+"""Most elements of ``reduce_bucket_size``, which is that of the adapter (``qlora_trainer.engine.deepspeed_engine``):
+under ZeRO it is allocated whole (deepspeed.runtime.zero.stage_1_and_2.setup_buckets, stage3.__init__)."""
 ALIGNMENT = 2
 """Elements that a flat group is padded to for each rank: DeepSpeed's ``nccl_start_alignment_factor``."""
 _EIGHT_BIT = (Optimizer.PAGED_ADAMW_8BIT, Optimizer.ADAMW_8BIT)
@@ -91,7 +91,7 @@ def partitions(adapter: Adapter, stage: int, world_size: int) -> tuple[int, ...]
     """Elements of each tensor that the optimizer of one rank updates.
 
     Without ZeRO the adapter's own. Under ZeRO the rank's share of two flat groups, matrices and vectors
-    (``qlora_trainer.optim.parameter_groups``): ⌈n / 2W⌉·2 in stages 1 and 2, Σ ⌈nᵢ / W⌉ in stage 3.
+    (``qlora_trainer.engine.optim.parameter_groups``): ⌈n / 2W⌉·2 in stages 1 and 2, Σ ⌈nᵢ / W⌉ in stage 3.
     """
     if stage == 0:
         return adapter.tensors
@@ -149,7 +149,7 @@ def paged_bytes(tensors: tuple[int, ...], optimizer: Optimizer) -> int:
 def checkpoint_bytes(adapter: Adapter, optimizer: Optimizer, parallelism: ParallelismSpec, world_size: int) -> int:
     """Bytes of one checkpoint over all ranks: the adapter once, the moments, under ZeRO the partitions' weights.
 
-    ``qlora_trainer.state``; file headers and step numbers, some kilobytes, are left out.
+    ``qlora_trainer.checkpoint.engine_state``; file headers and step numbers, some kilobytes, are left out.
     """
     stage = parallelism.zero_stage
     chosen = Optimizer.ADAMW if parallelism.offload is Offload.OPTIMIZER else optimizer

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from qlora_api.errors import FieldMistake
-from qlora_api.memory.shape import Linear, ModelShape
 from qlora_api.spec import ComputeType, LoRABias, LoRASpec, QuantizationSpec, QuantizationType
+from qlora_memory.shape.model_shape import Linear, ModelShape
 
 BLOCK = 64
 """Weights that share an absmax. Dettmers et al. 2023, section 3; bitsandbytes.functional.quantize_4bit."""
@@ -91,8 +91,8 @@ class Adapter:
     def layers(self) -> tuple[Linear, ...]:
         """The adapted layers: all linear layers but the head, or those that a target names.
 
-        The same decision as ``qlora_trainer.model.add_lora``: a target is a full name or its dotted end; the head is
-        adapted only if it is named.
+        The same decision as ``qlora_trainer.model.base_model.add_lora``: a target is a full name or its dotted end; the
+        head is adapted only if it is named.
 
         Raises:
             FieldMistake: a target names none.

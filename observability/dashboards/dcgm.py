@@ -7,7 +7,7 @@ expression reads both.
 
 from __future__ import annotations
 
-from parts import JOB
+from observability.dashboards.panels import JOB
 
 
 def by_trainer_pod(metric: str) -> str:

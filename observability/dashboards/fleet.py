@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders import dashboard
 
-from parts import NAMESPACE, PERCENT, Column, Query, board, choice, figure, lines, rows, totals
+from observability.dashboards.panels import (
+    NAMESPACE,
+    PERCENT,
+    Column,
+    Query,
+    board,
+    choice,
+    figure,
+    lines,
+    rows,
+    totals,
+)
 
 GPU_TIME = f"qlora_operator_gpu_seconds_total{{{NAMESPACE}}}"
 TRAINING = f'qlora_section_seconds_total{{{NAMESPACE},section="Train"}}'

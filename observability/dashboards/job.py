@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders import dashboard
 
-from dcgm import of_job
-from parts import EACH_JOB, JOB, NO_DCGM, NO_GPU, PERCENT, Moments, Query, board, choice, figure, lines
+from observability.dashboards.dcgm import of_job
+from observability.dashboards.panels import (
+    EACH_JOB,
+    JOB,
+    NO_DCGM,
+    NO_GPU,
+    PERCENT,
+    Moments,
+    Query,
+    board,
+    choice,
+    figure,
+    lines,
+)
 
 BEFORE = " offset $__interval"
 LEFT = f"(max {EACH_JOB} (qlora_steps_planned{{{JOB}}}) - max {EACH_JOB} (qlora_step{{{JOB}}}))"

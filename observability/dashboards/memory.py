@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders import dashboard
 
-from parts import EACH_JOB, JOB, NO_GPU, PERCENT, WIDTH, Query, board, choice, figure, lines, side_by_side
+from observability.dashboards.panels import (
+    EACH_JOB,
+    JOB,
+    NO_GPU,
+    PERCENT,
+    WIDTH,
+    Query,
+    board,
+    choice,
+    figure,
+    lines,
+    side_by_side,
+)
 
 COMPONENT = "qlora_memory_component_bytes"
 PREDICTED = "qlora_memory_predicted_bytes"

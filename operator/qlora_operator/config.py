@@ -10,8 +10,8 @@ from pydantic import AfterValidator, Field, StringConstraints
 
 from qlora_api.base import Model
 from qlora_api.errors import validate
-from qlora_api.memory.gpus import GPUS
 from qlora_api.spec import Gang
+from qlora_memory.gpus import GPUS
 
 Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?([EPTGM]i?|[kKm]|Ki)?$", max_length=32)]
 """As Kubernetes writes amounts: 500m, 4, 16Gi."""

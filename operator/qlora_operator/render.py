@@ -13,9 +13,9 @@ from qlora_api.batch import BatchSplit, split_batch
 from qlora_api.contract import JobRef, TrainerConfig
 from qlora_api.job import API_VERSION, KIND, QLoRAJob
 from qlora_api.lifecycle import restarts
-from qlora_api.memory.gpus import known_gpu
 from qlora_api.spec import Gang, GradientCheckpointing, QLoRAJobSpec
 from qlora_api.status import Attempt, PrepareResult, QLoRAJobStatus
+from qlora_memory.gpus import known_gpu
 from qlora_operator.config import OperatorConfig
 from qlora_operator.names import (
     ATTEMPT_LABEL,

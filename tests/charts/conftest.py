@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from charts.helm import Helm
+from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError, find_or_build
-from services.fixtures import skip_unless_ci
 from services.tools import HELM
 
 

@@ -14,10 +14,10 @@ import yaml
 
 from charts.helm import CHART, REPOSITORY, HelmError
 from charts.kubernetes_schemas import LOCATION, close, kubernetes_schemas
+from fixtures import skip_unless_ci
 from qlora_api.crd import crd
 from qlora_api.job import GROUP, VERSION
 from services.binaries import ToolMissingError, find_or_build
-from services.fixtures import skip_unless_ci
 from services.tools import KUBECONFORM
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from charts.helm import CHART, NAMESPACE, RELEASE, REPOSITORY
-from cluster.harness.api import ApiError
-from cluster.harness.control_plane import ControlPlane, KubectlError
-from cluster.harness.jobs import qlora_job
+from cluster.api import ApiError
+from cluster.control_plane import ControlPlane, KubectlError
+from cluster.scenarios.jobs import qlora_job
+from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError
-from services.fixtures import skip_unless_ci
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,12 +1,9 @@
-"""Makes the builders importable, and holds texts against golden files."""
+"""Fixtures of tests of commands for clusters: golden files, and no cluster of the machine's own."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 GOLDEN = Path(__file__).parent / "golden"
 REFRESH = os.environ.get("REFRESH_GOLDEN") == "1"

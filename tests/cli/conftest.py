@@ -14,11 +14,15 @@ import pytest
 import yaml
 from rich.console import Console
 
-from qlora_cli.machine import Machine
-from qlora_cli.run import Request, run
+from qlora_cli.local.machine import Machine
+from qlora_cli.local.run import Request, run
 from services.patience import PATIENCE_SECONDS
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from cluster_fixtures import _no_cluster_of_the_machines_own, golden  # noqa: E402, F401 fixtures
+
 CPUS_ONLY = Machine()
 
 

@@ -5,8 +5,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
-from qlora_cli.cluster.api import Api
-from qlora_cli.cluster.kubeconfig import Access, User
+from qlora_cli.kube.api_client import Api
+from qlora_cli.kube.kubeconfig import Access, User
 
 
 class FakeServer:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.harness.control_plane import ControlPlane, Settings
+from cluster.control_plane import ControlPlane, Settings
+from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError
-from services.fixtures import skip_unless_ci
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

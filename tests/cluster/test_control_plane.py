@@ -7,35 +7,19 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from cluster.harness.api import ApiError
-from cluster.harness.control_plane import ControlPlane, KubectlError, Settings
+from cluster.api import ApiError
+from cluster.cluster_waits import wait_until_ended
+from cluster.control_plane import ControlPlane, KubectlError, Settings
 
-TESTS = Path(__file__).parents[1]
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def config_map(name: str) -> dict:
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"key": "value"}}
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and that nobody waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until_ended(pids: list[int], seconds: float = 10) -> list[int]:
-    """Those that still run in the end."""
-    deadline = time.monotonic() + seconds
-    while (alive := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return alive
 
 
 def test_objects_are_created_changed_and_deleted(control_plane: ControlPlane, namespace: str):
@@ -107,10 +91,10 @@ def test_two_clusters_run_at_once_and_an_api_server_can_restart(control_plane: C
 def test_no_process_outlives_the_harness(control_plane: ControlPlane, tmp_path: Path, how: signal.Signals):
     script = (
         "import pathlib, sys, time; sys.path.insert(0, sys.argv[1])\n"
-        "from cluster.harness.control_plane import ControlPlane\n"
+        "from cluster.control_plane import ControlPlane\n"
         "with ControlPlane(pathlib.Path(sys.argv[2])) as c: print(*c.pids.values(), flush=True); time.sleep(600)"
     )
-    command = [sys.executable, "-c", script, TESTS, tmp_path / "cluster"]
+    command = [sys.executable, "-c", script, TOOLS, tmp_path / "cluster"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=dict(os.environ)
     ) as harness:

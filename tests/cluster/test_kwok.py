@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cluster.harness.kwok import PREFIX, find_node_again, finish_pod, lose_node
+from cluster.cluster_waits import wait_for_condition
+from cluster.kwok import PREFIX, find_node_again, finish_pod, lose_node
 
 if TYPE_CHECKING:
-    from cluster.harness.api import Object
-    from cluster.harness.control_plane import ControlPlane
+    from cluster.api import Object
+    from cluster.control_plane import ControlPlane
 
 
 def indexed_job(name: str, pods: int, *, gpus: int = 1, grace_seconds: int = 30, **annotations: str) -> Object:
@@ -28,14 +29,6 @@ def indexed_job(name: str, pods: int, *, gpus: int = 1, grace_seconds: int = 30,
             "template": {"metadata": {"annotations": behaviour}, "spec": pod},
         },
     }
-
-
-def wait_for_condition(cluster: ControlPlane, namespace: str, job: str, condition: str, seconds: float = 30) -> None:
-    def holds(found: Object) -> bool:
-        return any(c["type"] == condition and c["status"] == "True" for c in found["status"].get("conditions", ()))
-
-    path = f"/apis/batch/v1/namespaces/{namespace}/jobs/{job}"
-    cluster.api.wait_for(path, holds, seconds=seconds, what=f"Job {job} {condition}")
 
 
 def wait_for_running(cluster: ControlPlane, namespace: str, job: str, count: int) -> list[Object]:

@@ -11,20 +11,19 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from cluster.harness import cgroups
-from cluster.harness.control_plane import ControlPlane, KubectlError, Settings
-from cluster.harness.images import BUSYBOX_IMAGE
-from cluster.harness.leftovers import remove_leftovers
-from cluster.harness.node import require_node_tools
-from cluster.harness.nodes import is_ready
-from cluster.test_control_plane import wait_until_ended
-from cluster.test_kwok import wait_for_condition
+from cluster.cluster_waits import wait_for_condition, wait_until_ended
+from cluster.control_plane import ControlPlane, KubectlError, Settings
+from cluster.leftovers import remove_leftovers
+from cluster.node import cgroups
+from cluster.node.images import BUSYBOX_IMAGE
+from cluster.node.node import require_node_tools
+from cluster.node.nodes import is_ready
+from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError, find_or_build
-from services.fixtures import skip_unless_ci
 from services.tools import CONTROL_PLANE, KUBECTL, NODE
 
 if TYPE_CHECKING:
-    from cluster.harness.api import Object
+    from cluster.api import Object
 
 GREET = """
 if [ "$JOB_COMPLETION_INDEX" = 0 ]; then
@@ -140,13 +139,13 @@ def test_a_node_is_lost_comes_back_and_leaves_nothing(tmp_path: Path):
 def test_a_killed_harness_takes_its_containers_along(tmp_path: Path):
     script = (
         "import pathlib, sys, time; sys.path.insert(0, sys.argv[1])\n"
-        "from cluster.harness.control_plane import ControlPlane, Settings\n"
+        "from cluster.control_plane import ControlPlane, Settings\n"
         "with ControlPlane(pathlib.Path(sys.argv[2]), Settings(real_nodes=True)) as c:\n"
         "    c.add_node(); print(c.slot.bridge, flush=True); time.sleep(600)"
     )
     _skip_without_tools()
     folder = tmp_path / "cluster"
-    command = [sys.executable, "-c", script, Path(__file__).parents[1], folder]
+    command = [sys.executable, "-c", script, Path(__file__).parents[2] / "tools", folder]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as harness:
         bridge = harness.stdout.readline().strip()
         assert Path(f"/sys/class/net/{bridge}").exists()

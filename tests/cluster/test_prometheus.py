@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.harness.processes import ComponentError
+from cluster.processes import ComponentError
+from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError
-from services.fixtures import skip_unless_ci
 from services.prometheus import Prometheus, PromtoolError, promtool, scrape
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import typer
 import yaml
 
 from docs.blocks import REPOSITORY
-from qlora_cli.main import app
+from qlora_cli.app import app
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

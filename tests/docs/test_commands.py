@@ -11,7 +11,7 @@ import yaml
 from docs.blocks import CLASSES, PAGES, REPOSITORY, all_blocks, missing, shell_blocks
 from docs.commands import NoCommandError, check, simple_commands
 from qlora_api.job import QLoRAJob
-from qlora_cli.main import app
+from qlora_cli.app import app
 
 LANGUAGES = {"", "json", "promql", "python", "sh", "yaml"}
 SHELL = all_blocks("sh")
@@ -56,7 +56,7 @@ def test_every_command_is_named(page):
 
 
 def test_the_demo_says_what_it_does(capsys):
-    from e2e.demo import say
+    from demo.demo import say
 
     say("helm install …", "Ctrl-C ends it.")
     assert capsys.readouterr().out == "helm install …\nCtrl-C ends it.\n"

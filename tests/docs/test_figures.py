@@ -22,16 +22,16 @@ def rows(heading):
 @pytest.fixture
 def components(tmp_path):
     """What 'qlora plan' says of the guide's base, by component."""
-    from qlora_cli import plan
+    from qlora_cli.memory_plan import plan_job
 
     block = next(b for b in blocks_of(GUIDE) if "config.json" in b.text)
     config = tmp_path / "config.json"
     config.write_text(re.search(r"^\{.*?\}$", block.text, re.MULTILINE | re.DOTALL)[0])
 
     def ask(*settings):
-        options = plan.Options(gpu="a100-80gb", model_config=config)
-        answered = plan.answer(REPOSITORY / "examples" / "cluster" / "one-gpu.yaml", options, settings)
-        return json.loads(json.dumps(plan.as_dict(answered)))["memory"]["components"]
+        options = plan_job.Options(gpu="a100-80gb", model_config=config)
+        answered = plan_job.answer(REPOSITORY / "examples" / "cluster" / "one-gpu.yaml", options, settings)
+        return json.loads(json.dumps(plan_job.as_dict(answered)))["memory"]["components"]
 
     return ask
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.harness.control_plane import Settings
-from e2e.material import make_material
-from e2e.stage import Stage
+from cluster.control_plane import Settings
+from demo.material import make_material
+from demo.stage import Stage
+from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError
-from services.fixtures import skip_unless_ci
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cluster.harness.jobs import condition, create_job, in_state, job_path
-from e2e.material import make_large_base
+from cluster.scenarios.jobs import condition, create_job, in_state, job_path
+from demo.material import make_large_base
 from services.patience import PATIENCE_SECONDS
 from services.prometheus import Prometheus, scrape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from cluster.harness.api import Object
-    from e2e.stage import Stage
+    from cluster.api import Object
+    from demo.stage import Stage
 
 JOB_SECONDS = PATIENCE_SECONDS
 METRICS_PORT = 9400

@@ -6,7 +6,7 @@ import pytest
 
 from qlora_api.batch import split_batch
 from qlora_api.spec import Optimizer, QuantizationType
-from qlora_cli import manifest, validate
+from qlora_cli.manifest import job_manifest, validate
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MANIFESTS = sorted(EXAMPLES.glob("**/*.yaml"))
@@ -24,19 +24,19 @@ def test_example_is_valid(path):
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: p.name)
 def test_example_splits_its_batch_on_the_gpus_it_asks_for(path):
-    spec = manifest.one_job(path, ()).spec
+    spec = job_manifest.one_job(path, ()).spec
     split_batch(spec, spec.parallelism.workers * spec.parallelism.gpus_per_worker)
 
 
 def test_quickstart_splits_its_batch_on_two_cpu_processes_and_reads_what_prepare_writes():
-    spec = manifest.one_job(EXAMPLES / "quickstart.yaml", ()).spec
+    spec = job_manifest.one_job(EXAMPLES / "quickstart.yaml", ()).spec
     assert split_batch(spec, 2).global_batch_size == spec.training.global_batch_size
     sources = (spec.model.source, spec.dataset.train.source, spec.dataset.eval.source)
     assert sources == tuple(f"./runs/quickstart-data/{name}" for name in ("base", "train.jsonl", "eval.jsonl"))
 
 
 def test_opt_example_is_the_classic_recipe():
-    spec = manifest.one_job(EXAMPLES / "opt-6.7b-imdb.yaml", ()).spec
+    spec = job_manifest.one_job(EXAMPLES / "opt-6.7b-imdb.yaml", ()).spec
     split = split_batch(spec, spec.parallelism.gpus_per_worker)
     assert (split.micro_batch_size, split.gradient_accumulation_steps) == (4, 4)
     assert (spec.lora.rank, spec.lora.alpha, spec.lora.dropout) == (8, 32, "0.05")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from fixtures import skip_unless_ci
 from images import containers
 from services.binaries import ToolMissingError
-from services.fixtures import skip_unless_ci
 from services.images import Image, build, root_file_system
 
 pytestmark = pytest.mark.timeout(1800)  # the first test of each image may build it

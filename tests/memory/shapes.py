@@ -8,15 +8,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from qlora_api.memory import ModelShape, model_shape
+from api.manifests import manifest
 from qlora_api.spec import QLoRAJobSpec
-
-from ..manifests import manifest  # noqa: TID252 the suite's own builder
+from qlora_memory import ModelShape, model_shape
 
 
 def figures() -> ModuleType:
     """benchmarks/memory_figures.py, which has the published runs."""
-    path = Path(__file__).parents[3] / "benchmarks" / "memory_figures.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "memory_figures.py"
     known = sys.modules.get("memory_figures")
     if known is not None:
         return known

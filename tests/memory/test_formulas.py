@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from qlora_api.errors import FieldMistake
-from qlora_api.memory import GPUS, Adapter, Moment, Run, estimate, flop_per_token, model_shape
-from qlora_api.memory.optimizer import checkpoint_bytes, moment_bytes, partitions, training_state
-from qlora_api.memory.shape import Linear
-from qlora_api.memory.weights import constant_bytes, quantized_bytes
 from qlora_api.spec import LoRASpec, Optimizer, ParallelismSpec, QuantizationSpec
 from qlora_api.status import MemoryComponent
+from qlora_memory import GPUS, Adapter, Moment, Run, estimate, flop_per_token, model_shape
+from qlora_memory.optimizer import checkpoint_bytes, moment_bytes, partitions, training_state
+from qlora_memory.shape.model_shape import Linear
+from qlora_memory.weights import constant_bytes, quantized_bytes
 
 from .shapes import LLAMA_8B, figures, llama_8b
 
@@ -134,7 +134,7 @@ def test_checkpoints_are_two_bytes_times_hidden_a_token_and_layer():
 
 
 def test_the_fp32_upcast_costs_two_gigabytes_on_an_8b():
-    from qlora_api.memory.setting import Software
+    from qlora_memory.activations.setting import Software
 
     lifted = estimate(run(software=Software(fp32_embeddings=True))).peak_bytes
     assert lifted - estimate(run()).peak_bytes == pytest.approx(2.1e9, rel=0.01)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from qlora_api.errors import FieldMistake
-from qlora_api.memory import HeaderError, TensorInfo, header_length, model_shape, parse_header, shard_names
+from qlora_memory import HeaderError, TensorInfo, header_length, model_shape, parse_header, shard_names
 
 from .shapes import LLAMA_8B, llama_8b
 

@@ -8,9 +8,11 @@ import pytest
 
 from qlora_api.batch import BatchSplit
 from qlora_api.errors import FieldMistake
-from qlora_api.memory import (
+from qlora_api.memory_fallback import Choice, next_smaller
+from qlora_api.spec import ComputeType, Offload, QuantizationType
+from qlora_api.status import MemoryComponent
+from qlora_memory import (
     GPUS,
-    Choice,
     NoFit,
     Plan,
     Request,
@@ -20,16 +22,13 @@ from qlora_api.memory import (
     gpu_named,
     gpu_of_device,
     model_shape,
-    next_smaller,
     plan,
     plan_of,
     remedies,
     run_of,
 )
-from qlora_api.memory.gpus import known_gpu
-from qlora_api.memory.remedies import changed
-from qlora_api.spec import ComputeType, Offload, QuantizationType
-from qlora_api.status import MemoryComponent
+from qlora_memory.gpus import known_gpu
+from qlora_memory.planning.remedies import changed
 
 from .shapes import LLAMA_8B, LLAMA_70B, figures, llama_8b, spec
 
@@ -378,8 +377,8 @@ def test_published_speeds_lie_within_what_is_expected():
         ("a100-80gb", 4096, 32768, True, 4105),
         ("rtx4090-24gb", 2048, 8192, True, 2413),
     ]
-    from qlora_api.memory import Adapter
-    from qlora_api.memory.cost import seconds_per_token
+    from qlora_memory import Adapter
+    from qlora_memory.planning.cost import seconds_per_token
 
     shape, quantization = llama_8b(), spec().quantization
     for gpu, row, tokens, again, measured in runs:

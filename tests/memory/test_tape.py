@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_api.memory.tape import Tape, Value
+from qlora_memory.activations.tape import Tape, Value
 
 
 def test_nothing_is_kept_for_what_does_not_learn():

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError
-from services.fixtures import skip_unless_ci
 from services.prometheus import PromtoolError, promtool
 
 REPOSITORY = Path(__file__).parents[2]

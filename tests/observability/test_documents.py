@@ -13,7 +13,7 @@ import yaml
 
 from qlora_api.metrics_catalogue import CATALOGUE, OPERATOR, RANK, TRAINER, Kind
 from qlora_api.status import Reason
-from qlora_cli.explain import describe
+from qlora_cli.manifest.explain import describe
 
 REPOSITORY = Path(__file__).parents[2]
 CHART = REPOSITORY / "charts" / "qlora-operator"
@@ -44,7 +44,7 @@ def expressions(path):
 
 
 def test_generated_files_are_fresh():
-    command = [sys.executable, REPOSITORY / "observability" / "generate.py", "--check"]
+    command = [sys.executable, "-m", "observability.generate", "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
 

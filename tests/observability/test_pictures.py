@@ -2,19 +2,17 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-sys.path[:0] = [str(REPOSITORY / "observability"), str(REPOSITORY / "benchmarks")]
 
-from chromium import Chromium, program  # noqa: E402 found by the line above
-from draw import NARROW, WIDE, fitting, picture  # noqa: E402
-from terminal import Session  # noqa: E402
-from terminal import picture as screen  # noqa: E402
+from docs_pictures.chromium import Chromium, program  # noqa: E402 found by the line above
+from docs_pictures.draw import NARROW, WIDE, fitting, picture  # noqa: E402
+from docs_pictures.terminal import Session  # noqa: E402
+from docs_pictures.terminal import picture as screen  # noqa: E402
 
 BOARDS = sorted((REPOSITORY / "charts" / "qlora-operator" / "dashboards").glob("*.json"))
 SVG = "{http://www.w3.org/2000/svg}"

@@ -11,9 +11,9 @@ from qlora_api.job import QLoRAJob
 from qlora_api.spec import Gang
 from qlora_api.status import Attempt, QLoRAJobStatus
 from qlora_operator.config import OperatorConfig
-from qlora_operator.decision import Plan
-from qlora_operator.plan import plan
-from qlora_operator.seen import JobState, Observed, SeenJob, SeenPod
+from qlora_operator.decide.decision import Plan
+from qlora_operator.decide.plan import plan
+from qlora_operator.state.observed import JobState, Observed, SeenJob, SeenPod
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 UID = "11111111-2222-3333-4444-555555555555"

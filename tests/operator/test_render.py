@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from operator_builders import UID
 
+from operator_builders import UID
 from qlora_api.contract import TrainerConfig
 from qlora_api.job import QLoRAJob
 from qlora_api.spec import Gang

@@ -1,13 +1,20 @@
-"""For all tests of the trainer."""
+"""For all tests of the trainer: builders and workers beside this file are importable."""
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
-from services.fixtures import skip_unless_ci
+from fixtures import skip_unless_ci
 from services.limits import memory_limit
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from storage_fixtures import job, make_adapter, make_facts, make_model, place, tmpfs  # noqa: F401 fixtures
+from tiny_models import tiny_models  # noqa: F401 a fixture
 
 
 @pytest.fixture

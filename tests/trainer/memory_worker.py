@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import flatten, random_rows
 
 from qlora_api.batch import BatchSplit
 from qlora_api.spec import LoRASpec, ParallelismSpec, QuantizationSpec, TrainingSpec
-from qlora_trainer import state
-from qlora_trainer.engine import Ranks, apply_update, base_optimizer, join_ranks, wrap_deepspeed
-from qlora_trainer.loss import NextTokenLoss, call_arguments, head_is_plain
-from qlora_trainer.model import add_lora, load_base, weight_bytes
+from qlora_trainer.checkpoint import engine_state
+from qlora_trainer.engine.deepspeed_engine import apply_update, base_optimizer, join_ranks, wrap_deepspeed
+from qlora_trainer.model.base_model import add_lora, load_base, weight_bytes
+from qlora_trainer.model.loss import NextTokenLoss, call_arguments, head_is_plain
+from qlora_trainer.ranks import Ranks
+from random_rows import flatten, random_rows
 
 ACCUMULATION = 2
 
@@ -92,10 +93,10 @@ def measure(case: dict[str, Any], models: Path, ranks: Ranks) -> dict[str, Any]:
     apply_update(engine, 0.3, 1e-3)
     seen["optimizer"] = distinct(optimizer_tensors(engine))
     seen["partitioned"] = partitioned(engine) if parallelism.zero_stage == 3 else {}
-    saved = state.optimizer_tensors(engine)
+    saved = engine_state.optimizer_tensors(engine)
     own = sum(t.numel() * t.element_size() for name, t in saved.items() if name != "numbers")
     shared = ranks.sum(own)[0] if parallelism.zero_stage else own
-    adapter = state.adapter_tensors(engine.module.model)
+    adapter = engine_state.adapter_tensors(engine.module.model)
     seen["checkpoint"] = int(shared) + sum(t.numel() * t.element_size() for t in adapter.values())
     return seen
 

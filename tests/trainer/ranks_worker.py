@@ -16,14 +16,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from rows import flatten, random_rows
 
 from qlora_api.batch import BatchSplit
 from qlora_api.spec import LoRASpec, ParallelismSpec, QuantizationSpec, TrainingSpec
-from qlora_trainer import state
-from qlora_trainer.engine import Ranks, accumulate, apply_update, join_ranks, wrap_deepspeed
-from qlora_trainer.loss import NextTokenLoss, head_is_plain
-from qlora_trainer.model import add_lora, enable_gradient_checkpointing, load_base
+from qlora_trainer.checkpoint import engine_state
+from qlora_trainer.engine.deepspeed_engine import accumulate, apply_update, join_ranks, wrap_deepspeed
+from qlora_trainer.model.base_model import add_lora, enable_gradient_checkpointing, load_base
+from qlora_trainer.model.loss import NextTokenLoss, head_is_plain
+from qlora_trainer.ranks import Ranks
+from random_rows import flatten, random_rows
 
 ACCUMULATION = 2
 
@@ -48,7 +49,7 @@ def steps(
     """Losses and gradient norms; step n has the same four rows however many ranks there are."""
     losses, norms = [], []
     for step in range(first, last):
-        state.seed_step(1, step, ranks.rank)
+        engine_state.seed_step(1, step, ranks.rank)
         rows = random_rows(30, 50, 20, 40, seed=step)
         share = len(rows) // (ranks.world_size * ACCUMULATION)
         targets = sum(len(r) - 1 for r in rows)
@@ -64,15 +65,15 @@ def run(case: dict[str, Any], model: Path, ranks: Ranks) -> dict[str, Any]:
     engine, scale = build(case, model, ranks), case.get("lossScale")
     losses, norms = steps(engine, ranks, 0, 3, scale)
     skipped = leave_out_a_step(engine, ranks) if scale else {}
-    adapter = state.adapter_tensors(engine.module.model)
-    optimizer = state.optimizer_tensors(engine)
+    adapter = engine_state.adapter_tensors(engine.module.model)
+    optimizer = engine_state.optimizer_tensors(engine)
     onward, _ = steps(engine, ranks, 3, 6, scale)
     second = build(case, model, ranks)
-    state.load_adapter_tensors(second.module.model, adapter)
-    state.load_optimizer_tensors(second, optimizer)
+    engine_state.load_adapter_tensors(second.module.model, adapter)
+    engine_state.load_optimizer_tensors(second, optimizer)
     resumed, _ = steps(second, ranks, 3, 6, scale)
     third = build(case, model, ranks)
-    with state.unchanged(third):
+    with engine_state.unchanged(third):
         steps(third, ranks, 6, 8, scale)
     rehearsed, _ = steps(third, ranks, 0, 3, scale)
     return {
@@ -83,17 +84,21 @@ def run(case: dict[str, Any], model: Path, ranks: Ranks) -> dict[str, Any]:
         "resumed": resumed,
         "rehearsed": rehearsed,
         "files": {"adapter": sorted(adapter), "optimizer": sorted(optimizer)},
-        "optimizer_bytes": state.optimizer_bytes(second),
+        "optimizer_bytes": engine_state.optimizer_bytes(second),
     }
 
 
 def leave_out_a_step(engine: Any, ranks: Ranks) -> dict[str, Any]:
     """Take a step whose scaled loss overflows float16, and compare what it must not change. A collective."""
-    before = state.adapter_tensors(engine.module.model), state.optimizer_tensors(engine)
+    before = engine_state.adapter_tensors(engine.module.model), engine_state.optimizer_tensors(engine)
     _, (norm,) = steps(engine, ranks, 9, 10, scale=2.0**60)
-    after = state.adapter_tensors(engine.module.model), state.optimizer_tensors(engine)
+    after = engine_state.adapter_tensors(engine.module.model), engine_state.optimizer_tensors(engine)
     same = all(torch.equal(old[name], new[name]) for old, new in zip(before, after, strict=True) for name in old)
-    return {"norm_is_finite": math.isfinite(norm), "changed": not same, "gradient_bytes": state.gradient_bytes(engine)}
+    return {
+        "norm_is_finite": math.isfinite(norm),
+        "changed": not same,
+        "gradient_bytes": engine_state.gradient_bytes(engine),
+    }
 
 
 def main() -> None:

@@ -12,10 +12,10 @@ from peft import LoraConfig
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
+from fixtures import skip_unless_ci
 from qlora_api.contract import JobRef
 from qlora_api.spec import QLoRAJobSpec
-from qlora_trainer.manifest import PublishFacts
-from services.fixtures import skip_unless_ci
+from qlora_trainer.publish.adapter_manifest import PublishFacts
 
 torch.set_num_threads(1)
 

@@ -12,7 +12,7 @@ from qlora_api.batch import BatchSplit
 from qlora_api.contract import JobRef, TrainerConfig
 from qlora_api.spec import QLoRAJobSpec
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 
 CHURN = """

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Self
 
 import httpx
 
-from cluster.harness.api import Api, ApiError
-from cluster.harness.audit import read_audit_log
-from cluster.harness.credentials import Authority, KeyPair, write_kubeconfig
-from cluster.harness.kwok import Kwok
-from cluster.harness.leftovers import remove_leftovers
-from cluster.harness.network import Bridge
-from cluster.harness.node import Node, require_node_tools
-from cluster.harness.processes import Process
-from cluster.harness.slots import claim_slot
+from cluster.api import Api, ApiError
+from cluster.audit import read_audit_log
+from cluster.credentials import Authority, KeyPair, write_kubeconfig
+from cluster.kwok import Kwok
+from cluster.leftovers import remove_leftovers
+from cluster.network import Bridge
+from cluster.node.node import Node, require_node_tools
+from cluster.processes import Process
+from cluster.slots import claim_slot
 from services.binaries import find_or_build
 from services.patience import PATIENCE_SECONDS
 from services.tools import ETCD, KUBE_APISERVER, KUBE_CONTROLLER_MANAGER, KUBE_SCHEDULER, KUBECTL
@@ -30,8 +30,8 @@ from services.tools import ETCD, KUBE_APISERVER, KUBE_CONTROLLER_MANAGER, KUBE_S
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from cluster.harness.api import Object
-    from cluster.harness.audit import Request
+    from cluster.api import Object
+    from cluster.audit import Request
 
 READY_SECONDS = PATIENCE_SECONDS
 KUBECTL_SECONDS = PATIENCE_SECONDS

@@ -20,16 +20,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.harness.nodes import is_usable
-from cluster.harness.processes import Process
+from cluster.node.nodes import is_usable
+from cluster.processes import Process
 from services.binaries import find_or_build
 from services.tools import KWOK
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from cluster.harness.api import Api, Object
-    from cluster.harness.control_plane import ControlPlane
+    from cluster.api import Api, Object
+    from cluster.control_plane import ControlPlane
 
 STAGES = Path(__file__).with_name("kwok-stages.yaml")
 MANAGED = "kwok.x-k8s.io/node"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from cluster.harness import cgroups
-from cluster.harness.network import Bridge
-from cluster.harness.slots import try_claim
+from cluster.network import Bridge
+from cluster.node import cgroups
+from cluster.slots import try_claim
 
 
 def remove_leftovers() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cluster.harness.slots import Slot
+    from cluster.slots import Slot
 
 PREFIX_BITS = 17
 """Machine, nodes and pods; the other half of the cluster's range is for Services."""

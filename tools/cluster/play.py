@@ -1,6 +1,6 @@
 """A cluster to play with, until Ctrl-C: a real control plane, a real node that says it has GPUs, fake nodes if wanted.
 
-python tests/cluster/play.py [--gpus 8] [--fake-nodes 0]
+python tools/cluster/play.py [--gpus 8] [--fake-nodes 0]
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cluster.harness.control_plane import ControlPlane, Settings
-from cluster.harness.images import BUSYBOX_IMAGE
+from cluster.control_plane import ControlPlane, Settings
+from cluster.node.images import BUSYBOX_IMAGE
 from services.binaries import ToolMissingError, find_or_build
 from services.tools import HELM
 

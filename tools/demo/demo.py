@@ -1,6 +1,6 @@
 """The product on this machine: a cluster, the operator by its chart, and the quickstart as a QLoRAJob, until Ctrl-C.
 
-python tests/e2e/demo.py QUICKSTART_DATA
+python tools/demo/demo.py QUICKSTART_DATA
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cluster.harness.jobs import job_path
-from e2e.stage import CHART, Stage
+from cluster.scenarios.jobs import job_path
+from demo.stage import CHART, Stage
 from services.binaries import ToolMissingError, find_or_build
 from services.tools import HELM
 

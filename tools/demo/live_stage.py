@@ -17,12 +17,12 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Self
 
-from cluster.harness.control_plane import ControlPlane
-from cluster.harness.jobs import GROUP, create_job, in_state, job_path, qlora_job
-from cluster.harness.operator import Operator
-from cluster.harness.script import pods_do
-from cluster.harness.whole_life import PREPARED
-from e2e.material import make_material
+from cluster.control_plane import ControlPlane
+from cluster.scenarios.jobs import GROUP, create_job, in_state, job_path, qlora_job
+from cluster.scenarios.operator import Operator
+from cluster.scenarios.script import pods_do
+from cluster.scenarios.whole_life import PREPARED
+from demo.material import make_material
 from qlora_api.batch import split_batch
 from qlora_api.contract import JobRef, TrainerConfig
 from qlora_api.spec import QLoRAJobSpec
@@ -33,7 +33,7 @@ from services.prometheus import Prometheus, scrape
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-REPOSITORY = Path(__file__).parents[3]
+REPOSITORY = Path(__file__).parents[2]
 RULES = REPOSITORY / "charts" / "qlora-operator" / "files" / "alerts.yaml"
 CRD = REPOSITORY / "crds" / "qlora.dev_qlorajobs.yaml"
 NAME, TEAM, OTHERS = "answers", "team-a", "team-b"

@@ -29,6 +29,7 @@ def make_material(folder: Path) -> None:
     import small_base
     import stdlib_rows
     import torch
+
     from prepare import write_rows
 
     modules = stdlib_rows.read_modules()
@@ -52,7 +53,7 @@ def make_large_base(folder: Path, small: Path) -> None:
         small: a base whose tokenizer it gets.
 
     """
-    from qlora_api.memory import model_shape
+    from qlora_memory import model_shape
 
     shutil.copytree(small, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     (folder / "config.json").write_text(json.dumps(LLAMA_70B))

@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from cluster.harness.control_plane import ControlPlane, Settings
-from cluster.harness.jobs import job_path, merged, qlora_job
+from cluster.control_plane import ControlPlane, Settings
+from cluster.scenarios.jobs import job_path, merged, qlora_job
 from services import images
 from services.binaries import find_or_build
 from services.patience import PATIENCE_SECONDS
@@ -20,8 +20,8 @@ from services.tools import HELM
 from services.versitygw import VersityGateway
 
 if TYPE_CHECKING:
-    from cluster.harness.api import Object
-    from cluster.harness.node import Node
+    from cluster.api import Object
+    from cluster.node.node import Node
 
 CHART = Path(__file__).parents[2] / "charts" / "qlora-operator"
 RELEASE = "qlora"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, Protocol
 
-from plots import Area, Series, bars, curves, table
-from units import in_words
+from docs_pictures.grafana_units import in_words
+from docs_pictures.plots import Area, Series, bars, curves, table
 
 WIDTH, GAP = 24, 8
 """Columns; pixels between panels."""

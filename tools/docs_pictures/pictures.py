@@ -1,4 +1,4 @@
-"""Pictures from real runs on this machine: make pictures, or benchmarks/pictures.py [dashboards] [report] [docs]
+"""Draw pictures from real runs: make pictures, or tools/docs_pictures/pictures.py [dashboards] [report] [docs]
 
 dashboards  of a training, an operator and a Prometheus that run for it, and what commands say of the same jobs, into
             docs/pictures. There is no GPU in them: panels that need one say so. About six minutes; needs root.
@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[1]
-sys.path[:0] = [str(REPOSITORY / "observability"), str(REPOSITORY / "tests")]
+REPOSITORY = Path(__file__).parents[2]
+sys.path.insert(0, str(REPOSITORY / "tools"))
 
-import terminal  # noqa: E402 what is below needs the line above, and this stays beside it
-from chromium import Chromium, program  # noqa: E402
-from draw import NARROW, picture  # noqa: E402
-from observability.live.stage import NAME, OTHERS, TEAM, Stage  # noqa: E402
+from demo.live_stage import NAME, OTHERS, TEAM, Stage  # noqa: E402
+from docs_pictures import terminal  # noqa: E402 what is below needs the line above, and this stays beside it
+from docs_pictures.chromium import Chromium, program  # noqa: E402
+from docs_pictures.draw import NARROW, picture  # noqa: E402
 
 PICTURES = REPOSITORY / "docs" / "pictures"
 LOOKED_AT = REPOSITORY / "build" / "pictures"
@@ -83,7 +83,7 @@ class Asked:
     def _get(self, what: str, expression: str, **times: str) -> Any:
         for name, value in self.variables.items():
             expression = expression.replace(name, value)
-        return self.prometheus._get(what, query=expression, **times)["result"]  # noqa: SLF001 ours, in tests
+        return self.prometheus._get(what, query=expression, **times)["result"]
 
 
 def dashboards() -> None:

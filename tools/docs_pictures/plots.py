@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from units import in_words
+from docs_pictures.grafana_units import in_words
 
 COLOURS = 8
 MOST_LEGEND = 0.4

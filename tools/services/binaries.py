@@ -88,7 +88,7 @@ def _build(tool: GoTool, folder: Path, binary: Path) -> None:
     else:
         _go("install", "-ldflags", tool.ldflags, f"{tool.package}@{tool.version}", gobin=unfinished)
     (unfinished / tool.name).rename(binary)
-    print(f"built {tool.name} {tool.version} in {time.monotonic() - started:.0f} s", file=sys.stderr)  # noqa: T201
+    print(f"built {tool.name} {tool.version} in {time.monotonic() - started:.0f} s", file=sys.stderr)
 
 
 @contextmanager

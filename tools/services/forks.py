@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from multiprocessing.context import ForkServerContext
 
-PRELOADED = ["qlora_trainer.launch", "qlora_trainer.train"]
+PRELOADED = ["qlora_trainer.worker.launch", "qlora_trainer.training.train"]
 READ_WHEN_IMPORTED = {
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",

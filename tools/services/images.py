@@ -4,7 +4,7 @@
 built is found again by a key of all that goes into it. The base is a bare Debian made here; the trainer's torch is the
 index's CUDA build, with :mod:`services.cuda_stand_ins` in place of CUDA's libraries.
 
-``python tests/services/images.py`` builds both. Time on 2 cores, nothing cached but wheels: 4 minutes.
+``python tools/services/images.py`` builds both. Time on 2 cores, nothing cached but wheels: 4 minutes.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ MIRROR = "http://deb.debian.org/debian"
 """Where this machine's own apt knows no other for the suite."""
 BASE_PACKAGES = "ca-certificates"
 SOURCES: dict[Target, tuple[str, ...]] = {
-    "operator": ("api/qlora_api", "operator/qlora_operator"),
-    "trainer": ("api/qlora_api", "trainer/qlora_trainer"),
+    "operator": ("api/qlora_api", "memory/qlora_memory", "operator/qlora_operator"),
+    "trainer": ("api/qlora_api", "memory/qlora_memory", "trainer/qlora_trainer"),
 }
 STAND_INS = Path(cuda_stand_ins.__file__)
 PROGRAMS = ("buildah", "debootstrap", "runc")
@@ -301,9 +301,9 @@ def _run(*command: str | Path) -> str:
 
 
 def _say(what: str, file: Path) -> None:
-    print(f"{what}, {file.stat().st_size / 1e6:.0f} MB", file=sys.stderr)  # noqa: T201
+    print(f"{what}, {file.stat().st_size / 1e6:.0f} MB", file=sys.stderr)
 
 
 if __name__ == "__main__":
     for each in get_args(Target):
-        print(build(each).archive)  # noqa: T201
+        print(build(each).archive)

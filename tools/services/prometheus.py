@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 
-from cluster.harness.processes import Process
+from cluster.processes import Process
 from services.binaries import ToolMissingError
 from services.patience import PATIENCE_SECONDS
 from services.ports import free_port

@@ -1,4 +1,4 @@
-"""Every Go tool the tests run, pinned. ``python tests/services/tools.py`` builds those that are missing.
+"""Every Go tool the tests run, pinned. ``python tools/services/tools.py`` builds those that are missing.
 
 Time on 2 cores, nothing cached: 10 to 12 minutes.
 """

@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 
 from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig, reason_of
-from qlora_trainer import last_word
 from qlora_trainer.errors import StorageError, TrainerError
-from qlora_trainer.prepared import Prepared, bring
-from qlora_trainer.published import finished_run
-from qlora_trainer.records import Records
-from qlora_trainer.stop import Stop
+from qlora_trainer.prepare.local_copy import Prepared, bring
+from qlora_trainer.prepare.records import Records
+from qlora_trainer.publish.published_adapter import finished_run
+from qlora_trainer.reporting import termination_message
+from qlora_trainer.worker.stop import Stop
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +32,12 @@ def run(config: TrainerConfig, path: Path, stop: Stop) -> int:
     """
     if done := finished_run(config):
         log.info("%s", done.message)
-        last_word.write(Path(config.termination_message_path), done)
+        termination_message.write(Path(config.termination_message_path), done)
         return ExitCode.DONE
     code = ready(config, path)
     if code:
         return code
-    from qlora_trainer.launch import launch  # noqa: PLC0415 seconds of torch, for nothing if there is nothing to do
+    from qlora_trainer.worker.launch import launch  # noqa: PLC0415 seconds of torch, for nothing if there is nothing to do
 
     return launch(config, path, stop)
 
@@ -61,7 +61,7 @@ def ready(config: TrainerConfig, path: Path) -> int:
     code = subprocess.run([sys.executable, "-m", "qlora_trainer.prepare", str(path)], check=False).returncode
     if code:
         return code if code > 0 else 128 - code
-    last_word.clear(Path(config.termination_message_path))  # Prepare's
+    termination_message.clear(Path(config.termination_message_path))  # Prepare's
     began = records.of_run()
     if began is None or (Prepared.read(config) or bring(config, began, records)) is None:
         raise StorageError(f"what Prepare has just left in {config.shared_cache_uri or config.cache_dir} is not there")
@@ -82,7 +82,7 @@ def main() -> int:
         log.error("%s", error)  # noqa: TRY400 one paragraph for a person; the trace would hide it
         code = error.exit_code
         word = TerminationMessage(exit_code=code, reason=reason_of(code), message=str(error))
-        last_word.write_unless_told(Path(config.termination_message_path), word)
+        termination_message.write_unless_told(Path(config.termination_message_path), word)
         return code
 
 

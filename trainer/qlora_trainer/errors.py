@@ -12,8 +12,8 @@
     ├── AdapterRejectedError   48  the publish gate found the adapter bad
     └── PeerLostError          49  another worker is gone, and knows why
 
-Errors of libraries get their codes in :mod:`qlora_trainer.outcome`: out of device memory 41, a collective that
-timed out 44, one whose connection broke 49, all else 1.
+Errors of libraries get their codes in :mod:`qlora_trainer.reporting.rank_exit`: out of device memory 41, a collective
+that timed out 44, one whose connection broke 49, all else 1.
 """
 
 from __future__ import annotations

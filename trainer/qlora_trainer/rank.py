@@ -1,4 +1,4 @@
-"""The process of one rank, started by :mod:`qlora_trainer.launch`: ``python -m qlora_trainer.rank CONFIG.json``"""
+"""Run one rank, as :mod:`qlora_trainer.worker.launch` starts it: ``python -m qlora_trainer.rank CONFIG.json``"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qlora_api.contract import TerminationMessage, TrainerConfig
 from qlora_trainer.allocator import keep_freed_memory
-from qlora_trainer.outcome import LastSeen, guarded
+from qlora_trainer.reporting.rank_exit import LastSeen, guarded
 
 
 def main() -> int:
@@ -17,7 +17,7 @@ def main() -> int:
         keep_freed_memory()
 
     def work(seen: LastSeen) -> TerminationMessage:
-        from qlora_trainer.train import train  # noqa: PLC0415 an import that fails ends in a termination message too
+        from qlora_trainer.training.train import train  # noqa: PLC0415 an import that fails ends in a termination message too
 
         return train(config, seen)
 

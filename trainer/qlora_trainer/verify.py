@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 
 from qlora_trainer.errors import TrainerError
-from qlora_trainer.published import verify_published
+from qlora_trainer.publish.published_adapter import verify_published
 
 USAGE = "usage: python -m qlora_trainer.verify MANIFEST_URI"
 

@@ -13,19 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.cluster.errors import ApiError, ClusterError
-from qlora_cli.cluster.jobs import read_run, view, view_run
-from qlora_cli.cluster.names import core_path
-from qlora_cli.cluster.storage import LocalFolder, MissingError, StorageError, open_folder
-from qlora_cli.cluster.target import program
+from qlora_cli.artifacts.storage import LocalFolder, MissingError, StorageError, open_folder
+from qlora_cli.jobs.job_view import read_run, view, view_run
+from qlora_cli.kube.errors import ApiError, ClusterError
+from qlora_cli.kube.names import core_path
+from qlora_cli.kube.target import program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from qlora_cli.cluster.api import Object
-    from qlora_cli.cluster.jobs import JobView
-    from qlora_cli.cluster.storage import Folder
-    from qlora_cli.cluster.target import Cluster
+    from qlora_cli.artifacts.storage import Folder
+    from qlora_cli.jobs.job_view import JobView
+    from qlora_cli.kube.api_client import Object
+    from qlora_cli.kube.target import Cluster
 
 MANIFEST = "manifest.json"
 SCHEMA = "qlora.dev/manifest/v1"

@@ -15,16 +15,16 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from qlora_cli import rundir
-from qlora_cli.answers import Answer, keep
-from qlora_cli.report import MANIFEST
+from qlora_cli.local import run_folder
+from qlora_cli.report.answers import Answer, keep
+from qlora_cli.report.facts import MANIFEST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from rich.console import Console, RenderableType
 
-    from qlora_cli.attempt import Commands
+    from qlora_cli.local.trainer_process import Commands
 
 TAIL_LINES = 20
 
@@ -93,7 +93,7 @@ def models_of_run(runs_dir: Path, name: str, base: str | None, merged: str | Non
         GenerateError: no such run, or not finished.
 
     """
-    record = rundir.Folder(runs_dir / name).read()
+    record = run_folder.Folder(runs_dir / name).read()
     if record is None:
         there = sorted(p.parent.name for p in runs_dir.glob("*/run.json"))
         known = f"; there are {', '.join(there)}" if there else ""

@@ -11,24 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_cli.cluster import adapters
-from qlora_cli.cluster.errors import ClusterError
-from qlora_cli.cluster.storage import LocalFolder
+from qlora_cli.artifacts import adapters
+from qlora_cli.artifacts.storage import LocalFolder
+from qlora_cli.kube.errors import ClusterError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from qlora_cli.cluster.adapters import Published
+    from qlora_cli.artifacts.adapters import Published
 
 _PROGRAM = """\
 import sys
 from pathlib import Path
-from qlora_trainer.chat import load_tokenizer
+from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.errors import TrainerError
-from qlora_trainer.fetch import fetch_model
-from qlora_trainer.gate import verify_merged
-from qlora_trainer.merge import merge
-from qlora_trainer.outcome import quiet_libraries
+from qlora_trainer.storage.fetch import fetch_model
+from qlora_trainer.publish.gate import verify_merged
+from qlora_trainer.publish.merge_adapter import merge
+from qlora_trainer.reporting.rank_exit import quiet_libraries
 
 source, revision, adapter, out, cache = sys.argv[1:]
 quiet_libraries()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qlora_cli.cluster.errors import ClusterError
+from qlora_cli.kube.errors import ClusterError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

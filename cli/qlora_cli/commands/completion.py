@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import os
-import sys
-from contextlib import suppress
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from qlora_cli.cluster.target import Target
+    from qlora_cli.kube.target import Target
 
 SECONDS = 2.0
 """A person waits for completion; a cluster that takes longer has no names."""
-NO_FILES = ":4"
-"""As cobra's ShellCompDirectiveNoFileComp."""
 
 
 def job_names(incomplete: str) -> list[str]:
     """Names of jobs in the context's namespace."""
-    from qlora_cli.cluster.names import jobs_path  # noqa: PLC0415
+    from qlora_cli.kube.names import jobs_path
 
     return _names(jobs_path, incomplete)
 
@@ -32,7 +28,7 @@ def namespaces(incomplete: str) -> list[str]:
 
 def _names(path: Callable[[str], str], incomplete: str) -> list[str]:
     """Nothing where anything goes wrong: a completion that prints an error ruins the line."""
-    from qlora_cli.cluster.target import connect  # noqa: PLC0415
+    from qlora_cli.kube.target import connect
 
     try:
         with connect(_target(_words())) as cluster:
@@ -49,9 +45,9 @@ def _words() -> list[str]:
 
 def _target(words: list[str]) -> Target:
     """Namespace and context as far as they are on the line already."""
-    from pathlib import Path  # noqa: PLC0415
+    from pathlib import Path
 
-    from qlora_cli.cluster.target import Target  # noqa: PLC0415
+    from qlora_cli.kube.target import Target
 
     given: dict[str, str] = {}
     for word, following in pairwise(words):
@@ -60,16 +56,3 @@ def _target(words: list[str]) -> Target:
                 given[names[-1]] = following
     kubeconfig = given.get("--kubeconfig")
     return Target(Path(kubeconfig) if kubeconfig else None, given.get("--context"), given.get("--namespace"))
-
-
-def for_kubectl() -> None:
-    """Answer kubectl: arguments are the words so far, the answer one candidate a line and a directive."""
-    words = ["qlora", *sys.argv[1:]]
-    os.environ["_QLORA_COMPLETE"] = "complete_bash"
-    os.environ["COMP_WORDS"] = " ".join(words)
-    os.environ["COMP_CWORD"] = str(len(words) - 1)
-    from qlora_cli.main import app  # noqa: PLC0415
-
-    with suppress(SystemExit):
-        app(prog_name="qlora")
-    sys.stdout.write(f"\n{NO_FILES}\n")

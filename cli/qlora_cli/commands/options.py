@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from qlora_cli.cluster.choices import Form
+from qlora_cli.text.choices import Form
 
 NO = 1
 """The answer is no: a watched job failed, an adapter is not what was published, the doctor found a fault."""
@@ -29,19 +29,19 @@ as the trainer does (docs/reference/command-line.md)."""
 
 def _names(incomplete: str) -> list[str]:
     """Names of jobs for completion; nothing where no cluster answers."""
-    from qlora_cli.cluster.complete import job_names
+    from qlora_cli.commands.completion import job_names
 
     return job_names(incomplete)
 
 
 def _contexts(incomplete: str) -> list[str]:
-    from qlora_cli.cluster import kubeconfig
+    from qlora_cli.kube import kubeconfig
 
     return [name for name in kubeconfig.contexts() if name.startswith(incomplete)]
 
 
 def _namespaces(incomplete: str) -> list[str]:
-    from qlora_cli.cluster.complete import namespaces
+    from qlora_cli.commands.completion import namespaces
 
     return namespaces(incomplete)
 
@@ -112,7 +112,7 @@ def ends() -> Iterator[None]:
 
 def _code(error: ValueError) -> int | None:
     """The exit code of an error in words; None for a bug, which must be seen."""
-    from qlora_cli.cluster.errors import ClusterError, ConfigError, UnreachableError
+    from qlora_cli.kube.errors import ClusterError, ConfigError, UnreachableError
 
     if isinstance(error, (UnreachableError, ConfigError)):
         return UNREACHABLE
@@ -121,6 +121,6 @@ def _code(error: ValueError) -> int | None:
     if "qlora_api.errors" not in sys.modules:
         return None
     from qlora_api.errors import FieldMistake, ManifestError
-    from qlora_cli.manifest import RefusedError
+    from qlora_cli.manifest.job_manifest import RefusedError
 
     return USER_ERROR if isinstance(error, (FieldMistake, ManifestError, RefusedError)) else None

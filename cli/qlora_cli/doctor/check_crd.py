@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qlora_cli.cluster.doctor.findings import Finding, fault, note, ok
-from qlora_cli.cluster.names import CRD, KIND
+from qlora_cli.doctor.findings import Finding, fault, note, ok
+from qlora_cli.kube.names import CRD, KIND
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from typing import Any
 
-    from qlora_cli.cluster.doctor.look import Seen
+    from qlora_cli.doctor.collect import Seen
 
 SHOWN = 4
 
@@ -59,9 +59,9 @@ def crd(seen: Seen, install: str) -> Iterator[Finding]:
 
 def own() -> Mapping[str, Any]:
     """This command line's schema."""
-    from qlora_cli import schema  # noqa: PLC0415 all API types
+    from qlora_cli.manifest import crd_schema  # noqa: PLC0415 all API types
 
-    return schema.root()
+    return crd_schema.root()
 
 
 def _schema(body: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.cluster.doctor.findings import Finding, fault, note, ok, unknown
-from qlora_cli.cluster.doctor.references import lacking
-from qlora_cli.cluster.jobs import view
-from qlora_cli.cluster.names import PART_OF_OPERATOR
+from qlora_cli.doctor.findings import Finding, fault, note, ok, unknown
+from qlora_cli.doctor.references import lacking
+from qlora_cli.jobs.job_view import view
+from qlora_cli.kube.names import PART_OF_OPERATOR
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from qlora_cli.cluster.api import Object
-    from qlora_cli.cluster.doctor.look import Seen
-    from qlora_cli.cluster.jobs import JobView
+    from qlora_cli.doctor.collect import Seen
+    from qlora_cli.jobs.job_view import JobView
+    from qlora_cli.kube.api_client import Object
 
 UNSEEN_SECONDS = 30
 """An operator that runs takes up a job within one."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.cluster.doctor import judge_crd, judge_jobs
-from qlora_cli.cluster.doctor.findings import Finding, fault, note, ok, unknown
-from qlora_cli.cluster.doctor.look import RIGHTS, Seen
-from qlora_cli.cluster.names import CHART
+from qlora_cli.doctor import check_crd, check_jobs
+from qlora_cli.doctor.collect import RIGHTS, Seen
+from qlora_cli.doctor.findings import Finding, fault, note, ok, unknown
+from qlora_cli.kube.names import CHART
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from qlora_cli.cluster.api import Object
+    from qlora_cli.kube.api_client import Object
 
 OLDEST = (1, 31)
 """Kubernetes. podFailurePolicy is stable from here on."""
@@ -26,18 +26,18 @@ def judge(seen: Seen, version: str) -> list[Finding]:
     return [
         *_cluster(seen),
         *_rights(seen),
-        *judge_crd.crd(seen, INSTALL),
+        *check_crd.crd(seen, INSTALL),
         *_operator(seen, version),
         *_admission(seen),
         *_gpus(seen),
         *_gang(seen),
-        *judge_jobs.references(seen),
-        *judge_jobs.storage(seen),
-        *judge_jobs.images(seen),
-        *judge_jobs.network(seen),
+        *check_jobs.references(seen),
+        *check_jobs.storage(seen),
+        *check_jobs.images(seen),
+        *check_jobs.network(seen),
         *_monitors(seen),
-        *judge_jobs.quotas(seen),
-        *judge_jobs.jobs(seen),
+        *check_jobs.quotas(seen),
+        *check_jobs.jobs(seen),
     ]
 
 
@@ -184,7 +184,7 @@ def _gpus(seen: Seen) -> Iterator[Finding]:
         return
     total, most = sum(having[name] for name in usable), max(having[name] for name in usable)
     yield ok("gpus", f"{total} {resource} on {len(usable)} ready nodes, up to {most} on one")
-    yield from judge_jobs.too_wide(seen, most)
+    yield from check_jobs.too_wide(seen, most)
 
 
 def _count(node: Object, resource: str) -> int:

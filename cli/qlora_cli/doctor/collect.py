@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.cluster.doctor import references
-from qlora_cli.cluster.errors import ApiError, UnreachableError
-from qlora_cli.cluster.names import CRD, GROUP, OPERATOR_SELECTOR, PART_OF_OPERATOR, PLURAL, core_path, jobs_path
+from qlora_cli.doctor import references
+from qlora_cli.doctor.answer import Answer
+from qlora_cli.kube.errors import ApiError, UnreachableError
+from qlora_cli.kube.names import CRD, GROUP, OPERATOR_SELECTOR, PART_OF_OPERATOR, PLURAL, core_path, jobs_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from qlora_cli.cluster.api import Api, Object
-    from qlora_cli.cluster.doctor.references import Named
-    from qlora_cli.cluster.target import Cluster
+    from qlora_cli.doctor.references import Named
+    from qlora_cli.kube.api_client import Api, Object
+    from qlora_cli.kube.target import Cluster
 
 TRAINERS = "app.kubernetes.io/managed-by=qlora-operator"
 WORKERS = 8
@@ -38,24 +39,6 @@ RIGHTS: tuple[tuple[str, str, str, str], ...] = (
     ("get", "", "pods/log", "logs"),
     ("list", "", "events", "events"),
 )
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one question brought: a value, or why there is none."""
-
-    value: Any = None
-    denied: bool = False
-    missing: bool = False
-    text: str = ""
-
-    @property
-    def there(self) -> bool:
-        return not (self.denied or self.missing)
-
-    @property
-    def items(self) -> list[Object]:
-        return list(self.value) if self.there and self.value is not None else []
 
 
 MISSING = Answer(missing=True)

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from qlora_cli.cluster.names import core_path
-from qlora_cli.cluster.storage import ENDPOINTS
+from qlora_cli.artifacts.storage import ENDPOINTS
+from qlora_cli.kube.names import core_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from qlora_cli.cluster.api import Object
-    from qlora_cli.cluster.doctor.look import Answer
+    from qlora_cli.doctor.answer import Answer
+    from qlora_cli.kube.api_client import Object
 
 CONNECT_SECONDS = 3.0
 _KEYS = {

@@ -5,16 +5,16 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from qlora_cli.cluster.errors import ClusterError
-from qlora_cli.cluster.jobs import view
-from qlora_cli.cluster.names import jobs_path
-from qlora_cli.cluster.target import get_job, program
+from qlora_cli.jobs.job_view import view
+from qlora_cli.kube.errors import ClusterError
+from qlora_cli.kube.names import jobs_path
+from qlora_cli.kube.target import get_job, program
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qlora_cli.cluster.api import Object
-    from qlora_cli.cluster.target import Cluster
+    from qlora_cli.kube.api_client import Object
+    from qlora_cli.kube.target import Cluster
 
 
 def set_suspend(cluster: Cluster, name: str, *, suspend: bool) -> tuple[Object, bool]:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from qlora_cli.cluster import figures
-from qlora_cli.cluster.output import Cell, aligned, state_cell
+from qlora_cli.text import figures
+from qlora_cli.text.output import Cell, aligned, state_cell
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from qlora_cli.cluster.api import Object
-    from qlora_cli.cluster.jobs import JobView
+    from qlora_cli.jobs.job_view import JobView
+    from qlora_cli.kube.api_client import Object
 
 _NO_MATTER = ("policy", "scheduling", "suspend")
 """Groups that change nothing in what is learned; shown with --all."""

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from qlora_cli.cluster import figures
-from qlora_cli.cluster.jobs import time
-from qlora_cli.cluster.names import core_path
-from qlora_cli.cluster.output import Cell
+from qlora_cli.jobs.job_view import time
+from qlora_cli.kube.names import core_path
+from qlora_cli.text import figures
+from qlora_cli.text.output import Cell
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from datetime import datetime
 
-    from qlora_cli.cluster.api import Object
-    from qlora_cli.cluster.target import Cluster
+    from qlora_cli.kube.api_client import Object
+    from qlora_cli.kube.target import Cluster
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qlora_cli.cluster import figures
-from qlora_cli.cluster.jobs import JobView, local_runs, read_run, view, view_run
-from qlora_cli.cluster.names import jobs_path
-from qlora_cli.cluster.output import Cell, state_cell
+from qlora_cli.jobs.job_view import JobView, local_runs, read_run, view, view_run
+from qlora_cli.kube.names import jobs_path
+from qlora_cli.text import figures
+from qlora_cli.text.output import Cell, state_cell
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
     from pathlib import Path
 
-    from qlora_cli.cluster.api import Object
-    from qlora_cli.cluster.target import Cluster
+    from qlora_cli.kube.api_client import Object
+    from qlora_cli.kube.target import Cluster
 
 NUMBERS = ("LOSS", "EVAL", "ETA", "RESTARTS", "GPU-MEM", "AGE")
 SPARE = ("GPU-MEM", "RESTARTS", "EVAL")

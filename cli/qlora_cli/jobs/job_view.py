@@ -9,12 +9,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.cluster.errors import ClusterError
+from qlora_cli.kube.errors import ClusterError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from qlora_cli.cluster.api import Object
+    from qlora_cli.kube.api_client import Object
 
 OVER = ("Succeeded", "Failed")
 NEEDS_A_HAND = frozenset({"Unschedulable", "QuotaExceeded", "MissingReference", "ImageUnavailable", "Refused"})

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from qlora_cli.cluster.errors import ClusterError
-from qlora_cli.cluster.jobs import in_use, read_run
-from qlora_cli.cluster.output import console
-from qlora_cli.cluster.tailing import prefix
+from qlora_cli.jobs.job_view import in_use, read_run
+from qlora_cli.jobs.logs import prefix
+from qlora_cli.kube.errors import ClusterError
+from qlora_cli.text.output import console
 
 if TYPE_CHECKING:
-    from qlora_cli.cluster.tailing import Line
+    from qlora_cli.jobs.logs import Line
 
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "bright_cyan", "bright_green", "bright_magenta")
 LOOK_SECONDS = 0.5

@@ -10,24 +10,17 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qlora_cli.cluster.errors import ApiError, ClusterError, UnreachableError
-from qlora_cli.cluster.jobs import view
-from qlora_cli.cluster.names import (
-    ATTEMPT_LABEL,
-    CONTAINER,
-    INDEX_LABEL,
-    JOB_LABEL,
-    core_path,
-    jobs_path,
-)
-from qlora_cli.cluster.target import get_job, program
+from qlora_cli.jobs.job_view import view
+from qlora_cli.kube.errors import ApiError, ClusterError, UnreachableError
+from qlora_cli.kube.names import ATTEMPT_LABEL, CONTAINER, INDEX_LABEL, JOB_LABEL, core_path, jobs_path
+from qlora_cli.kube.target import get_job, program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from qlora_cli.cluster.api import Object
-    from qlora_cli.cluster.jobs import JobView
-    from qlora_cli.cluster.target import Cluster
+    from qlora_cli.jobs.job_view import JobView
+    from qlora_cli.kube.api_client import Object
+    from qlora_cli.kube.target import Cluster
 
 PREPARE = 0
 _RANK = re.compile(r"^\S+ \S+ rank (\d+) (?P<rest>[A-Z]+ )")

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_cli.cluster.jobs import JobView, read_run, view, view_run
-from qlora_cli.cluster.target import Cluster, Target, connect, get_job, is_local, program
+from qlora_cli.jobs.job_view import JobView, read_run, view, view_run
+from qlora_cli.kube.target import Cluster, Target, connect, get_job, is_local, program
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qlora_cli.cluster.api import Object
+    from qlora_cli.kube.api_client import Object
 
 
 @dataclass(frozen=True)

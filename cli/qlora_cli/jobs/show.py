@@ -6,17 +6,16 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from qlora_cli import words
-from qlora_cli.cluster import figures
-from qlora_cli.cluster.output import STATE_STYLES, Cell, aligned
+from qlora_cli.text import figures, units
+from qlora_cli.text.output import STATE_STYLES, Cell, aligned
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from datetime import datetime
     from typing import Any
 
-    from qlora_cli.cluster.api import Object
-    from qlora_cli.cluster.jobs import JobView
+    from qlora_cli.jobs.job_view import JobView
+    from qlora_cli.kube.api_client import Object
 
 BAR = 30
 HELD = "\u00a0"
@@ -123,9 +122,9 @@ def _found(body: Object) -> Iterator[tuple[str, str]]:
         (found.get(key) or 0, text)
         for key, text in (("truncated", "truncated"), ("dropped", "dropped"), ("fullyMasked", "without a label"))
     ]
-    losses = "".join(f", {words.number(count)} {text}" for count, text in lost if count)
-    rows, tokens = words.number(found.get("trainRows") or 0), words.number(found.get("trainTokens") or 0)
-    held_out = f", {words.number(found['evalRows'])} for evaluation" if found.get("evalRows") else ""
+    losses = "".join(f", {units.number(count)} {text}" for count, text in lost if count)
+    rows, tokens = units.number(found.get("trainRows") or 0), units.number(found.get("trainTokens") or 0)
+    held_out = f", {units.number(found['evalRows'])} for evaluation" if found.get("evalRows") else ""
     yield "Rows", f"{rows} rows, {tokens} tokens{held_out}{losses}"
     if revision := found.get("modelRevision"):
         yield "Revision", str(revision)
@@ -177,7 +176,7 @@ def _memory(memory: Mapping[str, Any], width: int) -> list[Text]:
     )
     head = ("MEMORY PER RANK", "PREDICTED", "MEASURED")
     rows = [
-        [words.spaced(name), *(words.size(of[name]) if name in of else "" for of in (predicted, measured))]
+        [units.spaced(name), *(units.size(of[name]) if name in of else "" for of in (predicted, measured))]
         for name in names
     ]
     return aligned(head, rows, width, right=("PREDICTED", "MEASURED"))

@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_api.errors import FieldMistake
 from qlora_api.spec import REMOTE_SCHEMES
-from qlora_cli import manifest, schema, yamls
-from qlora_cli.cluster.errors import ApiError, ClusterError
-from qlora_cli.cluster.jobs import view
-from qlora_cli.cluster.names import LONGEST_NAME, RETRY_ANNOTATION, jobs_path
-from qlora_cli.cluster.target import get_job, program
-from qlora_cli.manifest import Located, RefusedError
+from qlora_cli.jobs.job_view import view
+from qlora_cli.kube.errors import ApiError, ClusterError
+from qlora_cli.kube.names import LONGEST_NAME, RETRY_ANNOTATION, jobs_path
+from qlora_cli.kube.target import get_job, program
+from qlora_cli.manifest import crd_schema, job_manifest
+from qlora_cli.manifest.job_manifest import Located, RefusedError
+from qlora_cli.text import kubernetes_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from qlora_cli.cluster.api import Object
-    from qlora_cli.cluster.target import Cluster
-    from qlora_cli.yamls import Document
+    from qlora_cli.kube.api_client import Object
+    from qlora_cli.kube.target import Cluster
+    from qlora_cli.text.kubernetes_yaml import Document
 
 _PLACES = ("model.source", "dataset.train.source", "dataset.eval.source", "output.destination")
 _SERVER_SET = ("uid", "resourceVersion", "generation", "creationTimestamp", "managedFields", "ownerReferences")
@@ -53,7 +54,7 @@ def read(path: Path, assignments: Sequence[str] = ()) -> Read:
         RefusedError: every mistake, with file and line.
 
     """
-    return _read(manifest.documents(path), str(path), assignments)
+    return _read(job_manifest.documents(path), str(path), assignments)
 
 
 def read_text(text: str, source: str, assignments: Sequence[str] = ()) -> Read:
@@ -63,20 +64,20 @@ def read_text(text: str, source: str, assignments: Sequence[str] = ()) -> Read:
         RefusedError: every mistake, with its line.
 
     """
-    return _read(yamls.read(text, source), source, assignments)
+    return _read(kubernetes_yaml.read(text, source), source, assignments)
 
 
 def _read(documents: Sequence[Document], source: str, assignments: Sequence[str]) -> Read:
-    overrides = [manifest.parse_override(text) for text in assignments]
+    overrides = [job_manifest.parse_override(text) for text in assignments]
     jobs: list[Submission] = []
     passed_over: list[str] = []
     mistakes: list[Located | str] = []
     for document in documents:
-        if manifest.is_foreign(document):
+        if job_manifest.is_foreign(document):
             passed_over.append(_title(document))
             continue
         try:
-            manifest.check(document, overrides)
+            job_manifest.check(document, overrides)
             body = _body(document, overrides)
         except RefusedError as error:
             mistakes += error.mistakes
@@ -97,9 +98,9 @@ def _title(document: Document) -> str:
     return f"{value['kind']} {name}".rstrip()
 
 
-def _body(document: Document, overrides: Sequence[manifest.Override]) -> Object:
+def _body(document: Document, overrides: Sequence[job_manifest.Override]) -> Object:
     """What is written in the file, not what defaults make of it: those are the API server's."""
-    body: Object = schema.without_nulls(manifest.overridden(document.value, overrides))  # type: ignore[arg-type]
+    body: Object = crd_schema.without_nulls(job_manifest.overridden(document.value, overrides))  # type: ignore[arg-type]
     body.pop("status", None)
     for name in _SERVER_SET:
         body["metadata"].pop(name, None)
@@ -219,7 +220,7 @@ def again(cluster: Cluster, name: str, new_name: str | None, assignments: Sequen
         "annotations": {**annotations, RETRY_ANNOTATION: name},
         **({"labels": meta["labels"]} if meta.get("labels") else {}),
     }
-    return manifest.overridden(body, [manifest.parse_override(text) for text in assignments])
+    return job_manifest.overridden(body, [job_manifest.parse_override(text) for text in assignments])
 
 
 def next_name(name: str) -> str:

@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from qlora_cli.cluster import figures
-from qlora_cli.cluster.jobs import JobView, counted, in_order, view
-from qlora_cli.cluster.listing import first_sentence
-from qlora_cli.cluster.names import jobs_path
-from qlora_cli.cluster.output import STATE_STYLES, Cell, aligned, state_cell
+from qlora_cli.jobs.job_list import first_sentence
+from qlora_cli.jobs.job_view import JobView, counted, in_order, view
+from qlora_cli.kube.names import jobs_path
+from qlora_cli.text import figures
+from qlora_cli.text.output import STATE_STYLES, Cell, aligned, state_cell
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from rich.console import Console
 
-    from qlora_cli.cluster.api import Event, Object
-    from qlora_cli.cluster.target import Cluster
+    from qlora_cli.kube.api_client import Event, Object
+    from qlora_cli.kube.target import Cluster
 
 DRAW_SECONDS = 1.0
 CLOCK_SECONDS = 10.0
@@ -279,7 +279,7 @@ def _state(job: JobView) -> Cell:
 
 def _single(job: JobView, board: Board, now: datetime, width: int) -> list[Text]:
     """One job has the screen to itself."""
-    from qlora_cli.cluster.showing import page as show  # noqa: PLC0415
+    from qlora_cli.jobs.show import page as show  # noqa: PLC0415
 
     lines = show(job, board.body, now, width)
     losses = list(board.losses.get(_key(job), ()))

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Self
 import httpx
 
 from qlora_api.deep_json import parse_json
-from qlora_cli.cluster import credentials
-from qlora_cli.cluster.errors import ApiError, UnreachableError
-from qlora_cli.cluster.names import FIELD_MANAGER
+from qlora_cli.kube import credentials
+from qlora_cli.kube.errors import ApiError, UnreachableError
+from qlora_cli.kube.names import FIELD_MANAGER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from qlora_cli.cluster.kubeconfig import Access
+    from qlora_cli.kube.kubeconfig import Access
 
 REQUEST_SECONDS = 30
 CONNECT_SECONDS = 10

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from qlora_cli.cluster.errors import ConfigError
+from qlora_cli.kube.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from qlora_cli.cluster.kubeconfig import Access, Exec
+    from qlora_cli.kube.kubeconfig import Access, Exec
 
 EXEC_SECONDS = 300
 """A plugin may wait for a person in a browser."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.cluster.names import GROUP
+from qlora_cli.kube.names import GROUP
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

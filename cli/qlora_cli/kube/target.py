@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_cli.cluster.errors import ApiError, ClusterError
+from qlora_cli.kube.errors import ApiError, ClusterError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from qlora_cli.cluster.api import Api, Object
+    from qlora_cli.kube.api_client import Api, Object
 
 PROGRAM, PLUGIN = "qlora", "kubectl-qlora"
 
@@ -50,8 +50,8 @@ def connect(target: Target) -> Iterator[Cluster]:
         ClusterError: no way is configured, or its credentials cannot be had.
 
     """
-    from qlora_cli.cluster import kubeconfig  # noqa: PLC0415 only commands that need a cluster load this
-    from qlora_cli.cluster.api import Api  # noqa: PLC0415
+    from qlora_cli.kube import kubeconfig  # noqa: PLC0415 only commands that need a cluster load this
+    from qlora_cli.kube.api_client import Api  # noqa: PLC0415
 
     access = kubeconfig.load(target.kubeconfig, target.context)
     with Api(access) as api:
@@ -78,7 +78,7 @@ def get_job(cluster: Cluster, name: str) -> Object:
         ClusterError: there is none of this name, and these are there.
 
     """
-    from qlora_cli.cluster.names import jobs_path  # noqa: PLC0415
+    from qlora_cli.kube.names import jobs_path  # noqa: PLC0415
 
     try:
         return cluster.api.get(jobs_path(cluster.namespace, name))
@@ -92,7 +92,7 @@ def no_such_job(cluster: Cluster, name: str) -> str:
     """Name the closest ones."""
     import difflib  # noqa: PLC0415
 
-    from qlora_cli.cluster.names import jobs_path  # noqa: PLC0415
+    from qlora_cli.kube.names import jobs_path  # noqa: PLC0415
 
     try:
         there = [item["metadata"]["name"] for item in cluster.api.list(jobs_path(cluster.namespace))[0]]

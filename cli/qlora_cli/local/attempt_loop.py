@@ -16,12 +16,12 @@ from pydantic import ValidationError
 from qlora_api.batch import BatchSplit, split_batch
 from qlora_api.contract import ExitCode, JobRef, PrepareReceipt, TerminationMessage, TrainerConfig, reason_of
 from qlora_api.lifecycle import Finish, after_attempt, restarts
-from qlora_api.memory.ladder import Choice
+from qlora_api.memory_fallback import Choice
 from qlora_api.status import Attempt, Reason
-from qlora_cli import local, render, rundir
-from qlora_cli.attempt import Process, Stopped, watch
-from qlora_cli.cluster.target import program
-from qlora_cli.progress import Poller, Waiting, Watcher, display_for
+from qlora_cli.kube.target import program
+from qlora_cli.local import local_spec, run_folder, run_view
+from qlora_cli.local.progress_view import Poller, Waiting, Watcher, display_for
+from qlora_cli.local.trainer_process import Process, Stopped, watch
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
     from qlora_api.contract import ProgressReport
     from qlora_api.job import QLoRAJob
-    from qlora_cli.attempt import Commands, Stop
-    from qlora_cli.machine import World
-    from qlora_cli.rundir import Folder, Lock, RunRecord, Step
+    from qlora_cli.local.machine import World
+    from qlora_cli.local.run_folder import Folder, Lock, RunRecord, Step
+    from qlora_cli.local.trainer_process import Commands, Stop
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells count."""
@@ -99,12 +99,12 @@ class Run:
         try:
             receipt = PrepareReceipt.model_validate_json(out.read_text(encoding="utf-8").rstrip().rsplit("\n", 1)[-1])
         except ValidationError as error:
-            raise rundir.RunError(f"{out}: its last line is no receipt: {error.errors()[0]['msg']}") from None
+            raise run_folder.RunError(f"{out}: its last line is no receipt: {error.errors()[0]['msg']}") from None
         refuse_other_rows(self.record, receipt, trained=self._trained())
         word = step.last_word()
         prepared = word.prepared if word else None
         self._keep(self.record.model_copy(update={"receipt": receipt, "prepared": prepared}))
-        console.print(render.receipt(receipt, None if self.record.attempts else prepared))
+        console.print(run_view.receipt(receipt, None if self.record.attempts else prepared))
         return None
 
     def _attempt(self) -> int | None:
@@ -117,14 +117,14 @@ class Run:
             micro_batch_size=batch.micro_batch_size,
             gradient_accumulation_steps=batch.gradient_accumulation_steps,
             gradient_checkpointing=choice.gradient_checkpointing,
-            start_time=rundir.now(),
+            start_time=run_folder.now(),
             node=platform.node(),
         )
         step = self._setting.folder.attempt(attempt.number)
         step.begin(self._config(step, choice).model_dump_json(by_alias=True, exclude_none=True))
         self._keep(self.record.with_attempt(attempt))
         ended = self._train(attempt.number, step)
-        attempt = conclude(attempt, ended, step.log, rundir.now())
+        attempt = conclude(attempt, ended, step.log, run_folder.now())
         record = self.record.with_attempt(attempt)
         if attempt.reason is Reason.COMPLETED:
             word = ended.word or TerminationMessage(exit_code=ExitCode.DONE, reason=Reason.COMPLETED)
@@ -159,12 +159,12 @@ class Run:
         following = after_attempt(policy, self.record.attempts[self._call_began_at :])
         if isinstance(following, Finish):
             if following.succeeded:
-                console.print(render.result(self.record, next_commands(self._setting.folder.path)))
+                console.print(run_view.result(self.record, next_commands(self._setting.folder.path)))
                 return int(ExitCode.DONE)
             return self._failed(step, ended.word, shell_code(ended.code), following.message, attempt)
         if ended.stopped is not Stopped.NO:
             return self._interrupted(attempt)
-        console.print(render.retry(attempt, following), soft_wrap=True)
+        console.print(run_view.retry(attempt, following), soft_wrap=True)
         self._stop.wait(following.wait_seconds)
         return self._interrupted(attempt) if self._stop.asked else None
 
@@ -197,7 +197,7 @@ class Run:
         self._setting.folder.write(record)
 
     def _trained(self) -> bool:
-        return rundir.trained(self.record) or self._setting.folder.has_checkpoints()
+        return run_folder.trained(self.record) or self._setting.folder.has_checkpoints()
 
     def _interrupted(self, attempt: Attempt | None = None) -> int:
         how = attempt.message[:1].upper() + attempt.message[1:] if attempt else "Stopped"
@@ -211,10 +211,10 @@ class Run:
         message = message or (word.message if word else f"Prepare ended with exit code {code} and left no last word")
         tail = [] if word else step.log_tail(TAIL_LINES)
         self._setting.console.print(
-            render.failure(reason_of(code) if word is None else word.reason, message, tail, step.log)
+            run_view.failure(reason_of(code) if word is None else word.reason, message, tail, step.log)
         )
         if last is not None:
-            self._setting.console.print(render.attempts(self.record.attempts))
+            self._setting.console.print(run_view.attempts(self.record.attempts))
         return code
 
 
@@ -228,7 +228,7 @@ def next_choice(setting: Setting, record: RunRecord) -> Choice:
         if planned and planned.batch.world_size == setting.world.ranks:
             return Choice(planned.batch, planned.gradient_checkpointing)
         batch = split_batch(setting.job.spec, setting.world.ranks)
-        return Choice(batch, local.checkpoints_gradients(setting.job.spec, setting.world))
+        return Choice(batch, local_spec.checkpoints_gradients(setting.job.spec, setting.world))
     last = record.attempts[-1]
     following = after_attempt(setting.job.spec.policy, record.attempts)
     if not isinstance(following, Finish):
@@ -273,7 +273,7 @@ def refuse_other_rows(record: RunRecord, found: PrepareReceipt, *, trained: bool
 
     """
     if trained and record.receipt and record.receipt.data_hash != found.data_hash:
-        raise rundir.RunError(
+        raise run_folder.RunError(
             f"the rows have changed since run {record.uid[:8]} began (data {record.receipt.data_hash[:12]} →"
             f" {found.data_hash[:12]}), and a resumed run must match its checkpoint; put the rows back,"
             f" use another metadata.name, or --fresh"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from qlora_api.base import Model
-    from qlora_cli.machine import World
+    from qlora_cli.local.machine import World
 
 _CLUSTER_ONLY = (
     "parallelism.workers",

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlora_api.errors import FieldMistake
-from qlora_api.memory.gpus import known_gpu
-from qlora_cli import words
+from qlora_cli.text import units as words
+from qlora_memory.gpus import known_gpu
 
 CPU_RANKS = 2
 """Enough to go through all that several ranks do, few enough for any laptop."""
@@ -39,7 +39,7 @@ class World:
     ranks: int
     words: str
     gpu: str | None = None
-    """The smallest of its GPUs, by its name in ``qlora_api.memory.GPUS``; None where that is not known."""
+    """The smallest of its GPUs, by its name in ``qlora_memory.GPUS``; None where that is not known."""
 
 
 def look() -> Machine:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_api.contract import ProgressReport
-from qlora_cli import words
+from qlora_cli.text import units
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -123,8 +123,8 @@ def before_second_evaluation(report: ProgressReport, every_steps: int | None) ->
 
 def expectation(report: ProgressReport) -> str:
     """What lies ahead, before the first step."""
-    steps = words.number(report.total_steps - report.first_step)
-    time_left = words.duration(report.expected_seconds or 0)
+    steps = units.number(report.total_steps - report.first_step)
+    time_left = units.duration(report.expected_seconds or 0)
     return f"{steps} steps are to be done: about {time_left} on this machine, by one trial step, evaluations included"
 
 
@@ -133,10 +133,10 @@ def within_section(report: ProgressReport) -> str:
     progress = report.section_progress
     if progress is None:
         return report.section
-    known = f"{report.section} {words.number(progress.done)} of {words.number(progress.total)} {progress.unit}"
+    known = f"{report.section} {units.number(progress.done)} of {units.number(progress.total)} {progress.unit}"
     if not progress.done or not progress.seconds:
         return known
-    return f"{known}, {words.number(progress.done / progress.seconds)}/s"
+    return f"{known}, {units.number(progress.done / progress.seconds)}/s"
 
 
 def figures(report: ProgressReport) -> list[tuple[str, str]]:
@@ -146,8 +146,8 @@ def figures(report: ProgressReport) -> list[tuple[str, str]]:
         ("loss", report.loss),
         ("eval", report.eval_loss),
         ("lr", report.learning_rate),
-        ("tokens/s", words.number(float(report.tokens_per_second)) if report.tokens_per_second else None),
-        ("left", words.duration(report.eta_seconds) if report.eta_seconds is not None else None),
+        ("tokens/s", units.number(float(report.tokens_per_second)) if report.tokens_per_second else None),
+        ("left", units.duration(report.eta_seconds) if report.eta_seconds is not None else None),
         ("slow", straggler(report)),
     )
     return [(label, value) for label, value in known if value is not None]
@@ -172,7 +172,7 @@ def plain_line(report: ProgressReport) -> str:
 
 def memory_line(report: ProgressReport) -> str:
     """Measured memory by component, the peak last."""
-    return " · ".join(f"{words.spaced(name)} {words.size(count)}" for name, count in report.memory.measured.items())
+    return " · ".join(f"{units.spaced(name)} {units.size(count)}" for name, count in report.memory.measured.items())
 
 
 class PlainDisplay:
@@ -199,7 +199,7 @@ class PlainDisplay:
         if report is None:
             if now >= self._next:
                 self._next = now + LINE_SECONDS
-                self.say(f"Attempt {self._attempt}: {STARTING}, {words.duration(now - self._began)}")
+                self.say(f"Attempt {self._attempt}: {STARTING}, {units.duration(now - self._began)}")
             return
         new = report.section not in self._sections or report.eval_loss != self._eval_loss
         if not new and now < self._next:
@@ -237,7 +237,7 @@ class LiveDisplay:
 
     def _render(self, report: ProgressReport | None) -> RenderableType:
         if report is None:
-            seconds = words.duration(time.monotonic() - self._began)
+            seconds = units.duration(time.monotonic() - self._began)
             return Text(f"Attempt {self._attempt} · {STARTING} … {seconds}", style="dim")
         head = Table.grid(padding=(0, 2))
         head.add_row(
@@ -277,7 +277,7 @@ class Waiting:
         now = self._clock()
         if now < self._next:
             return
-        shown = f"{self._text} {words.duration(now - self._began)}" if now - self._began >= 1 else self._text
+        shown = f"{self._text} {units.duration(now - self._began)}" if now - self._began >= 1 else self._text
         if self._status:
             self._status.update(shown)
         else:

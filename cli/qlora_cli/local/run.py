@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 
 from qlora_api.batch import split_batch
 from qlora_api.errors import FieldMistake
-from qlora_cli import local, loop, machine, manifest, render, rundir
-from qlora_cli.attempt import Commands, stop_on_signals
+from qlora_cli.local import attempt_loop, local_spec, machine, run_folder, run_view
+from qlora_cli.local.trainer_process import Commands, stop_on_signals
+from qlora_cli.manifest import job_manifest as manifest
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from qlora_api.job import QLoRAJob
-    from qlora_cli.machine import Machine, World
-    from qlora_cli.rundir import Folder, RunRecord
+    from qlora_cli.local.machine import Machine, World
+    from qlora_cli.local.run_folder import Folder, RunRecord
 
 
 @dataclass(frozen=True)
@@ -43,24 +44,24 @@ def run(request: Request, console: Console, commands: Commands, here: Machine | 
     job = manifest.one_job(request.manifest, request.overrides)
     here = here or machine.look()
     world = machine.choose_world(here, request.ranks)
-    spec = local.localize(job.spec, Path.cwd())
+    spec = local_spec.localize(job.spec, Path.cwd())
     job = job.model_copy(update={"spec": spec})
     _require_even_split(job, world)
     if here.note:
         console.print(f"Note: {here.note}", soft_wrap=True)
-    with rundir.locked(request.runs_dir, job.metadata.name) as lock:
-        folder = rundir.Folder(request.runs_dir.absolute() / job.metadata.name)
+    with run_folder.locked(request.runs_dir, job.metadata.name) as lock:
+        folder = run_folder.Folder(request.runs_dir.absolute() / job.metadata.name)
         record = _open(folder, job, console, fresh=request.fresh)
         if record.finished:
             _require_adapter(record)
-            console.print(render.result(record, loop.next_commands(folder.path)))
+            console.print(run_view.result(record, attempt_loop.next_commands(folder.path)))
             return 0
         record = record.model_copy(update={"device": world.device})
         folder.write(record)
-        setting = loop.Setting(job, world, folder, cache_dir(), commands, lock, console)
-        console.print(render.plan(record, spec, world, loop.next_choice(setting, record).batch, folder.path))
+        setting = attempt_loop.Setting(job, world, folder, cache_dir(), commands, lock, console)
+        console.print(run_view.plan(record, spec, world, attempt_loop.next_choice(setting, record).batch, folder.path))
         with stop_on_signals() as stop:
-            return loop.Run(setting, record, stop).go()
+            return attempt_loop.Run(setting, record, stop).go()
 
 
 def cache_dir() -> Path:
@@ -69,11 +70,11 @@ def cache_dir() -> Path:
     return Path(named).expanduser().absolute() if named else Path.home() / ".cache" / "qlora-operator"
 
 
-def _require_adapter(record: rundir.RunRecord) -> None:
+def _require_adapter(record: run_folder.RunRecord) -> None:
     """A finished run is done only while its adapter is there; in object storage that is not looked at."""
     adapter = record.result.adapter if record.result else None
     if adapter and "://" not in adapter.manifest_uri and not Path(adapter.manifest_uri).exists():
-        raise rundir.RunError(
+        raise run_folder.RunError(
             f"run {record.name} was done, but {adapter.manifest_uri} is gone; train it again with --fresh"
         )
 
@@ -100,20 +101,22 @@ def _open(folder: Folder, job: QLoRAJob, console: Console, *, fresh: bool) -> Ru
     """The record to go on with; a new one where there is none, or it is put aside."""
     name, spec = job.metadata.name, job.spec
     record = None if fresh else _read(folder)
-    trained = rundir.trained(record) or folder.has_checkpoints()
-    match rundir.opening(record, spec, trained=trained):
-        case rundir.Refuse(changed):
+    trained = run_folder.trained(record) or folder.has_checkpoints()
+    match run_folder.opening(record, spec, trained=trained):
+        case run_folder.Refuse(changed):
             lines = "\n".join(f"  {change}" for change in changed)
-            raise rundir.RunError(
+            raise run_folder.RunError(
                 f"{folder.path} holds a run of another spec, and a resumed run must match its checkpoint:\n{lines}\n"
                 "Use another metadata.name, or --fresh to put that run aside and start anew."
             )
-        case rundir.Resume(found) | rundir.Finished(found):
+        case run_folder.Resume(found) | run_folder.Finished(found):
             return found
-        case rundir.Begin():
+        case run_folder.Begin():
             if folder.path.exists():
-                console.print(f"The folder of an earlier run is now {folder.move_aside(rundir.now())}", soft_wrap=True)
-            return rundir.new_record(name, spec, rundir.now())
+                console.print(
+                    f"The folder of an earlier run is now {folder.move_aside(run_folder.now())}", soft_wrap=True
+                )
+            return run_folder.new_record(name, spec, run_folder.now())
 
 
 def _read(folder: Folder) -> RunRecord | None:
@@ -122,9 +125,9 @@ def _read(folder: Folder) -> RunRecord | None:
     if record is None or not record.attempts or record.attempts[-1].end_time is not None:
         return record
     step = folder.attempt(record.attempts[-1].number)
-    return rundir.orphaned(record, step.last_word(), _last_sign_of_life(step))
+    return run_folder.orphaned(record, step.last_word(), _last_sign_of_life(step))
 
 
-def _last_sign_of_life(step: rundir.Step) -> datetime:
+def _last_sign_of_life(step: run_folder.Step) -> datetime:
     times = [path.stat().st_mtime for path in (step.termination, step.log, step.config) if path.exists()]
-    return datetime.fromtimestamp(max(times), UTC) if times else rundir.now()
+    return datetime.fromtimestamp(max(times), UTC) if times else run_folder.now()

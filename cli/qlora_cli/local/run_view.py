@@ -11,7 +11,8 @@ from rich.text import Text
 
 from qlora_api.spec import ComputeType, LossOn, QLoRAJobSpec, QuantizationSpec, QuantizationType
 from qlora_api.status import Memory, MemoryComponent
-from qlora_cli import local, words
+from qlora_cli.local import local_spec
+from qlora_cli.text import units
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from qlora_api.contract import PrepareReceipt
     from qlora_api.lifecycle import Retry
     from qlora_api.status import Attempt, PrepareResult, Reason
-    from qlora_cli.machine import World
-    from qlora_cli.rundir import RunRecord
+    from qlora_cli.local.machine import World
+    from qlora_cli.local.run_folder import RunRecord
 
 LOG_WIDTH = 120
 """Columns where there is no terminal to ask."""
@@ -67,7 +68,7 @@ def plan(record: RunRecord, spec: QLoRAJobSpec, world: World, batch: BatchSplit,
         ("Checkpoints", f"{_cadence(spec)}, in {folder / 'checkpoints'}"),
         ("Output", spec.output.destination + (", with the merged model" if spec.output.merge != "None" else "")),
     ]
-    ignored = local.unused(spec)
+    ignored = local_spec.unused(spec)
     if ignored:
         rows.append(("Not used here", "; ".join(ignored)))
     return facts(rows)
@@ -128,7 +129,7 @@ def _schedule(spec: QLoRAJobSpec) -> str:
 
 def _machine(spec: QLoRAJobSpec, world: World) -> str:
     zero = f"ZeRO stage {spec.parallelism.zero_stage}"
-    recompute = "activations recomputed" if local.checkpoints_gradients(spec, world) else "activations kept"
+    recompute = "activations recomputed" if local_spec.checkpoints_gradients(spec, world) else "activations kept"
     return f"{world.words}; {zero}, {recompute}"
 
 
@@ -141,7 +142,7 @@ def _cadence(spec: QLoRAJobSpec) -> str:
 def receipt(found: PrepareReceipt, prepared: PrepareResult | None) -> RenderableType:
     """What Prepare found in the rows, with one of them; and where the training begins, what was decided."""
     lost = [
-        f"{words.number(count)} {what}"
+        f"{units.number(count)} {what}"
         for count, what in (
             (found.truncated, "truncated"),
             (found.dropped, "dropped as too long"),
@@ -151,21 +152,21 @@ def receipt(found: PrepareReceipt, prepared: PrepareResult | None) -> Renderable
     ]
     share = found.train_target_tokens / found.train_tokens if found.train_tokens else 0
     rows = [
-        ("Training rows", f"{words.number(found.train_rows)} in {words.number(found.train_sequences)} sequences"),
+        ("Training rows", f"{units.number(found.train_rows)} in {units.number(found.train_sequences)} sequences"),
         (
             "Tokens",
-            f"{words.number(found.train_tokens)}, {share:.0%} of them count; longest row {words.number(found.longest)}",
+            f"{units.number(found.train_tokens)}, {share:.0%} of them count; longest row {units.number(found.longest)}",
         ),
-        ("Rows by tokens", words.lengths(found.lengths)),
+        ("Rows by tokens", units.lengths(found.lengths)),
         ("Slots filled", f"{found.packing_efficiency:.1%}"),
         ("Rows cut or lost", ", ".join(lost) or "none"),
     ]
     if found.duplicates:
-        rows.append(("Repeated", f"{words.number(found.duplicates)} training rows repeat an earlier one"))
+        rows.append(("Repeated", f"{units.number(found.duplicates)} training rows repeat an earlier one"))
     if found.eval_rows:
-        known = f"; {words.number(found.eval_in_train)} of them are training rows too" if found.eval_in_train else ""
+        known = f"; {units.number(found.eval_in_train)} of them are training rows too" if found.eval_in_train else ""
         rows.append(
-            ("Evaluation", f"{words.number(found.eval_rows)} rows, {words.number(found.eval_tokens)} tokens{known}")
+            ("Evaluation", f"{units.number(found.eval_rows)} rows, {units.number(found.eval_tokens)} tokens{known}")
         )
     rows += _planned(prepared) if prepared else ()
     parts: list[RenderableType] = [facts(rows)]
@@ -184,8 +185,8 @@ def _planned(prepared: PrepareResult) -> Iterator[tuple[str, str]]:
     parts = {component: size for component, size in prepared.memory.items() if component != MemoryComponent.PEAK}
     if parts:
         largest = sorted(parts.items(), key=lambda part: -part[1])[:MOST_COMPONENTS]
-        mostly = ", ".join(f"{component} {words.size(size)}" for component, size in largest)
-        yield "Memory", f"{words.size(sum(parts.values()))} a rank, as predicted: {mostly}"
+        mostly = ", ".join(f"{component} {units.size(size)}" for component, size in largest)
+        yield "Memory", f"{units.size(sum(parts.values()))} a rank, as predicted: {mostly}"
     if prepared.expected_gpu_hours:
         yield "Should take", f"{prepared.expected_gpu_hours} GPU-hours, give or take half"
 
@@ -198,7 +199,7 @@ def retry(ended: Attempt, following: Retry) -> str:
     what = [f"Attempt {ended.number} ended: {ended.reason}. {ended.message}".rstrip()]
     if following.batch.micro_batch_size != ended.micro_batch_size:
         what.append(f"The next attempt takes smaller portions: {batch_equation(following.batch)}.")
-    when = f"in {words.duration(following.wait_seconds)}" if following.wait_seconds else "now"
+    when = f"in {units.duration(following.wait_seconds)}" if following.wait_seconds else "now"
     what.append(f"Resuming from the last checkpoint {when}.")
     return "\n".join(what)
 
@@ -212,7 +213,7 @@ def attempts(ended: Sequence[Attempt]) -> Table:
     for head in ("Attempt", "Ended", "Exit code", "Steps", "Batch", "Took"):
         table.add_column(head)
     for a in ended:
-        took = words.duration((a.end_time - a.start_time).total_seconds()) if a.end_time else ""
+        took = units.duration((a.end_time - a.start_time).total_seconds()) if a.end_time else ""
         steps = f"{a.first_step or 0} → {a.last_step}" if a.last_step is not None else ""
         code = "" if a.exit_code is None else str(a.exit_code)
         batch = f"{a.micro_batch_size} × {a.gradient_accumulation_steps} × {a.world_size}"
@@ -229,8 +230,8 @@ def memory(found: Memory) -> Table:
         table.add_column(head, justify="right")
     names = sorted(found.predicted | found.measured, key=lambda name: name == MemoryComponent.PEAK)
     for name in names:
-        cells = (words.size(by[name]) if name in by else "" for by in columns.values())
-        table.add_row(words.spaced(name), *cells)
+        cells = (units.size(by[name]) if name in by else "" for by in columns.values())
+        table.add_row(units.spaced(name), *cells)
     return table
 
 
@@ -270,12 +271,12 @@ def _results(record: RunRecord) -> Iterator[tuple[str, str]]:
     wall = sum(seconds for _, seconds in ended)
     ranks = sum(seconds * a.world_size for a, seconds in ended) / 3600
     kind = "GPU-hours" if record.device == "CUDA" else "CPU-rank-hours"
-    yield "Time", f"{words.duration(wall)}, {ranks:.3g} {kind}"
+    yield "Time", f"{units.duration(wall)}, {ranks:.3g} {kind}"
     if record.section_seconds:
-        yield "Time by part", ", ".join(f"{part} {words.duration(s)}" for part, s in parts(record, wall).items())
+        yield "Time by part", ", ".join(f"{part} {units.duration(s)}" for part, s in parts(record, wall).items())
     tokens = sum(record.tokens.values())
     if tokens:
-        yield "Tokens trained on", words.number(tokens)
+        yield "Tokens trained on", units.number(tokens)
 
 
 def parts(record: RunRecord, attempts_seconds: float) -> dict[str, float]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
 
-    from qlora_cli.rundir import Lock
+    from qlora_cli.local.run_folder import Lock
 
 TICK_SECONDS = 0.1
 INSIST_SECONDS = 1.0

@@ -12,14 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_api.base import DECIMAL_PATTERN
-from qlora_cli import schema
+from qlora_cli.manifest import crd_schema
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rich.console import RenderableType
 
-    from qlora_cli.schema import Schema
+    from qlora_cli.manifest.crd_schema import Schema
 
 _RULES = "x-kubernetes-validations"
 
@@ -28,7 +28,7 @@ class UnknownFieldError(ValueError):
     """No such field; ``str()`` names the closest ones."""
 
     def __init__(self, path: str) -> None:
-        close = schema.closest(path)
+        close = crd_schema.closest(path)
         hint = f"; closest: {', '.join(close)}" if close else "; 'qlora explain' lists the groups"
         super().__init__(f'"{path}" is not a field of a QLoRAJob{hint}')
 
@@ -64,7 +64,7 @@ def describe(path: str = "") -> Entry:
         UnknownFieldError: names the closest fields.
 
     """
-    way = schema.way_to(path or "spec")
+    way = crd_schema.way_to(path or "spec")
     if way is None:
         raise UnknownFieldError(path)
     full, schemas = way
@@ -72,7 +72,7 @@ def describe(path: str = "") -> Entry:
     inner = schemas[-1]
     fields = tuple(
         _entry(f"{entry.path}{'[]' if 'items' in inner else ''}.{name}", [*schemas, child])
-        for name, child in schema.fields_of(inner).items()
+        for name, child in crd_schema.fields_of(inner).items()
     )
     return Entry(**{**entry.__dict__, "fields": fields})
 
@@ -80,7 +80,7 @@ def describe(path: str = "") -> Entry:
 def _entry(path: str, schemas: list[Schema]) -> Entry:
     own, parent = schemas[-1], schemas[-2]
     required = parent.get("items", parent).get("required", [])
-    default = None if schema.fields_of(own) else own.get("default")
+    default = None if crd_schema.fields_of(own) else own.get("default")
     return Entry(
         path=path,
         type=_type(own),

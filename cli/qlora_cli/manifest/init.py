@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli import manifest, schema, yamls
-from qlora_cli.cluster.errors import ClusterError
+from qlora_cli.kube.errors import ClusterError
+from qlora_cli.manifest import crd_schema, job_manifest
+from qlora_cli.text import kubernetes_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,8 +82,8 @@ def text(answers: Answers) -> str:
     for group in GROUPS:
         lines += _group(group, chosen)
     written = "\n".join(lines) + "\n"
-    for document in yamls.read(written, "the manifest"):
-        manifest.check(document)
+    for document in kubernetes_yaml.read(written, "the manifest"):
+        job_manifest.check(document)
     return written
 
 
@@ -118,7 +119,7 @@ def _name(data: str, destination: str) -> str:
 
 def _group(group: str, chosen: dict[str, object]) -> Iterator[str]:
     """One group of the spec: what is set, then what may be, as comments with its default."""
-    known = schema.way_to(f"spec.{group}")
+    known = crd_schema.way_to(f"spec.{group}")
     if known is None:
         return
     tree = _tree({p: v for p, v in chosen.items() if p.startswith(f"{group}.")})
@@ -157,7 +158,7 @@ def _fields(tree: dict[str, Any], prefix: str, indent: int) -> Iterator[str]:
 
 def _extra(path: str, *, alone: bool) -> Iterator[str]:
     """A field that is not set, as a comment. ``alone``: its group is a comment too, one to take away as a whole."""
-    found = schema.way_to(f"spec.{path}")
+    found = crd_schema.way_to(f"spec.{path}")
     if found is None:
         return
     default = found[1][-1].get("default", _EXAMPLES.get(path))
@@ -168,7 +169,7 @@ def _extra(path: str, *, alone: bool) -> Iterator[str]:
 
 
 def _doc(path: str) -> str:
-    found = schema.way_to(path)
+    found = crd_schema.way_to(path)
     return str(found[1][-1].get("description", "")) if found else ""
 
 
@@ -188,7 +189,7 @@ def _scalar(value: object) -> str:
     if not isinstance(value, str):
         return json.dumps(value)
     plain = re.fullmatch(r"[A-Za-z0-9/.][A-Za-z0-9_./:@+-]*", value) and not value.endswith(":")
-    return value if plain and yamls.scalar(value) == value else json.dumps(value, ensure_ascii=False)
+    return value if plain and kubernetes_yaml.scalar(value) == value else json.dumps(value, ensure_ascii=False)
 
 
 def ask(given: dict[str, str | None], prompt: object) -> Answers:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from qlora_api import API_VERSION, KIND, QLoRAJob
 from qlora_api.errors import FieldMistake, ManifestError
 from qlora_api.job import GROUP
-from qlora_cli import schema, yamls
+from qlora_cli.manifest import crd_schema
+from qlora_cli.text import kubernetes_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from qlora_cli.yamls import Document
+    from qlora_cli.text.kubernetes_yaml import Document
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,12 @@ def documents(path: Path) -> list[Document]:
     """
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
-        found = yamls.read(text, str(path))
+        found = kubernetes_yaml.read(text, str(path))
     except OSError as error:
         raise RefusedError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise RefusedError(f"{path}: is not UTF-8 text") from None
-    except yamls.NotYamlError as error:
+    except kubernetes_yaml.NotYamlError as error:
         raise RefusedError(str(error)) from None
     if not found:
         raise RefusedError(f"{path}: holds no document")
@@ -92,7 +93,7 @@ def check(document: Document, overrides: Sequence[Override] = ()) -> QLoRAJob:
         for name, want in (("apiVersion", API_VERSION), ("kind", KIND)):
             if value.get(name) is None:
                 mistakes.append(FieldMistake(name, None, f"is required: {want}"))
-        value = schema.without_nulls(overridden(value, overrides))
+        value = crd_schema.without_nulls(overridden(value, overrides))
     try:
         job = QLoRAJob.from_manifest(value)
     except ManifestError as error:
@@ -131,17 +132,17 @@ def parse_override(text: str) -> Override:
     path = path.strip()
     if not separator or not re.fullmatch(r"[A-Za-z]+(\.[A-Za-z]+)*", path):
         raise RefusedError(f'--set "{text}": must read path=value, such as training.maxSteps=10')
-    found = schema.way_to(path)
+    found = crd_schema.way_to(path)
     if found is None:  # validation names the field and what is known there
-        outside_spec = path.split(".")[0] in (*schema.root()["properties"], "metadata")
+        outside_spec = path.split(".")[0] in (*crd_schema.root()["properties"], "metadata")
         full, kind = path if outside_spec else f"spec.{path}", "string"
     else:
         full, kind = found[0], found[1][-1].get("type", "object")
     if kind == "string" and raw not in ("null", "~"):
         return Override(full, raw)
     try:
-        values = yamls.read(raw, f"--set {path}")
-    except yamls.NotYamlError as error:
+        values = kubernetes_yaml.read(raw, f"--set {path}")
+    except kubernetes_yaml.NotYamlError as error:
         raise RefusedError(str(error)) from None
     return Override(full, values[0].value if values else None)
 

@@ -6,13 +6,14 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qlora_cli import manifest, words
+from qlora_cli.manifest import job_manifest
+from qlora_cli.text import units
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from qlora_cli.manifest import Located
+    from qlora_cli.manifest.job_manifest import Located
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,19 @@ def check_file(path: Path) -> Report:
     passed_over: list[str] = []
     mistakes: list[Located | str] = []
     try:
-        documents = manifest.documents(path)
-    except manifest.RefusedError as error:
+        documents = job_manifest.documents(path)
+    except job_manifest.RefusedError as error:
         return Report(str(path), mistakes=error.mistakes)
     for document in documents:
-        if manifest.is_foreign(document):
+        if job_manifest.is_foreign(document):
             passed_over.append(f"{document.value['kind']} (line {document.line})")  # type: ignore[index]
             continue
         try:
-            jobs.append(manifest.check(document).metadata.name)
-        except manifest.RefusedError as error:
+            jobs.append(job_manifest.check(document).metadata.name)
+        except job_manifest.RefusedError as error:
             mistakes += error.mistakes
     if not jobs and not mistakes:
-        mistakes.append(f"{path}: holds no QLoRAJob, only {words.listing(passed_over)}")
+        mistakes.append(f"{path}: holds no QLoRAJob, only {units.listing(passed_over)}")
     return Report(str(path), tuple(jobs), tuple(passed_over), tuple(mistakes))
 
 
@@ -59,8 +60,8 @@ def as_text(reports: Sequence[Report]) -> str:
     for report in reports:
         lines += [str(mistake) for mistake in report.mistakes]
         if report.good:
-            passed = f"; passed over: {words.listing(report.passed_over)}" if report.passed_over else ""
-            lines.append(f"{report.source}: {words.listing(report.jobs)} is valid{passed}")
+            passed = f"; passed over: {units.listing(report.passed_over)}" if report.passed_over else ""
+            lines.append(f"{report.source}: {units.listing(report.jobs)} is valid{passed}")
     wrong = sum(len(report.mistakes) for report in reports)
     if wrong > 1:
         lines.append(f"{wrong} mistakes")

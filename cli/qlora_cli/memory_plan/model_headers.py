@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qlora_api.errors import FieldMistake
-from qlora_api.memory import HeaderError, header_length, parse_header, shard_names
-from qlora_api.memory.headers import INDEX_FILE, LENGTH_BYTES, SINGLE_FILE
+from qlora_memory import HeaderError, header_length, parse_header, shard_names
+from qlora_memory.shape.safetensors_headers import INDEX_FILE, LENGTH_BYTES, SINGLE_FILE
 
 if TYPE_CHECKING:
     import httpx
 
-    from qlora_api.memory import TensorInfo
+    from qlora_memory import TensorInfo
 
 FIELD = "spec.model.source"
 CONFIG = "config.json"

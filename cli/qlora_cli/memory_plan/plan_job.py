@@ -6,7 +6,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_api.errors import FieldMistake
-from qlora_api.memory import (
+from qlora_cli.local import machine
+from qlora_cli.manifest import job_manifest
+from qlora_cli.memory_plan.model_headers import read_config, read_model
+from qlora_memory import (
     GPUS,
     Cost,
     NoFit,
@@ -22,17 +25,15 @@ from qlora_api.memory import (
     plan,
     remedies,
 )
-from qlora_api.memory.remedies import changed
-from qlora_cli import machine, manifest
-from qlora_cli.model_headers import read_config, read_model
+from qlora_memory.planning.remedies import changed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from qlora_api.memory import Gpu
     from qlora_api.spec import QLoRAJobSpec, QuantizationSpec
-    from qlora_cli.model_headers import ModelFiles
+    from qlora_cli.memory_plan.model_headers import ModelFiles
+    from qlora_memory import Gpu
 
 RANKS = (4, 8, 16, 32, 64, 128, 256)
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -92,7 +93,7 @@ def answer(path: Path, options: Options, overrides: Sequence[str] = ()) -> Answe
         ValueError: a mistake of the user's, in words.
 
     """
-    job = manifest.one_job(path, overrides)
+    job = job_manifest.one_job(path, overrides)
     gpu, here = _gpu(options)
     check_gpu(gpu, job.spec.quantization, "--gpu")
     world_size = options.gpus or here or job.spec.parallelism.workers * job.spec.parallelism.gpus_per_worker

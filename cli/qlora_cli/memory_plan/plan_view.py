@@ -8,19 +8,20 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from qlora_api.memory import NoFit, Plan, does_not_fit
-from qlora_api.memory.gpus import GIB
 from qlora_api.spec import ComputeType
-from qlora_cli import render, words
+from qlora_cli.local import run_view
+from qlora_cli.text import units
+from qlora_memory import NoFit, Plan, does_not_fit
+from qlora_memory.gpus import GIB
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import RenderableType
 
-    from qlora_api.memory import Cost, Span
     from qlora_api.spec import QLoRAJobSpec
-    from qlora_cli.plan import Answer, Variation
+    from qlora_cli.memory_plan.plan_job import Answer, Variation
+    from qlora_memory import Cost, Span
 
 BAR = 36
 """Characters of a bar as long as the GPU's memory."""
@@ -32,7 +33,7 @@ def show(answered: Answer) -> Group:
     """The whole answer."""
     outcome = answered.outcome
     chosen = outcome if isinstance(outcome, Plan) else outcome.smallest
-    parts: list[RenderableType] = [render.facts(_facts(answered, chosen)), "", memory(chosen)]
+    parts: list[RenderableType] = [run_view.facts(_facts(answered, chosen)), "", memory(chosen)]
     if chosen.notes:
         parts += ["", *(Text(f"Note: {note}.", style="dim") for note in chosen.notes)]
     if isinstance(outcome, NoFit):
@@ -51,15 +52,15 @@ def _facts(answered: Answer, chosen: Plan) -> list[tuple[str, str]]:
     rows = [
         ("Job", answered.job),
         ("Model", f"{shape.model_type}, {shape.parameters / 1e9:.2f} billion weights ({answered.place})"),
-        ("GPU", f"{count} × {gpu.name}, {words.size(gpu.memory_bytes)} each"),
+        ("GPU", f"{count} × {gpu.name}, {units.size(gpu.memory_bytes)} each"),
         ("Computes in", _compute_type(request.spec, chosen)),
-        ("Batch", render.batch_equation(chosen.batch)),
+        ("Batch", run_view.batch_equation(chosen.batch)),
         ("Sequences", f"up to {chosen.row} tokens, {recompute}"),
         ("Memory", _headroom(chosen)),
     ]
     speed = chosen.seconds_per_token
     most, expected, least = 1 / speed.low, 1 / speed.expected, 1 / speed.high
-    rows.append(("Speed", f"{words.number(round(expected))} tokens/s per GPU ({_range(least, most)})"))
+    rows.append(("Speed", f"{units.number(round(expected))} tokens/s per GPU ({_range(least, most)})"))
     if answered.cost is not None:
         rows.append(("Time", _time(answered.cost, answered.tokens or 0)))
         if answered.cost.money is not None:
@@ -81,28 +82,28 @@ def _compute_type(spec: QLoRAJobSpec, chosen: Plan) -> str:
 def _headroom(chosen: Plan) -> str:
     needed, left = chosen.memory.needed_bytes, chosen.headroom
     share = needed / chosen.gpu.memory_bytes
-    rest = f"{words.size(left)} left" if left >= 0 else f"{words.size(-left)} missing"
-    return f"{words.size(needed)} of {words.size(chosen.gpu.memory_bytes)} ({share:.0%}), {rest}"
+    rest = f"{units.size(left)} left" if left >= 0 else f"{units.size(-left)} missing"
+    return f"{units.size(needed)} of {units.size(chosen.gpu.memory_bytes)} ({share:.0%}), {rest}"
 
 
 def _range(low: float, high: float) -> str:
-    return f"{words.number(round(low))} to {words.number(round(high))}"
+    return f"{units.number(round(low))} to {units.number(round(high))}"
 
 
 def _time(found: Cost, tokens: int) -> str:
     hours = found.hours
     span = f"{_hours(hours.low)} to {_hours(hours.high)}"
     return (
-        f"{_hours(hours.expected)} ({span}) for {words.number(tokens)} tokens, {found.gpu_hours.expected:.3g} GPU-hours"
+        f"{_hours(hours.expected)} ({span}) for {units.number(tokens)} tokens, {found.gpu_hours.expected:.3g} GPU-hours"
     )
 
 
 def _hours(hours: float) -> str:
-    return words.duration(hours * 3600)
+    return units.duration(hours * 3600)
 
 
 def _per_million(chosen: Plan, count: int) -> str:
-    return words.duration(1e6 * chosen.seconds_per_token.expected / count)
+    return units.duration(1e6 * chosen.seconds_per_token.expected / count)
 
 
 def memory(chosen: Plan) -> Table:
@@ -113,10 +114,10 @@ def memory(chosen: Plan) -> Table:
     table.add_column(f"of {chosen.gpu.memory_bytes / GIB:.1f} GiB")
     total = chosen.gpu.memory_bytes
     for component, size in sorted(chosen.memory.components.items(), key=lambda item: -item[1]):
-        table.add_row(words.spaced(component), words.size(size), bar(size / total))
+        table.add_row(units.spaced(component), units.size(size), bar(size / total))
     needed = chosen.memory.needed_bytes
     style = "bold" if chosen.fits else "bold red"
-    table.add_row(Text("all", style=style), Text(words.size(needed), style=style), bar(needed / total))
+    table.add_row(Text("all", style=style), Text(units.size(needed), style=style), bar(needed / total))
     return table
 
 
@@ -143,13 +144,13 @@ def what_if(kind: str, rows: Sequence[Variation]) -> Table:
 def _cells(row: Variation) -> list[str]:
     outcome = row.outcome
     if isinstance(outcome, NoFit):
-        return [row.value, f"{words.size(outcome.smallest.memory.needed_bytes)}, too much", "", "", "", "", ""]
+        return [row.value, f"{units.size(outcome.smallest.memory.needed_bytes)}, too much", "", "", "", "", ""]
     again = "yes" if outcome.gradient_checkpointing else "no"
-    speed = words.number(round(1 / outcome.seconds_per_token.expected))
+    speed = units.number(round(1 / outcome.seconds_per_token.expected))
     hours, money = _spans(row.cost)
     return [
         row.value,
-        words.size(outcome.memory.needed_bytes),
+        units.size(outcome.memory.needed_bytes),
         str(outcome.batch.micro_batch_size),
         again,
         speed,

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from qlora_api.contract import PrepareReceipt
-from qlora_cli import report_history, rundir
-from qlora_cli.answers import Answer, kept
-from qlora_cli.report_history import History
+from qlora_cli.local import run_folder
+from qlora_cli.report import training_history
+from qlora_cli.report.answers import Answer, kept
+from qlora_cli.report.training_history import History
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from qlora_api.contract import TerminationMessage
     from qlora_api.status import Attempt
-    from qlora_cli.rundir import RunRecord
+    from qlora_cli.local.run_folder import RunRecord
 
 MANIFEST = "manifest.json"
-PAGE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -55,26 +55,10 @@ class Facts:
         return self.manifest is not None or bool(self.word and self.word.adapter)
 
 
-def write(run: str, runs_dir: Path, out: Path | None) -> Path:
-    """Write the page of a run, by its name or folder, or of a published adapter by its folder; where it is.
-
-    Raises:
-        RunError: there is no such run, or it cannot be read.
-
-    """
-    from qlora_cli.report_page import page  # noqa: PLC0415 pages import this module's types
-
-    facts, beside = gather(run, runs_dir)
-    path = out or beside / PAGE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(facts), encoding="utf-8")
-    return path
-
-
 def gather(run: str, runs_dir: Path) -> tuple[Facts, Path]:
     """What is known of a run, and the folder it is in."""
     for place in (runs_dir / run, Path(run)):
-        folder = rundir.Folder(place.absolute())
+        folder = run_folder.Folder(place.absolute())
         record = folder.read()
         if record is not None:
             return of_run(folder, record), folder.path
@@ -84,16 +68,16 @@ def gather(run: str, runs_dir: Path) -> tuple[Facts, Path]:
         return of_adapter(manifest), manifest.parent
     known = sorted(p.parent.name for p in runs_dir.glob("*/run.json") if ".old-" not in p.parent.name)
     there = f"; there are {', '.join(known)}" if known else ""
-    raise rundir.RunError(f"{run}: no run of this name in {runs_dir}{there}, and no folder with a {MANIFEST}")
+    raise run_folder.RunError(f"{run}: no run of this name in {runs_dir}{there}, and no folder with a {MANIFEST}")
 
 
-def of_run(folder: rundir.Folder, record: RunRecord) -> Facts:
+def of_run(folder: run_folder.Folder, record: RunRecord) -> Facts:
     """A local run, finished or not."""
     newest = folder.attempt(record.attempts[-1].number) if record.attempts else None
     word = record.result or (newest.last_word() if newest else None)
     memory = word.memory if word else None
     published = word.adapter.uri.removeprefix("file://") if word and word.adapter else "://"
-    history = report_history.of_run(folder.path, None if "://" in published else Path(published))
+    history = training_history.of_run(folder.path, None if "://" in published else Path(published))
     device = next((a.device for a in reversed(history.attempts.values()) if a.device), None)
     return Facts(
         name=record.name,
@@ -118,7 +102,7 @@ def of_adapter(manifest: Path) -> Facts:
     """A published adapter, copied here or made here: what its manifest and its history say."""
     try:
         found = json.loads(manifest.read_text("utf-8"))
-        history = report_history.of_file(manifest.parent / found["adapter"] / report_history.PUBLISHED_FILE)
+        history = training_history.of_file(manifest.parent / found["adapter"] / training_history.PUBLISHED_FILE)
         return Facts(
             name=found["job"],
             uid=found["runUid"],
@@ -134,7 +118,7 @@ def of_adapter(manifest: Path) -> Facts:
             told=told(history),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise rundir.RunError(f"{manifest} is no manifest of an adapter ({error})") from None
+        raise run_folder.RunError(f"{manifest} is no manifest of an adapter ({error})") from None
 
 
 def told(history: History) -> list[Answer]:

@@ -8,9 +8,9 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from qlora_api.status import MemoryComponent, Reason
-from qlora_cli import words, yamls
-from qlora_cli.report_charts import Curve, Mark, columns, lines, shares, smoothed
-from qlora_cli.report_style import STYLE
+from qlora_cli.report.charts import Curve, Mark, columns, lines, shares, smoothed
+from qlora_cli.report.style import STYLE
+from qlora_cli.text import kubernetes_yaml, units
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from qlora_api.contract import PrepareReceipt
     from qlora_api.status import Attempt
-    from qlora_cli.answers import Answer
-    from qlora_cli.report import Facts
-    from qlora_cli.report_history import History, StepFacts
+    from qlora_cli.report.answers import Answer
+    from qlora_cli.report.facts import Facts
+    from qlora_cli.report.training_history import History, StepFacts
 
 SMOOTHED_FROM = 30
 """Steps from which the loss is smoothed over a twentieth of them."""
@@ -45,7 +45,7 @@ def page(facts: Facts) -> str:
         _section("Samples", _samples(facts.receipt.samples) if facts.receipt else ""),
         _section("Base and adapter", _answers(facts)),
         _section("What was published", _published(facts)),
-        _section("Configuration", f'<pre class="config">{escape(yamls.dump(facts.spec))}</pre>'),
+        _section("Configuration", f'<pre class="config">{escape(kubernetes_yaml.dump(facts.spec))}</pre>'),
         _section("Environment", _environment(facts)),
     ]
     title = f"{facts.name}: report"
@@ -131,17 +131,17 @@ def _figures(facts: Facts) -> Iterator[tuple[str, str, str]]:
     if losses:
         yield "Training loss", f"{losses[-1]:.4f}", f"first step {losses[0]:.4f}"
     if history.steps:
-        yield "Steps", words.number(max(history.steps)), f"{words.number(facts.tokens)} tokens" if facts.tokens else ""
+        yield "Steps", units.number(max(history.steps)), f"{units.number(facts.tokens)} tokens" if facts.tokens else ""
     speeds = [s.tokens_per_second for s in history.steps.values() if s.tokens_per_second]
     if speeds:
-        yield "Tokens per second", words.number(round(median(speeds))), "median, all ranks"
+        yield "Tokens per second", units.number(round(median(speeds))), "median, all ranks"
     seconds, ranks = _held(facts.attempts)
     if seconds:
         unit = "CPU-rank-hours" if facts.device == "CPU" else "GPU-hours"
-        yield "Time", words.duration(seconds), f"{ranks / 3600:.3g} {unit}"
+        yield "Time", units.duration(seconds), f"{ranks / 3600:.3g} {unit}"
     if peak := facts.measured.get(MemoryComponent.PEAK.value):
         planned = facts.predicted.get(MemoryComponent.PEAK.value)
-        yield "Peak memory", words.size(peak), f"predicted {words.size(planned)}" if planned else "of a rank"
+        yield "Peak memory", units.size(peak), f"predicted {units.size(planned)}" if planned else "of a rank"
 
 
 def _held(attempts: Sequence[Attempt]) -> tuple[float, float]:
@@ -179,7 +179,7 @@ def _curves(history: History) -> Iterator[str]:
     yield lines(
         "Tokens per second, all ranks",
         [Curve("speed", _points(steps, "tokens_per_second"))],
-        y_text=words.number,
+        y_text=units.number,
         from_zero=True,
         marks=marks,
     )
@@ -201,14 +201,14 @@ def _time_of(facts: Facts) -> str:
     """Where rank 0's time went, by section."""
     found = sorted(facts.history.section_seconds.items(), key=lambda item: -item[1])
     bar = shares(
-        "Rank 0, by section, up to the last checkpoint", [(n, s, words.duration(s)) for n, s in found if s >= 0.05]
+        "Rank 0, by section, up to the last checkpoint", [(n, s, units.duration(s)) for n, s in found if s >= 0.05]
     )
     steps = [s for s in facts.history.steps.values() if s.seconds]
     if not steps:
         return bar
     seconds = [s.seconds for s in steps if s.seconds]
     waits = [s.data_seconds for s in steps if s.data_seconds is not None]
-    rows = [("A step", f"{words.duration(median(seconds))} in the median, {words.duration(max(seconds))} at most")]
+    rows = [("A step", f"{units.duration(median(seconds))} in the median, {units.duration(max(seconds))} at most")]
     if waits:
         rows.append(("Waiting for rows", f"{sum(waits) / sum(seconds):.2%} of the steps' time"))
     return bar + _pairs(rows)
@@ -227,10 +227,10 @@ def _memory(predicted: dict[str, int], measured: dict[str, int]) -> str:
     head = ["Component", *(["Predicted"] if predicted else []), "Measured", ""]
     rows = []
     for name in names:
-        row = [escape(words.spaced(name))]
+        row = [escape(units.spaced(name))]
         if predicted:
-            row.append(words.size(predicted[name]) if name in predicted else "")
-        row.append(words.size(measured[name]) if name in measured else "")
+            row.append(units.size(predicted[name]) if name in predicted else "")
+        row.append(units.size(measured[name]) if name in measured else "")
         bars = "".join(
             f'<span class="bar f{index}" style="width:{max(by[name] / most * 100, 0.4):.1f}%"></span>'
             for index, by in enumerate((predicted, measured))
@@ -265,7 +265,7 @@ def _attempts(facts: Facts) -> str:
 
 def _attempt(attempt: Attempt) -> list[str]:
     a = attempt
-    took = words.duration((a.end_time - a.start_time).total_seconds()) if a.end_time else ""
+    took = units.duration((a.end_time - a.start_time).total_seconds()) if a.end_time else ""
     steps = f"{a.first_step or 0} → {a.last_step}" if a.last_step is not None else ""
     code = "" if a.exit_code is None else str(a.exit_code)
     batch = f"{a.micro_batch_size} × {a.gradient_accumulation_steps} × {a.world_size}"
@@ -278,20 +278,20 @@ def _data(found: PrepareReceipt) -> str:
     lost = [("cut at maxLength", found.truncated), ("too long, left out", found.dropped)]
     lost.append(("no token counts, left out", found.fully_masked))
     rows = [
-        ("Training rows", f"{words.number(found.train_rows)}, in {words.number(found.train_sequences)} sequences"),
-        ("Tokens", f"{words.number(found.train_tokens)}, of which {share:.0%} count"),
-        ("Longest row", f"{words.number(found.longest)} tokens"),
+        ("Training rows", f"{units.number(found.train_rows)}, in {units.number(found.train_sequences)} sequences"),
+        ("Tokens", f"{units.number(found.train_tokens)}, of which {share:.0%} count"),
+        ("Longest row", f"{units.number(found.longest)} tokens"),
         ("Slots filled", f"{found.packing_efficiency:.1%}"),
-        ("Rows cut or lost", ", ".join(f"{words.number(n)} {what}" for what, n in lost if n) or "none"),
-        ("Rows that repeat another", words.number(found.duplicates)),
+        ("Rows cut or lost", ", ".join(f"{units.number(n)} {what}" for what, n in lost if n) or "none"),
+        ("Rows that repeat another", units.number(found.duplicates)),
     ]
     if found.eval_rows:
-        known = f"; {words.number(found.eval_in_train)} are training rows too" if found.eval_in_train else ""
+        known = f"; {units.number(found.eval_in_train)} are training rows too" if found.eval_in_train else ""
         rows.append(
-            ("Evaluation", f"{words.number(found.eval_rows)} rows, {words.number(found.eval_tokens)} tokens{known}")
+            ("Evaluation", f"{units.number(found.eval_rows)} rows, {units.number(found.eval_tokens)} tokens{known}")
         )
-    by_length = [(f"≤ {words.number(most)}", float(rows)) for most, rows in sorted(found.lengths.items())]
-    drawn = columns("Rows by tokens", by_length, x_title="tokens of a row", y_text=words.number)
+    by_length = [(f"≤ {units.number(most)}", float(rows)) for most, rows in sorted(found.lengths.items())]
+    drawn = columns("Rows by tokens", by_length, x_title="tokens of a row", y_text=units.number)
     return f'<div class="facts">{_pairs([*rows, ("Hash", found.data_hash)])}{drawn}</div>'
 
 
@@ -342,7 +342,7 @@ def _published(facts: Facts) -> str:
     if step is not None:
         rows.append(("Weights of step", str(step)))
     files = [
-        [escape(f["path"]), words.size(f["size"]), f"<code>{escape(f['sha256'][:16])}…</code>"]
+        [escape(f["path"]), units.size(f["size"]), f"<code>{escape(f['sha256'][:16])}…</code>"]
         for f in manifest.get("files", [])
     ]
     return _pairs(rows) + _table(["File", "Size", "SHA-256"], files, frozenset({1}))
@@ -353,7 +353,7 @@ def _environment(facts: Facts) -> str:
     known = next((a.environment for a in reversed(attempts) if a.environment), None)
     found: dict[str, Any] = dict(known or (facts.manifest or {}).get("packages", {}))
     memory = str(found.pop("gpuMemory", ""))
-    device = f"{facts.device}, {words.size(int(memory))}" if memory.isdecimal() else facts.device
+    device = f"{facts.device}, {units.size(int(memory))}" if memory.isdecimal() else facts.device
     revision = (facts.manifest or {}).get("base", {}).get("revision")
     machine = [("Device", device), *((title, found.pop(name, None)) for name, title in MACHINE)]
     rows = [(title, str(value)) for title, value in (*machine, ("Base revision", revision)) if value]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CHECKPOINT_FILE, PUBLISHED_FILE = "history.jsonl", "training_history.jsonl"
-"""As ``qlora_trainer.history`` names them; a test holds them together."""
+"""As ``qlora_trainer.reporting.training_history`` names them; a test holds them together."""
 MARKER = "COMPLETE.json"
 """Of a whole checkpoint."""
 _STEP = re.compile(
@@ -101,7 +101,7 @@ def of_file(path: Path | None) -> History:
 
 
 def parse(lines: Iterable[str]) -> History:
-    """Lines as ``qlora_trainer.history`` writes them. What cannot be read is left out."""
+    """Lines as ``qlora_trainer.reporting.training_history`` writes them. What cannot be read is left out."""
     found = History()
     for text in lines:
         try:

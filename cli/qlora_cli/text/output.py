@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from qlora_cli.cluster.choices import Form
-from qlora_cli.cluster.names import API_VERSION, KIND
+from qlora_cli.kube.names import API_VERSION, KIND
+from qlora_cli.text.choices import Form
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from qlora_cli.cluster.api import Object
+    from qlora_cli.kube.api_client import Object
 
 STATE_STYLES = {
     "Running": "bold cyan",
@@ -137,9 +137,9 @@ def write_objects(objects: Sequence[Object], form: Form, *, one: bool = False, k
 def write_plain(value: Any, form: Form) -> None:
     """Any plain value, as YAML or JSON."""
     if form is Form.YAML:
-        from qlora_cli import yamls  # noqa: PLC0415
+        from qlora_cli.text import kubernetes_yaml  # noqa: PLC0415
 
-        sys.stdout.write(yamls.dump(value))
+        sys.stdout.write(kubernetes_yaml.dump(value))
     else:
         sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 

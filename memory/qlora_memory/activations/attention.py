@@ -5,9 +5,9 @@ The GPU's kernel is ``torch.nn.attention.varlen`` and cannot run on a CPU; the C
 
 from __future__ import annotations
 
-from qlora_api.memory.parts import FP32, Pen
-from qlora_api.memory.shape import Attention, AttentionKind, Norm
-from qlora_api.memory.tape import Value
+from qlora_memory.activations.layers import FP32, Pen
+from qlora_memory.activations.tape import Value
+from qlora_memory.shape.model_shape import Attention, AttentionKind, Norm
 
 
 def self_attention(pen: Pen, x: Value, attention: Attention, norm: Norm = Norm.RMS) -> Value:
@@ -85,7 +85,7 @@ def _repeated(pen: Pen, x: Value, attention: Attention) -> Value:
 def _packed_rows(pen: Pen, attention: Attention, query: Value, key: Value, value: Value) -> Value:
     """As with flash, keys and values repeated for their groups, and the output a second time where rows are joined.
 
-    On a CPU, in fp32, and where scores are dropped (``qlora_trainer.attention.packed_attention``).
+    On a CPU, in fp32, and where scores are dropped (``qlora_trainer.model.attention.packed_attention``).
     A row longer than the sliding window brings a mask of its length squared.
     """
     key, value = _repeated(pen, key, attention), _repeated(pen, value, attention)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_api.memory.attend import mask_bytes, self_attention
-from qlora_api.memory.experts import mixture
-from qlora_api.memory.parts import FP32, INT64, Pen
-from qlora_api.memory.setting import Setting
-from qlora_api.memory.shape import Experts, Layer, ModelShape
-from qlora_api.memory.tape import Tape, Value
+from qlora_memory.activations.attention import mask_bytes, self_attention
+from qlora_memory.activations.layers import FP32, INT64, Pen
+from qlora_memory.activations.mixture_of_experts import mixture
+from qlora_memory.activations.setting import Setting
+from qlora_memory.activations.tape import Tape, Value
+from qlora_memory.shape.model_shape import Experts, Layer, ModelShape
 
 INDICES = 4
 """int64 numbers a token that a micro-batch brings to the device: ids, positions, places and labels of targets."""
@@ -157,7 +157,7 @@ def head_and_loss(shape: ModelShape, setting: Setting) -> tuple[int, int]:
 def _fused(pen: Pen, shape: ModelShape, hidden: Value) -> None:
     """w·H for each labelled token (the gradient of the head's input), and 8 bytes a logit of one chunk.
 
-    ``qlora_trainer.loss.FrozenHead``: a chunk of logits in fp32, and as much again inside ``logsumexp``.
+    ``qlora_trainer.model.loss.FrozenHead``: a chunk of logits in fp32, and as much again inside ``logsumexp``.
     """
     vocabulary = shape.head.linear.outputs
     labelled = pen.setting.labelled

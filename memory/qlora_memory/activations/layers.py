@@ -6,10 +6,10 @@ in bytes a token, is in its docstring; docs/explanation/memory.md has the table.
 
 from __future__ import annotations
 
-from qlora_api.memory.setting import Setting
-from qlora_api.memory.shape import FeedForward, Linear, Norm
-from qlora_api.memory.tape import Tape, Value
 from qlora_api.spec import QuantizationType
+from qlora_memory.activations.setting import Setting
+from qlora_memory.activations.tape import Tape, Value
+from qlora_memory.shape.model_shape import FeedForward, Linear, Norm
 
 FP32 = 4
 INT64 = 8
@@ -37,7 +37,7 @@ class Pen:
     def norm(self, x: Value, kind: Norm = Norm.RMS, groups: int = 1) -> Value:
         """RMS: w·H + 4 (x itself, and 1/rms). Written out: 4·H + 4 (an fp32 copy of x). Layer: w·H + 8.
 
-        ``torch.nn.functional.rms_norm`` on a GPU (``qlora_trainer.kernels.fuse_norms``), transformers' own
+        ``torch.nn.functional.rms_norm`` on a GPU (``qlora_trainer.model.kernels.fuse_norms``), transformers' own
         GemmaRMSNorm.forward, and all on a CPU; ``torch.native_layer_norm``.
         """
         rows = self.tokens * groups
@@ -63,7 +63,7 @@ class Pen:
         """Frozen base: nothing. Adapted: w·inputs (x, shared by layers that read it) + w·rank, and once w·(A + B).
 
         bitsandbytes.autograd.MatMul4Bit keeps no activation, since W is frozen, nor does MatMul8bitLt, after
-        ``qlora_trainer.kernels.forget_inputs``. W is dequantized whole, forward and backward; the head never is
+        ``qlora_trainer.model.kernels.forget_inputs``. W is dequantized whole, forward and backward; the head never is
         quantized.
         """
         adapted, software = layer.name in self.setting.adapter.names, self.setting.software
@@ -103,7 +103,7 @@ class Pen:
         return self.tokens * max(6 * layer.inputs, 6 * layer.outputs + layer.inputs)
 
     def _added(self, x: Value, layer: Linear) -> Value:
-        """A(dropout(x)), which the product with B adds to the base's output: ``qlora_trainer.kernels.fuse_adapters``.
+        """A(dropout(x)), which the product with B adds to the base's output, as ``qlora_trainer.model.kernels`` does.
 
         The update is no tensor of its own, hence no bytes.
         """

@@ -5,9 +5,9 @@ T tokens, k experts a token, E experts, H hidden, F intermediate, S = k·T pairs
 
 from __future__ import annotations
 
-from qlora_api.memory.parts import FP32, INT64, Pen
-from qlora_api.memory.shape import Experts
-from qlora_api.memory.tape import Value
+from qlora_memory.activations.layers import FP32, INT64, Pen
+from qlora_memory.activations.tape import Value
+from qlora_memory.shape.model_shape import Experts
 
 
 def mixture(pen: Pen, x: Value, experts: Experts) -> Value:

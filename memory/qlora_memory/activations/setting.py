@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_api.memory.weights import Adapter, compute_width
 from qlora_api.spec import QuantizationSpec, QuantizationType
+from qlora_memory.weights import Adapter, compute_width
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Software:
     fp32_embeddings: bool = False
     """``prepare_model_for_kbit_training`` lifts embeddings, norms and head to fp32."""
     logits_per_chunk: int = 1 << 25
-    """Logits at once in the fused loss: ``qlora_trainer.loss.LOGITS_PER_CHUNK``."""
+    """Logits at once in the fused loss: ``qlora_trainer.model.loss.LOGITS_PER_CHUNK``."""
 
 
 OURS = Software()

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_api.memory.gpus import Gpu
-from qlora_api.memory.shape import ModelShape
-from qlora_api.memory.weights import Adapter
 from qlora_api.spec import QuantizationSpec, QuantizationType
+from qlora_memory.gpus import Gpu
+from qlora_memory.shape.model_shape import ModelShape
+from qlora_memory.weights import Adapter
 
 EFFICIENCY = (0.35, 0.5, 0.75)
 """Share of the peak: least, expected, most. Published runs reach 41% (NeMo AutoModel, LoRA, H100), 43 to 61% (PEFT

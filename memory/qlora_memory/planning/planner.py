@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from qlora_api.batch import TOKENS_PER_MICRO_BATCH, BatchSplit, split_batch
 from qlora_api.errors import FieldMistake
-from qlora_api.memory.cost import Span, seconds_per_token
-from qlora_api.memory.estimate import MemoryEstimate, Run, estimate
-from qlora_api.memory.gpus import GIB, Gpu, check_gpu, resolved
-from qlora_api.memory.shape import ModelShape
-from qlora_api.memory.weights import FOUR_BIT, Adapter
 from qlora_api.spec import ComputeType, GradientCheckpointing, Offload, QLoRAJobSpec
 from qlora_api.status import MemoryComponent
+from qlora_memory.estimate import MemoryEstimate, Run, estimate
+from qlora_memory.gpus import GIB, Gpu, check_gpu, resolved
+from qlora_memory.planning.cost import Span, seconds_per_token
+from qlora_memory.shape.model_shape import ModelShape
+from qlora_memory.weights import FOUR_BIT, Adapter
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class NoFit:
-    """Nothing that the job allows fits. :mod:`qlora_api.memory.remedies` says what would."""
+    """Nothing that the job allows fits. :mod:`qlora_memory.planning.remedies` says what would."""
 
     smallest: Plan
     """The choice that needs least."""
@@ -90,7 +90,7 @@ def plan(request: Request) -> Plan | NoFit:
 
     Of all micro-batches that divide a rank's share and hold at most 8,192 tokens, with and without gradient
     checkpointing, as far as the job leaves both open. The larger micro-batch and the lesser recomputation are faster;
-    where one costs the other, expected time decides (:mod:`qlora_api.memory.cost`).
+    where one costs the other, expected time decides (:mod:`qlora_memory.planning.cost`).
 
     Raises:
         FieldMistake: the trainer cannot use the GPU, the global batch cannot be cut, a target names no layer, the base
@@ -169,7 +169,7 @@ def run_of(
     cuda: bool = True,
     gpu: Gpu | None = None,
 ) -> Run:
-    """A choice as inputs of :func:`qlora_api.memory.estimate.estimate`.
+    """A choice as inputs of :func:`qlora_memory.estimate.estimate`.
 
     Args:
         spec: of the job.

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_api.errors import FieldMistake
-from qlora_api.memory.gpus import GIB, GPUS
-from qlora_api.memory.planner import NoFit, Plan, Request, plan
 from qlora_api.spec import ComputeType, GradientCheckpointing, Offload, Optimizer, QLoRAJobSpec, QuantizationType
 from qlora_api.status import MemoryComponent
+from qlora_memory.gpus import GIB, GPUS
+from qlora_memory.planning.planner import NoFit, Plan, Request, plan
 
 SHORTEST = 128
 """Shorter sequences than this are no remedy."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_api.errors import FieldMistake
-from qlora_api.memory.headers import TensorInfo
-from qlora_api.memory.shape import (
+from qlora_api.spec import QuantizationType
+from qlora_memory.shape.model_shape import (
     Attention,
     AttentionKind,
     Experts,
@@ -24,11 +24,11 @@ from qlora_api.memory.shape import (
     Norm,
     OnDisk,
 )
-from qlora_api.spec import QuantizationType
+from qlora_memory.shape.safetensors_headers import TensorInfo
 
 SOURCE = "spec.model.source"
 PACKED = frozenset({"gemma", "gemma3_text", "llama", "mistral", "opt", "phi", "qwen2", "qwen3"})
-"""Model types whose rows the trainer cuts apart: ``qlora_trainer.attention.PROVEN``, held together by a test."""
+"""Model types whose rows the trainer cuts apart: ``qlora_trainer.model.attention.PROVEN``, held together by a test."""
 
 
 @dataclass(frozen=True)
@@ -178,30 +178,6 @@ class Config:
         )
 
 
-def model_shape(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None = None) -> ModelShape:
-    """The shape of the base whose ``config.json`` and tensors these are.
-
-    Args:
-        config: the parsed ``config.json``.
-        tensors: from the headers of all its safetensors files; None: the configuration alone.
-
-    Raises:
-        FieldMistake: the configuration lacks a size, contradicts the tensors, or is of a type that is not known here
-            while no tensors are given.
-
-    """
-    read = Config(config)
-    family = FAMILIES.get(read.model_type)
-    if family is None:
-        from qlora_api.memory.unknown import shape_of_tensors  # noqa: PLC0415 it builds on this module
-
-        return shape_of_tensors(read, tensors)
-    shape = _known(read, family)
-    if tensors:
-        _must_agree(shape, tensors)
-    return shape
-
-
 def _known(config: Config, family: Family) -> ModelShape:
     hidden, _, _, count = config.sizes
     layers = tuple(_layer(config, family, index) for index in range(count))
@@ -242,7 +218,7 @@ def _final_norm(config: Config) -> bool:
 
 
 def _plain(config: Config, family: Family | None) -> bool:
-    """Logits are not capped or scaled (``qlora_trainer.loss.head_is_plain`` finds the same out by trying)."""
+    """Logits are not capped or scaled (``qlora_trainer.model.loss.head_is_plain`` finds the same out by trying)."""
     default = family.logits_cap if family else None
     scales = [config.get("final_logit_softcapping", default)]
     scales += [config.get(key, 1.0) for key in ("logit_scale", "logits_scaling", "lm_head_multiplier")]
@@ -295,7 +271,7 @@ def _attention(config: Config, family: Family, prefix: str, index: int) -> Atten
 
 
 def attention_kind(config: Config, family: Family | None = None) -> AttentionKind:
-    """As ``qlora_trainer.attention.choose_attention`` chooses."""
+    """As ``qlora_trainer.model.attention.choose_attention`` chooses."""
     if config.get("attn_logit_softcapping", family.scores_cap if family else None) is not None:
         return AttentionKind.EAGER
     return AttentionKind.PACKED if config.model_type in PACKED else AttentionKind.MASKED

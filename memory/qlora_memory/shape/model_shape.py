@@ -1,7 +1,7 @@
 """The shape of a base model: all that its memory depends on, and nothing of its weights.
 
-A :class:`ModelShape` is made by :func:`qlora_api.memory.families.model_shape` from ``config.json`` and, where there are
-any, the headers of its safetensors files.
+A :class:`ModelShape` is made by :func:`qlora_memory.shape.read_shape.model_shape` from ``config.json`` and, where there
+are any, the headers of its safetensors files.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Norm(StrEnum):
 
 
 class AttentionKind(StrEnum):
-    """Which attention the trainer chooses for a model type (``qlora_trainer.attention.choose_attention``)."""
+    """Which attention the trainer chooses for a model type (``qlora_trainer.model.attention.choose_attention``)."""
 
     PACKED = "Packed"
     """Rows are cut apart: variable-length flash attention on a GPU, one call for each row on a CPU."""
@@ -146,8 +146,8 @@ class Head:
     tied: bool
     """Its weight is that of the embeddings."""
     plain: bool = True
-    """Logits are the head's output as it is, so that the trainer takes it apart (``qlora_trainer.loss.FrozenHead``);
-    not so for scaled or capped logits."""
+    """Logits are the head's output as it is, so that the trainer takes it apart
+    (``qlora_trainer.model.loss.FrozenHead``); not so for scaled or capped logits."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class ModelShape:
     def linears(self) -> tuple[Linear, ...]:
         """All linear layers but the head: what is quantized, and by default adapted.
 
-        The same decision as ``qlora_trainer.model.linear_layers``.
+        The same decision as ``qlora_trainer.model.base_model.linear_layers``.
         """
         return (*(linear for layer in self.layers for linear in layer.linears), *self.outside)
 

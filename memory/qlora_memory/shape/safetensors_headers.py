@@ -65,7 +65,7 @@ def parse_header(text: bytes) -> dict[str, TensorInfo]:
 
 
 def tensor_infos(header: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorInfo]:
-    """A header that is parsed already, such as ``qlora_trainer.model_files.safetensors_header`` gives."""
+    """A header that is parsed already, such as ``qlora_trainer.storage.model_files.safetensors_header`` gives."""
     return {
         name: TensorInfo(str(entry["dtype"]), tuple(int(n) for n in entry["shape"]))
         for name, entry in header.items()

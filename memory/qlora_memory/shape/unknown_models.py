@@ -1,4 +1,4 @@
-"""A base whose model type is not among :data:`qlora_api.memory.families.FAMILIES`.
+"""A base whose model type is not among :data:`qlora_memory.shape.model_families.FAMILIES`.
 
 Its weights are exact, since headers name every tensor with its shape. Its activations are taken to be those of a Llama
 of the same sizes, and the shape says so (``ModelShape.modelled``).
@@ -11,9 +11,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from qlora_api.errors import FieldMistake
-from qlora_api.memory.families import SOURCE, Config, _plain, attention_kind, on_disk
-from qlora_api.memory.headers import TensorInfo
-from qlora_api.memory.shape import Attention, Experts, FeedForward, Head, Layer, Linear, ModelShape, Norm
+from qlora_memory.shape.model_families import SOURCE, Config, _plain, attention_kind, on_disk
+from qlora_memory.shape.model_shape import Attention, Experts, FeedForward, Head, Layer, Linear, ModelShape, Norm
+from qlora_memory.shape.safetensors_headers import TensorInfo
 
 _LAYER = re.compile(r"\.(?:layers|layer|h|blocks)\.(\d+)\.")
 _EMBEDDING = re.compile(r"embed|wte|wpe")

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 
 from qlora_api.spec import QLoRAJobSpec
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.client import TRANSIENT, Api, ApiError
 from qlora_operator.config import OperatorConfig
-from qlora_operator.learned import Learned, Place, is_news, learn, ratio_of, read
+from qlora_operator.decide.memory_correction import Learned, Place, is_news, learn, ratio_of, read
+from qlora_operator.kube.client import TRANSIENT, Api, ApiError
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable
 
 from qlora_api.spec import Gang, SchedulingSpec
-from qlora_operator.client import Api
+from qlora_operator.kube.client import Api
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from qlora_operator.client import Api, ApiError
+from qlora_operator.kube.client import Api, ApiError
 
 NODE_SECONDS = 5.0
 """How long what was learned about a node counts."""

@@ -21,22 +21,22 @@ from qlora_api.errors import ManifestError
 from qlora_api.job import GROUP, VERSION, QLoRAJob
 from qlora_api.spec import Gang
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.children import UNREAD, collection_of, with_new_key
-from qlora_operator.client import TRANSIENT, Api, ApiError, Object
+from qlora_operator.act.children import UNREAD, collection_of, with_new_key
+from qlora_operator.act.correction_store import Corrections
+from qlora_operator.act.gang_scheduling import cannot_start, choose_gang
+from qlora_operator.act.merge_patch import merge_patch
+from qlora_operator.act.nodes import Nodes
 from qlora_operator.config import OperatorConfig
-from qlora_operator.corrections import Corrections
-from qlora_operator.decision import Note, Plan
-from qlora_operator.events import event_of
-from qlora_operator.gangs import cannot_start, choose_gang
-from qlora_operator.history import REPORTED_FIELDS, differ_in_figures, with_job_uids
-from qlora_operator.metrics import Metrics
+from qlora_operator.decide.attempt_history import REPORTED_FIELDS, differ_in_figures, with_job_uids
+from qlora_operator.decide.decision import Note, Plan
+from qlora_operator.decide.events import event_of
+from qlora_operator.decide.plan import is_over, plan
+from qlora_operator.kube.client import TRANSIENT, Api, ApiError, Object
 from qlora_operator.names import SERVICE
-from qlora_operator.nodes import Nodes
-from qlora_operator.ownership import is_same_object
-from qlora_operator.patch import merge_patch
-from qlora_operator.plan import is_over, plan
-from qlora_operator.seen import PREPARE, JobState, Observed, SeenJob, SeenPod
-from qlora_operator.store import Key, Known, Store
+from qlora_operator.serve.metrics import Metrics
+from qlora_operator.state.cache import Key, Known, Store
+from qlora_operator.state.observed import PREPARE, JobState, Observed, SeenJob, SeenPod
+from qlora_operator.state.ownership import is_same_object
 from qlora_operator.supervisor import backoff
 
 log = logging.getLogger(__name__)

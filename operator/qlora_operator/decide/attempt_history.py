@@ -9,11 +9,11 @@ from typing import Any
 from qlora_api.batch import BatchSplit
 from qlora_api.lifecycle import restarts
 from qlora_api.status import MAX_ATTEMPTS, Attempt, Memory, Progress, QLoRAJobStatus
-from qlora_operator.attempts import Ending
-from qlora_operator.conditions import memory_in_words, time_in_words
-from qlora_operator.decision import Context
-from qlora_operator.reports import known_components
-from qlora_operator.seen import JobState, SeenJob
+from qlora_operator.decide.attempt_outcome import Ending
+from qlora_operator.decide.conditions import memory_in_words, time_in_words
+from qlora_operator.decide.decision import Context
+from qlora_operator.state.observed import JobState, SeenJob
+from qlora_operator.state.reports import known_components
 
 REPORTED_FIELDS = ("progress", "memory", "eta", "peakMemory", "stopSeconds", "graceSeconds")
 """Of status: figures that pods tell of, which no decision but the time to stop depends on."""

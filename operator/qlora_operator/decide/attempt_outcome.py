@@ -14,7 +14,7 @@ from qlora_api.contract import ExitCode, TerminationMessage, reason_of
 from qlora_api.lifecycle import STUCK
 from qlora_api.status import Attempt, Reason
 from qlora_operator.names import CACHE_VOLUME
-from qlora_operator.seen import JobState, Observed, SeenJob, SeenPod
+from qlora_operator.state.observed import JobState, Observed, SeenJob, SeenPod
 
 OVERDUE = timedelta(seconds=10)
 """A pod this long past its deletionTimestamp has no kubelet that could end it."""

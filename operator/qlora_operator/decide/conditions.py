@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Literal
 
 from qlora_api.status import Condition, ConditionType, MemoryComponent, QLoRAJobStatus, Reason
-from qlora_operator.decision import Context
+from qlora_operator.decide.decision import Context
 
 GIBIBYTE = 1024**3
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.decision import Context
-from qlora_operator.history import open_attempt
+from qlora_operator.decide.attempt_history import open_attempt
+from qlora_operator.decide.decision import Context
 
 
 def seconds_left(context: Context, status: QLoRAJobStatus) -> float:

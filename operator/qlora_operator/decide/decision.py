@@ -10,7 +10,7 @@ from qlora_api.job import QLoRAJob
 from qlora_api.spec import Gang
 from qlora_api.status import Attempt, QLoRAJobStatus
 from qlora_operator.config import OperatorConfig
-from qlora_operator.seen import Observed, SeenJob
+from qlora_operator.state.observed import Observed, SeenJob
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from datetime import datetime, timedelta
 
 from qlora_api.batch import BatchSplit, on_other_ranks
 from qlora_api.status import Attempt, Reason
-from qlora_operator.attempts import Ending
-from qlora_operator.decision import Context
-from qlora_operator.history import batch_of
-from qlora_operator.waiting import why_waiting
+from qlora_operator.decide.attempt_history import batch_of
+from qlora_operator.decide.attempt_outcome import Ending
+from qlora_operator.decide.decision import Context
+from qlora_operator.decide.pending_reason import why_waiting
 
 
 def too_large(context: Context, attempt: Attempt) -> Ending | None:

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from qlora_api.job import GROUP, QLoRAJob
-from qlora_operator.decision import Note
+from qlora_operator.decide.decision import Note
 from qlora_operator.names import FIELD_MANAGER
 
 LONGEST_NOTE = 1024

@@ -6,8 +6,8 @@ import math
 
 from qlora_api.contract import ProgressReport
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.decision import Context
-from qlora_operator.history import open_attempt
+from qlora_operator.decide.attempt_history import open_attempt
+from qlora_operator.decide.decision import Context
 
 LEAST_SECONDS, MOST_SECONDS = 30, 900
 """Kubernetes' own default; and how long a drained node, or a queue that wants its GPUs back, may be kept waiting. A

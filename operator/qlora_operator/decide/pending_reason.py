@@ -6,7 +6,7 @@ import re
 
 from qlora_api.spec import QLoRAJobSpec
 from qlora_api.status import Reason
-from qlora_operator.seen import JobState, Observed, SeenPod
+from qlora_operator.state.observed import JobState, Observed, SeenPod
 
 _BAD_IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
 _BAD_CONFIG = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")

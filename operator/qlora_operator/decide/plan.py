@@ -24,14 +24,8 @@ from qlora_api.status import (
     Reason,
 )
 from qlora_operator import render
-from qlora_operator.attempts import Ending, close, ending_of
-from qlora_operator.conditions import holds, said
 from qlora_operator.config import OperatorConfig
-from qlora_operator.deadline import is_late, wake_after
-from qlora_operator.decision import Context, Note, Plan
-from qlora_operator.elastic import fewer, on_the_right_ranks, too_large, waiting_since
-from qlora_operator.grace import with_grace
-from qlora_operator.history import (
+from qlora_operator.decide.attempt_history import (
     batch_of,
     budget_left,
     gpu_seconds,
@@ -41,10 +35,16 @@ from qlora_operator.history import (
     with_clock_stopped,
     with_last_word,
 )
+from qlora_operator.decide.attempt_outcome import Ending, close, ending_of
+from qlora_operator.decide.conditions import holds, said
+from qlora_operator.decide.deadline import is_late, wake_after
+from qlora_operator.decide.decision import Context, Note, Plan
+from qlora_operator.decide.elastic import fewer, on_the_right_ranks, too_large, waiting_since
+from qlora_operator.decide.grace_period import with_grace
+from qlora_operator.decide.pending_reason import why_waiting
+from qlora_operator.decide.prepare_result import NOT_PREPARED, is_for, with_correction, with_prepared
 from qlora_operator.names import key_secret_name
-from qlora_operator.prepared import NOT_PREPARED, is_for, with_correction, with_prepared
-from qlora_operator.seen import PREPARE, JobState, Observed, SeenJob, SeenPod, planned
-from qlora_operator.waiting import why_waiting
+from qlora_operator.state.observed import PREPARE, JobState, Observed, SeenJob, SeenPod, planned
 
 REFUSED_SECONDS = 15.0
 """Until what the API server refused is tried again."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qlora_api.status import ConditionType, Memory, PrepareResult, QLoRAJobStatus, Reason
-from qlora_operator.conditions import said
-from qlora_operator.decision import Context
+from qlora_operator.decide.conditions import said
+from qlora_operator.decide.decision import Context
 from qlora_operator.render import GPU_PRODUCT, device_of, gpu_of
 
 GPU_NOT_KNOWN = (

@@ -18,9 +18,9 @@ import aiohttp
 from yarl import URL
 
 from qlora_api.deep_json import parse_json
-from qlora_operator.bounded_reads import TooLargeError, lines, read_within
-from qlora_operator.credentials import Credentials
-from qlora_operator.lean import kopf
+from qlora_operator.kube.bounded_reads import TooLargeError, lines, read_within
+from qlora_operator.kube.credentials import Credentials
+from qlora_operator.kube.kopf_import import kopf
 from qlora_operator.names import FIELD_MANAGER
 
 Object = dict[str, Any]
@@ -28,6 +28,8 @@ TRANSIENT = (aiohttp.ClientError, TimeoutError, OSError)
 """No answer: it may come a little later."""
 USER_AGENT = "qlora-operator"
 TIMEOUT = aiohttp.ClientTimeout(total=30)
+WATCH_SECONDS = 120
+"""The API server ends a watch after this long, and kopf asks for the next one."""
 SILENCE_SECONDS = 70
 """A watch from which nothing comes for so long is asked for anew; the API server sends a bookmark each minute."""
 CONNECT_SECONDS = 10

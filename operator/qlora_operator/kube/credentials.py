@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from qlora_operator.lean import kopf
+from qlora_operator.kube.kopf_import import kopf
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-WATCH_SECONDS = 120
-"""The API server ends a watch after this long, and kopf asks for the next one."""
+from qlora_operator.kube.client import WATCH_SECONDS
+
 SLACK_SECONDS = 120
 """For a connection that hangs until its timeout, and for back-off."""
 

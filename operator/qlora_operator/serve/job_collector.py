@@ -19,8 +19,8 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from qlora_api.metrics_catalogue import OPERATOR, Kind
-from qlora_operator.seen import SeenPod
-from qlora_operator.store import Known, Store
+from qlora_operator.state.cache import Known, Store
+from qlora_operator.state.observed import SeenPod
 
 log = logging.getLogger(__name__)
 

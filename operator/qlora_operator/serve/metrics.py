@@ -9,9 +9,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 
 from qlora_api.metrics_catalogue import OPERATOR, Kind
 from qlora_api.status import Reason
-from qlora_operator.metrics_of_jobs import JobsCollector
-from qlora_operator.store import Store
-from qlora_operator.watch import NOT_OWNED, UNREADABLE
+from qlora_operator.serve.job_collector import JobsCollector
+from qlora_operator.state.cache import Store
+from qlora_operator.state.skip_reasons import NOT_OWNED, UNREADABLE
 
 _KINDS: dict[Kind, Any] = {Kind.COUNTER: Counter, Kind.HISTOGRAM: Histogram}
 

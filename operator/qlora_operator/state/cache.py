@@ -15,7 +15,7 @@ from typing import Any
 from qlora_api.contract import ProgressReport
 from qlora_api.job import QLoRAJob
 from qlora_operator.names import JOB_LABEL
-from qlora_operator.seen import LONGEST_TEXT, NotOwnedError, SeenJob, SeenPod, see_job, see_pod
+from qlora_operator.state.observed import LONGEST_TEXT, NotOwnedError, SeenJob, SeenPod, see_job, see_pod
 
 Key = tuple[str, str]
 """Namespace and name of a QLoRAJob."""

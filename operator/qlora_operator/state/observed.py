@@ -25,7 +25,7 @@ from qlora_operator.names import (
     attempt_name,
     prepare_name,
 )
-from qlora_operator.reports import read_termination_message
+from qlora_operator.state.reports import read_termination_message
 
 PREPARE = 0
 """Attempt number of what prepares."""

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from qlora_api.job import GROUP, VERSION
-from qlora_operator.client import SILENCE_SECONDS
-from qlora_operator.health import WATCH_SECONDS
-from qlora_operator.lean import kopf
-from qlora_operator.reconcile import Reconciler
-from qlora_operator.store import Store
+from qlora_operator.kube.client import SILENCE_SECONDS, WATCH_SECONDS
+from qlora_operator.kube.kopf_import import kopf
+from qlora_operator.state.cache import Key, Store
 
 WATCHED = ("qlorajobs", "jobs", "pods", "events", "services")
-"""By kopf, and by ``watch.py``."""
+"""By kopf, and by ``list_watch.py``."""
 LIST_CHUNK = 20
 """kopf reads a page at once, and each job may be as large as etcd takes it."""
 
@@ -48,11 +46,11 @@ def settings() -> kopf.OperatorSettings:
     return chosen
 
 
-def register(registry: kopf.OperatorRegistry, store: Store, reconciler: Reconciler) -> None:
-    """Feed the store and wake the reconciler."""
+def register(registry: kopf.OperatorRegistry, store: Store, wake: Callable[[Key], None]) -> None:
+    """Feed the store and wake jobs."""
 
     @kopf.on.event(GROUP, VERSION, "qlorajobs", registry=registry, id="qlorajobs")
     async def changed(event: Mapping[str, Any], **_: Any) -> None:
         key = (store.drop_job if event["type"] == "DELETED" else store.take_job)(event["object"])
         if key:
-            reconciler.wake(key)
+            wake(key)

@@ -13,10 +13,10 @@ from typing import Any
 import aiohttp
 
 from qlora_api.deep_json import parse_json
-from qlora_operator.bounded_reads import lines
-from qlora_operator.client import USER_AGENT, Object, read_change
-from qlora_operator.lean import kopf
-from qlora_operator.store import kept_of
+from qlora_operator.kube.bounded_reads import lines
+from qlora_operator.kube.client import USER_AGENT, Object, read_change
+from qlora_operator.kube.kopf_import import kopf
+from qlora_operator.state.cache import kept_of
 
 Skipped = Callable[[str, str], None]
 """Told plural and reason of each object that is left out."""

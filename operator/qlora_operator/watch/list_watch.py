@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from qlora_operator.client import TRANSIENT, Api, ApiError, Object
-from qlora_operator.health import WATCH_SECONDS
+from qlora_operator.kube.client import TRANSIENT, WATCH_SECONDS, Api, ApiError, Object
 from qlora_operator.names import FIELD_MANAGER, JOB_LABEL, MANAGED_BY_LABEL, SERVICE
-from qlora_operator.seen import NotOwnedError
-from qlora_operator.store import Key, Store
+from qlora_operator.state.cache import Key, Store
+from qlora_operator.state.observed import NotOwnedError
+from qlora_operator.state.skip_reasons import NOT_OWNED, UNREADABLE
 from qlora_operator.supervisor import backoff
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,6 @@ BREATH_SECONDS = 0.1
 """Between two watches, so that an API server that ends them at once is not asked without end."""
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 30.0
 GONE = 410
-NOT_OWNED, UNREADABLE = "NotOwned", "Unreadable"
-"""Why an object is left out: it has the operator's labels and not its controller; it is larger or other than can be."""
 Take = Callable[[Object], Key | None]
 
 

@@ -11,16 +11,16 @@ import ipaddress
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import aiohttp
 
 from qlora_api.contract import ProgressReport
-from qlora_operator.bounded_reads import TooLargeError, read_within
+from qlora_operator.kube.bounded_reads import TooLargeError, read_within
 from qlora_operator.names import METRICS_PORT
-from qlora_operator.reconcile import Reconciler
-from qlora_operator.reports import ReportError, read_report
-from qlora_operator.seen import SeenPod
-from qlora_operator.store import Key, Store
+from qlora_operator.state.cache import Key, Store
+from qlora_operator.state.observed import SeenPod
+from qlora_operator.state.reports import ReportError, read_report
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,14 @@ LONGEST_PAUSE = 8
 """Rounds at most in which a pod that does not answer is left out, so that many of them do not delay the others."""
 UNREADABLE = (aiohttp.ClientResponseError, ReportError, TooLargeError)
 """Something answered, with something else than a report."""
+
+
+class Polled(Protocol):
+    """Jobs to ask, by the first pod of each, and a way to wake them."""
+
+    polled: dict[Key, SeenPod]
+
+    def wake(self, key: Key) -> None: ...
 
 
 class ProgressPoller:
@@ -48,7 +56,7 @@ class ProgressPoller:
     def __init__(
         self,
         store: Store,
-        reconciler: Reconciler,
+        reconciler: Polled,
         every_seconds: float,
         rejected: Callable[[], None],
         port: int = METRICS_PORT,

@@ -13,13 +13,12 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from contextlib import suppress
 
 from qlora_api.job import GROUP, VERSION
-from qlora_operator.client import TRANSIENT, Api, ApiError, Object
+from qlora_operator.kube.client import TRANSIENT, Api, ApiError, Object
 from qlora_operator.names import FIELD_MANAGER, JOB_LABEL, MANAGED_BY_LABEL, SERVICE
-from qlora_operator.ownership import is_same_object
-from qlora_operator.reconcile import Reconciler
 from qlora_operator.render import service
-from qlora_operator.store import Key, Store
-from qlora_operator.watch import UNREADABLE
+from qlora_operator.state.cache import Key, Store
+from qlora_operator.state.ownership import is_same_object
+from qlora_operator.state.skip_reasons import UNREADABLE
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ async def take_stock(
 
 
 async def resync_forever(
-    store: Store, api: Api, reconciler: Reconciler, namespaces: Sequence[str], listings: Listings
+    store: Store, api: Api, wake: Callable[[Key], None], namespaces: Sequence[str], listings: Listings
 ) -> None:
     settle = 0.0  # the first listing follows the first look, and no watch that broke
     while True:
@@ -91,7 +90,7 @@ async def resync_forever(
         listings.news.clear()
         try:
             for key in await resync(store, api, namespaces, kinds):
-                reconciler.wake(key)
+                wake(key)
         except (ApiError, *TRANSIENT) as error:
             log.info("resync did not go through: %s", error)
             await asyncio.sleep(RETRY_SECONDS)

@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
-from cli_builders import job, run_record, succeeded
 from typer.testing import CliRunner
 
-from qlora_cli import main
-from qlora_cli.cluster import adapters, storage
-from qlora_cli.cluster.errors import ClusterError
+from cli_builders import job, run_record, succeeded
+from qlora_cli import app
+from qlora_cli.artifacts import adapters, storage
+from qlora_cli.kube.errors import ClusterError
 
 FILES = {
     "3f2a-attempt-1/adapter/adapter_config.json": b"{}",
@@ -35,7 +35,7 @@ def publish(folder, files=FILES, data=None):
 @pytest.fixture
 def call(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return lambda *arguments: CliRunner().invoke(main.app, [str(a) for a in arguments])
+    return lambda *arguments: CliRunner().invoke(app.app, [str(a) for a in arguments])
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_torch_is_never_loaded(published):
     import sys
 
     code = (
-        "import sys; from qlora_cli.main import app\n"
+        "import sys; from qlora_cli.app import app\n"
         f"try: app(['verify', '{published}/'])\nexcept SystemExit as e: assert not e.code\n"
         "loaded = [m for m in sys.modules if m.split('.')[0] in ('torch', 'qlora_trainer', 'qlora_api')]\n"
         "assert not loaded, loaded"

@@ -7,10 +7,10 @@ import sys
 import pytest
 from rich.console import Console
 
-from qlora_cli import generate as asking
-from qlora_cli.answers import kept
-from qlora_cli.attempt import Commands
-from qlora_cli.generate import GenerateError, Models, Options
+from qlora_cli.artifacts import generate as asking
+from qlora_cli.artifacts.generate import GenerateError, Models, Options
+from qlora_cli.local.trainer_process import Commands
+from qlora_cli.report.answers import kept
 
 ANSWERS = """
 import json, sys

@@ -6,9 +6,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from qlora_cli import main
-from qlora_cli.cluster import adapters, merging
-from qlora_cli.cluster.errors import ClusterError
+from qlora_cli import app
+from qlora_cli.artifacts import adapters, merge
+from qlora_cli.kube.errors import ClusterError
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_the_merged_model_is_base_plus_update(base, published, tmp_path, monkeyp
     from safetensors.torch import load_file
 
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(main.app, ["merge", f"{published}/", "--out", "merged"])
+    done = CliRunner().invoke(app.app, ["merge", f"{published}/", "--out", "merged"])
     assert done.exit_code == 0, done.output
     assert done.stdout == f"merged: {base} with the adapter merged in\n"
     name = "model.layers.0.self_attn.q_proj.weight"
@@ -84,7 +84,7 @@ def test_the_merged_model_is_base_plus_update(base, published, tmp_path, monkeyp
     assert (after.float() - (before.float() + 2 * b @ a)).abs().max() < 0.02
     assert (after.float() - before.float()).abs().max() > 0.1
     assert (tmp_path / "merged" / "tokenizer.json").exists()
-    again = CliRunner().invoke(main.app, ["merge", f"{published}/", "--out", "merged"])
+    again = CliRunner().invoke(app.app, ["merge", f"{published}/", "--out", "merged"])
     assert (again.exit_code, again.stderr) == (40, "--out merged: is there already and not empty\n")
 
 
@@ -92,10 +92,10 @@ def test_an_adapter_that_was_changed_is_not_merged(published):
     (published / "u-attempt-1/adapter/adapter_config.json").write_text("{}")
     found = adapters.read(adapters.Source(str(published)))
     with pytest.raises(ClusterError, match=r"adapter_config.json has 2 bytes where .* the adapter must not be used"):
-        merging.fetch(found, lambda _: None)
+        merge.fetch(found, lambda _: None)
 
 
 def test_without_the_trainer_it_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ClusterError, match=r"pip install 'qlora-operator\[trainer\]'"):
-        merging.require_trainer()
+        merge.require_trainer()

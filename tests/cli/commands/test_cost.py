@@ -5,13 +5,13 @@ import json
 import subprocess
 import sys
 
-from cli_builders import NOW, running
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from qlora_cli.cluster import watching
-from qlora_cli.cluster.api import Event
+from cli_builders import NOW, running
+from qlora_cli.jobs import watch as watching
+from qlora_cli.kube.api_client import Event
 from services.work import calls_of
 
 JOBS, MINUTE = 200, 60
@@ -41,7 +41,7 @@ def test_a_minute_of_watching_200_jobs_takes_a_bounded_number_of_calls():
 
 def test_help_loads_nothing_that_it_does_not_need():
     code = (
-        "import sys; from qlora_cli.main import app\n"
+        "import sys; from qlora_cli.app import app\n"
         "try: app(['--help'])\nexcept SystemExit: pass\n"
         "heavy = {'httpx', 'kubernetes', 'obstore', 'pydantic', 'qlora_api', 'rich', 'ssl', 'torch', 'yaml'}\n"
         "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or None)"

@@ -3,15 +3,16 @@
 from datetime import timedelta
 
 import pytest
+
 from cli_builders import NOW, job, running, waiting
 from fake_server import FakeServer
-
-from qlora_cli.cluster.doctor import judge_crd, look
-from qlora_cli.cluster.doctor.findings import Level, lines, summary
-from qlora_cli.cluster.doctor.judge import judge
-from qlora_cli.cluster.doctor.look import RIGHTS, Answer, Seen
-from qlora_cli.cluster.doctor.references import Named, endpoints, lacking, of_jobs
-from qlora_cli.cluster.errors import ApiError
+from qlora_cli.doctor import check_crd, collect
+from qlora_cli.doctor.answer import Answer
+from qlora_cli.doctor.checks import judge
+from qlora_cli.doctor.collect import RIGHTS, Seen
+from qlora_cli.doctor.findings import Level, lines, summary
+from qlora_cli.doctor.references import Named, endpoints, lacking, of_jobs
+from qlora_cli.kube.errors import ApiError
 
 DENIED = Answer(denied=True)
 OURS = {"labels": {"app.kubernetes.io/part-of": "qlora-operator"}}
@@ -29,7 +30,7 @@ def node(name="n", gpus="8", *, ready=True, cordoned=False):
 
 
 def crd():
-    version = {"name": "v1alpha1", "served": True, "schema": {"openAPIV3Schema": judge_crd.own()}}
+    version = {"name": "v1alpha1", "served": True, "schema": {"openAPIV3Schema": check_crd.own()}}
     return {"spec": {"versions": [version]}, "status": {"conditions": [{"type": "Established", "status": "True"}]}}
 
 
@@ -290,12 +291,12 @@ def test_the_page(golden):
 
 
 def test_a_busy_or_silent_api_server_is_asked_again_and_nothing_is_called_missing(monkeypatch):
-    monkeypatch.setattr(look._answer, "__defaults__", ((0.01, 0.01),))
+    monkeypatch.setattr(collect._answer, "__defaults__", ((0.01, 0.01),))
     there = {"kind": "Node"}
     with FakeServer((429, {"message": "too many requests"}), (0, None), (200, there)) as server, server.api() as api:
-        assert look._get(api, "/api/v1/nodes/one").value == there
+        assert collect._get(api, "/api/v1/nodes/one").value == there
     away = [(503, {"message": "etcd is away"})] * 3
     with FakeServer(*away) as server, server.api() as api, pytest.raises(ApiError, match="etcd is away"):
-        look._get(api, "/api/v1/nodes/one")
+        collect._get(api, "/api/v1/nodes/one")
     with FakeServer((404, {"message": "not found"})) as server, server.api() as api:
-        assert look._get(api, "/api/v1/nodes/one").missing
+        assert collect._get(api, "/api/v1/nodes/one").missing

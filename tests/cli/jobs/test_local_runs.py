@@ -4,11 +4,11 @@ import json
 import os
 
 import pytest
-from cli_builders import run_record
 from typer.testing import CliRunner
 
-from qlora_cli import main
-from qlora_cli.cluster.target import program
+from cli_builders import run_record
+from qlora_cli import app
+from qlora_cli.kube.target import program
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def runs(tmp_path, monkeypatch):
 
 
 def call(*arguments):
-    return CliRunner().invoke(main.app, list(arguments))
+    return CliRunner().invoke(app.app, list(arguments))
 
 
 FAILED = {"number": 1, "worldSize": 2, "startTime": "2026-01-02T10:00:00Z", "endTime": "2026-01-02T10:01:00Z"}
@@ -135,7 +135,7 @@ def test_init_asks_nobody_where_there_is_no_terminal(tmp_path, monkeypatch):
 
 def test_completion_is_silent_without_a_cluster():
     environment = {"_QLORA_COMPLETE": "complete_bash", "COMP_WORDS": "qlora show a", "COMP_CWORD": "2"}
-    result = CliRunner().invoke(main.app, [], env=environment, prog_name="qlora")
+    result = CliRunner().invoke(app.app, [], env=environment, prog_name="qlora")
     assert (result.stdout.strip(), result.stderr) == ("", "")
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from qlora_cli.cluster import logprint, tailing
-from qlora_cli.cluster.errors import ClusterError
-from qlora_cli.cluster.tailing import Pod, Splitter
+from qlora_cli.jobs import log_printer, logs
+from qlora_cli.jobs.logs import Pod, Splitter
+from qlora_cli.kube.errors import ClusterError
 
 POD = Pod("tune-1-0-x", "uid", attempt=1, worker=2, started=True, ended=False)
 
@@ -20,7 +20,7 @@ def ranks(*texts):
 
 def test_a_rank_names_itself():
     lines = split("2026-01-01 00:00:01,000 rank 5 INFO step 1", "2026-01-01 00:00:01,000 rank 6 INFO step 1")
-    assert [tailing.prefix(line) for line in lines] == ["rank 5", "rank 6"]
+    assert [logs.prefix(line) for line in lines] == ["rank 5", "rank 6"]
     assert lines[0].text == "2026-01-01 00:00:01,000 rank 5 INFO step 1"
 
 
@@ -34,9 +34,9 @@ def test_among_several_ranks_only_what_is_indented_follows_the_one_before():
 
 def test_workers_and_preparing_pods_have_names_of_their_own():
     (line,) = split("d t worker 2 INFO meets")
-    assert tailing.prefix(line) == "worker 2"
-    (line,) = split("reads", pod=Pod("p", "u", attempt=tailing.PREPARE, worker=0, started=True, ended=False))
-    assert tailing.prefix(line) == "prepare"
+    assert logs.prefix(line) == "worker 2"
+    (line,) = split("reads", pod=Pod("p", "u", attempt=logs.PREPARE, worker=0, started=True, ended=False))
+    assert logs.prefix(line) == "prepare"
 
 
 def test_times_sort_as_texts_though_the_kubelet_cuts_zeros():
@@ -46,20 +46,20 @@ def test_times_sort_as_texts_though_the_kubelet_cuts_zeros():
         "2026-01-01T00:00:01.5Z",
         "2026-01-01T00:00:01.500000001Z",
     ]
-    even = [tailing._even(stamp) for stamp in stamps]
+    even = [logs._even(stamp) for stamp in stamps]
     assert even == sorted(even)
     assert len({len(stamp) for stamp in even}) == 1
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("30s", 30), ("5m", 300), ("2h", 7200), ("1d", 86400), (None, None)])
 def test_since(text, seconds):
-    assert logprint.parse_since(text) == seconds
+    assert log_printer.parse_since(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["5", "5 m", "0s", "yesterday", "-5m"])
 def test_since_that_is_none(text):
     with pytest.raises(ClusterError, match=f'--since: "{text}" must be a number with a unit'):
-        logprint.parse_since(text)
+        log_printer.parse_since(text)
 
 
 def test_a_local_runs_log(tmp_path, capsys):
@@ -67,21 +67,21 @@ def test_a_local_runs_log(tmp_path, capsys):
     for step in ("prepare", "attempt-1", "attempt-2"):
         (tmp_path / step).mkdir()
         (tmp_path / step / "log.txt").write_text(f"{step} a\n{step} b\n")
-    logprint.print_local(tmp_path, None, prepare=False, tail=None)
+    log_printer.print_local(tmp_path, None, prepare=False, tail=None)
     assert capsys.readouterr().out == "attempt-2 a\nattempt-2 b\n"
-    logprint.print_local(tmp_path, 1, prepare=False, tail=1)
+    log_printer.print_local(tmp_path, 1, prepare=False, tail=1)
     assert capsys.readouterr().out == "attempt-1 b\n"
-    logprint.print_local(tmp_path, None, prepare=True, tail=0)
+    log_printer.print_local(tmp_path, None, prepare=True, tail=0)
     assert capsys.readouterr().out == ""
     with pytest.raises(ClusterError, match="logs are there of attempt-1, attempt-2, prepare"):
-        logprint.print_local(tmp_path, 7, prepare=False, tail=None)
+        log_printer.print_local(tmp_path, 7, prepare=False, tail=None)
 
 
 def test_a_local_runs_log_is_followed_until_its_process_ends(tmp_path, capsys, monkeypatch):
     import os
     import threading
 
-    monkeypatch.setattr(logprint, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(log_printer, "LOOK_SECONDS", 0.05)
     run = tmp_path / "runs" / "quick"
     (run / "attempt-1").mkdir(parents=True)
     (run / "run.json").write_text('{"name": "quick", "attempts": [{"number": 1}]}')
@@ -95,5 +95,5 @@ def test_a_local_runs_log_is_followed_until_its_process_ends(tmp_path, capsys, m
         lock.write_text("")
 
     threading.Timer(0.3, end).start()
-    logprint.print_local(run, None, prepare=False, tail=None, follow=True)
+    log_printer.print_local(run, None, prepare=False, tail=None, follow=True)
     assert capsys.readouterr().out == "one\ntwo\n"

@@ -4,14 +4,14 @@ import re
 
 import pytest
 import yaml
-from cli_builders import failed, running, succeeded
 from typer.testing import CliRunner
 
-from qlora_cli import main
-from qlora_cli.cluster import submit
-from qlora_cli.cluster.errors import ApiError, ClusterError
-from qlora_cli.cluster.target import Cluster
-from qlora_cli.manifest import RefusedError
+from cli_builders import failed, running, succeeded
+from qlora_cli import app
+from qlora_cli.jobs import submit
+from qlora_cli.kube.errors import ApiError, ClusterError
+from qlora_cli.kube.target import Cluster
+from qlora_cli.manifest.job_manifest import RefusedError
 
 GOOD = """\
 apiVersion: qlora.dev/v1alpha1
@@ -97,20 +97,20 @@ def test_as_a_plugin_of_kubectl_it_suggests_itself(write, monkeypatch):
 
 
 def test_a_dry_run_by_the_client_needs_no_cluster(write):
-    result = CliRunner().invoke(main.app, ["submit", str(write(GOOD)), "--dry-run", "client", "-o", "yaml"])
+    result = CliRunner().invoke(app.app, ["submit", str(write(GOOD)), "--dry-run", "client", "-o", "yaml"])
     assert result.exit_code == 0, result.output
     assert yaml.safe_load(result.stdout)["spec"]["model"] == {"source": "hf://org/name@main"}
 
 
 def test_without_a_cluster_it_ends_with_its_own_exit_code(write):
-    result = CliRunner().invoke(main.app, ["submit", str(write(GOOD))])
+    result = CliRunner().invoke(app.app, ["submit", str(write(GOOD))])
     assert result.exit_code == 3
     assert re.match(r"no cluster is configured: .* name one with --kubeconfig or \$KUBECONFIG\n", result.stderr)
 
 
 def test_a_namespace_is_said_once(write):
     path = write(GOOD.replace("  name: tune", "  name: tune\n  namespace: nlp"))
-    result = CliRunner().invoke(main.app, ["submit", str(path), "-n", "vision", "--dry-run", "client"])
+    result = CliRunner().invoke(app.app, ["submit", str(path), "-n", "vision", "--dry-run", "client"])
     assert (result.exit_code, result.stderr.splitlines()) == (
         40,
         ['job.yaml:1: metadata.namespace: "nlp" is not --namespace vision; give one of the two'],
@@ -175,7 +175,7 @@ def test_names_of_retries(name, following):
 
 
 def test_a_name_that_is_not_there_leads_to_one_that_is():
-    from qlora_cli.cluster.target import get_job
+    from qlora_cli.kube.target import get_job
 
     with pytest.raises(ClusterError) as caught:
         get_job(Cluster(FakeApi(failed("tune")), "research"), "tunes")

@@ -4,11 +4,13 @@ import json
 from collections import deque
 
 import pytest
-from cli_builders import NOW, failed, run_record, running, succeeded, waiting
 
-from qlora_cli.cluster import beginning, comparing, happened, listing, output, showing, watching
-from qlora_cli.cluster.api import Event
-from qlora_cli.cluster.jobs import view, view_run
+from cli_builders import NOW, failed, run_record, running, succeeded, waiting
+from qlora_cli.jobs import compare, events, job_list, show, watch
+from qlora_cli.jobs.job_view import view, view_run
+from qlora_cli.kube.api_client import Event
+from qlora_cli.manifest import init
+from qlora_cli.text import output
 
 ALL = [waiting(), running(), running("support-2"), failed(), succeeded()]
 
@@ -18,66 +20,66 @@ def text(lines):
 
 
 def board_of(*jobs):
-    board = watching.Board()
+    board = watch.Board()
     board.take(Event("LISTED", tuple(jobs)))
     return board
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_list(golden, everywhere):
-    head, rows = listing.table([view(j) for j in ALL], NOW, everywhere=everywhere)
-    lines = output.aligned(head, rows, None, right=listing.NUMBERS)
+    head, rows = job_list.table([view(j) for j in ALL], NOW, everywhere=everywhere)
+    lines = output.aligned(head, rows, None, right=job_list.NUMBERS)
     golden(f"list{'-everywhere' if everywhere else ''}.txt", text(lines))
 
 
 def test_a_list_gives_columns_up_before_its_messages():
-    head, rows = listing.table([view(j) for j in ALL], NOW, everywhere=True)
+    head, rows = job_list.table([view(j) for j in ALL], NOW, everywhere=True)
     wide, middle, narrow = (
-        output.aligned(head, rows, width, right=listing.NUMBERS, spare=listing.SPARE) for width in (400, 130, 105)
+        output.aligned(head, rows, width, right=job_list.NUMBERS, spare=job_list.SPARE) for width in (400, 130, 105)
     )
-    assert all(name in wide[0].plain for name in (*listing.SPARE, "MESSAGE"))
-    assert listing.SPARE[0] not in middle[0].plain
-    assert not any(name in narrow[0].plain for name in listing.SPARE)
+    assert all(name in wide[0].plain for name in (*job_list.SPARE, "MESSAGE"))
+    assert job_list.SPARE[0] not in middle[0].plain
+    assert not any(name in narrow[0].plain for name in job_list.SPARE)
     at = narrow[0].plain.index("MESSAGE")
     assert max(len(line.plain) - at for line in narrow) >= 20
 
 
 @pytest.mark.parametrize("body", [running(), succeeded(), failed(), waiting()], ids=lambda b: b["status"]["state"])
 def test_show(golden, body):
-    golden(f"show-{body['status']['state'].lower()}.txt", text(showing.page(view(body), body, NOW, 100)))
+    golden(f"show-{body['status']['state'].lower()}.txt", text(show.page(view(body), body, NOW, 100)))
 
 
 def test_show_of_a_local_run(golden, tmp_path):
     record = run_record()
     seen = view_run(tmp_path, record)
-    page = text(showing.page(seen, record, NOW, 100))
+    page = text(show.page(seen, record, NOW, 100))
     golden("show-local.txt", page.replace(str(tmp_path), "runs/quick"))
 
 
 def test_watch_of_several(golden):
     board = board_of(*ALL)
     board.losses["research", "support"] = deque([2.0, 1.8, 1.5, 1.4, 1.2])
-    golden("watch.txt", text(watching.page(board, "namespace research · prod", NOW, 120, 40)))
+    golden("watch.txt", text(watch.page(board, "namespace research · prod", NOW, 120, 40)))
 
 
 @pytest.mark.parametrize("width", [116, 100, 92])
 def test_watch_gives_columns_up_before_it_cuts_figures(width):
     board = board_of(*ALL)
     board.losses["research", "support"] = deque([2.0, 1.8, 1.5, 1.4, 1.2])
-    lines = watching.table([view(j) for j in (running(), running("a-job-with-a-longer-name"))], board, NOW, width)
+    lines = watch.table([view(j) for j in (running(), running("a-job-with-a-longer-name"))], board, NOW, width)
     assert lines[0].plain.endswith("MEM")
     assert all(line.plain.endswith("23.0Gi") for line in lines[1:])
 
 
 def test_watch_of_one(golden):
-    board = watching.Board(frozenset(["support"]))
+    board = watch.Board(frozenset(["support"]))
     board.take(Event("LISTED", (running(),)))
-    golden("watch-one.txt", text(watching.page(board, "namespace research", NOW, 100, 40)))
+    golden("watch-one.txt", text(watch.page(board, "namespace research", NOW, 100, 40)))
 
 
 def test_watch_on_a_narrow_and_low_terminal_cuts_and_shares_its_rows(golden):
     jobs = [f(f"{f.__name__}-{n}") for f in (waiting, running, failed, succeeded) for n in range(9)]
-    lines = watching.page(board_of(*jobs), "namespace research", NOW, 60, 16)
+    lines = watch.page(board_of(*jobs), "namespace research", NOW, 60, 16)
     assert len(lines) <= 16
     assert all(len(line) <= 60 for line in lines)
     golden("watch-narrow.txt", text(lines))
@@ -86,9 +88,9 @@ def test_watch_on_a_narrow_and_low_terminal_cuts_and_shares_its_rows(golden):
 def test_watch_says_that_the_connection_is_lost():
     board = board_of(running())
     board.take(Event("LOST", text="https://k8s cannot be reached: refused"))
-    assert "connection lost, trying again: https://k8s cannot be reached" in text(watching.page(board, "", NOW, 99, 9))
+    assert "connection lost, trying again: https://k8s cannot be reached" in text(watch.page(board, "", NOW, 99, 9))
     board.take(Event("MODIFIED", (running(),)))
-    assert "connection lost" not in text(watching.page(board, "", NOW, 99, 9))
+    assert "connection lost" not in text(watch.page(board, "", NOW, 99, 9))
 
 
 def test_a_deleted_job_leaves_the_board_and_a_new_list_replaces_it():
@@ -102,11 +104,11 @@ def test_a_deleted_job_leaves_the_board_and_a_new_list_replaces_it():
 def test_compare(golden, tmp_path):
     record, body = run_record(), succeeded("baseline")
     columns = [
-        comparing.Column(view(body), body["spec"]),
-        comparing.Column(view_run(tmp_path, record), record["spec"]),
+        compare.Column(view(body), body["spec"]),
+        compare.Column(view_run(tmp_path, record), record["spec"]),
     ]
-    golden("compare.txt", text(comparing.pages(columns, None, every=False)).replace(str(tmp_path), "runs/quick"))
-    plain = comparing.as_plain(columns, every=False)
+    golden("compare.txt", text(compare.pages(columns, None, every=False)).replace(str(tmp_path), "runs/quick"))
+    plain = compare.as_plain(columns, every=False)
     assert plain["differences"]["spec.lora.rank"] == [16, 8]
     json.dumps(plain)
 
@@ -114,9 +116,9 @@ def test_compare(golden, tmp_path):
 def test_compare_leaves_out_what_changes_nothing_in_what_is_learned():
     one, other = succeeded("one"), succeeded("other")
     other["spec"] = {**other["spec"], "policy": {"maxRestarts": 9}}
-    columns = [comparing.Column(view(b), b["spec"]) for b in (one, other)]
-    assert comparing.differing(columns) == []
-    assert comparing.differing(columns, every=True) == [("policy.maxRestarts", [3, 9])]
+    columns = [compare.Column(view(b), b["spec"]) for b in (one, other)]
+    assert compare.differing(columns) == []
+    assert compare.differing(columns, every=True) == [("policy.maxRestarts", [3, 9])]
 
 
 def test_events(golden):
@@ -140,8 +142,8 @@ def test_events(golden):
             "series": {"count": 3, "lastObservedTime": "2026-01-02T10:31:00Z"},
         },
     ]
-    rows = happened.rows([happened.see(b) for b in bodies], NOW)
-    golden("events.txt", text(output.aligned(happened.HEAD, rows)))
+    rows = events.rows([events.see(b) for b in bodies], NOW)
+    golden("events.txt", text(output.aligned(events.HEAD, rows)))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_events(golden):
     ],
 )
 def test_whose_event_it_is(kind, name, ours):
-    assert happened.Family("tune").has({"involvedObject": {"kind": kind, "name": name}}) is ours
+    assert events.Family("tune").has({"involvedObject": {"kind": kind, "name": name}}) is ours
 
 
 # ---------------------------------------------------------------------------------------------------------------- init
@@ -170,33 +172,34 @@ ANSWERS = ("hf://meta-llama/Llama-3.1-8B@main", "s3://data/support.jsonl", "s3:/
 
 
 def test_init(golden):
-    golden("init.yaml", beginning.text(beginning.Answers(*ANSWERS, credentials="object-store")))
+    golden("init.yaml", init.text(init.Answers(*ANSWERS, credentials="object-store")))
 
 
-@pytest.mark.parametrize("form", beginning.FORMATS)
+@pytest.mark.parametrize("form", init.FORMATS)
 def test_what_init_writes_is_valid_also_with_every_comment_taken_away(form):
     import re
 
-    from qlora_cli import manifest, yamls
+    from qlora_cli.manifest import job_manifest
+    from qlora_cli.text import kubernetes_yaml
 
-    written = beginning.text(beginning.Answers(*ANSWERS, format=form))
+    written = init.text(init.Answers(*ANSWERS, format=form))
     for pattern in (r"^(\s*)# (?=\s*[a-zA-Z]+:( |$))", r"^\s*#.*\n"):
         written = re.sub(pattern, r"\1" if "(" in pattern[:6] else "", written, flags=re.MULTILINE)
-    (document,) = yamls.read(written, "uncommented")
-    job = manifest.check(document)
+    (document,) = kubernetes_yaml.read(written, "uncommented")
+    job = job_manifest.check(document)
     assert job.spec.scheduling.queue == "research"
     assert job.spec.lora.target_modules == ["q_proj", "v_proj"]
 
 
 def test_init_refuses_what_the_api_would():
-    from qlora_cli.manifest import RefusedError
+    from qlora_cli.manifest.job_manifest import RefusedError
 
     with pytest.raises(RefusedError, match=r'spec.model.source: "ftp://x" .*scheme "ftp://" is not known'):
-        beginning.text(beginning.Answers("ftp://x", *ANSWERS[1:]))
+        init.text(init.Answers("ftp://x", *ANSWERS[1:]))
 
 
 @pytest.mark.parametrize("value", ["on", "2e-4", "a: b", "# no", "name", "é", "s3://bucket/path with space", "'", "-x"])
 def test_init_quotes_what_yaml_would_take_for_something_else(value):
-    from qlora_cli import yamls
+    from qlora_cli.text import kubernetes_yaml
 
-    assert yamls.read(f"x: {beginning._scalar(value)}", "-")[0].value == {"x": value}
+    assert kubernetes_yaml.read(f"x: {init._scalar(value)}", "-")[0].value == {"x": value}

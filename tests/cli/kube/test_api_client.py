@@ -4,10 +4,10 @@ import itertools
 import json
 
 import pytest
-from fake_server import FakeServer
 
-from qlora_cli.cluster import api as module
-from qlora_cli.cluster.errors import ApiError, UnreachableError
+from fake_server import FakeServer
+from qlora_cli.kube import api_client as module
+from qlora_cli.kube.errors import ApiError, UnreachableError
 
 PATH = "/apis/qlora.dev/v1alpha1/namespaces/default/qlorajobs"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_cli.cluster import credentials, kubeconfig
-from qlora_cli.cluster.errors import ConfigError
+from qlora_cli.kube import credentials, kubeconfig
+from qlora_cli.kube.errors import ConfigError
 
 
 def config(name="prod", **user):

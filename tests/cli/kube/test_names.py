@@ -3,7 +3,10 @@
 from qlora_api import job
 from qlora_api.contract import ExitCode
 from qlora_api.spec import DatasetFormat
-from qlora_cli.cluster import beginning, choices, names, options
+from qlora_cli.commands import options
+from qlora_cli.kube import names
+from qlora_cli.manifest import init
+from qlora_cli.text import choices
 
 
 def test_the_api(monkeypatch):
@@ -13,7 +16,7 @@ def test_the_api(monkeypatch):
         == names.LONGEST_NAME
     )
     assert options.USER_ERROR == ExitCode.USER_ERROR
-    assert set(choices.RowFormat) == set(DatasetFormat) == set(beginning.FORMATS)
+    assert set(choices.RowFormat) == set(DatasetFormat) == set(init.FORMATS)
 
 
 def test_what_the_operator_makes():
@@ -24,24 +27,24 @@ def test_what_the_operator_makes():
 
 
 def test_where_a_run_keeps_its_cache(monkeypatch, tmp_path):
-    from qlora_cli import run
-    from qlora_cli.cluster import merging
+    from qlora_cli.artifacts import merge
+    from qlora_cli.local import run
 
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
-    assert merging.cache_dir() == run.cache_dir()
+    assert merge.cache_dir() == run.cache_dir()
     monkeypatch.delenv("QLORA_CACHE")
-    assert merging.cache_dir() == run.cache_dir()
+    assert merge.cache_dir() == run.cache_dir()
 
 
 def test_what_the_trainer_publishes():
-    from qlora_cli.cluster import adapters
-    from qlora_trainer import manifest
+    from qlora_cli.artifacts import adapters
+    from qlora_trainer.publish import adapter_manifest
 
-    assert (adapters.MANIFEST, adapters.SCHEMA) == (manifest.MANIFEST, manifest.SCHEMA)
+    assert (adapters.MANIFEST, adapters.SCHEMA) == (adapter_manifest.MANIFEST, adapter_manifest.SCHEMA)
 
 
 def test_reasons_that_need_a_hand():
     from qlora_api.status import Reason
-    from qlora_cli.cluster.jobs import NEEDS_A_HAND
+    from qlora_cli.jobs.job_view import NEEDS_A_HAND
 
     assert {Reason(reason).value for reason in NEEDS_A_HAND} == NEEDS_A_HAND

@@ -6,7 +6,7 @@ import pynvml
 import pytest
 
 from qlora_api.errors import FieldMistake
-from qlora_cli.machine import Gpu, Machine, choose_world, look, visible
+from qlora_cli.local.machine import Gpu, Machine, choose_world, look, visible
 
 GPUS = tuple(Gpu(f"GPU-{letter}{n}", "NVIDIA H200", 141 << 30) for n, letter in enumerate("aabc"))
 

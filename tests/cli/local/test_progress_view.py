@@ -8,8 +8,7 @@ from rich.console import Console
 
 from qlora_api.contract import ProgressReport
 from qlora_api.status import Memory
-from qlora_cli import words
-from qlora_cli.progress import (
+from qlora_cli.local.progress_view import (
     LiveDisplay,
     PlainDisplay,
     Poller,
@@ -19,6 +18,7 @@ from qlora_cli.progress import (
     display_for,
     plain_line,
 )
+from qlora_cli.text import units
 
 
 def report(**more):
@@ -104,14 +104,14 @@ def test_the_loss_before_training_is_only_taken_when_it_must_be_that(seen, every
     [(0.04, "0.0 s"), (9.96, "10.0 s"), (59.7, "1 min 0 s"), (75, "1 min 15 s"), (7500, "2 h 5 min")],
 )
 def test_durations(value, want):
-    assert words.duration(value) == want
+    assert units.duration(value) == want
 
 
 @pytest.mark.parametrize(
     ("value", "want"), [(512, "512 B"), (2048, "2 KiB"), (3 << 29, "1.50 GiB"), (5 << 40, "5.00 TiB")]
 )
 def test_sizes(value, want):
-    assert words.size(value) == want
+    assert units.size(value) == want
 
 
 def test_a_warning_of_the_trainer_is_said_once():

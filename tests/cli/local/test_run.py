@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qlora_api.errors import FieldMistake, ManifestError
-from qlora_cli.manifest import RefusedError
-from qlora_cli.rundir import RunError
+from qlora_cli.local.run_folder import RunError
+from qlora_cli.manifest.job_manifest import RefusedError
 
 
 def reasons(record):

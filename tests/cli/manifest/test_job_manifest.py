@@ -2,8 +2,9 @@
 
 import pytest
 
-from qlora_cli import local, manifest
-from qlora_cli.manifest import Override, RefusedError
+from qlora_cli.local import local_spec
+from qlora_cli.manifest import job_manifest
+from qlora_cli.manifest.job_manifest import Override, RefusedError
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,7 @@ from qlora_cli.manifest import Override, RefusedError
     ],
 )
 def test_overrides(text, want):
-    assert manifest.parse_override(text) == want
+    assert job_manifest.parse_override(text) == want
 
 
 @pytest.mark.parametrize(
@@ -32,11 +33,11 @@ def test_overrides(text, want):
 )
 def test_overrides_that_cannot_be_read(text):
     with pytest.raises(RefusedError, match="--set"):
-        manifest.parse_override(text)
+        job_manifest.parse_override(text)
 
 
 def test_null_takes_a_field_away_and_groups_are_made(workplace):
-    job = manifest.one_job(
+    job = job_manifest.one_job(
         workplace.folder / "job.yaml",
         ["training.epochs=null", "training.maxSteps=3", "training.evaluation.everySteps=2"],
     )
@@ -46,19 +47,19 @@ def test_null_takes_a_field_away_and_groups_are_made(workplace):
 
 def test_an_unknown_override_names_the_option_and_the_fields(workplace):
     with pytest.raises(RefusedError, match=r"--set: spec.lora.rnk: .* did you mean rank\?"):
-        manifest.one_job(workplace.folder / "job.yaml", ["lora.rnk=3"])
+        job_manifest.one_job(workplace.folder / "job.yaml", ["lora.rnk=3"])
 
 
 def test_addresses_stay_and_paths_become_absolute(workplace):
     path = workplace.folder / "job.yaml"
-    job = manifest.one_job(
+    job = job_manifest.one_job(
         path, ["model.source=hf://org/name", "dataset.eval={source: rows.jsonl}", "output.destination=../out"]
     )
-    spec = local.localize(job.spec, workplace.folder)
+    spec = local_spec.localize(job.spec, workplace.folder)
     assert spec.model.source == "hf://org/name"
     assert spec.dataset.eval.source == str(workplace.folder / "rows.jsonl")
     assert spec.output.destination == str(workplace.folder.parent / "out")
 
 
 def test_nothing_is_unused_by_default(workplace):
-    assert local.unused(manifest.one_job(workplace.folder / "job.yaml").spec) == []
+    assert local_spec.unused(job_manifest.one_job(workplace.folder / "job.yaml").spec) == []

@@ -12,11 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from qlora_api.errors import FieldMistake
-from qlora_api.memory import GPUS, model_shape
-from qlora_cli import main, model_headers, plan, plan_view
-from qlora_cli.machine import Gpu, Machine
-
-from .range_server import running
+from qlora_cli import app
+from qlora_cli.local.machine import Gpu, Machine
+from qlora_cli.memory_plan import model_headers, plan_job, plan_view
+from qlora_memory import GPUS, model_shape
+from range_server import running
 
 JOB = """\
 apiVersion: qlora.dev/v1alpha1
@@ -100,11 +100,11 @@ def hub(monkeypatch):
 @pytest.fixture
 def call(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plan.machine, "look", Machine)
+    monkeypatch.setattr(plan_job.machine, "look", Machine)
 
     def invoke(*arguments, model="hf://org/base@main"):
         (tmp_path / "job.yaml").write_text(JOB.replace("MODEL", model))
-        return CliRunner().invoke(main.app, ["plan", "job.yaml", *arguments])
+        return CliRunner().invoke(app.app, ["plan", "job.yaml", *arguments])
 
     return invoke
 
@@ -309,7 +309,7 @@ def test_fields_can_be_set(hub, call):
 
 def test_the_gpus_of_this_machine_are_the_default(hub, call, monkeypatch):
     cards = tuple(Gpu(f"GPU-{n}", "NVIDIA L4", 23 * 2**30) for n in range(2))
-    monkeypatch.setattr(plan.machine, "look", lambda: Machine(cards))
+    monkeypatch.setattr(plan_job.machine, "look", lambda: Machine(cards))
     shown = json.loads(call("-o", "json").stdout)
     assert shown["gpu"] == {"name": "NVIDIA L4", "memoryBytes": 23 * 2**30, "count": 2}
 
@@ -354,9 +354,9 @@ def test_a_plan_reads_headers_alone_and_loads_no_torch(config, shards, hub, tmp_
     (tmp_path / "job.yaml").write_text(JOB.replace("MODEL", "hf://org/base@main"))
     code = (
         "import sys\n"
-        "from typer.testing import CliRunner; from qlora_cli import main\n"
+        "from typer.testing import CliRunner; from qlora_cli.app import app\n"
         "arguments = ['plan', 'job.yaml', '--gpu', 'h100-80gb', '--what-if']\n"
-        "result = CliRunner().invoke(main.app, arguments)\n"
+        "result = CliRunner().invoke(app, arguments)\n"
         "heavy = [m for m in ('torch', 'transformers', 'qlora_trainer', 'numpy') if m in sys.modules]\n"
         "print(result.exit_code, heavy)"
     )

@@ -9,9 +9,10 @@ from html.parser import HTMLParser
 import pytest
 from typer.testing import CliRunner
 
-from qlora_cli import main, report_history
-from qlora_cli.answers import Answer, keep, kept
-from qlora_cli.report_charts import MOST_POINTS, Curve, Mark, lines, thinned, ticks
+from qlora_cli import app
+from qlora_cli.report import training_history
+from qlora_cli.report.answers import Answer, keep, kept
+from qlora_cli.report.charts import MOST_POINTS, Curve, Mark, lines, thinned, ticks
 
 RECEIPT = {
     "dataHash": "a" * 64,
@@ -39,7 +40,7 @@ LOG = (
 @pytest.fixture
 def report(workplace):
     def invoke(*arguments):
-        done = CliRunner().invoke(main.app, ["report", *arguments])
+        done = CliRunner().invoke(app.app, ["report", *arguments])
         assert done.exit_code == 0, done.output
         return (workplace.folder / done.output.strip()).read_text()
 
@@ -229,14 +230,14 @@ def test_a_published_adapter_has_a_page_of_its_own(workplace, report):
 @pytest.mark.parametrize("content", ["{}", "no JSON", '{"job": 1}'])
 def test_a_file_that_is_no_manifest_is_said_to_be_none(workplace, content):
     (workplace.folder / "manifest.json").write_text(content)
-    done = CliRunner().invoke(main.app, ["report", "."])
+    done = CliRunner().invoke(app.app, ["report", "."])
     assert done.exit_code == 40
     assert "is no manifest of an adapter" in done.output
 
 
 def test_an_unknown_run_is_answered_with_those_there_are(workplace):
     workplace.run()
-    done = CliRunner().invoke(main.app, ["report", "quack"])
+    done = CliRunner().invoke(app.app, ["report", "quack"])
     assert done.exit_code == 40
     assert "there are quick" in done.output
 
@@ -248,8 +249,10 @@ def test_a_broken_checkpoint_and_broken_lines_are_passed_over(workplace):
     workplace.run_folder.mkdir(parents=True)
     checkpoint(workplace, 1, step(1, 2.0))
     checkpoint(workplace, 2, step(1, 2.0), step(2, 9.0), whole=False)
-    assert set(report_history.of_run(workplace.run_folder).steps) == {1}
-    found = report_history.parse(['{"step": 1, "loss": 2.0}', "", "{", '{"step": "x", "loss": 1}', "[]", '{"step": 2}'])
+    assert set(training_history.of_run(workplace.run_folder).steps) == {1}
+    found = training_history.parse(
+        ['{"step": 1, "loss": 2.0}', "", "{", '{"step": "x", "loss": 1}', "[]", '{"step": 2}']
+    )
     assert set(found.steps) == {1}
 
 
@@ -257,14 +260,14 @@ def test_logs_tell_only_of_steps_after_the_last_checkpoint(tmp_path):
     log = tmp_path / "attempt-1" / "log.txt"
     log.parent.mkdir()
     log.write_text("".join(LOG.format(n=n, loss=9.0, evaluation=8.0) for n in (1, 2, 3)))
-    known = report_history.parse([json.dumps(step(n, 1.0)) for n in (1, 2)] + ['{"step": 2, "evalLoss": 1.5}'])
-    found = report_history.with_logs(known, [log])
+    known = training_history.parse([json.dumps(step(n, 1.0)) for n in (1, 2)] + ['{"step": 2, "evalLoss": 1.5}'])
+    found = training_history.with_logs(known, [log])
     assert {n: s.loss for n, s in found.steps.items()} == {1: 1.0, 2: 1.0, 3: 9.0}
     assert found.evaluations == {1: 8.0, 2: 1.5, 3: 8.0}
 
 
 def test_a_loss_that_is_not_finite_is_a_gap():
-    found = report_history.parse(['{"step": 1, "loss": null}', '{"step": 2, "loss": 1.0, "gradientNorm": null}'])
+    found = training_history.parse(['{"step": 1, "loss": null}', '{"step": 2, "loss": 1.0, "gradientNorm": null}'])
     assert [s.loss for s in found.steps.values()] == [None, 1.0]
 
 
@@ -303,22 +306,22 @@ def test_nothing_to_draw_is_no_figure():
 
 
 def test_trainer_and_report_name_the_files_alike():
-    history = pytest.importorskip("qlora_trainer.history")
+    history = pytest.importorskip("qlora_trainer.reporting.training_history")
     assert (history.HISTORY_FILE, history.PUBLISHED_FILE) == (
-        report_history.CHECKPOINT_FILE,
-        report_history.PUBLISHED_FILE,
+        training_history.CHECKPOINT_FILE,
+        training_history.PUBLISHED_FILE,
     )
 
 
 def test_the_report_reads_what_the_trainer_writes():
-    history = pytest.importorskip("qlora_trainer.history").History()
+    history = pytest.importorskip("qlora_trainer.reporting.training_history").History()
     history.attempt(1, 0, worldSize=2, device="CPU")
     history.evaluation(0, 3.5)
     history.step(1, loss=3.0, learningRate=1e-4, gradientNorm=float("inf"), tokens=100, seconds=0.5, dataSeconds=0.1)
     history.sections(1, 1, {"Train": 1.5})
     history.end({"trainRows": 5, "samples": ["a secret row"]}, {"peak": 2}, {"peak": 1})
     assert b"secret" not in history.to_bytes()
-    found = report_history.parse(history.to_bytes().decode().splitlines())
+    found = training_history.parse(history.to_bytes().decode().splitlines())
     assert found.attempts[1].world_size == 2
     assert found.evaluations == {0: 3.5}
     assert found.steps[1].tokens_per_second == 200

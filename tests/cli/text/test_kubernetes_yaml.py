@@ -2,11 +2,11 @@
 
 import pytest
 
-from qlora_cli import yamls
+from qlora_cli.text import kubernetes_yaml
 
 
 def read_one(text):
-    (document,) = yamls.read(text, "job.yaml")
+    (document,) = kubernetes_yaml.read(text, "job.yaml")
     return document
 
 
@@ -41,7 +41,7 @@ def read_one(text):
     ],
 )
 def test_unquoted_scalars(text, want):
-    found = yamls.scalar(text)
+    found = kubernetes_yaml.scalar(text)
     assert (found, type(found)) == (want, type(want))
 
 
@@ -74,7 +74,7 @@ def test_lines_are_known_by_path_and_those_of_missing_fields_by_the_group_around
 
 
 def test_empty_documents_are_passed_over_and_lines_count_on():
-    documents = yamls.read("---\n---\na: 1\n---\n# nothing\n---\nb: 2\n", "job.yaml")
+    documents = kubernetes_yaml.read("---\n---\na: 1\n---\n# nothing\n---\nb: 2\n", "job.yaml")
     assert [(d.value, d.line) for d in documents] == [({"a": 1}, 3), ({"b": 2}, 7)]
 
 
@@ -91,15 +91,15 @@ def test_empty_documents_are_passed_over_and_lines_count_on():
     ],
 )
 def test_what_is_no_manifest_is_refused_with_its_place(text, message):
-    with pytest.raises(yamls.NotYamlError, match=message.replace("[", r"\[")):
-        yamls.read(text, "job.yaml")
+    with pytest.raises(kubernetes_yaml.NotYamlError, match=message.replace("[", r"\[")):
+        kubernetes_yaml.read(text, "job.yaml")
 
 
 def test_aliases_cannot_unfold_to_billions():
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
-    with pytest.raises(yamls.NotYamlError, match="unfold"):
-        yamls.read("\n".join(lines), "job.yaml")
+    with pytest.raises(kubernetes_yaml.NotYamlError, match="unfold"):
+        kubernetes_yaml.read("\n".join(lines), "job.yaml")
 
 
 def test_numbers_that_json_cannot_hold_are_mistakes():
@@ -108,4 +108,4 @@ def test_numbers_that_json_cannot_hold_are_mistakes():
 
 @pytest.mark.parametrize("text", ["2e-4", "014", "y", "NF4", "", "null", "1:30", "a: b", "- a", "line\nline"])
 def test_texts_are_written_so_that_they_stay_texts(text):
-    assert read_one(yamls.dump({"default": text})).value == {"default": text}
+    assert read_one(kubernetes_yaml.dump({"default": text})).value == {"default": text}

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from typer.testing import CliRunner
 
-from cluster.harness.jobs import GROUP
-from cluster.harness.operator import Operator
-from qlora_cli.main import app
+from cluster.scenarios.jobs import GROUP
+from cluster.scenarios.operator import Operator
+from qlora_cli.app import app
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cluster.harness.control_plane import ControlPlane
+    from cluster.control_plane import ControlPlane
 
 CRD = Path(__file__).parents[3] / "crds" / "qlora.dev_qlorajobs.yaml"
 
@@ -111,7 +111,7 @@ def manifest(tmp_path: Path):
     """Write a manifest; its file's name."""
     import yaml
 
-    from cluster.harness.jobs import qlora_job
+    from cluster.scenarios.jobs import qlora_job
 
     def write(name: str, **groups: Any) -> str:
         body = qlora_job(name, **groups)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 from urllib.parse import parse_qs, urlsplit
 
 if TYPE_CHECKING:
-    from cluster.harness.control_plane import ControlPlane
+    from cluster.control_plane import ControlPlane
 
 POLL_SECONDS = 0.05
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)

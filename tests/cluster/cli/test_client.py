@@ -7,10 +7,10 @@ import json
 
 import pytest
 
-from cluster.harness.jobs import qlora_job
-from cluster.harness.script import pods_do
+from cluster.scenarios.jobs import qlora_job
+from cluster.scenarios.script import pods_do
 from qlora_cli.client import QLoRAClient
-from qlora_cli.cluster.errors import ClusterError
+from qlora_cli.kube.errors import ClusterError
 
 
 @pytest.fixture

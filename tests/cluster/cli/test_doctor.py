@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from charts.helm import Helm
-from cluster.harness.api import ApiError
-from cluster.harness.control_plane import ControlPlane
-from cluster.harness.jobs import GROUP, qlora_job
+from cluster.api import ApiError
+from cluster.control_plane import ControlPlane
+from cluster.scenarios.jobs import GROUP, qlora_job
+from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError, find_or_build
-from services.fixtures import skip_unless_ci
 from services.tools import HELM
 
 if TYPE_CHECKING:

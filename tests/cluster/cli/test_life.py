@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.harness.jobs import in_state, job_path
-from cluster.harness.script import pods_do
+from cluster.scenarios.jobs import in_state, job_path
+from cluster.scenarios.script import pods_do
 
 ADAPTER = {
     "uri": "s3://adapters/job/3f2a-attempt-1/adapter",

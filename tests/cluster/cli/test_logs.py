@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.harness.jobs import in_state, job_path
-from cluster.harness.kwok import finish_pod
-from cluster.harness.script import pods_do
+from cluster.kwok import finish_pod
+from cluster.scenarios.jobs import in_state, job_path
+from cluster.scenarios.script import pods_do
 
 PODS = "/api/v1/namespaces/{}/pods"
 HERE = {"nodeSelector": {"logs": "here"}, "tolerations": [{"key": "logs", "operator": "Exists"}]}

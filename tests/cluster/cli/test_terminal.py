@@ -19,7 +19,7 @@ from itertools import count
 
 import pytest
 
-from cluster.harness.jobs import in_state, job_path
+from cluster.scenarios.jobs import in_state, job_path
 
 _numbers = count()
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*3\d(?:;\d+)*m")

@@ -14,13 +14,13 @@ from typing import Self
 
 import pytest
 
-from cluster.harness.control_plane import ControlPlane
-from cluster.harness.jobs import GROUP, in_state, job_path
-from cluster.harness.operator import Operator
-from cluster.harness.script import pods_do
+from cluster.control_plane import ControlPlane
+from cluster.scenarios.jobs import GROUP, in_state, job_path
+from cluster.scenarios.operator import Operator
+from cluster.scenarios.script import pods_do
 from docs.blocks import PAGES, REPOSITORY, missing, shell_blocks
+from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError, find_or_build
-from services.fixtures import skip_unless_ci
 from services.tools import HELM
 from services.versitygw import VersityGateway
 

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.harness.history import History
-from cluster.harness.jobs import GROUP
-from cluster.harness.operator import Operator
-from cluster.harness.proxy import Proxy
-from cluster.harness.zygote import ForkedOperator, Zygote
+from cluster.scenarios.history import History
+from cluster.scenarios.jobs import GROUP
+from cluster.scenarios.operator import Operator
+from cluster.scenarios.proxy import Proxy
+from cluster.scenarios.zygote import ForkedOperator, Zygote
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cluster.harness.control_plane import ControlPlane
+    from cluster.control_plane import ControlPlane
 
 CRD = Path(__file__).parents[3] / "crds" / "qlora.dev_qlorajobs.yaml"
 

@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.harness.api import ApiError
-from cluster.harness.control_plane import ControlPlane
-from cluster.harness.jobs import condition, create_job, in_state, job_path, qlora_job
-from cluster.harness.kwok import finish_pod
-from cluster.harness.operator import Operator
-from cluster.harness.proxy import GONE, Passed, Proxy, Refused
-from cluster.harness.script import pods_do
-from cluster.harness.waits import SOON, eventually
-from cluster.harness.whole_life import ADAPTER, ends, word
-from cluster.harness.zygote import ForkedOperator
+from cluster.api import ApiError
+from cluster.control_plane import ControlPlane
+from cluster.kwok import finish_pod
+from cluster.scenarios.jobs import condition, create_job, in_state, job_path, qlora_job
+from cluster.scenarios.operator import Operator
+from cluster.scenarios.proxy import GONE, Passed, Proxy, Refused
+from cluster.scenarios.script import pods_do
+from cluster.scenarios.whole_life import ADAPTER, ends, word
+from cluster.scenarios.zygote import ForkedOperator
+from cluster.waits import SOON, eventually
+from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError
-from services.fixtures import skip_unless_ci
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from cluster.harness.proxy import Call
+    from cluster.scenarios.proxy import Call
 
 CRD = Path(__file__).parents[3] / "crds" / "qlora.dev_qlorajobs.yaml"
 JOBS, PODS = "/apis/batch/v1/namespaces/{}/jobs", "/api/v1/namespaces/{}/pods"
@@ -120,7 +120,7 @@ def test_pods_that_were_deleted_unseen_do_not_keep_a_job_from_being_suspended(ap
 
 
 def test_a_watch_that_is_silent_is_asked_for_anew(api, zygote, proxy, kwok_namespace, tmp_path):
-    quick = {"qlora_operator.handlers.SILENCE_SECONDS": 2, "qlora_operator.client.SILENCE_SECONDS": 2}
+    quick = {"qlora_operator.watch.kopf_handlers.SILENCE_SECONDS": 2, "qlora_operator.kube.client.SILENCE_SECONDS": 2}
     with ForkedOperator(zygote, tmp_path, proxy.kubeconfig, quick, namespaces=[kwok_namespace]) as operator:
         proxy.freeze_watches()
         path = create_job(api, qlora_job(namespace=kwok_namespace))

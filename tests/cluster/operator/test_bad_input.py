@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cluster.harness.api import ApiError
-from cluster.harness.jobs import condition, create_job, in_state, qlora_job
-from cluster.harness.script import pods_do
-from cluster.harness.whole_life import ADAPTER, ends
-from cluster.harness.zygote import ForkedOperator
+from cluster.api import ApiError
+from cluster.scenarios.jobs import condition, create_job, in_state, qlora_job
+from cluster.scenarios.script import pods_do
+from cluster.scenarios.whole_life import ADAPTER, ends
+from cluster.scenarios.zygote import ForkedOperator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cluster.harness.api import Api, Object
+    from cluster.api import Api, Object
 
 SOON = 10
 JOBS, PODS = "/apis/batch/v1/namespaces/{}/jobs", "/api/v1/namespaces/{}/pods"

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.harness.operator import READY_SECONDS
-from cluster.harness.proxy import AnswerLost, Killed, Proxy
-from cluster.harness.whole_life import (
+from cluster.scenarios.operator import READY_SECONDS
+from cluster.scenarios.proxy import AnswerLost, Killed, Proxy
+from cluster.scenarios.whole_life import (
     EXPECTED,
     NAMESPACE_LABELS,
     SETTINGS,
@@ -26,16 +26,16 @@ from cluster.harness.whole_life import (
     outcome,
     pods_live,
 )
-from cluster.harness.zygote import ForkedOperator
+from cluster.scenarios.zygote import ForkedOperator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from cluster.harness.control_plane import ControlPlane
-    from cluster.harness.history import History
-    from cluster.harness.proxy import Call, Fault
-    from cluster.harness.zygote import Zygote
+    from cluster.control_plane import ControlPlane
+    from cluster.scenarios.history import History
+    from cluster.scenarios.proxy import Call, Fault
+    from cluster.scenarios.zygote import Zygote
 
 LIFE = (
     "POST secrets qlora-key-UID",

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.harness.jobs import condition, create_job, in_state, qlora_job
-from cluster.harness.script import pods_do
-from cluster.harness.whole_life import PREPARED, ends
-from cluster.harness.zygote import ForkedOperator
+from cluster.scenarios.jobs import condition, create_job, in_state, qlora_job
+from cluster.scenarios.script import pods_do
+from cluster.scenarios.whole_life import PREPARED, ends
+from cluster.scenarios.zygote import ForkedOperator
 
 if TYPE_CHECKING:
-    from cluster.harness.api import Api
+    from cluster.api import Api
 
 
 @pytest.fixture

@@ -14,21 +14,21 @@ import httpx
 import psutil
 import pytest
 
-from cluster.harness.api import ApiError
-from cluster.harness.jobs import condition, create_job, in_state, last_attempt, qlora_job
-from cluster.harness.kwok import PREFIX, finish_pod
-from cluster.harness.operator import Operator
-from cluster.harness.processes import Process
-from cluster.harness.script import pods_do
-from cluster.harness.waits import eventually
-from cluster.harness.whole_life import ADAPTER, ends, word
-from cluster.harness.zygote import ForkedOperator
+from cluster.api import ApiError
+from cluster.kwok import PREFIX, finish_pod
+from cluster.processes import Process
+from cluster.scenarios.jobs import condition, create_job, in_state, last_attempt, qlora_job
+from cluster.scenarios.operator import Operator
+from cluster.scenarios.script import pods_do
+from cluster.scenarios.whole_life import ADAPTER, ends, word
+from cluster.scenarios.zygote import ForkedOperator
+from cluster.waits import eventually
 from services.hostile import HostileRank, answers, report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cluster.harness.api import Api, Object
+    from cluster.api import Api, Object
 
 FAULTY = Path(__file__).parents[1] / "harness" / "faulty_operator.py"
 JOBS, PODS = "/apis/batch/v1/namespaces/{}/jobs", "/api/v1/namespaces/{}/pods"
@@ -194,7 +194,7 @@ def test_a_figure_in_status_that_is_none_takes_no_metric_of_others_away(api, for
 def test_an_error_over_what_a_pod_reports_does_not_keep_its_job_from_being_suspended(
     api, crd_cluster, zygote, kwok_namespace, tmp_path
 ):
-    broken = {"qlora_operator.history.known_components": None}  # calling it is an error
+    broken = {"qlora_operator.decide.attempt_history.known_components": None}  # calling it is an error
     does = {"pod-ip": OWNED, "stop-exit-code": 43, "stop-message": word(43, "Preempted", "stopped")}
     with (
         HostileRank(OWNED, METRICS_PORT, [report()]) as rank,

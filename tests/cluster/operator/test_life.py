@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from cluster.harness.api import ApiError
-from cluster.harness.jobs import condition, create_job, in_state, last_attempt, qlora_job
-from cluster.harness.kwok import find_node_again, lose_node
-from cluster.harness.script import pods_do
+from cluster.api import ApiError
+from cluster.kwok import find_node_again, lose_node
+from cluster.scenarios.jobs import condition, create_job, in_state, last_attempt, qlora_job
+from cluster.scenarios.script import pods_do
 
 JOBS, PODS = "/apis/batch/v1/namespaces/{}/jobs", "/api/v1/namespaces/{}/pods"
 ADAPTER = {
@@ -194,7 +194,7 @@ def test_a_job_of_the_same_name_as_a_deleted_one_starts_anew(api, operator, kwok
 
 
 def test_prepare_holds_no_gpu_and_goes_before_the_trainers(api, crd_cluster, kwok_namespace, tmp_path):
-    from cluster.harness.operator import Operator
+    from cluster.scenarios.operator import Operator
 
     result = {
         "modelRevision": "abc",
@@ -225,7 +225,7 @@ def test_prepare_holds_no_gpu_and_goes_before_the_trainers(api, crd_cluster, kwo
 
 
 def test_a_user_error_in_prepare_ends_the_job_before_a_gpu_is_held(api, crd_cluster, kwok_namespace, tmp_path):
-    from cluster.harness.operator import Operator
+    from cluster.scenarios.operator import Operator
 
     text = "spec.dataset.train.source: no row has a completion"
     bad = {"run-seconds": "0.2", "exit-code": 40, "termination-message": word(40, "UserError", text)}

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
-from cluster.harness.api import ApiError
-from cluster.harness.jobs import GROUP, qlora_job
-from cluster.harness.mutations import mutations
-from cluster.harness.script import pods_do
-from cluster.harness.waits import eventually
-from cluster.harness.whole_life import ADAPTER, ends
+from cluster.api import ApiError
+from cluster.scenarios.jobs import GROUP, qlora_job
+from cluster.scenarios.mutations import mutations
+from cluster.scenarios.script import pods_do
+from cluster.scenarios.whole_life import ADAPTER, ends
+from cluster.waits import eventually
 
 if TYPE_CHECKING:
-    from cluster.harness.api import Object
-    from cluster.harness.history import History
-    from cluster.harness.mutations import Mutation
+    from cluster.api import Object
+    from cluster.scenarios.history import History
+    from cluster.scenarios.mutations import Mutation
 
 CRD = Path(__file__).parents[3] / "crds" / "qlora.dev_qlorajobs.yaml"
 ALL, AT_ONCE, SEED = 300, 30, 20260101

@@ -12,14 +12,14 @@ import pytest
 import yaml
 
 from charts.helm import CHART, Helm
-from cluster.harness.api import ApiError
-from cluster.harness.audit import READS
-from cluster.harness.control_plane import ControlPlane, KubectlError, Settings
-from cluster.harness.history import History
-from cluster.harness.jobs import create_job, in_state, last_attempt, qlora_job
-from cluster.harness.kwok import find_node_again, lose_node
-from cluster.harness.script import pods_do
-from cluster.harness.whole_life import (
+from cluster.api import ApiError
+from cluster.audit import READS
+from cluster.control_plane import ControlPlane, KubectlError, Settings
+from cluster.kwok import find_node_again, lose_node
+from cluster.scenarios.history import History
+from cluster.scenarios.jobs import create_job, in_state, last_attempt, qlora_job
+from cluster.scenarios.script import pods_do
+from cluster.scenarios.whole_life import (
     ADAPTER,
     EXPECTED,
     NAMESPACE_LABELS,
@@ -30,16 +30,16 @@ from cluster.harness.whole_life import (
     outcome,
     pods_live,
 )
-from cluster.harness.zygote import ForkedOperator
+from cluster.scenarios.zygote import ForkedOperator
+from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError, find_or_build
-from services.fixtures import skip_unless_ci
 from services.tools import HELM
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from cluster.harness.audit import Request
+    from cluster.audit import Request
 
 ENFORCED_SECONDS = 30
 FOR_OTHER_LIVES = {

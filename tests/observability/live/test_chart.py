@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from charts.helm import CHART, Helm
+from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError, find_or_build
-from services.fixtures import skip_unless_ci
 from services.tools import HELM
 
 ON = {"enabled": True, "labels": {"release": "prometheus"}}

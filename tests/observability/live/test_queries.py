@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from observability.live.stage import GPU_SERIES, NAME, OTHERS, RULES, TEAM, Stage
+from demo.live_stage import GPU_SERIES, NAME, OTHERS, RULES, TEAM, Stage
+from fixtures import skip_unless_ci
 from qlora_api.metrics_catalogue import CATALOGUE, OPERATOR, TRAINER
 from services.binaries import ToolMissingError
-from services.fixtures import skip_unless_ci
 
 DASHBOARDS = sorted((Path(__file__).parents[3] / "charts" / "qlora-operator" / "dashboards").glob("*.json"))
 VARIABLES = {

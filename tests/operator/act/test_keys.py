@@ -6,14 +6,14 @@ import base64
 import json
 
 import pytest
-from operator_builders import CONFIG, UID, attempt, child, decide, job, running, seen
 
+from operator_builders import CONFIG, UID, attempt, child, decide, job, running, seen
 from qlora_api.contract import TrainerConfig
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator import render
-from qlora_operator.children import collection_of, with_new_key
+from qlora_operator.act.children import collection_of, with_new_key
 from qlora_operator.config import OperatorConfig
-from qlora_operator.decision import Plan
+from qlora_operator.decide.decision import Plan
 
 NAME = f"qlora-key-{UID}"
 

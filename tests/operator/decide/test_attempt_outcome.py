@@ -5,11 +5,11 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
-from operator_builders import NOW, child, pod, seen
 
+from operator_builders import NOW, child, pod, seen
 from qlora_api.status import Reason
-from qlora_operator.attempts import ending_of
-from qlora_operator.seen import JobState, see_pod
+from qlora_operator.decide.attempt_outcome import ending_of
+from qlora_operator.state.observed import JobState, see_pod
 
 FAILED = child(state=JobState.FAILED)
 OVERFULL = {"pod_reason": "Evicted", "pod_message": 'Usage of EmptyDir volume "cache" exceeds the limit "200Gi". '}

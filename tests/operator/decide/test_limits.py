@@ -7,11 +7,11 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
-from operator_builders import NOW, PREPARING, attempt, child, decide, held, job, names, pod, running, seen
 
+from operator_builders import NOW, PREPARING, attempt, child, decide, held, job, names, pod, running, seen
 from qlora_api.contract import ProgressReport
 from qlora_api.status import Memory, QLoRAJobStatus, Reason
-from qlora_operator.seen import JobState
+from qlora_operator.state.observed import JobState
 
 DEADLINE = {"activeDeadlineSeconds": 60}
 

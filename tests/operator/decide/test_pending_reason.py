@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from operator_builders import child, job, pod, seen
 
-from qlora_operator.seen import JobState
-from qlora_operator.waiting import why_waiting
+from operator_builders import child, job, pod, seen
+from qlora_operator.decide.pending_reason import why_waiting
+from qlora_operator.state.observed import JobState
 
 NO_GPU = "0/5 nodes are available: 5 Insufficient nvidia.com/gpu. preemption: 0/5 nodes are available."
 NO_MATCH = "0/4 nodes are available: 4 node(s) didn't match Pod's node affinity/selector."

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from operator_builders import PREPARING, child, decide, job, pod, seen
 
+from operator_builders import PREPARING, child, decide, job, pod, seen
 from qlora_api.contract import ExitCode, TerminationMessage
 from qlora_api.errors import ManifestError, validate
 from qlora_api.status import ConditionType, PrepareResult, QLoRAJobStatus, Reason
 from qlora_operator.config import OperatorConfig
-from qlora_operator.prepared import GPU_NOT_KNOWN
-from qlora_operator.seen import JobState
+from qlora_operator.decide.prepare_result import GPU_NOT_KNOWN
+from qlora_operator.state.observed import JobState
 
 ON_H100 = {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
 

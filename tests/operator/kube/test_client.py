@@ -8,10 +8,10 @@ import json
 import pytest
 from aiohttp import web
 
-from qlora_operator import client
-from qlora_operator.bounded_reads import LARGEST_BYTES, TooLargeError
-from qlora_operator.client import PAGE, Api, ApiError
-from qlora_operator.lean import kopf
+from qlora_operator.kube import client
+from qlora_operator.kube.bounded_reads import LARGEST_BYTES, TooLargeError
+from qlora_operator.kube.client import PAGE, Api, ApiError
+from qlora_operator.kube.kopf_import import kopf
 
 CHANGE = {"type": "ADDED", "object": {"metadata": {"name": "one"}}}
 ERROR = {"type": "ERROR", "object": {"code": 410, "reason": "Expired", "message": "too old"}}

@@ -10,10 +10,10 @@ import sys
 import pytest
 from aiohttp import web
 
-from qlora_operator import credentials
-from qlora_operator.client import Api
-from qlora_operator.credentials import load_credentials
-from qlora_operator.lean import kopf
+from qlora_operator.kube import credentials
+from qlora_operator.kube.client import Api
+from qlora_operator.kube.credentials import load_credentials
+from qlora_operator.kube.kopf_import import kopf
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_a_kubeconfig_that_asks_a_program_is_read_by_the_official_client(kubecon
     plugin.chmod(0o755)
     asked = {"apiVersion": answer["apiVersion"], "command": str(plugin), "interactiveMode": "Never"}
     kubeconfig({"exec": asked})
-    script = "from qlora_operator.credentials import load_credentials as load; print(load().as_http_headers())"
+    script = "from qlora_operator.kube.credentials import load_credentials as load; print(load().as_http_headers())"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert ran.stdout == "{'Authorization': 'Bearer fresh'}\n", ran.stderr
 
@@ -70,7 +70,7 @@ def test_a_kubeconfig_counts_before_the_account_of_the_pod_it_runs_in(kubeconfig
 def test_a_file_named_in_a_kubeconfig_lies_beside_it(kubeconfig, tmp_path):
     (tmp_path / "ca.crt").write_text("a certificate")
     kubeconfig({"token": "t"}, **{"certificate-authority": "ca.crt"})
-    script = "from qlora_operator.credentials import load_credentials as load; print(load().ca_path)"
+    script = "from qlora_operator.kube.credentials import load_credentials as load; print(load().ca_path)"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert ran.stdout == f"{tmp_path / 'ca.crt'}\n", ran.stderr
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_operator.health import SLACK_SECONDS, WATCH_SECONDS, Watches
+from qlora_operator.serve.health import SLACK_SECONDS, WATCH_SECONDS, Watches
 
 LONG = WATCH_SECONDS + SLACK_SECONDS + 1
 JOBS, PODS = "/apis/batch/v1/jobs", "/api/v1/pods"

@@ -8,8 +8,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from qlora_api.metrics_catalogue import OPERATOR, Kind
-from qlora_operator.metrics_of_jobs import JobsCollector
-from qlora_operator.store import Store
+from qlora_operator.serve.job_collector import JobsCollector
+from qlora_operator.state.cache import Store
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC).timestamp()
 

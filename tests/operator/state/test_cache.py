@@ -6,8 +6,8 @@ import contextlib
 
 import pytest
 
-from qlora_operator.seen import NotOwnedError
-from qlora_operator.store import Store
+from qlora_operator.state.cache import Store
+from qlora_operator.state.observed import NotOwnedError
 
 UID, KEY = "uid-of-the-job", ("team", "job")
 QLORA_JOB = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "name": "job", "uid": UID, "controller": True}

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from qlora_api.status import Reason
-from qlora_operator.reports import ReportError, read_report, read_termination_message
+from qlora_operator.state.reports import ReportError, read_report, read_termination_message
 from services.hostile import NOT_A_VALUE, REPORT
 
 WORD = {"exitCode": 0, "reason": "Completed", "message": "step 10 of 10"}

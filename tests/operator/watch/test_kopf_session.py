@@ -8,8 +8,8 @@ import json
 import pytest
 from aiohttp import web
 
-from qlora_operator.kopf_session import watching_session
-from qlora_operator.lean import kopf
+from qlora_operator.kube.kopf_import import kopf
+from qlora_operator.watch.kopf_session import watching_session
 
 DEPTH = 9_000
 NESTED = '{"f:a":' * DEPTH + "{}" + "}" * DEPTH

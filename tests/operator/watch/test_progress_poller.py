@@ -6,13 +6,13 @@ import asyncio
 import os
 
 import pytest
-from operator_builders import pod
 
-from cluster.harness.waits import eventually
-from qlora_operator.bounded_reads import TooLargeError
-from qlora_operator.progress import ProgressPoller, ask_progress, progress_session
-from qlora_operator.reports import ReportError
-from qlora_operator.store import Store
+from cluster.waits import eventually
+from operator_builders import pod
+from qlora_operator.kube.bounded_reads import TooLargeError
+from qlora_operator.state.cache import Store
+from qlora_operator.state.reports import ReportError
+from qlora_operator.watch.progress_poller import ProgressPoller, ask_progress, progress_session
 from services.hostile import REPORT, HostileRank, answers, http, report
 
 ADDRESS = f"127.{os.getpid() % 200 + 10}.9.5"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_operator.resync import Listings
+from qlora_operator.watch.resync import Listings
 
 PODS = "/api/v1/namespaces/team/pods"
 LIST, WATCH = f"{PODS}?limit=500&labelSelector=x", f"{PODS}?watch=true&resourceVersion=7"

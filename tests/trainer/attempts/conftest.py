@@ -26,8 +26,8 @@ from qlora_api import QLoRAJobSpec
 from qlora_api.batch import split_batch
 from qlora_api.contract import JobRef, TerminationMessage, TrainerConfig
 from qlora_trainer.__main__ import ready
-from qlora_trainer.outcome import guarded
-from qlora_trainer.prepare import prepare
+from qlora_trainer.prepare.command import prepare
+from qlora_trainer.reporting.rank_exit import guarded
 from services.forks import ForkedProgram, fork_context, start_program
 from services.patience import PATIENCE_SECONDS
 from services.ports import free_port

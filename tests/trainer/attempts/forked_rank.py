@@ -12,7 +12,9 @@ EMULATED_FLOAT16 = "TEST_INITIAL_LOSS_SCALE"
 def emulate_float16(initial_scale: float) -> None:
     from functools import partial
 
-    from qlora_trainer import compute_type, loss_scale, resume
+    from qlora_trainer.engine import loss_scale
+    from qlora_trainer.model import compute_type
+    from qlora_trainer.training import resume
 
     compute_type.fp16_in_hardware = lambda _: True
     resume.LossScale = partial(loss_scale.LossScale, scale=initial_scale)
@@ -26,8 +28,8 @@ def run_rank(config_path: str, log_path: str, environment: dict[str, str], rank:
     os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     from qlora_api.contract import TrainerConfig
-    from qlora_trainer.outcome import guarded
-    from qlora_trainer.train import train
+    from qlora_trainer.reporting.rank_exit import guarded
+    from qlora_trainer.training.train import train
 
     if initial := environment.get(EMULATED_FLOAT16):
         emulate_float16(float(initial))

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.answers import NEW_TOKENS, continue_rows
+from qlora_trainer.training.sample_answers import NEW_TOKENS, continue_rows
 
 PROMPTS = ["def read(self):\n", "def write(self, data):\n"]
 PLAIN = {"quantization": {"type": "None", "computeType": "Float32"}}

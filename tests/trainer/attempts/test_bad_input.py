@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from qlora_api.contract import ExitCode, PrepareReceipt
-from qlora_trainer.outcome import guarded
-from qlora_trainer.prepare import prepare
+from qlora_trainer.prepare.command import prepare
+from qlora_trainer.reporting.rank_exit import guarded
 
 
 def prepared(workshop, **changes):

@@ -10,8 +10,8 @@ import pytest
 from qlora_api.batch import BatchSplit
 from qlora_api.contract import ExitCode
 from qlora_trainer.data.batches import Batches
-from qlora_trainer.data.prepare import load_prepared
-from qlora_trainer.prepared import Prepared
+from qlora_trainer.prepare.local_copy import Prepared
+from qlora_trainer.prepare.tokenize_rows import load_prepared
 
 pytestmark = pytest.mark.ranks
 

@@ -72,7 +72,7 @@ def manifest(workshop):
 
 
 def qlora_run(workshop, path, before=None):
-    command = [sys.executable, "-c", "from qlora_cli.main import app; app()", "run", str(path), "--ranks", "2"]
+    command = [sys.executable, "-c", "from qlora_cli.app import app; app()", "run", str(path), "--ranks", "2"]
     done = subprocess.run(
         command,
         cwd=workshop.folder,

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from e2e.material import LLAMA_70B, make_large_base
+from demo.material import LLAMA_70B, make_large_base
 from qlora_api.contract import ExitCode
-from qlora_api.memory import model_shape
 from qlora_api.status import Reason
-from qlora_trainer.prepare import main
+from qlora_memory import model_shape
+from qlora_trainer.prepare.command import main
 
 AUTO = {"epochs": 3, "globalBatchSize": 64, "microBatchSize": None, "learningRate": "1e-4"}
 

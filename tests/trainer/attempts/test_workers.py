@@ -11,7 +11,7 @@ from worker_pods import losses
 
 from qlora_api.contract import ExitCode
 from qlora_api.status import Reason
-from qlora_trainer.publish import verify_published
+from qlora_trainer.publish.publisher import verify_published
 
 pytestmark = pytest.mark.ranks
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from qlora_trainer.checkpoints import (
+from qlora_trainer.checkpoint.checkpoint_store import (
     MARKER,
     CheckpointStore,
     files_of,
@@ -20,7 +20,7 @@ from qlora_trainer.checkpoints import (
     unpack_tensors,
 )
 from qlora_trainer.errors import CheckpointError, PreemptedError, StorageError, UserError
-from qlora_trainer.store import open_store
+from qlora_trainer.storage.object_store import open_store
 
 RUN = "3f2a9c01-run"
 OTHER = "77777777-run"
@@ -168,7 +168,7 @@ def test_a_file_that_changes_after_the_check_is_not_returned(place):
 
 KILLED_WRITERS = """
 import os, signal, sys, time
-from qlora_trainer.checkpoints import CheckpointStore
+from qlora_trainer.checkpoint.checkpoint_store import CheckpointStore
 
 def newest():
     found = CheckpointStore(sys.argv[1], "run", keep=2).newest()

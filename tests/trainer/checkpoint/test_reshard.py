@@ -8,7 +8,7 @@ import pytest
 import torch
 from bitsandbytes import functional
 
-from qlora_trainer.reshard import BLOCK, reshard
+from qlora_trainer.checkpoint.reshard import BLOCK, reshard
 
 
 def padded(length, ranks):

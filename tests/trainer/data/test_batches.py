@@ -9,7 +9,7 @@ import torch
 from qlora_api.batch import BatchSplit
 from qlora_trainer.data.batches import IGNORED, Batches, MicroBatch, eval_batches
 from qlora_trainer.data.packing import pack, unpacked
-from qlora_trainer.data.tokenized import TokenizedRows
+from qlora_trainer.data.tokenized_rows import TokenizedRows
 
 SPLITS_OF_8 = [
     BatchSplit(world_size=world, micro_batch_size=micro, gradient_accumulation_steps=8 // world // micro)

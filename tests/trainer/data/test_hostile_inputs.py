@@ -9,7 +9,7 @@ import pytest
 
 from qlora_trainer.data.sources import find_source, load_rows
 from qlora_trainer.errors import UserError
-from qlora_trainer.model_files import ModelFilesError, check_code, safetensors_header
+from qlora_trainer.storage.model_files import ModelFilesError, check_code, safetensors_header
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,12 +14,12 @@ from qlora_api.batch import BatchSplit
 from qlora_api.spec import Columns
 from qlora_trainer.data.batches import Batches
 from qlora_trainer.data.formats import Encoder
-from qlora_trainer.data.prepare import load_prepared, prepare_data
 from qlora_trainer.errors import StorageError, UserError
-from qlora_trainer.fetch import take_name
+from qlora_trainer.prepare.tokenize_rows import load_prepared, prepare_data
+from qlora_trainer.storage.fetch import take_name
 
 if TYPE_CHECKING:
-    from qlora_trainer.data.tokenized import TokenizedRows
+    from qlora_trainer.data.tokenized_rows import TokenizedRows
 
 PAIRS = {"format": "PromptCompletion"}
 

@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from qlora_trainer.attempt import Run
+from qlora_trainer.engine.loss_scale import GROWTH_STEPS, INITIAL, SMALLEST, LossScale
 from qlora_trainer.errors import NonFiniteLossError
-from qlora_trainer.loss_scale import GROWTH_STEPS, INITIAL, SMALLEST, LossScale
-from qlora_trainer.train import next_loss_scale
+from qlora_trainer.training.context import Run
+from qlora_trainer.training.train import next_loss_scale
 
 
 def after_steps(scale, outcomes):

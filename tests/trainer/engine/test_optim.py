@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora_api.spec import Offload, Optimizer, Schedule, TrainingSpec
-from qlora_trainer.optim import learning_rate, make_optimizer, parameter_groups
+from qlora_trainer.engine.optim import learning_rate, make_optimizer, parameter_groups
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .torchrun import torchrun, torchrun_once
+from torchrun import torchrun, torchrun_once
 
 WORKER = "ranks_worker.py"
 FLOAT16 = {"quantization": {"computeType": "Float16"}, "lossScale": 4096.0}

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qlora_trainer.attempt import Run
-from qlora_trainer.engine import apply_update
+from qlora_trainer.engine.deepspeed_engine import apply_update
 from qlora_trainer.errors import NonFiniteLossError
-from qlora_trainer.train import must_be_finite
+from qlora_trainer.training.context import Run
+from qlora_trainer.training.train import must_be_finite
 
 
 def engine_with(gradient):

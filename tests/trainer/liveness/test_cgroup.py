@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from qlora_trainer.cgroup import MemoryCgroup, OomWatch
+from qlora_trainer.liveness.cgroup import MemoryCgroup, OomWatch
 
 V1 = {
     "proc/self/cgroup": "4:cpu,memory:/pod/abc\n0::/\n",
@@ -58,7 +58,7 @@ def test_a_kill_by_the_kernel_is_told_from_any_other(limited_memory):
     cgroup = limited_memory(64 << 20)
     script = """
 import os, signal, subprocess, sys
-from qlora_trainer.cgroup import MemoryCgroup, OomWatch
+from qlora_trainer.liveness.cgroup import MemoryCgroup, OomWatch
 for what in ("os.kill(os.getpid(), 9)", "b'x' * (200 << 20)"):
     watch = OomWatch(MemoryCgroup.of_this_process())
     code = subprocess.run([sys.executable, "-c", f"import os; {what}"]).returncode

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from qlora_trainer.evaluate import evaluate
-from qlora_trainer.heartbeat import Beat, Heartbeat, Section, file_of, prepare_files, read_all
-from qlora_trainer.pace import Pace
-from qlora_trainer.watchdog import Limits, Watchdog, find_stuck, waited_for, words
+from qlora_trainer.engine.evaluate import evaluate
+from qlora_trainer.liveness.heartbeat import Beat, Heartbeat, Section, file_of, prepare_files, read_all
+from qlora_trainer.liveness.watchdog import Limits, Watchdog, find_stuck, waited_for, words
+from qlora_trainer.reporting.pace import Pace
 
 LIMITS = Limits.of(60)
 
@@ -84,7 +84,7 @@ def test_who_is_waited_for_at_the_moment():
 LIVES = """
 import sys
 from pathlib import Path
-from qlora_trainer.heartbeat import Heartbeat, Section
+from qlora_trainer.liveness.heartbeat import Heartbeat, Section
 heart = Heartbeat(Path(sys.argv[1]))
 heart.step = 7
 with heart.during(Section.BACKWARD), heart.during(Section.COLLECTIVE):

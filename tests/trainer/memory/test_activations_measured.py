@@ -14,16 +14,15 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from qlora_api.memory import Adapter, model_shape
-from qlora_api.memory.activations import activations
-from qlora_api.memory.setting import Setting
+from memory_models import CONFIGS, save_models
 from qlora_api.spec import LoRASpec, QuantizationSpec
-from qlora_trainer.loss import NextTokenLoss, call_arguments, head_is_plain
-from qlora_trainer.model import add_lora, enable_gradient_checkpointing, load_base
+from qlora_memory import Adapter, model_shape
+from qlora_memory.activations.forward_backward import activations
+from qlora_memory.activations.setting import Setting
+from qlora_trainer.model.base_model import add_lora, enable_gradient_checkpointing, load_base
+from qlora_trainer.model.loss import NextTokenLoss, call_arguments, head_is_plain
+from random_rows import flatten, random_rows
 from services.shared import shared_folder
-
-from .memory_models import CONFIGS, save_models
-from .rows import flatten, random_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 

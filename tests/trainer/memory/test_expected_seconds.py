@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qlora_trainer.canary import expected_seconds
+from qlora_trainer.training.peak_memory_probe import expected_seconds
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,15 @@ import random
 
 import pytest
 
-from qlora_api.memory import Adapter, Moment, Run, estimate, model_shape, tensor_infos
-from qlora_api.memory.optimizer import checkpoint_bytes, partitions, training_state
+from memory_models import CONFIGS, save_models
 from qlora_api.spec import LoRASpec, Optimizer, ParallelismSpec, QuantizationSpec
-from qlora_trainer.attention import PROVEN
-from qlora_trainer.model import add_lora, linear_layers, meta_model
-from qlora_trainer.model_files import safetensors_header
+from qlora_memory import Adapter, Moment, Run, estimate, model_shape, tensor_infos
+from qlora_memory.optimizer import checkpoint_bytes, partitions, training_state
+from qlora_trainer.model.attention import PROVEN
+from qlora_trainer.model.base_model import add_lora, linear_layers, meta_model
+from qlora_trainer.storage.model_files import safetensors_header
 from services.shared import shared_folder
-
-from .memory_models import CONFIGS, save_models
-from .torchrun import torchrun_once
+from torchrun import torchrun_once
 
 WORKER = "memory_worker.py"
 TOLERANCE = 0.01
@@ -196,14 +195,14 @@ def test_adapters_are_where_the_trainer_puts_them(name, targets, models):
 
 
 def test_the_same_architectures_are_packed():
-    from qlora_api.memory.families import PACKED
+    from qlora_memory.shape.model_families import PACKED
 
     assert PACKED == PROVEN
 
 
 def test_the_same_chunk_of_logits():
-    from qlora_api.memory.setting import OURS
-    from qlora_trainer.loss import LOGITS_PER_CHUNK
+    from qlora_memory.activations.setting import OURS
+    from qlora_trainer.model.loss import LOGITS_PER_CHUNK
 
     assert OURS.logits_per_chunk == LOGITS_PER_CHUNK
 

@@ -11,10 +11,17 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_api.spec import ComputeType, LoRABias, LoRASpec, QuantizationSpec, QuantizationType
 from qlora_trainer.errors import UserError
-from qlora_trainer.loss import NextTokenLoss, call_arguments, head_is_plain
-from qlora_trainer.model import add_lora, check_targets, linear_layers, load_base, meta_model, trainable, weight_bytes
-
-from .rows import flatten, random_rows
+from qlora_trainer.model.base_model import (
+    add_lora,
+    check_targets,
+    linear_layers,
+    load_base,
+    meta_model,
+    trainable,
+    weight_bytes,
+)
+from qlora_trainer.model.loss import NextTokenLoss, call_arguments, head_is_plain
+from random_rows import flatten, random_rows
 
 CPU = torch.device("cpu")
 ADAPTABLE = {

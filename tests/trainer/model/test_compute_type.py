@@ -10,9 +10,9 @@ import torch
 
 from qlora_api import QLoRAJobSpec
 from qlora_api.spec import ComputeType, QuantizationSpec, QuantizationType
-from qlora_trainer import hardware
-from qlora_trainer.attempt import compute_type_of
-from qlora_trainer.compute_type import (
+from qlora_trainer.errors import UserError
+from qlora_trainer.model import hardware
+from qlora_trainer.model.compute_type import (
     best_type,
     device_problem,
     kept_type,
@@ -20,7 +20,7 @@ from qlora_trainer.compute_type import (
     slow_bf16_warning,
     with_compute_type,
 )
-from qlora_trainer.errors import UserError
+from qlora_trainer.training.context import compute_type_of
 
 AUTO, BFLOAT16, FLOAT16, FLOAT32 = ComputeType
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -11,12 +11,11 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora_api.spec import LoRASpec, QuantizationSpec, QuantizationType
-from qlora_trainer import model as model_module
-from qlora_trainer.kernels import fuse_norms
-from qlora_trainer.loss import NextTokenLoss, call_arguments, head_is_plain
-from qlora_trainer.model import add_lora, load_base, trainable
-
-from .rows import flatten, random_rows
+from qlora_trainer.model import base_model as model_module
+from qlora_trainer.model.base_model import add_lora, load_base, trainable
+from qlora_trainer.model.kernels import fuse_norms
+from qlora_trainer.model.loss import NextTokenLoss, call_arguments, head_is_plain
+from random_rows import flatten, random_rows
 
 CPU = torch.device("cpu")
 

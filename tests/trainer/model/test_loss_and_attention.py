@@ -8,13 +8,12 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from qlora_api.spec import ComputeType, LoRASpec, QuantizationSpec, QuantizationType
-from qlora_trainer import loss as loss_module
-from qlora_trainer.attention import PACKED, packed_attention
-from qlora_trainer.loss import FrozenHead, NextTokenLoss, call_arguments, head_is_plain, rows_are_apart
-from qlora_trainer.model import add_lora, load_base, trainable
-
-from .conftest import CONFIGS
-from .rows import flatten, random_rows
+from qlora_trainer.model import loss as loss_module
+from qlora_trainer.model.attention import PACKED, packed_attention
+from qlora_trainer.model.base_model import add_lora, load_base, trainable
+from qlora_trainer.model.loss import FrozenHead, NextTokenLoss, call_arguments, head_is_plain, rows_are_apart
+from random_rows import flatten, random_rows
+from tiny_models import CONFIGS
 
 CPU = torch.device("cpu")
 FLOAT32 = QuantizationSpec(type=QuantizationType.NONE, compute_type=ComputeType.FLOAT32)

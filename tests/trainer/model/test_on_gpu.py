@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from qlora_api.spec import ComputeType, LoRASpec, QuantizationSpec, QuantizationType
-from qlora_trainer import attention
-from qlora_trainer.attention import packed_attention
-from qlora_trainer.loss import NextTokenLoss, call_arguments, head_is_plain, rows_are_apart
-from qlora_trainer.model import add_lora, load_base, trainable, weight_bytes
-
-from .conftest import CONFIGS
-from .rows import flatten, random_rows
+from qlora_trainer.model import attention
+from qlora_trainer.model.attention import packed_attention
+from qlora_trainer.model.base_model import add_lora, load_base, trainable, weight_bytes
+from qlora_trainer.model.loss import NextTokenLoss, call_arguments, head_is_plain, rows_are_apart
+from random_rows import flatten, random_rows
+from tiny_models import CONFIGS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

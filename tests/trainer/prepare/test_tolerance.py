@@ -7,9 +7,9 @@ import pytest
 
 from qlora_api.contract import PrepareReceipt
 from qlora_api.spec import Tolerance
-from qlora_trainer.data.prepare import histogram
-from qlora_trainer.data.tolerance import check_tolerance
 from qlora_trainer.errors import UserError
+from qlora_trainer.prepare.tokenize_rows import histogram
+from qlora_trainer.prepare.tolerance import check_tolerance
 
 RECEIPT = PrepareReceipt(
     data_hash="0",

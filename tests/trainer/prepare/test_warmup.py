@@ -6,7 +6,7 @@ import pytest
 
 from qlora_api.spec import TrainingSpec
 from qlora_trainer.errors import UserError
-from qlora_trainer.prepare import check_warmup
+from qlora_trainer.prepare.command import check_warmup
 
 
 def warming(steps, **length):

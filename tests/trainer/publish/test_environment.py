@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora_trainer.environment import environment
+from qlora_trainer.publish.environment import environment
 
 
 def test_versions_and_the_machine_are_named():

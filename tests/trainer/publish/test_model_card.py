@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from qlora_trainer.card import model_card
+from qlora_trainer.publish.model_card import model_card
 
 
 def front_matter(card):

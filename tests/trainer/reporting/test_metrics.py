@@ -21,12 +21,12 @@ from qlora_api.batch import split_batch
 from qlora_api.contract import JobRef, TrainerConfig
 from qlora_api.metrics_catalogue import TRAINER, Kind
 from qlora_api.spec import QLoRAJobSpec
-from qlora_trainer import history, metrics
-from qlora_trainer import sections as sections_module
-from qlora_trainer.flops import flops_per_token
-from qlora_trainer.history import History
-from qlora_trainer.loading import counted_weights
-from qlora_trainer.sections import Sections
+from qlora_trainer.model.flops import flops_per_token
+from qlora_trainer.model.loading import counted_weights
+from qlora_trainer.reporting import metrics, training_history
+from qlora_trainer.reporting import sections as sections_module
+from qlora_trainer.reporting.sections import Sections
+from qlora_trainer.reporting.training_history import History
 from services.patience import PATIENCE_SECONDS
 
 LABELS = {"job": "one", "namespace": "team", "rank": "3"}
@@ -270,7 +270,7 @@ def test_figures_that_are_not_finite_are_json(caplog):
 
 
 def test_a_long_history_loses_every_second_step_and_no_evaluation(monkeypatch):
-    monkeypatch.setattr(history, "MOST_STEPS", 10)
+    monkeypatch.setattr(training_history, "MOST_STEPS", 10)
     found = History()
     found.attempt(1, 0)
     for number in range(1, 41):

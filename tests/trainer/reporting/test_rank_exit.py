@@ -7,8 +7,8 @@ import torch
 
 from qlora_api.contract import ExitCode, TerminationMessage
 from qlora_trainer.errors import CheckpointError
-from qlora_trainer.heartbeat import Section
-from qlora_trainer.outcome import guarded
+from qlora_trainer.liveness.heartbeat import Section
+from qlora_trainer.reporting.rank_exit import guarded
 
 
 class Config:

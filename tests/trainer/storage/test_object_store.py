@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from fixtures import use_s3
 from qlora_trainer.errors import StorageError, UserError
-from qlora_trainer.store import (
+from qlora_trainer.storage.backends import CHUNK_BYTES, BucketBackend, create_without_links
+from qlora_trainer.storage.object_store import (
     AlreadyExistsError,
     NotFoundError,
     Store,
@@ -19,8 +21,6 @@ from qlora_trainer.store import (
     sha256_bytes,
     sha256_file,
 )
-from qlora_trainer.store_backends import CHUNK_BYTES, BucketBackend, create_without_links
-from services.fixtures import use_s3
 from services.versitygw import VersityGateway
 
 FIELD = "spec.output.destination"

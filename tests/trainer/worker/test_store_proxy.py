@@ -17,9 +17,9 @@ import psutil
 import pytest
 from torch.distributed import TCPStore
 
-from qlora_trainer import store_proxy
-from qlora_trainer.peers import hold_store
-from qlora_trainer.store_proxy import MAXIMUM_PENDING, NotAuthenticatedError, StoreClient, StoreServer
+from qlora_trainer.worker import store_proxy
+from qlora_trainer.worker.peers import hold_store
+from qlora_trainer.worker.store_proxy import MAXIMUM_PENDING, NotAuthenticatedError, StoreClient, StoreServer
 from services.ports import free_port
 
 KEY = secrets.token_bytes(32)

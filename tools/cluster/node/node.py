@@ -16,11 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.harness import cgroups
-from cluster.harness.images import BUSYBOX, write_busybox_archive
-from cluster.harness.node_config import cni_config, coredns_config, kubelet_config
-from cluster.harness.nodes import is_usable
-from cluster.harness.processes import Process
+from cluster.node import cgroups
+from cluster.node.images import BUSYBOX, write_busybox_archive
+from cluster.node.node_config import cni_config, coredns_config, kubelet_config
+from cluster.node.nodes import is_usable
+from cluster.processes import Process
 from services.binaries import ToolMissingError, find_or_build
 from services.patience import PATIENCE_SECONDS
 from services.tools import NODE
@@ -28,7 +28,7 @@ from services.tools import NODE
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from cluster.harness.control_plane import ControlPlane
+    from cluster.control_plane import ControlPlane
 
 HERE = Path(__file__).parent
 NAMESPACES = ("--pid", "--mount", "--net", "--uts", "--ipc")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from cluster.harness.credentials import KeyPair
+    from cluster.credentials import KeyPair
 
 CLUSTER_DOMAIN = "cluster.local"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cluster.harness.api import Object
+    from cluster.api import Object
 
 
 def is_ready(node: Object) -> bool:

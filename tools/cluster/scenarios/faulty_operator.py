@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qlora_operator.__main__ import Operator, main
+from qlora_operator.app import Operator, main
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

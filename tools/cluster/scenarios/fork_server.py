@@ -15,7 +15,7 @@ import socket
 import sys
 import traceback
 
-from qlora_operator.__main__ import main
+from qlora_operator.app import main
 
 PR_SET_PDEATHSIG = 1
 

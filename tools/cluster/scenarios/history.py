@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Self
 
 import httpx
 
-from cluster.harness.jobs import GROUP
+from cluster.scenarios.jobs import GROUP
 
 if TYPE_CHECKING:
-    from cluster.harness.api import Object
-    from cluster.harness.control_plane import ControlPlane
+    from cluster.api import Object
+    from cluster.control_plane import ControlPlane
 
 COLLECTIONS = {"qlorajobs": f"{GROUP}/qlorajobs", "jobs": "/apis/batch/v1/jobs", "pods": "/api/v1/pods"}
 

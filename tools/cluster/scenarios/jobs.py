@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cluster.harness.api import Api, Object
+    from cluster.api import Api, Object
 
 GROUP = "/apis/qlora.dev/v1alpha1"
 

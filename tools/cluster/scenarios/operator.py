@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import httpx
 import yaml
 
-from cluster.harness.processes import Process
+from cluster.processes import Process
 from services.patience import PATIENCE_SECONDS
 from services.ports import free_port
 

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, Self
 import aiohttp
 from aiohttp import web
 
-from cluster.harness.credentials import write_kubeconfig
+from cluster.credentials import write_kubeconfig
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
     from pathlib import Path
 
-    from cluster.harness.control_plane import ControlPlane
+    from cluster.control_plane import ControlPlane
 
 START_SECONDS = 10
 POLL_SECONDS = 0.05

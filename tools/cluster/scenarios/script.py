@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from cluster.harness.kwok import PREFIX
+from cluster.kwok import PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from cluster.harness.api import Api
+    from cluster.api import Api
 
 TAKE_UP_SECONDS = 20
 _numbers = count()

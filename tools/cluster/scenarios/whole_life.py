@@ -11,16 +11,16 @@ from collections import Counter
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from cluster.harness.jobs import create_job, in_state, qlora_job
-from cluster.harness.script import pods_do
-from qlora_operator.prepared import GPU_NOT_KNOWN
+from cluster.scenarios.jobs import create_job, in_state, qlora_job
+from cluster.scenarios.script import pods_do
+from qlora_operator.decide.prepare_result import GPU_NOT_KNOWN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cluster.harness.api import Api, Object
-    from cluster.harness.history import History
-    from cluster.harness.proxy import Call
+    from cluster.api import Api, Object
+    from cluster.scenarios.history import History
+    from cluster.scenarios.proxy import Call
 
 NAMESPACE_LABELS = {"test.qlora.dev/script": "whole-life"}
 """Of namespaces in which pods do what this life needs."""

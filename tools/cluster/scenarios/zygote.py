@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from cluster.harness.operator import Operator
-from cluster.harness.processes import POLL_SECONDS, ComponentError, Process
+from cluster.processes import POLL_SECONDS, ComponentError, Process
+from cluster.scenarios.operator import Operator
 from services.patience import PATIENCE_SECONDS
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from qlora_trainer.checkpoints import pack_tensors, unpack_tensors
-from qlora_trainer.engine import base_optimizer
-from qlora_trainer.model import trainable
+from qlora_trainer.checkpoint.checkpoint_store import pack_tensors, unpack_tensors
+from qlora_trainer.engine.deepspeed_engine import base_optimizer
+from qlora_trainer.model.base_model import trainable
 
 ADAPTER_FILE = "adapter.safetensors"
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from qlora_trainer.data.dealing import deal
+from qlora_trainer.data.balance_sequences import deal
 from qlora_trainer.data.order import permutation
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from qlora_api.batch import BatchSplit
     from qlora_trainer.data.packing import Sequences
-    from qlora_trainer.data.tokenized import TokenizedRows
+    from qlora_trainer.data.tokenized_rows import TokenizedRows
 
 IGNORED = -100
 """The label that torch's and liger's cross entropy leave out by default."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from qlora_trainer.data.pieces import Piece
+from qlora_trainer.data.text_pieces import Piece
 from qlora_trainer.errors import UserError
 
 if TYPE_CHECKING:

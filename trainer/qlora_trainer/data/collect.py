@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from qlora_trainer.data.formats import Encoded, Encoder
     from qlora_trainer.data.sources import Rows
-    from qlora_trainer.data.tokenized import RowWriter
+    from qlora_trainer.data.tokenized_rows import RowWriter
 
 CHUNK_ROWS = 512
 """Given to the tokenizer at once: enough for all cores, little enough to hold many long rows."""

@@ -16,8 +16,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from qlora_api.spec import Columns, DatasetFormat, DatasetSpec, LongRows, LossOn
-from qlora_trainer.data.chat import ChatTemplate
-from qlora_trainer.data.pieces import Piece
+from qlora_trainer.data.chat_template import ChatTemplate
+from qlora_trainer.data.text_pieces import Piece
 from qlora_trainer.errors import UserError
 
 if TYPE_CHECKING:

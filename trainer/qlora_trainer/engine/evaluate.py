@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from qlora_trainer.data.batches import MicroBatch
-from qlora_trainer.engine import Ranks
-from qlora_trainer.loss import call_arguments
+from qlora_trainer.model.loss import call_arguments
+from qlora_trainer.ranks import Ranks
 
 
 @torch.no_grad()

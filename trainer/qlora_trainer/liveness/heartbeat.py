@@ -2,7 +2,7 @@
 
 A rank writes what it does and since when, some thirty bytes, whenever it comes into a section or gets on within one. No
 network, no locks, no calls into the kernel: a rank that hangs in a collective, or is stopped, cannot be asked.
-:mod:`qlora_trainer.watchdog` reads. Light to import: both sides use it.
+:mod:`qlora_trainer.liveness.watchdog` reads. Light to import: both sides use it.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_trainer.heartbeat import Beat, Section
+from qlora_trainer.liveness.heartbeat import Beat, Section
 
 LEAST_LOAD_SECONDS = 600.0
 """Imports, a model from a slow disk, and storage that is away (``store.PATIENCE_SECONDS`` is 180)."""

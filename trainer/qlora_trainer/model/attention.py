@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from qlora_trainer.hardware import bf16_in_hardware
+from qlora_trainer.model.hardware import bf16_in_hardware
 
 PACKED = "qlora_packed"
 """Name under which transformers finds :func:`packed_attention`."""

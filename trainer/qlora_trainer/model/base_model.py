@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_api.spec import LoRABias, LoRASpec, QuantizationSpec, QuantizationType
 from qlora_api.status import MemoryComponent
-from qlora_trainer.attention import choose_attention, register
-from qlora_trainer.compute_type import DTYPES, resolved_on
 from qlora_trainer.errors import UserError
-from qlora_trainer.kernels import forget_inputs, fuse_adapters, fuse_norms
+from qlora_trainer.model.attention import choose_attention, register
+from qlora_trainer.model.compute_type import DTYPES, resolved_on
+from qlora_trainer.model.kernels import forget_inputs, fuse_adapters, fuse_norms
 
 _BIAS = {LoRABias.NONE: "none", LoRABias.ALL: "all", LoRABias.LORA_ONLY: "lora_only"}
 _LINEAR = (nn.Linear, Linear4bit, Linear8bitLt)

@@ -18,15 +18,15 @@ import psutil
 from qlora_api.contract import ExitCode, PrepareReceipt, TerminationMessage, TrainerConfig, reason_of
 from qlora_api.spec import TrainingSpec
 from qlora_api.status import PrepareResult, Reason
-from qlora_trainer import last_word
 from qlora_trainer.allocator import keep_freed_memory
-from qlora_trainer.authentication import Authenticator
-from qlora_trainer.data.tolerance import check_tolerance
 from qlora_trainer.errors import TrainerError, UserError
-from qlora_trainer.planning import Planned, plan_job
-from qlora_trainer.prepared import bring
-from qlora_trainer.published import check_destination
-from qlora_trainer.records import Record, Records, find
+from qlora_trainer.prepare.local_copy import bring
+from qlora_trainer.prepare.plan_memory import Planned, plan_job
+from qlora_trainer.prepare.records import Record, Records, find
+from qlora_trainer.prepare.tolerance import check_tolerance
+from qlora_trainer.publish.published_adapter import check_destination
+from qlora_trainer.reporting import termination_message
+from qlora_trainer.storage.authentication import Authenticator
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def _again(config: TrainerConfig) -> Record | None:
 
 
 def _anew(config: TrainerConfig) -> Record:
-    from qlora_trainer.prepare_anew import prepare_anew  # noqa: PLC0415 ten seconds of imports
+    from qlora_trainer.prepare.fetch_and_tokenize import prepare_anew  # noqa: PLC0415 ten seconds of imports
 
     records = Records(config)
     record = records.keep(prepare_anew(config, records.of_run()))
@@ -143,15 +143,11 @@ def main() -> int:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
         log.error("%s", error)  # noqa: TRY400 one paragraph for a person; the trace would hide it
         code = error.exit_code
-        last_word.write(word, TerminationMessage(exit_code=code, reason=reason_of(code), message=str(error)))
+        termination_message.write(word, TerminationMessage(exit_code=code, reason=reason_of(code), message=str(error)))
         return code
     if message is not None:
-        last_word.write(word, message)
+        termination_message.write(word, message)
         return ExitCode.DONE
-    from qlora_trainer.outcome import guarded  # noqa: PLC0415 imports torch
+    from qlora_trainer.reporting.rank_exit import guarded  # noqa: PLC0415 imports torch
 
     return guarded(config, lambda _: _told(config, _anew(config)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

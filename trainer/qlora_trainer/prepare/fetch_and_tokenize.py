@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qlora_trainer.chat import load_tokenizer
-from qlora_trainer.compute_type import device_problem
-from qlora_trainer.data.prepare import prepare_data
 from qlora_trainer.errors import UserError
-from qlora_trainer.fetch import FetchedModel, fetch_model, fetch_rows, tokenizer_hash
-from qlora_trainer.model import add_lora, check_base, meta_model
-from qlora_trainer.planning import shape_of
-from qlora_trainer.records import Record, job_key, pinned_revision
+from qlora_trainer.model.base_model import add_lora, check_base, meta_model
+from qlora_trainer.model.compute_type import device_problem
+from qlora_trainer.model.tokenizer import load_tokenizer
+from qlora_trainer.prepare.plan_memory import shape_of
+from qlora_trainer.prepare.records import Record, job_key, pinned_revision
+from qlora_trainer.prepare.tokenize_rows import prepare_data
+from qlora_trainer.storage.fetch import FetchedModel, fetch_model, fetch_rows, tokenizer_hash
 
 if TYPE_CHECKING:
     from qlora_api.contract import TrainerConfig

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_api.spec import DatasetFormat, QLoRAJobSpec
 from qlora_trainer.data.formats import needed_columns
-from qlora_trainer.data.version import FORMAT_VERSION
 from qlora_trainer.errors import UserError
+from qlora_trainer.prepare.format_version import FORMAT_VERSION
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_api.contract import TrainerConfig
-from qlora_trainer.fetch import fetch_model
+from qlora_trainer.storage.fetch import fetch_model
 
 if TYPE_CHECKING:
-    from qlora_trainer.records import Record, Records
+    from qlora_trainer.prepare.records import Record, Records
 
 
 @dataclass(frozen=True)

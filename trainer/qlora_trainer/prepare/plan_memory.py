@@ -1,4 +1,4 @@
-"""What a job's ranks will need, and how its batch is cut so that it fits: ``qlora_api.memory`` asked about one base.
+"""What a job's ranks will need, and how its batch is cut so that it fits: ``qlora_memory`` asked about one base.
 
 Light to import: Prepare asks again for each job, also where everything else was found before.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qlora_api.errors import FieldMistake
-from qlora_api.memory import (
+from qlora_memory import (
     GPUS,
     NoFit,
     Request,
@@ -24,16 +24,16 @@ from qlora_api.memory import (
     run_of,
     tensor_infos,
 )
-from qlora_api.memory.families import FAMILIES
+from qlora_memory.shape.model_families import FAMILIES
 from qlora_trainer.errors import UserError
-from qlora_trainer.model_files import CONFIG, safetensors_header, weight_names
+from qlora_trainer.storage.model_files import CONFIG, safetensors_header, weight_names
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from qlora_api.batch import BatchSplit
     from qlora_api.contract import PrepareReceipt, TrainerConfig
-    from qlora_api.memory import Gpu, ModelShape
+    from qlora_memory import Gpu, ModelShape
 
 log = logging.getLogger(__name__)
 

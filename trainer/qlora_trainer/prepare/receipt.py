@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qlora_trainer.data.tokenized import TokenizedRows
+    from qlora_trainer.data.tokenized_rows import TokenizedRows
 
 SAMPLES = 3
 SAMPLE_TOKENS = 512

@@ -20,15 +20,15 @@ import numpy as np
 
 from qlora_api.contract import PrepareReceipt
 from qlora_trainer.data.collect import Side, Tally, collect, require_rows
-from qlora_trainer.data.fingerprint import data_hash
 from qlora_trainer.data.formats import Encoder, needed_columns
 from qlora_trainer.data.order import permutation
 from qlora_trainer.data.packing import Sequences, pack, unpacked
-from qlora_trainer.data.receipt import samples
 from qlora_trainer.data.sources import find_source, load_rows
-from qlora_trainer.data.tokenized import RowWriter, TokenizedRows, load_sequences, save_sequences
+from qlora_trainer.data.tokenized_rows import RowWriter, TokenizedRows, load_sequences, save_sequences
 from qlora_trainer.errors import StorageError, UserError
-from qlora_trainer.fetch import take_name
+from qlora_trainer.prepare.fingerprint import data_hash
+from qlora_trainer.prepare.receipt import samples
+from qlora_trainer.storage.fetch import take_name
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from qlora_api.base import Model
 from qlora_api.spec import QLoRAJobSpec
-from qlora_trainer.authentication import Authenticator
+from qlora_trainer.storage.authentication import Authenticator
 
 MANIFEST = "manifest.json"
 ADAPTER = "adapter"

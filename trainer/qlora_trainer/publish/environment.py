@@ -8,7 +8,7 @@ from contextlib import suppress
 import pynvml
 import torch
 
-from qlora_trainer.manifest import installed_packages
+from qlora_trainer.publish.adapter_manifest import installed_packages
 
 
 def environment() -> dict[str, str]:

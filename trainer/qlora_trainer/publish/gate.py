@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from qlora_trainer.errors import AdapterRejectedError
-from qlora_trainer.model_files import ModelFilesError, check_weights, is_tokenizer_file, safetensors_header
-from qlora_trainer.serving import vllm_problem
+from qlora_trainer.publish.vllm_rules import vllm_problem
+from qlora_trainer.storage.model_files import ModelFilesError, check_weights, is_tokenizer_file, safetensors_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

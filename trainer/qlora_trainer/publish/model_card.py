@@ -9,7 +9,7 @@ from qlora_api.spec import LoRABias, QLoRAJobSpec, QuantizationType
 
 if TYPE_CHECKING:
     from qlora_api.contract import JobRef
-    from qlora_trainer.manifest import PublishFacts
+    from qlora_trainer.publish.adapter_manifest import PublishFacts
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM takes for --max-lora-rank (vllm/config/lora.py, MaxLoRARanks)."""

@@ -14,10 +14,10 @@ from pydantic import ValidationError
 
 from qlora_api.contract import ExitCode, TerminationMessage
 from qlora_api.status import Adapter, Progress, Reason
-from qlora_trainer.authentication import UNAUTHENTICATED, Authenticator
 from qlora_trainer.errors import StorageError, UserError
-from qlora_trainer.manifest import ADAPTER, MANIFEST, Manifest
-from qlora_trainer.store import NotFoundError, Store, open_store, sha256_bytes, sha256_file
+from qlora_trainer.publish.adapter_manifest import ADAPTER, MANIFEST, Manifest
+from qlora_trainer.storage.authentication import UNAUTHENTICATED, Authenticator
+from qlora_trainer.storage.object_store import NotFoundError, Store, open_store, sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
     from qlora_api.contract import TrainerConfig
@@ -159,7 +159,7 @@ def check_gate(store: Store, manifest: Manifest, spec: QLoRAJobSpec) -> None:
         StorageError: it cannot be read.
 
     """
-    from qlora_trainer.gate import verify_adapter, verify_gain  # noqa: PLC0415 seconds of torch, and seldom needed
+    from qlora_trainer.publish.gate import verify_adapter, verify_gain  # noqa: PLC0415 seconds of torch, and seldom needed
 
     base, own = (manifest.metrics.get(name) for name in ("baseEvalLoss", "evalLoss"))
     verify_gain(base, own, may_be_worse=spec.output.allow_worse_eval)

@@ -15,11 +15,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from qlora_api.status import Adapter
-from qlora_trainer.authentication import UNAUTHENTICATED, Authenticator
-from qlora_trainer.card import model_card
 from qlora_trainer.errors import AdapterRejectedError, StorageError
-from qlora_trainer.gate import verify_adapter, verify_gain, verify_loads, verify_merged
-from qlora_trainer.manifest import (
+from qlora_trainer.publish.adapter_manifest import (
     ADAPTER,
     MANIFEST,
     MERGED,
@@ -30,7 +27,9 @@ from qlora_trainer.manifest import (
     installed_packages,
     metrics_of,
 )
-from qlora_trainer.published import (
+from qlora_trainer.publish.gate import verify_adapter, verify_gain, verify_loads, verify_merged
+from qlora_trainer.publish.model_card import model_card
+from qlora_trainer.publish.published_adapter import (
     FIELD,
     check_destination,
     check_gate,
@@ -39,7 +38,8 @@ from qlora_trainer.published import (
     verified,
     verify_published,
 )
-from qlora_trainer.store import AlreadyExistsError, Store, open_store, sha256_file
+from qlora_trainer.storage.authentication import UNAUTHENTICATED, Authenticator
+from qlora_trainer.storage.object_store import AlreadyExistsError, Store, open_store, sha256_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -82,8 +82,8 @@ def publish(
         folder: has ``adapter`` in PEFT's layout with the tokenizer's files, and may have ``merged``. The model card is
             written into ``adapter``.
         facts: for the manifest and the card.
-        base_names: for :func:`qlora_trainer.gate.verify_adapter`.
-        skeleton: for :func:`qlora_trainer.gate.verify_loads`; without it, that is not tried.
+        base_names: for :func:`qlora_trainer.publish.gate.verify_adapter`.
+        skeleton: for :func:`qlora_trainer.publish.gate.verify_loads`; without it, that is not tried.
         beat: called after each file, as a sign of life.
         authenticator: signs the manifest, and tells one of this run's from what others put there.
 

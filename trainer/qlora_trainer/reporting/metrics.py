@@ -27,15 +27,15 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, make_wsgi_app
 
 from qlora_api.contract import ProgressReport, RankActivity, SectionProgress, TrainerConfig
-from qlora_api.memory.gpus import known_gpu
 from qlora_api.metrics_catalogue import TRAINER, Kind, Metric
 from qlora_api.status import Memory, MemoryComponent
-from qlora_trainer import heartbeat
-from qlora_trainer.engine import Ranks
-from qlora_trainer.heartbeat import Section as Beats
-from qlora_trainer.heartbeat import node_name
-from qlora_trainer.sections import Sections
-from qlora_trainer.watchdog import waited_for
+from qlora_memory.gpus import known_gpu
+from qlora_trainer.liveness import heartbeat
+from qlora_trainer.liveness.heartbeat import Section as Beats
+from qlora_trainer.liveness.heartbeat import node_name
+from qlora_trainer.liveness.watchdog import waited_for
+from qlora_trainer.ranks import Ranks
+from qlora_trainer.reporting.sections import Sections
 
 Section = Literal["Load", "Data", "Train", "Evaluate", "Checkpoint", "Publish", "Done"]
 """For people and dashboards. Heartbeats tell Train apart further."""

@@ -6,12 +6,12 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from qlora_api.contract import RankActivity
-from qlora_trainer.heartbeat import Section
+from qlora_trainer.liveness.heartbeat import Section
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qlora_trainer.engine import Ranks
+    from qlora_trainer.ranks import Ranks
 
 OWN = (Section.DATA, Section.FORWARD, Section.BACKWARD, Section.OPTIMIZER)
 """What a rank does by itself in a step. On a GPU its kernels' time is not in it: the host only hands them over."""

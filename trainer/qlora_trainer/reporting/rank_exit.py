@@ -17,9 +17,9 @@ import transformers
 
 from qlora_api.contract import ExitCode, ProgressReport, TerminationMessage, TrainerConfig, reason_of
 from qlora_api.status import Memory, MemoryComponent, Progress
-from qlora_trainer import last_word
 from qlora_trainer.errors import PreemptedError, TrainerError
-from qlora_trainer.heartbeat import Heartbeat, phase
+from qlora_trainer.liveness.heartbeat import Heartbeat, phase
+from qlora_trainer.reporting import termination_message
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def guarded(config: TrainerConfig, work: Callable[[LastSeen], TerminationMessage
             return _leave(config, ExitCode.PEER_LOST, f"another rank is gone: {words}", rank, seen)
         return _leave(config, code, f"{type(error).__name__}: {error}", rank, seen)
     if message is not None and rank == "0":
-        last_word.write(Path(config.termination_message_path), message)
+        termination_message.write(Path(config.termination_message_path), message)
     seen.heartbeat.done()
     return ExitCode.DONE
 
@@ -155,5 +155,5 @@ def _leave(config: TrainerConfig, code: ExitCode, text: str, rank: str, seen: La
         compute_type=report.compute_type if report else None,
         memory=Memory(predicted=report.memory.predicted, measured=measured) if report and measured else None,
     )
-    last_word.write_unless_told(Path(config.termination_message_path), message)
+    termination_message.write_unless_told(Path(config.termination_message_path), message)
     return code

@@ -1,4 +1,4 @@
-"""What :class:`qlora_trainer.store.Store` stands on: a folder, or a bucket through obstore. Nothing else uses these.
+"""Backends of :class:`qlora_trainer.storage.object_store.Store`: a folder, or a bucket through obstore.
 
 A backend does one thing once and raises what the system raises. ``fault`` then says in words what that means;
 retrying and telling the user is the store's business.

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from qlora_api.memory.headers import LENGTH_BYTES, HeaderError, header_length
+from qlora_memory.shape.safetensors_headers import LENGTH_BYTES, HeaderError, header_length
 from qlora_trainer.errors import StorageError, UserError
-from qlora_trainer.model_files import (
+from qlora_trainer.storage.model_files import (
     ModelFilesError,
     check_model,
     check_names,
@@ -25,12 +25,12 @@ from qlora_trainer.model_files import (
     tokenizer_hash,
     weight_names,
 )
-from qlora_trainer.store import PVC_MOUNT, local_path, open_store, sha256_bytes, sha256_file
+from qlora_trainer.storage.object_store import PVC_MOUNT, local_path, open_store, sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from qlora_trainer.store import Entry, Store
+    from qlora_trainer.storage.object_store import Entry, Store
 
 __all__ = [
     "PVC_MOUNT",
@@ -58,7 +58,7 @@ class FetchedModel:
     path: Path
     revision: str
     """Names the content: the commit on the Hub; for object storage a hash of names, sizes and etags; for local
-    folders :func:`qlora_trainer.model_files.folder_revision`."""
+    folders :func:`qlora_trainer.storage.model_files.folder_revision`."""
     source: str
     """As in the manifest."""
 
@@ -124,7 +124,7 @@ def fetch_rows(source: str, field: str, cache_dir: Path) -> Path:
 
 
 def _model_from_hub(source: str, cache_dir: Path, pinned: str | None, headers_only: bool) -> tuple[Path, str]:
-    from qlora_trainer import hub  # noqa: PLC0415 half a second, for nothing where the Hub is not asked
+    from qlora_trainer.storage import hub  # noqa: PLC0415 half a second, for nothing where the Hub is not asked
 
     at = hub.parse(source, MODEL_FIELD, "model")
     if at.path:
@@ -194,7 +194,7 @@ def _model_objects(store: Store) -> list[Entry]:
 
 
 def _rows_from_hub(source: str, field: str, cache_dir: Path) -> Path:
-    from qlora_trainer import hub  # noqa: PLC0415
+    from qlora_trainer.storage import hub  # noqa: PLC0415
 
     at = hub.parse(source, field, "dataset")
     commit = hub.commit_of(at)
@@ -249,7 +249,7 @@ def model_revision(source: str) -> str:
 
     """
     if source.startswith(HUB):
-        from qlora_trainer import hub  # noqa: PLC0415
+        from qlora_trainer.storage import hub  # noqa: PLC0415
 
         return hub.commit_of(hub.parse(source, MODEL_FIELD, "model"))
     if local := local_path(source, MODEL_FIELD):
@@ -265,7 +265,7 @@ def rows_identity(source: str, field: str) -> str:
 
     """
     if source.startswith(HUB):
-        from qlora_trainer import hub  # noqa: PLC0415
+        from qlora_trainer.storage import hub  # noqa: PLC0415
 
         at = hub.parse(source, field, "dataset")
         return f"{at.repo} {hub.commit_of(at)} {at.path}"

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
 from qlora_trainer.errors import StorageError, UserError
-from qlora_trainer.store_backends import (
+from qlora_trainer.storage.backends import (
     CHUNK_BYTES,
     Backend,
     BucketBackend,

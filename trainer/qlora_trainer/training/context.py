@@ -10,23 +10,24 @@ from typing import Any
 
 from qlora_api.contract import TrainerConfig
 from qlora_api.spec import ComputeType
-from qlora_trainer.authentication import Authenticator
-from qlora_trainer.checkpoints import Checkpoint, CheckpointStore
-from qlora_trainer.compute_type import OF_OLD_CHECKPOINTS, slow_bf16_warning, with_compute_type
+from qlora_trainer.checkpoint.checkpoint_store import Checkpoint, CheckpointStore
 from qlora_trainer.data.batches import Batches, Step
-from qlora_trainer.data.prepare import PreparedData, load_prepared
-from qlora_trainer.engine import Ranks, wrap_deepspeed
+from qlora_trainer.engine.deepspeed_engine import wrap_deepspeed
+from qlora_trainer.engine.loss_scale import LossScale
 from qlora_trainer.errors import TrainerError, UserError
-from qlora_trainer.flops import flops_per_token
-from qlora_trainer.heartbeat import node_name
-from qlora_trainer.history import History
-from qlora_trainer.loading import counted_weights
-from qlora_trainer.loss import NextTokenLoss, head_is_plain, rows_are_apart
-from qlora_trainer.loss_scale import LossScale
-from qlora_trainer.metrics import Board
-from qlora_trainer.model import add_lora, enable_gradient_checkpointing, load_base, weight_bytes
-from qlora_trainer.pace import Pace
-from qlora_trainer.prepared import Prepared
+from qlora_trainer.liveness.heartbeat import node_name
+from qlora_trainer.model.base_model import add_lora, enable_gradient_checkpointing, load_base, weight_bytes
+from qlora_trainer.model.compute_type import OF_OLD_CHECKPOINTS, slow_bf16_warning, with_compute_type
+from qlora_trainer.model.flops import flops_per_token
+from qlora_trainer.model.loading import counted_weights
+from qlora_trainer.model.loss import NextTokenLoss, head_is_plain, rows_are_apart
+from qlora_trainer.prepare.local_copy import Prepared
+from qlora_trainer.prepare.tokenize_rows import PreparedData, load_prepared
+from qlora_trainer.ranks import Ranks
+from qlora_trainer.reporting.metrics import Board
+from qlora_trainer.reporting.pace import Pace
+from qlora_trainer.reporting.training_history import History
+from qlora_trainer.storage.authentication import Authenticator
 
 
 class StopFlag:

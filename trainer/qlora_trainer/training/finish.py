@@ -10,16 +10,16 @@ from torch import Tensor
 
 from qlora_api.spec import Merge
 from qlora_api.status import Adapter
-from qlora_trainer import state
-from qlora_trainer.attempt import Run, Trainer
-from qlora_trainer.authentication import Authenticator
-from qlora_trainer.chat import load_tokenizer
-from qlora_trainer.checkpoints import unpack_tensors
+from qlora_trainer.checkpoint import engine_state
+from qlora_trainer.checkpoint.checkpoint_store import unpack_tensors
 from qlora_trainer.errors import CheckpointError
-from qlora_trainer.history import PUBLISHED_FILE
-from qlora_trainer.merge import merge
-from qlora_trainer.model import meta_model
-from qlora_trainer.publish import PublishFacts, publish
+from qlora_trainer.model.base_model import meta_model
+from qlora_trainer.model.tokenizer import load_tokenizer
+from qlora_trainer.publish.merge_adapter import merge
+from qlora_trainer.publish.publisher import PublishFacts, publish
+from qlora_trainer.reporting.training_history import PUBLISHED_FILE
+from qlora_trainer.storage.authentication import Authenticator
+from qlora_trainer.training.context import Run, Trainer
 
 
 def publish_run(trainer: Trainer, run: Run) -> Adapter:
@@ -34,7 +34,7 @@ def publish_run(trainer: Trainer, run: Run) -> Adapter:
         )
     with tempfile.TemporaryDirectory(prefix="qlora-publish-") as name:
         folder = Path(name)
-        tensors = unpack_tensors(chosen.read(state.ADAPTER_FILE))
+        tensors = unpack_tensors(chosen.read(engine_state.ADAPTER_FILE))
         export_adapter(trainer.model, tensors, folder / "adapter", prepared.model_source, prepared.model_revision)
         tokenizer = load_tokenizer(prepared.model_path, config.spec.dataset.chat_template)
         tokenizer.save_pretrained(folder / "adapter")

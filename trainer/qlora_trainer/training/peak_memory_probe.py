@@ -12,15 +12,15 @@ import time
 from typing import TYPE_CHECKING
 
 from qlora_api.status import MemoryComponent
-from qlora_trainer import state
+from qlora_trainer.checkpoint import engine_state
 from qlora_trainer.data.batches import IGNORED
-from qlora_trainer.engine import accumulate, apply_update
-from qlora_trainer.metrics import peak_bytes
-from qlora_trainer.planning import predicted, shape_of
+from qlora_trainer.engine.deepspeed_engine import accumulate, apply_update
+from qlora_trainer.prepare.plan_memory import predicted, shape_of
+from qlora_trainer.reporting.metrics import peak_bytes
 
 if TYPE_CHECKING:
-    from qlora_trainer.attempt import Trainer
     from qlora_trainer.data.batches import MicroBatch
+    from qlora_trainer.training.context import Trainer
 
 MICRO_BATCHES = 2
 """So that gradients of one are there while the other goes backward."""
@@ -44,17 +44,17 @@ def try_largest(trainer: Trainer) -> float:
     step = trainer.batches.largest(count)
     largest = step.micro_batches[0]
     predict(trainer, largest)
-    with state.unchanged(engine):
+    with engine_state.unchanged(engine):
         start = time.monotonic()
         accumulate(engine, step, trainer.ranks)
         seconds = time.monotonic() - start
-        gradients = state.gradient_bytes(engine)
+        gradients = engine_state.gradient_bytes(engine)
         apply_update(engine, float(trainer.config.spec.training.max_grad_norm), learning_rate=0.0)
     peak = peak_bytes(trainer.ranks.device)
     board.memory(
         {
             MemoryComponent.GRADIENTS.value: gradients,
-            MemoryComponent.OPTIMIZER_STATE.value: state.optimizer_bytes(engine),
+            MemoryComponent.OPTIMIZER_STATE.value: engine_state.optimizer_bytes(engine),
         }
         | peak
     )

@@ -10,14 +10,14 @@ from dataclasses import asdict
 from torch import Tensor
 
 from qlora_api.spec import ComputeType
-from qlora_trainer import state
-from qlora_trainer.attempt import Run, Trainer
-from qlora_trainer.checkpoints import Checkpoint, FileEntry, pack_tensors, unpack_tensors
-from qlora_trainer.environment import environment
+from qlora_trainer.checkpoint import engine_state
+from qlora_trainer.checkpoint.checkpoint_store import Checkpoint, FileEntry, pack_tensors, unpack_tensors
+from qlora_trainer.checkpoint.reshard import reshard
+from qlora_trainer.engine.loss_scale import LossScale
 from qlora_trainer.errors import CheckpointError, UserError
-from qlora_trainer.history import HISTORY_FILE
-from qlora_trainer.loss_scale import LossScale
-from qlora_trainer.reshard import reshard
+from qlora_trainer.publish.environment import environment
+from qlora_trainer.reporting.training_history import HISTORY_FILE
+from qlora_trainer.training.context import Run, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +40,11 @@ def save(trainer: Trainer, run: Run, *, with_eval: bool) -> None:
         ranks.heartbeat.beat()
 
     with trainer.board.section("Checkpoint"):
-        adapter = state.adapter_tensors(trainer.model)
+        adapter = engine_state.adapter_tensors(trainer.model)
         if sharded or ranks.is_first:
-            write(state.optimizer_file(ranks.rank), pack_tensors(state.optimizer_tensors(engine)))
+            write(engine_state.optimizer_file(ranks.rank), pack_tensors(engine_state.optimizer_tensors(engine)))
         if ranks.is_first:
-            write(state.ADAPTER_FILE, pack_tensors(adapter))
+            write(engine_state.ADAPTER_FILE, pack_tensors(adapter))
             trainer.history.sections(trainer.config.attempt, run.step, trainer.board.section_seconds)
             write(HISTORY_FILE, trainer.history.to_bytes())
         parts = ranks.gather([asdict(entry) for entry in entries])
@@ -72,8 +72,8 @@ def resume_or_start(trainer: Trainer) -> Run:
         note_attempt(trainer, 0)
         return Run(loss_scale=LossScale() if scaled else None)
     must_fit(checkpoint, trainer)
-    state.load_adapter_tensors(trainer.model, unpack_tensors(checkpoint.read(state.ADAPTER_FILE)))
-    state.load_optimizer_tensors(trainer.engine, own_shard(checkpoint, trainer))
+    engine_state.load_adapter_tensors(trainer.model, unpack_tensors(checkpoint.read(engine_state.ADAPTER_FILE)))
+    engine_state.load_optimizer_tensors(trainer.engine, own_shard(checkpoint, trainer))
     run = Run.from_meta(checkpoint.meta["run"])
     trainer.board.update(
         step=run.step, first_step=run.step, eval_loss=as_text(run.eval_loss), best_eval_loss=as_text(run.best_eval_loss)
@@ -104,7 +104,7 @@ def own_shard(checkpoint: Checkpoint, trainer: Trainer) -> Mapping[str, Tensor]:
     """This rank's part of the optimizer, put together from other ranks' parts where their number was another."""
 
     def read(shard: int) -> dict[str, Tensor]:
-        return unpack_tensors(checkpoint.read(state.optimizer_file(shard)))
+        return unpack_tensors(checkpoint.read(engine_state.optimizer_file(shard)))
 
     was, ranks = checkpoint.meta["world_size"], trainer.ranks
     if not checkpoint.meta["sharded"]:
@@ -112,7 +112,7 @@ def own_shard(checkpoint: Checkpoint, trainer: Trainer) -> Mapping[str, Tensor]:
     if was == ranks.world_size:
         return read(ranks.rank)
     log.info("the checkpoint of %d ranks is taken up by %d", was, ranks.world_size)
-    return reshard(read, was, ranks.rank, state.partition_sizes(trainer.engine))
+    return reshard(read, was, ranks.rank, engine_state.partition_sizes(trainer.engine))
 
 
 def must_fit(checkpoint: Checkpoint, trainer: Trainer) -> None:

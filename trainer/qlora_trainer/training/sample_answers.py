@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_trainer import state
-from qlora_trainer.chat import load_tokenizer
-from qlora_trainer.checkpoints import unpack_tensors
+from qlora_trainer.checkpoint import engine_state
+from qlora_trainer.checkpoint.checkpoint_store import unpack_tensors
 from qlora_trainer.data.formats import Encoder
-from qlora_trainer.loss import call_arguments, end_to_end
+from qlora_trainer.model.loss import call_arguments, end_to_end
+from qlora_trainer.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from qlora_trainer.attempt import Run, Trainer
+    from qlora_trainer.training.context import Run, Trainer
 
 NEW_TOKENS = 64
 """Of an answer at most."""
@@ -47,8 +47,8 @@ def answer_after(trainer: Trainer, run: Run) -> None:
         chosen = store.chosen() if ranks.is_first else None
         step = ranks.gather(chosen.step if chosen else None)[0]
         if step is not None and step != run.step and computes(trainer):
-            weights = (chosen or store.at(step)).read(state.ADAPTER_FILE)
-            state.load_adapter_tensors(trainer.model, unpack_tensors(weights))
+            weights = (chosen or store.at(step)).read(engine_state.ADAPTER_FILE)
+            engine_state.load_adapter_tensors(trainer.model, unpack_tensors(weights))
     answer(trainer, "adapter")
 
 

@@ -15,22 +15,22 @@ from typing import NoReturn
 
 from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig
 from qlora_api.status import Memory, MemoryComponent, Reason
-from qlora_trainer import state
-from qlora_trainer.answers import answer_after, answer_before
-from qlora_trainer.attempt import Run, StopFlag, Trainer, build
-from qlora_trainer.canary import expected_seconds, try_largest
+from qlora_trainer.checkpoint import engine_state
 from qlora_trainer.data.batches import Step, eval_batches
-from qlora_trainer.engine import accumulate, apply_update, join_ranks
+from qlora_trainer.engine.deepspeed_engine import accumulate, apply_update, join_ranks
+from qlora_trainer.engine.evaluate import evaluate
+from qlora_trainer.engine.loss_scale import LossScale
+from qlora_trainer.engine.optim import learning_rate
 from qlora_trainer.errors import NonFiniteLossError, PreemptedError
-from qlora_trainer.evaluate import evaluate
-from qlora_trainer.finish import publish_run
-from qlora_trainer.heartbeat import Section
-from qlora_trainer.loss_scale import LossScale
-from qlora_trainer.metrics import Board, peak_bytes, serve
-from qlora_trainer.optim import learning_rate
-from qlora_trainer.outcome import LastSeen, progress_of
-from qlora_trainer.resume import resume_or_start, save
-from qlora_trainer.watchdog import Limits
+from qlora_trainer.liveness.heartbeat import Section
+from qlora_trainer.liveness.watchdog import Limits
+from qlora_trainer.reporting.metrics import Board, peak_bytes, serve
+from qlora_trainer.reporting.rank_exit import LastSeen, progress_of
+from qlora_trainer.training.context import Run, StopFlag, Trainer, build
+from qlora_trainer.training.finish import publish_run
+from qlora_trainer.training.peak_memory_probe import expected_seconds, try_largest
+from qlora_trainer.training.resume import resume_or_start, save
+from qlora_trainer.training.sample_answers import answer_after, answer_before
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def train_step(trainer: Trainer, run: Run, steps: Iterator[Step]) -> bool:
         step = next(steps)
     waited = time.monotonic() - start
     trainer.board.add("qlora_data_wait_seconds", waited)
-    state.seed_step(trainer.config.spec.training.seed, run.step, trainer.ranks.rank)
+    engine_state.seed_step(trainer.config.spec.training.seed, run.step, trainer.ranks.rank)
     with trainer.board.section("Train"):
         scale = run.loss_scale.scale if run.loss_scale else None
         loss_sum = accumulate(trainer.engine, step, trainer.ranks, scale)
@@ -125,7 +125,7 @@ def train_step(trainer: Trainer, run: Run, steps: Iterator[Step]) -> bool:
         loss = total / step.target_tokens
         if run.loss_scale is None:
             must_be_finite("loss", loss, run)
-        gradients = {MemoryComponent.GRADIENTS.value: state.gradient_bytes(trainer.engine)}
+        gradients = {MemoryComponent.GRADIENTS.value: engine_state.gradient_bytes(trainer.engine)}
         rate = learning_rate(trainer.config.spec.training, run.step, trainer.total_steps)
         with trainer.ranks.heartbeat.during(Section.OPTIMIZER):
             norm = apply_update(trainer.engine, float(trainer.config.spec.training.max_grad_norm), rate, scale)
@@ -140,7 +140,7 @@ def train_step(trainer: Trainer, run: Run, steps: Iterator[Step]) -> bool:
     show_step(trainer, run, step, loss, rate, norm, time.monotonic() - start, waited)
     trainer.board.memory(
         gradients
-        | {MemoryComponent.OPTIMIZER_STATE.value: state.optimizer_bytes(trainer.engine)}
+        | {MemoryComponent.OPTIMIZER_STATE.value: engine_state.optimizer_bytes(trainer.engine)}
         | peak_bytes(trainer.ranks.device)
     )
     return bool(stopping)

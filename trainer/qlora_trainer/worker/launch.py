@@ -18,14 +18,15 @@ from pathlib import Path
 import psutil
 
 from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig, reason_of
-from qlora_trainer import heartbeat, last_word
-from qlora_trainer.authentication import Authenticator
-from qlora_trainer.cgroup import MemoryCgroup, OomWatch
 from qlora_trainer.errors import TrainerError
-from qlora_trainer.peers import LOOPBACK, Meeting, Place, hold_store, meet
-from qlora_trainer.rank_processes import InterruptedBySignalError, run_ranks
-from qlora_trainer.stop import Stop, child_processes
-from qlora_trainer.watchdog import Limits, Watchdog, process_state, words
+from qlora_trainer.liveness import heartbeat
+from qlora_trainer.liveness.cgroup import MemoryCgroup, OomWatch
+from qlora_trainer.liveness.watchdog import Limits, Watchdog, process_state, words
+from qlora_trainer.reporting import termination_message
+from qlora_trainer.storage.authentication import Authenticator
+from qlora_trainer.worker.peers import LOOPBACK, Meeting, Place, hold_store, meet
+from qlora_trainer.worker.rank_processes import InterruptedBySignalError, run_ranks
+from qlora_trainer.worker.stop import Stop, child_processes
 
 PEER_SECONDS = 30
 """When a rank or a worker has failed, the ranks that depend on it get this long to notice before they are killed."""
@@ -82,14 +83,14 @@ def _with_cause(config: TrainerConfig, meeting: Meeting, code: int) -> int:
     path = Path(config.termination_message_path)
     # NCCL's watchdog aborts a rank whose peer is gone.
     cause = meeting.find_cause() if code in (ExitCode.PEER_LOST, 128 + signal.SIGABRT) else None
-    word = last_word.read(path)
+    word = termination_message.read(path)
     if cause is not None:
         code = ExitCode.PEER_LOST
         said = word.message if word else ""
         text = said if cause in said else f"{cause}; here: {said}"
         word = TerminationMessage(exit_code=code, reason=reason_of(code)) if word is None else word
         word = word.model_copy(update={"exit_code": code, "reason": reason_of(code), "message": text})
-        last_word.write(path, word)
+        termination_message.write(path, word)
     meeting.leave(code, word.message if word else "")
     return code
 
@@ -231,7 +232,7 @@ def _end_ranks(word_path: Path, verdict: Verdict) -> None:
     word = TerminationMessage(
         exit_code=verdict.code, reason=reason_of(verdict.code), message=verdict.text, rank=verdict.rank
     )
-    last_word.write_unless_told(word_path, word)
+    termination_message.write_unless_told(word_path, word)
     for child in child_processes():  # the ranks, now
         with suppress(psutil.NoSuchProcess):
             child.kill()
@@ -258,11 +259,11 @@ def _first_end(config: TrainerConfig, place: Place, exit_codes: dict[int, int], 
             else:
                 end = ExitCode.CRASHED if -code == signal.SIGKILL else 128 - code
                 text = f"rank {rank} on {place.node} was killed by {name} in {phase}; the kernel's log may say why"
-            peers = last_word.read(path)
+            peers = termination_message.read(path)
             word = TerminationMessage(exit_code=end, reason=reason_of(end), message=text, rank=rank)
             if peers is not None:  # what the others knew of the step and of memory
                 word = word.model_copy(update={"progress": peers.progress, "memory": peers.memory})
-            last_word.write(path, word)
+            termination_message.write(path, word)
             return end
     first = next(iter(exit_codes.values()))
     return _last_code(config) or (first if first > 0 else 128 - first)
@@ -270,5 +271,5 @@ def _first_end(config: TrainerConfig, place: Place, exit_codes: dict[int, int], 
 
 def _last_code(config: TrainerConfig) -> int | None:
     """The exit code of the rank that wrote the termination message, which is the one that failed first."""
-    word = last_word.read(Path(config.termination_message_path))
+    word = termination_message.read(Path(config.termination_message_path))
     return word.exit_code if word else None

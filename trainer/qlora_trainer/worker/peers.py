@@ -6,8 +6,8 @@
     worker i ── waits for its name and port, for minutes if need be, and writes itself down
     all      ── wait until everybody is written down, then start their ranks, which use the same store
 
-The rendezvous admits only workers that prove that they have the job's key (:mod:`qlora_trainer.store_proxy`). What is
-in the store is text and JSON, checked as it is read.
+The rendezvous admits only workers that prove that they have the job's key (:mod:`qlora_trainer.worker.store_proxy`).
+What is in the store is text and JSON, checked as it is read.
 
 While the ranks run each worker counts up a number in the store, and looks whether the others' numbers move. A rank
 whose peer is gone mostly notices by itself, by a connection that breaks; a node without power breaks none, and NCCL
@@ -29,8 +29,8 @@ from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[a
 from qlora_api.base import Model
 from qlora_api.contract import ExitCode, reason_of
 from qlora_trainer.errors import PeerLostError, PreemptedError, StalledError
-from qlora_trainer.heartbeat import node_name
-from qlora_trainer.store_proxy import StoreClient, StoreServer, listen_on_loopback
+from qlora_trainer.liveness.heartbeat import node_name
+from qlora_trainer.worker.store_proxy import StoreClient, StoreServer, listen_on_loopback
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.2
 SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""End the ranks at once. SIGTERM is passed on to them, and they decide (:mod:`qlora_trainer.stop`)."""
+"""End the ranks at once. SIGTERM is passed on to them, and they decide (:mod:`qlora_trainer.worker.stop`)."""
 
 
 class InterruptedBySignalError(Exception):

@@ -1,0 +1,1 @@
+"""Published adapters and merged models: fetch, verify, merge, generate with them."""

@@ -1,0 +1,1 @@
+"""Commands for what a job leaves: adapters, merged models, reports."""

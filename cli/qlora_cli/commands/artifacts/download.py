@@ -1,0 +1,59 @@
+"""The command ``qlora download``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qlora_cli.commands import options as o
+from qlora_cli.commands.options import ends
+from qlora_cli.kube.target import Target, connect, is_local, program
+
+if TYPE_CHECKING:
+    from qlora_cli.artifacts import adapters
+
+
+def download(
+    what: o.Published,
+    *,
+    to: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: a folder named as the job.")] = None,
+    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Leave a merged model where it is.")] = False,
+    secret: o.Secret = False,
+    namespace: o.Namespace = None,
+    context: o.Context = None,
+    kubeconfig: o.Kubeconfig = None,
+) -> None:
+    """Fetch a published adapter, every byte checked.
+
+    Sizes and SHA-256 are held against the manifest, and the manifest against the job's status. Object storage is
+    reached with the environment's credentials. Called again, it fetches only what is missing.
+    """
+    with ends():
+        from qlora_cli.artifacts import adapters
+        from qlora_cli.text import output as out
+        from qlora_cli.text import units
+
+        published = find_published(what, Target(kubeconfig, context, namespace), secret=secret)
+        folder = to or Path(str(published.body.get("job") or "adapter"))
+        screen = out.console(stderr=True)
+        with screen.status("reading the manifest …") as status:
+            count, size = adapters.download(published, folder, status.update, adapter_only=adapter_only)
+        place = adapters.folder_of(published, folder)
+        typer.echo(f"{place}: {count} files, {units.size(size)} fetched; all are what was published")
+        out.say_next(f"{program()} generate --adapter {place} --prompt …", f"{program()} merge {folder}/ --out merged")
+
+
+def find_published(what: str, target: Target, *, secret: bool) -> adapters.Published:
+    """The manifest that a person means."""
+    from qlora_cli.artifacts import adapters
+    from qlora_cli.kube.target import get_job
+
+    if is_local(what) or what.endswith(adapters.MANIFEST):
+        return adapters.read(adapters.source_of(what, None))
+    with connect(target) as cluster:
+        job = get_job(cluster, what)
+        if secret:
+            adapters.use_secret(cluster, job)
+        return adapters.read(adapters.source_of(what, job))

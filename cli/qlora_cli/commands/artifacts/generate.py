@@ -1,0 +1,67 @@
+"""The command ``qlora generate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlora_cli.commands.local_options import RunsDir, exit_on_user_error
+
+AdapterDir = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of an adapter.")]
+
+
+RunName = Annotated[str | None, typer.Option("--run", metavar="NAME", help="Finished run whose adapter is asked.")]
+
+
+Base = Annotated[
+    str | None, typer.Option(metavar="PATH", help="Base model; default: the one the run or adapter names.")
+]
+
+
+Merged = Annotated[str | None, typer.Option(metavar="DIR", help="Merged model, to answer beside the two.")]
+
+
+Prompt = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Prompt; may be given several times.")]
+
+
+PromptsFile = Annotated[Path | None, typer.Option(metavar="FILE", help="More prompts, one a line.")]
+
+
+NewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer in tokens.")]
+
+
+Raw = Annotated[bool, typer.Option("--raw", help="Put prompts as they are, not as in training.")]
+
+
+Sample = Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")]
+
+
+def generate(
+    *,
+    adapter: AdapterDir = None,
+    run: RunName = None,
+    base: Base = None,
+    merged: Merged = None,
+    prompt: Prompt = None,
+    prompts_file: PromptsFile = None,
+    max_new_tokens: NewTokens = 64,
+    sample: Sample = False,
+    raw: Raw = False,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Ask base, adapter and merged model the same.
+
+    A prompt is put as it was in training: as a user's message of the chat template, or as an instruction in its frame.
+    The answers are shown side by side.
+    """
+    with exit_on_user_error():
+        from qlora_cli.artifacts import generate as asking
+        from qlora_cli.local import run_view
+        from qlora_cli.local.trainer_process import Commands
+
+        models = asking.choose_models(adapter, run, runs_dir, base, merged)
+        options = asking.Options(asking.prompts(prompt or (), prompts_file), max_new_tokens, sample, raw)
+        code = asking.generate(models, options, run_view.console(), Commands(), runs_dir / run if run else None)
+    raise typer.Exit(code)

@@ -1,0 +1,45 @@
+"""The command ``qlora merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlora_cli.commands import options as o
+from qlora_cli.commands.artifacts.download import find_published
+from qlora_cli.commands.options import ends
+from qlora_cli.kube.target import Target, program
+
+
+def merge(
+    what: o.Published,
+    *,
+    to: Annotated[Path, typer.Option("--out", metavar="DIR", help="For the merged model; new or empty.")],
+    base: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Default: the base that the manifest names.")
+    ] = None,
+    secret: o.Secret = False,
+    namespace: o.Namespace = None,
+    context: o.Context = None,
+    kubeconfig: o.Kubeconfig = None,
+) -> None:
+    """Merge a published adapter into its base: one model in 16 bits that needs no PEFT.
+
+    Runs the trainer (pip install 'qlora-operator[trainer]'), in host memory, on the adapter as published and verified.
+    """
+    with ends():
+        from qlora_cli.artifacts import merge as merging
+        from qlora_cli.text import output as out
+
+        merging.require_trainer()
+        published = find_published(what, Target(kubeconfig, context, namespace), secret=secret)
+        plan = merging.plan(published, base, to)
+        with out.console(stderr=True).status("fetching the adapter …") as status:
+            adapter = merging.fetch(published, status.update)
+        code = merging.run(plan, adapter)
+        if code == 0:
+            typer.echo(f"{to}: {plan.base} with the adapter merged in")
+            out.say_next(f"{program()} generate --adapter {adapter} --merged {to} --prompt …")
+    raise typer.Exit(code)

@@ -1,0 +1,30 @@
+"""The command ``qlora report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlora_cli.commands.local_options import RunsDir, exit_on_user_error
+
+ReportOf = Annotated[
+    str, typer.Argument(metavar="RUN", help="Name or folder of a run, or folder of a published adapter.")
+]
+
+
+ReportFile = Annotated[
+    Path | None, typer.Option("-o", "--out", metavar="FILE", help="Default: report.html in the folder of the run.")
+]
+
+
+def report(run: ReportOf, out: ReportFile = None, runs_dir: RunsDir = Path("runs")) -> None:
+    """Write one page with all that is known of a run: curves, memory, data, attempts, configuration.
+
+    RUN is a local run, finished or not, by name or folder, or the folder of a published adapter.
+    """
+    with exit_on_user_error():
+        from qlora_cli.report.write import write
+
+        typer.echo(write(run, runs_dir, out))

@@ -1,0 +1,49 @@
+"""The command ``qlora verify``."""
+
+from __future__ import annotations
+
+import typer
+
+from qlora_cli.commands import options as o
+from qlora_cli.commands.artifacts.download import find_published
+from qlora_cli.commands.options import ends
+from qlora_cli.kube.target import Target, program
+from qlora_cli.text.choices import Form
+
+
+def verify(
+    what: o.Published,
+    *,
+    secret: o.Secret = False,
+    output: o.Output = Form.TEXT,
+    namespace: o.Namespace = None,
+    context: o.Context = None,
+    kubeconfig: o.Kubeconfig = None,
+) -> None:
+    """Hold a published adapter against its manifest.
+
+    Every file is read and its size and SHA-256 compared; the exit code is 1 if one differs.
+    """
+    with ends():
+        from qlora_cli.artifacts import adapters
+        from qlora_cli.text import output as out
+
+        published = find_published(what, Target(kubeconfig, context, namespace), secret=secret)
+        with out.console(stderr=True).status("reading …") as status:
+            problems = adapters.verify(published, status.update)
+        manifest = published.folder.uri(adapters.MANIFEST)
+        if output in (Form.JSON, Form.YAML):
+            plain = {
+                "manifest": manifest,
+                "files": len(published.files),
+                "verified": not problems,
+                "problems": problems,
+            }
+            out.write_plain(plain, output)
+        elif output is Form.NAME:
+            typer.echo(manifest)
+        else:
+            typer.echo("\n".join(problems) or f"{manifest}: all {len(published.files)} files are what was published")
+            if not problems:
+                out.say_next(f"{program()} merge {what} --out merged{Target(kubeconfig, context, namespace).flags()}")
+    raise typer.Exit(o.NO if problems else 0)

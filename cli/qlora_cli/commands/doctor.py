@@ -1,0 +1,60 @@
+"""The command ``qlora doctor``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlora_cli.commands import options as o
+from qlora_cli.commands.options import ends
+from qlora_cli.kube.target import Target, connect, program
+from qlora_cli.text.choices import Form
+
+
+def doctor(
+    manifests: Annotated[
+        list[Path] | None, typer.Argument(metavar="[JOB.yaml...]", help="Look at what these would need, too.")
+    ] = None,
+    *,
+    output: o.Output = Form.TEXT,
+    namespace: o.Namespace = None,
+    context: o.Context = None,
+    kubeconfig: o.Kubeconfig = None,
+) -> None:
+    """Find out what keeps jobs from running here, and what to do about it.
+
+    Looks at the cluster, your rights, the CustomResourceDefinition, the operator, the admission policy, GPUs, gang
+    scheduling, what jobs name, object storage, images, network policies, monitors and quotas; the exit code is 1 if
+    something is wrong.
+    """
+    with ends():
+        from importlib.metadata import version
+
+        from qlora_cli.doctor import findings as said
+        from qlora_cli.doctor.checks import judge
+        from qlora_cli.doctor.collect import look
+        from qlora_cli.text import output as out
+
+        bodies = []
+        if manifests:
+            from qlora_cli.jobs import submit
+
+            bodies = [submission.body for path in manifests for submission in submit.read(path).jobs]
+        with connect(Target(kubeconfig, context, namespace)) as cluster:
+            findings = judge(look(cluster, bodies), version("qlora-operator"))
+        bad = any(finding.level is said.Level.FAULT for finding in findings)
+        if output in (Form.JSON, Form.YAML):
+            out.write_plain([finding.to_json_dict() for finding in findings], output)
+        elif output is Form.NAME:
+            sys.stdout.writelines(f"{f.check}\n" for f in findings if f.level is said.Level.FAULT)
+        else:
+            screen = out.console()
+            for line in said.lines(findings):
+                screen.print(line, soft_wrap=True)
+            out.note(said.summary(findings))
+            if not bad:
+                out.say_next(f"{program()} submit JOB.yaml")
+    raise typer.Exit(o.NO if bad else 0)

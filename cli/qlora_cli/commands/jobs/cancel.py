@@ -1,0 +1,43 @@
+"""The command ``qlora cancel``."""
+
+from __future__ import annotations
+
+import typer
+
+from qlora_cli.commands import options as o
+from qlora_cli.commands.options import ends
+from qlora_cli.commands.result_output import print_done
+from qlora_cli.kube.target import Target, connect, program
+from qlora_cli.text.choices import Form
+
+
+def cancel(
+    jobs: o.Names,
+    *,
+    yes: o.Yes = False,
+    output: o.Output = Form.TEXT,
+    namespace: o.Namespace = None,
+    context: o.Context = None,
+    kubeconfig: o.Kubeconfig = None,
+) -> None:
+    """Delete jobs and their pods.
+
+    What they have published stays. A job that is to go on later is suspended instead.
+    """
+    with ends():
+        from qlora_cli.jobs import actions
+        from qlora_cli.text import output as out
+
+        target = Target(kubeconfig, context, namespace)
+        with connect(target) as cluster:
+            found = actions.doomed(cluster, jobs)
+            if not yes:
+                for job in found:
+                    out.note(actions.describe(job))
+            if not actions.confirm(f"Delete {'it' if len(found) == 1 else f'these {len(found)}'}?", yes=yes):
+                raise typer.Exit(o.NO)
+            for job in found:
+                actions.delete(cluster, job)
+        print_done(found, output, "deleted")
+        if output is Form.TEXT:
+            out.say_next(f"{program()} list{target.flags()}")

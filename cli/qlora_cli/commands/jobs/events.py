@@ -1,0 +1,49 @@
+"""The command ``qlora events``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qlora_cli.commands import options as o
+from qlora_cli.commands.options import ends
+from qlora_cli.kube.target import Target, connect, program
+from qlora_cli.text.choices import Form
+
+
+def events(
+    job: o.Name,
+    *,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="And those to come, until Ctrl-C.")] = False,
+    output: o.Output = Form.TEXT,
+    namespace: o.Namespace = None,
+    context: o.Context = None,
+    kubeconfig: o.Kubeconfig = None,
+) -> None:
+    """Show the events of a job, of its child Jobs and of its pods, in one list."""
+    with ends():
+        from datetime import UTC, datetime
+
+        from qlora_cli.jobs import events as happened
+        from qlora_cli.kube.target import get_job
+        from qlora_cli.text import output as out
+
+        target = Target(kubeconfig, context, namespace)
+        with connect(target) as cluster:
+            get_job(cluster, job)
+            family, screen = happened.Family(job), out.console()
+            if follow:
+                for event in happened.follow(cluster, family):
+                    screen.print(happened.line(event), soft_wrap=True)
+                return
+            bodies = happened.events_of(cluster, family)
+        if output is not Form.TEXT:
+            out.write_objects(bodies, output, kind=out.EVENT)
+            return
+        rows = happened.rows([happened.see(body) for body in bodies], datetime.now(UTC))
+        if not rows:
+            out.note(f'No events of job "{job}"; the API server keeps them for an hour.')
+        else:
+            out.print_table(screen, happened.HEAD, rows)
+        out.say_next(f"{program()} show {job}{target.flags()}")

@@ -1,0 +1,20 @@
+"""The command ``qlora resume``."""
+
+from __future__ import annotations
+
+from qlora_cli.commands import options as o
+from qlora_cli.commands.jobs.suspend import set_suspend
+from qlora_cli.kube.target import Target
+from qlora_cli.text.choices import Form
+
+
+def resume(
+    jobs: o.Names,
+    *,
+    output: o.Output = Form.TEXT,
+    namespace: o.Namespace = None,
+    context: o.Context = None,
+    kubeconfig: o.Kubeconfig = None,
+) -> None:
+    """Have suspended jobs go on from their checkpoints."""
+    set_suspend(Target(kubeconfig, context, namespace), jobs, output, suspend=False)

@@ -1,0 +1,44 @@
+"""The command ``qlora retry``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qlora_cli.commands import options as o
+from qlora_cli.commands.options import ends
+from qlora_cli.commands.result_output import print_done
+from qlora_cli.kube.target import Target, connect, program
+from qlora_cli.text.choices import DryRun, Form
+
+
+def retry(
+    job: o.Name,
+    overrides: o.Set = None,
+    *,
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Of the new job; default: JOB-r2.")] = None,
+    dry_run: Annotated[DryRun, typer.Option(help="As with submit.")] = DryRun.NONE,
+    output: o.Output = Form.TEXT,
+    namespace: o.Namespace = None,
+    context: o.Context = None,
+    kubeconfig: o.Kubeconfig = None,
+) -> None:
+    """Make a new job with a failed one's spec.
+
+    A job that failed stays failed, as a Job of Kubernetes does; the new one has a name of its own and begins at step 0.
+    What the operator retries by itself (a lost node, a crash within policy.maxRestarts) goes on from a checkpoint.
+    """
+    with ends():
+        from qlora_cli.jobs import submit as submitting
+        from qlora_cli.text import output as out
+
+        target = Target(kubeconfig, context, namespace)
+        with connect(target) as cluster:
+            body = submitting.again(cluster, job, name, overrides or ())
+            if dry_run is not DryRun.CLIENT:
+                submission = submitting.Submission(body, f"retry of {job}")
+                body = submitting.send(cluster, submission, dry_run=dry_run is DryRun.SERVER)
+        print_done([body], output, "created" if dry_run is DryRun.NONE else f"valid (dry run by the {dry_run})")
+        if output is Form.TEXT and dry_run is DryRun.NONE:
+            out.say_next(f"{program()} watch {body['metadata']['name']}{target.flags()}")

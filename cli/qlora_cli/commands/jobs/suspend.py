@@ -1,0 +1,36 @@
+"""The command ``qlora suspend``."""
+
+from __future__ import annotations
+
+from qlora_cli.commands import options as o
+from qlora_cli.commands.options import ends
+from qlora_cli.commands.result_output import print_done
+from qlora_cli.kube.target import Target, connect, program
+from qlora_cli.text.choices import Form
+
+
+def suspend(
+    jobs: o.Names,
+    *,
+    output: o.Output = Form.TEXT,
+    namespace: o.Namespace = None,
+    context: o.Context = None,
+    kubeconfig: o.Kubeconfig = None,
+) -> None:
+    """Have jobs checkpoint, free their GPUs and wait."""
+    set_suspend(Target(kubeconfig, context, namespace), jobs, output, suspend=True)
+
+
+def set_suspend(target: Target, names: list[str], output: Form, *, suspend: bool) -> None:
+    with ends():
+        from qlora_cli.jobs import actions
+        from qlora_cli.text import output as out
+
+        with connect(target) as cluster:
+            pairs = [actions.set_suspend(cluster, name, suspend=suspend) for name in dict.fromkeys(names)]
+        word = "suspended" if suspend else "resumed"
+        for job, changed in pairs:
+            print_done([job], output, f"{word}" if changed else f"unchanged, it is {word} already")
+        if output is Form.TEXT:
+            command = f"{program()} watch {' '.join(names)}{target.flags()}"
+            out.say_next(command, *([f"{program()} resume {' '.join(names)}{target.flags()}"] if suspend else []))

@@ -1,0 +1,54 @@
+"""The command ``qlora watch``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qlora_cli.commands import options as o
+from qlora_cli.commands.options import ends
+from qlora_cli.kube.target import Target, connect
+
+
+def watch(
+    jobs: o.SomeNames = None,
+    *,
+    everywhere: o.Everywhere = False,
+    selector: o.Selector = None,
+    forever: Annotated[bool, typer.Option("--forever", help="Go on when the named jobs are over.")] = False,
+    namespace: o.Namespace = None,
+    context: o.Context = None,
+    kubeconfig: o.Kubeconfig = None,
+) -> None:
+    """Watch jobs live.
+
+    Named jobs are watched until they are over: the exit code is 1 if one of them failed. Without names all jobs of the
+    namespace are watched until Ctrl-C.
+    """
+    with ends():
+        names = tuple(dict.fromkeys(jobs or ()))
+        target = Target(kubeconfig, context, namespace)
+        watch_jobs(target, names, selector, everywhere=everywhere, until_over=bool(names) and not forever)
+
+
+def watch_jobs(
+    target: Target, names: tuple[str, ...], selector: str | None, *, everywhere: bool, until_over: bool
+) -> None:
+    from qlora_cli.jobs import lookup
+    from qlora_cli.jobs import watch as watching
+    from qlora_cli.kube.target import get_job
+    from qlora_cli.text import output as out
+
+    with connect(target) as cluster:
+        for name in names:
+            get_job(cluster, name)
+        events = watching.start(cluster, watching.Request(names, selector, everywhere))
+        board = watching.Board(frozenset(names))
+        place = "all namespaces" if everywhere else f"namespace {cluster.namespace}"
+        title = f"{place}{f' · {cluster.context}' if cluster.context else ''}"
+        watching.watch(out.console(), events, board, title, until_over=until_over)
+    jobs = list(board.jobs.values())
+    if len(names) == 1 and jobs:
+        out.say_next(*lookup.next_commands(jobs[0], target))
+    raise typer.Exit(o.NO if board.any_failed else 0)

@@ -1,0 +1,1 @@
+"""Commands before a job: write, check, explain and plan a manifest."""

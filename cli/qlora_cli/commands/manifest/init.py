@@ -1,0 +1,59 @@
+"""The command ``qlora init``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlora_cli.commands.options import ends
+from qlora_cli.kube.target import program
+from qlora_cli.text.choices import RowFormat
+
+
+def init(
+    *,
+    model: Annotated[str | None, typer.Option(metavar="SOURCE", help="Base model; not given: asked.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Training rows; not given: asked.")] = None,
+    destination: Annotated[str | None, typer.Option(metavar="URI", help="For the adapter; not given: asked.")] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Of the job; default: from the destination.")] = None,
+    form: Annotated[RowFormat, typer.Option("--format", help="Of the rows.")] = RowFormat.MESSAGES,
+    credentials: Annotated[
+        str | None, typer.Option(metavar="SECRET", help="Secret with the credentials of model, rows and destination.")
+    ] = None,
+    file: Annotated[Path, typer.Option("--file", "-f", metavar="FILE", help="To write; - is standard output.")] = Path(
+        "job.yaml"
+    ),
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write a manifest to begin with, from three answers.
+
+    Its comments are the API's documentation; what may be set besides is there as a comment with its default.
+    """
+    with ends():
+        from qlora_cli.kube.errors import ClusterError
+        from qlora_cli.manifest import init as beginning
+        from qlora_cli.text import output as out
+
+        if str(file) != "-" and file.exists() and not force:
+            raise ClusterError(f"--file {file}: is there already; --force replaces it, --file names another")
+        given = {
+            "model": model,
+            "data": data,
+            "destination": destination,
+            "name": name,
+            "format": form.value,
+            "credentials": credentials,
+        }
+        ask = (lambda question: typer.prompt(question, err=True)) if sys.stdin.isatty() else None
+        answers = beginning.ask(given, ask)
+        text = beginning.text(answers)
+        if str(file) == "-":
+            sys.stdout.write(text)
+            return
+        file.write_text(text, encoding="utf-8")
+        typer.echo(f"{file} written")
+        here = any("://" not in place for place in (answers.model, answers.data, answers.destination))
+        out.say_next(f"{program()} {'run' if here else 'submit'} {file}", f"{program()} explain spec")

@@ -1,0 +1,63 @@
+"""The command ``qlora plan``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlora_cli.commands.local_options import USER_ERROR, As, Job, Output, Set, exit_on_user_error
+
+GpuName = Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="Such as h100-80gb; default: the one here.")]
+
+
+GpuCount = Annotated[int | None, typer.Option("--gpus", min=1, metavar="N", help="GPUs; default: as the job says.")]
+
+
+Price = Annotated[float | None, typer.Option("--price", min=0, metavar="X", help="Of one GPU for one hour.")]
+
+
+Tokens = Annotated[int | None, typer.Option("--tokens", min=1, metavar="N", help="Tokens of one epoch, for the time.")]
+
+
+WhatIf = Annotated[bool, typer.Option("--what-if", help="Other GPUs, ranks and sequence lengths as well.")]
+
+
+ModelConfig = Annotated[
+    Path | None, typer.Option("--model-config", metavar="config.json", help="The base's configuration, in its place.")
+]
+
+
+def plan(
+    job: Job,
+    *,
+    gpu: GpuName = None,
+    gpus: GpuCount = None,
+    price: Price = None,
+    tokens: Tokens = None,
+    what_if: WhatIf = False,
+    model_config: ModelConfig = None,
+    overrides: Set = None,
+    output: As = Output.TEXT,
+) -> None:
+    """Predict a job's memory and time.
+
+    Reads the base's configuration and the headers of its weights, kilobytes of gigabytes; no GPU is needed. The exit
+    code is 40 if it does not fit.
+    """
+    with exit_on_user_error():
+        import json
+
+        from qlora_cli.memory_plan import plan_job as planning
+
+        asked = planning.Options(gpu, gpus, price, tokens, what_if, model_config)
+        answered = planning.answer(job, asked, tuple(overrides or ()))
+        if output is Output.JSON:
+            typer.echo(json.dumps(planning.as_dict(answered), indent=2))
+        else:
+            from qlora_cli.local import run_view
+            from qlora_cli.memory_plan import plan_view
+
+            run_view.console().print(plan_view.show(answered))
+    raise typer.Exit(0 if answered.fits else USER_ERROR)

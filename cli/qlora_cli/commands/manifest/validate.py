@@ -1,0 +1,25 @@
+"""The command ``qlora validate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlora_cli.commands.local_options import USER_ERROR, As, Output, exit_on_user_error
+
+Jobs = Annotated[list[Path], typer.Argument(metavar="JOB.yaml...", help="Manifests; - reads standard input.")]
+
+
+def validate(jobs: Jobs, output: As = Output.TEXT) -> None:
+    """Check manifests as the API server would.
+
+    Prints every mistake with file and line; the exit code is 40 if there is one.
+    """
+    with exit_on_user_error():
+        from qlora_cli.manifest import validate as check
+
+        reports = [check.check_file(path) for path in jobs]
+        typer.echo(check.as_json(reports) if output is Output.JSON else check.as_text(reports))
+    raise typer.Exit(0 if all(report.good for report in reports) else USER_ERROR)

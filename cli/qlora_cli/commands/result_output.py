@@ -1,0 +1,18 @@
+"""Print what a command did to jobs."""
+
+from __future__ import annotations
+
+import sys
+
+from qlora_cli.text.choices import Form
+
+
+def print_done(jobs: list[dict[str, object]], output: Form, done: str) -> None:
+    """``qlorajob.qlora.dev/tune created``, or the objects."""
+    from qlora_cli.text import output as out
+
+    if output is not Form.TEXT:
+        out.write_objects(jobs, output, one=len(jobs) == 1)
+        return
+    sys.stdout.writelines(f"{out.name_of(job)} {done}\n" for job in jobs)
+    sys.stdout.flush()

@@ -1,0 +1,34 @@
+"""The command ``qlora run``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlora_cli.commands.local_options import Job, RunsDir, Set, exit_on_user_error
+
+Ranks = Annotated[int | None, typer.Option(help="Ranks; default: one for each GPU, or two CPU processes.")]
+
+
+Fresh = Annotated[bool, typer.Option("--fresh", help="Put an earlier run of this name aside and start a new one.")]
+
+
+def run(
+    job: Job, ranks: Ranks = None, runs_dir: RunsDir = Path("runs"), fresh: Fresh = False, overrides: Set = None
+) -> None:
+    """Run a QLoRAJob on this machine, or resume it.
+
+    Ctrl-C checkpoints and ends with exit code 130; the same command goes on from there. All GPUs are used, or those
+    of CUDA_VISIBLE_DEVICES (empty: the CPU). Relative paths count from the current folder.
+    """
+    with exit_on_user_error():
+        from qlora_cli.local import run_view
+        from qlora_cli.local.run import Request
+        from qlora_cli.local.run import run as run_job
+        from qlora_cli.local.trainer_process import Commands
+
+        request = Request(job, runs_dir, ranks, fresh, tuple(overrides or ()))
+        code = run_job(request, run_view.console(), Commands())
+    raise typer.Exit(code)

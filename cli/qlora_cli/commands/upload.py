@@ -1,0 +1,26 @@
+"""The command ``qlora upload``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlora_cli.commands.options import ends
+from qlora_cli.kube.target import program
+
+
+def upload(
+    source: Annotated[Path, typer.Argument(metavar="PATH", help="A file or a folder.")],
+    target: Annotated[str, typer.Argument(metavar="URI", help="s3://bucket/key, gs://…, az://….")],
+) -> None:
+    """Copy rows or a model into object storage, where pods can read them."""
+    with ends():
+        from qlora_cli.artifacts import storage
+        from qlora_cli.text import output as out
+
+        uris = storage.upload(source, target)
+        sys.stdout.writelines(f"{uri}\n" for uri in uris)
+        out.say_next(f"{program()} submit JOB.yaml")

@@ -1,0 +1,1 @@
+"""Read, show, follow and change jobs in a cluster, and local runs."""

@@ -1,0 +1,1 @@
+"""Run a QLoRAJob on this machine, with processes in place of pods."""

@@ -1,0 +1,1 @@
+"""Read, check, explain and write manifests of QLoRAJobs."""

@@ -1,0 +1,1 @@
+"""Numbers, tables, YAML and output forms."""

@@ -1,0 +1,1 @@
+"""Bytes of activations: forward and backward passes on a tape."""

@@ -1,0 +1,1 @@
+"""Choose what fits a GPU, say what would, and what it costs."""

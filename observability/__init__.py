@@ -1,0 +1,1 @@
+"""Dashboards, alert rules and the reference of metrics, as code."""

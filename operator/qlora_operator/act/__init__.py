@@ -1,0 +1,1 @@
+"""Reconcile: apply decisions to the cluster and write status."""

@@ -1,0 +1,252 @@
+"""The operator: all parts, put together."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from qlora_api.errors import ManifestError
+from qlora_api.spec import Gang
+from qlora_operator.act.correction_store import Corrections
+from qlora_operator.act.gang_scheduling import discover_gangs
+from qlora_operator.act.reconcile import Reconciler
+from qlora_operator.config import OperatorConfig
+from qlora_operator.kube.bounded_reads import TooLargeError
+from qlora_operator.kube.client import TRANSIENT, Api, ApiError
+from qlora_operator.kube.credentials import load_credentials
+from qlora_operator.kube.kopf_import import kopf
+from qlora_operator.log_format import set_up_logs
+from qlora_operator.serve import health
+from qlora_operator.serve.metrics import Metrics
+from qlora_operator.state.cache import Store
+from qlora_operator.supervisor import BackgroundTask, supervise
+from qlora_operator.watch import kopf_handlers
+from qlora_operator.watch.kopf_session import PLURAL, watching_session
+from qlora_operator.watch.list_watch import Watch, kinds_of
+from qlora_operator.watch.progress_poller import ProgressPoller
+from qlora_operator.watch.resync import Listings, resync_forever, take_stock
+
+log = logging.getLogger("qlora_operator")
+GC_THRESHOLD = 20_000
+"""Objects more than before, until the garbage collector looks at the young ones. Python's own is 700."""
+LOOK_SECONDS = 300
+"""Between two looks at what the cluster offers, and what it has learned of memory."""
+STOP_SECONDS = 10
+"""For all parts to end, before they are left behind."""
+FIRST_LOOK_SECONDS = 2
+"""Until the first look is tried again: the API server is not there yet, or does not serve QLoRAJobs yet."""
+
+
+async def first_look(
+    api: Api,
+    store: Store,
+    namespaces: Sequence[str],
+    watches: Sequence[Watch],
+    skipped: Callable[[str, str], None],
+) -> tuple[frozenset[Gang], set[str]]:
+    """What the cluster offers, and the namespaces that have the shared Service; the store gets all else.
+
+    Raises:
+        ApiError: the operator may not look.
+
+    """
+    while True:
+        try:
+            gangs, services = await discover_gangs(api), await take_stock(store, api, namespaces, skipped)
+            await list_all(watches)
+        except (ApiError, TooLargeError, *TRANSIENT) as error:
+            if isinstance(error, ApiError) and error.status in (401, 403):
+                raise
+            log.warning("not everything can be seen yet: %s; again in %d s", error, FIRST_LOOK_SECONDS)
+            await asyncio.sleep(FIRST_LOOK_SECONDS)
+        else:
+            return gangs, services
+
+
+async def list_all(watches: Sequence[Watch]) -> None:
+    """List everything that belongs to QLoRAJobs, several kinds at once."""
+    for events in (False, True):  # what is said of children means nothing before they are known
+        lists = (watch.list() for watch in watches if watch.path.endswith("/events") is events)
+        for done in await asyncio.gather(*lists, return_exceptions=True):
+            if isinstance(done, BaseException):
+                raise done
+
+
+async def look_around(api: Api, corrections: Corrections, offer: Callable[[frozenset[Gang]], None]) -> None:
+    """Look again and again at what the cluster offers, and at what a person may have made of the corrections."""
+    while True:
+        await asyncio.sleep(LOOK_SECONDS)
+        await corrections.refresh()
+        try:
+            offer(await discover_gangs(api))
+        except (ApiError, *TRANSIENT) as error:
+            log.info("what the cluster offers cannot be seen: %s", error)
+
+
+def stop_on_signals(stop: asyncio.Event) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+
+
+async def first_of(works: Collection[asyncio.Task[None]]) -> None:
+    """Wait until one ends, and have the others end; raise what it raised."""
+    try:
+        done, others = await asyncio.wait(works, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for work in works:
+            work.cancel()
+    if others:
+        await asyncio.wait(others, timeout=STOP_SECONDS)
+    for work in done:
+        work.result()
+
+
+class Operator:
+    """All parts, put together; :meth:`run` has them work."""
+
+    def __init__(self, config: OperatorConfig) -> None:
+        self.config = config
+        self.store = Store()
+        self.metrics = Metrics(self.store)
+        for kind in kopf_handlers.WATCHED:
+            self.metrics.show_kind(kind)
+        self.watches = health.Watches(kopf_handlers.WATCHED, each=max(1, len(config.namespaces)))
+        self.listings = Listings()
+        self.api = Api(load_credentials(), self.metrics.request)
+        self.corrections = Corrections(self.api, config, self.metrics.corrected)
+        self.gangs: frozenset[Gang] = frozenset()
+        self.reconciler = Reconciler(self.store, self.api, config, lambda: self.gangs, self.corrections, self.metrics)
+        self.poller = ProgressPoller(self.store, self.reconciler, config.progress_seconds, self.metrics.report_rejected)
+        self.followed = [
+            Watch(self.api, kind, namespace, self.reconciler.wake, self.watches.note, self.metrics.skipped)
+            for kind in kinds_of(self.store, self.reconciler.services)
+            for namespace in config.namespaces or ("",)
+        ]
+        self.stop, self.looked = asyncio.Event(), asyncio.Event()
+
+    async def run(self) -> None:
+        """Operate until SIGTERM or SIGINT.
+
+        Raises:
+            ApiError: the operator may not look at what it is to serve, as it starts.
+
+        """
+        stop_on_signals(self.stop)
+        server = await health.serve(self.metrics.registry, self.watches, self.config.metrics_port)
+        waiting, looking = asyncio.create_task(self.stop.wait()), asyncio.create_task(self.look())
+        tasks = [asyncio.create_task(supervise(task, self.metrics.task_failed)) for task in self.background_tasks()]
+        log.info("serving QLoRAJobs in %s", ", ".join(self.config.namespaces) or "all namespaces")
+        await asyncio.wait((waiting, looking), return_when=asyncio.FIRST_COMPLETED)
+        if not looking.done() or not looking.exception():
+            await waiting
+        self.stop.set()
+        for task in (*tasks, waiting, looking):
+            task.cancel()
+        await asyncio.wait((*tasks, waiting, looking), timeout=STOP_SECONDS)
+        await server.cleanup()
+        await self.api.close()
+        if looking.done() and not looking.cancelled():
+            looking.result()
+
+    def background_tasks(self) -> Iterator[BackgroundTask]:
+        """Give what goes on side by side; the failure of one is none of the others'."""
+        resync = partial(
+            resync_forever, self.store, self.api, self.reconciler.wake, self.config.namespaces, self.listings
+        )
+        tasks = (
+            BackgroundTask("reconciler", self.reconciler.run),
+            BackgroundTask("progress", self.poller.run),
+            BackgroundTask("resync", resync),
+            BackgroundTask("capabilities", partial(look_around, self.api, self.corrections, self.offer)),
+            BackgroundTask(f"watch-{PLURAL}", self.watch),
+            *(BackgroundTask(f"watch-{one.plural}", partial(one.run, self.looked)) for one in self.followed),
+        )
+        for task in tasks:
+            self.metrics.show_task(task.name)
+            yield task
+
+    async def look(self) -> None:
+        """Look at everything before the first decision: what was not seen would be taken for gone."""
+        self.gangs, services = await first_look(
+            self.api, self.store, self.config.namespaces, self.followed, self.metrics.skipped
+        )
+        await self.corrections.refresh()
+        self.reconciler.services |= services
+        for key in (*dict(self.store), *((namespace, "") for namespace in self.reconciler.services)):
+            self.reconciler.wake(key)
+        self.looked.set()
+
+    async def watch(self) -> None:
+        """Have kopf watch the QLoRAJobs until cancelled."""
+        await self.looked.wait()
+        works = await kopf.spawn_tasks(
+            registry=self.registry(),
+            settings=kopf_handlers.settings(),
+            standalone=True,
+            clusterwide=not self.config.namespaces,
+            namespaces=self.config.namespaces,
+        )
+        stop_on_signals(self.stop)  # kopf has just taken them for itself
+        # Not kopf.run_tasks: when a watch has failed for good, it waits for the others, and they for it (kopf#1276).
+        await first_of(works)
+
+    def registry(self) -> kopf.OperatorRegistry:
+        """What kopf does for the operator."""
+        registry = kopf.OperatorRegistry()
+        kopf_handlers.register(registry, self.store, self.reconciler.wake)
+
+        @kopf.on.login(registry=registry)
+        async def login(**_: object) -> kopf.AiohttpSession:
+            """The same credentials for kopf's watches; asked again when the API server does not know them any more."""
+            current = await asyncio.to_thread(load_credentials)
+            session = watching_session(current, self.note, self.metrics.skipped)
+            return kopf.AiohttpSession(server=current.server, aiohttp_session=session)
+
+        return registry
+
+    def note(self, path: str) -> None:
+        """Take in that kopf asks for a path."""
+        self.watches.note(path)
+        self.listings.note(path)
+
+    def offer(self, gangs: frozenset[Gang]) -> None:
+        """Take in what the cluster offers for gangs."""
+        self.gangs = gangs
+
+
+async def run(config: OperatorConfig) -> None:
+    """Operate until SIGTERM or SIGINT."""
+    await Operator(config).run()
+
+
+def main() -> NoReturn:
+    parser = argparse.ArgumentParser(prog="qlora_operator", description="Run QLoRAJobs on this cluster.")
+    parser.add_argument("--config", type=Path, required=True, help="settings, as the chart writes them")
+    try:
+        config = OperatorConfig.read(parser.parse_args().config)
+    except (ManifestError, OSError) as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+    set_up_logs(config.log_format)
+    # What was imported stays, and most of what is read is gone at once without the collector, which would look
+    # through thousands of jobs again and again.
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)
+    runner, code = asyncio.Runner(), 0
+    try:
+        runner.run(run(config))
+    except Exception:
+        log.exception("the operator ends; Kubernetes starts another one")
+        code = 1
+    # Not runner.close(): some of the tasks that kopf leaves behind do not end. There is nothing to save.
+    logging.shutdown()
+    os._exit(code)

@@ -1,0 +1,1 @@
+"""Talk to the API server: client, credentials, and kopf without the official client."""

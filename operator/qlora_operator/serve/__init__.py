@@ -1,0 +1,1 @@
+"""Serve metrics and health over HTTP."""

@@ -1,0 +1,1 @@
+"""Keep what was observed: small frozen values cut out of API objects, and a cache of them."""

@@ -1,0 +1,1 @@
+"""Observe the cluster and wake jobs. Nothing is decided here."""

@@ -1,0 +1,35 @@
+"""Wait for processes to end, and for Jobs to have a condition."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cluster.api import Object
+    from cluster.control_plane import ControlPlane
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_ended(pids: list[int], seconds: float = 10) -> list[int]:
+    """Those that still run in the end."""
+    deadline = time.monotonic() + seconds
+    while (alive := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return alive
+
+
+def wait_for_condition(cluster: ControlPlane, namespace: str, job: str, condition: str, seconds: float = 30) -> None:
+    def holds(found: Object) -> bool:
+        return any(c["type"] == condition and c["status"] == "True" for c in found["status"].get("conditions", ()))
+
+    path = f"/apis/batch/v1/namespaces/{namespace}/jobs/{job}"
+    cluster.api.wait_for(path, holds, seconds=seconds, what=f"Job {job} {condition}")

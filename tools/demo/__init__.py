@@ -1,0 +1,1 @@
+"""The product on such a cluster, from images to an adapter."""

@@ -1,0 +1,1 @@
+"""Draw the documents' pictures from real runs."""

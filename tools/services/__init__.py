@@ -1,0 +1,1 @@
+"""Programs and services that tests and tools start: Go tools, images, S3, Prometheus."""

@@ -1,0 +1,1 @@
+"""Write, verify, read and reshard checkpoints."""

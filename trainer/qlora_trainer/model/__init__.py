@@ -1,0 +1,1 @@
+"""The quantized base model, its adapter, attention, kernels, loss and tokenizer."""

@@ -1,0 +1,1 @@
+"""Publish adapters, and verify published ones."""

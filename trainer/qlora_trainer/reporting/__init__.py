@@ -1,0 +1,1 @@
+"""Report to the outside: metrics, training history, exit code and termination message."""

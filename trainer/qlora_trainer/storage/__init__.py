@@ -1,0 +1,1 @@
+"""Read and write object storage, local folders and the Hugging Face Hub. Imports no torch."""

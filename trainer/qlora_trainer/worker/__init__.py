@@ -1,0 +1,1 @@
+"""Run one worker: rendezvous with the others, start the ranks, watch and end them."""
