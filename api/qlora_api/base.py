@@ -72,7 +72,7 @@ class Model(BaseModel):
 DECIMAL_PATTERN = r"^[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?$"
 
 
-def _must_be_quoted(value: object) -> object:
+def _check_quoted(value: object) -> object:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         raise ValueError(f'must be a decimal in quotes, "{value}": the Kubernetes API has no floats')  # noqa: TRY004 pydantic wants ValueError
     return value
@@ -105,4 +105,4 @@ def decimal(low: float, high: float, *, low_included: bool = True, high_included
             {"rule": f"double(self) {lower} {float(low)} && double(self) {upper} {float(high)}", "message": text},
         ],
     }
-    return Annotated[str, BeforeValidator(_must_be_quoted), AfterValidator(check), WithJsonSchema(schema)]
+    return Annotated[str, BeforeValidator(_check_quoted), AfterValidator(check), WithJsonSchema(schema)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from qlora_api.base import Model
-from qlora_api.errors import FieldMistake
+from qlora_api.errors import FieldError
 from qlora_api.spec import QLoRAJobSpec
 
 TOKENS_PER_MICRO_BATCH = 8192
@@ -31,12 +31,12 @@ def split_batch(spec: QLoRAJobSpec, world_size: int) -> BatchSplit:
     """Cut the global batch for ``world_size`` ranks.
 
     Raises:
-        FieldMistake: the global batch cannot be cut evenly.
+        FieldError: the global batch cannot be cut evenly.
 
     """
     total = spec.training.global_batch_size
     if total % world_size:
-        raise FieldMistake(
+        raise FieldError(
             "spec.training.globalBatchSize",
             total,
             f"must be a multiple of the {world_size} ranks; the next ones are {_around(total, world_size)}",
@@ -48,7 +48,7 @@ def split_batch(spec: QLoRAJobSpec, world_size: int) -> BatchSplit:
         micro = max(d for d in range(1, share + 1) if share % d == 0 and d <= most)
     if share % micro:
         divisors = ", ".join(str(d) for d in range(1, share + 1) if share % d == 0)
-        raise FieldMistake(
+        raise FieldError(
             "spec.training.microBatchSize",
             micro,
             f"must divide each rank's {share} sequences of the global batch of {total}: {divisors}",

@@ -14,7 +14,7 @@ from qlora_api.base import RuleBrokenError
 T = TypeVar("T", bound=BaseModel)
 
 
-class FieldMistake(ValueError):
+class FieldError(ValueError):
     """One mistake at one field of a manifest.
 
     ``str()`` reads ``spec.lora.rank: "0" must be at least 1``.
@@ -30,7 +30,7 @@ class FieldMistake(ValueError):
 class ManifestError(ValueError):
     """All mistakes of one manifest."""
 
-    def __init__(self, mistakes: list[FieldMistake]) -> None:
+    def __init__(self, mistakes: list[FieldError]) -> None:
         self.mistakes = mistakes
         super().__init__("\n".join(str(m) for m in mistakes))
 
@@ -55,15 +55,15 @@ def _show(value: object) -> str:
     return f'"{value}" ' if not isinstance(value, bool) else f'"{str(value).lower()}" '
 
 
-def _mistake(model: type[BaseModel], error: ErrorDetails) -> FieldMistake:
+def _mistake(model: type[BaseModel], error: ErrorDetails) -> FieldError:
     field = _path(error["loc"])
     context: dict[str, Any] = error.get("ctx", {})
     cause = context.get("error")
     if isinstance(cause, RuleBrokenError):
-        return FieldMistake(f"{field}.{cause.field}".strip("."), cause.value, str(cause))
+        return FieldError(f"{field}.{cause.field}".strip("."), cause.value, str(cause))
     if isinstance(cause, ValueError):
-        return FieldMistake(field, error["input"], str(cause))
-    return FieldMistake(field, error["input"], _allowed(model, error, context))
+        return FieldError(field, error["input"], str(cause))
+    return FieldError(field, error["input"], _allowed(model, error, context))
 
 
 def _path(location: tuple[int | str, ...]) -> str:

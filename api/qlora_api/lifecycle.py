@@ -11,7 +11,7 @@ from qlora_api.memory_fallback import Choice, next_smaller
 from qlora_api.spec import OnOutOfMemory, PolicySpec
 from qlora_api.status import Attempt, Reason
 
-FREE_OF_CHARGE = frozenset(
+UNCOUNTED_REASONS = frozenset(
     {Reason.PREEMPTED, Reason.NODE_LOST, Reason.PEER_LOST, Reason.SUSPENDED, Reason.UNSCHEDULABLE}
 )
 """Ends that are not the job's doing and do not count against maxRestarts."""
@@ -55,7 +55,7 @@ class Retry:
 
 def restarts(attempts: Sequence[Attempt]) -> int:
     """Ended attempts that count against ``policy.maxRestarts``."""
-    return sum(1 for a in attempts if a.reason not in (*FREE_OF_CHARGE, *OUT_OF_MEMORY, Reason.COMPLETED, None))
+    return sum(1 for a in attempts if a.reason not in (*UNCOUNTED_REASONS, *OUT_OF_MEMORY, Reason.COMPLETED, None))
 
 
 def _did_nothing(attempt: Attempt) -> bool:
@@ -75,7 +75,7 @@ def stuck(attempts: Sequence[Attempt]) -> int:
             break
         if attempt.reason in STUCK:
             count += 1
-        elif attempt.reason not in FREE_OF_CHARGE:
+        elif attempt.reason not in UNCOUNTED_REASONS:
             break
     return count
 
@@ -95,7 +95,7 @@ def after_attempt(policy: PolicySpec, attempts: Sequence[Attempt]) -> Finish | R
         return Finish(False, reason, text)
     if reason is Reason.UNSCHEDULABLE:  # it has waited already, for nodes
         return replace(again, reason=reason)
-    if reason in FREE_OF_CHARGE:
+    if reason in UNCOUNTED_REASONS:
         idle = len(list(takewhile(_did_nothing, reversed(attempts))))
         return replace(again, reason=reason, wait_seconds=_back_off(idle) if idle else 0)
     if reason in OUT_OF_MEMORY:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from qlora_api.errors import FieldMistake
+from qlora_api.errors import FieldError
 from qlora_api.spec import ComputeType, QuantizationSpec, QuantizationType
 
 CUBLAS_BYTES = 8_519_680
@@ -127,12 +127,12 @@ def gpu_named(name: str, field: str = "--gpu") -> Gpu:
     """A GPU of the table.
 
     Raises:
-        FieldMistake: there is none of this name.
+        FieldError: there is none of this name.
 
     """
     found = GPUS.get(name.lower())
     if found is None:
-        raise FieldMistake(field, name, f"is not known; there are {', '.join(GPUS)}")
+        raise FieldError(field, name, f"is not known; there are {', '.join(GPUS)}")
     return found
 
 
@@ -145,18 +145,18 @@ def check_gpu(gpu: Gpu, quantization: QuantizationSpec, field: str = "spec.sched
         field: names the GPU.
 
     Raises:
-        FieldMistake: it is older than Volta, or INT8 would have to compute in Float16.
+        FieldError: it is older than Volta, or INT8 would have to compute in Float16.
 
     """
     if not gpu.trains:
-        raise FieldMistake(
+        raise FieldError(
             field,
             gpu.name,
             f"has compute capability {gpu.capability}; the trainer needs {OLDEST} or higher: take one of Volta's or"
             " Turing's generation or newer, such as t4-16gb or l4-24gb",
         )
     if quantization.type is QuantizationType.INT8 and resolved(quantization, gpu).compute_type is ComputeType.FLOAT16:
-        raise FieldMistake(
+        raise FieldError(
             "spec.quantization.type",
             quantization.type,
             f"is not available on {gpu.name}, which has no bf16: set NF4 or FP4, or computeType Float32",

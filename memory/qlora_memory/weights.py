@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from qlora_api.errors import FieldMistake
+from qlora_api.errors import FieldError
 from qlora_api.spec import ComputeType, LoRABias, LoRASpec, QuantizationSpec, QuantizationType
 from qlora_memory.shape.model_shape import Linear, ModelShape
 
@@ -95,7 +95,7 @@ class Adapter:
         head is adapted only if it is named.
 
         Raises:
-            FieldMistake: a target names none.
+            FieldError: a target names none.
 
         """
         if self.lora.target_modules is None:
@@ -104,7 +104,7 @@ class Adapter:
         for target in self.lora.target_modules:
             if not any(is_named(layer.name, target) for layer in candidates):
                 kinds = ", ".join(sorted({layer.kind for layer in candidates}))
-                raise FieldMistake(
+                raise FieldError(
                     "spec.lora.targetModules",
                     target,
                     f"matches no linear layer of the base; its linear layers are {kinds}",

@@ -33,7 +33,7 @@ from qlora_operator.watch import kopf_handlers
 from qlora_operator.watch.kopf_session import PLURAL, watching_session
 from qlora_operator.watch.list_watch import Watch, kinds_of
 from qlora_operator.watch.progress_poller import ProgressPoller
-from qlora_operator.watch.resync import Listings, resync_forever, take_stock
+from qlora_operator.watch.resync import Listings, list_jobs, resync_forever
 
 log = logging.getLogger("qlora_operator")
 GC_THRESHOLD = 20_000
@@ -42,11 +42,11 @@ LOOK_SECONDS = 300
 """Between two looks at what the cluster offers, and what it has learned of memory."""
 STOP_SECONDS = 10
 """For all parts to end, before they are left behind."""
-FIRST_LOOK_SECONDS = 2
+INITIAL_SYNC_RETRY_SECONDS = 2
 """Until the first look is tried again: the API server is not there yet, or does not serve QLoRAJobs yet."""
 
 
-async def first_look(
+async def initial_sync(
     api: Api,
     store: Store,
     namespaces: Sequence[str],
@@ -61,13 +61,13 @@ async def first_look(
     """
     while True:
         try:
-            gangs, services = await discover_gangs(api), await take_stock(store, api, namespaces, skipped)
+            gangs, services = await discover_gangs(api), await list_jobs(store, api, namespaces, skipped)
             await list_all(watches)
         except (ApiError, TooLargeError, *TRANSIENT) as error:
             if isinstance(error, ApiError) and error.status in (401, 403):
                 raise
-            log.warning("not everything can be seen yet: %s; again in %d s", error, FIRST_LOOK_SECONDS)
-            await asyncio.sleep(FIRST_LOOK_SECONDS)
+            log.warning("not everything can be seen yet: %s; again in %d s", error, INITIAL_SYNC_RETRY_SECONDS)
+            await asyncio.sleep(INITIAL_SYNC_RETRY_SECONDS)
         else:
             return gangs, services
 
@@ -81,7 +81,7 @@ async def list_all(watches: Sequence[Watch]) -> None:
                 raise done
 
 
-async def look_around(api: Api, corrections: Corrections, offer: Callable[[frozenset[Gang]], None]) -> None:
+async def refresh_capabilities(api: Api, corrections: Corrections, offer: Callable[[frozenset[Gang]], None]) -> None:
     """Look again and again at what the cluster offers, and at what a person may have made of the corrections."""
     while True:
         await asyncio.sleep(LOOK_SECONDS)
@@ -166,7 +166,7 @@ class Operator:
             BackgroundTask("reconciler", self.reconciler.run),
             BackgroundTask("progress", self.poller.run),
             BackgroundTask("resync", resync),
-            BackgroundTask("capabilities", partial(look_around, self.api, self.corrections, self.offer)),
+            BackgroundTask("capabilities", partial(refresh_capabilities, self.api, self.corrections, self.offer)),
             BackgroundTask(f"watch-{PLURAL}", self.watch),
             *(BackgroundTask(f"watch-{one.plural}", partial(one.run, self.looked)) for one in self.followed),
         )
@@ -176,7 +176,7 @@ class Operator:
 
     async def look(self) -> None:
         """Look at everything before the first decision: what was not seen would be taken for gone."""
-        self.gangs, services = await first_look(
+        self.gangs, services = await initial_sync(
             self.api, self.store, self.config.namespaces, self.followed, self.metrics.skipped
         )
         await self.corrections.refresh()

@@ -9,7 +9,7 @@ import pytest
 from qlora_api import QLoRAJob
 from qlora_api.batch import BatchSplit, halve_micro_batch, split_batch
 from qlora_api.contract import TERMINATION_MESSAGE_BYTES, ExitCode, TerminationMessage, reason_of
-from qlora_api.errors import FieldMistake
+from qlora_api.errors import FieldError
 from qlora_api.lifecycle import Finish, Retry, after_attempt, restarts
 from qlora_api.spec import OnOutOfMemory, PolicySpec
 from qlora_api.status import Attempt, Reason
@@ -59,7 +59,7 @@ def test_the_global_batch_is_cut_for_any_number_of_ranks(changes, ranks, expecte
     ],
 )
 def test_a_batch_that_cannot_be_cut_is_answered_with_sizes_that_can(changes, ranks, message):
-    with pytest.raises(FieldMistake) as caught:
+    with pytest.raises(FieldError) as caught:
         split_batch(spec(**changes), ranks)
     assert str(caught.value) == message
 

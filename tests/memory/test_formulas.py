@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_api.errors import FieldMistake
+from qlora_api.errors import FieldError
 from qlora_api.spec import LoRASpec, Optimizer, ParallelismSpec, QuantizationSpec
 from qlora_api.status import MemoryComponent
 from qlora_memory import GPUS, Adapter, Moment, Run, estimate, flop_per_token, model_shape
@@ -57,7 +57,7 @@ def test_rank_16_on_all_linear_layers_of_an_8b_is_42_million():
 def test_a_target_that_names_nothing_is_named():
     adapter = Adapter(llama_8b(), LoRASpec(target_modules=["q_prj"]))
     with pytest.raises(
-        FieldMistake, match=r'spec.lora.targetModules: "q_prj" matches no linear layer .* q_proj, up_proj'
+        FieldError, match=r'spec.lora.targetModules: "q_prj" matches no linear layer .* q_proj, up_proj'
     ):
         _ = adapter.layers
 
@@ -202,5 +202,5 @@ def test_a_mixture_counts_the_experts_that_work():
 
 
 def test_configurations_that_lack_a_size_are_named():
-    with pytest.raises(FieldMistake, match=r'config\.json has no "vocab_size"'):
+    with pytest.raises(FieldError, match=r'config\.json has no "vocab_size"'):
         model_shape({k: v for k, v in LLAMA_8B.items() if k != "vocab_size"})

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from qlora_api.errors import FieldMistake
+from qlora_api.errors import FieldError
 from qlora_memory import HeaderError, TensorInfo, header_length, model_shape, parse_header, shard_names
 
 from .shapes import LLAMA_8B, llama_8b
@@ -47,7 +47,7 @@ def test_shards_are_named_by_the_index():
 
 def test_weights_that_contradict_the_configuration_are_named():
     tensors = {"model.layers.0.self_attn.q_proj.weight": TensorInfo("BF16", (4096, 2048))}
-    with pytest.raises(FieldMistake, match=r"asks for model.layers.0.self_attn.q_proj of \[4096, 4096\]"):
+    with pytest.raises(FieldError, match=r"asks for model.layers.0.self_attn.q_proj of \[4096, 4096\]"):
         model_shape(LLAMA_8B, tensors)
 
 
@@ -70,5 +70,5 @@ def test_weights_that_are_packed_already_agree():
     ],
 )
 def test_what_cannot_be_planned_says_why(config, tensors, message):
-    with pytest.raises(FieldMistake, match=message):
+    with pytest.raises(FieldError, match=message):
         model_shape({**LLAMA_8B, **config}, tensors)

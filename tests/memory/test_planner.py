@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from qlora_api.batch import BatchSplit
-from qlora_api.errors import FieldMistake
+from qlora_api.errors import FieldError
 from qlora_api.memory_fallback import Choice, next_smaller
 from qlora_api.spec import ComputeType, Offload, QuantizationType
 from qlora_api.status import MemoryComponent
@@ -123,7 +123,7 @@ def test_rows_that_are_known_to_be_short_count_as_such():
 
 
 def test_a_global_batch_that_cannot_be_cut_is_named():
-    with pytest.raises(FieldMistake, match=r"spec.training.globalBatchSize"):
+    with pytest.raises(FieldError, match=r"spec.training.globalBatchSize"):
         plan(request(world_size=3))
 
 
@@ -152,7 +152,7 @@ def test_a_global_batch_that_cannot_be_cut_is_named():
     ],
 )
 def test_a_base_that_does_not_suit_the_job_is_named(changes, config, message):
-    with pytest.raises(FieldMistake, match=message):
+    with pytest.raises(FieldError, match=message):
         plan(request(config={**LLAMA_8B, **config}, **changes))
 
 
@@ -264,7 +264,7 @@ def test_rungs_before_resume():
 
 
 def test_a_gpu_that_is_not_known_is_answered_with_those_that_are():
-    with pytest.raises(FieldMistake, match=r"--gpu: .* h100-80gb"):
+    with pytest.raises(FieldError, match=r"--gpu: .* h100-80gb"):
         gpu_named("h100")
     assert gpu_named("H100-80GB").name == "h100-80gb"
 
@@ -350,14 +350,14 @@ def test_auto_follows_the_gpu_and_a_named_compute_type_is_obeyed(gpu, wanted, pl
 
 
 def test_a_gpu_without_tensor_cores_is_refused_with_what_works():
-    with pytest.raises(FieldMistake, match=r'nodeSelector: "p100-16gb" has compute capability 6.0; .*7.0'):
+    with pytest.raises(FieldError, match=r'nodeSelector: "p100-16gb" has compute capability 6.0; .*7.0'):
         plan(request("p100-16gb"))
 
 
 def test_int8_is_refused_on_a_gpu_that_would_compute_it_in_float16():
     asked = request("t4-16gb")
     int8 = replace(asked, spec=changed(asked.spec, "quantization", type=QuantizationType.INT8))
-    with pytest.raises(FieldMistake, match=r'spec.quantization.type: "INT8" is not available on t4-16gb'):
+    with pytest.raises(FieldError, match=r'spec.quantization.type: "INT8" is not available on t4-16gb'):
         plan(int8)
 
 

@@ -13,7 +13,7 @@ from qlora_api.status import Attempt, QLoRAJobStatus
 from qlora_operator.config import OperatorConfig
 from qlora_operator.decide.decision import Plan
 from qlora_operator.decide.plan import plan
-from qlora_operator.state.observed import JobState, Observed, SeenJob, SeenPod
+from qlora_operator.state.observed import JobState, Observed, ObservedJob, PodSnapshot
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 UID = "11111111-2222-3333-4444-555555555555"
@@ -38,7 +38,7 @@ def job(status: QLoRAJobStatus | None = None, workers: int = 1, *, deleted: bool
     return built.model_copy(update={"status": status})
 
 
-def child(attempt: int = 1, state: JobState = JobState.ACTIVE, **more: Any) -> SeenJob:
+def child(attempt: int = 1, state: JobState = JobState.ACTIVE, **more: Any) -> ObservedJob:
     values: dict[str, Any] = {
         "name": f"job-{attempt}",
         "uid": f"job-uid-{attempt}",
@@ -52,10 +52,10 @@ def child(attempt: int = 1, state: JobState = JobState.ACTIVE, **more: Any) -> S
         "plan": json.dumps({"worldSize": 1, "microBatchSize": 4, "gradientAccumulationSteps": 4}),
         "ended": NOW if state in (JobState.COMPLETE, JobState.FAILED) else None,
     }
-    return SeenJob(attempt=attempt, state=state, **{**values, **more})
+    return ObservedJob(attempt=attempt, state=state, **{**values, **more})
 
 
-def pod(attempt: int = 1, index: int = 0, code: int | None = None, word: str | None = None, **more: Any) -> SeenPod:
+def pod(attempt: int = 1, index: int = 0, code: int | None = None, word: str | None = None, **more: Any) -> PodSnapshot:
     """``word``: the text of the termination message that goes with the exit code; None: it left none."""
     message = ""
     if word is not None and code is not None:
@@ -76,13 +76,13 @@ def pod(attempt: int = 1, index: int = 0, code: int | None = None, word: str | N
         "message": message,
         "phase": "Running" if code is None else "Succeeded" if code == 0 else "Failed",
     }
-    return SeenPod(attempt=attempt, index=index, exit_code=code, **{**values, **more})
+    return PodSnapshot(attempt=attempt, index=index, exit_code=code, **{**values, **more})
 
 
-def seen(*things: SeenJob | SeenPod, after: float = 0, **more: Any) -> Observed:
+def seen(*things: ObservedJob | PodSnapshot, after: float = 0, **more: Any) -> Observed:
     """What is there, ``after`` seconds from the builders' now."""
-    jobs = {j.attempt: j for j in things if isinstance(j, SeenJob)}
-    pods = tuple(p for p in things if isinstance(p, SeenPod))
+    jobs = {j.attempt: j for j in things if isinstance(j, ObservedJob)}
+    pods = tuple(p for p in things if isinstance(p, PodSnapshot))
     return Observed(now=NOW + timedelta(seconds=after), jobs=jobs, pods=pods, **more)
 
 

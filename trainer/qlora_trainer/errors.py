@@ -19,7 +19,7 @@ that timed out 44, one whose connection broke 49, all else 1.
 from __future__ import annotations
 
 from qlora_api.contract import ExitCode
-from qlora_api.errors import FieldMistake
+from qlora_api.errors import FieldError
 
 
 class TrainerError(Exception):
@@ -41,7 +41,7 @@ class UserError(TrainerError):
     exit_code = ExitCode.USER_ERROR
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        self.mistake = FieldMistake(field, value, allowed)
+        self.mistake = FieldError(field, value, allowed)
         super().__init__(str(self.mistake))
 
 

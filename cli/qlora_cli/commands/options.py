@@ -120,7 +120,7 @@ def _code(error: ValueError) -> int | None:
         return USER_ERROR
     if "qlora_api.errors" not in sys.modules:
         return None
-    from qlora_api.errors import FieldMistake, ManifestError
+    from qlora_api.errors import FieldError, ManifestError
     from qlora_cli.manifest.job_manifest import RefusedError
 
-    return USER_ERROR if isinstance(error, (FieldMistake, ManifestError, RefusedError)) else None
+    return USER_ERROR if isinstance(error, (FieldError, ManifestError, RefusedError)) else None

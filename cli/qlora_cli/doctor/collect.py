@@ -45,7 +45,7 @@ MISSING = Answer(missing=True)
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observed:
     """All that was read. Everything is optional but the server's answer."""
 
     namespace: str
@@ -81,7 +81,7 @@ class Seen:
     """Of object storage: URL, who names it, and what is wrong with it, if anything."""
 
 
-def look(cluster: Cluster, manifests: Sequence[Object] = ()) -> Seen:
+def look(cluster: Cluster, manifests: Sequence[Object] = ()) -> Observed:
     """Read it all. ``manifests``: jobs that are not submitted yet, whose references are looked at too.
 
     Raises:
@@ -119,7 +119,7 @@ def look(cluster: Cluster, manifests: Sequence[Object] = ()) -> Seen:
         named = references.of_jobs(bodies, namespace)
         answers = [pool.submit(_get, api, each.path) for each in named]
         pairs = tuple((each, answer.result()) for each, answer in zip(named, answers, strict=True))
-    return Seen(
+    return Observed(
         namespace=namespace,
         now=datetime.now(UTC),
         server=api.server,

@@ -34,7 +34,7 @@ def set_suspend(cluster: Cluster, name: str, *, suspend: bool) -> tuple[Object, 
     return cluster.api.merge(jobs_path(cluster.namespace, name), {"spec": {"suspend": suspend}}), True
 
 
-def doomed(cluster: Cluster, names: Sequence[str]) -> list[Object]:
+def jobs_to_delete(cluster: Cluster, names: Sequence[str]) -> list[Object]:
     """The jobs to be deleted.
 
     Raises:

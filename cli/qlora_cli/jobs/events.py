@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Happened:
+class EventView:
     """One event, of core/v1 or written through events.k8s.io."""
 
     at: datetime | None
@@ -35,12 +35,12 @@ class Happened:
     resource_version: int
 
 
-def see(event: Object) -> Happened:
+def see(event: Object) -> EventView:
     """Cut out of an Event what is shown."""
     about, series = event.get("involvedObject") or {}, event.get("series") or {}
     at = series.get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime")
     meta = event["metadata"]
-    return Happened(
+    return EventView(
         at=time(at or event.get("firstTimestamp") or meta.get("creationTimestamp")),
         count=series.get("count") or event.get("count") or 1,
         kind=event.get("type") or "",
@@ -82,22 +82,22 @@ def events_of(cluster: Cluster, family: Family) -> list[Object]:
     return [item for _, item in sorted(pairs, key=lambda pair: _when(pair[0]))]
 
 
-def follow(cluster: Cluster, family: Family) -> Iterator[Happened]:
+def follow(cluster: Cluster, family: Family) -> Iterator[EventView]:
     """Those there are and those to come; what is posted again comes again."""
     for event in cluster.api.follow(core_path(cluster.namespace, "events")):
         if event.kind in ("LISTED", "ADDED", "MODIFIED"):
             yield from in_order(see(item) for item in event.items if family.has(item))
 
 
-def in_order(events: Iterable[Happened]) -> list[Happened]:
+def in_order(events: Iterable[EventView]) -> list[EventView]:
     return sorted(events, key=_when)
 
 
-def _when(event: Happened) -> tuple[float, int]:
+def _when(event: EventView) -> tuple[float, int]:
     return event.at.timestamp() if event.at else 0, event.resource_version
 
 
-def rows(events: Sequence[Happened], now: datetime) -> list[list[str | Cell]]:
+def rows(events: Sequence[EventView], now: datetime) -> list[list[str | Cell]]:
     """For a table under ``HEAD``."""
     return [
         [
@@ -114,7 +114,7 @@ def rows(events: Sequence[Happened], now: datetime) -> list[list[str | Cell]]:
 HEAD = ("AGE", "TYPE", "REASON", "OBJECT", "MESSAGE")
 
 
-def line(event: Happened) -> Text:
+def line(event: EventView) -> Text:
     """For --follow: the time of day in place of an age."""
     at = event.at.astimezone().strftime("%H:%M:%S") if event.at else ""
     again = f" (×{event.count})" if event.count > 1 else ""

@@ -68,7 +68,7 @@ class Pod:
     ended: bool
 
 
-def see_pod(body: Object) -> Pod:
+def pod_of(body: Object) -> Pod:
     labels, status = body["metadata"].get("labels") or {}, body.get("status") or {}
     states = [c.get("state") or {} for c in status.get("containerStatuses") or () if c.get("name") == CONTAINER]
     state = states[0] if states else {}
@@ -135,7 +135,7 @@ def read(cluster: Cluster, name: str, wanted: Wanted) -> Iterator[Line]:
     job = get_job(cluster, name)
     path = core_path(cluster.namespace, "pods")
     bodies, _ = cluster.api.list(path, labelSelector=f"{JOB_LABEL}={name}")
-    every = [see_pod(body) for body in bodies]
+    every = [pod_of(body) for body in bodies]
     pods = [pod for pod in every if pod.started]
     attempt = wanted.attempt if wanted.attempt is not None else max((p.attempt for p in pods), default=PREPARE)
     chosen = [p for p in pods if p.attempt == attempt and wanted.worker in (None, p.worker)]
@@ -269,7 +269,7 @@ class Follower:
     def _watch_pods(self) -> None:
         path, selector = core_path(self._cluster.namespace, "pods"), f"{JOB_LABEL}={self._name}"
         for event in self._cluster.api.follow(path, labelSelector=selector):
-            pods = [see_pod(body) for body in event.items]
+            pods = [pod_of(body) for body in event.items]
             if event.kind == "LISTED":
                 self._choose(pods)
             for pod in pods:

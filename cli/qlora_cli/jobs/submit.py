@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_api.errors import FieldMistake
+from qlora_api.errors import FieldError
 from qlora_api.spec import REMOTE_SCHEMES
 from qlora_cli.jobs.job_view import view
 from qlora_cli.kube.errors import ApiError, ClusterError
@@ -107,7 +107,7 @@ def _body(document: Document, overrides: Sequence[job_manifest.Override]) -> Obj
     return body
 
 
-def _local_paths(spec: Object) -> Iterator[FieldMistake]:
+def _local_paths(spec: Object) -> Iterator[FieldError]:
     """Fields that name a place on this machine, and how to get it to where a cluster can read it."""
     bucket = _bucket(spec)
     for field in _PLACES:
@@ -122,7 +122,7 @@ def _local_paths(spec: Object) -> Iterator[FieldMistake]:
             remedy = f"name a folder in object storage, such as {bucket}/{Path(path).name}"
         else:
             remedy = f"upload it ({program()} upload {path} {target}) and name {target}"
-        yield FieldMistake(
+        yield FieldError(
             f"spec.{field}", value, f"is a path on this machine, where no pod can read it; {remedy}, or use 'qlora run'"
         )
 

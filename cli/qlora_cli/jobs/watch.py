@@ -47,7 +47,7 @@ NUMBERS = ("LOSS", "EVAL", "TOK/S", "LEFT", "RST", "MEM", "AGE")
 
 
 @dataclass
-class Board:
+class WatchedJobs:
     """What is known of the watched jobs. Changed by events alone."""
 
     names: frozenset[str] = frozenset()
@@ -131,7 +131,7 @@ def start(cluster: Cluster, request: Request) -> queue.SimpleQueue[Event | Excep
 
 
 def watch(
-    screen: Console, events: queue.SimpleQueue[Event | Exception], board: Board, title: str, *, until_over: bool
+    screen: Console, events: queue.SimpleQueue[Event | Exception], board: WatchedJobs, title: str, *, until_over: bool
 ) -> None:
     """Show until all is over, if that is asked for; else until Ctrl-C.
 
@@ -163,7 +163,7 @@ def _next(events: queue.SimpleQueue[Event | Exception], seconds: float) -> list[
 
 
 def _live(
-    screen: Console, events: queue.SimpleQueue[Event | Exception], board: Board, title: str, *, until_over: bool
+    screen: Console, events: queue.SimpleQueue[Event | Exception], board: WatchedJobs, title: str, *, until_over: bool
 ) -> None:
     from rich.live import Live  # noqa: PLC0415
 
@@ -187,7 +187,7 @@ def _live(
 
 
 @contextmanager
-def _last_page(screen: Console, board: Board, title: str) -> Iterator[None]:
+def _last_page(screen: Console, board: WatchedJobs, title: str) -> Iterator[None]:
     """Leave on the terminal what was on the screen, however it ends."""
     try:
         yield
@@ -197,7 +197,7 @@ def _last_page(screen: Console, board: Board, title: str) -> Iterator[None]:
                 screen.print(line, soft_wrap=True)
 
 
-def page(board: Board, title: str, now: datetime, width: int, height: int | None) -> list[Text]:
+def page(board: WatchedJobs, title: str, now: datetime, width: int, height: int | None) -> list[Text]:
     """The screen: a title, a line for each job that fits, what did not fit, and what is wrong."""
     jobs = in_order(board.jobs.values())
     lines = [Text.assemble((title, "bold"), f"   {counted(jobs) or 'no jobs'}")]
@@ -233,7 +233,7 @@ def _cut(lines: list[Text], width: int) -> list[Text]:
     return lines
 
 
-def table(jobs: Sequence[JobView], board: Board, now: datetime, width: int) -> list[Text]:
+def table(jobs: Sequence[JobView], board: WatchedJobs, now: datetime, width: int) -> list[Text]:
     """A row for each job. What has no figures says in their place why."""
     several = len({job.namespace for job in jobs}) > 1
     head = ["NAME", "STATE", "AGE", "", "STEP", "LOSS", "TREND", "EVAL", "TOK/S", "LEFT", "RST", "MEM"]
@@ -252,7 +252,7 @@ def table(jobs: Sequence[JobView], board: Board, now: datetime, width: int) -> l
     return aligned(head, rows, width, right=NUMBERS, spare=SPARE)
 
 
-def _figures(job: JobView, board: Board, *, trend: bool) -> list[str | Cell]:
+def _figures(job: JobView, board: WatchedJobs, *, trend: bool) -> list[str | Cell]:
     running = job.state == "Running"
     losses = list(board.losses.get(_key(job), ()))
     return [
@@ -277,7 +277,7 @@ def _state(job: JobView) -> Cell:
     return Cell(job.reason, STATE_STYLES.get(job.state, ""))
 
 
-def _single(job: JobView, board: Board, now: datetime, width: int) -> list[Text]:
+def _single(job: JobView, board: WatchedJobs, now: datetime, width: int) -> list[Text]:
     """One job has the screen to itself."""
     from qlora_cli.jobs.show import page as show  # noqa: PLC0415
 
@@ -299,7 +299,9 @@ class _Told:
     step: int | None = None
 
 
-def _plain(screen: Console, events: queue.SimpleQueue[Event | Exception], board: Board, *, until_over: bool) -> None:
+def _plain(
+    screen: Console, events: queue.SimpleQueue[Event | Exception], board: WatchedJobs, *, until_over: bool
+) -> None:
     told: dict[tuple[str, str], _Told] = {}
     heard = False
     while not (heard and until_over and board.all_over):
@@ -324,12 +326,12 @@ def _worth_a_line(told: _Told, job: JobView) -> bool:
     return True
 
 
-def _label(job: JobView, board: Board) -> str:
+def _label(job: JobView, board: WatchedJobs) -> str:
     several = len({namespace for namespace, _ in board.jobs}) > 1
     return f"{job.namespace}/{job.name}" if several else job.name
 
 
-def plain_line(job: JobView, board: Board) -> str:
+def plain_line(job: JobView, board: WatchedJobs) -> str:
     """One line for a log."""
     known = (
         ("step", figures.steps(job.step, job.total_steps)),

@@ -101,7 +101,7 @@ class Run:
         except ValidationError as error:
             raise run_folder.RunError(f"{out}: its last line is no receipt: {error.errors()[0]['msg']}") from None
         refuse_other_rows(self.record, receipt, trained=self._trained())
-        word = step.last_word()
+        word = step.termination_message()
         prepared = word.prepared if word else None
         self._keep(self.record.model_copy(update={"receipt": receipt, "prepared": prepared}))
         console.print(run_view.receipt(receipt, None if self.record.attempts else prepared))
@@ -150,7 +150,7 @@ class Run:
         if self.record.first_eval_loss is None:
             update["first_eval_loss"] = watcher.first_eval_loss
         self.record = self.record.model_copy(update=update)
-        return Ended(code, stopped, step.last_word(), last)
+        return Ended(code, stopped, step.termination_message(), last)
 
     def _after(self, step: Step, attempt: Attempt, ended: Ended) -> int | None:
         """What follows; None for another attempt."""
@@ -207,7 +207,7 @@ class Run:
     def _failed(
         self, step: Step, word: TerminationMessage | None, code: int, message: str = "", last: Attempt | None = None
     ) -> int:
-        word = word or step.last_word()
+        word = word or step.termination_message()
         message = message or (word.message if word else f"Prepare ended with exit code {code} and left no last word")
         tail = [] if word else step.log_tail(TAIL_LINES)
         self._setting.console.print(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_api.errors import FieldMistake, ManifestError
+from qlora_api.errors import FieldError, ManifestError
 from qlora_api.spec import GradientCheckpointing, QLoRAJobSpec
 
 if TYPE_CHECKING:
@@ -30,19 +30,19 @@ def localize(spec: QLoRAJobSpec, cwd: Path) -> QLoRAJobSpec:
         ManifestError: names each such field.
 
     """
-    mistakes: list[FieldMistake] = []
+    mistakes: list[FieldError] = []
 
     def place(field: str, value: str, *, must_exist: bool) -> str:
         scheme, separator, _ = value.partition("://")
         if scheme == "pvc":
             mistakes.append(
-                FieldMistake(field, value, "is a volume of a cluster; 'qlora run' takes a local path instead")
+                FieldError(field, value, "is a volume of a cluster; 'qlora run' takes a local path instead")
             )
         if separator:
             return value
         path = (cwd / Path(value).expanduser()).resolve()
         if must_exist and not path.exists():
-            mistakes.append(FieldMistake(field, value, f"is not here: {path} does not exist"))
+            mistakes.append(FieldError(field, value, f"is not here: {path} does not exist"))
         return str(path)
 
     model = place("spec.model.source", spec.model.source, must_exist=True)

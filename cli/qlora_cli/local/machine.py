@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from qlora_api.errors import FieldMistake
+from qlora_api.errors import FieldError
 from qlora_cli.text import units as words
 from qlora_memory.gpus import known_gpu
 
@@ -88,17 +88,17 @@ def choose_world(machine: Machine, ranks: int | None) -> World:
     """All GPUs, or two CPU processes; ``ranks`` overrides the number.
 
     Raises:
-        FieldMistake: more ranks than GPUs.
+        FieldError: more ranks than GPUs.
 
     """
     if ranks is not None and not 1 <= ranks <= MOST_RANKS:
-        raise FieldMistake("--ranks", ranks, f"must be 1 to {MOST_RANKS}")
+        raise FieldError("--ranks", ranks, f"must be 1 to {MOST_RANKS}")
     if not machine.gpus:
         count = ranks or CPU_RANKS
         return World("CPU", count, f"{count} CPU process{'es' if count > 1 else ''}, no GPU")
     most = len(machine.gpus)
     if ranks is not None and ranks > most:
-        raise FieldMistake("--ranks", ranks, f"must be at most {most}: one for each GPU")
+        raise FieldError("--ranks", ranks, f"must be at most {most}: one for each GPU")
     count = ranks or most
     used = machine.gpus[:count]
     kinds = sorted({f"{g.name} ({words.size(g.memory_bytes)})" for g in used})

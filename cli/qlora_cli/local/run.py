@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_api.batch import split_batch
-from qlora_api.errors import FieldMistake
+from qlora_api.errors import FieldError
 from qlora_cli.local import attempt_loop, local_spec, machine, run_folder, run_view
 from qlora_cli.local.trainer_process import Commands, stop_on_signals
 from qlora_cli.manifest import job_manifest as manifest
@@ -37,7 +37,7 @@ def run(request: Request, console: Console, commands: Commands, here: Machine | 
     """Run or resume a job on this machine; the exit code of the call.
 
     Raises:
-        RefusedError, ManifestError, FieldMistake: the manifest cannot be run here.
+        RefusedError, ManifestError, FieldError: the manifest cannot be run here.
         RunError: the run is in use, another one, or damaged.
 
     """
@@ -83,16 +83,16 @@ def _require_even_split(job: QLoRAJob, world: World) -> None:
     """Refuse ranks that cannot share the global batch, and name numbers that can."""
     try:
         split_batch(job.spec, world.ranks)
-    except FieldMistake as mistake:
+    except FieldError as mistake:
         fitting = [n for n in range(world.ranks, 0, -1) if _splits(job, n)]
         hint = f", or pass --ranks {fitting[0]}" if fitting else ""
-        raise FieldMistake(mistake.field, mistake.value, f"{mistake.allowed}{hint}") from None
+        raise FieldError(mistake.field, mistake.value, f"{mistake.allowed}{hint}") from None
 
 
 def _splits(job: QLoRAJob, ranks: int) -> bool:
     try:
         split_batch(job.spec, ranks)
-    except FieldMistake:
+    except FieldError:
         return False
     return True
 
@@ -125,7 +125,7 @@ def _read(folder: Folder) -> RunRecord | None:
     if record is None or not record.attempts or record.attempts[-1].end_time is not None:
         return record
     step = folder.attempt(record.attempts[-1].number)
-    return run_folder.orphaned(record, step.last_word(), _last_sign_of_life(step))
+    return run_folder.orphaned(record, step.termination_message(), _last_sign_of_life(step))
 
 
 def _last_sign_of_life(step: run_folder.Step) -> datetime:

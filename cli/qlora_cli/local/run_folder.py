@@ -175,7 +175,7 @@ class Step:
             stale.unlink(missing_ok=True)
         _replace(self.config, config)
 
-    def last_word(self) -> TerminationMessage | None:
+    def termination_message(self) -> TerminationMessage | None:
         """The termination message; None where the process left none that can be read."""
         try:
             return TerminationMessage.model_validate_json(self.termination.read_bytes())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_api import API_VERSION, KIND, QLoRAJob
-from qlora_api.errors import FieldMistake, ManifestError
+from qlora_api.errors import FieldError, ManifestError
 from qlora_api.job import GROUP
 from qlora_cli.manifest import crd_schema
 from qlora_cli.text import kubernetes_yaml
@@ -27,7 +27,7 @@ class Located:
 
     place: str
     """``file:line``, or the option that set the field."""
-    mistake: FieldMistake
+    mistake: FieldError
 
     def __str__(self) -> str:
         return f"{self.place}: {self.mistake}"
@@ -92,7 +92,7 @@ def check(document: Document, overrides: Sequence[Override] = ()) -> QLoRAJob:
         # kubectl cannot send an object without them; the type has defaults only for code that builds jobs.
         for name, want in (("apiVersion", API_VERSION), ("kind", KIND)):
             if value.get(name) is None:
-                mistakes.append(FieldMistake(name, None, f"is required: {want}"))
+                mistakes.append(FieldError(name, None, f"is required: {want}"))
         value = crd_schema.without_nulls(overridden(value, overrides))
     try:
         job = QLoRAJob.from_manifest(value)
@@ -164,7 +164,7 @@ def overridden(value: dict[str, Any], overrides: Sequence[Override]) -> dict[str
     return value
 
 
-def _locate(document: Document, mistake: FieldMistake, overrides: Sequence[Override]) -> Located:
+def _locate(document: Document, mistake: FieldError, overrides: Sequence[Override]) -> Located:
     for override in overrides:
         if mistake.field == override.path or mistake.field.startswith((f"{override.path}.", f"{override.path}[")):
             return Located("--set", mistake)

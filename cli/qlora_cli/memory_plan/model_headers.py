@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qlora_api.errors import FieldMistake
+from qlora_api.errors import FieldError
 from qlora_memory import HeaderError, header_length, parse_header, shard_names
 from qlora_memory.shape.safetensors_headers import INDEX_FILE, LENGTH_BYTES, SINGLE_FILE
 
@@ -46,7 +46,7 @@ class ModelFiles:
     """Where it was read, in words."""
 
 
-class Place(Protocol):
+class ModelSource(Protocol):
     """Somewhere that files can be read from in part."""
 
     name: str
@@ -61,22 +61,22 @@ def read_model(source: str) -> ModelFiles:
     """Read what a plan needs of ``spec.model.source``.
 
     Raises:
-        FieldMistake: it is not there, may not be read, or holds no safetensors model.
+        FieldError: it is not there, may not be read, or holds no safetensors model.
 
     """
     with closing(_open(source)) as place:
         config = place.read(CONFIG, 0, None)
         if config is None:
-            raise FieldMistake(FIELD, source, f"has no {CONFIG} ({place.name})")
+            raise FieldError(FIELD, source, f"has no {CONFIG} ({place.name})")
         try:
             parsed = json.loads(config)
             files = _weights(place)
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 headers = list(pool.map(lambda file: _header(place, file), files))
         except HeaderError as error:
-            raise FieldMistake(FIELD, source, str(error)) from None
+            raise FieldError(FIELD, source, str(error)) from None
         except ValueError as error:
-            raise FieldMistake(FIELD, source, f"has a {CONFIG} that is not JSON: {error}") from None
+            raise FieldError(FIELD, source, f"has a {CONFIG} that is not JSON: {error}") from None
     return ModelFiles(parsed, {name: info for header in headers for name, info in header.items()}, place.name)
 
 
@@ -84,19 +84,19 @@ def read_config(path: Path) -> ModelFiles:
     """A ``config.json`` alone: for a plan without the model.
 
     Raises:
-        FieldMistake: it cannot be read.
+        FieldError: it cannot be read.
 
     """
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise FieldMistake("--model-config", path, f"cannot be read: {error}") from None
+        raise FieldError("--model-config", path, f"cannot be read: {error}") from None
     if not isinstance(parsed, dict):
-        raise FieldMistake("--model-config", path, "is not a JSON object")
+        raise FieldError("--model-config", path, "is not a JSON object")
     return ModelFiles(parsed, None, f"{path} alone")
 
 
-def _weights(place: Place) -> list[str]:
+def _weights(place: ModelSource) -> list[str]:
     if place.read(SINGLE_FILE, 0, LENGTH_BYTES) is not None:
         return [SINGLE_FILE]
     index = place.read(INDEX_FILE, 0, None)
@@ -108,7 +108,7 @@ def _weights(place: Place) -> list[str]:
         raise HeaderError(f"has a {INDEX_FILE} that {error}") from None
 
 
-def _header(place: Place, file: str) -> dict[str, TensorInfo]:
+def _header(place: ModelSource, file: str) -> dict[str, TensorInfo]:
     first = place.read(file, 0, FIRST_READ)
     if first is None:
         raise HeaderError(f"lacks {file}, which {INDEX_FILE} names")
@@ -123,7 +123,7 @@ def _header(place: Place, file: str) -> dict[str, TensorInfo]:
 # --------------------------------------------------------------------------------------------------------------- places
 
 
-def _open(source: str) -> Place:
+def _open(source: str) -> ModelSource:
     scheme, separator, rest = source.partition("://")
     if not separator or scheme == "file":
         return _Folder(Path(rest if separator else source).expanduser())
@@ -131,7 +131,7 @@ def _open(source: str) -> Place:
         return _Hub(source)
     if scheme in BUCKETS:
         return _Bucket(source)
-    raise FieldMistake(
+    raise FieldError(
         FIELD, source, "is a volume of a cluster: copy its config.json here and plan with --model-config config.json"
     )
 
@@ -139,7 +139,7 @@ def _open(source: str) -> Place:
 class _Folder:
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise FieldMistake(FIELD, folder, "is not a folder" if folder.exists() else "does not exist")
+            raise FieldError(FIELD, folder, "is not a folder" if folder.exists() else "does not exist")
         self.folder = folder
         self.name = str(folder)
 
@@ -163,7 +163,7 @@ class _Hub:
 
         match = _HUB.match(source)
         if match is None:
-            raise FieldMistake(FIELD, source, "must read hf://org/name or hf://org/name@revision")
+            raise FieldError(FIELD, source, "must read hf://org/name or hf://org/name@revision")
         self.source = source
         endpoint = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
         self.url = f"{endpoint}/{match['repo']}/resolve/{match['revision'] or 'main'}"
@@ -182,11 +182,11 @@ class _Hub:
                 if answer.status_code == 416:  # nothing from there on
                     return b""
                 if answer.status_code not in (200, 206):
-                    raise FieldMistake(FIELD, self.source, self._refused(answer))
+                    raise FieldError(FIELD, self.source, self._refused(answer))
                 skip = start if answer.status_code == 200 else 0
                 return _take(answer, skip, None if end is None else end - start)
         except self._errors as error:
-            raise FieldMistake(
+            raise FieldError(
                 FIELD,
                 self.source,
                 f"cannot be asked ({type(error).__name__}): plan with --model-config config.json where there is no way "
@@ -225,7 +225,7 @@ class _Bucket:
             import obstore  # noqa: PLC0415 not part of the command line's own needs
             from obstore.store import from_url  # noqa: PLC0415
         except ImportError:
-            raise FieldMistake(
+            raise FieldError(
                 FIELD,
                 source,
                 "needs the package obstore to be looked at (pip install obstore), or its config.json with "
@@ -237,7 +237,7 @@ class _Bucket:
         try:
             self._store: Any = from_url(source, client_options={"allow_http": http})
         except (obstore.exceptions.BaseError, ValueError) as error:
-            raise FieldMistake(FIELD, source, f"cannot be opened: {error}") from None
+            raise FieldError(FIELD, source, f"cannot be opened: {error}") from None
 
     def read(self, file: str, start: int, end: int | None) -> bytes | None:
         try:
@@ -248,7 +248,7 @@ class _Bucket:
         except (FileNotFoundError, self._obstore.exceptions.NotFoundError):
             return None
         except self._obstore.exceptions.BaseError as error:
-            raise FieldMistake(FIELD, self.source, f"cannot be read: {error}") from None
+            raise FieldError(FIELD, self.source, f"cannot be read: {error}") from None
 
     def close(self) -> None:
         """obstore closes by itself."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from qlora_api.errors import FieldMistake
+from qlora_api.errors import FieldError
 from qlora_cli.local import machine
 from qlora_cli.manifest import job_manifest
 from qlora_cli.memory_plan.model_headers import read_config, read_model
@@ -119,7 +119,7 @@ def _gpu(options: Options) -> tuple[Gpu, int | None]:
         return gpu_named(options.gpu), None
     found = machine.look().gpus
     if not found:
-        raise FieldMistake("--gpu", None, f"is required, as this machine has no GPU; there are {', '.join(GPUS)}")
+        raise FieldError("--gpu", None, f"is required, as this machine has no GPU; there are {', '.join(GPUS)}")
     least = min(found, key=lambda gpu: gpu.memory_bytes)
     return gpu_of_device(least.name, least.memory_bytes), len(found)
 
@@ -167,7 +167,7 @@ def _variations(request: Request, tokens: int | None, price: float | None) -> It
 def _suits(gpu: Gpu, quantization: QuantizationSpec) -> bool:
     try:
         check_gpu(gpu, quantization)
-    except FieldMistake:
+    except FieldError:
         return False
     return True
 

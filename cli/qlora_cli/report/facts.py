@@ -74,7 +74,7 @@ def gather(run: str, runs_dir: Path) -> tuple[Facts, Path]:
 def of_run(folder: run_folder.Folder, record: RunRecord) -> Facts:
     """A local run, finished or not."""
     newest = folder.attempt(record.attempts[-1].number) if record.attempts else None
-    word = record.result or (newest.last_word() if newest else None)
+    word = record.result or (newest.termination_message() if newest else None)
     memory = word.memory if word else None
     published = word.adapter.uri.removeprefix("file://") if word and word.adapter else "://"
     history = training_history.of_run(folder.path, None if "://" in published else Path(published))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qlora_api.batch import TOKENS_PER_MICRO_BATCH, BatchSplit, split_batch
-from qlora_api.errors import FieldMistake
+from qlora_api.errors import FieldError
 from qlora_api.spec import ComputeType, GradientCheckpointing, Offload, QLoRAJobSpec
 from qlora_api.status import MemoryComponent
 from qlora_memory.estimate import MemoryEstimate, Run, estimate
@@ -93,11 +93,11 @@ def plan(request: Request) -> Plan | NoFit:
     where one costs the other, expected time decides (:mod:`qlora_memory.planning.cost`).
 
     Raises:
-        FieldMistake: the trainer cannot use the GPU, the global batch cannot be cut, a target names no layer, the base
+        FieldError: the trainer cannot use the GPU, the global batch cannot be cut, a target names no layer, the base
             is quantized in another way than the job says, or has fewer positions than ``maxLength``.
 
     """
-    _must_suit(request)
+    _check_gpu(request)
     choices = [plan_of(request, batch, checkpointing=again) for batch in _batches(request) for again in _again(request)]
     fitting = [choice for choice in choices if choice.fits]
     if fitting:
@@ -105,11 +105,11 @@ def plan(request: Request) -> Plan | NoFit:
     return NoFit(min(choices, key=lambda c: c.needed_bytes))
 
 
-def _must_suit(request: Request) -> None:
+def _check_gpu(request: Request) -> None:
     spec, shape = request.spec, request.shape
     check_gpu(request.gpu, spec.quantization)
     if shape.max_positions is not None and spec.dataset.max_length > shape.max_positions:
-        raise FieldMistake(
+        raise FieldError(
             "spec.dataset.maxLength",
             spec.dataset.max_length,
             f"is more than the {shape.max_positions} positions of {spec.model.source}",
@@ -118,13 +118,13 @@ def _must_suit(request: Request) -> None:
         return
     found, wanted = shape.on_disk, spec.quantization
     if found.type is not wanted.type:
-        raise FieldMistake(
+        raise FieldError(
             "spec.quantization.type",
             wanted.type,
             f"does not match the base, which is {found.type} on disk: set {found.type}",
         )
     if found.type in FOUR_BIT and found.double != wanted.double_quantization:
-        raise FieldMistake(
+        raise FieldError(
             "spec.quantization.doubleQuantization",
             wanted.double_quantization,
             f"does not match the base on disk: set {str(found.double).lower()}",

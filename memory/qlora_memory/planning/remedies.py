@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_api.errors import FieldMistake
+from qlora_api.errors import FieldError
 from qlora_api.spec import ComputeType, GradientCheckpointing, Offload, Optimizer, QLoRAJobSpec, QuantizationType
 from qlora_api.status import MemoryComponent
 from qlora_memory.gpus import GIB, GPUS
@@ -52,7 +52,7 @@ def remedies(request: Request) -> tuple[Remedy, ...]:
     return tuple(found)
 
 
-def does_not_fit(request: Request, outcome: NoFit) -> FieldMistake:
+def does_not_fit(request: Request, outcome: NoFit) -> FieldError:
     """For a person: what is missing, where the memory goes, what would fit."""
     smallest = outcome.smallest
     needed, there = smallest.needed_bytes / GIB, smallest.gpu.memory_bytes / GIB
@@ -62,7 +62,7 @@ def does_not_fit(request: Request, outcome: NoFit) -> FieldMistake:
     fix = f"any of these fits: {'; '.join(map(str, ways))}" if ways else "no change of one field alone makes it fit"
     field, value, least = _to_change(request, smallest)
     missing = f"needs {needed:.1f} GiB on each GPU{least}, but {smallest.gpu.name} gives {there:.1f}"
-    return FieldMistake(field, value, f"{missing} (mostly {largest} GiB); {fix}")
+    return FieldError(field, value, f"{missing} (mostly {largest} GiB); {fix}")
 
 
 def _to_change(request: Request, smallest: Plan) -> tuple[str, object, str]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_api.errors import FieldMistake
+from qlora_api.errors import FieldError
 from qlora_api.spec import QuantizationType
 from qlora_memory.shape.model_shape import (
     Attention,
@@ -150,13 +150,13 @@ class Config:
         """A positive whole number.
 
         Raises:
-            FieldMistake: it is not there.
+            FieldError: it is not there.
 
         """
         value = self.values.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise FieldMistake(
+            raise FieldError(
                 SOURCE,
                 None,
                 f'the base\'s config.json has no "{key}": the memory of a "{self.model_type}" model cannot be planned',
@@ -361,14 +361,14 @@ def on_disk(config: Config) -> OnDisk | None:
     """How the base is quantized already.
 
     Raises:
-        FieldMistake: by something else than bitsandbytes.
+        FieldError: by something else than bitsandbytes.
 
     """
     found = config.get("quantization_config")
     if not isinstance(found, Mapping):
         return None
     if found.get("quant_method") != "bitsandbytes":
-        raise FieldMistake(
+        raise FieldError(
             SOURCE,
             None,
             f"the base is quantized with {found.get('quant_method')}; it must be 16-bit or bitsandbytes' own",
@@ -387,7 +387,7 @@ def _must_agree(shape: ModelShape, tensors: Mapping[str, TensorInfo]) -> None:
         packed = found.dtype in ("U8", "I8") and found.elements == -(-linear.elements // 2)
         if not packed and found.shape != (linear.outputs, linear.inputs):
             wanted = f"[{linear.outputs}, {linear.inputs}]"
-            raise FieldMistake(
+            raise FieldError(
                 SOURCE,
                 None,
                 f"config.json asks for {linear.name} of {wanted}, but the weights have {list(found.shape)}: "

@@ -21,7 +21,7 @@ def model_shape(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | N
         tensors: from the headers of all its safetensors files; None: the configuration alone.
 
     Raises:
-        FieldMistake: the configuration lacks a size, contradicts the tensors, or is of a type that is not known here
+        FieldError: the configuration lacks a size, contradicts the tensors, or is of a type that is not known here
             while no tensors are given.
 
     """

@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 
-from qlora_api.errors import FieldMistake
+from qlora_api.errors import FieldError
 from qlora_memory.shape.model_families import SOURCE, Config, _plain, attention_kind, on_disk
 from qlora_memory.shape.model_shape import Attention, Experts, FeedForward, Head, Layer, Linear, ModelShape, Norm
 from qlora_memory.shape.safetensors_headers import TensorInfo
@@ -35,13 +35,13 @@ def shape_of_tensors(config: Config, tensors: Mapping[str, TensorInfo] | None) -
     """The shape of a model type that is not known here.
 
     Raises:
-        FieldMistake: there are no tensors, they are packed, or they are no decoder's.
+        FieldError: there are no tensors, they are packed, or they are no decoder's.
 
     """
     quantized = on_disk(config)
     if not tensors or quantized is not None:
         why = "from a quantized base's weights" if tensors else "from its configuration alone"
-        raise FieldMistake(
+        raise FieldError(
             SOURCE,
             None,
             f'is a "{config.model_type}" model, whose memory cannot be planned {why}; name the 16-bit base',

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from qlora_api.spec import QLoRAJobSpec
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.config import OperatorConfig
-from qlora_operator.decide.memory_correction import Learned, Place, is_news, learn, ratio_of, read
+from qlora_operator.decide.memory_correction import CorrectionKey, Learned, is_news, learn, ratio_of, read
 from qlora_operator.kube.client import TRANSIENT, Api, ApiError
 
 log = logging.getLogger(__name__)
@@ -32,13 +32,13 @@ class Corrections:
         self._api, self._config, self._show = api, config, show
         namespace, _, name = config.memory_config_map.partition("/")
         self._path = f"/api/v1/namespaces/{namespace}/configmaps/{name}" if name else ""
-        self._learned: dict[Place, Learned] = {}
-        self._written: dict[Place, Learned] = {}
+        self._learned: dict[CorrectionKey, Learned] = {}
+        self._written: dict[CorrectionKey, Learned] = {}
         self._lock = asyncio.Lock()
 
     def of(self, spec: QLoRAJobSpec) -> float:
         """For a job; 1 where nothing is learned."""
-        place = Place.of(spec, self._config) if self._learned else None
+        place = CorrectionKey.of(spec, self._config) if self._learned else None
         return self._learned[place].correction if place in self._learned else 1.0
 
     async def refresh(self) -> None:
@@ -59,7 +59,7 @@ class Corrections:
 
     async def take(self, spec: QLoRAJobSpec, status: QLoRAJobStatus) -> None:
         """Learn from a job that has just ended; write down what has changed enough."""
-        place, ratio = Place.of(spec, self._config), ratio_of(status)
+        place, ratio = CorrectionKey.of(spec, self._config), ratio_of(status)
         if not self._path or place is None or ratio is None:
             return
         async with self._lock:

@@ -35,7 +35,7 @@ from qlora_operator.kube.client import TRANSIENT, Api, ApiError, Object
 from qlora_operator.names import SERVICE
 from qlora_operator.serve.metrics import Metrics
 from qlora_operator.state.cache import Key, Known, Store
-from qlora_operator.state.observed import PREPARE, JobState, Observed, SeenJob, SeenPod
+from qlora_operator.state.observed import PREPARE, JobState, Observed, ObservedJob, PodSnapshot
 from qlora_operator.state.ownership import is_same_object
 from qlora_operator.supervisor import backoff
 
@@ -83,7 +83,7 @@ class Reconciler:
         self._service_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.services: set[str] = set()
         """Namespaces that have the shared Service. What deletes it unasked is told by its watch."""
-        self.polled: dict[Key, SeenPod] = {}
+        self.polled: dict[Key, PodSnapshot] = {}
         """Rank 0's pods of the jobs that train."""
 
     def wake(self, key: Key) -> None:
@@ -248,7 +248,7 @@ class Reconciler:
         known.pods = {uid: pod for uid, pod in known.pods.items() if known.job and pod.owner != known.job.uid}
 
     async def _observe(self, known: Known) -> Observed:
-        jobs: dict[int, SeenJob] = {}
+        jobs: dict[int, ObservedJob] = {}
         for child in known.own_children():
             if child.attempt not in jobs or jobs[child.attempt].deleting:
                 jobs[child.attempt] = child
@@ -302,7 +302,7 @@ class Reconciler:
                 raise
         created.add(name)
 
-    async def _clear(self, key: Key, known: Known, job: QLoRAJob, children: Sequence[SeenJob]) -> bool:
+    async def _clear(self, key: Key, known: Known, job: QLoRAJob, children: Sequence[ObservedJob]) -> bool:
         """Delete children; whether the decision may be carried out further."""
         children = [child for child in children if child.uid not in known.deleted]
         if children and not await self._is_as_decided(key, job):
@@ -426,11 +426,11 @@ class Reconciler:
             self.services.discard(namespace)
 
 
-def _runs(child: SeenJob) -> bool:
+def _runs(child: ObservedJob) -> bool:
     return not child.deleting and child.state not in (JobState.COMPLETE, JobState.FAILED)
 
 
-def _is_first(pod: SeenPod, attempt: int) -> bool:
+def _is_first(pod: PodSnapshot, attempt: int) -> bool:
     return pod.attempt == attempt and pod.index == 0 and bool(pod.ip) and not pod.gone
 
 

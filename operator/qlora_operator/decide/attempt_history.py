@@ -12,7 +12,7 @@ from qlora_api.status import MAX_ATTEMPTS, Attempt, Memory, Progress, QLoRAJobSt
 from qlora_operator.decide.attempt_outcome import Ending
 from qlora_operator.decide.conditions import memory_in_words, time_in_words
 from qlora_operator.decide.decision import Context
-from qlora_operator.state.observed import JobState, SeenJob
+from qlora_operator.state.observed import JobState, ObservedJob
 from qlora_operator.state.reports import known_components
 
 REPORTED_FIELDS = ("progress", "memory", "eta", "peakMemory", "stopSeconds", "graceSeconds")
@@ -37,7 +37,7 @@ def with_attempt(status: QLoRAJobStatus, attempt: Attempt) -> QLoRAJobStatus:
     return status.model_copy(update=update)
 
 
-def with_job_uids(status: QLoRAJobStatus, jobs: Iterable[SeenJob]) -> QLoRAJobStatus:
+def with_job_uids(status: QLoRAJobStatus, jobs: Iterable[ObservedJob]) -> QLoRAJobStatus:
     """Record the Jobs of attempts: pods that outlive their Job are known by its UID."""
     uids = {job.attempt: job.uid for job in jobs}
     attempts = [

@@ -14,7 +14,7 @@ from qlora_api.contract import ExitCode, TerminationMessage, reason_of
 from qlora_api.lifecycle import STUCK
 from qlora_api.status import Attempt, Reason
 from qlora_operator.names import CACHE_VOLUME
-from qlora_operator.state.observed import JobState, Observed, SeenJob, SeenPod
+from qlora_operator.state.observed import JobState, Observed, ObservedJob, PodSnapshot
 
 OVERDUE = timedelta(seconds=10)
 """A pod this long past its deletionTimestamp has no kubelet that could end it."""
@@ -88,13 +88,13 @@ def ending_of(attempt: int, workers: int, seen: Observed, *, asked_to_stop: bool
     return _told(pods, workers, seen) or Ending(Reason.PREEMPTED, "its Job was deleted")
 
 
-def _words_are_on_their_way(job: SeenJob, pods: tuple[SeenPod, ...], seen: Observed) -> bool:
+def _words_are_on_their_way(job: ObservedJob, pods: tuple[PodSnapshot, ...], seen: Observed) -> bool:
     """A Job has failed only when all its pods have ended: what is seen of them is old where it does not say so."""
     late = seen.now >= (job.ended or job.created) + RESULT_PATIENCE
     return not late and (not pods or any(not p.ended for p in pods))
 
 
-def _completed(job: SeenJob, pods: tuple[SeenPod, ...], seen: Observed) -> Ending | None:
+def _completed(job: ObservedJob, pods: tuple[PodSnapshot, ...], seen: Observed) -> Ending | None:
     # A queue that took the attempt back and admitted it again has left pods of before, with words of their own.
     first = next((p for p in pods if p.index == 0 and p.exit_code == 0 and p.word), None)
     if first:
@@ -108,7 +108,7 @@ def _completed(job: SeenJob, pods: tuple[SeenPod, ...], seen: Observed) -> Endin
     return Ending(Reason.PREEMPTED, "it completed, but its pods were deleted before their result was read")
 
 
-def _lost(pods: tuple[SeenPod, ...], seen: Observed) -> Ending | None:
+def _lost(pods: tuple[PodSnapshot, ...], seen: Observed) -> Ending | None:
     for pod in pods:
         if pod.ended or pod.deletion_due is None:
             continue
@@ -118,7 +118,7 @@ def _lost(pods: tuple[SeenPod, ...], seen: Observed) -> Ending | None:
     return None
 
 
-def _told(pods: tuple[SeenPod, ...], workers: int, seen: Observed) -> Ending | None:
+def _told(pods: tuple[PodSnapshot, ...], workers: int, seen: Observed) -> Ending | None:
     """The most telling end of the pods; None where none says anything."""
     ends = [(weight, pod, reason) for pod in pods if (weighed := _weight(pod)) for weight, reason in (weighed,)]
     if not ends:
@@ -137,7 +137,7 @@ def _told(pods: tuple[SeenPod, ...], workers: int, seen: Observed) -> Ending | N
     return ending
 
 
-def _never_placed(pods: tuple[SeenPod, ...], workers: int, seen: Observed) -> str:
+def _never_placed(pods: tuple[PodSnapshot, ...], workers: int, seen: Observed) -> str:
     """Which pod the others waited for in vain, because no node took it or it could not be made; empty for none."""
     pod = next((p for p in pods if not p.node and p.exit_code is None), None)
     if pod is not None:
@@ -147,7 +147,7 @@ def _never_placed(pods: tuple[SeenPod, ...], workers: int, seen: Observed) -> st
     return ""
 
 
-def _weight(pod: SeenPod) -> tuple[int, Reason] | None:
+def _weight(pod: PodSnapshot) -> tuple[int, Reason] | None:
     """How telling a pod's end is, the lowest first; None where the pod says nothing."""
     if _overfull(pod):
         return 0, Reason.USER_ERROR
@@ -174,7 +174,7 @@ def _weight(pod: SeenPod) -> tuple[int, Reason] | None:
     return (2 if reason is Reason.STALLED else 3), reason
 
 
-def _reason_of(code: int, pod: SeenPod | None = None) -> Reason:
+def _reason_of(code: int, pod: PodSnapshot | None = None) -> Reason:
     """As the contract has it, but SIGKILL alone does not say who sent it."""
     if code != _KILLED:
         return reason_of(code)
@@ -186,7 +186,7 @@ def _reason_of(code: int, pod: SeenPod | None = None) -> Reason:
     return Reason.CRASHED
 
 
-def _overfull(pod: SeenPod) -> str:
+def _overfull(pod: PodSnapshot) -> str:
     """What is to be done about a pod that was evicted for a volume of its own; empty for any other."""
     found = _OVERFULL.search(pod.pod_message) if pod.pod_reason == "Evicted" else None
     if found is None:
@@ -198,7 +198,7 @@ def _overfull(pod: SeenPod) -> str:
     return what
 
 
-def _of_pod(pod: SeenPod, reason: Reason) -> Ending:
+def _of_pod(pod: PodSnapshot, reason: Reason) -> Ending:
     word = pod.word
     if overfull := _overfull(pod):
         text = overfull
@@ -215,7 +215,7 @@ def _of_pod(pod: SeenPod, reason: Reason) -> Ending:
     return Ending(reason, text, pod.exit_code, pod.node, word)
 
 
-def _from_job(job: SeenJob) -> Ending:
+def _from_job(job: ObservedJob) -> Ending:
     """What is left when the pods are gone: the Job controller names exit code or condition in its message."""
     code = re.search(r"exit code (\d+)", job.message)
     if code:

@@ -10,7 +10,7 @@ from qlora_api.job import QLoRAJob
 from qlora_api.spec import Gang
 from qlora_api.status import Attempt, QLoRAJobStatus
 from qlora_operator.config import OperatorConfig
-from qlora_operator.state.observed import Observed, SeenJob
+from qlora_operator.state.observed import Observed, ObservedJob
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Plan:
 
     status: QLoRAJobStatus
     make: tuple[dict[str, Any], ...] = ()
-    delete: tuple[SeenJob, ...] = ()
+    delete: tuple[ObservedJob, ...] = ()
     notes: tuple[Note, ...] = ()
     wake_after: float | None = None
     """Seconds until the next decision, should nothing happen before."""

@@ -42,7 +42,7 @@ class Learned(Model):
 
 
 @dataclass(frozen=True, order=True)
-class Place:
+class CorrectionKey:
     """What a factor is learned for."""
 
     gpu: str
@@ -54,7 +54,7 @@ class Place:
         return f"{self.gpu}.{self.quantization}"
 
     @classmethod
-    def of(cls, spec: QLoRAJobSpec, config: OperatorConfig) -> Place | None:
+    def of(cls, spec: QLoRAJobSpec, config: OperatorConfig) -> CorrectionKey | None:
         """None where it is not known which GPU a rank gets."""
         gpu = gpu_of(spec, config)
         return cls(gpu, spec.quantization.type.value) if gpu else None
@@ -75,13 +75,13 @@ def learn(before: Learned, ratio: float) -> Learned:
     return Learned(correction=before.correction + WEIGHT * (said - before.correction), jobs=before.jobs + 1)
 
 
-def read(data: Mapping[str, str]) -> dict[Place, Learned]:
+def read(data: Mapping[str, str]) -> dict[CorrectionKey, Learned]:
     """The ConfigMap's data; what nobody here wrote is left out, and what a person wrote is kept within bounds."""
-    found: dict[Place, Learned] = {}
+    found: dict[CorrectionKey, Learned] = {}
     for key, text in data.items():
         gpu, _, quantization = key.rpartition(".")
         try:
-            found[Place(gpu, quantization)] = Learned.model_validate_json(text).bounded()
+            found[CorrectionKey(gpu, quantization)] = Learned.model_validate_json(text).bounded()
         except ValidationError as error:
             log.warning("%s of the memory ConfigMap cannot be read and counts as 1: %s", key, error)
     return found

@@ -6,7 +6,7 @@ import re
 
 from qlora_api.spec import QLoRAJobSpec
 from qlora_api.status import Reason
-from qlora_operator.state.observed import JobState, Observed, SeenPod
+from qlora_operator.state.observed import JobState, Observed, PodSnapshot
 
 _BAD_IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
 _BAD_CONFIG = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
@@ -44,7 +44,7 @@ def refusal(said: str) -> tuple[Reason, str]:
     return Reason.REFUSED, said
 
 
-def _pod_waits(pod: SeenPod) -> tuple[Reason, str] | None:
+def _pod_waits(pod: PodSnapshot) -> tuple[Reason, str] | None:
     if pod.unschedulable:
         return _unschedulable(pod)
     if pod.waiting in _BAD_IMAGE:
@@ -59,7 +59,7 @@ def _pod_waits(pod: SeenPod) -> tuple[Reason, str] | None:
     return None
 
 
-def _unschedulable(pod: SeenPod) -> tuple[Reason, str]:
+def _unschedulable(pod: PodSnapshot) -> tuple[Reason, str]:
     said = pod.unschedulable
     claim = re.search(r'persistentvolumeclaim "([^"]+)" (not found|is being deleted)', said)
     if claim:

@@ -44,7 +44,7 @@ from qlora_operator.decide.grace_period import with_grace
 from qlora_operator.decide.pending_reason import why_waiting
 from qlora_operator.decide.prepare_result import NOT_PREPARED, is_for, with_correction, with_prepared
 from qlora_operator.names import key_secret_name
-from qlora_operator.state.observed import PREPARE, JobState, Observed, SeenJob, SeenPod, planned
+from qlora_operator.state.observed import PREPARE, JobState, Observed, ObservedJob, PodSnapshot, planned
 
 REFUSED_SECONDS = 15.0
 """Until what the API server refused is tried again."""
@@ -105,7 +105,7 @@ def _ending(context: Context, status: QLoRAJobStatus, notes: Sequence[Note]) -> 
     return replace(_over(context, status), notes=tuple(notes))
 
 
-def _running(context: Context) -> tuple[SeenJob, ...]:
+def _running(context: Context) -> tuple[ObservedJob, ...]:
     return tuple(
         j
         for j in context.seen.jobs.values()
@@ -163,7 +163,7 @@ def _prepared_before(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus
     return with_prepared(context, status, result) if result and is_for(context, result) else status
 
 
-def _closed_by_the_next(context: Context, status: QLoRAJobStatus, following: SeenJob) -> QLoRAJobStatus:
+def _closed_by_the_next(context: Context, status: QLoRAJobStatus, following: ObservedJob) -> QLoRAJobStatus:
     """The end of an open attempt that was decided, acted on, and not written down."""
     attempt = open_attempt(status)
     if attempt is None:
@@ -299,7 +299,7 @@ def _prepare_failed(context: Context, status: QLoRAJobStatus, ending: Ending) ->
     return _ending(context, _finished(context, status, end), (Note("Warning", ending.reason.value, ending.message),))
 
 
-def _hangs(context: Context, pod: SeenPod) -> str:
+def _hangs(context: Context, pod: PodSnapshot) -> str:
     limit = context.config.prepare.deadline_seconds
     text = (
         f"Prepare was ended after {limit} s on node {pod.node} (prepare.deadlineSeconds, a value of the operator's "
@@ -313,7 +313,7 @@ def _preparing(
     context: Context,
     status: QLoRAJobStatus,
     make: tuple[dict[str, Any], ...] = (),
-    delete: tuple[SeenJob, ...] = (),
+    delete: tuple[ObservedJob, ...] = (),
     wake_after: float | None = None,
 ) -> Plan:
     reason, text = why_waiting(context.job.spec, PREPARE, 1, context.seen)

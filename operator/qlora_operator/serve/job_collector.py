@@ -20,7 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from qlora_api.metrics_catalogue import OPERATOR, Kind
 from qlora_operator.state.cache import Known, Store
-from qlora_operator.state.observed import SeenPod
+from qlora_operator.state.observed import PodSnapshot
 
 log = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ def _add_gpus(figures: _Figures, namespace: str, spec: Json, attempts: list[Json
     figures.gpus[namespace, "Waiting"] += world_size - held
 
 
-def _holds(pod: SeenPod, attempt: int) -> bool:
+def _holds(pod: PodSnapshot, attempt: int) -> bool:
     return pod.attempt == attempt and bool(pod.node) and not pod.ended
 
 

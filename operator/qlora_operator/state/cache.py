@@ -15,7 +15,14 @@ from typing import Any
 from qlora_api.contract import ProgressReport
 from qlora_api.job import QLoRAJob
 from qlora_operator.names import JOB_LABEL
-from qlora_operator.state.observed import LONGEST_TEXT, NotOwnedError, SeenJob, SeenPod, see_job, see_pod
+from qlora_operator.state.observed import (
+    LONGEST_TEXT,
+    NotOwnedError,
+    ObservedJob,
+    PodSnapshot,
+    observe_job,
+    observe_pod,
+)
 
 Key = tuple[str, str]
 """Namespace and name of a QLoRAJob."""
@@ -49,9 +56,9 @@ class Known:
     """All that is known around one QLoRAJob."""
 
     job: StoredJob | None = None
-    children: dict[str, SeenJob] = field(default_factory=dict)
+    children: dict[str, ObservedJob] = field(default_factory=dict)
     """By UID."""
-    pods: dict[str, SeenPod] = field(default_factory=dict)
+    pods: dict[str, PodSnapshot] = field(default_factory=dict)
     """By UID."""
     report: ProgressReport | None = None
     pods_refused: str = ""
@@ -60,15 +67,15 @@ class Known:
     made: dict[str, tuple[str, int]] = field(default_factory=dict)
     """Owner and attempt of each child Job that was ever seen, by UID: pods outlive their Job."""
 
-    def own_children(self) -> tuple[SeenJob, ...]:
+    def own_children(self) -> tuple[ObservedJob, ...]:
         """Child Jobs that the QLoRAJob controls."""
         return tuple(child for child in self.children.values() if self.job and child.owner == self.job.uid)
 
-    def own_pods(self) -> tuple[SeenPod, ...]:
+    def own_pods(self) -> tuple[PodSnapshot, ...]:
         """Pods that a child Job of the QLoRAJob controls. What others label as theirs is not among them."""
         return tuple(pod for pod in self.pods.values() if self.owns(pod))
 
-    def owns(self, pod: SeenPod) -> bool:
+    def owns(self, pod: PodSnapshot) -> bool:
         """Whether a pod is controlled by a Job that the QLoRAJob controls, of the attempt that the pod says."""
         return self.job is not None and self.made.get(pod.controller) == (self.job.uid, pod.attempt)
 
@@ -152,7 +159,7 @@ class Store:
             NotOwnedError: it is not controlled by the QLoRAJob that its labels name.
 
         """
-        return self._take(see_job, body, "children")
+        return self._take(observe_job, body, "children")
 
     def take_pod(self, body: Mapping[str, Any]) -> Key | None:
         """Take in a pod; its QLoRAJob's key, None where it is no news.
@@ -161,10 +168,10 @@ class Store:
             NotOwnedError: no Job controls it. By which Job it is counted says :meth:`Known.owns`.
 
         """
-        return self._take(see_pod, body, "pods")
+        return self._take(observe_pod, body, "pods")
 
     def _take(
-        self, see: Callable[[Mapping[str, Any]], SeenJob | SeenPod], body: Mapping[str, Any], place: str
+        self, see: Callable[[Mapping[str, Any]], ObservedJob | PodSnapshot], body: Mapping[str, Any], place: str
     ) -> Key | None:
         key = key_of_child(body)
         try:
@@ -182,11 +189,11 @@ class Store:
         if before and seen.version <= before.version:
             return None
         held[seen.uid] = seen
-        if isinstance(seen, SeenJob):
+        if isinstance(seen, ObservedJob):
             known.made[seen.uid] = (seen.owner, seen.attempt)
             if before is None:
                 known.pods_refused = ""  # said of an earlier attempt's
-        news = before != seen and (isinstance(seen, SeenJob) or known.owns(seen))  # whatever their versions
+        news = before != seen and (isinstance(seen, ObservedJob) or known.owns(seen))  # whatever their versions
         return key if news else None
 
     def drop_child(self, body: Mapping[str, Any]) -> Key:
@@ -201,7 +208,7 @@ class Store:
         known = self[key]
         known.pods.pop(body["metadata"]["uid"], None)
         with suppress(NotOwnedError):
-            pod = see_pod(body)
+            pod = observe_pod(body)
             if known.owns(pod):
                 known.pods[pod.uid] = replace(pod, gone=True)
         self.forget(key)

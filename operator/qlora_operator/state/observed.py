@@ -48,7 +48,7 @@ class JobState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class SeenJob:
+class ObservedJob:
     """A child batch/v1 Job."""
 
     name: str
@@ -75,7 +75,7 @@ class SeenJob:
 
 
 @dataclass(frozen=True, slots=True)
-class SeenPod:
+class PodSnapshot:
     """One pod of a child Job."""
 
     name: str
@@ -128,9 +128,9 @@ class Observed:
     """All that one decision may depend on, apart from the QLoRAJob itself."""
 
     now: datetime
-    jobs: Mapping[int, SeenJob] = field(default_factory=dict)
+    jobs: Mapping[int, ObservedJob] = field(default_factory=dict)
     """Child Jobs by attempt."""
-    pods: tuple[SeenPod, ...] = ()
+    pods: tuple[PodSnapshot, ...] = ()
     report: ProgressReport | None = None
     """The newest answer of the running attempt's rank 0."""
     lost_nodes: frozenset[str] = frozenset()
@@ -142,7 +142,7 @@ class Observed:
     memory_correction: float = 1.0
     """What this cluster has learned of predicted memory on the GPU that the job gets."""
 
-    def pods_of(self, attempt: int) -> tuple[SeenPod, ...]:
+    def pods_of(self, attempt: int) -> tuple[PodSnapshot, ...]:
         return tuple(sorted((p for p in self.pods if p.attempt == attempt), key=lambda p: p.index))
 
     def without_reports(self) -> Observed:
@@ -150,7 +150,7 @@ class Observed:
         return replace(self, report=None, pods=tuple(replace(pod, message="") for pod in self.pods))
 
     @cached_property
-    def living(self) -> tuple[SeenPod, ...]:
+    def living(self) -> tuple[PodSnapshot, ...]:
         return tuple(p for p in self.pods if not p.gone)
 
 
@@ -158,7 +158,7 @@ def parse_time(text: str | None) -> datetime | None:
     return datetime.fromisoformat(text) if text else None
 
 
-def see_job(body: Mapping[str, Any]) -> SeenJob:
+def observe_job(body: Mapping[str, Any]) -> ObservedJob:
     """Cut out of a batch/v1 Job what decisions depend on.
 
     Raises:
@@ -181,7 +181,7 @@ def see_job(body: Mapping[str, Any]) -> SeenJob:
     attempt = int(meta["labels"].get(ATTEMPT_LABEL, PREPARE))
     if owner["name"] != job or meta["name"] != (attempt_name(job, attempt) if attempt else prepare_name(job)):
         raise NotOwnedError(f"Job {meta['name']} is not one that a QLoRAJob named {job} has")
-    return SeenJob(
+    return ObservedJob(
         name=meta["name"],
         uid=meta["uid"],
         version=int(meta["resourceVersion"]),
@@ -198,7 +198,7 @@ def see_job(body: Mapping[str, Any]) -> SeenJob:
     )
 
 
-def see_pod(body: Mapping[str, Any]) -> SeenPod:
+def observe_pod(body: Mapping[str, Any]) -> PodSnapshot:
     """Cut out of a Pod what decisions depend on.
 
     Raises:
@@ -214,7 +214,7 @@ def see_pod(body: Mapping[str, Any]) -> SeenPod:
     ended = container["state"].get("terminated") or {}
     scheduled = conditions.get("PodScheduled", {})
     disrupted = conditions.get("DisruptionTarget", {})
-    return SeenPod(
+    return PodSnapshot(
         name=meta["name"],
         uid=meta["uid"],
         version=int(meta["resourceVersion"]),
@@ -264,7 +264,7 @@ def _required_time(text: str) -> datetime:
     return datetime.fromisoformat(text)
 
 
-def planned(job: SeenJob) -> dict[str, Any]:
+def planned(job: ObservedJob) -> dict[str, Any]:
     """The attempt as planned; empty where the annotation was taken away."""
     try:
         found = json.loads(job.plan)

@@ -19,7 +19,7 @@ from qlora_api.contract import ProgressReport
 from qlora_operator.kube.bounded_reads import TooLargeError, read_within
 from qlora_operator.names import METRICS_PORT
 from qlora_operator.state.cache import Key, Store
-from qlora_operator.state.observed import SeenPod
+from qlora_operator.state.observed import PodSnapshot
 from qlora_operator.state.reports import ReportError, read_report
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ UNREADABLE = (aiohttp.ClientResponseError, ReportError, TooLargeError)
 class Polled(Protocol):
     """Jobs to ask, by the first pod of each, and a way to wake them."""
 
-    polled: dict[Key, SeenPod]
+    polled: dict[Key, PodSnapshot]
 
     def wake(self, key: Key) -> None: ...
 
@@ -75,17 +75,17 @@ class ProgressPoller:
                 await asyncio.sleep(self._every)
                 await self._ask_all(session, dict(self._reconciler.polled))
 
-    async def _ask_all(self, session: aiohttp.ClientSession, pods: Mapping[Key, SeenPod]) -> None:
+    async def _ask_all(self, session: aiohttp.ClientSession, pods: Mapping[Key, PodSnapshot]) -> None:
         self._round += 1
         there = {pod.uid for pod in pods.values()}
         self._failures = Counter({uid: count for uid, count in self._failures.items() if uid in there})
         due = {key: pod for key, pod in pods.items() if self._round % self._pause(pod) == 0}
         await asyncio.gather(*(self._ask(session, key, pod) for key, pod in due.items()))
 
-    def _pause(self, pod: SeenPod) -> int:
+    def _pause(self, pod: PodSnapshot) -> int:
         return min(LONGEST_PAUSE, 1 << min(self._failures[pod.uid], 8))
 
-    async def _ask(self, session: aiohttp.ClientSession, key: Key, pod: SeenPod) -> None:
+    async def _ask(self, session: aiohttp.ClientSession, key: Key, pod: PodSnapshot) -> None:
         try:
             async with self._slots:
                 report = await ask_progress(session, pod.ip, self._port)
@@ -98,7 +98,7 @@ class ProgressPoller:
         self._failures.pop(pod.uid, None)
         self._take(key, pod, report)
 
-    def _take(self, key: Key, pod: SeenPod, report: ProgressReport) -> None:
+    def _take(self, key: Key, pod: PodSnapshot, report: ProgressReport) -> None:
         asked = self._reconciler.polled.get(key)
         if asked is None or asked.uid != pod.uid or report.attempt != pod.attempt:
             return

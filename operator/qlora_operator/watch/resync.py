@@ -52,9 +52,7 @@ class Listings:
             self.news.set()
 
 
-async def take_stock(
-    store: Store, api: Api, namespaces: Sequence[str], skipped: Callable[[str, str], None]
-) -> set[str]:
+async def list_jobs(store: Store, api: Api, namespaces: Sequence[str], skipped: Callable[[str, str], None]) -> set[str]:
     """Fill the store with all QLoRAJobs; the namespaces that have the shared Service.
 
     Raises:

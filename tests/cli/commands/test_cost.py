@@ -23,7 +23,7 @@ CALLS = 6_000_000
 
 def test_a_minute_of_watching_200_jobs_takes_a_bounded_number_of_calls():
     names = [f"tune-{n:03d}" for n in range(JOBS)]
-    board = watching.Board()
+    board = watching.WatchedJobs()
     board.take(Event("LISTED", tuple(running(name) for name in names)))
     lines = [json.dumps({"type": "MODIFIED", "object": running(names[n % JOBS])}) for n in range(EVENTS)]
     screen = Console(file=io.StringIO(), force_terminal=True, width=200, height=60)

@@ -20,7 +20,7 @@ def text(lines):
 
 
 def board_of(*jobs):
-    board = watch.Board()
+    board = watch.WatchedJobs()
     board.take(Event("LISTED", tuple(jobs)))
     return board
 
@@ -72,7 +72,7 @@ def test_watch_gives_columns_up_before_it_cuts_figures(width):
 
 
 def test_watch_of_one(golden):
-    board = watch.Board(frozenset(["support"]))
+    board = watch.WatchedJobs(frozenset(["support"]))
     board.take(Event("LISTED", (running(),)))
     golden("watch-one.txt", text(watch.page(board, "namespace research", NOW, 100, 40)))
 

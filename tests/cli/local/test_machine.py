@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from qlora_api.errors import FieldMistake
+from qlora_api.errors import FieldError
 from qlora_cli.local.machine import Gpu, Machine, choose_world, look, visible
 
 GPUS = tuple(Gpu(f"GPU-{letter}{n}", "NVIDIA H200", 141 << 30) for n, letter in enumerate("aabc"))
@@ -44,7 +44,7 @@ def test_worlds(machine, ranks, want):
 
 
 def test_more_ranks_than_gpus_are_refused():
-    with pytest.raises(FieldMistake, match="at most 4: one for each GPU"):
+    with pytest.raises(FieldError, match="at most 4: one for each GPU"):
         choose_world(Machine(GPUS), 5)
 
 

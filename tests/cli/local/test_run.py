@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_api.errors import FieldMistake, ManifestError
+from qlora_api.errors import FieldError, ManifestError
 from qlora_cli.local.run_folder import RunError
 from qlora_cli.manifest.job_manifest import RefusedError
 
@@ -185,7 +185,7 @@ def test_a_damaged_record_is_explained(workplace):
     ],
 )
 def test_a_world_that_cannot_be_is_refused(workplace, overrides, options, message):
-    with pytest.raises(FieldMistake, match=message):
+    with pytest.raises(FieldError, match=message):
         workplace.run(*overrides, **options)
 
 

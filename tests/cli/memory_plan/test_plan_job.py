@@ -11,7 +11,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from qlora_api.errors import FieldMistake
+from qlora_api.errors import FieldError
 from qlora_cli import app
 from qlora_cli.local.machine import Gpu, Machine
 from qlora_cli.memory_plan import model_headers, plan_job, plan_view
@@ -141,7 +141,7 @@ def test_a_long_header_takes_a_second_request(hub, monkeypatch):
 
 def test_a_token_opens_a_gated_model(hub, monkeypatch):
     hub.token = "secret"
-    with pytest.raises(FieldMistake, match=r"gated or private \(401\): put an HF_TOKEN"):
+    with pytest.raises(FieldError, match=r"gated or private \(401\): put an HF_TOKEN"):
         model_headers.read_model("hf://org/base@main")
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert model_headers.read_model("hf://org/base@main").config == LLAMA_8B
@@ -158,7 +158,7 @@ def test_a_token_opens_a_gated_model(hub, monkeypatch):
     ],
 )
 def test_models_that_cannot_be_read_say_why(hub, source, message):
-    with pytest.raises(FieldMistake) as raised:
+    with pytest.raises(FieldError) as raised:
         model_headers.read_model(source)
     assert message in str(raised.value)
     assert str(raised.value).startswith("spec.model.source: ")
@@ -166,7 +166,7 @@ def test_models_that_cannot_be_read_say_why(hub, source, message):
 
 def test_a_hub_out_of_reach_points_to_the_offline_way(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(FieldMistake, match=r"ConnectError.* plan with --model-config"):
+    with pytest.raises(FieldError, match=r"ConnectError.* plan with --model-config"):
         model_headers.read_model("hf://org/base@main")
 
 
@@ -191,7 +191,7 @@ def test_headers_come_from_a_folder(shards, tmp_path):
 def test_folders_that_are_no_model_say_why(change, message, tmp_path):
     files = {**model_files(LLAMA_8B, shards=2), **change}
     folder = write(tmp_path / "model", {n: c for n, c in files.items() if c is not None})
-    with pytest.raises(FieldMistake) as raised:
+    with pytest.raises(FieldError) as raised:
         model_headers.read_model(folder)
     assert message in str(raised.value)
 
@@ -205,7 +205,7 @@ def test_headers_come_from_a_bucket(s3):
         obstore.put(store, name, content)
     found = model_headers.read_model(f"{s3}/model")
     assert {n: list(t.shape) for n, t in found.tensors.items()} == header_of(LLAMA_8B)
-    with pytest.raises(FieldMistake, match=r"has no config\.json"):
+    with pytest.raises(FieldError, match=r"has no config\.json"):
         model_headers.read_model(f"{s3}/nothing")
 
 
@@ -218,7 +218,7 @@ def test_a_bucket_without_obstore_says_what_to_install(monkeypatch):
         return really(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(FieldMistake, match=r"pip install obstore.* --model-config"):
+    with pytest.raises(FieldError, match=r"pip install obstore.* --model-config"):
         model_headers.read_model("s3://bucket/model")
 
 

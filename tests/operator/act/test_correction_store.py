@@ -12,12 +12,12 @@ from operator_builders import CONFIG, child, decide, job, seen
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.act.correction_store import Corrections
 from qlora_operator.config import OperatorConfig
-from qlora_operator.decide.memory_correction import LEAST, MOST, Learned, Place, learn, ratio_of, read
+from qlora_operator.decide.memory_correction import LEAST, MOST, CorrectionKey, Learned, learn, ratio_of, read
 from qlora_operator.kube.client import ApiError
 from qlora_operator.render import prepare
 from qlora_operator.state.observed import JobState
 
-HERE = Place("h100-80gb", "NF4")
+HERE = CorrectionKey("h100-80gb", "NF4")
 LEARNING = OperatorConfig.model_validate(
     {"memoryConfigMap": "system/qlora-memory", "trainer": {"image": "trainer:1", "gpu": "h100-80gb"}}
 )

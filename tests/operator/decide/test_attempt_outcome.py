@@ -9,7 +9,7 @@ import pytest
 from operator_builders import NOW, child, pod, seen
 from qlora_api.status import Reason
 from qlora_operator.decide.attempt_outcome import ending_of
-from qlora_operator.state.observed import JobState, see_pod
+from qlora_operator.state.observed import JobState, observe_pod
 
 FAILED = child(state=JobState.FAILED)
 OVERFULL = {"pod_reason": "Evicted", "pod_message": 'Usage of EmptyDir volume "cache" exceeds the limit "200Gi". '}
@@ -145,7 +145,7 @@ def test_what_is_said_of_a_pod_is_kept_apart_from_what_is_said_of_its_container(
     meta["ownerReferences"] = [controller]
     end = {"terminated": {"exitCode": 137, "reason": "Error", "message": "log"}}
     status = {"containerStatuses": [{"name": "trainer", "state": end}], "reason": "Evicted", "message": "why"}
-    cut = see_pod({"metadata": meta, "spec": {}, "status": {**status, "phase": "Failed"}})
+    cut = observe_pod({"metadata": meta, "spec": {}, "status": {**status, "phase": "Failed"}})
     assert (cut.exit_reason, cut.message, cut.pod_reason, cut.pod_message) == ("Error", "log", "Evicted", "why")
 
 

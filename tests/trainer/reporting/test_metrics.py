@@ -64,7 +64,7 @@ def board(device="cpu", **more):
         **more,
     )
     ranks = SimpleNamespace(rank=3, local_rank=3, world_size=4, device=torch.device(device), heartbeat=Heartbeat())
-    return metrics.Board(config, ranks)
+    return metrics.MetricsRecorder(config, ranks)
 
 
 def samples(of):

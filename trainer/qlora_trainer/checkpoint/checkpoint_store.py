@@ -99,7 +99,7 @@ class Checkpoint:
             data = self._store.get(key)
         except NotFoundError as error:
             raise CheckpointError(f"{self._store.uri(key)} is missing") from error
-        _must_match(self._store.uri(key), self._files[name], len(data), sha256_bytes(data))
+        _check_digest(self._store.uri(key), self._files[name], len(data), sha256_bytes(data))
         return data
 
     def verify(self) -> None:
@@ -115,7 +115,7 @@ class Checkpoint:
             if key not in sizes:
                 raise CheckpointError(f"{self._store.uri(key)} is missing")
             digest = self._store.sha256(key) if sizes[key] == file.size else ""
-            _must_match(self._store.uri(key), file, sizes[key], digest)
+            _check_digest(self._store.uri(key), file, sizes[key], digest)
 
 
 class CheckpointStore:
@@ -390,7 +390,7 @@ def unpack_tensors(data: bytes) -> dict[str, Tensor]:
         raise CheckpointError(f"cannot be read as safetensors: {error}") from error
 
 
-def _must_match(uri: str, file: FileEntry, size: int, sha256: str) -> None:
+def _check_digest(uri: str, file: FileEntry, size: int, sha256: str) -> None:
     if size != file.size:
         raise CheckpointError(f"{uri} has {size} bytes, {file.size} were written")
     if sha256 != file.sha256:

@@ -21,7 +21,7 @@ CHUNK_ROWS = 512
 
 
 @dataclass
-class Side:
+class Split:
     """Training or evaluation: the rows' files, and which rows were seen how often."""
 
     name: str
@@ -34,7 +34,7 @@ class Side:
         """Rows that repeat an earlier one."""
         return self.seen.total() - len(self.seen)
 
-    def also_in(self, other: Side) -> int:
+    def also_in(self, other: Split) -> int:
         """Rows that the other side has too, each as often as it is here."""
         return sum(count for identity, count in self.seen.items() if identity in other.seen)
 
@@ -69,7 +69,7 @@ class Tally:
             self.longest, self.longest_row = encoded.full_length, number
 
 
-def collect(encoder: Encoder, rows: Rows, where: str, side_of: Callable[[int], Side]) -> Tally:
+def collect(encoder: Encoder, rows: Rows, where: str, side_of: Callable[[int], Split]) -> Tally:
     """Encode all rows of a source and write each to its side.
 
     Args:
@@ -96,7 +96,7 @@ def collect(encoder: Encoder, rows: Rows, where: str, side_of: Callable[[int], S
     return tally
 
 
-def require_rows(side: Side, dataset: DatasetSpec, tally: Tally, where: str) -> None:
+def require_rows(side: Split, dataset: DatasetSpec, tally: Tally, where: str) -> None:
     """Refuse a side that nothing can be learned or measured from: its loss would be a silent zero (trl#6668).
 
     Raises:

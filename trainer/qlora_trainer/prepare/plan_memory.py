@@ -10,7 +10,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qlora_api.errors import FieldMistake
+from qlora_api.errors import FieldError
 from qlora_memory import (
     GPUS,
     NoFit,
@@ -62,7 +62,7 @@ def shape_of(folder: Path) -> ModelShape | None:
     tensors = {k: v for name in names for k, v in tensor_infos(safetensors_header(folder / name)).items()}
     try:
         return model_shape(config, tensors)
-    except FieldMistake as mistake:
+    except FieldError as mistake:
         if config.get("model_type") in FAMILIES:
             raise UserError(mistake.field, folder, mistake.allowed) from None
         log.warning("the memory of this base cannot be planned: %s", mistake.allowed)
@@ -83,7 +83,7 @@ def plan_job(config: TrainerConfig, shape: ModelShape | None, receipt: PrepareRe
         if gpu is not None:
             check_gpu(gpu, config.spec.quantization)
         return _planned(config, shape, gpu, receipt)
-    except FieldMistake as mistake:
+    except FieldError as mistake:
         raise UserError(mistake.field, mistake.value, mistake.allowed) from None
 
 

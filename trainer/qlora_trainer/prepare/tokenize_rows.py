@@ -19,7 +19,7 @@ from uuid import uuid4
 import numpy as np
 
 from qlora_api.contract import PrepareReceipt
-from qlora_trainer.data.collect import Side, Tally, collect, require_rows
+from qlora_trainer.data.collect import Split, Tally, collect, require_rows
 from qlora_trainer.data.formats import Encoder, needed_columns
 from qlora_trainer.data.order import permutation
 from qlora_trainer.data.packing import Sequences, pack, unpacked
@@ -63,8 +63,8 @@ class PreparedData:
 class _Tokenized:
     """The sides as written, and one tally for each source."""
 
-    train: Side
-    evaluation: Side | None
+    train: Split
+    evaluation: Split | None
     tallies: list[Tally]
 
 
@@ -145,12 +145,12 @@ def _tokenize(
     own_rows = load_rows(eval_path, EVAL_FIELD, needed, optional) if eval_path else None
     held_out = _held_out(len(rows), spec) if eval_path is None else None
     with ExitStack() as files:
-        train = Side("training", files.enter_context(RowWriter(folder / "train")))
+        train = Split("training", files.enter_context(RowWriter(folder / "train")))
         evaluation = None
         if own_rows is not None or held_out is not None:
-            evaluation = Side("evaluation", files.enter_context(RowWriter(folder / "eval")))
+            evaluation = Split("evaluation", files.enter_context(RowWriter(folder / "eval")))
 
-        def side_of(number: int) -> Side:
+        def side_of(number: int) -> Split:
             return evaluation if evaluation and held_out is not None and held_out[number] else train
 
         tallies = [collect(encoder, rows, str(train_path), side_of)]

@@ -60,7 +60,7 @@ _KINDS: dict[Kind, Any] = {Kind.GAUGE: Gauge, Kind.COUNTER: Counter, Kind.HISTOG
 _PCIE = {"receive": "NVML_PCIE_UTIL_RX_BYTES", "transmit": "NVML_PCIE_UTIL_TX_BYTES"}
 
 
-class Board:
+class MetricsRecorder:
     """The one place a rank writes its figures to. What is not known yet is not served."""
 
     def __init__(self, config: TrainerConfig, ranks: Ranks) -> None:
@@ -267,7 +267,7 @@ class _Server(ThreadingMixIn, WSGIServer):
         log.debug("a request from %s failed: %s", client_address, sys.exception())
 
 
-def serve(board: Board, host: str, port: int, port_file: Path | None) -> WSGIServer:
+def serve(board: MetricsRecorder, host: str, port: int, port_file: Path | None) -> WSGIServer:
     """Serve ``/metrics``, ``/progress`` and ``/healthz`` from a daemon thread; port 0 takes any free one.
 
     Returns:

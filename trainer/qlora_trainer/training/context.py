@@ -24,7 +24,7 @@ from qlora_trainer.model.loss import NextTokenLoss, head_is_plain, rows_are_apar
 from qlora_trainer.prepare.local_copy import Prepared
 from qlora_trainer.prepare.tokenize_rows import PreparedData, load_prepared
 from qlora_trainer.ranks import Ranks
-from qlora_trainer.reporting.metrics import Board
+from qlora_trainer.reporting.metrics import MetricsRecorder
 from qlora_trainer.reporting.pace import Pace
 from qlora_trainer.reporting.training_history import History
 from qlora_trainer.storage.authentication import Authenticator
@@ -89,12 +89,12 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Trainer:
+class TrainingContext:
     """What an attempt works with. Built once by :func:`build`."""
 
     config: TrainerConfig
     ranks: Ranks
-    board: Board
+    board: MetricsRecorder
     prepared: Prepared
     data: PreparedData
     engine: Any
@@ -123,7 +123,7 @@ class Trainer:
         return self.config.spec.checkpoint.every_steps or self.batches.steps_per_epoch
 
 
-def build(config: TrainerConfig, ranks: Ranks, board: Board, stop: StopFlag) -> Trainer:
+def build(config: TrainerConfig, ranks: Ranks, board: MetricsRecorder, stop: StopFlag) -> TrainingContext:
     """Load the quantized base, add the adapter, wrap both in DeepSpeed, open data and checkpoints."""
     spec = config.spec
     prepared = Prepared.read(config)
@@ -170,7 +170,9 @@ def build(config: TrainerConfig, ranks: Ranks, board: Board, stop: StopFlag) -> 
     board.set("qlora_steps_planned", total_steps)
     board.update(total_steps=total_steps)
     pace = Pace(ranks, ranks.gather(node_name()))
-    return Trainer(config, ranks, board, prepared, data, engine, batches, checkpoints, total_steps, stop, pace, resumes)
+    return TrainingContext(
+        config, ranks, board, prepared, data, engine, batches, checkpoints, total_steps, stop, pace, resumes
+    )
 
 
 def newest_checkpoint(store: CheckpointStore, ranks: Ranks) -> Checkpoint | None:

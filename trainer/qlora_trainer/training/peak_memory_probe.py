@@ -20,7 +20,7 @@ from qlora_trainer.reporting.metrics import peak_bytes
 
 if TYPE_CHECKING:
     from qlora_trainer.data.batches import MicroBatch
-    from qlora_trainer.training.context import Trainer
+    from qlora_trainer.training.context import TrainingContext
 
 MICRO_BATCHES = 2
 """So that gradients of one are there while the other goes backward."""
@@ -28,7 +28,7 @@ MIB = 1 << 20
 log = logging.getLogger(__name__)
 
 
-def try_largest(trainer: Trainer) -> float:
+def probe_peak_memory(trainer: TrainingContext) -> float:
     """Go through a step on this rank's largest micro-batch, and show what it took. A collective.
 
     Returns:
@@ -69,7 +69,7 @@ def try_largest(trainer: Trainer) -> float:
     return seconds / sum(batch.input_ids.numel() for batch in step.micro_batches)
 
 
-def expected_seconds(trainer: Trainer, done: int, seconds_per_token: float) -> int:
+def expected_seconds(trainer: TrainingContext, done: int, seconds_per_token: float) -> int:
     """Return about how long the steps after the first ``done`` and their evaluations take.
 
     A pass without a backward one takes a third of the time.
@@ -83,7 +83,7 @@ def expected_seconds(trainer: Trainer, done: int, seconds_per_token: float) -> i
     return round(tokens * seconds_per_token / trainer.ranks.world_size)
 
 
-def predict(trainer: Trainer, largest: MicroBatch) -> None:
+def predict(trainer: TrainingContext, largest: MicroBatch) -> None:
     """Show what this very micro-batch should need."""
     shape = shape_of(trainer.prepared.model_path)
     if shape is not None:

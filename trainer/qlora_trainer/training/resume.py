@@ -17,12 +17,12 @@ from qlora_trainer.engine.loss_scale import LossScale
 from qlora_trainer.errors import CheckpointError, UserError
 from qlora_trainer.publish.environment import environment
 from qlora_trainer.reporting.training_history import HISTORY_FILE
-from qlora_trainer.training.context import Run, Trainer
+from qlora_trainer.training.context import Run, TrainingContext
 
 log = logging.getLogger(__name__)
 
 
-def save(trainer: Trainer, run: Run, *, with_eval: bool) -> None:
+def save(trainer: TrainingContext, run: Run, *, with_eval: bool) -> None:
     """Write a checkpoint: every rank its files, rank 0 the marker when all are there. A collective."""
     ranks, store, engine = trainer.ranks, trainer.checkpoints, trainer.engine
     if run.saved_at == run.step:  # an attempt before saved it, and was stopped before its evaluation
@@ -64,14 +64,14 @@ def save(trainer: Trainer, run: Run, *, with_eval: bool) -> None:
     trainer.board.save_took(trainer.saved_at[0] - start)
 
 
-def resume_or_start(trainer: Trainer) -> Run:
+def resume_or_start(trainer: TrainingContext) -> Run:
     """Take up the newest checkpoint that is whole, or start at step 0. A collective."""
     ranks, checkpoint = trainer.ranks, trainer.resumes
     scaled = trainer.config.spec.quantization.compute_type is ComputeType.FLOAT16
     if checkpoint is None:
         note_attempt(trainer, 0)
         return Run(loss_scale=LossScale() if scaled else None)
-    must_fit(checkpoint, trainer)
+    check_fits(checkpoint, trainer)
     engine_state.load_adapter_tensors(trainer.model, unpack_tensors(checkpoint.read(engine_state.ADAPTER_FILE)))
     engine_state.load_optimizer_tensors(trainer.engine, own_shard(checkpoint, trainer))
     run = Run.from_meta(checkpoint.meta["run"])
@@ -85,7 +85,7 @@ def resume_or_start(trainer: Trainer) -> Run:
     return run
 
 
-def note_attempt(trainer: Trainer, step: int) -> None:
+def note_attempt(trainer: TrainingContext, step: int) -> None:
     config, batch = trainer.config, trainer.config.batch
     trainer.history.attempt(
         config.attempt,
@@ -100,7 +100,7 @@ def note_attempt(trainer: Trainer, step: int) -> None:
     )
 
 
-def own_shard(checkpoint: Checkpoint, trainer: Trainer) -> Mapping[str, Tensor]:
+def own_shard(checkpoint: Checkpoint, trainer: TrainingContext) -> Mapping[str, Tensor]:
     """This rank's part of the optimizer, put together from other ranks' parts where their number was another."""
 
     def read(shard: int) -> dict[str, Tensor]:
@@ -115,7 +115,7 @@ def own_shard(checkpoint: Checkpoint, trainer: Trainer) -> Mapping[str, Tensor]:
     return reshard(read, was, ranks.rank, engine_state.partition_sizes(trainer.engine))
 
 
-def must_fit(checkpoint: Checkpoint, trainer: Trainer) -> None:
+def check_fits(checkpoint: Checkpoint, trainer: TrainingContext) -> None:
     """Refuse a checkpoint that cannot be gone on from.
 
     Raises:

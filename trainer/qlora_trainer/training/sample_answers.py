@@ -25,20 +25,20 @@ from qlora_trainer.model.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from qlora_trainer.training.context import Run, Trainer
+    from qlora_trainer.training.context import Run, TrainingContext
 
 NEW_TOKENS = 64
 """Of an answer at most."""
 log = logging.getLogger(__name__)
 
 
-def answer_before(trainer: Trainer, run: Run) -> None:
+def answer_before(trainer: TrainingContext, run: Run) -> None:
     """Have the base answer, B being zero before the first step. A collective."""
     if run.step == 0:
         answer(trainer, "base")
 
 
-def answer_after(trainer: Trainer, run: Run) -> None:
+def answer_after(trainer: TrainingContext, run: Run) -> None:
     """Have the adapter answer that will be published, whose weights the model then has. A collective."""
     if not trainer.config.spec.training.evaluation.prompts:
         return
@@ -52,17 +52,17 @@ def answer_after(trainer: Trainer, run: Run) -> None:
     answer(trainer, "adapter")
 
 
-def together(trainer: Trainer) -> bool:
+def together(trainer: TrainingContext) -> bool:
     """Whether no rank has the model alone."""
     return trainer.config.spec.parallelism.zero_stage == 3
 
 
-def computes(trainer: Trainer) -> bool:
+def computes(trainer: TrainingContext) -> bool:
     """Whether this rank's model answers; the others only wait."""
     return trainer.ranks.is_first or together(trainer)
 
 
-def answer(trainer: Trainer, who: str) -> None:
+def answer(trainer: TrainingContext, who: str) -> None:
     """Note in the history what ``who`` says to each prompt. A collective."""
     spec, began = trainer.config.spec, time.monotonic()
     prompts = spec.training.evaluation.prompts
@@ -82,14 +82,16 @@ def answer(trainer: Trainer, who: str) -> None:
     log.info("the %s answered %d prompts in %.1f s", who, len(prompts), time.monotonic() - began)
 
 
-def end_tokens(trainer: Trainer, tokenizer: Any) -> set[int]:
+def end_tokens(trainer: TrainingContext, tokenizer: Any) -> set[int]:
     """What ends an answer: the tokenizer's end token, and those that the model's own generation stops at."""
     named = trainer.model.generation_config.eos_token_id
     every = (tokenizer.eos_token_id, *(named if isinstance(named, list) else [named]))
     return {token for token in every if token is not None}
 
 
-def continue_rows(trainer: Trainer, prompts: Sequence[list[int]], ends: Collection[int]) -> list[list[int]] | None:
+def continue_rows(
+    trainer: TrainingContext, prompts: Sequence[list[int]], ends: Collection[int]
+) -> list[list[int]] | None:
     """The likeliest continuation of each row of tokens, up to one of ``ends`` or the longest row there may be.
 
     A collective. None on all ranks where one was told to stop, or where the first one, computing alone, cannot.
@@ -116,7 +118,9 @@ def continue_rows(trainer: Trainer, prompts: Sequence[list[int]], ends: Collecti
 
 
 @torch.no_grad()
-def _one_more(trainer: Trainer, rows: list[list[int]], going: Collection[int], ends: Collection[int]) -> set[int]:
+def _one_more(
+    trainer: TrainingContext, rows: list[list[int]], going: Collection[int], ends: Collection[int]
+) -> set[int]:
     """Add the likeliest token to each row that goes on; those that are over now."""
     batch = end_to_end([torch.tensor(row) for row in rows])
     inputs, _, _ = call_arguments(batch, trainer.ranks.device)

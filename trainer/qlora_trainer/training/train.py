@@ -24,11 +24,11 @@ from qlora_trainer.engine.optim import learning_rate
 from qlora_trainer.errors import NonFiniteLossError, PreemptedError
 from qlora_trainer.liveness.heartbeat import Section
 from qlora_trainer.liveness.watchdog import Limits
-from qlora_trainer.reporting.metrics import Board, peak_bytes, serve
+from qlora_trainer.reporting.metrics import MetricsRecorder, peak_bytes, serve
 from qlora_trainer.reporting.rank_exit import LastSeen, progress_of
-from qlora_trainer.training.context import Run, StopFlag, Trainer, build
+from qlora_trainer.training.context import Run, StopFlag, TrainingContext, build
 from qlora_trainer.training.finish import publish_run
-from qlora_trainer.training.peak_memory_probe import expected_seconds, try_largest
+from qlora_trainer.training.peak_memory_probe import expected_seconds, probe_peak_memory
 from qlora_trainer.training.resume import resume_or_start, save
 from qlora_trainer.training.sample_answers import answer_after, answer_before
 
@@ -52,7 +52,7 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
     stop = StopFlag()
     limits = Limits.of(config.spec.policy.stall_timeout_seconds)
     ranks = join_ranks(config.device, limits.collective_timeout, seen.heartbeat)
-    board = Board(config, ranks)
+    board = MetricsRecorder(config, ranks)
     seen.report = lambda: board.report
     port_file = Path(config.ports_dir) / f"rank-{ranks.rank}.port" if config.ports_dir else None
     port = config.metrics_port + ranks.local_rank if config.metrics_port else 0
@@ -62,7 +62,7 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
         trainer = build(config, ranks, board, stop)
         run = resume_or_start(trainer)
         if run.step < trainer.total_steps:
-            board.update(expected_seconds=expected_seconds(trainer, run.step, try_largest(trainer)))
+            board.update(expected_seconds=expected_seconds(trainer, run.step, probe_peak_memory(trainer)))
     ranks.heartbeat.enter(Section.DATA, Section.DATA)  # where a rank is between two sections, no more in Load
     answer_before(trainer, run)
     steps = trainer.batches.steps(run.step, trainer.total_steps)
@@ -85,7 +85,7 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
     return message.model_copy(update={"adapter": adapter})
 
 
-def preempt(trainer: Trainer, run: Run) -> NoReturn:
+def preempt(trainer: TrainingContext, run: Run) -> NoReturn:
     """End the attempt as was asked for, with a checkpoint of where it stands. A collective.
 
     Raises:
@@ -101,7 +101,7 @@ def preempt(trainer: Trainer, run: Run) -> NoReturn:
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 
-def train_step(trainer: Trainer, run: Run, steps: Iterator[Step]) -> bool:
+def train_step(trainer: TrainingContext, run: Run, steps: Iterator[Step]) -> bool:
     """One optimizer step over the global batch. Returns whether any rank was told to stop.
 
     Raises:
@@ -124,13 +124,13 @@ def train_step(trainer: Trainer, run: Run, steps: Iterator[Step]) -> bool:
         trainer.board.update(slowest=trainer.pace.slowest(own_seconds))
         loss = total / step.target_tokens
         if run.loss_scale is None:
-            must_be_finite("loss", loss, run)
+            check_finite("loss", loss, run)
         gradients = {MemoryComponent.GRADIENTS.value: engine_state.gradient_bytes(trainer.engine)}
         rate = learning_rate(trainer.config.spec.training, run.step, trainer.total_steps)
         with trainer.ranks.heartbeat.during(Section.OPTIMIZER):
             norm = apply_update(trainer.engine, float(trainer.config.spec.training.max_grad_norm), rate, scale)
         if run.loss_scale is None:
-            must_be_finite("gradient norm", norm, run)
+            check_finite("gradient norm", norm, run)
         else:
             run.loss_scale = next_loss_scale(run.loss_scale, loss, norm, run)
     run.saw(step)
@@ -146,7 +146,7 @@ def train_step(trainer: Trainer, run: Run, steps: Iterator[Step]) -> bool:
     return bool(stopping)
 
 
-def must_be_finite(what: str, value: float, run: Run) -> None:
+def check_finite(what: str, value: float, run: Run) -> None:
     """End the attempt where a value that all ranks have the same is not finite.
 
     Raises:
@@ -169,8 +169,8 @@ def next_loss_scale(before: LossScale, loss: float, norm: float, run: Run) -> Lo
     """
     finite = math.isfinite(norm)
     if before.is_smallest or finite:
-        must_be_finite("loss", loss, run)
-        must_be_finite("gradient norm", norm, run)
+        check_finite("loss", loss, run)
+        check_finite("gradient norm", norm, run)
     after = before.after(finite=finite)
     if not finite:
         log.warning(
@@ -183,7 +183,7 @@ def next_loss_scale(before: LossScale, loss: float, norm: float, run: Run) -> Lo
 
 
 def show_step(
-    trainer: Trainer, run: Run, step: Step, loss: float, rate: float, norm: float, seconds: float, waited: float
+    trainer: TrainingContext, run: Run, step: Step, loss: float, rate: float, norm: float, seconds: float, waited: float
 ) -> None:
     """Put a step's figures on the board."""
     board, scaling = trainer.board, run.loss_scale
@@ -234,7 +234,7 @@ def show_step(
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate_now(trainer: Trainer, run: Run) -> float | None:
+def evaluate_now(trainer: TrainingContext, run: Run) -> float | None:
     """Mean loss of the held-out rows, shown on the board; None where a stop was asked for. A collective."""
     data = trainer.data
     assert data.eval is not None
@@ -258,14 +258,14 @@ def evaluate_now(trainer: Trainer, run: Run) -> float | None:
     return loss
 
 
-def evaluation_due(trainer: Trainer, run: Run) -> bool:
+def evaluation_due(trainer: TrainingContext, run: Run) -> bool:
     """Before the first step, every so many steps, and after the last; not twice at the same step."""
     if trainer.data.eval is None or run.evaluated_at == run.step:
         return False
     return run.step % trainer.steps_between_evaluations == 0 or run.step == trainer.total_steps
 
 
-def take_evaluation(trainer: Trainer, run: Run) -> bool:
+def take_evaluation(trainer: TrainingContext, run: Run) -> bool:
     """Evaluate; True when the adapter is the best so far. Before the first step it is the base that is evaluated."""
     loss = evaluate_now(trainer, run)
     if loss is None:
@@ -278,7 +278,7 @@ def take_evaluation(trainer: Trainer, run: Run) -> bool:
     return run.note(loss)
 
 
-def out_of_patience(trainer: Trainer, run: Run) -> bool:
+def out_of_patience(trainer: TrainingContext, run: Run) -> bool:
     patience = trainer.config.spec.training.evaluation.patience
     return patience is not None and run.evaluations_without_gain >= patience
 
@@ -286,11 +286,11 @@ def out_of_patience(trainer: Trainer, run: Run) -> bool:
 # --------------------------------------------------------------------------------------------- checkpoints and the end
 
 
-def minutes_are_up(trainer: Trainer) -> bool:
+def minutes_are_up(trainer: TrainingContext) -> bool:
     return time.monotonic() - trainer.saved_at[0] > 60 * trainer.config.spec.checkpoint.every_minutes
 
 
-def checkpoint_due(trainer: Trainer, run: Run) -> bool:
+def checkpoint_due(trainer: TrainingContext, run: Run) -> bool:
     """The same on all ranks: by steps, at the end, or when rank 0's clock said so (``train_step``)."""
     if run.step in (0, run.saved_at):
         return False
@@ -298,7 +298,7 @@ def checkpoint_due(trainer: Trainer, run: Run) -> bool:
     return by_clock or run.step % trainer.steps_between_checkpoints == 0 or run.step == trainer.total_steps
 
 
-def finished(trainer: Trainer, run: Run) -> TerminationMessage:
+def finished(trainer: TrainingContext, run: Run) -> TerminationMessage:
     """The last word of a job that succeeded, with the largest memory over the ranks. A collective."""
     memory = trainer.board.report.memory
     measured = memory.measured

@@ -24,7 +24,7 @@ from qlora_trainer.liveness.cgroup import MemoryCgroup, OomWatch
 from qlora_trainer.liveness.watchdog import Limits, Watchdog, process_state, words
 from qlora_trainer.reporting import termination_message
 from qlora_trainer.storage.authentication import Authenticator
-from qlora_trainer.worker.peers import LOOPBACK, Meeting, Place, hold_store, meet
+from qlora_trainer.worker.peers import LOOPBACK, Rendezvous, WorkerIdentity, hold_store, meet
 from qlora_trainer.worker.rank_processes import InterruptedBySignalError, run_ranks
 from qlora_trainer.worker.stop import Stop, child_processes
 
@@ -57,7 +57,7 @@ def launch(config: TrainerConfig, config_path: Path, stop: Stop) -> int:
         StalledError, PeerLostError, PreemptedError: the workers did not come together.
 
     """
-    place = Place.of(config)
+    place = WorkerIdentity.of(config)
     authenticator = Authenticator.of(config)
     raise_open_file_limit()
     with tempfile.TemporaryDirectory(prefix="qlora-heartbeats-") as folder:
@@ -78,7 +78,7 @@ def launch(config: TrainerConfig, config_path: Path, stop: Stop) -> int:
         return _with_cause(config, meeting, code)
 
 
-def _with_cause(config: TrainerConfig, meeting: Meeting, code: int) -> int:
+def _with_cause(config: TrainerConfig, meeting: Rendezvous, code: int) -> int:
     """Tell the other workers how this one ended; where it only lost one of them, say what that one said."""
     path = Path(config.termination_message_path)
     # NCCL's watchdog aborts a rank whose peer is gone.
@@ -100,7 +100,7 @@ def run_id(config: TrainerConfig) -> str:
 
 
 def rank_environments(
-    config: TrainerConfig, place: Place, store_port: int, heartbeats: Path
+    config: TrainerConfig, place: WorkerIdentity, store_port: int, heartbeats: Path
 ) -> dict[int, dict[str, str]]:
     """Return the whole environment of each rank of this worker, by rank, with torchrun's names.
 
@@ -139,7 +139,7 @@ def raise_open_file_limit() -> None:
 def _run_ranks(
     config: TrainerConfig,
     config_path: Path,
-    place: Place,
+    place: WorkerIdentity,
     store_port: int,
     stop: Stop,
     folder: Path,
@@ -206,7 +206,7 @@ def _watching(
 class _Watch:
     """Names a rank that gives no sign of life."""
 
-    def __init__(self, config: TrainerConfig, place: Place, folder: Path) -> None:
+    def __init__(self, config: TrainerConfig, place: WorkerIdentity, folder: Path) -> None:
         self._folder, self._place, self._ranks = folder, place, config.ranks_per_worker
         self._stall = float(config.spec.policy.stall_timeout_seconds)
         self._watchdog = Watchdog(Limits.of(self._stall), config.ranks_per_worker)
@@ -221,7 +221,7 @@ class _Watch:
         return Verdict(ExitCode.STALLED, words(stuck, rank, self._place.node, self._stall), rank)
 
 
-def _lost(meeting: Meeting) -> Verdict | None:
+def _lost(meeting: Rendezvous) -> Verdict | None:
     said = meeting.lost()
     return Verdict(ExitCode.PEER_LOST, said, grace_seconds=PEER_SECONDS) if said else None
 
@@ -241,7 +241,9 @@ def _end_ranks(word_path: Path, verdict: Verdict) -> None:
 # ---------------------------------------------------------------------------------------------------- when they ended
 
 
-def _first_end(config: TrainerConfig, place: Place, exit_codes: dict[int, int], oom: OomWatch, folder: Path) -> int:
+def _first_end(
+    config: TrainerConfig, place: WorkerIdentity, exit_codes: dict[int, int], oom: OomWatch, folder: Path
+) -> int:
     """The exit code that tells what happened.
 
     A rank that was killed wrote no message, and the one its peers wrote is of the broken connection: the kill is said

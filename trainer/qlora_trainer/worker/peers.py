@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerIdentity:
     """Which of the workers this one is, and where they meet."""
 
     index: int
@@ -63,7 +63,7 @@ class Place:
     node: str
 
     @classmethod
-    def of(cls, config: TrainerConfig) -> Place:
+    def of(cls, config: TrainerConfig) -> WorkerIdentity:
         """Read from the config, the pod's index and the node's name."""
         index = int(os.environ.get("JOB_COMPLETION_INDEX", "0"))
         if not 0 <= index < config.workers:
@@ -74,7 +74,7 @@ class Place:
         return cls(index, config.workers, host.strip("[]"), int(port or 0), node_name())
 
 
-class Farewell(Model):
+class ExitRecord(Model):
     """What a worker leaves in the store when it ends."""
 
     exit_code: int
@@ -82,10 +82,10 @@ class Farewell(Model):
     node: str
 
 
-class Meeting:
+class Rendezvous:
     """All workers of an attempt, as one of them sees the others. Made by :func:`meet`."""
 
-    def __init__(self, place: Place, store: Store, store_port: int, held: tuple[object, ...]) -> None:
+    def __init__(self, place: WorkerIdentity, store: Store, store_port: int, held: tuple[object, ...]) -> None:
         self._place = place
         self._store = store
         self.store_port = store_port
@@ -168,7 +168,7 @@ class Meeting:
 
     def leave(self, exit_code: int, text: str) -> None:
         """Tell the others how this worker ended. After a failure worker 0 stays until all have read it."""
-        farewell = Farewell(exit_code=exit_code, text=text[:1000], node=self._place.node)
+        farewell = ExitRecord(exit_code=exit_code, text=text[:1000], node=self._place.node)
         try:
             self._store.set(f"ended/{self._place.index}", farewell.model_dump_json())
             if exit_code in (ExitCode.DONE, ExitCode.PREEMPTED) or self._place.index:
@@ -179,10 +179,12 @@ class Meeting:
         except DistError as error:
             log.debug("nobody to tell: %s", error)
 
-    def _farewells(self) -> dict[int, Farewell]:
+    def _farewells(self) -> dict[int, ExitRecord]:
         keys = {i: f"ended/{i}" for i in self._others}
         return {
-            i: Farewell.model_validate_json(self._store.get(key)) for i, key in keys.items() if self._store.check([key])
+            i: ExitRecord.model_validate_json(self._store.get(key))
+            for i, key in keys.items()
+            if self._store.check([key])
         }
 
     def _has_ended(self, index: int) -> bool:
@@ -193,8 +195,12 @@ class Meeting:
 
 
 def meet(
-    place: Place, attempt: str, key: bytes, patience_seconds: float, waits: Callable[[float], None] = time.sleep
-) -> Meeting:
+    place: WorkerIdentity,
+    attempt: str,
+    key: bytes,
+    patience_seconds: float,
+    waits: Callable[[float], None] = time.sleep,
+) -> Rendezvous:
     """Wait until all workers of an attempt are here.
 
     Args:
@@ -213,7 +219,7 @@ def meet(
     clock = _Patience(patience_seconds, waits)
     port, *held = _serve_store(place, key) if place.index == 0 else _reach_store(place, key, clock)
     client = TCPStore(LOOPBACK, port, is_master=False, wait_for_workers=False, timeout=_seconds(ANSWER_SECONDS))
-    meeting = Meeting(place, PrefixStore(attempt, client), port, tuple(held))
+    meeting = Rendezvous(place, PrefixStore(attempt, client), port, tuple(held))
     meeting.arrive()
     try:
         while away := meeting.missing():
@@ -268,12 +274,12 @@ def hold_store() -> tuple[Store, int]:
     return store, port
 
 
-def _serve_store(place: Place, key: bytes) -> tuple[int, Store, StoreServer]:
+def _serve_store(place: WorkerIdentity, key: bytes) -> tuple[int, Store, StoreServer]:
     store, port = hold_store()
     return port, store, StoreServer(place.port, key, port)
 
 
-def _reach_store(place: Place, key: bytes, clock: _Patience) -> tuple[int, StoreClient]:
+def _reach_store(place: WorkerIdentity, key: bytes, clock: _Patience) -> tuple[int, StoreClient]:
     """Wait for worker 0's name to exist and its port to answer; its pod may start minutes later."""
     client = StoreClient((place.host, place.port), key, place.index)
     where = f"worker 0 at {place.host}:{place.port}"
@@ -287,7 +293,7 @@ def _reach_store(place: Place, key: bytes, clock: _Patience) -> tuple[int, Store
             return client.port, client
 
 
-def _ended(index: int, farewell: Farewell) -> str:
+def _ended(index: int, farewell: ExitRecord) -> str:
     text = f": {farewell.text}" if farewell.text else ""
     return f"worker {index} on {farewell.node} ended as {reason_of(farewell.exit_code)}{text}"
 

@@ -30,7 +30,7 @@ def cancel(
 
         target = Target(kubeconfig, context, namespace)
         with connect(target) as cluster:
-            found = actions.doomed(cluster, jobs)
+            found = actions.jobs_to_delete(cluster, jobs)
             if not yes:
                 for job in found:
                     out.note(actions.describe(job))

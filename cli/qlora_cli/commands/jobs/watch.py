@@ -44,7 +44,7 @@ def watch_jobs(
         for name in names:
             get_job(cluster, name)
         events = watching.start(cluster, watching.Request(names, selector, everywhere))
-        board = watching.Board(frozenset(names))
+        board = watching.WatchedJobs(frozenset(names))
         place = "all namespaces" if everywhere else f"namespace {cluster.namespace}"
         title = f"{place}{f' · {cluster.context}' if cluster.context else ''}"
         watching.watch(out.console(), events, board, title, until_over=until_over)
