@@ -9,7 +9,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fixtures import s3, s3_server  # noqa: F401 fixtures
 
-# A shell starts a job in the background with SIGINT ignored, and nohup ignores SIGHUP; children would inherit that, and
-# the tests of Ctrl-C would wait for an end that never comes.
+# A shell starts a job in the background with SIGINT and SIGQUIT ignored, and nohup ignores SIGHUP. Children would
+# inherit that, and the tests of Ctrl-C would wait for an end that never comes.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
