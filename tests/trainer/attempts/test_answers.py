@@ -74,7 +74,11 @@ def test_answers_that_fail_cost_no_more_than_the_answers(caplog):
     spec = SimpleNamespace(parallelism=SimpleNamespace(zero_stage=0), dataset=SimpleNamespace(max_length=64))
     ranks = SimpleNamespace(is_first=True, device="cpu", sum=lambda *values: values)
     alone = SimpleNamespace(
-        config=SimpleNamespace(spec=spec), ranks=ranks, engine=Broken(), stop=SimpleNamespace(is_set=False)
+        config=SimpleNamespace(spec=spec),
+        ranks=ranks,
+        board=SimpleNamespace(count=lambda items, *_: items),
+        engine=Broken(),
+        stop=SimpleNamespace(is_set=False),
     )
     assert continue_rows(alone, [[1, 2]], {0}) is None
     assert "prompts are left unanswered: CUDA out of memory" in caplog.text

@@ -65,9 +65,9 @@ def test_what_the_job_says_of_its_batch_stays(workshop, prepare):
 
 
 def test_a_gpu_that_the_trainer_cannot_use_ends_the_job(workshop, prepare):
-    (word,) = prepare(on_gpu(workshop, "t4-16gb"))
+    (word,) = prepare(on_gpu(workshop, "p100-16gb"))
     assert (word.exit_code, word.prepared) == (ExitCode.USER_ERROR, None)
-    assert word.message.startswith('spec.scheduling.nodeSelector: "t4-16gb" has neither bf16 nor flash attention')
+    assert word.message.startswith('spec.scheduling.nodeSelector: "p100-16gb" has compute capability 6.0; the trainer')
 
 
 def test_a_base_that_no_gpu_of_this_kind_holds_ends_the_job_with_what_would_fit(workshop, prepare, large_base):
