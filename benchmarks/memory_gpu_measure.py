@@ -29,7 +29,7 @@ FIRST = 64
 
 
 def join() -> Ranks:
-    """Be the only rank, with the allocator as ``qlora_trainer.worker.launch.rank_environment`` sets it."""
+    """Be the only rank, with the allocator as ``qlora_trainer.worker.launch.rank_environments`` sets it."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
     os.environ.update(alone)
     return join_ranks("CUDA", timeout_seconds=600)

@@ -20,7 +20,7 @@ from resource import RUSAGE_SELF, getrusage
 from qlora_api.contract import TrainerConfig
 from qlora_trainer.allocator import keep_freed_memory
 from qlora_trainer.engine.deepspeed_engine import join_ranks
-from qlora_trainer.reporting.metrics import Board
+from qlora_trainer.reporting.metrics import MetricsRecorder
 from qlora_trainer.reporting.rank_exit import quiet_libraries
 from qlora_trainer.training.context import StopFlag, build
 from qlora_trainer.training.resume import resume_or_start
@@ -36,7 +36,7 @@ def main() -> None:
     config = TrainerConfig.model_validate_json(Path(sys.argv[1]).read_bytes())
     keep_freed_memory()
     ranks = join_ranks(config.device, config.spec.policy.stall_timeout_seconds)
-    board = Board(config, ranks)
+    board = MetricsRecorder(config, ranks)
     trainer = build(config, ranks, board, StopFlag())
     run = resume_or_start(trainer)
     steps = trainer.batches.steps(0, trainer.total_steps)

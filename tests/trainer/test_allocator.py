@@ -67,9 +67,9 @@ rank.main()
 """
 PREPARE = """
 import sys
-from qlora_trainer import prepare
-prepare._again = lambda config: print(churn()) or sys.exit()
-prepare.main()
+from qlora_trainer.prepare import command
+command._again = lambda config: print(churn()) or sys.exit()
+command.main()
 """
 
 

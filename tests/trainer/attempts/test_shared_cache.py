@@ -20,7 +20,7 @@ from qlora_trainer.storage.object_store import open_store, sha256_bytes
 SHORT = {"training": {"epochs": None, "maxSteps": 2}}
 LIGHTLY = """
 import sys
-from qlora_trainer.prepare import main
+from qlora_trainer.prepare.command import main
 code = main()
 heavy = {"torch", "transformers", "numpy", "pyarrow", "peft"} & sys.modules.keys()
 sys.exit(code or (f"imported {heavy}" if heavy else 0))
