@@ -1,6 +1,7 @@
 """Safetensors headers: names, types and shapes of all tensors, in the first bytes of a file.
 
-Pure: the bytes are read by whoever can reach them (``qlora_cli.memory_plan.model_headers`` over ranged requests, the trainer from disk).
+Pure: the bytes are read by whoever can reach them: ``qlora_cli.memory_plan.model_headers`` over ranged requests, the
+trainer from disk.
 https://huggingface.co/docs/safetensors/index#format: eight bytes with the header's length, little-endian, then JSON.
 """
 
