@@ -24,6 +24,7 @@ from qlora_trainer.model.loss import NextTokenLoss, call_arguments, head_is_plai
 from random_rows import flatten, random_rows
 
 CPU = torch.device("cpu")
+BFLOAT16 = QuantizationSpec(compute_type=ComputeType.BFLOAT16)
 ADAPTABLE = {
     "llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
     "opt": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
@@ -63,7 +64,7 @@ def test_every_quantization_loads_learns_and_stays_frozen(quantization, layer, t
 
 
 def test_only_the_adapter_is_fp32(tiny_models):
-    model = add_lora(load_base(tiny_models["llama"], QuantizationSpec(), CPU), LoRASpec(), seed=1)
+    model = add_lora(load_base(tiny_models["llama"], BFLOAT16, CPU), LoRASpec(), seed=1)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16, torch.uint8}
 
@@ -196,9 +197,7 @@ def test_a_model_that_is_no_causal_language_model_is_refused(tiny_models, tmp_pa
 
 
 def test_weight_bytes_are_those_of_the_tensors(tiny_models):
-    model = add_lora(
-        load_base(tiny_models["llama"], QuantizationSpec(), CPU), LoRASpec(rank=8, target_modules=["q_proj"]), 1
-    )
+    model = add_lora(load_base(tiny_models["llama"], BFLOAT16, CPU), LoRASpec(rank=8, target_modules=["q_proj"]), 1)
     layer = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 128 * 64
     sizes = weight_bytes(model)
     assert sizes["quantizedWeights"] == 2 * layer // 2
