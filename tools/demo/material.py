@@ -40,7 +40,8 @@ def make_material(folder: Path) -> None:
     texts = stdlib_rows.pretraining_texts(modules)[:60]
     tokenizer = small_base.train_tokenizer(texts, recipe.vocabulary)
     model = small_base.make_model(tokenizer, recipe)
-    small_base.train_base(model, small_base.token_blocks(tokenizer, texts, recipe), recipe, lambda _: None)
+    blocks = small_base.token_blocks(tokenizer, texts, recipe)
+    small_base.train_base(model, blocks, recipe, small_base.fast_type(), lambda _: None)
     model.to(torch.bfloat16).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
 

@@ -255,7 +255,16 @@ def test_an_operator_that_starts_again_writes_nothing(api, behind_proxy, proxy, 
 
 def test_a_kind_that_cannot_be_listed_any_more_makes_the_liveness_probe_fail(zygote, proxy, kwok_namespace, tmp_path):
     quick = dict.fromkeys(
-        (f"qlora_operator.{n}_SECONDS" for n in ("handlers.WATCH", "watch.WATCH", "health.WATCH", "health.SLACK")), 2
+        (
+            f"qlora_operator.{name}_SECONDS"
+            for name in (
+                "watch.kopf_handlers.WATCH",
+                "watch.list_watch.WATCH",
+                "serve.health.WATCH",
+                "serve.health.SLACK",
+            )
+        ),
+        2,
     )
     with ForkedOperator(zygote, tmp_path, proxy.kubeconfig, quick, namespaces=[kwok_namespace]) as operator:
         proxy.when(is_list("pods"), Refused(500), times=100)

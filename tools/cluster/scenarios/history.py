@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import ssl
 import threading
 from collections import defaultdict
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 import httpx
 
 from cluster.scenarios.jobs import GROUP
+from qlora_api.deep_json import parse_json
 
 if TYPE_CHECKING:
     from cluster.api import Object
@@ -68,6 +68,6 @@ class History:
                 if answer.status_code >= 500 or answer.status_code == 429:
                     continue
                 for line in answer.iter_lines():
-                    found = json.loads(line)["object"]
+                    found = parse_json(line)["object"]
                     version = found["metadata"]["resourceVersion"]
                     self._versions[plural, found["metadata"]["namespace"]].append(found)
