@@ -142,15 +142,19 @@ def _unavailable(seen: Observed, place: str, namespace: str) -> Finding:
 def _admission(seen: Observed) -> Iterator[Finding]:
     if seen.policies.denied or seen.bindings.denied:
         yield unknown("admission", "you may not list ValidatingAdmissionPolicies")
-    elif seen.policies.items and seen.bindings.items:
-        yield ok("admission", f"policy {seen.policies.items[0]['metadata']['name']} is bound")
-    else:
-        half = "has no binding" if seen.policies.items else "is missing"
-        yield fault(
-            "admission",
-            f"the operator's admission policy {half}: whoever may create jobs can use any Secret there through one",
-            f"set the chart's value admissionPolicy.enabled to true: {INSTALL}",
-        )
+        return
+    names = [policy["metadata"]["name"] for policy in seen.policies.items]
+    bound = {binding["spec"]["policyName"] for binding in seen.bindings.items}
+    unbound = [name for name in names if name not in bound]
+    if names and not unbound:
+        yield ok("admission", f"policy {names[0]} is bound")
+        return
+    half = f"{unbound[0]} has no binding" if unbound else "is missing"
+    yield fault(
+        "admission",
+        f"the operator's admission policy {half}: whoever may create jobs can use any Secret there through one",
+        f"set the chart's value admissionPolicy.enabled to true: {INSTALL}",
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- hardware

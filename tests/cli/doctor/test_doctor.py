@@ -47,7 +47,7 @@ def seen(**more):
         "operator_pods": Answer([]),
         "config": Answer({"gpuResource": "nvidia.com/gpu", "gang": "Auto", "namespaces": []}),
         "policies": Answer([{"metadata": {"name": "p"}}]),
-        "bindings": Answer([{"metadata": {"name": "p"}}]),
+        "bindings": Answer([{"metadata": {"name": "p"}, "spec": {"policyName": "p"}}]),
         "nodes": Answer([node()]),
         "jobs": Answer([running()]),
         "pods": Answer([]),
