@@ -23,8 +23,13 @@ VARIABLES = {
     "$job": NAME,
     "$price": "2.50",
 }
-NOT_HERE = {"qlora_operator_reconcile_errors_total": "nothing failed"}
-"""Series that a healthy operator has not."""
+NOT_HERE = {
+    "qlora_operator_reconcile_errors_total": "nothing failed",
+    "qlora_operator_objects_skipped_total": "every object could be read, and what is zero is not shown",
+    "qlora_loss_scale": "nothing computes in Float16",
+    "qlora_skipped_steps": "nothing computes in Float16",
+}
+"""Series that a healthy operator, and trainers on a CPU, have not."""
 SELECTOR = re.compile(r"(qlora_[a-z0-9_]+)(\{[^}]*\})?")
 
 
