@@ -91,11 +91,15 @@ def run(case: dict[str, Any], model: Path, ranks: Ranks) -> dict[str, Any]:
 def leave_out_a_step(engine: Any, ranks: Ranks) -> dict[str, Any]:
     """Take a step whose scaled loss overflows float16, and compare what it must not change. A collective."""
     before = engine_state.adapter_tensors(engine.module.model), engine_state.optimizer_tensors(engine)
-    _, (norm,) = steps(engine, ranks, 9, 10, scale=2.0**60)
+    _, (overflowed,) = steps(engine, ranks, 9, 10, scale=2.0**60)
+    forward = engine.module.forward
+    engine.module.forward = lambda *arguments: forward(*arguments) + math.inf  # whose gradients are finite
+    _, (infinite_loss,) = steps(engine, ranks, 9, 10, scale=1.0)
+    engine.module.forward = forward
     after = engine_state.adapter_tensors(engine.module.model), engine_state.optimizer_tensors(engine)
     same = all(torch.equal(old[name], new[name]) for old, new in zip(before, after, strict=True) for name in old)
     return {
-        "norm_is_finite": math.isfinite(norm),
+        "norm_is_finite": math.isfinite(overflowed) or math.isfinite(infinite_loss),
         "changed": not same,
         "gradient_bytes": engine_state.gradient_bytes(engine),
     }

@@ -41,6 +41,7 @@ class UserError(TrainerError):
     exit_code = ExitCode.USER_ERROR
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
+        self.arguments = (field, None if value is None else str(value), allowed)
         self.mistake = FieldError(field, value, allowed)
         super().__init__(str(self.mistake))
 

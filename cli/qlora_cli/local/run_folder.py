@@ -233,7 +233,8 @@ def opening(record: RunRecord | None, spec: QLoRAJobSpec, *, trained: bool) -> B
     """Decide what a call goes on with. ``trained``: there is something to lose, a step taken or a checkpoint."""
     if record is None:
         return Begin()
-    spec = with_recorded_compute_type(record.spec, spec)
+    if trained:
+        spec = with_recorded_compute_type(record.spec, spec)
     changed = changes(record.spec, spec) if immutable_hash(spec) != record.immutable_hash else ()
     if changed and trained:
         return Refuse(changed)

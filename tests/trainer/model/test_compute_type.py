@@ -60,6 +60,9 @@ class Together:
     def sum(self, *values):
         return [float(value) * self.world_size for value in values]
 
+    def gather(self, value):
+        return [value] * self.world_size
+
 
 @pytest.mark.parametrize(
     ("of_the_gpu", "best"),
@@ -117,6 +120,8 @@ def test_float16_is_refused_on_a_cpu_without_its_arithmetic(instructions):
     assert str(problem) == (
         'spec.quantization.computeType: "Float16" needs a GPU: this CPU has no float16 arithmetic; set Auto or Float32'
     )
+    resumed = device_problem(QuantizationSpec(compute_type=FLOAT16), CPU, resumes=True)
+    assert "resume this run, which began in it, on a GPU, or start a new run" in str(resumed)
     instructions(onednn_fp16=True)
     assert device_problem(QuantizationSpec(compute_type=FLOAT16), CPU) is None
 
@@ -159,6 +164,7 @@ def test_bfloat16_where_it_is_emulated_is_obeyed_with_a_warning_of_its_cost(want
 
 def test_a_problem_of_one_rank_ends_all_of_them(instructions):
     instructions(avx512_bf16=True, onednn_bf16=True)
-    ranks = SimpleNamespace(device=CPU, world_size=2, is_first=True, sum=lambda *values: [v + 1 for v in values])
-    with pytest.raises(UserError, match="is not available on the device of another rank"):
+    other = ["spec.scheduling.nodeSelector", "a GPU", "has compute capability 6.1"]
+    ranks = SimpleNamespace(device=CPU, world_size=2, is_first=True, gather=lambda own: [own, other])
+    with pytest.raises(UserError, match=r'nodeSelector: "a GPU" has compute capability 6.1'):
         with_compute_type(config_of(BFLOAT16), ranks, None)

@@ -169,8 +169,12 @@ def accumulate(engine: Any, step: Step, ranks: Ranks, loss_scale: float | None =
         engine.set_gradient_accumulation_boundary(index == len(step.micro_batches) - 1)
         with ranks.heartbeat.during(Section.FORWARD):
             losses = engine(*call_arguments(batch, ranks.device)).sum()
+        weight: float | torch.Tensor = scale
+        if loss_scale is not None:
+            # 0, or NaN for a loss that overflowed: its gradients may be finite, and no update may be made of them.
+            weight = scale + (losses.detach() - losses.detach())
         with ranks.heartbeat.during(Section.BACKWARD):
-            engine.backward(losses * scale, scale_wrt_gas=False)
+            engine.backward(losses * weight, scale_wrt_gas=False)
         loss_sum += losses.detach().double()
         del losses  # and its graph, before the next forward pass
     with ranks.heartbeat.during(Section.COLLECTIVE):  # on a GPU all that was asked of it is waited for here

@@ -45,10 +45,10 @@ def with_compute_type(config: TrainerConfig, ranks: Ranks, began_with: ComputeTy
     elif chosen is ComputeType.AUTO:
         chosen = best_type(ranks)
     resolved = quantization.model_copy(update={"compute_type": chosen})
-    problem = device_problem(resolved, ranks.device)
-    (problems,) = ranks.sum(problem is not None)
-    if problems:
-        raise problem or UserError(FIELD, chosen, "is not available on the device of another rank; its log says why")
+    problem = device_problem(resolved, ranks.device, resumes=began_with is not None)
+    said = ranks.gather(None if problem is None else list(problem.arguments))
+    if found := next((texts for texts in said if texts is not None), None):
+        raise UserError(*found)
     return config.model_copy(update={"spec": config.spec.model_copy(update={"quantization": resolved})})
 
 
@@ -86,8 +86,8 @@ def best_type(ranks: Ranks) -> ComputeType:
     return ComputeType.FLOAT16 if fp16 == ranks.world_size else ComputeType.FLOAT32
 
 
-def device_problem(quantization: QuantizationSpec, device: torch.device) -> UserError | None:
-    """Return why a device cannot compute as the job says; None where it can."""
+def device_problem(quantization: QuantizationSpec, device: torch.device, *, resumes: bool = False) -> UserError | None:
+    """Return why a device cannot compute as the job says, or as a resumed run began; None where it can."""
     if device.type == "cuda" and not fp16_in_hardware(device):
         major, minor = torch.cuda.get_device_capability(device)
         name = torch.cuda.get_device_name(device)
@@ -99,14 +99,15 @@ def device_problem(quantization: QuantizationSpec, device: torch.device) -> User
     if quantization.compute_type is not ComputeType.FLOAT16:
         return None
     if not fp16_in_hardware(device):
-        return UserError(
-            FIELD, ComputeType.FLOAT16, "needs a GPU: this CPU has no float16 arithmetic; set Auto or Float32"
+        remedy = (
+            "resume this run, which began in it, on a GPU, or start a new run" if resumes else "set Auto or Float32"
         )
+        return UserError(FIELD, ComputeType.FLOAT16, f"needs a GPU: this CPU has no float16 arithmetic; {remedy}")
     if quantization.type is QuantizationType.INT8:
         return UserError(
             "spec.quantization.type",
             quantization.type,
-            "is not available with Float16, which is what this GPU computes in: set NF4 or FP4, or computeType Float32",
+            "is not available with Float16: set NF4 or FP4, or computeType Float32",
         )
     return None
 
@@ -122,12 +123,12 @@ def slow_bf16_warning(quantization: QuantizationSpec, device: torch.device) -> s
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         left, right = (torch.ones(shape, dtype=dtype, device=device) for shape in ((rows, inner), (inner, columns)))
-        left @ right  # the first product sets up its kernel
+        (left @ right).sum().item()  # the first product sets up its kernel
         start = time.perf_counter()
         (left @ right).sum().item()
         seconds[dtype] = time.perf_counter() - start
     times = seconds[torch.bfloat16] / seconds[torch.float32]
     return (
         f"{FIELD}: this device emulates BFloat16: a matrix product takes {times:.1f} times as long as in Float32. "
-        "Auto chooses a type that the device computes in by hardware"
+        "A new run with Auto computes in a type that the device has in hardware"
     )

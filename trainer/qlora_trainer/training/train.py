@@ -201,7 +201,7 @@ def show_step(
         ("qlora_epoch", epoch),
         *((("qlora_loss", loss),) if math.isfinite(loss) else ()),
         ("qlora_learning_rate", rate),
-        ("qlora_gradient_norm", norm),
+        *((("qlora_gradient_norm", norm),) if math.isfinite(norm) else ()),  # a skipped step is no alarm
         ("qlora_tokens_per_second", speed),
         *((("qlora_loss_scale", scaling.scale), ("qlora_skipped_steps", scaling.skipped_steps)) if scaling else ()),
     ):
