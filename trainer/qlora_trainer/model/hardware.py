@@ -20,8 +20,8 @@ FP16_CAPABILITY = (7, 0)
 def bf16_in_hardware(device: torch.device) -> bool:
     """Return whether ``device`` multiplies bfloat16 matrices by hardware.
 
-    On CUDA from compute capability 8.0. On a CPU with AVX512_BF16, AMX or Arm's BF16 instructions, as far as oneDNN may
-    use them (``ONEDNN_MAX_CPU_ISA``).
+    On CUDA from compute capability 8.0. On a CPU with AVX512_BF16, AMX or Arm's BF16 instructions, unless
+    ``ONEDNN_MAX_CPU_ISA`` keeps oneDNN from AVX-512 altogether.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= BF16_CAPABILITY

@@ -1,0 +1,36 @@
+"""What a call of 'qlora run' goes on with, by what an earlier one left."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlora_api import QLoRAJobSpec
+from qlora_api.spec import ComputeType
+from qlora_cli.local.run_folder import Refuse, Resume, new_record, now, opening
+
+
+def spec(**quantization):
+    return QLoRAJobSpec.model_validate(
+        {
+            "model": {"source": "hf://a/model"},
+            "dataset": {"train": {"source": "rows.jsonl"}, "format": "Text"},
+            "quantization": quantization,
+            "training": {"epochs": 1},
+            "output": {"destination": "out"},
+        }
+    )
+
+
+@pytest.mark.parametrize(("trained", "kept"), [(True, ComputeType.BFLOAT16), (False, ComputeType.AUTO)])
+def test_a_run_that_trained_keeps_its_compute_type_and_another_follows_the_device(trained, kept):
+    began = new_record("job", spec(computeType="BFloat16"), now())
+    found = opening(began, spec(), trained=trained)
+    assert isinstance(found, Resume)
+    assert found.record.spec.quantization.compute_type is kept
+
+
+def test_another_compute_type_than_the_one_that_was_trained_in_is_refused():
+    began = new_record("job", spec(computeType="BFloat16"), now())
+    found = opening(began, spec(computeType="Float32"), trained=True)
+    assert isinstance(found, Refuse)
+    assert [change.field for change in found.changes] == ["spec.quantization.computeType"]
