@@ -59,9 +59,10 @@ def train_base(report: Path) -> None:
     import torch  # noqa: PLC0415
 
     from qlora_trainer.allocator import keep_freed_memory  # noqa: PLC0415
+    from qlora_trainer.model.hardware import fast_dtype  # noqa: PLC0415
 
     keep_freed_memory()
-    recipe, dtype = small_base.Recipe(), small_base.fast_type()
+    recipe, dtype = small_base.Recipe(), fast_dtype(torch.device("cpu"))
     tokenizer = small_base.train_tokenizer(["x"], recipe.vocabulary)
     tokenizer.add_tokens([f"<{i}>" for i in range(recipe.vocabulary - len(tokenizer))])
     model = small_base.make_model(tokenizer, recipe)

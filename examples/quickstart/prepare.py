@@ -32,6 +32,8 @@ from qlora_trainer.allocator import keep_freed_memory
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
+
 ABOUT = "about.json"
 
 
@@ -42,13 +44,15 @@ def main() -> None:
     keep_freed_memory()
     # Threads that wait for each other spin, and on a machine with other work that takes five times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # OpenMP reads it when torch is imported
-    from small_base import fast_type
+    import torch
 
-    dtype = str(fast_type()).removeprefix("torch.")
-    key = content_key(source_files(), dtype)
+    from qlora_trainer.model.hardware import fast_dtype
+
+    dtype = fast_dtype(torch.device("cpu"))
+    key = content_key(source_files(), str(dtype))
     kept = cache_dir() / key
     if not (kept / ABOUT).exists():
-        build_into(kept)
+        build_into(kept, dtype)
     place(kept, out)
     print(summary(out))
 
@@ -69,18 +73,18 @@ def content_key(files: Sequence[Path], dtype: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def build_into(target: Path) -> None:
+def build_into(target: Path, dtype: torch.dtype) -> None:
     """Make everything beside ``target`` and rename it when it is whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as temporary:
         work = Path(temporary) / "data"
         work.mkdir()
-        build(work)
+        build(work, dtype)
         if not (target / ABOUT).exists():  # another call may have been faster
             work.rename(target)
 
 
-def build(work: Path) -> None:
+def build(work: Path, dtype: torch.dtype) -> None:
     start = time.monotonic()
     say(f"Reading the standard library of Python {platform.python_version()}")
     modules = read_modules()
@@ -88,7 +92,7 @@ def build(work: Path) -> None:
     write_rows(work / "train.jsonl", rows.train)
     write_rows(work / "eval.jsonl", rows.eval)
     say(f"  {len(modules)} modules, {len(rows.train)} training rows, {len(rows.eval)} held-out rows")
-    made = make_base(modules, work / "base")
+    made = make_base(modules, work / "base", dtype)
     about = {
         "python": platform.python_version(),
         "modules": len(modules),
@@ -101,7 +105,7 @@ def build(work: Path) -> None:
     (work / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
 
 
-def make_base(modules: Sequence[Module], folder: Path) -> dict[str, Any]:
+def make_base(modules: Sequence[Module], folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Train tokenizer and base on what is not held out, and save them as a hub repository would hold them."""
     import small_base
     import torch
@@ -109,7 +113,7 @@ def make_base(modules: Sequence[Module], folder: Path) -> dict[str, Any]:
 
     transformers_logging.disable_progress_bar()
     logging.disable(logging.WARNING)  # DeepSpeed's, which transformers imports to save, of this machine's accelerators
-    recipe, dtype = small_base.Recipe(), small_base.fast_type()
+    recipe = small_base.Recipe()
     say("Training a tokenizer")
     texts = pretraining_texts(modules)
     tokenizer = small_base.train_tokenizer(texts, recipe.vocabulary)

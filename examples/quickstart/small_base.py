@@ -13,8 +13,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qlora_trainer.model.hardware import bf16_in_hardware
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -83,11 +81,6 @@ def make_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Any:
         pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config)
-
-
-def fast_type() -> torch.dtype:
-    """Return the type that this machine's CPU multiplies matrices in fastest."""
-    return torch.bfloat16 if bf16_in_hardware(torch.device("cpu")) else torch.float32
 
 
 def train_base(

@@ -31,6 +31,7 @@ def make_material(folder: Path) -> None:
     import torch
 
     from prepare import write_rows
+    from qlora_trainer.model.hardware import fast_dtype
 
     modules = stdlib_rows.read_modules()
     rows = stdlib_rows.extract(modules)
@@ -41,7 +42,7 @@ def make_material(folder: Path) -> None:
     tokenizer = small_base.train_tokenizer(texts, recipe.vocabulary)
     model = small_base.make_model(tokenizer, recipe)
     blocks = small_base.token_blocks(tokenizer, texts, recipe)
-    small_base.train_base(model, blocks, recipe, small_base.fast_type(), lambda _: None)
+    small_base.train_base(model, blocks, recipe, fast_dtype(torch.device("cpu")), lambda _: None)
     model.to(torch.bfloat16).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
 

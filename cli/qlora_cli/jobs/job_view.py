@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.kube.errors import ClusterError
+from qlora_cli.local.processes import is_alive
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -246,17 +246,7 @@ def in_use(folder: Path) -> bool:
         holders = (folder.parent / f".{folder.name}.lock").read_text().split()
     except (OSError, UnicodeDecodeError):
         return False
-    return any(pid.isdecimal() and _lives(int(pid)) for pid in holders)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return any(pid.isdecimal() and is_alive(int(pid)) for pid in holders)
 
 
 # -------------------------------------------------------------------------------------------------------------- several

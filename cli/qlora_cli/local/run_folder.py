@@ -30,6 +30,7 @@ from qlora_api.base import Model
 from qlora_api.contract import PrepareReceipt, TerminationMessage
 from qlora_api.spec import ComputeType, QLoRAJobSpec
 from qlora_api.status import Attempt, Count, Decimal, PrepareResult, Reason
+from qlora_cli.local.processes import is_alive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -364,19 +365,9 @@ def locked(runs: Path, name: str) -> Iterator[Lock]:
 
 
 def _in_use(folder: Path, holders: str) -> str:
-    alive = [pid for pid in holders.split() if pid.isdecimal() and _lives(int(pid))]
+    alive = [pid for pid in holders.split() if pid.isdecimal() and is_alive(int(pid))]
     who = f" by process {alive[0]}; 'kill {alive[0]}' stops it with a checkpoint" if alive else ""
     return f"{folder} is in use{who}"
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def now() -> datetime:
