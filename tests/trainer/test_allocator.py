@@ -102,18 +102,18 @@ import resource, statistics, sys
 sys.path.insert(0, sys.argv[1])
 import prepare
 class Done(Exception): pass
-def build(kept):
+def build(kept, dtype):
     import small_base, torch
     recipe = small_base.Recipe(hidden=64, intermediate=128, layers=1, heads=1)
     tokenizer = small_base.train_tokenizer(['x'], recipe.vocabulary)
     tokenizer.add_tokens([f'<{i}>' for i in range(recipe.vocabulary - len(tokenizer))])
     model = small_base.make_model(tokenizer, recipe)
-    optimizers = small_base.make_optimizers(model, recipe, torch.float32)
+    optimizers = small_base.make_optimizers(model, recipe, dtype)
     rows = torch.randint(0, recipe.vocabulary, (recipe.batch, recipe.length))
     counts = []
     for step in range(9):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        small_base.train_step(model, rows, optimizers, torch.float32)
+        small_base.train_step(model, rows, optimizers, dtype)
         counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     print(statistics.median(counts[4:]))
     raise Done
