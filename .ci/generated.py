@@ -1,4 +1,4 @@
-"""What all ``generate.py`` have in common: write what is generated, or say what of it is stale."""  # noqa: INP001
+"""Shared by all ``generate.py``: write what is generated, or say what of it is stale."""  # noqa: INP001
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line costs in processor time: ``python benchmarks/bench_cli.py``
+"""Measure the command line's processor time: ``python benchmarks/bench_cli.py``
 
 Each command as a process of its own, several times; the figure is the median of its processor seconds by that of a bare
 ``python -c pass`` in the same run, so that a slow machine gives the same ratios.

@@ -91,7 +91,7 @@ def measure_ours(lengths: tuple[int, ...], *, recompute: bool, profile: Path | N
 
 
 def write_profile(step: Any, path: Path) -> None:
-    """Where two steps spent their time, by kernel and by operation."""
+    """Write where two steps spent their time, by kernel and by operation."""
     from torch.profiler import ProfilerActivity, profile  # noqa: PLC0415
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as seen:
@@ -129,7 +129,7 @@ def random_batches(vocabulary: int, lengths: tuple[int, ...], split: Any) -> Any
 
 
 def share_of_peak(tokens_per_second: float, lengths: tuple[int, ...], gpu: Gpu, *, recompute: bool) -> float:
-    """Of the GPU's dense bf16 peak, recomputed arithmetic counted: a token sees those of its own row."""
+    """Return the share of the GPU's dense bf16 peak, with recomputation: a token sees those of its own row."""
     shape = model_shape(LLAMA_8B)
     row = sum(n * n for n in lengths) // sum(lengths)
     work = flop_per_token(shape, Adapter(shape, LoRASpec()), row, recomputes=recompute)

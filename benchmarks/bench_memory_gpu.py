@@ -89,7 +89,7 @@ HEAD = (
 
 
 def in_use(row: dict[str, Any]) -> int:
-    """What the GPU had given; bitsandbytes never gives back the paged state of the cases before."""
+    """Return what the GPU had given; bitsandbytes never gives back the paged state of the cases before."""
     return int(row["reserved"] + row["beside"] - row["leaked"])
 
 
@@ -111,7 +111,7 @@ def line(row: dict[str, Any], gpu: Gpu) -> str:
 
 
 def summary(rows: list[dict[str, Any]], gpu: Gpu) -> str:
-    """How far the formulas are right."""
+    """Summarize how far the formulas are right."""
     rows = [row for row in rows if "error" not in row]
     if not rows:
         return "nothing was measured"
@@ -125,7 +125,7 @@ def summary(rows: list[dict[str, Any]], gpu: Gpu) -> str:
 
 
 def loading_table(rows: list[dict[str, Any]]) -> str:
-    """What loading took at most beside what is left, and what the formula says."""
+    """Compare what loading took at most beside what is left with what the formula says."""
     lines = ["| base | type | predicted peak, GB | measured | left |", "|---|---|---|---|---|"]
     for row in rows:
         run = Run(

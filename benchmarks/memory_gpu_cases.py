@@ -1,4 +1,4 @@
-"""What ``bench_memory_gpu.py`` measures: bases by the values of their ``config.json``, and configurations of each."""
+"""Cases of ``bench_memory_gpu.py``: bases by the values of their ``config.json``, and configurations of each."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def run_of(case: dict[str, Any]) -> Run:
 
 
 def change_of(case: dict[str, Any]) -> str:
-    """What differs from the defaults, in words."""
+    """Return what differs from the defaults, in words."""
     found = []
     for name, value in case.items():
         if name in ("base", "rows", "recomputes"):

@@ -184,7 +184,7 @@ def _conditions() -> Iterator[str]:
 
 
 def _following(reason: Reason) -> str:
-    """What the decision function makes of an attempt that ended so."""
+    """Return what the decision function makes of an attempt that ended so."""
     ended = Attempt(
         number=1,
         world_size=1,
@@ -204,7 +204,7 @@ def _following(reason: Reason) -> str:
 
 @cache
 def _meanings(names: type[StrEnum]) -> dict[StrEnum, str]:
-    """What stands below each member in the source."""
+    """Return the strings below each member in the source."""
     classes = (n for n in ast.parse(inspect.getsource(status)).body if isinstance(n, ast.ClassDef))
     (body,) = (c.body for c in classes if c.name == names.__name__)
     found = {}

@@ -102,7 +102,7 @@ def _row(metric: Metric) -> str:
 
 
 def _says(metric: Metric, label: str) -> bool:
-    """Whether a label is not said once for all of a section."""
+    """Return whether a label belongs in this row, and not once above the section."""
     return metric.name not in TRAINER or label not in ("job", "namespace", "rank")
 
 

@@ -1,4 +1,4 @@
-"""What every API type is made of: the frozen model, decimal strings, and rules that hold in Python and in CEL."""
+"""Building blocks of every API type: the frozen model, decimal strings, and rules that hold in Python and in CEL."""
 
 from __future__ import annotations
 

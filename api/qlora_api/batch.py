@@ -13,7 +13,7 @@ TOKENS_PER_MICRO_BATCH = 8192
 
 
 class BatchSplit(Model):
-    """How one global batch is cut. The product of the three is the global batch size."""
+    """Split of one global batch. The product of the three is the global batch size."""
 
     world_size: int = Field(ge=1)
     """Ranks."""

@@ -22,7 +22,7 @@ TERMINATION_MESSAGE_BYTES = 4096
 
 
 class ExitCode(IntEnum):
-    """How a trainer ends. Values stay clear of shells' and signals' own (1, 2, 126 and above)."""
+    """Exit code of a trainer. Values stay clear of shells' and signals' own (1, 2, 126 and above)."""
 
     DONE = 0
     CRASHED = 1
@@ -58,7 +58,7 @@ REASONS: dict[int, Reason] = {
 
 
 def reason_of(exit_code: int) -> Reason:
-    """Why an attempt ended, from its exit code alone; an unknown code is a crash."""
+    """Return why an attempt ended, from its exit code alone; an unknown code is a crash."""
     return REASONS.get(exit_code if exit_code >= 0 else 128 - exit_code, Reason.CRASHED)
 
 
@@ -142,7 +142,7 @@ class TerminationMessage(Model):
 
 
 class RankActivity(Model):
-    """What one rank does, or did."""
+    """Current or last activity of one rank."""
 
     rank: int
     node: str
@@ -155,7 +155,7 @@ class RankActivity(Model):
 
 
 class SectionProgress(Model):
-    """How far a rank has come within its section."""
+    """Progress of a rank within its section."""
 
     unit: str
     """What is counted: ``weights``, ``micro-batches``."""
@@ -199,7 +199,7 @@ class ProgressReport(Progress):
 
 
 class PrepareReceipt(Model):
-    """What Prepare found in the rows. Content-addressed by ``data_hash``."""
+    """Findings of Prepare about the rows. Content-addressed by ``data_hash``."""
 
     data_hash: str
     train_rows: int

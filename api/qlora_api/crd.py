@@ -150,7 +150,7 @@ def _with_rules(schema: dict[str, Any], model: type[BaseModel]) -> dict[str, Any
 
 
 def _without_null(value: Any) -> Any:
-    """What is unset is left out: null is no value for the API server."""
+    """Drop what is unset: null is no value for the API server."""
     if isinstance(value, dict):
         return {k: _without_null(v) for k, v in value.items() if v is not None}
     return value

@@ -1,4 +1,4 @@
-"""What follows the end of an attempt. One pure function serves the operator and ``qlora run``."""
+"""Decide what follows the end of an attempt. One pure function serves the operator and ``qlora run``."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def restarts(attempts: Sequence[Attempt]) -> int:
 
 
 def _did_nothing(attempt: Attempt) -> bool:
-    """Whether an attempt ended without a step; several in a row wait longer each, whatever ended them."""
+    """Return whether an attempt ended without a step; several in a row wait longer each, whatever ended them."""
     return attempt.last_step is None or attempt.last_step == (attempt.first_step or 0)
 
 
 def stuck(attempts: Sequence[Attempt]) -> int:
-    """How many of the newest attempts ended stuck without a step gained over all before them.
+    """Count the newest attempts that ended stuck without a step gained over all before them.
 
     What took an attempt from outside (preemption, a lost node, a suspension) neither counts nor breaks the row.
     """

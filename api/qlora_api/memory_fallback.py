@@ -14,7 +14,7 @@ WORTHWHILE = 0.98
 
 @dataclass(frozen=True)
 class Choice:
-    """What an attempt is started with, as far as it can be made smaller."""
+    """Settings that an attempt starts with, as far as they can be made smaller."""
 
     batch: BatchSplit
     gradient_checkpointing: bool

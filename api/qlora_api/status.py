@@ -32,7 +32,7 @@ class ConditionType(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a condition is what it is, and why an attempt ended. A closed list."""
+    """Reason of a condition, or of the end of an attempt. A closed list."""
 
     PENDING = "Pending"
     """The operator has not got to it yet."""
@@ -151,7 +151,7 @@ class Attempt(Model):
 
 
 class Progress(Model):
-    """Where the training stands; also the answer of ``GET /progress``, there with all fields."""
+    """Progress of the training; also the answer of ``GET /progress``, there with all fields."""
 
     step: Count = 0
     """Optimizer steps done, over all attempts."""
@@ -174,7 +174,7 @@ class Progress(Model):
 
 
 class MemoryComponent(StrEnum):
-    """What memory is for. One name per component, in predictions, measurements and metrics alike."""
+    """Use of memory. One name per component, in predictions, measurements and metrics alike."""
 
     QUANTIZED_WEIGHTS = "quantizedWeights"
     """The base's linear layers but the head, as bitsandbytes packs them."""
@@ -218,7 +218,7 @@ class Memory(Model):
 
 
 class PrepareResult(Model):
-    """What Prepare decided, for whoever starts the trainers and for ``status``."""
+    """Decisions of Prepare, for whoever starts the trainers and for ``status``."""
 
     model_revision: Text
     """Exact: the commit on the Hub, a hash of the content elsewhere."""

@@ -135,7 +135,7 @@ def compute_types(work: Path, rows: Rows) -> Part:
 
 
 def errors(rows: Rows) -> Part:
-    """What quantization does to each kind of layer."""
+    """Measure what quantization does to each kind of layer."""
     found = models.quantization_errors(rows.base)
     layers = list(next(iter(found.values())))
 
@@ -214,7 +214,7 @@ def resuming(work: Path, rows: Rows) -> Part:
 
 
 def merged(work: Path, done: Job) -> Part:
-    """What is served against what was trained."""
+    """Compare what is served with what was trained."""
     data = rows_of(done)
     published_adapter = done.message.adapter
     assert data.eval is not None

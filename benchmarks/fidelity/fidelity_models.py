@@ -1,4 +1,4 @@
-"""What ``fidelity.py`` measures on models in this process: quantization error, packing, merging."""
+"""Measure models in this process for ``fidelity.py``: quantization error, packing, merging."""
 
 from __future__ import annotations
 

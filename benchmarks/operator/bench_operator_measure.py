@@ -1,4 +1,4 @@
-"""What a run of ``bench_operator.py`` is measured by: processes, the API server's audit log, a watch of the jobs."""
+"""Measure a run of ``bench_operator.py``: processes, the API server's audit log, a watch of the jobs."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def machine_cpu() -> tuple[float, float]:
 
 @dataclass
 class Audit:
-    """What the API server was asked for: writes by who asked, and when jobs and their first children were made."""
+    """Requests to the API server: writes by who asked, and when jobs and their first children were made."""
 
     writes: Counter[str] = field(default_factory=Counter)
     """By user agent."""

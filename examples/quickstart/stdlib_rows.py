@@ -85,7 +85,7 @@ def read_modules(root: Path | None = None) -> list[Module]:
 
 
 def pretraining_texts(modules: Iterable[Module]) -> list[str]:
-    """What the base reads: the code of all modules that are not held out, without docstrings."""
+    """Return the texts that the base reads: the code of all modules that are not held out, without docstrings."""
     return [without_docstrings(m) for m in modules if not m.held_out]
 
 
@@ -162,7 +162,7 @@ def _row(function: ast.FunctionDef | ast.AsyncFunctionDef, inside: ast.ClassDef 
 
 
 def _unquotable(summary: str) -> bool:
-    """Whether it would need escapes between quotes, or is an example rather than words."""
+    """Return whether it would need escapes between quotes, or is an example rather than words."""
     return any(mark in summary for mark in ('"""', "\\", ">>>")) or summary.endswith('"')
 
 

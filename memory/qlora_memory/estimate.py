@@ -44,7 +44,7 @@ class Moment(StrEnum):
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be estimated: one choice of everything that memory depends on."""
+    """Input of an estimate: one choice of everything that memory depends on."""
 
     shape: ModelShape
     lora: LoRASpec
@@ -91,12 +91,12 @@ class MemoryEstimate:
 
     @property
     def allocated_bytes(self) -> int:
-        """What ``torch.cuda.max_memory_allocated`` should say: without paged state, which CUDA itself manages."""
+        """Return the expected ``torch.cuda.max_memory_allocated``: without paged state, which CUDA itself manages."""
         return self.peak_bytes - self.paged_bytes
 
     @property
     def needed_bytes(self) -> int:
-        """What the GPU must have."""
+        """Return the bytes that the GPU must have."""
         return self.peak_bytes + self.context_bytes + self.fragmentation_bytes
 
     @property

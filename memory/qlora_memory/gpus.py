@@ -41,17 +41,17 @@ class Gpu:
 
     @property
     def trains(self) -> bool:
-        """Whether the trainer can use it: it has tensor cores."""
+        """Return whether the trainer can use the GPU: it has tensor cores."""
         return self.capability >= OLDEST
 
     @property
     def ampere(self) -> bool:
-        """Whether it has bf16 and flash attention."""
+        """Return whether the GPU has bf16 and flash attention."""
         return self.capability >= AMPERE
 
     @property
     def hopper(self) -> bool:
-        """Whether cuBLAS is given a workspace of 32 MiB in place of 8.1: Hopper and data-center Blackwell."""
+        """Return whether cuBLAS is given a workspace of 32 MiB in place of 8.1: Hopper and data-center Blackwell."""
         return HOPPER <= self.capability < CONSUMER_BLACKWELL
 
     @property

@@ -33,7 +33,7 @@ _PAGED = (Optimizer.PAGED_ADAMW_8BIT, Optimizer.PAGED_ADAMW_32BIT)
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What one rank holds besides weights and activations, in bytes."""
+    """Memory of one rank besides weights and activations, in bytes."""
 
     gradients: int
     """Between the last backward pass and the update: 4·P, or this rank's share of it from ZeRO 1 on."""

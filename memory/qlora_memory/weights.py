@@ -157,7 +157,7 @@ class Adapter:
 
     @property
     def bytes(self) -> int:
-        """What learns is fp32: 4 bytes an element. docs/decisions/0001."""
+        """Return the bytes of trainable weights. They are fp32: 4 bytes an element. docs/decisions/0001."""
         return 4 * self.parameters
 
     @property

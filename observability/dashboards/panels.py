@@ -1,4 +1,4 @@
-"""What the dashboards are made of: variables, panels in one look, annotations. Grafana's own SDK builds the JSON."""
+"""Build the parts of dashboards: variables, panels in one look, annotations. Grafana's own SDK builds the JSON."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ async def initial_sync(
     watches: Sequence[Watch],
     skipped: Callable[[str, str], None],
 ) -> tuple[frozenset[Gang], set[str]]:
-    """What the cluster offers, and the namespaces that have the shared Service; the store gets all else.
+    """Ask for the cluster's capabilities and the namespaces that have the shared Service; the store gets all else.
 
     Raises:
         ApiError: the operator may not look.
@@ -200,7 +200,7 @@ class Operator:
         await first_of(works)
 
     def registry(self) -> kopf.OperatorRegistry:
-        """What kopf does for the operator."""
+        """Return kopf's handlers for the operator."""
         registry = kopf.OperatorRegistry()
         kopf_handlers.register(registry, self.store, self.reconciler.wake)
 

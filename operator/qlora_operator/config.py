@@ -45,7 +45,7 @@ class PrepareConfig(Model):
 
 
 class TrainerPodConfig(Model):
-    """What all trainer pods have in common; a job cannot change it."""
+    """Settings that all trainer pods share; a job cannot change them."""
 
     image: str
     image_pull_policy: str = "IfNotPresent"
@@ -97,7 +97,7 @@ class OperatorConfig(Model):
     trainer: TrainerPodConfig
 
     def price_of(self, gpu: str | None) -> float | None:
-        """Of one hour of a GPU; None: not known."""
+        """Return the price of one hour of a GPU; None: not known."""
         return self.price_per_gpu_hour.get(gpu or DEFAULT, self.price_per_gpu_hour.get(DEFAULT))
 
     @classmethod

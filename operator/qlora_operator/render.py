@@ -1,4 +1,4 @@
-"""What children look like. Pure: the same job and attempt give the same manifests, byte for byte.
+"""Render the children of a job. Pure: the same job and attempt give the same manifests, byte for byte.
 
 Pods pass the Pod Security profile ``restricted``, and have no token: a trainer has no business with the API server.
 """
@@ -194,7 +194,7 @@ def service(namespace: str) -> dict[str, Any]:
 def trainer_config(
     job: QLoRAJob, config: OperatorConfig, attempt: Attempt, status: QLoRAJobStatus, memory_correction: float = 1.0
 ) -> TrainerConfig:
-    """What the trainer of an attempt is told."""
+    """Return the configuration of an attempt's trainer."""
     spec, meta = job.spec, job.metadata
     split = BatchSplit(
         world_size=attempt.world_size,
@@ -245,7 +245,7 @@ def gpu_of(spec: QLoRAJobSpec, config: OperatorConfig) -> str | None:
 
 
 def checkpoints_gradients(spec: QLoRAJobSpec, config: OperatorConfig, prepared: PrepareResult | None) -> bool:
-    """Whether a first attempt recomputes activations; Auto: as Prepare planned, else on a GPU."""
+    """Return whether a first attempt recomputes activations; Auto: as Prepare planned, else on a GPU."""
     choice = spec.training.gradient_checkpointing
     if choice is GradientCheckpointing.AUTO:
         return prepared.gradient_checkpointing if prepared else device_of(config) == "CUDA"

@@ -102,7 +102,7 @@ def groups(model, path=()):
 
 
 def cel_violations(job):
-    """What the API server's CEL would say of a manifest with defaults filled in."""
+    """Return the violations that the API server's CEL would report of a manifest with defaults filled in."""
     broken = []
     for path, model in groups(QLoRAJobSpec):
         value = job["spec"]

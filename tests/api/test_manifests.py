@@ -1,4 +1,4 @@
-"""What a manifest may say, and what is answered to one that is wrong."""
+"""Manifests: what is valid, and the answers to those that are not."""
 
 from __future__ import annotations
 

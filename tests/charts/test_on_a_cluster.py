@@ -105,7 +105,7 @@ class Installed:
 
 
 def refusal(cluster, manifest, user, verb="create"):
-    """Why a user may not create or change an object; empty: he may. Nothing is stored."""
+    """Return why a user may not create or change an object; empty: allowed. Nothing is stored."""
     groups = ("--as-group", "system:masters") if user == ADMINISTRATOR else ()
     try:
         cluster.kubectl(verb, "-f", "-", "--dry-run=server", "--as", user, *groups, stdin=json.dumps(manifest))
@@ -115,7 +115,7 @@ def refusal(cluster, manifest, user, verb="create"):
 
 
 def may(cluster, user, verb, resource, *, namespace="default", groups=()):
-    """Whether RBAC lets a user do something, by the API server's own answer."""
+    """Return whether RBAC lets a user do something, by the API server's own answer."""
     group, _, name = resource.rpartition("/")
     kind, _, subresource = name.partition(":")
     wanted = {"verb": verb, "resource": kind, "subresource": subresource, "group": group, "namespace": namespace}
@@ -272,7 +272,7 @@ def test_a_job_may_name_no_claim_that_its_creator_may_not_get(cluster, team, fie
 
 
 def test_a_job_that_names_all_of_it_is_not_too_dear_for_the_api_server(cluster, team):
-    """What asking for seven rights may cost is limited."""
+    """Name everything that costs a check: asking for seven rights at once is limited."""
     job = qlora_job("job", team)
     for place in (job["spec"]["model"], job["spec"]["dataset"]["train"], job["spec"]["output"]):
         place["credentials"] = "hers"

@@ -1,4 +1,4 @@
-"""What the chart grants, and what fits what the operator and its trainers are."""
+"""Rights that the chart grants, and what fits what the operator and its trainers are."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_no_role_reads_secrets_or_mentions_exec_or_everything(rendered):
 
 
 def test_the_operator_creates_no_secret_but_keys_and_nobody_else_creates_these(helm):
-    """What the expressions do is tried on a cluster; here, that they name what the operator makes."""
+    """Check that the expressions name what the operator makes; what they do is tried on a cluster."""
     for values in ({}, values_of("namespaced")):
         objects = helm.render(values)
         policy = one(objects, "ValidatingAdmissionPolicy", "-keys")["spec"]

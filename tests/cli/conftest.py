@@ -111,7 +111,7 @@ def wait_until(condition, seconds=PATIENCE_SECONDS):
 
 
 def lives(pid):
-    """Whether a process is there and no zombie."""
+    """Return whether a process is there and no zombie."""
     try:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
@@ -129,5 +129,5 @@ def workplace(tmp_path, monkeypatch):
 
 @pytest.fixture
 def helpers():
-    """What tests share besides the workplace."""
+    """Return what tests share besides the workplace."""
     return SimpleNamespace(wait_until=wait_until, lives=lives, manifest=manifest)

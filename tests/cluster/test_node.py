@@ -182,7 +182,7 @@ def _skip_without_tools() -> None:
 
 
 def _is_of(process: Path, folder: Path) -> bool:
-    """Whether a process sees the folder in its arguments, its root or its mounts: those of a node's namespace do."""
+    """Return whether a process sees the folder in its arguments, root or mounts: those of a node's namespace do."""
     try:
         return str(folder).encode() in (process / "cmdline").read_bytes() + (process / "mountinfo").read_bytes()
     except OSError:

@@ -1,4 +1,4 @@
-"""Whether a command of a document exists: the program, its command, its options, the files that it names."""
+"""Check that a command of a document exists: the program, its command, its options, the files that it names."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ RUN_SECONDS = PATIENCE_SECONDS
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where the commands of documents run."""
+    """Folder that the commands of documents run in."""
 
     folder: Path
 

@@ -21,7 +21,7 @@ def rows(heading):
 
 @pytest.fixture
 def components(tmp_path):
-    """What 'qlora plan' says of the guide's base, by component."""
+    """Return what 'qlora plan' says of the guide's base, by component."""
     from qlora_cli.memory_plan import plan_job
 
     block = next(b for b in blocks_of(GUIDE) if "config.json" in b.text)

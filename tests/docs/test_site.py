@@ -36,7 +36,7 @@ def site(tmp_path_factory) -> Path:
 
 
 class Attributes(HTMLParser):
-    """What a page fetches, what it links to, and the anchors that it has."""
+    """Links of a page, what it fetches, and its anchors."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is chosen, what would fit, and the way down."""
+"""Choices of the planner, what would fit, and the fallbacks."""
 
 from __future__ import annotations
 

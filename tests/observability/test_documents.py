@@ -1,4 +1,4 @@
-"""What documents, dashboards and alerts speak of is there: metrics, fields of a job, values of the chart, panels."""
+"""Names in documents, dashboards and alerts exist: metrics, fields of a job, values of the chart, panels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What documents are illustrated with: dashboards drawn from answers of a Prometheus, and commands on a terminal."""
+"""Pictures of the documents: dashboards drawn from answers of a Prometheus, and commands on a terminal."""
 
 import json
 import re

@@ -80,7 +80,7 @@ def pod(attempt: int = 1, index: int = 0, code: int | None = None, word: str | N
 
 
 def seen(*things: ObservedJob | PodSnapshot, after: float = 0, **more: Any) -> Observed:
-    """What is there, ``after`` seconds from the builders' now."""
+    """Return an observation with what is there, ``after`` seconds from the builders' now."""
     jobs = {j.attempt: j for j in things if isinstance(j, ObservedJob)}
     pods = tuple(p for p in things if isinstance(p, PodSnapshot))
     return Observed(now=NOW + timedelta(seconds=after), jobs=jobs, pods=pods, **more)

@@ -99,7 +99,7 @@ def job():
 
 @pytest.fixture
 def make_facts():
-    """What is known of a finished run, with changes to the spec's groups."""
+    """Return the facts of a finished run, with changes to the spec's groups."""
 
     def make(base_eval_loss=2.5, eval_loss=1.25, **groups):
         spec = QLoRAJobSpec.model_validate(

@@ -1,4 +1,4 @@
-"""What the process's allocator does with freed memory, counted by the kernel in page faults."""
+"""Freed memory in the process's allocator, counted by the kernel in page faults."""
 
 import os
 import platform

@@ -49,7 +49,7 @@ class KubectlError(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What may differ between clusters. The defaults are Kubernetes' own, but for gang scheduling."""
+    """Settings in which clusters may differ. The defaults are Kubernetes' own, but for gang scheduling."""
 
     gang_scheduling: bool = True
     """Native: the Job controller makes a Workload and a PodGroup of a parallel Indexed Job (alpha in 1.36)."""
@@ -220,7 +220,7 @@ class ControlPlane:
         self.api.wait_for(f"{path}/pods", lambda pods: not pods["items"], seconds=seconds, what=f"no pods in {name}")
 
     def audit_mark(self) -> int:
-        """Where the audit log ends now, for ``requests_since``."""
+        """Return where the audit log ends now, for ``requests_since``."""
         return self._audit_log.stat().st_size
 
     def requests_since(self, mark: int = 0) -> list[Request]:

@@ -1,4 +1,4 @@
-"""What a harness that was killed could not remove. The kernel has ended its processes; interfaces and groups stay."""
+"""Remove what a harness that was killed could not. The kernel has ended its processes; interfaces and groups stay."""
 
 from __future__ import annotations
 

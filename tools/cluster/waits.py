@@ -14,7 +14,7 @@ POLL_SECONDS = 0.05
 
 
 def eventually(holds: Callable[[], object], seconds: float = SOON) -> bool:
-    """Whether something holds within a time."""
+    """Return whether something holds within a time."""
     deadline = time.monotonic() + seconds
     while not holds() and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)

@@ -312,7 +312,7 @@ class _Training:
 
 
 class _Exporter:
-    """What only machines with GPUs export: each rank's card, and DCGM's exporter. A context manager."""
+    """Exporter of what only machines with GPUs export: each rank's card, and DCGM's exporter. A context manager."""
 
     def __init__(self) -> None:
         class Handler(BaseHTTPRequestHandler):

@@ -172,7 +172,7 @@ class Stage:
         return self.cluster.api.list(path, labelSelector="app.kubernetes.io/component=trainer")
 
     def story(self, namespace: str, name: str) -> str:
-        """What a person would look at when a job did not do what it should: status, pods, the ends of their logs."""
+        """Return what a person would look at when a job failed: status, pods, the ends of their logs."""
         parts = [json.dumps(self.cluster.api.get(job_path(namespace, name)).get("status", {}), indent=1)]
         for pod in self.cluster.api.list(f"/api/v1/namespaces/{namespace}/pods"):
             path = f"/api/v1/namespaces/{namespace}/pods/{pod['metadata']['name']}"

@@ -24,7 +24,7 @@ SHORTEST, TALLEST = 100, 16_000
 
 
 def program() -> str | None:
-    """Where Chromium is, if it is there."""
+    """Return the path of Chromium, if it is there."""
     return next((found for name in NAMES if (found := shutil.which(name))), None)
 
 

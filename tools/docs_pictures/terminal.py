@@ -86,12 +86,12 @@ class Session:
             self._said += more
 
     def interrupt(self) -> str:
-        """What it leaves on the terminal when it is told to stop by Ctrl-C."""
+        """Return what it leaves on the terminal when it is told to stop by Ctrl-C."""
         self._process.send_signal(SIGINT)
         return self.end()
 
     def end(self) -> str:
-        """What it leaves on the terminal once it is over."""
+        """Return what it leaves on the terminal once it is over."""
         self._process.wait(WAIT_SECONDS)
         self._reader.join(WAIT_SECONDS)
         os.close(self._own)

@@ -130,7 +130,7 @@ def root_file_system(image: Image) -> Iterator[Path]:
 
 
 class Store:
-    """Where buildah keeps layers. One for each Dockerfile, and begun anew when it has grown: no layer is kept for good.
+    """Storage of buildah's layers, one for each Dockerfile, begun anew when it has grown: no layer is kept for good.
 
     Args:
         base: tar of a root file system.
@@ -197,7 +197,7 @@ def _remove_unused(pattern: str) -> None:
 
 
 def _surroundings() -> list[str]:
-    """What a build needs to know of this machine: package index, certificates, wheels that are there already."""
+    """Return what a build needs of this machine: package index, certificates, wheels that are there."""
     wheels = _wheels()
     cache = Path(os.environ.get("UV_CACHE_DIR") or Path.home() / ".cache" / "uv")
     cache.mkdir(parents=True, exist_ok=True)
@@ -256,7 +256,7 @@ def _copy_inputs(target: Target, context: Path) -> Iterator[bytes]:
 
 
 def _mirror() -> str:
-    """Where this machine's own packages of the suite come from."""
+    """Return where this machine's own packages of the suite come from."""
     targets = _run("apt-get", "indextargets", "--format", "$(CREATED_BY) $(CODENAME) $(COMPONENT) $(REPO_URI)")
     wanted = ["Packages", SUITE, "main"]
     return next((line.split()[3] for line in targets.splitlines() if line.split()[:3] == wanted), MIRROR)

@@ -131,7 +131,7 @@ class Prometheus:
         return found
 
     def targets(self) -> list[dict[str, Any]]:
-        """What it scrapes, as its API shows it: ``scrapeUrl``, ``health``, ``lastError``, ``labels`` …."""
+        """Return the targets of its API: ``scrapeUrl``, ``health``, ``lastError``, ``labels`` …."""
         return list(self._get("targets", state="active")["activeTargets"])
 
     def alerts(self) -> list[dict[str, Any]]:

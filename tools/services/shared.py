@@ -1,4 +1,4 @@
-"""What is made once for all pytest workers of a run, by the first that needs it."""
+"""Make things once for all pytest workers of a run, by the first that needs them."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class VersityGateway:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a client needs, under the names the SDKs use."""
+        """Return the environment of a client, under the names the SDKs use."""
         return {
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
@@ -66,7 +66,7 @@ class VersityGateway:
         return f"s3://{name}"
 
     def folder_of(self, bucket: str) -> Path:
-        """Where a bucket's objects are files: what is put there is in the bucket."""
+        """Return the folder of a bucket, where objects are files: what is put there is in the bucket."""
         return self._data / bucket
 
     def start(self) -> None:

@@ -67,7 +67,7 @@ class StorageError(TrainerError):
 
 
 class AdapterRejectedError(TrainerError):
-    """What was to be published fails the gate; nothing is published."""
+    """The publish gate refused the adapter or merged model; nothing is published."""
 
     exit_code = ExitCode.ADAPTER_REJECTED
 

@@ -85,7 +85,7 @@ _RESUME = "a resumed run must match its checkpoint; create a new QLoRAJob instea
 
 
 class QLoRAJobSpec(Model):
-    """What to train and how."""
+    """Specification of a fine-tuning job."""
 
     model: ModelSpec
     dataset: DatasetSpec

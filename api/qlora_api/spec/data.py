@@ -1,4 +1,4 @@
-"""What is trained on what: the base model and the rows."""
+"""Fields of the inputs: the base model and the rows."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Tolerance(Model):
 
 
 class DatasetSpec(Model):
-    """What is learned, and which tokens count."""
+    """Rows to learn from, and the tokens of them that count in the loss."""
 
     train: DatasetSource
     """The rows to learn from."""

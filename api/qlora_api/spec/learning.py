@@ -1,4 +1,4 @@
-"""How the adapter learns: quantization of the base, LoRA, the loop."""
+"""Fields of learning: quantization of the base, LoRA, the loop."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ComputeType(StrEnum):
 
 
 class QuantizationSpec(Model):
-    """How the frozen base is held. Dettmers et al. 2023 (QLoRA), sections 3 and 4."""
+    """Quantization of the frozen base. Dettmers et al. 2023 (QLoRA), sections 3 and 4."""
 
     type: QuantizationType = QuantizationType.NF4
     """NF4 (4-bit normal float), FP4, INT8 (LLM.int8) or None (16-bit LoRA, for comparison). A base that is already
@@ -95,7 +95,7 @@ class GradientCheckpointing(StrEnum):
 
 
 class EvaluationSpec(Model):
-    """When the held-out rows are looked at, and what follows."""
+    """Evaluation on held-out rows: how often, and what follows from it."""
 
     every_steps: int | None = Field(None, ge=1, le=1_000_000)
     """Steps between evaluations. Default: once an epoch. There is one before the first step and one after the last."""

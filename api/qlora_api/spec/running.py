@@ -1,4 +1,4 @@
-"""Where it runs and what becomes of it: parallelism, checkpoints, output, policy, scheduling."""
+"""Fields of running a job: parallelism, checkpoints, output, policy, scheduling."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Merge(StrEnum):
 
 
 class OutputSpec(Model):
-    """Where the verified adapter goes."""
+    """Destination of the verified adapter."""
 
     destination: Destination
     """Folder in object storage (or a local one with 'qlora run'). It must not hold another run's manifest."""
@@ -90,7 +90,7 @@ class OnOutOfMemory(StrEnum):
 
 
 class PolicySpec(Model):
-    """What happens when something happens. May be changed while the job runs."""
+    """Limits and reactions to failures. May be changed while the job runs."""
 
     max_restarts: int = Field(3, ge=0, le=50)
     """Attempts after the first that crashes may cost. Preemption and lost nodes do not count; nor does waiting in vain

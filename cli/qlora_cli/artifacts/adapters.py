@@ -59,7 +59,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a manifest is, and its hash where somebody vouches for one."""
+    """Location of a manifest, and its hash where somebody vouches for one."""
 
     folder_uri: str
     sha256: str = ""
@@ -140,7 +140,7 @@ def verify(published: Published, tell: Callable[[str], None]) -> list[str]:
 
 
 def _place(published: Published, file: PublishedFile) -> str:
-    """Where a file is: as published, or as 'qlora download' lays it down, without the attempt's folder."""
+    """Return where a file is: as published, or as 'qlora download' lays it down, without the attempt's folder."""
     short = _short(file.path)
     if isinstance(published.folder, LocalFolder) and (published.folder.root / short).is_file():
         return short
@@ -152,7 +152,7 @@ def _short(path: str) -> str:
 
 
 def _compare(folder: Folder, key: str, file: PublishedFile) -> str:
-    """What is wrong with one file; empty: nothing."""
+    """Return what is wrong with one file; empty: nothing."""
     digest, size = hashlib.sha256(), 0
     try:
         for piece in folder.chunks(key):
@@ -223,7 +223,7 @@ def _write(target: Path, pieces: Any) -> None:
 
 
 def folder_of(published: Published, target: Path) -> Path:
-    """Where the adapter itself is after a download."""
+    """Return where the adapter itself is after a download."""
     return target / PurePosixPath(_short(f"{published.adapter}"))
 
 

@@ -35,7 +35,7 @@ class GenerateError(ValueError):
 
 @dataclass(frozen=True)
 class Models:
-    """What answers."""
+    """Models that answer."""
 
     base: str
     adapter: str
@@ -54,7 +54,7 @@ class Options:
 
 
 def choose_models(adapter: str | None, run: str | None, runs_dir: Path, base: str | None, merged: str | None) -> Models:
-    """What answers, from exactly one of an adapter and a run.
+    """Choose the models that answer, from exactly one of an adapter and a run.
 
     Raises:
         GenerateError: both or neither, or they do not lead to a base and an adapter.
@@ -127,7 +127,7 @@ def models_of_adapter(adapter: str, base: str | None, merged: str | None) -> Mod
 
 
 def _dataset_of(adapter: Path) -> str | None:
-    """How an adapter's rows were, if its manifest lies where the trainer put it."""
+    """Return the dataset of an adapter, if its manifest lies where the trainer put it."""
     try:
         return json.dumps(json.loads((adapter.parent / MANIFEST).read_text(encoding="utf-8"))["config"]["dataset"])
     except (OSError, ValueError, LookupError, TypeError):

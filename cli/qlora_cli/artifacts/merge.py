@@ -45,7 +45,7 @@ except TrainerError as error:
 
 @dataclass(frozen=True)
 class Merge:
-    """What is merged with what."""
+    """Input of a merge."""
 
     base: str
     revision: str

@@ -39,7 +39,7 @@ class MissingError(StorageError):
 
 
 class Folder(Protocol):
-    """Where objects are read from."""
+    """Folder that objects are read from."""
 
     def uri(self, key: str) -> str: ...
 

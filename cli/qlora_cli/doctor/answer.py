@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one question brought: a value, or why there is none."""
+    """Answer to one question: a value, or why there is none."""
 
     value: Any = None
     denied: bool = False

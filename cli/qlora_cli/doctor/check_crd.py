@@ -1,4 +1,4 @@
-"""Whether the cluster's QLoRAJob is this command line's."""
+"""Check whether the cluster's QLoRAJob is this command line's."""
 
 from __future__ import annotations
 

@@ -142,13 +142,13 @@ def _selects_trainers(policy: Object) -> bool:
 
 
 def _is_shut(policies: Sequence[Object], way: str) -> bool:
-    """Whether a direction is forbidden altogether: some policy restricts it, and none allows anything."""
+    """Return whether a direction is forbidden altogether: some policy restricts it, and none allows anything."""
     rules = [_rules(policy, way) for policy in policies]
     return any(r == [] for r in rules) and not any(rules)
 
 
 def _rules(policy: Object, way: str) -> list[Any] | None:
-    """What a policy allows in a direction; None where it says nothing about it."""
+    """Return the rules of a policy in a direction; None where it says nothing about it."""
     spec = policy.get("spec") or {}
     kinds = spec.get("policyTypes") or ["Ingress", *(["Egress"] if "egress" in spec else [])]
     return list(spec.get(way.lower()) or ()) if way in kinds else None

@@ -117,7 +117,7 @@ def _operator(seen: Observed, version: str) -> Iterator[Finding]:
 
 
 def _unavailable(seen: Observed, place: str, namespace: str) -> Finding:
-    """Why the operator's pod does not run, in its own words."""
+    """Return why the operator's pod does not run, in its own words."""
     for pod in seen.operator_pods.items:
         for container in (pod.get("status") or {}).get("containerStatuses") or ():
             waiting = (container.get("state") or {}).get("waiting") or {}
@@ -203,7 +203,7 @@ def _is_usable(node: Object) -> bool:
 
 
 def _gang(seen: Observed) -> Iterator[Finding]:
-    """What starts all pods of a job at once, and whether what is configured is there."""
+    """Check what starts all pods of a job at once, and whether what is configured is there."""
     if not seen.groups.there:
         yield unknown("gang", "the API groups cannot be listed")
         return

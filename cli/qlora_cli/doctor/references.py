@@ -1,4 +1,4 @@
-"""What jobs name: Secrets, claims, queues, priority classes, and through Secrets the endpoint of object storage."""
+"""Check what jobs name: Secrets, claims, queues, priority classes, and a Secret's endpoint of object storage."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _endpoint(secret: Object) -> str:
 
 
 def _trouble(url: str, named: Named, get: Callable[[str], Answer]) -> str:
-    """What is wrong with an endpoint: in the cluster its Service, elsewhere its port, as seen from here."""
+    """Return what is wrong with an endpoint: in the cluster its Service, elsewhere its port, as seen from here."""
     parts = urlsplit(url)
     host = parts.hostname or ""
     if parts.scheme not in ("http", "https") or not host:

@@ -45,7 +45,7 @@ def jobs_to_delete(cluster: Cluster, names: Sequence[str]) -> list[Object]:
 
 
 def describe(job: Object) -> str:
-    """What is lost with a job, in a line."""
+    """Describe what is lost with a job, in a line."""
     seen = view(job)
     at = f" at step {seen.step} of {seen.total_steps}" if seen.step and not seen.is_over else ""
     kept = {

@@ -55,7 +55,7 @@ def _place(path: str, spec: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def figures_of(column: Column) -> dict[str, object]:
-    """How it ended, as plain values; None: not known."""
+    """Return how a job ended, as plain values; None: not known."""
     job = column.job
     took = (job.ended - job.started).total_seconds() if job.ended and job.started else None
     return {

@@ -53,7 +53,7 @@ def see(event: Object) -> EventView:
 
 
 class Family:
-    """Whether an event is about a job: itself, its child Jobs or their pods, those that are gone included.
+    """Objects whose events are about a job: itself, its child Jobs and their pods, those that are gone included.
 
     Children are known by the form of their names (``tune-1``, ``tune-1-0-x7k2p``, ``tune-prepare-x7k2p``), since an
     event outlives what it is about. The form keeps a job ``tune-1`` apart from the first attempt of ``tune``.

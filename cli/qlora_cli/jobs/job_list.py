@@ -52,7 +52,7 @@ def table(
 
 
 def next_command(views: Sequence[JobView], call: str, flags: str) -> str:
-    """What one looks at next: what needs a hand, what failed last, what runs, else the newest."""
+    """Return the command to use next: on what needs a hand, what failed last, what runs, else the newest."""
     job = next((v for v in views if v.needs_a_hand), None)
     if job is None and any(v.state == "Running" and v.namespace for v in views):
         return f"{call} watch{flags}"

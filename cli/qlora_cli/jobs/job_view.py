@@ -1,4 +1,4 @@
-"""What a command shows of a job, cut out of the API object, or of the record of a local run."""
+"""Cut what a command shows of a job out of the API object, or out of the record of a local run."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def view(job: Object) -> JobView:
 
 
 def _message(status: Mapping[str, Any], state: str) -> str:
-    """What the condition says that speaks for the job; of several, the newest that has words."""
+    """Return the message of the condition that stands for the job; of several, the newest that has one."""
     conditions = status.get("conditions") or ()
     own = [c.get("message", "") for c in conditions if c.get("type") == state and c.get("status") == "True"]
     if state == "Pending":
@@ -241,7 +241,7 @@ def _local_state(folder: Path, result: Mapping[str, Any], last: AttemptView | No
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a 'qlora run' or its trainer lives. The lock itself is not tried: trying it could turn a run away."""
+    """Return whether a 'qlora run' or its trainer lives. The lock is not tried: that could turn a run away."""
     try:
         holders = (folder.parent / f".{folder.name}.lock").read_text().split()
     except (OSError, UnicodeDecodeError):
@@ -253,7 +253,7 @@ def in_use(folder: Path) -> bool:
 
 
 def in_order(views: Iterable[JobView]) -> list[JobView]:
-    """What needs a hand first, then what runs, what waits and what is over, the newest of each first."""
+    """Sort jobs: those that need a hand, then running, waiting and finished ones, the newest of each first."""
     rank = {"Running": 1, "Pending": 2, "Suspended": 3, "Failed": 4, "Succeeded": 5}
 
     def key(job: JobView) -> tuple[int, float, str]:

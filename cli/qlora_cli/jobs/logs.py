@@ -31,7 +31,7 @@ QUIET_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Wanted:
-    """What of the logs."""
+    """Selection of logs."""
 
     attempt: int | None = None
     """PREPARE for the pod that prepares; None: the newest there is, and with ``follow`` those to come."""
@@ -146,7 +146,7 @@ def read(cluster: Cluster, name: str, wanted: Wanted) -> Iterator[Line]:
 
 
 def _nothing(job: Object, wanted: Wanted, pods: Sequence[Pod]) -> str:
-    """Why there is no log, and where there is one."""
+    """Return why there is no log, and where there is one."""
     seen = view(job)
     there = sorted({p.attempt for p in pods if p.started})
     named = ", ".join("Prepare" if a == PREPARE else f"attempt {a}" for a in there)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Found:
-    """What a reference names: the API object, or a run's record."""
+    """Result of a reference: the API object, or a run's record."""
 
     body: Object
     view: JobView
@@ -53,7 +53,7 @@ def _run(folder: Path) -> Found:
 
 
 def next_commands(job: JobView, target: Target) -> list[str]:
-    """What one does next with a job in its state."""
+    """Return the commands to use next with a job in its state."""
     call, flags = program(), target.flags()
     if not job.namespace:
         return _next_locally(job, call)

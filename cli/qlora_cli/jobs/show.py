@@ -86,7 +86,7 @@ def _standing(job: JobView, now: datetime) -> Iterator[tuple[str, str]]:
 
 
 def _asked(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What the job is, in the words of its manifest."""
+    """Return what the job asks for, in the words of its manifest."""
     dataset, training = spec.get("dataset") or {}, spec.get("training") or {}
     lora, quantization = spec.get("lora") or {}, spec.get("quantization") or {}
     yield "Model", str((spec.get("model") or {}).get("source", ""))
@@ -114,7 +114,7 @@ def _ranks(job: JobView, body: Object) -> Iterator[tuple[str, str]]:
 
 
 def _found(body: Object) -> Iterator[tuple[str, str]]:
-    """What Prepare found in the rows: the operator's words, or a local run's receipt."""
+    """Return what Prepare found in the rows: the operator's words, or a local run's receipt."""
     found = (body.get("status") or {}).get("prepared") or body.get("receipt") or {}
     if not found:
         return

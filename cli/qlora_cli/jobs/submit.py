@@ -99,7 +99,7 @@ def _title(document: Document) -> str:
 
 
 def _body(document: Document, overrides: Sequence[job_manifest.Override]) -> Object:
-    """What is written in the file, not what defaults make of it: those are the API server's."""
+    """Return the manifest as it stands in the file, without defaults: those are the API server's."""
     body: Object = crd_schema.without_nulls(job_manifest.overridden(document.value, overrides))  # type: ignore[arg-type]
     body.pop("status", None)
     for name in _SERVER_SET:
@@ -135,7 +135,7 @@ def _bucket(spec: Object) -> str:
 
 
 def require_one_namespace(submissions: Sequence[Submission], flag: str | None) -> None:
-    """What the manifest says and what the flag says must be the same.
+    """Check that the manifest and the flag name the same namespace.
 
     Raises:
         ClusterError: they are not.

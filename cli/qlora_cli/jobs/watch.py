@@ -48,7 +48,7 @@ NUMBERS = ("LOSS", "EVAL", "TOK/S", "LEFT", "RST", "MEM", "AGE")
 
 @dataclass
 class WatchedJobs:
-    """What is known of the watched jobs. Changed by events alone."""
+    """State of the watched jobs. Changed by events alone."""
 
     names: frozenset[str] = frozenset()
     """Empty: all."""
@@ -92,7 +92,7 @@ class WatchedJobs:
 
     @property
     def all_over(self) -> bool:
-        """Whether every job asked for is over, deleted ones too."""
+        """Return whether every job asked for is finished, deleted ones too."""
         return all(job.is_over for job in self.jobs.values())
 
     @property
@@ -106,7 +106,7 @@ def _key(job: JobView) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Request:
-    """What to watch."""
+    """Selection of jobs to watch."""
 
     names: tuple[str, ...] = ()
     selector: str | None = None

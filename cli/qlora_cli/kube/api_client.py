@@ -33,7 +33,7 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True)
 class Event:
-    """What a watch tells.
+    """Event of a watch.
 
     ``kind`` is ADDED, MODIFIED or DELETED with one object; LISTED with all there are, at the start and whenever
     something may have been missed; LOST with none and a text, when the connection is gone and will be tried again.

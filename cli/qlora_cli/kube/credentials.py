@@ -36,7 +36,7 @@ EARLY_SECONDS = 30
 
 @dataclass(frozen=True)
 class Credential:
-    """What an exec plugin answered."""
+    """Credentials from an exec plugin."""
 
     token: str = ""
     certificate: str = ""

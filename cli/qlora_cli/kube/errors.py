@@ -1,4 +1,4 @@
-"""What may go wrong between here and a cluster.
+"""Errors between here and a cluster.
 
 ::
 

@@ -86,7 +86,7 @@ def load(kubeconfig: Path | None = None, context: str | None = None) -> Access:
 
 
 def is_configured() -> bool:
-    """Whether there is any way to a cluster."""
+    """Return whether there is any way to a cluster."""
     return any(path.is_file() for path in default_files()) or in_pod() is not None
 
 

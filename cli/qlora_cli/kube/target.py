@@ -59,7 +59,7 @@ def connect(target: Target) -> Iterator[Cluster]:
 
 
 def program() -> str:
-    """How this command line is called, for suggestions: by its path where no ``qlora`` is on PATH."""
+    """Return how this command line is called, for suggestions: by its path where no ``qlora`` is on PATH."""
     called = Path(sys.argv[0])
     if called.name.startswith(PLUGIN):
         return "kubectl qlora"
@@ -67,7 +67,7 @@ def program() -> str:
 
 
 def is_local(reference: str) -> bool:
-    """Whether a reference names a local run: a path. Names of jobs have no slash."""
+    """Return whether a reference names a local run: a path. Names of jobs have no slash."""
     return "/" in reference or reference in (".", "..")
 
 

@@ -54,7 +54,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a trainer's process ended, and what it was heard to say."""
+    """End of a trainer's process, and what it reported."""
 
     code: int
     stopped: Stopped
@@ -153,7 +153,7 @@ class Run:
         return Ended(code, stopped, step.termination_message(), last)
 
     def _after(self, step: Step, attempt: Attempt, ended: Ended) -> int | None:
-        """What follows; None for another attempt."""
+        """Decide what follows an attempt; None for another attempt."""
         console, policy = self._setting.console, self._setting.job.spec.policy
         # Who types the command again has looked at what happened: each call has its own restarts.
         following = after_attempt(policy, self.record.attempts[self._call_began_at :])
@@ -222,7 +222,7 @@ class Run:
 
 
 def next_choice(setting: Setting, record: RunRecord) -> Choice:
-    """What the next attempt starts with: as decided after the last one, unless the ranks are other ones."""
+    """Return the settings of the next attempt: as decided after the last one, unless the ranks are other ones."""
     if not record.attempts or record.attempts[-1].world_size != setting.world.ranks:
         planned = record.prepared
         if planned and planned.batch.world_size == setting.world.ranks:
@@ -286,6 +286,6 @@ def shell_code(code: int) -> int:
 
 
 def next_commands(folder: Path) -> list[str]:
-    """What to do with an adapter."""
+    """Return the commands to use with an adapter."""
     where = "" if folder.parent == Path("runs").absolute() else f" --runs-dir {folder.parent}"
     return [f'{program()} generate --run {folder.name}{where} --prompt "…"']

@@ -1,4 +1,4 @@
-"""What a machine without a cluster makes of a spec: paths, fields that mean nothing here, the trainer's config."""
+"""Adapt a spec to a machine without a cluster: paths, fields that mean nothing here, the trainer's config."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _json(value: object) -> str:
 
 
 def checkpoints_gradients(spec: QLoRAJobSpec, world: World) -> bool:
-    """Whether activations are recomputed; Auto: on a GPU, where memory is what runs out."""
+    """Return whether activations are recomputed; Auto: on a GPU, where memory is what runs out."""
     choice = spec.training.gradient_checkpointing
     if choice is GradientCheckpointing.AUTO:
         return world.device == "CUDA"

@@ -1,4 +1,4 @@
-"""What this machine can train on. NVML answers in milliseconds where torch takes seconds to load."""
+"""Find what this machine can train on. NVML answers in milliseconds where torch takes seconds to load."""
 
 from __future__ import annotations
 

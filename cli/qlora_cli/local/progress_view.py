@@ -1,4 +1,4 @@
-"""What a training says of itself while it runs: asked over HTTP, shown live on a terminal, in plain lines elsewhere."""
+"""Show the progress of a training: asked over HTTP, shown live on a terminal, in plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Poller:
 
 
 class Display(Protocol):
-    """Where progress is shown. A context manager."""
+    """Display of progress. A context manager."""
 
     def __enter__(self) -> Self: ...
     def __exit__(
@@ -112,7 +112,7 @@ class Watcher:
 
 
 def before_second_evaluation(report: ProgressReport, every_steps: int | None) -> bool:
-    """Whether the eval loss in a report can only be that from before the first step."""
+    """Return whether the eval loss in a report can only be that from before the first step."""
     if report.first_step:
         return False
     return report.step < every_steps if every_steps else float(report.epoch) < 1
@@ -122,7 +122,7 @@ def before_second_evaluation(report: ProgressReport, every_steps: int | None) ->
 
 
 def expectation(report: ProgressReport) -> str:
-    """What lies ahead, before the first step."""
+    """Return what lies ahead, before the first step."""
     steps = units.number(report.total_steps - report.first_step)
     time_left = units.duration(report.expected_seconds or 0)
     return f"{steps} steps are to be done: about {time_left} on this machine, by one trial step, evaluations included"
@@ -140,7 +140,7 @@ def within_section(report: ProgressReport) -> str:
 
 
 def figures(report: ProgressReport) -> list[tuple[str, str]]:
-    """What is known, as label and value."""
+    """Return what is known, as label and value."""
     known = (
         ("epoch", report.epoch if report.step else None),
         ("loss", report.loss),

@@ -81,7 +81,7 @@ class RunRecord(Model):
 
 @dataclass(frozen=True)
 class Folder:
-    """Where the parts of a run are."""
+    """Layout of a run's folder."""
 
     path: Path
 

@@ -53,7 +53,7 @@ def facts(rows: Sequence[tuple[str, str]]) -> Table:
 
 
 def plan(record: RunRecord, spec: QLoRAJobSpec, world: World, batch: BatchSplit, folder: Path) -> Table:
-    """What will happen."""
+    """Print what will happen."""
     number = len(record.attempts) + 1
     name = f"{record.name} (run {record.uid[:8]}" + (f", attempt {number}: resumes)" if number > 1 else ")")
     rows = [
@@ -140,7 +140,7 @@ def _cadence(spec: QLoRAJobSpec) -> str:
 
 
 def receipt(found: PrepareReceipt, prepared: PrepareResult | None) -> RenderableType:
-    """What Prepare found in the rows, with one of them; and where the training begins, what was decided."""
+    """Print what Prepare found in the rows, with one of them, and where the training begins."""
     lost = [
         f"{units.number(count)} {what}"
         for count, what in (
@@ -179,7 +179,7 @@ def receipt(found: PrepareReceipt, prepared: PrepareResult | None) -> Renderable
 
 
 def _planned(prepared: PrepareResult) -> Iterator[tuple[str, str]]:
-    """How training begins, and what it should need."""
+    """Return how training begins, and what it should need."""
     again = "activations are computed again" if prepared.gradient_checkpointing else "activations are kept"
     yield "Begins with", f"{batch_equation(prepared.batch)}; {again}"
     parts = {component: size for component, size in prepared.memory.items() if component != MemoryComponent.PEAK}
@@ -195,7 +195,7 @@ def _planned(prepared: PrepareResult) -> Iterator[tuple[str, str]]:
 
 
 def retry(ended: Attempt, following: Retry) -> str:
-    """Why there is another attempt, and what differs."""
+    """Print why there is another attempt, and what differs."""
     what = [f"Attempt {ended.number} ended: {ended.reason}. {ended.message}".rstrip()]
     if following.batch.micro_batch_size != ended.micro_batch_size:
         what.append(f"The next attempt takes smaller portions: {batch_equation(following.batch)}.")
@@ -291,7 +291,7 @@ def parts(record: RunRecord, attempts_seconds: float) -> dict[str, float]:
 
 
 def failure(reason: Reason, message: str, tail: Sequence[str], log: Path) -> Group:
-    """Why it ended, in the trainer's own words; without them, with the end of its log."""
+    """Print why it ended, in the trainer's own words; without them, with the end of its log."""
     parts: list[RenderableType] = [Text(f"Failed: {reason}", style="bold red"), message]
     if tail:
         parts += [

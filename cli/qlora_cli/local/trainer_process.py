@@ -29,7 +29,7 @@ MARK = "QLORA_PROCESS_MARK"
 
 @dataclass(frozen=True)
 class Commands:
-    """How the trainer's processes are started; the config's path is appended."""
+    """Command lines of the trainer's processes; the config's path is appended."""
 
     prepare: tuple[str, ...] = (sys.executable, "-m", "qlora_trainer.prepare")
     train: tuple[str, ...] = (sys.executable, "-m", "qlora_trainer")
@@ -37,7 +37,7 @@ class Commands:
 
 
 class Stopped(Enum):
-    """What was done to a process from here."""
+    """Signal that was sent to a process from here."""
 
     NO = "no"
     ASKED = "asked"

@@ -51,7 +51,7 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class Answers:
-    """What a manifest cannot be without."""
+    """Values that a manifest cannot be without."""
 
     model: str
     data: str

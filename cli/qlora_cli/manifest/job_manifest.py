@@ -71,7 +71,7 @@ def documents(path: Path) -> list[Document]:
 
 
 def is_foreign(document: Document) -> bool:
-    """Whether a document is plainly of another kind, such as a Secret beside the job; a misspelled QLoRAJob is not."""
+    """Return whether a document is plainly of another kind, such as a Secret; a misspelled QLoRAJob is not."""
     value = document.value if isinstance(document.value, dict) else {}
     version, kind = value.get("apiVersion"), value.get("kind")
     if not (isinstance(version, str) and isinstance(kind, str)):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """What one file holds."""
+    """Contents of one file."""
 
     source: str
     jobs: tuple[str, ...] = ()

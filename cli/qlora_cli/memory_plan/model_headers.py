@@ -37,7 +37,7 @@ BUCKETS = ("s3", "gs", "az")
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What is known of a base without its weights."""
+    """Files of a base that are known without its weights."""
 
     config: dict[str, Any]
     tensors: dict[str, TensorInfo] | None

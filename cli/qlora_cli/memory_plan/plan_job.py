@@ -41,7 +41,7 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked besides the manifest."""
+    """Options of a plan besides the manifest."""
 
     gpu: str | None = None
     gpus: int | None = None

@@ -1,4 +1,4 @@
-"""What 'qlora plan' prints. No decisions, no I/O."""
+"""Print the result of 'qlora plan'. No decisions, no I/O."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What base, adapter and merged model of a run answered, kept beside the run for its report."""
+"""Keep the answers of a run's base, adapter and merged model beside the run, for its report."""
 
 from __future__ import annotations
 

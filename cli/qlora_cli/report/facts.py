@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Facts:
-    """What a report says, wherever it was found."""
+    """Facts in a report, wherever they were found."""
 
     name: str
     uid: str
@@ -56,7 +56,7 @@ class Facts:
 
 
 def gather(run: str, runs_dir: Path) -> tuple[Facts, Path]:
-    """What is known of a run, and the folder it is in."""
+    """Return what is known of a run, and the folder it is in."""
     for place in (runs_dir / run, Path(run)):
         folder = run_folder.Folder(place.absolute())
         record = folder.read()
@@ -122,7 +122,7 @@ def of_adapter(manifest: Path) -> Facts:
 
 
 def told(history: History) -> list[Answer]:
-    """What the trainer itself asked for before the first step and after the last, by prompt."""
+    """Return the answers that the trainer itself asked for before the first step and after the last, by prompt."""
     base, adapter = (history.answers.get(who, {}) for who in ("base", "adapter"))
     return [Answer(prompt=p, base=base.get(p), adapter=adapter.get(p)) for p in {**base, **adapter}]
 

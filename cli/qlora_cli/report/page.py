@@ -108,7 +108,7 @@ def _head(facts: Facts) -> str:
 
 
 def _end(facts: Facts) -> tuple[str, str]:
-    """How the run stands: (class of the badge, text)."""
+    """Return how the run stands: (class of the badge, text)."""
     if facts.published:
         return "good", "Succeeded"
     reason = facts.attempts[-1].reason if facts.attempts else None
@@ -198,7 +198,7 @@ def _power(value: float) -> str:
 
 
 def _time_of(facts: Facts) -> str:
-    """Where rank 0's time went, by section."""
+    """Return where rank 0's time went, by section."""
     found = sorted(facts.history.section_seconds.items(), key=lambda item: -item[1])
     bar = shares(
         "Rank 0, by section, up to the last checkpoint", [(n, s, units.duration(s)) for n, s in found if s >= 0.05]
@@ -303,7 +303,7 @@ def _samples(samples: Sequence[str]) -> str:
 
 
 def _answers(facts: Facts) -> str:
-    """What base and adapter were asked, and what they said: in training, and since."""
+    """Return prompts with the answers of base and adapter: in training, and since."""
     parts = []
     if facts.told:
         parts.append("<p>To the prompts of the manifest, before the first step and after the last:</p>")

@@ -37,7 +37,7 @@ class StepFacts:
 
 @dataclass(frozen=True)
 class AttemptFacts:
-    """What an attempt said of itself when it began."""
+    """Facts about an attempt, recorded when it began."""
 
     number: int
     from_step: int
@@ -86,7 +86,7 @@ def of_run(folder: Path, adapter: Path | None = None) -> History:
 
 
 def _vouched_for(marker: Path) -> Path:
-    """Where the history of a checkpoint is: among the files of the attempt that its marker speaks of."""
+    """Return where the history of a checkpoint is: among the files of the attempt that its marker speaks of."""
     try:
         attempt = json.loads(marker.read_bytes())["checkpoint"]["attempt"]
     except (ValueError, LookupError, TypeError):
@@ -96,7 +96,7 @@ def _vouched_for(marker: Path) -> Path:
 
 
 def of_file(path: Path | None) -> History:
-    """What a file of the trainer's says; nothing where there is none."""
+    """Read a file of the trainer's; nothing where there is none."""
     return parse(path.read_text("utf-8").splitlines()) if path is not None and path.exists() else History()
 
 

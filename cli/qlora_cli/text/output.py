@@ -1,4 +1,4 @@
-"""What commands print: results on standard output, everything else on standard error; colours only on a terminal."""
+"""Print results on standard output and everything else on standard error; colours only on a terminal."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def _as_kubectl(body: Object, kind: tuple[str, str]) -> Object:
 
 
 def say_next(*commands: str) -> None:
-    """What one does next, on standard error: standard output is for the result."""
+    """Print the commands to use next on standard error: standard output is for the result."""
     screen = console(stderr=True)
     label = "Next: "
     for command in commands:

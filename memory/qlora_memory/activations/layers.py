@@ -86,7 +86,7 @@ class Pen:
 
     @property
     def _adds(self) -> bool:
-        """Whether the update is added in the product itself: not in fp32, nor with DoRA (``kernels.fuse_adapters``)."""
+        """Return whether the product adds the update itself: not in fp32, nor with DoRA (``kernels.fuse_adapters``)."""
         software = self.setting.software
         plain = self.width != FP32 and not self.setting.adapter.lora.dora
         return plain and not (software.fused_adapter or software.peft)

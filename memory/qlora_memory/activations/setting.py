@@ -1,4 +1,4 @@
-"""What the activations of a forward pass depend on, besides the model."""
+"""Properties besides the model that the activations of a forward pass depend on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qlora_memory.weights import Adapter, compute_width
 
 @dataclass(frozen=True)
 class Software:
-    """Where other trainers differ.
+    """Differences between trainers.
 
     The defaults are this project's own; others serve to check the formulas on published figures.
     """

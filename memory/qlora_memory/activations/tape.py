@@ -1,4 +1,4 @@
-"""What automatic differentiation keeps, computed without computing anything.
+"""Compute what automatic differentiation keeps, without running the model.
 
 A :class:`Tape` is written like a forward pass, with sizes in place of tensors. Reading it gives the bytes that are held
 from the forward to the backward pass, and the highest total while either runs.

@@ -83,7 +83,7 @@ def seconds_per_token(
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training is expected to take."""
+    """Expected time of a training."""
 
     hours: Span
     """Wall-clock time of training alone: no preparation, loading, evaluation or publishing."""

@@ -19,7 +19,7 @@ from qlora_memory.weights import FOUR_BIT, Adapter
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be planned."""
+    """Input of the planner."""
 
     spec: QLoRAJobSpec
     shape: ModelShape
@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def needed_bytes(self) -> int:
-        """What the GPU must have, corrected; ``memory`` is not: a correction must not learn from itself."""
+        """Return the bytes that the GPU must have, corrected; ``memory`` is not, for corrections learn from it."""
         return math.ceil(self.memory.needed_bytes * self.correction)
 
     @property
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to know about the prediction."""
+        """Return remarks on the prediction."""
         return tuple(_notes(self))
 
     @property
@@ -132,7 +132,7 @@ def _check_gpu(request: Request) -> None:
 
 
 def plan_of(request: Request, batch: BatchSplit, *, checkpointing: bool) -> Plan:
-    """What one choice needs, whether it fits or not."""
+    """Return the plan of one choice, whether it fits or not."""
     spec, adapter = request.spec, Adapter(request.shape, request.spec.lora)
     run = run_of(spec, request.shape, batch, checkpointing=checkpointing, row=request.row, gpu=request.gpu)
     speed = seconds_per_token(

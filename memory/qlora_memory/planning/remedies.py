@@ -1,4 +1,4 @@
-"""What would fit, where nothing that the job allows does. Pure."""
+"""Suggest what would fit, where nothing that the job allows does. Pure."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ PACKED = frozenset({"gemma", "gemma3_text", "llama", "mistral", "opt", "phi", "q
 
 @dataclass(frozen=True)
 class Family:
-    """What ``config.json`` leaves unsaid about a model type."""
+    """Properties of a model type that ``config.json`` does not state."""
 
     attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Names of query, key, value and output; two names: query, key and value are one layer."""
@@ -358,7 +358,7 @@ def _expert_elements(hidden: int, layer: Layer) -> int:
 
 
 def on_disk(config: Config) -> OnDisk | None:
-    """How the base is quantized already.
+    """Return the quantization that the base has on disk.
 
     Raises:
         FieldError: by something else than bitsandbytes.

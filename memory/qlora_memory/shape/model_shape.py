@@ -152,7 +152,7 @@ class Head:
 
 @dataclass(frozen=True)
 class OnDisk:
-    """How a base is quantized already."""
+    """Quantization that a base has on disk."""
 
     type: QuantizationType
     double: bool

@@ -1,4 +1,4 @@
-"""How children are created: where, and with what of them no decision knows."""
+"""Create children: in which order, and with the values that no decision knows."""
 
 from __future__ import annotations
 

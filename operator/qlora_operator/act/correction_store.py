@@ -1,4 +1,4 @@
-"""What this cluster has learned of predicted memory, kept in a ConfigMap that the chart owns."""
+"""Keep this cluster's corrections of predicted memory in a ConfigMap that the chart owns."""
 
 from __future__ import annotations
 

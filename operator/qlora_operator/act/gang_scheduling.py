@@ -32,7 +32,7 @@ def choose_gang(scheduling: SchedulingSpec, configured: Gang, offered: Iterable[
 
 
 def cannot_start(scheduling: SchedulingSpec, gang: Gang, offered: Iterable[Gang]) -> str:
-    """What to say where pods could never start by a choice; empty where they can."""
+    """Return why pods could never start by a choice; empty where they can."""
     if gang is Gang.KUEUE and scheduling.queue is None:  # by the operator's setting: the API refuses it in a job
         return (
             "spec.scheduling.queue: must name a LocalQueue of Kueue in the job's namespace, since this operator starts "

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def merge_patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """What turns ``before`` into ``after``; empty where they are equal. Lists are replaced as a whole."""
+    """Return the merge patch from ``before`` to ``after``; empty if they are equal. Lists are replaced as a whole."""
     patch: dict[str, Any] = {name: None for name in before if name not in after}
     for name, value in after.items():
         old = before.get(name)

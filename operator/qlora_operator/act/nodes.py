@@ -18,7 +18,7 @@ class Nodes:
         self._known: dict[str, tuple[float, bool]] = {}
 
     async def is_lost(self, node: str) -> bool:
-        """Whether a node is gone or not ready. Asked only of nodes whose pods were evicted and do not end."""
+        """Return whether a node is gone or not ready. Asked only of nodes whose pods were evicted and do not end."""
         at, lost = self._known.get(node, (-NODE_SECONDS, False))
         if time.monotonic() - at < NODE_SECONDS:
             return lost

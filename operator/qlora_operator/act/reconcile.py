@@ -312,7 +312,7 @@ class Reconciler:
         return True
 
     async def _is_as_decided(self, key: Key, job: QLoRAJob) -> bool:
-        """Whether a job is still what was decided on; if it has changed, it is decided on anew.
+        """Return whether a job is still as it was when decided on; if it has changed, it is decided on anew.
 
         Of two operators for a moment, one that has not seen yet that a job was resumed would delete what the other
         one made.
@@ -335,7 +335,7 @@ class Reconciler:
             known.deleted |= {uid}
 
     async def _mine(self, collection: str, body: Object) -> Object:
-        """What stands under the name already: made by us before, or by an earlier job of the same name."""
+        """Return the object under the name if it is this job's, and not of an earlier job of the same name."""
         name = body["metadata"]["name"]
         there = await self._api.get(f"{collection}/{name}")
         if not is_same_object(body, there):

@@ -132,7 +132,7 @@ def batch_of(attempt: Attempt) -> BatchSplit:
 
 
 def differ_in_figures(before: QLoRAJobStatus, after: QLoRAJobStatus) -> bool:
-    """Whether nothing but progress, memory and words around them differ: that can wait for the next write."""
+    """Return whether nothing but progress, memory and words around them differ: that can wait for the next write."""
 
     def quiet(status: QLoRAJobStatus) -> QLoRAJobStatus:
         attempts = [a.model_copy(update={"first_step": None, "last_step": None}) for a in status.attempts]

@@ -1,4 +1,4 @@
-"""How an attempt ended: what its Job and its pods say, weighed against each other. Pure.
+"""Decide how an attempt ended: what its Job and its pods say, weighed against each other. Pure.
 
 The pods of one attempt seldom agree. One runs out of memory, and its peers see a connection close; one node goes
 away, and the others crash. The most telling end counts, in the order of :func:`_weight`.
@@ -43,7 +43,7 @@ _OVERFULL = re.compile(r'Usage of EmptyDir volume "([^"]+)" exceeds the limit "(
 
 @dataclass(frozen=True)
 class Ending:
-    """How an attempt, or Prepare, ended."""
+    """End of an attempt, or of Prepare."""
 
     reason: Reason
     message: str
@@ -148,7 +148,7 @@ def _never_placed(pods: tuple[PodSnapshot, ...], workers: int, seen: Observed) -
 
 
 def _weight(pod: PodSnapshot) -> tuple[int, Reason] | None:
-    """How telling a pod's end is, the lowest first; None where the pod says nothing."""
+    """Return how much a pod tells about an end, the lowest first; None where the pod says nothing."""
     if _overfull(pod):
         return 0, Reason.USER_ERROR
     code = pod.exit_code
@@ -187,7 +187,7 @@ def _reason_of(code: int, pod: PodSnapshot | None = None) -> Reason:
 
 
 def _overfull(pod: PodSnapshot) -> str:
-    """What is to be done about a pod that was evicted for a volume of its own; empty for any other."""
+    """Return the remedy for a pod that was evicted for a volume of its own; empty for any other."""
     found = _OVERFULL.search(pod.pod_message) if pod.pod_reason == "Evicted" else None
     if found is None:
         return ""
@@ -216,7 +216,7 @@ def _of_pod(pod: PodSnapshot, reason: Reason) -> Ending:
 
 
 def _from_job(job: ObservedJob) -> Ending:
-    """What is left when the pods are gone: the Job controller names exit code or condition in its message."""
+    """Read the end from the Job when the pods are gone: its controller names exit code or condition in its message."""
     code = re.search(r"exit code (\d+)", job.message)
     if code:
         return Ending(_reason_of(int(code[1])), job.message, int(code[1]))

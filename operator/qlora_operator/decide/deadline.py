@@ -16,7 +16,7 @@ def seconds_left(context: Context, status: QLoRAJobStatus) -> float:
 
 
 def is_late(context: Context, status: QLoRAJobStatus) -> bool:
-    """Whether the deadline has passed."""
+    """Return whether the deadline has passed."""
     return seconds_left(context, status) <= 0
 
 

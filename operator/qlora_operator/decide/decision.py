@@ -1,4 +1,4 @@
-"""What one decision is made from, and what comes of it."""
+"""Input and output of one decision."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do, in this order: make, delete, write status, post events."""
+    """Actions of one decision, in this order: make, delete, write status, post events."""
 
     status: QLoRAJobStatus
     make: tuple[dict[str, Any], ...] = ()
@@ -39,7 +39,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Context:
-    """What stays the same over one decision."""
+    """Values that stay the same over one decision."""
 
     job: QLoRAJob
     seen: Observed

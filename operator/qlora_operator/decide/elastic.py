@@ -25,7 +25,7 @@ def too_large(context: Context, attempt: Attempt) -> Ending | None:
 
 
 def waiting_since(context: Context, attempt: Attempt) -> datetime:
-    """When the last of its pods was made: time in a queue before that is not time without room."""
+    """Return when the last of its pods was made: time in a queue before that is not time without room."""
     return max((p.created for p in context.seen.pods_of(attempt.number)), default=attempt.start_time)
 
 

@@ -1,4 +1,4 @@
-"""How long trainers get between SIGTERM and SIGKILL, from what steps and saves have taken. Pure."""
+"""Compute the time between SIGTERM and SIGKILL from what steps and saves have taken. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What finished jobs say of predicted memory: how much they took, over what was predicted for them. Pure.
+"""Compare the memory that finished jobs took with what was predicted for them. Pure.
 
 One factor for each GPU product and quantization. Prepare multiplies what a choice needs by it before it holds it
 against the GPU; what is predicted in status stays as the formulas have it, or the factor would learn from itself.
@@ -43,7 +43,7 @@ class Learned(Model):
 
 @dataclass(frozen=True, order=True)
 class CorrectionKey:
-    """What a factor is learned for."""
+    """Key of a correction factor."""
 
     gpu: str
     """A name of ``qlora plan``'s table."""
@@ -88,6 +88,6 @@ def read(data: Mapping[str, str]) -> dict[CorrectionKey, Learned]:
 
 
 def is_news(before: Learned | None, after: Learned) -> bool:
-    """Whether a factor is worth a write."""
+    """Return whether a factor is worth a write."""
     written = before.correction if before else 1.0
     return not math.isclose(after.correction, written, rel_tol=WORTH_WRITING)

@@ -1,4 +1,4 @@
-"""Why an attempt that exists does not run yet, in words a person can act on. Pure."""
+"""Decide why an attempt that exists does not run yet, in words a person can act on. Pure."""
 
 from __future__ import annotations
 

@@ -148,14 +148,14 @@ def _adopted(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
 
 
 def _is_planned_for(context: Context, attempt: Attempt) -> bool:
-    """Whether an attempt has no more ranks than the job asks for, and its batch."""
+    """Return whether an attempt has no more ranks than the job asks for, and its batch."""
     split = batch_of(attempt)
     whole = context.job.spec.training.global_batch_size
     return split.world_size <= context.world_size and split.global_batch_size == whole
 
 
 def _prepared_before(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
-    """What Prepare found, acted on, and not written down."""
+    """Return the result of Prepare that was acted on and not written down."""
     if status.prepared or status.attempts or PREPARE not in context.seen.jobs:
         return status
     ending = ending_of(PREPARE, 1, context.seen)

@@ -1,4 +1,4 @@
-"""What Prepare is told and what it found, in status and in words: rows, memory, hours and money. Pure."""
+"""Turn Prepare's result into status and words: rows, memory, hours and money. Pure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOT_PREPARED = (
 
 
 def is_for(context: Context, result: PrepareResult) -> bool:
-    """Whether a result is a plan for the job's ranks and batch: pods are made by it."""
+    """Return whether a result is a plan for the job's ranks and batch: pods are made by it."""
     batch = result.batch
     return (batch.world_size, batch.global_batch_size) == (
         context.world_size,
@@ -53,7 +53,7 @@ def expected_cost(context: Context, result: PrepareResult) -> str | None:
 
 
 def _gpu_not_said(context: Context) -> bool:
-    """Whether neither the operator's settings nor the job name the GPU that a rank gets."""
+    """Return whether neither the operator's settings nor the job name the GPU that a rank gets."""
     said = context.config.trainer.gpu or GPU_PRODUCT in context.job.spec.scheduling.node_selector
     return device_of(context.config) == "CUDA" and not said
 

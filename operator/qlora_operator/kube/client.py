@@ -49,7 +49,7 @@ class ApiError(Exception):
 
     @property
     def is_transient(self) -> bool:
-        """Whether the same call may go through a little later."""
+        """Return whether the same call may go through a little later."""
         return self.status in (408, 409, 429) or self.status >= 500
 
 

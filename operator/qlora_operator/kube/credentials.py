@@ -35,7 +35,7 @@ PLAIN = frozenset(
 
 
 def load_credentials() -> kopf.ConnectionInfo:
-    """What $KUBECONFIG says, else the pod's own account, else what kubectl would use.
+    """Load credentials from $KUBECONFIG, else the pod's own account, else as kubectl would.
 
     Raises:
         kopf.LoginError: there is none of them.
@@ -58,7 +58,7 @@ def load_credentials() -> kopf.ConnectionInfo:
 
 
 def _is_plain(path: str) -> bool:
-    """Whether a kubeconfig is one file with everything in it.
+    """Return whether a kubeconfig is one file with everything in it.
 
     Raises:
         kopf.LoginError: it asks for what neither reader heeds.
@@ -88,7 +88,7 @@ class Credentials:
         self.info, self._read = info, time.monotonic()
 
     async def headers(self) -> dict[str, str]:
-        """What a request says of who asks. What cannot be read again just now is used as it was."""
+        """Return the headers that authenticate a request. What cannot be read again just now is used as it was."""
         if time.monotonic() - self._read > RENEW_SECONDS:
             self._read = time.monotonic()
             try:

@@ -21,7 +21,7 @@ SLACK_SECONDS = 120
 
 
 class Watches:
-    """When each watch was last asked for.
+    """Times of the last request of each watch.
 
     Args:
         resources: plurals, as they end the paths of watches.

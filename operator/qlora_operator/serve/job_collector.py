@@ -90,7 +90,7 @@ class JobsCollector:
 
 
 class _Figures:
-    """What one job adds: samples by family, and its part of what is counted over several jobs."""
+    """Samples of one job by family, and its part of what is counted over several jobs."""
 
     def __init__(self) -> None:
         self.samples: list[tuple[str, tuple[str, ...], float]] = []
@@ -245,7 +245,7 @@ def _running_seconds(attempt: Json, now: float) -> float:
 
 
 def _waits_since(job: Json, status: Json) -> float:
-    """When a job last ran, or was created."""
+    """Return when a job last ran, or was created."""
     ended = [attempt["endTime"] for attempt in status.get("attempts") or () if "endTime" in attempt]
     return _seconds(max(ended, default=job["metadata"]["creationTimestamp"]))
 

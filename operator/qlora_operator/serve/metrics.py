@@ -17,7 +17,7 @@ _KINDS: dict[Kind, Any] = {Kind.COUNTER: Counter, Kind.HISTOGRAM: Histogram}
 
 
 class Metrics:
-    """What the reconciler tells, and what the store shows when it is scraped."""
+    """Metrics that the reconciler records, and those that are read from the store when it is scraped."""
 
     def __init__(self, store: Store) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # series of the library, which nobody reads

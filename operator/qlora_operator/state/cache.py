@@ -1,4 +1,4 @@
-"""What the operator knows, kept small: per QLoRAJob a few kilobytes of JSON, per child a frozen value.
+"""Cache what the operator knows: per QLoRAJob a few kilobytes of JSON, per child a frozen value.
 
 Filled by watches and by the answers to the operator's own writes; of two views of one object the newer one counts, so a
 decision never falls behind what this process itself has done.
@@ -76,7 +76,7 @@ class Known:
         return tuple(pod for pod in self.pods.values() if self.owns(pod))
 
     def owns(self, pod: PodSnapshot) -> bool:
-        """Whether a pod is controlled by a Job that the QLoRAJob controls, of the attempt that the pod says."""
+        """Return whether a pod is controlled by a Job that the QLoRAJob controls, of the attempt that the pod says."""
         return self.job is not None and self.made.get(pod.controller) == (self.job.uid, pod.attempt)
 
     def forget_made(self) -> None:

@@ -1,4 +1,4 @@
-"""What the operator sees, in the form in which it decides: small frozen values, cut out of API objects.
+"""Define the operator's view of the cluster: small frozen values, cut out of API objects.
 
 A decision never reads an API object, and the operator keeps none in memory.
 """

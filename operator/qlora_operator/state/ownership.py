@@ -10,7 +10,7 @@ SERVICE_FIELDS = ("clusterIP", "selector", "publishNotReadyAddresses", "external
 
 
 def is_same_object(wanted: Object, there: Object) -> bool:
-    """Whether an object that exists is the one that was to be made: controlled by the same owner, by UID.
+    """Return whether an object that exists is the one that was to be made: controlled by the same owner, by UID.
 
     The shared Service of a namespace has no owner: it must lead where the operator's leads.
     """

@@ -75,12 +75,12 @@ def read_termination_message(text: str) -> TerminationMessage | None:
 
 
 def is_number(text: str) -> bool:
-    """Whether a decimal string is a finite number."""
+    """Return whether a decimal string is a finite number."""
     return bool(_DECIMAL.fullmatch(text)) and math.isfinite(float(text))
 
 
 def known_components(sizes: Any) -> dict[str, int]:
-    """Of sizes by name, those of components that there are, with a size that can be."""
+    """Return the sizes whose names are components and whose values are possible."""
     if not isinstance(sizes, dict):
         return {}
     return {
@@ -114,7 +114,7 @@ def _progress(found: Any) -> Progress | None:
 
 
 def _prepared(found: Any) -> PrepareResult | None:
-    """What Prepare found; None where any of it is not what Prepare says, for a plan is made of it."""
+    """Parse Prepare's result; None where any of it is not what Prepare says, for a plan is made of it."""
     if not isinstance(found, dict):
         return None
     try:

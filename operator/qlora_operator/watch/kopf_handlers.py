@@ -30,7 +30,7 @@ class NoDiffBase(kopf.DiffBaseStorage):
 
 
 def settings() -> kopf.OperatorSettings:
-    """How kopf watches: with time limits everywhere, and without writes of its own."""
+    """Configure how kopf watches: with time limits everywhere, and without writes of its own."""
     chosen = kopf.OperatorSettings()
     chosen.posting.enabled = False
     chosen.scanning.disabled = True

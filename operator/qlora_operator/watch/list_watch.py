@@ -31,7 +31,7 @@ Take = Callable[[Object], Key | None]
 
 @dataclass(frozen=True)
 class Kind:
-    """What is watched, and who is told. Of ``take`` and ``drop`` comes the key to wake, None where it is no news."""
+    """Kind of object to watch, with its receivers. ``take`` and ``drop`` return the key to wake; None: no news."""
 
     base: str
     plural: str
@@ -45,7 +45,7 @@ class Kind:
 
 
 def kinds_of(store: Store, services: set[str]) -> tuple[Kind, ...]:
-    """What belongs to QLoRAJobs. In this order: what is listed later belongs to what is listed before."""
+    """Return the kinds that belong to QLoRAJobs, owners first: what is listed later belongs to what is before."""
     ours = {"labelSelector": JOB_LABEL}
     # The Job controller says why it cannot make pods in Events, and nowhere else.
     refusals = {"fieldSelector": "reason=FailedCreate,involvedObject.kind=Job"}
@@ -103,7 +103,7 @@ class Watch:
 
     @property
     def plural(self) -> str:
-        """Of what is watched."""
+        """Return the plural name of the watched kind."""
         return self._kind.plural
 
     async def list(self) -> set[Key]:

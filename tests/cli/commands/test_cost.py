@@ -1,4 +1,4 @@
-"""What it costs: modules to start, and work while 200 jobs are watched. ``benchmarks/bench_cli.py`` has the times."""
+"""Cost of the command line: modules to start, work while 200 jobs are watched. Times: ``benchmarks/bench_cli.py``"""
 
 import io
 import json

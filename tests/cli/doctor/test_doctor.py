@@ -1,4 +1,4 @@
-"""What the doctor makes of what it saw: the cases that a real cluster does not play on demand."""
+"""Conclusions of the doctor: the cases that a real cluster does not play on demand."""
 
 from datetime import timedelta
 

@@ -1,4 +1,4 @@
-"""What commands print, as golden texts."""
+"""Output of commands, as golden texts."""
 
 import json
 from collections import deque

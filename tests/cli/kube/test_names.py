@@ -1,4 +1,4 @@
-"""What is written down twice, so that a command starts quickly, is the same."""
+"""Names that are written down twice, so that a command starts quickly, are the same."""
 
 from qlora_api import job
 from qlora_api.contract import ExitCode

@@ -1,4 +1,4 @@
-"""What is shown while a training runs."""
+"""Display of a training while it runs."""
 
 import io
 from types import SimpleNamespace

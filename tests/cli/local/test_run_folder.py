@@ -1,4 +1,4 @@
-"""What a call of 'qlora run' goes on with, by what an earlier one left."""
+"""Choice of the run that a call of 'qlora run' continues, by what an earlier one left."""
 
 from __future__ import annotations
 

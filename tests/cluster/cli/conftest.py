@@ -28,7 +28,7 @@ CRD = Path(__file__).parents[3] / "crds" / "qlora.dev_qlorajobs.yaml"
 
 @dataclass(frozen=True)
 class Said:
-    """What a command printed, and how it ended."""
+    """Output of a command, and its exit code."""
 
     code: int
     out: str

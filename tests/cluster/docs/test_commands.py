@@ -82,7 +82,7 @@ class Stage:
             (data / name).write_text("{}\n")
 
     def _publish(self) -> None:
-        """What a trainer would have: the pods of fake nodes leave nothing."""
+        """Publish what a trainer would have: the pods of fake nodes leave nothing."""
         destination = Path(self.s3.folder_of(self.s3.bucket(BUCKET).removeprefix("s3://"))) / "adapters" / JOB
         adapter = destination / "0a1b2c3d-attempt-1" / "adapter"
         adapter.mkdir(parents=True)

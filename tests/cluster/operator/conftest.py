@@ -31,7 +31,7 @@ def crd_cluster(kwok_cluster: ControlPlane) -> ControlPlane:
 
 @pytest.fixture(scope="session")
 def history(crd_cluster: ControlPlane) -> Iterator[History]:
-    """Of all that happened on the cluster since."""
+    """Return the history of all that happened on the cluster since."""
     with History(crd_cluster) as running:
         yield running
 

@@ -1,4 +1,4 @@
-"""What the API server, or the way to it, may do to an operator, and the operator goes on."""
+"""Faults of the API server, or of the way to it, that the operator survives."""
 
 from __future__ import annotations
 

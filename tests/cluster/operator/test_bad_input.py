@@ -1,4 +1,4 @@
-"""What keeps a job from running shows in its conditions, with a reason and what to do about it, within ten seconds."""
+"""Obstacles of a job show in its conditions, with a reason and what to do about it, within ten seconds."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ MOST_ERRORS = 5
 
 @dataclass(frozen=True)
 class Stage:
-    """What all lives share."""
+    """Setting that all lives share."""
 
     cluster: ControlPlane
     zygote: Zygote
@@ -83,7 +83,7 @@ def stage(crd_cluster, zygote, history) -> Iterator[Stage]:
 
 
 def is_nth(moments: tuple[str, ...], place: int) -> Callable[[Call], bool]:
-    """Whether a call is the one at a place of a life: of several alike, the one with as many before it."""
+    """Return whether a call is the one at a place of a life: of several alike, the one with as many before it."""
     before = moments[:place].count(moments[place])
     seen = Counter()
 

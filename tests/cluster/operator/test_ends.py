@@ -1,4 +1,4 @@
-"""How jobs end, or are known to, on a real control plane: stalls in a row, and what Prepare says of hours and money."""
+"""Ends of jobs on a real control plane: stalls in a row, and what Prepare says of hours and money."""
 
 from __future__ import annotations
 

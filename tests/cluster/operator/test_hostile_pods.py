@@ -1,4 +1,4 @@
-"""What tenants and taken-over pods may do to the operator on a real API server; it serves all others on."""
+"""Attacks of tenants and taken-over pods on the operator, on a real API server; it goes on serving all others."""
 
 from __future__ import annotations
 

@@ -234,7 +234,7 @@ def test_what_jobs_took_is_learned_with_the_rights_of_the_chart_and_not_again_af
 
 
 def writes(cluster: ControlPlane, installed: Installed, mark: int) -> list[Request]:
-    """Of the operator's, events aside."""
+    """Return the operator's writes, events aside."""
     asked = [r for r in cluster.requests_since(mark) if r.user == installed.account]
     return [r for r in asked if r.verb not in READS and r.resource != "events"]
 

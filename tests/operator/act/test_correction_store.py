@@ -1,4 +1,4 @@
-"""What is learned of predicted memory: from which jobs, how fast, within which bounds, and with how few writes."""
+"""Corrections of predicted memory: from which jobs, how fast, within which bounds, and with how few writes."""
 
 from __future__ import annotations
 

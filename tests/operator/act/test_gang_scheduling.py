@@ -1,4 +1,4 @@
-"""How the pods of a job start together."""
+"""Gang scheduling: the pods of a job start together."""
 
 from __future__ import annotations
 

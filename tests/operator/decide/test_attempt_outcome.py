@@ -1,4 +1,4 @@
-"""How an attempt ended, from pods that do not agree."""
+"""End of an attempt, from pods that do not agree."""
 
 from __future__ import annotations
 

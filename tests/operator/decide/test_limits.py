@@ -1,4 +1,4 @@
-"""What bounds a job: its deadline, its budget, and the time it gets to stop."""
+"""Limits of a job: its deadline, its budget, and the time it gets to stop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why pods are not there yet, in words that say what to do."""
+"""Reasons of pods that are not there yet, in words that say what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What follows, decided from values alone. One row a case; its id says the behaviour."""
+"""Decisions, from values alone. One row a case; its id says the behaviour."""
 
 from __future__ import annotations
 

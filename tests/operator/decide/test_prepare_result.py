@@ -1,4 +1,4 @@
-"""What Prepare found, in status and in words: hours, money, and what the plan was corrected by."""
+"""Results of Prepare in status and in words: hours, money, and what the plan was corrected by."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ON_H100 = {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
 
 
 def found(hours: str | None):
-    """What is seen once Prepare has ended."""
+    """Return what is observed once Prepare has ended."""
     result = PrepareResult.model_validate(
         {
             "modelRevision": "0123456789abcdef",

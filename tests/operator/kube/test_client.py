@@ -1,4 +1,4 @@
-"""What the operator makes of an API server's answers, as they come over HTTP."""
+"""Answers of an API server as they come over HTTP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ERROR = {"type": "ERROR", "object": {"code": 410, "reason": "Expired", "message"
 
 
 async def watched(*lines, ends=True):
-    """What a watch gives of these lines, as JSON or as they are, from a server that ends it or says nothing more."""
+    """Return the events of a watch of these lines, as JSON or as they are; the server ends it or says nothing more."""
     over = asyncio.Event()
 
     async def answer(request):

@@ -1,4 +1,4 @@
-"""When the operator is alive, and when it is ready."""
+"""Liveness and readiness of the operator."""
 
 from __future__ import annotations
 

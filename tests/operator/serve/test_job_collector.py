@@ -1,4 +1,4 @@
-"""What the operator exports of jobs: counted from their status, for budgets, queues and alerts."""
+"""Job metrics of the operator: counted from their status, for budgets, queues and alerts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the store takes for a job's own, and what it keeps of it."""
+"""Objects that the store takes for a job's own, and what it keeps of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a pod's report and last word is taken, and what is left out."""
+"""Reports and termination messages of pods: what is taken, and what is left out."""
 
 from __future__ import annotations
 

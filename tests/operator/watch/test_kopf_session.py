@@ -1,4 +1,4 @@
-"""What kopf is given of QLoRAJobs: no more than the store keeps, and nothing that it cannot parse."""
+"""Input of kopf: no more than the store keeps, and nothing that it cannot parse."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def text(value):
 
 
 async def answered(body, read, query=""):
-    """What is read of an answer, the paths that were asked for, and what was left out."""
+    """Return what is read of an answer, the paths that were asked for, and what was left out."""
     paths, skipped = [], []
 
     async def answer(_):

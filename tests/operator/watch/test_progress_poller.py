@@ -1,4 +1,4 @@
-"""What a pod may answer that is asked how far it is: nothing of it reaches further than its own job."""
+"""Answers of a pod to progress requests: nothing of one reaches further than its own job."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ADDRESS = f"127.{os.getpid() % 200 + 10}.9.5"
 
 
 def asked(*said: bytes, address: str = ADDRESS, times: int = 1):
-    """What comes of asking a rank that answers so: reports and errors."""
+    """Ask a rank that answers so; return reports and errors."""
 
     async def ask():
         found = []

@@ -1,4 +1,4 @@
-"""What kopf's requests tell of deletions that no watch saw."""
+"""Deletions that no watch saw, found in kopf's requests."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def stdlib_rows() -> Iterator[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where a model and rows are, and how a job on them is started."""
+    """Model, rows, and a way to start a job on them."""
 
     model: Path
     rows: Path
@@ -203,7 +203,7 @@ class Workshop:
 
 @dataclass(frozen=True)
 class Ended:
-    """How an attempt ended."""
+    """End of an attempt."""
 
     code: int
     message: TerminationMessage | None

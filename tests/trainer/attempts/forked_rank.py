@@ -21,7 +21,7 @@ def emulate_float16(initial_scale: float) -> None:
 
 
 def run_rank(config_path: str, log_path: str, environment: dict[str, str], rank: int, world_size: int) -> None:
-    """What ``python -m qlora_trainer.rank`` does under torchrun."""
+    """Run ``python -m qlora_trainer.rank`` as under torchrun, in a fork."""
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)

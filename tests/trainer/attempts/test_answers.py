@@ -1,4 +1,4 @@
-"""What base and adapter say to the job's own prompts, told by the history that is published with the adapter."""
+"""Answers of base and adapter to the job's own prompts, in the history that is published with the adapter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def answers_of(ended):
 
 
 def said(model, tokenizer, prompt):
-    """What transformers' own greedy generation makes of it, with its cache of keys and values."""
+    """Return the answer of transformers' own greedy generation, with its cache of keys and values."""
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     out = model.generate(
         input_ids=ids,

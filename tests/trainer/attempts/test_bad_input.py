@@ -1,4 +1,4 @@
-"""What is wrong is found before training where it can be, and said in one paragraph; nothing is lost."""
+"""Bad input is found before training where it can be, and said in one paragraph; nothing is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Prepare found is found again: by a second Prepare at once, by trainers elsewhere instead of tokenizing."""
+"""Shared cache of Prepare: used by a second Prepare at once, and by trainers elsewhere instead of tokenizing."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_nothing_of_one_worker_listens_beyond_loopback(workshop):
 
 
 def store_request(kind: int, *parts: bytes) -> bytes:
-    """What a client of a TCPStore sends first, and a request after it."""
+    """Return what a client of a TCPStore sends first, and a request after it."""
     request = b"".join(struct.pack("<Q", len(part)) + part for part in parts)
     return struct.pack("<BIB", 0, VALIDATION_MAGIC, kind) + request
 

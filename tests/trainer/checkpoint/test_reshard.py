@@ -29,7 +29,7 @@ def quantized(part, name, number, *, signed):
 
 
 def shards(ranks, weight, first, second, *, bits):
-    """What each rank would have written."""
+    """Return what each rank would have written."""
     parts = zip(parts_of(weight, ranks), parts_of(first, ranks), parts_of(second, ranks), strict=True)
     result = []
     for w, m, v in parts:

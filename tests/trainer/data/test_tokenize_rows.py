@@ -333,7 +333,7 @@ def test_a_missing_evaluation_source_is_reported_at_its_field(job, tokenizer, js
 
 
 def test_the_data_order_can_be_prepared_and_run_end_to_end(prepared, pairs):
-    """What training does: prepare, load, and walk an epoch."""
+    """Prepare, load, and walk an epoch, as training does."""
     data = load_prepared(prepared(pairs, max_length=256).folder)
     split = BatchSplit(world_size=2, micro_batch_size=1, gradient_accumulation_steps=2)
     batches = Batches(data.train, data.train_packs, split, 0, 1)

@@ -15,7 +15,7 @@ from qlora_trainer.training.train import check_finite
 
 
 def engine_with(gradient):
-    """What apply_update knows of an engine without ZeRO, around one weight."""
+    """Return as much of an engine without ZeRO as apply_update uses, around one weight."""
     module = torch.nn.Linear(1, 1, bias=False)
     module.weight.data.fill_(1.0)
     module.weight.grad = torch.tensor([[gradient]])

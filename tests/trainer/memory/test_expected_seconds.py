@@ -1,4 +1,4 @@
-"""What a run is expected to take, from the time of one trial step."""
+"""Expected time of a run, from the time of one trial step."""
 
 from types import SimpleNamespace
 

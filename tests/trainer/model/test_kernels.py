@@ -1,4 +1,4 @@
-"""What takes the place of a module's own forward computes the same and holds less."""
+"""Replacements of a module's own forward compute the same and hold less."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: its attention kernel, its quantization and its losses beside the CPU's."""
+"""Properties that only a GPU can show: its attention kernel, its quantization and its losses beside the CPU's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is noted of the machine and the packages with each attempt."""
+"""Record of the machine and the packages with each attempt."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a rank shows of itself: exactly the catalogue, absent where it is not known, and what a token costs."""
+"""Metrics of a rank: exactly the catalogue, absent where it is not known, and what a token costs."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 def store_set(key: bytes, value: bytes) -> bytes:
-    """What a client of a TCPStore sends first, and a SET after it."""
+    """Return what a client of a TCPStore sends first, and a SET after it."""
     head = struct.pack("<BI", 0, VALIDATION_MAGIC)
     return head + b"\x01" + b"".join(struct.pack("<Q", len(part)) + part for part in (key, value))
 
@@ -165,7 +165,7 @@ def test_what_proved_the_key_elsewhere_proves_nothing_here(served, attempt):
 
 
 def record_handshake(server: StoreServer) -> bytes:
-    """What an honest worker sends, as somebody in between sees it."""
+    """Record what an honest worker sends, as somebody in between sees it."""
     seen = b""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 

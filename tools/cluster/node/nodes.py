@@ -1,4 +1,4 @@
-"""What makes a node usable, real or fake."""
+"""Make a node usable, real or fake."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Operator:
         return self._process.wait(seconds)
 
     def healthz(self) -> tuple[int, str]:
-        """What a liveness probe gets: status and text."""
+        """Return what a liveness probe gets: status and text."""
         answer = httpx.get(f"http://127.0.0.1:{self.port}/healthz", timeout=5, trust_env=False)
         return answer.status_code, answer.text
 

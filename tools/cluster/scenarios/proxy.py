@@ -76,7 +76,7 @@ class Call:
 
     @property
     def name(self) -> str:
-        """Of the object; empty where the server gives it one."""
+        """Return the object's name; empty where the server gives it one."""
         parts = self._parts
         return parts[1] if len(parts) > 1 else self.body.get("metadata", {}).get("name", "")
 
@@ -175,7 +175,7 @@ class Proxy:
         return len(self._faults)
 
     def watches(self, resource: str = "") -> int:
-        """How many watches stream now."""
+        """Return how many watches stream now."""
         return sum(1 for watch in list(self._watches) if resource in ("", watch.resource))
 
     def cut_watches(self, resource: str = "") -> None:

@@ -1,4 +1,4 @@
-"""What the pods of a QLoRAJob do on fake nodes, said beforehand: annotations that kwok acts on (see ``kwok.py``).
+"""Script the pods of a QLoRAJob on fake nodes: annotations that kwok acts on (see ``kwok.py``).
 
 The operator makes pods, and tests must not be in its manifests; so the API server adds the annotations as pods are
 created, by a MutatingAdmissionPolicy.

@@ -52,7 +52,7 @@ def word(code: int = 0, reason: str = "Completed", message: str = "step 10 of 10
 
 
 def ends(code: int = 0, reason: str = "Completed", message: str = "step 10 of 10", **more: object) -> dict[str, object]:
-    """What pods do that end at once: before the Job controller counts them as ready."""
+    """Play pods that end at once: before the Job controller counts them as ready."""
     return {"run-seconds": "0", "exit-code": code, "termination-message": word(code, reason, message, **more)}
 
 
@@ -92,7 +92,7 @@ UID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def moment(call: Call) -> str:
-    """What a call of the operator's is for, in words that are the same in every life; empty where it only says more.
+    """Return what a call of the operator's is for, in the same words in every life; empty if it only adds text.
 
     "1 of 2 pods are ready" is written or not as it happens, and nothing depends on it.
     """
@@ -108,7 +108,7 @@ def moment(call: Call) -> str:
 
 
 def outcome(history: History, namespace: str) -> dict[str, Any]:
-    """What is left of a life in memory, without what differs from one to the next: times, nodes, UIDs."""
+    """Return what is left of a life in memory, without what differs from one to the next: times, nodes, UIDs."""
     status = history.of("qlorajobs", namespace)[-1]["status"]
     return {
         "state": f"{status['state']} {status['reason']}",
@@ -150,14 +150,14 @@ EXPECTED: dict[str, Any] = {
 
 
 def made(history: History, plural: str, namespace: str) -> dict[str, int]:
-    """How many Jobs, or pods, were made for each attempt."""
+    """Count the Jobs, or pods, that were made for each attempt."""
     versions = history.of(plural, namespace)
     attempt_of = {v["metadata"]["uid"]: v["metadata"]["labels"].get("qlora.dev/attempt", "prepare") for v in versions}
     return dict(Counter(attempt_of.values()))
 
 
 def contradictions(history: History, namespace: str) -> list[str]:
-    """Where status took back what it had said: the course of a life, version by version."""
+    """Return where status took back what it had said: the course of a life, version by version."""
     found: list[str] = []
     ended: dict[int, Object] = {}
     over = ""

@@ -55,7 +55,7 @@ class FileEntry:
 
 
 class Marker(Model):
-    """What ``COMPLETE.json`` says; the file holds this, its SHA-256 and the run's signature."""
+    """Contents of ``COMPLETE.json``; the file holds this, its SHA-256 and the run's signature."""
 
     step: int
     run_uid: str

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: adapter and optimizer state, taken from an engine and put back exactly.
+"""Take adapter and optimizer state from an engine for a checkpoint, and put them back exactly.
 
 Under ZeRO every rank writes its partition of the fp32 weights and of the optimizer state. The full adapter is written
 once besides. The frozen base is in no checkpoint; DeepSpeed's own would hold it, and fails on NF4 under ZeRO-3. Random
@@ -148,7 +148,7 @@ def _put(state: Any, key: str, saved: torch.Tensor, parameter: torch.Tensor) -> 
 
 
 def _places(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """What the optimizer updates on this rank, named ``group.index``: parameters, or ZeRO's flat partitions of them."""
+    """Return what the optimizer updates on this rank by ``group.index``: parameters, or ZeRO's flat partitions."""
     if engine.zero_optimization_stage() == 3:
         for index, partition in enumerate(engine.optimizer.fp32_partitioned_groups_flat):
             yield f"{engine.optimizer.sub_group_to_group_id[index]}.{index}", partition

@@ -28,7 +28,7 @@ WEIGHT = "weight"
 
 @dataclass(frozen=True)
 class Cut:
-    """Where one rank's part of a group lies among the parts that were saved."""
+    """Position of one rank's part of a group among the parts that were saved."""
 
     was: int
     """Elements of each saved part."""

@@ -49,7 +49,7 @@ class Split:
 
 @dataclass
 class Tally:
-    """What happened to the rows of one source."""
+    """Counts of the rows of one source, by what happened to them."""
 
     rows: int = 0
     truncated: int = 0

@@ -127,7 +127,7 @@ class Encoder:
         return [self._assemble([next(flat) for _ in row]) for row in pieces]
 
     def prompt(self, text: str) -> list[int]:
-        """What the model is given to answer ``text``, as it was taught: a turn, an instruction, a prompt, a beginning.
+        """Return the prompt for ``text``, in the form that was taught: a turn, an instruction, a prompt, a beginning.
 
         Raises:
             UserError: the chat template fails on it.

@@ -53,7 +53,7 @@ _ALLOWED = (
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """What a path of the manifest stands for. ``files`` is all that is read, in the order of the rows."""
+    """Files that a path of the manifest stands for. ``files`` is all that is read, in the order of the rows."""
 
     field: str
     """Of the manifest; mistakes in the files are reported there."""

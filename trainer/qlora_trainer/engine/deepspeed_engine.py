@@ -96,7 +96,7 @@ def join_ranks(device_kind: str, timeout_seconds: float, heartbeat: Heartbeat | 
 def deepspeed_config(
     training: TrainingSpec, parallelism: ParallelismSpec, split: BatchSplit, device: torch.device, learning: int
 ) -> dict[str, Any]:
-    """What ``deepspeed.initialize`` is told. https://www.deepspeed.ai/docs/config-json/
+    """Return the configuration for ``deepspeed.initialize``. https://www.deepspeed.ai/docs/config-json/
 
     Args:
         training: of the job.

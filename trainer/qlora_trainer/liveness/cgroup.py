@@ -1,4 +1,4 @@
-"""What the kernel's out-of-memory killer did, by the counters of this process's cgroup, version 1 or 2.
+"""Read what the kernel's out-of-memory killer did from the counters of this process's cgroup, version 1 or 2.
 
 A SIGKILL says nothing about who sent it; the counter does. Kernel documentation: admin-guide/cgroup-v1/memory.rst
 (``memory.oom_control``), admin-guide/cgroup-v2.rst (``memory.events``).
@@ -84,7 +84,7 @@ class OomWatch:
         return self._cgroup is not None and self._cgroup.oom_kills() > self._before
 
     def words(self) -> str:
-        """How much memory there was, for a message."""
+        """Return how much memory there was, for a message."""
         limit = self._cgroup.limit_bytes() if self._cgroup else None
         peak = self._cgroup.peak_bytes() if self._cgroup else None
         if limit is None:

@@ -26,7 +26,7 @@ ENVIRONMENT = "QLORA_HEARTBEATS"
 
 
 class Section(IntEnum):
-    """What a rank does."""
+    """Section of a rank's work."""
 
     LOAD = auto()
     """From its start: imports, meeting the others, the model, the checkpoint."""
@@ -52,7 +52,7 @@ _STEP = frozenset({Section.DATA, Section.FORWARD, Section.BACKWARD, Section.COLL
 
 
 def phase(section: Section, steps_done: int) -> str:
-    """What a rank does, in words: ``Backward of step 7``."""
+    """Return a rank's activity in words: ``Backward of step 7``."""
     return f"{section.title} of step {steps_done + 1}" if section in _STEP else section.title
 
 

@@ -24,7 +24,7 @@ STOPPED = frozenset("Tt")
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a rank may give no sign."""
+    """Limits on how long a rank may give no sign."""
 
     own: Mapping[Section, float]
     """Seconds by section, of what a rank does by itself."""
@@ -51,7 +51,7 @@ class Limits:
 
     @property
     def collective_timeout(self) -> float:
-        """Of gloo and NCCL themselves, for ranks that nobody watches: longer than any watched wait."""
+        """Return the timeout of gloo and NCCL, for ranks that nobody watches: longer than any watched wait."""
         return max(v for s, v in self.own.items() if s is not Section.DONE) + 2 * self.margin
 
 

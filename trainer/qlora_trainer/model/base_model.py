@@ -232,7 +232,7 @@ def hold_trainable_in_fp32(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What learns, by the name PEFT gives it in an adapter file, in a fixed order."""
+    """Return the trainable parameters by the names PEFT gives them in an adapter file, in a fixed order."""
     return {plain_name(n): p for n, p in sorted(model.named_parameters()) if p.requires_grad}
 
 

@@ -27,7 +27,7 @@ def fuse_norms(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _is_plain(norm: Any) -> bool:
-    """Whether it is x / rms(x) · weight, found out by trying: Gemma's weight is one less."""
+    """Return whether a norm is x / rms(x) · weight, found out by trying: Gemma's weight is one less."""
     weight = getattr(norm, "weight", None)
     if weight is None or weight.is_meta or not hasattr(norm, "variance_epsilon"):
         return False

@@ -1,4 +1,4 @@
-"""How far the loading of a model is, as transformers counts its weights."""
+"""Report the progress of loading a model, as transformers counts its weights."""
 
 from __future__ import annotations
 

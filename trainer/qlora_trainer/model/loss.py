@@ -138,7 +138,7 @@ def call_arguments(
 
 @torch.no_grad()
 def head_is_plain(model: Any) -> bool:
-    """Whether the model's logits are its frozen head's output and the head's input is the last hidden state.
+    """Return whether the model's logits are its frozen head's output and the head's input is the last hidden state.
 
     Found out by trying on four tokens, with the head's output made 64 times larger on the way, so that a scale or a
     soft cap behind it (Cohere, Granite, Gemma 2) shows. False for a head that is adapted.
@@ -174,7 +174,7 @@ APART_NATS = 0.05
 
 @torch.no_grad()
 def rows_are_apart(module: NextTokenLoss, device: torch.device) -> bool:
-    """Whether a row has the same losses in the company of another as alone, found out by trying on two short rows.
+    """Return whether a row has the same losses packed as alone, found out by trying on two short rows.
 
     Not so for models with a recurrent state, or with positions that count through the whole sequence (ALiBi).
     """

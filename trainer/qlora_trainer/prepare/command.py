@@ -45,7 +45,7 @@ def prepare(config: TrainerConfig) -> PrepareReceipt:
 
 
 def _again(config: TrainerConfig) -> Record | None:
-    """What was found for the same content before; None where there is nothing, or it is damaged."""
+    """Return what was found for the same content before; None where there is nothing, or it is damaged."""
     check_destination(config.spec.output.destination, config.job.uid, Authenticator.of(config))
     records = Records(config)
     record = find(config, records)
@@ -66,7 +66,7 @@ def _anew(config: TrainerConfig) -> Record:
 
 
 def _decided(config: TrainerConfig, record: Record) -> Planned:
-    """What follows from what was found, for this job: others may take more, or have other GPUs."""
+    """Decide what follows from what was found, for this job: others may take more, or have other GPUs."""
     check_tolerance(config.spec.dataset.tolerance, record.receipt)
     planned = plan_job(config, record.shape, record.receipt)
     check_warmup(config.spec.training, steps_per_epoch(record.receipt, planned))

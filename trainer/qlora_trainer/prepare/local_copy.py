@@ -1,4 +1,4 @@
-"""Where the model and the tokenized rows are on this machine, for its ranks."""
+"""Record where the model and the tokenized rows are on this machine, for its ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the ranks need to know."""
+    """Paths and values that the ranks need from Prepare."""
 
     model_path: Path
     model_source: str
@@ -30,7 +30,7 @@ class Prepared:
 
     @classmethod
     def read(cls, config: TrainerConfig) -> Prepared | None:
-        """What was left for this job on this machine; None where nothing was, or it is gone from the cache."""
+        """Read what was left for this job on this machine; None where nothing was, or it is gone from the cache."""
         try:
             record = json.loads(cls.path(config).read_text())
             prepared = cls(

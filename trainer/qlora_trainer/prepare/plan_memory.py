@@ -1,4 +1,4 @@
-"""What a job's ranks will need, and how its batch is cut so that it fits: ``qlora_memory`` asked about one base.
+"""Plan what a job's ranks will need, and how its batch is cut so that it fits: ``qlora_memory`` asked about one base.
 
 Light to import: Prepare asks again for each job, also where everything else was found before.
 """
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Planned:
-    """How a job starts."""
+    """Start settings of a job."""
 
     batch: BatchSplit
     gradient_checkpointing: bool

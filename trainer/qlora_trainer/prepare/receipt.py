@@ -1,4 +1,4 @@
-"""What Prepare says about the rows, so that a person can see what will be learned before a GPU is paid for."""
+"""Summarize the rows, so that a person can see what will be learned before a GPU is paid for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Prepare found, kept so that nobody finds it again: for this machine, or for all in the shared cache.
+"""Keep what Prepare found so that nobody finds it again: for this machine, or for all in the shared cache.
 
 ::
 
@@ -226,7 +226,7 @@ class Records:
 
 
 def find(config: TrainerConfig, records: Records) -> Record | None:
-    """What was found for this very content before; None where Prepare has to look.
+    """Return what was found for this very content before; None where Prepare has to look.
 
     A run stays at the model revision that it began with, whatever its branch on the Hub says by now.
     """

@@ -207,7 +207,7 @@ def _receipt(name: str, folder: Path, encoder: Encoder, done: _Tokenized) -> Pre
 
 
 def histogram(lengths: NDArray[np.int64]) -> dict[int, int]:
-    """How many of the rows have up to 2ⁿ tokens and more than half of it, by 2ⁿ."""
+    """Count the rows of up to 2ⁿ tokens and more than half of it, by 2ⁿ."""
     bounds, counts = np.unique(1 << np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64), return_counts=True)
     return dict(zip(bounds.tolist(), counts.tolist(), strict=True))
 

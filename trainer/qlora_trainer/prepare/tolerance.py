@@ -1,4 +1,4 @@
-"""How much of the rows a job may lose before it ends in Prepare. Light to import."""
+"""Limit how much of the rows a job may lose before it ends in Prepare. Light to import."""
 
 from __future__ import annotations
 

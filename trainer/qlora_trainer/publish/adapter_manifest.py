@@ -35,7 +35,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class PublishFacts:
-    """What is known of a finished run, for the manifest and the model card."""
+    """Facts about a finished run, for the manifest and the model card."""
 
     spec: QLoRAJobSpec
     base_revision: str

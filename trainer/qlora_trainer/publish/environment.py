@@ -1,4 +1,4 @@
-"""What a training ran on and with: for whoever asks later why two runs differ."""
+"""Record what a training ran on and with, to explain why two runs differ."""
 
 from __future__ import annotations
 

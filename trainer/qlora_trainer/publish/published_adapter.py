@@ -1,4 +1,4 @@
-"""What is published already, and whether it is still what was published. Light to import: no torch, no PEFT.
+"""Find what is published already, and whether it is still what was published. Light to import: no torch, no PEFT.
 
 The manifest, ``<destination>/manifest.json``, names the run it belongs to and every file with its SHA-256.
 """
@@ -180,7 +180,7 @@ def published_adapter(store: Store, manifest: Manifest, data: bytes) -> Adapter:
 
 
 def _problems(store: Store, manifest: Manifest, *, quick: bool = False) -> list[str]:
-    """What is not as the manifest says. ``quick``: of a merged model, which may be large, sizes alone are looked at."""
+    """Return what is not as the manifest says. ``quick``: of a merged model, only sizes are compared."""
     problems = []
     place = manifest.adapter.removesuffix(f"/{ADAPTER}")
     there = dict(store.list(place))

@@ -1,4 +1,4 @@
-"""Whether vLLM's loader takes an adapter, by its own rules, without vLLM.
+"""Check whether vLLM's loader takes an adapter, by its own rules, without vLLM.
 
 The rules, as of vLLM 0.11 (``vllm/lora/peft_helper.py``: ``from_dict``, ``_validate_features``, ``validate_legal``;
 ``vllm/lora/utils.py``: ``parse_fine_tuned_lora_name``; ``vllm/lora/models.py``: ``from_local_checkpoint``):

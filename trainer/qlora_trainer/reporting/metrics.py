@@ -1,4 +1,4 @@
-"""What the outside sees of a rank: Prometheus metrics on ``/metrics``, and on ``/progress`` the state as JSON.
+"""Show a rank to the outside: Prometheus metrics on ``/metrics``, and on ``/progress`` the state as JSON.
 
 Names, texts and labels are the catalogue's (``qlora_api.metrics_catalogue``). Gauges of memory are read when they are
 scraped, not when a step ends.

@@ -1,4 +1,4 @@
-"""How long each rank takes for a step by itself: the straggler is shown, with what it is slow at, and never ended."""
+"""Measure how long each rank takes for a step by itself: the straggler is shown, with its section, and never ended."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OWN = (Section.DATA, Section.FORWARD, Section.BACKWARD, Section.OPTIMIZER)
 
 
 class Pace:
-    """Of one rank, and of all by what they tell each other once a step."""
+    """Pace of one rank, and of all by what they tell each other once a step."""
 
     def __init__(self, ranks: Ranks, nodes: Sequence[str]) -> None:
         self._ranks = ranks

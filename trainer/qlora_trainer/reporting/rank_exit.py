@@ -1,4 +1,4 @@
-"""How an attempt ends: an exit code, and a termination message that says why in one paragraph."""
+"""End an attempt: an exit code, and a termination message that says why in one paragraph."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def quiet_libraries() -> None:
 
 @dataclass
 class LastSeen:
-    """What an attempt that fails can still say of itself; filled in as soon as there is something to say."""
+    """Last known state of an attempt, for the message of a failure; filled in as soon as there is something to say."""
 
     report: Callable[[], ProgressReport] | None = None
     heartbeat: Heartbeat = field(default_factory=Heartbeat.of_this_rank)
@@ -110,7 +110,7 @@ def _out_of_memory(error: Exception) -> ExitCode | None:
 
 
 def _memory_words(code: ExitCode, error: Exception, seen: LastSeen) -> str:
-    """Where the memory ran out, and how much was in use at most."""
+    """Return where the memory ran out, and how much was in use at most."""
     kind = "device" if code is ExitCode.OUT_OF_DEVICE_MEMORY else "host"
     peak = seen.peak_bytes() / 2**30
     where = phase(seen.heartbeat.section, seen.heartbeat.step)
@@ -134,7 +134,7 @@ BROKEN_CONNECTIONS = (
 
 
 def _lost_peer(error: Exception) -> str | None:
-    """How a collective, or the store, noticed that its other end is gone; None where that is not what happened.
+    """Return how a collective, or the store, noticed that its other end is gone; None where that is not what happened.
 
     Storage and the Hub raise other types than RuntimeError.
     """

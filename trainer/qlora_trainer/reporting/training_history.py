@@ -1,4 +1,4 @@
-"""What a training did, step by step: JSON Lines in every checkpoint, published with the adapter, for ``qlora report``.
+"""Record a training step by step: JSON Lines in every checkpoint, published with the adapter, for ``qlora report``.
 
 One line for each attempt, step, evaluation, checkpoint and round of answers, told apart by their fields::
 

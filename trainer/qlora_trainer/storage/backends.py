@@ -51,7 +51,7 @@ class FaultKind(Enum):
 
 @dataclass(frozen=True)
 class Fault:
-    """What an error of the system means."""
+    """Meaning of an error of the system."""
 
     kind: FaultKind
     words: str

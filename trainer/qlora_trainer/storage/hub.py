@@ -197,7 +197,7 @@ def _asked(source: HubSource, call: Callable[[], T], waits: tuple[int, ...] = ()
 
 
 def without_queries(error: Exception) -> str:
-    """What an error says, URLs without what follows their question mark: it may let whoever reads it in."""
+    """Return an error's text with URLs without what follows their question mark: it may let whoever reads it in."""
     return _QUERY.sub("?…", str(error))
 
 

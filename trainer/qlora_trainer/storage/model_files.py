@@ -1,4 +1,4 @@
-"""What a model's folder must hold before a weight is loaded: safetensors that are whole, a tokenizer, and no code.
+"""Check a model's folder before a weight is loaded: whole safetensors, a tokenizer, and no code.
 
 Checks read names, JSON files and safetensors headers, never tensor data: seconds for a model of any size. All raise
 :class:`ModelFilesError`, whose text completes a sentence that begins with the folder's name.

@@ -145,7 +145,7 @@ class Store:
         self._patience_seconds = patience_seconds
 
     def uri(self, key: str = "") -> str:
-        """Where ``key`` is, for a person and for :func:`open_store`; an absolute path for local folders."""
+        """Return where ``key`` is, for a person and for :func:`open_store`; an absolute path for local folders."""
         return f"{self._root.rstrip('/')}/{_checked(key)}" if key else self._root
 
     def put(self, key: str, data: bytes | Path) -> None:

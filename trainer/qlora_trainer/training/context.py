@@ -1,4 +1,4 @@
-"""What one attempt works with: the loaded model in its engine, data, checkpoints, and where the training stands."""
+"""Build what one attempt works with: the loaded model in its engine, data, checkpoints, and the training's state."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class StopFlag:
 
 @dataclass
 class Run:
-    """Where the training stands; all of it is in a checkpoint's ``meta``."""
+    """State of the training; all of it is in a checkpoint's ``meta``."""
 
     step: int = 0
     tokens: int = 0
@@ -90,7 +90,7 @@ class Run:
 
 @dataclass(frozen=True)
 class TrainingContext:
-    """What an attempt works with. Built once by :func:`build`."""
+    """Everything that an attempt works with. Built once by :func:`build`."""
 
     config: TrainerConfig
     ranks: Ranks

@@ -1,4 +1,4 @@
-"""What the model answers to the job's own prompts before the training and after it, for whoever reads the report.
+"""Let the model answer the job's own prompts before the training and after it, for the report.
 
 No cache of keys and values: the prompts lie end to end in one sequence, as rows in training do, no more of them than a
 micro-batch has, and each new token takes one forward pass of the model as it is trained. That is slow beside a server
@@ -53,12 +53,12 @@ def answer_after(trainer: TrainingContext, run: Run) -> None:
 
 
 def together(trainer: TrainingContext) -> bool:
-    """Whether no rank has the model alone."""
+    """Return whether no rank has the model alone."""
     return trainer.config.spec.parallelism.zero_stage == 3
 
 
 def computes(trainer: TrainingContext) -> bool:
-    """Whether this rank's model answers; the others only wait."""
+    """Return whether this rank's model answers; the others only wait."""
     return trainer.ranks.is_first or together(trainer)
 
 
@@ -83,7 +83,7 @@ def answer(trainer: TrainingContext, who: str) -> None:
 
 
 def end_tokens(trainer: TrainingContext, tokenizer: Any) -> set[int]:
-    """What ends an answer: the tokenizer's end token, and those that the model's own generation stops at."""
+    """Return the tokens that end an answer: the tokenizer's end token, and those of the model's own generation."""
     named = trainer.model.generation_config.eos_token_id
     every = (tokenizer.eos_token_id, *(named if isinstance(named, list) else [named]))
     return {token for token in every if token is not None}

@@ -75,7 +75,7 @@ class WorkerIdentity:
 
 
 class ExitRecord(Model):
-    """What a worker leaves in the store when it ends."""
+    """Record that a worker leaves in the store when it ends."""
 
     exit_code: int
     text: str
@@ -146,7 +146,7 @@ class Rendezvous:
         return None
 
     def cause(self) -> str | None:
-        """What a worker that failed by itself said."""
+        """Return what a worker that failed by itself said."""
         for index, farewell in self._farewells().items():
             if farewell.exit_code not in (ExitCode.DONE, ExitCode.PREEMPTED, ExitCode.PEER_LOST):
                 return _ended(index, farewell)
