@@ -112,7 +112,7 @@ class TrainerConfig(Model):
 
 
 class TerminationMessage(Model):
-    """The last word of an attempt, or of Prepare, as JSON, at most 4 KiB."""
+    """The termination message of an attempt, or of Prepare, as JSON, at most 4 KiB."""
 
     model_config = ConfigDict(extra="ignore")  # a trainer of another version may say more
 

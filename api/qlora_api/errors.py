@@ -1,4 +1,4 @@
-"""A user's mistakes, in words: field, value, what is allowed."""
+"""A user's errors, in words: field, value, what is allowed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T", bound=BaseModel)
 
 
 class FieldError(ValueError):
-    """One mistake at one field of a manifest.
+    """One error at one field of a manifest.
 
     ``str()`` reads ``spec.lora.rank: "0" must be at least 1``.
     """
@@ -28,11 +28,11 @@ class FieldError(ValueError):
 
 
 class ManifestError(ValueError):
-    """All mistakes of one manifest."""
+    """All errors of one manifest."""
 
-    def __init__(self, mistakes: list[FieldError]) -> None:
-        self.mistakes = mistakes
-        super().__init__("\n".join(str(m) for m in mistakes))
+    def __init__(self, errors: list[FieldError]) -> None:
+        self.errors = errors
+        super().__init__("\n".join(str(m) for m in errors))
 
 
 def validate(model: type[T], value: Any) -> T:
@@ -46,7 +46,7 @@ def validate(model: type[T], value: Any) -> T:
         # Through JSON and strictly: what the API server would refuse ("3" for 3) is refused here too.
         return model.model_validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
-        raise ManifestError([_mistake(model, e) for e in error.errors()]) from None
+        raise ManifestError([_error(model, e) for e in error.errors()]) from None
 
 
 def _show(value: object) -> str:
@@ -55,7 +55,7 @@ def _show(value: object) -> str:
     return f'"{value}" ' if not isinstance(value, bool) else f'"{str(value).lower()}" '
 
 
-def _mistake(model: type[BaseModel], error: ErrorDetails) -> FieldError:
+def _error(model: type[BaseModel], error: ErrorDetails) -> FieldError:
     field = _path(error["loc"])
     context: dict[str, Any] = error.get("ctx", {})
     cause = context.get("error")

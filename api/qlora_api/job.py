@@ -49,7 +49,7 @@ class QLoRAJob(Model):
         """Validate a parsed manifest.
 
         Raises:
-            qlora_api.errors.ManifestError: every mistake at once, each with field, value and what is allowed.
+            qlora_api.errors.ManifestError: every error at once, each with field, value and what is allowed.
 
         """
         return validate(cls, manifest)

@@ -137,7 +137,7 @@ class Attempt(Model):
     """When its end was seen; not set while it goes on."""
     reason: Reason | None = None
     message: Text = ""
-    """The last word of the pod that says most, or what is known without one."""
+    """The termination message of the pod that says most, or what is known without one."""
     exit_code: int | None = None
     """Of that pod."""
     node: Text = ""

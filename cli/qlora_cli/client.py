@@ -83,7 +83,7 @@ class QLoRAClient:
 
         Raises:
             ClusterError: the API server refuses it.
-            qlora_cli.manifest.job_manifest.RefusedError: every mistake in it.
+            qlora_cli.manifest.job_manifest.RefusedError: every error in it.
 
         """
         assignments = [f"{path}={_assigned(value)}" for path, value in (settings or {}).items()]
@@ -124,7 +124,7 @@ class QLoRAClient:
             for body in event.items:
                 job = view(body)
                 yield job
-                if job.is_over:
+                if job.is_finished:
                     return
 
     def metrics(self, jobs: Sequence[str]) -> Any:

@@ -81,13 +81,15 @@ async def list_all(watches: Sequence[Watch]) -> None:
                 raise done
 
 
-async def refresh_capabilities(api: Api, corrections: Corrections, offer: Callable[[frozenset[Gang]], None]) -> None:
+async def refresh_capabilities(
+    api: Api, corrections: Corrections, set_gang_modes: Callable[[frozenset[Gang]], None]
+) -> None:
     """Look again and again at what the cluster offers, and at what a person may have made of the corrections."""
     while True:
         await asyncio.sleep(LOOK_SECONDS)
         await corrections.refresh()
         try:
-            offer(await discover_gangs(api))
+            set_gang_modes(await discover_gangs(api))
         except (ApiError, *TRANSIENT) as error:
             log.info("what the cluster offers cannot be seen: %s", error)
 
@@ -166,7 +168,9 @@ class Operator:
             BackgroundTask("reconciler", self.reconciler.run),
             BackgroundTask("progress", self.poller.run),
             BackgroundTask("resync", resync),
-            BackgroundTask("capabilities", partial(refresh_capabilities, self.api, self.corrections, self.offer)),
+            BackgroundTask(
+                "capabilities", partial(refresh_capabilities, self.api, self.corrections, self.set_gang_modes)
+            ),
             BackgroundTask(f"watch-{PLURAL}", self.watch),
             *(BackgroundTask(f"watch-{one.plural}", partial(one.run, self.looked)) for one in self.followed),
         )
@@ -218,7 +222,7 @@ class Operator:
         self.watches.note(path)
         self.listings.note(path)
 
-    def offer(self, gangs: frozenset[Gang]) -> None:
+    def set_gang_modes(self, gangs: frozenset[Gang]) -> None:
         """Take in what the cluster offers for gangs."""
         self.gangs = gangs
 

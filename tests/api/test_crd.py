@@ -166,7 +166,7 @@ def test_cel_and_python_agree_on_every_rule(changes):
         QLoRAJob.from_manifest(made)
         in_python = []
     except ManifestError as error:
-        in_python = [m.allowed for m in error.mistakes]
+        in_python = [m.allowed for m in error.errors]
     in_cel = cel_violations(with_defaults(manifest(**changes)))
     assert bool(in_cel) == bool(in_python)
     assert set(in_python) <= set(in_cel)  # Python stops at the first of a group

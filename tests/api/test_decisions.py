@@ -153,10 +153,10 @@ def test_stalls_without_progress_end_a_job_whatever_restarts_are_left(ended, aft
         attempt(Reason(reason), number).model_copy(update={"first_step": first, "last_step": last})
         for number, (reason, first, last) in enumerate(ended, 1)
     ]
-    following = after_attempt(PolicySpec(max_restarts=50), attempts)
-    assert (following.reason.value if isinstance(following, Finish) else "retry") == after
-    if isinstance(following, Finish):
-        assert following.message == "why (3 attempts in a row ended so, without a step gained)"
+    decision = after_attempt(PolicySpec(max_restarts=50), attempts)
+    assert (decision.reason.value if isinstance(decision, Finish) else "retry") == after
+    if isinstance(decision, Finish):
+        assert decision.message == "why (3 attempts in a row ended so, without a step gained)"
 
 
 def test_the_last_stalls_node_is_named_where_its_own_word_does_not():
@@ -169,9 +169,9 @@ def test_the_last_stalls_node_is_named_where_its_own_word_does_not():
 
 def test_out_of_memory_with_one_sequence_at_a_time_recomputes_activations_and_then_ends_the_job():
     first = attempt(Reason.OUT_OF_DEVICE_MEMORY, micro=1)
-    following = after_attempt(PolicySpec(), [first])
-    assert isinstance(following, Retry)
-    assert following.gradient_checkpointing
+    decision = after_attempt(PolicySpec(), [first])
+    assert isinstance(decision, Retry)
+    assert decision.gradient_checkpointing
     second = first.model_copy(update={"gradient_checkpointing": True})
     end = after_attempt(PolicySpec(), [first, second])
     assert isinstance(end, Finish)
@@ -181,9 +181,9 @@ def test_out_of_memory_with_one_sequence_at_a_time_recomputes_activations_and_th
 
 
 def test_host_memory_is_made_room_for_like_the_devices():
-    following = after_attempt(PolicySpec(), [attempt(Reason.OUT_OF_HOST_MEMORY, micro=2)])
-    assert isinstance(following, Retry)
-    assert following.batch.micro_batch_size == 1
+    decision = after_attempt(PolicySpec(), [attempt(Reason.OUT_OF_HOST_MEMORY, micro=2)])
+    assert isinstance(decision, Retry)
+    assert decision.batch.micro_batch_size == 1
 
 
 def test_preemption_before_the_first_step_waits_longer_each_time_and_progress_ends_the_wait():

@@ -125,16 +125,16 @@ def test_what_is_written_is_read_back_the_same():
         ),
     ],
 )
-def test_a_mistake_is_answered_with_field_value_and_what_is_allowed(changes, expected):
+def test_an_error_is_answered_with_field_value_and_what_is_allowed(changes, expected):
     with pytest.raises(ManifestError) as caught:
         QLoRAJob.from_manifest(manifest(**changes))
-    assert str(caught.value.mistakes[0]).startswith(expected)
+    assert str(caught.value.errors[0]).startswith(expected)
 
 
-def test_all_mistakes_are_named_at_once():
+def test_all_errors_are_named_at_once():
     with pytest.raises(ManifestError) as caught:
         QLoRAJob.from_manifest(manifest(lora__rank=0, lora__alpah=1, training__seed=-1))
-    assert {m.field for m in caught.value.mistakes} == {"spec.lora.rank", "spec.lora.alpah", "spec.training.seed"}
+    assert {m.field for m in caught.value.errors} == {"spec.lora.rank", "spec.lora.alpah", "spec.training.seed"}
 
 
 @pytest.mark.parametrize("name", ["Docs", "a_b", "", "x" * 53], ids=["capitals", "underscore", "empty", "too-long"])

@@ -117,7 +117,7 @@ def test_there_are_example_jobs():
         ("failureThreshold: 60", "failureTreshold: 60", "additional properties 'failureTreshold' not allowed"),
     ],
 )
-def test_the_schemas_find_mistakes(helm, conform, right, wrong, complaint):
+def test_the_schemas_find_errors(helm, conform, right, wrong, complaint):
     """A control: schemas that take everything would look like success."""
     assert complaint in conform(helm.template().replace(right, wrong))
 

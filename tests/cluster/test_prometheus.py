@@ -79,7 +79,7 @@ def test_it_follows_targets_in_a_file(tmp_path: Path, exporter: str):
         assert sample.value == 7
 
 
-def test_mistakes_are_told(tmp_path: Path):
+def test_errors_are_told(tmp_path: Path):
     with (
         pytest.raises(ComponentError, match=r"prometheus ended with 2:(.|\n)*unknown_key"),
         Prometheus(tmp_path, [{"job_name": "x", "unknown_key": 1}]),

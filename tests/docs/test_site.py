@@ -111,7 +111,7 @@ def test_the_generated_reference_is_fresh():
         ("no title\n", "title"),
     ],
 )
-def test_a_mistake_is_a_warning_and_so_the_end(text, complaint, tmp_path):
+def test_an_error_is_a_warning_and_so_the_end(text, complaint, tmp_path):
     docs = tmp_path / "repository" / "docs"
     docs.mkdir(parents=True)
     shutil.copy(DOCS / "conf.py", docs)

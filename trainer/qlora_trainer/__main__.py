@@ -81,8 +81,8 @@ def main() -> int:
     except TrainerError as error:
         log.error("%s", error)  # noqa: TRY400 one paragraph for a person; the trace would hide it
         code = error.exit_code
-        word = TerminationMessage(exit_code=code, reason=reason_of(code), message=str(error))
-        termination_message.write_unless_told(Path(config.termination_message_path), word)
+        termination = TerminationMessage(exit_code=code, reason=reason_of(code), message=str(error))
+        termination_message.write_unless_told(Path(config.termination_message_path), termination)
         return code
 
 

@@ -29,7 +29,7 @@ class TrainerError(Exception):
 
 
 class UserError(TrainerError):
-    """A mistake only the user can mend.
+    """An error only the user can mend.
 
     Args:
         field: path in the manifest, such as ``spec.lora.targetModules``.
@@ -42,8 +42,8 @@ class UserError(TrainerError):
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         self.arguments = (field, None if value is None else str(value), allowed)
-        self.mistake = FieldError(field, value, allowed)
-        super().__init__(str(self.mistake))
+        self.error = FieldError(field, value, allowed)
+        super().__init__(str(self.error))
 
 
 class PreemptedError(TrainerError):

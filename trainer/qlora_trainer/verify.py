@@ -1,4 +1,4 @@
-"""Hold a published adapter against its manifest.
+"""Verify a published adapter against its manifest.
 
 ``python -m qlora_trainer.verify s3://bucket/adapter/manifest.json``
 

@@ -93,7 +93,7 @@ class PolicySpec(Model):
     """Limits and reactions to failures. May be changed while the job runs."""
 
     max_restarts: int = Field(3, ge=0, le=50)
-    """Attempts after the first that crashes may cost. Preemption and lost nodes do not count; nor does waiting in vain
+    """Maximum number of restarts after failures. Preemption and node loss do not count; nor does waiting in vain
     for a pod that no node takes. Three stalls in a row without a step gained end the job, whatever is left."""
     on_out_of_memory: OnOutOfMemory = OnOutOfMemory.RECOVER
     """Recover: halve the micro-batch, keep the global batch, resume from the last checkpoint."""

@@ -82,7 +82,7 @@ def source_of(reference: str, job: Object | None) -> Source:
 def _published_by(job: JobView) -> Source:
     uri = job.adapter.get("manifestUri", "")
     if not uri:
-        after = f"{program()} show {job.place}" if job.is_over else f"{program()} watch {job.place}"
+        after = f"{program()} show {job.place}" if job.is_finished else f"{program()} watch {job.place}"
         raise ClusterError(f"\"{job.place}\" has published no adapter, it is {job.state} ({job.reason}); see '{after}'")
     return Source(uri.removesuffix(MANIFEST).rstrip("/"), job.adapter.get("manifestSha256", ""))
 

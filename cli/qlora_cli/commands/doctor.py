@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.commands import options as o
-from qlora_cli.commands.options import ends
+from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, connect, program
 from qlora_cli.text.choices import Form
 
@@ -30,7 +30,7 @@ def doctor(
     scheduling, what jobs name, object storage, images, network policies, monitors and quotas; the exit code is 1 if
     something is wrong.
     """
-    with ends():
+    with exit_with_code():
         from importlib.metadata import version
 
         from qlora_cli.doctor import findings as said

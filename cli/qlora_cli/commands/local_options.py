@@ -36,7 +36,7 @@ As = Annotated[Output, typer.Option("-o", "--output", help="text or json.")]
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """A user's mistake: in words on standard error, and the contract's exit code."""
+    """A user's error: in words on standard error, and the contract's exit code."""
     # All errors in words derive from ValueError; a pydantic error from our own objects is a bug and must be seen.
     from pydantic import ValidationError
 

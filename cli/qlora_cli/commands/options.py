@@ -23,7 +23,7 @@ INTERRUPTED = 130
 
 EXIT_CODES = """\
 Exit codes: 0 done; 1 the answer is no (a watched job failed, an adapter differs, the doctor found a fault);
-2 wrong command line; 3 no cluster answers; 40 a mistake in a manifest, name or right; 130 Ctrl-C; 'run' and 'merge' end
+2 wrong command line; 3 no cluster answers; 40 an error in a manifest, name or right; 130 Ctrl-C; 'run' and 'merge' end
 as the trainer does (docs/reference/command-line.md)."""
 
 
@@ -93,7 +93,7 @@ Secret = Annotated[
 
 
 @contextmanager
-def ends() -> Iterator[None]:
+def exit_with_code() -> Iterator[None]:
     """Turn what may happen into words on standard error and an exit code of the table."""
     try:
         yield

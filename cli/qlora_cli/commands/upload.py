@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qlora_cli.commands.options import ends
+from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import program
 
 
@@ -17,7 +17,7 @@ def upload(
     target: Annotated[str, typer.Argument(metavar="URI", help="s3://bucket/key, gs://…, az://….")],
 ) -> None:
     """Copy rows or a model into object storage, where pods can read them."""
-    with ends():
+    with exit_with_code():
         from qlora_cli.artifacts import storage
         from qlora_cli.text import output as out
 

@@ -173,7 +173,7 @@ def too_wide(seen: Observed, most: int) -> Iterator[Finding]:
     """Jobs whose pods want more GPUs than any node has."""
     for job in seen.jobs.items:
         wanted = ((job.get("spec") or {}).get("parallelism") or {}).get("gpusPerWorker") or 1
-        if wanted > most and not view(job).is_over:
+        if wanted > most and not view(job).is_finished:
             yield fault(
                 "gpus",
                 f'job "{job["metadata"]["name"]}" wants {wanted} GPUs in one pod, and no node has more than {most}',

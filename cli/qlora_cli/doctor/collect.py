@@ -115,7 +115,7 @@ def look(cluster: Cluster, manifests: Sequence[Object] = ()) -> Observed:
         }
         found: dict[str, Any] = {name: future.result() for name, future in asked.items()}
         operator = _operator(pool, api, found["deployments"])
-        bodies = [*manifests, *(j for j in found["jobs"].items if not _is_over(j))]
+        bodies = [*manifests, *(j for j in found["jobs"].items if not _is_finished(j))]
         named = references.of_jobs(bodies, namespace)
         answers = [pool.submit(_get, api, each.path) for each in named]
         pairs = tuple((each, answer.result()) for each, answer in zip(named, answers, strict=True))
@@ -131,7 +131,7 @@ def look(cluster: Cluster, manifests: Sequence[Object] = ()) -> Observed:
     )
 
 
-def _is_over(job: Object) -> bool:
+def _is_finished(job: Object) -> bool:
     return (job.get("status") or {}).get("state") in ("Succeeded", "Failed")
 
 

@@ -26,7 +26,7 @@ def set_suspend(cluster: Cluster, name: str, *, suspend: bool) -> tuple[Object, 
     """
     job = get_job(cluster, name)
     seen = view(job)
-    if seen.is_over:
+    if seen.is_finished:
         then = f"'{program()} retry {name}' makes a new one" if seen.state == "Failed" else "there is nothing to do"
         raise ClusterError(f'job "{name}" is over ({seen.state}); {then}')
     if seen.suspend == suspend:
@@ -47,7 +47,7 @@ def jobs_to_delete(cluster: Cluster, names: Sequence[str]) -> list[Object]:
 def describe(job: Object) -> str:
     """Describe what is lost with a job, in a line."""
     seen = view(job)
-    at = f" at step {seen.step} of {seen.total_steps}" if seen.step and not seen.is_over else ""
+    at = f" at step {seen.step} of {seen.total_steps}" if seen.step and not seen.is_finished else ""
     kept = {
         "Succeeded": f"its adapter stays at {seen.adapter.get('uri', 'its destination')}",
         "Failed": "its checkpoints stay at its destination, but no other job resumes from them",

@@ -72,12 +72,12 @@ class JobView:
     deleting: bool
 
     @property
-    def is_over(self) -> bool:
+    def is_finished(self) -> bool:
         return self.state in OVER
 
     @property
     def needs_a_hand(self) -> bool:
-        return not self.is_over and self.reason in NEEDS_A_HAND
+        return not self.is_finished and self.reason in NEEDS_A_HAND
 
     @property
     def seconds(self) -> float | None:
@@ -257,7 +257,7 @@ def in_order(views: Iterable[JobView]) -> list[JobView]:
     rank = {"Running": 1, "Pending": 2, "Suspended": 3, "Failed": 4, "Succeeded": 5}
 
     def key(job: JobView) -> tuple[int, float, str]:
-        when = job.ended if job.is_over else job.created
+        when = job.ended if job.is_finished else job.created
         place = 0 if job.needs_a_hand else rank.get(job.state, 2)
         return place, -(when.timestamp() if when else 0), job.name
 

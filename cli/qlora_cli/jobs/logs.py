@@ -152,8 +152,8 @@ def _nothing(job: Object, wanted: Wanted, pods: Sequence[Pod]) -> str:
     named = ", ".join("Prepare" if a == PREPARE else f"attempt {a}" for a in there)
     if there and (wanted.attempt is not None or wanted.worker is not None):
         return f'job "{seen.name}" has no log of what is asked for; there are logs of {named}'
-    if not pods and (seen.is_over or seen.attempts):
-        last = f"'{program()} show {seen.name}' has its last words"
+    if not pods and (seen.is_finished or seen.attempts):
+        last = f"'{program()} show {seen.name}' has its termination message"
         return f'job "{seen.name}" has no pods any more, and logs go with them; {last}'
     return _no_log_yet(seen)
 
@@ -225,7 +225,7 @@ class Follower:
                 line = self._lines.get(timeout=QUIET_SECONDS)
             except queue.Empty:
                 # The watches of job and pods are two: the end of the one may overtake the last pod of the other.
-                if self._listed and not self._streams and not self._job.is_over:
+                if self._listed and not self._streams and not self._job.is_finished:
                     tell(_no_log_yet(self._job))
                     tell = lambda _: None  # noqa: E731 once is enough
                 self._quiet = self._quiet + 1 if self._done() else 0
@@ -243,7 +243,7 @@ class Follower:
             return False
         if any(stream.is_alive() for stream in self._streams.values()):
             return False
-        if self._gone or self._job.is_over:
+        if self._gone or self._job.is_finished:
             return True
         ours = [p for p in self._pods.values() if p.attempt == self._wanted.attempt]
         attempt = next((a for a in self._job.attempts if a.number == self._wanted.attempt), None)

@@ -1,4 +1,4 @@
-"""``qlora submit``: from a manifest to a job in the cluster, or to every mistake in it."""
+"""``qlora submit``: from a manifest to a job in the cluster, or to every error in it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def read(path: Path, assignments: Sequence[str] = ()) -> Read:
     """Check all jobs of a file as the API server would, and for what only a machine of one's own can reach.
 
     Raises:
-        RefusedError: every mistake, with file and line.
+        RefusedError: every error, with file and line.
 
     """
     return _read(job_manifest.documents(path), str(path), assignments)
@@ -61,7 +61,7 @@ def read_text(text: str, source: str, assignments: Sequence[str] = ()) -> Read:
     """The same for a text; ``source`` names it in messages.
 
     Raises:
-        RefusedError: every mistake, with its line.
+        RefusedError: every error, with its line.
 
     """
     return _read(kubernetes_yaml.read(text, source), source, assignments)
@@ -71,7 +71,7 @@ def _read(documents: Sequence[Document], source: str, assignments: Sequence[str]
     overrides = [job_manifest.parse_override(text) for text in assignments]
     jobs: list[Submission] = []
     passed_over: list[str] = []
-    mistakes: list[Located | str] = []
+    errors: list[Located | str] = []
     for document in documents:
         if job_manifest.is_foreign(document):
             passed_over.append(_title(document))
@@ -80,15 +80,15 @@ def _read(documents: Sequence[Document], source: str, assignments: Sequence[str]
             job_manifest.check(document, overrides)
             body = _body(document, overrides)
         except RefusedError as error:
-            mistakes += error.mistakes
+            errors += error.errors
             continue
         local = [*_local_paths(body["spec"])]
-        mistakes += [Located(f"{document.source}:{document.line_of(m.field)}", m) for m in local]
+        errors += [Located(f"{document.source}:{document.line_of(m.field)}", m) for m in local]
         jobs.append(Submission(body, f"{document.source}:{document.line}"))
-    if not jobs and not mistakes:
-        mistakes.append(f"{source}: holds no QLoRAJob, only {', '.join(passed_over)}")
-    if mistakes:
-        raise RefusedError(*mistakes)
+    if not jobs and not errors:
+        errors.append(f"{source}: holds no QLoRAJob, only {', '.join(passed_over)}")
+    if errors:
+        raise RefusedError(*errors)
     return Read(tuple(jobs), tuple(passed_over))
 
 
@@ -203,7 +203,7 @@ def again(cluster: Cluster, name: str, new_name: str | None, assignments: Sequen
             f'job "{name}" succeeded, and its destination holds its adapter; to train again, give another place: '
             "--set output.destination=…"
         )
-    if not seen.is_over:
+    if not seen.is_finished:
         raise ClusterError(
             f'job "{name}" is {seen.state} ({seen.reason}) and is retried by the operator itself; '
             f"'{program()} cancel {name}' ends it"

@@ -91,9 +91,9 @@ class WatchedJobs:
             seen.append(value)
 
     @property
-    def all_over(self) -> bool:
+    def all_finished(self) -> bool:
         """Return whether every job asked for is finished, deleted ones too."""
-        return all(job.is_over for job in self.jobs.values())
+        return all(job.is_finished for job in self.jobs.values())
 
     @property
     def any_failed(self) -> bool:
@@ -174,7 +174,7 @@ def _live(
         Live(Text("waiting for the API server …"), console=screen, screen=True, auto_refresh=False) as live,
     ):
         live.refresh()
-        while not (heard and until_over and board.all_over):
+        while not (heard and until_over and board.all_finished):
             for event in _next(events, DRAW_SECONDS):
                 board.take(event)
                 changed, heard = True, heard or event.kind == "LISTED"
@@ -304,7 +304,7 @@ def _plain(
 ) -> None:
     told: dict[tuple[str, str], _Told] = {}
     heard = False
-    while not (heard and until_over and board.all_over):
+    while not (heard and until_over and board.all_finished):
         for event in _next(events, DRAW_SECONDS):
             changed = board.take(event)
             heard = heard or event.kind == "LISTED"

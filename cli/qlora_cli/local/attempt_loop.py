@@ -58,7 +58,7 @@ class Ended:
 
     code: int
     stopped: Stopped
-    word: TerminationMessage | None
+    termination_message: TerminationMessage | None
     report: ProgressReport | None
 
 
@@ -101,8 +101,8 @@ class Run:
         except ValidationError as error:
             raise run_folder.RunError(f"{out}: its last line is no receipt: {error.errors()[0]['msg']}") from None
         refuse_other_rows(self.record, receipt, trained=self._trained())
-        word = step.termination_message()
-        prepared = word.prepared if word else None
+        termination = step.termination_message()
+        prepared = termination.prepared if termination else None
         self._keep(self.record.model_copy(update={"receipt": receipt, "prepared": prepared}))
         console.print(run_view.receipt(receipt, None if self.record.attempts else prepared))
         return None
@@ -127,8 +127,10 @@ class Run:
         attempt = conclude(attempt, ended, step.log, run_folder.now())
         record = self.record.with_attempt(attempt)
         if attempt.reason is Reason.COMPLETED:
-            word = ended.word or TerminationMessage(exit_code=ExitCode.DONE, reason=Reason.COMPLETED)
-            record = record.model_copy(update={"result": word})
+            termination = ended.termination_message or TerminationMessage(
+                exit_code=ExitCode.DONE, reason=Reason.COMPLETED
+            )
+            record = record.model_copy(update={"result": termination})
         self._keep(record)
         return self._after(step, attempt, ended)
 
@@ -156,16 +158,16 @@ class Run:
         """Decide what follows an attempt; None for another attempt."""
         console, policy = self._setting.console, self._setting.job.spec.policy
         # Who types the command again has looked at what happened: each call has its own restarts.
-        following = after_attempt(policy, self.record.attempts[self._call_began_at :])
-        if isinstance(following, Finish):
-            if following.succeeded:
+        decision = after_attempt(policy, self.record.attempts[self._call_began_at :])
+        if isinstance(decision, Finish):
+            if decision.succeeded:
                 console.print(run_view.result(self.record, next_commands(self._setting.folder.path)))
                 return int(ExitCode.DONE)
-            return self._failed(step, ended.word, shell_code(ended.code), following.message, attempt)
+            return self._failed(step, ended.termination_message, shell_code(ended.code), decision.message, attempt)
         if ended.stopped is not Stopped.NO:
             return self._interrupted(attempt)
-        console.print(run_view.retry(attempt, following), soft_wrap=True)
-        self._stop.wait(following.wait_seconds)
+        console.print(run_view.retry(attempt, decision), soft_wrap=True)
+        self._stop.wait(decision.wait_seconds)
         return self._interrupted(attempt) if self._stop.asked else None
 
     # ------------------------------------------------------------------------------------------------------ smaller
@@ -205,13 +207,22 @@ class Run:
         return INTERRUPTED
 
     def _failed(
-        self, step: Step, word: TerminationMessage | None, code: int, message: str = "", last: Attempt | None = None
+        self,
+        step: Step,
+        termination: TerminationMessage | None,
+        code: int,
+        message: str = "",
+        last: Attempt | None = None,
     ) -> int:
-        word = word or step.termination_message()
-        message = message or (word.message if word else f"Prepare ended with exit code {code} and left no last word")
-        tail = [] if word else step.log_tail(TAIL_LINES)
+        termination = termination or step.termination_message()
+        message = message or (
+            termination.message
+            if termination
+            else f"Prepare ended with exit code {code} and left no termination message"
+        )
+        tail = [] if termination else step.log_tail(TAIL_LINES)
         self._setting.console.print(
-            run_view.failure(reason_of(code) if word is None else word.reason, message, tail, step.log)
+            run_view.failure(reason_of(code) if termination is None else termination.reason, message, tail, step.log)
         )
         if last is not None:
             self._setting.console.print(run_view.attempts(self.record.attempts))
@@ -230,9 +241,9 @@ def next_choice(setting: Setting, record: RunRecord) -> Choice:
         batch = split_batch(setting.job.spec, setting.world.ranks)
         return Choice(batch, local_spec.checkpoints_gradients(setting.job.spec, setting.world))
     last = record.attempts[-1]
-    following = after_attempt(setting.job.spec.policy, record.attempts)
-    if not isinstance(following, Finish):
-        return Choice(following.batch, following.gradient_checkpointing)
+    decision = after_attempt(setting.job.spec.policy, record.attempts)
+    if not isinstance(decision, Finish):
+        return Choice(decision.batch, decision.gradient_checkpointing)
     batch = BatchSplit(
         world_size=last.world_size,
         micro_batch_size=last.micro_batch_size,
@@ -245,20 +256,24 @@ def conclude(attempt: Attempt, ended: Ended, log: Path, now: datetime) -> Attemp
     """The attempt with its end."""
     code = shell_code(ended.code)
     reason = reason_of(code)
-    word, report = ended.word, ended.report
-    message = word.message if word else f"The trainer ended with exit code {code} and left no last word; see {log}"
+    termination, report = ended.termination_message, ended.report
+    message = (
+        termination.message
+        if termination
+        else f"The trainer ended with exit code {code} and left no termination message; see {log}"
+    )
     if ended.stopped is Stopped.KILLED and reason is not Reason.COMPLETED:
         reason, message = Reason.PREEMPTED, "killed by a second Ctrl-C, without a checkpoint"
     elif ended.stopped is Stopped.ASKED and code == shell_code(-signal.SIGTERM):  # before it could catch the signal
         reason, message = Reason.PREEMPTED, "stopped before it had anything to checkpoint"
-    progress = word.progress if word and word.progress else report
+    progress = termination.progress if termination and termination.progress else report
     return attempt.model_copy(
         update={
             "end_time": now,
             "reason": reason,
-            "message": message if reason is not Reason.COMPLETED or word else "",
+            "message": message if reason is not Reason.COMPLETED or termination else "",
             "exit_code": code,
-            "compute_type": (word and word.compute_type) or (report and report.compute_type),
+            "compute_type": (termination and termination.compute_type) or (report and report.compute_type),
             "first_step": report.first_step if report else None,
             "last_step": progress.step if progress else None,
         }

@@ -30,19 +30,17 @@ def localize(spec: QLoRAJobSpec, cwd: Path) -> QLoRAJobSpec:
         ManifestError: names each such field.
 
     """
-    mistakes: list[FieldError] = []
+    errors: list[FieldError] = []
 
     def place(field: str, value: str, *, must_exist: bool) -> str:
         scheme, separator, _ = value.partition("://")
         if scheme == "pvc":
-            mistakes.append(
-                FieldError(field, value, "is a volume of a cluster; 'qlora run' takes a local path instead")
-            )
+            errors.append(FieldError(field, value, "is a volume of a cluster; 'qlora run' takes a local path instead"))
         if separator:
             return value
         path = (cwd / Path(value).expanduser()).resolve()
         if must_exist and not path.exists():
-            mistakes.append(FieldError(field, value, f"is not here: {path} does not exist"))
+            errors.append(FieldError(field, value, f"is not here: {path} does not exist"))
         return str(path)
 
     model = place("spec.model.source", spec.model.source, must_exist=True)
@@ -52,8 +50,8 @@ def localize(spec: QLoRAJobSpec, cwd: Path) -> QLoRAJobSpec:
         source = place("spec.dataset.eval.source", held_out.source, must_exist=True)
         held_out = held_out.model_copy(update={"source": source})
     output = place("spec.output.destination", spec.output.destination, must_exist=False)
-    if mistakes:
-        raise ManifestError(mistakes)
+    if errors:
+        raise ManifestError(errors)
     rows = spec.dataset.train.model_copy(update={"source": train})
     return spec.model_copy(
         update={

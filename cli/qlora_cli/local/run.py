@@ -83,10 +83,10 @@ def _require_even_split(job: QLoRAJob, world: World) -> None:
     """Refuse ranks that cannot share the global batch, and name numbers that can."""
     try:
         split_batch(job.spec, world.ranks)
-    except FieldError as mistake:
+    except FieldError as error:
         fitting = [n for n in range(world.ranks, 0, -1) if _splits(job, n)]
         hint = f", or pass --ranks {fitting[0]}" if fitting else ""
-        raise FieldError(mistake.field, mistake.value, f"{mistake.allowed}{hint}") from None
+        raise FieldError(error.field, error.value, f"{error.allowed}{hint}") from None
 
 
 def _splits(job: QLoRAJob, ranks: int) -> bool:

@@ -65,7 +65,7 @@ class RunRecord(Model):
     section_seconds: dict[int, dict[str, float]] = {}
     """Time of rank 0 in each attempt by section, as last heard."""
     result: TerminationMessage | None = None
-    """The last word of the attempt that completed the run."""
+    """The termination message of the attempt that completed the run."""
     signed: bool = False
     """Whether the run had a key from its first attempt on. Not so: runs of earlier versions."""
 
@@ -263,27 +263,27 @@ def new_record(name: str, spec: QLoRAJobSpec, now: datetime) -> RunRecord:
     )
 
 
-def orphaned(record: RunRecord, word: TerminationMessage | None, ended: datetime) -> RunRecord:
+def orphaned(record: RunRecord, termination: TerminationMessage | None, ended: datetime) -> RunRecord:
     """End the attempt that nobody saw end: 'qlora run' itself was killed, or the machine went down.
 
-    Its trainer may have gone on alone and left a last word; then that counts.
+    Its trainer may have gone on alone and left a termination message; then that counts.
     """
     attempt = record.attempts[-1]
-    if word is None:
+    if termination is None:
         lost = "'qlora run' or the machine went down during this attempt"
         return record.with_attempt(
             attempt.model_copy(update={"end_time": ended, "reason": Reason.NODE_LOST, "message": lost})
         )
-    step = word.progress.step if word.progress else attempt.last_step
+    step = termination.progress.step if termination.progress else attempt.last_step
     update = {
         "end_time": ended,
-        "reason": word.reason,
-        "message": word.message,
-        "exit_code": word.exit_code,
+        "reason": termination.reason,
+        "message": termination.message,
+        "exit_code": termination.exit_code,
         "last_step": step,
     }
     record = record.with_attempt(attempt.model_copy(update=update))
-    return record.model_copy(update={"result": word}) if word.reason is Reason.COMPLETED else record
+    return record.model_copy(update={"result": termination}) if termination.reason is Reason.COMPLETED else record
 
 
 def trained(record: RunRecord | None) -> bool:

@@ -194,12 +194,12 @@ def _planned(prepared: PrepareResult) -> Iterator[tuple[str, str]]:
 # ---------------------------------------------------------------------------------------------------------- between
 
 
-def retry(ended: Attempt, following: Retry) -> str:
+def retry(ended: Attempt, decision: Retry) -> str:
     """Print why there is another attempt, and what differs."""
     what = [f"Attempt {ended.number} ended: {ended.reason}. {ended.message}".rstrip()]
-    if following.batch.micro_batch_size != ended.micro_batch_size:
-        what.append(f"The next attempt takes smaller portions: {batch_equation(following.batch)}.")
-    when = f"in {units.duration(following.wait_seconds)}" if following.wait_seconds else "now"
+    if decision.batch.micro_batch_size != ended.micro_batch_size:
+        what.append(f"The next attempt takes smaller portions: {batch_equation(decision.batch)}.")
+    when = f"in {units.duration(decision.wait_seconds)}" if decision.wait_seconds else "now"
     what.append(f"Resuming from the last checkpoint {when}.")
     return "\n".join(what)
 
@@ -251,11 +251,11 @@ def result(record: RunRecord, next_commands: Sequence[str]) -> Group:
 
 
 def _results(record: RunRecord) -> Iterator[tuple[str, str]]:
-    word = record.result
-    if word and word.adapter:
-        yield "Adapter", word.adapter.uri
-        yield "Manifest", f"{word.adapter.manifest_uri} (sha256 {word.adapter.manifest_sha256[:12]}…)"
-    progress = word.progress if word else None
+    termination = record.result
+    if termination and termination.adapter:
+        yield "Adapter", termination.adapter.uri
+        yield "Manifest", f"{termination.adapter.manifest_uri} (sha256 {termination.adapter.manifest_sha256[:12]}…)"
+    progress = termination.progress if termination else None
     if progress:
         yield "Steps", f"{progress.step} of {progress.total_steps}, {progress.epoch} epochs"
         if progress.eval_loss:
@@ -265,8 +265,10 @@ def _results(record: RunRecord) -> Iterator[tuple[str, str]]:
             yield "Eval loss", f"{before}{published}{last}"
         elif progress.loss:
             yield "Training loss", f"{progress.loss} (no evaluation rows)"
-    if word and word.message and not record.first_eval_loss:  # too short a run to be asked; its last word says more
-        yield "In its words", word.message
+    if (
+        termination and termination.message and not record.first_eval_loss
+    ):  # too short a run to be asked; its termination message says more
+        yield "In its words", termination.message
     ended = [(a, (a.end_time - a.start_time).total_seconds()) for a in record.attempts if a.end_time]
     wall = sum(seconds for _, seconds in ended)
     ranks = sum(seconds * a.world_size for a, seconds in ended) / 3600

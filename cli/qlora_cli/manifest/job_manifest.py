@@ -1,4 +1,4 @@
-"""From a YAML file to a QLoRAJob, or to mistakes with file and line."""
+"""From a YAML file to a QLoRAJob, or to errors with file and line."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Located:
-    """A mistake and where it stands."""
+    """An error and where it stands."""
 
     place: str
     """``file:line``, or the option that set the field."""
-    mistake: FieldError
+    error: FieldError
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.mistake}"
+        return f"{self.place}: {self.error}"
 
 
 class RefusedError(ValueError):
-    """A manifest that cannot be used; ``str()`` has a line for each mistake."""
+    """A manifest that cannot be used; ``str()`` has a line for each error."""
 
-    def __init__(self, *mistakes: Located | str) -> None:
-        self.mistakes = mistakes
-        super().__init__("\n".join(str(m) for m in mistakes))
+    def __init__(self, *errors: Located | str) -> None:
+        self.errors = errors
+        super().__init__("\n".join(str(m) for m in errors))
 
 
 @dataclass(frozen=True)
@@ -83,31 +83,31 @@ def check(document: Document, overrides: Sequence[Override] = ()) -> QLoRAJob:
     """Validate one document.
 
     Raises:
-        RefusedError: every mistake, each with file and line.
+        RefusedError: every error, each with file and line.
 
     """
-    mistakes = list(document.mistakes)
+    errors = list(document.errors)
     value = document.value
     if isinstance(value, dict):
         # kubectl cannot send an object without them; the type has defaults only for code that builds jobs.
         for name, want in (("apiVersion", API_VERSION), ("kind", KIND)):
             if value.get(name) is None:
-                mistakes.append(FieldError(name, None, f"is required: {want}"))
+                errors.append(FieldError(name, None, f"is required: {want}"))
         value = crd_schema.without_nulls(overridden(value, overrides))
     try:
         job = QLoRAJob.from_manifest(value)
     except ManifestError as error:
-        mistakes += error.mistakes
-    if not mistakes:
+        errors += error.errors
+    if not errors:
         return job
-    raise RefusedError(*(_locate(document, m, overrides) for m in mistakes)) from None
+    raise RefusedError(*(_locate(document, m, overrides) for m in errors)) from None
 
 
 def one_job(path: Path, assignments: Sequence[str] = ()) -> QLoRAJob:
     """The only QLoRAJob of a file, with fields set on the command line.
 
     Raises:
-        RefusedError: not exactly one, or with mistakes.
+        RefusedError: not exactly one, or with errors.
 
     """
     overrides = [parse_override(text) for text in assignments]
@@ -164,8 +164,8 @@ def overridden(value: dict[str, Any], overrides: Sequence[Override]) -> dict[str
     return value
 
 
-def _locate(document: Document, mistake: FieldError, overrides: Sequence[Override]) -> Located:
+def _locate(document: Document, error: FieldError, overrides: Sequence[Override]) -> Located:
     for override in overrides:
-        if mistake.field == override.path or mistake.field.startswith((f"{override.path}.", f"{override.path}[")):
-            return Located("--set", mistake)
-    return Located(f"{document.source}:{document.line_of(mistake.field)}", mistake)
+        if error.field == override.path or error.field.startswith((f"{override.path}.", f"{override.path}[")):
+            return Located("--set", error)
+    return Located(f"{document.source}:{document.line_of(error.field)}", error)

@@ -1,4 +1,4 @@
-"""``qlora validate``: every mistake of every manifest."""
+"""``qlora validate``: every error of every manifest."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ class Report:
 
     source: str
     jobs: tuple[str, ...] = ()
-    """Names of the jobs without a mistake."""
+    """Names of the jobs without an error."""
     passed_over: tuple[str, ...] = ()
     """Documents of other kinds."""
-    mistakes: tuple[Located | str, ...] = ()
+    errors: tuple[Located | str, ...] = ()
 
     @property
     def good(self) -> bool:
-        return not self.mistakes
+        return not self.errors
 
 
 def check_file(path: Path) -> Report:
     """Validate every document of a file."""
     jobs: list[str] = []
     passed_over: list[str] = []
-    mistakes: list[Located | str] = []
+    errors: list[Located | str] = []
     try:
         documents = job_manifest.documents(path)
     except job_manifest.RefusedError as error:
-        return Report(str(path), mistakes=error.mistakes)
+        return Report(str(path), errors=error.errors)
     for document in documents:
         if job_manifest.is_foreign(document):
             passed_over.append(f"{document.value['kind']} (line {document.line})")  # type: ignore[index]
@@ -48,23 +48,23 @@ def check_file(path: Path) -> Report:
         try:
             jobs.append(job_manifest.check(document).metadata.name)
         except job_manifest.RefusedError as error:
-            mistakes += error.mistakes
-    if not jobs and not mistakes:
-        mistakes.append(f"{path}: holds no QLoRAJob, only {units.listing(passed_over)}")
-    return Report(str(path), tuple(jobs), tuple(passed_over), tuple(mistakes))
+            errors += error.errors
+    if not jobs and not errors:
+        errors.append(f"{path}: holds no QLoRAJob, only {units.listing(passed_over)}")
+    return Report(str(path), tuple(jobs), tuple(passed_over), tuple(errors))
 
 
 def as_text(reports: Sequence[Report]) -> str:
-    """A line for each mistake; a line for each good file."""
+    """A line for each error; a line for each good file."""
     lines: list[str] = []
     for report in reports:
-        lines += [str(mistake) for mistake in report.mistakes]
+        lines += [str(error) for error in report.errors]
         if report.good:
             passed = f"; passed over: {units.listing(report.passed_over)}" if report.passed_over else ""
             lines.append(f"{report.source}: {units.listing(report.jobs)} is valid{passed}")
-    wrong = sum(len(report.mistakes) for report in reports)
+    wrong = sum(len(report.errors) for report in reports)
     if wrong > 1:
-        lines.append(f"{wrong} mistakes")
+        lines.append(f"{wrong} errors")
     return "\n".join(lines)
 
 
@@ -77,7 +77,7 @@ def as_json(reports: Sequence[Report]) -> str:
                 "valid": report.good,
                 "jobs": report.jobs,
                 "passedOver": report.passed_over,
-                "mistakes": [_plain(mistake) for mistake in report.mistakes],
+                "mistakes": [_plain(error) for error in report.errors],
             }
             for report in reports
         ],
@@ -86,8 +86,8 @@ def as_json(reports: Sequence[Report]) -> str:
     )
 
 
-def _plain(mistake: Located | str) -> dict[str, object]:
-    if isinstance(mistake, str):
-        return {"message": mistake}
-    inner = mistake.mistake
-    return {"place": mistake.place, "field": inner.field, "allowed": inner.allowed, "message": str(inner)}
+def _plain(error: Located | str) -> dict[str, object]:
+    if isinstance(error, str):
+        return {"message": error}
+    inner = error.error
+    return {"place": error.place, "field": inner.field, "allowed": inner.allowed, "message": str(inner)}

@@ -90,7 +90,7 @@ def answer(path: Path, options: Options, overrides: Sequence[str] = ()) -> Answe
     """Plan the job of a manifest.
 
     Raises:
-        ValueError: a mistake of the user's, in words.
+        ValueError: an error of the user's, in words.
 
     """
     job = job_manifest.one_job(path, overrides)

@@ -38,8 +38,8 @@ class Facts:
     attempts: Sequence[Attempt] = ()
     tokens: int = 0
     device: str = ""
-    word: TerminationMessage | None = None
-    """The last word of the attempt that ended the run."""
+    termination_message: TerminationMessage | None = None
+    """The termination message of the attempt that ended the run."""
     receipt: PrepareReceipt | None = None
     predicted: dict[str, int] = field(default_factory=dict)
     measured: dict[str, int] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Facts:
 
     @property
     def published(self) -> bool:
-        return self.manifest is not None or bool(self.word and self.word.adapter)
+        return self.manifest is not None or bool(self.termination_message and self.termination_message.adapter)
 
 
 def gather(run: str, runs_dir: Path) -> tuple[Facts, Path]:
@@ -74,9 +74,9 @@ def gather(run: str, runs_dir: Path) -> tuple[Facts, Path]:
 def of_run(folder: run_folder.Folder, record: RunRecord) -> Facts:
     """A local run, finished or not."""
     newest = folder.attempt(record.attempts[-1].number) if record.attempts else None
-    word = record.result or (newest.termination_message() if newest else None)
-    memory = word.memory if word else None
-    published = word.adapter.uri.removeprefix("file://") if word and word.adapter else "://"
+    termination = record.result or (newest.termination_message() if newest else None)
+    memory = termination.memory if termination else None
+    published = termination.adapter.uri.removeprefix("file://") if termination and termination.adapter else "://"
     history = training_history.of_run(folder.path, None if "://" in published else Path(published))
     device = next((a.device for a in reversed(history.attempts.values()) if a.device), None)
     return Facts(
@@ -88,11 +88,11 @@ def of_run(folder: run_folder.Folder, record: RunRecord) -> Facts:
         attempts=record.attempts,
         tokens=sum(record.tokens.values()),
         device=device or record.device,
-        word=word,
+        termination_message=termination,
         receipt=record.receipt,
         predicted=memory.predicted if memory else {},
         measured=memory.measured if memory else {},
-        manifest=_local_manifest(word),
+        manifest=_local_manifest(termination),
         told=told(history),
         answers=kept(folder.path),
     )
@@ -127,8 +127,8 @@ def told(history: History) -> list[Answer]:
     return [Answer(prompt=p, base=base.get(p), adapter=adapter.get(p)) for p in {**base, **adapter}]
 
 
-def _local_manifest(word: TerminationMessage | None) -> dict[str, Any] | None:
-    adapter = word.adapter if word else None
+def _local_manifest(termination: TerminationMessage | None) -> dict[str, Any] | None:
+    adapter = termination.adapter if termination else None
     if adapter is None or "://" in adapter.manifest_uri.removeprefix("file://"):
         return None
     try:

@@ -98,7 +98,7 @@ def _head(facts: Facts) -> str:
         f"<div><span>{escape(name)}</span><b>{escape(value)}</b><i>{escape(more)}</i></div>"
         for name, value, more in _figures(facts)
     )
-    said = facts.word.message if facts.word and kind != "good" else ""
+    said = facts.termination_message.message if facts.termination_message and kind != "good" else ""
     return (
         f'<header><h1>{escape(facts.name)} <span class="badge {kind}">{escape(text)}</span></h1>'
         f"<p>{escape(source)} · run {escape(facts.uid[:8])} · {facts.created:%Y-%m-%d %H:%M} UTC</p>"
@@ -331,7 +331,7 @@ def _mark(found: re.Match[str]) -> str:
 
 
 def _published(facts: Facts) -> str:
-    adapter = facts.word.adapter if facts.word else None
+    adapter = facts.termination_message.adapter if facts.termination_message else None
     rows = []
     if adapter:
         rows = [("Adapter", adapter.uri), ("Manifest", adapter.manifest_uri), ("SHA-256", adapter.manifest_sha256)]

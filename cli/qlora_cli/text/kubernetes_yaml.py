@@ -46,7 +46,7 @@ class Document:
     value: object
     lines: dict[str, int] = field(repr=False)
     """Line of each field, by path such as ``spec.lora.targetModules[0]``."""
-    mistakes: tuple[FieldError, ...] = ()
+    errors: tuple[FieldError, ...] = ()
     """What YAML allows and Kubernetes does not."""
 
     def line_of(self, path: str) -> int:
@@ -81,7 +81,7 @@ def read(text: str, source: str) -> list[Document]:
             value = reader.value(node, "", ())
             if value is not None:
                 line = node.start_mark.line + 1
-                documents.append(Document(source, line, value, reader.lines, tuple(reader.mistakes)))
+                documents.append(Document(source, line, value, reader.lines, tuple(reader.errors)))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
@@ -128,7 +128,7 @@ class _Reader:
 
     def __init__(self) -> None:
         self.lines: dict[str, int] = {}
-        self.mistakes: list[FieldError] = []
+        self.errors: list[FieldError] = []
         self._nodes = 0
 
     def value(self, node: yaml.Node, path: str, within: tuple[yaml.Node, ...]) -> object:
@@ -159,7 +159,7 @@ class _Reader:
             here = f"{path}.{name}".strip(".")
             line = key_node.start_mark.line + 1
             if name in own:
-                self.mistakes.append(FieldError(here, None, f"is given twice, in lines {self.lines[here]} and {line}"))
+                self.errors.append(FieldError(here, None, f"is given twice, in lines {self.lines[here]} and {line}"))
             self.lines[here] = line
             own[name] = self.value(value_node, here, within)
         return {**merged, **own}
@@ -189,5 +189,5 @@ class _Reader:
         if node.tag not in (_PLAIN, f"{_STANDARD}{kind}") and (node.tag, kind) != (f"{_STANDARD}float", "int"):
             raise yaml.MarkedYAMLError(problem=f"tag {node.tag} is not known here", problem_mark=node.start_mark)
         if isinstance(value, float) and not math.isfinite(value):
-            self.mistakes.append(FieldError(path, text, "is no number that JSON can hold"))
+            self.errors.append(FieldError(path, text, "is no number that JSON can hold"))
         return value

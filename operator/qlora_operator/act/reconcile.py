@@ -30,7 +30,7 @@ from qlora_operator.config import OperatorConfig
 from qlora_operator.decide.attempt_history import REPORTED_FIELDS, differ_in_figures, with_job_uids
 from qlora_operator.decide.decision import Note, Plan
 from qlora_operator.decide.events import event_of
-from qlora_operator.decide.plan import is_over, plan
+from qlora_operator.decide.plan import is_finished, plan
 from qlora_operator.kube.client import TRANSIENT, Api, ApiError, Object
 from qlora_operator.names import SERVICE
 from qlora_operator.serve.metrics import Metrics
@@ -169,7 +169,7 @@ class Reconciler:
             return
         if stored.uid in known.deleted:
             return
-        if stored.rests and not any(_runs(child) for child in known.own_children()):
+        if stored.is_quiescent and not any(_runs(child) for child in known.own_children()):
             self._leave(key, known)
             return
         raw = json.loads(stored.body)
@@ -182,7 +182,7 @@ class Reconciler:
         if not await self._clear(key, known, job, decided.delete):
             return
         await self._write_status(key, job, raw, decided)
-        if is_over(decided.status) and not (job.status and is_over(job.status)):
+        if is_finished(decided.status) and not (job.status and is_finished(job.status)):
             await self._corrections.take(job.spec, decided.status)
         for note in decided.notes:
             await self._post(job, note)
@@ -223,7 +223,7 @@ class Reconciler:
         for attempt in after.attempts:
             if attempt.end_time and attempt.number not in ended and attempt.reason:
                 self._metrics.attempt_ended(attempt.reason.value)
-        prepared = PREPARE if after.prepared or after.attempts or is_over(after) else PREPARE - 1
+        prepared = PREPARE if after.prepared or after.attempts or is_finished(after) else PREPARE - 1
         concluded = max((a.number for a in after.attempts if a.end_time), default=prepared)
         if any(p.gone for p in known.pods.values()):
             self._store.clear_gone(key, concluded)

@@ -77,14 +77,14 @@ def measured(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
     return _with_measures(status, progress, report.memory)
 
 
-def with_last_word(status: QLoRAJobStatus, ending: Ending) -> QLoRAJobStatus:
-    word = ending.word
-    if word is None:
+def with_termination_message(status: QLoRAJobStatus, ending: Ending) -> QLoRAJobStatus:
+    termination = ending.termination_message
+    if termination is None:
         return status
-    status = _with_measures(status, word.progress or status.progress, word.memory)
-    if status.attempts and word.compute_type is not None:
-        status = with_attempt(status, status.attempts[-1].model_copy(update={"compute_type": word.compute_type}))
-    return status.model_copy(update={"adapter": word.adapter or status.adapter, "eta": ""})
+    status = _with_measures(status, termination.progress or status.progress, termination.memory)
+    if status.attempts and termination.compute_type is not None:
+        status = with_attempt(status, status.attempts[-1].model_copy(update={"compute_type": termination.compute_type}))
+    return status.model_copy(update={"adapter": termination.adapter or status.adapter, "eta": ""})
 
 
 def _with_measures(status: QLoRAJobStatus, progress: Progress | None, memory: Memory | None) -> QLoRAJobStatus:

@@ -49,7 +49,7 @@ class Ending:
     message: str
     exit_code: int | None = None
     node: str = ""
-    word: TerminationMessage | None = None
+    termination_message: TerminationMessage | None = None
 
 
 def ending_of(attempt: int, workers: int, seen: Observed, *, asked_to_stop: bool = False) -> Ending | None:
@@ -73,17 +73,17 @@ def ending_of(attempt: int, workers: int, seen: Observed, *, asked_to_stop: bool
         return None
     if any(not p.ended for p in pods):
         return None
-    won = next((p for p in pods if p.index == 0 and p.exit_code == 0 and p.word), None)
+    won = next((p for p in pods if p.index == 0 and p.exit_code == 0 and p.termination_message), None)
     if won:
         return _of_pod(won, Reason.COMPLETED)
     if asked_to_stop:
         told = _told(pods, workers, seen)
         return Ending(
             Reason.SUSPENDED,
-            told.message if told and told.word else "stopped; it goes on from the last checkpoint",
+            told.message if told and told.termination_message else "stopped; it goes on from the last checkpoint",
             told.exit_code if told else None,
             told.node if told else "",
-            told.word if told else None,
+            told.termination_message if told else None,
         )
     return _told(pods, workers, seen) or Ending(Reason.PREEMPTED, "its Job was deleted")
 
@@ -96,12 +96,14 @@ def _words_are_on_their_way(job: ObservedJob, pods: tuple[PodSnapshot, ...], see
 
 def _completed(job: ObservedJob, pods: tuple[PodSnapshot, ...], seen: Observed) -> Ending | None:
     # A queue that took the attempt back and admitted it again has left pods of before, with words of their own.
-    first = next((p for p in pods if p.index == 0 and p.exit_code == 0 and p.word), None)
+    first = next((p for p in pods if p.index == 0 and p.exit_code == 0 and p.termination_message), None)
     if first:
         return _of_pod(first, Reason.COMPLETED)
     mute = next((p for p in pods if p.index == 0 and p.exit_code == 0), None)
     if mute:
-        text = f"pod {mute.name} ended well with a last word that cannot be read; is trainer.image of this version?"
+        text = (
+            f"pod {mute.name} ended well but its termination message cannot be read; is trainer.image of this version?"
+        )
         return Ending(Reason.CRASHED, text, 0, mute.node)
     if job.ended is None or seen.now < job.ended + RESULT_PATIENCE:
         return None
@@ -132,7 +134,11 @@ def _told(pods: tuple[PodSnapshot, ...], workers: int, seen: Observed) -> Ending
         if missing:
             names = ", ".join(str(index) for index in missing)
             return Ending(
-                Reason.NODE_LOST, f"worker {names} went away without a word", ending.exit_code, "", ending.word
+                Reason.NODE_LOST,
+                f"worker {names} went away without a word",
+                ending.exit_code,
+                "",
+                ending.termination_message,
             )
     return ending
 
@@ -180,8 +186,10 @@ def _reason_of(code: int, pod: PodSnapshot | None = None) -> Reason:
         return reason_of(code)
     if pod is not None and pod.exit_reason == "ContainerStatusUnknown":
         return Reason.NODE_LOST  # the kubelet lost sight of the container: its node was started anew
-    word = pod.word if pod else None
-    if pod is not None and (pod.exit_reason == "OOMKilled" or (word and word.exit_code == ExitCode.OUT_OF_HOST_MEMORY)):
+    termination = pod.termination_message if pod else None
+    if pod is not None and (
+        pod.exit_reason == "OOMKilled" or (termination and termination.exit_code == ExitCode.OUT_OF_HOST_MEMORY)
+    ):
         return Reason.OUT_OF_HOST_MEMORY
     return Reason.CRASHED
 
@@ -199,20 +207,20 @@ def _overfull(pod: PodSnapshot) -> str:
 
 
 def _of_pod(pod: PodSnapshot, reason: Reason) -> Ending:
-    word = pod.word
+    termination = pod.termination_message
     if overfull := _overfull(pod):
         text = overfull
-    elif word is not None and word.message:
-        text = word.message
+    elif termination is not None and termination.message:
+        text = termination.message
     elif pod.exit_code is None:
         why = pod.disruption or pod.pod_reason or "deleted"
         text = f"pod {pod.name} was ended ({why}) {pod.pod_message[-500:]}".rstrip()
     else:
         why = pod.exit_reason or pod.pod_reason or "no reason"
-        text = f"pod {pod.name} ended with exit code {pod.exit_code} ({why}) and no last word"
+        text = f"pod {pod.name} ended with exit code {pod.exit_code} ({why}) and no termination message"
         if said := pod.message or pod.pod_message:
             text += f": {said[-500:]}"
-    return Ending(reason, text, pod.exit_code, pod.node, word)
+    return Ending(reason, text, pod.exit_code, pod.node, termination)
 
 
 def _from_job(job: ObservedJob) -> Ending:
@@ -227,7 +235,7 @@ def _from_job(job: ObservedJob) -> Ending:
 
 def close(attempt: Attempt, ending: Ending, seen: Observed) -> Attempt:
     """The attempt with its end."""
-    progress = ending.word.progress if ending.word else None
+    progress = ending.termination_message.progress if ending.termination_message else None
     report = seen.report if seen.report and seen.report.attempt == attempt.number else None
     last = progress.step if progress else report.step if report else attempt.last_step
     return attempt.model_copy(

@@ -18,12 +18,12 @@ def set_condition(
     reason: Reason,
     message: str,
     *,
-    holds: bool,
+    is_true: bool,
     now: datetime,
     generation: int,
 ) -> list[Condition]:
     """The conditions with one of them set; its transition time moves only when its status does."""
-    status: Literal["True", "False"] = "True" if holds else "False"
+    status: Literal["True", "False"] = "True" if is_true else "False"
     before = list(conditions)
     place = next((i for i, c in enumerate(before) if c.type is kind), None)
     old = before[place] if place is not None else None
@@ -40,18 +40,18 @@ def set_condition(
     return [*before[:place], new, *before[place + 1 :]]
 
 
-def said(
-    context: Context, status: QLoRAJobStatus, kind: ConditionType, reason: Reason, text: str, *, holds: bool
+def with_condition(
+    context: Context, status: QLoRAJobStatus, kind: ConditionType, reason: Reason, text: str, *, is_true: bool
 ) -> QLoRAJobStatus:
     """The status with one condition set, now and of the job's generation."""
     generation = context.job.metadata.generation or 0
     conditions = set_condition(
-        status.conditions, kind, reason, text, holds=holds, now=context.now, generation=generation
+        status.conditions, kind, reason, text, is_true=is_true, now=context.now, generation=generation
     )
     return status.model_copy(update={"conditions": conditions})
 
 
-def holds(conditions: Iterable[Condition], kind: ConditionType) -> bool:
+def is_condition_true(conditions: Iterable[Condition], kind: ConditionType) -> bool:
     return any(c.type is kind and c.status == "True" for c in conditions)
 
 

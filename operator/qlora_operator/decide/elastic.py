@@ -9,7 +9,7 @@ from qlora_api.status import Attempt, Reason
 from qlora_operator.decide.attempt_history import batch_of
 from qlora_operator.decide.attempt_outcome import Ending
 from qlora_operator.decide.decision import Context
-from qlora_operator.decide.pending_reason import why_waiting
+from qlora_operator.decide.pending_reason import pending_reason
 
 
 def too_large(context: Context, attempt: Attempt) -> Ending | None:
@@ -20,7 +20,7 @@ def too_large(context: Context, attempt: Attempt) -> Ending | None:
         return None
     if context.now < waiting_since(context, attempt) + patience:
         return None
-    reason, text = why_waiting(context.job.spec, attempt.number, context.workers(attempt), context.seen)
+    reason, text = pending_reason(context.job.spec, attempt.number, context.workers(attempt), context.seen)
     return Ending(reason, f"{text}; fewer workers are tried") if reason is Reason.UNSCHEDULABLE else None
 
 

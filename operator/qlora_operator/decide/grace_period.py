@@ -17,7 +17,7 @@ STEPS = 2
 SAVES = 1.5
 """A save while all other jobs on a drained node save, too."""
 MARGIN_SECONDS = 10
-"""For the last word, and for kubelet."""
+"""For the termination message, and for kubelet."""
 UNIT_SECONDS = 10
 """Rounded up to this, so that status changes seldom."""
 

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 LEAST, MOST = 0.95, 1.15
 """Of the factor, and of what one job may say: the formulas hold within 3% (docs/explanation/memory.md); what is further
-off than this is another mistake than theirs."""
+off than this is another error than theirs."""
 WEIGHT = 0.2
 """Of a new job, against all before it: the last ten make up nine tenths."""
 WORTH_WRITING = 0.005

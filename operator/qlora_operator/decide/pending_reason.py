@@ -12,7 +12,7 @@ _BAD_IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageN
 _BAD_CONFIG = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 
 
-def why_waiting(spec: QLoRAJobSpec, attempt: int, workers: int, seen: Observed) -> tuple[Reason, str]:
+def pending_reason(spec: QLoRAJobSpec, attempt: int, workers: int, seen: Observed) -> tuple[Reason, str]:
     """Reason and message of a child Job whose pods are not all ready."""
     job, pods = seen.jobs.get(attempt), [p for p in seen.pods_of(attempt) if not p.gone]
     if seen.child_refused or (seen.pods_refused and len(pods) < workers):

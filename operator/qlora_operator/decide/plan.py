@@ -33,15 +33,15 @@ from qlora_operator.decide.attempt_history import (
     open_attempt,
     with_attempt,
     with_clock_stopped,
-    with_last_word,
+    with_termination_message,
 )
 from qlora_operator.decide.attempt_outcome import Ending, close, ending_of
-from qlora_operator.decide.conditions import holds, said
+from qlora_operator.decide.conditions import is_condition_true, with_condition
 from qlora_operator.decide.deadline import is_late, wake_after
 from qlora_operator.decide.decision import Context, Note, Plan
 from qlora_operator.decide.elastic import fewer, on_the_right_ranks, too_large, waiting_since
 from qlora_operator.decide.grace_period import with_grace
-from qlora_operator.decide.pending_reason import why_waiting
+from qlora_operator.decide.pending_reason import pending_reason
 from qlora_operator.decide.prepare_result import NOT_PREPARED, is_for, with_correction, with_prepared
 from qlora_operator.names import key_secret_name
 from qlora_operator.state.observed import PREPARE, JobState, Observed, ObservedJob, PodSnapshot, planned
@@ -61,29 +61,31 @@ def plan(job: QLoRAJob, seen: Observed, config: OperatorConfig, gang: Gang) -> P
     status = job.status or QLoRAJobStatus()
     if job.metadata.deletion_timestamp is not None:
         return Plan(status)  # the garbage collector takes the children
-    if is_over(status):
+    if is_finished(status):
         return _over(context, status)
     status = with_clock_stopped(context, _adopted(context, status))
     status, notes = _concluded(context, status)
-    if is_over(status):
+    if is_finished(status):
         return _ending(context, status, notes)
     if is_late(context, status):
         return _too_late(context, status, notes)
-    following = _next(context, status)
+    decision = _next(context, status)
     # What ended by a decision (its node is lost, it found no room) may have a Job that would go on.
     over = {a.number for a in status.attempts if a.end_time}
-    stale = tuple(j for j in _running(context) if j.attempt in over and j not in following.delete)
-    wake = min(following.wake_after or math.inf, wake_after(context, following.status))
+    stale = tuple(j for j in _running(context) if j.attempt in over and j not in decision.delete)
+    wake = min(decision.wake_after or math.inf, wake_after(context, decision.status))
     return replace(
-        following,
-        delete=(*following.delete, *stale),
-        notes=(*notes, *following.notes),
+        decision,
+        delete=(*decision.delete, *stale),
+        notes=(*notes, *decision.notes),
         wake_after=None if wake == math.inf else wake,
     )
 
 
-def is_over(status: QLoRAJobStatus) -> bool:
-    return holds(status.conditions, ConditionType.SUCCEEDED) or holds(status.conditions, ConditionType.FAILED)
+def is_finished(status: QLoRAJobStatus) -> bool:
+    return is_condition_true(status.conditions, ConditionType.SUCCEEDED) or is_condition_true(
+        status.conditions, ConditionType.FAILED
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ over and done
@@ -159,18 +161,18 @@ def _prepared_before(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus
     if status.prepared or status.attempts or PREPARE not in context.seen.jobs:
         return status
     ending = ending_of(PREPARE, 1, context.seen)
-    result = ending.word.prepared if ending and ending.word else None
+    result = ending.termination_message.prepared if ending and ending.termination_message else None
     return with_prepared(context, status, result) if result and is_for(context, result) else status
 
 
-def _closed_by_the_next(context: Context, status: QLoRAJobStatus, following: ObservedJob) -> QLoRAJobStatus:
+def _closed_by_the_next(context: Context, status: QLoRAJobStatus, decision: ObservedJob) -> QLoRAJobStatus:
     """The end of an open attempt that was decided, acted on, and not written down."""
     attempt = open_attempt(status)
     if attempt is None:
         return status
     ending = ending_of(attempt.number, context.workers(attempt), context.seen)
-    ending = ending or Ending(Reason.PREEMPTED, f"attempt {following.attempt} took its place")
-    return _with_end(context, status, close(attempt, ending, replace(context.seen, now=following.created)), ending)
+    ending = ending or Ending(Reason.PREEMPTED, f"attempt {decision.attempt} took its place")
+    return _with_end(context, status, close(attempt, ending, replace(context.seen, now=decision.created)), ending)
 
 
 def _concluded(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus, tuple[Note, ...]]:
@@ -195,13 +197,13 @@ def _concluded(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus
     status = _with_end(context, status, attempt, ending)
     if ending.reason is Reason.DEADLINE_EXCEEDED:
         return status, ()
-    following = after_attempt(context.job.spec.policy, status.attempts)
-    if late and not isinstance(following, Finish):
+    decision = after_attempt(context.job.spec.policy, status.attempts)
+    if late and not isinstance(decision, Finish):
         return status, ()
-    if isinstance(following, Finish):
-        kind: Literal["Normal", "Warning"] = "Normal" if following.succeeded else "Warning"
-        note = Note(kind, following.reason.value, following.message)
-        return _finished(context, status, following), (note,)
+    if isinstance(decision, Finish):
+        kind: Literal["Normal", "Warning"] = "Normal" if decision.succeeded else "Warning"
+        note = Note(kind, decision.reason.value, decision.message)
+        return _finished(context, status, decision), (note,)
     if ending.reason is Reason.SUSPENDED:
         return status, (Note("Normal", "Suspended", _attempt_words(attempt)),)
     return status, (Note("Warning", ending.reason.value, f"{_attempt_words(attempt)}; another attempt follows"),)
@@ -210,7 +212,7 @@ def _concluded(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus
 def _with_end(context: Context, status: QLoRAJobStatus, ended: Attempt, ending: Ending) -> QLoRAJobStatus:
     status = with_attempt(status, ended)
     status = status.model_copy(update={"gpu_seconds": gpu_seconds(status, context.now)})
-    return with_last_word(status, ending)
+    return with_termination_message(status, ending)
 
 
 def _attempt_words(attempt: Attempt) -> str:
@@ -220,8 +222,8 @@ def _attempt_words(attempt: Attempt) -> str:
 
 def _finished(context: Context, status: QLoRAJobStatus, end: Finish) -> QLoRAJobStatus:
     kind = ConditionType.SUCCEEDED if end.succeeded else ConditionType.FAILED
-    status = said(context, status, ConditionType.RUNNING, end.reason, "", holds=False)
-    status = said(context, status, kind, end.reason, end.message, holds=True)
+    status = with_condition(context, status, ConditionType.RUNNING, end.reason, "", is_true=False)
+    status = with_condition(context, status, kind, end.reason, end.message, is_true=True)
     return status.model_copy(update={"state": kind, "reason": end.reason, "completion_time": context.now, "eta": ""})
 
 
@@ -237,8 +239,8 @@ def _next(context: Context, status: QLoRAJobStatus) -> Plan:
         hours = context.job.spec.policy.budget_gpu_hours
         text = f"spec.policy.budgetGpuHours ({hours}) is used up, with what a stop takes; with a larger one it goes on"
         return _suspend(context, status, Reason.BUDGET_REACHED, text)
-    if holds(status.conditions, ConditionType.SUSPENDED):
-        status = said(context, status, ConditionType.SUSPENDED, Reason.PENDING, "resumed", holds=False)
+    if is_condition_true(status.conditions, ConditionType.SUSPENDED):
+        status = with_condition(context, status, ConditionType.SUSPENDED, Reason.PENDING, "resumed", is_true=False)
     if context.config.prepare.enabled and status.prepared is None and not status.attempts:
         return _prepare(context, status)
     attempt = open_attempt(status)
@@ -252,13 +254,13 @@ def _suspend(context: Context, status: QLoRAJobStatus, why: Reason, remedy: str)
     if _running(context) or any(not p.ended for p in context.seen.living):
         return _leaving(context, status, "the ranks write a checkpoint and leave")
     text = f"no pod runs; {remedy}"
-    status = said(context, status, ConditionType.RUNNING, why, text, holds=False)
-    status = said(context, status, ConditionType.SUSPENDED, why, text, holds=True)
+    status = with_condition(context, status, ConditionType.RUNNING, why, text, is_true=False)
+    status = with_condition(context, status, ConditionType.SUSPENDED, why, text, is_true=True)
     return Plan(status.model_copy(update={"state": ConditionType.SUSPENDED, "reason": why, "eta": ""}))
 
 
 def _leaving(context: Context, status: QLoRAJobStatus, text: str) -> Plan:
-    status = said(context, status, ConditionType.RUNNING, Reason.SUSPENDING, text, holds=False)
+    status = with_condition(context, status, ConditionType.RUNNING, Reason.SUSPENDING, text, is_true=False)
     status = status.model_copy(update={"state": "Pending", "reason": Reason.SUSPENDING})
     return Plan(status, delete=_running(context), wake_after=LOOK_AGAIN_SECONDS)
 
@@ -284,7 +286,7 @@ def _prepare(context: Context, status: QLoRAJobStatus) -> Plan:
     if ending is None:
         return _preparing(context, status, wake_after=LOOK_AGAIN_SECONDS)
     if job.state is JobState.COMPLETE:
-        result = ending.word.prepared if ending.word else None
+        result = ending.termination_message.prepared if ending.termination_message else None
         if ending.reason is Reason.PREEMPTED:  # its pod is gone, and with it what it said: all is in the cache
             return _preparing(context, status, delete=(job,))
         if result is None or not is_for(context, result):
@@ -294,7 +296,7 @@ def _prepare(context: Context, status: QLoRAJobStatus) -> Plan:
 
 
 def _prepare_failed(context: Context, status: QLoRAJobStatus, ending: Ending) -> Plan:
-    status = said(context, status, ConditionType.PREPARED, ending.reason, ending.message, holds=False)
+    status = with_condition(context, status, ConditionType.PREPARED, ending.reason, ending.message, is_true=False)
     end = Finish(False, ending.reason, ending.message)
     return _ending(context, _finished(context, status, end), (Note("Warning", ending.reason.value, ending.message),))
 
@@ -305,8 +307,8 @@ def _hangs(context: Context, pod: PodSnapshot) -> str:
         f"Prepare was ended after {limit} s on node {pod.node} (prepare.deadlineSeconds, a value of the operator's "
         "chart): a source does not answer, or there are more rows than it reads in that time"
     )
-    said = pod.word.message if pod.word else pod.message[-500:]
-    return f"{text}; its last words: {said}" if said else text
+    said = pod.termination_message.message if pod.termination_message else pod.message[-500:]
+    return f"{text}; its termination message: {said}" if said else text
 
 
 def _preparing(
@@ -316,10 +318,10 @@ def _preparing(
     delete: tuple[ObservedJob, ...] = (),
     wake_after: float | None = None,
 ) -> Plan:
-    reason, text = why_waiting(context.job.spec, PREPARE, 1, context.seen)
+    reason, text = pending_reason(context.job.spec, PREPARE, 1, context.seen)
     if reason is Reason.STARTING:
         reason, text = Reason.PREPARING, "model and rows are checked before a GPU is held"
-    status = said(context, status, ConditionType.PREPARED, reason, text, holds=False)
+    status = with_condition(context, status, ConditionType.PREPARED, reason, text, is_true=False)
     return Plan(status.model_copy(update={"state": "Pending", "reason": reason}), make, delete, wake_after=wake_after)
 
 
@@ -328,25 +330,25 @@ def _start(context: Context, status: QLoRAJobStatus) -> Plan:
     batch = status.prepared.batch if status.prepared else split_batch(context.job.spec, context.world_size)
     checkpointing = render.checkpoints_gradients(context.job.spec, context.config, status.prepared)
     if status.attempts:
-        following = after_attempt(context.job.spec.policy, status.attempts)
-        if isinstance(following, Finish):  # a limit was lowered while the job waited
-            return _ending(context, _finished(context, status, following), ())
-        batch = on_the_right_ranks(context, status.attempts[-1], following.batch)
-        checkpointing = following.gradient_checkpointing
+        decision = after_attempt(context.job.spec.policy, status.attempts)
+        if isinstance(decision, Finish):  # a limit was lowered while the job waited
+            return _ending(context, _finished(context, status, decision), ())
+        batch = on_the_right_ranks(context, status.attempts[-1], decision.batch)
+        checkpointing = decision.gradient_checkpointing
         ended = status.attempts[-1].end_time or context.now
-        left = (ended + timedelta(seconds=following.wait_seconds) - context.now).total_seconds()
+        left = (ended + timedelta(seconds=decision.wait_seconds) - context.now).total_seconds()
         if left > 0 and status.attempts[-1].reason is not Reason.SUSPENDED:
             text = f"attempt {status.attempts[-1].number} ended: {status.attempts[-1].message}"
             return _pending(context, status, Reason.BACKING_OFF, text, wake_after=left)
     if context.seen.child_refused:
-        reason, text = why_waiting(context.job.spec, len(status.attempts) + 1, 1, context.seen)
+        reason, text = pending_reason(context.job.spec, len(status.attempts) + 1, 1, context.seen)
         return _pending(context, status, reason, text, wake_after=REFUSED_SECONDS)
     if not status.attempts and status.prepared is None:
         status = with_correction(context, status)
     attempt = _planned_attempt(context, status, batch, checkpointing=checkpointing)
     correction = context.seen.memory_correction
     job = render.attempt(context.job, context.config, context.gang, attempt, status, correction)
-    reason, text = why_waiting(context.job.spec, attempt.number, context.workers(attempt), context.seen)
+    reason, text = pending_reason(context.job.spec, attempt.number, context.workers(attempt), context.seen)
     return _pending(context, with_attempt(status, attempt), reason, text, make=job)
 
 
@@ -380,13 +382,13 @@ def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Plan:
         text = f"attempt {attempt.number}: {attempt.world_size} ranks on {', '.join(nodes) or 'their nodes'}{doing}"
         if (left := budget_left(context, status)) is not None:
             wake = min(wake or math.inf, max(left / attempt.world_size, 1))
-        status = said(context, status, ConditionType.RUNNING, Reason.TRAINING, text, holds=True)
+        status = with_condition(context, status, ConditionType.RUNNING, Reason.TRAINING, text, is_true=True)
         status = status.model_copy(update={"state": ConditionType.RUNNING, "reason": Reason.TRAINING})
         return Plan(status, wake_after=wake, watch_progress=True)
-    if holds(status.conditions, ConditionType.RUNNING) and (job is None or job.state in _ENDING):
+    if is_condition_true(status.conditions, ConditionType.RUNNING) and (job is None or job.state in _ENDING):
         # The last pods end: nothing to say yet that status does not say.
         return Plan(status, wake_after=wake)
-    reason, text = why_waiting(context.job.spec, attempt.number, context.workers(attempt), context.seen)
+    reason, text = pending_reason(context.job.spec, attempt.number, context.workers(attempt), context.seen)
     if reason is Reason.UNSCHEDULABLE and fewer(context, attempt):
         until = waiting_since(context, attempt) + timedelta(seconds=context.job.spec.policy.shrink_after_seconds)
         wake = min(wake or math.inf, max((until - context.now).total_seconds(), 1))
@@ -402,7 +404,7 @@ def _pending(
     make: tuple[dict[str, Any], ...] = (),
     wake_after: float | None = None,
 ) -> Plan:
-    status = said(context, status, ConditionType.RUNNING, reason, text, holds=False)
+    status = with_condition(context, status, ConditionType.RUNNING, reason, text, is_true=False)
     return Plan(
         status.model_copy(update={"state": "Pending", "reason": reason, "eta": ""}), make, wake_after=wake_after
     )

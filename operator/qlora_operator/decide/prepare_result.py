@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qlora_api.status import ConditionType, Memory, PrepareResult, QLoRAJobStatus, Reason
-from qlora_operator.decide.conditions import said
+from qlora_operator.decide.conditions import with_condition
 from qlora_operator.decide.decision import Context
 from qlora_operator.render import GPU_PRODUCT, device_of, gpu_of
 
@@ -42,7 +42,7 @@ def with_prepared(context: Context, status: QLoRAJobStatus, result: PrepareResul
     update = {"prepared": result, "memory": Memory(predicted=result.memory), "expected_cost": cost}
     status = status.model_copy(update=update)
     text = ", ".join(_words(context, result, cost))
-    return said(context, status, ConditionType.PREPARED, Reason.PREPARED, text, holds=True)
+    return with_condition(context, status, ConditionType.PREPARED, Reason.PREPARED, text, is_true=True)
 
 
 def expected_cost(context: Context, result: PrepareResult) -> str | None:

@@ -36,9 +36,9 @@ class StoredJob:
     uid: str
     version: int
     body: bytes
-    over: bool
+    is_finished: bool
     """It succeeded or failed."""
-    rests: bool
+    is_quiescent: bool
     """It is over, and does not go by itself."""
     attempts: frozenset[str] = frozenset()
     """UIDs of the Jobs of its attempts, as status has them."""
@@ -48,7 +48,7 @@ class StoredJob:
         return QLoRAJob.model_validate_json(self.body)
 
 
-_NOBODY = StoredJob("", 0, b"", over=False, rests=False)
+_NOBODY = StoredJob("", 0, b"", is_finished=False, is_quiescent=False)
 
 
 @dataclass
@@ -137,11 +137,11 @@ class Store:
             return None
         if known.job and known.job.uid != meta["uid"]:
             known.report, known.pods_refused = None, ""
-        over = _is_over(body)
-        rests = over and body["spec"].get("policy", {}).get("ttlSecondsAfterFinished") is None
+        is_finished = _is_finished(body)
+        is_quiescent = is_finished and body["spec"].get("policy", {}).get("ttlSecondsAfterFinished") is None
         text = json.dumps(kept_of(body), separators=(",", ":")).encode()
         attempts = {a["jobUid"]: a["number"] for a in (body.get("status") or {}).get("attempts") or () if "jobUid" in a}
-        known.job = StoredJob(meta["uid"], version, text, over, rests, frozenset(attempts))
+        known.job = StoredJob(meta["uid"], version, text, is_finished, is_quiescent, frozenset(attempts))
         known.made |= {uid: (meta["uid"], number) for uid, number in attempts.items()}
         known.forget_made()
         return key
@@ -181,7 +181,7 @@ class Store:
                 getattr(self[key], place).pop(body["metadata"]["uid"], None)  # it was released
             raise
         known = self[key]
-        if place == "pods" and known.job and known.job.over and known.job.uid == seen.owner:
+        if place == "pods" and known.job and known.job.is_finished and known.job.uid == seen.owner:
             known.pods.pop(seen.uid, None)  # nobody asks for them any more
             return None
         held: dict[str, Any] = getattr(known, place)
@@ -203,7 +203,7 @@ class Store:
         return key
 
     def drop_pod(self, body: Mapping[str, Any]) -> Key:
-        """A pod is gone. While its job lives, its last words are kept until :meth:`clear_gone`."""
+        """A pod is gone. While its job lives, its termination message are kept until :meth:`clear_gone`."""
         key = key_of_child(body)
         known = self[key]
         known.pods.pop(body["metadata"]["uid"], None)
@@ -230,7 +230,7 @@ class Store:
         known.forget_made()
 
 
-def _is_over(job: Mapping[str, Any]) -> bool:
+def _is_finished(job: Mapping[str, Any]) -> bool:
     conditions = (job.get("status") or {}).get("conditions", ())
     return any(c["type"] in ("Succeeded", "Failed") and c["status"] == "True" for c in conditions)
 

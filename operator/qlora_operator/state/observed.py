@@ -114,8 +114,8 @@ class PodSnapshot:
     """UID of the Job that controls it."""
 
     @property
-    def word(self) -> TerminationMessage | None:
-        """The trainer's last word; None where it left none that can be read."""
+    def termination_message(self) -> TerminationMessage | None:
+        """The trainer's termination message; None where it left none that can be read."""
         return read_termination_message(self.message) if self.message else None
 
     @property

@@ -105,6 +105,6 @@ def test_what_cannot_be_asked(workplace, adapter, run, message):
         asking.choose_models(adapter, run, workplace.folder / "runs", None, None)
 
 
-def test_no_prompt_is_a_mistake():
+def test_no_prompt_is_a_error():
     with pytest.raises(GenerateError, match="--prompt"):
         asking.prompts([], None)

@@ -58,7 +58,7 @@ def test_a_good_manifest_is_valid(call, job):
     assert (result.exit_code, result.stdout) == (0, "job.yaml: quick is valid\n")
 
 
-def test_every_mistake_is_named_with_its_line(call, job):
+def test_every_error_is_named_with_its_line(call, job):
     job(GOOD.replace("  lora:\n", "  lora: {rank: 0}\n").replace("epochs: 1", "learningRate: 2e-4\n    epoch: 1"))
     result = call("validate", "job.yaml")
     assert result.exit_code == 40
@@ -67,7 +67,7 @@ def test_every_mistake_is_named_with_its_line(call, job):
     assert "must be a decimal in quotes" in result.stdout
     assert "job.yaml:13: spec.training.epoch: " in result.stdout
     assert "did you mean epochs?" in result.stdout
-    assert "3 mistakes" in result.stdout
+    assert "3 errors" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_every_mistake_is_named_with_its_line(call, job):
         ),
     ],
 )
-def test_mistakes(call, job, change, message):
+def test_errors(call, job, change, message):
     job(GOOD.replace(*change))
     result = call("validate", "job.yaml")
     assert result.exit_code == 40
@@ -119,7 +119,7 @@ def test_files_that_hold_no_job_are_refused(call, job, tmp_path):
         "empty.yaml: holds no document",
         "latin.yaml: is not UTF-8 text",
         "secret.yaml: holds no QLoRAJob, only Secret (line 1)",
-        "4 mistakes",
+        "4 errors",
     ):
         assert line in result.stdout.splitlines()
 
@@ -216,7 +216,7 @@ def test_version(call):
     assert call("--version").stdout.startswith("qlora 0.")
 
 
-def test_run_answers_a_mistake_in_words(call, job):
+def test_run_answers_an_error_in_words(call, job):
     result = call("run", "job.yaml", "--set", "training.epochs=0")
     assert result.exit_code == 40
     assert '--set: spec.training.epochs: "0" must be at least 1' in result.stderr

@@ -1,4 +1,4 @@
-"""From a manifest to what is sent: mistakes with their lines, local paths with the way to a cluster."""
+"""From a manifest to what is sent: errors with their lines, local paths with the way to a cluster."""
 
 import re
 
@@ -83,7 +83,7 @@ def test_other_kinds_are_passed_over_and_named(write):
         ),
     ],
 )
-def test_a_mistake_is_one_line_with_field_value_and_remedy(write, monkeypatch, change, message):
+def test_an_error_is_one_line_with_field_value_and_remedy(write, monkeypatch, change, message):
     monkeypatch.setattr("sys.argv", ["qlora"])
     with pytest.raises(RefusedError) as caught:
         submit.read(write(GOOD.replace(*change)))

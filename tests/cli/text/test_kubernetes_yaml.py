@@ -50,16 +50,16 @@ def test_quoted_scalars_are_texts(text):
     assert read_one(f"a: {text}").value == {"a": "2e-4"}
 
 
-def test_a_field_given_twice_is_a_mistake_with_both_lines():
+def test_a_field_given_twice_is_an_error_with_both_lines():
     document = read_one("spec:\n  a: 1\n  b: 2\n  a: 3\n")
-    (mistake,) = document.mistakes
-    assert str(mistake) == "spec.a: is given twice, in lines 2 and 4"
+    (error,) = document.errors
+    assert str(error) == "spec.a: is given twice, in lines 2 and 4"
 
 
 def test_a_merged_field_may_be_given_again():
     document = read_one("p: &p {a: 1, b: 2}\nq:\n  <<: *p\n  a: 3\n")
     assert document.value["q"] == {"a": 3, "b": 2}
-    assert document.mistakes == ()
+    assert document.errors == ()
 
 
 def test_names_that_are_no_texts_become_texts():
@@ -102,8 +102,8 @@ def test_aliases_cannot_unfold_to_billions():
         kubernetes_yaml.read("\n".join(lines), "job.yaml")
 
 
-def test_numbers_that_json_cannot_hold_are_mistakes():
-    assert "no number that JSON can hold" in str(read_one("a: .nan").mistakes[0])
+def test_numbers_that_json_cannot_hold_are_errors():
+    assert "no number that JSON can hold" in str(read_one("a: .nan").errors[0])
 
 
 @pytest.mark.parametrize("text", ["2e-4", "014", "y", "NF4", "", "null", "1:30", "a: b", "- a", "line\nline"])

@@ -54,7 +54,7 @@ def test_from_submit_to_the_adapter(client, api, tmp_path):
     assert (row["loss"], row["tokensPerSecond"], row["step"]) == (1.5, 1000.0, 10)
 
 
-def test_a_mistake_is_an_error_in_words(client):
+def test_an_error_is_an_error_in_words(client):
     with pytest.raises(ClusterError, match='no job "nobody" in namespace'):
         client.get("nobody")
     body = qlora_job("local")

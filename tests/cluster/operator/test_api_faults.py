@@ -333,7 +333,7 @@ def test_what_keeps_failing_is_said_in_status_while_it_is_tried_again(api, behin
 
 
 @pytest.mark.parametrize("status", [404, 429, 500])
-def test_the_first_look_is_repeated_until_it_succeeds(api, zygote, proxy, kwok_namespace, tmp_path, status):
+def test_the_initial_sync_is_repeated_until_it_succeeds(api, zygote, proxy, kwok_namespace, tmp_path, status):
     """As when the definition of QLoRAJobs is younger than the operator."""
     path = create_job(api, qlora_job(namespace=kwok_namespace, suspend=True))
     proxy.when(is_list("qlorajobs"), Refused(status), times=2)

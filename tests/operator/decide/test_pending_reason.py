@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from operator_builders import child, job, pod, seen
-from qlora_operator.decide.pending_reason import why_waiting
+from qlora_operator.decide.pending_reason import pending_reason
 from qlora_operator.state.observed import JobState
 
 NO_GPU = "0/5 nodes are available: 5 Insufficient nvidia.com/gpu. preemption: 0/5 nodes are available."
@@ -62,6 +62,6 @@ NO_CLAIM = '0/1 nodes are available: persistentvolumeclaim "models" not found. n
     ],
 )
 def test_what_a_job_waits_for(what_is_seen, reason, words):
-    found, text = why_waiting(job().spec, 1, 1, what_is_seen)
+    found, text = pending_reason(job().spec, 1, 1, what_is_seen)
     assert found == reason
     assert words in text

@@ -295,7 +295,7 @@ def test_a_prepare_that_hangs_ends_the_job_without_another_try():
     planned = decide(job(), seen(child(attempt=0), hung), PREPARING)
     assert (planned.status.state, planned.status.reason) == ("Failed", "DeadlineExceeded")
     assert "prepare.deadlineSeconds" in planned.status.conditions[0].message
-    assert planned.status.conditions[0].message.endswith("its last words: reading rows")
+    assert planned.status.conditions[0].message.endswith("its termination message: reading rows")
     assert [child.attempt for child in planned.delete] == [0]
     done = seen(child(attempt=0, state=JobState.COMPLETE), hung, pod(attempt=0, code=0, message=PREPARED))
     assert decide(job(), done, PREPARING).status.state == "Pending", "another try did it while nobody looked"

@@ -142,7 +142,7 @@ def test_prepare_ends_with_a_users_error_that_names_the_field(changes, parts, wo
     assert not (workshop.folder / "out" / "manifest.json").exists()
 
 
-def test_prepare_tells_what_it_decided_in_its_last_word(workshop):
+def test_prepare_tells_what_it_decided_in_its_termination_message(workshop):
     config = workshop.config()
     path, _ = workshop.write(config)
     done = subprocess.run(

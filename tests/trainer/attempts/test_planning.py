@@ -25,7 +25,7 @@ def on_gpu(workshop, gpu, **changes):
 
 @pytest.fixture
 def prepare(workshop, monkeypatch):
-    """Prepare, one after the other; the last words."""
+    """Prepare, one after the other; the termination message."""
 
     def run(*configs):
         words = []

@@ -28,7 +28,7 @@ def test_workers_that_start_apart_train_as_one_and_publish_once(pods, workshop):
     (code, word), (other_code, other_word) = first.end(), second.end()
     assert (code, other_code) == (ExitCode.DONE, ExitCode.DONE), first.log[-2000:] + second.log[-2000:]
     assert verify_published(word.adapter.manifest_uri) == []
-    assert other_word is None, "rank 0 alone has the last word of a job that is done"
+    assert other_word is None, "rank 0 alone has the termination message of a job that is done"
     for name in ("out", "checkpoints"):
         shutil.rmtree(workshop.folder / name)
     alone = workshop.run(workshop.config(ranks=2, attempt=2, **STEPS))

@@ -41,19 +41,19 @@ DEEP = "[" * 200_000
 
 
 @pytest.mark.parametrize("text", ['{"text": ' + DEEP, DEEP], ids=["line", "array"])
-def test_rows_nested_too_deep_are_the_users_mistake(tmp_path: Path, text: str) -> None:
+def test_rows_nested_too_deep_are_the_users_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "rows.jsonl").write_text(text)
     with pytest.raises(UserError, match="cannot be read as JSON Lines"):
         load_rows(tmp_path / "rows.jsonl", FIELD, {"text": "spec.dataset.columns.text"})
 
 
-def test_a_saved_dataset_nested_too_deep_is_the_users_mistake(tmp_path: Path) -> None:
+def test_a_saved_dataset_nested_too_deep_is_the_users_error(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text(DEEP)
     with pytest.raises(UserError, match="cannot be read"):
         find_source(tmp_path, FIELD)
 
 
-def test_a_base_nested_too_deep_is_the_users_mistake(tmp_path: Path) -> None:
+def test_a_base_nested_too_deep_is_the_users_error(tmp_path: Path) -> None:
     with pytest.raises(ModelFilesError, match="not JSON"):
         check_code("config.json", DEEP.encode())
     path = tmp_path / "model.safetensors"

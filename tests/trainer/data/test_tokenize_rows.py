@@ -316,7 +316,7 @@ def test_evaluation_rows_in_which_nothing_counts_are_refused(prepared, pairs):
         prepared(pairs, eval_rows=[{"prompt": "", "completion": ""}])
 
 
-def test_a_mistake_in_a_row_names_its_number_over_the_whole_set(prepared, pairs):
+def test_an_error_in_a_row_names_its_number_over_the_whole_set(prepared, pairs):
     rows = (pairs * 6)[:530]
     with pytest.raises(UserError, match=r'^spec.dataset.columns.prompt: "prompt" must hold text in every row; row 531'):
         prepared([*rows, {"prompt": None, "completion": "x"}])

@@ -58,7 +58,7 @@ def test_a_resumed_run_has_the_losses_of_the_uninterrupted_one(case, on_two_rank
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("case", CASES)
-def test_a_rehearsal_leaves_nothing_behind(case, on_two_ranks):
+def test_probing_the_peak_memory_leaves_nothing_behind(case, on_two_ranks):
     assert on_two_ranks[case]["rehearsed"] == on_two_ranks[case]["losses"]
 
 

@@ -186,7 +186,7 @@ def test_a_base_that_is_4_bit_on_disk_is_loaded_bit_for_bit(four_bit_on_disk, ti
 def test_a_base_quantized_otherwise_than_the_manifest_says_is_refused(quantization, field, remedy, four_bit_on_disk):
     with pytest.raises(UserError, match=remedy) as caught:
         load_base(four_bit_on_disk, quantization, CPU)
-    assert caught.value.mistake.field == field
+    assert caught.value.error.field == field
 
 
 def test_a_model_that_is_no_causal_language_model_is_refused(tiny_models, tmp_path):

@@ -43,7 +43,7 @@ def test_more_than_the_job_takes_ends_it_with_field_share_and_remedy(name, share
     with pytest.raises(UserError) as refused:
         check_tolerance(Tolerance(**{name: str(share - 0.01)}), RECEIPT)
     field = {"fully_masked": "fullyMasked", "eval_in_train": "evalInTrain"}.get(name, name)
-    assert refused.value.mistake.field == f"spec.dataset.tolerance.{field}"
+    assert refused.value.error.field == f"spec.dataset.tolerance.{field}"
     assert f"{share:.1%}" in str(refused.value)
 
 

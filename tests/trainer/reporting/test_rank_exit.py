@@ -51,7 +51,7 @@ class Config:
         pytest.param(KeyError("x"), ExitCode.CRASHED, id="anything-else"),
     ],
 )
-def test_an_error_ends_with_its_code_and_a_last_word(error, code, tmp_path):
+def test_an_error_ends_with_its_code_and_a_termination_message(error, code, tmp_path):
     def work(_):
         raise error
 
@@ -60,7 +60,7 @@ def test_an_error_ends_with_its_code_and_a_last_word(error, code, tmp_path):
     assert word.exit_code == code
 
 
-def test_the_first_rank_to_fail_has_the_last_word(tmp_path):
+def test_the_first_rank_to_fail_writes_the_termination_message(tmp_path):
     def work(text):
         def fail(_):
             raise RuntimeError(text)

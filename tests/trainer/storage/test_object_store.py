@@ -148,7 +148,7 @@ def test_a_store_says_where_an_object_is(place, store):
     assert store.uri() == place
 
 
-# ------------------------------------------------------------------------------------------------------------ mistakes
+# ------------------------------------------------------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_store_says_where_an_object_is(place, store):
         pytest.param("gs://bucket//x", "must name a folder", id="empty-part"),
     ],
 )
-def test_a_uri_that_names_no_place_is_the_users_mistake(uri, said):
+def test_a_uri_that_names_no_place_is_the_users_error(uri, said):
     with pytest.raises(UserError, match=said) as caught:
         open_store(uri, FIELD)
     assert str(caught.value).startswith(f'{FIELD}: "{uri}"')
@@ -321,14 +321,14 @@ def test_a_full_disk_is_a_storage_failure_and_leaves_what_was_there(tmpfs):
         store.put("fits-again", bytes(1 << 19))
 
 
-def test_a_read_only_folder_is_the_users_mistake(tmpfs):
+def test_a_read_only_folder_is_the_users_error(tmpfs):
     with tmpfs("size=1m") as folder:
         subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
         with pytest.raises(UserError, match="Read-only file system"):
             open_store(str(folder), FIELD).put("x", b"1")
 
 
-def test_a_file_where_a_folder_is_wanted_is_the_users_mistake(tmp_path):
+def test_a_file_where_a_folder_is_wanted_is_the_users_error(tmp_path):
     (tmp_path / "file").write_text("")
     for root in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match="cannot be used"):

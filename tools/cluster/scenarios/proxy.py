@@ -128,7 +128,7 @@ class _Watch:
         self.flows = asyncio.Event()
         self.flows.set()
         self.ended = asyncio.Event()
-        self.last_word = b""
+        self.last_line = b""
 
     def cut(self) -> None:
         if self.transport is not None:
@@ -186,7 +186,7 @@ class Proxy:
         """End watches with an ERROR event, by default the one that says 410 Gone."""
 
         def end(watch: _Watch) -> None:
-            watch.last_word = json.dumps({"type": "ERROR", "object": status or GONE}).encode() + b"\n"
+            watch.last_line = json.dumps({"type": "ERROR", "object": status or GONE}).encode() + b"\n"
             watch.ended.set()
 
         self._each(resource, end)
@@ -316,7 +316,7 @@ class Proxy:
                 reading = asyncio.create_task(answer.content.readany())
                 await asyncio.wait((reading, ended), return_when=asyncio.FIRST_COMPLETED)
                 if ended.done():
-                    await response.write(watch.last_word)
+                    await response.write(watch.last_line)
                     break
                 await watch.flows.wait()
                 data = reading.result()

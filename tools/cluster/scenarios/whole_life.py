@@ -116,7 +116,7 @@ def outcome(history: History, namespace: str) -> dict[str, Any]:
             f"{a['number']} {a.get('reason')} {a['microBatchSize']} × {a['gradientAccumulationSteps']}"
             for a in status["attempts"]
         ],
-        "last words": [a["message"] for a in status["attempts"] if a.get("reason") != "Suspended"],
+        "termination messages": [a["message"] for a in status["attempts"] if a.get("reason") != "Suspended"],
         "conditions": {c["type"]: f"{c['status']} {c['reason']} {c['message']}" for c in status["conditions"]},
         "restarts": status["restarts"],
         "adapter": status["adapter"],
@@ -131,7 +131,7 @@ def outcome(history: History, namespace: str) -> dict[str, Any]:
 EXPECTED: dict[str, Any] = {
     "state": "Succeeded Completed",
     "attempts": ["1 OutOfDeviceMemory 4 × 2", "2 Suspended 2 × 4", "3 Completed 2 × 4"],
-    "last words": ["at step 3", "step 10 of 10"],
+    "termination messages": ["at step 3", "step 10 of 10"],
     "conditions": {
         "Prepared": f"True Prepared 7 rows, 99 tokens, model revision abc, {GPU_NOT_KNOWN}",
         "Running": "False Completed ",

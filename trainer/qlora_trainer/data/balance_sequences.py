@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qlora_api.batch import BatchSplit
 
 
-def deal(lengths: NDArray[np.int64], split: BatchSplit) -> list[list[NDArray[np.int64]]]:
+def balance_sequences(lengths: NDArray[np.int64], split: BatchSplit) -> list[list[NDArray[np.int64]]]:
     """Deal the sequences of one step to ranks, and each rank's to its micro-batches.
 
     Args:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from qlora_trainer.data.balance_sequences import deal
+from qlora_trainer.data.balance_sequences import balance_sequences
 from qlora_trainer.data.order import permutation
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class Batches:
 
     def _step_of(self, chosen: NDArray[np.int64]) -> Step:
         """These sequences as one step."""
-        slots = deal(self._lengths[chosen], self._split)[self._rank]
+        slots = balance_sequences(self._lengths[chosen], self._split)[self._rank]
         members = np.concatenate([self._sequences.rows(i) for i in chosen])
         return Step(
             micro_batches=[_micro_batch(self._rows, self._sequences, chosen[slot]) for slot in slots],

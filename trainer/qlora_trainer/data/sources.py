@@ -56,7 +56,7 @@ class SourceFiles:
     """Files that a path of the manifest stands for. ``files`` is all that is read, in the order of the rows."""
 
     field: str
-    """Of the manifest; mistakes in the files are reported there."""
+    """Of the manifest; errors in the files are reported there."""
     kind: Kind
     folder: Path
     """The folder of ``files``; for ``SAVED`` the one to load."""
@@ -85,7 +85,7 @@ def find_source(path: Path, field: str) -> SourceFiles:
 
     Args:
         path: a local file or folder.
-        field: what a mistake is reported at, such as ``spec.dataset.train.source``.
+        field: what an error is reported at, such as ``spec.dataset.train.source``.
 
     Raises:
         UserError: nothing is there, or nothing that can be read.
@@ -106,7 +106,7 @@ def load_rows(path: Path, field: str, needed: Mapping[str, str], optional: Seque
 
     Args:
         path: a local file or folder.
-        field: where the path stands in the manifest; mistakes in the files are reported there.
+        field: where the path stands in the manifest; errors in the files are reported there.
         needed: column → the manifest's field that names it, such as ``spec.dataset.columns.prompt``.
         optional: columns that are read if they are there.
 

@@ -96,7 +96,7 @@ def check_warmup(training: TrainingSpec, steps_of_an_epoch: int) -> None:
 
 
 def prepared_message(config: TrainerConfig, record: Record) -> TerminationMessage:
-    """The last word of a Prepare that found all well.
+    """The termination message of a Prepare that found all well.
 
     Raises:
         UserError: more of the rows is lost than the job takes, it does not fit the GPU, or warms up for too long.
@@ -134,7 +134,7 @@ def _told(config: TrainerConfig, record: Record) -> TerminationMessage:
 
 def main() -> int:
     config = TrainerConfig.model_validate_json(Path(sys.argv[1]).read_bytes())
-    word = Path(config.termination_message_path)
+    termination = Path(config.termination_message_path)
     keep_freed_memory()
     try:
         record = _again(config)
@@ -143,10 +143,12 @@ def main() -> int:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
         log.error("%s", error)  # noqa: TRY400 one paragraph for a person; the trace would hide it
         code = error.exit_code
-        termination_message.write(word, TerminationMessage(exit_code=code, reason=reason_of(code), message=str(error)))
+        termination_message.write(
+            termination, TerminationMessage(exit_code=code, reason=reason_of(code), message=str(error))
+        )
         return code
     if message is not None:
-        termination_message.write(word, message)
+        termination_message.write(termination, message)
         return ExitCode.DONE
     from qlora_trainer.reporting.rank_exit import guarded  # noqa: PLC0415 imports torch
 

@@ -62,10 +62,10 @@ def shape_of(folder: Path) -> ModelShape | None:
     tensors = {k: v for name in names for k, v in tensor_infos(safetensors_header(folder / name)).items()}
     try:
         return model_shape(config, tensors)
-    except FieldError as mistake:
+    except FieldError as error:
         if config.get("model_type") in FAMILIES:
-            raise UserError(mistake.field, folder, mistake.allowed) from None
-        log.warning("the memory of this base cannot be planned: %s", mistake.allowed)
+            raise UserError(error.field, folder, error.allowed) from None
+        log.warning("the memory of this base cannot be planned: %s", error.allowed)
         return None
 
 
@@ -83,8 +83,8 @@ def plan_job(config: TrainerConfig, shape: ModelShape | None, receipt: PrepareRe
         if gpu is not None:
             check_gpu(gpu, config.spec.quantization)
         return _planned(config, shape, gpu, receipt)
-    except FieldError as mistake:
-        raise UserError(mistake.field, mistake.value, mistake.allowed) from None
+    except FieldError as error:
+        raise UserError(error.field, error.value, error.allowed) from None
 
 
 def _planned(config: TrainerConfig, shape: ModelShape | None, gpu: Gpu | None, receipt: PrepareReceipt) -> Planned:

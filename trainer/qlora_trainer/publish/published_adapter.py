@@ -47,7 +47,7 @@ def check_destination(uri: str, run_uid: str, authenticator: Authenticator = UNA
 
 
 def finished_run(config: TrainerConfig) -> TerminationMessage | None:
-    """The last word of a run that has published its adapter already; None where there is still something to do.
+    """Return the termination message of a run that has published its adapter; None if there is still something to do.
 
     A pod may be killed between its manifest and its end, and whoever started it may lose the answer.
 

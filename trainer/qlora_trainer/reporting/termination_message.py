@@ -27,16 +27,16 @@ def read(path: Path) -> TerminationMessage | None:
         return None
 
 
-def write(path: Path, word: TerminationMessage) -> None:
+def write(path: Path, termination: TerminationMessage) -> None:
     """Put a word in the place of any other."""
-    path.write_bytes(word.to_bytes())
+    path.write_bytes(termination.to_bytes())
 
 
-def write_unless_told(path: Path, word: TerminationMessage) -> None:
+def write_unless_told(path: Path, termination: TerminationMessage) -> None:
     """Put a failure's word there, unless one that tells more is there already."""
     there = read(path)
-    if there is None or (there.exit_code in TELLS_NOTHING and word.exit_code != ExitCode.PEER_LOST):
-        write(path, word)
+    if there is None or (there.exit_code in TELLS_NOTHING and termination.exit_code != ExitCode.PEER_LOST):
+        write(path, termination)
 
 
 def clear(path: Path) -> None:

@@ -299,7 +299,7 @@ def checkpoint_due(trainer: TrainingContext, run: Run) -> bool:
 
 
 def finished(trainer: TrainingContext, run: Run) -> TerminationMessage:
-    """The last word of a job that succeeded, with the largest memory over the ranks. A collective."""
+    """The termination message of a job that succeeded, with the largest memory over the ranks. A collective."""
     memory = trainer.board.report.memory
     measured = memory.measured
     largest = trainer.ranks.max(*measured.values())

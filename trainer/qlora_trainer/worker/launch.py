@@ -83,15 +83,15 @@ def _with_cause(config: TrainerConfig, meeting: Rendezvous, code: int) -> int:
     path = Path(config.termination_message_path)
     # NCCL's watchdog aborts a rank whose peer is gone.
     cause = meeting.find_cause() if code in (ExitCode.PEER_LOST, 128 + signal.SIGABRT) else None
-    word = termination_message.read(path)
+    termination = termination_message.read(path)
     if cause is not None:
         code = ExitCode.PEER_LOST
-        said = word.message if word else ""
+        said = termination.message if termination else ""
         text = said if cause in said else f"{cause}; here: {said}"
-        word = TerminationMessage(exit_code=code, reason=reason_of(code)) if word is None else word
-        word = word.model_copy(update={"exit_code": code, "reason": reason_of(code), "message": text})
-        termination_message.write(path, word)
-    meeting.leave(code, word.message if word else "")
+        termination = TerminationMessage(exit_code=code, reason=reason_of(code)) if termination is None else termination
+        termination = termination.model_copy(update={"exit_code": code, "reason": reason_of(code), "message": text})
+        termination_message.write(path, termination)
+    meeting.leave(code, termination.message if termination else "")
     return code
 
 
@@ -178,7 +178,7 @@ def _run_ranks(
 
 @contextmanager
 def _watching(
-    word_path: Path, stop: Stop, checks: Sequence[Callable[[], Verdict | None]], verdicts: list[Verdict]
+    message_path: Path, stop: Stop, checks: Sequence[Callable[[], Verdict | None]], verdicts: list[Verdict]
 ) -> Iterator[None]:
     """Run ``checks`` beside the ranks; the first verdict ends those that do not end by themselves."""
     done = threading.Event()
@@ -191,7 +191,7 @@ def _watching(
             if verdict is not None:
                 if not done.wait(verdict.grace_seconds):
                     verdicts.append(verdict)
-                    _end_ranks(word_path, verdict)
+                    _end_ranks(message_path, verdict)
                 return
 
     thread = threading.Thread(target=watch, name="watch", daemon=True)
@@ -226,13 +226,13 @@ def _lost(meeting: Rendezvous) -> Verdict | None:
     return Verdict(ExitCode.PEER_LOST, said, grace_seconds=PEER_SECONDS) if said else None
 
 
-def _end_ranks(word_path: Path, verdict: Verdict) -> None:
+def _end_ranks(message_path: Path, verdict: Verdict) -> None:
     """Say why, then kill: a rank that hangs in a collective, or is stopped, does not hear a SIGTERM."""
     log.error("%s", verdict.text)
-    word = TerminationMessage(
+    termination = TerminationMessage(
         exit_code=verdict.code, reason=reason_of(verdict.code), message=verdict.text, rank=verdict.rank
     )
-    termination_message.write_unless_told(word_path, word)
+    termination_message.write_unless_told(message_path, termination)
     for child in child_processes():  # the ranks, now
         with suppress(psutil.NoSuchProcess):
             child.kill()
@@ -262,10 +262,10 @@ def _first_end(
                 end = ExitCode.CRASHED if -code == signal.SIGKILL else 128 - code
                 text = f"rank {rank} on {place.node} was killed by {name} in {phase}; the kernel's log may say why"
             peers = termination_message.read(path)
-            word = TerminationMessage(exit_code=end, reason=reason_of(end), message=text, rank=rank)
+            termination = TerminationMessage(exit_code=end, reason=reason_of(end), message=text, rank=rank)
             if peers is not None:  # what the others knew of the step and of memory
-                word = word.model_copy(update={"progress": peers.progress, "memory": peers.memory})
-            termination_message.write(path, word)
+                termination = termination.model_copy(update={"progress": peers.progress, "memory": peers.memory})
+            termination_message.write(path, termination)
             return end
     first = next(iter(exit_codes.values()))
     return _last_code(config) or (first if first > 0 else 128 - first)
@@ -273,5 +273,5 @@ def _first_end(
 
 def _last_code(config: TrainerConfig) -> int | None:
     """The exit code of the rank that wrote the termination message, which is the one that failed first."""
-    word = termination_message.read(Path(config.termination_message_path))
-    return word.exit_code if word else None
+    termination = termination_message.read(Path(config.termination_message_path))
+    return termination.exit_code if termination else None

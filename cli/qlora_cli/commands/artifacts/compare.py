@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.commands import options as o
-from qlora_cli.commands.options import ends
+from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, program
 from qlora_cli.text.choices import Form
 
@@ -23,7 +23,7 @@ def compare(
     kubeconfig: o.Kubeconfig = None,
 ) -> None:
     """Compare jobs and local runs: settings that differ, and how they ended."""
-    with ends():
+    with exit_with_code():
         from qlora_cli.jobs import compare as comparing
         from qlora_cli.jobs import lookup
         from qlora_cli.kube.errors import ClusterError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlora_cli.commands import options as o
-from qlora_cli.commands.options import ends
+from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, connect, is_local, program
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def download(
     Sizes and SHA-256 are held against the manifest, and the manifest against the job's status. Object storage is
     reached with the environment's credentials. Called again, it fetches only what is missing.
     """
-    with ends():
+    with exit_with_code():
         from qlora_cli.artifacts import adapters
         from qlora_cli.text import output as out
         from qlora_cli.text import units

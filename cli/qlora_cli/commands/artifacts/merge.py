@@ -9,7 +9,7 @@ import typer
 
 from qlora_cli.commands import options as o
 from qlora_cli.commands.artifacts.download import find_published
-from qlora_cli.commands.options import ends
+from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, program
 
 
@@ -29,7 +29,7 @@ def merge(
 
     Runs the trainer (pip install 'qlora-operator[trainer]'), in host memory, on the adapter as published and verified.
     """
-    with ends():
+    with exit_with_code():
         from qlora_cli.artifacts import merge as merging
         from qlora_cli.text import output as out
 

@@ -6,7 +6,7 @@ import typer
 
 from qlora_cli.commands import options as o
 from qlora_cli.commands.artifacts.download import find_published
-from qlora_cli.commands.options import ends
+from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, program
 from qlora_cli.text.choices import Form
 
@@ -20,11 +20,11 @@ def verify(
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
 ) -> None:
-    """Hold a published adapter against its manifest.
+    """Verify a published adapter against its manifest.
 
     Every file is read and its size and SHA-256 compared; the exit code is 1 if one differs.
     """
-    with ends():
+    with exit_with_code():
         from qlora_cli.artifacts import adapters
         from qlora_cli.text import output as out
 

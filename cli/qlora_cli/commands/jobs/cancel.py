@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from qlora_cli.commands import options as o
-from qlora_cli.commands.options import ends
+from qlora_cli.commands.options import exit_with_code
 from qlora_cli.commands.result_output import print_done
 from qlora_cli.kube.target import Target, connect, program
 from qlora_cli.text.choices import Form
@@ -24,7 +24,7 @@ def cancel(
 
     What they have published stays. A job that is to go on later is suspended instead.
     """
-    with ends():
+    with exit_with_code():
         from qlora_cli.jobs import actions
         from qlora_cli.text import output as out
 

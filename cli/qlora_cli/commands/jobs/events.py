@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.commands import options as o
-from qlora_cli.commands.options import ends
+from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, connect, program
 from qlora_cli.text.choices import Form
 
@@ -22,7 +22,7 @@ def events(
     kubeconfig: o.Kubeconfig = None,
 ) -> None:
     """Show the events of a job, of its child Jobs and of its pods, in one list."""
-    with ends():
+    with exit_with_code():
         from datetime import UTC, datetime
 
         from qlora_cli.jobs import events as happened

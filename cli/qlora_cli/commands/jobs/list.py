@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.commands import options as o
-from qlora_cli.commands.options import ends
+from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, connect, program
 from qlora_cli.text.choices import Form
 
@@ -28,7 +28,7 @@ def list_jobs(
 
     Where no cluster is configured, local runs are listed.
     """
-    with ends():
+    with exit_with_code():
         from datetime import UTC, datetime
 
         from qlora_cli.jobs import job_list

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.commands import options as o
-from qlora_cli.commands.options import ends
+from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, connect, is_local
 
 Attempt = Annotated[int | None, typer.Option("--attempt", min=1, metavar="N", help="Default: the newest.")]
@@ -33,7 +33,7 @@ def logs(
 
     Lines are merged by time; each begins with the rank that wrote it, or with its worker where none is named.
     """
-    with ends():
+    with exit_with_code():
         from qlora_cli.jobs import logs as tailing
         from qlora_cli.jobs.log_printer import Printer, parse_since, print_local
         from qlora_cli.text.output import note

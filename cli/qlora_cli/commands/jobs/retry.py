@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.commands import options as o
-from qlora_cli.commands.options import ends
+from qlora_cli.commands.options import exit_with_code
 from qlora_cli.commands.result_output import print_done
 from qlora_cli.kube.target import Target, connect, program
 from qlora_cli.text.choices import DryRun, Form
@@ -29,7 +29,7 @@ def retry(
     A job that failed stays failed, as a Job of Kubernetes does; the new one has a name of its own and begins at step 0.
     What the operator retries by itself (a lost node, a crash within policy.maxRestarts) goes on from a checkpoint.
     """
-    with ends():
+    with exit_with_code():
         from qlora_cli.jobs import submit as submitting
         from qlora_cli.text import output as out
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_cli.commands import options as o
-from qlora_cli.commands.options import ends
+from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target
 from qlora_cli.text.choices import Form
 
@@ -20,7 +20,7 @@ def show(
 
     Settings, progress, attempts with their ends, memory by component, the adapter.
     """
-    with ends():
+    with exit_with_code():
         from datetime import UTC, datetime
 
         from qlora_cli.jobs import lookup

@@ -9,7 +9,7 @@ import typer
 
 from qlora_cli.commands import options as o
 from qlora_cli.commands.jobs.watch import watch_jobs
-from qlora_cli.commands.options import ends
+from qlora_cli.commands.options import exit_with_code
 from qlora_cli.commands.result_output import print_done
 from qlora_cli.kube.target import Target, connect, program
 from qlora_cli.text.choices import DryRun, Form
@@ -34,7 +34,7 @@ def submit(
 
     Checks the manifests here first; a path on this machine is refused with the command that uploads it.
     """
-    with ends():
+    with exit_with_code():
         from qlora_cli.jobs import submit as submitting
         from qlora_cli.text import output as out
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_cli.commands import options as o
-from qlora_cli.commands.options import ends
+from qlora_cli.commands.options import exit_with_code
 from qlora_cli.commands.result_output import print_done
 from qlora_cli.kube.target import Target, connect, program
 from qlora_cli.text.choices import Form
@@ -22,7 +22,7 @@ def suspend(
 
 
 def set_suspend(target: Target, names: list[str], output: Form, *, suspend: bool) -> None:
-    with ends():
+    with exit_with_code():
         from qlora_cli.jobs import actions
         from qlora_cli.text import output as out
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.commands import options as o
-from qlora_cli.commands.options import ends
+from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, connect
 
 
@@ -26,7 +26,7 @@ def watch(
     Named jobs are watched until they are over: the exit code is 1 if one of them failed. Without names all jobs of the
     namespace are watched until Ctrl-C.
     """
-    with ends():
+    with exit_with_code():
         names = tuple(dict.fromkeys(jobs or ()))
         target = Target(kubeconfig, context, namespace)
         watch_jobs(target, names, selector, everywhere=everywhere, until_over=bool(names) and not forever)

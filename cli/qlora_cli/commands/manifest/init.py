@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qlora_cli.commands.options import ends
+from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import program
 from qlora_cli.text.choices import RowFormat
 
@@ -32,7 +32,7 @@ def init(
 
     Its comments are the API's documentation; what may be set besides is there as a comment with its default.
     """
-    with ends():
+    with exit_with_code():
         from qlora_cli.kube.errors import ClusterError
         from qlora_cli.manifest import init as beginning
         from qlora_cli.text import output as out
