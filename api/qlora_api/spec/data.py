@@ -48,10 +48,13 @@ class Columns(Model):
     """Text: the text."""
     messages: Column = "messages"
     """Messages: a list of {role, content}."""
+    tools: Column = "tools"
+    """Messages, and PromptCompletion of conversations: the tools that the chat template is given; the column may be
+    missing."""
     prompt: Column = "prompt"
-    """PromptCompletion: what is given."""
+    """PromptCompletion: what is given, a text or a list of messages."""
     completion: Column = "completion"
-    """PromptCompletion: what is to be learned."""
+    """PromptCompletion: what is to be learned, a text or a list of messages."""
     instruction: Column = "instruction"
     """Instruction: the task."""
     input: Column = "input"
@@ -111,7 +114,7 @@ class DatasetSpec(Model):
     """Text, Messages (chat), PromptCompletion or Instruction (instruction, input, output)."""
     columns: Columns = Columns()
     chat_template: Annotated[str, StringConstraints(min_length=1, max_length=32768)] | None = None
-    """Jinja template for Messages; default: the tokenizer's own. Mark the assistant's tokens with
+    """Jinja template for conversations; default: the tokenizer's own. Mark the assistant's tokens with
     {% generation %} … {% endgeneration %}; without the mark they are found by rendering turn by turn."""
     loss_on: LossOn | None = None
     """Tokens that count: All, Completion (PromptCompletion and Instruction) or Assistant (Messages).
@@ -142,10 +145,10 @@ class DatasetSpec(Model):
             lambda d: d.loss_on in (None, LossOn.ALL) or d.format is not DatasetFormat.TEXT,
         ),
         Rule(
-            "!has(self.chatTemplate) || self.format == 'Messages'",
-            "chatTemplate goes with format Messages",
+            "!has(self.chatTemplate) || self.format == 'Messages' || self.format == 'PromptCompletion'",
+            "chatTemplate goes with formats Messages and PromptCompletion",
             "chatTemplate",
-            lambda d: d.chat_template is None or d.format is DatasetFormat.MESSAGES,
+            lambda d: d.chat_template is None or d.format in (DatasetFormat.MESSAGES, DatasetFormat.PROMPT_COMPLETION),
         ),
         Rule(
             "!has(self.tolerance.evalInTrain) || has(self.eval)",

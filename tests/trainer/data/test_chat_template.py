@@ -168,29 +168,3 @@ def test_the_manifests_template_wins_over_the_tokenizers(chat_tokenizer, dataset
 def test_of_several_templates_of_a_tokenizer_the_default_one_is_used(byte_level, chatml, dataset):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level, chat_template={"default": chatml, "rag": "x"})
     assert Encoder(tokenizer, dataset(format="Messages")).chat_template == chatml
-
-
-@pytest.mark.parametrize(
-    ("value", "found"),
-    [
-        pytest.param(None, "nothing", id="none"),
-        pytest.param([], "nothing", id="empty"),
-        pytest.param(7, "int", id="number"),
-        pytest.param("hello", "text that is not JSON", id="plain-text"),
-        pytest.param(["hello"], "str as message 1", id="list-of-texts"),
-        pytest.param(
-            [CHAT[0], {"from": "human", "value": "hi"}],
-            "a message 2 without a role (its keys are from, value)",
-            id="other-keys",
-        ),
-        pytest.param(
-            [{"role": "user", "content": None}], "a message 1 without content (its keys are role)", id="no-content"
-        ),
-        pytest.param([{"role": "user", "content": 3}], "a message 1 without content", id="content-number"),
-    ],
-)
-def test_what_is_not_a_conversation_is_named_with_its_row(value, found, chat_tokenizer, dataset):
-    with pytest.raises(UserError) as caught:
-        Encoder(chat_tokenizer, dataset(format="Messages")).encode({"messages": value}, number=2)
-    assert str(caught.value).startswith("spec.dataset.columns.messages: must hold a list of messages")
-    assert f"row 2 holds {found}" in str(caught.value)

@@ -104,7 +104,10 @@ def test_braces_in_an_instruction_are_text(tokenizer, dataset):
 
 def test_columns_are_those_of_the_manifest(tokenizer, dataset):
     spec = dataset(format="PromptCompletion", columns=Columns(prompt="q", completion="a"))
-    assert needed_columns(spec) == ({"q": "spec.dataset.columns.prompt", "a": "spec.dataset.columns.completion"}, ())
+    assert needed_columns(spec) == (
+        {"q": "spec.dataset.columns.prompt", "a": "spec.dataset.columns.completion"},
+        ("tools",),
+    )
     assert counted(Encoder(tokenizer, spec).encode({"q": "x", "a": "y"}), tokenizer) == "y<eos>"
 
 
@@ -151,19 +154,19 @@ def test_a_tokenizer_that_cuts_and_pads_by_itself_does_not(byte_level, dataset):
         pytest.param(
             {"format": "PromptCompletion"},
             {"prompt": "a", "completion": 7},
-            'spec.dataset.columns.completion: "completion" must hold text in every row; row 5 holds int 7',
+            'spec.dataset.columns.completion: "completion" must hold text in every row; row 5 holds a number',
             id="completion-number",
         ),
         pytest.param(
             {"format": "PromptCompletion", "columns": Columns(prompt="q")},
             {"q": ["a" * 99], "completion": "b"},
-            'spec.dataset.columns.prompt: "q" must hold text in every row; row 5 holds list [',
+            'spec.dataset.columns.prompt: "q" must hold text in every row; row 5 holds a list',
             id="prompt-list-in-renamed-column",
         ),
         pytest.param(
             {"format": "Instruction"},
             {"instruction": "a", "input": 1.5, "output": "b"},
-            'spec.dataset.columns.input: "input" must hold text in every row; row 5 holds float 1.5',
+            'spec.dataset.columns.input: "input" must hold text in every row; row 5 holds a number',
             id="input-number",
         ),
         pytest.param(

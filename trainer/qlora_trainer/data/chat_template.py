@@ -5,9 +5,7 @@ The assistant's part is found in characters, not in tokens: tokens of a prefix n
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -21,15 +19,16 @@ from qlora_trainer.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from qlora_trainer.data.rows.conversation import Conversation, Message
+    from qlora_trainer.data.rows.place import RowNumber
+
 TEMPLATE_FIELD = "spec.dataset.chatTemplate"
-MESSAGES_FIELD = "spec.dataset.columns.messages"
 MARKS = "{% generation %} … {% endgeneration %}"
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 """What a template can raise: jinja's own, and Python's from the expressions in it."""
 
-Message = dict[str, Any]
 Span = tuple[int, int]
 
 
@@ -78,31 +77,31 @@ class ChatTemplate:
         except _TEMPLATE_ERRORS:
             return  # it may not like this conversation; those of the rows decide
 
-    def render(self, value: Any, number: int, *, everything: bool) -> Piece:
+    def render(self, conversation: Conversation, number: RowNumber, *, everything: bool) -> Piece:
         """Write one conversation as text, with the parts that count.
 
         Args:
-            value: list of {role, content, …}, or the same as JSON text (a CSV cell).
-            number: of the row, from 1, for errors.
+            conversation: of the row.
+            number: of the row, for errors.
             everything: all of it counts, not only what the assistant wrote.
 
         Raises:
-            UserError: not a conversation, a template that fails on it, or one that hides what the assistant wrote.
+            UserError: a template that fails on it, or one that hides what the assistant wrote.
 
         """
-        messages = _conversation(value, number)
         try:
             if everything:
-                return Piece.all(self._render(messages)[0])
+                text = self._render(conversation.messages, conversation.tools)[0]
+                return Piece(text, ((0, len(text)),), templated=True)
             if _GENERATION.search(self.source):
-                text, spans = self._render(messages, marks=True)
+                text, spans = self._marked(conversation, number)
             else:
-                text, spans = self._turn_by_turn(messages, number)
+                text, spans = self._turn_by_turn(conversation, number)
         except _TEMPLATE_ERRORS as error:
             raise UserError(
                 TEMPLATE_FIELD, None, f"{self._whose} fails on row {number}: {type(error).__name__}: {error}"
             ) from error
-        return Piece(text, tuple((start, stop) for start, stop in spans if start < stop))
+        return Piece(text, tuple((start, stop) for start, stop in spans if start < stop), templated=True)
 
     def ask(self, text: str) -> str:
         """A conversation in which the user has said ``text``, and the assistant is to begin.
@@ -124,21 +123,39 @@ class ChatTemplate:
     def _whose(self) -> str:
         return "the model's own template" if self.override is None else "this template"
 
-    def _turn_by_turn(self, messages: list[Message], number: int) -> tuple[str, list[Span]]:
+    def _marked(self, conversation: Conversation, number: RowNumber) -> tuple[str, list[Span]]:
+        """Take the template's marks; those of messages that are not to be learned are left out."""
+        text, spans = self._render(conversation.messages, conversation.tools, marks=True)
+        turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        if all(conversation.learned[turn] for turn in turns):
+            return text, spans
+        if len(spans) != len(turns):
+            raise UserError(
+                TEMPLATE_FIELD,
+                None,
+                f"{self._whose} marks {len(spans)} parts of the {len(turns)} assistant messages in row {number}, so"
+                " those that are not to be learned (weight 0) cannot be told apart: mark each once",
+            )
+        return text, [span for span, turn in zip(spans, turns, strict=True) if conversation.learned[turn]]
+
+    def _turn_by_turn(self, conversation: Conversation, number: RowNumber) -> tuple[str, list[Span]]:
         """Take what a turn adds to the text for what the assistant wrote, if the text before stays as it is."""
-        text = self._render(messages)[0]
+        messages, tools = conversation.messages, conversation.tools
+        text = self._render(messages, tools)[0]
         spans = []
-        for turn in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant" or not conversation.learned[turn]:
+                continue
             if turn == 0:
                 raise self._hidden(number, "which starts with the assistant, so there is no text before it")
-            before = self._render(messages[:turn], generation_prompt=True)[0]
-            after = text if turn == len(messages) - 1 else self._render(messages[: turn + 1])[0]
+            before = self._render(messages[:turn], tools, generation_prompt=True)[0]
+            after = text if turn == len(messages) - 1 else self._render(messages[: turn + 1], tools)[0]
             if not (after.startswith(before) and text.startswith(after)):
                 raise self._hidden(number, f"where message {turn + 1} changes the text before or after it")
             spans.append((len(before), len(after)))
         return text, spans
 
-    def _hidden(self, number: int, why: str) -> UserError:
+    def _hidden(self, number: RowNumber, why: str) -> UserError:
         return UserError(
             TEMPLATE_FIELD,
             None,
@@ -148,58 +165,20 @@ class ChatTemplate:
         )
 
     def _render(
-        self, messages: list[Message], *, generation_prompt: bool = False, marks: bool = False
+        self,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        generation_prompt: bool = False,
+        marks: bool = False,
     ) -> tuple[str, list[Span]]:
         # The function behind tokenizer.apply_chat_template, which does not give the marks' characters away.
         texts, spans = render_jinja_template(
             conversations=[messages],
+            tools=tools,
             chat_template=self.source,
             add_generation_prompt=generation_prompt,
             return_assistant_tokens_mask=marks,
             **self.tokenizer.special_tokens_map,
         )
         return texts[0], spans[0] if marks else []
-
-
-def _conversation(value: Any, number: int) -> list[Message]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise _not_messages(number, "text that is not JSON") from None
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise _not_messages(number, "nothing" if not value else type(value).__name__)
-    return [_message(message, number, place) for place, message in enumerate(value, start=1)]
-
-
-def _message(value: Any, number: int, place: int) -> Message:
-    if not isinstance(value, dict):
-        raise _not_messages(number, f"{type(value).__name__} as message {place}")
-    message: Message = _without_none(value)
-    if not isinstance(message.get("role"), str):
-        raise _not_messages(number, f"a message {place} without a role (its keys are {_keys(message)})")
-    if not isinstance(message.get("content"), (str, list)) and "tool_calls" not in message:
-        raise _not_messages(number, f"a message {place} without content (its keys are {_keys(message)})")
-    return message
-
-
-def _without_none(value: Any) -> Any:
-    """Arrow gives every struct all keys of its column, None where the row had none; templates ask "is defined"."""
-    if isinstance(value, dict):
-        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list):
-        return [_without_none(inner) for inner in value]
-    return value
-
-
-def _keys(message: Message) -> str:
-    return ", ".join(message) or "none"
-
-
-def _not_messages(number: int, found: str) -> UserError:
-    return UserError(
-        MESSAGES_FIELD,
-        None,
-        f'must hold a list of messages such as {{"role": "user", "content": "…"}} in every row; row {number} holds'
-        f" {found}",
-    )

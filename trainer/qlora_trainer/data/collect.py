@@ -85,7 +85,9 @@ def collect(encoder: Encoder, rows: Rows, where: str, side_of: Callable[[int], S
     dataset = encoder.dataset
     tally = Tally()
     for start, batch in rows.batches(CHUNK_ROWS):
-        for number, encoded in enumerate(encoder.encode_batch(batch, start + 1), start=start):
+        for number, encoded in enumerate(
+            encoder.encode_batch(batch, range(start + 1, start + 1 + len(batch))), start=start
+        ):
             tally.count(encoded, number + 1, dataset.max_length)
             if len(encoded.input_ids) > dataset.max_length:  # Fail and Drop; Truncate has cut it
                 tally.dropped += 1

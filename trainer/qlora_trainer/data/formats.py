@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_api.spec import Columns, DatasetFormat, DatasetSpec, LongRows, LossOn
 from qlora_trainer.data.chat_template import ChatTemplate
+from qlora_trainer.data.rows.conversation import json_type, read_conversation, read_exchange
 from qlora_trainer.data.text_pieces import Piece
 from qlora_trainer.errors import UserError
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
+
+    from qlora_trainer.data.rows.place import RowNumber
 
 INSTRUCTION_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -58,11 +61,15 @@ def needed_columns(dataset: DatasetSpec) -> tuple[dict[str, str], tuple[str, ...
         DatasetFormat.PROMPT_COMPLETION: ("prompt", "completion"),
         DatasetFormat.INSTRUCTION: ("instruction", "output"),
     }[dataset.format]
-    optional = (dataset.columns.input,) if dataset.format is DatasetFormat.INSTRUCTION else ()
+    optional = {
+        DatasetFormat.MESSAGES: (dataset.columns.tools,),
+        DatasetFormat.PROMPT_COMPLETION: (dataset.columns.tools,),
+        DatasetFormat.INSTRUCTION: (dataset.columns.input,),
+    }.get(dataset.format, ())
     return {getattr(dataset.columns, name): f"spec.dataset.columns.{name}" for name in needed}, optional
 
 
-def render_instruction(row: Mapping[str, Any], columns: Columns, number: int = 1) -> str:
+def render_instruction(row: Mapping[str, Any], columns: Columns, number: RowNumber = 1) -> str:
     """Write the prompt of an Instruction row, in training and in generation.
 
     Args:
@@ -96,7 +103,7 @@ class Encoder:
 
     def __post_init__(self) -> None:
         if self.dataset.format is DatasetFormat.MESSAGES:
-            self._chat.require_usable()
+            self._usable_chat  # noqa: B018 refuses before any row
         elif self.tokenizer.eos_token_id is None:
             raise UserError(
                 "spec.model.source",
@@ -105,26 +112,29 @@ class Encoder:
                 f" {self.dataset.format} rows would never stop; add one, or use format Messages with a template",
             )
 
-    def encode(self, row: Mapping[str, Any], number: int = 1) -> Encoded:
+    def encode(self, row: Mapping[str, Any], number: RowNumber = 1) -> Encoded:
         """Encode one row; see :meth:`encode_batch`."""
-        return self.encode_batch([row], number)[0]
+        return self.encode_batch([row], [number])[0]
 
-    def encode_batch(self, rows: Sequence[Mapping[str, Any]], first: int = 1) -> list[Encoded]:
+    def encode_batch(
+        self, rows: Sequence[Mapping[str, Any]], numbers: Sequence[RowNumber] | None = None
+    ) -> list[Encoded]:
         """Encode rows together: the tokenizer works on all cores within one call.
 
         A row longer than ``maxLength`` loses its tail under longRows Truncate and is returned whole otherwise.
 
         Args:
             rows: cells by column.
-            first: number of the first row, from 1, for errors.
+            numbers: of the rows, for errors; from 1 where they have none.
 
         Raises:
             UserError: names the row and the field.
 
         """
-        pieces = [self._pieces(row, number) for number, row in enumerate(rows, start=first)]
+        numbers = range(1, len(rows) + 1) if numbers is None else numbers
+        pieces = [self._pieces(row, number) for row, number in zip(rows, numbers, strict=True)]
         flat = iter(self._tokenize([piece for row in pieces for piece in row]))
-        return [self._assemble([next(flat) for _ in row]) for row in pieces]
+        return [self._assemble([next(flat) for _ in row], templated=row[0].templated) for row in pieces]
 
     def prompt(self, text: str) -> list[int]:
         """Return the prompt for ``text``, in the form that was taught: a turn, an instruction, a prompt, a beginning.
@@ -154,20 +164,34 @@ class Encoder:
         return ChatTemplate(self.tokenizer, self.dataset.chat_template)
 
     @cached_property
+    def _usable_chat(self) -> ChatTemplate:
+        self._chat.require_usable()
+        return self._chat
+
+    @cached_property
     def _begin(self) -> list[int]:
         """The begin token, if the tokenizer itself puts one before a text."""
         bos = self.tokenizer.bos_token_id
         starts_with_bos = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
         return [bos] if starts_with_bos else []
 
-    def _pieces(self, row: Mapping[str, Any], number: int) -> tuple[Piece, ...]:
+    def _pieces(self, row: Mapping[str, Any], number: RowNumber) -> tuple[Piece, ...]:
         columns = self.dataset.columns
         everything = self.dataset.effective_loss_on is LossOn.ALL
         match self.dataset.format:
             case DatasetFormat.TEXT:
                 return (Piece.all(_text(row, columns, "text", number)),)
             case DatasetFormat.MESSAGES:
-                return (self._chat.render(row.get(columns.messages), number, everything=everything),)
+                conversation = read_conversation(
+                    row.get(columns.messages), row.get(columns.tools), number, "spec.dataset.columns.messages"
+                )
+                return (self._usable_chat.render(conversation, number, everything=everything),)
+            case DatasetFormat.PROMPT_COMPLETION if _is_exchange(row, columns):
+                fields = ("spec.dataset.columns.prompt", "spec.dataset.columns.completion")
+                conversation = read_exchange(
+                    row.get(columns.prompt), row.get(columns.completion), row.get(columns.tools), number, fields
+                )
+                return (self._usable_chat.render(conversation, number, everything=everything),)
             case DatasetFormat.PROMPT_COMPLETION:
                 prompt = _text(row, columns, "prompt", number)
                 completion = _text(row, columns, "completion", number)
@@ -190,10 +214,10 @@ class Encoder:
         offsets = encodings["offset_mapping"] if offsets_needed else [[]] * len(pieces)
         return [(i, _targets(piece, len(i), o)) for piece, i, o in zip(pieces, ids, offsets, strict=True)]
 
-    def _assemble(self, pieces: Sequence[tuple[list[int], list[bool]]]) -> Encoded:
+    def _assemble(self, pieces: Sequence[tuple[list[int], list[bool]]], *, templated: bool) -> Encoded:
         ids = list(chain.from_iterable(tokens for tokens, _ in pieces))
         targets = list(chain.from_iterable(counts for _, counts in pieces))
-        if self.dataset.format is not DatasetFormat.MESSAGES:  # a chat template writes its own begin and end
+        if not templated:  # a chat template writes its own begin and end
             everything = self.dataset.effective_loss_on is LossOn.ALL
             if ids[:1] != self._begin:  # rows that bring the token as text do not get it twice
                 ids, targets = self._begin + ids, [everything] * len(self._begin) + targets
@@ -206,18 +230,21 @@ class Encoder:
         return Encoded(ids, targets, truncated=False, full_length=length)
 
 
-def _text(row: Mapping[str, Any], columns: Columns, name: str, number: int) -> str:
+def _is_exchange(row: Mapping[str, Any], columns: Columns) -> bool:
+    """Whether prompt and completion are lists of messages rather than texts."""
+    return isinstance(row.get(columns.prompt), list) and isinstance(row.get(columns.completion), list)
+
+
+def _text(row: Mapping[str, Any], columns: Columns, name: str, number: RowNumber) -> str:
     column = getattr(columns, name)
     value = row.get(column)
     if isinstance(value, str):
         return value
-    found = "nothing" if value is None else f"{type(value).__name__} {_short(value)}"
-    raise UserError(f"spec.dataset.columns.{name}", column, f"must hold text in every row; row {number} holds {found}")
-
-
-def _short(value: object, most: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= most else text[:most] + " …"
+    raise UserError(
+        f"spec.dataset.columns.{name}",
+        column,
+        f"must hold text in every row; row {number} holds {json_type(value)}",
+    )
 
 
 def _targets(piece: Piece, length: int, offsets: Sequence[tuple[int, int]]) -> list[bool]:

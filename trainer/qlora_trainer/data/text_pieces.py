@@ -13,6 +13,8 @@ class Piece:
     text: str
     spans: tuple[tuple[int, int], ...]
     """Character ranges [start, stop), in order, not empty."""
+    templated: bool = False
+    """Written by a chat template, with begin and end tokens of its own."""
 
     @classmethod
     def all(cls, text: str) -> Self:

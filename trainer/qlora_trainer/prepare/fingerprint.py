@@ -35,7 +35,7 @@ def data_hash(
         "tokenizer": tokenizer_hash,
         "format": dataset.format,
         "columns": [*needed, *optional],
-        "chatTemplate": encoder.chat_template if dataset.format is DatasetFormat.MESSAGES else None,
+        "chatTemplate": encoder.chat_template if dataset.format is DatasetFormat.MESSAGES else dataset.chat_template,
         "lossOn": dataset.effective_loss_on,
         "maxLength": dataset.max_length,
         "longRows": dataset.long_rows,

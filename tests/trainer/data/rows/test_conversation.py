@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qlora_trainer.data.formats import Encoder
+from qlora_trainer.data.rows.conversation import read_conversation, read_exchange
+from qlora_trainer.data.rows.place import RowPlace
+from qlora_trainer.errors import UserError
+
+FIELD = "spec.dataset.columns.messages"
+CHAT = [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "7."}]
+CALL = {"type": "function", "function": {"name": "w", "arguments": {"city": "Bern"}}}
+TOOL = {"type": "function", "function": {"name": "w", "parameters": {"properties": {}, "default": None}}}
+MARKER = "text of a patient"
+
+
+def read(messages, tools=None):
+    return read_conversation(messages, tools, 2, FIELD)
+
+
+def call(arguments) -> dict:
+    return {"type": "function", "function": {"name": "w", "arguments": arguments}}
+
+
+@pytest.mark.parametrize(
+    ("messages", "want"),
+    [
+        pytest.param(CHAT, CHAT, id="list"),
+        pytest.param(json.dumps(CHAT), CHAT, id="json-text"),
+        pytest.param({"role": ["user", "assistant"], "content": ["Weather?", "7."]}, CHAT, id="object-of-lists"),
+        pytest.param(
+            [{"from": "human", "value": "Weather?"}, {"from": "gpt", "value": "7.", "id": 3}],
+            [CHAT[0], {**CHAT[1], "id": 3}],
+            id="sharegpt",
+        ),
+        pytest.param(
+            [CHAT[0], {"role": "assistant", "content": [{"type": "text", "text": "7"}, {"type": "text", "text": "."}]}],
+            CHAT,
+            id="text-parts",
+        ),
+        pytest.param(
+            [{"role": "assistant", "content": None, "tool_calls": [{**CALL, "id": None}]}],
+            [{"role": "assistant", "tool_calls": [CALL]}],
+            id="nulls-of-optional-keys-mean-absent",
+        ),
+        pytest.param(
+            [{"role": "assistant", "tool_calls": [call('{"city": "Bern"}')]}],
+            [{"role": "assistant", "tool_calls": [CALL]}],
+            id="arguments-as-json-text",
+        ),
+        pytest.param(
+            [{"role": "assistant", "tool_calls": [{"name": "w", "arguments": '{"a": null}'}]}],
+            [{"role": "assistant", "tool_calls": [{"name": "w", "arguments": {"a": None}}]}],
+            id="arguments-beside-the-name",
+        ),
+        pytest.param(
+            [{"role": "assistant", "content": "", "tool_calls": [call({"xs": [1, None, 2], "deep": {"a": None}})]}],
+            [{"role": "assistant", "content": "", "tool_calls": [call({"xs": [1, None, 2], "deep": {"a": None}})]}],
+            id="nulls-in-arguments-are-kept",
+        ),
+        pytest.param(
+            [{"role": "assistant", "content": None, "tool_calls": []}],
+            [{"role": "assistant", "content": ""}],
+            id="no-calls-and-no-content-is-an-empty-text",
+        ),
+        pytest.param(
+            [{"role": "assistant", "content": "7.", "reasoning_content": "R", "x": {"y": None}}],
+            [{"role": "assistant", "content": "7.", "reasoning_content": "R", "x": {"y": None}}],
+            id="other-keys-are-kept",
+        ),
+    ],
+)
+def test_messages_are_read_as_templates_expect_them(messages, want):
+    assert read(messages).messages == want
+
+
+def test_a_weight_of_zero_makes_a_message_context():
+    messages = [CHAT[0], {**CHAT[1], "weight": 0}, CHAT[0], {**CHAT[1], "weight": 1}]
+    conversation = read(messages)
+    assert conversation.learned == (True, False, True, True)
+    assert conversation.messages == CHAT * 2
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_what_has_no_weight_is_not_learned(marked, chat_tokenizer, chatml, chatml_marked, dataset):
+    encoder = Encoder(chat_tokenizer, dataset(format="Messages", chat_template=chatml_marked if marked else chatml))
+    row = {"messages": [CHAT[0], {"role": "assistant", "content": "WRONG", "weight": 0}, *CHAT]}
+    encoded = encoder.encode(row)
+    counted = [t for t, counts in zip(encoded.input_ids, encoded.targets, strict=True) if counts]
+    assert chat_tokenizer.decode(counted).strip() == "7.<|im_end|>"
+    assert "WRONG" in chat_tokenizer.decode(encoded.input_ids)
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])], ids=["list", "json-text"])
+def test_tools_reach_the_template(tools, chat_tokenizer, chatml, dataset):
+    template = "{% if tools %}TOOLS {{ tools | tojson }}{% endif %}" + chatml
+    encoder = Encoder(chat_tokenizer, dataset(format="Messages", chat_template=template))
+    text = chat_tokenizer.decode(encoder.encode({"messages": CHAT, "tools": tools}).input_ids)
+    assert f"TOOLS {json.dumps([TOOL])}" in text
+    assert "TOOLS" not in chat_tokenizer.decode(encoder.encode({"messages": CHAT, "tools": None}).input_ids)
+
+
+def test_a_prompt_and_a_completion_of_messages_are_one_conversation(chat_tokenizer, dataset):
+    encoder = Encoder(chat_tokenizer, dataset(format="PromptCompletion"))
+    given = [*CHAT, CHAT[0]]
+    encoded = encoder.encode({"prompt": given, "completion": CHAT[1:]})
+    counted = [t for t, counts in zip(encoded.input_ids, encoded.targets, strict=True) if counts]
+    assert chat_tokenizer.decode(counted).strip() == "7.<|im_end|>"
+    assert encoded.input_ids == chat_tokenizer.apply_chat_template([*given, *CHAT[1:]])["input_ids"]
+    assert read_exchange(given, CHAT[1:], None, 1, ("p", "c")).learned == (False, False, False, True)
+
+
+def test_texts_and_messages_are_not_mixed_in_one_row(chat_tokenizer, dataset):
+    encoder = Encoder(chat_tokenizer, dataset(format="PromptCompletion"))
+    with pytest.raises(UserError, match="row 1 holds a list"):
+        encoder.encode({"prompt": "a", "completion": ["b"]})
+    with pytest.raises(UserError, match=r"^spec.dataset.columns.completion: .* row 1 holds a text as message 1"):
+        encoder.encode({"prompt": CHAT[:1], "completion": ["b"]})
+
+
+@pytest.mark.parametrize(
+    ("messages", "found"),
+    [
+        pytest.param(None, "nothing", id="none"),
+        pytest.param([], "nothing", id="empty"),
+        pytest.param(7, "a number", id="number"),
+        pytest.param(MARKER, "text that is not JSON", id="plain-text"),
+        pytest.param("[" * 100_000, "text that is not JSON", id="deep-text"),
+        pytest.param([MARKER], "a text as message 1", id="list-of-texts"),
+        pytest.param([CHAT[0], {"speaker": MARKER, MARKER: "hi"}], "a message 2 without a role", id="other-keys"),
+        pytest.param([{"from": MARKER, "value": "a"}], 'a message 1 whose "from" is none of human', id="speaker"),
+        pytest.param([{"role": "user", "content": None}], "a message 1 without content", id="no-content"),
+        pytest.param([{"role": "user", "content": 3}], "a message 1 whose content is a number", id="number-content"),
+        pytest.param(
+            [*CHAT, {"role": "tool", "content": {MARKER: 7}}],
+            "a message 3 whose content is an object; allowed are a text and a list of text parts",
+            id="object-content",
+        ),
+        pytest.param(
+            [{"role": "user", "content": [{"type": "image", "image": MARKER}]}],
+            "a message 1 whose content part 1 is no text",
+            id="image-part",
+        ),
+        pytest.param([{**CHAT[1], "weight": 0.5}], "a message 1 with a weight other than 0", id="half-weight"),
+        pytest.param([{**CHAT[1], "weight": MARKER}], "a message 1 with a weight other than 0", id="text-weight"),
+        pytest.param(
+            [{**CHAT[1], "tool_calls": [call(MARKER)]}],
+            "a message 1 whose tool_calls[0].function.arguments is text that is not JSON",
+            id="arguments-no-json",
+        ),
+        pytest.param(
+            [{**CHAT[1], "tool_calls": [call(f'["{MARKER}"]')]}],
+            "a message 1 whose tool_calls[0].function.arguments is a list, not an object",
+            id="arguments-no-object",
+        ),
+        pytest.param(
+            [{**CHAT[1], "tool_calls": {"a": MARKER}}], "a message 1 whose tool_calls are an object", id="calls-object"
+        ),
+        pytest.param(
+            [{**CHAT[1], "tool_calls": [MARKER]}], "a message 1 whose tool_calls[0] is a text", id="call-text"
+        ),
+        pytest.param({"role": ["user"], "content": [MARKER, "b"]}, "an object, not a list", id="uneven-lists"),
+    ],
+)
+def test_what_is_not_a_conversation_is_named_without_its_text(messages, found):
+    with pytest.raises(UserError) as caught:
+        read(messages)
+    assert str(caught.value).startswith(f"{FIELD}: must hold a list of messages")
+    assert f"row 2 holds {found}" in str(caught.value)
+    assert MARKER not in str(caught.value)
+
+
+@pytest.mark.parametrize("tools", [MARKER, {"a": MARKER}, [MARKER]])
+def test_tools_that_are_none_are_named_without_their_text(tools):
+    with pytest.raises(UserError, match=r"row 2 holds .*tools") as caught:
+        read(CHAT, tools)
+    assert MARKER not in str(caught.value)
+
+
+def test_a_row_is_named_with_its_file_and_line():
+    with pytest.raises(UserError, match=r"row 16 \(p1.jsonl, line 6\) holds nothing"):
+        read_conversation(None, None, RowPlace(16, "p1.jsonl", "line 6"), FIELD)

@@ -1,0 +1,200 @@
+"""From cells of a row to a conversation: messages, tools, and which of the messages may be learned.
+
+A message keeps all of its keys and values, nested nulls included, with these exceptions: ``from`` and ``value``
+(ShareGPT) become ``role`` and ``content``; text parts become one text; ``weight`` is taken out and heeded;
+``arguments`` of a tool call that are JSON text are decoded; and a null where OpenAI's format has an optional key means
+that it is absent.
+Errors name row, message and key, and no text of the row.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qlora_trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from qlora_trainer.data.rows.place import RowNumber
+
+Message = dict[str, Any]
+
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a chat template is given, and what of it may be learned."""
+
+    messages: list[Message]
+    learned: tuple[bool, ...]
+    """For each message: False for ``weight: 0`` and for what was given as a prompt. Of the others only those of the
+    assistant count, unless lossOn is All."""
+    tools: list[dict[str, Any]] | None = None
+
+
+class _ShapeError(Exception):
+    """``str()`` completes "row N holds …"."""
+
+
+def read_conversation(messages: Any, tools: Any, number: RowNumber, field: str) -> Conversation:
+    """Read a cell of messages.
+
+    Args:
+        messages: list of {role, content, …}, the same as JSON text, or an object with one list for each key.
+        tools: list of tool descriptions, the same as JSON text, or None.
+        number: of the row.
+        field: the manifest's, that names the column of the messages.
+
+    Raises:
+        UserError: it is none.
+
+    """
+    try:
+        pairs = _messages(messages)
+        return Conversation([m for m, _ in pairs], tuple(learned for _, learned in pairs), _tools(tools))
+    except _ShapeError as error:
+        raise UserError(
+            field,
+            None,
+            f'must hold a list of messages such as {{"role": "user", "content": "…"}} in every row; row {number} holds'
+            f" {error}",
+        ) from None
+
+
+def read_exchange(prompt: Any, completion: Any, tools: Any, number: RowNumber, fields: tuple[str, str]) -> Conversation:
+    """Read a prompt and a completion that are conversations (TRL's conversational format); the prompt is not learned.
+
+    Raises:
+        UserError: one of them is no conversation.
+
+    """
+    given = read_conversation(prompt, tools, number, fields[0])
+    answer = read_conversation(completion, None, number, fields[1])
+    return Conversation(given.messages + answer.messages, (False,) * len(given.messages) + answer.learned, given.tools)
+
+
+def _messages(value: Any) -> list[tuple[Message, bool]]:
+    value = _decoded(value, "text that is not JSON") if isinstance(value, str) else value
+    if isinstance(value, dict):
+        value = _transposed(value)
+    if not isinstance(value, list) or not value:
+        raise _ShapeError(json_type(value) if value else "nothing")
+    return [_message(message, place) for place, message in enumerate(value, start=1)]
+
+
+def _message(value: Any, place: int) -> tuple[Message, bool]:
+    """(message as templates expect it, whether it may be learned)."""
+    if not isinstance(value, dict):
+        raise _ShapeError(f"{json_type(value)} as message {place}")
+    message = {key: inner for key, inner in value.items() if inner is not None}
+    if "role" not in message and "from" in message and "value" in message:
+        message = _from_sharegpt(message, place)
+    if not isinstance(message.get("role"), str):
+        raise _ShapeError(f"a message {place} without a role")
+    weight = message.pop("weight", 1)
+    if weight not in (0, 1):
+        raise _ShapeError(f"a message {place} with a weight other than 0 (context) and 1 (learned)")
+    if "tool_calls" in message:
+        message["tool_calls"] = _tool_calls(message["tool_calls"], place)
+        if not message["tool_calls"]:
+            del message["tool_calls"]
+            message.setdefault("content", "")
+    if "content" in message:
+        message["content"] = _content(message["content"], place)
+    elif "tool_calls" not in message:
+        raise _ShapeError(f"a message {place} without content")
+    return message, bool(weight)
+
+
+def _from_sharegpt(message: Message, place: int) -> Message:
+    speaker = message["from"]
+    role = SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise _ShapeError(f'a message {place} whose "from" is none of {", ".join(SHAREGPT_ROLES)}')
+    rest = {key: inner for key, inner in message.items() if key not in ("from", "value")}
+    return {"role": role, "content": message["value"], **rest}
+
+
+def _content(value: Any, place: int) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise _ShapeError(
+            f"a message {place} whose content is {json_type(value)}; allowed are a text and a list of text parts"
+        )
+    return "".join(_part(part, place, number) for number, part in enumerate(value, start=1))
+
+
+def _part(part: Any, place: int, number: int) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        text: str = part["text"]
+        return text
+    raise _ShapeError(
+        f'a message {place} whose content part {number} is no text; parts must be {{"type": "text", "text": "…"}}'
+    )
+
+
+def _tool_calls(value: Any, place: int) -> list[Message]:
+    if not isinstance(value, list):
+        raise _ShapeError(f"a message {place} whose tool_calls are {json_type(value)}, not a list")
+    return [_tool_call(call, f"a message {place} whose tool_calls[{at}]") for at, call in enumerate(value)]
+
+
+def _tool_call(value: Any, what: str) -> Message:
+    if not isinstance(value, dict):
+        raise _ShapeError(f"{what} is {json_type(value)}, not an object")
+    call = {key: inner for key, inner in value.items() if inner is not None}
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _tool_call(call["function"], f"{what}.function")}
+    if isinstance(text := call.get("arguments"), str):
+        call["arguments"] = _decoded(text or "{}", f"{what}.arguments is text that is not JSON")
+    if not isinstance(call.get("arguments", {}), dict):
+        raise _ShapeError(f"{what}.arguments is {json_type(call['arguments'])}, not an object or JSON text of one")
+    return call
+
+
+def _tools(value: Any) -> list[dict[str, Any]] | None:
+    value = _decoded(value, "tools that are text but not JSON") if isinstance(value, str) and value else value
+    if not value:
+        return None
+    if not isinstance(value, list):
+        raise _ShapeError(f"tools that are {json_type(value)}, not a list of objects")
+    for tool in value:
+        if not isinstance(tool, dict):
+            raise _ShapeError(f"{json_type(tool)} among its tools; each must be an object")
+    return value
+
+
+def _transposed(columns: dict[str, Any]) -> list[Message]:
+    """One message for each place of lists of equal length; so ``datasets`` writes a Sequence of structs."""
+    lists = list(columns.values())
+    if not all(isinstance(cells, list) and len(cells) == len(lists[0]) for cells in lists):
+        raise _ShapeError("an object, not a list of messages")
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*lists, strict=True)]
+
+
+def _decoded(text: str, otherwise: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise _ShapeError(otherwise) from None
+
+
+def json_type(value: object) -> str:
+    """Name the type of a value as JSON calls it."""
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
+    return "nothing" if value is None else names.get(type(value), f"a {type(value).__name__}")
