@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_api.spec import LoRASpec, ParallelismSpec, QuantizationSpec, TrainingSpec
-from qlora_memory import Adapter, Gpu, flop_per_token, gpu_of_device, model_shape
+from qlora_memory import AdapterShape, Gpu, flop_per_token, gpu_of_device, model_shape
 
 LENGTH = 4096
 TOKENS = 8192
@@ -132,7 +132,7 @@ def share_of_peak(tokens_per_second: float, lengths: tuple[int, ...], gpu: Gpu, 
     """Return the share of the GPU's dense bf16 peak, with recomputation: a token sees those of its own row."""
     shape = model_shape(LLAMA_8B)
     row = sum(n * n for n in lengths) // sum(lengths)
-    work = flop_per_token(shape, Adapter(shape, LoRASpec()), row, recomputes=recompute)
+    work = flop_per_token(shape, AdapterShape(shape, LoRASpec()), row, recomputes=recompute)
     return tokens_per_second * work / (gpu.tflops * 1e12)
 
 

@@ -24,7 +24,7 @@ os.environ.setdefault(
 
 from memory_gpu_cases import BASES, cases, change_of, quantization_of, run_of
 from qlora_api.spec import LoRASpec, Optimizer, ParallelismSpec, QuantizationSpec
-from qlora_memory import Gpu, Moment, Run, estimate, gpu_of_device, model_shape
+from qlora_memory import EstimateInput, Gpu, Moment, estimate, gpu_of_device, model_shape
 
 LOADED = (("llama-1b", "NF4"), ("llama-1b", "INT8"), ("llama-1b", "None"), ("qwen3-2b", "NF4"))
 
@@ -128,7 +128,7 @@ def loading_table(rows: list[dict[str, Any]]) -> str:
     """Compare what loading took at most beside what is left with what the formula says."""
     lines = ["| base | type | predicted peak, GB | measured | left |", "|---|---|---|---|---|"]
     for row in rows:
-        run = Run(
+        run = EstimateInput(
             shape=model_shape(BASES[row["base"]]),
             lora=LoRASpec(target_modules=["q_proj"], rank=1),
             quantization=quantization_of({"quantization": {"type": row["type"]}}),

@@ -17,11 +17,11 @@ from memory_gpu_cases import run_of as run_of_case
 from qlora_api.spec import LoRASpec, Optimizer, ParallelismSpec, QLoRAJobSpec, QuantizationSpec
 from qlora_memory import (
     GPUS,
-    Adapter,
+    AdapterShape,
+    EstimateInput,
     MemoryEstimate,
     NoFit,
-    Request,
-    Run,
+    PlanRequest,
     estimate,
     flop_per_token,
     gpu_of_device,
@@ -30,7 +30,7 @@ from qlora_memory import (
 )
 from qlora_memory.activations.attention import self_attention
 from qlora_memory.activations.layers import Pen
-from qlora_memory.activations.setting import Setting, Software
+from qlora_memory.activations.setting import ForwardSetting, Software
 from qlora_memory.gpus import GIB
 from qlora_memory.shape.model_shape import FeedForward, ModelShape
 
@@ -103,7 +103,7 @@ class Published:
     """``torch.cuda.max_memory_allocated``, bytes."""
 
     @property
-    def run(self) -> Run:
+    def run(self) -> EstimateInput:
         """A100-80, rank 16 on q, k, v and o, dropout 0.1, AdamW, full checkpointing, one micro-batch an update.
 
         fms-acceleration's kernels: norm and rotation fused, checkpointing of the reentrant kind, Liger's fused loss,
@@ -111,7 +111,7 @@ class Published:
         """
         tokens = 4096 * self.sequences
         rows = 1 << (-(-tokens // -(-128256 // 4096)) - 1).bit_length()
-        return Run(
+        return EstimateInput(
             shape=model_shape(LLAMA_8B),
             lora=LoRASpec(rank=16, dropout="0.1", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
             quantization=self.quantization,
@@ -218,7 +218,7 @@ def kept() -> Iterator[str]:
     """Bytes a token of each part of a Llama-3-8B layer, with rank 16 on all linear layers, on a GPU."""
     shape = model_shape(LLAMA_8B)
     tokens = 1 << 14
-    setting = Setting(Adapter(shape, LoRASpec()), QuantizationSpec(), (tokens,))
+    setting = ForwardSetting(AdapterShape(shape, LoRASpec()), QuantizationSpec(), (tokens,))
     layer = shape.layers[1]
     assert isinstance(layer.feed_forward, FeedForward)
     feed_forward = layer.feed_forward
@@ -266,7 +266,7 @@ def plans() -> Iterator[str]:
 
 
 def _cell(shape: ModelShape, name: str) -> str:
-    outcome = plan(Request(job(2048), shape, GPUS[name], 1))
+    outcome = plan(PlanRequest(job(2048), shape, GPUS[name], 1))
     if isinstance(outcome, NoFit):
         return f"needs {outcome.smallest.memory.needed_bytes / GIB:.1f}"
     how = "recomputed" if outcome.gradient_checkpointing else "kept"
@@ -279,7 +279,7 @@ def arithmetic() -> Iterator[str]:
     yield "|---|---|---|"
     for model, config in MODELS.items():
         shape = model_shape(config)
-        adapter = Adapter(shape, LoRASpec())
+        adapter = AdapterShape(shape, LoRASpec())
         once, again = (flop_per_token(shape, adapter, 4096, recomputes=again) / 1e9 for again in (False, True))
         yield f"| {model} | {once:.1f} | {again:.1f} |"
 

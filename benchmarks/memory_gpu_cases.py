@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any
 
 from qlora_api.spec import LoRASpec, Optimizer, ParallelismSpec, QuantizationSpec
-from qlora_memory import Run, model_shape
+from qlora_memory import EstimateInput, model_shape
 
 VOCABULARY = 128256
 _LLAMA: dict[str, Any] = {"model_type": "llama", "vocab_size": VOCABULARY, "max_position_embeddings": 131072}
@@ -93,10 +93,10 @@ def quantization_of(case: dict[str, Any]) -> QuantizationSpec:
     return QuantizationSpec.model_validate(case.get("quantization", {}))
 
 
-def run_of(case: dict[str, Any]) -> Run:
+def run_of(case: dict[str, Any]) -> EstimateInput:
     """The case as inputs of the formulas."""
     every = sum(case["rows"]) - len(case["rows"])
-    return Run(
+    return EstimateInput(
         shape=model_shape(BASES[case["base"]]),
         lora=LoRASpec.model_validate(case.get("lora", {})),
         quantization=quantization_of(case),

@@ -14,7 +14,7 @@ import torch
 from memory_gpu_cases import BASES, quantization_of, run_of
 from qlora_api.batch import BatchSplit
 from qlora_api.spec import QuantizationSpec, TrainingSpec
-from qlora_memory import Moment, Run
+from qlora_memory import EstimateInput, Moment
 from qlora_trainer.data.batches import IGNORED, MicroBatch
 from qlora_trainer.engine.deepspeed_engine import apply_update, join_ranks, wrap_deepspeed
 from qlora_trainer.model.base_model import add_lora, enable_gradient_checkpointing, load_base, weight_bytes
@@ -117,7 +117,7 @@ def measure(
     return found
 
 
-def _train(run: Run, model: Any, ranks: Ranks, watch: Callable[[], None] | None) -> dict[str, Any]:
+def _train(run: EstimateInput, model: Any, ranks: Ranks, watch: Callable[[], None] | None) -> dict[str, Any]:
     vocabulary = run.shape.head.linear.outputs
     model.train()
     fused = head_is_plain(model)

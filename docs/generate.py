@@ -26,7 +26,7 @@ from qlora_api.crd import PRINTER_COLUMNS
 from qlora_api.lifecycle import STUCK, STUCK_ATTEMPTS, Finish, after_attempt
 from qlora_api.spec import PolicySpec
 from qlora_api.status import Attempt, ConditionType, MemoryComponent, Reason
-from qlora_cli.manifest.explain import Entry, describe
+from qlora_cli.manifest.explain import FieldEntry, describe
 
 REFERENCE = Path(__file__).parent / "reference"
 WRITTEN = "<!-- Written by 'make reference' from {source}. Do not edit. -->"
@@ -91,7 +91,7 @@ def _fields() -> Iterator[str]:
         yield f"| `{component}` | {_cell(_meanings(MemoryComponent)[component])} |"
 
 
-def _groups(entry: Entry) -> Iterator[Entry]:
+def _groups(entry: FieldEntry) -> Iterator[FieldEntry]:
     """A group, then the groups in it."""
     yield entry
     for field in entry.fields:
@@ -100,7 +100,7 @@ def _groups(entry: Entry) -> Iterator[Entry]:
             yield from _groups(inner)
 
 
-def _group(group: Entry) -> Iterator[str]:
+def _group(group: FieldEntry) -> Iterator[str]:
     name = group.path + ("[]" if group.type.startswith("list") else "")
     yield from ("", f"## {name}", "")
     said = [group.doc] if group.doc else []
@@ -124,7 +124,7 @@ def _group(group: Entry) -> Iterator[str]:
         yield from ("", *(f"- {rule}" for rule in rules))
 
 
-def _nested(group: Entry) -> Iterator[Entry]:
+def _nested(group: FieldEntry) -> Iterator[FieldEntry]:
     return (f for f in group.fields if f.type == "group")
 
 
@@ -133,13 +133,13 @@ def _slug(heading: str) -> str:
     return "".join(c for c in heading.lower() if c.isalnum() or c in "-_")
 
 
-def _type(field: Entry) -> str:
+def _type(field: FieldEntry) -> str:
     if set(Reason) <= set(field.allowed):
         return "a [reason](conditions.md#reasons)"
     return ", ".join(f"`{json.dumps(v) if isinstance(v, bool) else v}`" for v in field.allowed) or field.type
 
 
-def _default(field: Entry, *, is_group: bool) -> str:
+def _default(field: FieldEntry, *, is_group: bool) -> str:
     if field.required:
         return "required"
     if is_group or field.default in (None, "", [], {}):
@@ -147,7 +147,7 @@ def _default(field: Entry, *, is_group: bool) -> str:
     return f"`{field.default if isinstance(field.default, str) else json.dumps(field.default)}`"
 
 
-def _bounds(field: Entry) -> str:
+def _bounds(field: FieldEntry) -> str:
     spelled = (b.replace("matches ", "matches `") + ("`" if b.startswith("matches ") else "") for b in field.bounds)
     return "; ".join(spelled)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from observability.dashboards.dcgm import by_trainer_pod, of_job
-from qlora_api.metrics_catalogue import OPERATOR, TRAINER, Kind, Metric
+from qlora_api.metrics_catalogue import OPERATOR, TRAINER, Metric, MetricKind
 
 _HEAD = """\
 <!-- Written by 'make dashboards' from api/qlora_api/metrics_catalogue.py. Do not edit. -->
@@ -95,7 +95,7 @@ def _section(title: str, text: str, metrics: Mapping[str, Metric]) -> Iterator[s
 
 def _row(metric: Metric) -> str:
     own = [label for label in metric.labels if _says(metric, label)]
-    name = metric.series[0] if metric.kind is Kind.COUNTER else metric.name
+    name = metric.series[0] if metric.kind is MetricKind.COUNTER else metric.name
     where = " GPU only." if metric.gpu else ""
     labels = ", ".join(f"`{label}`" for label in own)
     return f"| `{name}` | {metric.kind} | {metric.unit} | {labels} | {metric.meaning}.{where} |"

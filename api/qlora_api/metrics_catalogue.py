@@ -13,7 +13,7 @@ from enum import StrEnum
 from types import MappingProxyType
 
 
-class Kind(StrEnum):
+class MetricKind(StrEnum):
     GAUGE = "gauge"
     COUNTER = "counter"
     HISTOGRAM = "histogram"
@@ -31,7 +31,7 @@ class Metric:
 
     name: str
     """Of the family, as client libraries take it; a counter's series have ``_total`` behind it."""
-    kind: Kind
+    kind: MetricKind
     unit: str
     """In words; ``""`` for what has none."""
     meaning: str
@@ -47,11 +47,11 @@ class Metric:
     def series(self) -> tuple[str, ...]:
         """Names of the series in queries."""
         match self.kind:
-            case Kind.COUNTER:
+            case MetricKind.COUNTER:
                 return (f"{self.name}_total",)
-            case Kind.HISTOGRAM:
+            case MetricKind.HISTOGRAM:
                 return tuple(f"{self.name}_{suffix}" for suffix in ("bucket", "sum", "count"))
-            case Kind.GAUGE:
+            case MetricKind.GAUGE:
                 return (self.name,)
 
 
@@ -64,16 +64,18 @@ QUEUE_BUCKETS = (0.001, 0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 120)
 
 
 def _trainer(
-    name: str, kind: Kind, unit: str, meaning: str, *more: str, buckets: tuple[float, ...] = (), gpu: bool = False
+    name: str, kind: MetricKind, unit: str, meaning: str, *more: str, buckets: tuple[float, ...] = (), gpu: bool = False
 ) -> Metric:
     return Metric(name, kind, unit, meaning, (*RANK, *more), Exporter.TRAINER, buckets, gpu)
 
 
-def _operator(name: str, kind: Kind, unit: str, meaning: str, *labels: str, buckets: tuple[float, ...] = ()) -> Metric:
+def _operator(
+    name: str, kind: MetricKind, unit: str, meaning: str, *labels: str, buckets: tuple[float, ...] = ()
+) -> Metric:
     return Metric(name, kind, unit, meaning, labels, Exporter.OPERATOR, buckets)
 
 
-_G, _C, _H = Kind.GAUGE, Kind.COUNTER, Kind.HISTOGRAM
+_G, _C, _H = MetricKind.GAUGE, MetricKind.COUNTER, MetricKind.HISTOGRAM
 
 _TRAINER = (
     # Where the training stands. The same on all ranks, so that any of them may be asked.

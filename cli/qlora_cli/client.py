@@ -134,7 +134,9 @@ class QLoRAClient:
             A ``pandas.DataFrame`` indexed by job where pandas is installed, else a dict of dicts.
 
         """
-        columns = [compare.Column(found.view, found.body.get("spec") or {}) for found in find_in(self._cluster, jobs)]
+        columns = [
+            compare.ComparedJob(found.view, found.body.get("spec") or {}) for found in find_in(self._cluster, jobs)
+        ]
         rows = {column.job.place: _numbers(compare.figures_of(column)) for column in columns}
         try:
             pandas: Any = import_module("pandas")

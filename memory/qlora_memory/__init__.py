@@ -17,10 +17,10 @@ planner, remedies    choose; say what would fit
 ===================  ========================================================================
 """
 
-from qlora_memory.estimate import MemoryEstimate, Moment, Run, estimate
+from qlora_memory.estimate import EstimateInput, MemoryEstimate, Moment, estimate
 from qlora_memory.gpus import GPUS, Gpu, check_gpu, gpu_named, gpu_of_device, resolved
 from qlora_memory.planning.cost import Cost, Span, cost, flop_per_token
-from qlora_memory.planning.planner import NoFit, Plan, Request, plan, plan_of, run_of
+from qlora_memory.planning.planner import NoFit, Plan, PlanRequest, plan, plan_of, run_of
 from qlora_memory.planning.remedies import Remedy, does_not_fit, remedies
 from qlora_memory.shape.model_shape import ModelShape
 from qlora_memory.shape.read_shape import model_shape
@@ -32,12 +32,13 @@ from qlora_memory.shape.safetensors_headers import (
     shard_names,
     tensor_infos,
 )
-from qlora_memory.weights import Adapter
+from qlora_memory.weights import AdapterShape
 
 __all__ = [
     "GPUS",
-    "Adapter",
+    "AdapterShape",
     "Cost",
+    "EstimateInput",
     "Gpu",
     "HeaderError",
     "MemoryEstimate",
@@ -45,9 +46,8 @@ __all__ = [
     "Moment",
     "NoFit",
     "Plan",
+    "PlanRequest",
     "Remedy",
-    "Request",
-    "Run",
     "Span",
     "TensorInfo",
     "check_gpu",

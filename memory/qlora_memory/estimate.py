@@ -12,11 +12,18 @@ from enum import StrEnum
 from qlora_api.spec import LoRASpec, Optimizer, ParallelismSpec, QuantizationSpec, QuantizationType
 from qlora_api.status import MemoryComponent
 from qlora_memory.activations.forward_backward import Activations, activations
-from qlora_memory.activations.setting import OURS, Setting, Software
+from qlora_memory.activations.setting import OURS, ForwardSetting, Software
 from qlora_memory.gpus import CUBLAS_BYTES, MIB, Gpu
 from qlora_memory.optimizer import TrainingState, training_state
 from qlora_memory.shape.model_shape import AttentionKind, Experts, Linear, ModelShape
-from qlora_memory.weights import Adapter, compute_width, constant_bytes, quantized_bytes, rounding, unquantized_bytes
+from qlora_memory.weights import (
+    AdapterShape,
+    compute_width,
+    constant_bytes,
+    quantized_bytes,
+    rounding,
+    unquantized_bytes,
+)
 
 CONTEXT_BYTES = 720 * MIB
 """CUDA context (619 MiB), cuBLAS (66) and kernels that are loaded when they are first used: measured on an H200. Not in
@@ -43,7 +50,7 @@ class Moment(StrEnum):
 
 
 @dataclass(frozen=True)
-class Run:
+class EstimateInput:
     """Input of an estimate: one choice of everything that memory depends on."""
 
     shape: ModelShape
@@ -116,7 +123,7 @@ class MemoryEstimate:
         return {str(component): size for component, size in self.components.items()} | peak
 
 
-def estimate(run: Run, gpu: Gpu | None = None) -> MemoryEstimate:
+def estimate(run: EstimateInput, gpu: Gpu | None = None) -> MemoryEstimate:
     """Predict the memory of one rank.
 
     Args:
@@ -124,7 +131,7 @@ def estimate(run: Run, gpu: Gpu | None = None) -> MemoryEstimate:
         gpu: adds cuBLAS workspaces; None: those of cards before Hopper.
 
     """
-    adapter = Adapter(run.shape, run.lora)
+    adapter = AdapterShape(run.shape, run.lora)
     state = training_state(adapter, run.optimizer, run.parallelism, run.world_size, cuda=run.cuda)
     full = weights(run, adapter)
     held = _partitioned(run, adapter, full) if run.parallelism.zero_stage == 3 else full
@@ -150,7 +157,7 @@ def estimate(run: Run, gpu: Gpu | None = None) -> MemoryEstimate:
     )
 
 
-def weights(run: Run, adapter: Adapter) -> dict[MemoryComponent, int]:
+def weights(run: EstimateInput, adapter: AdapterShape) -> dict[MemoryComponent, int]:
     """Bytes of the base and the adapter, whole."""
     quantization, linears = run.quantization, run.shape.linears
     unquantized = unquantized_bytes(run.shape, quantization, adapter)
@@ -167,8 +174,8 @@ def weights(run: Run, adapter: Adapter) -> dict[MemoryComponent, int]:
     }
 
 
-def _setting(run: Run, adapter: Adapter, *, dequantizes: bool = True) -> Setting:
-    return Setting(
+def _setting(run: EstimateInput, adapter: AdapterShape, *, dequantizes: bool = True) -> ForwardSetting:
+    return ForwardSetting(
         adapter=adapter,
         quantization=run.quantization,
         rows=run.rows,
@@ -180,17 +187,19 @@ def _setting(run: Run, adapter: Adapter, *, dequantizes: bool = True) -> Setting
     )
 
 
-def _activations(run: Run, adapter: Adapter) -> Activations:
+def _activations(run: EstimateInput, adapter: AdapterShape) -> Activations:
     return activations(run.shape, _setting(run, adapter), checkpointing=run.checkpointing)
 
 
-def _scores(run: Run) -> int:
+def _scores(run: EstimateInput) -> int:
     """Bytes of one tensor of scores in fp32, where they are written out."""
     attention, tokens = run.shape.layers[0].attention, sum(run.rows)
     return 4 * attention.heads * tokens * tokens if attention.kind is AttentionKind.EAGER else 0
 
 
-def _while_loss(run: Run, state: TrainingState, forward: Activations, gradients: int) -> dict[MemoryComponent, int]:
+def _while_loss(
+    run: EstimateInput, state: TrainingState, forward: Activations, gradients: int
+) -> dict[MemoryComponent, int]:
     """Stage 2 has its buckets in the backward pass alone; the others keep them (``stage_1_and_2.setup_buckets``)."""
     buckets = 0 if run.parallelism.zero_stage == 2 else state.backward_buffers
     return {
@@ -201,7 +210,9 @@ def _while_loss(run: Run, state: TrainingState, forward: Activations, gradients:
     }
 
 
-def _while_backward(run: Run, adapter: Adapter, forward: Activations, gradients: int) -> dict[MemoryComponent, int]:
+def _while_backward(
+    run: EstimateInput, adapter: AdapterShape, forward: Activations, gradients: int
+) -> dict[MemoryComponent, int]:
     """The dequantized weight counts as far as the peak would be lower without it."""
     without = activations(run.shape, _setting(run, adapter, dequantizes=False), checkpointing=run.checkpointing)
     return {
@@ -212,7 +223,7 @@ def _while_backward(run: Run, adapter: Adapter, forward: Activations, gradients:
     }
 
 
-def _while_update(run: Run, state: TrainingState) -> dict[MemoryComponent, int]:
+def _while_update(run: EstimateInput, state: TrainingState) -> dict[MemoryComponent, int]:
     return {
         MemoryComponent.GRADIENTS: state.gradients,
         MemoryComponent.COLLECTIVE_BUFFERS: _gathered(run) + state.step_buffers,
@@ -229,7 +240,9 @@ def _storage_elements(linear: Linear, quantization: QuantizationSpec) -> int:
     return -(-quantized_bytes(linear, quantization) // compute_width(quantization))
 
 
-def _partitioned(run: Run, adapter: Adapter, full: dict[MemoryComponent, int]) -> dict[MemoryComponent, int]:
+def _partitioned(
+    run: EstimateInput, adapter: AdapterShape, full: dict[MemoryComponent, int]
+) -> dict[MemoryComponent, int]:
     """One rank's share of the weights: tensors above 100,000 elements are divided, smaller ones and constants not.
 
     The adapter's own partition is in the optimizer's state. deepspeed.runtime.zero.parameter_offload.
@@ -246,7 +259,7 @@ def _partitioned(run: Run, adapter: Adapter, full: dict[MemoryComponent, int]) -
     }
 
 
-def _large_unquantized(run: Run) -> int:
+def _large_unquantized(run: EstimateInput) -> int:
     """Elements of unquantized tensors that are divided."""
     shape = run.shape
     table = shape.head.linear.elements
@@ -261,7 +274,7 @@ def _large_unquantized(run: Run) -> int:
     return sum(size for size in sizes if size > PERSISTENT)
 
 
-def _gathered(run: Run) -> int:
+def _gathered(run: EstimateInput) -> int:
     """Parameters that ZeRO-3 holds gathered while they are used."""
     if run.parallelism.zero_stage < 3:
         return 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from qlora_api.spec import Offload, Optimizer, ParallelismSpec
-from qlora_memory.weights import Adapter
+from qlora_memory.weights import AdapterShape
 
 BLOCK = 256
 """Elements that share an absmax in 8-bit optimizer states. Dettmers et al. 2022 (8-bit optimizers), section 2.2;
@@ -54,7 +54,7 @@ class TrainingState:
 
 
 def training_state(
-    adapter: Adapter, optimizer: Optimizer, parallelism: ParallelismSpec, world_size: int, *, cuda: bool = True
+    adapter: AdapterShape, optimizer: Optimizer, parallelism: ParallelismSpec, world_size: int, *, cuda: bool = True
 ) -> TrainingState:
     """State of one rank.
 
@@ -87,7 +87,7 @@ def training_state(
     )
 
 
-def partitions(adapter: Adapter, stage: int, world_size: int) -> tuple[int, ...]:
+def partitions(adapter: AdapterShape, stage: int, world_size: int) -> tuple[int, ...]:
     """Elements of each tensor that the optimizer of one rank updates.
 
     Without ZeRO the adapter's own. Under ZeRO the rank's share of two flat groups, matrices and vectors
@@ -102,7 +102,7 @@ def partitions(adapter: Adapter, stage: int, world_size: int) -> tuple[int, ...]
     return tuple(-(-sum(group) // padded) * ALIGNMENT for group in groups)
 
 
-def _accumulating(adapter: Adapter, stage: int, world_size: int, share: int) -> int:
+def _accumulating(adapter: AdapterShape, stage: int, world_size: int, share: int) -> int:
     """Gradients between micro-batches on the rank that has most: stage 2 keeps a tensor whole that a border divides.
 
     deepspeed.runtime.zero.stage_1_and_2.get_all_grad_tensors.
@@ -146,7 +146,7 @@ def paged_bytes(tensors: tuple[int, ...], optimizer: Optimizer) -> int:
     return sum(width * n for n in tensors if n >= SMALLEST_PAGED)
 
 
-def checkpoint_bytes(adapter: Adapter, optimizer: Optimizer, parallelism: ParallelismSpec, world_size: int) -> int:
+def checkpoint_bytes(adapter: AdapterShape, optimizer: Optimizer, parallelism: ParallelismSpec, world_size: int) -> int:
     """Bytes of one checkpoint over all ranks: the adapter once, the moments, under ZeRO the partitions' weights.
 
     ``qlora_trainer.checkpoint.engine_state``; file headers and step numbers, some kilobytes, are left out.

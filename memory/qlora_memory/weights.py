@@ -81,7 +81,7 @@ def rounding(linear: Linear, quantization: QuantizationSpec) -> int:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class AdapterShape:
     """Which layers learn, and how large what learns is. Hu et al. 2021, section 4.1."""
 
     shape: ModelShape
@@ -171,7 +171,7 @@ def is_named(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def unquantized_bytes(shape: ModelShape, quantization: QuantizationSpec, adapter: Adapter) -> int:
+def unquantized_bytes(shape: ModelShape, quantization: QuantizationSpec, adapter: AdapterShape) -> int:
     """Bytes of what is frozen and not quantized, in the compute type, in which the base is loaded.
 
     Embeddings, norms, biases, experts and the head; the linear layers too where there is no quantization. The trainer

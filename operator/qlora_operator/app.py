@@ -27,7 +27,7 @@ from qlora_operator.kube.kopf_import import kopf
 from qlora_operator.log_format import set_up_logs
 from qlora_operator.serve import health
 from qlora_operator.serve.metrics import Metrics
-from qlora_operator.state.cache import Store
+from qlora_operator.state.cache import ObjectCache
 from qlora_operator.supervisor import BackgroundTask, supervise
 from qlora_operator.watch import kopf_handlers
 from qlora_operator.watch.kopf_session import PLURAL, watching_session
@@ -48,7 +48,7 @@ INITIAL_SYNC_RETRY_SECONDS = 2
 
 async def initial_sync(
     api: Api,
-    store: Store,
+    store: ObjectCache,
     namespaces: Sequence[str],
     watches: Sequence[Watch],
     skipped: Callable[[str, str], None],
@@ -117,7 +117,7 @@ class Operator:
 
     def __init__(self, config: OperatorConfig) -> None:
         self.config = config
-        self.store = Store()
+        self.store = ObjectCache()
         self.metrics = Metrics(self.store)
         for kind in kopf_handlers.WATCHED:
             self.metrics.show_kind(kind)

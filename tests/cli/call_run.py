@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qlora_cli.local import run_view
 from qlora_cli.local.machine import Machine
-from qlora_cli.local.run import Request, run
+from qlora_cli.local.run import RunRequest, run
 from qlora_cli.local.trainer_process import Commands
 
 FAKE = Path(__file__).with_name("fake_trainer.py")
@@ -16,5 +16,5 @@ def commands(plan):
 
 
 if __name__ == "__main__":
-    request = Request(Path(sys.argv[2]), fresh="--fresh" in sys.argv)
+    request = RunRequest(Path(sys.argv[2]), fresh="--fresh" in sys.argv)
     sys.exit(run(request, run_view.console(), commands(sys.argv[1]), Machine()))

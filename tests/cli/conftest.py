@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from qlora_cli.local.machine import Machine
-from qlora_cli.local.run import Request, run
+from qlora_cli.local.run import RunRequest, run
 from services.patience import PATIENCE_SECONDS
 
 HERE = Path(__file__).parent
@@ -71,7 +71,7 @@ class Workplace:
     def run(self, *overrides, machine=CPUS_ONLY, **options):
         """Call 'qlora run' in this process; its exit code."""
         console = Console(file=io.StringIO(), width=160, markup=False, emoji=False, highlight=False)
-        request = Request(Path("job.yaml"), overrides=overrides, **options)
+        request = RunRequest(Path("job.yaml"), overrides=overrides, **options)
         try:
             return run(request, console, commands(self.folder / "plan.json"), machine)
         finally:

@@ -5,7 +5,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
-from qlora_cli.kube.api_client import Api
+from qlora_cli.kube.api_client import ApiClient
 from qlora_cli.kube.kubeconfig import Access, User
 
 
@@ -58,7 +58,7 @@ class FakeServer:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
 
     def api(self, **user):
-        return Api(Access(context="test", server=self.url, namespace="default", user=User(**user)))
+        return ApiClient(Access(context="test", server=self.url, namespace="default", user=User(**user)))
 
     def __enter__(self):
         self._thread.start()

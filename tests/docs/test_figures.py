@@ -29,7 +29,7 @@ def components(tmp_path):
     config.write_text(re.search(r"^\{.*?\}$", block.text, re.MULTILINE | re.DOTALL)[0])
 
     def ask(*settings):
-        options = plan_job.Options(gpu="a100-80gb", model_config=config)
+        options = plan_job.PlanOptions(gpu="a100-80gb", model_config=config)
         answered = plan_job.answer(REPOSITORY / "examples" / "cluster" / "one-gpu.yaml", options, settings)
         return json.loads(json.dumps(plan_job.as_dict(answered)))["memory"]["components"]
 

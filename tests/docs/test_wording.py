@@ -60,3 +60,20 @@ def test_a_retired_term_stays_away(term):
             f"{path.relative_to(ROOT)}:{number}: {line.strip()}" for number, line in lines if pattern.search(line)
         ]
     assert not found, f"use {RETIRED[term]}:\n" + "\n".join(found)
+
+
+ONE_MEANING = {
+    "ApiError": "an API server's refusal, in the operator and in the command line, which share no client",
+    "PublishedFile": "a file of a published manifest, as the trainer writes and the command line reads it",
+    "StorageError": "a failure of object storage, in the trainer and in the command line",
+}
+
+
+def test_no_class_name_has_two_meanings():
+    where: dict[str, list[str]] = {}
+    for path in tracked("api/*.py", "cli/*.py", "memory/*.py", "observability/*.py", "operator/*.py", "trainer/*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                where.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    twice = {name: paths for name, paths in where.items() if len(paths) > 1 and name not in ONE_MEANING}
+    assert not twice

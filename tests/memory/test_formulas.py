@@ -7,7 +7,7 @@ import pytest
 from qlora_api.errors import FieldError
 from qlora_api.spec import LoRASpec, Optimizer, ParallelismSpec, QuantizationSpec
 from qlora_api.status import MemoryComponent
-from qlora_memory import GPUS, Adapter, Moment, Run, estimate, flop_per_token, model_shape
+from qlora_memory import GPUS, AdapterShape, EstimateInput, Moment, estimate, flop_per_token, model_shape
 from qlora_memory.optimizer import checkpoint_bytes, moment_bytes, partitions, training_state
 from qlora_memory.shape.model_shape import Linear
 from qlora_memory.weights import constant_bytes, quantized_bytes
@@ -29,7 +29,7 @@ def run(**changes):
         "rows": (2048,),
         "checkpointing": True,
     }
-    return Run(**{**values, **changes})
+    return EstimateInput(**{**values, **changes})
 
 
 # -------------------------------------------------------------------------------------------------------------- weights
@@ -51,11 +51,11 @@ def test_a_llama_3_8b_has_the_published_number_of_weights():
 
 
 def test_rank_16_on_all_linear_layers_of_an_8b_is_42_million():
-    assert Adapter(llama_8b(), LoRASpec()).parameters == 41_943_040
+    assert AdapterShape(llama_8b(), LoRASpec()).parameters == 41_943_040
 
 
 def test_a_target_that_names_nothing_is_named():
-    adapter = Adapter(llama_8b(), LoRASpec(target_modules=["q_prj"]))
+    adapter = AdapterShape(llama_8b(), LoRASpec(target_modules=["q_prj"]))
     with pytest.raises(
         FieldError, match=r'spec.lora.targetModules: "q_prj" matches no linear layer .* q_proj, up_proj'
     ):
@@ -74,7 +74,7 @@ def test_moments():
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_divides_the_state_and_brings_buckets(stage):
-    adapter = Adapter(llama_8b(), LoRASpec())
+    adapter = AdapterShape(llama_8b(), LoRASpec())
     whole = training_state(adapter, Optimizer.ADAMW, ParallelismSpec(), 4)
     shared = training_state(adapter, Optimizer.ADAMW, ParallelismSpec(zero_stage=stage), 4)
     assert shared.gradients == whole.gradients / 4
@@ -84,14 +84,14 @@ def test_zero_divides_the_state_and_brings_buckets(stage):
 
 
 def test_offload_leaves_nothing_of_the_optimizer_on_the_gpu():
-    adapter = Adapter(llama_8b(), LoRASpec())
+    adapter = AdapterShape(llama_8b(), LoRASpec())
     state = training_state(adapter, Optimizer.PAGED_ADAMW_8BIT, ParallelismSpec(zero_stage=2, offload="Optimizer"), 2)
     assert (state.optimizer, state.gradients, state.paged) == (0, 0, 0)
     assert state.host == pytest.approx(16 * adapter.parameters / 2, rel=1e-3)
 
 
 def test_a_checkpoint_holds_the_adapter_once():
-    adapter = Adapter(llama_8b(), LoRASpec())
+    adapter = AdapterShape(llama_8b(), LoRASpec())
     alone = checkpoint_bytes(adapter, Optimizer.ADAMW, ParallelismSpec(), 1)
     assert alone == pytest.approx(12 * adapter.parameters, rel=1e-3)
     assert checkpoint_bytes(adapter, Optimizer.ADAMW, ParallelismSpec(zero_stage=2), 4) == pytest.approx(
@@ -190,7 +190,7 @@ def _activations(**changes):
 
 def test_flop_per_token_are_the_published_ones():
     shape = llama_8b()
-    none = Adapter(shape, LoRASpec(rank=1, target_modules=["model.layers.0.self_attn.k_proj"]))
+    none = AdapterShape(shape, LoRASpec(rank=1, target_modules=["model.layers.0.self_attn.k_proj"]))
     assert flop_per_token(shape, none, 4096, recomputes=False) / 1e9 == pytest.approx(33.8, abs=0.05)
     assert flop_per_token(shape, none, 4096, recomputes=True) / 1e9 == pytest.approx(48.8, abs=0.1)
 

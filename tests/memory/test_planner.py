@@ -15,7 +15,7 @@ from qlora_memory import (
     GPUS,
     NoFit,
     Plan,
-    Request,
+    PlanRequest,
     cost,
     does_not_fit,
     estimate,
@@ -35,7 +35,7 @@ from .shapes import LLAMA_8B, LLAMA_70B, figures, llama_8b, spec
 
 def request(gpu="h100-80gb", world_size=1, config=None, **changes):
     fields = {"dataset__maxLength": 2048, "training__globalBatchSize": 16, **changes}
-    return Request(spec(**fields), model_shape(config or LLAMA_8B), GPUS[gpu], world_size)
+    return PlanRequest(spec(**fields), model_shape(config or LLAMA_8B), GPUS[gpu], world_size)
 
 
 # --------------------------------------------------------------------------------------------------------------- choice
@@ -115,7 +115,7 @@ def test_micro_batches_hold_no_more_tokens_than_help():
 def test_rows_that_are_known_to_be_short_count_as_such():
     long = plan(request("l4-24gb", dataset__maxLength=8192))
     asked = request("l4-24gb", dataset__maxLength=8192)
-    short = plan(Request(asked.spec, asked.shape, asked.gpu, 1, longest=1024))
+    short = plan(PlanRequest(asked.spec, asked.shape, asked.gpu, 1, longest=1024))
     assert isinstance(long, Plan)
     assert isinstance(short, Plan)
     assert not short.gradient_checkpointing
@@ -377,12 +377,12 @@ def test_published_speeds_lie_within_what_is_expected():
         ("a100-80gb", 4096, 32768, True, 4105),
         ("rtx4090-24gb", 2048, 8192, True, 2413),
     ]
-    from qlora_memory import Adapter
+    from qlora_memory import AdapterShape
     from qlora_memory.planning.cost import seconds_per_token
 
     shape, quantization = llama_8b(), spec().quantization
     for gpu, row, tokens, again, measured in runs:
-        adapter = Adapter(shape, spec().lora)
+        adapter = AdapterShape(shape, spec().lora)
         span = seconds_per_token(shape, adapter, quantization, GPUS[gpu], row=row, tokens=tokens, recomputes=again)
         assert 1 / span.high < measured < 1.1 / span.low
 

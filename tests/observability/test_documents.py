@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_api.metrics_catalogue import CATALOGUE, OPERATOR, RANK, TRAINER, Kind
+from qlora_api.metrics_catalogue import CATALOGUE, OPERATOR, RANK, TRAINER, MetricKind
 from qlora_api.status import Reason
 from qlora_cli.manifest.explain import describe
 
@@ -62,7 +62,7 @@ def test_names_end_in_their_base_unit(metric):
     assert not re.search(r"_(ms|millis|minutes|hours|mb|gb|kib|mib|gib|percent)(_|$)", metric.name)
     assert metric.meaning
     assert not metric.meaning.endswith(".")
-    assert (metric.kind is Kind.HISTOGRAM) == bool(metric.buckets)
+    assert (metric.kind is MetricKind.HISTOGRAM) == bool(metric.buckets)
 
 
 def test_trainers_name_job_namespace_and_rank_and_nobody_names_free_text():
@@ -157,7 +157,7 @@ def test_panels_lie_side_by_side_and_not_on_each_other(path):
 def test_the_reference_has_every_metric():
     text = (REPOSITORY / "docs" / "reference" / "metrics.md").read_text()
     for metric in CATALOGUE:
-        name = metric.series[0] if metric.kind is Kind.COUNTER else metric.name
+        name = metric.series[0] if metric.kind is MetricKind.COUNTER else metric.name
         assert f"| `{name}` | {metric.kind} | {metric.unit} |" in text
 
 

@@ -11,7 +11,7 @@ from qlora_api.job import QLoRAJob
 from qlora_api.spec import Gang
 from qlora_api.status import Attempt, QLoRAJobStatus
 from qlora_operator.config import OperatorConfig
-from qlora_operator.decide.decision import Plan
+from qlora_operator.decide.decision import Decision
 from qlora_operator.decide.plan import plan
 from qlora_operator.state.observed import JobState, Observed, ObservedJob, PodSnapshot
 
@@ -86,7 +86,9 @@ def seen(*things: ObservedJob | PodSnapshot, after: float = 0, **more: Any) -> O
     return Observed(now=NOW + timedelta(seconds=after), jobs=jobs, pods=pods, **more)
 
 
-def decide(a_job: QLoRAJob, what_is_seen: Observed, config: OperatorConfig = CONFIG, gang: Gang = Gang.NONE) -> Plan:
+def decide(
+    a_job: QLoRAJob, what_is_seen: Observed, config: OperatorConfig = CONFIG, gang: Gang = Gang.NONE
+) -> Decision:
     return plan(a_job, what_is_seen, config, gang)
 
 
@@ -114,6 +116,6 @@ def held(*earlier: Attempt) -> QLoRAJobStatus:
     return QLoRAJobStatus(attempts=[*earlier, attempt(len(earlier) + 1, runningTime=NOW)], start_time=NOW)
 
 
-def names(planned: Plan) -> list[str]:
+def names(planned: Decision) -> list[str]:
     """Names of what is made, without the job's key, which comes before every Job."""
     return [m["metadata"]["name"] for m in planned.make if m["kind"] != "Secret"]

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_cli.local import run_folder
-from qlora_cli.report.answers import Answer, keep
+from qlora_cli.report.answers import AnswerLine, keep
 from qlora_cli.report.facts import MANIFEST
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Models:
 
 
 @dataclass(frozen=True)
-class Options:
+class GenerateOptions:
     prompts: tuple[str, ...]
     max_new_tokens: int
     sample: bool
@@ -93,7 +93,7 @@ def models_of_run(runs_dir: Path, name: str, base: str | None, merged: str | Non
         GenerateError: no such run, or not finished.
 
     """
-    record = run_folder.Folder(runs_dir / name).read()
+    record = run_folder.RunFolder(runs_dir / name).read()
     if record is None:
         there = sorted(p.parent.name for p in runs_dir.glob("*/run.json"))
         known = f"; there are {', '.join(there)}" if there else ""
@@ -134,7 +134,7 @@ def _dataset_of(adapter: Path) -> str | None:
         return None
 
 
-def command(start: Sequence[str], models: Models, options: Options) -> list[str]:
+def command(start: Sequence[str], models: Models, options: GenerateOptions) -> list[str]:
     """The process that answers; ``--option=value``, so that a prompt may begin with dashes."""
     words = [*start, f"--base={models.base}", f"--adapter={models.adapter}"]
     if models.dataset and not options.raw:
@@ -146,9 +146,11 @@ def command(start: Sequence[str], models: Models, options: Options) -> list[str]
     return [*words, "--sample"] if options.sample else words
 
 
-def generate(models: Models, options: Options, console: Console, commands: Commands, folder: Path | None = None) -> int:
+def generate(
+    models: Models, options: GenerateOptions, console: Console, commands: Commands, folder: Path | None = None
+) -> int:
     """Ask and show each answer as it comes, and keep it in ``folder``, a run's; the trainer's exit code."""
-    told: list[Answer] = []
+    told: list[AnswerLine] = []
     if models.dataset is None and not options.raw:
         console.print(f"No {MANIFEST} beside the adapter says how its rows were: prompts are put as they are.")
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
@@ -175,7 +177,7 @@ def generate(models: Models, options: Options, console: Console, commands: Comma
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
-def show(answer: Answer) -> RenderableType:
+def show(answer: AnswerLine) -> RenderableType:
     """Columns for whoever answered."""
     table = Table(expand=True, box=None, padding=(0, 2, 0, 0), header_style="bold")
     texts = [(name, getattr(answer, name)) for name in ("base", "adapter", "merged")]
@@ -186,10 +188,10 @@ def show(answer: Answer) -> RenderableType:
     return Panel(table, title=Text(answer.prompt.strip()), title_align="left", border_style="dim")
 
 
-def _answers(lines: Sequence[str] | IO[str]) -> Iterator[Answer]:
+def _answers(lines: Sequence[str] | IO[str]) -> Iterator[AnswerLine]:
     for line in lines:
         try:
-            yield Answer.model_validate_json(line)
+            yield AnswerLine.model_validate_json(line)
         except ValidationError:
             continue  # a library's own print, not ours
 

@@ -44,7 +44,7 @@ except TrainerError as error:
 
 
 @dataclass(frozen=True)
-class Merge:
+class MergeRequest:
     """Input of a merge."""
 
     base: str
@@ -53,7 +53,7 @@ class Merge:
     out: Path
 
 
-def plan(published: Published, base: str | None, out: Path) -> Merge:
+def plan(published: Published, base: str | None, out: Path) -> MergeRequest:
     """The base that the manifest names, at its revision, unless another is given.
 
     Raises:
@@ -66,7 +66,7 @@ def plan(published: Published, base: str | None, out: Path) -> Merge:
     source = base or str(named.get("source", ""))
     if source.startswith("pvc://"):
         raise ClusterError(f"{source}: the base is on a claim; name a copy of it with --base")
-    return Merge(source, "" if base else str(named.get("revision", "")), out)
+    return MergeRequest(source, "" if base else str(named.get("revision", "")), out)
 
 
 def require_trainer() -> None:
@@ -104,7 +104,7 @@ def cache_dir() -> Path:
     return Path(named).expanduser().absolute() if named else Path.home() / ".cache" / "qlora-operator"
 
 
-def run(merge: Merge, adapter: Path) -> int:
+def run(merge: MergeRequest, adapter: Path) -> int:
     """Merge; the process's exit code. Its words go where ours go."""
     arguments = [merge.base, merge.revision, str(adapter), str(merge.out), str(cache_dir())]
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}

@@ -25,10 +25,10 @@ def run(
     """
     with exit_on_user_error():
         from qlora_cli.local import run_view
-        from qlora_cli.local.run import Request
+        from qlora_cli.local.run import RunRequest
         from qlora_cli.local.run import run as run_job
         from qlora_cli.local.trainer_process import Commands
 
-        request = Request(job, runs_dir, ranks, fresh, tuple(overrides or ()))
+        request = RunRequest(job, runs_dir, ranks, fresh, tuple(overrides or ()))
         code = run_job(request, run_view.console(), Commands())
     raise typer.Exit(code)

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from typing import Any
 
-    from qlora_cli.doctor.collect import Observed
+    from qlora_cli.doctor.collect import ClusterSnapshot
 
 SHOWN = 4
 
 
-def crd(seen: Observed, install: str) -> Iterator[Finding]:
+def crd(seen: ClusterSnapshot, install: str) -> Iterator[Finding]:
     """There, served, and with the same fields."""
     if seen.crd.denied:
         kinds = [r.get("kind") for r in (seen.served.value or {}).get("resources") or ()]

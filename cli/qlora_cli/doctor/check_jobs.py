@@ -12,7 +12,7 @@ from qlora_cli.kube.names import PART_OF_OPERATOR
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from qlora_cli.doctor.collect import Observed
+    from qlora_cli.doctor.collect import ClusterSnapshot
     from qlora_cli.jobs.job_view import JobView
     from qlora_cli.kube.api_client import Object
 
@@ -22,7 +22,7 @@ _BAD_IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageN
 _TRAINER = {"app.kubernetes.io/managed-by": "qlora-operator", "app.kubernetes.io/component": "trainer"}
 
 
-def references(seen: Observed) -> Iterator[Finding]:
+def references(seen: ClusterSnapshot) -> Iterator[Finding]:
     """Secrets, claims, queues and priority classes that jobs name."""
     if not seen.named:
         yield ok("references", "no unfinished job names a Secret, claim, queue or priority class")
@@ -64,7 +64,7 @@ def _create(kind: str, name: str, namespace: str, scheme: str) -> str:
     return f"create the {kind}, or take it out of the job's spec.scheduling"
 
 
-def storage(seen: Observed) -> Iterator[Finding]:
+def storage(seen: ClusterSnapshot) -> Iterator[Finding]:
     """Endpoints of object storage that Secrets name."""
     for url, secret, trouble in seen.endpoints:
         if not trouble:
@@ -77,7 +77,7 @@ def storage(seen: Observed) -> Iterator[Finding]:
             )
 
 
-def images(seen: Observed) -> Iterator[Finding]:
+def images(seen: ClusterSnapshot) -> Iterator[Finding]:
     """Trainer images that cannot be pulled, by pods' own status and by events of pods that are gone."""
     if seen.pods.denied and seen.events.denied:
         yield unknown("image", "you may not list pods and events")
@@ -110,7 +110,7 @@ def images(seen: Observed) -> Iterator[Finding]:
         yield ok("image", "no trainer waits for its image")
 
 
-def network(seen: Observed) -> Iterator[Finding]:
+def network(seen: ClusterSnapshot) -> Iterator[Finding]:
     """Policies that cut trainers off from each other, from storage, or from the operator."""
     if seen.network_policies.denied:
         yield unknown("network", "you may not list NetworkPolicies")
@@ -154,7 +154,7 @@ def _rules(policy: Object, way: str) -> list[Any] | None:
     return list(spec.get(way.lower()) or ()) if way in kinds else None
 
 
-def quotas(seen: Observed) -> Iterator[Finding]:
+def quotas(seen: ClusterSnapshot) -> Iterator[Finding]:
     """Quotas of GPUs that are used up."""
     for quota in seen.quotas.items:
         status = quota.get("status") or {}
@@ -169,7 +169,7 @@ def quotas(seen: Observed) -> Iterator[Finding]:
                     yield ok("quota", f"{left} of {most} {resource} are left")
 
 
-def too_wide(seen: Observed, most: int) -> Iterator[Finding]:
+def too_wide(seen: ClusterSnapshot, most: int) -> Iterator[Finding]:
     """Jobs whose pods want more GPUs than any node has."""
     for job in seen.jobs.items:
         wanted = ((job.get("spec") or {}).get("parallelism") or {}).get("gpusPerWorker") or 1
@@ -181,11 +181,11 @@ def too_wide(seen: Observed, most: int) -> Iterator[Finding]:
             )
 
 
-def _is_old(job: JobView, seen: Observed) -> bool:
+def _is_old(job: JobView, seen: ClusterSnapshot) -> bool:
     return job.created is not None and (seen.now - job.created).total_seconds() > UNSEEN_SECONDS
 
 
-def jobs(seen: Observed) -> Iterator[Finding]:
+def jobs(seen: ClusterSnapshot) -> Iterator[Finding]:
     """Jobs that wait for a hand, and jobs that nobody has looked at."""
     if seen.jobs.denied:
         yield unknown("jobs", f"you may not list jobs in namespace {seen.namespace}")

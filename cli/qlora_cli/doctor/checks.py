@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.doctor import check_crd, check_jobs
-from qlora_cli.doctor.collect import RIGHTS, Observed
+from qlora_cli.doctor.collect import RIGHTS, ClusterSnapshot
 from qlora_cli.doctor.findings import Finding, fault, note, ok, unknown
 from qlora_cli.kube.names import CHART
 
@@ -21,7 +21,7 @@ GANGS = {"Kueue": "kueue.x-k8s.io", "Volcano": "scheduling.volcano.sh"}
 _BAD_IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 
 
-def judge(seen: Observed, version: str) -> list[Finding]:
+def judge(seen: ClusterSnapshot, version: str) -> list[Finding]:
     """Everything, in the order in which one would mend it. ``version``: this command line's."""
     return [
         *_cluster(seen),
@@ -41,7 +41,7 @@ def judge(seen: Observed, version: str) -> list[Finding]:
     ]
 
 
-def _cluster(seen: Observed) -> Iterator[Finding]:
+def _cluster(seen: ClusterSnapshot) -> Iterator[Finding]:
     numbers = seen.version.removeprefix("v").split(".")
     known = len(numbers) > 1 and numbers[0].isdecimal() and numbers[1].isdecimal()
     if known and (int(numbers[0]), int(numbers[1])) < OLDEST:
@@ -53,7 +53,7 @@ def _cluster(seen: Observed) -> Iterator[Finding]:
     yield ok("cluster", f"{seen.server} answers, Kubernetes {seen.version}{who}")
 
 
-def _rights(seen: Observed) -> Iterator[Finding]:
+def _rights(seen: ClusterSnapshot) -> Iterator[Finding]:
     lacking = [(verb, what, use) for verb, _, what, use in RIGHTS if seen.rights.get((verb, what)) is False]
     if not seen.rights:
         yield unknown("rights", "the cluster does not say what you may do")
@@ -76,7 +76,7 @@ def _rights(seen: Observed) -> Iterator[Finding]:
 # --------------------------------------------------------------------------------------------------------- the operator
 
 
-def _operator(seen: Observed, version: str) -> Iterator[Finding]:
+def _operator(seen: ClusterSnapshot, version: str) -> Iterator[Finding]:
     if seen.deployments.denied:
         yield unknown("operator", "you may not list Deployments of other namespaces; jobs below show whether it works")
         return
@@ -116,7 +116,7 @@ def _operator(seen: Observed, version: str) -> Iterator[Finding]:
         )
 
 
-def _unavailable(seen: Observed, place: str, namespace: str) -> Finding:
+def _unavailable(seen: ClusterSnapshot, place: str, namespace: str) -> Finding:
     """Return why the operator's pod does not run, in its own words."""
     for pod in seen.operator_pods.items:
         for container in (pod.get("status") or {}).get("containerStatuses") or ():
@@ -139,7 +139,7 @@ def _unavailable(seen: Observed, place: str, namespace: str) -> Finding:
     return fault("operator", f"{place} is not available", f"kubectl describe pods -n {namespace} says why")
 
 
-def _admission(seen: Observed) -> Iterator[Finding]:
+def _admission(seen: ClusterSnapshot) -> Iterator[Finding]:
     if seen.policies.denied or seen.bindings.denied:
         yield unknown("admission", "you may not list ValidatingAdmissionPolicies")
         return
@@ -160,7 +160,7 @@ def _admission(seen: Observed) -> Iterator[Finding]:
 # ------------------------------------------------------------------------------------------------------------- hardware
 
 
-def _gpus(seen: Observed) -> Iterator[Finding]:
+def _gpus(seen: ClusterSnapshot) -> Iterator[Finding]:
     config = seen.config.value or {}
     resource = config.get("gpuResource") if config else "nvidia.com/gpu"
     if not resource:
@@ -202,7 +202,7 @@ def _is_usable(node: Object) -> bool:
     return ready and not (node.get("spec") or {}).get("unschedulable")
 
 
-def _gang(seen: Observed) -> Iterator[Finding]:
+def _gang(seen: ClusterSnapshot) -> Iterator[Finding]:
     """Check what starts all pods of a job at once, and whether what is configured is there."""
     if not seen.groups.there:
         yield unknown("gang", "the API groups cannot be listed")
@@ -229,7 +229,7 @@ def _gang(seen: Observed) -> Iterator[Finding]:
         )
 
 
-def _monitors(seen: Observed) -> Iterator[Finding]:
+def _monitors(seen: ClusterSnapshot) -> Iterator[Finding]:
     names = {group["name"] for group in seen.groups.items}
     if "monitoring.coreos.com" not in names:
         yield note(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from qlora_cli.doctor.references import Named
-    from qlora_cli.kube.api_client import Api, Object
+    from qlora_cli.kube.api_client import ApiClient, Object
     from qlora_cli.kube.target import Cluster
 
 TRAINERS = "app.kubernetes.io/managed-by=qlora-operator"
@@ -45,7 +45,7 @@ MISSING = Answer(missing=True)
 
 
 @dataclass(frozen=True)
-class Observed:
+class ClusterSnapshot:
     """All that was read. Everything is optional but the server's answer."""
 
     namespace: str
@@ -81,7 +81,7 @@ class Observed:
     """Of object storage: URL, who names it, and what is wrong with it, if anything."""
 
 
-def look(cluster: Cluster, manifests: Sequence[Object] = ()) -> Observed:
+def look(cluster: Cluster, manifests: Sequence[Object] = ()) -> ClusterSnapshot:
     """Read it all. ``manifests``: jobs that are not submitted yet, whose references are looked at too.
 
     Raises:
@@ -119,7 +119,7 @@ def look(cluster: Cluster, manifests: Sequence[Object] = ()) -> Observed:
         named = references.of_jobs(bodies, namespace)
         answers = [pool.submit(_get, api, each.path) for each in named]
         pairs = tuple((each, answer.result()) for each, answer in zip(named, answers, strict=True))
-    return Observed(
+    return ClusterSnapshot(
         namespace=namespace,
         now=datetime.now(UTC),
         server=api.server,
@@ -153,21 +153,21 @@ def _answer(question: Callable[[], Any], pauses: Sequence[float] = PAUSES) -> An
     return _answer(question, pauses[1:])
 
 
-def _get(api: Api, path: str) -> Answer:
+def _get(api: ApiClient, path: str) -> Answer:
     return _answer(lambda: api.get(path))
 
 
-def _list(api: Api, path: str, labels: str | None = None, fields: str | None = None) -> Answer:
+def _list(api: ApiClient, path: str, labels: str | None = None, fields: str | None = None) -> Answer:
     return _answer(lambda: api.list(path, labelSelector=labels, fieldSelector=fields)[0])
 
 
-def _group_names(api: Api) -> Answer:
+def _group_names(api: ApiClient) -> Answer:
     return _answer(
         lambda: [{"name": g["name"], "versions": g.get("versions") or []} for g in api.get("/apis")["groups"]]
     )
 
 
-def _gang_resources(api: Api) -> Answer:
+def _gang_resources(api: ApiClient) -> Answer:
     """Resources of scheduling.k8s.io in whatever versions are served."""
 
     def question() -> list[Object]:
@@ -177,7 +177,7 @@ def _gang_resources(api: Api) -> Answer:
     return _answer(question)
 
 
-def _user(api: Api) -> str:
+def _user(api: ApiClient) -> str:
     """Who asks, as the API server knows them."""
     body = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
     answer = _answer(lambda: api.ask("/apis/authentication.k8s.io/v1/selfsubjectreviews", body))
@@ -185,7 +185,7 @@ def _user(api: Api) -> str:
     return str((status.get("userInfo") or {}).get("username", ""))
 
 
-def _rights(api: Api, namespace: str) -> dict[tuple[str, str], bool]:
+def _rights(api: ApiClient, namespace: str) -> dict[tuple[str, str], bool]:
     found = {}
     for verb, group, resource, _ in RIGHTS:
         name, _, subresource = resource.partition("/")
@@ -208,7 +208,7 @@ def _rights(api: Api, namespace: str) -> dict[tuple[str, str], bool]:
     return found
 
 
-def _deployments(api: Api, namespace: str) -> Answer:
+def _deployments(api: ApiClient, namespace: str) -> Answer:
     """The operator's, in all namespaces; for whom those are not to be seen, in this one."""
     everywhere = _list(api, "/apis/apps/v1/deployments", OPERATOR_SELECTOR)
     if not everywhere.denied:
@@ -217,7 +217,7 @@ def _deployments(api: Api, namespace: str) -> Answer:
     return here if here.items else everywhere
 
 
-def _operator(pool: ThreadPoolExecutor, api: Api, deployments: Answer) -> dict[str, Any]:
+def _operator(pool: ThreadPoolExecutor, api: ApiClient, deployments: Answer) -> dict[str, Any]:
     """Pods and configuration of the first operator there is."""
     if not deployments.items:
         return {}

@@ -23,14 +23,14 @@ LONGEST_VALUE = 48
 
 
 @dataclass(frozen=True)
-class Column:
+class ComparedJob:
     """One job or run."""
 
     job: JobView
     spec: Mapping[str, Any]
 
 
-def differing(columns: Sequence[Column], *, every: bool = False) -> list[tuple[str, list[object]]]:
+def differing(columns: Sequence[ComparedJob], *, every: bool = False) -> list[tuple[str, list[object]]]:
     """Fields (below ``spec``) whose values are not all the same, each with its values; None: not set."""
     flats = [_flat({k: v for k, v in column.spec.items() if every or k not in _NO_MATTER}) for column in columns]
     paths = sorted(set().union(*flats), key=lambda path: _place(path, columns[0].spec))
@@ -54,7 +54,7 @@ def _place(path: str, spec: Mapping[str, Any]) -> tuple[int, str]:
     return groups.index(group) if group in groups else len(groups), path
 
 
-def figures_of(column: Column) -> dict[str, object]:
+def figures_of(column: ComparedJob) -> dict[str, object]:
     """Return how a job ended, as plain values; None: not known."""
     job = column.job
     took = (job.ended - job.started).total_seconds() if job.ended and job.started else None
@@ -75,7 +75,7 @@ def figures_of(column: Column) -> dict[str, object]:
     }
 
 
-def best(columns: Sequence[Column]) -> str:
+def best(columns: Sequence[ComparedJob]) -> str:
     """The one with an adapter and the lowest eval loss; empty where there is none."""
     known = [
         (float(c.job.best_eval_loss or c.job.eval_loss), c.job.place)
@@ -85,7 +85,7 @@ def best(columns: Sequence[Column]) -> str:
     return min(known)[1] if known else ""
 
 
-def as_plain(columns: Sequence[Column], *, every: bool) -> Object:
+def as_plain(columns: Sequence[ComparedJob], *, every: bool) -> Object:
     """For programs."""
     return {
         "compared": [column.job.place for column in columns],
@@ -97,7 +97,7 @@ def as_plain(columns: Sequence[Column], *, every: bool) -> Object:
 # -------------------------------------------------------------------------------------------------------------- to show
 
 
-def pages(columns: Sequence[Column], width: int | None, *, every: bool) -> Iterator[Text]:
+def pages(columns: Sequence[ComparedJob], width: int | None, *, every: bool) -> Iterator[Text]:
     """Settings that differ, then figures; the best of a row in bold."""
     names = [column.job.place for column in columns]
     rows = [[f"spec.{path}", *(_shown(value) for value in values)] for path, values in differing(columns, every=every)]
@@ -115,7 +115,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…"
 
 
-def _figure_rows(columns: Sequence[Column]) -> Iterator[list[str | Cell]]:
+def _figure_rows(columns: Sequence[ComparedJob]) -> Iterator[list[str | Cell]]:
     jobs = [column.job for column in columns]
     yield ["state", *(state_cell(job.state) for job in jobs)]
     yield ["reason", *(job.reason for job in jobs)]

@@ -52,7 +52,7 @@ def see(event: Object) -> EventView:
     )
 
 
-class Family:
+class JobObjects:
     """Objects whose events are about a job: itself, its child Jobs and their pods, those that are gone included.
 
     Children are known by the form of their names (``tune-1``, ``tune-1-0-x7k2p``, ``tune-prepare-x7k2p``), since an
@@ -75,14 +75,14 @@ class Family:
         return form is not None and form.fullmatch(about.get("name", "")) is not None
 
 
-def events_of(cluster: Cluster, family: Family) -> list[Object]:
+def events_of(cluster: Cluster, family: JobObjects) -> list[Object]:
     """All there are, oldest first."""
     items, _ = cluster.api.list(core_path(cluster.namespace, "events"))
     pairs = [(see(item), item) for item in items if family.has(item)]
     return [item for _, item in sorted(pairs, key=lambda pair: _when(pair[0]))]
 
 
-def follow(cluster: Cluster, family: Family) -> Iterator[EventView]:
+def follow(cluster: Cluster, family: JobObjects) -> Iterator[EventView]:
     """Those there are and those to come; what is posted again comes again."""
     for event in cluster.api.follow(core_path(cluster.namespace, "events")):
         if event.kind in ("LISTED", "ADDED", "MODIFIED"):

@@ -105,7 +105,7 @@ def _key(job: JobView) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class Request:
+class WatchRequest:
     """Selection of jobs to watch."""
 
     names: tuple[str, ...] = ()
@@ -113,7 +113,7 @@ class Request:
     everywhere: bool = False
 
 
-def start(cluster: Cluster, request: Request) -> queue.SimpleQueue[Event | Exception]:
+def start(cluster: Cluster, request: WatchRequest) -> queue.SimpleQueue[Event | Exception]:
     """Watch in a thread of its own; events, or the error that ended it, come through the queue."""
     path = jobs_path(None if request.everywhere else cluster.namespace)
     fields = f"metadata.name={request.names[0]}" if len(request.names) == 1 else None

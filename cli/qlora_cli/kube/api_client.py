@@ -44,7 +44,7 @@ class Event:
     text: str = ""
 
 
-class Api:
+class ApiClient:
     """One cluster. A context manager; may be used from several threads.
 
     Every call raises ``ApiError`` on an answer that is a refusal, and ``UnreachableError`` where there is none.

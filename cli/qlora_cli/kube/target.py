@@ -14,7 +14,7 @@ from qlora_cli.kube.errors import ApiError, ClusterError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from qlora_cli.kube.api_client import Api, Object
+    from qlora_cli.kube.api_client import ApiClient, Object
 
 PROGRAM, PLUGIN = "qlora", "kubectl-qlora"
 
@@ -37,7 +37,7 @@ class Target:
 class Cluster:
     """A client, and the namespace that is meant."""
 
-    api: Api
+    api: ApiClient
     namespace: str
     context: str = ""
 
@@ -51,10 +51,10 @@ def connect(target: Target) -> Iterator[Cluster]:
 
     """
     from qlora_cli.kube import kubeconfig  # noqa: PLC0415 only commands that need a cluster load this
-    from qlora_cli.kube.api_client import Api  # noqa: PLC0415
+    from qlora_cli.kube.api_client import ApiClient  # noqa: PLC0415
 
     access = kubeconfig.load(target.kubeconfig, target.context)
-    with Api(access) as api:
+    with ApiClient(access) as api:
         yield Cluster(api, target.namespace or access.namespace, access.context)
 
 

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from qlora_api.contract import ProgressReport
     from qlora_api.job import QLoRAJob
     from qlora_cli.local.machine import World
-    from qlora_cli.local.run_folder import Folder, Lock, RunRecord, Step
-    from qlora_cli.local.trainer_process import Commands, Stop
+    from qlora_cli.local.run_folder import Lock, ProcessFiles, RunFolder, RunRecord
+    from qlora_cli.local.trainer_process import Commands, StopRequests
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells count."""
@@ -40,12 +40,12 @@ TAIL_LINES = 20
 
 
 @dataclass(frozen=True)
-class Setting:
+class AttemptSettings:
     """All that stays the same over the attempts of one call."""
 
     job: QLoRAJob
     world: World
-    folder: Folder
+    folder: RunFolder
     cache_dir: Path
     commands: Commands
     lock: Lock
@@ -62,10 +62,10 @@ class Ended:
     report: ProgressReport | None
 
 
-class Run:
+class LocalRun:
     """One call of 'qlora run' on a run: goes on from ``record`` until the run is over or is told to stop."""
 
-    def __init__(self, setting: Setting, record: RunRecord, stop: Stop) -> None:
+    def __init__(self, setting: AttemptSettings, record: RunRecord, stop: StopRequests) -> None:
         self.record = record
         self._setting = setting
         self._stop = stop
@@ -134,7 +134,7 @@ class Run:
         self._keep(record)
         return self._after(step, attempt, ended)
 
-    def _train(self, number: int, step: Step) -> Ended:
+    def _train(self, number: int, step: ProcessFiles) -> Ended:
         setting = self._setting
         poller = Poller(step.path)
         try:
@@ -154,7 +154,7 @@ class Run:
         self.record = self.record.model_copy(update=update)
         return Ended(code, stopped, step.termination_message(), last)
 
-    def _after(self, step: Step, attempt: Attempt, ended: Ended) -> int | None:
+    def _after(self, step: ProcessFiles, attempt: Attempt, ended: Ended) -> int | None:
         """Decide what follows an attempt; None for another attempt."""
         console, policy = self._setting.console, self._setting.job.spec.policy
         # Who types the command again has looked at what happened: each call has its own restarts.
@@ -172,7 +172,7 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------------ smaller
 
-    def _config(self, step: Step, choice: Choice) -> TrainerConfig:
+    def _config(self, step: ProcessFiles, choice: Choice) -> TrainerConfig:
         job, world = self._setting.job, self._setting.world
         return TrainerConfig(
             job=JobRef(name=job.metadata.name, namespace=job.metadata.namespace, uid=self.record.uid),
@@ -208,7 +208,7 @@ class Run:
 
     def _failed(
         self,
-        step: Step,
+        step: ProcessFiles,
         termination: TerminationMessage | None,
         code: int,
         message: str = "",
@@ -232,7 +232,7 @@ class Run:
 # ------------------------------------------------------------------------------------------------------------ decisions
 
 
-def next_choice(setting: Setting, record: RunRecord) -> Choice:
+def next_choice(setting: AttemptSettings, record: RunRecord) -> Choice:
     """Return the settings of the next attempt: as decided after the last one, unless the ranks are other ones."""
     if not record.attempts or record.attempts[-1].world_size != setting.world.ranks:
         planned = record.prepared

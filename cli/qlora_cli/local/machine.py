@@ -16,7 +16,7 @@ MOST_RANKS = 1024
 
 
 @dataclass(frozen=True)
-class Gpu:
+class LocalGpu:
     uuid: str
     name: str
     memory_bytes: int
@@ -26,7 +26,7 @@ class Gpu:
 class Machine:
     """The GPUs that a process started here would see."""
 
-    gpus: tuple[Gpu, ...] = ()
+    gpus: tuple[LocalGpu, ...] = ()
     note: str = ""
     """Why there are none, where that is not plain."""
 
@@ -55,7 +55,7 @@ def look() -> Machine:
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         gpus = tuple(
-            Gpu(pynvml.nvmlDeviceGetUUID(h), pynvml.nvmlDeviceGetName(h), pynvml.nvmlDeviceGetMemoryInfo(h).total)
+            LocalGpu(pynvml.nvmlDeviceGetUUID(h), pynvml.nvmlDeviceGetName(h), pynvml.nvmlDeviceGetMemoryInfo(h).total)
             for h in handles
         )
     except pynvml.NVMLError as error:
@@ -67,11 +67,11 @@ def look() -> Machine:
     return Machine(seen, hidden)
 
 
-def visible(gpus: tuple[Gpu, ...], setting: str | None) -> tuple[Gpu, ...]:
+def visible(gpus: tuple[LocalGpu, ...], setting: str | None) -> tuple[LocalGpu, ...]:
     """Apply CUDA_VISIBLE_DEVICES as CUDA does: indices or UUID prefixes; the first that names no GPU ends the list."""
     if setting is None:
         return gpus
-    seen: list[Gpu] = []
+    seen: list[LocalGpu] = []
     for entry in setting.split(","):
         name = entry.strip()
         if name.isdecimal():

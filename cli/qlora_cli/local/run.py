@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
     from qlora_api.job import QLoRAJob
     from qlora_cli.local.machine import Machine, World
-    from qlora_cli.local.run_folder import Folder, RunRecord
+    from qlora_cli.local.run_folder import RunFolder, RunRecord
 
 
 @dataclass(frozen=True)
-class Request:
+class RunRequest:
     """The command line of one call."""
 
     manifest: Path
@@ -33,7 +33,7 @@ class Request:
     overrides: tuple[str, ...] = ()
 
 
-def run(request: Request, console: Console, commands: Commands, here: Machine | None = None) -> int:
+def run(request: RunRequest, console: Console, commands: Commands, here: Machine | None = None) -> int:
     """Run or resume a job on this machine; the exit code of the call.
 
     Raises:
@@ -50,7 +50,7 @@ def run(request: Request, console: Console, commands: Commands, here: Machine | 
     if here.note:
         console.print(f"Note: {here.note}", soft_wrap=True)
     with run_folder.locked(request.runs_dir, job.metadata.name) as lock:
-        folder = run_folder.Folder(request.runs_dir.absolute() / job.metadata.name)
+        folder = run_folder.RunFolder(request.runs_dir.absolute() / job.metadata.name)
         record = _open(folder, job, console, fresh=request.fresh)
         if record.finished:
             _require_adapter(record)
@@ -58,10 +58,10 @@ def run(request: Request, console: Console, commands: Commands, here: Machine | 
             return 0
         record = record.model_copy(update={"device": world.device})
         folder.write(record)
-        setting = attempt_loop.Setting(job, world, folder, cache_dir(), commands, lock, console)
+        setting = attempt_loop.AttemptSettings(job, world, folder, cache_dir(), commands, lock, console)
         console.print(run_view.plan(record, spec, world, attempt_loop.next_choice(setting, record).batch, folder.path))
         with stop_on_signals() as stop:
-            return attempt_loop.Run(setting, record, stop).go()
+            return attempt_loop.LocalRun(setting, record, stop).go()
 
 
 def cache_dir() -> Path:
@@ -97,7 +97,7 @@ def _splits(job: QLoRAJob, ranks: int) -> bool:
     return True
 
 
-def _open(folder: Folder, job: QLoRAJob, console: Console, *, fresh: bool) -> RunRecord:
+def _open(folder: RunFolder, job: QLoRAJob, console: Console, *, fresh: bool) -> RunRecord:
     """The record to go on with; a new one where there is none, or it is put aside."""
     name, spec = job.metadata.name, job.spec
     record = None if fresh else _read(folder)
@@ -119,7 +119,7 @@ def _open(folder: Folder, job: QLoRAJob, console: Console, *, fresh: bool) -> Ru
             return run_folder.new_record(name, spec, run_folder.now())
 
 
-def _read(folder: Folder) -> RunRecord | None:
+def _read(folder: RunFolder) -> RunRecord | None:
     """The record, with the end of an attempt that nobody saw end."""
     record = folder.read()
     if record is None or not record.attempts or record.attempts[-1].end_time is not None:
@@ -128,6 +128,6 @@ def _read(folder: Folder) -> RunRecord | None:
     return run_folder.orphaned(record, step.termination_message(), _last_sign_of_life(step))
 
 
-def _last_sign_of_life(step: run_folder.Step) -> datetime:
+def _last_sign_of_life(step: run_folder.ProcessFiles) -> datetime:
     times = [path.stat().st_mtime for path in (step.termination, step.log, step.config) if path.exists()]
     return datetime.fromtimestamp(max(times), UTC) if times else run_folder.now()

@@ -80,7 +80,7 @@ class RunRecord(Model):
 
 
 @dataclass(frozen=True)
-class Folder:
+class RunFolder:
     """Layout of a run's folder."""
 
     path: Path
@@ -90,11 +90,11 @@ class Folder:
         return self.path / "checkpoints"
 
     @property
-    def prepare(self) -> Step:
-        return Step(self.path / "prepare")
+    def prepare(self) -> ProcessFiles:
+        return ProcessFiles(self.path / "prepare")
 
-    def attempt(self, number: int) -> Step:
-        return Step(self.path / f"attempt-{number}")
+    def attempt(self, number: int) -> ProcessFiles:
+        return ProcessFiles(self.path / f"attempt-{number}")
 
     def read(self) -> RunRecord | None:
         """The record; None where there is no run.
@@ -152,7 +152,7 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class Step:
+class ProcessFiles:
     """The files of one process: Prepare, or an attempt."""
 
     path: Path

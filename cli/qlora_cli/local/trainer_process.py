@@ -45,7 +45,7 @@ class Stopped(Enum):
 
 
 @dataclass
-class Stop:
+class StopRequests:
     """Requests to stop. Signal handlers only note them; who waits acts on them."""
 
     asked: bool = False
@@ -67,9 +67,9 @@ class Stop:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Stop]:
+def stop_on_signals() -> Iterator[StopRequests]:
     """Turn Ctrl-C, SIGTERM and the terminal's end into requests; signals ignored by whoever started us stay ignored."""
-    stop = Stop()
+    stop = StopRequests()
 
     def handle(signum: int, _frame: FrameType | None) -> None:
         stop.note(signum, time.monotonic())
@@ -146,7 +146,9 @@ def marked(setting: str) -> list[int]:
     return found
 
 
-def watch(process: Process, stop: Stop, say: Callable[[str], None], tick: Callable[[], None]) -> tuple[int, Stopped]:
+def watch(
+    process: Process, stop: StopRequests, say: Callable[[str], None], tick: Callable[[], None]
+) -> tuple[int, Stopped]:
     """Wait for the end, with ``tick`` ten times a second; the exit code, and what was done to get there."""
     done = Stopped.NO
     try:

@@ -34,7 +34,7 @@ class UnknownFieldError(ValueError):
 
 
 @dataclass(frozen=True)
-class Entry:
+class FieldEntry:
     """All that is known of one field."""
 
     path: str
@@ -48,7 +48,7 @@ class Entry:
     """Why the field may not change after creation; empty: it may."""
     rules: tuple[str, ...] = ()
     """Rules that cross fields, in words."""
-    fields: tuple[Entry, ...] = ()
+    fields: tuple[FieldEntry, ...] = ()
 
     def to_json_dict(self) -> dict[str, Any]:
         """The entry as plain data, empty parts left out."""
@@ -57,7 +57,7 @@ class Entry:
         return {name: value for name, value in plain.items() if value not in (None, "", (), [])}
 
 
-def describe(path: str = "") -> Entry:
+def describe(path: str = "") -> FieldEntry:
     """Explain a field, or a group with its fields; without a path, the spec.
 
     Raises:
@@ -74,14 +74,14 @@ def describe(path: str = "") -> Entry:
         _entry(f"{entry.path}{'[]' if 'items' in inner else ''}.{name}", [*schemas, child])
         for name, child in crd_schema.fields_of(inner).items()
     )
-    return Entry(**{**entry.__dict__, "fields": fields})
+    return FieldEntry(**{**entry.__dict__, "fields": fields})
 
 
-def _entry(path: str, schemas: list[Schema]) -> Entry:
+def _entry(path: str, schemas: list[Schema]) -> FieldEntry:
     own, parent = schemas[-1], schemas[-2]
     required = parent.get("items", parent).get("required", [])
     default = None if crd_schema.fields_of(own) else own.get("default")
-    return Entry(
+    return FieldEntry(
         path=path,
         type=_type(own),
         required=path.rsplit(".", 1)[-1] in required,
@@ -158,11 +158,11 @@ def _crossing(path: str, schemas: list[Schema]) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------------------- to show
 
 
-def as_json(entry: Entry) -> str:
+def as_json(entry: FieldEntry) -> str:
     return json.dumps(entry.to_json_dict(), indent=2, ensure_ascii=False)
 
 
-def show(entry: Entry) -> RenderableType:
+def show(entry: FieldEntry) -> RenderableType:
     """An entry as a page."""
     facts = Table.grid(padding=(0, 3))
     for label, value in _facts(entry):
@@ -176,7 +176,7 @@ def show(entry: Entry) -> RenderableType:
     return Group(*parts)
 
 
-def _facts(entry: Entry) -> Iterator[tuple[str, str]]:
+def _facts(entry: FieldEntry) -> Iterator[tuple[str, str]]:
     yield "Type", _short_type(entry)
     if not entry.fields:
         yield "Default", _default(entry)
@@ -188,14 +188,14 @@ def _facts(entry: Entry) -> Iterator[tuple[str, str]]:
         yield "Rule", rule
 
 
-def _short_type(entry: Entry) -> str:
+def _short_type(entry: FieldEntry) -> str:
     if not entry.allowed:
         return entry.type
     values = ", ".join(str(value) for value in entry.allowed)
     return f"one of {values}"
 
 
-def _default(entry: Entry) -> str:
+def _default(entry: FieldEntry) -> str:
     if entry.required:
         return "required"
     if entry.default is None:

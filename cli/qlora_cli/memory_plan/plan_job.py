@@ -14,7 +14,7 @@ from qlora_memory import (
     Cost,
     NoFit,
     Plan,
-    Request,
+    PlanRequest,
     Span,
     check_gpu,
     cost,
@@ -40,7 +40,7 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
 @dataclass(frozen=True)
-class Options:
+class PlanOptions:
     """Options of a plan besides the manifest."""
 
     gpu: str | None = None
@@ -67,11 +67,11 @@ class Variation:
 
 
 @dataclass(frozen=True)
-class Answer:
+class PlanResult:
     """All that is shown."""
 
     job: str
-    request: Request
+    request: PlanRequest
     place: str
     """Where the base was read."""
     outcome: Plan | NoFit
@@ -86,7 +86,7 @@ class Answer:
         return isinstance(self.outcome, Plan)
 
 
-def answer(path: Path, options: Options, overrides: Sequence[str] = ()) -> Answer:
+def answer(path: Path, options: PlanOptions, overrides: Sequence[str] = ()) -> PlanResult:
     """Plan the job of a manifest.
 
     Raises:
@@ -98,10 +98,10 @@ def answer(path: Path, options: Options, overrides: Sequence[str] = ()) -> Answe
     check_gpu(gpu, job.spec.quantization, "--gpu")
     world_size = options.gpus or here or job.spec.parallelism.workers * job.spec.parallelism.gpus_per_worker
     files = _files(job.spec, options)
-    request = Request(job.spec, model_shape(files.config, files.tensors), gpu, world_size)
+    request = PlanRequest(job.spec, model_shape(files.config, files.tensors), gpu, world_size)
     outcome = plan(request)
     tokens = training_tokens(job.spec, options.tokens)
-    return Answer(
+    return PlanResult(
         job=job.metadata.name,
         request=request,
         place=files.place,
@@ -113,7 +113,7 @@ def answer(path: Path, options: Options, overrides: Sequence[str] = ()) -> Answe
     )
 
 
-def _gpu(options: Options) -> tuple[Gpu, int | None]:
+def _gpu(options: PlanOptions) -> tuple[Gpu, int | None]:
     """The GPU that is named, or that of this machine and how many there are."""
     if options.gpu is not None:
         return gpu_named(options.gpu), None
@@ -124,7 +124,7 @@ def _gpu(options: Options) -> tuple[Gpu, int | None]:
     return gpu_of_device(least.name, least.memory_bytes), len(found)
 
 
-def _files(spec: QLoRAJobSpec, options: Options) -> ModelFiles:
+def _files(spec: QLoRAJobSpec, options: PlanOptions) -> ModelFiles:
     return read_model(spec.model.source) if options.model_config is None else read_config(options.model_config)
 
 
@@ -135,16 +135,16 @@ def training_tokens(spec: QLoRAJobSpec, of_an_epoch: int | None) -> int | None:
     return (spec.training.max_steps or 0) * spec.training.global_batch_size * spec.dataset.max_length
 
 
-def _cost(outcome: Plan | NoFit, request: Request, tokens: int | None, price: float | None) -> Cost | None:
+def _cost(outcome: Plan | NoFit, request: PlanRequest, tokens: int | None, price: float | None) -> Cost | None:
     if tokens is None or not isinstance(outcome, Plan):
         return None
     return cost(outcome.seconds_per_token, tokens, request.world_size, price)
 
 
-def _variations(request: Request, tokens: int | None, price: float | None) -> Iterator[Variation]:
+def _variations(request: PlanRequest, tokens: int | None, price: float | None) -> Iterator[Variation]:
     """Other GPUs, ranks and sequence lengths, each by itself."""
     spec = request.spec
-    cases: list[tuple[str, str, bool, Request]] = [
+    cases: list[tuple[str, str, bool, PlanRequest]] = [
         ("gpu", gpu.name, gpu == request.gpu, replace(request, gpu=gpu))
         for gpu in GPUS.values()
         if _suits(gpu, spec.quantization)
@@ -172,14 +172,14 @@ def _suits(gpu: Gpu, quantization: QuantizationSpec) -> bool:
     return True
 
 
-def _with(request: Request, group: str, **values: Any) -> Request:
+def _with(request: PlanRequest, group: str, **values: Any) -> PlanRequest:
     return replace(request, spec=changed(request.spec, group, **values))
 
 
 # ------------------------------------------------------------------------------------------------------------- as JSON
 
 
-def as_dict(answered: Answer) -> dict[str, Any]:
+def as_dict(answered: PlanResult) -> dict[str, Any]:
     """For programs."""
     request, outcome = answered.request, answered.outcome
     chosen = outcome if isinstance(outcome, Plan) else outcome.smallest

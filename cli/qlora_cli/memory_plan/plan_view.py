@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from qlora_api.spec import QLoRAJobSpec
-    from qlora_cli.memory_plan.plan_job import Answer, Variation
+    from qlora_cli.memory_plan.plan_job import PlanResult, Variation
     from qlora_memory import Cost, Span
 
 BAR = 36
@@ -29,7 +29,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 _HEADS = {"gpu": "GPU", "rank": "lora.rank", "maxLength": "dataset.maxLength"}
 
 
-def show(answered: Answer) -> Group:
+def show(answered: PlanResult) -> Group:
     """The whole answer."""
     outcome = answered.outcome
     chosen = outcome if isinstance(outcome, Plan) else outcome.smallest
@@ -45,7 +45,7 @@ def show(answered: Answer) -> Group:
     return Group(*parts)
 
 
-def _facts(answered: Answer, chosen: Plan) -> list[tuple[str, str]]:
+def _facts(answered: PlanResult, chosen: Plan) -> list[tuple[str, str]]:
     request, shape = answered.request, answered.request.shape
     gpu, count = request.gpu, request.world_size
     recompute = "activations recomputed" if chosen.gradient_checkpointing else "activations kept"

@@ -14,7 +14,7 @@ FILE = "answers.jsonl"
 MOST = 100
 
 
-class Answer(BaseModel):
+class AnswerLine(BaseModel):
     """One line of the trainer's output."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -25,7 +25,7 @@ class Answer(BaseModel):
     merged: str | None = None
 
 
-def kept(folder: Path) -> list[Answer]:
+def kept(folder: Path) -> list[AnswerLine]:
     """The answers of a run, each prompt once, the oldest first. What cannot be read is left out."""
     try:
         lines = (folder / FILE).read_text(encoding="utf-8").splitlines()
@@ -34,15 +34,15 @@ def kept(folder: Path) -> list[Answer]:
     found = []
     for line in lines:
         try:
-            found.append(Answer.model_validate_json(line))
+            found.append(AnswerLine.model_validate_json(line))
         except ValidationError:
             continue
     return found
 
 
-def keep(folder: Path, answers: Iterable[Answer]) -> None:
+def keep(folder: Path, answers: Iterable[AnswerLine]) -> None:
     """Lay answers beside a run; one to the same prompt takes the earlier one's place."""
-    every: dict[str, Answer] = {}
+    every: dict[str, AnswerLine] = {}
     for answer in (*kept(folder), *answers):
         every.pop(answer.prompt, None)
         every[answer.prompt] = answer

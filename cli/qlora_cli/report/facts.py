@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from qlora_api.contract import PrepareReceipt
 from qlora_cli.local import run_folder
 from qlora_cli.report import training_history
-from qlora_cli.report.answers import Answer, kept
-from qlora_cli.report.training_history import History
+from qlora_cli.report.answers import AnswerLine, kept
+from qlora_cli.report.training_history import MergedHistory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Facts:
     uid: str
     created: datetime
     spec: dict[str, Any]
-    history: History
+    history: MergedHistory
     attempts: Sequence[Attempt] = ()
     tokens: int = 0
     device: str = ""
@@ -45,9 +45,9 @@ class Facts:
     measured: dict[str, int] = field(default_factory=dict)
     manifest: dict[str, Any] | None = None
     """As published, where it can be read here."""
-    told: Sequence[Answer] = ()
+    told: Sequence[AnswerLine] = ()
     """Of base and adapter, before the first step and after the last."""
-    answers: Sequence[Answer] = ()
+    answers: Sequence[AnswerLine] = ()
     """As far as they were asked later."""
 
     @property
@@ -58,7 +58,7 @@ class Facts:
 def gather(run: str, runs_dir: Path) -> tuple[Facts, Path]:
     """Return what is known of a run, and the folder it is in."""
     for place in (runs_dir / run, Path(run)):
-        folder = run_folder.Folder(place.absolute())
+        folder = run_folder.RunFolder(place.absolute())
         record = folder.read()
         if record is not None:
             return of_run(folder, record), folder.path
@@ -71,7 +71,7 @@ def gather(run: str, runs_dir: Path) -> tuple[Facts, Path]:
     raise run_folder.RunError(f"{run}: no run of this name in {runs_dir}{there}, and no folder with a {MANIFEST}")
 
 
-def of_run(folder: run_folder.Folder, record: RunRecord) -> Facts:
+def of_run(folder: run_folder.RunFolder, record: RunRecord) -> Facts:
     """A local run, finished or not."""
     newest = folder.attempt(record.attempts[-1].number) if record.attempts else None
     termination = record.result or (newest.termination_message() if newest else None)
@@ -121,10 +121,10 @@ def of_adapter(manifest: Path) -> Facts:
         raise run_folder.RunError(f"{manifest} is no manifest of an adapter ({error})") from None
 
 
-def told(history: History) -> list[Answer]:
+def told(history: MergedHistory) -> list[AnswerLine]:
     """Return the answers that the trainer itself asked for before the first step and after the last, by prompt."""
     base, adapter = (history.answers.get(who, {}) for who in ("base", "adapter"))
-    return [Answer(prompt=p, base=base.get(p), adapter=adapter.get(p)) for p in {**base, **adapter}]
+    return [AnswerLine(prompt=p, base=base.get(p), adapter=adapter.get(p)) for p in {**base, **adapter}]
 
 
 def _local_manifest(termination: TerminationMessage | None) -> dict[str, Any] | None:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from qlora_api.contract import PrepareReceipt
     from qlora_api.status import Attempt
-    from qlora_cli.report.answers import Answer
+    from qlora_cli.report.answers import AnswerLine
     from qlora_cli.report.facts import Facts
-    from qlora_cli.report.training_history import History, StepFacts
+    from qlora_cli.report.training_history import MergedHistory, StepFacts
 
 SMOOTHED_FROM = 30
 """Steps from which the loss is smoothed over a twentieth of them."""
@@ -153,7 +153,7 @@ def _held(attempts: Sequence[Attempt]) -> tuple[float, float]:
 # -------------------------------------------------------------------------------------------------------------- curves
 
 
-def _curves(history: History) -> Iterator[str]:
+def _curves(history: MergedHistory) -> Iterator[str]:
     steps = list(history.steps.values())
     marks = [Mark(a.from_step, f"attempt {a.number}") for a in history.attempts.values() if a.from_step]
     raw = _points(steps, "loss")
@@ -317,7 +317,7 @@ def _answers(facts: Facts) -> str:
     return "".join(parts)
 
 
-def _said(answers: Sequence[Answer]) -> str:
+def _said(answers: Sequence[AnswerLine]) -> str:
     names = ["base", "adapter", *(["merged"] if any(answer.merged for answer in answers) else [])]
     rows = [
         [f"<div class=said>{escape((text or '').strip() or '(nothing)')}</div>" for text in texts]

@@ -53,7 +53,7 @@ class AttemptFacts:
 
 
 @dataclass(frozen=True)
-class History:
+class MergedHistory:
     """All that is known, each step once."""
 
     steps: dict[int, StepFacts] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class History:
         return total
 
 
-def of_run(folder: Path, adapter: Path | None = None) -> History:
+def of_run(folder: Path, adapter: Path | None = None) -> MergedHistory:
     """The history of a local run: its adapter's, else its newest whole checkpoint's and the logs of what came after."""
     if adapter is not None and (adapter / PUBLISHED_FILE).exists():
         return of_file(adapter / PUBLISHED_FILE)
@@ -95,14 +95,14 @@ def _vouched_for(marker: Path) -> Path:
     return inside / CHECKPOINT_FILE
 
 
-def of_file(path: Path | None) -> History:
+def of_file(path: Path | None) -> MergedHistory:
     """Read a file of the trainer's; nothing where there is none."""
-    return parse(path.read_text("utf-8").splitlines()) if path is not None and path.exists() else History()
+    return parse(path.read_text("utf-8").splitlines()) if path is not None and path.exists() else MergedHistory()
 
 
-def parse(lines: Iterable[str]) -> History:
+def parse(lines: Iterable[str]) -> MergedHistory:
     """Lines as ``qlora_trainer.reporting.training_history`` writes them. What cannot be read is left out."""
-    found = History()
+    found = MergedHistory()
     for text in lines:
         try:
             line = json.loads(text)
@@ -112,7 +112,7 @@ def parse(lines: Iterable[str]) -> History:
     return found
 
 
-def _take(found: History, line: dict[str, Any]) -> None:
+def _take(found: MergedHistory, line: dict[str, Any]) -> None:
     if "receipt" in line:
         found.end.update(line)
     elif "answers" in line:
@@ -148,7 +148,7 @@ def _take(found: History, line: dict[str, Any]) -> None:
         )
 
 
-def with_logs(known: History, logs: Iterable[Path]) -> History:
+def with_logs(known: MergedHistory, logs: Iterable[Path]) -> MergedHistory:
     """The history with the steps that only logs tell of: those since the last checkpoint."""
     steps, evaluations = dict(known.steps), dict(known.evaluations)
     newest = max(known.steps, default=0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from qlora_memory.activations.attention import mask_bytes, self_attention
 from qlora_memory.activations.layers import FP32, INT64, Pen
 from qlora_memory.activations.mixture_of_experts import mixture
-from qlora_memory.activations.setting import Setting
+from qlora_memory.activations.setting import ForwardSetting
 from qlora_memory.activations.tape import Tape, Value
 from qlora_memory.shape.model_shape import Experts, Layer, ModelShape
 
@@ -36,7 +36,7 @@ class Activations:
     """The micro-batch itself, cos and sin, masks, and embeddings where they are not the first layer's input."""
 
 
-def activations(shape: ModelShape, setting: Setting, *, checkpointing: bool) -> Activations:
+def activations(shape: ModelShape, setting: ForwardSetting, *, checkpointing: bool) -> Activations:
     """Activations of one micro-batch."""
     rotation = _rotation(shape, setting)
     boundary = setting.width * shape.hidden * setting.tokens
@@ -70,7 +70,7 @@ def activations(shape: ModelShape, setting: Setting, *, checkpointing: bool) -> 
     )
 
 
-def _kinds(shape: ModelShape, setting: Setting) -> list[tuple[Layer, bool, int]]:
+def _kinds(shape: ModelShape, setting: ForwardSetting) -> list[tuple[Layer, bool, int]]:
     """Layers that keep the same are taken together: one of them, whether its input needs a gradient, how many.
 
     The first layer's input does not, as it comes from the frozen embeddings, nor do those before the first adapter.
@@ -86,7 +86,7 @@ def _kinds(shape: ModelShape, setting: Setting) -> list[tuple[Layer, bool, int]]
     return list(counted.values())
 
 
-def _rotation(shape: ModelShape, setting: Setting) -> Value | None:
+def _rotation(shape: ModelShape, setting: ForwardSetting) -> Value | None:
     """cos and sin of every position, [1, T, rotary_dim] each, made once for all layers."""
     rotary = shape.layers[0].attention.rotary_dim
     return Value(2 * rotary * setting.tokens, setting.width, learns=False) if rotary else None
@@ -97,7 +97,7 @@ def _elsewhere(rotation: Value | None) -> tuple[Value, ...]:
 
 
 def decoder_layer(
-    layer: Layer, hidden: int, setting: Setting, rotation: Value | None, *, learns: bool
+    layer: Layer, hidden: int, setting: ForwardSetting, rotation: Value | None, *, learns: bool
 ) -> tuple[Tape, Value]:
     """One decoder layer on a tape.
 
@@ -132,7 +132,7 @@ def _forward(pen: Pen, x: Value, layer: Layer) -> Value:
 # ------------------------------------------------------------------------------------------------------ head and loss
 
 
-def head_and_loss(shape: ModelShape, setting: Setting) -> tuple[int, int]:
+def head_and_loss(shape: ModelShape, setting: ForwardSetting) -> tuple[int, int]:
     """Final norm, head and loss.
 
     Returns:

@@ -7,7 +7,7 @@ in bytes a token, is in its docstring; docs/explanation/memory.md has the table.
 from __future__ import annotations
 
 from qlora_api.spec import QuantizationType
-from qlora_memory.activations.setting import Setting
+from qlora_memory.activations.setting import ForwardSetting
 from qlora_memory.activations.tape import Tape, Value
 from qlora_memory.shape.model_shape import FeedForward, Linear, Norm
 
@@ -19,7 +19,11 @@ class Pen:
     """Writes parts on a tape."""
 
     def __init__(
-        self, setting: Setting, rotation: Value | None = None, tape: Tape | None = None, tokens: int | None = None
+        self,
+        setting: ForwardSetting,
+        rotation: Value | None = None,
+        tape: Tape | None = None,
+        tokens: int | None = None,
     ) -> None:
         self.setting = setting
         self.tape = Tape() if tape is None else tape

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora_api.spec import QuantizationSpec, QuantizationType
-from qlora_memory.weights import Adapter, compute_width
+from qlora_memory.weights import AdapterShape, compute_width
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ OURS = Software()
 
 
 @dataclass(frozen=True)
-class Setting:
+class ForwardSetting:
     """One forward pass of one rank."""
 
-    adapter: Adapter
+    adapter: AdapterShape
     quantization: QuantizationSpec
     rows: tuple[int, ...]
     """Tokens of each row; they lie end to end in one sequence."""

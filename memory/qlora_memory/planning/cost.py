@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from qlora_api.spec import QuantizationSpec, QuantizationType
 from qlora_memory.gpus import Gpu
 from qlora_memory.shape.model_shape import ModelShape
-from qlora_memory.weights import Adapter
+from qlora_memory.weights import AdapterShape
 
 EFFICIENCY = (0.35, 0.5, 0.75)
 """Share of the peak: least, expected, most. Published runs reach 41% (NeMo AutoModel, LoRA, H100), 43 to 61% (PEFT
@@ -34,7 +34,7 @@ class Span:
         return Span(self.low * factor, self.expected * factor, self.high * factor)
 
 
-def flop_per_token(shape: ModelShape, adapter: Adapter, row: int, *, recomputes: bool) -> float:
+def flop_per_token(shape: ModelShape, adapter: AdapterShape, row: int, *, recomputes: bool) -> float:
     """Arithmetic of training one token, on a frozen base.
 
     Each weight costs 2 forward and 2 for the gradient of its input; it has none of its own. What learns costs 6. Causal
@@ -62,7 +62,7 @@ def dequantization_seconds(shape: ModelShape, quantization: QuantizationSpec, gp
 
 def seconds_per_token(
     shape: ModelShape,
-    adapter: Adapter,
+    adapter: AdapterShape,
     quantization: QuantizationSpec,
     gpu: Gpu,
     *,

@@ -10,15 +10,15 @@ from qlora_api.batch import TOKENS_PER_MICRO_BATCH, BatchSplit, split_batch
 from qlora_api.errors import FieldError
 from qlora_api.spec import ComputeType, GradientCheckpointing, Offload, QLoRAJobSpec
 from qlora_api.status import MemoryComponent
-from qlora_memory.estimate import MemoryEstimate, Run, estimate
+from qlora_memory.estimate import EstimateInput, MemoryEstimate, estimate
 from qlora_memory.gpus import GIB, Gpu, check_gpu, resolved
 from qlora_memory.planning.cost import Span, seconds_per_token
 from qlora_memory.shape.model_shape import ModelShape
-from qlora_memory.weights import FOUR_BIT, Adapter
+from qlora_memory.weights import FOUR_BIT, AdapterShape
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """Input of the planner."""
 
     spec: QLoRAJobSpec
@@ -85,7 +85,7 @@ class NoFit:
     """The choice that needs least."""
 
 
-def plan(request: Request) -> Plan | NoFit:
+def plan(request: PlanRequest) -> Plan | NoFit:
     """The fastest choice that fits; the global batch size stays.
 
     Of all micro-batches that divide a rank's share and hold at most 8,192 tokens, with and without gradient
@@ -105,7 +105,7 @@ def plan(request: Request) -> Plan | NoFit:
     return NoFit(min(choices, key=lambda c: c.needed_bytes))
 
 
-def _check_gpu(request: Request) -> None:
+def _check_gpu(request: PlanRequest) -> None:
     spec, shape = request.spec, request.shape
     check_gpu(request.gpu, spec.quantization)
     if shape.max_positions is not None and spec.dataset.max_length > shape.max_positions:
@@ -131,9 +131,9 @@ def _check_gpu(request: Request) -> None:
         )
 
 
-def plan_of(request: Request, batch: BatchSplit, *, checkpointing: bool) -> Plan:
+def plan_of(request: PlanRequest, batch: BatchSplit, *, checkpointing: bool) -> Plan:
     """Return the plan of one choice, whether it fits or not."""
-    spec, adapter = request.spec, Adapter(request.shape, request.spec.lora)
+    spec, adapter = request.spec, AdapterShape(request.shape, request.spec.lora)
     run = run_of(spec, request.shape, batch, checkpointing=checkpointing, row=request.row, gpu=request.gpu)
     speed = seconds_per_token(
         request.shape,
@@ -168,7 +168,7 @@ def run_of(
     row: int,
     cuda: bool = True,
     gpu: Gpu | None = None,
-) -> Run:
+) -> EstimateInput:
     """A choice as inputs of :func:`qlora_memory.estimate.estimate`.
 
     Args:
@@ -181,7 +181,7 @@ def run_of(
         gpu: of each rank, where it is known.
 
     """
-    return Run(
+    return EstimateInput(
         shape=shape,
         lora=spec.lora,
         quantization=resolved(spec.quantization, gpu, cuda=cuda),
@@ -219,7 +219,7 @@ def _notes(plan: Plan) -> Iterator[str]:
         yield f"{plan.memory.paged_bytes / GIB:.2f} GiB of optimizer state may move to host memory under pressure"
 
 
-def _batches(request: Request) -> Iterator[BatchSplit]:
+def _batches(request: PlanRequest) -> Iterator[BatchSplit]:
     """Ways to cut the global batch: the job's own micro-batch, or all that divide and are not too long."""
     largest = split_batch(request.spec, request.world_size)
     if request.spec.training.micro_batch_size is not None:
@@ -234,7 +234,7 @@ def _batches(request: Request) -> Iterator[BatchSplit]:
             )
 
 
-def _again(request: Request) -> tuple[bool, ...]:
+def _again(request: PlanRequest) -> tuple[bool, ...]:
     match request.spec.training.gradient_checkpointing:
         case GradientCheckpointing.FULL:
             return (True,)

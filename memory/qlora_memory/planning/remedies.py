@@ -10,7 +10,7 @@ from qlora_api.errors import FieldError
 from qlora_api.spec import ComputeType, GradientCheckpointing, Offload, Optimizer, QLoRAJobSpec, QuantizationType
 from qlora_api.status import MemoryComponent
 from qlora_memory.gpus import GIB, GPUS
-from qlora_memory.planning.planner import NoFit, Plan, Request, plan
+from qlora_memory.planning.planner import NoFit, Plan, PlanRequest, plan
 
 SHORTEST = 128
 """Shorter sequences than this are no remedy."""
@@ -38,7 +38,7 @@ class Remedy:
         return f"{self.field} {self.value} (needs {self.plan.needed_bytes / GIB:.1f} GiB)"
 
 
-def remedies(request: Request) -> tuple[Remedy, ...]:
+def remedies(request: PlanRequest) -> tuple[Remedy, ...]:
     """Changes of one thing each that make the job fit, the least costly first."""
     found: list[Remedy] = []
     for field, value, spec in _changes(request.spec, request.world_size):
@@ -52,7 +52,7 @@ def remedies(request: Request) -> tuple[Remedy, ...]:
     return tuple(found)
 
 
-def does_not_fit(request: Request, outcome: NoFit) -> FieldError:
+def does_not_fit(request: PlanRequest, outcome: NoFit) -> FieldError:
     """For a person: what is missing, where the memory goes, what would fit."""
     smallest = outcome.smallest
     needed, there = smallest.needed_bytes / GIB, smallest.gpu.memory_bytes / GIB
@@ -65,7 +65,7 @@ def does_not_fit(request: Request, outcome: NoFit) -> FieldError:
     return FieldError(field, value, f"{missing} (mostly {largest} GiB); {fix}")
 
 
-def _to_change(request: Request, smallest: Plan) -> tuple[str, object, str]:
+def _to_change(request: PlanRequest, smallest: Plan) -> tuple[str, object, str]:
     """Field, value, and how small everything else is already."""
     weights = sum(smallest.memory.components.get(component, 0) for component in _WEIGHTS)
     if weights > request.gpu.memory_bytes:
@@ -109,7 +109,7 @@ def _changes(spec: QLoRAJobSpec, world_size: int) -> Iterator[tuple[str, str, QL
         yield "spec.parallelism.offload", f"Optimizer with zeroStage {stage}", moved
 
 
-def _shorter(request: Request) -> Remedy | None:
+def _shorter(request: PlanRequest) -> Remedy | None:
     """The longest sequences that fit, by bisection: memory grows with them."""
     low, high, best = SHORTEST // STEP, request.row // STEP, None
     while low <= high:
@@ -123,7 +123,7 @@ def _shorter(request: Request) -> Remedy | None:
     return best
 
 
-def _smaller_rank(request: Request) -> Remedy | None:
+def _smaller_rank(request: PlanRequest) -> Remedy | None:
     """The largest rank that fits, by halving."""
     rank = request.spec.lora.rank // 2
     while rank >= FEWEST:
@@ -134,7 +134,7 @@ def _smaller_rank(request: Request) -> Remedy | None:
     return None
 
 
-def _other_gpu(request: Request) -> Remedy | None:
+def _other_gpu(request: PlanRequest) -> Remedy | None:
     """The smallest GPU of the table that holds it."""
     larger = sorted(
         (gpu for gpu in GPUS.values() if gpu.memory_bytes > request.gpu.memory_bytes and gpu.ampere),

@@ -32,7 +32,7 @@ PACKED = frozenset({"gemma", "gemma3_text", "llama", "mistral", "opt", "phi", "q
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelFamily:
     """Properties of a model type that ``config.json`` does not state."""
 
     attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -71,20 +71,20 @@ class Family:
     """Key of the number of experts."""
 
 
-_GEMMA = Family(
+_GEMMA = ModelFamily(
     bias_key="attention_bias",
     norm=Norm.SHIFTED,
     tied=True,
     head_dim=256,
     activation=("hidden_act", "gelu_pytorch_tanh"),
 )
-FAMILIES: dict[str, Family] = {
-    "llama": Family(bias_key="attention_bias"),
-    "mistral": Family(),
-    "qwen2": Family(biased=("q_proj", "k_proj", "v_proj")),
-    "qwen3": Family(bias_key="attention_bias", query_key_norm=True, head_dim=128),
+FAMILIES: dict[str, ModelFamily] = {
+    "llama": ModelFamily(bias_key="attention_bias"),
+    "mistral": ModelFamily(),
+    "qwen2": ModelFamily(biased=("q_proj", "k_proj", "v_proj")),
+    "qwen3": ModelFamily(bias_key="attention_bias", query_key_norm=True, head_dim=128),
     "gemma": _GEMMA,
-    "gemma2": Family(
+    "gemma2": ModelFamily(
         bias_key="attention_bias",
         norm=Norm.SHIFTED,
         tied=True,
@@ -94,7 +94,7 @@ FAMILIES: dict[str, Family] = {
         scores_cap=50.0,
         logits_cap=30.0,
     ),
-    "gemma3_text": Family(
+    "gemma3_text": ModelFamily(
         bias_key="attention_bias",
         norm=Norm.SHIFTED,
         tied=True,
@@ -103,7 +103,7 @@ FAMILIES: dict[str, Family] = {
         query_key_norm=True,
         activation=("hidden_activation", "gelu_pytorch_tanh"),
     ),
-    "opt": Family(
+    "opt": ModelFamily(
         attention=("q_proj", "k_proj", "v_proj", "out_proj"),
         feed_forward=("fc1", "fc2"),
         inside="",
@@ -117,7 +117,7 @@ FAMILIES: dict[str, Family] = {
         rotary=0.0,
         dropout=("dropout", 0.1),
     ),
-    "phi": Family(
+    "phi": ModelFamily(
         attention=("q_proj", "k_proj", "v_proj", "dense"),
         feed_forward=("fc1", "fc2"),
         biased=("q_proj", "k_proj", "v_proj", "dense"),
@@ -129,12 +129,12 @@ FAMILIES: dict[str, Family] = {
         rotary=0.5,
         dropout=("resid_pdrop", 0.0),
     ),
-    "phi3": Family(
+    "phi3": ModelFamily(
         attention=("qkv_proj", "o_proj"), feed_forward=("gate_up_proj", "down_proj"), dropout=("resid_pdrop", 0.0)
     ),
-    "mixtral": Family(experts="num_local_experts"),
-    "qwen2_moe": Family(biased=("q_proj", "k_proj", "v_proj"), experts="num_experts"),
-    "qwen3_moe": Family(bias_key="attention_bias", query_key_norm=True, experts="num_experts"),
+    "mixtral": ModelFamily(experts="num_local_experts"),
+    "qwen2_moe": ModelFamily(biased=("q_proj", "k_proj", "v_proj"), experts="num_experts"),
+    "qwen3_moe": ModelFamily(bias_key="attention_bias", query_key_norm=True, experts="num_experts"),
 }
 
 
@@ -178,7 +178,7 @@ class Config:
         )
 
 
-def _known(config: Config, family: Family) -> ModelShape:
+def _known(config: Config, family: ModelFamily) -> ModelShape:
     hidden, _, _, count = config.sizes
     layers = tuple(_layer(config, family, index) for index in range(count))
     vocabulary = config.number("vocab_size")
@@ -217,7 +217,7 @@ def _final_norm(config: Config) -> bool:
     )
 
 
-def _plain(config: Config, family: Family | None) -> bool:
+def _plain(config: Config, family: ModelFamily | None) -> bool:
     """Logits are not capped or scaled (``qlora_trainer.model.loss.head_is_plain`` finds the same out by trying)."""
     default = family.logits_cap if family else None
     scales = [config.get("final_logit_softcapping", default)]
@@ -225,7 +225,7 @@ def _plain(config: Config, family: Family | None) -> bool:
     return scales[0] is None and all(scale in (None, 1, 1.0) for scale in scales[1:])
 
 
-def _layer(config: Config, family: Family, index: int) -> Layer:
+def _layer(config: Config, family: ModelFamily, index: int) -> Layer:
     prefix = f"{family.body}.layers.{index}"
     key, default = family.dropout
     return Layer(
@@ -237,7 +237,7 @@ def _layer(config: Config, family: Family, index: int) -> Layer:
     )
 
 
-def _attention(config: Config, family: Family, prefix: str, index: int) -> Attention:
+def _attention(config: Config, family: ModelFamily, prefix: str, index: int) -> Attention:
     hidden, heads, pairs, _ = config.sizes
     head_dim = config.number("head_dim", family.head_dim or hidden // heads)
     biased = family.biased
@@ -270,7 +270,7 @@ def _attention(config: Config, family: Family, prefix: str, index: int) -> Atten
     )
 
 
-def attention_kind(config: Config, family: Family | None = None) -> AttentionKind:
+def attention_kind(config: Config, family: ModelFamily | None = None) -> AttentionKind:
     """As ``qlora_trainer.model.attention.choose_attention`` chooses."""
     if config.get("attn_logit_softcapping", family.scores_cap if family else None) is not None:
         return AttentionKind.EAGER
@@ -296,7 +296,7 @@ def _window(config: Config, index: int) -> int | None:
             return int(window) if config.get("use_sliding_window", False) and late else None
 
 
-def _feed_forward(config: Config, family: Family, prefix: str, index: int) -> FeedForward | Experts:
+def _feed_forward(config: Config, family: ModelFamily, prefix: str, index: int) -> FeedForward | Experts:
     hidden = config.number("hidden_size")
     key, default = family.activation
     activation = str(config.get(key) or default)
@@ -341,7 +341,7 @@ def dense(
     )
 
 
-def _is_sparse(config: Config, family: Family, index: int) -> bool:
+def _is_sparse(config: Config, family: ModelFamily, index: int) -> bool:
     if not family.experts:
         return False
     if config.model_type == "mixtral":

@@ -28,13 +28,13 @@ from qlora_operator.act.merge_patch import merge_patch
 from qlora_operator.act.nodes import Nodes
 from qlora_operator.config import OperatorConfig
 from qlora_operator.decide.attempt_history import REPORTED_FIELDS, differ_in_figures, with_job_uids
-from qlora_operator.decide.decision import Note, Plan
+from qlora_operator.decide.decision import Decision, Note
 from qlora_operator.decide.events import event_of
 from qlora_operator.decide.plan import is_finished, plan
 from qlora_operator.kube.client import TRANSIENT, Api, ApiError, Object
 from qlora_operator.names import SERVICE
 from qlora_operator.serve.metrics import Metrics
-from qlora_operator.state.cache import Key, Known, Store
+from qlora_operator.state.cache import Key, Known, ObjectCache
 from qlora_operator.state.observed import PREPARE, JobState, Observed, ObservedJob, PodSnapshot
 from qlora_operator.state.ownership import is_same_object
 from qlora_operator.supervisor import backoff
@@ -62,7 +62,7 @@ class Reconciler:
 
     def __init__(
         self,
-        store: Store,
+        store: ObjectCache,
         api: Api,
         config: OperatorConfig,
         gangs: Callable[[], frozenset[Gang]],
@@ -192,7 +192,7 @@ class Reconciler:
         if passing:
             raise passing
 
-    async def _decide(self, key: Key, known: Known, job: QLoRAJob) -> tuple[Plan, ApiError | None]:
+    async def _decide(self, key: Key, known: Known, job: QLoRAJob) -> tuple[Decision, ApiError | None]:
         """Decide, and make what is to be made; a refusal goes into status, and is returned if it may pass."""
         seen = await self._observe(known)
         gang = choose_gang(job.spec.scheduling, self._config.gang, self._gangs())
@@ -208,7 +208,7 @@ class Reconciler:
             return waiting, error if error.is_transient else None
         return decided, None
 
-    def _plan(self, key: Key, job: QLoRAJob, seen: Observed, gang: Gang) -> Plan:
+    def _plan(self, key: Key, job: QLoRAJob, seen: Observed, gang: Gang) -> Decision:
         """Decide; without what pods say of themselves, where that cannot be dealt with."""
         try:
             return plan(job, seen, self._config, gang)
@@ -217,7 +217,7 @@ class Reconciler:
             self._metrics.reconcile_failed(type(error).__name__)
             return plan(job, seen.without_reports(), self._config, gang)
 
-    def _afterwards(self, key: Key, known: Known, job: QLoRAJob, decided: Plan) -> None:
+    def _afterwards(self, key: Key, known: Known, job: QLoRAJob, decided: Decision) -> None:
         before, after = job.status or QLoRAJobStatus(), decided.status
         ended = {a.number for a in before.attempts if a.end_time}
         for attempt in after.attempts:
@@ -266,7 +266,7 @@ class Reconciler:
 
     # ----------------------------------------------------------------------------------------------------------- writes
 
-    async def _make(self, key: Key, decided: Plan) -> None:
+    async def _make(self, key: Key, decided: Decision) -> None:
         for body in decided.make:
             if body["kind"] == "Service":
                 async with self._service_locks[key[0]]:
@@ -346,7 +346,7 @@ class Reconciler:
         there.setdefault("kind", body["kind"])
         return there
 
-    async def _write_status(self, key: Key, job: QLoRAJob, raw: Object, decided: Plan) -> None:
+    async def _write_status(self, key: Key, job: QLoRAJob, raw: Object, decided: Decision) -> None:
         before: Object = raw.get("status") or {}
         decided = replace(decided, status=with_job_uids(decided.status, self._store[key].own_children()))
         after = decided.status.to_json_dict()

@@ -23,7 +23,7 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Decision:
     """Actions of one decision, in this order: make, delete, write status, post events."""
 
     status: QLoRAJobStatus

@@ -38,7 +38,7 @@ from qlora_operator.decide.attempt_history import (
 from qlora_operator.decide.attempt_outcome import Ending, close, ending_of
 from qlora_operator.decide.conditions import is_condition_true, with_condition
 from qlora_operator.decide.deadline import is_late, wake_after
-from qlora_operator.decide.decision import Context, Note, Plan
+from qlora_operator.decide.decision import Context, Decision, Note
 from qlora_operator.decide.elastic import fewer, on_the_right_ranks, too_large, waiting_since
 from qlora_operator.decide.grace_period import with_grace
 from qlora_operator.decide.pending_reason import pending_reason
@@ -55,12 +55,12 @@ DEADLINE = "DeadlineExceeded"
 _ENDING = (JobState.COMPLETE, JobState.FAILED, JobState.FAILING)
 
 
-def plan(job: QLoRAJob, seen: Observed, config: OperatorConfig, gang: Gang) -> Plan:
+def plan(job: QLoRAJob, seen: Observed, config: OperatorConfig, gang: Gang) -> Decision:
     """Decide what follows for one job; time comes in as ``seen.now``."""
     context = Context(job, seen, config, gang)
     status = job.status or QLoRAJobStatus()
     if job.metadata.deletion_timestamp is not None:
-        return Plan(status)  # the garbage collector takes the children
+        return Decision(status)  # the garbage collector takes the children
     if is_finished(status):
         return _over(context, status)
     status = with_clock_stopped(context, _adopted(context, status))
@@ -91,17 +91,17 @@ def is_finished(status: QLoRAJobStatus) -> bool:
 # ------------------------------------------------------------------------------------------------------ over and done
 
 
-def _over(context: Context, status: QLoRAJobStatus) -> Plan:
+def _over(context: Context, status: QLoRAJobStatus) -> Decision:
     """Nothing is left but to clear away what still runs, and to go when the time has come."""
     ttl = context.job.spec.policy.ttl_seconds_after_finished
     running = _running(context)
     if ttl is None or status.completion_time is None:
-        return Plan(status, delete=running)
+        return Decision(status, delete=running)
     left = (status.completion_time + timedelta(seconds=ttl) - context.now).total_seconds()
-    return Plan(status, delete=running, delete_self=left <= 0, wake_after=max(left, 0) or None)
+    return Decision(status, delete=running, delete_self=left <= 0, wake_after=max(left, 0) or None)
 
 
-def _ending(context: Context, status: QLoRAJobStatus, notes: Sequence[Note]) -> Plan:
+def _ending(context: Context, status: QLoRAJobStatus, notes: Sequence[Note]) -> Decision:
     """The decision in which a job ends."""
     status = status.model_copy(update={"observed_generation": context.job.metadata.generation or 0})
     return replace(_over(context, status), notes=tuple(notes))
@@ -115,7 +115,7 @@ def _running(context: Context) -> tuple[ObservedJob, ...]:
     )
 
 
-def _too_late(context: Context, status: QLoRAJobStatus, notes: Sequence[Note]) -> Plan:
+def _too_late(context: Context, status: QLoRAJobStatus, notes: Sequence[Note]) -> Decision:
     """Have the ranks leave; failed once the last pod is gone, for until then the adapter may still be published."""
     text = _too_late_words(context)
     if open_attempt(status):
@@ -230,7 +230,7 @@ def _finished(context: Context, status: QLoRAJobStatus, end: Finish) -> QLoRAJob
 # -------------------------------------------------------------------------------------------------------- what is next
 
 
-def _next(context: Context, status: QLoRAJobStatus) -> Plan:
+def _next(context: Context, status: QLoRAJobStatus) -> Decision:
     status = status.model_copy(update={"observed_generation": context.job.metadata.generation or 0})
     if context.job.spec.suspend:
         return _suspend(context, status, Reason.SUSPENDED, "set spec.suspend to false to go on")
@@ -249,23 +249,23 @@ def _next(context: Context, status: QLoRAJobStatus) -> Plan:
     return _start(context, status)
 
 
-def _suspend(context: Context, status: QLoRAJobStatus, why: Reason, remedy: str) -> Plan:
+def _suspend(context: Context, status: QLoRAJobStatus, why: Reason, remedy: str) -> Decision:
     """Have the ranks checkpoint and leave; suspended once the last pod is gone."""
     if _running(context) or any(not p.ended for p in context.seen.living):
         return _leaving(context, status, "the ranks write a checkpoint and leave")
     text = f"no pod runs; {remedy}"
     status = with_condition(context, status, ConditionType.RUNNING, why, text, is_true=False)
     status = with_condition(context, status, ConditionType.SUSPENDED, why, text, is_true=True)
-    return Plan(status.model_copy(update={"state": ConditionType.SUSPENDED, "reason": why, "eta": ""}))
+    return Decision(status.model_copy(update={"state": ConditionType.SUSPENDED, "reason": why, "eta": ""}))
 
 
-def _leaving(context: Context, status: QLoRAJobStatus, text: str) -> Plan:
+def _leaving(context: Context, status: QLoRAJobStatus, text: str) -> Decision:
     status = with_condition(context, status, ConditionType.RUNNING, Reason.SUSPENDING, text, is_true=False)
     status = status.model_copy(update={"state": "Pending", "reason": Reason.SUSPENDING})
-    return Plan(status, delete=_running(context), wake_after=LOOK_AGAIN_SECONDS)
+    return Decision(status, delete=_running(context), wake_after=LOOK_AGAIN_SECONDS)
 
 
-def _prepare(context: Context, status: QLoRAJobStatus) -> Plan:
+def _prepare(context: Context, status: QLoRAJobStatus) -> Decision:
     """Look at model and rows in a pod without GPUs; go on with what it found."""
     job = context.seen.jobs.get(PREPARE)
     status = status.model_copy(update={"start_time": status.start_time or context.now})
@@ -295,7 +295,7 @@ def _prepare(context: Context, status: QLoRAJobStatus) -> Plan:
     return _prepare_failed(context, status, ending)
 
 
-def _prepare_failed(context: Context, status: QLoRAJobStatus, ending: Ending) -> Plan:
+def _prepare_failed(context: Context, status: QLoRAJobStatus, ending: Ending) -> Decision:
     status = with_condition(context, status, ConditionType.PREPARED, ending.reason, ending.message, is_true=False)
     end = Finish(False, ending.reason, ending.message)
     return _ending(context, _finished(context, status, end), (Note("Warning", ending.reason.value, ending.message),))
@@ -317,15 +317,17 @@ def _preparing(
     make: tuple[dict[str, Any], ...] = (),
     delete: tuple[ObservedJob, ...] = (),
     wake_after: float | None = None,
-) -> Plan:
+) -> Decision:
     reason, text = pending_reason(context.job.spec, PREPARE, 1, context.seen)
     if reason is Reason.STARTING:
         reason, text = Reason.PREPARING, "model and rows are checked before a GPU is held"
     status = with_condition(context, status, ConditionType.PREPARED, reason, text, is_true=False)
-    return Plan(status.model_copy(update={"state": "Pending", "reason": reason}), make, delete, wake_after=wake_after)
+    return Decision(
+        status.model_copy(update={"state": "Pending", "reason": reason}), make, delete, wake_after=wake_after
+    )
 
 
-def _start(context: Context, status: QLoRAJobStatus) -> Plan:
+def _start(context: Context, status: QLoRAJobStatus) -> Decision:
     """Start the next attempt, or wait until it may start."""
     batch = status.prepared.batch if status.prepared else split_batch(context.job.spec, context.world_size)
     checkpointing = render.checkpoints_gradients(context.job.spec, context.config, status.prepared)
@@ -365,7 +367,7 @@ def _planned_attempt(context: Context, status: QLoRAJobStatus, batch: BatchSplit
     )
 
 
-def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Plan:
+def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decision:
     """The open attempt has not ended."""
     job = context.seen.jobs.get(attempt.number)
     overdue = any(p.deletion_due for p in context.seen.living if not p.ended)
@@ -384,10 +386,10 @@ def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Plan:
             wake = min(wake or math.inf, max(left / attempt.world_size, 1))
         status = with_condition(context, status, ConditionType.RUNNING, Reason.TRAINING, text, is_true=True)
         status = status.model_copy(update={"state": ConditionType.RUNNING, "reason": Reason.TRAINING})
-        return Plan(status, wake_after=wake, watch_progress=True)
+        return Decision(status, wake_after=wake, watch_progress=True)
     if is_condition_true(status.conditions, ConditionType.RUNNING) and (job is None or job.state in _ENDING):
         # The last pods end: nothing to say yet that status does not say.
-        return Plan(status, wake_after=wake)
+        return Decision(status, wake_after=wake)
     reason, text = pending_reason(context.job.spec, attempt.number, context.workers(attempt), context.seen)
     if reason is Reason.UNSCHEDULABLE and fewer(context, attempt):
         until = waiting_since(context, attempt) + timedelta(seconds=context.job.spec.policy.shrink_after_seconds)
@@ -403,8 +405,8 @@ def _pending(
     *,
     make: tuple[dict[str, Any], ...] = (),
     wake_after: float | None = None,
-) -> Plan:
+) -> Decision:
     status = with_condition(context, status, ConditionType.RUNNING, reason, text, is_true=False)
-    return Plan(
+    return Decision(
         status.model_copy(update={"state": "Pending", "reason": reason, "eta": ""}), make, wake_after=wake_after
     )

@@ -18,8 +18,8 @@ from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from qlora_api.metrics_catalogue import OPERATOR, Kind
-from qlora_operator.state.cache import Known, Store
+from qlora_api.metrics_catalogue import OPERATOR, MetricKind
+from qlora_operator.state.cache import Known, ObjectCache
 from qlora_operator.state.observed import PodSnapshot
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class JobsCollector:
 
     def __init__(
         self,
-        store: Store,
+        store: ObjectCache,
         clock: Callable[[], float] = time.time,
         corrections: Callable[[], Mapping[tuple[str, str], float]] = dict,
     ) -> None:
@@ -117,11 +117,11 @@ class _Families:
 
     def __init__(self) -> None:
         self._families: dict[str, Any] = {
-            name: (CounterMetricFamily if metric.kind is Kind.COUNTER else GaugeMetricFamily)(
+            name: (CounterMetricFamily if metric.kind is MetricKind.COUNTER else GaugeMetricFamily)(
                 name, metric.meaning, labels=metric.labels
             )
             for name, metric in OPERATOR.items()
-            if metric.kind is Kind.GAUGE or name == "qlora_operator_gpu_seconds"
+            if metric.kind is MetricKind.GAUGE or name == "qlora_operator_gpu_seconds"
         }
         self._total = _Figures()
         self.uncounted: Tally[tuple[str, ...]] = Tally()

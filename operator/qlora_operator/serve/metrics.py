@@ -7,19 +7,19 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 
-from qlora_api.metrics_catalogue import OPERATOR, Kind
+from qlora_api.metrics_catalogue import OPERATOR, MetricKind
 from qlora_api.status import Reason
 from qlora_operator.serve.job_collector import JobsCollector
-from qlora_operator.state.cache import Store
+from qlora_operator.state.cache import ObjectCache
 from qlora_operator.state.skip_reasons import NOT_OWNED, UNREADABLE
 
-_KINDS: dict[Kind, Any] = {Kind.COUNTER: Counter, Kind.HISTOGRAM: Histogram}
+_KINDS: dict[MetricKind, Any] = {MetricKind.COUNTER: Counter, MetricKind.HISTOGRAM: Histogram}
 
 
 class Metrics:
     """Metrics that the reconciler records, and those that are read from the store when it is scraped."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: ObjectCache) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # series of the library, which nobody reads
         self.registry = CollectorRegistry()
         self._reconcile = self._made("qlora_operator_reconcile_seconds")
@@ -38,7 +38,7 @@ class Metrics:
 
     def _made(self, name: str) -> Any:
         metric = OPERATOR[name]
-        more = {"buckets": metric.buckets} if metric.kind is Kind.HISTOGRAM else {}
+        more = {"buckets": metric.buckets} if metric.kind is MetricKind.HISTOGRAM else {}
         return _KINDS[metric.kind](metric.name, metric.meaning, metric.labels, registry=self.registry, **more)
 
     def reconciled(self, seconds: float) -> None:

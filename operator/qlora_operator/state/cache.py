@@ -85,7 +85,7 @@ class Known:
         self.made = {uid: made for uid, made in self.made.items() if uid in needed}
 
 
-class Store:
+class ObjectCache:
     """Everything known, by QLoRAJob."""
 
     def __init__(self) -> None:

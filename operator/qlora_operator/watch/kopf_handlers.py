@@ -8,7 +8,7 @@ from typing import Any
 from qlora_api.job import GROUP, VERSION
 from qlora_operator.kube.client import SILENCE_SECONDS, WATCH_SECONDS
 from qlora_operator.kube.kopf_import import kopf
-from qlora_operator.state.cache import Key, Store
+from qlora_operator.state.cache import Key, ObjectCache
 
 WATCHED = ("qlorajobs", "jobs", "pods", "events", "services")
 """By kopf, and by ``list_watch.py``."""
@@ -46,7 +46,7 @@ def settings() -> kopf.OperatorSettings:
     return chosen
 
 
-def register(registry: kopf.OperatorRegistry, store: Store, wake: Callable[[Key], None]) -> None:
+def register(registry: kopf.OperatorRegistry, store: ObjectCache, wake: Callable[[Key], None]) -> None:
     """Feed the store and wake jobs."""
 
     @kopf.on.event(GROUP, VERSION, "qlorajobs", registry=registry, id="qlorajobs")

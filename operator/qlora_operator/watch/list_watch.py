@@ -15,7 +15,7 @@ from typing import Literal
 
 from qlora_operator.kube.client import TRANSIENT, WATCH_SECONDS, Api, ApiError, Object
 from qlora_operator.names import FIELD_MANAGER, JOB_LABEL, MANAGED_BY_LABEL, SERVICE
-from qlora_operator.state.cache import Key, Store
+from qlora_operator.state.cache import Key, ObjectCache
 from qlora_operator.state.observed import NotOwnedError
 from qlora_operator.state.skip_reasons import NOT_OWNED, UNREADABLE
 from qlora_operator.supervisor import backoff
@@ -30,7 +30,7 @@ Take = Callable[[Object], Key | None]
 
 
 @dataclass(frozen=True)
-class Kind:
+class WatchedKind:
     """Kind of object to watch, with its receivers. ``take`` and ``drop`` return the key to wake; None: no news."""
 
     base: str
@@ -44,7 +44,7 @@ class Kind:
     identity: Literal["uid", "namespace"] = "uid"
 
 
-def kinds_of(store: Store, services: set[str]) -> tuple[Kind, ...]:
+def kinds_of(store: ObjectCache, services: set[str]) -> tuple[WatchedKind, ...]:
     """Return the kinds that belong to QLoRAJobs, owners first: what is listed later belongs to what is before."""
     ours = {"labelSelector": JOB_LABEL}
     # The Job controller says why it cannot make pods in Events, and nowhere else.
@@ -64,11 +64,13 @@ def kinds_of(store: Store, services: set[str]) -> tuple[Kind, ...]:
         services.discard(body["metadata"]["namespace"])
 
     return (
-        Kind("/apis/batch/v1", "jobs", ours, store.take_child, store.drop_child, store.held_children, lose("child")),
-        Kind("/api/v1", "pods", ours, store.take_pod, store.drop_pod, store.held_pods, lose("pod")),
-        Kind("/api/v1", "events", refusals, store.take_refusal, lambda _: None),
+        WatchedKind(
+            "/apis/batch/v1", "jobs", ours, store.take_child, store.drop_child, store.held_children, lose("child")
+        ),
+        WatchedKind("/api/v1", "pods", ours, store.take_pod, store.drop_pod, store.held_pods, lose("pod")),
+        WatchedKind("/api/v1", "events", refusals, store.take_refusal, lambda _: None),
         # The reconciler knows what it makes. A late word of it here could be of one that is gone again.
-        Kind("/api/v1", "services", shared, lambda _: None, unshared, held_services, lose_service, "namespace"),
+        WatchedKind("/api/v1", "services", shared, lambda _: None, unshared, held_services, lose_service, "namespace"),
     )
 
 
@@ -88,7 +90,7 @@ class Watch:
     def __init__(
         self,
         api: Api,
-        kind: Kind,
+        kind: WatchedKind,
         namespace: str,
         wake: Callable[[Key], None],
         note: Callable[[str], None],

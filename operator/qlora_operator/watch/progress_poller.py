@@ -18,7 +18,7 @@ import aiohttp
 from qlora_api.contract import ProgressReport
 from qlora_operator.kube.bounded_reads import TooLargeError, read_within
 from qlora_operator.names import METRICS_PORT
-from qlora_operator.state.cache import Key, Store
+from qlora_operator.state.cache import Key, ObjectCache
 from qlora_operator.state.observed import PodSnapshot
 from qlora_operator.state.reports import ReportError, read_report
 
@@ -55,7 +55,7 @@ class ProgressPoller:
 
     def __init__(
         self,
-        store: Store,
+        store: ObjectCache,
         reconciler: Polled,
         every_seconds: float,
         rejected: Callable[[], None],

@@ -16,7 +16,7 @@ from qlora_api.job import GROUP, VERSION
 from qlora_operator.kube.client import TRANSIENT, Api, ApiError, Object
 from qlora_operator.names import FIELD_MANAGER, JOB_LABEL, MANAGED_BY_LABEL, SERVICE
 from qlora_operator.render import service
-from qlora_operator.state.cache import Key, Store
+from qlora_operator.state.cache import Key, ObjectCache
 from qlora_operator.state.ownership import is_same_object
 from qlora_operator.state.skip_reasons import UNREADABLE
 
@@ -52,7 +52,9 @@ class Listings:
             self.news.set()
 
 
-async def list_jobs(store: Store, api: Api, namespaces: Sequence[str], skipped: Callable[[str, str], None]) -> set[str]:
+async def list_jobs(
+    store: ObjectCache, api: Api, namespaces: Sequence[str], skipped: Callable[[str, str], None]
+) -> set[str]:
     """Fill the store with all QLoRAJobs; the namespaces that have the shared Service.
 
     Raises:
@@ -75,7 +77,7 @@ async def list_jobs(store: Store, api: Api, namespaces: Sequence[str], skipped: 
 
 
 async def resync_forever(
-    store: Store, api: Api, wake: Callable[[Key], None], namespaces: Sequence[str], listings: Listings
+    store: ObjectCache, api: Api, wake: Callable[[Key], None], namespaces: Sequence[str], listings: Listings
 ) -> None:
     settle = 0.0  # the first listing follows the first look, and no watch that broke
     while True:
@@ -95,7 +97,7 @@ async def resync_forever(
             listings.news.set()
 
 
-async def resync(store: Store, api: Api, namespaces: Sequence[str], kinds: Iterable[str] = KINDS) -> list[Key]:
+async def resync(store: ObjectCache, api: Api, namespaces: Sequence[str], kinds: Iterable[str] = KINDS) -> list[Key]:
     """Drop what is not there any more of some kinds; the keys that had something dropped."""
     before = {held for held in _held(store) if held[1] in kinds}  # what comes meanwhile is not judged by the lists
     there: set[str] = set()
@@ -112,7 +114,7 @@ async def resync(store: Store, api: Api, namespaces: Sequence[str], kinds: Itera
     return dropped
 
 
-def _held(store: Store) -> Iterator[tuple[Key, str, str]]:
+def _held(store: ObjectCache) -> Iterator[tuple[Key, str, str]]:
     for key, known in store:
         if known.job:
             yield key, "job", known.job.uid

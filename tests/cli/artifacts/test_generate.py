@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from qlora_cli.artifacts import generate as asking
-from qlora_cli.artifacts.generate import GenerateError, Models, Options
+from qlora_cli.artifacts.generate import GenerateError, GenerateOptions, Models
 from qlora_cli.local.trainer_process import Commands
 from qlora_cli.report.answers import kept
 
@@ -25,7 +25,7 @@ FAILS = "import sys; print('ValueError: no such folder', file=sys.stderr); sys.e
 
 
 def ask(program, models=TWO_MODELS, folder=None):
-    options = Options(("--what?", "two"), 9, sample=True)
+    options = GenerateOptions(("--what?", "two"), 9, sample=True)
     console = Console(file=io.StringIO(), width=120, markup=False, emoji=False, highlight=False)
     code = asking.generate(models, options, console, Commands(generate=(sys.executable, "-c", program)), folder)
     return code, console.file.getvalue()
@@ -77,9 +77,9 @@ def test_an_adapter_names_its_base(tmp_path):
 def test_an_adapter_beside_its_manifest_is_asked_as_it_was_taught(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({"config": {"dataset": {"format": "Messages"}}}))
     models = asking.choose_models(str(tmp_path / "adapter"), None, tmp_path, "/b", None)
-    framed = asking.command(["ask"], models, Options(("Hello",), 9, sample=False))
+    framed = asking.command(["ask"], models, GenerateOptions(("Hello",), 9, sample=False))
     assert '--dataset={"format": "Messages"}' in framed
-    raw = asking.command(["ask"], models, Options(("Hello",), 9, sample=False, raw=True))
+    raw = asking.command(["ask"], models, GenerateOptions(("Hello",), 9, sample=False, raw=True))
     assert not any(word.startswith("--dataset") for word in raw)
 
 

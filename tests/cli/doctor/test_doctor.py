@@ -9,7 +9,7 @@ from fake_server import FakeServer
 from qlora_cli.doctor import check_crd, collect
 from qlora_cli.doctor.answer import Answer
 from qlora_cli.doctor.checks import judge
-from qlora_cli.doctor.collect import RIGHTS, Observed
+from qlora_cli.doctor.collect import RIGHTS, ClusterSnapshot
 from qlora_cli.doctor.findings import Level, lines, summary
 from qlora_cli.doctor.references import Named, endpoints, lacking, of_jobs
 from qlora_cli.kube.errors import ApiError
@@ -55,7 +55,7 @@ def seen(**more):
         "network_policies": Answer([{"metadata": {"name": "ours", **OURS}, "spec": {"podSelector": {}}}]),
         "quotas": Answer([]),
     }
-    return Observed(**{**well, **more})
+    return ClusterSnapshot(**{**well, **more})
 
 
 def faults(**more):

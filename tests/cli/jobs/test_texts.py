@@ -104,8 +104,8 @@ def test_a_deleted_job_leaves_the_board_and_a_new_list_replaces_it():
 def test_compare(golden, tmp_path):
     record, body = run_record(), succeeded("baseline")
     columns = [
-        compare.Column(view(body), body["spec"]),
-        compare.Column(view_run(tmp_path, record), record["spec"]),
+        compare.ComparedJob(view(body), body["spec"]),
+        compare.ComparedJob(view_run(tmp_path, record), record["spec"]),
     ]
     golden("compare.txt", text(compare.pages(columns, None, every=False)).replace(str(tmp_path), "runs/quick"))
     plain = compare.as_plain(columns, every=False)
@@ -116,7 +116,7 @@ def test_compare(golden, tmp_path):
 def test_compare_leaves_out_what_changes_nothing_in_what_is_learned():
     one, other = succeeded("one"), succeeded("other")
     other["spec"] = {**other["spec"], "policy": {"maxRestarts": 9}}
-    columns = [compare.Column(view(b), b["spec"]) for b in (one, other)]
+    columns = [compare.ComparedJob(view(b), b["spec"]) for b in (one, other)]
     assert compare.differing(columns) == []
     assert compare.differing(columns, every=True) == [("policy.maxRestarts", [3, 9])]
 
@@ -163,7 +163,7 @@ def test_events(golden):
     ],
 )
 def test_whose_event_it_is(kind, name, ours):
-    assert events.Family("tune").has({"involvedObject": {"kind": kind, "name": name}}) is ours
+    assert events.JobObjects("tune").has({"involvedObject": {"kind": kind, "name": name}}) is ours
 
 
 # ---------------------------------------------------------------------------------------------------------------- init

@@ -6,9 +6,9 @@ import pynvml
 import pytest
 
 from qlora_api.errors import FieldError
-from qlora_cli.local.machine import Gpu, Machine, choose_world, look, visible
+from qlora_cli.local.machine import LocalGpu, Machine, choose_world, look, visible
 
-GPUS = tuple(Gpu(f"GPU-{letter}{n}", "NVIDIA H200", 141 << 30) for n, letter in enumerate("aabc"))
+GPUS = tuple(LocalGpu(f"GPU-{letter}{n}", "NVIDIA H200", 141 << 30) for n, letter in enumerate("aabc"))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def nvml(monkeypatch):
 
 
 def test_all_gpus_are_found(nvml):
-    assert look() == Machine(tuple(Gpu(f"GPU-{n}", "NVIDIA H200", 141 << 30) for n in (0, 1)))
+    assert look() == Machine(tuple(LocalGpu(f"GPU-{n}", "NVIDIA H200", 141 << 30) for n in (0, 1)))
 
 
 def test_hidden_gpus_are_named(nvml):

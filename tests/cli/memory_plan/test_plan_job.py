@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from qlora_api.errors import FieldError
 from qlora_cli import app
-from qlora_cli.local.machine import Gpu, Machine
+from qlora_cli.local.machine import LocalGpu, Machine
 from qlora_cli.memory_plan import model_headers, plan_job, plan_view
 from qlora_memory import GPUS, model_shape
 from range_server import running
@@ -308,7 +308,7 @@ def test_fields_can_be_set(hub, call):
 
 
 def test_the_gpus_of_this_machine_are_the_default(hub, call, monkeypatch):
-    cards = tuple(Gpu(f"GPU-{n}", "NVIDIA L4", 23 * 2**30) for n in range(2))
+    cards = tuple(LocalGpu(f"GPU-{n}", "NVIDIA L4", 23 * 2**30) for n in range(2))
     monkeypatch.setattr(plan_job.machine, "look", lambda: Machine(cards))
     shown = json.loads(call("-o", "json").stdout)
     assert shown["gpu"] == {"name": "NVIDIA L4", "memoryBytes": 23 * 2**30, "count": 2}

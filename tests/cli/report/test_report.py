@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from qlora_cli import app
 from qlora_cli.report import training_history
-from qlora_cli.report.answers import Answer, keep, kept
+from qlora_cli.report.answers import AnswerLine, keep, kept
 from qlora_cli.report.charts import MOST_POINTS, Curve, Mark, lines, thinned, ticks
 
 RECEIPT = {
@@ -128,9 +128,10 @@ def test_answers_of_base_and_adapter_are_on_the_page_once_they_were_asked(workpl
     workplace.run()
     assert "qlora generate --run quick" in report("quick")
     keep(
-        workplace.run_folder, [Answer(prompt="1+1=", base="3", adapter="4"), Answer(prompt="<b>", base="", adapter="y")]
+        workplace.run_folder,
+        [AnswerLine(prompt="1+1=", base="3", adapter="4"), AnswerLine(prompt="<b>", base="", adapter="y")],
     )
-    keep(workplace.run_folder, [Answer(prompt="1+1=", base="3", adapter="2")])
+    keep(workplace.run_folder, [AnswerLine(prompt="1+1=", base="3", adapter="2")])
     page = report("quick")
     assert [a.adapter for a in kept(workplace.run_folder)] == ["y", "2"]
     assert "<h2>Base and adapter</h2>" in page

@@ -13,12 +13,12 @@ from qlora_api.status import QLoRAJobStatus
 from qlora_operator import render
 from qlora_operator.act.children import collection_of, with_new_key
 from qlora_operator.config import OperatorConfig
-from qlora_operator.decide.decision import Plan
+from qlora_operator.decide.decision import Decision
 
 NAME = f"qlora-key-{UID}"
 
 
-def config_of(planned: Plan) -> TrainerConfig:
+def config_of(planned: Decision) -> TrainerConfig:
     annotations = planned.make[-1]["spec"]["template"]["metadata"]["annotations"]
     return TrainerConfig.model_validate_json(annotations["qlora.dev/config"])
 

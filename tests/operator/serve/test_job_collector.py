@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 import pytest
 from prometheus_client import CollectorRegistry
 
-from qlora_api.metrics_catalogue import OPERATOR, Kind
+from qlora_api.metrics_catalogue import OPERATOR, MetricKind
 from qlora_operator.serve.job_collector import JobsCollector
-from qlora_operator.state.cache import Store
+from qlora_operator.state.cache import ObjectCache
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC).timestamp()
 
@@ -18,7 +18,7 @@ class Scraped:
     """A store with jobs in it, and what is scraped of it at a time of day."""
 
     def __init__(self) -> None:
-        self.store, self.now = Store(), NOON
+        self.store, self.now = ObjectCache(), NOON
         self._registry = CollectorRegistry()
         self._registry.register(JobsCollector(self.store, lambda: self.now))
         self._version = 0
@@ -220,6 +220,6 @@ def test_a_job_whose_status_nobody_wrote_yet_is_pending(scraped):
 def test_labels_are_those_of_the_catalogue(scraped):
     scraped.job(status={"state": "Running", "attempts": [attempt(runningTime="2026-01-01T11:50:00Z")]})
     for family in scraped._registry.collect():
-        assert OPERATOR[family.name].kind is not Kind.HISTOGRAM
+        assert OPERATOR[family.name].kind is not MetricKind.HISTOGRAM
         for sample in family.samples:
             assert tuple(sample.labels) == OPERATOR[family.name].labels

@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 
-from qlora_operator.state.cache import Store
+from qlora_operator.state.cache import ObjectCache
 from qlora_operator.state.observed import NotOwnedError
 
 UID, KEY = "uid-of-the-job", ("team", "job")
@@ -47,7 +47,7 @@ def pod(*owners, name="pod", **more):
 
 @pytest.fixture
 def store():
-    made = Store()
+    made = ObjectCache()
     made.take_job(qlora_job())
     made.take_child(child())
     return made
@@ -85,7 +85,7 @@ def test_a_pod_with_the_labels_alone_is_not(store, forged):
     ],
 )
 def test_a_job_that_the_job_does_not_control_is_not_its_child(forged):
-    store = Store()
+    store = ObjectCache()
     store.take_job(qlora_job())
     with pytest.raises(NotOwnedError):
         store.take_child(forged)
@@ -93,7 +93,7 @@ def test_a_job_that_the_job_does_not_control_is_not_its_child(forged):
 
 
 def test_a_job_of_an_earlier_job_of_the_same_name_is_not_its_child():
-    store = Store()
+    store = ObjectCache()
     store.take_job(qlora_job())
     store.take_child(child({**QLORA_JOB, "uid": "uid-of-an-earlier-one"}))
     assert store[KEY].own_children() == ()
@@ -104,7 +104,7 @@ def test_pods_outlive_their_job_and_are_known_by_what_status_recorded_of_it(stor
     store.drop_child(child())
     store.take_job(qlora_job(2))
     assert len(store[KEY].own_pods()) == 1
-    begun = Store()  # an operator that starts when the Job is gone already
+    begun = ObjectCache()  # an operator that starts when the Job is gone already
     begun.take_pod(pod(CHILD))
     begun.take_job(qlora_job())
     assert begun[KEY].own_pods() == ()

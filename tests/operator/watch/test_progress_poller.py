@@ -10,7 +10,7 @@ import pytest
 from cluster.waits import eventually
 from operator_builders import pod
 from qlora_operator.kube.bounded_reads import TooLargeError
-from qlora_operator.state.cache import Store
+from qlora_operator.state.cache import ObjectCache
 from qlora_operator.state.reports import ReportError
 from qlora_operator.watch.progress_poller import ProgressPoller, ask_progress, progress_session
 from services.hostile import REPORT, HostileRank, answers, http, report
@@ -100,7 +100,7 @@ def test_what_one_pod_answers_ends_no_round_and_the_others_are_heard():
         assert not running.done()
         running.cancel()
 
-    store = Store()
+    store = ObjectCache()
     other = f"{ADDRESS[:-1]}6"
     with HostileRank(ADDRESS, 0, answers("127.0.0.1:1")[:60]) as bad, HostileRank(other, bad.port, [report()]) as good:
         reconciler = Reconciler({hostile: pod(ip=ADDRESS), honest: pod(uid="other", ip=other)})

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_trainer.engine.loss_scale import GROWTH_STEPS, INITIAL, SMALLEST, LossScale
 from qlora_trainer.errors import NonFiniteLossError
-from qlora_trainer.training.context import Run
+from qlora_trainer.training.context import RunState
 from qlora_trainer.training.train import next_loss_scale
 
 
@@ -41,30 +41,30 @@ def test_the_scale_never_falls_below_its_smallest():
 @pytest.mark.parametrize("split", [0, 1, 7, 2003])
 def test_a_run_taken_from_a_checkpoint_goes_on_with_the_same_scale(split):
     outcomes = [False, True, True, False] + [True] * 2500
-    whole = Run(step=5, loss_scale=after_steps(LossScale(), outcomes))
-    stopped = Run(step=5, loss_scale=after_steps(LossScale(), outcomes[:split]))
-    resumed = Run.from_meta(stopped.meta)
+    whole = RunState(step=5, loss_scale=after_steps(LossScale(), outcomes))
+    stopped = RunState(step=5, loss_scale=after_steps(LossScale(), outcomes[:split]))
+    resumed = RunState.from_meta(stopped.meta)
     assert after_steps(resumed.loss_scale, outcomes[split:]) == whole.loss_scale
 
 
 def test_the_state_of_an_older_version_is_read_and_what_a_newer_one_adds_is_left_out():
-    older = {name: value for name, value in Run(step=3).meta.items() if name != "loss_scale"}
-    assert Run.from_meta(older) == Run(step=3)
-    assert Run.from_meta({**older, "of_a_newer_version": 1}) == Run(step=3)
+    older = {name: value for name, value in RunState(step=3).meta.items() if name != "loss_scale"}
+    assert RunState.from_meta(older) == RunState(step=3)
+    assert RunState.from_meta({**older, "of_a_newer_version": 1}) == RunState(step=3)
 
 
 def test_a_finite_step_goes_on():
-    assert next_loss_scale(LossScale(), 2.0, 0.5, Run()).finite_steps == 1
+    assert next_loss_scale(LossScale(), 2.0, 0.5, RunState()).finite_steps == 1
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(2.0, math.inf), (math.nan, math.nan), (math.inf, math.inf)])
 def test_one_overflow_is_no_non_finite_loss(loss, norm):
-    assert next_loss_scale(LossScale(), loss, norm, Run()).skipped_steps == 1
+    assert next_loss_scale(LossScale(), loss, norm, RunState()).skipped_steps == 1
 
 
 @pytest.mark.parametrize(("loss", "norm", "what"), [(math.nan, math.nan, "loss"), (2.0, math.inf, "gradient norm")])
 def test_overflows_end_the_attempt_when_the_scale_cannot_fall_any_more(loss, norm, what):
-    scale, run = LossScale(), Run(step=4)
+    scale, run = LossScale(), RunState(step=4)
     while not scale.is_smallest:
         scale = next_loss_scale(scale, loss, norm, run)
     assert scale.skipped_steps == math.log2(INITIAL)
@@ -74,4 +74,4 @@ def test_overflows_end_the_attempt_when_the_scale_cannot_fall_any_more(loss, nor
 
 def test_a_loss_that_overflows_alone_is_not_skipped_over():
     with pytest.raises(NonFiniteLossError, match="the loss of step 1 is inf"):
-        next_loss_scale(LossScale(), math.inf, 0.5, Run())
+        next_loss_scale(LossScale(), math.inf, 0.5, RunState())

@@ -10,7 +10,7 @@ import torch
 
 from qlora_trainer.engine.deepspeed_engine import apply_update
 from qlora_trainer.errors import NonFiniteLossError
-from qlora_trainer.training.context import Run
+from qlora_trainer.training.context import RunState
 from qlora_trainer.training.train import check_finite
 
 
@@ -39,7 +39,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_does_not_stay(gradien
 
 
 def test_the_attempt_ends_with_what_was_not_finite_and_its_step():
-    run = Run(step=4)
+    run = RunState(step=4)
     check_finite("gradient norm", 3.0, run)
     with pytest.raises(NonFiniteLossError, match="the gradient norm of step 5 is inf: the update was not applied"):
         check_finite("gradient norm", math.inf, run)

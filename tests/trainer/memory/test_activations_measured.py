@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from memory_models import CONFIGS, save_models
 from qlora_api.spec import LoRASpec, QuantizationSpec
-from qlora_memory import Adapter, model_shape
+from qlora_memory import AdapterShape, model_shape
 from qlora_memory.activations.forward_backward import activations
-from qlora_memory.activations.setting import Setting
+from qlora_memory.activations.setting import ForwardSetting
 from qlora_trainer.model.base_model import add_lora, enable_gradient_checkpointing, load_base
 from qlora_trainer.model.loss import NextTokenLoss, call_arguments, head_is_plain
 from random_rows import flatten, random_rows
@@ -64,7 +64,7 @@ def build(models, name, lora, quantization, checkpointing):
 
 def predicted(models, name, lora, quantization, checkpointing, rows):
     shape = model_shape(json.loads((models / name / "config.json").read_text()))
-    setting = Setting(Adapter(shape, lora), quantization, rows, cuda=False, targets=sum(rows) - len(rows))
+    setting = ForwardSetting(AdapterShape(shape, lora), quantization, rows, cuda=False, targets=sum(rows) - len(rows))
     return activations(shape, setting, checkpointing=checkpointing), shape, setting
 
 

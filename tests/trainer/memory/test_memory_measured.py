@@ -12,7 +12,7 @@ import pytest
 
 from memory_models import CONFIGS, save_models
 from qlora_api.spec import LoRASpec, Optimizer, ParallelismSpec, QuantizationSpec
-from qlora_memory import Adapter, Moment, Run, estimate, model_shape, tensor_infos
+from qlora_memory import AdapterShape, EstimateInput, Moment, estimate, model_shape, tensor_infos
 from qlora_memory.optimizer import checkpoint_bytes, partitions, training_state
 from qlora_trainer.model.attention import PROVEN
 from qlora_trainer.model.base_model import add_lora, linear_layers, meta_model
@@ -106,10 +106,10 @@ def near(predicted, measured):
 
 def compare(case, seen, models, ranks):
     shape = shape_of(models, case["model"])
-    adapter = Adapter(shape, LoRASpec.model_validate(case.get("lora", {})))
+    adapter = AdapterShape(shape, LoRASpec.model_validate(case.get("lora", {})))
     sharing = ParallelismSpec.model_validate(case.get("parallelism", {}))
     optimizer = Optimizer(case.get("training", {}).get("optimizer", "PagedAdamW8Bit"))
-    run = Run(
+    run = EstimateInput(
         shape=shape,
         lora=adapter.lora,
         quantization=QuantizationSpec.model_validate(case.get("quantization", {})),
@@ -189,7 +189,7 @@ def test_adapters_are_where_the_trainer_puts_them(name, targets, models):
     lora = LoRASpec(target_modules=targets, rank=3)
     adapted = add_lora(meta_model(models / name), lora, seed=1)
     placed = {n.removeprefix("base_model.model.") for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
-    adapter = Adapter(shape_of(models, name), lora)
+    adapter = AdapterShape(shape_of(models, name), lora)
     assert adapter.names == placed
     assert adapter.parameters == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 

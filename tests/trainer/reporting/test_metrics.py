@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_api.batch import split_batch
 from qlora_api.contract import JobRef, TrainerConfig
-from qlora_api.metrics_catalogue import TRAINER, Kind
+from qlora_api.metrics_catalogue import TRAINER, MetricKind
 from qlora_api.spec import QLoRAJobSpec
 from qlora_trainer.model.flops import flops_per_token
 from qlora_trainer.model.loading import counted_weights
@@ -192,7 +192,7 @@ def test_sections_are_a_counter_of_the_catalogue(clock):
     made.enter("Train")
     clock.value += 3
     (family,) = registry.collect()
-    assert family.type == Kind.COUNTER.value
+    assert family.type == MetricKind.COUNTER.value
     assert registry.get_sample_value(
         "qlora_section_seconds_total", {"job": "one", "namespace": "team", "rank": "0", "section": "Train"}
     ) == pytest.approx(3)

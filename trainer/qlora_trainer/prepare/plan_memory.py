@@ -14,7 +14,7 @@ from qlora_api.errors import FieldError
 from qlora_memory import (
     GPUS,
     NoFit,
-    Request,
+    PlanRequest,
     check_gpu,
     cost,
     does_not_fit,
@@ -92,7 +92,7 @@ def _planned(config: TrainerConfig, shape: ModelShape | None, gpu: Gpu | None, r
         rows = (longest_of(config, receipt),) * config.batch.micro_batch_size
         memory = predicted(config, shape, rows) if shape else {}
         return Planned(config.batch, config.gradient_checkpointing, memory, None)
-    request = Request(
+    request = PlanRequest(
         spec=config.spec,
         shape=shape,
         gpu=gpu,

@@ -27,7 +27,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, make_wsgi_app
 
 from qlora_api.contract import ProgressReport, RankActivity, SectionProgress, TrainerConfig
-from qlora_api.metrics_catalogue import TRAINER, Kind, Metric
+from qlora_api.metrics_catalogue import TRAINER, Metric, MetricKind
 from qlora_api.status import Memory, MemoryComponent
 from qlora_memory.gpus import known_gpu
 from qlora_trainer.liveness import heartbeat
@@ -56,7 +56,7 @@ _BEATS = {
     "Publish": Beats.PUBLISH,
     "Done": Beats.DONE,
 }
-_KINDS: dict[Kind, Any] = {Kind.GAUGE: Gauge, Kind.COUNTER: Counter, Kind.HISTOGRAM: Histogram}
+_KINDS: dict[MetricKind, Any] = {MetricKind.GAUGE: Gauge, MetricKind.COUNTER: Counter, MetricKind.HISTOGRAM: Histogram}
 _PCIE = {"receive": "NVML_PCIE_UTIL_RX_BYTES", "transmit": "NVML_PCIE_UTIL_TX_BYTES"}
 
 
@@ -207,7 +207,7 @@ class MetricsRecorder:
 
 
 def _make(metric: Metric, registry: CollectorRegistry) -> Any:
-    more = {"buckets": metric.buckets} if metric.kind is Kind.HISTOGRAM else {}
+    more = {"buckets": metric.buckets} if metric.kind is MetricKind.HISTOGRAM else {}
     return _KINDS[metric.kind](metric.name, metric.meaning, metric.labels, registry=registry, **more)
 
 

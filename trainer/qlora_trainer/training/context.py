@@ -42,7 +42,7 @@ class StopFlag:
 
 
 @dataclass
-class Run:
+class RunState:
     """State of the training; all of it is in a checkpoint's ``meta``."""
 
     step: int = 0
@@ -66,7 +66,7 @@ class Run:
         return asdict(self)
 
     @classmethod
-    def from_meta(cls, meta: dict[str, Any]) -> Run:
+    def from_meta(cls, meta: dict[str, Any]) -> RunState:
         """Read what :attr:`meta` wrote; an older version wrote fewer fields, a newer one may write more."""
         known = {f.name: meta[f.name] for f in fields(cls) if f.name in meta}
         if known.get("loss_scale") is not None:

@@ -19,10 +19,10 @@ from qlora_trainer.publish.merge_adapter import merge
 from qlora_trainer.publish.publisher import PublishFacts, publish
 from qlora_trainer.reporting.training_history import PUBLISHED_FILE
 from qlora_trainer.storage.authentication import Authenticator
-from qlora_trainer.training.context import Run, TrainingContext
+from qlora_trainer.training.context import RunState, TrainingContext
 
 
-def publish_run(trainer: TrainingContext, run: Run) -> Adapter:
+def publish_run(trainer: TrainingContext, run: RunState) -> Adapter:
     """Publish the best checkpoint by eval loss, or the last one where nothing was evaluated. Rank 0 alone calls it."""
     config, prepared = trainer.config, trainer.prepared
     chosen = trainer.checkpoints.chosen()

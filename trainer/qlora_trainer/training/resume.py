@@ -17,12 +17,12 @@ from qlora_trainer.engine.loss_scale import LossScale
 from qlora_trainer.errors import CheckpointError, UserError
 from qlora_trainer.publish.environment import environment
 from qlora_trainer.reporting.training_history import HISTORY_FILE
-from qlora_trainer.training.context import Run, TrainingContext
+from qlora_trainer.training.context import RunState, TrainingContext
 
 log = logging.getLogger(__name__)
 
 
-def save(trainer: TrainingContext, run: Run, *, with_eval: bool) -> None:
+def save(trainer: TrainingContext, run: RunState, *, with_eval: bool) -> None:
     """Write a checkpoint: every rank its files, rank 0 the marker when all are there. A collective."""
     ranks, store, engine = trainer.ranks, trainer.checkpoints, trainer.engine
     if run.saved_at == run.step:  # an attempt before saved it, and was stopped before its evaluation
@@ -64,17 +64,17 @@ def save(trainer: TrainingContext, run: Run, *, with_eval: bool) -> None:
     trainer.board.save_took(trainer.saved_at[0] - start)
 
 
-def resume_or_start(trainer: TrainingContext) -> Run:
+def resume_or_start(trainer: TrainingContext) -> RunState:
     """Take up the newest checkpoint that is whole, or start at step 0. A collective."""
     ranks, checkpoint = trainer.ranks, trainer.resumes
     scaled = trainer.config.spec.quantization.compute_type is ComputeType.FLOAT16
     if checkpoint is None:
         note_attempt(trainer, 0)
-        return Run(loss_scale=LossScale() if scaled else None)
+        return RunState(loss_scale=LossScale() if scaled else None)
     check_fits(checkpoint, trainer)
     engine_state.load_adapter_tensors(trainer.model, unpack_tensors(checkpoint.read(engine_state.ADAPTER_FILE)))
     engine_state.load_optimizer_tensors(trainer.engine, own_shard(checkpoint, trainer))
-    run = Run.from_meta(checkpoint.meta["run"])
+    run = RunState.from_meta(checkpoint.meta["run"])
     trainer.board.update(
         step=run.step, first_step=run.step, eval_loss=as_text(run.eval_loss), best_eval_loss=as_text(run.best_eval_loss)
     )

@@ -25,20 +25,20 @@ from qlora_trainer.model.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from qlora_trainer.training.context import Run, TrainingContext
+    from qlora_trainer.training.context import RunState, TrainingContext
 
 NEW_TOKENS = 64
 """Of an answer at most."""
 log = logging.getLogger(__name__)
 
 
-def answer_before(trainer: TrainingContext, run: Run) -> None:
+def answer_before(trainer: TrainingContext, run: RunState) -> None:
     """Have the base answer, B being zero before the first step. A collective."""
     if run.step == 0:
         answer(trainer, "base")
 
 
-def answer_after(trainer: TrainingContext, run: Run) -> None:
+def answer_after(trainer: TrainingContext, run: RunState) -> None:
     """Have the adapter answer that will be published, whose weights the model then has. A collective."""
     if not trainer.config.spec.training.evaluation.prompts:
         return

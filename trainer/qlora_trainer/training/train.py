@@ -26,7 +26,7 @@ from qlora_trainer.liveness.heartbeat import Section
 from qlora_trainer.liveness.watchdog import Limits
 from qlora_trainer.reporting.metrics import MetricsRecorder, peak_bytes, serve
 from qlora_trainer.reporting.rank_exit import LastSeen, progress_of
-from qlora_trainer.training.context import Run, StopFlag, TrainingContext, build
+from qlora_trainer.training.context import RunState, StopFlag, TrainingContext, build
 from qlora_trainer.training.finish import publish_run
 from qlora_trainer.training.peak_memory_probe import expected_seconds, probe_peak_memory
 from qlora_trainer.training.resume import resume_or_start, save
@@ -85,7 +85,7 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
     return message.model_copy(update={"adapter": adapter})
 
 
-def preempt(trainer: TrainingContext, run: Run) -> NoReturn:
+def preempt(trainer: TrainingContext, run: RunState) -> NoReturn:
     """End the attempt as was asked for, with a checkpoint of where it stands. A collective.
 
     Raises:
@@ -101,7 +101,7 @@ def preempt(trainer: TrainingContext, run: Run) -> NoReturn:
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 
-def train_step(trainer: TrainingContext, run: Run, steps: Iterator[Step]) -> bool:
+def train_step(trainer: TrainingContext, run: RunState, steps: Iterator[Step]) -> bool:
     """One optimizer step over the global batch. Returns whether any rank was told to stop.
 
     Raises:
@@ -146,7 +146,7 @@ def train_step(trainer: TrainingContext, run: Run, steps: Iterator[Step]) -> boo
     return bool(stopping)
 
 
-def check_finite(what: str, value: float, run: Run) -> None:
+def check_finite(what: str, value: float, run: RunState) -> None:
     """End the attempt where a value that all ranks have the same is not finite.
 
     Raises:
@@ -160,7 +160,7 @@ def check_finite(what: str, value: float, run: Run) -> None:
         )
 
 
-def next_loss_scale(before: LossScale, loss: float, norm: float, run: Run) -> LossScale:
+def next_loss_scale(before: LossScale, loss: float, norm: float, run: RunState) -> LossScale:
     """Return the loss scale after a float16 step; an overflow, whose update was left out, is counted and halves it.
 
     Raises:
@@ -183,9 +183,16 @@ def next_loss_scale(before: LossScale, loss: float, norm: float, run: Run) -> Lo
 
 
 def show_step(
-    trainer: TrainingContext, run: Run, step: Step, loss: float, rate: float, norm: float, seconds: float, waited: float
+    trainer: TrainingContext,
+    run: RunState,
+    step: Step,
+    loss: float,
+    rate: float,
+    norm: float,
+    seconds: float,
+    waited: float,
 ) -> None:
-    """Put a step's figures on the board."""
+    """Record a step's metrics."""
     board, scaling = trainer.board, run.loss_scale
     board.step_took(seconds)
     board.add("qlora_tokens", step.tokens)
@@ -234,8 +241,8 @@ def show_step(
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate_now(trainer: TrainingContext, run: Run) -> float | None:
-    """Mean loss of the held-out rows, shown on the board; None where a stop was asked for. A collective."""
+def evaluate_now(trainer: TrainingContext, run: RunState) -> float | None:
+    """Mean loss of the held-out rows, recorded as a metric; None where a stop was asked for. A collective."""
     data = trainer.data
     assert data.eval is not None
     assert data.eval_packs is not None
@@ -258,14 +265,14 @@ def evaluate_now(trainer: TrainingContext, run: Run) -> float | None:
     return loss
 
 
-def evaluation_due(trainer: TrainingContext, run: Run) -> bool:
+def evaluation_due(trainer: TrainingContext, run: RunState) -> bool:
     """Before the first step, every so many steps, and after the last; not twice at the same step."""
     if trainer.data.eval is None or run.evaluated_at == run.step:
         return False
     return run.step % trainer.steps_between_evaluations == 0 or run.step == trainer.total_steps
 
 
-def take_evaluation(trainer: TrainingContext, run: Run) -> bool:
+def take_evaluation(trainer: TrainingContext, run: RunState) -> bool:
     """Evaluate; True when the adapter is the best so far. Before the first step it is the base that is evaluated."""
     loss = evaluate_now(trainer, run)
     if loss is None:
@@ -278,7 +285,7 @@ def take_evaluation(trainer: TrainingContext, run: Run) -> bool:
     return run.note(loss)
 
 
-def out_of_patience(trainer: TrainingContext, run: Run) -> bool:
+def out_of_patience(trainer: TrainingContext, run: RunState) -> bool:
     patience = trainer.config.spec.training.evaluation.patience
     return patience is not None and run.evaluations_without_gain >= patience
 
@@ -290,7 +297,7 @@ def minutes_are_up(trainer: TrainingContext) -> bool:
     return time.monotonic() - trainer.saved_at[0] > 60 * trainer.config.spec.checkpoint.every_minutes
 
 
-def checkpoint_due(trainer: TrainingContext, run: Run) -> bool:
+def checkpoint_due(trainer: TrainingContext, run: RunState) -> bool:
     """The same on all ranks: by steps, at the end, or when rank 0's clock said so (``train_step``)."""
     if run.step in (0, run.saved_at):
         return False
@@ -298,7 +305,7 @@ def checkpoint_due(trainer: TrainingContext, run: Run) -> bool:
     return by_clock or run.step % trainer.steps_between_checkpoints == 0 or run.step == trainer.total_steps
 
 
-def finished(trainer: TrainingContext, run: Run) -> TerminationMessage:
+def finished(trainer: TrainingContext, run: RunState) -> TerminationMessage:
     """The termination message of a job that succeeded, with the largest memory over the ranks. A collective."""
     memory = trainer.board.report.memory
     measured = memory.measured

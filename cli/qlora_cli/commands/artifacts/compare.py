@@ -35,7 +35,7 @@ def compare(
         if output is Form.NAME:
             sys.stdout.writelines(f"{out.name_of(each.body)}\n" for each in found)
             return
-        columns = [comparing.Column(each.view, each.body.get("spec") or {}) for each in found]
+        columns = [comparing.ComparedJob(each.view, each.body.get("spec") or {}) for each in found]
         if output is not Form.TEXT:
             out.write_plain(comparing.as_plain(columns, every=every), output)
             return

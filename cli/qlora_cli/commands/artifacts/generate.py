@@ -62,6 +62,6 @@ def generate(
         from qlora_cli.local.trainer_process import Commands
 
         models = asking.choose_models(adapter, run, runs_dir, base, merged)
-        options = asking.Options(asking.prompts(prompt or (), prompts_file), max_new_tokens, sample, raw)
+        options = asking.GenerateOptions(asking.prompts(prompt or (), prompts_file), max_new_tokens, sample, raw)
         code = asking.generate(models, options, run_view.console(), Commands(), runs_dir / run if run else None)
     raise typer.Exit(code)

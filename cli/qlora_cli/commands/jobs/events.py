@@ -32,7 +32,7 @@ def events(
         target = Target(kubeconfig, context, namespace)
         with connect(target) as cluster:
             get_job(cluster, job)
-            family, screen = happened.Family(job), out.console()
+            family, screen = happened.JobObjects(job), out.console()
             if follow:
                 for event in happened.follow(cluster, family):
                     screen.print(happened.line(event), soft_wrap=True)

@@ -43,7 +43,7 @@ def watch_jobs(
     with connect(target) as cluster:
         for name in names:
             get_job(cluster, name)
-        events = watching.start(cluster, watching.Request(names, selector, everywhere))
+        events = watching.start(cluster, watching.WatchRequest(names, selector, everywhere))
         board = watching.WatchedJobs(frozenset(names))
         place = "all namespaces" if everywhere else f"namespace {cluster.namespace}"
         title = f"{place}{f' · {cluster.context}' if cluster.context else ''}"

@@ -51,7 +51,7 @@ def plan(
 
         from qlora_cli.memory_plan import plan_job as planning
 
-        asked = planning.Options(gpu, gpus, price, tokens, what_if, model_config)
+        asked = planning.PlanOptions(gpu, gpus, price, tokens, what_if, model_config)
         answered = planning.answer(job, asked, tuple(overrides or ()))
         if output is Output.JSON:
             typer.echo(json.dumps(planning.as_dict(answered), indent=2))
