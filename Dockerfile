@@ -83,6 +83,7 @@ RUN /opt/uv/bin/uv pip install --quiet --no-deps --requirements trainer.txt \
     && python -m compileall -q -j 0 --invalidation-mode unchecked-hash -x /torch/testing/ /opt/venv
 COPY api/qlora_api /opt/qlora/qlora_api
 COPY memory/qlora_memory /opt/qlora/qlora_memory
+COPY storage/qlora_storage /opt/qlora/qlora_storage
 COPY trainer/qlora_trainer /opt/qlora/qlora_trainer
 RUN python -m compileall -q --invalidation-mode unchecked-hash /opt/qlora
 

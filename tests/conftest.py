@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fixtures import s3, s3_server  # noqa: F401 fixtures
+from fixtures import place, s3, s3_server, tmpfs  # noqa: F401 fixtures
 
 # A shell starts a job in the background with SIGINT and SIGQUIT ignored, and nohup ignores SIGHUP. Children would
 # inherit that, and the tests of Ctrl-C would wait for an end that never comes.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -48,3 +50,28 @@ def use_s3(server: VersityGateway, monkeypatch: pytest.MonkeyPatch) -> str:
 def s3(s3_server: VersityGateway, monkeypatch: pytest.MonkeyPatch) -> str:
     """URI of an empty bucket, with the credentials in the environment."""
     return use_s3(s3_server, monkeypatch)
+
+
+@pytest.fixture(params=["folder", "s3"])
+def place(request, tmp_path):
+    """URI of an empty place: each test with it runs on a folder and on a real S3 server."""
+    return str(tmp_path / "store") if request.param == "folder" else request.getfixturevalue("s3") + "/a prefix"
+
+
+@pytest.fixture
+def tmpfs(tmp_path):
+    """Mounts file systems of a given size and mode below the test's folder, for real "disk full" and "read-only"."""
+    if os.geteuid() != 0:
+        skip_unless_ci("mounting a tmpfs needs root")
+
+    @contextmanager
+    def mounted(options):
+        folder = tmp_path / "mounted"
+        folder.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", folder], check=True)
+
+    return mounted

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 from huggingface_hub import HfApi, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is the HTTP library's own
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -29,7 +30,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported wi
     hf_raise_for_status,
 )
 
-from qlora_trainer.errors import StorageError, UserError
+from qlora_storage.errors import NotFoundError, StorageError, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 WAITS_SECONDS = (1, 2)
 """Between tries."""
+SECONDS = 60
+"""Longest wait for the next bytes of an answer."""
 DEFAULT_ENDPOINT = "https://huggingface.co"
 
 _SOURCE = re.compile(r"^hf://(?:datasets/)?(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<path>[^@]+))?$")
@@ -87,7 +90,7 @@ class HubFolder:
                 revision=self.commit,
                 local_dir=folder,
                 allow_patterns=[re.sub(r"([\[*?])", r"[\1]", name) for name in names],
-                endpoint=_endpoint(),
+                endpoint=endpoint(),
             ),
         )
 
@@ -95,21 +98,24 @@ class HubFolder:
         """Bytes [start, end) of a file, or fewer where it ends before; with its size.
 
         Raises:
+            NotFoundError: there is no such file.
             UserError: the Hub does not give them.
             StorageError: the Hub fails.
 
         """
         at = self.source
-        url = hf_hub_url(at.repo, name, repo_type=at.kind, revision=self.commit, endpoint=_endpoint())
+        url = hf_hub_url(at.repo, name, repo_type=at.kind, revision=self.commit, endpoint=endpoint())
         wanted = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
 
         def ask() -> tuple[bytes, int]:
-            with get_session().stream("GET", url, headers=wanted, follow_redirects=True) as answer:
+            with get_session().stream("GET", url, headers=wanted, follow_redirects=True, timeout=SECONDS) as answer:
+                if answer.status_code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # it ends before
+                    return b"", _size(answer.headers, part=True) or 0
                 hf_raise_for_status(answer)
                 part = answer.status_code == HTTPStatus.PARTIAL_CONTENT
                 size = _size(answer.headers, part=part)
                 if part and size is None:
-                    raise StorageError(f"{at.field}: {at.source}: {_endpoint()} does not say how large {name} is")
+                    raise StorageError(f"{at.field}: {at.source}: {endpoint()} does not say how large {name} is")
                 skip, body, seen = 0 if part else start, bytearray(), 0
                 for piece in answer.iter_bytes():  # a server may answer a range with the whole file
                     seen += len(piece)
@@ -173,13 +179,13 @@ def open_folder(source: HubSource, commit: str) -> HubFolder:
 
 def _info(source: HubSource, revision: str) -> ModelInfo | DatasetInfo:
     # The one request that carries both commit and names, and the one that the Hub's client does not repeat by itself.
-    api = HfApi(endpoint=_endpoint())
+    api = HfApi(endpoint=endpoint())
     if source.kind == "dataset":
         return _asked(source, lambda: api.dataset_info(source.repo, revision=revision), WAITS_SECONDS)
     return _asked(source, lambda: api.model_info(source.repo, revision=revision), WAITS_SECONDS)
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT
 
 
@@ -207,10 +213,10 @@ def _may_recover(error: Exception) -> bool:
     return isinstance(error, HTTPError | LocalEntryNotFoundError) and not isinstance(error, OfflineModeIsEnabled)
 
 
-def _translated(source: HubSource, error: Exception) -> UserError | StorageError:
-    secret = f"the Secret named by {source.field.rpartition('.')[0]}.credentials (with 'qlora run': the environment)"
+def _translated(source: HubSource, error: Exception) -> UserError | StorageError | NotFoundError:
+    secret = f"the Secret named by {source.field.rpartition('.')[0]}.credentials (on your machine: the environment)"
     text = without_queries(error)
-    page = f"{_endpoint()}/{'datasets/' if source.kind == 'dataset' else ''}{source.repo}"
+    page = f"{endpoint()}/{'datasets/' if source.kind == 'dataset' else ''}{source.repo}"
 
     def user(text: str) -> UserError:
         return UserError(source.field, source.source, text)
@@ -218,19 +224,23 @@ def _translated(source: HubSource, error: Exception) -> UserError | StorageError
     if isinstance(error, GatedRepoError):
         return user(f"is gated: accept its terms at {page}, and put an HF_TOKEN that may read it into {secret}")
     if isinstance(error, RepositoryNotFoundError):
-        return user(f"is not a {source.kind} on {_endpoint()}, or a private one: then put an HF_TOKEN into {secret}")
+        return user(f"is not a {source.kind} on {endpoint()}, or a private one: then put an HF_TOKEN into {secret}")
     if isinstance(error, RevisionNotFoundError):
         return user(f"has no revision {source.revision}; {page}/commits/main lists them")
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        return NotFoundError(source.source)
     if isinstance(error, HFValidationError):
         return user(f"is not a name the Hub knows: {text}")
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
+        if status == HTTPStatus.NOT_FOUND:  # of a mirror that gives no X-Error-Code
+            return NotFoundError(source.source)
         if status in (401, 403):
             return user(f"may not be read with this HF_TOKEN ({status}); check it in {secret}")
-        return StorageError(f"{source.field}: {source.source}: {_endpoint()} answers {status}: {text}")
+        return StorageError(f"{source.field}: {source.source}: {endpoint()} answers {status}: {text}")
     if isinstance(error, HTTPError | LocalEntryNotFoundError | OfflineModeIsEnabled):
         return user(
-            f"cannot be fetched, {_endpoint()} is out of reach from here ({type(error).__name__}): allow the way out, "
+            f"cannot be fetched, {endpoint()} is out of reach from here ({type(error).__name__}): allow the way out, "
             "or copy the files to s3://, gs://, az:// or pvc:// and name that"
         )
     return StorageError(f"{source.field}: {source.source}: cannot be written to the cache: {text}")

@@ -16,23 +16,17 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
-from qlora_trainer.errors import StorageError, UserError
-from qlora_trainer.storage.backends import (
-    CHUNK_BYTES,
-    Backend,
-    BucketBackend,
-    Entry,
-    Fault,
-    FaultKind,
-    FolderBackend,
-    bucket_fault,
-)
+from qlora_storage.backend import CHUNK_BYTES, Backend, Entry, Fault, FaultKind
+from qlora_storage.errors import AlreadyExistsError, NotFoundError, StorageError, UserError
+from qlora_storage.folders import FolderBackend
 
 if TYPE_CHECKING:
     import builtins
     from collections.abc import Callable, Iterator
 
 __all__ = [
+    "BUCKET_SCHEMES",
+    "PVC_MOUNT",
     "AlreadyExistsError",
     "Entry",
     "NotFoundError",
@@ -53,17 +47,6 @@ LONGEST_WAIT_SECONDS = 15.0
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-
-class NotFoundError(KeyError):
-    """No object under this key."""
-
-    def __str__(self) -> str:
-        return f"{self.args[0]}: not found"
-
-
-class AlreadyExistsError(Exception):
-    """A create-only write found the key taken: by another writer, or by itself where an earlier answer was lost."""
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -109,7 +92,7 @@ def open_store(uri: str, field: str, patience_seconds: float = PATIENCE_SECONDS)
     Args:
         uri: ``s3://bucket/prefix``, ``gs://``, ``az://container/prefix``, ``pvc://claim/path``, or a local folder as
             ``/path``, ``./path`` or ``file:///path``.
-        field: path of the manifest's field, for messages.
+        field: path of the manifest's field, for messages; empty where no manifest names the place.
         patience_seconds: how long to repeat what may go away by itself.
 
     Raises:
@@ -122,13 +105,15 @@ def open_store(uri: str, field: str, patience_seconds: float = PATIENCE_SECONDS)
         return Store(FolderBackend(folder), str(folder), field, patience_seconds)
     if scheme == "pvc":
         return Store(FolderBackend(PVC_MOUNT / place), f"pvc://{place}", field, patience_seconds)
-    if scheme not in ("s3", "gs", "az"):
+    if scheme not in BUCKET_SCHEMES:
         raise UserError(field, uri, "must start with s3://, gs://, az:// or pvc://, or be a local folder")
+    from qlora_storage.buckets import BucketBackend, bucket_fault  # noqa: PLC0415 obstore is for buckets alone
+
     bucket, _, prefix = place.partition("/")
     try:
         backend = BucketBackend(scheme, bucket, prefix)
     except BucketBackend.errors as error:
-        raise UserError(field, uri, f"cannot be opened: {bucket_fault(error).words}. {_remedy(uri, field)}") from error
+        raise _user_error(uri, field, f"cannot be opened: {bucket_fault(error).words}") from error
     return Store(backend, f"{scheme}://{place}", field, patience_seconds)
 
 
@@ -294,17 +279,24 @@ class Store:
             case FaultKind.EXISTS:
                 return AlreadyExistsError(self.uri(key))
             case FaultKind.USER:
-                return UserError(self.field, self._root, f"{fault.words}. {_remedy(self._root, self.field)}")
+                return _user_error(self._root, self.field, fault.words)
             case FaultKind.TRANSIENT:
                 return StorageError(f"cannot {doing}: tried for {self._patience_seconds:.0f} s: {fault.words}")
             case FaultKind.FINAL:
                 return StorageError(f"cannot {doing}: {fault.words}")
 
 
+def _user_error(uri: str, field: str, words: str) -> UserError:
+    allowed = f"{words}. {_remedy(uri, field)}"
+    return UserError(field, uri, allowed) if field else UserError(uri, None, allowed)
+
+
 def _remedy(uri: str, field: str) -> str:
     """Say what the user can do about a place that does not let us in."""
     group = field.rpartition(".")[0].replace("dataset.eval", "dataset.train")
-    secret = f"the Secret named by {group}.credentials (with 'qlora run': the environment)"
+    secret = (
+        f"the Secret named by {group}.credentials (on your machine: the environment)" if field else "the environment"
+    )
     match uri.partition("://")[0]:
         case "s3":
             return (

@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from fixtures import use_s3
-from qlora_trainer.errors import StorageError, UserError
-from qlora_trainer.storage.backends import CHUNK_BYTES, BucketBackend, create_without_links
-from qlora_trainer.storage.object_store import (
+from qlora_storage.backend import CHUNK_BYTES
+from qlora_storage.buckets import BucketBackend
+from qlora_storage.errors import StorageError, UserError
+from qlora_storage.folders import create_without_links
+from qlora_storage.object_store import (
     AlreadyExistsError,
     NotFoundError,
     Store,

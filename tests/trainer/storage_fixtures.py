@@ -1,9 +1,6 @@
-"""Places to store in, and small models and adapters with nothing but files."""
+"""Small models and adapters with nothing but files."""
 
 import json
-import os
-import subprocess
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -12,7 +9,6 @@ from peft import LoraConfig
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
-from fixtures import skip_unless_ci
 from qlora_api.contract import JobRef
 from qlora_api.spec import QLoRAJobSpec
 from qlora_trainer.publish.adapter_manifest import PublishFacts
@@ -21,31 +17,6 @@ torch.set_num_threads(1)
 
 UID = "3f2a9c01-5d7e-4a53-9f2f-8a1f6f1f0001"
 BASE_LAYERS = tuple(f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj"))
-
-
-@pytest.fixture(params=["folder", "s3"])
-def place(request, tmp_path):
-    """URI of an empty place: each test with it runs on a folder and on a real S3 server."""
-    return str(tmp_path / "store") if request.param == "folder" else request.getfixturevalue("s3") + "/a prefix"
-
-
-@pytest.fixture
-def tmpfs(tmp_path):
-    """Mounts file systems of a given size and mode below the test's folder, for real "disk full" and "read-only"."""
-    if os.geteuid() != 0:
-        skip_unless_ci("mounting a tmpfs needs root")
-
-    @contextmanager
-    def mounted(options):
-        folder = tmp_path / "mounted"
-        folder.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
-        try:
-            yield folder
-        finally:
-            subprocess.run(["umount", folder], check=True)
-
-    return mounted
 
 
 @pytest.fixture

@@ -19,31 +19,22 @@ that timed out 44, one whose connection broke 49, all else 1.
 from __future__ import annotations
 
 from qlora_api.contract import ExitCode
-from qlora_api.errors import FieldError
+from qlora_storage.errors import JobError, StorageError, UserError
 
+__all__ = [
+    "AdapterRejectedError",
+    "CheckpointError",
+    "NonFiniteLossError",
+    "PeerLostError",
+    "PreemptedError",
+    "StalledError",
+    "StorageError",
+    "TrainerError",
+    "UserError",
+]
 
-class TrainerError(Exception):
-    """Ends the attempt with ``exit_code``; ``str()`` is one paragraph for a person."""
-
-    exit_code = ExitCode.CRASHED
-
-
-class UserError(TrainerError):
-    """An error only the user can mend.
-
-    Args:
-        field: path in the manifest, such as ``spec.lora.targetModules``.
-        value: what stands there.
-        allowed: what may stand there, or what to do; completes the sentence ``field: "value" …``.
-
-    """
-
-    exit_code = ExitCode.USER_ERROR
-
-    def __init__(self, field: str, value: object, allowed: str) -> None:
-        self.arguments = (field, None if value is None else str(value), allowed)
-        self.error = FieldError(field, value, allowed)
-        super().__init__(str(self.error))
+TrainerError = JobError
+"""Its kinds :class:`UserError` and :class:`StorageError` are raised below the trainer too, in ``qlora_storage``."""
 
 
 class PreemptedError(TrainerError):
@@ -60,10 +51,6 @@ class NonFiniteLossError(TrainerError):
 
 class CheckpointError(TrainerError):
     exit_code = ExitCode.CHECKPOINT_UNREADABLE
-
-
-class StorageError(TrainerError):
-    exit_code = ExitCode.STORAGE_FAILED
 
 
 class AdapterRejectedError(TrainerError):

@@ -18,13 +18,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from qlora_api.spec import DatasetSpec
+from qlora_storage.object_store import open_store, sha256_bytes
 from qlora_trainer.data.formats import Encoder
 from qlora_trainer.errors import TrainerError
 from qlora_trainer.model.hardware import fast_dtype
 from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.reporting.rank_exit import quiet_libraries
 from qlora_trainer.storage.fetch import fetch_model
-from qlora_trainer.storage.object_store import open_store, sha256_bytes
 
 
 def complete(model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int, *, sample: bool) -> str:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from qlora_cli.artifacts.storage import ENDPOINTS
 from qlora_cli.kube.names import core_path
+from qlora_storage.environment import ENDPOINTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

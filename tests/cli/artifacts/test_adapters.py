@@ -163,14 +163,8 @@ def test_what_is_not_there_and_what_is_not_let_in_is_said(call, s3, monkeypatch)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     denied = call("verify", f"{s3}/nothing/manifest.json")
     assert denied.exit_code == 40
-    assert "the environment counts: AWS_ACCESS_KEY_ID" in denied.stderr
+    assert "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY" in denied.stderr
     assert len(denied.stderr.splitlines()) == 1
-
-
-def test_without_obstore_it_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "obstore", None)
-    with pytest.raises(storage.StorageError, match=r"pip install 'qlora-operator\[storage\]'"):
-        storage.open_folder("s3://bucket/x")
 
 
 @pytest.mark.parametrize(
@@ -183,6 +177,7 @@ def test_places_that_are_out_of_reach(uri, message):
 
 def test_uploads_that_cannot_be(call, tmp_path):
     assert "must start with s3://, gs:// or az://" in call("upload", tmp_path, "/elsewhere").stderr
+    assert "must name a folder" in call("upload", tmp_path, "s3://b//k").stderr
     assert "there is no such file or folder" in call("upload", "nothing", "s3://b/k").stderr
 
 

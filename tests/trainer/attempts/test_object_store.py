@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from qlora_api.contract import ExitCode
+from qlora_storage.object_store import open_store
 from qlora_trainer.publish.publisher import verify_published
-from qlora_trainer.storage.object_store import open_store
 
 
 @pytest.mark.ranks

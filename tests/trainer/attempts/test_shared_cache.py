@@ -10,12 +10,12 @@ import sys
 import pytest
 
 from qlora_api.contract import ExitCode
+from qlora_storage.object_store import open_store, sha256_bytes
 from qlora_trainer.__main__ import ready
 from qlora_trainer.errors import UserError
 from qlora_trainer.prepare.command import prepare
 from qlora_trainer.prepare.local_copy import Prepared
 from qlora_trainer.prepare.records import Records, find
-from qlora_trainer.storage.object_store import open_store, sha256_bytes
 
 SHORT = {"training": {"epochs": None, "maxSteps": 2}}
 LIGHTLY = """

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from qlora_storage.object_store import open_store
 from qlora_trainer.checkpoint.checkpoint_store import (
     MARKER,
     CheckpointStore,
@@ -20,7 +21,6 @@ from qlora_trainer.checkpoint.checkpoint_store import (
     unpack_tensors,
 )
 from qlora_trainer.errors import CheckpointError, PreemptedError, StorageError, UserError
-from qlora_trainer.storage.object_store import open_store
 
 RUN = "3f2a9c01-run"
 OTHER = "77777777-run"

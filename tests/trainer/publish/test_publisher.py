@@ -12,11 +12,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qlora_storage.object_store import NotFoundError, open_store, sha256_bytes
 from qlora_trainer import verify
 from qlora_trainer.errors import UserError
 from qlora_trainer.publish.gate import AdapterRejectedError, verify_adapter, verify_loads
 from qlora_trainer.publish.publisher import Manifest, _declare, check_destination, publish, verify_published
-from qlora_trainer.storage.object_store import NotFoundError, open_store, sha256_bytes
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 LAYERS = tuple(f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj"))

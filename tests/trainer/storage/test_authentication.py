@@ -10,12 +10,12 @@ import pytest
 
 from qlora_api.batch import split_batch
 from qlora_api.contract import ExitCode, TrainerConfig
+from qlora_storage.object_store import open_store, sha256_bytes
 from qlora_trainer.checkpoint.checkpoint_store import MARKER, CheckpointStore, FileEntry, Marker, files_of, folder_of
 from qlora_trainer.errors import AdapterRejectedError, CheckpointError, TrainerError, UserError
 from qlora_trainer.publish.published_adapter import check_gate, own_manifest
 from qlora_trainer.publish.publisher import check_destination, publish, verify_published
 from qlora_trainer.storage.authentication import Authenticator
-from qlora_trainer.storage.object_store import open_store, sha256_bytes
 
 RUN = "3f2a9c01-run"
 OWN = Authenticator(secrets.token_bytes(32))

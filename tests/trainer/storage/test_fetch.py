@@ -6,15 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-import fake_hub
-from fake_hub import COMMIT
+from qlora_storage import hub as hub_module
+from qlora_storage import object_store as store_module
+from qlora_storage.object_store import open_store
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.storage import fetch
-from qlora_trainer.storage import hub as hub_module
-from qlora_trainer.storage import object_store as store_module
 from qlora_trainer.storage.fetch import fetch_model, fetch_rows, model_revision, tokenizer_hash
 from qlora_trainer.storage.model_files import safetensors_header
-from qlora_trainer.storage.object_store import open_store
+from services import fake_hub
+from services.fake_hub import COMMIT
 
 ROWS = "spec.dataset.train.source"
 

@@ -27,16 +27,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from qlora_api.base import Model
+from qlora_storage.object_store import NotFoundError, open_store, sha256_bytes
 from qlora_trainer.errors import CheckpointError, PreemptedError, StorageError, UserError
 from qlora_trainer.storage.authentication import UNAUTHENTICATED, Authenticator, canonical
-from qlora_trainer.storage.object_store import NotFoundError, open_store, sha256_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from torch import Tensor
 
-    from qlora_trainer.storage.object_store import Store
+    from qlora_storage.object_store import Store
 
 MARKER = "COMPLETE.json"
 SIGNATURE_PURPOSE = "checkpoint"
@@ -122,7 +122,7 @@ class CheckpointStore:
     """The checkpoints of one run.
 
     Args:
-        uri: the run's folder, local or in object storage; see :func:`qlora_trainer.storage.object_store.open_store`.
+        uri: the run's folder, local or in object storage; see :func:`qlora_storage.object_store.open_store`.
         run_uid: of the run; checkpoints of another are never read, counted or deleted.
         keep: newest checkpoints that stay; the best by eval loss stays besides.
         attempt: whose checkpoints are written.

@@ -27,17 +27,17 @@ from pydantic import Field, TypeAdapter, ValidationError
 from qlora_api.base import Model
 from qlora_api.contract import PrepareReceipt
 from qlora_memory import ModelShape
+from qlora_storage.object_store import AlreadyExistsError, NotFoundError, open_store, sha256_bytes, sha256_file
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.prepare.format_version import FORMAT_VERSION
 from qlora_trainer.storage.authentication import Authenticator
 from qlora_trainer.storage.fetch import HUB, model_revision, rows_identity, take_name
 from qlora_trainer.storage.model_files import ModelFilesError
-from qlora_trainer.storage.object_store import AlreadyExistsError, NotFoundError, open_store, sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
     from qlora_api.contract import TrainerConfig
     from qlora_api.spec import QLoRAJobSpec
-    from qlora_trainer.storage.object_store import Store
+    from qlora_storage.object_store import Store
 
 PREPARE_VERSION = 2
 """Counts up when Prepare comes to refuse what it took before."""

@@ -14,10 +14,10 @@ from pydantic import ValidationError
 
 from qlora_api.contract import ExitCode, TerminationMessage
 from qlora_api.status import Adapter, Progress, Reason
+from qlora_storage.object_store import NotFoundError, Store, open_store, sha256_bytes, sha256_file
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.publish.adapter_manifest import ADAPTER, MANIFEST, Manifest
 from qlora_trainer.storage.authentication import UNAUTHENTICATED, Authenticator
-from qlora_trainer.storage.object_store import NotFoundError, Store, open_store, sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
     from qlora_api.contract import TrainerConfig

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from qlora_api.status import Adapter
+from qlora_storage.object_store import AlreadyExistsError, Store, open_store, sha256_file
 from qlora_trainer.errors import AdapterRejectedError, StorageError
 from qlora_trainer.publish.adapter_manifest import (
     ADAPTER,
@@ -39,7 +40,6 @@ from qlora_trainer.publish.published_adapter import (
     verify_published,
 )
 from qlora_trainer.storage.authentication import UNAUTHENTICATED, Authenticator
-from qlora_trainer.storage.object_store import AlreadyExistsError, Store, open_store, sha256_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -69,10 +69,10 @@ def guarded(config: TrainerConfig, work: Callable[[LastSeen], TerminationMessage
         message = work(seen)
     except PreemptedError as error:
         log.info("%s", error)
-        return _leave(config, error.exit_code, str(error), rank, seen)
+        return _leave(config, ExitCode(error.exit_code), str(error), rank, seen)
     except TrainerError as error:
         log.error("%s", error)  # noqa: TRY400 one paragraph for a person; the trace would hide it
-        return _leave(config, error.exit_code, str(error), rank, seen)
+        return _leave(config, ExitCode(error.exit_code), str(error), rank, seen)
     except Exception as error:
         code = ExitCode.CRASHED
         if memory := _out_of_memory(error):

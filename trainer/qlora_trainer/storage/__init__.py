@@ -1,1 +1,1 @@
-"""Read and write object storage, local folders and the Hugging Face Hub. Imports no torch."""
+"""Fetch models and rows, check model files, and authenticate what a run writes. Imports no torch."""

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from qlora_memory.shape.safetensors_headers import LENGTH_BYTES, HeaderError, header_length
+from qlora_storage.object_store import PVC_MOUNT, local_path, open_store, sha256_bytes, sha256_file
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.storage.model_files import (
     ModelFilesError,
@@ -25,12 +26,11 @@ from qlora_trainer.storage.model_files import (
     tokenizer_hash,
     weight_names,
 )
-from qlora_trainer.storage.object_store import PVC_MOUNT, local_path, open_store, sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from qlora_trainer.storage.object_store import Entry, Store
+    from qlora_storage.object_store import Entry, Store
 
 __all__ = [
     "PVC_MOUNT",
@@ -124,7 +124,7 @@ def fetch_rows(source: str, field: str, cache_dir: Path) -> Path:
 
 
 def _model_from_hub(source: str, cache_dir: Path, pinned: str | None, headers_only: bool) -> tuple[Path, str]:
-    from qlora_trainer.storage import hub  # noqa: PLC0415 half a second, for nothing where the Hub is not asked
+    from qlora_storage import hub  # noqa: PLC0415 half a second, for nothing where the Hub is not asked
 
     at = hub.parse(source, MODEL_FIELD, "model")
     if at.path:
@@ -194,7 +194,7 @@ def _model_objects(store: Store) -> list[Entry]:
 
 
 def _rows_from_hub(source: str, field: str, cache_dir: Path) -> Path:
-    from qlora_trainer.storage import hub  # noqa: PLC0415
+    from qlora_storage import hub  # noqa: PLC0415
 
     at = hub.parse(source, field, "dataset")
     commit = hub.commit_of(at)
@@ -249,7 +249,7 @@ def model_revision(source: str) -> str:
 
     """
     if source.startswith(HUB):
-        from qlora_trainer.storage import hub  # noqa: PLC0415
+        from qlora_storage import hub  # noqa: PLC0415
 
         return hub.commit_of(hub.parse(source, MODEL_FIELD, "model"))
     if local := local_path(source, MODEL_FIELD):
@@ -265,7 +265,7 @@ def rows_identity(source: str, field: str) -> str:
 
     """
     if source.startswith(HUB):
-        from qlora_trainer.storage import hub  # noqa: PLC0415
+        from qlora_storage import hub  # noqa: PLC0415
 
         at = hub.parse(source, field, "dataset")
         return f"{at.repo} {hub.commit_of(at)} {at.path}"

@@ -10,7 +10,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from qlora_memory.shape.safetensors_headers import LENGTH_BYTES, MAX_HEADER_BYTES
-from qlora_trainer.storage.object_store import sha256_bytes, sha256_file
+from qlora_storage.object_store import sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

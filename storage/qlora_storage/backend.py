@@ -1,0 +1,59 @@
+"""What a store needs of a backend, and what an error of one means.
+
+A backend does one thing once and raises what the system raises. ``fault`` then says in words what that means;
+retrying and telling the user is the store's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+MIB = 1 << 20
+CHUNK_BYTES = 16 * MIB
+"""Bytes per read request: at 120 s a request, 140 kB/s still gets through."""
+
+
+class FaultKind(Enum):
+    MISSING = auto()
+    EXISTS = auto()
+    USER = auto()
+    """Only the user can mend it."""
+    TRANSIENT = auto()
+    """May go away by itself."""
+    FINAL = auto()
+    """Will not go away by itself, and is not the manifest's fault."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Meaning of an error of the system."""
+
+    kind: FaultKind
+    words: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An object below a store's root. ``etag`` changes with the content; for local files it is the time of change."""
+
+    key: str
+    size: int
+    etag: str
+
+
+class Backend(Protocol):
+    """All that a store needs; keys are already checked."""
+
+    errors: ClassVar[tuple[type[Exception], ...]]
+
+    def put(self, key: str, data: bytes | Path) -> None: ...
+    def create(self, key: str, data: bytes) -> None: ...
+    def head(self, key: str) -> Entry: ...
+    def read(self, entry: Entry, start: int, end: int) -> bytes: ...
+    def first(self, key: str) -> tuple[Entry, bytes]: ...
+    def entries(self, prefix: str) -> list[Entry]: ...
+    def delete(self, folder: str) -> None: ...
+    def fault(self, error: Exception) -> Fault: ...
