@@ -49,10 +49,10 @@ def ready(config: TrainerConfig, path: Path) -> int:
         The exit code of a Prepare that failed, else 0.
 
     Raises:
-        UserError, StorageError: what Prepare left cannot be brought here.
+        UserError, StorageError: what Prepare left cannot be brought here, or a local base was changed since.
 
     """
-    if Prepared.read(config) is not None:
+    if (prepared := Prepared.read(config)) is not None and prepared.stays:
         return ExitCode.DONE
     records = Records(config)
     began = records.of_run()

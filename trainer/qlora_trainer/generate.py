@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from qlora_api.spec import DatasetSpec
@@ -23,6 +22,7 @@ from qlora_trainer.data.formats import Encoder
 from qlora_trainer.errors import TrainerError
 from qlora_trainer.model.hardware import fast_dtype
 from qlora_trainer.model.tokenizer import load_tokenizer
+from qlora_trainer.publish.merge_adapter import load_adapter
 from qlora_trainer.reporting.rank_exit import quiet_libraries
 from qlora_trainer.storage.fetch import fetch_model
 
@@ -85,9 +85,9 @@ def answers(arguments: argparse.Namespace) -> list[dict[str, str]]:
     columns["base"] = ask(base)
     if arguments.adapter is not None:
         adapter = local_folder(arguments.adapter, "--adapter", arguments.cache_dir)
-        columns["adapter"] = ask(PeftModel.from_pretrained(base, adapter).eval())
+        columns["adapter"] = ask(load_adapter(base, adapter).eval())
     if arguments.merged is not None:
-        columns["merged"] = ask(load(local_folder(arguments.merged, "--merged", arguments.cache_dir)))
+        columns["merged"] = ask(load(fetch_model(arguments.merged, arguments.cache_dir, field="--merged").path))
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 

@@ -142,7 +142,7 @@ def test_a_model_that_is_another_one_on_the_trainers_machine_is_refused(workshop
     file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_theta": 5000.0}))
     config = on(workshop, shared, machine="b", model={"source": str(model)})
     path, _ = workshop.write(config)
-    with pytest.raises(UserError, match=r"spec\.model\.source.*the job was prepared with"):
+    with pytest.raises(UserError, match=r"spec\.model\.source.*the run began on"):
         ready(config, path)
 
 

@@ -11,7 +11,7 @@ from qlora_storage import object_store as store_module
 from qlora_storage.object_store import open_store
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.storage import fetch
-from qlora_trainer.storage.fetch import fetch_model, fetch_rows, model_revision, tokenizer_hash
+from qlora_trainer.storage.fetch import fetch_model, fetch_rows, model_revision
 from qlora_trainer.storage.model_files import safetensors_header
 from services import fake_hub
 from services.fake_hub import COMMIT
@@ -33,19 +33,22 @@ def names(folder):
 # --------------------------------------------------------------------------------------------------------- local models
 
 
-def test_a_local_model_is_used_where_it_is(tmp_path, make_model):
+def test_of_a_local_model_the_configuration_is_copied_and_the_weights_are_linked(tmp_path, make_model):
     folder = make_model(tmp_path / "model", shards=2)
     for source in (str(folder), f"file://{folder}"):
         fetched = fetch_model(source, tmp_path / "cache")
-        assert (fetched.path, fetched.source) == (folder, source)
-    assert not (tmp_path / "cache").exists()
+        assert fetched.source == source
+        assert (fetched.path.parent, names(fetched.path)) == (tmp_path / "cache" / "bases", names(folder))
+        links = {p.name: p.resolve() for p in fetched.path.iterdir() if p.is_symlink()}
+        assert links == {p.name: p for p in folder.glob("*.safetensors")}
 
 
-def test_a_mounted_claim_is_used_where_it_is(tmp_path, make_model, monkeypatch):
+def test_a_mounted_claim_is_found(tmp_path, make_model, monkeypatch):
     monkeypatch.setattr(store_module, "PVC_MOUNT", tmp_path)
     make_model(tmp_path / "claim" / "models" / "m")
     fetched = fetch_model("pvc://claim/models/m", tmp_path / "cache")
-    assert (fetched.path, fetched.source) == (tmp_path / "claim/models/m", "pvc://claim/models/m")
+    assert fetched.source == "pvc://claim/models/m"
+    assert (fetched.path / "model.safetensors").resolve() == tmp_path / "claim/models/m/model.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -60,10 +63,11 @@ def test_a_mounted_claim_is_used_where_it_is(tmp_path, make_model, monkeypatch):
 )
 def test_revision_and_tokenizer_hash_follow_the_content(tmp_path, make_model, change, new_revision, new_tokenizer):
     folder = make_model(tmp_path / "model")
-    revision, tokenizer = fetch_model(str(folder), tmp_path).revision, tokenizer_hash(folder)
+    before = fetch_model(str(folder), tmp_path / "cache")
     change(folder)
-    assert (fetch_model(str(folder), tmp_path).revision != revision) == new_revision
-    assert (tokenizer_hash(folder) != tokenizer) == new_tokenizer
+    after = fetch_model(str(folder), tmp_path / "cache")
+    assert (after.revision != before.revision) == new_revision
+    assert (after.tokenizer_hash != before.tokenizer_hash) == new_tokenizer
 
 
 def test_models_of_other_shapes_have_other_revisions(tmp_path, make_model):
@@ -114,7 +118,7 @@ BAD_MODELS = [
     pytest.param(_lengthen, "where its header says", id="weights-too-long"),
     pytest.param(
         lambda f: (f / "model.safetensors").write_bytes((9).to_bytes(8, "little") + b"{not json"),
-        "header cannot be read",
+        "header that cannot be read",
         id="header-no-json",
     ),
     pytest.param(_index('{"weight_map": {"a": "gone.safetensors"}}'), "lacks gone.safetensors", id="shard-missing"),
@@ -164,7 +168,7 @@ def test_a_model_in_a_bucket_is_fetched_once_without_pickles_and_code(tmp_path, 
     before = (first.path / "config.json").stat().st_ino
     assert fetch_model(source, tmp_path / "cache") == first
     assert (first.path / "config.json").stat().st_ino == before
-    assert tokenizer_hash(first.path) == tokenizer_hash(folder)
+    assert first.tokenizer_hash == fetch_model(str(folder), tmp_path / "cache").tokenizer_hash
 
 
 def test_a_changed_model_in_a_bucket_is_another_model(tmp_path, make_model, s3):
@@ -342,7 +346,7 @@ def test_a_pinned_model_in_the_cache_needs_no_hub(tmp_path, make_model, hub, mon
 
 def test_the_revision_a_job_began_with_comes_even_if_the_branch_has_moved(tmp_path, make_model, hub):
     hub.add("org/base", as_files(make_model(tmp_path / "model")))
-    assert model_revision("hf://org/base@main") == COMMIT
+    assert model_revision("hf://org/base@main", tmp_path) == COMMIT
     fetched = fetch_model("hf://org/base@gone", tmp_path / "cache", pinned=COMMIT)
     assert fetched.revision == COMMIT
 

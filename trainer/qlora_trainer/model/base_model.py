@@ -171,9 +171,12 @@ def causal_config(path: Path) -> Any:
         config = AutoConfig.from_pretrained(path)
     except ValueError as error:
         reason = str(error).partition("\n")[0]
-        raise UserError("spec.model.source", path, f"is of an architecture that is not known here: {reason}") from error
+        raise UserError("spec.model.source", None, f"is of an architecture that is not known here: {reason}") from error
+    except Exception as error:  # each kind of configuration checks its values in its own way
+        reason = " ".join(str(error).split())
+        raise UserError("spec.model.source", None, f"has a config.json that cannot be used: {reason}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:  # noqa: SLF001 the public way loads the weights
-        raise UserError("spec.model.source", path, f'is a "{config.model_type}" model, no causal language model')
+        raise UserError("spec.model.source", None, f'is a "{config.model_type}" model, no causal language model')
     return config
 
 

@@ -14,7 +14,7 @@ from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.prepare.plan_memory import shape_of
 from qlora_trainer.prepare.records import Record, job_key, pinned_revision
 from qlora_trainer.prepare.tokenize_rows import prepare_data
-from qlora_trainer.storage.fetch import FetchedModel, fetch_model, fetch_rows, tokenizer_hash
+from qlora_trainer.storage.fetch import FetchedModel, fetch_model, fetch_rows
 
 if TYPE_CHECKING:
     from qlora_api.contract import TrainerConfig
@@ -44,7 +44,7 @@ def prepare_anew(config: TrainerConfig, began: Record | None) -> Record:
     own_eval = spec.dataset.eval.source if spec.dataset.eval else None
     eval_rows = fetch_rows(own_eval, "spec.dataset.eval.source", cache) if own_eval else None
     tokenizer = load_tokenizer(model.path, spec.dataset.chat_template)
-    data = prepare_data(spec, tokenizer, tokenizer_hash(model.path), train_rows, eval_rows, cache)
+    data = prepare_data(spec, tokenizer, model.tokenizer_hash, train_rows, eval_rows, cache)
     return Record(
         key=job_key(spec, model.revision),
         model_source=model.source,

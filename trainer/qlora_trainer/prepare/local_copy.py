@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_api.contract import TrainerConfig
-from qlora_trainer.storage.fetch import fetch_model
+from qlora_trainer.errors import UserError
+from qlora_trainer.storage.base_folder import BASES, changed_file
+from qlora_trainer.storage.fetch import MODEL_FIELD, fetch_model
+from qlora_storage.object_store import local_path
 
 if TYPE_CHECKING:
     from qlora_trainer.prepare.records import Record, Records
@@ -41,7 +44,29 @@ class Prepared:
             )
         except (FileNotFoundError, KeyError):  # an older version wrote other fields
             return None
-        return prepared if prepared.model_path.exists() and prepared.data_dir.exists() else None
+        # An older version had its ranks load from the source itself.
+        is_private = prepared.model_path.parent == Path(config.cache_dir) / BASES
+        return prepared if is_private and prepared.model_path.exists() and prepared.data_dir.exists() else None
+
+    @property
+    def stays(self) -> bool:
+        """Whether nobody but this trainer writes to the model: it was fetched, and is no local folder."""
+        return local_path(self.model_source, MODEL_FIELD) is None
+
+    def check_unchanged(self) -> None:
+        """Find out that the base's weights are still those that were checked.
+
+        Raises:
+            UserError: somebody has changed them meanwhile.
+
+        """
+        if name := changed_file(self.model_path):
+            raise UserError(
+                MODEL_FIELD,
+                self.model_source,
+                f"has a {name} that was changed while the job used it: nothing of this attempt is published. Put back "
+                "what the run began on and start it again, or start a new run",
+            )
 
     def write(self, config: TrainerConfig) -> None:
         path = self.path(config)

@@ -64,7 +64,7 @@ def shape_of(folder: Path) -> ModelShape | None:
         return model_shape(config, tensors)
     except FieldError as error:
         if config.get("model_type") in FAMILIES:
-            raise UserError(error.field, folder, error.allowed) from None
+            raise UserError(error.field, None, error.allowed) from None
         log.warning("the memory of this base cannot be planned: %s", error.allowed)
         return None
 

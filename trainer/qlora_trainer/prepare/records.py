@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from qlora_api.spec import QLoRAJobSpec
     from qlora_storage.object_store import Store
 
-PREPARE_VERSION = 2
+PREPARE_VERSION = 3
 """Counts up when Prepare comes to refuse what it took before."""
 FIELD = "spec.output.destination"
 """Whose credentials open the shared cache."""
@@ -232,7 +232,8 @@ def find(config: TrainerConfig, records: Records) -> Record | None:
     """
     spec = config.spec
     try:
-        key = job_key(spec, pinned_revision(spec, records.of_run()) or model_revision(spec.model.source))
+        pinned = pinned_revision(spec, records.of_run())
+        key = job_key(spec, pinned or model_revision(spec.model.source, Path(config.cache_dir)))
     except (ModelFilesError, UserError, StorageError, OSError) as error:
         log.debug("nothing is known of this job: %s", error)  # Prepare says what is wrong, if it still is
         return None

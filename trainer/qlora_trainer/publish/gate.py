@@ -49,7 +49,7 @@ def verify_adapter(folder: Path, base_names: Iterable[str] | None = None, lora: 
             raise AdapterRejectedError(f"the adapter has no {name}")
     if not any(is_tokenizer_file(p.name) for p in folder.iterdir()):
         raise AdapterRejectedError("the adapter has no tokenizer files beside it")
-    config = _lora_config(folder)
+    config = lora_config(folder)
     try:
         safetensors_header(folder / WEIGHTS)
         sides = _check_tensors(folder / WEIGHTS)
@@ -72,7 +72,7 @@ def verify_loads(folder: Path, skeleton: Any) -> None:
         AdapterRejectedError: something is missing, left over or of another shape.
 
     """
-    config = _lora_config(folder)
+    config = lora_config(folder)
     config.base_model_name_or_path = None  # a skeleton has no name that PEFT could compare it with
     with torch.device("meta"):
         model = get_peft_model(skeleton, config)
@@ -128,7 +128,13 @@ def verify_merged(folder: Path) -> None:
         raise AdapterRejectedError(f"the merged model {error}") from error
 
 
-def _lora_config(folder: Path) -> Any:
+def lora_config(folder: Path) -> Any:
+    """Read an adapter's configuration.
+
+    Raises:
+        AdapterRejectedError: PEFT cannot read it, or it is of another kind, which might name further files.
+
+    """
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:

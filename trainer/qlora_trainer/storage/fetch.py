@@ -1,8 +1,11 @@
 """Models and rows, brought to a local folder and checked before anything is loaded.
 
-Local folders and mounted claims are used in place. What comes over the network lies in the cache under a name made of
-its source and content, complete or not at all; a second process waits for the first one's download. Where only headers
-of weights are wanted, the files are as long as the weights, with holes where tensors would be.
+Rows in local folders and on mounted claims are used in place; of a model, wherever it is, a folder is made that holds
+what was checked and nothing else (:mod:`qlora_trainer.storage.base_folder`).
+
+What comes over the network lies in the cache under a name made of its source and content, complete or not at all; a
+second process waits for the first one's download. Where only headers of weights are wanted, the files are as long as
+the weights, with holes where tensors would be.
 """
 
 from __future__ import annotations
@@ -17,13 +20,14 @@ from typing import TYPE_CHECKING
 from qlora_memory.shape.safetensors_headers import LENGTH_BYTES, HeaderError, header_length
 from qlora_storage.object_store import PVC_MOUNT, local_path, open_store, sha256_bytes, sha256_file
 from qlora_trainer.errors import StorageError, UserError
+from qlora_trainer.storage.base_folder import private_folder
 from qlora_trainer.storage.model_files import (
     ModelFilesError,
     check_model,
     check_names,
-    folder_revision,
+    headers_revision,
     is_side_file,
-    tokenizer_hash,
+    max_bytes,
     weight_names,
 )
 
@@ -39,7 +43,7 @@ __all__ = [
     "fetch_rows",
     "model_revision",
     "rows_identity",
-    "tokenizer_hash",
+    "same_revision",
 ]
 
 HUB = "hf://"
@@ -56,14 +60,19 @@ class FetchedModel:
     """A model on this machine, checked."""
 
     path: Path
+    """With the files that were checked, and no others."""
     revision: str
     """Names the content: the commit on the Hub; for object storage a hash of names, sizes and etags; for local
-    folders :func:`qlora_trainer.storage.model_files.folder_revision`."""
+    folders a hash of every byte."""
     source: str
     """As in the manifest."""
+    tokenizer_hash: str
+    """SHA-256 over names and contents of the tokenizer's files, chat template included; hex."""
 
 
-def fetch_model(source: str, cache_dir: Path, pinned: str | None = None, *, headers_only: bool = False) -> FetchedModel:
+def fetch_model(
+    source: str, cache_dir: Path, pinned: str | None = None, *, headers_only: bool = False, field: str = MODEL_FIELD
+) -> FetchedModel:
     """Bring the base model here and check all that can be checked without loading weights.
 
     Args:
@@ -71,6 +80,7 @@ def fetch_model(source: str, cache_dir: Path, pinned: str | None = None, *, head
         cache_dir: models lie in its folder ``models``.
         pinned: the revision that must come. On the Hub it is asked for, whatever the source's branch says by now.
         headers_only: of weights bring names, types and shapes alone, kilobytes of gigabytes.
+        field: that errors name.
 
     Raises:
         UserError: not there, not readable, incomplete, pickled, without a tokenizer, with code of its own, or at
@@ -80,21 +90,37 @@ def fetch_model(source: str, cache_dir: Path, pinned: str | None = None, *, head
     """
     try:
         if source.startswith(HUB):
-            path, revision = _model_from_hub(source, cache_dir, pinned, headers_only)
-        elif local := local_path(source, MODEL_FIELD):
-            check_model(local)
-            path, revision = local, folder_revision(local)
+            path, revision = _model_from_hub(source, field, cache_dir, pinned, headers_only)
+        elif local := local_path(source, field):
+            path, revision = local, ""
         else:
-            path, revision = _model_from_store(source, cache_dir, headers_only)
+            path, revision = _model_from_store(source, field, cache_dir, headers_only)
+        base = private_folder(path, cache_dir, hash_weights=not revision)
     except ModelFilesError as error:
-        raise UserError(MODEL_FIELD, source, str(error)) from error
-    if pinned not in (None, revision):
+        raise UserError(field, source, str(error)) from error
+    except OSError as error:
+        raise StorageError(f"the cache {cache_dir} cannot be written: {error}") from error
+    revision = revision or base.revision
+    if pinned is not None and not same_revision(source, revision, pinned):
         raise UserError(
-            MODEL_FIELD,
+            field,
             source,
-            f"is at revision {revision} now, and the job was prepared with {pinned}: put that back, or start a new job",
+            f"is at revision {revision} now, and the run began on {pinned}: put that back, or start a new run",
         )
-    return FetchedModel(path=path, revision=revision, source=source)
+    return FetchedModel(base.path, pinned or revision, source, base.tokenizer_hash)
+
+
+def same_revision(source: str, revision: str, earlier: str) -> bool:
+    """Tell whether ``earlier`` names what is there now, perhaps as an earlier version named a local folder.
+
+    Raises:
+        ModelFilesError, OSError: the folder cannot be read.
+
+    """
+    if revision == earlier:
+        return True
+    local = None if source.startswith(HUB) else local_path(source, MODEL_FIELD)
+    return local is not None and headers_revision(local) == earlier
 
 
 def fetch_rows(source: str, field: str, cache_dir: Path) -> Path:
@@ -123,12 +149,15 @@ def fetch_rows(source: str, field: str, cache_dir: Path) -> Path:
 # -------------------------------------------------------------------------------------------------------------- models
 
 
-def _model_from_hub(source: str, cache_dir: Path, pinned: str | None, headers_only: bool) -> tuple[Path, str]:
+def _model_from_hub(
+    source: str, field: str, cache_dir: Path, pinned: str | None, headers_only: bool
+) -> tuple[Path, str]:
     from qlora_storage import hub  # noqa: PLC0415 half a second, for nothing where the Hub is not asked
 
-    at = hub.parse(source, MODEL_FIELD, "model")
+
+    at = hub.parse(source, field, "model")
     if at.path:
-        raise UserError(MODEL_FIELD, source, "must name a repository, hf://org/name@revision, not a folder inside")
+        raise UserError(field, source, "must name a repository, hf://org/name@revision, not a folder inside")
     commit = pinned or hub.commit_of(at)
 
     def fill(partial: Path) -> None:
@@ -147,8 +176,8 @@ def _model_from_hub(source: str, cache_dir: Path, pinned: str | None, headers_on
     return _model_folder(cache_dir, name, fill, headers_only), commit
 
 
-def _model_from_store(source: str, cache_dir: Path, headers_only: bool) -> tuple[Path, str]:
-    store = open_store(source, MODEL_FIELD)
+def _model_from_store(source: str, field: str, cache_dir: Path, headers_only: bool) -> tuple[Path, str]:
+    store = open_store(source, field)
     wanted = _model_objects(store)
     name = _hash_of(store.uri(), wanted)
 
@@ -186,8 +215,12 @@ def _model_objects(store: Store) -> list[Entry]:
     if not there:
         raise ModelFilesError("holds no files")
     check_names(there)
+    sides = [e for e in there.values() if is_side_file(e.key)]
+    for entry in sides:
+        if entry.size > max_bytes(entry.key):
+            raise ModelFilesError(f"has a {entry.key} of {entry.size} bytes; at most {max_bytes(entry.key)} are read")
     weights = weight_names(there, store.get)
-    return [e for e in there.values() if is_side_file(e.key) or e.key in weights]
+    return [*sides, *(there[name] for name in weights)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
@@ -241,8 +274,8 @@ def _row_objects(source: str, field: str) -> tuple[Store, list[Entry], str]:
 # What a source holds, found out without bringing it here.
 
 
-def model_revision(source: str) -> str:
-    """The revision that :func:`fetch_model` would bring.
+def model_revision(source: str, cache_dir: Path) -> str:
+    """The revision that :func:`fetch_model` would bring; of a local folder, what it was found to hold is remembered.
 
     Raises:
         ModelFilesError, UserError, StorageError, OSError: as when it is fetched; there the user is told.
@@ -253,7 +286,7 @@ def model_revision(source: str) -> str:
 
         return hub.commit_of(hub.parse(source, MODEL_FIELD, "model"))
     if local := local_path(source, MODEL_FIELD):
-        return folder_revision(local)
+        return private_folder(local, cache_dir).revision
     return _hash_of("", _model_objects(open_store(source, MODEL_FIELD)))
 
 

@@ -1,7 +1,9 @@
 """Check a model's folder before a weight is loaded: whole safetensors, a tokenizer, and no code.
 
-Checks read names, JSON files and safetensors headers, never tensor data: seconds for a model of any size. All raise
-:class:`ModelFilesError`, whose text completes a sentence that begins with the folder's name.
+Checks read names, JSON files and safetensors headers, never tensor data: seconds for a model of any size. Whoever wrote
+the files may mean harm: no JSON file is parsed that is larger than ``MAX_JSON_BYTES`` or has more than
+``qlora_memory.shape.safetensors_headers.MAX_VALUES`` values. All raise :class:`ModelFilesError`, whose text completes a
+sentence that begins with the folder's name.
 """
 
 from __future__ import annotations
@@ -9,7 +11,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from qlora_memory.shape.safetensors_headers import LENGTH_BYTES, MAX_HEADER_BYTES
+from qlora_memory.shape.safetensors_headers import (
+    LENGTH_BYTES,
+    MAX_HEADER_BYTES,
+    MAX_INDEX_BYTES,
+    HeaderError,
+    parse_json,
+    read_header,
+)
 from qlora_storage.object_store import sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
@@ -17,18 +26,25 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 SINGLE_WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+MAX_JSON_BYTES = 16 << 20
+"""Of a configuration; those of published models have less than 1 MB, mostly in a list of special tokens."""
+MAX_TOKENIZER_BYTES = 128 << 20
+"""Of a tokenizer's file; the largest published ones have about 40 MB."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-SIDE_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
-"""Configuration and tokenizer. Not here on purpose: .py, and every format that is unpickled."""
-CODE_REFERENCES = (CONFIG, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+CONFIGURATIONS = (CONFIG, GENERATION_CONFIG, "tokenizer_config.json", "special_tokens_map.json", "chat_template.json")
+"""What transformers takes arguments from, by their names."""
 OTHER_WEIGHTS = "transformers_weights"
 """A key of config.json: the file that transformers loads in place of the usual ones, pickled or not."""
 VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",
+    "tiktoken.model",
     "spiece.model",
+    "spm.model",
+    "sentencepiece.model",
     "sentencepiece.bpe.model",
     "vocab.json",
     "vocab.txt",
@@ -37,6 +53,7 @@ VOCABULARIES = (
 TOKENIZER_FILES = (
     *VOCABULARIES,
     "merges.txt",
+    "bpe.codes",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -54,12 +71,22 @@ class ModelFilesError(ValueError):
 
 
 def is_side_file(name: str) -> bool:
-    """Tell whether a file beside the weights is wanted: configuration or tokenizer, at the top of the folder."""
-    return "/" not in name and not name.startswith(".") and name.endswith(SIDE_SUFFIXES)
+    """Tell whether a file beside the weights is wanted: configuration or tokenizer, at the top of the folder.
+
+    A closed list: with the weights, these are all files of a base that a library ever sees.
+    """
+    return name in (CONFIG, GENERATION_CONFIG, WEIGHTS_INDEX) or is_tokenizer_file(name)
+
+
+def max_bytes(name: str) -> int:
+    """How large a side file may be."""
+    if name == WEIGHTS_INDEX:
+        return MAX_INDEX_BYTES
+    return MAX_TOKENIZER_BYTES if name in (*VOCABULARIES, "merges.txt") else MAX_JSON_BYTES
 
 
 def is_tokenizer_file(name: str) -> bool:
-    return name in TOKENIZER_FILES or name.endswith(".tiktoken")
+    return name in TOKENIZER_FILES or (name.endswith(".tiktoken") and "/" not in name and not name.startswith("."))
 
 
 def weight_names(names: Iterable[str], read: Callable[[str], bytes]) -> list[str]:
@@ -116,12 +143,7 @@ def check_code(name: str, content: bytes) -> None:
         ModelFilesError: not a JSON object, or it has an ``auto_map`` or ``transformers_weights``.
 
     """
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ModelFilesError(f"has a {name} that is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelFilesError(f"has a {name} that is not a JSON object")
+    value = json_object(name, content)
     if references := value.get("auto_map"):
         raise ModelFilesError(
             f"brings its own code (auto_map in {name}: {json.dumps(references)}), which is never run; use a model "
@@ -132,6 +154,24 @@ def check_code(name: str, content: bytes) -> None:
             f"has a {name} that names other weights ({OTHER_WEIGHTS}: {json.dumps(value[OTHER_WEIGHTS])}), which are "
             f"not checked; delete {OTHER_WEIGHTS}: {SINGLE_WEIGHTS} or the files of {WEIGHTS_INDEX} are loaded"
         )
+
+
+def json_object(name: str, content: bytes) -> dict[str, Any]:
+    """Parse a configuration.
+
+    Raises:
+        ModelFilesError: it is no JSON object, or would take too much time and memory.
+
+    """
+    if len(content) > max_bytes(name):
+        raise ModelFilesError(f"has a {name} of {len(content)} bytes; at most {max_bytes(name)} are read")
+    try:
+        value = parse_json(content)
+    except (ValueError, RecursionError) as error:
+        raise ModelFilesError(f"has a {name} that is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelFilesError(f"has a {name} that is not a JSON object")
+    return value
 
 
 def check_model(folder: Path) -> None:
@@ -156,7 +196,7 @@ def check_weights(folder: Path) -> None:
 
     """
     names = [p.name for p in folder.iterdir() if p.is_file()]
-    for name in CODE_REFERENCES:
+    for name in CONFIGURATIONS:
         if name in names:
             check_code(name, (folder / name).read_bytes())
     for name in weight_names(names, lambda n: (folder / n).read_bytes()):
@@ -177,11 +217,10 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
             raise ModelFilesError(f"has a {path.name} of {size} bytes without a safetensors header; copy it again")
         text = file.read(length)
     try:
-        header = {name: tensor for name, tensor in json.loads(text).items() if name != "__metadata__"}
-        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        wanted = LENGTH_BYTES + length + int(end)
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        raise ModelFilesError(f"has a {path.name} whose safetensors header cannot be read; copy it again") from error
+        header, data_bytes = read_header(text)
+    except HeaderError as error:
+        raise ModelFilesError(f"has a {path.name} that {error}; copy it again") from error
+    wanted = LENGTH_BYTES + length + data_bytes
     if size < wanted:
         raise ModelFilesError(
             f"has a {path.name} that is cut short ({size} of {wanted} bytes, a download that did not finish); copy it "
@@ -192,23 +231,17 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
     return header
 
 
-def tokenizer_hash(folder: Path) -> str:
-    """SHA-256 over names and contents of the tokenizer's files, chat template included; hex."""
-    return _digest([f"{p.name} {sha256_file(p)}" for p in _files(folder) if is_tokenizer_file(p.name)])
+def headers_revision(folder: Path) -> str:
+    """SHA-256 that named a local model in versions up to 0.1: of the weights, headers and sizes alone; hex.
 
-
-def folder_revision(folder: Path) -> str:
-    """SHA-256 that names a local model, from names, sizes, side files and safetensors headers; hex.
-
-    Covers every configuration, tokenizer and index file whole; of the weights the sizes, names, types, shapes and
-    places of all tensors, not their data: gigabytes would be read to find what a changed size or header mostly shows.
+    Runs that these versions began are known by it.
     """
     lines = []
     for path in _files(folder):
         if path.suffix == ".safetensors":
             header = json.dumps(safetensors_header(path), sort_keys=True)
             lines.append(f"{path.name} {path.stat().st_size} {sha256_bytes(header.encode())}")
-        elif is_side_file(path.name):
+        elif not path.name.startswith(".") and path.name.endswith((".json", ".model", ".txt", ".jinja", ".tiktoken")):
             lines.append(f"{path.name} {path.stat().st_size} {sha256_file(path)}")
     return _digest(lines)
 
@@ -222,11 +255,17 @@ def _digest(lines: list[str]) -> str:
 
 
 def _shards(index: bytes) -> list[str]:
+    if len(index) > MAX_INDEX_BYTES:
+        raise ModelFilesError(f"has a {WEIGHTS_INDEX} of {len(index)} bytes; at most {MAX_INDEX_BYTES} are read")
     try:
-        shards = sorted(set(json.loads(index)["weight_map"].values()))
-        named_plainly = all(shard.endswith(".safetensors") and "/" not in shard for shard in shards)
+        shards = sorted(set(parse_json(index)["weight_map"].values()))
+        named_plainly = all(is_shard(shard) for shard in shards)
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise ModelFilesError(f"has a {WEIGHTS_INDEX} that cannot be read: {error}") from error
     if not shards or not named_plainly:
         raise ModelFilesError(f"has a {WEIGHTS_INDEX} that does not name .safetensors files beside it")
     return shards
+
+
+def is_shard(name: str) -> bool:
+    return name.endswith(".safetensors") and not name.startswith(".") and "/" not in name and "\0" not in name

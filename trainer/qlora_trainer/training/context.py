@@ -146,6 +146,7 @@ def build(config: TrainerConfig, ranks: Ranks, board: MetricsRecorder, stop: Sto
         board.warn(warning)
     with counted_weights(board.count):
         base = load_base(prepared.model_path, spec.quantization, ranks.device, spec.parallelism.zero_stage)
+    prepared.check_unchanged()
     model = add_lora(base, spec.lora, spec.training.seed, prepared.model_source)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)

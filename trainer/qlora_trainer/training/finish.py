@@ -54,6 +54,7 @@ def publish_run(trainer: TrainingContext, run: RunState) -> Adapter:
             base_eval_loss=run.base_eval_loss,
             eval_loss=chosen.eval_loss,
         )
+        prepared.check_unchanged()
         skeleton = meta_model(prepared.model_path)
         layers = [name for name, _ in skeleton.named_modules()]
         place, beat = config.spec.output.destination, trainer.ranks.heartbeat.beat

@@ -17,6 +17,7 @@ from qlora_trainer.engine.loss_scale import LossScale
 from qlora_trainer.errors import CheckpointError, UserError
 from qlora_trainer.publish.environment import environment
 from qlora_trainer.reporting.training_history import HISTORY_FILE
+from qlora_trainer.storage.fetch import same_revision
 from qlora_trainer.training.context import RunState, TrainingContext
 
 log = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ def check_fits(checkpoint: Checkpoint, trainer: TrainingContext) -> None:
 
     """
     meta, prepared, spec = checkpoint.meta, trainer.prepared, trainer.config.spec
-    if meta["base_revision"] != prepared.model_revision:
+    if not same_revision(prepared.model_source, prepared.model_revision, meta["base_revision"]):
         raise UserError(
             "spec.model.source",
             prepared.model_source,
