@@ -49,5 +49,5 @@ def test_a_pickled_adapter_is_not_loaded(adapter):
 def test_an_adapter_of_adapters_elsewhere_is_not_loaded(adapter):
     config = adapter / "adapter_config.json"
     config.write_text(json.dumps({"peft_type": "XLORA", "hidden_size": 8, "adapters": {"a": "someone/adapter"}}))
-    with pytest.raises(AdapterRejectedError, match="of type XLORA, not LORA|cannot be read"):
+    with pytest.raises(AdapterRejectedError, match="XLORA, not LORA"):
         load_adapter(small_base(), adapter)

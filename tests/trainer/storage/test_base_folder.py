@@ -186,8 +186,8 @@ def test_a_run_of_an_older_version_goes_on_with_its_base(tmp_path, base):
 
 
 def base_folder_revision_of_0_1(folder: Path) -> str:
-    from qlora_trainer.storage.model_files import safetensors_header
     from qlora_storage.object_store import sha256_bytes, sha256_file
+    from qlora_trainer.storage.model_files import safetensors_header
 
     lines = []
     for path in sorted(folder.iterdir()):

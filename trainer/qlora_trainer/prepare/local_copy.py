@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_api.contract import TrainerConfig
+from qlora_storage.object_store import local_path
 from qlora_trainer.errors import UserError
 from qlora_trainer.storage.base_folder import BASES, changed_file
 from qlora_trainer.storage.fetch import MODEL_FIELD, fetch_model
-from qlora_storage.object_store import local_path
 
 if TYPE_CHECKING:
     from qlora_trainer.prepare.records import Record, Records

@@ -29,6 +29,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
+from qlora_storage.object_store import sha256_bytes, sha256_file
 from qlora_trainer.storage.model_files import (
     CONFIGURATIONS,
     ModelFilesError,
@@ -40,7 +41,6 @@ from qlora_trainer.storage.model_files import (
     max_bytes,
     weight_names,
 )
-from qlora_storage.object_store import sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -154,7 +154,6 @@ def _model_from_hub(
 ) -> tuple[Path, str]:
     from qlora_storage import hub  # noqa: PLC0415 half a second, for nothing where the Hub is not asked
 
-
     at = hub.parse(source, field, "model")
     if at.path:
         raise UserError(field, source, "must name a repository, hf://org/name@revision, not a folder inside")
