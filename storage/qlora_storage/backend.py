@@ -1,4 +1,4 @@
-"""What a store needs of a backend, and what an error of one means.
+"""Protocol of a store's backend, and the meaning of its errors.
 
 A backend does one thing once and raises what the system raises. ``fault`` then says in words what that means;
 retrying and telling the user is the store's business.

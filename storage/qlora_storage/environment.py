@@ -1,4 +1,4 @@
-"""What the environment says of object storage."""
+"""Read the settings of object storage from the environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ends a job, and the two errors of storage among them.
+"""Errors that end a job, and the two errors of storage among them.
 
 ::
 

@@ -30,7 +30,7 @@ class MissingError(StorageError):
 
 
 class Folder:
-    """Where objects are read from and written to."""
+    """Place that objects are read from and written to."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

@@ -104,7 +104,7 @@ def read_header(text: bytes) -> tuple[dict[str, dict[str, Any]], int]:
 
 
 def _place(name: str, entry: Mapping[str, Any]) -> tuple[int, int]:
-    """Where a tensor begins and ends, by its offsets, which must agree with its type and shape."""
+    """Return where a tensor begins and ends, by its offsets, which must agree with its type and shape."""
     (start, stop), shape, bits = entry["data_offsets"], entry["shape"], DTYPE_BITS.get(entry["dtype"])
     if bits is None or any(type(number) is not int or number < 0 for number in (start, stop, *shape)):
         raise HeaderError(f"{name[:200]!r} has a type, shape or place that is none")

@@ -1,4 +1,4 @@
-"""Of a base, exactly the files that were checked are what a library can load."""
+"""Folder of a base: libraries can load exactly the files that were checked."""
 
 from __future__ import annotations
 

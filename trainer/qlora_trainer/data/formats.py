@@ -231,7 +231,7 @@ class Encoder:
 
 
 def _is_exchange(row: Mapping[str, Any], columns: Columns) -> bool:
-    """Whether prompt and completion are lists of messages rather than texts."""
+    """Return whether prompt and completion are lists of messages rather than texts."""
     return isinstance(row.get(columns.prompt), list) and isinstance(row.get(columns.completion), list)
 
 

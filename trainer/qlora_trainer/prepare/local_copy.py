@@ -50,7 +50,7 @@ class Prepared:
 
     @property
     def stays(self) -> bool:
-        """Whether nobody but this trainer writes to the model: it was fetched, and is no local folder."""
+        """Return whether nobody but this trainer writes to the model: it was fetched, and is no local folder."""
         return local_path(self.model_source, MODEL_FIELD) is None
 
     def check_unchanged(self) -> None:

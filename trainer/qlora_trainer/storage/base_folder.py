@@ -219,13 +219,13 @@ def _open_beside(folder: Path, name: str) -> int:
 
 
 def _own_folders(folder: Path) -> list[Path]:
-    """Where links of a base's folder may lead."""
+    """Folder that the links of a base may lead into."""
     in_a_hub_cache = folder.parent.name == "snapshots"
     return [folder, folder.parent.parent / "blobs"] if in_a_hub_cache else [folder]
 
 
 def _target(folder: Path, name: str) -> Path:
-    """Where a link leads, by one step; a plain file's own place."""
+    """Return where a link leads, by one step; a plain file's own place."""
     path = folder / name
     return Path(os.path.normpath(folder / path.readlink())) if path.is_symlink() else path
 

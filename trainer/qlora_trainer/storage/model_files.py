@@ -79,7 +79,7 @@ def is_side_file(name: str) -> bool:
 
 
 def max_bytes(name: str) -> int:
-    """How large a side file may be."""
+    """Return how large a side file may be."""
     if name == WEIGHTS_INDEX:
         return MAX_INDEX_BYTES
     return MAX_TOKENIZER_BYTES if name in (*VOCABULARIES, "merges.txt") else MAX_JSON_BYTES

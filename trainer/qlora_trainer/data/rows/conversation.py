@@ -35,7 +35,7 @@ SHAREGPT_ROLES = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a chat template is given, and what of it may be learned."""
+    """Input of a chat template, with what of it may be learned."""
 
     messages: list[Message]
     learned: tuple[bool, ...]

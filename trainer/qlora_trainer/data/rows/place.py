@@ -1,4 +1,4 @@
-"""Where a row stands, for error messages."""
+"""Position of a row, for error messages."""
 
 from __future__ import annotations
 
