@@ -78,7 +78,8 @@ class OutputSpec(Model):
     """Secret in the job's namespace with the destination's credentials as environment variables. The Secrets of a
     job make one environment, in the order model, dataset.train, output: of two with the same key the later counts."""
     merge: Merge = Merge.NONE
-    """BFloat16: publish the base with the adapter merged in, besides the adapter."""
+    """BFloat16: publish the base with the adapter merged in, besides the adapter. The merged model must be as good as
+    the adapter on the base in 16 bits, on some of the evaluation rows, or else of the training rows."""
     allow_worse_eval: bool = False
     """Publish the best checkpoint even if its loss on the evaluation rows is above the base's. Otherwise the job ends
     without an adapter: the training made the model worse at what it was held against."""

@@ -9,8 +9,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qlora_trainer.data.tokenized_rows import TokenizedRows
 from qlora_trainer.errors import AdapterRejectedError
-from qlora_trainer.publish.merge_adapter import load_adapter
+from qlora_trainer.publish import merge_adapter
+from qlora_trainer.publish.gate import verify_gain, verify_merged_loss
+from qlora_trainer.publish.merge_adapter import load_adapter, load_unquantized, merge
+from qlora_trainer.training.merged_loss import sample_loss
 from services.opened_files import opened_files
 
 
@@ -51,3 +55,63 @@ def test_an_adapter_of_adapters_elsewhere_is_not_loaded(adapter):
     config.write_text(json.dumps({"peft_type": "XLORA", "hidden_size": 8, "adapters": {"a": "someone/adapter"}}))
     with pytest.raises(AdapterRejectedError, match="XLORA, not LORA"):
         load_adapter(small_base(), adapter)
+
+
+# --------------------------------------------------------------------------------------------------------------- merged
+
+
+def loss_of(model):
+    rows = TokenizedRows.of([([n, *range(1, 9), n], [False, *[True] * 9]) for n in range(10, 16)])
+    return sample_loss(model, rows)
+
+
+TIED = pytest.mark.filterwarnings("ignore:Model (has|with) .tie_word_embeddings:UserWarning")
+"""What PEFT says of an adapted head that is tied; merging unties it."""
+
+
+@pytest.fixture
+def tied(tmp_path):
+    """A base whose head is its embedding, and an adapter on the head: two folders."""
+    base = small_base(tie_word_embeddings=True, initializer_range=0.3)
+    base.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=4, target_modules=["lm_head", "q_proj"], lora_alpha=32, init_lora_weights=False)
+    get_peft_model(base, lora).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    return tmp_path / "base", tmp_path / "adapter"
+
+
+@TIED
+def test_an_adapted_head_is_untied_from_its_embedding(tied, tmp_path):
+    merge(*tied, tmp_path / "merged", loss_of)
+    merged, base = load_unquantized(tmp_path / "merged"), load_unquantized(tied[0])
+    assert not merged.config.tie_word_embeddings
+    assert torch.equal(merged.get_input_embeddings().weight, base.get_input_embeddings().weight)
+    assert not torch.equal(merged.get_output_embeddings().weight, merged.get_input_embeddings().weight)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        adapted = load_adapter(base, tied[1]).eval()(ids).logits
+        assert torch.allclose(merged(ids).logits, adapted, rtol=0.05, atol=0.3)
+
+
+@TIED
+def test_a_merged_model_that_is_worse_than_its_adapter_is_refused(tied, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge_adapter, "untie_adapted_head", lambda _: None)
+    with pytest.raises(AdapterRejectedError, match=r"the merged model's loss .* spec\.output\.merge None"):
+        merge(*tied, tmp_path / "merged", loss_of)
+
+
+@pytest.mark.parametrize("merged", [1.5, float("nan"), float("inf")])
+def test_a_merged_loss_that_is_larger_or_none_is_refused(merged):
+    with pytest.raises(AdapterRejectedError):
+        verify_merged_loss(1.0, merged)
+
+
+@pytest.mark.parametrize("loss", [0.0, 1.0, 1e4, 1e300])
+def test_losses_of_any_size_are_compared(loss):
+    verify_merged_loss(loss, loss * 1.001)
+    with pytest.raises(AdapterRejectedError):
+        verify_gain(loss, 2 * loss + 1, may_be_worse=False)
+
+
+def test_an_adapter_whose_loss_is_not_a_number_is_refused_even_if_it_may_be_worse():
+    with pytest.raises(AdapterRejectedError, match="is nan"):
+        verify_gain(1.0, float("nan"), may_be_worse=True)

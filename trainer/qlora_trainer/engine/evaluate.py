@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,7 +17,7 @@ from qlora_trainer.ranks import Ranks
 def evaluate(
     engine: Any, batches: Iterable[MicroBatch], ranks: Ranks, stop_asked: Callable[[], bool] = lambda: False
 ) -> float | None:
-    """Mean loss in nats over the target tokens of all ranks' batches. A collective; perplexity is its ``exp``.
+    """Mean loss in nats over the target tokens of all ranks' batches. A collective.
 
     Args:
         engine: with the model.
@@ -41,3 +42,11 @@ def evaluate(
     engine.train()
     loss_sum, count = ranks.sum(total.item(), tokens)
     return loss_sum / count
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss); infinity where that is more than a float holds, above 709 nats."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

@@ -6,6 +6,7 @@ Complete, finite, trained, of its base, no worse than its base, and such that a 
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+MERGED_SHARE, MERGED_NATS = 0.01, 0.01
+"""How much larger a merged model's loss may be. Rounding made 0.001 % of it (docs/fidelity.md)."""
 _PART = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(\.weight)?$")
 
 
@@ -99,11 +102,27 @@ def verify_gain(base_loss: float | None, loss: float | None, *, may_be_worse: bo
         AdapterRejectedError: it is worse, and that is not allowed.
 
     """
+    if loss is not None and not math.isfinite(loss):
+        raise AdapterRejectedError(f"the adapter's loss on the evaluation rows is {loss}")
     if base_loss is not None and loss is not None and loss > base_loss and not may_be_worse:
         raise AdapterRejectedError(
-            f"the adapter's loss on the evaluation rows is {loss:.4f}, and the base's is {base_loss:.4f}: the training "
+            f"the adapter's loss on the evaluation rows is {loss:.6g}, and the base's is {base_loss:.6g}: the training "
             "made it worse. A smaller spec.training.learningRate, more rows, or evaluation rows that resemble the "
             "training rows are the usual remedies; spec.output.allowWorseEval publishes it all the same"
+        )
+
+
+def verify_merged_loss(adapter_loss: float, merged_loss: float) -> None:
+    """Refuse a merged model that is worse than the adapter on its base, both in 16 bits, on the same rows.
+
+    Raises:
+        AdapterRejectedError: it is worse by more than rounding to 16 bits makes.
+
+    """
+    if not merged_loss <= adapter_loss * (1 + MERGED_SHARE) + MERGED_NATS:  # not a number either
+        raise AdapterRejectedError(
+            f"the merged model's loss on some rows is {merged_loss:.6g}, and the adapter's on its base is "
+            f"{adapter_loss:.6g}: merging has made it worse. With spec.output.merge None the adapter alone is published"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from qlora_trainer.errors import AdapterRejectedError
-from qlora_trainer.publish.gate import CONFIG, WEIGHTS, lora_config
+from qlora_trainer.publish.gate import CONFIG, WEIGHTS, lora_config, verify_merged_loss
 
 SHARD_SIZE = "5GB"
 
@@ -43,11 +44,40 @@ def load_adapter(model: Any, folder: Path) -> Any:
         return PeftModel.from_pretrained(model, own, config=lora_config(own))
 
 
-def merge(base: Path, adapter: Path, folder: Path) -> None:
+def merge(base: Path, adapter: Path, folder: Path, loss_of: Callable[[Any], float] | None = None) -> None:
     """Write W + (alpha / rank)·B·A of every adapted layer, and all else of the base, as bf16 safetensors shards.
 
     The sum is taken on the base's 16-bit weights rather than on their quantized image (docs/fidelity.md has the
     difference). Needs host memory for the base in 16 bits.
+
+    Args:
+        base: a checked base's folder.
+        adapter: in PEFT's layout.
+        folder: for the merged model.
+        loss_of: of a model on some rows. With it, the merged model is read back and must be as good as the adapter is
+            on the same 16-bit base.
+
+    Raises:
+        AdapterRejectedError: the adapter cannot be loaded, or the merged model is worse than it.
+
     """
     model = load_adapter(load_unquantized(base), adapter)
-    model.merge_and_unload(safe_merge=True).save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    untie_adapted_head(model)
+    expected = loss_of(model) if loss_of else None
+    model = model.merge_and_unload(safe_merge=True)
+    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    del model  # before there is another of its size
+    if loss_of is not None and expected is not None:
+        verify_merged_loss(expected, loss_of(load_unquantized(folder)))
+
+
+def untie_adapted_head(model: Any) -> None:
+    """Give an adapted output head its own weights where it shares the embedding's, which stay as they are."""
+    plain = model.get_base_model()
+    head, embedding = plain.get_output_embeddings(), plain.get_input_embeddings()
+    layer = getattr(head, "base_layer", None)  # of a layer that PEFT has wrapped
+    if layer is None or layer.weight is not embedding.weight:
+        return
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    for config in (plain.config, plain.config.get_text_config()):
+        config.tie_word_embeddings = False

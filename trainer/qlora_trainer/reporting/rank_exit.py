@@ -28,6 +28,7 @@ QUIET = ("bitsandbytes", "DeepSpeed", "transformers", "peft")
 KNOWN_WARNINGS = (
     ".*is_gradient_checkpointing. is deprecated",  # peft 0.21 on transformers 5.23
     "Paged optimizers are not supported on CPU",  # said once by optim.make_optimizer
+    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter",  # merge_adapter unties it
 )
 
 

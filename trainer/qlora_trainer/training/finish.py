@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qlora_trainer.publish.publisher import PublishFacts, publish
 from qlora_trainer.reporting.training_history import PUBLISHED_FILE
 from qlora_trainer.storage.authentication import Authenticator
 from qlora_trainer.training.context import RunState, TrainingContext
+from qlora_trainer.training.merged_loss import sample_loss
 
 
 def publish_run(trainer: TrainingContext, run: RunState) -> Adapter:
@@ -43,7 +45,9 @@ def publish_run(trainer: TrainingContext, run: RunState) -> Adapter:
         trainer.history.end(receipt, memory.predicted, memory.measured)
         (folder / "adapter" / PUBLISHED_FILE).write_bytes(trainer.history.to_bytes())
         if config.spec.output.merge is Merge.BFLOAT16:
-            merge(prepared.model_path, folder / "adapter", folder / "merged")
+            rows, beat = trainer.data.eval or trainer.data.train, trainer.ranks.heartbeat.beat
+            loss_of = partial(sample_loss, rows=rows, beat=beat)
+            merge(prepared.model_path, folder / "adapter", folder / "merged", loss_of)
             tokenizer.save_pretrained(folder / "merged")
         facts = PublishFacts(
             spec=config.spec,

@@ -18,7 +18,7 @@ from qlora_api.status import Memory, MemoryComponent, Reason
 from qlora_trainer.checkpoint import engine_state
 from qlora_trainer.data.batches import Step, eval_batches
 from qlora_trainer.engine.deepspeed_engine import accumulate, apply_update, join_ranks
-from qlora_trainer.engine.evaluate import evaluate
+from qlora_trainer.engine.evaluate import evaluate, perplexity
 from qlora_trainer.engine.loss_scale import LossScale
 from qlora_trainer.engine.optim import learning_rate
 from qlora_trainer.errors import NonFiniteLossError, PreemptedError
@@ -261,7 +261,7 @@ def evaluate_now(trainer: TrainingContext, run: RunState) -> float | None:
     best = min(loss, run.best_eval_loss if run.best_eval_loss is not None else loss)
     trainer.board.set("qlora_eval_loss", loss)
     trainer.board.update(eval_loss=f"{loss:.6g}", best_eval_loss=f"{best:.6g}")
-    log.info("step %d eval loss %.6f perplexity %.3f", run.step, loss, math.exp(loss))
+    log.info("step %d eval loss %.6f perplexity %.6g", run.step, loss, perplexity(loss))
     return loss
 
 
@@ -316,8 +316,8 @@ def finished(trainer: TrainingContext, run: RunState) -> TerminationMessage:
         reason=Reason.COMPLETED,
         message=f"step {run.step} of {trainer.total_steps}"
         + (
-            f", eval loss {run.base_eval_loss:.4f} → {run.best_eval_loss:.4f}"
-            if run.base_eval_loss and run.best_eval_loss
+            f", eval loss {run.base_eval_loss:.5g} → {run.best_eval_loss:.5g}"
+            if run.base_eval_loss is not None and run.best_eval_loss is not None
             else ""
         ),
         progress=progress_of(report),

@@ -1,0 +1,62 @@
+"""Runs whose merged model, or whose loss, is out of the ordinary."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_api.contract import ExitCode
+
+pytestmark = pytest.mark.ranks
+
+
+def base_with(workshop, change, **config):
+    """A copy of the base with other weights and configuration."""
+    folder = shutil.copytree(workshop.model, workshop.folder / "model")
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return {"source": str(folder)}
+
+
+def test_a_tied_head_that_is_adapted_is_untied_in_the_merged_model(workshop):
+    base = base_with(workshop, lambda t: t.pop("lm_head.weight"), tie_word_embeddings=True)
+    config = workshop.config(
+        ranks=1,
+        model=base,
+        lora={"targetModules": ["q_proj", "lm_head"]},
+        training={"epochs": None, "maxSteps": 3, "learningRate": "2e-2"},
+        output={"destination": str(workshop.folder / "out"), "merge": "BFloat16", "allowWorseEval": True},
+    )
+    ended = workshop.run(config)
+    assert ended.code == ExitCode.DONE, ended.log[-3000:]
+    merged = Path(ended.message.adapter.uri).parent / "merged"
+    assert not json.loads((merged / "config.json").read_text())["tie_word_embeddings"]
+    tensors, before = load_file(merged / "model.safetensors"), load_file(Path(base["source"]) / "model.safetensors")
+    assert torch.equal(tensors["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert not torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+
+
+def test_an_evaluation_loss_of_any_size_is_one(workshop):
+    def louder(tensors):
+        tensors["lm_head.weight"] *= 2.0**18
+
+    ended = workshop.run(
+        workshop.config(
+            ranks=1,
+            model=base_with(workshop, louder),
+            training={"epochs": None, "maxSteps": 1, "learningRate": "1e-6"},
+            output={"destination": str(workshop.folder / "out"), "allowWorseEval": True},
+        )
+    )
+    assert ended.code == ExitCode.DONE, ended.log[-3000:]
+    assert float(ended.message.progress.best_eval_loss) > 709
+    assert "perplexity inf" in ended.log
+    assert "nan" not in (workshop.folder / "out" / "manifest.json").read_text().lower()
