@@ -64,6 +64,8 @@ class TrainerPodConfig(Model):
     node_lost_seconds: int = Field(60, ge=1)
     grace_seconds: int = Field(120, ge=30, le=900)
     """Between SIGTERM and SIGKILL, until a job's own steps and saves are known to need more."""
+    workload_identity: bool = False
+    """Sign with the cloud identity of the pod or its node where a job names no credentials."""
     env: tuple[EnvVar, ...] = ()
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from qlora_api.batch import BatchSplit, split_batch
 from qlora_api.contract import JobRef, TrainerConfig
+from qlora_api.environment import WORKLOAD_IDENTITY
 from qlora_api.job import API_VERSION, KIND, QLoRAJob
 from qlora_api.lifecycle import restarts
 from qlora_api.spec import Gang, GradientCheckpointing, QLoRAJobSpec
@@ -313,6 +314,8 @@ def _container(
         "command": ["python", "-m", command, f"{CONFIG_FOLDER}/config.json"],
         "env": [
             *({"name": n, "valueFrom": {"fieldRef": {"fieldPath": path}}} for n, path in fields.items()),
+            # Always there: a variable of 'env' wins over one of the same name in a job's Secret.
+            {"name": WORKLOAD_IDENTITY, "value": str(pod.workload_identity).lower()},
             *(v.model_dump() for v in pod.env),
         ],
         "envFrom": [{"secretRef": {"name": name}} for name in _secrets(job)],

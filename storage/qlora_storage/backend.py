@@ -33,6 +33,12 @@ class Fault:
 
     kind: FaultKind
     words: str
+    denied: bool = False
+    """Credentials are missing, or do not give the right."""
+    timed_out: bool = False
+    """No answer came in time: what is sent next should be smaller."""
+    retry_after: float | None = None
+    """Seconds that the server asks to be left alone."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Errors that end a job, and the two errors of storage among them.
+"""Errors that end a job, the two of storage among them.
 
 ::
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shutil
-import time
 from dataclasses import dataclass
 from http import HTTPStatus
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote
 
-from huggingface_hub import HfApi, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is the HTTP library's own
     EntryNotFoundError,
     GatedRepoError,
@@ -30,16 +29,16 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported wi
     hf_raise_for_status,
 )
 
+from qlora_storage.backend import Fault, FaultKind
+from qlora_storage.environment import is_url
 from qlora_storage.errors import NotFoundError, StorageError, UserError
+from qlora_storage.retry import PATIENCE_SECONDS, FaultError, call_patiently
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
     from huggingface_hub import DatasetInfo, ModelInfo
 
-WAITS_SECONDS = (1, 2)
-"""Between tries."""
 SECONDS = 60
 """Longest wait for the next bytes of an answer."""
 DEFAULT_ENDPOINT = "https://huggingface.co"
@@ -48,7 +47,6 @@ _SOURCE = re.compile(r"^hf://(?:datasets/)?(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revisi
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _QUERY = re.compile(r"(?<=\S)\?[^\s'\"<>]*=[^\s'\"<>]*")
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,8 @@ class HubSource:
     repo: str
     revision: str
     path: str
+    patience_seconds: float | None = None
+    """How long the Hub may be away; None: PATIENCE_SECONDS."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class HubFolder:
     commit: str
     names: tuple[str, ...]
     """Every file's path."""
+    snapshot: Path | None = None
+    """With HF_HUB_OFFLINE: the folder of the Hub's own cache that holds the files."""
 
     def download(self, names: list[str], folder: Path) -> None:
         """Bring files into ``folder``; those that are there from an earlier try are not fetched again.
@@ -82,6 +84,9 @@ class HubFolder:
 
         """
         at = self.source
+        if self.snapshot:
+            _copy(self.snapshot, names, folder)
+            return
         _asked(
             at,
             lambda: snapshot_download(
@@ -104,6 +109,8 @@ class HubFolder:
 
         """
         at = self.source
+        if self.snapshot:
+            return _read_part(self.snapshot / name, start, end)
         url = hf_hub_url(at.repo, name, repo_type=at.kind, revision=self.commit, endpoint=endpoint())
         wanted = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
 
@@ -125,12 +132,27 @@ class HubFolder:
                         break
             return bytes(body[skip : skip + end - start]), seen if size is None else size
 
-        return _asked(at, ask, WAITS_SECONDS)
+        return _asked(at, ask)
 
     @staticmethod
     def tidy(folder: Path) -> None:
         """Delete the notes the Hub's client leaves in the folder."""
         shutil.rmtree(folder / ".cache", ignore_errors=True)
+
+
+def _copy(snapshot: Path, names: list[str], folder: Path) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(snapshot / name, folder / name)  # what the links of the cache lead to
+
+
+def _read_part(path: Path, start: int, end: int) -> tuple[bytes, int]:
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read(end - start), path.stat().st_size
+    except FileNotFoundError as error:
+        raise NotFoundError(str(path)) from error
 
 
 def _size(headers: Mapping[str, str], *, part: bool) -> int | None:
@@ -139,8 +161,14 @@ def _size(headers: Mapping[str, str], *, part: bool) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
-def parse(source: str, field: str, kind: str) -> HubSource:
+def parse(source: str, field: str, kind: str, patience_seconds: float | None = None) -> HubSource:
     """Take an ``hf://`` URI apart.
+
+    Args:
+        source: the URI.
+        field: path of the manifest's field, for messages.
+        kind: ``model`` or ``dataset``.
+        patience_seconds: how long the Hub may be away.
 
     Raises:
         UserError: it is none.
@@ -152,7 +180,7 @@ def parse(source: str, field: str, kind: str) -> HubSource:
     path = (match["path"] or "").strip("/")
     if ".." in path.split("/"):
         raise UserError(field, source, "must not contain ..")
-    return HubSource(field, source, kind, match["repo"], unquote(match["revision"] or "main"), path)
+    return HubSource(field, source, kind, match["repo"], unquote(match["revision"] or "main"), path, patience_seconds)
 
 
 def commit_of(source: HubSource) -> str:
@@ -163,7 +191,11 @@ def commit_of(source: HubSource) -> str:
         StorageError: the Hub fails.
 
     """
-    return source.revision if _COMMIT.match(source.revision) else str(_info(source, source.revision).sha)
+    if _COMMIT.match(source.revision):
+        return source.revision
+    if constants.HF_HUB_OFFLINE:
+        return _snapshot(source, source.revision).name
+    return str(_info(source, source.revision).sha)
 
 
 def open_folder(source: HubSource, commit: str) -> HubFolder:
@@ -174,32 +206,75 @@ def open_folder(source: HubSource, commit: str) -> HubFolder:
         StorageError: as :func:`commit_of`.
 
     """
+    if constants.HF_HUB_OFFLINE:
+        snapshot = _snapshot(source, commit)
+        files = sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
+        return HubFolder(source, commit, tuple(files), snapshot)
     return HubFolder(source, commit, tuple(file.rfilename for file in _info(source, commit).siblings or ()))
+
+
+def open_unlisted(source: HubSource) -> HubFolder:
+    """Open the repository at its revision for reading files by name, without asking for the list of them.
+
+    Raises:
+        UserError: HF_HUB_OFFLINE is set, and the Hub's cache does not have it.
+
+    """
+    snapshot = _snapshot(source, source.revision) if constants.HF_HUB_OFFLINE else None
+    return HubFolder(source, source.revision, (), snapshot)
+
+
+def _snapshot(source: HubSource, revision: str) -> Path:
+    """Return the folder of the Hub's own cache that holds a revision."""
+    try:
+        return Path(snapshot_download(source.repo, repo_type=source.kind, revision=revision, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        repo_type = "" if source.kind == "model" else f"--repo-type {source.kind} "
+        raise UserError(
+            source.field,
+            source.source,
+            f"is not in the cache {constants.HF_HUB_CACHE} at revision {revision}, and HF_HUB_OFFLINE is set: fetch it "
+            f"where there is a way out, by 'hf download {repo_type}{source.repo} --revision {revision}'",
+        ) from error
 
 
 def _info(source: HubSource, revision: str) -> ModelInfo | DatasetInfo:
     # The one request that carries both commit and names, and the one that the Hub's client does not repeat by itself.
     api = HfApi(endpoint=endpoint())
     if source.kind == "dataset":
-        return _asked(source, lambda: api.dataset_info(source.repo, revision=revision), WAITS_SECONDS)
-    return _asked(source, lambda: api.model_info(source.repo, revision=revision), WAITS_SECONDS)
+        return _asked(source, lambda: api.dataset_info(source.repo, revision=revision))
+    return _asked(source, lambda: api.model_info(source.repo, revision=revision))
 
 
 def endpoint() -> str:
-    return os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT
+    """Return the URL of the Hub.
+
+    Raises:
+        UserError: HF_ENDPOINT is no URL.
+
+    """
+    named = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/")
+    if named and not is_url(named):
+        raise UserError("HF_ENDPOINT", named, "must be a URL such as https://huggingface.co")
+    return named or DEFAULT_ENDPOINT
 
 
-def _asked(source: HubSource, call: Callable[[], T], waits: tuple[int, ...] = ()) -> T:
-    """Run ``call``, again after each of ``waits`` where the Hub may recover; in this package's errors at the end."""
-    for wait in (*waits, None):
-        try:
-            return call()
-        except (HTTPError, HFValidationError, OSError) as error:
-            if wait is None or not _may_recover(error):
-                raise _translated(source, error) from error
-            log.warning("%s: next try in %d s: %s", source.source, wait, without_queries(error))
-        time.sleep(wait)
-    raise AssertionError("the last try returns or raises")
+def _asked(source: HubSource, call: Callable[[], T]) -> T:
+    """Run ``call``, again while the Hub may recover; raise this package's errors."""
+    patience = PATIENCE_SECONDS if source.patience_seconds is None else source.patience_seconds
+    try:
+        return call_patiently(call, _fault_of, f"fetch {source.source}", patience)
+    except FaultError as error:
+        cause = error.__cause__
+        raise _translated(source, cause if isinstance(cause, Exception) else error) from cause
+
+
+def _fault_of(error: Exception) -> Fault | None:
+    if not isinstance(error, HTTPError | HFValidationError | OSError):
+        return None
+    kind = FaultKind.TRANSIENT if _may_recover(error) else FaultKind.FINAL
+    wait = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
+    return Fault(kind, without_queries(error), retry_after=float(wait) if wait.isdecimal() else None)
 
 
 def without_queries(error: Exception) -> str:
@@ -209,7 +284,7 @@ def without_queries(error: Exception) -> str:
 
 def _may_recover(error: Exception) -> bool:
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code >= 500 or error.response.status_code == 429
+        return error.response.status_code >= 500 or error.response.status_code in (408, 429)
     return isinstance(error, HTTPError | LocalEntryNotFoundError) and not isinstance(error, OfflineModeIsEnabled)
 
 

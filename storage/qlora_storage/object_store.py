@@ -9,8 +9,6 @@ field; the rest is a :class:`StorageError`.
 from __future__ import annotations
 
 import hashlib
-import logging
-import time
 from functools import partial
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from qlora_storage.backend import CHUNK_BYTES, Backend, Entry, Fault, FaultKind
 from qlora_storage.errors import AlreadyExistsError, NotFoundError, StorageError, UserError
 from qlora_storage.folders import FolderBackend
+from qlora_storage.retry import PATIENCE_SECONDS, FaultError, call_patiently
 
 if TYPE_CHECKING:
     import builtins
@@ -40,13 +39,8 @@ __all__ = [
 PVC_MOUNT = Path("/mnt/pvc")
 """``pvc://claim/path`` is ``<PVC_MOUNT>/claim/path`` in a trainer's pod; whoever makes the pod mounts the claim."""
 BUCKET_SCHEMES = ("s3", "gs", "az")
-PATIENCE_SECONDS = 180.0
-"""How long an object store may be away. Restarts of MinIO and versitygw and failovers of Ceph's gateways take less."""
-FIRST_WAIT_SECONDS = 0.5
-LONGEST_WAIT_SECONDS = 15.0
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -107,7 +101,8 @@ def open_store(uri: str, field: str, patience_seconds: float = PATIENCE_SECONDS)
         return Store(FolderBackend(PVC_MOUNT / place), f"pvc://{place}", field, patience_seconds)
     if scheme not in BUCKET_SCHEMES:
         raise UserError(field, uri, "must start with s3://, gs://, az:// or pvc://, or be a local folder")
-    from qlora_storage.buckets import BucketBackend, bucket_fault  # noqa: PLC0415 obstore is for buckets alone
+    from qlora_storage.bucket_faults import bucket_fault  # noqa: PLC0415
+    from qlora_storage.buckets import BucketBackend  # noqa: PLC0415 obstore is for buckets alone
 
     bucket, _, prefix = place.partition("/")
     try:
@@ -257,20 +252,13 @@ class Store:
         """Run ``call``, again while that may help, and turn what is left into this package's errors."""
         if key:
             _checked(key)
-        give_up_at: float | None = None
-        wait = FIRST_WAIT_SECONDS
-        while True:
-            try:
-                return call()
-            except self._backend.errors as error:
-                fault = self._backend.fault(error)
-                now = time.monotonic()
-                give_up_at = give_up_at or now + self._patience_seconds
-                if fault.kind is not FaultKind.TRANSIENT or now + wait > give_up_at:
-                    raise self._translated(fault, doing, key) from error
-            log.warning("cannot %s yet, next try in %.1f s: %s", doing, wait, fault.words)
-            time.sleep(wait)
-            wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+        try:
+            return call_patiently(call, self._fault_of, doing, self._patience_seconds)
+        except FaultError as error:
+            raise self._translated(error.fault, doing, key) from error.__cause__
+
+    def _fault_of(self, error: Exception) -> Fault | None:
+        return self._backend.fault(error) if isinstance(error, self._backend.errors) else None
 
     def _translated(self, fault: Fault, doing: str, key: str) -> Exception:
         match fault.kind:

@@ -175,7 +175,12 @@ def test_a_uri_that_names_no_place_is_the_users_error(uri, said):
     [
         pytest.param({"AWS_SECRET_ACCESS_KEY": "wrong"}, None, "403 SignatureDoesNotMatch", id="wrong-secret"),
         pytest.param({"AWS_ACCESS_KEY_ID": "wrong"}, None, "access is denied", id="unknown-key"),
-        pytest.param({"AWS_SECRET_ACCESS_KEY": ""}, None, "Missing", id="half-of-the-credentials"),
+        pytest.param(
+            {"AWS_SECRET_ACCESS_KEY": ""},
+            None,
+            "AWS_SECRET_ACCESS_KEY: is missing or empty",
+            id="half-of-the-credentials",
+        ),
         pytest.param({"AWS_ALLOW_HTTP": ""}, None, "AWS_ALLOW_HTTP=true", id="plain-http-was-not-asked-for"),
         pytest.param({}, "s3://no-such-bucket", "no such bucket", id="missing-bucket"),
     ],

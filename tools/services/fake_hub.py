@@ -17,6 +17,8 @@ class Hub:
         self.repositories = {}
         self.refused = {}
         """Repository's name → (status, X-Error-Code)."""
+        self.busy = []
+        """(status, Retry-After) of the next answers, whatever is asked."""
         self.served = []
         """Paths of files that were downloaded."""
         self.ranges = []
@@ -64,7 +66,10 @@ class _Handler(BaseHTTPRequestHandler):
         kind = parts.pop(0) if parts[0] in ("models", "datasets") else "models"
         name, action, revision, path = "/".join(parts[:2]), parts[2], parts[3], "/".join(parts[4:])
         files = self.hub.repositories.get((kind, name))
-        if name in self.hub.refused:
+        if self.hub.busy:
+            status, wait = self.hub.busy.pop(0)
+            self._send(status, b"{}", with_body, {"Retry-After": wait} if wait else {})
+        elif name in self.hub.refused:
             status, code = self.hub.refused[name]
             self._send(status, b"{}", with_body, {"X-Error-Code": code})
         elif files is None:

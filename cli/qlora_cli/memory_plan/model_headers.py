@@ -166,11 +166,11 @@ class _Hub:
     def __init__(self, source: str) -> None:
         from qlora_storage import hub  # noqa: PLC0415 a third of a second, for nothing where the Hub is not asked
 
-        at = hub.parse(source, FIELD, "model")
+        at = hub.parse(source, FIELD, "model", PATIENCE_SECONDS)
         if at.path:
             raise UserError(FIELD, source, "must read hf://org/name or hf://org/name@revision")
         self.name = f"{at.repo} at {at.revision} on {hub.endpoint()}"
-        self._folder = hub.HubFolder(at, at.revision, ())
+        self._folder = hub.open_unlisted(at)
 
     def read(self, file: str, start: int, end: int | None) -> bytes | None:
         try:

@@ -1,8 +1,13 @@
 """Models and rows arrive whole and checked, or the user is told what to change."""
 
 import json
+import logging
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -312,14 +317,47 @@ def test_what_the_hub_does_not_give_is_the_users_to_mend(tmp_path, make_model, h
 @pytest.mark.parametrize("commit_is_named", [False, True])
 def test_without_a_way_to_the_hub_the_user_is_told_what_else_works(tmp_path, monkeypatch, commit_is_named):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(hub_module, "PATIENCE_SECONDS", 0.1)
     with pytest.raises(UserError, match=r"out of reach from here .* s3://, gs://, az:// or pvc://"):
         fetch_model(f"hf://org/base@{COMMIT}" if commit_is_named else "hf://org/base", tmp_path)
 
 
-def test_a_hub_that_fails_is_a_storage_failure(tmp_path, hub):
+def test_a_hub_that_fails_is_a_storage_failure(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(hub_module, "PATIENCE_SECONDS", 0.1)
     hub.refused["org/base"] = (503, "")
     with pytest.raises(StorageError, match="answers 503"):
         fetch_model("hf://org/base", tmp_path)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_hub_that_is_busy_is_waited_for_as_long_as_it_says(tmp_path, make_model, hub, caplog, status):
+    hub.add("org/base", as_files(make_model(tmp_path / "model")))
+    hub.busy = [(status, "2"), (status, "")]
+    with caplog.at_level(logging.WARNING):
+        assert fetch_model("hf://org/base", tmp_path / "cache").revision == COMMIT
+    assert [record.args[1] for record in caplog.records if "yet, next try" in record.msg] == [2, 1]
+
+
+def test_offline_the_hubs_own_cache_is_enough(tmp_path, make_model, hub):
+    """As people have it who ran 'hf download' where there is a way out."""
+    hub.add("org/base", as_files(make_model(tmp_path / "model", shards=2)))
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.endpoint}
+    download = "import huggingface_hub; huggingface_hub.snapshot_download('org/base')"
+    subprocess.run([sys.executable, "-c", download], env=environment, check=True, capture_output=True)
+    fetch = (
+        "import sys; from pathlib import Path; from qlora_trainer.storage.fetch import fetch_model\n"
+        "fetched = fetch_model(sys.argv[1], Path(sys.argv[2])); print(fetched.path, fetched.revision)"
+    )
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+
+    def offline(source):
+        command = [sys.executable, "-c", fetch, source, tmp_path / "cache"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    path, revision = offline("hf://org/base@main").stdout.split()
+    assert revision == COMMIT
+    assert as_files(Path(path)) == as_files(tmp_path / "model")
+    assert "HF_HUB_OFFLINE is set: fetch it" in offline("hf://org/other").stderr
 
 
 @pytest.mark.parametrize("sized", [True, False], ids=["parts", "chunks-of-unknown-size"])
