@@ -110,6 +110,10 @@ def attempt(
     return (*children, child)
 
 
+AZURE_IDENTITY_LABEL = "azure.workload.identity/use"
+"""Without it Azure gives a pod no token of its service account."""
+
+
 def prepare(job: QLoRAJob, config: OperatorConfig, memory_correction: float = 1.0) -> dict[str, Any]:
     """The Job that looks at model and rows before a GPU is held. It repeats itself unless the user must mend things."""
     labels = _labels(job, "prepare")
@@ -288,6 +292,8 @@ def _pod(
         spec["runtimeClassName"] = pod.runtime_class_name
     if pod.image_pull_secrets:
         spec["imagePullSecrets"] = [{"name": name} for name in pod.image_pull_secrets]
+    if pod.workload_identity:
+        labels = labels | {AZURE_IDENTITY_LABEL: "true"}
     text = trainer.model_dump_json(by_alias=True, exclude_none=True)
     return {"metadata": {"labels": labels, "annotations": {CONFIG_ANNOTATION: text}}, "spec": spec}
 

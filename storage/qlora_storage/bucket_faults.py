@@ -1,4 +1,4 @@
-"""What an answer of object storage means: obstore's error, the HTTP status, and the server's own code and text."""
+"""Meaning of an answer of object storage: of obstore's error, the HTTP status, and the server's code and text."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ WITHOUT_CREDENTIALS = (
 
 @dataclass(frozen=True)
 class UploadPace:
-    """How an upload in parts is sent: parts share the line, and each must be through within REQUEST_SECONDS."""
+    """Pace of an upload in parts: they share the line, and each must be through within REQUEST_SECONDS."""
 
     part_bytes: int
     at_once: int

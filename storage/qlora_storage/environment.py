@@ -94,7 +94,7 @@ class SettingError(ValueError):
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """How to reach buckets of one scheme."""
+    """Settings to reach buckets of one scheme."""
 
     config: dict[str, str | bool] = field(default_factory=dict)
     """Of obstore's store, beside what it reads of the environment by itself."""

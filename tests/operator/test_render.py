@@ -11,6 +11,7 @@ import yaml
 
 from operator_builders import UID
 from qlora_api.contract import TrainerConfig
+from qlora_api.environment import WORKLOAD_IDENTITY
 from qlora_api.job import QLoRAJob
 from qlora_api.spec import Gang
 from qlora_api.status import Attempt, QLoRAJobStatus
@@ -23,11 +24,12 @@ REFRESH = os.environ.get("REFRESH_GOLDEN") == "1"
 CONFIG_KEY = "qlora.dev/config"
 
 
-def rendered(case: str) -> list[dict]:
+def rendered(case: str, **trainer: object) -> list[dict]:
     """All manifests of a case: Prepare's, then attempt 2's."""
     given = yaml.safe_load((GOLDEN / case / "job.yaml").read_text())
     gang = Gang(given.pop("gang", "None"))
-    config = OperatorConfig.model_validate(given.pop("operator"))
+    operator = given.pop("operator")
+    config = OperatorConfig.model_validate({**operator, "trainer": {**operator["trainer"], **trainer}})
     given["metadata"]["uid"] = UID
     job = QLoRAJob.from_manifest(given)
     workers, gpus = job.spec.parallelism.workers, job.spec.parallelism.gpus_per_worker
@@ -127,3 +129,14 @@ def test_the_product_of_a_jobs_nodes_counts_over_the_operators_gpu(product, gpu)
     given["spec"]["scheduling"] = {"nodeSelector": {render.GPU_PRODUCT: product} if product else {}}
     spec = QLoRAJob.from_manifest(given).spec
     assert render.gpu_of(spec, config.model_copy(update={"trainer": trainer})) == gpu
+
+
+@pytest.mark.parametrize("consent", [True, False])
+def test_pods_are_told_whether_the_clouds_identity_counts_whatever_a_secret_says(consent):
+    """A variable of 'env' wins over one of 'envFrom'."""
+    for manifest in rendered("cpu", workloadIdentity=consent):
+        if manifest["kind"] == "Job":
+            template = manifest["spec"]["template"]
+            assert template["metadata"]["labels"].get(render.AZURE_IDENTITY_LABEL) == ("true" if consent else None)
+            [container] = template["spec"]["containers"]
+            assert {"name": WORKLOAD_IDENTITY, "value": str(consent).lower()} in container["env"]

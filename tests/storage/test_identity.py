@@ -64,7 +64,7 @@ def test_with_the_operators_consent_the_machines_identity_signs(buckets, monkeyp
 
 @pytest.fixture
 def pod_tokens(buckets, monkeypatch, tmp_path):
-    """What EKS and AKS put into pods of a service account that stands for a cloud identity."""
+    """Variables and the token that EKS and AKS put into pods of a service account that stands for a cloud identity."""
     token = tmp_path / "token"
     token.write_text("of-the-service-account")
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(token))

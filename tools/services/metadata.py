@@ -17,7 +17,7 @@ EXPIRES = "2099-01-01T00:00:00Z"
 
 @dataclass
 class MetadataService:
-    """What it gives, and what it was asked. Requests for objects are refused with 403."""
+    """Credentials that are given, and requests that were made. Requests for objects are refused with 403."""
 
     access_key: str
     secret_key: str
