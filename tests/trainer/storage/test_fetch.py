@@ -439,13 +439,13 @@ def test_a_weight_file_that_is_none_is_refused_by_its_header(tmp_path, make_mode
 @pytest.mark.parametrize(
     ("source", "found"),
     [
-        pytest.param("hf://org/rows", ["data/test.parquet", "data/train.parquet", "extra.csv"], id="repository"),
-        pytest.param("hf://org/rows@main/data", ["test.parquet", "train.parquet"], id="folder-inside"),
+        pytest.param("hf://org/rows", ["data/train.parquet"], id="repository-of-splits"),
+        pytest.param("hf://org/rows@main/data", ["train.parquet"], id="folder-inside"),
         pytest.param("hf://datasets/org/rows@v1/data/train.parquet", "train.parquet", id="file-inside"),
     ],
 )
 def test_rows_on_the_hub_are_a_repository_a_folder_or_a_file(tmp_path, hub, source, found):
-    files = ("data/train.parquet", "data/test.parquet", "extra.csv", "README.md", "load.py", "dataset_infos.json")
+    files = ("data/train.parquet", "data/test.parquet", "README.md", "load.py", "dataset_infos.json")
     hub.add("org/rows", dict.fromkeys(files, b"rows"), kind="datasets")
     path = fetch_rows(source, ROWS, tmp_path / "cache")
     assert (path.name if path.is_file() else names(path)) == found
@@ -453,5 +453,22 @@ def test_rows_on_the_hub_are_a_repository_a_folder_or_a_file(tmp_path, hub, sour
 
 def test_a_repository_without_rows_is_told(tmp_path, hub):
     hub.add("org/rows", {"README.md": b"x"}, kind="datasets")
-    with pytest.raises(UserError, match="holds no rows"):
+    with pytest.raises(UserError, match="has no files in it; it must be a file that ends in"):
         fetch_rows("hf://org/rows", ROWS, tmp_path)
+
+
+def test_an_evaluation_source_brings_its_own_split_from_the_hub(tmp_path, hub):
+    hub.add("org/rows", dict.fromkeys(("data/train.parquet", "data/test.parquet"), b"rows"), kind="datasets")
+    assert names(fetch_rows("hf://org/rows", "spec.dataset.eval.source", tmp_path)) == ["data/test.parquet"]
+    assert names(fetch_rows("hf://org/rows", ROWS, tmp_path)) == ["data/train.parquet"]
+
+
+def test_all_files_of_a_bucket_are_brought_and_none_is_passed_over(tmp_path, s3):
+    store = open_store(f"{s3}/rows", "x")
+    for name in ("a.jsonl", "C.JSONL", "b.jsonl.zst", "sub/d.ndjson", "README.md", "_SUCCESS"):
+        store.put(name, b"{}")
+    found = fetch_rows(f"{s3}/rows", ROWS, tmp_path / "cache")
+    assert names(found) == ["C.JSONL", "a.jsonl", "b.jsonl.zst", "sub/d.ndjson"]
+    store.put("e.xlsx", b"{}")
+    with pytest.raises(UserError, match=r"has files that cannot be read as rows: e\.xlsx"):
+        fetch_rows(f"{s3}/rows", ROWS, tmp_path / "cache")

@@ -2,8 +2,8 @@
 
 ::
 
-    sources  ──► formats, chat ──► tokenized ──► packing ──► batches
-    (rows)       (tokens that      (arrays on    (which rows   (what each rank
+    rows     ──► formats, chat ──► tokenized ──► packing ──► batches
+    (of files)   (tokens that      (arrays on    (which rows   (what each rank
                   count)            disk)         share a       computes in
                                                   sequence)     step n)
     └──────────────── prepare: once, before any GPU is held ┘

@@ -1,10 +1,15 @@
-"""Rows of one source through the encoder and into the files of their side, with a tally of what happened to them."""
+"""Encode the rows of a source and write them to their split, with a tally of what happened to them."""
 
 from __future__ import annotations
 
-from collections import Counter
+import logging
+import time
+import traceback
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from qlora_api.spec import DatasetFormat, DatasetSpec, LongRows
 from qlora_trainer.errors import UserError
@@ -12,12 +17,41 @@ from qlora_trainer.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from numpy.typing import NDArray
+
     from qlora_trainer.data.formats import Encoded, Encoder
-    from qlora_trainer.data.sources import Rows
+    from qlora_trainer.data.rows.place import RowPlace
+    from qlora_trainer.data.rows.read import Batch, Rows
     from qlora_trainer.data.tokenized_rows import RowWriter
 
-CHUNK_ROWS = 512
-"""Given to the tokenizer at once: enough for all cores, little enough to hold many long rows."""
+REPORT_SECONDS = 10.0
+log = logging.getLogger(__name__)
+
+
+class Identities:
+    """Rows by the hash of their tokens, eight bytes each; a collision among 64 bits only miscounts duplicates."""
+
+    def __init__(self) -> None:
+        self._hashes = np.zeros(1024, np.uint64)
+        self._count = 0
+
+    def add(self, data: bytes) -> None:
+        if self._count == len(self._hashes):
+            self._hashes = np.resize(self._hashes, 2 * self._count)
+        self._hashes[self._count] = int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
+        self._count += 1
+
+    def repeated(self) -> int:
+        """Count those that repeat an earlier one."""
+        return self._count - len(np.unique(self._all))
+
+    def also_in(self, other: Identities) -> int:
+        """Count those that are in ``other`` too, each as often as it is here."""
+        return int(np.isin(self._all, other._all).sum())
+
+    @property
+    def _all(self) -> NDArray[np.uint64]:
+        return self._hashes[: self._count]
 
 
 @dataclass
@@ -26,24 +60,23 @@ class Split:
 
     name: str
     writer: RowWriter
-    seen: Counter[int] = field(default_factory=Counter)
-    """Rows by the hash of their tokens; a collision among 64 bits only miscounts duplicates."""
+    seen: Identities = field(default_factory=Identities)
 
     @property
     def duplicates(self) -> int:
         """Rows that repeat an earlier one."""
-        return self.seen.total() - len(self.seen)
+        return self.seen.repeated()
 
     def also_in(self, other: Split) -> int:
         """Rows that the other side has too, each as often as it is here."""
-        return sum(count for identity, count in self.seen.items() if identity in other.seen)
+        return self.seen.also_in(other.seen)
 
     def add(self, encoded: Encoded) -> bool:
         """Write a row; False if no token of it counts."""
         written = self.writer.append(encoded.input_ids, encoded.targets)
         if written is None:
             return False
-        self.seen[hash(written)] += 1
+        self.seen.add(written)
         return True
 
 
@@ -56,11 +89,10 @@ class Tally:
     dropped: int = 0
     fully_masked: int = 0
     longest: int = 0
-    longest_row: int = 0
-    """Number of the longest row, from 1."""
+    longest_row: RowPlace | None = None
     too_long: int = 0
 
-    def count(self, encoded: Encoded, number: int, most: int) -> None:
+    def count(self, encoded: Encoded, number: RowPlace, most: int) -> None:
         """Note one row before anything is decided about it."""
         self.rows += 1
         self.truncated += encoded.truncated
@@ -74,7 +106,7 @@ def collect(encoder: Encoder, rows: Rows, where: str, side_of: Callable[[int], S
 
     Args:
         encoder: of the dataset.
-        rows: of one source.
+        rows: of one source; no more than a batch of them is held.
         where: the source in words, for errors.
         side_of: number of a row, from 0 → the side that it belongs to.
 
@@ -84,18 +116,81 @@ def collect(encoder: Encoder, rows: Rows, where: str, side_of: Callable[[int], S
     """
     dataset = encoder.dataset
     tally = Tally()
-    for start, batch in rows.batches(CHUNK_ROWS):
-        for number, encoded in enumerate(
-            encoder.encode_batch(batch, range(start + 1, start + 1 + len(batch))), start=start
-        ):
-            tally.count(encoded, number + 1, dataset.max_length)
+    progress = _Progress(where, rows.source.size)
+    for batch in rows.batches():
+        for place, encoded in zip(batch.places, _encoded(encoder, batch), strict=True):
+            tally.count(encoded, place, dataset.max_length)
             if len(encoded.input_ids) > dataset.max_length:  # Fail and Drop; Truncate has cut it
                 tally.dropped += 1
-            elif not side_of(number).add(encoded):
+            elif not side_of(place.number - 1).add(encoded):
                 tally.fully_masked += 1
+        progress.tell(tally.rows, batch.done)
     if tally.too_long and dataset.long_rows is LongRows.FAIL:
         raise _too_long(dataset, tally, where)
     return tally
+
+
+def _encoded(encoder: Encoder, batch: Batch) -> list[Encoded]:
+    """Encode a batch; an error that no row should cause is told by its type, since its text may quote the row.
+
+    Raises:
+        UserError: a row that cannot be encoded.
+
+    """
+    try:
+        return encoder.encode_batch(batch.rows, batch.places)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001
+        for place, row in zip(batch.places, batch.rows, strict=True):
+            try:
+                encoder.encode(row, place)
+            except UserError:
+                raise
+            except Exception as own:  # noqa: BLE001
+                raise _unexpected(own, f"row {place}") from None
+        raise _unexpected(error, f"rows {batch.places[0]} to {batch.places[-1]}") from None
+
+
+def _unexpected(error: BaseException, where: str) -> UserError:
+    frames = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+    log.error("%s in:\n%s", type(error).__name__, "\n".join(frames))  # no message: it may quote the row
+    return UserError(
+        "spec.dataset", None, f"{where} cannot be made into tokens: {type(error).__name__}; its places are in the log"
+    )
+
+
+class _Progress:
+    """Says now and then how far the rows are, at what rate, and how long it may take."""
+
+    def __init__(self, where: str, size: int) -> None:
+        self._where = where
+        self._size = size
+        self._begin = self._told = time.monotonic()
+
+    def tell(self, rows: int, done: int) -> None:
+        now = time.monotonic()
+        if now - self._told >= REPORT_SECONDS:
+            self._told = now
+            log.info("%s", progress_line(self._where, rows, done, self._size, now - self._begin))
+
+
+def progress_line(where: str, rows: int, done: int, size: int, seconds: float) -> str:
+    """Say how far the rows of a source are.
+
+    Args:
+        where: the source.
+        rows: that are tokenized.
+        done: bytes of its files that were read.
+        size: bytes of its files.
+        seconds: since it began.
+
+    """
+    left = (size - done) * seconds / done if done else 0.0
+    return (
+        f"{where}: {rows:,} rows, {done / 1e6:,.0f} of {size / 1e6:,.0f} MB, {done / 1e6 / seconds:.1f} MB/s, about"
+        f" {left / 60:.0f} min left"
+    )
 
 
 def require_rows(side: Split, dataset: DatasetSpec, tally: Tally, where: str) -> None:

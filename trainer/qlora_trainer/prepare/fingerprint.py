@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_api.spec import DatasetFormat, QLoRAJobSpec
 from qlora_trainer.data.formats import needed_columns
-from qlora_trainer.errors import UserError
+from qlora_trainer.data.rows.source import contents
 from qlora_trainer.prepare.format_version import FORMAT_VERSION
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from qlora_trainer.data.formats import Encoder
-    from qlora_trainer.data.sources import SourceFiles
+    from qlora_trainer.data.rows.source import SourceFiles
 
 
 def data_hash(
@@ -41,19 +39,7 @@ def data_hash(
         "longRows": dataset.long_rows,
         "packing": dataset.packing,
         "heldOut": [fraction, spec.training.seed] if fraction is not None else None,
-        "train": _contents(train),
-        "eval": _contents(evaluation) if evaluation else None,
+        "train": contents(train),
+        "eval": contents(evaluation) if evaluation else None,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _contents(source: SourceFiles) -> list[str]:
-    return [source.kind, *(_sha256(path, source.field) for path in source.files)]
-
-
-def _sha256(path: Path, field: str) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(field, path, f"cannot be read: {error.strerror}") from error

@@ -27,7 +27,15 @@ from pydantic import Field, TypeAdapter, ValidationError
 from qlora_api.base import Model
 from qlora_api.contract import PrepareReceipt
 from qlora_memory import ModelShape
-from qlora_storage.object_store import AlreadyExistsError, NotFoundError, open_store, sha256_bytes, sha256_file
+from qlora_storage.object_store import (
+    AlreadyExistsError,
+    NotFoundError,
+    local_path,
+    open_store,
+    sha256_bytes,
+    sha256_file,
+)
+from qlora_trainer.data.rows.source import contents, find_source
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.prepare.format_version import FORMAT_VERSION
 from qlora_trainer.storage.authentication import Authenticator
@@ -262,13 +270,22 @@ def job_key(spec: QLoRAJobSpec, revision: str) -> str:
         "model": revision,
         "dataset": dataset,
         "heldOut": [held_out.fraction, spec.training.seed] if held_out and held_out.fraction else None,
-        "train": rows_identity(spec.dataset.train.source, "spec.dataset.train.source"),
-        "eval": rows_identity(own_eval, "spec.dataset.eval.source") if own_eval else None,
+        "train": _identity(spec.dataset.train.source, "spec.dataset.train.source"),
+        "eval": _identity(own_eval, "spec.dataset.eval.source") if own_eval else None,
         "quantization": plain["quantization"],
         "lora": plain["lora"],
         **({"prompts": prompts} if (prompts := spec.training.evaluation.prompts) else {}),
     }
     return sha256_bytes(json.dumps(facts, sort_keys=True).encode())
+
+
+def _identity(source: str, field: str) -> str:
+    """Name the rows of a source: local files by their content, all that are read and no others."""
+    local = local_path(source, field)
+    if local is None:
+        return rows_identity(source, field)
+    found = find_source(local, field)
+    return "\n".join([*(file.name for file in found.files), *contents(found)])
 
 
 def _read(store: Store, key: str) -> Record | None:

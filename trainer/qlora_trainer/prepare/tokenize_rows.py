@@ -9,6 +9,7 @@ container's CPU limit), and a process for each core would import transformers ag
 
 from __future__ import annotations
 
+import logging
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from qlora_trainer.data.collect import Split, Tally, collect, require_rows
 from qlora_trainer.data.formats import Encoder, needed_columns
 from qlora_trainer.data.order import permutation
 from qlora_trainer.data.packing import Sequences, pack, unpacked
-from qlora_trainer.data.sources import find_source, load_rows
+from qlora_trainer.data.rows.read import Rows
+from qlora_trainer.data.rows.source import find_source
 from qlora_trainer.data.tokenized_rows import RowWriter, TokenizedRows, load_sequences, save_sequences
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.prepare.fingerprint import data_hash
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qlora_api.spec import DatasetSpec, QLoRAJobSpec
+    from qlora_trainer.data.rows.source import SourceFiles
+
+log = logging.getLogger(__name__)
 
 TRAIN_FIELD = "spec.dataset.train.source"
 EVAL_FIELD = "spec.dataset.eval.source"
@@ -95,13 +100,16 @@ def prepare_data(
     _check_prompts(spec, encoder)
     train_source = find_source(train_path, TRAIN_FIELD)
     eval_source = find_source(eval_path, EVAL_FIELD) if eval_path else None
+    for source in (train_source, *([eval_source] if eval_source else [])):
+        if source.selection and (unread := source.selection.unread()):
+            log.info("not read of %s: %s", source.path, unread)
     name = data_hash(spec, encoder, tokenizer_hash, train_source, eval_source)
     folder = cache_dir / "data" / name
     if not folder.exists():
         partial = folder.with_name(f".{name}-{uuid4().hex[:8]}")
         try:
             partial.mkdir(parents=True)
-            receipt = _receipt(name, partial, encoder, _tokenize(spec, encoder, train_path, eval_path, partial))
+            receipt = _receipt(name, partial, encoder, _tokenize(spec, encoder, train_source, eval_source, partial))
             (partial / "receipt.json").write_text(receipt.model_dump_json(by_alias=True, indent=2), "utf-8")
             take_name(partial, folder)
         except OSError as error:
@@ -136,14 +144,14 @@ def load_prepared(folder: Path) -> PreparedData:
 
 
 def _tokenize(
-    spec: QLoRAJobSpec, encoder: Encoder, train_path: Path, eval_path: Path | None, folder: Path
+    spec: QLoRAJobSpec, encoder: Encoder, train_source: SourceFiles, eval_source: SourceFiles | None, folder: Path
 ) -> _Tokenized:
     """Write the rows of both sides below ``folder``."""
     dataset = spec.dataset
     needed, optional = needed_columns(dataset)
-    rows = load_rows(train_path, TRAIN_FIELD, needed, optional)
-    own_rows = load_rows(eval_path, EVAL_FIELD, needed, optional) if eval_path else None
-    held_out = _held_out(len(rows), spec) if eval_path is None else None
+    rows = Rows(train_source, needed, optional)
+    own_rows = Rows(eval_source, needed, optional) if eval_source else None
+    held_out = _held_out(rows, spec)
     with ExitStack() as files:
         train = Split("training", files.enter_context(RowWriter(folder / "train")))
         evaluation = None
@@ -153,20 +161,21 @@ def _tokenize(
         def side_of(number: int) -> Split:
             return evaluation if evaluation and held_out is not None and held_out[number] else train
 
-        tallies = [collect(encoder, rows, str(train_path), side_of)]
-        require_rows(train, dataset, tallies[0], str(train_path))
+        tallies = [collect(encoder, rows, str(train_source.path), side_of)]
+        require_rows(train, dataset, tallies[0], str(train_source.path))
         if evaluation:
             if own_rows is not None:
-                tallies.append(collect(encoder, own_rows, str(eval_path), lambda _: evaluation))
-            require_rows(evaluation, dataset, tallies[-1], str(eval_path or train_path))
+                tallies.append(collect(encoder, own_rows, str(own_rows.source.path), lambda _: evaluation))
+            require_rows(evaluation, dataset, tallies[-1], str((own_rows or rows).source.path))
     return _Tokenized(train, evaluation, tallies)
 
 
-def _held_out(count: int, spec: QLoRAJobSpec) -> NDArray[np.bool_] | None:
-    """[rows]; True: the row is held out for evaluation. None if no fraction is."""
+def _held_out(rows: Rows, spec: QLoRAJobSpec) -> NDArray[np.bool_] | None:
+    """[rows]; True: the row is held out for evaluation. None if no fraction is. Reads all rows to count them."""
     fraction = spec.dataset.eval.fraction if spec.dataset.eval else None
     if fraction is None:
         return None
+    count = rows.count()
     share = round(Decimal(fraction) * count)
     if not 1 <= share < count:
         raise UserError(

@@ -11,15 +11,17 @@ the weights, with holes where tensors would be.
 from __future__ import annotations
 
 import fcntl
+import logging
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_memory.shape.safetensors_headers import LENGTH_BYTES, HeaderError, header_length
-from qlora_storage.object_store import PVC_MOUNT, local_path, open_store, sha256_bytes, sha256_file
+from qlora_storage.object_store import PVC_MOUNT, local_path, open_store, sha256_bytes
 from qlora_trainer.errors import StorageError, UserError
+from qlora_trainer.row_files import ALLOWED, RowFilesError, select
 from qlora_trainer.storage.base_folder import private_folder
 from qlora_trainer.storage.model_files import (
     ModelFilesError,
@@ -32,7 +34,7 @@ from qlora_trainer.storage.model_files import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from qlora_storage.object_store import Entry, Store
 
@@ -46,11 +48,11 @@ __all__ = [
     "same_revision",
 ]
 
+log = logging.getLogger(__name__)
+
 HUB = "hf://"
 MODEL_FIELD = "spec.model.source"
-ROW_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv", ".csv.gz", ".arrow")
-HUB_NOTES = ("dataset_infos.json",)
-"""JSON beside the rows of many datasets on the Hub that is no row."""
+EVAL_FIELD = "spec.dataset.eval.source"
 FIRST_READ = 128 * 1024
 """Bytes of a weight file that are asked for at once: most headers are shorter."""
 
@@ -233,14 +235,14 @@ def _rows_from_hub(source: str, field: str, cache_dir: Path) -> Path:
 
     def fill(partial: Path) -> None:
         folder = hub.open_folder(at, commit)
-        inside = [n for n in folder.names if n == at.path or n.startswith(f"{at.path}/".lstrip("/"))]
-        wanted = [n for n in inside if n.endswith(ROW_SUFFIXES) and PurePosixPath(n).name not in HUB_NOTES]
-        if not wanted:
-            raise UserError(field, source, f"holds no rows: no file ends in {', '.join(ROW_SUFFIXES)}")
-        folder.download(wanted, partial)
+        prefix = f"{at.path}/".lstrip("/")
+        single = [n for n in folder.names if n == at.path]
+        inside = [n.removeprefix(prefix) for n in folder.names if n.startswith(prefix)]
+        folder.download(single or [f"{prefix}{n}" for n in _row_names(inside, source, field)], partial)
         folder.tidy(partial)
 
-    place = sha256_bytes(f"{at.repo} {commit} {at.path}".encode())[:32]
+    split = "evaluation" if field == EVAL_FIELD else "training"
+    place = sha256_bytes(f"{at.repo} {commit} {at.path} {split}".encode())[:32]
     return _cached(cache_dir / "rows" / place, fill) / at.path
 
 
@@ -256,17 +258,28 @@ def _rows_from_store(source: str, field: str, cache_dir: Path) -> Path:
 def _row_objects(source: str, field: str) -> tuple[Store, list[Entry], str]:
     """The objects below a folder; or the folder of a single object, that object, and its name."""
     store = open_store(source, field)
-    entries = [e for e in store.entries() if e.key.endswith(ROW_SUFFIXES)]
+    entries = {e.key: e for e in store.entries()}
     if entries:
-        return store, entries, ""
+        return store, [entries[name] for name in _row_names(entries, source, field)], ""
     # The source is the object itself rather than a folder.
     parent, _, single = store.uri().rpartition("/")
     bucket_alone = parent.endswith(":/")
     store = store if bucket_alone else open_store(parent, field)
     entry = None if bucket_alone else store.stat(single)
     if entry is None:
-        raise UserError(field, source, f"holds no rows: no object ends in {', '.join(ROW_SUFFIXES)}")
+        raise UserError(field, source, f"holds no rows; it {ALLOWED}")
     return store, [entry], single
+
+
+def _row_names(names: Iterable[str], source: str, field: str) -> tuple[str, ...]:
+    """Choose the files that hold rows, and say which of the others are left where they are."""
+    try:
+        selection = select(names, evaluation=field == EVAL_FIELD)
+    except RowFilesError as error:
+        raise UserError(field, source, str(error)) from error
+    if unread := selection.unread():
+        log.info("not read of %s: %s", source, unread)
+    return selection.rows
 
 
 # ---------------------------------------------------------------------------------------------------------- identities
@@ -290,7 +303,7 @@ def model_revision(source: str, cache_dir: Path) -> str:
 
 
 def rows_identity(source: str, field: str) -> str:
-    """Changes whenever the rows do: by content for local files, by etag in object storage, by commit on the Hub.
+    """Changes whenever the rows behind a network do: by etag in object storage, by commit on the Hub.
 
     Raises:
         UserError, StorageError, OSError: as when they are fetched; there the user is told.
@@ -301,9 +314,6 @@ def rows_identity(source: str, field: str) -> str:
 
         at = hub.parse(source, field, "dataset")
         return f"{at.repo} {hub.commit_of(at)} {at.path}"
-    if local := local_path(source, field):
-        files = [local] if local.is_file() else sorted(p for p in local.rglob("*") if p.is_file())
-        return "\n".join(f"{p.relative_to(local.parent)} {sha256_file(p)}" for p in files)
     store, entries, single = _row_objects(source, field)
     return f"{_hash_of(store.uri(), entries)} {single}"
 
