@@ -65,7 +65,7 @@ class Columns(Model):
 
 class DatasetSource(Model):
     source: Source
-    """A JSONL, Parquet or CSV file, a folder of them, or a folder written by datasets.save_to_disk."""
+    """A JSON, CSV, Parquet or Arrow file, a folder of them, or a folder written by datasets.save_to_disk."""
     credentials: Name | None = None
     """Secret in the job's namespace with the source's credentials as environment variables. The Secrets of a
     job make one environment, in the order model, dataset.train, output: of two with the same key the later counts."""

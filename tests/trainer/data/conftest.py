@@ -24,7 +24,7 @@ from qlora_api.spec import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from qlora_trainer.data.sources import Row
+    from qlora_trainer.data.rows.read import Row
 
 SPECIAL = ["<bos>", "<eos>", "<|im_start|>", "<|im_end|>"]
 

@@ -2,7 +2,7 @@
 
 Their sizes, offsets and nesting are what the file says, and the readers are native code: what overruns or crashes must
 be this process alone. It has no credentials in its environment. It is given files and columns as JSON on its input and
-writes lines of JSON, each a list of: what it is (a :class:`Line`), and what follows there.
+writes lines of JSON, each a list of: what it is (a :class:`WorkerLine`), and what follows there.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ KNOWN_PROBLEMS = (
 """Beginnings of pyarrow's messages that quote nothing of a row."""
 
 
-class Line(StrEnum):
+class WorkerLine(StrEnum):
     FILE = "file"
     """number of the file, its columns"""
     ROW = "row"
@@ -64,9 +64,9 @@ def main() -> int:
         for number, (path, device, inode, size) in enumerate(request["files"]):
             _send_file(number, path, (device, inode), size, request["columns"])
     except _RowProblemError as error:
-        _send(Line.PROBLEM, *error.args)
+        _send(WorkerLine.PROBLEM, *error.args)
     except Exception as error:  # noqa: BLE001 whatever it is, it is told without the text of a row
-        _send(Line.PROBLEM, None, _problem(error))
+        _send(WorkerLine.PROBLEM, None, _problem(error))
     sys.stdout.flush()
     return 0
 
@@ -87,7 +87,7 @@ def _send_file(number: int, path: str, identity: tuple[int, int], size: int, col
         raise _RowProblemError(None, "changed while it was read")
     names, batches = _open(descriptor)
     wanted = [name for name in columns if name in names]
-    _send(Line.FILE, number, names)
+    _send(WorkerLine.FILE, number, names)
     row, sent = 0, 0
     for batch, done in batches(wanted):
         for cells in _rows(batch, row):
@@ -101,7 +101,7 @@ def _send_file(number: int, path: str, identity: tuple[int, int], size: int, col
 
 def _send_row(row: int, done: int, cells: dict[str, Any]) -> int:
     try:
-        text = json.dumps([Line.ROW, row, done, cells], ensure_ascii=False, default=_refuse)
+        text = json.dumps([WorkerLine.ROW, row, done, cells], ensure_ascii=False, default=_refuse)
     except _RowProblemError as error:
         raise _RowProblemError(row, error.args[1]) from None
     except (RecursionError, ValueError):

@@ -61,7 +61,7 @@ def _line(stream: TextStream, number: int) -> bytes:
 
 
 def _goes_on(line: bytes) -> bool:
-    """Whether the object that begins in this line ends in a later one."""
+    """Return True if the object that begins in this line ends in a later one."""
     try:
         json.loads(line)
     except json.JSONDecodeError as error:

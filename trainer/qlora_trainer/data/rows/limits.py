@@ -1,4 +1,4 @@
-"""What reading rows may take. A source beyond these is refused with its name."""
+"""Limits of reading rows. A source beyond these is refused with its name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH_BYTES = MIB
 
 
 def most_bytes(file_size: int) -> int:
-    """How many bytes of rows a file of this size may hold."""
+    """Return the bytes of rows that a file of this size may hold."""
     return max(ALWAYS_ALLOWED_BYTES, MOST_EXPANSION * file_size)
 
 

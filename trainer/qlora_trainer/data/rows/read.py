@@ -130,5 +130,5 @@ class Rows:
 
 
 def _is_table(value: Any, needed: Mapping[str, str]) -> bool:
-    """Whether it is a list of rows."""
+    """Return True for a list of rows."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and set(needed) <= set(value[0])

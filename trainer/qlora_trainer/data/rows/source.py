@@ -76,7 +76,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """What a source stands for. ``files`` is all that is read, in the order of the rows."""
+    """The files of a source. ``files`` is all that is read, in the order of the rows."""
 
     field: str
     """Of the manifest; errors in the files are reported there."""
@@ -191,7 +191,7 @@ def _walk(root: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _blobs(folder: Path) -> list[Path]:
-    """Where the files of a snapshot of the Hugging Face cache are: beside ``snapshots``, as links from inside."""
+    """Return the folder with the files of a snapshot of the Hugging Face cache, which holds links to them."""
     for parent in folder.parents:
         if parent.name == "snapshots" and parent.parent.name.startswith(("datasets--", "models--")):
             return [parent.parent / "blobs"]
