@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.artifacts.storage import LocalFolder, MissingError, StorageError, open_folder
+from qlora_cli.artifacts.storage import LocalFolder, StorageError, open_folder
 from qlora_cli.jobs.job_view import read_run, view, view_run
 from qlora_cli.kube.errors import ApiError, ClusterError
 from qlora_cli.kube.names import core_path
 from qlora_cli.kube.target import program
+from qlora_storage.published import PublishedFile, is_inside, short_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,15 +32,6 @@ MANIFEST = "manifest.json"
 SCHEMA = "qlora.dev/manifest/v1"
 MOST_MANIFEST_BYTES = 16 << 20
 _VARIABLES = ("AWS_", "GOOGLE_", "AZURE_")
-
-
-@dataclass(frozen=True)
-class PublishedFile:
-    """One file that the manifest promises."""
-
-    path: str
-    size: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -115,54 +107,17 @@ def read(source: Source) -> Published:
     if schema != SCHEMA:
         raise StorageError(f'{where}: schema "{schema}" is not known here; this version reads {SCHEMA}')
     for file in files:
-        if not _is_inside(file.path):
+        if not is_inside(file.path):
             raise StorageError(f'{where}: names "{file.path}", which leaves its folder')
     return Published(folder, data, body, files)
-
-
-def _is_inside(path: str) -> bool:
-    parts = path.split("/")
-    return "\\" not in path and all(part not in ("", ".", "..") for part in parts)
 
 
 # ------------------------------------------------------------------------------------------------------------ verifying
 
 
 def verify(published: Published, tell: Callable[[str], None]) -> list[str]:
-    """Read every file back; a line for each difference."""
-    problems = []
-    for file in published.files:
-        tell(file.path)
-        problem = _compare(published.folder, _place(published, file), file)
-        if problem:
-            problems.append(f"{file.path} {problem}")
-    return problems
-
-
-def _place(published: Published, file: PublishedFile) -> str:
-    """Return where a file is: as published, or as 'qlora download' lays it down, without the attempt's folder."""
-    short = _short(file.path)
-    if isinstance(published.folder, LocalFolder) and (published.folder.root / short).is_file():
-        return short
-    return file.path
-
-
-def _short(path: str) -> str:
-    return path.partition("/")[2] or path
-
-
-def _compare(folder: Folder, key: str, file: PublishedFile) -> str:
-    """Return what is wrong with one file; empty: nothing."""
-    digest, size = hashlib.sha256(), 0
-    try:
-        for piece in folder.chunks(key):
-            digest.update(piece)
-            size += len(piece)
-    except MissingError:
-        return "is missing"
-    if size != file.size:
-        return f"has {size} bytes where {file.size} were published"
-    return "" if digest.hexdigest() == file.sha256 else "is not what was published: its SHA-256 differs"
+    """Read every file of the folders that will be used; return a line for each difference."""
+    return published.folder.differences(published.adapter, published.files, tell)
 
 
 # ---------------------------------------------------------------------------------------------------------- downloading
@@ -174,7 +129,7 @@ def download(
     """Copy all files, each checked before it has its name, the manifest last; files and bytes copied now.
 
     Raises:
-        StorageError: a file is not what was published, or cannot be written.
+        StorageError: a file is not what was published, cannot be written, or lies beside them and was not published.
 
     """
     count = copied = 0
@@ -182,12 +137,14 @@ def download(
     for file in published.files:
         if adapter_only and not file.path.startswith(f"{published.adapter}/"):
             continue
-        short = _short(file.path)
-        if (target / short).is_file() and not _compare(here, short, file):
+        short = short_path(file.path)
+        if (target / short).is_file() and here.difference(short, file) is None:
             continue  # an earlier call brought it
         tell(file.path)
         _copy(published.folder, file, target / short)
         count, copied = count + 1, copied + file.size
+    if problems := here.differences(published.adapter, published.files, lambda _: None, content=False):
+        raise StorageError(f"{target}: {problems[0]}; download into an empty folder, or delete it")
     _write(target / MANIFEST, [published.data])
     return count, copied
 
@@ -224,7 +181,7 @@ def _write(target: Path, pieces: Any) -> None:
 
 def folder_of(published: Published, target: Path) -> Path:
     """Return where the adapter itself is after a download."""
-    return target / PurePosixPath(_short(f"{published.adapter}"))
+    return target / PurePosixPath(short_path(f"{published.adapter}"))
 
 
 # ---------------------------------------------------------------------------------------------------------- credentials

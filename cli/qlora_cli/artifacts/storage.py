@@ -13,9 +13,10 @@ from qlora_cli.kube.errors import ClusterError
 from qlora_storage.errors import JobError
 from qlora_storage.folders import FolderBackend
 from qlora_storage.object_store import BUCKET_SCHEMES, NotFoundError, Store, open_store
+from qlora_storage.published import PublishedFile, difference, differences
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 PATIENCE_SECONDS = 60.0
 """How long a person waits for a server that is away."""
@@ -65,6 +66,19 @@ class Folder:
         """Write a file's content."""
         with _errors():
             self._store.put(key, path)
+
+    def difference(self, key: str, file: PublishedFile) -> str | None:
+        """Say how an object differs from a file of a manifest; None where it does not."""
+        with _errors():
+            found = self._store.stat(key)
+            return difference(self._store, key, file, found.size if found else None)
+
+    def differences(
+        self, adapter: str, files: Iterable[PublishedFile], tell: Callable[[str], None], *, content: bool = True
+    ) -> list[str]:
+        """Compare what is there with what a manifest lists, and return a line for each difference."""
+        with _errors():
+            return differences(self._store, adapter, files, tell, sizes_alone=lambda _: not content)
 
 
 class LocalFolder(Folder):

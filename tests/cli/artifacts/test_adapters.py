@@ -192,3 +192,69 @@ def test_torch_is_never_loaded(published):
         "assert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path("/"))
+
+
+# -------------------------------------------------------------------------------------------------------- foreign files
+
+
+FOREIGN = {
+    "chat-template": "adapter/chat_template.jinja",
+    "pickle": "adapter/adapter_model.bin",
+    "weights": "merged/model-00001-of-00002.safetensors",
+    "folder-of-templates": "adapter/additional_chat_templates/tool.jinja",
+    "hidden": "adapter/.config.json",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN.values(), ids=FOREIGN)
+def test_a_file_that_was_not_published_is_named(call, published, name):
+    assert call("download", f"{published}/", "--to", "here").exit_code == 0
+    for folder in (published / "3f2a-attempt-1", Path("here")):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x")
+    for place, path in (("here/", name), (f"{published}/", f"3f2a-attempt-1/{name}")):
+        result = call("verify", place)
+        assert (result.exit_code, result.stdout) == (1, f"{path} is not in the manifest\n")
+
+
+def test_a_link_to_a_folder_was_not_published(call, published, tmp_path):
+    (tmp_path / "templates").mkdir()
+    (published / "3f2a-attempt-1/adapter/additional_chat_templates").symlink_to(tmp_path / "templates")
+    result = call("verify", f"{published}/")
+    assert result.stdout == "3f2a-attempt-1/adapter/additional_chat_templates is not in the manifest\n"
+
+
+def test_both_copies_are_looked_at_where_there_are_two(call, published):
+    """A copy that is right does not vouch for the one beside it."""
+    assert call("download", f"{published}/", "--to", f"{published}").exit_code == 0
+    (published / "adapter" / "adapter_config.json").write_bytes(b"[]")
+    result = call("verify", f"{published}/")
+    assert result.stdout == "adapter/adapter_config.json is not what was published: its SHA-256 differs\n"
+
+
+def test_a_download_without_the_merged_model_verifies(call, published):
+    assert call("download", f"{published}/", "--adapter-only", "--to", "here").exit_code == 0
+    assert call("verify", "here/").exit_code == 0
+
+
+def test_a_download_into_a_folder_with_other_files_says_so(call, published):
+    Path("here/adapter").mkdir(parents=True)
+    Path("here/adapter/chat_template.jinja").write_text("x")
+    result = call("download", f"{published}/", "--to", "here")
+    assert result.exit_code == 40
+    assert "adapter/chat_template.jinja is not in the manifest; download into an empty folder" in result.stderr
+
+
+def test_the_trainers_verifier_and_the_command_lines_say_the_same(call, published, capsys):
+    from qlora_trainer.verify import main
+
+    body = json.loads(manifest())
+    more = {"namespace": "team", "runUid": "u", "attempt": 1, "created": "2026-01-01T00:00:00Z", "metrics": {}}
+    data = {**body, **more, "merged": None, "packages": {}, "config": {}}
+    (published / "manifest.json").write_text(json.dumps(data))
+    (published / "3f2a-attempt-1/adapter/chat_template.jinja").write_text("x")
+    (published / "3f2a-attempt-1/merged/model.safetensors").write_text("other")
+    told = call("verify", f"{published}/").stdout
+    assert main([f"{published}/manifest.json"]) == 1
+    assert capsys.readouterr().out == told
+    assert len(told.splitlines()) == 2

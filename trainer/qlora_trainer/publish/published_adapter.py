@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from qlora_api.contract import ExitCode, TerminationMessage
 from qlora_api.status import Adapter, Progress, Reason
+from qlora_storage import published
 from qlora_storage.object_store import NotFoundError, Store, open_store, sha256_bytes, sha256_file
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.publish.adapter_manifest import ADAPTER, MANIFEST, Manifest
@@ -181,19 +182,11 @@ def published_adapter(store: Store, manifest: Manifest, data: bytes) -> Adapter:
 
 def _problems(store: Store, manifest: Manifest, *, quick: bool = False) -> list[str]:
     """Return what is not as the manifest says. ``quick``: of a merged model, only sizes are compared."""
-    problems = []
-    place = manifest.adapter.removesuffix(f"/{ADAPTER}")
-    there = dict(store.list(place))
-    for file in manifest.files:
-        try:
-            if quick and there.get(file.path) == file.size and not file.path.startswith(f"{manifest.adapter}/"):
-                continue
-            if store.sha256(file.path) != file.sha256:
-                problems.append(f"{file.path} is not what was published: its SHA-256 differs")
-        except NotFoundError:
-            problems.append(f"{file.path} is missing")
-        except ValueError as error:
-            problems.append(f"the manifest names a file outside its folder: {error}")
-    listed = {file.path for file in manifest.files}
-    problems += [f"{key} is not in the manifest" for key in there if key not in listed]
-    return problems
+    files = [published.PublishedFile(file.path, file.size, file.sha256) for file in manifest.files]
+    return published.differences(
+        store,
+        manifest.adapter,
+        files,
+        sizes_alone=lambda path: quick and not path.startswith(f"{manifest.adapter}/"),
+        downloaded=not quick,
+    )

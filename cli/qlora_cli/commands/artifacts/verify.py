@@ -22,7 +22,8 @@ def verify(
 ) -> None:
     """Verify a published adapter against its manifest.
 
-    Every file is read and its size and SHA-256 compared; the exit code is 1 if one differs.
+    Every file is read and its size and SHA-256 compared, and files that were not published are named: a library would
+    load them. The exit code is 1 if one differs.
     """
     with exit_with_code():
         from qlora_cli.artifacts import adapters
