@@ -16,7 +16,8 @@ from qlora_api.spec import LoRASpec, QuantizationSpec, QuantizationType
 from qlora_trainer.checkpoint import engine_state
 from qlora_trainer.data.batches import eval_batches
 from qlora_trainer.data.packing import unpacked
-from qlora_trainer.model.base_model import add_lora, linear_layers, load_base
+from qlora_trainer.model.base_model import add_lora, load_base
+from qlora_trainer.model.experts.targets import linear_layers
 from qlora_trainer.model.loss import NextTokenLoss, call_arguments
 from qlora_trainer.publish.merge_adapter import merge
 

@@ -15,12 +15,15 @@ from qlora_memory.activations.forward_backward import Activations, activations
 from qlora_memory.activations.setting import OURS, ForwardSetting, Software
 from qlora_memory.gpus import CUBLAS_BYTES, MIB, Gpu
 from qlora_memory.optimizer import TrainingState, training_state
-from qlora_memory.shape.model_shape import AttentionKind, Experts, Linear, ModelShape
+from qlora_memory.shape.model_shape import AttentionKind, Linear, ModelShape
 from qlora_memory.weights import (
+    BLOCK,
+    FOUR_BIT,
     AdapterShape,
     compute_width,
     constant_bytes,
     quantized_bytes,
+    quantized_layers,
     rounding,
     unquantized_bytes,
 )
@@ -142,7 +145,7 @@ def estimate(run: EstimateInput, gpu: Gpu | None = None) -> MemoryEstimate:
     gradients = state.accumulating if run.accumulates else 0
     moments = {
         Moment.LOADING: full
-        | {MemoryComponent.DEQUANTIZED_WEIGHTS: compute_width(run.quantization) * run.shape.largest},
+        | {MemoryComponent.DEQUANTIZED_WEIGHTS: _while_loading(run)},
         Moment.LOSS: always | _while_loss(run, state, forward, gradients),
         Moment.BACKWARD: always | _while_backward(run, adapter, forward, gradients),
         Moment.UPDATE: always | _while_update(run, state),
@@ -159,7 +162,7 @@ def estimate(run: EstimateInput, gpu: Gpu | None = None) -> MemoryEstimate:
 
 def weights(run: EstimateInput, adapter: AdapterShape) -> dict[MemoryComponent, int]:
     """Bytes of the base and the adapter, whole."""
-    quantization, linears = run.quantization, run.shape.linears
+    quantization, linears = run.quantization, quantized_layers(run.shape, run.quantization)
     unquantized = unquantized_bytes(run.shape, quantization, adapter)
     if run.software.fp32_embeddings:
         head = 0 if run.shape.head.tied else run.shape.head.linear.elements
@@ -174,7 +177,21 @@ def weights(run: EstimateInput, adapter: AdapterShape) -> dict[MemoryComponent, 
     }
 
 
-def _setting(run: EstimateInput, adapter: AdapterShape, *, dequantizes: bool = True) -> ForwardSetting:
+def _while_loading(run: EstimateInput) -> int:
+    """Bytes of the largest layer or expert in 16 bits, and of the fp32 constants of all experts of a layer.
+
+    ``qlora_trainer.model.experts.packed.Packer`` takes one expert after another.
+    """
+    width = compute_width(run.quantization)
+    experts = [
+        width * i.inputs * i.outputs + 4 * i.elements // BLOCK
+        for i in run.shape.experts
+        if run.quantization.type in FOUR_BIT
+    ]
+    return max(width * run.shape.largest, *experts, 0)
+
+
+def _setting(run: EstimateInput, adapter: AdapterShapeShape, *, dequantizes: bool = True) -> ForwardSetting:
     return ForwardSetting(
         adapter=adapter,
         quantization=run.quantization,
@@ -247,7 +264,7 @@ def _partitioned(
 
     The adapter's own partition is in the optimizer's state. deepspeed.runtime.zero.parameter_offload.
     """
-    linears = run.shape.linears
+    linears = quantized_layers(run.shape, run.quantization)
     large = [i for i in linears if _storage_elements(i, run.quantization) > PERSISTENT]
     divided = sum(quantized_bytes(i, run.quantization) for i in large)
     beside = compute_width(run.quantization) * _large_unquantized(run)
@@ -264,11 +281,8 @@ def _large_unquantized(run: EstimateInput) -> int:
     shape = run.shape
     table = shape.head.linear.elements
     sizes = [table, shape.embeddings - table, *([] if shape.head.tied else [table])]
-    for layer in shape.layers:
-        if isinstance(layer.feed_forward, Experts):
-            experts = layer.feed_forward
-            down = experts.count * experts.intermediate * shape.hidden
-            sizes += [2 * down, down]
+    if run.quantization.type not in FOUR_BIT:
+        sizes += [weight.elements for weight in shape.experts]
     if run.quantization.type is QuantizationType.NONE:
         sizes += [linear.elements for linear in shape.linears]
     return sum(size for size in sizes if size > PERSISTENT)
@@ -278,6 +292,6 @@ def _gathered(run: EstimateInput) -> int:
     """Parameters that ZeRO-3 holds gathered while they are used."""
     if run.parallelism.zero_stage < 3:
         return 0
-    linears = sum(_storage_elements(i, run.quantization) for i in run.shape.linears)
-    elements = _large_unquantized(run) + (0 if run.quantization.type is QuantizationType.NONE else linears)
+    packed = sum(_storage_elements(i, run.quantization) for i in quantized_layers(run.shape, run.quantization))
+    elements = _large_unquantized(run) + packed
     return compute_width(run.quantization) * min(elements, MOST_LIVE)

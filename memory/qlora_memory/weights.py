@@ -12,7 +12,7 @@ from functools import cached_property
 
 from qlora_api.errors import FieldError
 from qlora_api.spec import ComputeType, LoRABias, LoRASpec, QuantizationSpec, QuantizationType
-from qlora_memory.shape.model_shape import Linear, ModelShape
+from qlora_memory.shape.model_shape import Experts, Linear, ModelShape
 
 BLOCK = 64
 """Weights that share an absmax. Dettmers et al. 2023, section 3; bitsandbytes.functional.quantize_4bit."""
@@ -34,10 +34,21 @@ def compute_width(quantization: QuantizationSpec) -> int:
     return 4 if quantization.compute_type is ComputeType.FLOAT32 else 2
 
 
+def quantized_layers(shape: ModelShape, quantization: QuantizationSpec) -> tuple[Linear, ...]:
+    """Return what is quantized: all linear layers but the head, and in 4 bits the experts."""
+    match quantization.type:
+        case QuantizationType.NONE:
+            return ()
+        case QuantizationType.INT8:
+            return shape.linears
+        case _:
+            return (*shape.linears, *shape.experts)
+
+
 def quantized_bytes(linear: Linear, quantization: QuantizationSpec) -> int:
     """Bytes of one layer's weight: two to a byte in NF4 and FP4, one in INT8, none here where it is not quantized.
 
-    bitsandbytes.functional.quantize_4bit packs into ⌈n / 2⌉ bytes.
+    bitsandbytes.functional.quantize_4bit packs into ⌈n / 2⌉ bytes; an expert fills whole blocks.
     """
     match quantization.type:
         case QuantizationType.NONE:
@@ -45,7 +56,7 @@ def quantized_bytes(linear: Linear, quantization: QuantizationSpec) -> int:
         case QuantizationType.INT8:
             return linear.elements
         case _:
-            return -(-linear.elements // 2)
+            return -(-linear.elements // 2) if linear.experts == 1 else BLOCK // 2 * _blocks(linear)
 
 
 def constant_bytes(linear: Linear, quantization: QuantizationSpec) -> int:
@@ -60,17 +71,22 @@ def constant_bytes(linear: Linear, quantization: QuantizationSpec) -> int:
         case QuantizationType.INT8:
             return 4 * linear.outputs
         case _:
-            blocks = math.ceil(linear.elements / BLOCK)
+            blocks = _blocks(linear)
             if not quantization.double_quantization:
                 return 4 * blocks + CODE
             return blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + CODE + NESTED_CODE + NESTED_OFFSET
+
+
+def _blocks(linear: Linear) -> int:
+    """Blocks of weights that share an absmax; each expert begins with one."""
+    return linear.experts * math.ceil(linear.inputs * linear.outputs / BLOCK)
 
 
 def rounding(linear: Linear, quantization: QuantizationSpec) -> int:
     """Bytes that the allocator adds to one quantized layer: codes and offset are far smaller than its 512."""
     if quantization.type not in FOUR_BIT:
         return 0
-    blocks = math.ceil(linear.elements / BLOCK)
+    blocks = _blocks(linear)
     sizes = [quantized_bytes(linear, quantization), CODE]
     sizes += (
         [blocks, 4 * math.ceil(blocks / NESTED_BLOCK), NESTED_CODE, NESTED_OFFSET]
@@ -89,18 +105,29 @@ class AdapterShape:
 
     @cached_property
     def layers(self) -> tuple[Linear, ...]:
-        """The adapted layers: all linear layers but the head, or those that a target names.
+        """The adapted layers: all linear layers but the head, and all experts, or those that a target names.
 
-        The same decision as ``qlora_trainer.model.base_model.add_lora``: a target is a full name or its dotted end; the
+        The same decision as ``qlora_trainer.model.experts.targets``: a target is a full name or its dotted end; the
         head is adapted only if it is named.
 
         Raises:
-            FieldError: a target names none.
+            FieldError: a target names none, or experts would be adapted by DoRA.
 
         """
+        found = self._named()
+        if self.lora.dora and any(layer.experts > 1 for layer in found):
+            raise FieldError(
+                "spec.lora.dora",
+                self.lora.dora,
+                "is not available for experts, which the base has: set false, or name linear layers in "
+                "spec.lora.targetModules",
+            )
+        return found
+
+    def _named(self) -> tuple[Linear, ...]:
         if self.lora.target_modules is None:
-            return self.shape.linears
-        candidates = (*self.shape.linears, self.shape.head.linear)
+            return (*self.shape.linears, *self.shape.experts)
+        candidates = (*self.shape.linears, *self.shape.experts, self.shape.head.linear)
         for target in self.lora.target_modules:
             if not any(is_named(layer.name, target) for layer in candidates):
                 kinds = ", ".join(sorted({layer.kind for layer in candidates}))
@@ -126,7 +153,11 @@ class AdapterShape:
         """Elements of each A [rank, inputs] and B [outputs, rank], in the trainer's order: by name."""
         rank = self.lora.rank
         ordered = sorted(self.layers, key=lambda layer: layer.name)
-        return tuple(n for layer in ordered for n in (rank * layer.inputs, rank * layer.outputs))
+        return tuple(
+            n
+            for layer in ordered
+            for n in (rank * layer.experts * layer.inputs, rank * layer.experts * layer.outputs)
+        )
 
     @cached_property
     def vectors(self) -> tuple[int, ...]:
@@ -156,6 +187,21 @@ class AdapterShape:
         return sum(self.tensors)
 
     @property
+    def active_parameters(self) -> float:
+        """Elements of what learns that take part in computing one token."""
+        chosen = {
+            weight.name: layer.feed_forward.per_token / layer.feed_forward.count
+            for layer in self.shape.layers
+            if isinstance(layer.feed_forward, Experts)
+            for weight in layer.feed_forward.weights
+        }
+        rank = self.lora.rank
+        idle = sum(
+            (1 - chosen[i.name]) * rank * i.experts * (i.inputs + i.outputs) for i in self.layers if i.name in chosen
+        )
+        return self.parameters - idle
+
+    @property
     def bytes(self) -> int:
         """Return the bytes of trainable weights. They are fp32: 4 bytes an element. docs/decisions/0001."""
         return 4 * self.parameters
@@ -174,10 +220,9 @@ def is_named(name: str, target: str) -> bool:
 def unquantized_bytes(shape: ModelShape, quantization: QuantizationSpec, adapter: AdapterShape) -> int:
     """Bytes of what is frozen and not quantized, in the compute type, in which the base is loaded.
 
-    Embeddings, norms, biases, experts and the head; the linear layers too where there is no quantization. The trainer
+    Embeddings, norms, biases, routers and the head; experts too in INT8, all where there is no quantization. The trainer
     does not lift embeddings and head to fp32 as ``prepare_model_for_kbit_training`` would.
     """
     frozen = shape.parameters - adapter.trained_biases
-    if quantization.type is not QuantizationType.NONE:
-        frozen -= sum(linear.elements for linear in shape.linears)
+    frozen -= sum(linear.elements for linear in quantized_layers(shape, quantization))
     return compute_width(quantization) * frozen

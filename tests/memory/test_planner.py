@@ -209,7 +209,7 @@ def test_a_large_adapter_is_shared_among_ranks():
 
 
 def test_notes_say_what_a_reader_would_not_expect():
-    mixture = plan(request("h200-141gb", config=figures().MODELS["Mixtral-8x7B"]))
+    mixture = plan(request("h200-141gb", config=figures().MODELS["Mixtral-8x7B"], quantization__type="INT8"))
     assert isinstance(mixture, Plan)
     assert any("experts" in note for note in mixture.notes)
     shared = plan(request(world_size=2, parallelism__zeroStage=1))

@@ -80,7 +80,6 @@ def measure(case: dict[str, Any], models: Path, ranks: Ranks) -> dict[str, Any]:
     model = add_lora(base, LoRASpec.model_validate(case.get("lora", {})), seed=1)
     model.train()
     seen: dict[str, Any] = {"weights": weight_bytes(model)}
-    seen["linears"] = [list(m.weight.shape) for n, m in model.named_modules() if n.endswith("base_layer")]
     split = BatchSplit(world_size=ranks.world_size, micro_batch_size=1, gradient_accumulation_steps=ACCUMULATION)
     engine = wrap_deepspeed(
         NextTokenLoss(model, fused=head_is_plain(model)), training, parallelism, split, ranks.device

@@ -79,10 +79,11 @@ def _kinds(shape: ModelShape, setting: ForwardSetting) -> list[tuple[Layer, bool
     counted: dict[object, tuple[Layer, bool, int]] = {}
     learns = any(linear.name in adapted for linear in shape.outside if linear.outputs == shape.hidden)
     for layer in shape.layers:
-        linears = tuple((linear.inputs, linear.outputs, linear.name in adapted) for linear in layer.linears)
+        weights = (*layer.linears, *layer.experts)
+        linears = tuple((linear.inputs, linear.outputs, linear.name in adapted) for linear in weights)
         key = (learns, linears, layer.attention.sliding_window, isinstance(layer.feed_forward, Experts))
         counted[key] = (layer, learns, counted.get(key, (layer, learns, 0))[2] + 1)
-        learns = learns or any(linear.name in adapted for linear in layer.linears)
+        learns = learns or any(linear.name in adapted for linear in weights)
     return list(counted.values())
 
 

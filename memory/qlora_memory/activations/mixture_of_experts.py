@@ -1,4 +1,4 @@
-"""A mixture of experts on a tape: transformers' router and ``grouped_mm_experts_forward``.
+"""A mixture of experts on a tape: transformers' router and ``qlora_trainer.model.experts.forward``.
 
 T tokens, k experts a token, E experts, H hidden, F intermediate, S = k·T pairs of token and expert.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from qlora_memory.activations.layers import FP32, INT64, Pen
 from qlora_memory.activations.tape import Value
-from qlora_memory.shape.model_shape import Experts
+from qlora_memory.shape.model_shape import Experts, Linear
+from qlora_memory.weights import BLOCK, FOUR_BIT
 
 
 def mixture(pen: Pen, x: Value, experts: Experts) -> Value:
@@ -38,26 +39,66 @@ def _router(pen: Pen, x: Value, experts: Experts) -> Value:
     return best
 
 
+WORKSPACE = 256 << 20
+"""Bytes of weights dequantized at once: ``qlora_trainer.model.experts.products.WORKSPACE``."""
+
+
 def _experts(pen: Pen, x: Value, experts: Experts) -> Value:
     """S·(w·(3·F + H) + 3·8): gate and up in one, the activated gate, what comes down, and the order of the pairs.
 
-    The weights are frozen parameters: a grouped product keeps neither its input nor a copy of them.
+    Adapted, S·w·(H + F + 2·rank) besides, and once the factors in the compute type.
     """
+    up, down = experts.weights
     tape, width = pen.tape, pen.width
     pairs = pen.tokens * experts.per_token
     weights = _router(pen, x, experts)
     orders = [Value(pairs, INT64, learns=False) for _ in range(3)]
     chosen = tape.record(x, elements=pairs * x.elements // pen.tokens, width=width, saves=(orders[0],))
     picked = tape.record(weights, elements=pairs, width=weights.width, saves=(orders[1],))
-    both = tape.record(chosen, elements=2 * pairs * experts.intermediate, width=width)
+    both = _product(pen, chosen, up, pairs)
     inner = pen.gated(both)
-    down = tape.record(inner, elements=chosen.elements, width=width)
-    weighted = pen.product(down, picked, down.elements)
+    out = _product(pen, inner, down, pairs)
+    weighted = pen.product(out, picked, out.elements)
     restored = tape.record(
         weighted,
-        elements=down.elements,
+        elements=out.elements,
         width=picked.width,
         saves=(orders[2],),
         workspace=chosen.size,  # a local variable of that function holds it to the end
     )
     return tape.record(restored, elements=x.elements, width=width)
+
+
+def _product(pen: Pen, x: Value, weight: Linear, pairs: int) -> Value:
+    """One product with the experts' weights, of which it keeps nothing; adapted: x, A·x, and the factors cast.
+
+    The update is added in place.
+    """
+    tape, width = pen.tape, pen.width
+    dequantized = _dequantized(pen, weight)
+    base = tape.record(
+        x,
+        elements=pairs * weight.outputs,
+        width=width,
+        workspace=dequantized,
+        backward_workspace=dequantized,
+    )
+    if weight.name not in pen.setting.adapter.names:
+        return base
+    rank = pen.setting.adapter.lora.rank
+    dropped = pen.dropout(x, pen.setting.dropout)
+    a, b = (Value(rank * weight.experts * size, width, learns=True) for size in (weight.inputs, weight.outputs))
+    kept = (a,) if dropped.learns and width != FP32 else ()  # in fp32 it is the parameter itself
+    low = tape.record(dropped, a, elements=pairs * rank, width=width, saves=(dropped, *kept))
+    update = tape.record(low, b, elements=base.elements, width=width, saves=(low, b))
+    return tape.record(base, update, elements=base.elements, width=width, passes_gradient=True, view=True)
+
+
+def _dequantized(pen: Pen, weight: Linear) -> int:
+    """Bytes of the experts that are dequantized at once, and of the fp32 constants of all."""
+    setting = pen.setting
+    if not setting.dequantizes or setting.quantization.type not in FOUR_BIT:
+        return 0
+    one = pen.width * weight.inputs * weight.outputs
+    constants = FP32 * weight.elements // BLOCK if setting.quantization.double_quantization else 0
+    return min(one * weight.experts, max(one, WORKSPACE // one * one)) + 2 * constants

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from qlora_api.spec import QuantizationSpec, QuantizationType
 from qlora_memory.gpus import Gpu
 from qlora_memory.shape.model_shape import ModelShape
-from qlora_memory.weights import AdapterShape
+from qlora_memory.weights import AdapterShape, quantized_layers
 
 EFFICIENCY = (0.35, 0.5, 0.75)
 """Share of the peak: least, expected, most. Published runs reach 41% (NeMo AutoModel, LoRA, H100), 43 to 61% (PEFT
@@ -46,17 +46,15 @@ def flop_per_token(shape: ModelShape, adapter: AdapterShape, row: int, *, recomp
     head = 2.0 * shape.head.linear.elements
     layers = 2.0 * shape.active_linear_elements() - head
     attention = sum(2.0 * row * layer.attention.heads * layer.attention.head_dim for layer in shape.layers)
-    learning = 6.0 * adapter.parameters
+    learning = 6.0 * adapter.active_parameters
     total = 2 * (layers + head) + 3.5 * attention + learning
     return total + layers + attention if recomputes else total
 
 
 def dequantization_seconds(shape: ModelShape, quantization: QuantizationSpec, gpu: Gpu) -> float:
     """Time to bring all quantized weights to 16 bits once: each is read packed and written."""
-    if quantization.type is QuantizationType.NONE:
-        return 0.0
     read = 1.0 if quantization.type is QuantizationType.INT8 else 0.5
-    moved = (read + 2.0) * sum(linear.elements for linear in shape.linears)
+    moved = (read + 2.0) * sum(linear.elements for linear in quantized_layers(shape, quantization))
     return DEQUANTIZATION * moved / gpu.bandwidth
 
 

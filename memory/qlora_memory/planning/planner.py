@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qlora_api.batch import TOKENS_PER_MICRO_BATCH, BatchSplit, split_batch
 from qlora_api.errors import FieldError
-from qlora_api.spec import ComputeType, GradientCheckpointing, Offload, QLoRAJobSpec
+from qlora_api.spec import ComputeType, GradientCheckpointing, Offload, QLoRAJobSpec, QuantizationType
 from qlora_api.status import MemoryComponent
 from qlora_memory.estimate import EstimateInput, MemoryEstimate, estimate
 from qlora_memory.gpus import GIB, Gpu, check_gpu, resolved
@@ -54,6 +54,7 @@ class Plan:
     shape: ModelShape
     compute_type: ComputeType
     """As resolved for the GPU."""
+    quantization: QuantizationType
     correction: float = 1.0
     """Of the request."""
 
@@ -155,6 +156,7 @@ def plan_of(request: PlanRequest, batch: BatchSplit, *, checkpointing: bool) -> 
         row=request.row,
         shape=request.shape,
         compute_type=run.quantization.compute_type,
+        quantization=run.quantization.type,
         correction=request.correction,
     )
 
@@ -203,11 +205,9 @@ def _notes(plan: Plan) -> Iterator[str]:
             f'"{shape.model_type}" is not among the architectures that are modelled: weights are exact, '
             "activations are taken to be a Llama's"
         )
-    if shape.experts:
-        yield (
-            f"{shape.experts * 2 / GIB:.1f} GiB are experts and routers, which stay in 16 bits: transformers holds "
-            "them as parameters, bitsandbytes quantizes linear layers"
-        )
+    if shape.experts and plan.quantization is QuantizationType.INT8:
+        size = sum(weight.elements for weight in shape.experts)
+        yield f"{size * 2 / GIB:.1f} GiB are experts, which stay in 16 bits: INT8 takes linear layers alone"
     if plan.zero_stage:
         yield (
             f"ZeRO stage {plan.zero_stage} brings DeepSpeed's buckets for gradients, "

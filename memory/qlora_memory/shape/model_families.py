@@ -204,7 +204,7 @@ def _known(config: Config, family: ModelFamily) -> ModelShape:
         embeddings=vocabulary * width + positions,
         norms=norms,
         norm_biases=biases,
-        experts=sum(_expert_elements(hidden, layer) for layer in layers),
+        routers=sum(hidden * layer.feed_forward.count for layer in layers if isinstance(layer.feed_forward, Experts)),
         final_norm=_final_norm(config),
         max_positions=config.get("max_position_embeddings"),
         on_disk=on_disk(config),
@@ -306,13 +306,15 @@ def _feed_forward(config: Config, family: ModelFamily, prefix: str, index: int) 
         return dense(family.feed_forward, prefix, hidden, wide, activation, bias=bias)
     intermediate = config.number("intermediate_size" if config.model_type == "mixtral" else "moe_intermediate_size")
     shared = config.model_type == "qwen2_moe"
+    count = config.number("num_local_experts" if config.get("num_local_experts") else family.experts)
     return Experts(
-        count=config.number("num_local_experts" if config.get("num_local_experts") else family.experts),
+        count=count,
         per_token=config.number("num_experts_per_tok", {"mixtral": 2, "qwen2_moe": 4}.get(config.model_type, 8)),
         intermediate=intermediate,
         activation=activation,
         normalized=config.model_type == "mixtral" or bool(config.get("norm_topk_prob", False)),
         fp32_weights=config.model_type == "mixtral",
+        weights=stacked(f"{prefix}experts.", count, hidden, intermediate),
         shared=dense(
             family.feed_forward,
             f"{prefix}shared_expert.",
@@ -350,11 +352,12 @@ def _is_sparse(config: Config, family: ModelFamily, index: int) -> bool:
     return index not in (config.get("mlp_only_layers") or ()) and (index + 1) % step == 0
 
 
-def _expert_elements(hidden: int, layer: Layer) -> int:
-    experts = layer.feed_forward
-    if not isinstance(experts, Experts):
-        return 0
-    return experts.count * (3 * hidden * experts.intermediate + hidden)
+def stacked(prefix: str, count: int, hidden: int, wide: int) -> tuple[Linear, ...]:
+    """gate and up in one, and down, of ``count`` experts."""
+    return (
+        Linear(f"{prefix}gate_up_proj", hidden, 2 * wide, experts=count),
+        Linear(f"{prefix}down_proj", wide, hidden, experts=count),
+    )
 
 
 def on_disk(config: Config) -> OnDisk | None:

@@ -16,17 +16,19 @@ from qlora_api.spec import QuantizationType
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer, y = W·x + b with W [outputs, inputs]."""
+    """A linear layer, y = W·x + b with W [outputs, inputs], or one weight of all experts of a layer."""
 
     name: str
     """Full name of the module, such as ``model.layers.0.self_attn.q_proj``."""
     inputs: int
     outputs: int
     bias: bool = False
+    experts: int = 1
+    """How many such matrices lie stacked in one parameter."""
 
     @property
     def elements(self) -> int:
-        return self.inputs * self.outputs
+        return self.experts * self.inputs * self.outputs
 
     @property
     def kind(self) -> str:
@@ -94,8 +96,8 @@ class FeedForward:
 class Experts:
     """A mixture of experts.
 
-    Their weights are three-dimensional parameters, no linear layers: not quantized, not adapted
-    (``transformers.integrations.moe``).
+    Their weights are three-dimensional parameters (``transformers.integrations.moe``), which the trainer packs in 4 bits
+    and adapts (``qlora_trainer.model.experts``); in INT8 they stay in 16 bits.
     """
 
     count: int
@@ -106,6 +108,8 @@ class Experts:
     """The chosen experts' weights are divided by their sum."""
     fp32_weights: bool
     """The routing weights stay in fp32 (Mixtral)."""
+    weights: tuple[Linear, ...]
+    """What the experts multiply with first and last: gate and up in one, and down."""
     shared: FeedForward | None = None
     """An expert for every token (Qwen 2 MoE) …"""
     shared_gate: Linear | None = None
@@ -136,6 +140,11 @@ class Layer:
         found += [inner.gate, inner.up, inner.down] if inner else []
         found += [f.shared_gate] if isinstance(f, Experts) else []
         return (*(linear for linear in found if linear is not None and linear.outputs), *self.others)
+
+    @property
+    def experts(self) -> tuple[Linear, ...]:
+        """The weights of the experts."""
+        return self.feed_forward.weights if isinstance(self.feed_forward, Experts) else ()
 
 
 @dataclass(frozen=True)
@@ -173,8 +182,8 @@ class ModelShape:
     norms: int
     """Elements of all norms' weights."""
     norm_biases: int = 0
-    experts: int = 0
-    """Elements of experts and routers."""
+    routers: int = 0
+    """Elements of routers, which stay as they are."""
     final_norm: bool = True
     max_positions: int | None = None
     on_disk: OnDisk | None = None
@@ -185,9 +194,17 @@ class ModelShape:
     def linears(self) -> tuple[Linear, ...]:
         """All linear layers but the head: what is quantized, and by default adapted.
 
-        The same decision as ``qlora_trainer.model.base_model.linear_layers``.
+        The same decision as ``qlora_trainer.model.experts.targets.linear_layers``.
         """
         return (*(linear for layer in self.layers for linear in layer.linears), *self.outside)
+
+    @cached_property
+    def experts(self) -> tuple[Linear, ...]:
+        """The weights of all experts; by default adapted.
+
+        The same decision as ``qlora_trainer.model.experts.structure.expert_parameters``.
+        """
+        return tuple(weight for layer in self.layers for weight in layer.experts)
 
     @property
     def largest(self) -> int:
@@ -200,7 +217,7 @@ class ModelShape:
         head = self.head.linear
         weights = sum(linear.elements for linear in self.linears) + (0 if self.head.tied else head.elements)
         biases = sum(linear.outputs for linear in (*self.linears, head) if linear.bias)
-        return weights + biases + self.embeddings + self.norms + self.norm_biases + self.experts
+        return weights + biases + self.embeddings + self.norms + self.norm_biases + self.routers + sum(i.elements for i in self.experts)
 
     def active_linear_elements(self) -> int:
         """Weights that take part in computing one token, head and chosen experts included."""
@@ -210,4 +227,5 @@ class ModelShape:
         for layer in self.layers:
             if isinstance(layer.feed_forward, Experts):
                 experts = layer.feed_forward
-                yield 3 * self.hidden * experts.intermediate * experts.per_token + self.hidden * experts.count
+                chosen = sum(weight.elements for weight in experts.weights) * experts.per_token // experts.count
+                yield chosen + self.hidden * experts.count

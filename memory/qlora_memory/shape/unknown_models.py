@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from qlora_api.errors import FieldError
 from qlora_memory.shape.model_families import SOURCE, Config, _plain, attention_kind, on_disk
+from qlora_memory.shape.expert_tensors import expert_stacks, stack_name
 from qlora_memory.shape.model_shape import Attention, Experts, FeedForward, Head, Layer, Linear, ModelShape, Norm
 from qlora_memory.shape.safetensors_headers import TensorInfo
 
@@ -50,9 +51,12 @@ def shape_of_tensors(config: Config, tensors: Mapping[str, TensorInfo] | None) -
     head_dim = config.number("head_dim", hidden // heads)
     found: dict[int, list[Linear]] = defaultdict(list)
     outside: list[Linear] = []
-    elements = {"embeddings": 0, "norms": 0, "biases": 0, "experts": 0}
+    elements = {"embeddings": 0, "norms": 0, "biases": 0, "routers": 0}
+    stacks = expert_stacks(tensors, hidden)
     for name, tensor in tensors.items():
         layer = _LAYER.search(name)
+        if stack_name(name, tensor) is not None:
+            continue
         if name.endswith(_HEAD) and layer is None:
             continue
         if (linear := _linear(name, tensor, tensors)) is not None:
@@ -61,9 +65,8 @@ def shape_of_tensors(config: Config, tensors: Mapping[str, TensorInfo] | None) -
             name.endswith(".bias") and f"{name.removesuffix('.bias')}.weight" in tensors and _is_matrix(name, tensors)
         ):
             elements[_place(name, tensor)] += tensor.elements
-    sparse = {int(m[1]) for name in tensors if _is_expert(name) and (m := _LAYER.search(name))}
     layers = tuple(
-        _layer(config, (heads, pairs, head_dim), found[index], sparse=index in sparse) for index in range(count)
+        _layer(config, (heads, pairs, head_dim), found[index], stacks.get(index)) for index in range(count)
     )
     vocabulary = config.number("vocab_size")
     tied = bool(config.get("tie_word_embeddings", False)) or not any(n.endswith(_HEAD) for n in tensors)
@@ -76,7 +79,7 @@ def shape_of_tensors(config: Config, tensors: Mapping[str, TensorInfo] | None) -
         embeddings=elements["embeddings"],
         norms=elements["norms"],
         norm_biases=elements["biases"],
-        experts=elements["experts"],
+        routers=elements["routers"],
         max_positions=config.get("max_position_embeddings"),
         modelled=False,
     )
@@ -104,13 +107,15 @@ def _is_expert(name: str) -> bool:
 
 def _place(name: str, tensor: TensorInfo) -> str:
     if _is_expert(name):
-        return "experts"
+        return "routers"
     if _EMBEDDING.search(name) and len(tensor.shape) == 2:
         return "embeddings"
     return "biases" if name.endswith("bias") else "norms"
 
 
-def _layer(config: Config, heads: tuple[int, int, int], linears: list[Linear], *, sparse: bool) -> Layer:
+def _layer(
+    config: Config, heads: tuple[int, int, int], linears: list[Linear], stacks: tuple[Linear, ...] | None
+) -> Layer:
     """Linear layers put in the places of a Llama's, those that fit none beside them."""
     place: dict[str, Linear] = {}
     others: list[Linear] = []
@@ -142,15 +147,16 @@ def _layer(config: Config, heads: tuple[int, int, int], linears: list[Linear], *
         down=place.get("down", missing),
         fused=place.get("up", missing).kind == "gate_up_proj",
     )
-    if not sparse:
+    if not stacks:
         return Layer(attention, dense, Norm.RMS, others=tuple(others))
     experts = Experts(
-        count=_first(config, "num_experts", "num_local_experts", "n_routed_experts"),
+        count=stacks[0].experts,
         per_token=_first(config, "num_experts_per_tok", "moe_topk"),
-        intermediate=_first(config, "moe_intermediate_size", "intermediate_size"),
+        intermediate=stacks[-1].inputs,
         activation=activation,
         normalized=bool(config.get("norm_topk_prob", True)),
         fp32_weights=False,
+        weights=stacks,
         shared=dense if dense.up.outputs else None,
     )
     return Layer(attention, experts, Norm.RMS, others=tuple(others))

@@ -15,7 +15,8 @@ from qlora_api.spec import LoRASpec, Optimizer, ParallelismSpec, QuantizationSpe
 from qlora_memory import AdapterShape, EstimateInput, Moment, estimate, model_shape, tensor_infos
 from qlora_memory.optimizer import checkpoint_bytes, partitions, training_state
 from qlora_trainer.model.attention import PROVEN
-from qlora_trainer.model.base_model import add_lora, linear_layers, meta_model
+from qlora_trainer.model.base_model import add_lora, meta_model
+from qlora_trainer.model.experts.targets import linear_layers
 from qlora_trainer.storage.model_files import safetensors_header
 from services.shared import shared_folder
 from torchrun import torchrun_once
@@ -56,6 +57,7 @@ def generated(count: int, seed: int) -> dict[str, dict]:
             sharing = {}
         kinds = {"phi3": ["o_proj", "down_proj"], "opt": ["q_proj", "fc2"], "phi": ["dense", "fc1"]}
         some = kinds.get(model.split("-")[0], ["q_proj", "v_proj"])
+        has_experts = model in ("mixtral", "qwen2-moe", "qwen3-moe")  # which DoRA does not adapt
         cases[f"{number}-{model}"] = {
             "model": model,
             "quantization": {**BFLOAT16, **quantization},
@@ -68,6 +70,8 @@ def generated(count: int, seed: int) -> dict[str, dict]:
             "training": {"optimizer": draw.choice(OPTIMIZERS)},
             "parallelism": sharing,
         }
+        if has_experts and cases[f"{number}-{model}"]["lora"].get("dora"):
+            cases[f"{number}-{model}"]["lora"]["targetModules"] = some
     return cases
 
 
@@ -182,13 +186,20 @@ def test_headers_agree_with_the_configuration(name, models):
         pytest.param("llama", ["q_proj", "lm_head"], id="head"),
         pytest.param("qwen2-moe", ["gate_proj"], id="shared-expert"),
         pytest.param("opt-projected", ["project_in"], id="beside-the-layers"),
+        pytest.param("qwen3-moe", ["experts.down_proj"], id="one-weight-of-all-experts"),
+        pytest.param("qwen2-moe", ["down_proj"], id="experts-and-dense-layers-of-one-name"),
         *(pytest.param(name, None, id=f"{name}-default") for name in CONFIGS),
     ],
 )
 def test_adapters_are_where_the_trainer_puts_them(name, targets, models):
     lora = LoRASpec(target_modules=targets, rank=3)
     adapted = add_lora(meta_model(models / name), lora, seed=1)
-    placed = {n.removeprefix("base_model.model.") for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
+    placed = {
+        n.removeprefix("base_model.model.").replace(".base_layer", "")
+        + (f".{m.parameter_name}" if hasattr(m, "parameter_name") else "")
+        for n, m in adapted.named_modules()
+        if hasattr(m, "lora_A")
+    }
     adapter = AdapterShape(shape_of(models, name), lora)
     assert adapter.names == placed
     assert adapter.parameters == sum(p.numel() for p in adapted.parameters() if p.requires_grad)

@@ -13,13 +13,12 @@ from qlora_api.spec import ComputeType, LoRABias, LoRASpec, QuantizationSpec, Qu
 from qlora_trainer.errors import UserError
 from qlora_trainer.model.base_model import (
     add_lora,
-    check_targets,
-    linear_layers,
     load_base,
     meta_model,
     trainable,
     weight_bytes,
 )
+from qlora_trainer.model.experts.targets import check_targets, linear_layers
 from qlora_trainer.model.loss import NextTokenLoss, call_arguments, head_is_plain
 from random_rows import flatten, random_rows
 

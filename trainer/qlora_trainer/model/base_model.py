@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from peft import LoraConfig, PeftModel, get_peft_model
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -21,10 +21,12 @@ from qlora_api.status import MemoryComponent
 from qlora_trainer.errors import UserError
 from qlora_trainer.model.attention import choose_attention, register
 from qlora_trainer.model.compute_type import DTYPES, resolved_on
+from qlora_trainer.model.experts.forward import use_own_forward
+from qlora_trainer.model.experts.loading import FourBitConfig
+from qlora_trainer.model.experts.targets import check_targets, lora_config
 from qlora_trainer.model.kernels import forget_inputs, fuse_adapters, fuse_norms
 
 _BIAS = {LoRABias.NONE: "none", LoRABias.ALL: "all", LoRABias.LORA_ONLY: "lora_only"}
-_LINEAR = (nn.Linear, Linear4bit, Linear8bitLt)
 
 
 def quantization_config(quantization: QuantizationSpec, zero_stage: int) -> BitsAndBytesConfig | None:
@@ -36,8 +38,7 @@ def quantization_config(quantization: QuantizationSpec, zero_stage: int) -> Bits
         case QuantizationType.INT8:
             return BitsAndBytesConfig(load_in_8bit=True)
         case _:
-            return BitsAndBytesConfig(
-                load_in_4bit=True,
+            return FourBitConfig(
                 bnb_4bit_quant_type=quantization.type.value.lower(),
                 bnb_4bit_use_double_quant=quantization.double_quantization,
                 bnb_4bit_compute_dtype=dtype,
@@ -84,6 +85,7 @@ def ready_base(model: Any, quantization: QuantizationSpec) -> Any:
             # Else bitsandbytes 0.50 re-packs the weights in the first eval-mode forward on a CPU, for good, with bf16
             # absmax and for a kernel without a backward: gradients of later training steps would stop there silently.
             layer.support_avx512bf16_for_cpu = False
+    use_own_forward(model)
     fuse_norms(model)
     forget_inputs(model)
     return model
@@ -126,34 +128,6 @@ def _must_agree(on_disk: dict[str, Any], quantization: QuantizationSpec) -> None
         )
 
 
-def linear_layers(model: Any) -> dict[str, nn.Module]:
-    """All linear layers but the output head, by full name."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return {n: m for n, m in model.named_modules() if isinstance(m, _LINEAR) and m is not head}
-
-
-def check_targets(model: Any, lora: LoRASpec, model_name: str) -> None:
-    """Find out whether every target names a linear layer; works on a model without weights (meta device) too.
-
-    Raises:
-        UserError: a target matches none; the message lists those that exist.
-
-    """
-    names = list(linear_layers(model))
-    if not names:
-        raise UserError("spec.model.source", model_name, "has no linear layers that could be quantized and adapted")
-    head = model.get_output_embeddings()
-    names += [n for n, m in model.named_modules() if m is head]
-    for target in lora.target_modules or ():
-        if not any(n == target or n.endswith(f".{target}") for n in names):
-            kinds = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in names}))
-            raise UserError(
-                "spec.lora.targetModules",
-                target,
-                f"matches no linear layer of {model_name}; its linear layers are {kinds}",
-            )
-
-
 def meta_model(path: Path) -> Any:
     """The architecture without weights: for checks before anything is loaded."""
     with torch.device("meta"):
@@ -188,13 +162,13 @@ def add_lora(model: Any, lora: LoRASpec, seed: int, model_name: str = "the base 
 
     """
     check_targets(model, lora, model_name)
-    targets = lora.target_modules or sorted({n.rsplit(".", 1)[-1] for n in linear_layers(model)})
-    config = LoraConfig(
+    config = lora_config(
+        model,
+        lora,
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=float(lora.dropout),
-        target_modules=targets,
         bias=_BIAS[lora.bias],
         use_rslora=lora.rank_stabilized,
         use_dora=lora.dora,
@@ -203,7 +177,8 @@ def add_lora(model: Any, lora: LoRASpec, seed: int, model_name: str = "the base 
     try:
         peft_model = get_peft_model(model, config)
     except ValueError as error:  # layers that PEFT knows it cannot adapt
-        raise UserError("spec.lora.targetModules", ", ".join(targets), f"cannot be adapted: {error}") from error
+        targets = ", ".join(lora.target_modules or config.target_modules)
+        raise UserError("spec.lora.targetModules", targets, f"cannot be adapted: {error}") from error
     hold_trainable_in_fp32(peft_model, model.dtype)
     fuse_adapters(peft_model)
     return peft_model

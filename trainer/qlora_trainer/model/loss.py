@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from qlora_trainer.data.batches import IGNORED, MicroBatch
 
@@ -109,8 +110,7 @@ class NextTokenLoss(nn.Module):
         if self.head is None:
             logits: torch.Tensor = self.model(**inputs, use_cache=False, logits_to_keep=targets).logits[0].float()
             return logits if labels is None else functional.cross_entropy(logits, labels, reduction="none")
-        backbone = self.model.get_base_model().base_model
-        hidden = backbone(**inputs, use_cache=False).last_hidden_state
+        hidden = _backbone(self.model)(**inputs, use_cache=False).last_hidden_state
         losses: torch.Tensor = self.head(hidden[0, targets], labels)
         return losses
 
@@ -134,6 +134,17 @@ def call_arguments(
         "max_length_k": batch.max_seqlen,
     }
     return inputs, targets.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def _backbone(model: Any) -> Any:
+    """Return the part of a model that ends with the last hidden state; the model itself where it cannot be told.
+
+    Some classes, such as Llama 4's for text, name as ``base_model`` what another class calls so.
+    """
+    base = model.get_base_model()
+    if base.base_model is not base:
+        return base.base_model
+    return next((child for child in base.children() if isinstance(child, PreTrainedModel)), base)
 
 
 @torch.no_grad()
@@ -163,8 +174,10 @@ def head_is_plain(model: Any) -> bool:
         logits = model(**inputs).logits
     finally:
         hook.remove()
-    hidden = model.get_base_model().base_model(**inputs).last_hidden_state
+    hidden = getattr(_backbone(model)(**inputs), "last_hidden_state", None)
     model.train(was_training)
+    if hidden is None:
+        return False
     return bool(torch.equal(logits, seen[1]) and torch.allclose(hidden, seen[0], rtol=1e-2, atol=1e-2))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,9 +39,9 @@ def verify_adapter(folder: Path, base_names: Iterable[str] | None = None, lora: 
 
     Args:
         folder: adapter_model.safetensors, adapter_config.json and the tokenizer's files.
-        base_names: names of the base's modules, or of its parameters. With them, every layer that the configuration
-            targets must have its pair, and no pair may belong to a layer that the base lacks. Without them, every
-            target must have at least one.
+        base_names: names of the base's modules and parameters, or of its parameters alone. With them, every layer and
+            parameter that the configuration targets must have its pair, and no pair may belong to a layer that the base
+            lacks. Without them, every target must have at least one.
         lora: what the job asked for. With it, the layout is held against the rules of vLLM's loader.
 
     Raises:
@@ -58,7 +59,7 @@ def verify_adapter(folder: Path, base_names: Iterable[str] | None = None, lora: 
         sides = _check_tensors(folder / WEIGHTS)
     except (ModelFilesError, SafetensorError) as error:
         raise AdapterRejectedError(f"the adapter {error}") from error
-    _check_pairs(sides, config.r)
+    _check_pairs(sides, config)
     _check_targets(config, set(sides), base_names)
     if lora is not None:
         _check_layout(folder, lora)
@@ -185,22 +186,35 @@ def _check_tensors(path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     return sides
 
 
-def _check_pairs(sides: dict[str, dict[str, tuple[int, ...]]], rank: int) -> None:
+def _check_pairs(sides: dict[str, dict[str, tuple[int, ...]]], config: Any) -> None:
+    rank = config.r
     for module, pair in sides.items():
         if missing := {"A", "B"} - pair.keys():
             raise AdapterRejectedError(f"the adapter has no lora_{missing.pop()} for {module}")
         if pair["A"][0] != pair["B"][1]:
             raise AdapterRejectedError(f"A and B of {module} have ranks {pair['A'][0]} and {pair['B'][1]}")
-        if pair["A"][0] != rank:
+        # The pairs of all experts of a layer are one pair, of as many ranks.
+        if pair["A"][0] != rank and (pair["A"][0] % rank or not config.target_parameters):
             raise AdapterRejectedError(f"{module} has rank {pair['A'][0]}, and the adapter's {CONFIG} says {rank}")
+
+
+def _wrapped_modules(base_names: set[str], endings: tuple[str, ...]) -> set[str]:
+    """Return the modules that PEFT wraps to adapt parameters of theirs: one inside the other where there are several."""
+    owners = Counter(name.rpartition(".")[0] for name in base_names if f".{name}".endswith(endings))
+    return {owner + ".base_layer" * depth for owner, count in owners.items() for depth in range(count)}
 
 
 def _check_targets(config: Any, adapted: set[str], base_names: Iterable[str] | None) -> None:
     if base_names is not None:
-        base = {re.sub(r"\.(weight|bias)$", "", name) for name in base_names}
+        names = set(base_names)
+        parameters = tuple(f".{name}" for name in config.target_parameters or ())
+        wrapped = _wrapped_modules(names, parameters)
+        base = {re.sub(r"\.(weight|bias)$", "", name) for name in names} | wrapped
         if strange := sorted(adapted - base):
             raise AdapterRejectedError(f"the adapter has weights for {strange[0]}, which the base lacks")
-        if bare := sorted(name for name in base - adapted if check_target_module_exists(config, name)):
+        layers = {name for name in base if not f".{name}".endswith(parameters)}
+        targeted = wrapped | {name for name in layers if check_target_module_exists(config, name)}
+        if bare := sorted(targeted - adapted):
             raise AdapterRejectedError(f"the adapter has no weights for {bare[0]}, which its configuration targets")
     elif isinstance(config.target_modules, set):
         for target in sorted(config.target_modules):

@@ -9,6 +9,8 @@ The rules, as of vLLM 0.11 (``vllm/lora/peft_helper.py``: ``from_dict``, ``_vali
   model card says that such an adapter is served merged;
 - every tensor is ``base_model.model.<layer>.lora_A.weight`` or ``lora_B.weight``, and every layer is one of the
   targets;
+- experts are adapted as PEFT's ``target_parameters``, which that version does not know: like DoRA, such an adapter is
+  served merged, and the model card says so;
 - weights come as safetensors, without vocabulary of their own (``new_embeddings``).
 """
 
@@ -22,6 +24,8 @@ from qlora_api.spec import LoRABias, LoRASpec
 
 REQUIRED = ("r", "lora_alpha", "target_modules")
 _WEIGHT = re.compile(r"^base_model\.model\.(?P<layer>.+)\.lora_[AB]\.weight$")
+_WRAPPED = re.compile(r"(\.base_layer)+$")
+"""What PEFT adds to a module's name for each further parameter of it."""
 _MAGNITUDE = re.compile(r"\.lora_magnitude_vector(\.weight)?$")
 _BIAS = re.compile(r"^base_model\.model\..+\.bias$")
 
@@ -57,7 +61,7 @@ def _config_problem(config: Mapping[str, Any], lora: LoRASpec) -> str | None:
 
 
 def _name_problem(config: Mapping[str, Any], names: Collection[str], lora: LoRASpec) -> str | None:
-    targets = config["target_modules"]
+    targets = [*config["target_modules"], *_owners(config.get("target_parameters") or ())]
     for name in sorted(names):
         match = _WEIGHT.match(name)
         if match is None:
@@ -66,9 +70,14 @@ def _name_problem(config: Mapping[str, Any], names: Collection[str], lora: LoRAS
             )
             if not asked_for:
                 return f"it holds {name}, which is no LoRA weight"
-        elif isinstance(targets, list | set) and not _is_target(match["layer"], targets):
+        elif not _is_target(_WRAPPED.sub("", match["layer"]), targets):
             return f"it has weights for {match['layer']}, which is not among its target_modules"
     return None
+
+
+def _owners(parameters: Collection[str]) -> list[str]:
+    """Return the modules whose parameters are adapted: ``experts`` for ``experts.down_proj``."""
+    return [parameter.rpartition(".")[0] for parameter in parameters]
 
 
 def _is_target(layer: str, targets: Collection[str]) -> bool:

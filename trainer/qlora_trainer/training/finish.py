@@ -60,7 +60,7 @@ def publish_run(trainer: TrainingContext, run: RunState) -> Adapter:
         )
         prepared.check_unchanged()
         skeleton = meta_model(prepared.model_path)
-        layers = [name for name, _ in skeleton.named_modules()]
+        layers = [name for names in (skeleton.named_modules(), skeleton.named_parameters()) for name, _ in names]
         place, beat = config.spec.output.destination, trainer.ranks.heartbeat.beat
         beat()
         return publish(
@@ -90,4 +90,6 @@ def export_adapter(model: Any, tensors: dict[str, Tensor], folder: Path, base: s
     peft_config = model.peft_config[model.active_adapter]
     peft_config.base_model_name_or_path = base.removeprefix("hf://").partition("@")[0]
     peft_config.revision = revision if base.startswith("hf://") else None
+    if peft_config.target_parameters:
+        peft_config.lora_dropout = 0.0  # of use in training alone, and PEFT does not load parameters with it
     model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)

@@ -1,0 +1,215 @@
+"""Quantize experts as they are loaded, one at a time.
+
+transformers' loader reads all experts of a layer, stacks them, and hands the whole to its quantizer, which passes
+three-dimensional parameters by. Here each expert is read, converted and packed by itself: never is more than one of
+them there in 16 bits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from transformers import BitsAndBytesConfig
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, Transpose, WeightConverter
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from qlora_trainer.errors import TrainerError
+from qlora_trainer.model.experts.packed import Format, Packer
+from qlora_trainer.model.experts.structure import expert_parameters, router_names
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+METHOD = "qlora_bitsandbytes"
+"""Name under which transformers finds :class:`FourBitQuantizer`."""
+
+
+class FourBitConfig(BitsAndBytesConfig):
+    """bitsandbytes' 4-bit configuration, for linear layers and experts."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(load_in_4bit=True, **options)
+        self.quant_method = METHOD
+        if METHOD not in AUTO_QUANTIZER_MAPPING:
+            register_quantizer(METHOD)(FourBitQuantizer)
+
+    @property
+    def form(self) -> Format:
+        """Return how experts are held."""
+        return Format(self.bnb_4bit_quant_type, self.bnb_4bit_use_double_quant, self.bnb_4bit_quant_storage)
+
+
+class FourBitQuantizer(Bnb4BitHfQuantizer):
+    """transformers' 4-bit quantizer, which packs experts as well and leaves routers as they are."""
+
+    def __init__(self, quantization_config: Any, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self.expert_names: frozenset[str] = frozenset()
+        self.files = _Files(())
+
+    def _process_model_before_weight_loading(
+        self, model: Any, device_map: Any, checkpoint_files: Iterable[str] | None = None, **more: Any
+    ) -> None:
+        self.expert_names = frozenset(expert_parameters(model))
+        self.files = _Files(checkpoint_files or ())
+        self.device = torch.device(device_map[""])
+        if routers := router_names(model):
+            skipped = self.get_modules_to_not_convert(model)
+            self.quantization_config.llm_int8_skip_modules = sorted({*skipped, *routers})
+        super()._process_model_before_weight_loading(model, device_map, **more)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **more: Any) -> bool:
+        return param_name in self.expert_names or super().param_needs_quantization(model, param_name, **more)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Have converters that make experts of many tensors, or of one, do so one expert at a time."""
+        found = super().update_weight_conversions(weight_conversions, model)
+        updated = [_OneAtATime.of(c, self) if self._makes_experts(c) else c for c in found]
+        read = {pattern for c in updated if isinstance(c, WeightConverter) for pattern in c.source_patterns}
+        for name in sorted({".".join(name.rsplit(".", 2)[1:]) for name in self.expert_names}):
+            if not any(pattern.endswith(name) for pattern in read):  # stacked on disk already
+                updated.append(_OneAtATime(rf"\.{name}$", f".{name}", [_Nothing()], quantizer=self))
+        return updated
+
+    def _makes_experts(self, converter: Any) -> bool:
+        if not isinstance(converter, WeightConverter) or len(converter.target_patterns) != 1:
+            return False
+        (target,) = converter.target_patterns
+        is_target = any(name.endswith(target.replace("\\", "")) for name in self.expert_names)
+        return is_target and all(_is_separable(op) for op in converter.operations)
+
+    def pack(self, model: Any, name: str, read: Callable[[int], torch.Tensor]) -> torch.nn.Parameter:
+        """Pack the experts of one parameter.
+
+        Args:
+            model: with that parameter, not loaded yet.
+            name: of it.
+            read: returns an expert, [rows, columns] or [1, rows, columns].
+
+        Raises:
+            TrainerError: an expert has another shape than the model wants.
+
+        """
+        wanted = model.get_parameter(name)
+        packer = Packer(wanted.shape, wanted.dtype, self.device, self.quantization_config.form)
+        for index in range(wanted.shape[0]):
+            weight = read(index)
+            weight = weight[0] if weight.ndim == wanted.ndim else weight
+            if weight.shape != wanted.shape[1:]:
+                raise TrainerError(
+                    f"{name}: expert {index} is {list(weight.shape)} on disk, not {list(wanted.shape[1:])}"
+                )
+            packer.put(index, weight)
+        return packer.parameter()
+
+
+class _Files:
+    """The tensors of a base on disk, read slice by slice."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._files = [safe_open(path, framework="pt") for path in paths]
+        self._file_of = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 it is no dictionary
+
+    def slice_of(self, name: str) -> Any:
+        """Return a tensor that is read as it is indexed."""
+        return self._file_of[name].get_slice(name)
+
+
+class _OneAtATime(WeightConverter):
+    """A converter that reads, converts and packs one expert after another."""
+
+    def __init__(self, source_patterns: Any, target_patterns: Any, operations: list[Any], **more: Any) -> None:
+        self.quantizer: FourBitQuantizer = more.pop("quantizer")
+        self.names: dict[str, list[str]] = {}
+        super().__init__(source_patterns, target_patterns, operations, **more)
+
+    @classmethod
+    def of(cls, converter: WeightConverter, quantizer: FourBitQuantizer) -> _OneAtATime:
+        """Return a converter with the patterns and operations of another."""
+        made = cls(
+            list(converter._original_source_patterns),  # noqa: SLF001 transformers copies converters the same way
+            list(converter._original_target_patterns),  # noqa: SLF001
+            converter.operations,
+            quantizer=quantizer,
+        )
+        made.scope_prefix, made.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OneAtATime:
+        """Return a converter for another parameter; the quantizer is the same."""
+        return self.of(self, self.quantizer)
+
+    def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
+        self.names.setdefault(source_pattern, []).append(source_key)
+        super().add_tensor(target_key, source_key, source_pattern, future)
+
+    def convert(
+        self, layer_name: str, model: Any = None, config: Any = None, hf_quantizer: Any = None, loading_info: Any = None
+    ) -> dict[str, Any]:
+        self.collected_tensors.clear()  # would be read whole
+        slices = {p: [self.quantizer.files.slice_of(n) for n in names] for p, names in self.names.items()}
+
+        def read(index: int) -> torch.Tensor:
+            tensors: dict[str, Any] = {p: [_expert(found, index)] for p, found in slices.items()}
+            for operation in self.operations:
+                tensors = operation.convert(
+                    tensors,
+                    source_patterns=self.source_patterns,
+                    target_patterns=self.target_patterns,
+                    full_layer_name=layer_name,
+                    model=model,
+                    config=config,
+                )
+            (made,) = tensors.values()
+            tensor: torch.Tensor = made[0] if isinstance(made, list) else made
+            return tensor
+
+        return {layer_name: self.quantizer.pack(model, layer_name, read)}
+
+
+def _expert(found: list[Any], index: int) -> torch.Tensor:
+    """Return one expert: a tensor of its own, or a part of the only tensor, which then keeps its first dimension."""
+    if len(found) == 1 and len(found[0].get_shape()) > 2:  # noqa: PLR2004 a matrix has two dimensions
+        part: torch.Tensor = found[0][index : index + 1]
+        return part
+    whole: torch.Tensor = found[index][:]
+    return whole
+
+
+def _is_separable(operation: Any) -> bool:
+    """Return whether a conversion treats each expert by itself."""
+    match operation:
+        case MergeModulelist():
+            return bool(operation.dim == 0)
+        case Concatenate():
+            return bool(operation.dim > 0)
+        case Transpose():
+            return bool(min(operation.dim0, operation.dim1) > 0 and not operation.check_dims)
+        case _:
+            return False
+
+
+class _Nothing(ConversionOps):
+    def convert(self, input_dict: dict[str, Any], *_: Any, **__: Any) -> dict[str, Any]:
+        return input_dict
+
+
+class _Quantize(Bnb4bitQuantize):  # type: ignore[misc]
+    """transformers' operation for linear layers; experts that come whole are packed one after another."""
+
+    def convert(self, input_dict: dict[str, Any], **more: Any) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        for name, value in input_dict.items():
+            if name in self.hf_quantizer.expert_names:
+                whole = value[0] if isinstance(value, list) else value
+                made[name] = self.hf_quantizer.pack(more["model"], name, whole.__getitem__)
+            else:
+                made |= super().convert({name: value}, **more)
+        return made

@@ -1,0 +1,142 @@
+"""Which layers and experts of a base get an adapter, and how PEFT is told."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+
+from qlora_trainer.errors import UserError
+from qlora_trainer.model.experts.adapter import ExpertAdapter
+from qlora_trainer.model.experts.structure import expert_groups, expert_parameters, router_names
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from qlora_api.spec import LoRASpec
+
+FIELD = "spec.lora.targetModules"
+_LINEAR = (nn.Linear, Linear4bit, Linear8bitLt)
+
+
+def linear_layers(model: Any) -> dict[str, nn.Module]:
+    """Return all linear layers but the output head and routers, by full name.
+
+    A subclass of a linear layer with a forward pass of its own, such as a router that returns a tuple, is none.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    routers = router_names(model)
+    return {
+        n: m for n, m in model.named_modules() if type(m) in _LINEAR and m is not head and n not in routers
+    }
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What PEFT's configuration is told."""
+
+    modules: tuple[str, ...]
+    """``target_modules``: linear layers."""
+    parameters: tuple[str, ...] = ()
+    """``target_parameters``: experts, and linear layers whose names PEFT would take for those of experts."""
+    excluded: tuple[str, ...] = ()
+    """``exclude_modules``: routers that are named as layers are."""
+
+
+def check_targets(model: Any, lora: LoRASpec, model_name: str) -> None:
+    """Find out whether every target names a linear layer or experts; works on a model without weights too.
+
+    Raises:
+        UserError: a target matches none, or a router; the message lists those that exist.
+
+    """
+    names = [*linear_layers(model), *expert_parameters(model)]
+    if not names:
+        raise UserError("spec.model.source", model_name, "has no linear layers that could be quantized and adapted")
+    head = model.get_output_embeddings()
+    names += [n for n, m in model.named_modules() if m is head]
+    routers = router_names(model)
+    for target in lora.target_modules or ():
+        if any(_is_named(n, target) for n in names):
+            continue
+        if any(_is_named(n, target) for n in routers):
+            raise UserError(FIELD, target, f"is a router of {model_name}: routers are not adapted")
+        kinds = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in names}))
+        raise UserError(
+            FIELD, target, f"matches no linear layer of {model_name}; its linear layers are {kinds}"
+        )
+    if lora.dora and _named(expert_parameters(model), lora.target_modules):
+        raise UserError(
+            "spec.lora.dora",
+            lora.dora,
+            f"is not available for experts, which {model_name} has: set false, or name linear layers in {FIELD}",
+        )
+
+
+def choose_targets(model: Any, lora: LoRASpec) -> Targets:
+    """Return what the job names, or else all linear layers and experts."""
+    named = lora.target_modules
+    layers = linear_layers(model)
+    modules = list(named or sorted({n.rsplit(".", 1)[-1] for n in layers}))
+    parameters = sorted({".".join(n.rsplit(".", 2)[1:]) for n in _named(expert_parameters(model), named)})
+    if not parameters and not expert_groups(model):
+        return Targets(tuple(modules))
+    head = [n for n, m in model.named_modules() if m is model.get_output_embeddings()]
+    modules = [m for m in modules if _named([*layers, *head], [m])]
+    taken = [m for m in modules if _is_taken_for_experts(model, m)]
+    modules = [m for m in modules if m not in taken]
+    parameters += [f"{m}.weight" for m in taken]
+    return Targets(tuple(modules), tuple(parameters), tuple(sorted(_named(router_names(model), modules))))
+
+
+def lora_config(model: Any, lora: LoRASpec, **options: Any) -> LoraConfig:
+    """Return PEFT's configuration for the targets of a job; ``options`` are its other fields."""
+    targets = choose_targets(model, lora)
+    config = LoraConfig(target_modules=list(targets.modules), **options)
+    if targets.parameters:
+        config.target_parameters = list(targets.parameters)
+        groups = {type(group) for group in expert_groups(model).values()}
+        config._register_custom_module(  # noqa: SLF001 PEFT's documented way to bring own layers
+            {**dict.fromkeys(groups, ExpertAdapter), **dict.fromkeys(_LINEAR, _linear_adapter)}
+        )
+    if targets.excluded:
+        config.exclude_modules = list(targets.excluded)
+    return config
+
+
+def _linear_adapter(target: Any, adapter_name: str, config: LoraConfig, **more: Any) -> nn.Module | None:
+    """Return PEFT's adapter on a linear layer that is targeted by its weight's name; None for any other."""
+    if more.get("parameter_name") is None:
+        return None
+    plain = copy.copy(config)
+    plain._custom_modules = None  # noqa: SLF001
+    made: nn.Module = LoraModel._create_new_module(  # noqa: SLF001
+        plain, adapter_name, target, **{**more, "parameter_name": None}
+    )
+    return made
+
+
+def _is_taken_for_experts(model: Any, module: str) -> bool:
+    """Return whether PEFT takes a linear layer's name for that of experts, as checkpoints of transformers 4 had it."""
+    config = LoraConfig(target_modules=[module])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # a part of what is one parameter now
+        return True
+    return module not in (config.target_modules or ())
+
+
+def _named(names: Iterable[str], targets: Iterable[str] | None) -> list[str]:
+    """Return the names that a target names; all without targets."""
+    return [n for n in names if targets is None or any(_is_named(n, t) for t in targets)]
+
+
+def _is_named(name: str, target: str) -> bool:
+    """Return whether a target is a full name or its dotted end."""
+    return name == target or name.endswith(f".{target}")
