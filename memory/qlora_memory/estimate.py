@@ -144,8 +144,7 @@ def estimate(run: EstimateInput, gpu: Gpu | None = None) -> MemoryEstimate:
     forward = _activations(run, adapter)
     gradients = state.accumulating if run.accumulates else 0
     moments = {
-        Moment.LOADING: full
-        | {MemoryComponent.DEQUANTIZED_WEIGHTS: _while_loading(run)},
+        Moment.LOADING: full | {MemoryComponent.DEQUANTIZED_WEIGHTS: _while_loading(run)},
         Moment.LOSS: always | _while_loss(run, state, forward, gradients),
         Moment.BACKWARD: always | _while_backward(run, adapter, forward, gradients),
         Moment.UPDATE: always | _while_update(run, state),
@@ -191,7 +190,7 @@ def _while_loading(run: EstimateInput) -> int:
     return max(width * run.shape.largest, *experts, 0)
 
 
-def _setting(run: EstimateInput, adapter: AdapterShapeShape, *, dequantizes: bool = True) -> ForwardSetting:
+def _setting(run: EstimateInput, adapter: AdapterShape, *, dequantizes: bool = True) -> ForwardSetting:
     return ForwardSetting(
         adapter=adapter,
         quantization=run.quantization,

@@ -154,9 +154,7 @@ class AdapterShape:
         rank = self.lora.rank
         ordered = sorted(self.layers, key=lambda layer: layer.name)
         return tuple(
-            n
-            for layer in ordered
-            for n in (rank * layer.experts * layer.inputs, rank * layer.experts * layer.outputs)
+            n for layer in ordered for n in (rank * layer.experts * layer.inputs, rank * layer.experts * layer.outputs)
         )
 
     @cached_property
@@ -220,8 +218,8 @@ def is_named(name: str, target: str) -> bool:
 def unquantized_bytes(shape: ModelShape, quantization: QuantizationSpec, adapter: AdapterShape) -> int:
     """Bytes of what is frozen and not quantized, in the compute type, in which the base is loaded.
 
-    Embeddings, norms, biases, routers and the head; experts too in INT8, all where there is no quantization. The trainer
-    does not lift embeddings and head to fp32 as ``prepare_model_for_kbit_training`` would.
+    Embeddings, norms, biases, routers and the head; experts too in INT8, all where there is no quantization. The
+    trainer does not lift embeddings and head to fp32 as ``prepare_model_for_kbit_training`` would.
     """
     frozen = shape.parameters - adapter.trained_biases
     frozen -= sum(linear.elements for linear in quantized_layers(shape, quantization))

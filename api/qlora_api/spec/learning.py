@@ -29,8 +29,9 @@ class QuantizationSpec(Model):
     """Quantization of the frozen base. Dettmers et al. 2023 (QLoRA), sections 3 and 4."""
 
     type: QuantizationType = QuantizationType.NF4
-    """NF4 (4-bit normal float), FP4, INT8 (LLM.int8) or None (16-bit LoRA, for comparison). A base that is already
-    4-bit on disk is loaded as it is and must be of this type."""
+    """NF4 (4-bit normal float), FP4, INT8 (LLM.int8) or None (16-bit LoRA, for comparison): of linear layers, and with
+    NF4 and FP4 of experts; embeddings, the head, norms and routers stay in 16 bits. A base that is already 4-bit on
+    disk is loaded as it is and must be of this type."""
     double_quantization: bool = True
     """Quantize the absmax constants of NF4 and FP4 too: 0.127 instead of 0.5 bits a parameter."""
     compute_type: ComputeType = ComputeType.AUTO
@@ -65,14 +66,14 @@ class LoRASpec(Model):
     target_modules: list[Annotated[str, StringConstraints(min_length=1, max_length=253)]] | None = Field(
         None, min_length=1, max_length=64
     )
-    """Names (or dotted suffixes) of the linear layers that get an adapter. Default: all but the head, as QLoRA
-    (section 4) found necessary to match full fine-tuning."""
+    """Names (or dotted suffixes) of the linear layers and experts (such as experts.down_proj) that get an adapter.
+    Default: all but the head, as QLoRA (section 4) found necessary to match full fine-tuning. Routers get none."""
     bias: LoRABias = LoRABias.NONE
     """Biases that learn too: None, All, or LoRAOnly (those of adapted layers)."""
     rank_stabilized: bool = False
     """Scale by alpha / sqrt(rank) instead. Kalajdzievski 2023."""
     dora: bool = False
-    """Learn magnitude and direction apart. Liu et al. 2024 (DoRA)."""
+    """Learn magnitude and direction apart. Liu et al. 2024 (DoRA). Not available for experts."""
 
 
 class Schedule(StrEnum):

@@ -115,7 +115,7 @@ def _computes_in(quantization: QuantizationSpec) -> str:
 def _adapter(spec: QLoRAJobSpec) -> str:
     lora = spec.lora
     kind = "DoRA" if lora.dora else "LoRA"
-    layers = ", ".join(lora.target_modules) if lora.target_modules else "all linear layers but the head"
+    layers = ", ".join(lora.target_modules) if lora.target_modules else "all linear layers but the head, and experts"
     stabilized = ", rank-stabilized" if lora.rank_stabilized else ""
     return f"{kind} of rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout}{stabilized}, on {layers}"
 

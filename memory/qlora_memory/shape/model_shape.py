@@ -96,8 +96,8 @@ class FeedForward:
 class Experts:
     """A mixture of experts.
 
-    Their weights are three-dimensional parameters (``transformers.integrations.moe``), which the trainer packs in 4 bits
-    and adapts (``qlora_trainer.model.experts``); in INT8 they stay in 16 bits.
+    Their weights are three-dimensional parameters (``transformers.integrations.moe``), which the trainer packs in 4
+    bits and adapts (``qlora_trainer.model.experts``); in INT8 they stay in 16 bits.
     """
 
     count: int
@@ -217,7 +217,15 @@ class ModelShape:
         head = self.head.linear
         weights = sum(linear.elements for linear in self.linears) + (0 if self.head.tied else head.elements)
         biases = sum(linear.outputs for linear in (*self.linears, head) if linear.bias)
-        return weights + biases + self.embeddings + self.norms + self.norm_biases + self.routers + sum(i.elements for i in self.experts)
+        return (
+            weights
+            + biases
+            + self.embeddings
+            + self.norms
+            + self.norm_biases
+            + self.routers
+            + sum(i.elements for i in self.experts)
+        )
 
     def active_linear_elements(self) -> int:
         """Weights that take part in computing one token, head and chosen experts included."""

@@ -11,8 +11,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from qlora_api.errors import FieldError
-from qlora_memory.shape.model_families import SOURCE, Config, _plain, attention_kind, on_disk
 from qlora_memory.shape.expert_tensors import expert_stacks, stack_name
+from qlora_memory.shape.model_families import SOURCE, Config, _plain, attention_kind, on_disk
 from qlora_memory.shape.model_shape import Attention, Experts, FeedForward, Head, Layer, Linear, ModelShape, Norm
 from qlora_memory.shape.safetensors_headers import TensorInfo
 
@@ -61,13 +61,9 @@ def shape_of_tensors(config: Config, tensors: Mapping[str, TensorInfo] | None) -
             continue
         if (linear := _linear(name, tensor, tensors)) is not None:
             (found[int(layer[1])] if layer else outside).append(linear)
-        elif not (
-            name.endswith(".bias") and f"{name.removesuffix('.bias')}.weight" in tensors and _is_matrix(name, tensors)
-        ):
+        elif not _is_bias_of_layer(name, tensors):
             elements[_place(name, tensor)] += tensor.elements
-    layers = tuple(
-        _layer(config, (heads, pairs, head_dim), found[index], stacks.get(index)) for index in range(count)
-    )
+    layers = tuple(_layer(config, (heads, pairs, head_dim), found[index], stacks.get(index)) for index in range(count))
     vocabulary = config.number("vocab_size")
     tied = bool(config.get("tie_word_embeddings", False)) or not any(n.endswith(_HEAD) for n in tensors)
     return ModelShape(
@@ -85,8 +81,10 @@ def shape_of_tensors(config: Config, tensors: Mapping[str, TensorInfo] | None) -
     )
 
 
-def _is_matrix(bias: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    return len(tensors[f"{bias.removesuffix('.bias')}.weight"].shape) == 2
+def _is_bias_of_layer(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Return whether a tensor is the bias of a linear layer, which counts it; a router's is counted by itself."""
+    weight = f"{name.removesuffix('.bias')}.weight"
+    return name.endswith(".bias") and weight in tensors and _linear(weight, tensors[weight], tensors) is not None
 
 
 def _linear(name: str, tensor: TensorInfo, tensors: Mapping[str, TensorInfo]) -> Linear | None:

@@ -11,10 +11,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mixtures import MIXTURES, SHAPE, mixtures, save_mixture  # noqa: F401 a fixture
+from mixtures import MIXTURES, SHAPE, save_mixture
 from qlora_api.spec import ComputeType, LoRASpec, QuantizationSpec, QuantizationType
 from qlora_trainer.errors import AdapterRejectedError, UserError
 from qlora_trainer.model.base_model import add_lora, load_base, meta_model, trainable, weight_bytes
+from qlora_trainer.model.coverage import coverage_of
 from qlora_trainer.model.experts import loading
 from qlora_trainer.model.experts.packed import FrozenExperts, Packer
 from qlora_trainer.model.experts.structure import expert_parameters, router_names
@@ -154,7 +155,7 @@ def test_while_loading_two_experts_at_most_are_there_in_16_bits(wide_mixture, mo
     """Tensors that were read or converted and are still alive, as each expert is packed."""
     live = weakref.WeakSet()
     highest = []
-    read, put = loading._expert, Packer.put  # noqa: SLF001
+    read, put = loading._expert, Packer.put
 
     def counted_read(*arguments):
         tensor = read(*arguments)
@@ -206,8 +207,21 @@ def test_targets_name_experts_as_they_name_layers(targets, adapted, mixtures):
     assert {n.split(".lora_")[0].rpartition(".")[2] for n in trainable(model)} == adapted
 
 
+def test_what_is_quantized_and_adapted_is_counted(mixtures):
+    found = coverage_of(add_lora(load_base(mixtures["qwen2_moe"], NF4, CPU), LORA, seed=1))
+    experts = 2 * 8 * 3 * 64 * 32
+    layers = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 64 + 64)
+    assert found.quantized == experts + layers
+    assert found.weights == sum(p.numel() for p in meta_model(mixtures["qwen2_moe"]).parameters())
+    assert found.adapted == "16 of 16 linear layers, the experts of 2 of 2 layers"
+    some = LoRASpec(rank=4, target_modules=["q_proj"])
+    assert coverage_of(add_lora(load_base(mixtures["phimoe"], NF4, CPU), some, seed=1)).adapted == (
+        "2 of 8 linear layers, the experts of 0 of 2 layers"
+    )
+
+
 def test_experts_named_for_a_dense_base_are_refused(tiny_models):
-    with pytest.raises(UserError, match='"experts.down_proj" matches no linear layer of tiny'):
+    with pytest.raises(UserError, match=r'"experts\.down_proj" matches no linear layer of tiny'):
         check_targets(meta_model(tiny_models["llama"]), LoRASpec(target_modules=["experts.down_proj"]), "tiny")
 
 

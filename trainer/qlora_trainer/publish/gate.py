@@ -199,7 +199,7 @@ def _check_pairs(sides: dict[str, dict[str, tuple[int, ...]]], config: Any) -> N
 
 
 def _wrapped_modules(base_names: set[str], endings: tuple[str, ...]) -> set[str]:
-    """Return the modules that PEFT wraps to adapt parameters of theirs: one inside the other where there are several."""
+    """Return the modules that PEFT wraps to adapt their parameters: one inside the other where there are several."""
     owners = Counter(name.rpartition(".")[0] for name in base_names if f".{name}".endswith(endings))
     return {owner + ".base_layer" * depth for owner, count in owners.items() for depth in range(count)}
 

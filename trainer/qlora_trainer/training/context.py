@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import signal
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -18,6 +19,7 @@ from qlora_trainer.errors import TrainerError, UserError
 from qlora_trainer.liveness.heartbeat import node_name
 from qlora_trainer.model.base_model import add_lora, enable_gradient_checkpointing, load_base, weight_bytes
 from qlora_trainer.model.compute_type import OF_OLD_CHECKPOINTS, slow_bf16_warning, with_compute_type
+from qlora_trainer.model.coverage import coverage_of
 from qlora_trainer.model.flops import flops_per_token
 from qlora_trainer.model.loading import counted_weights
 from qlora_trainer.model.loss import NextTokenLoss, head_is_plain, rows_are_apart
@@ -28,6 +30,8 @@ from qlora_trainer.reporting.metrics import MetricsRecorder
 from qlora_trainer.reporting.pace import Pace
 from qlora_trainer.reporting.training_history import History
 from qlora_trainer.storage.authentication import Authenticator
+
+log = logging.getLogger(__name__)
 
 
 class StopFlag:
@@ -152,6 +156,9 @@ def build(config: TrainerConfig, ranks: Ranks, board: MetricsRecorder, stop: Sto
         enable_gradient_checkpointing(model)
     model.train()
     board.memory(weight_bytes(model))
+    if ranks.is_first:
+        covered = coverage_of(model)
+        log.info("quantized: %s; adapted: %s", covered.held, covered.adapted)
     loss = NextTokenLoss(model, fused=head_is_plain(model))
     if not rows_are_apart(loss, ranks.device):
         raise UserError(

@@ -15,6 +15,7 @@ from qlora_trainer.checkpoint import engine_state
 from qlora_trainer.checkpoint.checkpoint_store import unpack_tensors
 from qlora_trainer.errors import CheckpointError
 from qlora_trainer.model.base_model import meta_model
+from qlora_trainer.model.coverage import coverage_of
 from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.publish.merge_adapter import merge
 from qlora_trainer.publish.publisher import PublishFacts, publish
@@ -57,6 +58,7 @@ def publish_run(trainer: TrainingContext, run: RunState) -> Adapter:
             tokens=run.tokens,
             base_eval_loss=run.base_eval_loss,
             eval_loss=chosen.eval_loss,
+            coverage=coverage_of(trainer.model),
         )
         prepared.check_unchanged()
         skeleton = meta_model(prepared.model_path)

@@ -21,7 +21,7 @@ from qlora_trainer.model.experts.products import Visits, low_rank_product
 _ADAPTERS = "_qlora_adapters"
 
 
-class ExpertAdapter(ParamWrapper):
+class ExpertAdapter(ParamWrapper):  # type: ignore[misc]
     """The adapter on one weight of a group of experts.
 
     Args:
@@ -45,7 +45,7 @@ class ExpertAdapter(ParamWrapper):
 
     def get_param(self) -> torch.Tensor:
         """Return a tensor of the weight's shape and type, without its contents."""
-        weight = FrozenExperts(self.get_base_layer()._parameters[self.parameter_name])
+        weight = FrozenExperts(dict(self.get_base_layer().named_parameters(recurse=False))[self.parameter_name])
         return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

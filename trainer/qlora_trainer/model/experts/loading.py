@@ -28,7 +28,7 @@ METHOD = "qlora_bitsandbytes"
 """Name under which transformers finds :class:`FourBitQuantizer`."""
 
 
-class FourBitConfig(BitsAndBytesConfig):
+class FourBitConfig(BitsAndBytesConfig):  # type: ignore[misc]
     """bitsandbytes' 4-bit configuration, for linear layers and experts."""
 
     def __init__(self, **options: Any) -> None:
@@ -43,7 +43,7 @@ class FourBitConfig(BitsAndBytesConfig):
         return Format(self.bnb_4bit_quant_type, self.bnb_4bit_use_double_quant, self.bnb_4bit_quant_storage)
 
 
-class FourBitQuantizer(Bnb4BitHfQuantizer):
+class FourBitQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     """transformers' 4-bit quantizer, which packs experts as well and leaves routers as they are."""
 
     def __init__(self, quantization_config: Any, **options: Any) -> None:
@@ -73,10 +73,13 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
         found = super().update_weight_conversions(weight_conversions, model)
         updated = [_OneAtATime.of(c, self) if self._makes_experts(c) else c for c in found]
         read = {pattern for c in updated if isinstance(c, WeightConverter) for pattern in c.source_patterns}
-        for name in sorted({".".join(name.rsplit(".", 2)[1:]) for name in self.expert_names}):
-            if not any(pattern.endswith(name) for pattern in read):  # stacked on disk already
-                updated.append(_OneAtATime(rf"\.{name}$", f".{name}", [_Nothing()], quantizer=self))
-        return updated
+        names = sorted({".".join(name.rsplit(".", 2)[1:]) for name in self.expert_names})
+        stacked = [name for name in names if not any(pattern.endswith(name) for pattern in read)]  # on disk already
+        return updated + [_OneAtATime(rf"\.{n}$", f".{n}", [_Nothing()], quantizer=self) for n in stacked]
+
+    def _process_model_after_weight_loading(self, model: Any, **more: Any) -> Any:
+        self.files = _Files(())
+        return super()._process_model_after_weight_loading(model, **more)
 
     def _makes_experts(self, converter: Any) -> bool:
         if not isinstance(converter, WeightConverter) or len(converter.target_patterns) != 1:
@@ -115,14 +118,14 @@ class _Files:
 
     def __init__(self, paths: Iterable[str]) -> None:
         self._files = [safe_open(path, framework="pt") for path in paths]
-        self._file_of = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 it is no dictionary
+        self._file_of = {name: file for file in self._files for name in file.keys()}  # type: ignore[no-untyped-call] # noqa: SIM118 it is no dictionary
 
     def slice_of(self, name: str) -> Any:
         """Return a tensor that is read as it is indexed."""
-        return self._file_of[name].get_slice(name)
+        return self._file_of[name].get_slice(name)  # type: ignore[no-untyped-call]
 
 
-class _OneAtATime(WeightConverter):
+class _OneAtATime(WeightConverter):  # type: ignore[misc]
     """A converter that reads, converts and packs one expert after another."""
 
     def __init__(self, source_patterns: Any, target_patterns: Any, operations: list[Any], **more: Any) -> None:
@@ -150,9 +153,7 @@ class _OneAtATime(WeightConverter):
         self.names.setdefault(source_pattern, []).append(source_key)
         super().add_tensor(target_key, source_key, source_pattern, future)
 
-    def convert(
-        self, layer_name: str, model: Any = None, config: Any = None, hf_quantizer: Any = None, loading_info: Any = None
-    ) -> dict[str, Any]:
+    def convert(self, layer_name: str, model: Any = None, config: Any = None, **_: Any) -> dict[str, Any]:
         self.collected_tensors.clear()  # would be read whole
         slices = {p: [self.quantizer.files.slice_of(n) for n in names] for p, names in self.names.items()}
 
@@ -176,7 +177,7 @@ class _OneAtATime(WeightConverter):
 
 def _expert(found: list[Any], index: int) -> torch.Tensor:
     """Return one expert: a tensor of its own, or a part of the only tensor, which then keeps its first dimension."""
-    if len(found) == 1 and len(found[0].get_shape()) > 2:  # noqa: PLR2004 a matrix has two dimensions
+    if len(found) == 1 and len(found[0].get_shape()) > 2:
         part: torch.Tensor = found[0][index : index + 1]
         return part
     whole: torch.Tensor = found[index][:]
@@ -196,7 +197,7 @@ def _is_separable(operation: Any) -> bool:
             return False
 
 
-class _Nothing(ConversionOps):
+class _Nothing(ConversionOps):  # type: ignore[misc]
     def convert(self, input_dict: dict[str, Any], *_: Any, **__: Any) -> dict[str, Any]:
         return input_dict
 

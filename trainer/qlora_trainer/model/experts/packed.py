@@ -26,7 +26,7 @@ ELEMENTS_AT_ONCE = 1 << 16
 
 @dataclass(frozen=True)
 class Format:
-    """How experts are held."""
+    """Format in which experts are held."""
 
     quant_type: str
     """"nf4" or "fp4"."""
@@ -77,8 +77,8 @@ class Packer:
         if self._form.double:
             offset = absmax.mean()
             absmax, nested = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
-        parameter: Any = nn.Parameter(self._packed.view(self._form.storage), requires_grad=False)
-        parameter.quant_state = bnb.QuantState(
+        parameter = nn.Parameter(self._packed.view(self._form.storage), requires_grad=False)
+        parameter.quant_state = bnb.QuantState(  # type: ignore[attr-defined] # as bitsandbytes' own parameters have it
             absmax=absmax,
             shape=self._shape,
             code=bnb.get_4bit_type(self._form.quant_type, device=absmax.device),
@@ -129,7 +129,8 @@ class FrozenExperts:
             (absmax.numel() * BLOCK,),
             self.dtype,
         )
-        return flat.view(len(experts), -1)[:, : rows * columns].view(-1, rows, columns)
+        weights: torch.Tensor = flat.view(len(experts), -1)[:, : rows * columns].view(-1, rows, columns)
+        return weights
 
     def _constants(self) -> torch.Tensor:
         if self._absmax is None:
@@ -148,4 +149,3 @@ def _chosen(tensor: torch.Tensor, experts: list[int]) -> torch.Tensor:
     if last - first + 1 == len(experts):
         return tensor[first : last + 1]
     return tensor[torch.tensor(experts, device=tensor.device)]
-

@@ -78,7 +78,7 @@ def frozen_product(x: torch.Tensor, weight: nn.Parameter, visits: Visits, *, tra
 
 class _FrozenProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter, visits: Visits, transposed: bool) -> torch.Tensor:  # noqa: FBT001 autograd's signature
+    def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter, visits: Visits, transposed: bool) -> torch.Tensor:
         ctx.arguments = weight, visits, transposed, x.dtype
         return _multiply(x, FrozenExperts(weight), visits, is_input_first=transposed)
 
@@ -99,7 +99,8 @@ def _multiply(x: torch.Tensor, experts: FrozenExperts, visits: Visits, *, is_inp
         if _is_grouped(x, weights):
             out[rows] = grouped_product(x[rows], weights, chunk.counts)
             continue
-        for part, weight, place in zip(x[rows].split(chunk.counts), weights, out[rows].split(chunk.counts), strict=True):  # type: ignore[no-untyped-call]
+        parts, places = (tensor[rows].split(chunk.counts) for tensor in (x, out))  # type: ignore[no-untyped-call]
+        for part, weight, place in zip(parts, weights, places, strict=True):
             torch.mm(part, weight, out=place)
     return out
 

@@ -32,14 +32,12 @@ def linear_layers(model: Any) -> dict[str, nn.Module]:
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     routers = router_names(model)
-    return {
-        n: m for n, m in model.named_modules() if type(m) in _LINEAR and m is not head and n not in routers
-    }
+    return {n: m for n, m in model.named_modules() if type(m) in _LINEAR and m is not head and n not in routers}
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What PEFT's configuration is told."""
+    """Targets as PEFT's configuration names them."""
 
     modules: tuple[str, ...]
     """``target_modules``: linear layers."""
@@ -68,9 +66,7 @@ def check_targets(model: Any, lora: LoRASpec, model_name: str) -> None:
         if any(_is_named(n, target) for n in routers):
             raise UserError(FIELD, target, f"is a router of {model_name}: routers are not adapted")
         kinds = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in names}))
-        raise UserError(
-            FIELD, target, f"matches no linear layer of {model_name}; its linear layers are {kinds}"
-        )
+        raise UserError(FIELD, target, f"matches no linear layer of {model_name}; its linear layers are {kinds}")
     if lora.dora and _named(expert_parameters(model), lora.target_modules):
         raise UserError(
             "spec.lora.dora",

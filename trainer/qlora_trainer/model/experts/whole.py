@@ -55,7 +55,8 @@ def _forward(group: Any, own: Callable[..., Any], *arguments: Any, **named: Any)
 
 def _weight(group: Any, name: str) -> torch.Tensor:
     """Return the weight of all experts, with the update of its adapter."""
-    experts = FrozenExperts(group._parameters[name])  # noqa: SLF001 getattr would find what is dequantized
+    parameters = dict(group.named_parameters(recurse=False))  # getattr would find what is dequantized
+    experts = FrozenExperts(parameters[name])
     weight = experts.of(list(range(experts.shape[0]))).contiguous()
     adapter = adapter_of(group, name)
     return weight if adapter is None else adapter.added_to_weight(weight)

@@ -1,0 +1,73 @@
+"""Which part of a base is quantized, and which of its layers are adapted, counted on the model that is trained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+
+from qlora_trainer.model.experts.adapter import ExpertAdapter
+from qlora_trainer.model.experts.structure import expert_groups, router_names
+from qlora_trainer.model.experts.targets import linear_layers
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Counts of weights and layers."""
+
+    weights: int
+    """Elements of the base."""
+    quantized: int
+    """Of them, those in 4 or 8 bits."""
+    layers: int
+    """Linear layers besides the head and routers."""
+    adapted_layers: int
+    """Linear layers with an adapter, the head where it has one."""
+    groups: int
+    """Layers with experts."""
+    adapted_groups: int
+    routers: int
+    """Linear layers that choose experts."""
+
+    @property
+    def adapted(self) -> str:
+        """Return what has an adapter, in words."""
+        layers = f"{self.adapted_layers} of {self.layers} linear layers"
+        if not self.groups:
+            return layers
+        return f"{layers}, the experts of {self.adapted_groups} of {self.groups} layers"
+
+    @property
+    def held(self) -> str:
+        """Return how much is quantized, in words."""
+        return f"{self.quantized / self.weights:.1%} of {self.weights:,} weights"
+
+
+def coverage_of(model: Any) -> Coverage:
+    """Count on a model with its adapter."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    groups = expert_groups(model)
+    wrapped = {id(m.get_base_layer()) for m in model.modules() if isinstance(m, ExpertAdapter)}
+    return Coverage(
+        weights=sum(_elements(p) for p in frozen),
+        quantized=sum(_elements(p) for p in frozen if _is_quantized(p)),
+        layers=sum(".lora_" not in name for name in linear_layers(model)),
+        adapted_layers=sum(isinstance(m, LoraLayer) and not isinstance(m, ExpertAdapter) for m in model.modules()),
+        groups=len(groups),
+        adapted_groups=sum(id(group) in wrapped for group in groups.values()),
+        routers=len(router_names(model)),
+    )
+
+
+def _is_quantized(parameter: Any) -> bool:
+    return hasattr(parameter, "quant_state") or type(parameter).__name__ == "Int8Params"
+
+
+def _elements(parameter: Any) -> int:
+    """Return the elements of a parameter as it was before it was packed or partitioned."""
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        return math.prod(state.shape)
+    return math.prod(getattr(parameter, "ds_shape", parameter.shape))
