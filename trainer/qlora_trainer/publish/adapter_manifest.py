@@ -7,16 +7,13 @@ import platform
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
 from qlora_api.base import Model
 from qlora_api.spec import QLoRAJobSpec
 from qlora_trainer.storage.authentication import Authenticator
-
-if TYPE_CHECKING:
-    from qlora_trainer.model.coverage import Coverage
 
 MANIFEST = "manifest.json"
 ADAPTER = "adapter"
@@ -51,8 +48,11 @@ class PublishFacts:
     """Of the base, before the first step. Nats per token."""
     eval_loss: float | None
     """Of what is published."""
-    coverage: Coverage | None = None
-    """What is quantized and adapted; None where it was not counted."""
+    quantized: str = ""
+    """How much of the base is quantized, in words; empty where it was not counted."""
+    adapted: str = ""
+    """Which layers have an adapter, in words."""
+    adapts_experts: bool = False
 
 
 class BaseModelRef(Model):

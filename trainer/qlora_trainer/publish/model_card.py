@@ -71,17 +71,16 @@ def summary(job: JobRef, attempt: int, facts: PublishFacts) -> list[tuple[str, s
     spec = facts.spec
     lora, training = spec.lora, spec.training
     targets = ", ".join(lora.target_modules) if lora.target_modules else "all linear layers but the head, and experts"
-    covered = facts.coverage
     variants = [name for name, on in (("rank-stabilized", lora.rank_stabilized), ("DoRA", lora.dora)) if on]
     return [
         ("Base", f"`{spec.model.source}`"),
         ("Base revision", f"`{facts.base_revision}`"),
-        ("Base held as", _held_as(spec) + (f": {covered.held}" if covered is not None and covered.quantized else "")),
+        ("Base held as", ": ".join(filter(None, (_held_as(spec), facts.quantized)))),
         ("Training rows", f"`{spec.dataset.train.source}` ({spec.dataset.format})"),
         ("Loss on", str(spec.dataset.effective_loss_on)),
         ("Longest sequence", f"{spec.dataset.max_length} tokens{', packed' if spec.dataset.packing else ''}"),
         ("LoRA", f"rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout}{''.join(f', {v}' for v in variants)}"),
-        ("Adapted layers", targets if covered is None else f"{targets}: {covered.adapted}"),
+        ("Adapted layers", ": ".join(filter(None, (targets, facts.adapted)))),
         ("Optimizer", f"{training.optimizer}, weight decay {training.weight_decay}"),
         ("Learning rate", f"{training.learning_rate}, {training.schedule}, {training.warmup_steps} warmup steps"),
         ("Global batch", f"{training.global_batch_size} sequences"),
@@ -126,7 +125,7 @@ def _vllm_lines(job: JobRef, facts: PublishFacts, base: str) -> list[str]:
         for reason, holds in (
             ("it uses DoRA", lora.dora),
             ("it has trained biases", lora.bias is not LoRABias.NONE),
-            ("it adapts experts", facts.coverage is not None and facts.coverage.adapted_groups > 0),
+            ("it adapts experts", facts.adapts_experts),
             (f"its rank {lora.rank} is above {VLLM_RANKS[-1]}", rank is None),
         )
         if holds

@@ -50,6 +50,7 @@ def publish_run(trainer: TrainingContext, run: RunState) -> Adapter:
             loss_of = partial(sample_loss, rows=rows, beat=beat)
             merge(prepared.model_path, folder / "adapter", folder / "merged", loss_of)
             tokenizer.save_pretrained(folder / "merged")
+        covered = coverage_of(trainer.model)
         facts = PublishFacts(
             spec=config.spec,
             base_revision=prepared.model_revision,
@@ -58,7 +59,9 @@ def publish_run(trainer: TrainingContext, run: RunState) -> Adapter:
             tokens=run.tokens,
             base_eval_loss=run.base_eval_loss,
             eval_loss=chosen.eval_loss,
-            coverage=coverage_of(trainer.model),
+            quantized=covered.held,
+            adapted=covered.adapted,
+            adapts_experts=covered.adapted_groups > 0,
         )
         prepared.check_unchanged()
         skeleton = meta_model(prepared.model_path)
