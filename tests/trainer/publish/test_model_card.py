@@ -1,5 +1,7 @@
 """The model card is readable by the Hub and tells people how to load the adapter."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
@@ -62,8 +64,10 @@ def test_the_card_says_how_this_adapter_is_served(job, make_facts, groups, said)
 
 
 def test_what_is_quantized_and_adapted_is_said(job, make_facts):
-    found = make_facts(
-        quantized="97.2% of 30,532 weights", adapted="16 of 16 linear layers, the experts of 2 of 2 layers"
+    found = replace(
+        make_facts(),
+        quantized="97.2% of 30,532 weights",
+        adapted="16 of 16 linear layers, the experts of 2 of 2 layers",
     )
     card = model_card(job, 1, found)
     assert "| Base held as | in NF4, double-quantized: 97.2% of 30,532 weights |" in card
@@ -71,5 +75,5 @@ def test_what_is_quantized_and_adapted_is_said(job, make_facts):
 
 
 def test_an_adapter_on_experts_is_served_merged(job, make_facts):
-    card = model_card(job, 1, make_facts(adapts_experts=True))
+    card = model_card(job, 1, replace(make_facts(), adapts_experts=True))
     assert "vLLM does not serve this adapter by itself, since it adapts experts." in card
