@@ -20,6 +20,7 @@ _TRANSIENT_CODES = (
     "ConditionalRequestConflict",
     "IncompleteBody",
     "InternalError",
+    "NoSuchUpload",  # ended by a call whose answer was lost: the object is sent anew
     "OperationAborted",
     "OperationTimedOut",
     "RequestTimeout",
@@ -30,6 +31,8 @@ _TRANSIENT_CODES = (
 )
 """Go away by themselves, whatever the status: S3 sends several with 400, 403 and 409."""
 _OTHER_REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException")
+_TIMED_OUT = "kind: Timeout"
+_REDIRECT = "redirect without LOCATION"
 _CLOCK = ("RequestTimeTooSkewed", "RequestExpired")
 _TRANSIENT_STATUSES = (408, 409, 425, 429)
 _MISSING_FEATURE = 501
@@ -62,7 +65,7 @@ def bucket_fault(error: Exception) -> Fault:
         kind,
         f"{meaning} ({words})" if meaning else words,
         denied=meaning == _DENIED,
-        timed_out="operation timed out" in text,
+        timed_out=_TIMED_OUT in text,
     )
 
 
@@ -75,7 +78,7 @@ def _meaning(error: Exception, text: str, status: int, code: str) -> tuple[Fault
         return FaultKind.TRANSIENT, _clock(text)
     if code in _TRANSIENT_CODES:
         return FaultKind.TRANSIENT, ""
-    if code in _OTHER_REGION or status in (301, 307):
+    if code in _OTHER_REGION or status in (301, 307) or _REDIRECT in text:
         region = _tag(text, "Region")
         where = f" ({region})" if re.fullmatch(r"[a-z0-9-]{1,32}", region) else ""
         return FaultKind.USER, f"the bucket is in another region{where} than AWS_REGION says"
@@ -91,7 +94,7 @@ def _meaning(error: Exception, text: str, status: int, code: str) -> tuple[Fault
         return FaultKind.USER, _DENIED
     if (300 <= status < 500 and status not in _TRANSIENT_STATUSES) or status == _MISSING_FEATURE:
         return FaultKind.USER, "the server refuses the request"
-    return FaultKind.TRANSIENT, ""
+    return FaultKind.TRANSIENT, "no answer came in time" if _TIMED_OUT in text else ""
 
 
 def _clock(text: str) -> str:

@@ -86,7 +86,12 @@ class BucketBackend:
 
     def head(self, key: str) -> Entry:
         with _without_panics():
-            meta = obstore.head(self._store, key)
+            try:
+                meta = obstore.head(self._store, key)
+            except FileNotFoundError:
+                raise
+            except BaseError:  # the answer to a HEAD has no body that would say why: the one to a GET has
+                meta = obstore.get(self._store, key).meta
         return Entry(key, meta["size"], meta["e_tag"] or "")
 
     def first(self, key: str) -> tuple[Entry, bytes]:
@@ -125,7 +130,7 @@ class BucketBackend:
 def _open(
     scheme: str, bucket: str, prefix: str | None, settings: StoreSettings, request_seconds: float
 ) -> S3Store | GCSStore | AzureStore:
-    retry: RetryConfig = {"max_retries": INNER_RETRIES, "retry_timeout": timedelta(seconds=REQUEST_SECONDS)}
+    retry: RetryConfig = {"max_retries": INNER_RETRIES, "retry_timeout": timedelta(seconds=request_seconds)}
     client: ClientConfig = {
         "timeout": timedelta(seconds=request_seconds),
         "allow_http": settings.allow_http,  # passing any option makes obstore ignore its variable

@@ -1,0 +1,103 @@
+"""Every kind of bad answer, at every call of a store: repeated, or the user's to mend, and said at once."""
+
+import logging
+import os
+
+import pytest
+
+from fixtures import use_s3
+from qlora_storage import buckets, retry
+from qlora_storage.backend import MIB
+from qlora_storage.buckets import BucketBackend
+from qlora_storage.errors import AlreadyExistsError, StorageError, UserError
+from qlora_storage.object_store import Store, open_store
+from services.faulty_s3 import FINAL, TRANSIENT, faulty_s3, once_each
+
+FIELD = "spec.output.destination"
+DATA = bytes(range(256)) * 16
+SMALL_PARTS = buckets.UploadPace(5 * MIB, 2)
+
+
+@pytest.fixture
+def proxy(s3_server):
+    with faulty_s3(s3_server) as running:
+        yield running
+
+
+@pytest.fixture
+def bucket(proxy, monkeypatch):
+    return use_s3(proxy, monkeypatch)
+
+
+def use_every_call(bucket, large):
+    """Write, read, list and delete, small and in parts; what a run does."""
+    store = open_store(f"{bucket}/run", FIELD, patience_seconds=30)
+    store.put("adapter/config.json", DATA)
+    store.put("adapter/weights", large)
+    try:
+        store.create("manifest.json", DATA)
+    except AlreadyExistsError:  # by this very call, whose answer was lost
+        assert store.get("manifest.json") == DATA
+    assert store.get("adapter/config.json") == DATA
+    assert store.sha256("adapter/weights")
+    assert store.read("adapter/weights", 8, 16) == (large[8:16], len(large))
+    assert store.stat("adapter/config.json").size == len(DATA)
+    assert store.stat("nothing") is None
+    assert store.list() == [
+        ("adapter/config.json", len(DATA)),
+        ("adapter/weights", len(large)),
+        ("manifest.json", len(DATA)),
+    ]
+    store.delete("adapter")
+    assert store.list() == [("manifest.json", len(DATA))]
+
+
+@pytest.mark.parametrize("fault", TRANSIENT, ids=lambda fault: fault.name)
+def test_what_goes_away_by_itself_is_repeated_at_every_call(proxy, bucket, monkeypatch, s3_server, fault):
+    monkeypatch.setattr(buckets, "PACES", (SMALL_PARTS,))
+    monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.02)
+    proxy.choose = once_each(fault)
+    use_every_call(bucket, os.urandom(11 * MIB))
+    assert proxy.faults[fault.name] > 10
+    assert [p.name for p in (s3_server.folder_of(bucket.removeprefix("s3://")) / "run").iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize("fault", FINAL, ids=lambda fault: fault.name)
+@pytest.mark.parametrize("action", ["put", "create", "get", "stat", "list", "delete"])
+def test_what_only_the_user_can_mend_is_said_at_once_with_its_field(proxy, bucket, caplog, fault, action):
+    store = open_store(f"{bucket}/run", FIELD)
+    store.put("key", DATA)
+    proxy.choose = lambda call, _times: fault if call[0] != "HEAD" or fault.status != 404 else None
+    acts = {"put": ("key", DATA), "create": ("key", DATA), "list": ()}
+    if (fault.status, action) == (404, "stat"):
+        pytest.skip("the answer to a HEAD does not tell a missing bucket from a missing object")
+    with pytest.raises(UserError) as refused:
+        getattr(store, action)(*acts.get(action, ("key",)))
+    assert str(refused.value).startswith(f'{FIELD}: "{bucket}/run"')
+    assert "spec.output.credentials" in str(refused.value)
+    assert "next try in" not in caplog.text
+
+
+def test_another_region_is_named(proxy, bucket):
+    proxy.choose = lambda _call, _times: FINAL[1]
+    with pytest.raises(UserError, match=r"the bucket is in another region \(eu-west-1\) than AWS_REGION says"):
+        open_store(bucket, FIELD).get("key")
+
+
+def test_a_wrong_clock_is_named_with_how_far_it_is_off(proxy, bucket):
+    proxy.choose = lambda _call, _times: next(f for f in TRANSIENT if f.name == "clock")
+    with pytest.raises(StorageError, match=r"the clock of this machine is 20\.0 minutes behind the server's: set it"):
+        open_store(bucket, FIELD, patience_seconds=1).get("key")
+
+
+def test_a_slow_line_gets_smaller_parts_one_at_a_time(proxy, bucket, monkeypatch, caplog):
+    """Two parts at once need 3 s, one smaller part alone 1.25 s, and a request may take 2.5 s."""
+    monkeypatch.setattr(buckets, "PACES", (buckets.UploadPace(6 * MIB, 2), buckets.UploadPace(5 * MIB, 1)))
+    proxy.uplink_bytes_per_second = 4 * MIB
+    data = os.urandom(12 * MIB)
+    store = Store(BucketBackend("s3", bucket.removeprefix("s3://"), "", request_seconds=2.5), bucket, FIELD, 60)
+    with caplog.at_level(logging.WARNING):
+        store.put("weights", data)
+    assert "no answer came in time" in caplog.text
+    proxy.uplink_bytes_per_second = None
+    assert store.get("weights") == data
