@@ -1,13 +1,49 @@
-"""The tokenizer, with the job's chat template in place."""
+"""The tokenizer, with the job's chat template in place, within bounds of time and memory."""
 
 from __future__ import annotations
 
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from qlora_trainer.errors import UserError
+
+FIELD = "spec.model.source"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one call of a tokenizer may take; the system ends a process that takes more."""
+
+    seconds: float = 300.0
+    """Of processor time, of all threads. A batch of rows of a MiB takes seconds, the largest row a minute."""
+    memory_bytes: int = 8 << 30
+    """Beyond what the process has. A tokenizer takes a hundred times the text's size; a row has 16 MiB at most."""
+
+
+class BoundedTokenizer:
+    """A tokenizer whose calls are within bounds, and whose panics are errors of the base."""
+
+    def __init__(self, tokenizer: Any, bounds: Bounds) -> None:
+        self._tokenizer = tokenizer
+        self._bounds = bounds
+
+    def __call__(self, *texts: Any, **options: Any) -> Any:
+        with bounded(self._bounds), _errors_of_the_base():
+            return self._tokenizer(*texts, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
 
 
 def load_tokenizer(path: Path, chat_template: str | None = None) -> Any:
@@ -18,10 +54,66 @@ def load_tokenizer(path: Path, chat_template: str | None = None) -> Any:
 
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        with _errors_of_the_base():
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except UserError:
+        raise
     except Exception as error:  # each kind of tokenizer checks its files in its own way
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        raise UserError("spec.model.source", None, f"has a tokenizer that cannot be loaded: {reason}") from error
+        raise UserError(FIELD, None, f"has a tokenizer that cannot be loaded: {reason}") from error
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def load_bounded_tokenizer(path: Path, chat_template: str | None = None, bounds: Bounds | None = None) -> Any:
+    """:func:`load_tokenizer`, for a process that may be ended: loading and every call are within bounds."""
+    bounds = bounds or Bounds()
+    with bounded(bounds):
+        tokenizer = load_tokenizer(path, chat_template)
+    return BoundedTokenizer(tokenizer, bounds)
+
+
+@contextmanager
+def bounded(bounds: Bounds) -> Iterator[None]:
+    """End this process, by SIGPROF or by the abort that a failed allocation is, if what is within takes more."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    most = _data_bytes() + bounds.memory_bytes
+    soft = most if before[0] == resource.RLIM_INFINITY else min(most, before[0])
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, before[1]))
+    signal.setitimer(signal.ITIMER_PROF, bounds.seconds)  # nothing handles its signal
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _data_bytes() -> int:
+    """Private memory of this process, as RLIMIT_DATA counts it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmData:"))
+
+
+@contextmanager
+def _errors_of_the_base() -> Iterator[None]:
+    """Turn a panic of the tokenizers' Rust, whose class is in no module and no Exception, into an error of the base.
+
+    Raises:
+        UserError: there was one, such as that of an expression that takes exponential time.
+
+    """
+    try:
+        yield
+    except MemoryError:
+        raise UserError(
+            FIELD, None, "has a tokenizer that takes too much memory for some rows, or to be loaded"
+        ) from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(FIELD, None, f"has a tokenizer that fails on a text: {reason}") from None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -132,7 +133,20 @@ def _told(config: TrainerConfig, record: Record) -> TerminationMessage:
     return message
 
 
-def main() -> int:
+def anew_here(config: TrainerConfig, _: Path) -> int:
+    """Do the work of a Prepare that found nothing, in this process; return the exit code."""
+    from qlora_trainer.reporting.rank_exit import guarded  # noqa: PLC0415 imports torch
+
+    return guarded(config, lambda _: _told(config, _anew(config)))
+
+
+def main(anew: Callable[[TrainerConfig, Path], int] = anew_here) -> int:
+    """Prepare as the command line's configuration says.
+
+    Args:
+        anew: does what was not found done.
+
+    """
     config = TrainerConfig.model_validate_json(Path(sys.argv[1]).read_bytes())
     termination = Path(config.termination_message_path)
     keep_freed_memory()
@@ -150,6 +164,4 @@ def main() -> int:
     if message is not None:
         termination_message.write(termination, message)
         return ExitCode.DONE
-    from qlora_trainer.reporting.rank_exit import guarded  # noqa: PLC0415 imports torch
-
-    return guarded(config, lambda _: _told(config, _anew(config)))
+    return anew(config, Path(sys.argv[1]))

@@ -10,7 +10,7 @@ import torch
 from qlora_trainer.errors import UserError
 from qlora_trainer.model.base_model import add_lora, check_base, meta_model
 from qlora_trainer.model.compute_type import device_problem
-from qlora_trainer.model.tokenizer import load_tokenizer
+from qlora_trainer.model.tokenizer import load_bounded_tokenizer
 from qlora_trainer.prepare.plan_memory import shape_of
 from qlora_trainer.prepare.records import Record, job_key, pinned_revision
 from qlora_trainer.prepare.tokenize_rows import prepare_data
@@ -43,7 +43,7 @@ def prepare_anew(config: TrainerConfig, began: Record | None) -> Record:
     train_rows = fetch_rows(spec.dataset.train.source, "spec.dataset.train.source", cache)
     own_eval = spec.dataset.eval.source if spec.dataset.eval else None
     eval_rows = fetch_rows(own_eval, "spec.dataset.eval.source", cache) if own_eval else None
-    tokenizer = load_tokenizer(model.path, spec.dataset.chat_template)
+    tokenizer = load_bounded_tokenizer(model.path, spec.dataset.chat_template)
     data = prepare_data(spec, tokenizer, model.tokenizer_hash, train_rows, eval_rows, cache)
     return Record(
         key=job_key(spec, model.revision),

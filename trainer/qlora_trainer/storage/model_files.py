@@ -31,7 +31,7 @@ SINGLE_WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 16 << 20
 """Of a configuration; those of published models have less than 1 MB, mostly in a list of special tokens."""
-MAX_TOKENIZER_BYTES = 128 << 20
+MAX_TOKENIZER_BYTES = 64 << 20
 """Of a tokenizer's file; the largest published ones have about 40 MB."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 CONFIGURATIONS = (CONFIG, GENERATION_CONFIG, "tokenizer_config.json", "special_tokens_map.json", "chat_template.json")
