@@ -20,7 +20,7 @@ FIELD = "spec.model.source"
 
 @dataclass(frozen=True)
 class Bounds:
-    """What one call of a tokenizer may take; the system ends a process that takes more."""
+    """Limits of one call of a tokenizer; the system ends a process that takes more."""
 
     seconds: float = 300.0
     """Of processor time, of all threads. A batch of rows of a MiB takes seconds, the largest row a minute."""
