@@ -17,9 +17,7 @@ RUN if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/n
     && echo 'qlora:x:65532:' >> /etc/group
 # The root file system may be read-only: /tmp is the only place that is written to, and bytecode is compiled here.
 ENV PATH=/opt/venv/bin:$PATH \
-    PYTHONPATH=/opt/qlora \
     PYTHONDONTWRITEBYTECODE=1 \
-    PYTHONUNBUFFERED=1 \
     HOME=/tmp
 WORKDIR /tmp
 
@@ -36,7 +34,9 @@ RUN if ! python3 -c 'import ensurepip' 2> /dev/null; \
     && python3 -m venv /opt/uv && /opt/uv/bin/pip install --quiet --no-cache-dir --disable-pip-version-check 'uv>=0.9'
 ENV UV_LINK_MODE=copy \
     UV_PYTHON=/opt/venv/bin/python
-RUN /opt/uv/bin/uv venv --quiet --python python3 /opt/venv
+# Python starts isolated (-I) and takes no PYTHONPATH: a line in its own site-packages says where our packages are.
+RUN /opt/uv/bin/uv venv --quiet --python python3 /opt/venv \
+    && echo /opt/qlora > "$(python -c 'import site; print(site.getsitepackages()[0])')/qlora.pth"
 WORKDIR /src
 
 # Which package in which version, and nothing else: a change that leaves these alone installs nothing again.
@@ -96,7 +96,7 @@ LABEL org.opencontainers.image.title="qlora-operator" \
 COPY --from=operator-build /opt/venv /opt/venv
 COPY --from=operator-build /opt/qlora /opt/qlora
 USER 65532:65532
-ENTRYPOINT ["python", "-m", "qlora_operator"]
+ENTRYPOINT ["python", "-I", "-u", "-m", "qlora_operator"]
 
 FROM python AS trainer
 LABEL org.opencontainers.image.title="qlora-trainer" \
@@ -107,4 +107,4 @@ ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=trainer-build /opt/venv /opt/venv
 COPY --from=trainer-build /opt/qlora /opt/qlora
 USER 65532:65532
-ENTRYPOINT ["python", "-m", "qlora_trainer"]
+ENTRYPOINT ["python", "-I", "-u", "-m", "qlora_trainer"]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from qlora_api.batch import BatchSplit, split_batch
 from qlora_api.contract import JobRef, TrainerConfig
+from qlora_api.credentials import prefix_of, secrets_of
 from qlora_api.environment import WORKLOAD_IDENTITY
 from qlora_api.job import API_VERSION, KIND, QLoRAJob
 from qlora_api.lifecycle import restarts
@@ -317,14 +318,18 @@ def _container(
         "name": CONTAINER,
         "image": pod.image,
         "imagePullPolicy": pod.image_pull_policy,
-        "command": ["python", "-m", command, f"{CONFIG_FOLDER}/config.json"],
+        # Isolated: nothing in the environment decides what code it runs.
+        "command": ["python", "-I", "-u", "-m", command, f"{CONFIG_FOLDER}/config.json"],
         "env": [
             *({"name": n, "valueFrom": {"fieldRef": {"fieldPath": path}}} for n, path in fields.items()),
             # Always there: a variable of 'env' wins over one of the same name in a job's Secret.
             {"name": WORKLOAD_IDENTITY, "value": str(pod.workload_identity).lower()},
             *(v.model_dump() for v in pod.env),
         ],
-        "envFrom": [{"secretRef": {"name": name}} for name in _secrets(job)],
+        "envFrom": [
+            {"prefix": prefix_of(number), "secretRef": {"name": name}}
+            for number, (_, name) in enumerate(secrets_of(job.spec))
+        ],
         "resources": _resources(config, ranks),
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -390,13 +395,6 @@ def _claims(job: QLoRAJob, config: OperatorConfig) -> Iterator[tuple[str, bool]]
 
 def _claim(uri: str | None) -> str | None:
     return uri.removeprefix("pvc://").partition("/")[0] if uri and uri.startswith("pvc://") else None
-
-
-def _secrets(job: QLoRAJob) -> list[str]:
-    """Secrets whose keys become environment variables; of two with the same key the later one counts."""
-    spec = job.spec
-    names = (spec.model.credentials, spec.dataset.train.credentials, spec.output.credentials)
-    return list(dict.fromkeys(name for name in names if name))
 
 
 # ------------------------------------------------------------------------------------------------------------- smaller

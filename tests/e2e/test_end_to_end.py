@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import pytest
 
 from cluster.scenarios.jobs import condition, create_job, in_state, job_path
 from demo.material import make_large_base
+from demo.stage import HOSTILE_KEYS
 from services.patience import PATIENCE_SECONDS
 from services.prometheus import Prometheus, scrape
 
@@ -131,6 +132,22 @@ def scraped(stage: Stage, team: str, folder: Path) -> Iterator[Prometheus]:
         thread.join()
 
 
+def check_environments() -> None:
+    """Check that keys of a Secret besides credentials reach no environment of the trainers' processes."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            command = (process / "cmdline").read_bytes().split(b"\0")
+            if b"qlora_trainer.rank" in command and b"-I" in command:
+                found.append((process / "environ").read_text())
+    assert len(found) >= 2
+    for environment in found:
+        names = {line.partition("=")[0] for line in environment.split("\0")}
+        assert "AWS_ACCESS_KEY_ID" in names
+        assert not names & HOSTILE_KEYS.keys()
+        assert not [name for name in names if name.startswith("QLORA_SECRET_")]
+
+
 def test_two_workers_train_are_seen_and_leave_an_adapter(stage, team, bucket, tmp_path):
     run = Run(stage, team, bucket, "quick", training={"maxSteps": 60})
     with scraped(stage, team, tmp_path) as prometheus:
@@ -138,6 +155,7 @@ def test_two_workers_train_are_seen_and_leave_an_adapter(stage, team, bucket, tm
         (prepare,) = stage.cluster.api.list(f"/api/v1/namespaces/{team}/pods")
         assert "nvidia.com/gpu" not in json.dumps(prepare["spec"]["containers"])
         running = run.wait(reached(3))
+        check_environments()
         assert running["status"]["prepared"]["trainRows"] > 0
         memory = running["status"]["memory"]
         assert memory["predicted"]["adapterWeights"] == memory["measured"]["adapterWeights"] > 0

@@ -72,15 +72,18 @@ def either(request):
 def test_runs_as_a_user_without_rights_and_starts_its_program(operator, trainer):
     assert (operator.config["User"], operator.config["Entrypoint"]) == (
         "65532:65532",
-        ["python", "-m", "qlora_operator"],
+        ["python", "-I", "-u", "-m", "qlora_operator"],
     )
-    assert (trainer.config["User"], trainer.config["Entrypoint"]) == ("65532:65532", ["python", "-m", "qlora_trainer"])
+    assert (trainer.config["User"], trainer.config["Entrypoint"]) == (
+        "65532:65532",
+        ["python", "-I", "-u", "-m", "qlora_trainer"],
+    )
 
 
 def test_has_nothing_of_the_machine_that_built_it(either):
     names = {variable.partition("=")[0] for variable in either.config["Env"]}
     assert names <= {
-        *("PATH", "HOME", "PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "NVIDIA_DRIVER_CAPABILITIES"),
+        *("PATH", "HOME", "PYTHONDONTWRITEBYTECODE", "NVIDIA_DRIVER_CAPABILITIES"),
     }
     traces = (
         "run/uv",

@@ -28,6 +28,16 @@ RELEASE = "qlora"
 SECRET = "s3"
 HELM_SECONDS = PATIENCE_SECONDS
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
+HOSTILE_KEYS = {
+    "PYTHONPATH": "/tmp/evil",
+    "PYTHONSTARTUP": "/tmp/evil.py",
+    "LD_PRELOAD": "/tmp/evil.so",
+    "HTTPS_PROXY": "http://192.0.2.1:3128",
+    "HTTP_PROXY": "http://192.0.2.1:3128",
+    "NCCL_DEBUG_FILE": "/tmp/evil.log",
+    "GLOO_SOCKET_IFNAME": "evil0",
+}
+"""Keys of a tenant's Secret that would run code, or send data elsewhere, if they came into a pod's environment."""
 TRAINER = {
     "device": "CPU",
     "cpu": "50m",
@@ -137,7 +147,7 @@ class Stage:
     def tenant(self) -> str:
         """A namespace that enforces the restricted profile, with the S3 server's credentials in a Secret; its name."""
         name = self.cluster.create_namespace("team", RESTRICTED)
-        data = self.s3.environment
+        data = self.s3.environment | HOSTILE_KEYS
         secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": SECRET}, "stringData": data}
         self.cluster.api.create(secret, name)
         return name

@@ -18,6 +18,7 @@ from qlora_trainer.prepare.local_copy import Prepared, bring
 from qlora_trainer.prepare.records import Records
 from qlora_trainer.publish.published_adapter import finished_run
 from qlora_trainer.reporting import termination_message
+from qlora_trainer.storage.credentials import python_command, take_credentials
 from qlora_trainer.worker.stop import Stop
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def ready(config: TrainerConfig, path: Path) -> int:
     began = records.of_run()
     if began is not None and bring(config, began, records):
         return ExitCode.DONE
-    code = subprocess.run([sys.executable, "-m", "qlora_trainer.prepare", str(path)], check=False).returncode
+    code = subprocess.run([*python_command(), "-m", "qlora_trainer.prepare", str(path)], check=False).returncode
     if code:
         return code if code > 0 else 128 - code
     termination_message.clear(Path(config.termination_message_path))  # Prepare's
@@ -77,6 +78,7 @@ def main() -> int:
     stop = Stop()
     signal.signal(signal.SIGTERM, stop)
     try:
+        take_credentials(config.spec, os.environ)
         return run(config, path, stop)
     except TrainerError as error:
         log.error("%s", error)  # noqa: TRY400 one paragraph for a person; the trace would hide it

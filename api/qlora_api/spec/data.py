@@ -18,8 +18,9 @@ class ModelSpec(Model):
     """Where the base model is: hf://org/name@revision, s3://bucket/key, gs://…, az://…, pvc://claim/path, or a local
     folder with 'qlora run'. Safetensors only; repositories that bring code are refused."""
     credentials: Name | None = None
-    """Secret in the job's namespace with the source's credentials as environment variables. The Secrets of a
-    job make one environment, in the order model, dataset.train, output: of two with the same key the later counts."""
+    """Secret in the job's namespace with the source's credentials under their usual names (AWS_…, HF_TOKEN …). The
+    Secrets of a job make one environment, in the order model, dataset.train, output: of two with the same key the
+    later counts."""
 
 
 class DatasetFormat(StrEnum):
@@ -67,8 +68,9 @@ class DatasetSource(Model):
     source: Source
     """A JSON, CSV, Parquet or Arrow file, a folder of them, or a folder written by datasets.save_to_disk."""
     credentials: Name | None = None
-    """Secret in the job's namespace with the source's credentials as environment variables. The Secrets of a
-    job make one environment, in the order model, dataset.train, output: of two with the same key the later counts."""
+    """Secret in the job's namespace with the source's credentials under their usual names (AWS_…, HF_TOKEN …). The
+    Secrets of a job make one environment, in the order model, dataset.train, output: of two with the same key the
+    later counts."""
 
 
 class EvaluationData(Model):

@@ -75,8 +75,9 @@ class OutputSpec(Model):
     destination: Destination
     """Folder in object storage (or a local one with 'qlora run'). It must not hold another run's manifest."""
     credentials: Name | None = None
-    """Secret in the job's namespace with the destination's credentials as environment variables. The Secrets of a
-    job make one environment, in the order model, dataset.train, output: of two with the same key the later counts."""
+    """Secret in the job's namespace with the destination's credentials under their usual names (AWS_…, HF_TOKEN …). The
+    Secrets of a job make one environment, in the order model, dataset.train, output: of two with the same key the
+    later counts."""
     merge: Merge = Merge.NONE
     """BFloat16: publish the base with the adapter merged in, besides the adapter. The merged model must be as good as
     the adapter on the base in 16 bits, on some of the evaluation rows, or else of the training rows."""

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 SCHEMA = "qlora.dev/manifest/v1"
 MOST_MANIFEST_BYTES = 16 << 20
-_VARIABLES = ("AWS_", "GOOGLE_", "AZURE_")
 
 
 @dataclass(frozen=True)
@@ -194,6 +193,8 @@ def use_secret(cluster: Cluster, job: Object) -> str:
         ClusterError: the job names none, or it may not be read.
 
     """
+    from qlora_api.credentials import KEYS  # noqa: PLC0415 the API's types, which nothing else here needs
+
     name = ((job.get("spec") or {}).get("output") or {}).get("credentials")
     if not name:
         raise ClusterError("--secret: the job names none in spec.output.credentials")
@@ -202,6 +203,6 @@ def use_secret(cluster: Cluster, job: Object) -> str:
     except ApiError as error:
         raise ClusterError(f"--secret: Secret {name}: {error}") from None
     for key, value in (secret.get("data") or {}).items():
-        if key.startswith(_VARIABLES):
+        if key in KEYS:
             os.environ[key] = base64.b64decode(value).decode(errors="replace")
     return str(name)

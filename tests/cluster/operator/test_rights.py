@@ -400,7 +400,7 @@ def test_what_a_tenant_may_name_reaches_the_pods_by_name_alone(tenant, cluster_w
         (pod,) = cluster.api.list(f"/api/v1/namespaces/{tenant.namespace}/pods")
         cluster.api.delete(path)
         cluster.api.wait_gone(path)
-    assert pod["spec"]["containers"][0]["envFrom"] == [{"secretRef": {"name": "own"}}]
+    assert pod["spec"]["containers"][0]["envFrom"] == [{"prefix": "QLORA_SECRET_0_", "secretRef": {"name": "own"}}]
     assert pod["spec"]["automountServiceAccountToken"] is False
     of_secrets = [r for r in cluster.requests_since(mark) if r.resource == "secrets" and r.user == cluster_wide.account]
     assert {r.verb for r in of_secrets} == {"create"}

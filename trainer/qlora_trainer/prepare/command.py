@@ -9,6 +9,7 @@ termination message; the last line on stdout is the :class:`~qlora_api.contract.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from qlora_trainer.prepare.tolerance import check_tolerance
 from qlora_trainer.publish.published_adapter import check_destination
 from qlora_trainer.reporting import termination_message
 from qlora_trainer.storage.authentication import Authenticator
+from qlora_trainer.storage.credentials import take_credentials
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +153,7 @@ def main(anew: Callable[[TrainerConfig, Path], int] = anew_here) -> int:
     termination = Path(config.termination_message_path)
     keep_freed_memory()
     try:
+        take_credentials(config.spec, os.environ)
         record = _again(config)
         message = _told(config, record) if record else None
     except TrainerError as error:

@@ -6,7 +6,6 @@ import logging
 import os
 import resource
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -24,6 +23,7 @@ from qlora_trainer.liveness.cgroup import MemoryCgroup, OomWatch
 from qlora_trainer.liveness.watchdog import Limits, Watchdog, process_state, words
 from qlora_trainer.reporting import termination_message
 from qlora_trainer.storage.authentication import Authenticator
+from qlora_trainer.storage.credentials import python_command
 from qlora_trainer.worker.peers import LOOPBACK, Rendezvous, WorkerIdentity, hold_store, meet
 from qlora_trainer.worker.rank_processes import InterruptedBySignalError, run_ranks
 from qlora_trainer.worker.stop import Stop, child_processes
@@ -161,7 +161,7 @@ def _run_ranks(
     checks = (_Watch(config, place, folder), *checks)
     verdicts: list[Verdict] = []
     stop.ranks_begin = True
-    command = (sys.executable, "-m", "qlora_trainer.rank", str(config_path))
+    command = (*python_command(), "-m", "qlora_trainer.rank", str(config_path))
     environments = rank_environments(config, place, store_port, folder)
     try:
         with _watching(Path(config.termination_message_path), stop, checks, verdicts):
