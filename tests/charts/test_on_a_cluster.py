@@ -14,10 +14,11 @@ import yaml
 
 from charts.helm import CHART, NAMESPACE, RELEASE, REPOSITORY
 from cluster.api import ApiError
-from cluster.control_plane import ControlPlane, KubectlError
+from cluster.control_plane import ControlPlane, KubectlError, Settings
 from cluster.scenarios.jobs import qlora_job
 from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError
+from services.patience import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,10 +37,10 @@ ENFORCED_SECONDS = 30
 
 
 @contextmanager
-def running(folder) -> Iterator[ControlPlane]:
+def running(folder, settings: Settings | None = None) -> Iterator[ControlPlane]:
     """A cluster without nodes, and in it a namespace for the release that refuses pods which are not restricted."""
     try:
-        cluster = ControlPlane(folder)
+        cluster = ControlPlane(folder, settings)
     except ToolMissingError as error:
         skip_unless_ci(str(error))
     with cluster:
@@ -291,8 +292,119 @@ def test_who_changes_something_else_of_a_job_needs_no_right_to_its_secrets(clust
 
 def test_a_job_may_name_only_the_priority_classes_of_the_list(cluster, team):
     assert refusal(cluster, naming(team, "scheduling.priorityClassName", "research"), "jane") == ""
-    said = refusal(cluster, naming(team, "scheduling.priorityClassName", "system-node-critical"), "jane")
-    assert 'spec.scheduling.priorityClassName: "system-node-critical" is not for QLoRAJobs here; use research' in said
+    said = refusal(cluster, naming(team, "scheduling.priorityClassName", "nightly"), "jane")
+    assert 'spec.scheduling.priorityClassName: "nightly" is not for QLoRAJobs here; use research' in said
+
+
+@pytest.mark.parametrize("name", ["system-node-critical", "system-cluster-critical", "system-x"])
+def test_no_job_names_a_priority_class_of_the_systems_whatever_the_list_says(cluster, installed, name):
+    job = qlora_job(scheduling={"priorityClassName": name})
+    assert "priorityClassName must not be one of the system's (system-…)" in refusal(cluster, job, ADMINISTRATOR)
+
+
+@pytest.mark.parametrize(
+    ("toleration", "complaint"),
+    [
+        pytest.param({"operator": "Exists"}, "key must name the taint: a job cannot tolerate all", id="every-taint"),
+        pytest.param({"key": "", "operator": "Exists"}, "key must name the taint", id="every-taint-by-an-empty-key"),
+        pytest.param(
+            {"key": "node-role.kubernetes.io/control-plane", "operator": "Exists"},
+            'the key "node-role.kubernetes.io/control-plane" is not for QLoRAJobs here; allowed: amd.com/gpu',
+            id="control-plane",
+        ),
+        pytest.param({"key": "node.kubernetes.io/unschedulable", "operator": "Exists"}, "is not for", id="cordoned"),
+        pytest.param({"key": "team-b", "value": "reserved"}, 'the key "team-b" is not for QLoRAJobs', id="of-others"),
+        pytest.param({"key": "nvidia.com/gpu", "operator": "Exists"}, "", id="gpu"),
+        pytest.param({"key": "spot", "operator": "Exists", "effect": "NoSchedule"}, "", id="spot"),
+    ],
+)
+def test_a_job_tolerates_only_the_taints_of_the_list(cluster, installed, toleration, complaint):
+    said = refusal(cluster, qlora_job(scheduling={"tolerations": [{"key": "spot"}, toleration]}), ADMINISTRATOR)
+    assert (complaint in said) if complaint else said == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "complaint"),
+    [
+        (
+            "node-role.kubernetes.io/control-plane",
+            'the key "node-role.kubernetes.io/control-plane" is not for QLoRAJobs',
+        ),
+        ("kubernetes.io/hostname", "is not for QLoRAJobs here; allowed: amd.com/*"),
+        ("team", 'the key "team" is not'),
+        ("nvidia.com/gpu.product", ""),
+        ("kubernetes.io/arch", ""),
+        ("kubernetes.io/arch-of-others", "is not for"),
+        (f"nvidia.com/{'x' * 317}", "nodeSelector must have keys of at most 317 characters"),
+    ],
+)
+def test_a_job_selects_nodes_only_by_the_labels_of_the_list(cluster, installed, key, complaint):
+    said = refusal(cluster, qlora_job(scheduling={"nodeSelector": {key: "x"}}), ADMINISTRATOR)
+    assert (complaint in said) if complaint else said == ""
+
+
+@pytest.mark.parametrize(
+    ("metadata", "complaint"),
+    [
+        ({"labels": {f"l{i}": "x" for i in range(65)}}, "metadata.labels: 65 are more than the 64"),
+        ({"annotations": {f"a{i}": "x" for i in range(65)}}, "metadata.annotations: 65 are more than the 64"),
+        ({"annotations": {"a": "x" * 65537}}, "a value is longer than the 65536 characters"),
+        ({"finalizers": [f"example.com/f{i}" for i in range(17)]}, "metadata.finalizers: 17 are more than the 16"),
+        (
+            {
+                "ownerReferences": [
+                    {"apiVersion": "v1", "kind": "ConfigMap", "name": f"o{i}", "uid": f"u{i}"} for i in range(17)
+                ]
+            },
+            "metadata.ownerReferences: 17 are more than the 16",
+        ),
+        (
+            {
+                "labels": {f"l{i}": "x" for i in range(64)},
+                "annotations": {"a": "x" * 65536},
+                "finalizers": [f"example.com/f{i}" for i in range(16)],
+            },
+            "",
+        ),
+    ],
+    ids=["labels", "annotations", "long-annotation", "finalizers", "owners", "all-that-is-allowed"],
+)
+def test_metadata_of_a_job_is_bounded(cluster, installed, metadata, complaint):
+    job = qlora_job()
+    job["metadata"] |= metadata
+    said = refusal(cluster, job, ADMINISTRATOR)
+    assert (complaint in said) if complaint else said == ""
+
+
+def test_a_job_of_before_the_bounds_can_still_be_suspended(helm, tmp_path):
+    with running(tmp_path / "cluster") as cluster:
+        release = Installed(helm, cluster)
+        release.upgrade(admissionPolicy={"enabled": False})
+        cluster.api.wait_for(CRD, is_served, what="a definition that is served")
+        job = qlora_job("old", scheduling={"tolerations": [{"key": "team-b"}], "nodeSelector": {"team": "b"}})
+        job["metadata"] |= {"labels": {f"l{i}": "x" for i in range(70)}, "annotations": {"a": "x" * 70000}}
+        path = cluster.api.path_of(job)
+        cluster.api.create(job)
+        release.upgrade()
+        release.wait_until_enforced()
+        assert cluster.api.patch(path, {"spec": {"suspend": True}})["spec"]["suspend"] is True
+        with pytest.raises(ApiError, match=r"metadata\.labels: 71"):
+            cluster.api.patch(path, {"metadata": {"labels": {"one-more": "x"}}})
+
+
+def test_a_namespace_of_the_releases_holds_no_more_jobs_than_its_quota(helm, tmp_path):
+    with running(tmp_path / "cluster", Settings(quota_sync_seconds=2)) as cluster:
+        team = cluster.create_namespace("team")
+        Installed(helm, cluster).upgrade(namespaces=[team], jobQuota={"count": 2})
+        cluster.api.wait_for(CRD, is_served, what="a definition that is served")
+        quota = f"/api/v1/namespaces/{team}/resourcequotas/{FULL_NAME}-jobs"
+        cluster.api.wait_for(
+            quota, lambda q: q.get("status", {}).get("used"), seconds=PATIENCE_SECONDS, what="a quota that counts"
+        )
+        for name in ("one", "two"):
+            cluster.api.create(qlora_job(name, team))
+        with pytest.raises(ApiError, match=r"exceeded quota.*qlorajobs\.qlora\.dev=2"):
+            cluster.api.create(qlora_job("three", team))
 
 
 # ----------------------------------------------------------------------------------------------- upgrade and uninstall

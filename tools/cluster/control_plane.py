@@ -57,6 +57,8 @@ class Settings:
     """A node that was silent this long is not ready."""
     eviction_seconds: int = 300
     """Pods without tolerations of their own stay this long on a node that is not ready."""
+    quota_sync_seconds: int = 300
+    """ResourceQuotas are counted anew after this time, also for kinds that are new."""
     real_nodes: bool = False
     """Listen on a bridge that real nodes and their pods reach, not on loopback. Needs root."""
     api_server_flags: tuple[str, ...] = ()
@@ -334,6 +336,7 @@ class ControlPlane:
             f"--cluster-signing-cert-file={self.authority.certificate}",
             f"--cluster-signing-key-file={self.authority.key}",
             *(f"--node-monitor-grace-period={self.settings.node_grace_seconds}s", "--node-monitor-period=1s"),
+            f"--resource-quota-sync-period={self.settings.quota_sync_seconds}s",
             *self.settings.gates("GenericWorkload", "WorkloadWithJob"),
         )
 

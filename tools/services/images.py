@@ -43,7 +43,7 @@ MIRROR = "http://deb.debian.org/debian"
 BASE_PACKAGES = "ca-certificates"
 SOURCES: dict[Target, tuple[str, ...]] = {
     "operator": ("api/qlora_api", "memory/qlora_memory", "operator/qlora_operator"),
-    "trainer": ("api/qlora_api", "memory/qlora_memory", "trainer/qlora_trainer"),
+    "trainer": ("api/qlora_api", "memory/qlora_memory", "storage/qlora_storage", "trainer/qlora_trainer"),
 }
 STAND_INS = Path(cuda_stand_ins.__file__)
 PROGRAMS = ("buildah", "debootstrap", "runc")

@@ -128,7 +128,7 @@ class Toleration(Model):
     """As in a Pod's spec."""
 
     key: Label | None = None
-    """Of the taint. Not set, with operator Exists: every taint."""
+    """Of the taint; required. An administrator may allow only some."""
     operator: Literal["Exists", "Equal"] = "Equal"
     """Exists: any value of the taint will do."""
     value: Label | None = None
@@ -137,6 +137,14 @@ class Toleration(Model):
     """Of the taint. Not set: any."""
     toleration_seconds: int | None = Field(None, ge=0, le=31536000)
     """With effect NoExecute: how long pods stay on a node that gets the taint. Not set: as long as they run."""
+    rules: ClassVar = (
+        Rule(
+            "has(self.key) && self.key != ''",
+            "key must name the taint: a job cannot tolerate all of them",
+            "key",
+            lambda t: bool(t.key),
+        ),
+    )
 
 
 class SchedulingSpec(Model):
@@ -149,9 +157,10 @@ class SchedulingSpec(Model):
     """Queue of Volcano, or LocalQueue of Kueue in the job's namespace. Kueue needs one: it leaves a job that names none
     suspended."""
     priority_class_name: Name | None = None
-    """PriorityClass of the trainers' pods; an administrator may allow only some."""
+    """PriorityClass of the trainers' pods; none of the system's, and an administrator may allow only some."""
     node_selector: dict[str, Label] = Field({}, max_length=32)
-    """Labels that the trainers' nodes must have. By nvidia.com/gpu.product Prepare knows which GPU to plan for."""
+    """Labels that the trainers' nodes must have; an administrator may allow only some keys. By nvidia.com/gpu.product
+    Prepare knows which GPU to plan for."""
     tolerations: list[Toleration] = Field([], max_length=32)
     """Taints that pods put up with, besides that of the GPU resource."""
     rules: ClassVar = (
@@ -161,5 +170,17 @@ class SchedulingSpec(Model):
             "or None",
             "queue",
             lambda s: s.gang is not Gang.KUEUE or s.queue is not None,
+        ),
+        Rule(
+            "!has(self.priorityClassName) || !self.priorityClassName.startsWith('system-')",
+            "priorityClassName must not be one of the system's (system-…): choose one that is made for workloads",
+            "priorityClassName",
+            lambda s: not (s.priority_class_name or "").startswith("system-"),
+        ),
+        Rule(
+            "!has(self.nodeSelector) || self.nodeSelector.all(key, key.size() <= 317)",
+            "nodeSelector must have keys of at most 317 characters",
+            "nodeSelector",
+            lambda s: all(len(key) <= 317 for key in s.node_selector),
         ),
     )
