@@ -201,6 +201,8 @@ class ProgressReport(Progress):
 class PrepareReceipt(Model):
     """Findings of Prepare about the rows. Content-addressed by ``data_hash``."""
 
+    model_config = ConfigDict(hide_input_in_errors=True)  # samples are text of rows
+
     data_hash: str
     train_rows: int
     train_tokens: int
@@ -225,4 +227,4 @@ class PrepareReceipt(Model):
     packing_efficiency: float
     """Real tokens / slots of maxLength."""
     samples: list[str]
-    """Rendered rows with the tokens that count between ⟦ and ⟧."""
+    """Rendered rows with the tokens that count between ⟦ and ⟧: in the cache alone, not in Prepare's output."""

@@ -100,6 +100,7 @@ class LocalRun:
             receipt = PrepareReceipt.model_validate_json(out.read_text(encoding="utf-8").rstrip().rsplit("\n", 1)[-1])
         except ValidationError as error:
             raise run_folder.RunError(f"{out}: its last line is no receipt: {error.errors()[0]['msg']}") from None
+        receipt = with_samples(receipt, self._setting.cache_dir)
         refuse_other_rows(self.record, receipt, trained=self._trained())
         termination = step.termination_message()
         prepared = termination.prepared if termination else None
@@ -278,6 +279,15 @@ def conclude(attempt: Attempt, ended: Ended, log: Path, now: datetime) -> Attemp
             "last_step": progress.step if progress else None,
         }
     )
+
+
+def with_samples(receipt: PrepareReceipt, cache: Path) -> PrepareReceipt:
+    """Add the sample rows, which Prepare leaves in the cache and does not print."""
+    try:
+        kept = PrepareReceipt.model_validate_json((cache / "data" / receipt.data_hash / "receipt.json").read_bytes())
+    except (OSError, ValidationError):
+        return receipt
+    return receipt.model_copy(update={"samples": kept.samples})
 
 
 def refuse_other_rows(record: RunRecord, found: PrepareReceipt, *, trained: bool) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -154,6 +155,30 @@ def test_prepare_tells_what_it_decided_in_its_termination_message(workshop):
     assert (result.data_hash, result.train_rows, result.batch) == (receipt.data_hash, receipt.train_rows, config.batch)
     assert len(result.model_revision) == 64
     assert float(result.seconds) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "code"),
+    [
+        pytest.param("a.jsonl", '{"prompt": "Zebra", "completion": "Zebra"}\n' * 3, ExitCode.DONE, id="all-well"),
+        pytest.param("a.csv", "prompt,completion\nZebra,1,2\n", ExitCode.USER_ERROR, id="csv"),
+        pytest.param("a.jsonl", '{"prompt": "Zebra", "completion": ["Zebra"]}\n', ExitCode.USER_ERROR, id="json"),
+    ],
+)
+def test_no_text_of_a_row_is_in_what_prepare_says(name, text, code, workshop):
+    (workshop.folder / name).write_text(text)
+    config = workshop.config(dataset={"train": {"source": str(workshop.folder / name)}, "eval": None})
+    path, _ = workshop.write(config)
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_trainer.prepare", str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stderr[-2000:]
+    said = done.stdout + done.stderr + Path(config.termination_message_path).read_text()
+    assert "Zebra" not in said
+    if code == ExitCode.DONE:
+        assert PrepareReceipt.model_validate_json(done.stdout.splitlines()[-1]).samples == []
+        (kept,) = (workshop.cache / "data").glob("*/receipt.json")
+        assert "Zebra" in kept.read_text()
 
 
 def test_a_destination_that_holds_another_runs_adapter_is_refused_before_training(workshop):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora_api.spec import DatasetFormat, DatasetSpec, LongRows
+from qlora_trainer.data.rows.errors import unexpected_problem
 from qlora_trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _encoded(encoder: Encoder, batch: Batch) -> list[Encoded]:
     except Exception as error:  # noqa: BLE001
         for place, row in zip(batch.places, batch.rows, strict=True):
             try:
-                encoder.encode(row, place)
+                encoder.encode_batch([row], [place])
             except UserError:
                 raise
             except Exception as own:  # noqa: BLE001
@@ -153,11 +153,7 @@ def _encoded(encoder: Encoder, batch: Batch) -> list[Encoded]:
 
 
 def _unexpected(error: BaseException, where: str) -> UserError:
-    frames = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
-    log.error("%s in:\n%s", type(error).__name__, "\n".join(frames))  # no message: it may quote the row
-    return UserError(
-        "spec.dataset", None, f"{where} cannot be made into tokens: {type(error).__name__}; its places are in the log"
-    )
+    return UserError("spec.dataset", None, f"{where} cannot be made into tokens: {unexpected_problem(error)}")
 
 
 class _Progress:

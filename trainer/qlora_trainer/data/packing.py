@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
+
+CHUNK_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,13 @@ def unpacked(count: int) -> Sequences:
     return Sequences(np.arange(count, dtype=np.int64), np.arange(count + 1, dtype=np.int64))
 
 
+def _pairs(order: NDArray[np.int64], lengths: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Yield (row, its length) in order; a list of all would take ten times the array's memory."""
+    for start in range(0, len(order), CHUNK_ROWS):
+        chunk = order[start : start + CHUNK_ROWS]
+        yield from zip(chunk.tolist(), lengths[chunk].tolist(), strict=True)
+
+
 def pack(lengths: NDArray[np.int64], capacity: int) -> Sequences:
     """Put rows into as few sequences of ``capacity`` tokens as best-fit decreasing finds.
 
@@ -60,7 +71,7 @@ def pack(lengths: NDArray[np.int64], capacity: int) -> Sequences:
     with_room: dict[int, list[int]] = {}  # tokens left → sequences with just so many
     rooms: list[int] = []  # the keys of with_room, ascending
     opened = 0
-    for row, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+    for row, length in _pairs(order, lengths):
         at = bisect_left(rooms, length)
         if at == len(rooms):
             room, sequence = capacity, opened

@@ -3,7 +3,8 @@
 Fetches and checks the model and the rows, tokenizes once, finds out that the adapter's targets exist and that the
 destination can be written, and plans the memory: a job that does not fit its GPU ends here. The result is
 content-addressed: a second call finds it done, before anything large is imported. What it decided is in the
-termination message; the last line on stdout is the :class:`~qlora_api.contract.PrepareReceipt` as JSON.
+termination message; the last line on stdout is the :class:`~qlora_api.contract.PrepareReceipt` as JSON, without its
+sample rows: more people may read a pod's log than the rows. The samples are in the cache, beside the tokenized rows.
 """
 
 from __future__ import annotations
@@ -131,7 +132,8 @@ def prepared_message(config: TrainerConfig, record: Record) -> TerminationMessag
 
 def _told(config: TrainerConfig, record: Record) -> TerminationMessage:
     message = prepared_message(config, record)
-    print(record.receipt.model_dump_json(by_alias=True))  # noqa: T201 the receipt is the output
+    receipt = record.receipt.model_copy(update={"samples": []})
+    print(receipt.model_dump_json(by_alias=True))  # noqa: T201 the receipt is the output
     return message
 
 

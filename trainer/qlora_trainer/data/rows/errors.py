@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import traceback
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+log = logging.getLogger(__name__)
+
 MOST_SHOWN = 20
 NAME = re.compile(r"[A-Za-z_][\w.:/-]{0,63}")
+
+
+SURROGATE_PROBLEM = "has half of a surrogate pair (\\ud800 to \\udfff), which no text has"
 
 
 class RowsError(ValueError):
@@ -25,6 +32,15 @@ class MissingColumnError(Exception):
         self.file = file
         self.hint = hint
         self.known = shown_columns(names)
+
+
+def unexpected_problem(error: BaseException) -> str:
+    """Say what an error is that no row should cause, and log where it came from; its message may quote the row."""
+    if isinstance(error, UnicodeEncodeError):
+        return SURROGATE_PROBLEM
+    frames = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+    log.error("%s at:\n%s", type(error).__name__, "\n".join(frames))
+    return f"{type(error).__name__}, whose place is in the log"
 
 
 def shown_columns(names: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from qlora_trainer.data.rows.conversation import json_type
-from qlora_trainer.data.rows.errors import RowsError
+from qlora_trainer.data.rows.errors import SURROGATE_PROBLEM, RowsError
 from qlora_trainer.data.rows.limits import MOST_ROW_BYTES, too_large
 from qlora_trainer.data.rows.text_stream import TextStream, open_text
 
@@ -96,9 +96,7 @@ def check_row(row: Any, name: str, where: str, *, suspicious: bool) -> dict[str,
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise RowsError(
-                f"{name}, {where}: has half of a surrogate pair (\\ud800 to \\udfff), which no text has"
-            ) from None
+            raise RowsError(f"{name}, {where}: {SURROGATE_PROBLEM}") from None
     return row
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_trainer.data.rows.arrow_rows import read_arrow
 from qlora_trainer.data.rows.csv_rows import read_csv
-from qlora_trainer.data.rows.errors import MissingColumnError, RowsError
+from qlora_trainer.data.rows.errors import MissingColumnError, RowsError, unexpected_problem
 from qlora_trainer.data.rows.json_rows import read_json
 from qlora_trainer.data.rows.limits import BATCH_BYTES, BATCH_ROWS
 from qlora_trainer.data.rows.place import RowPlace
@@ -69,10 +69,15 @@ class Rows:
             raise UserError(
                 source.field, source.path, f"cannot be read as {source.kind}: {error.strerror or type(error).__name__}"
             ) from error
+        except UserError:
+            raise
         except MemoryError:
             raise UserError(
                 source.field, source.path, f"cannot be read as {source.kind}: a row needs more memory than there is"
             ) from None
+        except Exception as error:  # noqa: BLE001
+            problem = unexpected_problem(error)
+            raise UserError(source.field, source.path, f"cannot be read as {source.kind}: {problem}") from None
 
     def _batches(self, most_rows: int, most_bytes: int) -> Iterator[Batch]:
         wanted = (*self.needed, *self.optional)
