@@ -27,7 +27,7 @@ ROUTED: dict[str, Any] = {
     **SHAPE,
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 36,  # an expert ends within a block of 64
+    "moe_intermediate_size": 32,
     "first_k_dense_replace": 1,
     "n_group": 1,
     "topk_group": 1,

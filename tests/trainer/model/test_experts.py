@@ -17,7 +17,7 @@ from qlora_trainer.errors import AdapterRejectedError, UserError
 from qlora_trainer.model.base_model import add_lora, load_base, meta_model, trainable, weight_bytes
 from qlora_trainer.model.coverage import coverage_of
 from qlora_trainer.model.experts import loading
-from qlora_trainer.model.experts.packed import FrozenExperts, Packer
+from qlora_trainer.model.experts.packed import Format, FrozenExperts, Packer
 from qlora_trainer.model.experts.structure import expert_parameters, router_names
 from qlora_trainer.model.experts.targets import check_targets, linear_layers
 from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end, head_is_plain
@@ -140,6 +140,18 @@ def test_experts_are_what_bitsandbytes_makes_of_them(name, kind, double, mixture
         want = bnb.dequantize_4bit(packed, state)[:, :count].view_as(weight)
         assert torch.equal(FrozenExperts(parameter).of(list(range(len(weight)))), want)
         assert torch.equal(FrozenExperts(parameter).of([0, 2]), want[[0, 2]])
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_an_expert_may_end_within_a_block(storage):
+    weights = torch.randn(3, 5, 7)
+    packer = Packer(weights.shape, torch.float32, CPU, Format("nf4", double=False, storage=storage))
+    for index, weight in enumerate(weights):
+        packer.put(index, weight)
+    packed = FrozenExperts(packer.parameter())
+    for index, weight in enumerate(weights):
+        data, state = bnb.quantize_4bit(weight, quant_type="nf4")
+        assert torch.equal(packed.of([index])[0], bnb.dequantize_4bit(data, state))
 
 
 @pytest.fixture(scope="session")

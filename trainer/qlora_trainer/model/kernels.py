@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear8bitLt
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.nn import functional
 
@@ -49,10 +50,11 @@ def fuse_adapters(model: nn.Module) -> None:
     """Add B(A(x))·scale to the base's output in the matrix product itself.
 
     PEFT copies the output, computes the update, scales it and adds it: four tensors of the output's size, all of them
-    written and read. DoRA and its like stay PEFT's.
+    written and read. DoRA and its like stay PEFT's; adapters on parameters, such as experts, have a way of their own.
     """
     for module in model.modules():
-        if isinstance(module, LoraLayer) and hasattr(module, "base_layer") and not module.lora_variant:
+        is_layer = isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
+        if is_layer and hasattr(module, "base_layer") and not module.lora_variant:
             module.forward = partial(_lora, module, module.forward)
 
 

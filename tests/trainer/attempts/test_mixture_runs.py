@@ -1,0 +1,48 @@
+"""Mixtures of experts, from Prepare to the published adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from mixtures import MIXTURES, save_mixture
+from qlora_api.contract import ExitCode
+
+pytestmark = pytest.mark.ranks
+
+CASES = {
+    "qwen3_moe": pytest.param("qwen3_moe", {"rank": 8}, 2, {}, id="merged"),
+    "deepseek_v3": pytest.param("deepseek_v3", {"rank": 8}, 1, {"zeroStage": 2}, id="names-that-peft-changes"),
+    "mixtral": pytest.param("mixtral", {"rank": 500}, 2, {"zeroStage": 3}, id="factors-that-zero-3-divides"),
+    "llama4_text": pytest.param("llama4_text", {"rank": 8}, 1, {}, id="no-interface"),
+}
+
+
+@pytest.mark.parametrize(("name", "lora", "ranks", "parallelism"), CASES.values())
+def test_a_mixture_is_trained_and_published(name, lora, ranks, parallelism, workshop):
+    base = workshop.folder / name
+    save_mixture(base, name, **{**MIXTURES[name], "vocab_size": 512})
+    AutoTokenizer.from_pretrained(workshop.model).save_pretrained(base)
+    ended = workshop.run(
+        workshop.config(
+            ranks=ranks,
+            model={"source": str(base)},
+            lora=lora,
+            parallelism=parallelism,
+            quantization={"computeType": "BFloat16"},
+            training={"epochs": None, "maxSteps": 3, "learningRate": "5e-3", "gradientCheckpointing": "Full"},
+            output={"destination": str(workshop.folder / "out"), "merge": "BFloat16", "allowWorseEval": True},
+        )
+    )
+    assert ended.code == ExitCode.DONE, ended.log[-3000:]
+    assert "the experts of" in ended.log
+    adapter = Path(ended.message.adapter.uri)
+    experts = {n: t for n, t in load_file(adapter / "adapter_model.safetensors").items() if ".experts." in n}
+    assert all(tensor.any() for tensor in experts.values())
+    assert len([n for n in experts if "lora_B" in n]) == 2 * (1 if name == "deepseek_v3" else 2)
+    assert json.loads((adapter / "adapter_config.json").read_text())["r"] == lora["rank"]
+    assert "does not serve this adapter by itself, since it adapts experts" in (adapter / "README.md").read_text()
