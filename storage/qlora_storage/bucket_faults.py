@@ -92,7 +92,9 @@ def _meaning(error: Exception, text: str, status: int, code: str) -> tuple[Fault
         return FaultKind.FINAL, "the object changed while it was read"
     if status in (401, 403, 404):
         return FaultKind.USER, _DENIED
-    if (300 <= status < 500 and status not in _TRANSIENT_STATUSES) or status == _MISSING_FEATURE:
+    if status == _MISSING_FEATURE:
+        return FaultKind.USER, "the server lacks a feature that is needed, such as conditional writes (If-None-Match)"
+    if 300 <= status < 500 and status not in _TRANSIENT_STATUSES:
         return FaultKind.USER, "the server refuses the request"
     return FaultKind.TRANSIENT, "no answer came in time" if _TIMED_OUT in text else ""
 

@@ -15,8 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl, urlsplit
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from obstore.store import S3Store
+
+from services.versitygw import ACCESS_KEY, SECRET_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -87,6 +91,8 @@ class FaultyS3:
     """Given a call and how often it came before, which fault it gets."""
     uplink_bytes_per_second: float | None = None
     """Of all bodies that clients send, together."""
+    conditions: Literal["kept", "ignored", "refused"] = "kept"
+    """Whether If-None-Match counts; ignored, a name that is taken is replaced."""
     endpoint: str = ""
     calls: Counter[Call] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
@@ -100,6 +106,18 @@ class FaultyS3:
 
     def bucket(self, name: str) -> str:
         return self.upstream.bucket(name)
+
+    def forget(self, path: str) -> None:
+        """Delete an object, so that creating it replaces it."""
+        bucket, _, key = path.strip("/").partition("/")
+        store = S3Store(
+            bucket,
+            endpoint=self.upstream.endpoint,
+            access_key_id=ACCESS_KEY,
+            secret_access_key=SECRET_KEY,
+            client_options={"allow_http": True},
+        )
+        store.delete(key)
 
     def note(self, call: Call) -> S3Fault | None:
         with self.lock:
@@ -151,6 +169,11 @@ class _Handler(BaseHTTPRequestHandler):
             if fault and not fault.carried_out:
                 self._fail(fault)
                 return
+            if "If-None-Match" in self.headers and self.proxy.conditions == "refused":
+                self._fail(S3Fault("no-conditions", 501, "NotImplemented"))
+                return
+            if "If-None-Match" in self.headers and self.proxy.conditions == "ignored":
+                self.proxy.forget(unquote(parts.path))
             status, headers, answer = self._forward(body)
             if fault and (fault.status == 0 or status >= 300 or len(answer) < 2):
                 self._reset()

@@ -13,7 +13,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -27,6 +28,7 @@ from qlora_trainer.prepare.local_copy import bring
 from qlora_trainer.prepare.plan_memory import Planned, plan_job
 from qlora_trainer.prepare.records import Record, Records, find
 from qlora_trainer.prepare.tolerance import check_tolerance
+from qlora_trainer.publish.destination_claim import claim_destination, release_destination
 from qlora_trainer.publish.published_adapter import check_destination
 from qlora_trainer.reporting import termination_message
 from qlora_trainer.storage.authentication import Authenticator
@@ -51,6 +53,7 @@ def prepare(config: TrainerConfig) -> PrepareReceipt:
 def _again(config: TrainerConfig) -> Record | None:
     """Return what was found for the same content before; None where there is nothing, or it is damaged."""
     check_destination(config.spec.output.destination, config.job.uid, Authenticator.of(config))
+    claim_destination(config.spec.output.destination, config.job)
     records = Records(config)
     record = find(config, records)
     if record is None:
@@ -137,11 +140,25 @@ def _told(config: TrainerConfig, record: Record) -> TerminationMessage:
     return message
 
 
+@contextmanager
+def _released_where_the_job_ends(config: TrainerConfig) -> Iterator[None]:
+    """Leave the destination to others where Prepare finds that this job can never publish there."""
+    try:
+        yield
+    except UserError:
+        release_destination(config.spec.output.destination, config.job)
+        raise
+
+
 def anew_here(config: TrainerConfig, _: Path) -> int:
     """Do the work of a Prepare that found nothing, in this process; return the exit code."""
     from qlora_trainer.reporting.rank_exit import guarded  # noqa: PLC0415 imports torch
 
-    return guarded(config, lambda _: _told(config, _anew(config)))
+    def work(_: object) -> TerminationMessage:
+        with _released_where_the_job_ends(config):
+            return _told(config, _anew(config))
+
+    return guarded(config, work)
 
 
 def main(anew: Callable[[TrainerConfig, Path], int] = anew_here) -> int:
@@ -156,8 +173,9 @@ def main(anew: Callable[[TrainerConfig, Path], int] = anew_here) -> int:
     keep_freed_memory()
     try:
         take_credentials(config.spec, os.environ)
-        record = _again(config)
-        message = _told(config, record) if record else None
+        with _released_where_the_job_ends(config):
+            record = _again(config)
+            message = _told(config, record) if record else None
     except TrainerError as error:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
         log.error("%s", error)  # noqa: TRY400 one paragraph for a person; the trace would hide it

@@ -1,0 +1,102 @@
+"""Of two jobs with one destination the second is told before it trains, on a folder and on a real S3 server."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from fixtures import use_s3
+from qlora_api.contract import JobRef
+from qlora_storage.object_store import open_store
+from qlora_trainer.errors import UserError
+from qlora_trainer.publish.destination_claim import FIELD, claim_destination, release_destination
+from services.faulty_s3 import S3Fault, faulty_s3, once_each
+
+OTHER = JobRef(name="other", namespace="team", uid="0000-other")
+JOBS = 8
+
+
+def claims(place):
+    return [key for key, _ in open_store(place, FIELD).list(".claims")]
+
+
+def test_the_second_job_is_told_who_was_first(place, job):
+    claim_destination(place, job)
+    claim_destination(place, job)
+    with pytest.raises(UserError, match=r"is claimed by job team/tune \(run 3f2a.* since \d{4}-.*or delete .*\.claims"):
+        claim_destination(place, OTHER)
+    assert claims(place) == [".claims/00000001.json"]
+
+
+def test_a_job_created_anew_under_its_name_goes_on(place, job):
+    claim_destination(place, job)
+    again = job.model_copy(update={"uid": "1111-again"})
+    claim_destination(place, again)
+    assert claims(place) == [".claims/00000002.json"]
+    with pytest.raises(UserError, match="run 1111-again"):
+        claim_destination(place, OTHER)
+
+
+def test_what_is_released_is_free(place, job):
+    claim_destination(place, job)
+    release_destination(place, OTHER)
+    with pytest.raises(UserError, match="is claimed by"):
+        claim_destination(place, OTHER)
+    release_destination(place, job)
+    claim_destination(place, OTHER)
+    with pytest.raises(UserError, match="is claimed by job team/other"):
+        claim_destination(place, job)
+
+
+def test_of_jobs_that_claim_at_once_exactly_one_succeeds(place, job):
+    claim_destination(place, job)
+    release_destination(place, job)
+    together = threading.Barrier(JOBS)
+
+    def claim(number):
+        together.wait()
+        try:
+            claim_destination(place, JobRef(name=f"job-{number}", namespace="team", uid=f"uid-{number}"))
+        except UserError:
+            return None
+        return number
+
+    with ThreadPoolExecutor(JOBS) as pool:
+        winners = [number for number in pool.map(claim, range(JOBS)) if number is not None]
+    assert len(winners) == 1
+    with pytest.raises(UserError, match=f"job team/job-{winners[0]} "):
+        claim_destination(place, OTHER)
+
+
+def test_what_is_no_claim_is_named(place, job):
+    open_store(place, FIELD).put(".claims/00000007.json", b"{}")
+    with pytest.raises(UserError, match=r"00000007\.json.* is not a claim of a job; delete it"):
+        claim_destination(place, job)
+
+
+@pytest.fixture
+def proxy(s3_server):
+    with faulty_s3(s3_server) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("conditions", "said"),
+    [
+        ("ignored", r"replaces an object where it is told to create it only"),
+        ("refused", r"lacks a feature .*conditional"),
+    ],
+)
+def test_a_server_without_conditional_writes_is_found_out_by_doing_it(proxy, monkeypatch, job, conditions, said):
+    bucket = use_s3(proxy, monkeypatch)
+    proxy.conditions = conditions
+    with pytest.raises(UserError, match=said) as refused:
+        claim_destination(f"{bucket}/out", job)
+    assert str(refused.value).startswith(f"{FIELD}: ")
+
+
+def test_a_claim_whose_answer_is_lost_is_this_jobs(proxy, monkeypatch, job):
+    bucket = use_s3(proxy, monkeypatch)
+    proxy.choose = once_each(S3Fault("answer-lost", carried_out=True))
+    claim_destination(f"{bucket}/out", job)
+    assert claims(f"{bucket}/out") == [".claims/00000001.json"]

@@ -1,0 +1,150 @@
+"""Claim a destination, so that of two jobs that name one the second ends in Prepare and not after its training.
+
+A claim is never changed: ``.claims/00000001.json`` is followed by ``00000002.json``, and the last one counts. Each is
+created under a name that must be free. So exactly one of several that take over at once succeeds, on every store that
+can create without replacing; that a store can is found out here, by doing it.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+from pathlib import PurePosixPath
+
+from pydantic import ValidationError
+
+from qlora_api.base import Model
+from qlora_api.contract import JobRef
+from qlora_storage.object_store import AlreadyExistsError, NotFoundError, Store, open_store
+from qlora_trainer.errors import StorageError, TrainerError, UserError
+
+FIELD = "spec.output.destination"
+FOLDER = ".claims"
+TRIES = 5
+"""Each lost to another claim that was created in the same moment."""
+log = logging.getLogger(__name__)
+
+
+class Claim(Model):
+    """One object below FOLDER."""
+
+    run_uid: str
+    namespace: str
+    job: str
+    time: datetime
+    released: bool = False
+    """Whoever held the destination does not need it any more."""
+
+    def is_of(self, job: JobRef) -> bool:
+        """Tell whether ``job`` may go on with this claim or in its place.
+
+        A job of the same name and namespace is this one created anew: the two are never there at once.
+        """
+        return self.released or self.run_uid == job.uid or (self.namespace, self.job) == (job.namespace, job.name)
+
+
+def claim_destination(uri: str, job: JobRef) -> None:
+    """Claim the destination for a job; nothing changes where it is claimed for this run already.
+
+    Raises:
+        UserError: another job has claimed it, or the store replaces objects where it should refuse to.
+        StorageError: it is out of reach, or full.
+
+    """
+    store = open_store(uri, FIELD)
+    for _ in range(TRIES):
+        number, claim = _last(store)
+        if claim and not claim.is_of(job):
+            raise UserError(
+                FIELD,
+                store.uri(),
+                f"is claimed by job {claim.namespace}/{claim.job} (run {claim.run_uid}) since "
+                f"{claim.time:%Y-%m-%d %H:%M} UTC, and two jobs cannot publish to one place: choose another "
+                f"destination, or delete {store.uri(FOLDER)} if that job is gone",
+            )
+        if claim and claim.run_uid == job.uid and not claim.released:
+            _check_refusal(store, _key(number), claim)
+            return
+        if _follow(store, number, _claim_of(job)):
+            return
+    raise StorageError(f"{FIELD}: {store.uri(FOLDER)} changes while it is claimed: other jobs claim {uri} too")
+
+
+def release_destination(uri: str, job: JobRef) -> None:
+    """Give the destination up, where this run has claimed it. What goes wrong is logged: the claim then stays."""
+    try:
+        store = open_store(uri, FIELD)
+        number, claim = _last(store)
+        if claim and claim.run_uid == job.uid and not claim.released:
+            _follow(store, number, _claim_of(job, released=True))
+    except TrainerError as error:
+        log.warning("%s stays claimed: %s", uri, error)
+
+
+def _claim_of(job: JobRef, *, released: bool = False) -> Claim:
+    time = datetime.now(UTC).replace(microsecond=0)
+    return Claim(run_uid=job.uid, namespace=job.namespace, job=job.name, time=time, released=released)
+
+
+def _last(store: Store) -> tuple[int, Claim | None]:
+    """Return the claim that counts, with its number; 0 and None where there is none."""
+    numbers = [int(PurePosixPath(key).stem) for key, _ in store.list(FOLDER) if PurePosixPath(key).stem.isdecimal()]
+    if not numbers:
+        return 0, None
+    key = _key(max(numbers))
+    try:
+        return max(numbers), Claim.model_validate_json(store.get(key))
+    except NotFoundError:  # followed by another since it was listed
+        return max(numbers), None
+    except ValidationError as error:
+        raise UserError(FIELD, store.uri(key), "is not a claim of a job; delete it") from error
+
+
+def _follow(store: Store, number: int, claim: Claim) -> bool:
+    """Create the claim that follows ``number``; False where another was faster."""
+    key = _key(number + 1)
+    try:
+        store.create(key, claim.model_dump_json(by_alias=True).encode())
+    except AlreadyExistsError:
+        return False  # or it is this very claim, whose answer was lost: the next look tells
+    _check_refusal(store, key, claim)
+    if _last(store)[0] != number + 1:  # what was listed was old: others have come and gone
+        return False
+    for old in range(number, 0, -1):
+        if not _delete(store, _key(old)):
+            break
+    return True
+
+
+def _delete(store: Store, key: str) -> bool:
+    """Delete an earlier claim; False where there is none, or it may not be deleted. It does not count any more."""
+    try:
+        there = store.stat(key) is not None
+        store.delete(key)
+    except UserError as error:
+        log.warning("%s stays behind, deleting is not allowed: %s", store.uri(key), error)
+        return False
+    return there
+
+
+def _check_refusal(store: Store, key: str, claim: Claim) -> None:
+    """Find out that a name that is taken is refused, as publishing relies on.
+
+    Raises:
+        UserError: it is replaced.
+
+    """
+    try:
+        store.create(key, claim.model_dump_json(by_alias=True).encode())
+    except AlreadyExistsError:
+        return
+    raise UserError(
+        FIELD,
+        store.uri(),
+        "is on a server that replaces an object where it is told to create it only (PUT with If-None-Match: *), so "
+        "that two writers would both believe to have published: use a server that knows conditional writes",
+    )
+
+
+def _key(number: int) -> str:
+    return f"{FOLDER}/{number:08d}.json"
