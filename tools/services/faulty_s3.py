@@ -92,7 +92,7 @@ class FaultyS3:
     uplink_bytes_per_second: float | None = None
     """Of all bodies that clients send, together."""
     conditions: Literal["kept", "ignored", "refused"] = "kept"
-    """Whether If-None-Match counts; ignored, a name that is taken is replaced."""
+    """If-None-Match counts (kept), replaces what is there (ignored), or is not known (refused)."""
     endpoint: str = ""
     calls: Counter[Call] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)

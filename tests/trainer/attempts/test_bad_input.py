@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_api.contract import ExitCode, PrepareReceipt
+from qlora_api.contract import ExitCode, JobRef, PrepareReceipt
 from qlora_trainer.prepare.command import prepare
 from qlora_trainer.reporting.rank_exit import guarded
 
@@ -157,6 +157,7 @@ def test_prepare_tells_what_it_decided_in_its_termination_message(workshop):
     assert float(result.seconds) > 0
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("name", "text", "code"),
     [
@@ -179,6 +180,28 @@ def test_no_text_of_a_row_is_in_what_prepare_says(name, text, code, workshop):
         assert PrepareReceipt.model_validate_json(done.stdout.splitlines()[-1]).samples == []
         (kept,) = (workshop.cache / "data").glob("*/receipt.json")
         assert "Zebra" in kept.read_text()
+=======
+def run_prepare(workshop, config):
+    path, _ = workshop.write(config)
+    command = [sys.executable, "-m", "qlora_trainer.prepare", str(path)]
+    return workshop.ended(config, subprocess.run(command, capture_output=True, check=False).returncode)
+
+
+def test_of_two_jobs_with_one_destination_the_second_ends_in_prepare(workshop):
+    assert workshop.prepare(workshop.config()) == 0
+    other = JobRef(name="other", uid="ffffffff-other")
+    ended = run_prepare(workshop, workshop.config(attempt=2).model_copy(update={"job": other}))
+    assert ended.code == ExitCode.USER_ERROR
+    assert "spec.output.destination" in ended.text
+    assert "is claimed by job default/tiny (run 0a1b2c3d-run)" in ended.text
+
+
+def test_a_job_that_ends_in_prepare_leaves_its_destination_to_others(workshop):
+    failed = workshop.config(attempt=2, dataset={"train": {"source": "/nowhere"}})
+    failed = failed.model_copy(update={"job": JobRef(name="other", uid="ffffffff-other")})
+    assert run_prepare(workshop, failed).code == ExitCode.USER_ERROR
+    assert workshop.prepare(workshop.config()) == 0
+>>>>>>> 1b875ac (test(trainer): two jobs with one destination; docs: claims)
 
 
 def test_a_destination_that_holds_another_runs_adapter_is_refused_before_training(workshop):

@@ -1,4 +1,4 @@
-"""Of two jobs with one destination the second is told before it trains, on a folder and on a real S3 server."""
+"""A destination is for one job: the second is told before it trains, on a folder and on a real S3 server."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
