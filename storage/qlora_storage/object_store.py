@@ -292,7 +292,7 @@ def _remedy(uri: str, field: str) -> str:
                 f"(AWS_ENDPOINT_URL for a server other than AWS) in {secret}"
             )
         case "gs":
-            return f"Check the bucket's name, and GOOGLE_APPLICATION_CREDENTIALS in {secret}"
+            return f"Check the bucket's name, and GOOGLE_SERVICE_ACCOUNT_KEY in {secret}"
         case "az":
             return (
                 f"Check the container's name, and AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or "
