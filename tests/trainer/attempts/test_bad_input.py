@@ -157,7 +157,6 @@ def test_prepare_tells_what_it_decided_in_its_termination_message(workshop):
     assert float(result.seconds) > 0
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("name", "text", "code"),
     [
@@ -180,7 +179,8 @@ def test_no_text_of_a_row_is_in_what_prepare_says(name, text, code, workshop):
         assert PrepareReceipt.model_validate_json(done.stdout.splitlines()[-1]).samples == []
         (kept,) = (workshop.cache / "data").glob("*/receipt.json")
         assert "Zebra" in kept.read_text()
-=======
+
+
 def run_prepare(workshop, config):
     path, _ = workshop.write(config)
     command = [sys.executable, "-m", "qlora_trainer.prepare", str(path)]
@@ -201,7 +201,6 @@ def test_a_job_that_ends_in_prepare_leaves_its_destination_to_others(workshop):
     failed = failed.model_copy(update={"job": JobRef(name="other", uid="ffffffff-other")})
     assert run_prepare(workshop, failed).code == ExitCode.USER_ERROR
     assert workshop.prepare(workshop.config()) == 0
->>>>>>> 1b875ac (test(trainer): two jobs with one destination; docs: claims)
 
 
 def test_a_destination_that_holds_another_runs_adapter_is_refused_before_training(workshop):
