@@ -1,7 +1,8 @@
 # Two images of one file: 'operator' (no torch) and 'trainer'. 'make images' builds both.
 #
-# BASE may be any image with Python 3.11 or newer, or a bare Debian, which then gets its own Python.
-ARG BASE=python:3.11-slim-bookworm
+# BASE may be any image with Python 3.11 or newer, or a bare Debian, which then gets its own Python. The default is an
+# index of images for amd64, arm64 and others; Dependabot proposes newer digests.
+ARG BASE=python:3.11-slim-bookworm@sha256:0bee7276f83efd4a1ee05bbbf4281d95ed28e079220a9457f25a93e3f1e3c31b
 
 # ------------------------------------------------------------------------------------- what both run on
 
@@ -31,13 +32,19 @@ ARG PIP_EXTRA_INDEX_URL
 RUN if ! python3 -c 'import ensurepip' 2> /dev/null; \
     then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends python3-venv > /dev/null; \
     fi \
-    && python3 -m venv /opt/uv && /opt/uv/bin/pip install --quiet --no-cache-dir --disable-pip-version-check 'uv>=0.9'
+    && python3 -m venv /opt/uv
+WORKDIR /src
+# Every file that is installed has a hash here.
+COPY constraints.txt .
+RUN sed -n '/^uv==/,/[^\\]$/p' constraints.txt > uv.txt \
+    && /opt/uv/bin/pip install --quiet --no-cache-dir --disable-pip-version-check --no-deps --require-hashes --requirement uv.txt
 ENV UV_LINK_MODE=copy \
-    UV_PYTHON=/opt/venv/bin/python
+    UV_PYTHON=/opt/venv/bin/python \
+    UV_CONSTRAINT=constraints.txt \
+    UV_BUILD_CONSTRAINT=constraints.txt
 # Python starts isolated (-I) and takes no PYTHONPATH: a line in its own site-packages says where our packages are.
 RUN /opt/uv/bin/uv venv --quiet --python python3 /opt/venv \
     && echo /opt/qlora > "$(python -c 'import site; print(site.getsitepackages()[0])')/qlora.pth"
-WORKDIR /src
 
 # Which package in which version, and nothing else: a change that leaves these alone installs nothing again.
 FROM build AS requirements
@@ -48,10 +55,10 @@ ARG UV_INDEX
 ARG UV_FIND_LINKS
 # cpu: PyTorch's own build without CUDA, from PyTorch's own index. Unset: the index's build, which brings CUDA.
 ARG UV_TORCH_BACKEND
-COPY pyproject.toml constraints.txt ./
+COPY pyproject.toml ./
 RUN for target in operator trainer; do \
-      /opt/uv/bin/uv pip compile --quiet --no-header --no-annotate --constraints constraints.txt --extra $target \
-        pyproject.toml --output-file $target.txt || exit; \
+      /opt/uv/bin/uv pip compile --quiet --no-header --no-annotate --extra $target pyproject.toml --output-file $target.txt \
+        || exit; \
     done
 
 # Compiled once, here; 'unchecked': a start looks at no source again. The generated classes of the Kubernetes client are
@@ -63,7 +70,7 @@ ARG UV_DEFAULT_INDEX
 ARG UV_INDEX
 ARG UV_FIND_LINKS
 COPY --from=requirements /src/operator.txt .
-RUN /opt/uv/bin/uv pip install --quiet --no-deps --requirements operator.txt \
+RUN /opt/uv/bin/uv pip install --quiet --no-deps --require-hashes --requirements operator.txt \
     && python -m compileall -q -j 0 --invalidation-mode unchecked-hash -x '/client/(models|api)/' /opt/venv
 COPY api/qlora_api /opt/qlora/qlora_api
 COPY memory/qlora_memory /opt/qlora/qlora_memory
@@ -78,8 +85,13 @@ ARG UV_INDEX
 ARG UV_FIND_LINKS
 ARG UV_TORCH_BACKEND
 COPY --from=requirements /src/trainer.txt .
+# PyTorch's own index has builds of torch that no hash is known of: with UV_TORCH_BACKEND, torch alone goes unchecked.
 # torch/testing has syntax of newer Pythons.
-RUN /opt/uv/bin/uv pip install --quiet --no-deps --requirements trainer.txt \
+RUN if [ -n "$UV_TORCH_BACKEND" ]; \
+    then sed -i '/^torch==/,/[^\\]$/ { s/ \\$//; /--hash/d }' constraints.txt; \
+    else export UV_REQUIRE_HASHES=1; \
+    fi \
+    && /opt/uv/bin/uv pip install --quiet --no-deps --requirements trainer.txt \
     && python -m compileall -q -j 0 --invalidation-mode unchecked-hash -x /torch/testing/ /opt/venv
 COPY api/qlora_api /opt/qlora/qlora_api
 COPY memory/qlora_memory /opt/qlora/qlora_memory

@@ -34,9 +34,9 @@ $(VENV)/.all-installed: pyproject.toml constraints.txt
 venv: $(VENV)/.all-installed  ## Create .venv with everything, as 'run' and 'test' do by themselves
 
 .PHONY: constraints
-constraints: $(VENV)/.all-installed  ## Pin the newest versions of all dependencies anew
-	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade --quiet \
-	  --no-emit-index-url --no-annotate --custom-compile-command 'make constraints' -o constraints.txt
+constraints: $(VENV)/.all-installed  ## Pin the newest versions of all dependencies anew, with their hashes
+	$(BIN)/uv pip compile pyproject.toml --all-extras --group build --universal --python-version 3.11 --upgrade --quiet \
+	  --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command 'make constraints' -o constraints.txt
 
 # ---------------------------------------------------------------------------------------------------------------- use
 

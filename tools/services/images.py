@@ -13,6 +13,7 @@ import ast
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -84,6 +85,7 @@ def build(target: Target) -> Image:
         image = Image(f"qlora-{target}:{key}", _folder() / f"{target}-{key}.tar", base)
         if not image.archive.exists():
             started = time.monotonic()
+            _pin_stand_ins(Path(context) / "constraints.txt", _wheels())
             Store(base).build(target, Path(context), image)
             _remove_unused(f"{target}-*.tar")
             _say(f"built {image.name} in {time.monotonic() - started:.0f} s", image.archive)
@@ -230,6 +232,17 @@ def _wheels() -> Path:
         cuda_stand_ins.write_wheels(unfinished)
         unfinished.rename(folder)
     return folder
+
+
+def _pin_stand_ins(constraints: Path, wheels: Path) -> None:
+    """Pin the stand-ins in place of what they stand for, with their hashes: a build installs nothing without one."""
+    text = constraints.read_text()
+    for wheel in wheels.glob("*.whl"):
+        name, version = wheel.name.split("-")[:2]
+        name = name.replace("_", "-")
+        pin = f"{name}=={version} --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n"
+        text = re.sub(rf"^{name}==.*\n(?:    --hash=.*\n)+", pin, text, flags=re.MULTILINE)
+    constraints.write_text(text)
 
 
 def _pip_setting(name: str) -> str:
