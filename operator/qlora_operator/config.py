@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from qlora_api.base import Model
 from qlora_api.errors import validate
 from qlora_api.spec import Gang
 from qlora_memory.gpus import GPUS
+from qlora_operator.quantities import add, to_bytes
 
 Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?([EPTGM]i?|[kKm]|Ki)?$", max_length=32)]
 """As Kubernetes writes amounts: 500m, 4, 16Gi."""
 
 
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LOGS = "1Gi"
+"""Of a container, before the kubelet rotates them, with room to spare."""
 DEFAULT = "default"
 """Key of the price of GPUs that have none of their own."""
 
@@ -61,12 +64,30 @@ class TrainerPodConfig(Model):
     memory: Quantity = "32Gi"
     shared_memory: Quantity = "1Gi"
     cache_size_limit: Quantity = "200Gi"
+    tmp_size_limit: Quantity = "20Gi"
+    """A publication holds the adapter twice; one of rank 64 for 70 billion parameters has 3.3 GB. The rest: kernels."""
+    ephemeral_storage: Quantity | None = "10Gi"
+    """Of a node's disk, requested by Prepare and trainers. None: neither requested nor limited."""
     node_lost_seconds: int = Field(60, ge=1)
     grace_seconds: int = Field(120, ge=30, le=900)
     """Between SIGTERM and SIGKILL, until a job's own steps and saves are known to need more."""
     workload_identity: bool = False
     """Sign with the cloud identity of the pod or its node where a job names no credentials."""
     env: tuple[EnvVar, ...] = ()
+
+    @property
+    def disk_limit(self) -> str:
+        """Return what a pod may write to its node's disk: both volumes, and logs."""
+        return add(self.cache_size_limit, self.tmp_size_limit, LOGS)
+
+    @model_validator(mode="after")
+    def _requests_no_more_than_the_limit(self) -> Self:
+        if self.ephemeral_storage and to_bytes(self.ephemeral_storage) > to_bytes(self.disk_limit):
+            raise ValueError(
+                f"ephemeralStorage: {self.ephemeral_storage} must not exceed {self.disk_limit}, which cacheSizeLimit,"
+                f" tmpSizeLimit and {LOGS} of logs allow"
+            )
+        return self
 
 
 class NetworkPolicyConfig(Model):

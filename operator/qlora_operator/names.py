@@ -21,6 +21,7 @@ PLAN_ANNOTATION = f"{GROUP}/plan"
 
 CONTAINER = "trainer"
 CACHE_VOLUME = "cache"
+TMP_VOLUME = "tmp"
 SERVICE = "qlora-trainers"
 """Headless Service through which the workers of all jobs of a namespace find each other."""
 KEY_SECRET_PREFIX = "qlora-key-"  # noqa: S105 a name

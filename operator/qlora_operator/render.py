@@ -6,7 +6,6 @@ Pods pass the Pod Security profile ``restricted``, and have no token: a trainer 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from decimal import Decimal
 from typing import Any, Literal
 
 from qlora_api.batch import BatchSplit, split_batch
@@ -32,12 +31,14 @@ from qlora_operator.names import (
     PLAN_ANNOTATION,
     RENDEZVOUS_PORT,
     SERVICE,
+    TMP_VOLUME,
     UID_LABEL,
     attempt_name,
     key_secret_name,
     prepare_name,
     workers_policy_name,
 )
+from qlora_operator.quantities import times
 
 USER = 65532
 """The image's own; what it is matters only for volumes."""
@@ -50,6 +51,7 @@ KEY_SECRET_TYPE = "qlora.dev/job-key"  # noqa: S105 a name
 CACHE_FOLDER = "/cache"
 PVC_FOLDER = "/mnt/pvc"
 KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
+DISK = "ephemeral-storage"
 GPU_PRODUCT = "nvidia.com/gpu.product"
 VOLCANO_API = "scheduling.volcano.sh/v1beta1"
 
@@ -307,7 +309,7 @@ def _container(
     mounts = [
         {"name": "config", "mountPath": CONFIG_FOLDER, "readOnly": True},
         {"name": "key", "mountPath": KEY_FOLDER, "readOnly": True},
-        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 a volume of the pod's own
+        {"name": TMP_VOLUME, "mountPath": "/tmp"},  # noqa: S108 a volume of the pod's own
         {"name": CACHE_VOLUME, "mountPath": CACHE_FOLDER},
         *(
             {"name": f"claim-{number}", "mountPath": f"{PVC_FOLDER}/{claim}", "readOnly": ro}
@@ -346,14 +348,16 @@ def _container(
 
 
 def _resources(config: OperatorConfig, ranks: int) -> dict[str, Any]:
-    if not ranks:
-        memory = config.prepare.memory
-        return {"requests": {"cpu": config.prepare.cpu, "memory": memory}, "limits": {"memory": memory}}
-    memory = times(config.trainer.memory, ranks)
-    limits: dict[str, str] = {"memory": memory}
-    if config.gpu_resource:
+    pod = config.trainer
+    cpu = times(pod.cpu, ranks) if ranks else config.prepare.cpu
+    limits = {"memory": times(pod.memory, ranks) if ranks else config.prepare.memory}
+    if ranks and config.gpu_resource:
         limits[config.gpu_resource] = str(ranks)
-    return {"requests": {"cpu": times(config.trainer.cpu, ranks), **limits}, "limits": limits}
+    requests = {"cpu": cpu, **limits}
+    if pod.ephemeral_storage:
+        requests[DISK] = pod.ephemeral_storage
+        limits[DISK] = pod.disk_limit
+    return {"requests": requests, "limits": limits}
 
 
 def _volumes(job: QLoRAJob, config: OperatorConfig, claims: dict[str, bool], ranks: int) -> Iterator[dict[str, Any]]:
@@ -361,7 +365,7 @@ def _volumes(job: QLoRAJob, config: OperatorConfig, claims: dict[str, bool], ran
     yield {"name": "config", "downwardAPI": {"items": [item]}}
     name = key_secret_name(job.metadata.uid or "")
     yield {"name": "key", "secret": {"secretName": name, "defaultMode": KEY_FILE_MODE}}
-    yield {"name": "tmp", "emptyDir": {}}
+    yield {"name": TMP_VOLUME, "emptyDir": {"sizeLimit": config.trainer.tmp_size_limit}}
     yield {"name": CACHE_VOLUME, "emptyDir": {"sizeLimit": config.trainer.cache_size_limit}}
     if ranks:
         size = times(config.trainer.shared_memory, ranks)
@@ -398,12 +402,6 @@ def _claim(uri: str | None) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------------------- smaller
-
-
-def times(quantity: str, count: int) -> str:
-    """A quantity multiplied: 4 × "1.5Gi" is "6Gi", 3 × "500m" is "1500m"."""
-    number = quantity.rstrip("EPTGMKikm")
-    return f"{(Decimal(number) * count).normalize():f}{quantity.removeprefix(number)}"
 
 
 def _labels(job: QLoRAJob, component: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from charts.helm import CHART, REPOSITORY, HelmError
+from charts.helm import CHART, REPOSITORY, HelmError, one
 from charts.kubernetes_schemas import LOCATION, close, kubernetes_schemas
 from fixtures import skip_unless_ci
 from qlora_api.crd import crd
@@ -154,6 +154,22 @@ def properties(schema: dict, definitions: dict, path: tuple[str, ...] = ()) -> d
         target = definitions[entry["$ref"].rpartition("/")[2]] if "$ref" in entry else entry
         found |= {(*path, name): target, **properties(target, definitions, (*path, name))}
     return found
+
+
+def test_the_operator_may_write_little(helm):
+    (container,) = (pod := one(helm.render(), "Deployment")["spec"]["template"]["spec"])["containers"]
+    assert container["resources"]["limits"]["ephemeral-storage"] == "1Gi"
+    assert "ephemeral-storage" in container["resources"]["requests"]
+    assert [v["emptyDir"] for v in pod["volumes"] if "emptyDir" in v] == [{"sizeLimit": "64Mi"}]
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+
+
+def test_a_job_asks_for_no_disk_where_the_chart_says_so(helm):
+    def disk(value):
+        config = one(helm.render({"trainer": {"ephemeralStorage": value}}), "ConfigMap", "qlora-operator")
+        return yaml.safe_load(config["data"]["config.yaml"])["trainer"]["ephemeralStorage"]
+
+    assert [disk(""), disk("5Gi"), disk(1000)] == [None, "5Gi", "1000"]
 
 
 def test_every_value_is_documented_used_and_closed():

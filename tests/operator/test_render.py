@@ -12,6 +12,7 @@ import yaml
 from operator_builders import UID
 from qlora_api.contract import TrainerConfig
 from qlora_api.environment import WORKLOAD_IDENTITY
+from qlora_api.errors import ManifestError, validate
 from qlora_api.job import QLoRAJob
 from qlora_api.spec import Gang
 from qlora_api.status import Attempt, QLoRAJobStatus
@@ -96,20 +97,30 @@ def test_the_config_in_the_pod_is_the_contracts(case):
             assert TrainerConfig.model_validate_json(text).job.uid == UID
 
 
-@pytest.mark.parametrize(
-    ("quantity", "count", "product"),
-    [
-        ("1.5Gi", 4, "6Gi"),
-        ("500m", 3, "1500m"),
-        ("4", 8, "32"),
-        ("1Ki", 2, "2Ki"),
-        ("25", 4, "100"),
-        ("33554433Ki", 8, "268435464Ki"),
-        ("0.1", 3, "0.3"),
-    ],
-)
-def test_quantities_multiply(quantity, count, product):
-    assert render.times(quantity, count) == product
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_pod_may_write_is_bounded(case):
+    for manifest in rendered(case, cacheSizeLimit="50Gi", tmpSizeLimit="2G", ephemeralStorage="20Gi"):
+        if manifest["kind"] != "Job":
+            continue
+        spec = manifest["spec"]["template"]["spec"]
+        sizes = {v["name"]: v["emptyDir"]["sizeLimit"] for v in spec["volumes"] if "emptyDir" in v}
+        assert (sizes["cache"], sizes["tmp"]) == ("50Gi", "2G")
+        resources = spec["containers"][0]["resources"]
+        assert resources["requests"]["ephemeral-storage"] == "20Gi"
+        assert resources["limits"]["ephemeral-storage"] == "54132Mi"  # both volumes, and 1Gi of logs
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_disk_is_asked_for_where_none_is_configured(case):
+    for manifest in rendered(case, ephemeralStorage=None):
+        if manifest["kind"] == "Job":
+            resources = manifest["spec"]["template"]["spec"]["containers"][0]["resources"]
+            assert "ephemeral-storage" not in {**resources["requests"], **resources["limits"]}
+
+
+def test_a_pod_may_not_ask_for_more_disk_than_it_may_fill():
+    with pytest.raises(ManifestError, match=r"ephemeralStorage: 100Gi .* 31744Mi"):
+        validate(OperatorConfig, {"trainer": {"image": "t", "cacheSizeLimit": "10Gi", "ephemeralStorage": "100Gi"}})
 
 
 @pytest.mark.parametrize(

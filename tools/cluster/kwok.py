@@ -36,7 +36,7 @@ MANAGED = "kwok.x-k8s.io/node"
 PREFIX = "test.qlora.dev/"
 LEASE_SECONDS = 40
 """As a kubelet's."""
-CPUS, MEMORY, PODS = "128", "1Ti", "110"
+CPUS, MEMORY, DISK, PODS = "128", "1Ti", "10Ti", "110"
 """Of a fake node, as an 8-GPU machine's."""
 
 
@@ -108,7 +108,9 @@ def _mark_lost(api: Api, node: str, value: str | None) -> None:
 
 
 def _node(name: str, gpus: int, labels: Mapping[str, str], taints: list[Object]) -> Object:
-    resources = {"cpu": CPUS, "memory": MEMORY, "pods": PODS, **({"nvidia.com/gpu": str(gpus)} if gpus else {})}
+    resources = {"cpu": CPUS, "memory": MEMORY, "ephemeral-storage": DISK, "pods": PODS}
+    if gpus:
+        resources["nvidia.com/gpu"] = str(gpus)
     return {
         "apiVersion": "v1",
         "kind": "Node",

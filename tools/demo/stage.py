@@ -44,6 +44,8 @@ TRAINER = {
     "memory": "3Gi",
     "sharedMemory": "64Mi",
     "cacheSizeLimit": "1Gi",
+    "tmpSizeLimit": "1Gi",
+    "ephemeralStorage": "1Gi",
     "env": [{"name": "OMP_NUM_THREADS", "value": "1"}],
 }
 """Of a rank on this machine: two of them and Prepare share two cores, and threads that spin would take them all."""

@@ -13,7 +13,7 @@ from datetime import timedelta
 from qlora_api.contract import ExitCode, TerminationMessage, reason_of
 from qlora_api.lifecycle import STUCK
 from qlora_api.status import Attempt, Reason
-from qlora_operator.names import CACHE_VOLUME
+from qlora_operator.names import CACHE_VOLUME, TMP_VOLUME
 from qlora_operator.state.observed import JobState, Observed, ObservedJob, PodSnapshot
 
 OVERDUE = timedelta(seconds=10)
@@ -39,6 +39,14 @@ _KILLED = 137
 """128 + SIGKILL: the kernel's for memory only where the kubelet says so. docs/decisions/0016."""
 _OVERFULL = re.compile(r'Usage of EmptyDir volume "([^"]+)" exceeds the limit "([^"]+)"')
 """The kubelet's word of a pod that it evicts because of what the pod itself wrote, not for its node's sake."""
+_OVER_LIMIT = re.compile(
+    r"(?:Pod ephemeral local storage usage exceeds the total limit of containers"
+    r'|Container \S+ exceeded its local ephemeral storage limit) "?(\w+)'
+)
+_VOLUME_LIMITS = {
+    CACHE_VOLUME: "; the base model and the rows need a larger trainer.cacheSizeLimit",
+    TMP_VOLUME: "; the adapter needs a larger trainer.tmpSizeLimit",
+}
 
 
 @dataclass(frozen=True)
@@ -196,13 +204,18 @@ def _reason_of(code: int, pod: PodSnapshot | None = None) -> Reason:
 
 def _overfull(pod: PodSnapshot) -> str:
     """Return the remedy for a pod that was evicted for a volume of its own; empty for any other."""
-    found = _OVERFULL.search(pod.pod_message) if pod.pod_reason == "Evicted" else None
+    if pod.pod_reason != "Evicted":
+        return ""
+    if over := _OVER_LIMIT.search(pod.pod_message):
+        what = f"its volumes and logs took more than its limit of {over[1]} (ephemeral-storage)"
+        return f"pod {pod.name} was evicted: {what}"
+    found = _OVERFULL.search(pod.pod_message)
     if found is None:
         return ""
     name, limit = found.groups()
     what = f'pod {pod.name} was evicted: its volume "{name}" took more than its limit of {limit}'
-    if name == CACHE_VOLUME:
-        what += "; the base model and the rows need a larger trainer.cacheSizeLimit (a value of the operator's chart)"
+    if name in _VOLUME_LIMITS:
+        what += f"{_VOLUME_LIMITS[name]} (a value of the operator's chart)"
     return what
 
 

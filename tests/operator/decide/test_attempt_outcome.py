@@ -13,6 +13,7 @@ from qlora_operator.state.observed import JobState, observe_pod
 
 FAILED = child(state=JobState.FAILED)
 OVERFULL = {"pod_reason": "Evicted", "pod_message": 'Usage of EmptyDir volume "cache" exceeds the limit "200Gi". '}
+OVER_LIMIT = "Pod ephemeral local storage usage exceeds the total limit of containers 226304Mi. "
 FULL = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."
 
 
@@ -83,6 +84,18 @@ FULL = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."
         ),
         pytest.param(
             [pod(phase="Failed", **OVERFULL)], "UserError", "trainer.cacheSizeLimit", id="evicted-for-its-own-volume"
+        ),
+        pytest.param(
+            [pod(phase="Failed", pod_reason="Evicted", pod_message=OVERFULL["pod_message"].replace("cache", "tmp"))],
+            "UserError",
+            "trainer.tmpSizeLimit",
+            id="evicted-for-its-tmp",
+        ),
+        pytest.param(
+            [pod(phase="Failed", pod_reason="Evicted", pod_message=OVER_LIMIT)],
+            "UserError",
+            "more than its limit of 226304Mi (ephemeral-storage)",
+            id="evicted-for-all-it-wrote",
         ),
         pytest.param(
             [pod(code=49, word="closed"), pod(index=1, code=137, exit_reason="ContainerStatusUnknown", **OVERFULL)],
