@@ -1,4 +1,4 @@
-"""What is installed, built and released is what was pinned."""
+"""Test that installation, images and releases hold to the pins."""
 
 from __future__ import annotations
 
