@@ -21,7 +21,7 @@ def to_bytes(quantity: str) -> Decimal:
     number, unit = _split(quantity)
     if unit == "m":
         return Decimal(number) / 1000
-    base = 1024 if unit.endswith("i") else 1000
+    base = Decimal(1024 if unit.endswith("i") else 1000)
     return Decimal(number) * base ** ("KMGTPE".index(unit[0].upper()) + 1 if unit else 0)
 
 
