@@ -32,6 +32,8 @@ REPORT: dict[str, Any] = {
     "longestSaveSeconds": 0.1,
 }
 """What an honest rank answers."""
+TERMINAL = "\x1b]0;owned\x07 \x1b[2J \x9b31m \u202egnp.exe \u2066 \u200b \x00 end"
+"""Sets a title, clears the screen, colours, turns the direction of writing, hides."""
 NOT_A_VALUE = (
     *("null", "true", '"n/a"', '"NaN"', '"inf"', '"1_0"', '"\\ud800"', '""', "[]", "{}", "[[1]]", '{"a": 1}'),
     *("-1", "1.5", "1e999", "-1e999", "NaN", "Infinity", "9" * 30, "9" * 5000, f'"{"x" * 5000}"'),

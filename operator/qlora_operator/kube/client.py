@@ -18,6 +18,7 @@ import aiohttp
 from yarl import URL
 
 from qlora_api.deep_json import parse_json
+from qlora_api.printable import printable
 from qlora_operator.kube.bounded_reads import TooLargeError, lines, read_within
 from qlora_operator.kube.credentials import Credentials
 from qlora_operator.kube.kopf_import import kopf
@@ -44,8 +45,9 @@ class ApiError(Exception):
     """An answer that is not 2xx. ``reason`` is the Status object's: NotFound, AlreadyExists, Conflict, Invalid …"""
 
     def __init__(self, status: int, reason: str, message: str, retry_after: float | None = None) -> None:
-        super().__init__(f"{status} {reason}: {message}")
-        self.status, self.reason, self.message, self.retry_after = status, reason, message, retry_after
+        self.message = printable(message)  # it quotes what others wrote
+        super().__init__(f"{status} {reason}: {self.message}")
+        self.status, self.reason, self.retry_after = status, reason, retry_after
 
     @property
     def is_transient(self) -> bool:

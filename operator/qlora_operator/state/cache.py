@@ -14,6 +14,7 @@ from typing import Any
 
 from qlora_api.contract import ProgressReport
 from qlora_api.job import QLoRAJob
+from qlora_api.printable import printable
 from qlora_operator.names import JOB_LABEL
 from qlora_operator.state.observed import (
     LONGEST_TEXT,
@@ -105,7 +106,7 @@ class ObjectCache:
 
     def take_refusal(self, event: Mapping[str, Any]) -> Key | None:
         """Take in an Event in which the Job controller says that it cannot make pods; None where it is no news."""
-        child, text = event["involvedObject"], event.get("message", "")[:LONGEST_TEXT]
+        child, text = event["involvedObject"], printable(event.get("message", "")[:LONGEST_TEXT])
         key = child.get("namespace", ""), child.get("name", "").rpartition("-")[0]
         known = self._known.get(key)
         if known is None or child.get("uid") not in known.children or known.pods_refused == text:

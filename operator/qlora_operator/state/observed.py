@@ -15,6 +15,7 @@ from typing import Any
 
 from qlora_api.contract import ProgressReport, TerminationMessage
 from qlora_api.job import GROUP, KIND
+from qlora_api.printable import printable
 from qlora_operator.names import (
     ATTEMPT_LABEL,
     CONTAINER,
@@ -256,8 +257,8 @@ def controller_of(meta: Mapping[str, Any], group: str, kind: str) -> Mapping[str
 
 
 def _text(body: Mapping[str, Any], name: str) -> str:
-    """A text of somebody else's, cut to what is kept; empty where there is none."""
-    return (body.get(name) or "")[:LONGEST_TEXT]
+    """A text of somebody else's, cut to what is kept and fit to be shown; empty where there is none."""
+    return printable((body.get(name) or "")[:LONGEST_TEXT])
 
 
 def _required_time(text: str) -> datetime:

@@ -15,6 +15,7 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import from_json
 
 from qlora_api.contract import ProgressReport, TerminationMessage
+from qlora_api.printable import printable
 from qlora_api.status import Memory, MemoryComponent, PrepareResult, Progress
 
 MOST = 2**53 - 1
@@ -95,7 +96,17 @@ def _mapping(text: bytes) -> dict[str, Any]:
         raise ReportError(f"it is no JSON: {error}") from None
     if not isinstance(found, dict):
         raise ReportError("it is no JSON object")
-    return found
+    cleaned: dict[str, Any] = _printable(found)
+    return cleaned
+
+
+def _printable(value: Any) -> Any:
+    """Return a value of JSON in which all texts are fit to be shown."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, list):
+        return [_printable(each) for each in value]
+    return {name: _printable(each) for name, each in value.items()} if isinstance(value, dict) else value
 
 
 def _memory(found: Any) -> dict[str, dict[str, int]]:

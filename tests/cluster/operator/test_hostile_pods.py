@@ -23,7 +23,8 @@ from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import ADAPTER, ends, word
 from cluster.scenarios.zygote import ForkedOperator
 from cluster.waits import eventually
-from services.hostile import HostileRank, answers, report
+from qlora_api.printable import is_printable
+from services.hostile import TERMINAL, HostileRank, answers, report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -179,6 +180,26 @@ def test_figures_of_a_termination_message_that_are_none_are_left_out_and_metrics
     assert done["status"]["memory"]["measured"] == {"peak": 7}
     metrics = forked.metrics()
     assert metrics[f'qlora_job_final_steps{{job="job",namespace="{kwok_namespace}"}}'] == 10
+
+
+@pytest.mark.parametrize(
+    "does",
+    [
+        pytest.param(ends(1, "Crashed", f"failed: {TERMINAL}"), id="termination-message"),
+        pytest.param({**ends(40), "termination-message": f"failed: {TERMINAL}".replace("\0", "")}, id="end-of-log"),
+    ],
+)
+def test_nothing_that_controls_a_terminal_gets_into_status_or_events(api, forked, kwok_namespace, does):
+    job = qlora_job(namespace=kwok_namespace, policy={"maxRestarts": 0})
+    with pods_do(api, kwok_namespace, does):
+        failed = api.wait_for(create_job(api, job), in_state("Failed"), seconds=LONG)
+    attempt = last_attempt(failed)["message"]
+    assert "failed: " in attempt
+    assert "end" in attempt
+    notes = [event.get("note", "") for event in api.list(f"/apis/events.k8s.io/v1/namespaces/{kwok_namespace}/events")]
+    assert any("failed: " in note for note in notes)
+    texts = json.dumps([failed["status"], notes], ensure_ascii=False)
+    assert is_printable(texts), texts
 
 
 def test_a_figure_in_status_that_is_none_takes_no_metric_of_others_away(api, forked, kwok_namespace):

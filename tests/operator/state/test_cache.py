@@ -6,8 +6,10 @@ import contextlib
 
 import pytest
 
+from qlora_api.printable import is_printable
 from qlora_operator.state.cache import ObjectCache
 from qlora_operator.state.observed import NotOwnedError
+from services.hostile import TERMINAL
 
 UID, KEY = "uid-of-the-job", ("team", "job")
 QLORA_JOB = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "name": "job", "uid": UID, "controller": True}
@@ -123,6 +125,26 @@ def test_a_forged_pod_that_is_deleted_leaves_nothing_behind(store):
     store.take_pod(pod({**CHILD, "uid": "uid-of-another"}))
     store.drop_pod(pod({**CHILD, "uid": "uid-of-another"}))
     assert store[KEY].pods == {}
+
+
+def test_texts_of_pods_jobs_and_events_are_fit_to_be_shown(store):
+    terminated = {"exitCode": 1, "reason": TERMINAL, "message": TERMINAL}
+    status = {
+        "reason": TERMINAL,
+        "message": TERMINAL,
+        "conditions": [{"type": "PodScheduled", "status": "False", "message": TERMINAL}],
+        "containerStatuses": [{"name": "trainer", "state": {"terminated": terminated}}],
+    }
+    store.take_pod({**pod(CHILD), "status": status})
+    conditions = [{"type": "Failed", "status": "True", "reason": TERMINAL, "message": TERMINAL}]
+    store.take_child({**child(), "status": {"conditions": conditions}})
+    involved = {"namespace": "team", "name": "job-1", "uid": "uid-of-job-1"}
+    assert store.take_refusal({"involvedObject": involved, "message": f"no pods: {TERMINAL}"}) == KEY
+    (kept,), known = store[KEY].own_pods(), store[KEY]
+    texts = [kept.message, kept.exit_reason, kept.pod_reason, kept.pod_message, kept.unschedulable, known.pods_refused]
+    texts += [text for job in known.own_children() for text in (job.message, job.failed_reason)]
+    assert len(texts) == 8
+    assert all(is_printable(text) and text.endswith("end") for text in texts), texts
 
 
 def test_of_an_object_no_more_is_kept_than_is_needed(store):

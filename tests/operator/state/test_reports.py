@@ -7,9 +7,10 @@ import json
 
 import pytest
 
+from qlora_api.printable import is_printable, printable
 from qlora_api.status import Reason
 from qlora_operator.state.reports import ReportError, read_report, read_termination_message
-from services.hostile import NOT_A_VALUE, REPORT
+from services.hostile import NOT_A_VALUE, REPORT, TERMINAL
 
 WORD = {"exitCode": 0, "reason": "Completed", "message": "step 10 of 10"}
 PREPARED = {
@@ -53,6 +54,13 @@ def test_what_is_no_value_is_an_error_and_never_another_one(value):
         text = json.dumps({**REPORT, name: "@"}).replace('"@"', value)
         with contextlib.suppress(ReportError):
             read_report(text.encode(errors="replace"))
+
+
+def test_no_text_of_a_message_controls_a_terminal():
+    message = word(message=f"bad {TERMINAL}", prepared={**PREPARED, "modelRevision": TERMINAL})
+    assert message.message == f"bad {printable(TERMINAL)}"
+    assert is_printable(message.message)
+    assert is_printable(message.prepared.model_revision)
 
 
 def test_components_are_a_closed_set_of_names():
