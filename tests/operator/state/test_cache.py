@@ -137,7 +137,7 @@ def test_texts_of_pods_jobs_and_events_are_fit_to_be_shown(store):
     }
     store.take_pod({**pod(CHILD), "status": status})
     conditions = [{"type": "Failed", "status": "True", "reason": TERMINAL, "message": TERMINAL}]
-    store.take_child({**child(), "status": {"conditions": conditions}})
+    store.take_child({**child(version=2), "status": {"conditions": conditions}})
     involved = {"namespace": "team", "name": "job-1", "uid": "uid-of-job-1"}
     assert store.take_refusal({"involvedObject": involved, "message": f"no pods: {TERMINAL}"}) == KEY
     (kept,), known = store[KEY].own_pods(), store[KEY]
