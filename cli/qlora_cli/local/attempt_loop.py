@@ -20,7 +20,7 @@ from qlora_api.memory_fallback import Choice
 from qlora_api.status import Attempt, Reason
 from qlora_cli.kube.target import program
 from qlora_cli.local import local_spec, run_folder, run_view
-from qlora_cli.local.progress_view import Poller, Waiting, Watcher, display_for
+from qlora_cli.local.progress_view import Poller, Waiting, Watcher, display_for, rows_progress
 from qlora_cli.local.trainer_process import Process, Stopped, watch
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class LocalRun:
         )
         out.unlink(missing_ok=True)
         says = "Preparing: model and rows are checked before any rank starts …"
-        with Waiting(console, says) as waiting:
+        with Waiting(console, says, detail=lambda: rows_progress(step.log)) as waiting:
             process = Process([*self._setting.commands.prepare, str(step.config)], step.log, self._setting.lock, out)
             code, stopped = watch(process, self._stop, console.print, waiting.tick)
         if stopped is not Stopped.NO:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import TYPE_CHECKING, Protocol
 
@@ -34,6 +35,9 @@ STRAGGLER = 1.5
 LONG_WAIT_SECONDS = 5.0
 LONG_RUN_SECONDS = 60
 """What is expected to take longer is said beforehand."""
+ROWS_PROGRESS = re.compile(r"[\d,]+ rows, [\d,]+ of [\d,]+ MB, [\d,.]+ MB/s, about \d+ min left")
+"""In Prepare's log (qlora_trainer.data.collect)."""
+LOG_TAIL_BYTES = 1 << 16
 STARTING = "starting: the ranks import PyTorch and meet"
 
 
@@ -250,12 +254,30 @@ class LiveDisplay:
         return Group(head, line, *memory)
 
 
+def rows_progress(log: Path) -> str | None:
+    """Return what Prepare's log last said of how far the rows are; None where it has said nothing yet."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
+            said = ROWS_PROGRESS.findall(file.read().decode(errors="replace"))
+    except OSError:
+        return None
+    return said[-1] if said else None
+
+
 class Waiting:
     """Tells how long a process has taken that reports nothing itself: in place on a terminal, else in plain lines."""
 
-    def __init__(self, console: Console, text: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        console: Console,
+        text: str,
+        clock: Callable[[], float] = time.monotonic,
+        detail: Callable[[], str | None] = lambda: None,
+    ) -> None:
         self._console = console
         self._text = text
+        self._detail = detail
         self._clock = clock
         self._began = clock()
         self._next = self._began
@@ -278,6 +300,8 @@ class Waiting:
         if now < self._next:
             return
         shown = f"{self._text} {units.duration(now - self._began)}" if now - self._began >= 1 else self._text
+        if detail := self._detail():
+            shown = f"{shown}: {detail}"
         if self._status:
             self._status.update(shown)
         else:

@@ -17,6 +17,7 @@ from qlora_cli.local.progress_view import (
     before_second_evaluation,
     display_for,
     plain_line,
+    rows_progress,
 )
 from qlora_cli.text import units
 
@@ -168,3 +169,22 @@ def test_a_process_that_reports_nothing_shows_for_how_long_it_works():
         for _ in range(3):
             waiting.tick()
     assert out.file.getvalue().splitlines() == ["Preparing …", "Preparing … 10 s"]
+
+
+def test_how_far_the_rows_are_is_taken_from_prepares_log(tmp_path):
+    progress_line = pytest.importorskip("qlora_trainer.data.collect").progress_line
+    log = tmp_path / "log.txt"
+    assert rows_progress(log) is None
+    log.write_text("2026-11-28 08:00:00 rank 0 INFO of no rows\n" * 9)
+    assert rows_progress(log) is None
+    with log.open("a") as file:
+        for seconds in (10, 20):
+            file.write(
+                f"rank 0 INFO {progress_line('/data/rows', 81234 * seconds, seconds * 10**7, 10**10, seconds)}\n"
+            )
+    said = "1,624,680 rows, 200 of 10,000 MB, 10.0 MB/s, about 16 min left"
+    assert rows_progress(log) == said
+    out = console()
+    with Waiting(out, "Preparing …", ticking(0, 0, 20), lambda: rows_progress(log)) as waiting:
+        waiting.tick()
+    assert out.file.getvalue().splitlines() == [f"Preparing …: {said}", f"Preparing … 20 s: {said}"]
