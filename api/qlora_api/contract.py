@@ -220,6 +220,8 @@ class PrepareReceipt(Model):
     """Training rows that repeat an earlier one token by token. They are kept."""
     eval_in_train: int
     """Evaluation rows that are training rows too: for these the eval loss measures memory."""
+    eval_prompts_in_train: int = 0
+    """Evaluation rows whose prompt is that of a training row too, with the same answer or another."""
     longest: int
     """Tokens of the longest row, before it was cut or dropped."""
     lengths: dict[int, int] = {}

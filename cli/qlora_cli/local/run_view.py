@@ -165,6 +165,8 @@ def receipt(found: PrepareReceipt, prepared: PrepareResult | None) -> Renderable
         rows.append(("Repeated", f"{units.number(found.duplicates)} training rows repeat an earlier one"))
     if found.eval_rows:
         known = f"; {units.number(found.eval_in_train)} of them are training rows too" if found.eval_in_train else ""
+        if found.eval_prompts_in_train > found.eval_in_train:
+            known += f"; of {units.number(found.eval_prompts_in_train)} the prompt is in the training rows"
         rows.append(
             ("Evaluation", f"{units.number(found.eval_rows)} rows, {units.number(found.eval_tokens)} tokens{known}")
         )

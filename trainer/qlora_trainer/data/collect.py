@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qlora_trainer.data.tokenized_rows import RowWriter
 
 REPORT_SECONDS = 10.0
+TOKEN_BYTES = np.dtype(np.int32).itemsize
 log = logging.getLogger(__name__)
 
 
@@ -61,6 +62,8 @@ class Split:
     name: str
     writer: RowWriter
     seen: Identities = field(default_factory=Identities)
+    prompts: Identities = field(default_factory=Identities)
+    """What stands before the first token that counts, where anything does."""
 
     @property
     def duplicates(self) -> int:
@@ -71,12 +74,19 @@ class Split:
         """Rows that the other side has too, each as often as it is here."""
         return self.seen.also_in(other.seen)
 
+    def prompts_also_in(self, other: Split) -> int:
+        """Rows whose prompt the other side has too, with this answer or another."""
+        return self.prompts.also_in(other.prompts)
+
     def add(self, encoded: Encoded) -> bool:
         """Write a row; False if no token of it counts."""
         written = self.writer.append(encoded.input_ids, encoded.targets)
         if written is None:
             return False
         self.seen.add(written)
+        prompt = encoded.targets.index(True)
+        if prompt > 1:  # the first token never counts
+            self.prompts.add(written[: prompt * TOKEN_BYTES])
         return True
 
 

@@ -208,6 +208,7 @@ def _receipt(name: str, folder: Path, encoder: Encoder, done: _Tokenized) -> Pre
         fully_masked=sum(t.fully_masked for t in done.tallies),
         duplicates=done.train.duplicates,
         eval_in_train=done.evaluation.also_in(done.train) if done.evaluation else 0,
+        eval_prompts_in_train=done.evaluation.prompts_also_in(done.train) if done.evaluation else 0,
         longest=max(t.longest for t in done.tallies),
         lengths=histogram(train.lengths),
         packing_efficiency=tokens / (len(packs) * dataset.max_length),

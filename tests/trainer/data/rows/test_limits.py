@@ -86,7 +86,15 @@ def test_text_beyond_the_limits_is_named(name, data, problem, tmp_path, read_row
     assert len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".bz2", bz2.compress)])
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [
+        (".gz", gzip.compress),
+        (".bz2", bz2.compress),
+        (".zst", lambda data: pa.compress(data, "zstd", asbytes=True)),
+    ],
+    ids=["gzip", "bzip2", "zstd"],
+)
 def test_a_compressed_file_holds_a_bounded_multiple_of_its_size(suffix, compress, tmp_path, read_rows, monkeypatch):
     monkeypatch.setattr(limits, "ALWAYS_ALLOWED_BYTES", MIB)
     path = tmp_path / f"a.jsonl{suffix}"

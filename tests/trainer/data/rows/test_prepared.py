@@ -1,0 +1,76 @@
+"""Rows of several files in the set that is trained on, and errors about them."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from qlora_trainer.data.collect import Identities, progress_line
+from qlora_trainer.errors import UserError
+from qlora_trainer.prepare.tokenize_rows import prepare_data
+
+PAIR = {"prompt": "return", "completion": " x"}
+
+
+@pytest.fixture
+def prepare(tokenizer, job, tmp_path):
+    def run(train, evaluation=None, **fields):
+        spec = job(format="PromptCompletion", eval_source="eval" if evaluation else None, **fields)
+        return prepare_data(spec, tokenizer, "t1", train, evaluation, tmp_path / "cache")
+
+    return run
+
+
+def write(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_bad_row_in_one_of_several_files_is_named_with_file_and_line(prepare, tmp_path):
+    for number in range(3):
+        rows = [PAIR] * 10
+        if number == 1:
+            rows[5] = {**PAIR, "completion": None}
+        write(tmp_path / "f" / f"p{number}.jsonl", rows)
+    wanted = '"completion" must hold text in every row; row 16 (p1.jsonl, line 6) holds nothing'
+    with pytest.raises(UserError, match=re.escape(wanted)):
+        prepare(tmp_path / "f")
+
+
+def test_the_longest_row_of_several_files_is_named(prepare, tmp_path):
+    write(tmp_path / "f" / "a.jsonl", [PAIR] * 3)
+    write(tmp_path / "f" / "b.jsonl", [PAIR, {**PAIR, "completion": "return " * 99}])
+    with pytest.raises(UserError, match=r"the longest is row 5 \(b.jsonl, line 2\)"):
+        prepare(tmp_path / "f", max_length=32)
+
+
+def test_evaluation_rows_that_share_a_prompt_are_counted_beside_those_that_are_the_same(prepare, tmp_path):
+    train = [{"prompt": f"def f{i}(x):", "completion": f" return {i}"} for i in range(8)]
+    evaluation = [train[0], {**train[1], "completion": " pass"}, {**train[1], "completion": " raise"}]
+    evaluation.append({"prompt": "class A:", "completion": " return 1"})
+    receipt = prepare(write(tmp_path / "train.jsonl", train), write(tmp_path / "eval.jsonl", evaluation)).receipt
+    assert (receipt.eval_rows, receipt.eval_in_train, receipt.eval_prompts_in_train) == (4, 1, 3)
+
+
+def test_rows_of_which_all_counts_have_no_prompt_to_share(prepare, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [PAIR])
+    other = write(tmp_path / "eval.jsonl", [{**PAIR, "completion": " y"}])
+    assert prepare(path, other, loss_on="All").receipt.eval_prompts_in_train == 0
+
+
+def test_identities_count_what_is_repeated_and_what_is_shared():
+    one, other = Identities(), Identities()
+    for number in range(3000):
+        one.add(str(number % 2000).encode())
+        other.add(str(number).encode())
+    assert (one.repeated(), other.repeated()) == (1000, 0)
+    assert (one.also_in(other), other.also_in(one)) == (3000, 2000)
+
+
+def test_progress_says_rate_and_time_left():
+    assert progress_line("/data/rows", 1_000_000, 2 * 10**9, 10**10, 100.0) == (
+        "/data/rows: 1,000,000 rows, 2,000 of 10,000 MB, 20.0 MB/s, about 7 min left"
+    )
