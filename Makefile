@@ -117,6 +117,10 @@ test-e2e: $(VENV)/.all-installed  ## From helm install to a verified adapter, on
 	@$(STEP) pytest-e2e env $(PYTEST) $(E2E_TESTS) $(PYTEST_ARGS)
 	@tail -n 1 build/pytest-e2e.log
 
+.PHONY: soak-storage
+soak-storage: $(VENV)/.all-installed  ## Whole runs over object storage that fails in every way, a run for each fault
+	@SOAK_STORAGE=1 $(PYTEST) tests/trainer/attempts/test_storage_faults.py $(PYTEST_ARGS)
+
 .PHONY: check
 check: $(VENV)/.all-installed  ## Lint, format, imports, generated CRD, dashboards and reference, types
 	@$(STEP) lint $(BIN)/ruff check
