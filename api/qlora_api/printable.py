@@ -9,7 +9,7 @@ import re
 
 _COLOURS = re.compile(r"\x1b\[[0-9;:]*m")
 """Selects colours and weights (ECMA-48, 8.3.117), as logs do: taken out, the rest is readable."""
-_UNSAFE = re.compile(
+UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but tab and line feed, DEL, C1
     "\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"  # direction of writing (UAX #9), line and paragraph separators
     "\u200b\u2060-\u2065\u206a-\u206f\ufeff\ufff9-\ufffb"  # invisible
@@ -20,9 +20,9 @@ REPLACEMENT = "\ufffd"
 
 def printable(text: str) -> str:
     """Return a text in which every character that could control a terminal is the replacement character."""
-    return _UNSAFE.sub(REPLACEMENT, _COLOURS.sub("", text))
+    return UNSAFE.sub(REPLACEMENT, _COLOURS.sub("", text))
 
 
 def is_printable(text: str) -> bool:
     """Return whether no character of a text could control a terminal."""
-    return _UNSAFE.search(text) is None
+    return UNSAFE.search(text) is None

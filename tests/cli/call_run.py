@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
-from qlora_cli.local import run_view
 from qlora_cli.local.machine import Machine
 from qlora_cli.local.run import RunRequest, run
 from qlora_cli.local.trainer_process import Commands
+from qlora_cli.text.output import console
 
 FAKE = Path(__file__).with_name("fake_trainer.py")
 
@@ -17,4 +17,4 @@ def commands(plan):
 
 if __name__ == "__main__":
     request = RunRequest(Path(sys.argv[2]), fresh="--fresh" in sys.argv)
-    sys.exit(run(request, run_view.console(), commands(sys.argv[1]), Machine()))
+    sys.exit(run(request, console(), commands(sys.argv[1]), Machine()))

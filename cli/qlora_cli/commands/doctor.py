@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from qlora_cli.commands import options as o
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, connect, program
 from qlora_cli.text.choices import Form
+from qlora_cli.text.printable import write
 
 
 def doctor(
@@ -49,7 +49,7 @@ def doctor(
         if output in (Form.JSON, Form.YAML):
             out.write_plain([finding.to_json_dict() for finding in findings], output)
         elif output is Form.NAME:
-            sys.stdout.writelines(f"{f.check}\n" for f in findings if f.level is said.Level.FAULT)
+            write("".join(f"{f.check}\n" for f in findings if f.level is said.Level.FAULT))
         else:
             screen = out.console()
             for line in said.lines(findings):

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from qlora_cli.text.printable import write_line
+
 USER_ERROR = 40
 """As ``qlora_api.contract.ExitCode.USER_ERROR``, without the import; a test holds them together."""
 
@@ -45,5 +47,5 @@ def exit_on_user_error() -> Iterator[None]:
     except ValidationError:
         raise
     except ValueError as error:
-        typer.echo(str(error), err=True)
+        write_line(error, error=True)
         raise typer.Exit(USER_ERROR) from None

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.text.choices import Form
+from qlora_cli.text.printable import write_line
 
 NO = 1
 """The answer is no: a watched job failed, an adapter is not what was published, the doctor found a fault."""
@@ -106,7 +107,7 @@ def exit_with_code() -> Iterator[None]:
         code = _code(error)
         if code is None:
             raise
-        typer.echo(str(error), err=True)
+        write_line(error, error=True)
         raise typer.Exit(code) from None
 
 

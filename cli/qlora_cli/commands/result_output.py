@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from qlora_cli.text.choices import Form
+from qlora_cli.text.printable import write
 
 
 def print_done(jobs: list[dict[str, object]], output: Form, done: str) -> None:
@@ -14,5 +15,5 @@ def print_done(jobs: list[dict[str, object]], output: Form, done: str) -> None:
     if output is not Form.TEXT:
         out.write_objects(jobs, output, one=len(jobs) == 1)
         return
-    sys.stdout.writelines(f"{out.name_of(job)} {done}\n" for job in jobs)
+    write("".join(f"{out.name_of(job)} {done}\n" for job in jobs))
     sys.stdout.flush()

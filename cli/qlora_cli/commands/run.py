@@ -24,11 +24,11 @@ def run(
     of CUDA_VISIBLE_DEVICES (empty: the CPU). Relative paths count from the current folder.
     """
     with exit_on_user_error():
-        from qlora_cli.local import run_view
         from qlora_cli.local.run import RunRequest
         from qlora_cli.local.run import run as run_job
         from qlora_cli.local.trainer_process import Commands
+        from qlora_cli.text.output import console
 
         request = RunRequest(job, runs_dir, ranks, fresh, tuple(overrides or ()))
-        code = run_job(request, run_view.console(), Commands())
+        code = run_job(request, console(), Commands())
     raise typer.Exit(code)

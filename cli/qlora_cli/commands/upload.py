@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import program
+from qlora_cli.text.printable import write
 
 
 def upload(
@@ -22,5 +22,5 @@ def upload(
         from qlora_cli.text import output as out
 
         uris = storage.upload(source, target)
-        sys.stdout.writelines(f"{uri}\n" for uri in uris)
+        write("".join(f"{uri}\n" for uri in uris))
         out.say_next(f"{program()} submit JOB.yaml")

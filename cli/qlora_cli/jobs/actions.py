@@ -9,6 +9,7 @@ from qlora_cli.jobs.job_view import view
 from qlora_cli.kube.errors import ClusterError
 from qlora_cli.kube.names import jobs_path
 from qlora_cli.kube.target import get_job, program
+from qlora_cli.text.printable import write
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,8 +67,7 @@ def confirm(question: str, *, yes: bool) -> bool:
         return True
     if not sys.stdin.isatty():
         raise ClusterError("--yes: needed where there is no terminal to ask on")
-    sys.stderr.write(f"{question} [y/N] ")
-    sys.stderr.flush()
+    write(f"{question} [y/N] ", error=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 

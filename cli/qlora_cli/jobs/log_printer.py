@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from qlora_cli.jobs.job_view import in_use, read_run
 from qlora_cli.jobs.logs import prefix
 from qlora_cli.kube.errors import ClusterError
 from qlora_cli.text.output import console
+from qlora_cli.text.printable import write
 
 if TYPE_CHECKING:
     from qlora_cli.jobs.logs import Line
@@ -59,8 +59,7 @@ class Printer:
 
     def _write(self, label: str, text: str, style: str) -> None:
         if not self._screen.is_terminal:
-            sys.stdout.write(f"{label}{text}\n")
-            sys.stdout.flush()
+            write(f"{label}{text}\n")
             return
         body = Text(text) if label else Text(text, style=style)
         self._screen.print(Text.assemble((label, style), body), soft_wrap=True)
@@ -94,5 +93,4 @@ def print_local(folder: Path, attempt: int | None, *, prepare: bool, tail: int |
 
 
 def _put(lines: list[bytes]) -> None:
-    sys.stdout.write(b"".join(lines).decode(errors="replace"))
-    sys.stdout.flush()
+    write(b"".join(lines).decode(errors="replace"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -27,18 +27,8 @@ if TYPE_CHECKING:
     from qlora_cli.local.machine import World
     from qlora_cli.local.run_folder import RunRecord
 
-LOG_WIDTH = 120
-"""Columns where there is no terminal to ask."""
 SAMPLE_CHARACTERS = 800
 MOST_COMPONENTS = 4
-
-
-def console(*, stderr: bool = False) -> Console:
-    """A console that prints text as it is: brackets and colons of users' values are no markup."""
-    made = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
-    if not made.is_terminal:
-        made.width = LOG_WIDTH
-    return made
 
 
 def facts(rows: Sequence[tuple[str, str]]) -> Table:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
+from qlora_api.printable import is_printable
 from qlora_api.errors import FieldError
 
 _PLAIN = "!plain"
@@ -108,7 +109,10 @@ def scalar(text: str) -> object:
 
 def dump(value: object) -> str:
     """YAML that Kubernetes reads back as the same values."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+    if is_printable(text):
+        return text
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=False))
 
 
 class _Dumper(yaml.SafeDumper):

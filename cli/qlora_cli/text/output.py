@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import sys
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.segment import Segment
 from rich.text import Text
 
+from qlora_api.printable import is_printable, printable
 from qlora_cli.kube.names import API_VERSION, KIND
 from qlora_cli.text.choices import Form
+from qlora_cli.text.printable import as_json, write
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from rich.console import ConsoleOptions, RenderableType
 
     from qlora_cli.kube.api_client import Object
 
@@ -29,9 +34,31 @@ LOG_WIDTH = 120
 """Columns for paragraphs where there is no terminal to ask."""
 
 
+class PrintableConsole(Console):
+    """A console on which nothing that is shown can control the terminal; its own styles can."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._depth = threading.local()
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render, and make the whole printable: parts of it would lose what they were measured to have room for."""
+        if getattr(self._depth, "within", False):
+            yield from super().render(renderable, options)
+            return
+        self._depth.within = True
+        try:
+            segments = list(super().render(renderable, options))
+        finally:
+            self._depth.within = False
+        for segment in segments:
+            safe = segment.control or is_printable(segment.text)
+            yield segment if safe else Segment(printable(segment.text), segment.style)
+
+
 def console(*, stderr: bool = False) -> Console:
     """A console that prints text as it is. rich honours NO_COLOR, FORCE_COLOR and TERM=dumb."""
-    made = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    made = PrintableConsole(stderr=stderr, markup=False, emoji=False, highlight=False)
     if not made.is_terminal:
         made.width = LOG_WIDTH
     return made
@@ -128,7 +155,7 @@ EVENT = ("v1", "Event")
 def write_objects(objects: Sequence[Object], form: Form, *, one: bool = False, kind: tuple[str, str] = JOB) -> None:
     """JSON, YAML or names. ``one``: the object itself, not a list of one."""
     if form is Form.NAME:
-        sys.stdout.writelines(f"{name_of(o, kind)}\n" for o in objects)
+        write("".join(f"{name_of(o, kind)}\n" for o in objects))
         return
     shown = [_as_kubectl(o, kind) for o in objects]
     write_plain(shown[0] if one and len(shown) == 1 else {"apiVersion": "v1", "kind": "List", "items": shown}, form)
@@ -141,7 +168,7 @@ def write_plain(value: Any, form: Form) -> None:
 
         sys.stdout.write(kubernetes_yaml.dump(value))
     else:
-        sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(as_json(value) + "\n")
 
 
 def name_of(body: Object, kind: tuple[str, str] = JOB) -> str:

@@ -230,7 +230,7 @@ def test_the_exit_code_is_the_contracts():
     ("statement", "absent"),
     [
         pytest.param("import qlora_api, qlora_cli", ["torch", "yaml", "rich", "httpx", "typer"], id="packages"),
-        pytest.param("import qlora_cli.app", ["torch", "yaml", "rich", "httpx", "pydantic", "qlora_api"], id="main"),
+        pytest.param("import qlora_cli.app", ["torch", "yaml", "rich", "httpx", "pydantic"], id="main"),
         pytest.param(
             "import qlora_cli.local.run, qlora_cli.artifacts.generate",
             ["torch", "transformers", "qlora_trainer"],

@@ -43,7 +43,7 @@ def test_help_loads_nothing_that_it_does_not_need():
     code = (
         "import sys; from qlora_cli.app import app\n"
         "try: app(['--help'])\nexcept SystemExit: pass\n"
-        "heavy = {'httpx', 'kubernetes', 'obstore', 'pydantic', 'qlora_api', 'rich', 'ssl', 'torch', 'yaml'}\n"
+        "heavy = {'httpx', 'kubernetes', 'obstore', 'pydantic', 'rich', 'ssl', 'torch', 'yaml'}\n"
         "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or None)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

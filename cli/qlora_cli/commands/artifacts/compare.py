@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -11,6 +10,7 @@ from qlora_cli.commands import options as o
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, program
 from qlora_cli.text.choices import Form
+from qlora_cli.text.printable import write
 
 
 def compare(
@@ -33,7 +33,7 @@ def compare(
             raise ClusterError("JOB: give at least two, names of jobs or folders of local runs (runs/NAME)")
         found = lookup.find(Target(kubeconfig, context, namespace), jobs)
         if output is Form.NAME:
-            sys.stdout.writelines(f"{out.name_of(each.body)}\n" for each in found)
+            write("".join(f"{out.name_of(each.body)}\n" for each in found))
             return
         columns = [comparing.ComparedJob(each.view, each.body.get("spec") or {}) for each in found]
         if output is not Form.TEXT:

@@ -10,6 +10,7 @@ import typer
 from qlora_cli.commands import options as o
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, connect, is_local, program
+from qlora_cli.text.printable import write_line
 
 if TYPE_CHECKING:
     from qlora_cli.artifacts import adapters
@@ -41,7 +42,7 @@ def download(
         with screen.status("reading the manifest …") as status:
             count, size = adapters.download(published, folder, status.update, adapter_only=adapter_only)
         place = adapters.folder_of(published, folder)
-        typer.echo(f"{place}: {count} files, {units.size(size)} fetched; all are what was published")
+        write_line(f"{place}: {count} files, {units.size(size)} fetched; all are what was published")
         out.say_next(f"{program()} generate --adapter {place} --prompt …", f"{program()} merge {folder}/ --out merged")
 
 

@@ -58,10 +58,10 @@ def generate(
     """
     with exit_on_user_error():
         from qlora_cli.artifacts import generate as asking
-        from qlora_cli.local import run_view
         from qlora_cli.local.trainer_process import Commands
+        from qlora_cli.text.output import console
 
         models = asking.choose_models(adapter, run, runs_dir, base, merged)
         options = asking.GenerateOptions(asking.prompts(prompt or (), prompts_file), max_new_tokens, sample, raw)
-        code = asking.generate(models, options, run_view.console(), Commands(), runs_dir / run if run else None)
+        code = asking.generate(models, options, console(), Commands(), runs_dir / run if run else None)
     raise typer.Exit(code)

@@ -11,6 +11,7 @@ from qlora_cli.commands import options as o
 from qlora_cli.commands.artifacts.download import find_published
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, program
+from qlora_cli.text.printable import write_line
 
 
 def merge(
@@ -40,6 +41,6 @@ def merge(
             adapter = merging.fetch(published, status.update)
         code = merging.run(plan, adapter)
         if code == 0:
-            typer.echo(f"{to}: {plan.base} with the adapter merged in")
+            write_line(f"{to}: {plan.base} with the adapter merged in")
             out.say_next(f"{program()} generate --adapter {adapter} --merged {to} --prompt …")
     raise typer.Exit(code)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.commands.local_options import RunsDir, exit_on_user_error
+from qlora_cli.text.printable import write_line
 
 ReportOf = Annotated[
     str, typer.Argument(metavar="RUN", help="Name or folder of a run, or folder of a published adapter.")
@@ -27,4 +28,4 @@ def report(run: ReportOf, out: ReportFile = None, runs_dir: RunsDir = Path("runs
     with exit_on_user_error():
         from qlora_cli.report.write import write
 
-        typer.echo(write(run, runs_dir, out))
+        write_line(write(run, runs_dir, out))

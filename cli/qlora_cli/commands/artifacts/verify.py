@@ -9,6 +9,7 @@ from qlora_cli.commands.artifacts.download import find_published
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, program
 from qlora_cli.text.choices import Form
+from qlora_cli.text.printable import write_line
 
 
 def verify(
@@ -42,9 +43,9 @@ def verify(
             }
             out.write_plain(plain, output)
         elif output is Form.NAME:
-            typer.echo(manifest)
+            write_line(manifest)
         else:
-            typer.echo("\n".join(problems) or f"{manifest}: all {len(published.files)} files are what was published")
+            write_line("\n".join(problems) or f"{manifest}: all {len(published.files)} files are what was published")
             if not problems:
                 out.say_next(f"{program()} merge {what} --out merged{Target(kubeconfig, context, namespace).flags()}")
     raise typer.Exit(o.NO if problems else 0)

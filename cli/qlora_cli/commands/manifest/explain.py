@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.commands.local_options import As, Output, exit_on_user_error
+from qlora_cli.text.printable import write_line
 
 FieldPath = Annotated[
     str, typer.Argument(metavar="[FIELD]", help="Such as lora.rank or spec.dataset; default: the spec.")
@@ -19,11 +20,11 @@ def explain(field: FieldPath = "", output: As = Output.TEXT) -> None:
     Its type, default, bounds and meaning, whether it may change, and the rules it is part of.
     """
     with exit_on_user_error():
-        from qlora_cli.local import run_view
         from qlora_cli.manifest import explain as explaining
+        from qlora_cli.text.output import console
 
         entry = explaining.describe(field)
         if output is Output.JSON:
-            typer.echo(explaining.as_json(entry))
+            write_line(explaining.as_json(entry))
         else:
-            run_view.console().print(explaining.show(entry))
+            console().print(explaining.show(entry))

@@ -11,6 +11,7 @@ import typer
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import program
 from qlora_cli.text.choices import RowFormat
+from qlora_cli.text.printable import write, write_line
 
 
 def init(
@@ -51,9 +52,9 @@ def init(
         answers = beginning.ask(given, ask)
         text = beginning.text(answers)
         if str(file) == "-":
-            sys.stdout.write(text)
+            write(text)
             return
         file.write_text(text, encoding="utf-8")
-        typer.echo(f"{file} written")
+        write_line(f"{file} written")
         here = any("://" not in place for place in (answers.model, answers.data, answers.destination))
         out.say_next(f"{program()} {'run' if here else 'submit'} {file}", f"{program()} explain spec")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.commands.local_options import USER_ERROR, As, Job, Output, Set, exit_on_user_error
+from qlora_cli.text.printable import as_json, write_line
 
 GpuName = Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="Such as h100-80gb; default: the one here.")]
 
@@ -47,17 +48,15 @@ def plan(
     code is 40 if it does not fit.
     """
     with exit_on_user_error():
-        import json
-
         from qlora_cli.memory_plan import plan_job as planning
 
         asked = planning.PlanOptions(gpu, gpus, price, tokens, what_if, model_config)
         answered = planning.answer(job, asked, tuple(overrides or ()))
         if output is Output.JSON:
-            typer.echo(json.dumps(planning.as_dict(answered), indent=2))
+            write_line(as_json(planning.as_dict(answered)))
         else:
-            from qlora_cli.local import run_view
             from qlora_cli.memory_plan import plan_view
+            from qlora_cli.text.output import console
 
-            run_view.console().print(plan_view.show(answered))
+            console().print(plan_view.show(answered))
     raise typer.Exit(0 if answered.fits else USER_ERROR)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.commands.local_options import USER_ERROR, As, Output, exit_on_user_error
+from qlora_cli.text.printable import write_line
 
 Jobs = Annotated[list[Path], typer.Argument(metavar="JOB.yaml...", help="Manifests; - reads standard input.")]
 
@@ -21,5 +22,5 @@ def validate(jobs: Jobs, output: As = Output.TEXT) -> None:
         from qlora_cli.manifest import validate as check
 
         reports = [check.check_file(path) for path in jobs]
-        typer.echo(check.as_json(reports) if output is Output.JSON else check.as_text(reports))
+        write_line(check.as_json(reports) if output is Output.JSON else check.as_text(reports))
     raise typer.Exit(0 if all(report.good for report in reports) else USER_ERROR)

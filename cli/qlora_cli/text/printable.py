@@ -1,0 +1,36 @@
+"""Write texts of strangers (messages of pods, names, rows, logs) without what could control a terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from qlora_api.printable import UNSAFE, printable
+
+
+def write(text: str, *, error: bool = False) -> None:
+    """Write a text to standard output, or standard error, and flush it."""
+    stream = sys.stderr if error else sys.stdout
+    stream.write(printable(text))
+    stream.flush()
+
+
+def write_line(text: object, *, error: bool = False) -> None:
+    """Write a text and the end of its line."""
+    write(f"{text}\n", error=error)
+
+
+def as_json(value: Any, indent: int | None = 2) -> str:
+    """Return JSON in which such characters are escaped, so that the values are what they were."""
+    import json  # noqa: PLC0415 not for --help
+
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return UNSAFE.sub(lambda found: _escaped(ord(found[0])), text)
+
+
+def _escaped(code: int) -> str:
+    """A character as JSON may have it: beyond the 16 bits of an escape, as two (RFC 8259, section 7)."""
+    if code < 0x10000:
+        return f"\\u{code:04x}"
+    code -= 0x10000
+    return f"\\u{0xD800 + (code >> 10):04x}\\u{0xDC00 + (code & 0x3FF):04x}"
