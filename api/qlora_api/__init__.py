@@ -1,6 +1,6 @@
 """The QLoRAJob API: names, types, conditions and the contract between whoever starts a trainer and the trainer.
 
-The types are loaded when they are asked for: the command line uses modules without them, and starts in a tenth of the time.
+The types are loaded when they are asked for: the command line uses modules without them, and starts sooner.
 """
 
 from __future__ import annotations
