@@ -171,3 +171,32 @@ def test_an_evaluation_source_takes_its_own_split(folder):
     (folder / "test.jsonl").write_text("{}\n")
     assert [file.name for file in find_source(folder, FIELD).files] == ["train.jsonl"]
     assert [file.name for file in find_source(folder, EVAL_FIELD).files] == ["test.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_folder_that_becomes_a_link_after_it_was_found_is_not_read(folder, kind, open_rows):
+    (folder / "sub").mkdir()
+    if kind == "parquet":
+        (folder / "a.jsonl").unlink()
+        row = datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}])
+        row.to_parquet(str(folder / "sub" / "b.parquet"))
+    else:
+        shutil.copy(folder / "a.jsonl", folder / "sub" / "b.jsonl")
+    rows = open_rows(folder)
+    (folder / "sub").rename(folder.parent / "elsewhere")
+    (folder / "sub").symlink_to(folder.parent / "elsewhere")
+    with pytest.raises(UserError, match=rf"sub/b.{kind}.*changed while it was read"):
+        rows.count()
+
+
+def test_a_name_that_is_no_utf8_is_read_and_can_be_written_in_a_message(folder, read_rows, places):
+    (folder / "a.jsonl").rename(folder / os.fsdecode(b"\xff.jsonl"))
+    assert read_rows(folder) == [{"prompt": "a", "completion": "b"}]
+    assert [str(place).encode() for place in places(folder)] == [rb"1 (\xff.jsonl, line 1)"]
+
+
+def test_more_files_than_are_read_end_the_search(folder, monkeypatch):
+    monkeypatch.setattr(source_module, "MOST_FILES", 3)
+    for number in range(3):
+        (folder / f"{number}.jsonl").write_text("{}\n")
+    refused(folder, "has more than 3 files")

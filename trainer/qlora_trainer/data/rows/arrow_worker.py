@@ -12,6 +12,7 @@ import os
 import resource
 import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -83,7 +84,7 @@ def _refuse(value: object) -> None:
 def _send_file(number: int, path: str, identity: tuple[int, int], size: int, columns: list[str]) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     found = os.fstat(descriptor)
-    if (found.st_dev, found.st_ino) != identity:
+    if (found.st_dev, found.st_ino) != identity or Path(f"/proc/self/fd/{descriptor}").readlink() != Path(path):
         raise _RowProblemError(None, "changed while it was read")
     names, batches = _open(descriptor)
     wanted = [name for name in columns if name in names]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from qlora_storage.object_store import PVC_MOUNT
 from qlora_trainer.data.rows.errors import RowsError
 from qlora_trainer.errors import UserError
-from qlora_trainer.row_files import ALLOWED, STATE, Kind, RowFilesError, Selection, kind_of, select
+from qlora_trainer.row_files import ALLOWED, MOST_FILES, STATE, Kind, RowFilesError, Selection, kind_of, select
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,8 +63,10 @@ class SourceFile:
         return file
 
     def check(self, file: BufferedReader) -> None:
-        """Raise RowsError if the open file is not as it was found."""
+        """Raise RowsError if the open file is not as it was found, or is reached by a link that was put on its path."""
         now = os.fstat(file.fileno())
+        if Path(f"/proc/self/fd/{file.fileno()}").readlink() != self.path:
+            raise RowsError(f"{self.name}: changed while it was read")
         if (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns) != (
             self.device,
             self.inode,
@@ -113,7 +115,9 @@ def find_source(path: Path, field: str) -> SourceFiles:
         kind = kind_of(path.name)
         if kind is None:
             raise UserError(field, path, f"is of no known type; {ALLOWED}")
-        return SourceFiles(field, path, kind, (_regular(real, path.name),))
+        return SourceFiles(
+            field, path, kind, (_regular(real, os.fsencode(path.name).decode(errors="backslashreplace")),)
+        )
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(field, path, f"is not there; {ALLOWED}") from None
     except (RowsError, RowFilesError) as error:
@@ -170,12 +174,13 @@ def _walk(root: Path) -> Iterator[tuple[str, Path]]:
     allowed = [root, *_blobs(root)]
     seen = {root}
     folders = [(root, "")]
+    count = 0
     while folders:
         folder, prefix = folders.pop()
         if prefix.count("/") > DEEPEST_FOLDER:
             raise RowsError(f"has folders inside each other more than {DEEPEST_FOLDER} deep")
         for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-            name = f"{prefix}{entry.name}"
+            name = prefix + os.fsencode(entry.name).decode(errors="backslashreplace")
             real = Path(entry.path)
             if entry.is_symlink():
                 if prefix == "" and entry.name.startswith("."):
@@ -184,6 +189,9 @@ def _walk(root: Path) -> Iterator[tuple[str, Path]]:
                 if not any(real.is_relative_to(place) for place in allowed):
                     raise RowsError(f"has a link that leads out of it: {name}. Put the file itself there")
             if not real.is_dir():
+                count += 1
+                if count > MOST_FILES:
+                    raise RowsError(f"has more than {MOST_FILES} files; put more rows into each")
                 yield name, real
             elif real not in seen:
                 seen.add(real)
