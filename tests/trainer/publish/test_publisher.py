@@ -17,6 +17,7 @@ from qlora_trainer import verify
 from qlora_trainer.errors import UserError
 from qlora_trainer.publish.gate import AdapterRejectedError, verify_adapter, verify_loads
 from qlora_trainer.publish.publisher import Manifest, _declare, check_destination, publish, verify_published
+from services.faulty_s3 import S3Fault, faulty_s3
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 LAYERS = tuple(f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj"))
@@ -425,6 +426,23 @@ def test_checking_a_destination_leaves_nothing_behind(place):
     assert keys(place) == []
     with pytest.raises(NotFoundError):
         open_store(place, "x").get("manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        pytest.param(S3Fault("ignored", 200, headers=(("ETag", '"e"'),)), "ignores If-None-Match", id="ignored"),
+        pytest.param(S3Fault("unknown", 501, "NotImplemented"), r"refuses create-only writes \(.*501", id="unknown"),
+    ],
+)
+def test_a_server_without_create_only_writes_is_found_before_the_training(s3, monkeypatch, s3_server, fault, said):
+    with faulty_s3(s3_server) as server, monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", server.endpoint)
+        # the first write of the probe is a plain one, the second asks for what must not be there
+        server.choose = lambda call, times: fault if call[0] == "PUT" and times else None
+        with pytest.raises(UserError, match=rf'^spec\.output\.destination: "s3://.*{said}.*conditional writes'):
+            check_destination(s3, "run")
+    check_destination(s3, "run")
 
 
 def test_a_destination_that_cannot_be_written_is_found_before_the_training(tmp_path, tmpfs, s3, monkeypatch):

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from qlora_api.contract import ExitCode, TerminationMessage
 from qlora_api.status import Adapter, Progress, Reason
 from qlora_storage import published
-from qlora_storage.object_store import NotFoundError, Store, open_store, sha256_bytes, sha256_file
+from qlora_storage.object_store import AlreadyExistsError, NotFoundError, Store, open_store, sha256_bytes, sha256_file
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.publish.adapter_manifest import ADAPTER, MANIFEST, Manifest
 from qlora_trainer.storage.authentication import UNAUTHENTICATED, Authenticator
@@ -32,8 +32,8 @@ def check_destination(uri: str, run_uid: str, authenticator: Authenticator = UNA
     """Find out before the training whether its result can be published.
 
     Raises:
-        UserError: the destination cannot be written, or holds another run's adapter, or a manifest that claims to be
-            of this run and is not.
+        UserError: the destination cannot be written, has no create-only writes, or holds another run's adapter, or a
+            manifest that claims to be of this run and is not.
         StorageError: it is out of reach, or full.
 
     """
@@ -41,10 +41,34 @@ def check_destination(uri: str, run_uid: str, authenticator: Authenticator = UNA
     own_manifest(store, run_uid, authenticator)
     probe = f".write-check-{run_uid[:8]}"
     store.put(probe, b"")
+    _check_create_only(store, probe)
     try:
         store.delete(probe)
     except UserError as error:
         log.warning("%s stays behind, deleting is not allowed: %s", store.uri(probe), error)
+
+
+def _check_create_only(store: Store, taken: str) -> None:
+    """Try to create what is there already: of two writers of a manifest, one must fail.
+
+    Raises:
+        UserError: the server replaces it, or does not know such writes.
+        StorageError: it is out of reach.
+
+    """
+    try:
+        store.create(taken, b"")
+    except AlreadyExistsError:
+        return
+    except UserError as error:
+        found = f"has a server that refuses create-only writes ({error.arguments[2].partition('. ')[0]})"
+    else:
+        found = "has a server that ignores If-None-Match, so that two runs could publish over each other"
+    raise UserError(
+        store.field,
+        store.uri(),
+        f"{found}: choose a store with conditional writes, such as S3 itself, MinIO, Ceph or versitygw of today",
+    )
 
 
 def finished_run(config: TrainerConfig) -> TerminationMessage | None:
