@@ -216,6 +216,16 @@ class PrepareReceipt(Model):
     dropped: int
     fully_masked: int
     """Rows left out because no token counts (truncation cut it, or the row is empty)."""
+    rows: int = 0
+    """Rows as they were read; the other figures count the examples that they gave."""
+    split_rows: int = 0
+    """Rows that gave several examples, since the chat template rewrites earlier turns."""
+    left_out: int = 0
+    """Rows of which the chat template leaves something out, or in which the assistant says nothing."""
+    empty_turns: int = 0
+    """Messages of the assistant of which nothing is written. They are not learned."""
+    notes: list[str] = []
+    """What a person should know of how the rows were rendered."""
     duplicates: int
     """Training rows that repeat an earlier one token by token. They are kept."""
     eval_in_train: int

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from qlora_api.spec import DatasetSpec
 from qlora_storage.object_store import open_store, sha256_bytes
@@ -27,8 +27,10 @@ from qlora_trainer.reporting.rank_exit import quiet_libraries
 from qlora_trainer.storage.fetch import fetch_model
 
 
-def complete(model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int, *, sample: bool) -> str:
-    """The model's continuation of the prompt's tokens, special tokens left out."""
+def complete(
+    model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int, *, sample: bool, end: tuple[int, ...] = ()
+) -> str:
+    """Return the model's continuation of the prompt's tokens up to ``end``, special tokens left out."""
     ids = torch.tensor([prompt], device=model.device)
     with torch.no_grad():
         out = model.generate(
@@ -36,10 +38,26 @@ def complete(model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             do_sample=sample,
+            stopping_criteria=StoppingCriteriaList([_EndsWith(end)] if end else []),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
-    text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    answer = out[0, ids.shape[1] :].tolist()
+    if end and tuple(answer[-len(end) :]) == end:
+        del answer[-len(end) :]
+    text: str = tokenizer.decode(answer, skip_special_tokens=True)
     return text
+
+
+class _EndsWith(StoppingCriteria):  # type: ignore[misc]
+    """Stop at the tokens that answers were taught to end with, which need not be the model's own end token."""
+
+    def __init__(self, end: tuple[int, ...]) -> None:
+        self._end = end
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:  # noqa: ARG002
+        end = torch.tensor(self._end, device=input_ids.device)
+        stops: Any = (input_ids[:, -len(self._end) :] == end).all(dim=1)
+        return stops  # type: ignore[no-any-return]
 
 
 def default_cache() -> Path:
@@ -74,11 +92,13 @@ def answers(arguments: argparse.Namespace) -> list[dict[str, str]]:
     tokenizer = load_tokenizer(base_path, arguments.dataset.chat_template if arguments.dataset else None)
     torch.manual_seed(0)
 
-    encode = Encoder(tokenizer, arguments.dataset).prompt if arguments.dataset else tokenizer.encode
-    prompts = [encode(prompt) for prompt in arguments.prompt]
+    encoder = Encoder(tokenizer, arguments.dataset) if arguments.dataset else None
+    encode = encoder.prompt if encoder else tokenizer.encode
+    prompts, end = [encode(prompt) for prompt in arguments.prompt], encoder.end if encoder else ()
 
     def ask(model: Any) -> list[str]:
-        return [complete(model, tokenizer, p, arguments.max_new_tokens, sample=arguments.sample) for p in prompts]
+        sample, tokens = arguments.sample, arguments.max_new_tokens
+        return [complete(model, tokenizer, prompt, tokens, sample=sample, end=end) for prompt in prompts]
 
     columns: dict[str, list[str]] = {"prompt": arguments.prompt}
     base = load(base_path)

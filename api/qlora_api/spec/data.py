@@ -99,6 +99,9 @@ class Tolerance(Model):
     """Rows left out as too long, with longRows Drop."""
     fully_masked: decimal(0, 1) | None = None  # type: ignore[valid-type]
     """Rows left out because none of their tokens counts."""
+    left_out: decimal(0, 1) | None = None  # type: ignore[valid-type]
+    """Rows of which the chat template leaves a text out, or in which the assistant says nothing. Such answers are not
+    learned."""
     duplicates: decimal(0, 1) | None = None  # type: ignore[valid-type]
     """Training rows that repeat an earlier one token by token."""
     eval_in_train: decimal(0, 1) | None = None  # type: ignore[valid-type]
@@ -116,8 +119,8 @@ class DatasetSpec(Model):
     """Text, Messages (chat), PromptCompletion or Instruction (instruction, input, output)."""
     columns: Columns = Columns()
     chat_template: Annotated[str, StringConstraints(min_length=1, max_length=32768)] | None = None
-    """Jinja template for conversations; default: the tokenizer's own. Mark the assistant's tokens with
-    {% generation %} … {% endgeneration %}; without the mark they are found by rendering turn by turn."""
+    """Jinja template for conversations; default: the tokenizer's own. What the assistant
+    writes, its end token included, is found by rendering turn by turn; {% generation %} marks must agree with that."""
     loss_on: LossOn | None = None
     """Tokens that count: All, Completion (PromptCompletion and Instruction) or Assistant (Messages).
     Default: All for Text, Assistant for Messages, else Completion."""

@@ -151,6 +151,14 @@ def receipt(found: PrepareReceipt, prepared: PrepareResult | None) -> Renderable
         ("Slots filled", f"{found.packing_efficiency:.1%}"),
         ("Rows cut or lost", ", ".join(lost) or "none"),
     ]
+    if found.split_rows:
+        rows.append(("Split", f"{units.number(found.split_rows)} rows give several: the chat template rewrites turns"))
+    if found.left_out:
+        empty = f"; {units.number(found.empty_turns)} empty answers are not learned" if found.empty_turns else ""
+        rows.append(
+            ("Left out", f"{units.number(found.left_out)} rows say what the chat template does not write{empty}")
+        )
+    rows += [("Note", note) for note in found.notes]
     if found.duplicates:
         rows.append(("Repeated", f"{units.number(found.duplicates)} training rows repeat an earlier one"))
     if found.eval_rows:

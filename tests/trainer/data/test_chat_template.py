@@ -41,8 +41,8 @@ def test_marked_templates_count_what_they_mark(chat_tokenizer, chatml, chatml_ma
 
 def test_unmarked_templates_count_what_each_assistant_turn_adds(chat_tokenizer, dataset):
     encoded = Encoder(chat_tokenizer, dataset(format="Messages")).encode({"messages": CHAT})
-    assert runs(encoded, chat_tokenizer) == [f"{answer}\n" for answer in ANSWERS]
-    assert encoded.input_ids == chat_tokenizer.apply_chat_template(CHAT)["input_ids"]
+    assert runs(encoded, chat_tokenizer) == ANSWERS
+    assert chat_tokenizer.decode(encoded.input_ids) == chat_tokenizer.apply_chat_template(CHAT, tokenize=False)
 
 
 def test_tokens_that_count_are_found_with_a_tokenizer_that_puts_a_space_first(begin_tokenizer, chatml_marked, dataset):
@@ -84,12 +84,13 @@ def test_keys_that_only_arrow_put_there_are_not_seen_by_the_template(chat_tokeni
 
 def test_a_message_of_tool_calls_needs_no_content(chat_tokenizer, dataset):
     template = (
-        "{% for m in messages %}[{{ m.role }}]{% generation %}{{ m.content or m.tool_calls | tojson }}"
-        "{% endgeneration %}{% endfor %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content or m.tool_calls | tojson }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     encoder = Encoder(chat_tokenizer, dataset(format="Messages", chat_template=template))
-    encoded = encoder.encode({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]})
-    assert runs(encoded, chat_tokenizer) == ['[{"name": "f"}]']
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    encoded = encoder.encode({"messages": [{"role": "user", "content": "?"}, call]})
+    assert runs(encoded, chat_tokenizer) == ['[{"name": "f"}]<|im_end|>']
 
 
 THINKING = (
@@ -98,19 +99,18 @@ THINKING = (
 )
 
 
-def test_a_template_that_rewrites_earlier_turns_must_mark_them(chat_tokenizer, dataset):
+def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each(chat_tokenizer, dataset):
     encoder = Encoder(chat_tokenizer, dataset(format="Messages", chat_template=THINKING))
-    assert runs(encoder.encode({"messages": CHAT[:3]}), chat_tokenizer) == [f"<think></think>{ANSWERS[0]}\n"]
-    with pytest.raises(UserError) as caught:
-        encoder.encode({"messages": CHAT}, number=9)
-    assert str(caught.value).startswith(
-        "spec.dataset.chatTemplate: must mark the assistant's tokens with {% generation %} … {% endgeneration %}: they"
-        " cannot be found by rendering turn by turn in row 9, where message 3 changes the text before or after it"
-    )
+    first, second = encoder.encode_batch([{"messages": CHAT}])[0].examples
+    assert runs(first, chat_tokenizer) == [f"<think></think>{ANSWERS[0]}"]
+    assert runs(second, chat_tokenizer) == [f"<think></think>{ANSWERS[1]}"]
+    for example, turns in ((first, 3), (second, 5)):
+        text = chat_tokenizer.apply_chat_template(CHAT[:turns], chat_template=THINKING, tokenize=False)
+        assert chat_tokenizer.decode(example.input_ids) == text
 
 
 def test_an_unmarked_conversation_that_starts_with_the_assistant_is_refused(chat_tokenizer, dataset):
-    with pytest.raises(UserError, match="row 4, which starts with the assistant"):
+    with pytest.raises(UserError, match="given row 4, has no text before the assistant's first message"):
         Encoder(chat_tokenizer, dataset(format="Messages")).encode({"messages": CHAT[2:]}, number=4)
 
 

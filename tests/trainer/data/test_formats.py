@@ -113,7 +113,7 @@ def test_columns_are_those_of_the_manifest(tokenizer, dataset):
 
 def test_rows_encode_alike_alone_and_together(tokenizer, dataset, pairs):
     encoder = Encoder(tokenizer, dataset(format="PromptCompletion"))
-    assert encoder.encode_batch(pairs[:20]) == [encoder.encode(row) for row in pairs[:20]]
+    assert [row.examples for row in encoder.encode_batch(pairs[:20])] == [[encoder.encode(row)] for row in pairs[:20]]
 
 
 @pytest.mark.parametrize(

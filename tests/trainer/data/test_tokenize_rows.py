@@ -42,7 +42,7 @@ def contents(rows: TokenizedRows) -> list[list[int]]:
 
 def test_rows_on_disk_are_what_the_encoder_gives_in_order(prepared, tokenizer, dataset, pairs):
     data = prepared(pairs)
-    wanted = Encoder(tokenizer, dataset(**PAIRS)).encode_batch(pairs)
+    wanted = [row.examples[0] for row in Encoder(tokenizer, dataset(**PAIRS)).encode_batch(pairs)]
     assert contents(data.train) == [encoded.input_ids for encoded in wanted]
     assert [data.train.row(i)[1].tolist() for i in range(len(pairs))] == [encoded.targets for encoded in wanted]
     assert data.train.lengths.tolist() == [len(encoded.input_ids) for encoded in wanted]

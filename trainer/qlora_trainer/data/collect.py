@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from qlora_trainer.data.formats import Encoded, Encoder
+    from qlora_trainer.data.formats import Encoded, EncodedRow, Encoder
     from qlora_trainer.data.rows.place import RowPlace
     from qlora_trainer.data.rows.read import Batch, Rows
     from qlora_trainer.data.tokenized_rows import RowWriter
@@ -92,9 +92,15 @@ class Split:
 
 @dataclass
 class Tally:
-    """Counts of the rows of one source, by what happened to them."""
+    """Counts of the rows of one source, by what happened to them; some count the examples that rows gave."""
 
     rows: int = 0
+    split: int = 0
+    """Rows that gave several examples."""
+    left_out: int = 0
+    """Rows of which the chat template leaves something out."""
+    empty_turns: int = 0
+    """Messages of the assistant of which nothing is written."""
     truncated: int = 0
     dropped: int = 0
     fully_masked: int = 0
@@ -102,9 +108,16 @@ class Tally:
     longest_row: RowPlace | None = None
     too_long: int = 0
 
-    def count(self, encoded: Encoded, number: RowPlace, most: int) -> None:
-        """Note one row before anything is decided about it."""
+    def count_row(self, row: EncodedRow) -> None:
+        """Note one row."""
         self.rows += 1
+        self.split += len(row.examples) > 1
+        self.left_out += bool(row.left_out or row.empty)
+        self.empty_turns += row.empty
+        self.fully_masked += not row.examples
+
+    def count(self, encoded: Encoded, number: RowPlace, most: int) -> None:
+        """Note one example before anything is decided about it."""
         self.truncated += encoded.truncated
         self.too_long += encoded.full_length > most
         if encoded.full_length > self.longest:
@@ -128,19 +141,21 @@ def collect(encoder: Encoder, rows: Rows, where: str, side_of: Callable[[int], S
     tally = Tally()
     progress = _Progress(where, rows.source.size)
     for batch in rows.batches():
-        for place, encoded in zip(batch.places, _encoded(encoder, batch), strict=True):
-            tally.count(encoded, place, dataset.max_length)
-            if len(encoded.input_ids) > dataset.max_length:  # Fail and Drop; Truncate has cut it
-                tally.dropped += 1
-            elif not side_of(place.number - 1).add(encoded):
-                tally.fully_masked += 1
+        for place, row in zip(batch.places, _encoded(encoder, batch), strict=True):
+            tally.count_row(row)
+            for encoded in row.examples:
+                tally.count(encoded, place, dataset.max_length)
+                if len(encoded.input_ids) > dataset.max_length:  # Fail and Drop; Truncate has cut it
+                    tally.dropped += 1
+                elif not side_of(place.number - 1).add(encoded):
+                    tally.fully_masked += 1
         progress.tell(tally.rows, batch.done)
     if tally.too_long and dataset.long_rows is LongRows.FAIL:
         raise _too_long(dataset, tally, where)
     return tally
 
 
-def _encoded(encoder: Encoder, batch: Batch) -> list[Encoded]:
+def _encoded(encoder: Encoder, batch: Batch) -> list[EncodedRow]:
     """Encode a batch; an error that no row should cause is told by its type, since its text may quote the row.
 
     Raises:

@@ -1,23 +1,21 @@
 r"""From a row to tokens, and which of them count for the loss.
 
 Every format becomes :class:`Piece`\ s first, texts that are tokenized apart, so that the four differ in nothing but
-how they are written. Prompt and completion are two pieces: at generation the model is given the tokens of the prompt
-alone, and a merge over the boundary ("(" + ")" → "()") would be a token that it can never be given or asked for.
-Tokenizers that put a space before every text, as Llama 2's, put one before the completion too; decoding the answer
-alone takes it off again.
+how they are written. Prompt and answer are two pieces: at generation the model is given the tokens of the prompt alone,
+and a merge over the boundary ("(" + ")" → "()") would be a token that it can never be given or asked for. What follows
+a prompt is tokenized as in the midst of a text: where a tokenizer puts a space before every text, as Llama 2's, the
+answer has none of its own.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from qlora_api.spec import Columns, DatasetFormat, DatasetSpec, LongRows, LossOn
-from qlora_trainer.data.chat_template import ChatTemplate
-from qlora_trainer.data.rows.conversation import json_type, read_conversation, read_exchange
+from qlora_trainer.data.chat_template import ChatTemplate, RenderedRow
+from qlora_trainer.data.rows.conversation import Conversation, json_type, read_conversation, read_exchange
 from qlora_trainer.data.text_pieces import Piece
 from qlora_trainer.errors import UserError
 
@@ -40,9 +38,13 @@ INSTRUCTION_ALONE = (
 """Taori et al. 2023 (Stanford Alpaca), ``train.py``; the output follows directly, then the end token."""
 
 
+ANCHORS = ("\n", "a", "=", "0")
+"""Texts to put before one that is not the first, so that a tokenizer does not take it for the first."""
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """One row."""
+    """One example."""
 
     input_ids: list[int]
     targets: list[bool]
@@ -51,6 +53,17 @@ class Encoded:
     """The tail beyond ``maxLength`` was cut off."""
     full_length: int
     """Tokens before anything was cut off."""
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """The examples of one row: one, or several where a chat template rewrites earlier turns, or none."""
+
+    examples: list[Encoded]
+    left_out: int = 0
+    """Messages of which the chat template leaves something out."""
+    empty: int = 0
+    """Messages of the assistant of which nothing is written; they are not learned."""
 
 
 def needed_columns(dataset: DatasetSpec) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -103,7 +116,7 @@ class Encoder:
 
     def __post_init__(self) -> None:
         if self.dataset.format is DatasetFormat.MESSAGES:
-            self._usable_chat  # noqa: B018 refuses before any row
+            _ = self._chat.end  # refuses a template that does not parse before any row
         elif self.tokenizer.eos_token_id is None:
             raise UserError(
                 "spec.model.source",
@@ -113,15 +126,17 @@ class Encoder:
             )
 
     def encode(self, row: Mapping[str, Any], number: RowNumber = 1) -> Encoded:
-        """Encode one row; see :meth:`encode_batch`."""
-        return self.encode_batch([row], [number])[0]
+        """Encode one row that gives one example, or none; see :meth:`encode_batch`."""
+        examples = self.encode_batch([row], [number])[0].examples
+        assert len(examples) <= 1, "the row gives several examples"
+        return examples[0] if examples else Encoded([], [], truncated=False, full_length=0)
 
     def encode_batch(
         self, rows: Sequence[Mapping[str, Any]], numbers: Sequence[RowNumber] | None = None
-    ) -> list[Encoded]:
+    ) -> list[EncodedRow]:
         """Encode rows together: the tokenizer works on all cores within one call.
 
-        A row longer than ``maxLength`` loses its tail under longRows Truncate and is returned whole otherwise.
+        An example longer than ``maxLength`` loses its tail under longRows Truncate and is whole otherwise.
 
         Args:
             rows: cells by column.
@@ -131,10 +146,28 @@ class Encoder:
             UserError: names the row and the field.
 
         """
-        numbers = range(1, len(rows) + 1) if numbers is None else numbers
-        pieces = [self._pieces(row, number) for row, number in zip(rows, numbers, strict=True)]
-        flat = iter(self._tokenize([piece for row in pieces for piece in row]))
-        return [self._assemble([next(flat) for _ in row], templated=row[0].templated) for row in pieces]
+        rendered = self._render(rows, range(1, len(rows) + 1) if numbers is None else numbers)
+        ids = iter(
+            self._ids(
+                [
+                    (piece.text, at == 0)
+                    for row in rendered
+                    for example in row.examples
+                    for at, piece in enumerate(example)
+                ]
+            )
+        )
+        return [
+            EncodedRow(
+                [
+                    self._assemble([(next(ids), piece.counts) for piece in example], templated=row.templated)
+                    for example in row.examples
+                ],
+                row.left_out,
+                row.empty,
+            )
+            for row in rendered
+        ]
 
     def prompt(self, text: str) -> list[int]:
         """Return the prompt for ``text``, in the form that was taught: a turn, an instruction, a prompt, a beginning.
@@ -150,77 +183,129 @@ class Encoder:
                 columns = self.dataset.columns
                 text = render_instruction({columns.instruction: text}, columns)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if self.dataset.format is not DatasetFormat.MESSAGES and ids[:1] != self._begin:
-            ids = self._begin + ids
-        return ids
+        return ids if self.dataset.format is DatasetFormat.MESSAGES else self._begun(ids)
 
     @property
     def chat_template(self) -> str:
         """The template that Messages are rendered with: the manifest's, else the tokenizer's."""
         return self._chat.source
 
+    @property
+    def end(self) -> tuple[int, ...]:
+        """The tokens that an answer ends with, as they are learned."""
+        if self.dataset.format is DatasetFormat.MESSAGES and (text := self._chat.end):
+            return tuple(self._ids([(text, False)])[0])
+        end = self.tokenizer.eos_token_id
+        return () if end is None else (end,)
+
+    def notes(self) -> list[str]:
+        """Return what a person should know of how the rows before were encoded."""
+        return self._chat.notes() if self.dataset.format is DatasetFormat.MESSAGES else []
+
     @cached_property
     def _chat(self) -> ChatTemplate:
         return ChatTemplate(self.tokenizer, self.dataset.chat_template)
 
     @cached_property
-    def _usable_chat(self) -> ChatTemplate:
-        self._chat.require_usable()
-        return self._chat
-
-    @cached_property
     def _begin(self) -> list[int]:
-        """The begin token, if the tokenizer itself puts one before a text."""
-        bos = self.tokenizer.bos_token_id
-        starts_with_bos = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
-        return [bos] if starts_with_bos else []
+        """The tokens that the tokenizer itself puts before a text: a begin token, or what else the model is used to."""
+        text: list[int] = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole: list[int] = self.tokenizer("a")["input_ids"]
+        starts = (at for at in range(len(whole)) if whole[at : at + len(text)] == text)
+        return whole[: next(starts, 0)]
 
-    def _pieces(self, row: Mapping[str, Any], number: RowNumber) -> tuple[Piece, ...]:
+    def _begun(self, ids: list[int]) -> list[int]:
+        """The tokens with those that stand first; rows that bring them as text do not get them twice."""
+        return ids if ids[: len(self._begin)] == self._begin else self._begin + ids
+
+    @property
+    def _everything(self) -> bool:
+        return self.dataset.effective_loss_on is LossOn.ALL
+
+    def _render(self, rows: Sequence[Mapping[str, Any]], numbers: Sequence[RowNumber]) -> list[RenderedRow]:
+        """Write rows as texts: the conversations among them together, for a child has to do it."""
+        conversations = [self._conversation(row, number) for row, number in zip(rows, numbers, strict=True)]
+        given = [(c, number) for c, number in zip(conversations, numbers, strict=True) if c is not None]
+        templated = iter(
+            self._chat.render([c for c, _ in given], [n for _, n in given], everything=self._everything)
+            if given
+            else ()
+        )
+        return [
+            RenderedRow([self._pieces(row, number)], templated=False) if conversation is None else next(templated)
+            for row, number, conversation in zip(rows, numbers, conversations, strict=True)
+        ]
+
+    def _conversation(self, row: Mapping[str, Any], number: RowNumber) -> Conversation | None:
+        """The row as a conversation, where it is one."""
         columns = self.dataset.columns
-        everything = self.dataset.effective_loss_on is LossOn.ALL
+        tools = row.get(columns.tools)
+        if self.dataset.format is DatasetFormat.MESSAGES:
+            return read_conversation(row.get(columns.messages), tools, number, "spec.dataset.columns.messages")
+        if self.dataset.format is DatasetFormat.PROMPT_COMPLETION and _is_exchange(row, columns):
+            fields = ("spec.dataset.columns.prompt", "spec.dataset.columns.completion")
+            return read_exchange(row.get(columns.prompt), row.get(columns.completion), tools, number, fields)
+        return None
+
+    def _pieces(self, row: Mapping[str, Any], number: RowNumber) -> list[Piece]:
+        columns = self.dataset.columns
         match self.dataset.format:
             case DatasetFormat.TEXT:
-                return (Piece.all(_text(row, columns, "text", number)),)
-            case DatasetFormat.MESSAGES:
-                conversation = read_conversation(
-                    row.get(columns.messages), row.get(columns.tools), number, "spec.dataset.columns.messages"
-                )
-                return (self._usable_chat.render(conversation, number, everything=everything),)
-            case DatasetFormat.PROMPT_COMPLETION if _is_exchange(row, columns):
-                fields = ("spec.dataset.columns.prompt", "spec.dataset.columns.completion")
-                conversation = read_exchange(
-                    row.get(columns.prompt), row.get(columns.completion), row.get(columns.tools), number, fields
-                )
-                return (self._usable_chat.render(conversation, number, everything=everything),)
+                return [Piece(_text(row, columns, "text", number), counts=True)]
             case DatasetFormat.PROMPT_COMPLETION:
                 prompt = _text(row, columns, "prompt", number)
                 completion = _text(row, columns, "completion", number)
-            case DatasetFormat.INSTRUCTION:
+            case _:
                 prompt = render_instruction(row, columns, number)
                 completion = _text(row, columns, "output", number)
-        return (Piece.all(prompt) if everything else Piece.none(prompt), Piece.all(completion))
+        return [Piece(prompt, self._everything), Piece(completion, counts=True)]
 
-    def _tokenize(self, pieces: Sequence[Piece]) -> list[tuple[list[int], list[bool]]]:
-        offsets_needed = any(piece.partial for piece in pieces)
-        encodings = self.tokenizer(
-            [piece.text for piece in pieces],
+    def _ids(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        """Tokens of texts, each with whether it is the first of its example."""
+        tokens = self._plain_ids([text if first else self._anchor + text for text, first in texts])
+        if not self._anchor:
+            return tokens
+        return [
+            ids if first else self._without_anchor(ids, text) for ids, (text, first) in zip(tokens, texts, strict=True)
+        ]
+
+    def _plain_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(
+            list(texts),
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
-            return_offsets_mapping=offsets_needed,
             verbose=False,  # of rows longer than the model: maxLength is what counts here
-        )
-        ids: list[list[int]] = encodings["input_ids"]
-        offsets = encodings["offset_mapping"] if offsets_needed else [[]] * len(pieces)
-        return [(i, _targets(piece, len(i), o)) for piece, i, o in zip(pieces, ids, offsets, strict=True)]
+        )["input_ids"]
+        return ids
 
-    def _assemble(self, pieces: Sequence[tuple[list[int], list[bool]]], *, templated: bool) -> Encoded:
-        ids = list(chain.from_iterable(tokens for tokens, _ in pieces))
-        targets = list(chain.from_iterable(counts for _, counts in pieces))
+    @cached_property
+    def _anchor(self) -> str:
+        """Return a text to put before one that is not the first; empty where that makes no difference."""
+        for anchor in ANCHORS:
+            alone, text, both = self._plain_ids([anchor, "b", f"{anchor}b"])
+            if both[: len(alone)] == alone:
+                return anchor if both[len(alone) :] != text else ""
+        return ""
+
+    def _without_anchor(self, ids: list[int], text: str) -> list[int]:
+        """The tokens of a text in the midst of another, given those with the usual anchor before it."""
+        for anchor in (self._anchor, *ANCHORS):
+            if anchor != self._anchor:  # the text begins with what merges with the usual one
+                ids = self._plain_ids([anchor + text])[0]
+            alone = self._plain_ids([anchor])[0]
+            if ids[: len(alone)] == alone:
+                return ids[len(alone) :]
+        return self._plain_ids([text])[0]
+
+    def _assemble(self, pieces: Sequence[tuple[list[int], bool]], *, templated: bool) -> Encoded:
+        ids = [token for tokens, _ in pieces for token in tokens]
+        targets = [counts for tokens, counts in pieces for _ in tokens]
         if not templated:  # a chat template writes its own begin and end
-            everything = self.dataset.effective_loss_on is LossOn.ALL
-            if ids[:1] != self._begin:  # rows that bring the token as text do not get it twice
-                ids, targets = self._begin + ids, [everything] * len(self._begin) + targets
+            begun = self._begun(ids)
+            ids, targets = begun, [self._everything] * (len(begun) - len(ids)) + targets
             if ids[-1:] != [self.tokenizer.eos_token_id]:
                 # an empty completion is no lesson: its end alone would teach the model to be silent
                 ids, targets = [*ids, self.tokenizer.eos_token_id], [*targets, any(targets)]
@@ -245,23 +330,3 @@ def _text(row: Mapping[str, Any], columns: Columns, name: str, number: RowNumber
         column,
         f"must hold text in every row; row {number} holds {json_type(value)}",
     )
-
-
-def _targets(piece: Piece, length: int, offsets: Sequence[tuple[int, int]]) -> list[bool]:
-    """Decide which of a piece's tokens count.
-
-    Token i covers the characters from the end of token i - 1 (or from its own start, for the later tokens of one
-    character) to its own end: byte-level tokenizers report offsets without leading spaces, so that a token of spaces
-    alone would cover nothing. A token counts if it covers any character that does.
-    """
-    if not piece.partial:
-        return [bool(piece.spans)] * length
-    targets = [False] * length
-    ends = [end for _, end in offsets]
-    for start, stop in piece.spans:
-        last = bisect_left(ends, stop) + 1
-        while last < length and offsets[last][0] < stop:
-            last += 1
-        for token in range(bisect_right(ends, start), min(last, length)):
-            targets[token] = True
-    return targets

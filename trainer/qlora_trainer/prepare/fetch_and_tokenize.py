@@ -13,10 +13,12 @@ from qlora_trainer.model.compute_type import device_problem
 from qlora_trainer.model.tokenizer import load_bounded_tokenizer
 from qlora_trainer.prepare.plan_memory import shape_of
 from qlora_trainer.prepare.records import Record, job_key, pinned_revision
-from qlora_trainer.prepare.tokenize_rows import prepare_data
+from qlora_trainer.prepare.tokenize_rows import PreparedData, prepare_data
 from qlora_trainer.storage.fetch import FetchedModel, fetch_model, fetch_rows
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from qlora_api.contract import TrainerConfig
 
 
@@ -39,12 +41,13 @@ def prepare_anew(config: TrainerConfig, began: Record | None) -> Record:
         pinned_revision(spec, began),
         headers_only=config.shared_cache_uri is not None,  # this pod trains nothing; without it the ranks are here
     )
-    check_architecture(config, model)
+    vocabulary = check_architecture(config, model)
     train_rows = fetch_rows(spec.dataset.train.source, "spec.dataset.train.source", cache)
     own_eval = spec.dataset.eval.source if spec.dataset.eval else None
     eval_rows = fetch_rows(own_eval, "spec.dataset.eval.source", cache) if own_eval else None
     tokenizer = load_bounded_tokenizer(model.path, spec.dataset.chat_template)
     data = prepare_data(spec, tokenizer, model.tokenizer_hash, train_rows, eval_rows, cache)
+    check_tokens(data, tokenizer, vocabulary)
     return Record(
         key=job_key(spec, model.revision),
         model_source=model.source,
@@ -54,8 +57,30 @@ def prepare_anew(config: TrainerConfig, began: Record | None) -> Record:
     )
 
 
-def check_architecture(config: TrainerConfig, model: FetchedModel) -> None:
+def check_tokens(data: PreparedData, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Refuse rows with a token that the model has no embedding for.
+
+    Raises:
+        UserError: names the token and the sizes.
+
+    """
+    for rows in (data.train, data.eval):
+        largest = int(rows.tokens.max()) if rows is not None else 0
+        if largest >= vocabulary:
+            raise UserError(
+                "spec.model.source",
+                None,
+                f"has {vocabulary} embeddings and a tokenizer of {len(tokenizer)} tokens: the rows hold the token"
+                f" {tokenizer.convert_ids_to_tokens(largest)!r}, number {largest}, which has none. Use the tokenizer"
+                " that goes with the model, or a chatTemplate without that token",
+            )
+
+
+def check_architecture(config: TrainerConfig, model: FetchedModel) -> int:
     """Build the architecture without weights, and look for the adapter's targets and room for the positions.
+
+    Returns:
+        How many tokens it has embeddings for.
 
     Raises:
         UserError: names the field that must change.
@@ -65,8 +90,10 @@ def check_architecture(config: TrainerConfig, model: FetchedModel) -> None:
         raise problem
     check_base(model.path, config.spec.quantization)
     skeleton = meta_model(model.path)
+    embeddings: int = skeleton.get_input_embeddings().weight.shape[0]
     add_lora(skeleton, config.spec.lora, config.spec.training.seed, model.source)
     positions = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
     longest = config.spec.dataset.max_length
     if positions is not None and longest > positions:
         raise UserError("spec.dataset.maxLength", longest, f"is more than the {positions} positions of {model.source}")
+    return embeddings

@@ -32,6 +32,13 @@ def check_tolerance(tolerance: Tolerance, receipt: PrepareReceipt) -> None:
             "rows have no token that counts: look at lossOn, columns and chatTemplate",
         ),
         (
+            "leftOut",
+            tolerance.left_out,
+            receipt.left_out,
+            receipt.rows,
+            "rows say something that the chat template leaves out, or have an empty answer: look at chatTemplate",
+        ),
+        (
             "duplicates",
             tolerance.duplicates,
             receipt.duplicates,

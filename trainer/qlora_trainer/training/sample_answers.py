@@ -74,7 +74,7 @@ def answer(trainer: TrainingContext, who: str) -> None:
     with trainer.board.section("Evaluate"):
         for start in range(0, len(prompts), trainer.config.batch.micro_batch_size):
             some = prompts[start : start + trainer.config.batch.micro_batch_size]
-            rows = continue_rows(trainer, [encoder.prompt(prompt) for prompt in some], ends)
+            rows = continue_rows(trainer, [encoder.prompt(prompt) for prompt in some], ends, encoder.end)
             if rows is None:
                 return
             texts |= zip(some, (tokenizer.decode(row, skip_special_tokens=True) for row in rows), strict=True)
@@ -90,9 +90,11 @@ def end_tokens(trainer: TrainingContext, tokenizer: Any) -> set[int]:
 
 
 def continue_rows(
-    trainer: TrainingContext, prompts: Sequence[list[int]], ends: Collection[int]
+    trainer: TrainingContext, prompts: Sequence[list[int]], ends: Collection[int], learned_end: tuple[int, ...] = ()
 ) -> list[list[int]] | None:
-    """The likeliest continuation of each row of tokens, up to one of ``ends`` or the longest row there may be.
+    """The likeliest continuation of each row of tokens, up to an end or the longest row there may be.
+
+    It ends with one of the tokens ``ends``, or with the tokens ``learned_end``, which answers of the rows end with.
 
     A collective. None on all ranks where one was told to stop, or where the first one, computing alone, cannot.
     """
@@ -104,7 +106,7 @@ def continue_rows(
         failed = False
         if going or together(trainer):
             try:
-                going -= _one_more(trainer, rows, going, ends)
+                going -= _one_more(trainer, rows, going, ends, learned_end)
             except RuntimeError as error:  # out of memory among them
                 if together(trainer):
                     raise
@@ -119,7 +121,11 @@ def continue_rows(
 
 @torch.no_grad()
 def _one_more(
-    trainer: TrainingContext, rows: list[list[int]], going: Collection[int], ends: Collection[int]
+    trainer: TrainingContext,
+    rows: list[list[int]],
+    going: Collection[int],
+    ends: Collection[int],
+    learned_end: tuple[int, ...],
 ) -> set[int]:
     """Add the likeliest token to each row that goes on; those that are over now."""
     batch = end_to_end([torch.tensor(row) for row in rows])
@@ -131,4 +137,7 @@ def _one_more(
             over.add(number)
         elif number in going:
             rows[number].append(token)
+            if learned_end and tuple(rows[number][-len(learned_end) :]) == learned_end:
+                del rows[number][-len(learned_end) :]
+                over.add(number)
     return over

@@ -1,0 +1,1 @@
+"""Chat templates at work, in a child with bounds: light to import."""
