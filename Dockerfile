@@ -1,7 +1,7 @@
 # Two images of one file: 'operator' (no torch) and 'trainer'. 'make images' builds both.
 #
 # BASE may be any image with Python 3.11 or newer, or a bare Debian, which then gets its own Python. The default is an
-# index of images for amd64, arm64 and others; Dependabot proposes newer digests.
+# index of images for amd64, arm64 and others: 'docker buildx imagetools inspect python:3.11-slim-bookworm' names the newest.
 ARG BASE=python:3.11-slim-bookworm@sha256:0bee7276f83efd4a1ee05bbbf4281d95ed28e079220a9457f25a93e3f1e3c31b
 
 # ------------------------------------------------------------------------------------- what both run on
