@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,37 @@ def properties(schema: dict, definitions: dict, path: tuple[str, ...] = ()) -> d
         target = definitions[entry["$ref"].rpartition("/")[2]] if "$ref" in entry else entry
         found |= {(*path, name): target, **properties(target, definitions, (*path, name))}
     return found
+
+
+METADATA = {
+    "any cloud": ("169.254.169.254", "fe80::a9fe:a9fe"),
+    "AWS, instances": ("fd00:ec2::254",),
+    "AWS, containers and EKS Pod Identity": ("169.254.170.2", "169.254.170.23", "fd00:ec2::23"),
+    "Google Cloud": ("fd20:ce::254",),
+    "Azure": ("168.63.129.16",),
+    "Oracle Cloud": ("192.0.0.192", "fd00:c1::a9fe:a9fe"),
+    "Alibaba Cloud": ("100.100.100.200", "fd00:100::100:200"),
+    "Scaleway": ("169.254.42.42", "fd00:42::42"),
+    "Akamai": ("fd00:a9fe:a9fe::1",),
+    "by NAT64": ("64:ff9b::a9fe:a9fe",),
+}
+
+
+@pytest.mark.parametrize("cloud", METADATA)
+def test_trainers_reach_no_metadata_address_by_the_default_egress(helm, cloud):
+    policy = one(helm.render({"networkPolicy": {"trainers": {"namespaces": ["team"]}}}), "NetworkPolicy", "-trainers")
+    blocks = [peer["ipBlock"] for rule in policy["spec"]["egress"] for peer in rule.get("to", ()) if "ipBlock" in peer]
+
+    def reached(text):
+        address = ip_address(text)
+        return any(
+            address in ip_network(block["cidr"]) and not any(address in ip_network(n) for n in block["except"])
+            for block in blocks
+        )
+
+    assert not [address for address in METADATA[cloud] if reached(address)]
+    assert reached("203.0.113.7")
+    assert reached("2001:db8::7")
 
 
 def test_the_operator_may_write_little(helm):
