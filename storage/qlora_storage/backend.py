@@ -33,6 +33,8 @@ class Fault:
 
     kind: FaultKind
     words: str
+    status: int = 0
+    """Of the HTTP answer; 0: there was none."""
     denied: bool = False
     """Credentials are missing, or do not give the right."""
     timed_out: bool = False

@@ -64,6 +64,7 @@ def bucket_fault(error: Exception) -> Fault:
     return Fault(
         kind,
         f"{meaning} ({words})" if meaning else words,
+        status=status,
         denied=meaning == _DENIED,
         timed_out=_TIMED_OUT in text,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +16,7 @@ from obstore.store import AzureStore, GCSStore, S3Store
 from qlora_storage.backend import CHUNK_BYTES, MIB, Entry, Fault
 from qlora_storage.bucket_faults import PanickedError, bucket_fault
 from qlora_storage.environment import clean_environment, read_settings
+from qlora_storage.retry_after import BUSY, requested_wait
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 MAX_PARTS = 9_000
 """S3 takes 10,000 parts an upload."""
 REQUEST_SECONDS = 120
-INNER_RETRIES = 6
-"""obstore's own, per request (about 2 s in all): a part of a large upload is repeated, not the whole."""
+PART_RETRIES = 6
+"""obstore's own, about 2 s in all: a part of a large upload is repeated, not the whole. All other requests are repeated
+by :mod:`qlora_storage.retry` alone, which knows when a server wants to be left alone."""
 WITHOUT_CREDENTIALS = (
     "no credentials were found, and the store lets nobody in without ({words}); the pod's or machine's own cloud "
     "identity counts only where the operator says so (chart value trainer.workloadIdentity; on your machine "
@@ -63,18 +65,20 @@ class BucketBackend:
     def __init__(self, scheme: str, bucket: str, prefix: str, request_seconds: float = REQUEST_SECONDS) -> None:
         clean_environment(os.environ)
         settings = read_settings(scheme, os.environ, Path.home())
-        self._anonymous = settings.anonymous
+        self._settings = settings
         self._pace = 0
         with _without_panics():
-            self._store = _open(scheme, bucket, prefix or None, settings, request_seconds)
+            self._store = _open(scheme, bucket, prefix or None, settings, request_seconds, 0)
+            self._parts = _open(scheme, bucket, prefix or None, settings, request_seconds, PART_RETRIES)
 
     def put(self, key: str, data: bytes | Path) -> None:
         size = len(data) if isinstance(data, bytes) else data.stat().st_size
         pace = PACES[self._pace]
         part = max(pace.part_bytes, -(-size // MAX_PARTS))
+        store = self._parts if size > part else self._store
         try:
             with _without_panics():
-                obstore.put(self._store, key, data, chunk_size=part, max_concurrency=pace.at_once)
+                obstore.put(store, key, data, chunk_size=part, max_concurrency=pace.at_once)
         except BaseError as error:
             if bucket_fault(error).timed_out:
                 self._pace = min(self._pace + 1, len(PACES) - 1)
@@ -122,15 +126,21 @@ class BucketBackend:
 
     def fault(self, error: Exception) -> Fault:
         fault = bucket_fault(error)
-        if self._anonymous and fault.denied:
-            return replace(fault, words=WITHOUT_CREDENTIALS.format(words=fault.words))
-        return fault
+        if self._settings.anonymous:
+            return replace(fault, words=WITHOUT_CREDENTIALS.format(words=fault.words)) if fault.denied else fault
+        return replace(fault, retry_after=self._requested_wait()) if fault.status in BUSY else fault
+
+    def _requested_wait(self) -> float | None:
+        with suppress(BaseError, ValueError, PanickedError), _without_panics():
+            url = obstore.sign(self._store, "HEAD", ".retry-after", timedelta(minutes=1))
+            return requested_wait(url, self._settings.certificate)
+        return None
 
 
 def _open(
-    scheme: str, bucket: str, prefix: str | None, settings: StoreSettings, request_seconds: float
+    scheme: str, bucket: str, prefix: str | None, settings: StoreSettings, request_seconds: float, retries: int
 ) -> S3Store | GCSStore | AzureStore:
-    retry: RetryConfig = {"max_retries": INNER_RETRIES, "retry_timeout": timedelta(seconds=request_seconds)}
+    retry: RetryConfig = {"max_retries": retries, "retry_timeout": timedelta(seconds=request_seconds)}
     client: ClientConfig = {
         "timeout": timedelta(seconds=request_seconds),
         "allow_http": settings.allow_http,  # passing any option makes obstore ignore its variable

@@ -11,7 +11,7 @@ from qlora_storage.backend import MIB
 from qlora_storage.buckets import BucketBackend
 from qlora_storage.errors import AlreadyExistsError, StorageError, UserError
 from qlora_storage.object_store import Store, open_store
-from services.faulty_s3 import FINAL, TRANSIENT, faulty_s3, once_each
+from services.faulty_s3 import FINAL, TRANSIENT, S3Fault, faulty_s3, once_each
 
 FIELD = "spec.output.destination"
 DATA = bytes(range(256)) * 16
@@ -101,3 +101,33 @@ def test_a_slow_line_gets_smaller_parts_one_at_a_time(proxy, bucket, monkeypatch
     assert "no answer came in time" in caplog.text
     proxy.uplink_bytes_per_second = None
     assert store.get("weights") == data
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("action", ["put", "create", "get", "stat", "list", "delete"])
+def test_a_busy_server_is_left_alone_for_as_long_as_it_says(proxy, bucket, caplog, status, action):
+    store = open_store(f"{bucket}/run", FIELD)
+    store.put("key", DATA)
+    answers = iter([S3Fault("busy", status, "SlowDown", (("Retry-After", "1"),))] * (3 if action == "stat" else 2))
+    proxy.choose = lambda _call, _times: next(answers, None)
+    proxy.times.clear()
+    act = {"put": ("key", DATA), "create": ("new", DATA), "list": ()}.get(action, ("key",))
+    with caplog.at_level(logging.WARNING):
+        getattr(store, action)(*act)
+    assert [record.args[1] for record in caplog.records if "next try" in record.msg] == [1]
+    asked = 3 if action == "stat" else 2  # a HEAD is asked again by GET; then one request for the time
+    assert proxy.times[asked][0] - proxy.times[asked - 1][0] >= 1
+
+
+def test_an_upload_that_fails_leaves_no_parts_behind(proxy, bucket, monkeypatch):
+    """Parts of an upload that is not ended are in no listing, and are paid for."""
+    monkeypatch.setattr(buckets, "PACES", (SMALL_PARTS,))
+    denied = next(fault for fault in FINAL if fault.name == "denied")
+    proxy.choose = lambda call, _times: denied if call[0] == "PUT" and "partNumber" in call[2] else None
+    store = open_store(f"{bucket}/run", FIELD)
+    with pytest.raises(UserError, match="access is denied"):
+        store.put("weights", bytes(11 * MIB))
+    begun = [call for call in proxy.calls if call[0] == "POST" and call[2] == "uploads"]
+    ended = [call for call in proxy.calls if call[0] == "DELETE" and call[2] == "uploadId"]
+    assert (len(begun), len(ended)) == (1, 1)
+    assert store.list() == []

@@ -70,7 +70,7 @@ import json, os, sys, time
 from qlora_storage import buckets
 from qlora_storage.errors import JobError
 from qlora_storage.object_store import open_store
-buckets.INNER_RETRIES = 0
+buckets.PART_RETRIES = 0
 kept = dict(os.environ)
 for scheme, environment in json.load(sys.stdin):
     os.environ.clear(); os.environ.update(kept | environment)

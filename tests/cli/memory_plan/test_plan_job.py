@@ -164,6 +164,7 @@ def test_models_that_cannot_be_read_say_why(hub, source, message):
 
 
 def test_a_hub_out_of_reach_points_to_the_offline_way(monkeypatch):
+    monkeypatch.setattr(model_headers, "PATIENCE_SECONDS", 0.1)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(FieldError, match=r"out of reach.* plan with --model-config"):
         model_headers.read_model("hf://org/base@main")
