@@ -183,16 +183,21 @@ def test_figures_of_a_termination_message_that_are_none_are_left_out_and_metrics
 
 
 @pytest.mark.parametrize(
-    "does",
+    "message",
     [
-        pytest.param(ends(1, "Crashed", f"failed: {TERMINAL}"), id="termination-message"),
-        pytest.param({**ends(40), "termination-message": f"failed: {TERMINAL}".replace("\0", "")}, id="end-of-log"),
+        pytest.param(word(1, "Crashed", f"failed: {TERMINAL}"), id="termination-message"),
+        pytest.param(f"failed: {TERMINAL}".replace("\0", ""), id="end-of-log"),
     ],
 )
-def test_nothing_that_controls_a_terminal_gets_into_status_or_events(api, forked, kwok_namespace, does):
-    job = qlora_job(namespace=kwok_namespace, policy={"maxRestarts": 0})
-    with pods_do(api, kwok_namespace, does):
-        failed = api.wait_for(create_job(api, job), in_state("Failed"), seconds=LONG)
+def test_nothing_that_controls_a_terminal_gets_into_status_or_events(api, forked, kwok_namespace, message):
+    path = create_job(api, qlora_job(namespace=kwok_namespace, policy={"maxRestarts": 0}))
+    api.wait_for(path, in_state("Running"), seconds=LONG)
+    (pod,) = api.list(PODS.format(kwok_namespace))
+    terminated = {"exitCode": 1, "reason": "Error", "message": message}
+    ended = {**pod["status"]["containerStatuses"][0], "ready": False, "state": {"terminated": terminated}}
+    over = f"{PODS.format(kwok_namespace)}/{pod['metadata']['name']}/status"
+    api.patch(over, {"status": {"phase": "Failed", "containerStatuses": [ended]}})
+    failed = api.wait_for(path, in_state("Failed"), seconds=LONG)
     attempt = last_attempt(failed)["message"]
     assert "failed: " in attempt
     assert "end" in attempt
