@@ -15,6 +15,9 @@ PATIENCE_SECONDS = 180.0
 """How long a server may be away. Restarts of MinIO and versitygw and failovers of Ceph's gateways take less."""
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 15.0
+LEAST_TIMEOUTS = 3
+"""Requests without an answer that are borne even where each takes longer than the patience: an upload over a slow line
+gets smaller from one to the next, and what is under way of the one before is still on the line."""
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -45,6 +48,7 @@ def call_patiently(
     """
     give_up_at: float | None = None
     wait = FIRST_WAIT_SECONDS
+    timeouts = 0
     while True:
         try:
             return call()
@@ -55,7 +59,9 @@ def call_patiently(
             now = time.monotonic()
             give_up_at = give_up_at or now + patience_seconds
             pause = max(wait, fault.retry_after or 0)
-            if fault.kind is not FaultKind.TRANSIENT or now + pause > give_up_at:
+            timeouts += fault.timed_out
+            is_late = now + pause > give_up_at and not (fault.timed_out and timeouts < LEAST_TIMEOUTS)
+            if fault.kind is not FaultKind.TRANSIENT or is_late:
                 raise FaultError(fault) from error
         log.warning("cannot %s yet, next try in %.1f s: %s", doing, pause, fault.words)
         time.sleep(pause)
