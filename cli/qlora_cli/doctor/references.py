@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from qlora_cli.kube.api_client import Object
 
 CONNECT_SECONDS = 3.0
-_KEYS = {
+NEEDED_KEYS = {
     "s3": (("AWS_ACCESS_KEY_ID",), ("AWS_SECRET_ACCESS_KEY",)),
-    "gs": (("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_SERVICE_ACCOUNT"),),
+    "gs": (("GOOGLE_SERVICE_ACCOUNT_KEY",),),
     "az": (
         ("AZURE_STORAGE_ACCOUNT_NAME",),
-        ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_CLIENT_ID"),
+        ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_CLIENT_SECRET"),
     ),
-    "hf": (("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"),),
+    "hf": (("HF_TOKEN",),),
 }
 """What a Secret must hold for a scheme: of each group one."""
 
@@ -83,7 +83,7 @@ def _of_job(job: Object, namespace: str) -> Iterator[Named]:
 def lacking(secret: Object, scheme: str) -> list[str]:
     """Keys that a Secret should have for a scheme and has not; of alternatives the first."""
     there = (secret.get("data") or {}).keys()
-    return [group[0] for group in _KEYS.get(scheme, ()) if not there & set(group)]
+    return [group[0] for group in NEEDED_KEYS.get(scheme, ()) if not there & set(group)]
 
 
 def endpoints(named: Iterable[tuple[Named, Answer]], get: Callable[[str], Answer]) -> Iterator[tuple[str, str, str]]:

@@ -6,12 +6,13 @@ import pytest
 
 from cli_builders import NOW, job, running, waiting
 from fake_server import FakeServer
+from qlora_api.credentials import KEYS
 from qlora_cli.doctor import check_crd, collect
 from qlora_cli.doctor.answer import Answer
 from qlora_cli.doctor.checks import judge
 from qlora_cli.doctor.collect import RIGHTS, ClusterSnapshot
 from qlora_cli.doctor.findings import Level, lines, summary
-from qlora_cli.doctor.references import Named, endpoints, lacking, of_jobs
+from qlora_cli.doctor.references import NEEDED_KEYS, Named, endpoints, lacking, of_jobs
 from qlora_cli.kube.errors import ApiError
 
 DENIED = Answer(denied=True)
@@ -265,6 +266,11 @@ def test_keys_of_secrets():
     assert lacking({"data": {"AWS_ACCESS_KEY_ID": ""}}, "s3") == ["AWS_SECRET_ACCESS_KEY"]
     assert lacking({"data": {"AZURE_STORAGE_ACCOUNT_NAME": "", "AZURE_STORAGE_SAS_TOKEN": ""}}, "az") == []
     assert lacking({}, "pvc") == []
+
+
+def test_keys_that_pods_do_not_take_do_not_count():
+    assert {key for groups in NEEDED_KEYS.values() for group in groups for key in group} <= KEYS
+    assert lacking({"data": {"GOOGLE_APPLICATION_CREDENTIALS": ""}}, "gs") == ["GOOGLE_SERVICE_ACCOUNT_KEY"]
 
 
 @pytest.mark.parametrize(
