@@ -49,7 +49,8 @@ def truncated(workshop):
 
 
 def with_code(workshop):
-    return {"model": {"source": str(model_copy(workshop, auto_map={"AutoModelForCausalLM": "modeling_x.X"}))}}
+    code = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}
+    return {"model": {"source": str(model_copy(workshop, model_type="x", auto_map=code))}}
 
 
 def no_rows(workshop):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from qlora_api.spec import ComputeType, LoRABias, LoRASpec, QuantizationSpec, QuantizationType
 from qlora_trainer.errors import UserError
@@ -20,6 +21,7 @@ from qlora_trainer.model.base_model import (
 )
 from qlora_trainer.model.experts.targets import check_targets, linear_layers
 from qlora_trainer.model.loss import NextTokenLoss, call_arguments, head_is_plain
+from qlora_trainer.storage.model_files import check_code
 from random_rows import flatten, random_rows
 
 CPU = torch.device("cpu")
@@ -101,6 +103,20 @@ def test_an_unknown_target_is_refused_with_those_that_exist(tiny_models):
         'spec.lora.targetModules: "q_prj" matches no linear layer of opt-tiny; '
         "its linear layers are fc1, fc2, k_proj, lm_head, out_proj, q_proj, v_proj"
     )
+
+
+def test_code_of_its_own_is_not_needed_where_transformers_has_the_class(tiny_models, tmp_path):
+    """Many bases of the Hub still name the code they once needed."""
+    folder = shutil.copytree(tiny_models["llama"], tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": code}))
+    check_code("config.json", (folder / "config.json").read_bytes())
+    assert type(meta_model(folder)) is LlamaForCausalLM
+    assert type(load_base(folder, QuantizationSpec(), CPU)) is LlamaForCausalLM
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "x", "auto_map": code}))
+    with pytest.raises(UserError, match=r"brings its own code .*modeling_x\.X"):
+        meta_model(folder)
 
 
 def test_a_skeleton_without_weights_has_the_layers_of_the_loaded_model(tiny_models):

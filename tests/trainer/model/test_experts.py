@@ -20,7 +20,7 @@ from qlora_trainer.model.experts import loading
 from qlora_trainer.model.experts.packed import Format, FrozenExperts, Packer
 from qlora_trainer.model.experts.structure import expert_parameters, router_names
 from qlora_trainer.model.experts.targets import check_targets, linear_layers
-from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end, head_is_plain
+from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end, head_is_plain, rows_are_apart
 from qlora_trainer.publish.gate import verify_adapter, verify_loads
 from qlora_trainer.publish.merge_adapter import merge
 from qlora_trainer.training.finish import export_adapter
@@ -30,7 +30,6 @@ CPU = torch.device("cpu")
 NF4 = QuantizationSpec(compute_type=ComputeType.FLOAT32)
 PLAIN = QuantizationSpec(type=QuantizationType.NONE, compute_type=ComputeType.FLOAT32)
 LORA = LoRASpec(rank=4, alpha=8)
-APART = [name for name in MIXTURES if name != "gpt_oss"]  # whose masks look over the ends of rows
 TYPES = pytest.mark.parametrize("name", MIXTURES)
 
 
@@ -108,10 +107,12 @@ def test_the_gate_takes_the_adapter_and_misses_a_part_of_it(name, mixtures, tmp_
         verify_adapter(tmp_path, names, LORA)
 
 
-@pytest.mark.parametrize("name", APART)
+@TYPES
 def test_a_row_in_company_has_the_losses_that_it_has_alone(name, mixtures):
     model = add_lora(load_base(mixtures[name], NF4, CPU), LORA, seed=1).eval()
     module = NextTokenLoss(model, fused=head_is_plain(model))
+    module.row_by_row = not rows_are_apart(module, CPU)
+    assert module.row_by_row == (name == "gpt_oss")  # whose masks look over the ends of rows
     rows = random_rows(24, 9, 31)
     with torch.no_grad():
         together = module(*call_arguments(end_to_end(rows), CPU))

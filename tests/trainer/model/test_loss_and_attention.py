@@ -80,7 +80,23 @@ def test_a_model_whose_positions_count_through_all_rows_is_found_out(tmp_path):
                 parameter.normal_(std=0.15)
     model.bfloat16().save_pretrained(tmp_path)
     adapted = add_lora(load_base(tmp_path, QuantizationSpec(), CPU), LoRASpec(), seed=1)
-    assert not rows_are_apart(NextTokenLoss(adapted, fused=head_is_plain(adapted)), CPU)
+    module = NextTokenLoss(adapted, fused=head_is_plain(adapted))
+    assert not rows_are_apart(module, CPU)
+    module.row_by_row = True
+    assert rows_are_apart(module, CPU)
+
+
+def test_rows_by_themselves_have_the_losses_and_gradients_of_rows_end_to_end(mixtures):
+    found = []
+    for row_by_row in (False, True):
+        model = with_random_adapter(mixtures["mixtral"], FLOAT32)
+        module = NextTokenLoss(model, fused=True, row_by_row=row_by_row)
+        losses = losses_of(module, random_rows(30, 12, 7))
+        losses.sum().backward()
+        found.append((losses.detach(), {n: p.grad for n, p in trainable(model).items()}))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(gradient, found[1][1][name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ on an 8B model), and the adapter alone is held in fp32, because it alone learns.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,15 @@ def causal_config(path: Path) -> Any:
 
     """
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except ValueError as error:
+        if references := json.loads((path / "config.json").read_bytes()).get("auto_map"):
+            raise UserError(
+                "spec.model.source",
+                None,
+                f"brings its own code (auto_map in config.json: {json.dumps(references)}), which is never run; use a "
+                "model whose architecture is built into transformers",
+            ) from error
         reason = str(error).partition("\n")[0]
         raise UserError("spec.model.source", None, f"is of an architecture that is not known here: {reason}") from error
     except Exception as error:  # each kind of configuration checks its values in its own way

@@ -7,6 +7,8 @@ linear cross-entropy (Hsu et al. 2024, section 3.2); here without a weight gradi
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +17,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from qlora_trainer.data.batches import IGNORED, MicroBatch
+from qlora_trainer.model.attention import PACKED
 
+log = logging.getLogger(__name__)
 LOGITS_PER_CHUNK = 1 << 25
 """Logits held at once, in fp32: 128 MiB."""
 
@@ -85,12 +89,14 @@ class NextTokenLoss(nn.Module):
     Args:
         model: the model with its adapter (``PeftModel``).
         fused: take the head apart and use :class:`FrozenHead`; False lets the model compute its logits itself.
+        row_by_row: call the model for each row alone, for models that mix rows of one sequence.
 
     """
 
-    def __init__(self, model: Any, *, fused: bool) -> None:
+    def __init__(self, model: Any, *, fused: bool, row_by_row: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.row_by_row = row_by_row
         self.head = FrozenHead(model.get_output_embeddings()) if fused else None
 
     def forward(
@@ -107,12 +113,29 @@ class NextTokenLoss(nn.Module):
             [N] fp32, in nats; without labels [N, vocabulary] logits.
 
         """
+        if not self.row_by_row:
+            return self._losses(inputs, targets, labels)
+        return torch.cat([self._losses(*row) for row in _rows(inputs, targets, labels)])
+
+    def _losses(self, inputs: dict[str, Any], targets: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         if self.head is None:
             logits: torch.Tensor = self.model(**inputs, use_cache=False, logits_to_keep=targets).logits[0].float()
             return logits if labels is None else functional.cross_entropy(logits, labels, reduction="none")
         hidden = _backbone(self.model)(**inputs, use_cache=False).last_hidden_state
         losses: torch.Tensor = self.head(hidden[0, targets], labels)
         return losses
+
+
+def _rows(
+    inputs: dict[str, Any], targets: torch.Tensor, labels: torch.Tensor | None
+) -> Iterator[tuple[dict[str, Any], torch.Tensor, torch.Tensor | None]]:
+    """Cut the arguments of :meth:`NextTokenLoss.forward` into those of each row, without what tells rows apart."""
+    starts = inputs["cu_seq_lens_q"]
+    places = torch.searchsorted(targets, starts.to(targets.dtype))
+    ends = torch.stack((starts.to(places.dtype), places)).tolist()
+    for start, stop, first, last in zip(ends[0], ends[0][1:], ends[1], ends[1][1:], strict=False):
+        row = {name: inputs[name][:, start:stop] for name in ("input_ids", "position_ids")}
+        yield row, targets[first:last] - start, None if labels is None else labels[first:last]
 
 
 def call_arguments(
@@ -164,9 +187,11 @@ def head_is_plain(model: Any) -> bool:
         return seen[1]
 
     ids = torch.arange(4).unsqueeze(0)
-    batch = {"input_ids": ids, "position_ids": ids, "cu_seq_lens_q": torch.tensor([0, 4], dtype=torch.int32)}
-    inputs: dict[str, Any] = {name: tensor.to(head.weight.device) for name, tensor in batch.items()}
-    inputs |= {"cu_seq_lens_k": inputs["cu_seq_lens_q"], "max_length_q": 4, "max_length_k": 4, "use_cache": False}
+    inputs: dict[str, Any] = {name: ids.to(head.weight.device) for name in ("input_ids", "position_ids")}
+    inputs["use_cache"] = False
+    if getattr(model.config, "_attn_implementation", None) == PACKED:  # others may refuse what tells rows apart
+        starts = torch.tensor([0, 4], dtype=torch.int32, device=head.weight.device)
+        inputs |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 4, "max_length_k": 4}
     was_training = model.training
     model.eval()
     hook = head.register_forward_hook(enlarge)
@@ -189,12 +214,18 @@ APART_NATS = 0.05
 def rows_are_apart(module: NextTokenLoss, device: torch.device) -> bool:
     """Return whether a row has the same losses packed as alone, found out by trying on two short rows.
 
-    Not so for models with a recurrent state, or with positions that count through the whole sequence (ALiBi).
+    Not so for models with a recurrent state, or with positions that count through the whole sequence (ALiBi). Some of
+    these refuse such rows by themselves.
     """
     was_training = module.training
     module.eval()
     rows = [torch.arange(24) * 7 % 97, torch.arange(24) * 5 % 89]
-    together = module(*call_arguments(end_to_end(rows), device))
+    try:
+        together = module(*call_arguments(end_to_end(rows), device))
+    except ValueError as error:
+        log.info("rows end to end are refused: %s", error)
+        module.train(was_training)
+        return False
     alone = torch.cat([module(*call_arguments(end_to_end([row]), device)) for row in rows])
     module.train(was_training)
     # a loss that is not a number says nothing of rows; the first step will say it

@@ -25,6 +25,7 @@ def load_unquantized(path: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.bfloat16, device_map={"": "cpu"}, use_safetensors=True, trust_remote_code=False
     )
+    vars(model.config).pop("auto_map", None)  # the code is not there, and never was run
     return model.dequantize() if quantized else model
 
 

@@ -140,14 +140,17 @@ def check_code(name: str, content: bytes) -> None:
     """Refuse a JSON file that cannot be read, asks for the repository's code, or sends the loader to other weights.
 
     Raises:
-        ModelFilesError: not a JSON object, or it has an ``auto_map`` or ``transformers_weights``.
+        ModelFilesError: not a JSON object, or it has ``transformers_weights``, or an ``auto_map`` and is not the model's
+            configuration: of that, ``qlora_trainer.model.base_model.causal_config`` finds out whether transformers has
+            the class itself.
 
     """
     value = json_object(name, content)
-    if references := value.get("auto_map"):
+    references = value.get("auto_map")
+    if references and name != CONFIG:
         raise ModelFilesError(
-            f"brings its own code (auto_map in {name}: {json.dumps(references)}), which is never run; use a model "
-            "whose architecture is built into transformers, or delete auto_map if it is"
+            f"brings its own code (auto_map in {name}: {json.dumps(references)}), which is never run; delete auto_map "
+            "if transformers has the class itself"
         )
     if value.get(OTHER_WEIGHTS) is not None:
         raise ModelFilesError(

@@ -160,12 +160,18 @@ def build(config: TrainerConfig, ranks: Ranks, board: MetricsRecorder, stop: Sto
         covered = coverage_of(model)
         log.info("quantized: %s; adapted: %s", covered.held, covered.adapted)
     loss = NextTokenLoss(model, fused=head_is_plain(model))
-    if not rows_are_apart(loss, ranks.device):
+    loss.row_by_row = not rows_are_apart(loss, ranks.device)
+    if loss.row_by_row and ranks.is_first:
+        board.warn(
+            f'{prepared.model_source} is a "{base.config.model_type}" model, which mixes rows that lie end to end: '
+            "each row is computed by itself, which is exact and slower"
+        )
+    if loss.row_by_row and spec.parallelism.zero_stage == 3:
         raise UserError(
-            "spec.model.source",
-            prepared.model_source,
-            f'is a "{base.config.model_type}" model, which mixes rows that lie end to end in one sequence: '
-            "this trainer cannot keep them apart, so choose another base",
+            "spec.parallelism.zeroStage",
+            spec.parallelism.zero_stage,
+            f'is not available for a "{base.config.model_type}" model, which mixes rows that lie end to end: each is '
+            "computed by itself, and ranks with other numbers of rows would wait for each other; set 0, 1 or 2",
         )
     data = load_prepared(prepared.data_dir)
     receipt = data.receipt
