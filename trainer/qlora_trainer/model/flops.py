@@ -23,7 +23,7 @@ def flops_per_token(model: Any, lengths: NDArray[np.int64], target_share: float)
         target_share: of the tokens, those that count: the head is computed for no others.
 
     """
-    config = model.config
+    config = model.config.get_text_config()
     if any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
         return None
     head = model.get_output_embeddings()

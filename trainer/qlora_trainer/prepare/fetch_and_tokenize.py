@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qlora_trainer.errors import UserError
 from qlora_trainer.model.base_model import add_lora, check_base, meta_model
 from qlora_trainer.model.compute_type import device_problem
+from qlora_trainer.model.dry_run import adapters_without_gradient
 from qlora_trainer.model.tokenizer import load_bounded_tokenizer
 from qlora_trainer.prepare.plan_memory import shape_of
 from qlora_trainer.prepare.records import Record, job_key, pinned_revision
@@ -91,9 +92,27 @@ def check_architecture(config: TrainerConfig, model: FetchedModel) -> int:
     check_base(model.path, config.spec.quantization)
     skeleton = meta_model(model.path)
     embeddings: int = skeleton.get_input_embeddings().weight.shape[0]
-    add_lora(skeleton, config.spec.lora, config.spec.training.seed, model.source)
+    adapted = add_lora(skeleton, config.spec.lora, config.spec.training.seed, model.source)
+    _check_gradient(adapted, config, model.source)
     positions = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
     longest = config.spec.dataset.max_length
     if positions is not None and longest > positions:
         raise UserError("spec.dataset.maxLength", longest, f"is more than the {positions} positions of {model.source}")
     return embeddings
+
+
+def _check_gradient(adapted: Any, config: TrainerConfig, model_name: str) -> None:
+    """Refuse an adapter on layers that would not learn.
+
+    Raises:
+        UserError: names them.
+
+    """
+    if lost := adapters_without_gradient(adapted):
+        kinds = ", ".join(sorted({".".join(name.rsplit(".", 2)[-2:]) for name in lost}))
+        named = ", ".join(config.spec.lora.target_modules or ()) or None
+        raise UserError(
+            "spec.lora.targetModules",
+            named,
+            f"would adapt layers of {model_name} that no gradient reaches: {kinds}; name the others",
+        )

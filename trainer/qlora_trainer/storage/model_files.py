@@ -140,9 +140,9 @@ def check_code(name: str, content: bytes) -> None:
     """Refuse a JSON file that cannot be read, asks for the repository's code, or sends the loader to other weights.
 
     Raises:
-        ModelFilesError: not a JSON object, or it has ``transformers_weights``, or an ``auto_map`` and is not the model's
-            configuration: of that, ``qlora_trainer.model.base_model.causal_config`` finds out whether transformers has
-            the class itself.
+        ModelFilesError: not a JSON object, or it has ``transformers_weights``, or an ``auto_map`` and is not
+            ``config.json``: of that, ``qlora_trainer.model.base_model.causal_config`` finds out whether transformers
+            has the class itself.
 
     """
     value = json_object(name, content)

@@ -42,6 +42,9 @@ class Visits:
             experts: how many there are.
 
         """
+        if sorted_experts.is_meta:  # no values: the tokens visit the first experts, one each
+            used = min(len(sorted_experts), experts)
+            return cls(list(range(used)), [1] * (used - 1) + [len(sorted_experts) - used + 1])
         counts = torch.bincount(sorted_experts, minlength=experts).tolist()
         visited = [index for index, count in enumerate(counts) if count]
         return cls(visited, [counts[index] for index in visited])

@@ -29,7 +29,7 @@ def dequantize_for_forward(model: Any) -> None:
 
 def _forward(group: Any, own: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     weights = {name: _weight(group, name) for name in weight_names(group)}
-    places = {weight.untyped_storage().data_ptr(): name for name, weight in weights.items()}
+    places = {weight.untyped_storage().data_ptr(): name for name, weight in weights.items() if not weight.is_meta}
 
     def pack(tensor: torch.Tensor) -> Any:
         name = places.get(tensor.untyped_storage().data_ptr())

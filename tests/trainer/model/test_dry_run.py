@@ -1,0 +1,44 @@
+"""Which adapters would learn is found out without weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mixtures import MIXTURES
+from qlora_api.spec import LoRASpec
+from qlora_trainer.model.base_model import add_lora, meta_model
+from qlora_trainer.model.dry_run import adapters_without_gradient
+from tiny_models import CONFIGS
+
+LORA = LoRASpec(rank=4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_adapter_of_a_dense_base_learns(name, tiny_models, caplog):
+    caplog.set_level("INFO")
+    assert adapters_without_gradient(add_lora(meta_model(tiny_models[name]), LORA, seed=1)) == []
+    assert "cannot be tried" not in caplog.text
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_every_adapter_of_a_mixture_learns(name, mixtures, caplog):
+    caplog.set_level("INFO")
+    assert adapters_without_gradient(add_lora(meta_model(mixtures[name]), LORA, seed=1)) == []
+    assert "cannot be tried" not in caplog.text
+
+
+def test_layers_beside_the_way_to_the_logits_are_named(tiny_models):
+    skeleton = meta_model(tiny_models["llama"])
+    with torch.device("meta"):
+        skeleton.model.tower = nn.Linear(64, 64)
+    assert adapters_without_gradient(add_lora(skeleton, LORA, seed=1)) == ["model.tower"]
+
+
+def test_a_base_that_decides_by_values_is_not_judged(tiny_models, caplog):
+    caplog.set_level("INFO")
+    skeleton = meta_model(tiny_models["llama"])
+    skeleton.model.norm.register_forward_hook(lambda *arguments: arguments[2] if arguments[2].sum() > 0 else None)
+    assert adapters_without_gradient(add_lora(skeleton, LORA, seed=1)) == []
+    assert "cannot be tried without weights: RuntimeError" in caplog.text
