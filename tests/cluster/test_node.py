@@ -20,6 +20,7 @@ from cluster.node.node import require_node_tools
 from cluster.node.nodes import is_ready
 from cluster.waits import eventually
 from fixtures import skip_unless_ci
+from qlora_operator.decide import attempt_outcome
 from services.binaries import ToolMissingError, find_or_build
 from services.tools import CONTROL_PLANE, KUBECTL, NODE
 
@@ -47,9 +48,9 @@ def service(name: str, selector: dict, port: int, **more: object) -> Object:
     return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": spec}
 
 
-def wait_for_phase(cluster: ControlPlane, namespace: str, name: str, phase: str) -> Object:
-    path = f"/api/v1/namespaces/{namespace}/pods/{name}"
-    return cluster.api.wait_for(path, lambda pod: pod["status"]["phase"] == phase, what=f"pod {name} {phase}")
+def wait_for_phase(cluster: ControlPlane, namespace: str, name: str, phase: str, seconds: float = 30) -> Object:
+    path, what = f"/api/v1/namespaces/{namespace}/pods/{name}", f"pod {name} {phase}"
+    return cluster.api.wait_for(path, lambda pod: pod["status"]["phase"] == phase, what=what, seconds=seconds)
 
 
 def test_two_workers_of_a_job_meet_by_name(node_cluster: ControlPlane, node_namespace: str):
@@ -102,6 +103,25 @@ def test_a_container_that_uses_too_much_memory_is_killed(node_cluster: ControlPl
     failed = wait_for_phase(node_cluster, node_namespace, "greedy", "Failed")
     terminated = failed["status"]["containerStatuses"][0]["state"]["terminated"]
     assert (terminated["exitCode"], terminated["reason"]) == (137, "OOMKilled")
+
+
+def test_a_pod_that_fills_its_nodes_disk_is_evicted_in_the_words_that_the_operator_knows(
+    node_cluster: ControlPlane, node_namespace: str
+):
+    filling = "head -c 8388608 /dev/zero > /tmp/file; exec sleep 600"
+    limits = {"requests": {"ephemeral-storage": "1Mi"}, "limits": {"ephemeral-storage": "2Mi"}}
+    for name, volume, resources in (("volume", {"sizeLimit": "1Mi"}, {}), ("limit", {}, limits)):
+        manifest = pod(name, filling, resources=resources, volumeMounts=[{"name": "tmp", "mountPath": "/tmp"}])
+        manifest["spec"]["volumes"] = [{"name": "tmp", "emptyDir": volume}]
+        node_cluster.api.create(manifest, node_namespace)
+    # The kubelet measures volumes each minute.
+    volume, limit = (
+        wait_for_phase(node_cluster, node_namespace, name, "Failed", seconds=240)["status"]
+        for name in ("volume", "limit")
+    )
+    assert (volume["reason"], limit["reason"]) == ("Evicted", "Evicted")
+    assert attempt_outcome._OVERFULL.search(volume["message"]).groups() == ("tmp", "1Mi")
+    assert attempt_outcome._OVER_LIMIT.search(limit["message"])[1] == "2Mi"
 
 
 def test_a_node_is_lost_comes_back_and_leaves_nothing(tmp_path: Path):
