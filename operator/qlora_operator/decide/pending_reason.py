@@ -75,5 +75,9 @@ def _unschedulable(pod: PodSnapshot) -> tuple[Reason, str]:
     if "untolerated taint" in said:
         remedies.append("nodes have taints that spec.scheduling.tolerations does not name")
     remedies += [f"no node has enough free {what}" for what in ("cpu", "memory") if f"Insufficient {what}" in said]
+    if "Insufficient ephemeral-storage" in said:
+        remedies.append(
+            "no node has the free disk that trainer.ephemeralStorage asks for (a value of the operator's chart)"
+        )
     words = "; ".join(remedies)
     return Reason.UNSCHEDULABLE, f"{words} ({said})" if words else said

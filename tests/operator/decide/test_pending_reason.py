@@ -23,6 +23,12 @@ NO_CLAIM = '0/1 nodes are available: persistentvolumeclaim "models" not found. n
             id="too-few-gpus",
         ),
         pytest.param(
+            seen(child(), pod(unschedulable="0/1 nodes are available: 1 Insufficient ephemeral-storage.", ready=False)),
+            "Unschedulable",
+            "trainer.ephemeralStorage",
+            id="too-little-disk",
+        ),
+        pytest.param(
             seen(child(), pod(unschedulable=NO_MATCH, ready=False)), "Unschedulable", "nodeSelector", id="selector"
         ),
         pytest.param(
