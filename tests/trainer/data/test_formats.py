@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from qlora_api.spec import Columns
@@ -56,6 +56,42 @@ def test_the_begin_token_stands_first_once_and_does_not_count(begin_tokenizer, d
     assert encoded.input_ids[: len(prompt)] == prompt
     assert encoded.targets == [False] * len(prompt) + [True] * (len(encoded.input_ids) - len(prompt))
     assert encoded.input_ids[-1] == end
+
+
+def test_tokens_that_a_tokenizer_puts_first_stand_first_without_a_begin_token(byte_level, dataset):
+    """As GLM 4's [gMASK]<sop>."""
+    first = processors.TemplateProcessing(
+        single="<bos> <|im_start|> $A",
+        special_tokens=[(t, byte_level.token_to_id(t)) for t in ("<bos>", "<|im_start|>")],
+    )
+    own = Tokenizer.from_str(byte_level.to_str())
+    own.post_processor = first
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, eos_token="<eos>")
+    encoder = Encoder(tokenizer, dataset(format="PromptCompletion"))
+    encoded = encoder.encode({"prompt": "return", "completion": "x"})
+    assert (
+        encoded.input_ids[: len(encoder.prompt("return"))]
+        == encoder.prompt("return")
+        == tokenizer("return")["input_ids"]
+    )
+    assert tokenizer.convert_ids_to_tokens(encoded.input_ids[:2]) == ["<bos>", "<|im_start|>"]
+    assert encoder.encode({"prompt": "<bos><|im_start|>return", "completion": "x"}) == encoded
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("f(", ")"), ("Q\n", "\nA"), ("return", " the value"), ("a", "="), ("x", "0a\n")]
+)
+def test_a_completion_continues_its_prompt_without_a_space_of_the_tokenizers(
+    prompt, completion, begin_tokenizer, dataset
+):
+    encoded = Encoder(begin_tokenizer, dataset(format="PromptCompletion")).encode(
+        {"prompt": prompt, "completion": completion}
+    )
+    counted = [token for token, counts in zip(encoded.input_ids, encoded.targets, strict=True) if counts]
+    assert counted[-1] == begin_tokenizer.eos_token_id
+    assert encoded.input_ids[: -len(counted)] == begin_tokenizer(prompt)["input_ids"]
+    text = begin_tokenizer.decode(encoded.input_ids[1:-1])
+    assert text == begin_tokenizer.decode(begin_tokenizer(prompt + completion)["input_ids"][1:])
 
 
 def test_begin_and_end_written_as_text_are_not_doubled(begin_tokenizer, dataset):

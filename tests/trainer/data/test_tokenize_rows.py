@@ -79,6 +79,25 @@ def test_samples_show_what_counts(prepared, pairs):
     assert last.endswith("⟦c<eos>⟧")
 
 
+def test_the_receipt_counts_rows_that_give_several_examples_and_what_a_template_leaves_out(prepared, chat_tokenizer):
+    template = (
+        "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if loop.last and m.role == 'assistant' %}.{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    chat = [{"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")]
+    rows = [
+        {"messages": chat},
+        {"messages": chat[:2]},
+        {"messages": [{"role": "system", "content": "Be brief."}, *chat[:2]]},
+        {"messages": [chat[0], {"role": "assistant", "content": ""}]},
+    ]
+    data = prepared(rows, format="Messages", chat_template=template, tokenizer=chat_tokenizer)
+    receipt = data.receipt
+    assert (receipt.rows, receipt.train_rows, receipt.split_rows) == (4, 4, 1)
+    assert (receipt.left_out, receipt.empty_turns, receipt.fully_masked) == (2, 1, 1)
+
+
 def test_packing_off_makes_every_row_a_sequence(prepared, pairs):
     data = prepared(pairs, packing=False)
     assert data.receipt.train_sequences == len(data.train_packs) == len(pairs)

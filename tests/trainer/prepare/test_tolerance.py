@@ -27,10 +27,19 @@ RECEIPT = PrepareReceipt(
     longest=300,
     lengths={128: 80},
     packing_efficiency=0.5,
+    rows=50,
+    left_out=15,
     samples=[],
 )
-SHARES = {"truncated": 0.2, "dropped": 0.06, "fully_masked": 0.04, "duplicates": 0.1, "eval_in_train": 0.5}
-"""Of 100 rows read, 80 training rows, 10 evaluation rows."""
+SHARES = {
+    "truncated": 0.2,
+    "dropped": 0.06,
+    "fully_masked": 0.04,
+    "duplicates": 0.1,
+    "eval_in_train": 0.5,
+    "left_out": 0.3,
+}
+"""Of 50 rows read, which gave 100 examples, 80 for training, 10 for evaluation."""
 
 
 @pytest.mark.parametrize(("name", "share"), SHARES.items())
@@ -42,7 +51,7 @@ def test_a_share_that_is_not_exceeded_is_taken(name, share):
 def test_more_than_the_job_takes_ends_it_with_field_share_and_remedy(name, share):
     with pytest.raises(UserError) as refused:
         check_tolerance(Tolerance(**{name: str(share - 0.01)}), RECEIPT)
-    field = {"fully_masked": "fullyMasked", "eval_in_train": "evalInTrain"}.get(name, name)
+    field = {"fully_masked": "fullyMasked", "eval_in_train": "evalInTrain", "left_out": "leftOut"}.get(name, name)
     assert refused.value.error.field == f"spec.dataset.tolerance.{field}"
     assert f"{share:.1%}" in str(refused.value)
 

@@ -24,6 +24,7 @@ from qlora_trainer.data.rendering.message_texts import (
     PLACEHOLDER,
     hidden,
     is_missing,
+    says_anything,
     squeezed,
     texts_in,
     with_json_arguments,
@@ -100,7 +101,7 @@ class Renderer:
         messages, tools = self._adapted(messages), self._tools(tools)
         turns = []
         for place in places:
-            if not any(texts_in(messages[place], "")):
+            if not says_anything(messages[place]):
                 done.empty += 1
                 continue
             turn, state = self.turn(messages, place, tools)

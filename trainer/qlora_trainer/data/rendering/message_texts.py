@@ -12,6 +12,7 @@ from qlora_trainer.data.rendering.turns import THOUGHTS
 
 PLACEHOLDER = "…"
 """Stands for what a row says."""
+_TAGS = re.compile("|".join(re.escape(tag) for pair in THOUGHTS for tag in pair))
 
 
 def squeezed(text: str) -> str:
@@ -50,7 +51,7 @@ def _leaves(message: Message) -> Iterator[str]:
     for content in contents if isinstance(contents, list) else [contents]:
         text = content.get("text") if isinstance(content, dict) else content
         if isinstance(text, str):
-            yield from re.split("|".join(re.escape(tag) for pair in THOUGHTS for tag in pair), text)
+            yield from _TAGS.split(text)
     reasoning = next((message[key] for key in REASONING_KEYS if message.get(key)), None)
     if isinstance(reasoning, str):
         yield reasoning
@@ -70,6 +71,11 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for inner in value:
             yield from _texts(inner)
+
+
+def says_anything(message: Message) -> bool:
+    """Return whether there is a text in the message."""
+    return any(leaf.strip() for leaf in _leaves(message))
 
 
 def texts_in(message: Message, text: str) -> tuple[int, int]:
