@@ -114,6 +114,16 @@ def chat(*messages: Any, **more: Any) -> str:
             "a.jsonl", chat({"role": "assistant", "tool_calls": [{"arguments": MARK}]}), MESSAGES, id="tool-arguments"
         ),
         pytest.param("a.jsonl", chat(tools=MARK), MESSAGES, id="tools"),
+        *(
+            pytest.param("a.jsonl", chat(), {**MESSAGES, "chat_template": template}, id=f"template-{name}")
+            for name, template in {
+                "raises-the-content": "{{ raise_exception('bad: ' + messages[0].content) }}",
+                "looks-up-the-content": "{{ messages[0][messages[0].content].x }}",
+                "converts-the-content": "{% set n = namespace(x=messages[0].content) %}{{ '%d' | format(n.x) }}",
+                "calls-the-content": "{{ messages[0].content() }}",
+                "parses-the-content": "{{ messages[0].content.encode('ascii').decode('utf-16') }}",
+            }.items()
+        ),
         pytest.param("a.jsonl", line({**PAIR, "prompt": MARK * 99}), {**PAIRS, "max_length": 16}, id="row-too-long"),
         pytest.param("a.jsonl", line({**PAIR, "completion": ""}), PAIRS, id="nothing-to-learn"),
     ],
