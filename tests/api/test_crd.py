@@ -193,7 +193,9 @@ def test_a_local_path_is_refused_by_the_api_server_alone(source, valid):
 def test_what_a_resume_depends_on_is_immutable_and_the_rest_is_not():
     rules = schema()["properties"]["spec"]["x-kubernetes-validations"]
     fixed = {r["fieldPath"].removeprefix(".") for r in rules if "oldSelf" in r["rule"]}
-    assert fixed == {"model", "dataset", "quantization", "lora", "training", "parallelism", "output"}
+    assert fixed == {"model", "dataset", "quantization", "lora", "training", "parallelism"}
+    (output,) = schema()["properties"]["spec"]["properties"]["output"]["x-kubernetes-validations"]
+    assert (output["rule"], output["fieldPath"]) == ("self.destination == oldSelf.destination", ".destination")
     (rule,) = [r["rule"] for r in rules if "oldSelf.lora" in r["rule"]]
     old = VALID["spec"] | {"lora": {"rank": 8}}
     assert cel.evaluate(rule, {"self": old, "oldSelf": old})

@@ -101,7 +101,7 @@ class QLoRAJobSpec(Model):
     """Checkpoint, free the GPUs and wait; set back to false, the job resumes."""
 
     immutable: ClassVar = dict.fromkeys(
-        ("model", "dataset", "quantization", "lora", "training", "parallelism", "output"), _RESUME
+        ("model", "dataset", "quantization", "lora", "training", "parallelism"), _RESUME
     )
     rules: ClassVar = (
         Rule(

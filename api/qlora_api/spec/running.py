@@ -85,6 +85,8 @@ class OutputSpec(Model):
     """Publish the best checkpoint even if its loss on the evaluation rows is above the base's. Otherwise the job ends
     without an adapter: the training made the model worse at what it was held against."""
 
+    immutable: ClassVar = {"destination": "the run's checkpoints lie below it; create a new QLoRAJob instead"}
+
 
 class OnOutOfMemory(StrEnum):
     RECOVER = "Recover"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,6 +14,8 @@ from qlora_api.errors import FieldError
 from qlora_cli.local import attempt_loop, local_spec, machine, run_folder, run_view
 from qlora_cli.local.trainer_process import Commands, stop_on_signals
 from qlora_cli.manifest import job_manifest as manifest
+from qlora_storage.errors import JobError, NotFoundError
+from qlora_storage.object_store import open_store
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +23,10 @@ if TYPE_CHECKING:
     from qlora_api.job import QLoRAJob
     from qlora_cli.local.machine import Machine, World
     from qlora_cli.local.run_folder import RunFolder, RunRecord
+
+MANIFEST = "manifest.json"
+PATIENCE_SECONDS = 20.0
+"""How long a person waits for object storage that is away."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,8 @@ def _splits(job: QLoRAJob, ranks: int) -> bool:
 def _open(folder: RunFolder, job: QLoRAJob, console: Console, *, fresh: bool) -> RunRecord:
     """The record to go on with; a new one where there is none, or it is put aside."""
     name, spec = job.metadata.name, job.spec
+    if fresh:
+        _put_manifest_aside(folder, spec.output.destination, console)
     record = None if fresh else _read(folder)
     trained = run_folder.trained(record) or folder.has_checkpoints()
     match run_folder.opening(record, spec, trained=trained):
@@ -117,6 +126,36 @@ def _open(folder: RunFolder, job: QLoRAJob, console: Console, *, fresh: bool) ->
                     f"The folder of an earlier run is now {folder.move_aside(run_folder.now())}", soft_wrap=True
                 )
             return run_folder.new_record(name, spec, run_folder.now())
+
+
+def _put_manifest_aside(folder: RunFolder, destination: str, console: Console) -> None:
+    """Rename the manifest that the run before has published to the same destination, and say so; its adapter stays.
+
+    Raises:
+        RunError: the destination cannot be read or written.
+
+    """
+    try:
+        earlier = folder.read()
+    except run_folder.RunError:  # unreadable; whose manifest that is cannot be told
+        return
+    try:
+        store = open_store(destination, "spec.output.destination", PATIENCE_SECONDS)
+        data = store.get(MANIFEST)
+        if earlier is None or json.loads(data).get("runUid") != earlier.uid:
+            return  # not ours: the trainer says whose it is
+        kept = f"manifest-{earlier.uid[:8]}.json"
+        store.put(kept, data)
+        store.delete(MANIFEST)
+    except (NotFoundError, ValueError, AttributeError):
+        return
+    except JobError as error:
+        raise run_folder.RunError(str(error)) from None
+    console.print(
+        f"--fresh replaces what run {earlier.uid[:8]} has published: {store.uri(MANIFEST)} is now {kept}, and "
+        "its files stay where they are",
+        soft_wrap=True,
+    )
 
 
 def _read(folder: RunFolder) -> RunRecord | None:

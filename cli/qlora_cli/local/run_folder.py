@@ -33,11 +33,13 @@ from qlora_api.status import Attempt, Count, Decimal, PrepareResult, Reason
 from qlora_cli.local.processes import is_alive
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 
 KEY_BYTES = 32
+PUBLISHING = ("output",)
+"""Groups that may change for as long as nothing is published: checkpoints of local runs do not depend on them."""
 
 
 class RunError(ValueError):
@@ -236,7 +238,9 @@ def opening(record: RunRecord | None, spec: QLoRAJobSpec, *, trained: bool) -> B
         return Begin()
     if trained:
         spec = with_recorded_compute_type(record.spec, spec)
-    changed = changes(record.spec, spec) if immutable_hash(spec) != record.immutable_hash else ()
+    changed = changes(record.spec, spec, spec.immutable) if immutable_hash(spec) != record.immutable_hash else ()
+    if record.finished:  # until then, where and how it is published may change
+        changed += changes(record.spec, spec, PUBLISHING)
     if changed and trained:
         return Refuse(changed)
     if changed and record.attempts:
@@ -297,9 +301,9 @@ def immutable_hash(spec: QLoRAJobSpec) -> str:
     return hashlib.sha256(json.dumps(groups, sort_keys=True).encode()).hexdigest()
 
 
-def changes(old: QLoRAJobSpec, new: QLoRAJobSpec) -> tuple[Change, ...]:
-    """Fields of the immutable groups that differ."""
-    before, after = _flat(old), _flat(new)
+def changes(old: QLoRAJobSpec, new: QLoRAJobSpec, groups: Iterable[str]) -> tuple[Change, ...]:
+    """Fields of some groups that differ."""
+    before, after = _flat(old, groups), _flat(new, groups)
     return tuple(
         Change(f"spec.{field}", before.get(field), after.get(field))
         for field in sorted(before.keys() | after.keys())
@@ -307,7 +311,7 @@ def changes(old: QLoRAJobSpec, new: QLoRAJobSpec) -> tuple[Change, ...]:
     )
 
 
-def _flat(spec: QLoRAJobSpec) -> dict[str, object]:
+def _flat(spec: QLoRAJobSpec, groups: Iterable[str]) -> dict[str, object]:
     flat: dict[str, object] = {}
 
     def walk(prefix: str, value: object) -> None:
@@ -318,7 +322,7 @@ def _flat(spec: QLoRAJobSpec) -> dict[str, object]:
             flat[prefix] = value
 
     plain = spec.to_json_dict()
-    for group in spec.immutable:
+    for group in groups:
         walk(group, plain.get(group))
     return flat
 

@@ -1,5 +1,6 @@
 """The attempt loop, with a real process in the trainer's place."""
 
+import json
 import os
 import signal
 import time
@@ -137,6 +138,17 @@ def test_policy_may_change_between_calls(workplace):
     assert workplace.run("policy.maxRestarts=5") == 0
 
 
+def test_where_and_how_is_published_may_change_until_something_is(workplace, tmp_path):
+    workplace.plan("crash", "done")
+    workplace.run("policy.maxRestarts=0")
+    uid = workplace.record()["uid"]
+    assert workplace.run(f"output.destination={tmp_path / 'elsewhere'}", "output.allowWorseEval=true") == 0
+    assert (workplace.record()["uid"], len(workplace.record()["attempts"])) == (uid, 2)
+    assert workplace.config(2)["spec"]["output"]["destination"] == str(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match=r"spec\.output\.destination: "):
+        workplace.run(f"output.destination={tmp_path / 'again'}")
+
+
 def test_a_changed_spec_goes_when_nothing_was_trained(workplace):
     workplace.plan("done", prepare="user-error")
     workplace.run()
@@ -160,6 +172,24 @@ def test_fresh_puts_the_old_run_aside(workplace):
     assert workplace.record()["uid"] != old
     (aside,) = workplace.run_folder.parent.glob("quick.old-*")
     assert old in (aside / "run.json").read_text()
+
+
+def test_fresh_says_what_it_replaces_at_the_destination(workplace):
+    workplace.run()
+    old, manifest = workplace.record()["uid"], Path(workplace.record()["result"]["adapter"]["manifestUri"])
+    manifest.write_text(json.dumps({"runUid": old}))
+    workplace.run(fresh=True)
+    kept = manifest.with_name(f"manifest-{old[:8]}.json")
+    assert json.loads(kept.read_text()) == {"runUid": old}
+    assert f"--fresh replaces what run {old[:8]} has published: {manifest} is now {kept.name}" in workplace.said
+
+
+def test_fresh_leaves_the_manifest_of_another_run(workplace):
+    workplace.run()
+    manifest = Path(workplace.record()["result"]["adapter"]["manifestUri"])
+    manifest.write_text(json.dumps({"runUid": "somebody-else"}))
+    workplace.run(fresh=True)
+    assert not list(manifest.parent.glob("manifest-*.json"))
 
 
 def test_other_ranks_resume_with_their_own_split(workplace):

@@ -60,3 +60,20 @@ def test_an_evaluation_loss_of_any_size_is_one(workshop):
     assert float(ended.message.progress.best_eval_loss) > 709
     assert "perplexity inf" in ended.log
     assert "nan" not in (workshop.folder / "out" / "manifest.json").read_text().lower()
+
+
+def test_an_adapter_that_was_refused_is_published_once_it_may_be_worse(workshop):
+    rows = workshop.folder / "other.jsonl"  # nothing like the rows that it is held against
+    rows.write_text("".join(json.dumps({"prompt": "z", "completion": "zqx" * (n + 2)}) + "\n" for n in range(16)))
+    changes = {
+        "dataset": {"train": {"source": str(rows)}, "eval": {"source": str(workshop.rows)}},
+        "training": {"epochs": None, "maxSteps": 6, "learningRate": "2e-1", "evaluation": {"everySteps": 6}},
+    }
+    first = workshop.run(workshop.config(ranks=1, **changes))
+    assert first.code == ExitCode.ADAPTER_REJECTED, first.log[-2000:]
+    assert "spec.output.allowWorseEval" in first.text
+    output = {"destination": str(workshop.folder / "elsewhere"), "allowWorseEval": True}
+    again = workshop.run(workshop.config(ranks=1, attempt=2, output=output, **changes))
+    assert again.code == ExitCode.DONE, again.log[-2000:]
+    assert not again.losses, "nothing is trained again"
+    assert (workshop.folder / "elsewhere" / "manifest.json").exists()

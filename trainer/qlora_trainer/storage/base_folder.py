@@ -55,6 +55,8 @@ NO_FILE = re.compile(r"name_or_path$")
 """Where a model came from, in words. transformers replaces it by the folder."""
 HASHES_AT_ONCE = 8
 """Files; of one, SHA-256 takes 0.5 to 2 GB/s."""
+LONG_BYTES = 1 << 30
+"""Reading as many takes long enough for a word."""
 SETTLED_SECONDS = 2.0
 """A file that changed later than so long ago may change again within the resolution of its times."""
 log = logging.getLogger(__name__)
@@ -244,7 +246,8 @@ def _hash_weights(source: Path, link: tuple[str, list[int]], *, cache_dir: Path)
         return known.read_text("ascii")
     except FileNotFoundError:
         pass
-    log.info("reading all %.1f GB of %s, to know it again", identity[2] / 1e9, source / name)
+    if identity[2] > LONG_BYTES:
+        log.info("reading all %.1f GB of %s, to know it again", identity[2] / 1e9, source / name)
     with _open(source, name) as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
         if _identity(file) != identity:
