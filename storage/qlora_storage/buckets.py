@@ -48,7 +48,7 @@ class UploadPace:
 
 
 PACES = (UploadPace(8 * MIB, 4), UploadPace(5 * MIB, 1))
-"""The first needs 280 kB/s, the second 44: 5 MiB is the smallest part that S3 takes."""
+"""The first needs 280 kB/s, the second 44 once the line is free: 5 MiB is the smallest part that S3 takes."""
 
 
 class BucketBackend:
