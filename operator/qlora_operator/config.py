@@ -65,7 +65,7 @@ class TrainerPodConfig(Model):
     shared_memory: Quantity = "1Gi"
     cache_size_limit: Quantity = "200Gi"
     tmp_size_limit: Quantity = "20Gi"
-    """A publication holds the adapter twice; one of rank 64 for 70 billion parameters has 3.3 GB. The rest: kernels."""
+    """The publish gate holds the adapter twice: 3.3 GB each at rank 64 for 70 billion parameters. The rest: kernels."""
     ephemeral_storage: Quantity | None = "10Gi"
     """Of a node's disk, requested by Prepare and trainers. None: neither requested nor limited."""
     node_lost_seconds: int = Field(60, ge=1)

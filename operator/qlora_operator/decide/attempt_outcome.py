@@ -44,7 +44,7 @@ _OVER_LIMIT = re.compile(
     r'|Container \S+ exceeded its local ephemeral storage limit) "?(\w+)'
 )
 _VOLUME_LIMITS = {
-    CACHE_VOLUME: "; the base model and the rows need a larger trainer.cacheSizeLimit",
+    CACHE_VOLUME: "; the base model, the rows and what is published need a larger trainer.cacheSizeLimit",
     TMP_VOLUME: "; the adapter needs a larger trainer.tmpSizeLimit",
 }
 

@@ -35,7 +35,8 @@ def publish_run(trainer: TrainingContext, run: RunState) -> Adapter:
         raise CheckpointError(
             f"the checkpoint at step {run.step}, the last one, is broken; step {chosen.step} is whole"
         )
-    with tempfile.TemporaryDirectory(prefix="qlora-publish-") as name:
+    # Beside the base, for a merged model is as large; a pod's /tmp is small.
+    with tempfile.TemporaryDirectory(prefix="qlora-publish-", dir=config.cache_dir) as name:
         folder = Path(name)
         tensors = unpack_tensors(chosen.read(engine_state.ADAPTER_FILE))
         export_adapter(trainer.model, tensors, folder / "adapter", prepared.model_source, prepared.model_revision)
