@@ -218,6 +218,8 @@ class PrepareReceipt(Model):
     """Rows left out because no token counts (truncation cut it, or the row is empty)."""
     rows: int = 0
     """Rows as they were read; the other figures count the examples that they gave."""
+    rows_with_tools: int = 0
+    """Rows that give the chat template tools."""
     split_rows: int = 0
     """Rows that gave several examples, since the chat template rewrites earlier turns."""
     left_out: int = 0

@@ -151,6 +151,8 @@ def receipt(found: PrepareReceipt, prepared: PrepareResult | None) -> Renderable
         ("Slots filled", f"{found.packing_efficiency:.1%}"),
         ("Rows cut or lost", ", ".join(lost) or "none"),
     ]
+    if found.rows_with_tools:
+        rows.append(("Tools", f"{units.number(found.rows_with_tools)} rows give the chat template tools"))
     if found.split_rows:
         rows.append(("Split", f"{units.number(found.split_rows)} rows give several: the chat template rewrites turns"))
     if found.left_out:

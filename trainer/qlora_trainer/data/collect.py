@@ -95,6 +95,8 @@ class Tally:
     """Counts of the rows of one source, by what happened to them; some count the examples that rows gave."""
 
     rows: int = 0
+    with_tools: int = 0
+    """Rows that give the chat template tools."""
     split: int = 0
     """Rows that gave several examples."""
     left_out: int = 0
@@ -141,6 +143,7 @@ def collect(encoder: Encoder, rows: Rows, where: str, side_of: Callable[[int], S
     tally = Tally()
     progress = _Progress(where, rows.source.size)
     for batch in rows.batches():
+        tally.with_tools += sum(bool(cells.get(dataset.columns.tools)) for cells in batch.rows)
         for place, row in zip(batch.places, _encoded(encoder, batch), strict=True):
             tally.count_row(row)
             for encoded in row.examples:

@@ -207,6 +207,7 @@ def _receipt(name: str, folder: Path, encoder: Encoder, done: _Tokenized) -> Pre
         dropped=sum(t.dropped for t in done.tallies),
         fully_masked=sum(t.fully_masked for t in done.tallies),
         rows=sum(t.rows for t in done.tallies),
+        rows_with_tools=sum(t.with_tools for t in done.tallies),
         split_rows=sum(t.split for t in done.tallies),
         left_out=sum(t.left_out for t in done.tallies),
         empty_turns=sum(t.empty_turns for t in done.tallies),

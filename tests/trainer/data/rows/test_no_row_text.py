@@ -124,6 +124,16 @@ def chat(*messages: Any, **more: Any) -> str:
                 "parses-the-content": "{{ messages[0].content.encode('ascii').decode('utf-16') }}",
             }.items()
         ),
+        *(
+            pytest.param("a.jsonl", chat(*CHAT), {**MESSAGES, "chat_template": template}, id=f"turns-{name}")
+            for name, template in {
+                "opened-by-the-prompt": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+                "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+                "that-repeat-the-first": "{{ messages | length }}{{ messages[-1].content }}"
+                "{% for m in messages %}{{ m.content }}{% endfor %}",
+                "in-another-order": "{% for m in messages | reverse %}{{ m.role }}:{{ m.content }};{% endfor %}",
+            }.items()
+        ),
         pytest.param("a.jsonl", line({**PAIR, "prompt": MARK * 99}), {**PAIRS, "max_length": 16}, id="row-too-long"),
         pytest.param("a.jsonl", line({**PAIR, "completion": ""}), PAIRS, id="nothing-to-learn"),
     ],

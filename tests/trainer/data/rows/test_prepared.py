@@ -74,3 +74,11 @@ def test_progress_says_rate_and_time_left():
     assert progress_line("/data/rows", 1_000_000, 2 * 10**9, 10**10, 100.0) == (
         "/data/rows: 1,000,000 rows, 2,000 of 10,000 MB, 20.0 MB/s, about 7 min left"
     )
+
+
+def test_rows_with_tools_are_counted(chat_tokenizer, job, tmp_path):
+    messages = [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "7."}]
+    rows = [{"messages": messages, "tools": tools} for tools in ([{"name": "w"}], [], None)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    receipt = prepare_data(job(format="Messages"), chat_tokenizer, "t1", path, None, tmp_path / "cache").receipt
+    assert (receipt.train_rows, receipt.rows_with_tools) == (3, 1)
