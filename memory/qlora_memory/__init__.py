@@ -17,6 +17,7 @@ planner, remedies    choose; say what would fit
 ===================  ========================================================================
 """
 
+from qlora_memory.coverage import PlannedCoverage, planned_coverage
 from qlora_memory.estimate import EstimateInput, MemoryEstimate, Moment, estimate
 from qlora_memory.gpus import GPUS, Gpu, check_gpu, gpu_named, gpu_of_device, resolved
 from qlora_memory.planning.cost import Cost, Span, cost, flop_per_token
@@ -47,6 +48,7 @@ __all__ = [
     "NoFit",
     "Plan",
     "PlanRequest",
+    "PlannedCoverage",
     "Remedy",
     "Span",
     "TensorInfo",
@@ -62,6 +64,7 @@ __all__ = [
     "parse_header",
     "plan",
     "plan_of",
+    "planned_coverage",
     "remedies",
     "resolved",
     "run_of",

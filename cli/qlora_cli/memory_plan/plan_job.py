@@ -23,6 +23,7 @@ from qlora_memory import (
     gpu_of_device,
     model_shape,
     plan,
+    planned_coverage,
     remedies,
 )
 from qlora_memory.planning.remedies import changed
@@ -184,6 +185,7 @@ def as_dict(answered: PlanResult) -> dict[str, Any]:
     request, outcome = answered.request, answered.outcome
     chosen = outcome if isinstance(outcome, Plan) else outcome.smallest
     shape = request.shape
+    covered = planned_coverage(shape, request.spec.lora, request.spec.quantization)
     shown: dict[str, Any] = {
         "job": answered.job,
         "fits": answered.fits,
@@ -193,6 +195,10 @@ def as_dict(answered: PlanResult) -> dict[str, Any]:
             "parameters": shape.parameters,
             "linearLayers": len(shape.linears),
             "activationsModelled": shape.modelled,
+            "quantizedShare": round(covered.quantized / covered.weights, 6),
+            "adaptedLayers": covered.adapted_layers,
+            "expertLayers": covered.groups,
+            "adaptedExpertLayers": covered.adapted_groups,
         },
         "gpu": {"name": request.gpu.name, "memoryBytes": request.gpu.memory_bytes, "count": request.world_size},
         **_plan_dict(chosen),

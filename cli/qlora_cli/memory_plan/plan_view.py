@@ -11,7 +11,7 @@ from rich.text import Text
 from qlora_api.spec import ComputeType
 from qlora_cli.local import run_view
 from qlora_cli.text import units
-from qlora_memory import NoFit, Plan, does_not_fit
+from qlora_memory import NoFit, Plan, does_not_fit, planned_coverage
 from qlora_memory.gpus import GIB
 
 if TYPE_CHECKING:
@@ -49,10 +49,13 @@ def _facts(answered: PlanResult, chosen: Plan) -> list[tuple[str, str]]:
     request, shape = answered.request, answered.request.shape
     gpu, count = request.gpu, request.world_size
     recompute = "activations recomputed" if chosen.gradient_checkpointing else "activations kept"
+    covered = planned_coverage(shape, request.spec.lora, request.spec.quantization)
     rows = [
         ("Job", answered.job),
         ("Model", f"{shape.model_type}, {shape.parameters / 1e9:.2f} billion weights ({answered.place})"),
         ("GPU", f"{count} × {gpu.name}, {units.size(gpu.memory_bytes)} each"),
+        ("Quantized", covered.held),
+        ("Adapted", covered.adapted),
         ("Computes in", _compute_type(request.spec, chosen)),
         ("Batch", run_view.batch_equation(chosen.batch)),
         ("Sequences", f"up to {chosen.row} tokens, {recompute}"),

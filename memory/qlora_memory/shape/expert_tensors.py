@@ -15,21 +15,24 @@ from qlora_memory.shape.safetensors_headers import TensorInfo
 
 _OWN = re.compile(r"^(?P<prefix>.*\.(?P<layer>\d+)\..*experts)\.\d+\.(?P<part>\w+)\.weight$")
 """A matrix of one expert: ``model.layers.0.mlp.experts.17.up_proj.weight``."""
-_STACKED = re.compile(r"^(?P<prefix>.*\.(?P<layer>\d+)\..*experts)\.(?P<part>\w+?)(?:\.weight)?$")
-"""A tensor of all: ``model.layers.0.mlp.experts.gate_up_proj``."""
+_STACKED = re.compile(r"^(?P<prefix>.*\.(?P<layer>\d+)\..*?)(?:\.experts)?\.(?P<part>\w+?)(?:\.weight)?$")
+"""A tensor of all: ``model.layers.0.mlp.experts.gate_up_proj``, ``….block_sparse_moe.input_linear.weight``."""
 _LAYER = re.compile(r"\.(\d+)\.")
-_DOWN = frozenset({"down_proj", "w2", "fc2", "linear_2", "down_projs"})
+_DOWN = frozenset({"down_proj", "w2", "fc2", "down_projs", "output_linear"})
 _STACK_DIMENSIONS = 3
 
 
 def stack_name(name: str, tensor: TensorInfo) -> str | None:
     """Return the parameter that a tensor becomes a part of; None for one that is no expert's."""
-    match = _OWN.match(name) if len(tensor.shape) == _STACK_DIMENSIONS - 1 else None
-    if match is None and len(tensor.shape) == _STACK_DIMENSIONS:
+    match = None
+    if len(tensor.shape) == _STACK_DIMENSIONS - 1:
+        match = _OWN.match(name)
+    elif len(tensor.shape) == _STACK_DIMENSIONS and min(tensor.shape) > 1:  # a convolution over channels has a 1
         match = _STACKED.match(name)
     if match is None:
         return None
-    return f"{match['prefix']}.{'down_proj' if match['part'] in _DOWN else 'gate_up_proj'}"
+    weight = "down_proj" if match["part"] in _DOWN else "gate_up_proj"
+    return f"{match['prefix'].removesuffix('.experts')}.experts.{weight}"
 
 
 def expert_stacks(tensors: Mapping[str, TensorInfo], hidden: int) -> dict[int, tuple[Linear, ...]]:

@@ -100,7 +100,7 @@ def _linear(name: str, tensor: TensorInfo, tensors: Mapping[str, TensorInfo]) ->
 
 
 def _is_expert(name: str) -> bool:
-    return ".experts." in name or name.endswith((".gate.weight", ".router.weight"))
+    return ".experts." in name or name.endswith((".gate.weight", ".router.weight", ".router.layer.weight"))
 
 
 def _place(name: str, tensor: TensorInfo) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 
 import bitsandbytes.functional as bnb
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from mixtures import MIXTURES, SHAPE, save_mixture
 from qlora_api.spec import ComputeType, LoRASpec, QuantizationSpec, QuantizationType
+from qlora_memory import model_shape, planned_coverage, tensor_infos
 from qlora_trainer.errors import AdapterRejectedError, UserError
 from qlora_trainer.model.base_model import add_lora, load_base, meta_model, trainable, weight_bytes
 from qlora_trainer.model.coverage import coverage_of
@@ -23,6 +25,7 @@ from qlora_trainer.model.experts.targets import check_targets, linear_layers
 from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end, head_is_plain, rows_are_apart
 from qlora_trainer.publish.gate import verify_adapter, verify_loads
 from qlora_trainer.publish.merge_adapter import merge
+from qlora_trainer.storage.model_files import safetensors_header
 from qlora_trainer.training.finish import export_adapter
 from random_rows import flatten, random_rows
 
@@ -231,6 +234,16 @@ def test_what_is_quantized_and_adapted_is_counted(mixtures):
     assert coverage_of(add_lora(load_base(mixtures["phimoe"], NF4, CPU), some, seed=1)).adapted == (
         "2 of 8 linear layers, the experts of 0 of 2 layers"
     )
+
+
+@TYPES
+def test_what_is_planned_to_be_quantized_and_adapted_is(name, mixtures):
+    config = json.loads((mixtures[name] / "config.json").read_text())
+    tensors = tensor_infos(safetensors_header(mixtures[name] / "model.safetensors"))
+    planned = planned_coverage(model_shape(config, tensors), LORA, NF4)
+    found = coverage_of(add_lora(load_base(mixtures[name], NF4, CPU), LORA, seed=1))
+    assert (planned.quantized, planned.adapted) == (found.quantized, found.adapted)
+    assert planned.weights == pytest.approx(found.weights, rel=1e-3)  # buffers on disk are planned as weights
 
 
 def test_experts_named_for_a_dense_base_are_refused(tiny_models):
