@@ -87,7 +87,7 @@ class BoundedChild:
     def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-P", "-m", __name__),
+                *(sys.executable, "-I" if sys.flags.isolated else "-P", "-m", __name__),
                 *(self._service, str(self.bounds.seconds), str(self.bounds.memory_bytes)),
             ],
             stdin=subprocess.PIPE,
