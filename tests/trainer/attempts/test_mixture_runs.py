@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -48,3 +49,29 @@ def test_a_mixture_is_trained_and_published(name, lora, ranks, parallelism, work
     assert len([n for n in experts if "lora_B" in n]) == 2 * (1 if name == "deepseek_v3" else 2)
     assert json.loads((adapter / "adapter_config.json").read_text())["r"] == lora["rank"]
     assert "does not serve this adapter by itself, since it adapts experts" in (adapter / "README.md").read_text()
+
+
+def test_zero_3_makes_the_adapter_that_is_made_without(workshop):
+    """In fp32, where the experts' factors are used as they are, and large enough to be divided among the ranks."""
+    base = workshop.folder / "mixtral"
+    save_mixture(base, "mixtral", **{**MIXTURES["mixtral"], "vocab_size": 512})
+    AutoTokenizer.from_pretrained(workshop.model).save_pretrained(base)
+    found = []
+    for stage in (0, 3):
+        config = workshop.config(
+            uid=f"0a1b2c3{stage}-run",
+            model={"source": str(base)},
+            lora={"rank": 500},
+            parallelism={"zeroStage": stage},
+            quantization={"computeType": "Float32"},
+            dataset={"eval": None},
+            training={"epochs": None, "maxSteps": 2, "learningRate": "1e-3", "optimizer": "AdamW"},
+            output={"destination": str(workshop.folder / f"out-{stage}")},
+        )
+        ended = workshop.run(
+            config.model_copy(update={"checkpoint_uri": str(workshop.folder / f"checkpoints-{stage}")})
+        )
+        assert ended.code == ExitCode.DONE, ended.log[-3000:]
+        found.append(load_file(Path(ended.message.adapter.uri) / "adapter_model.safetensors"))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name], rtol=1e-3, atol=1e-6)
