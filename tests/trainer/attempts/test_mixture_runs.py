@@ -74,4 +74,4 @@ def test_zero_3_makes_the_adapter_that_is_made_without(workshop):
         assert ended.code == ExitCode.DONE, ended.log[-3000:]
         found.append(load_file(Path(ended.message.adapter.uri) / "adapter_model.safetensors"))
     for name, tensor in found[0].items():
-        torch.testing.assert_close(tensor, found[1][name], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(tensor, found[1][name], rtol=1e-3, atol=2e-5)  # a step is 1e-3
