@@ -76,7 +76,7 @@ def test_answers_that_fail_cost_no_more_than_the_answers(caplog):
     alone = SimpleNamespace(
         config=SimpleNamespace(spec=spec),
         ranks=ranks,
-        board=SimpleNamespace(count=lambda items, *_: items),
+        recorder=SimpleNamespace(count=lambda items, *_: items),
         engine=Broken(),
         stop=SimpleNamespace(is_set=False),
     )

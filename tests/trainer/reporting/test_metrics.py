@@ -47,7 +47,7 @@ class Heartbeat:
         return contextlib.nullcontext()
 
 
-def board(device="cpu", **more):
+def recorder(device="cpu", **more):
     spec = QLoRAJobSpec.model_validate(SPEC)
     config = TrainerConfig(
         job=JobRef(name="one", namespace="team", uid="u"),
@@ -81,14 +81,14 @@ def value(of, name, more=""):
 
 
 def test_every_series_has_the_jobs_labels():
-    made = board()
+    made = recorder()
     made.predict({"peak": 1})
     for sample in samples(made).values():
         assert sample.labels.items() >= LABELS.items(), sample
 
 
 def test_what_is_not_known_is_absent_and_what_was_not_done_is_zero():
-    made = board()
+    made = recorder()
     for name in ("qlora_loss", "qlora_eval_loss", "qlora_learning_rate", "qlora_step", "qlora_flops_per_token"):
         assert value(made, name) is None
     assert value(made, "qlora_memory_predicted_bytes", "peak") is None
@@ -98,7 +98,7 @@ def test_what_is_not_known_is_absent_and_what_was_not_done_is_zero():
 
 
 def test_predictions_stand_beside_measurements():
-    made = board()
+    made = recorder()
     made.predict({"gradients": 100, "activations": 7})
     made.memory({"gradients": 98})
     assert value(made, "qlora_memory_predicted_bytes", "gradients") == 100
@@ -128,7 +128,7 @@ def card(monkeypatch):
 
 
 def test_a_rank_with_a_gpu_exports_the_whole_catalogue(card):
-    made = board("cuda")
+    made = recorder("cuda")
     made.predict({"peak": 1})
     with made.section("Train"):
         made.step_took(0.5)
@@ -144,7 +144,7 @@ def test_a_rank_with_a_gpu_exports_the_whole_catalogue(card):
 
 
 def test_a_rank_without_one_exports_the_rest():
-    names = {family.name for family in board().registry.collect()}
+    names = {family.name for family in recorder().registry.collect()}
     assert names == {metric.name for metric in TRAINER.values() if not metric.gpu}
 
 
@@ -153,13 +153,13 @@ def test_a_driver_that_does_not_tell_of_pcie_leaves_it_out(card, monkeypatch):
         raise RuntimeError("not supported")
 
     monkeypatch.setattr(card, "nvmlDeviceGetPcieThroughput", refuse)
-    assert value(board("cuda"), "qlora_gpu_pcie_bytes_per_second", "receive") is None
-    assert value(board("cuda"), "qlora_gpu_memory_total_bytes") == 80
+    assert value(recorder("cuda"), "qlora_gpu_pcie_bytes_per_second", "receive") is None
+    assert value(recorder("cuda"), "qlora_gpu_memory_total_bytes") == 80
 
 
 def test_an_unknown_card_has_no_peak(card, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Graphics Device")
-    assert value(board("cuda"), "qlora_device_peak_flops_per_second") is None
+    assert value(recorder("cuda"), "qlora_device_peak_flops_per_second") is None
 
 
 # ------------------------------------------------------------------------------------------------------------ sections
@@ -296,7 +296,7 @@ def test_a_long_history_loses_every_second_step_and_no_evaluation(monkeypatch):
 
 @pytest.fixture
 def served():
-    made = board()
+    made = recorder()
     server = metrics.serve(made, "127.0.0.1", 0, None)
     yield server
     server.shutdown()
@@ -332,7 +332,7 @@ def test_what_is_no_http_leaves_no_trace_in_the_log(served, capfd):
 
 
 def test_what_is_counted_within_a_section_shows_how_far_it_is():
-    shown = board()
+    shown = recorder()
     with shown.section("Evaluate"):
         for number in shown.count(iter("ab"), 2, "micro-batches"):
             progress = shown.report.section_progress
@@ -344,7 +344,7 @@ def test_what_is_counted_within_a_section_shows_how_far_it_is():
 
 
 def test_counting_ends_with_a_loop_that_is_left_early():
-    shown = board()
+    shown = recorder()
     for _ in shown.count(range(5), 5, "tokens"):
         break
     assert shown.report.section_progress is None
@@ -353,7 +353,7 @@ def test_counting_ends_with_a_loop_that_is_left_early():
 def test_the_weights_of_a_model_are_counted_while_it_is_loaded(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path)
-    shown, seen = board(), []
+    shown, seen = recorder(), []
 
     def count(items, total, unit):
         for item in shown.count(items, total, unit):

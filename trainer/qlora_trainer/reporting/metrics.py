@@ -267,14 +267,14 @@ class _Server(ThreadingMixIn, WSGIServer):
         log.debug("a request from %s failed: %s", client_address, sys.exception())
 
 
-def serve(board: MetricsRecorder, host: str, port: int, port_file: Path | None) -> WSGIServer:
+def serve(recorder: MetricsRecorder, host: str, port: int, port_file: Path | None) -> WSGIServer:
     """Serve ``/metrics``, ``/progress`` and ``/healthz`` from a daemon thread; port 0 takes any free one.
 
     Returns:
         The running server; ``shutdown`` ends it.
 
     """
-    metrics = make_wsgi_app(board.registry)
+    metrics = make_wsgi_app(recorder.registry)
 
     def app(environ: dict[str, Any], start_response: Any) -> Any:
         match environ["PATH_INFO"]:
@@ -282,7 +282,7 @@ def serve(board: MetricsRecorder, host: str, port: int, port_file: Path | None) 
                 return metrics(environ, start_response)
             case "/progress":
                 start_response("200 OK", [("Content-Type", "application/json")])
-                report = board.report.model_copy(update={"waiting_for": board.waiting_for()})
+                report = recorder.report.model_copy(update={"waiting_for": recorder.waiting_for()})
                 return [report.model_dump_json(by_alias=True, exclude_none=True).encode()]
             case "/healthz":
                 start_response("200 OK", [("Content-Type", "text/plain")])

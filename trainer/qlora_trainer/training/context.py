@@ -46,8 +46,34 @@ class StopFlag:
 
 
 @dataclass
+class CheckpointClock:
+    """Tells when the next checkpoint is due by time. Rank 0's counts; all ranks are told at the end of a step."""
+
+    began: float = field(default_factory=time.monotonic)
+    is_due: bool = False
+
+    def has_run(self, minutes: int) -> bool:
+        return time.monotonic() - self.began > 60 * minutes
+
+    def restart(self) -> None:
+        self.began, self.is_due = time.monotonic(), False
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Figures of one optimizer step, the same on all ranks but for the times."""
+
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    seconds: float
+    data_seconds: float
+    """Of these, waiting for the next rows."""
+
+
+@dataclass
 class RunState:
-    """State of the training; all of it is in a checkpoint's ``meta``."""
+    """State of the training; all but the clock is in a checkpoint's ``meta``."""
 
     step: int = 0
     tokens: int = 0
@@ -64,15 +90,16 @@ class RunState:
     """Hash over the rows of all steps so far, in their order: equal where the same rows were seen in the same order."""
     loss_scale: LossScale | None = None
     """Where the base computes in float16."""
+    clock: CheckpointClock = field(default_factory=CheckpointClock, compare=False)
 
     @property
     def meta(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "clock"}
 
     @classmethod
     def from_meta(cls, meta: dict[str, Any]) -> RunState:
         """Read what :attr:`meta` wrote; an older version wrote fewer fields, a newer one may write more."""
-        known = {f.name: meta[f.name] for f in fields(cls) if f.name in meta}
+        known = {f.name: meta[f.name] for f in fields(cls) if f.name in meta and f.name != "clock"}
         if known.get("loss_scale") is not None:
             known["loss_scale"] = LossScale(**known["loss_scale"])
         return cls(**known)
@@ -98,7 +125,7 @@ class TrainingContext:
 
     config: TrainerConfig
     ranks: Ranks
-    board: MetricsRecorder
+    recorder: MetricsRecorder
     prepared: Prepared
     data: PreparedData
     engine: Any
@@ -109,8 +136,6 @@ class TrainingContext:
     pace: Pace
     resumes: Checkpoint | None
     """What the attempt goes on from."""
-    saved_at: list[float] = field(default_factory=lambda: [time.monotonic()])
-    """When the newest checkpoint was written (one element, changed in place)."""
     history: History = field(default_factory=History)
 
     @property
@@ -127,7 +152,7 @@ class TrainingContext:
         return self.config.spec.checkpoint.every_steps or self.batches.steps_per_epoch
 
 
-def build(config: TrainerConfig, ranks: Ranks, board: MetricsRecorder, stop: StopFlag) -> TrainingContext:
+def build(config: TrainerConfig, ranks: Ranks, recorder: MetricsRecorder, stop: StopFlag) -> TrainingContext:
     """Load the quantized base, add the adapter, wrap both in DeepSpeed, open data and checkpoints."""
     spec = config.spec
     prepared = Prepared.read(config)
@@ -145,17 +170,17 @@ def build(config: TrainerConfig, ranks: Ranks, board: MetricsRecorder, stop: Sto
     resumes = newest_checkpoint(checkpoints, ranks)
     config = with_compute_type(config, ranks, compute_type_of(resumes))
     spec = config.spec
-    board.update(compute_type=spec.quantization.compute_type)
+    recorder.update(compute_type=spec.quantization.compute_type)
     if ranks.is_first and (warning := slow_bf16_warning(spec.quantization, ranks.device)):
-        board.warn(warning)
-    with counted_weights(board.count):
+        recorder.warn(warning)
+    with counted_weights(recorder.count):
         base = load_base(prepared.model_path, spec.quantization, ranks.device, spec.parallelism.zero_stage)
     prepared.check_unchanged()
     model = add_lora(base, spec.lora, spec.training.seed, prepared.model_source)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     model.train()
-    board.memory(weight_bytes(model))
+    recorder.memory(weight_bytes(model))
     if ranks.is_first:
         covered = coverage_of(model)
         log.info("quantized: %s; adapted: %s", covered.held, covered.adapted)
@@ -177,15 +202,15 @@ def build(config: TrainerConfig, ranks: Ranks, board: MetricsRecorder, stop: Sto
     receipt = data.receipt
     cost = flops_per_token(model, data.train.lengths, receipt.train_target_tokens / max(1, receipt.train_tokens))
     if cost is not None:
-        board.set("qlora_flops_per_token", cost)
+        recorder.set("qlora_flops_per_token", cost)
     engine = wrap_deepspeed(loss, spec.training, spec.parallelism, config.batch, ranks.device)
     batches = Batches(data.train, data.train_packs, config.batch, ranks.rank, spec.training.seed)
     total_steps = spec.training.max_steps or (spec.training.epochs or 0) * batches.steps_per_epoch
-    board.set("qlora_steps_planned", total_steps)
-    board.update(total_steps=total_steps)
+    recorder.set("qlora_steps_planned", total_steps)
+    recorder.update(total_steps=total_steps)
     pace = Pace(ranks, ranks.gather(node_name()))
     return TrainingContext(
-        config, ranks, board, prepared, data, engine, batches, checkpoints, total_steps, stop, pace, resumes
+        config, ranks, recorder, prepared, data, engine, batches, checkpoints, total_steps, stop, pace, resumes
     )
 
 

@@ -43,7 +43,7 @@ def publish_run(trainer: TrainingContext, run: RunState) -> Adapter:
         tokenizer = load_tokenizer(prepared.model_path, config.spec.dataset.chat_template)
         tokenizer.save_pretrained(folder / "adapter")
         receipt = trainer.data.receipt.model_dump(mode="json", by_alias=True)
-        memory = trainer.board.report.memory
+        memory = trainer.recorder.report.memory
         trainer.history.end(receipt, memory.predicted, memory.measured)
         (folder / "adapter" / PUBLISHED_FILE).write_bytes(trainer.history.to_bytes())
         if config.spec.output.merge is Merge.BFLOAT16:

@@ -39,7 +39,7 @@ def probe_peak_memory(trainer: TrainingContext) -> float:
 
     """
     began = time.monotonic()
-    engine, board = trainer.engine, trainer.board
+    engine, recorder = trainer.engine, trainer.recorder
     count = min(MICRO_BATCHES, trainer.config.batch.gradient_accumulation_steps)
     step = trainer.batches.largest(count)
     largest = step.micro_batches[0]
@@ -51,14 +51,14 @@ def probe_peak_memory(trainer: TrainingContext) -> float:
         gradients = engine_state.gradient_bytes(engine)
         apply_update(engine, float(trainer.config.spec.training.max_grad_norm), learning_rate=0.0)
     peak = peak_bytes(trainer.ranks.device)
-    board.memory(
+    recorder.memory(
         {
             MemoryComponent.GRADIENTS.value: gradients,
             MemoryComponent.OPTIMIZER_STATE.value: engine_state.optimizer_bytes(engine),
         }
         | peak
     )
-    expected = board.report.memory.predicted.get(MemoryComponent.PEAK)
+    expected = recorder.report.memory.predicted.get(MemoryComponent.PEAK)
     log.info(
         "the largest micro-batch, %d tokens, took %.1f s; peak %.0f MiB%s",
         largest.input_ids.numel(),
@@ -88,4 +88,4 @@ def predict(trainer: TrainingContext, largest: MicroBatch) -> None:
     shape = shape_of(trainer.prepared.model_path)
     if shape is not None:
         rows = tuple(largest.cu_seqlens.diff().tolist())
-        trainer.board.predict(predicted(trainer.config, shape, rows, int((largest.labels != IGNORED).sum())))
+        trainer.recorder.predict(predicted(trainer.config, shape, rows, int((largest.labels != IGNORED).sum())))

@@ -40,13 +40,13 @@ def save(trainer: TrainingContext, run: RunState, *, with_eval: bool) -> None:
         entries.append(store.write_file(run.step, name, data))
         ranks.heartbeat.beat()
 
-    with trainer.board.section("Checkpoint"):
+    with trainer.recorder.section("Checkpoint"):
         adapter = engine_state.adapter_tensors(trainer.model)
         if sharded or ranks.is_first:
             write(engine_state.optimizer_file(ranks.rank), pack_tensors(engine_state.optimizer_tensors(engine)))
         if ranks.is_first:
             write(engine_state.ADAPTER_FILE, pack_tensors(adapter))
-            trainer.history.sections(trainer.config.attempt, run.step, trainer.board.section_seconds)
+            trainer.history.sections(trainer.config.attempt, run.step, trainer.recorder.section_seconds)
             write(HISTORY_FILE, trainer.history.to_bytes())
         parts = ranks.gather([asdict(entry) for entry in entries])
         written = [FileEntry(**entry) for part in parts for entry in part]
@@ -61,8 +61,8 @@ def save(trainer: TrainingContext, run: RunState, *, with_eval: bool) -> None:
             }
             store.commit(run.step, written, meta, run.eval_loss if with_eval else None)
         ranks.sum(0)  # no rank goes on before the marker is written
-    trainer.saved_at[0] = time.monotonic()
-    trainer.board.save_took(trainer.saved_at[0] - start)
+    run.clock.restart()
+    trainer.recorder.save_took(run.clock.began - start)
 
 
 def resume_or_start(trainer: TrainingContext) -> RunState:
@@ -76,7 +76,7 @@ def resume_or_start(trainer: TrainingContext) -> RunState:
     engine_state.load_adapter_tensors(trainer.model, unpack_tensors(checkpoint.read(engine_state.ADAPTER_FILE)))
     engine_state.load_optimizer_tensors(trainer.engine, own_shard(checkpoint, trainer))
     run = RunState.from_meta(checkpoint.meta["run"])
-    trainer.board.update(
+    trainer.recorder.update(
         step=run.step, first_step=run.step, eval_loss=as_text(run.eval_loss), best_eval_loss=as_text(run.best_eval_loss)
     )
     if ranks.is_first and any(entry.name == HISTORY_FILE for entry in checkpoint.entries):
@@ -96,7 +96,7 @@ def note_attempt(trainer: TrainingContext, step: int) -> None:
         gradientAccumulationSteps=batch.gradient_accumulation_steps,
         gradientCheckpointing=config.gradient_checkpointing,
         computeType=config.spec.quantization.compute_type,
-        device=trainer.board.device,
+        device=trainer.recorder.device,
         environment=environment(),
     )
 

@@ -43,7 +43,7 @@ def answer_after(trainer: TrainingContext, run: RunState) -> None:
     if not trainer.config.spec.training.evaluation.prompts:
         return
     ranks, store = trainer.ranks, trainer.checkpoints
-    with trainer.board.section("Checkpoint"):
+    with trainer.recorder.section("Checkpoint"):
         chosen = store.chosen() if ranks.is_first else None
         step = ranks.gather(chosen.step if chosen else None)[0]
         if step is not None and step != run.step and computes(trainer):
@@ -71,7 +71,7 @@ def answer(trainer: TrainingContext, who: str) -> None:
     tokenizer = load_tokenizer(trainer.prepared.model_path, spec.dataset.chat_template)
     encoder, ends = Encoder(tokenizer, spec.dataset), end_tokens(trainer, tokenizer)
     texts: dict[str, str] = {}
-    with trainer.board.section("Evaluate"):
+    with trainer.recorder.section("Evaluate"):
         for start in range(0, len(prompts), trainer.config.batch.micro_batch_size):
             some = prompts[start : start + trainer.config.batch.micro_batch_size]
             rows = continue_rows(trainer, [encoder.prompt(prompt) for prompt in some], ends, encoder.end)
@@ -102,7 +102,7 @@ def continue_rows(
     rows = [list(prompt) for prompt in prompts]
     going = set(range(len(rows))) if computes(trainer) else set()
     trainer.engine.eval()
-    for _ in trainer.board.count(range(NEW_TOKENS), NEW_TOKENS, "tokens of each answer"):
+    for _ in trainer.recorder.count(range(NEW_TOKENS), NEW_TOKENS, "tokens of each answer"):
         failed = False
         if going or together(trainer):
             try:

@@ -26,7 +26,7 @@ from qlora_trainer.liveness.heartbeat import Section
 from qlora_trainer.liveness.watchdog import Limits
 from qlora_trainer.reporting.metrics import MetricsRecorder, peak_bytes, serve
 from qlora_trainer.reporting.rank_exit import LastSeen, progress_of
-from qlora_trainer.training.context import RunState, StopFlag, TrainingContext, build
+from qlora_trainer.training.context import RunState, StepMetrics, StopFlag, TrainingContext, build
 from qlora_trainer.training.finish import publish_run
 from qlora_trainer.training.peak_memory_probe import expected_seconds, probe_peak_memory
 from qlora_trainer.training.resume import resume_or_start, save
@@ -52,17 +52,17 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
     stop = StopFlag()
     limits = Limits.of(config.spec.policy.stall_timeout_seconds)
     ranks = join_ranks(config.device, limits.collective_timeout, seen.heartbeat)
-    board = MetricsRecorder(config, ranks)
-    seen.report = lambda: board.report
+    recorder = MetricsRecorder(config, ranks)
+    seen.report = lambda: recorder.report
     port_file = Path(config.ports_dir) / f"rank-{ranks.rank}.port" if config.ports_dir else None
     port = config.metrics_port + ranks.local_rank if config.metrics_port else 0
-    serve(board, config.metrics_host, port, port_file)
+    serve(recorder, config.metrics_host, port, port_file)
 
-    with board.section("Load"):
-        trainer = build(config, ranks, board, stop)
+    with recorder.section("Load"):
+        trainer = build(config, ranks, recorder, stop)
         run = resume_or_start(trainer)
         if run.step < trainer.total_steps:
-            board.update(expected_seconds=expected_seconds(trainer, run.step, probe_peak_memory(trainer)))
+            recorder.update(expected_seconds=expected_seconds(trainer, run.step, probe_peak_memory(trainer)))
     ranks.heartbeat.enter(Section.DATA, Section.DATA)  # where a rank is between two sections, no more in Load
     answer_before(trainer, run)
     steps = trainer.batches.steps(run.step, trainer.total_steps)
@@ -80,7 +80,7 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
     message = finished(trainer, run)
     if not ranks.is_first:
         return message  # no rank waits in a collective while the first one merges and uploads
-    with board.section("Publish"):
+    with recorder.section("Publish"):
         adapter = publish_run(trainer, run)
     return message.model_copy(update={"adapter": adapter})
 
@@ -109,19 +109,19 @@ def train_step(trainer: TrainingContext, run: RunState, steps: Iterator[Step]) -
 
     """
     start = time.monotonic()
-    with trainer.board.section("Data"):
+    with trainer.recorder.section("Data"):
         step = next(steps)
     waited = time.monotonic() - start
-    trainer.board.add("qlora_data_wait_seconds", waited)
+    trainer.recorder.add("qlora_data_wait_seconds", waited)
     engine_state.seed_step(trainer.config.spec.training.seed, run.step, trainer.ranks.rank)
-    with trainer.board.section("Train"):
+    with trainer.recorder.section("Train"):
         scale = run.loss_scale.scale if run.loss_scale else None
         loss_sum = accumulate(trainer.engine, step, trainer.ranks, scale)
-        due = trainer.ranks.is_first and minutes_are_up(trainer)
+        due = trainer.ranks.is_first and run.clock.has_run(trainer.config.spec.checkpoint.every_minutes)
         total, stopping, minutes, *own_seconds = trainer.ranks.sum(
             loss_sum, trainer.stop.is_set, due, *trainer.pace.of_this_rank()
         )
-        trainer.board.update(slowest=trainer.pace.slowest(own_seconds))
+        trainer.recorder.update(slowest=trainer.pace.slowest(own_seconds))
         loss = total / step.target_tokens
         if run.loss_scale is None:
             check_finite("loss", loss, run)
@@ -135,10 +135,9 @@ def train_step(trainer: TrainingContext, run: RunState, steps: Iterator[Step]) -
             run.loss_scale = next_loss_scale(run.loss_scale, loss, norm, run)
     run.saw(step)
     trainer.ranks.heartbeat.step = run.step
-    if minutes:
-        trainer.saved_at[0] = -math.inf
-    show_step(trainer, run, step, loss, rate, norm, time.monotonic() - start, waited)
-    trainer.board.memory(
+    run.clock.is_due = bool(minutes)
+    record_step(trainer, run, step, StepMetrics(loss, rate, norm, time.monotonic() - start, waited))
+    trainer.recorder.memory(
         gradients
         | {MemoryComponent.OPTIMIZER_STATE.value: engine_state.optimizer_bytes(trainer.engine)}
         | peak_bytes(trainer.ranks.device)
@@ -182,23 +181,14 @@ def next_loss_scale(before: LossScale, loss: float, norm: float, run: RunState) 
     return after
 
 
-def show_step(
-    trainer: TrainingContext,
-    run: RunState,
-    step: Step,
-    loss: float,
-    rate: float,
-    norm: float,
-    seconds: float,
-    waited: float,
-) -> None:
+def record_step(trainer: TrainingContext, run: RunState, step: Step, figures: StepMetrics) -> None:
     """Record a step's metrics."""
-    board, scaling = trainer.board, run.loss_scale
-    board.step_took(seconds)
-    board.add("qlora_tokens", step.tokens)
-    report = board.report
+    recorder, scaling = trainer.recorder, run.loss_scale
+    recorder.step_took(figures.seconds)
+    recorder.add("qlora_tokens", step.tokens)
+    report = recorder.report
     tokens = report.tokens + step.tokens
-    speed = step.tokens / seconds
+    speed = step.tokens / figures.seconds
     # smoothed over about ten steps, so that the ETA stands still
     speed = speed if report.tokens_per_second is None else 0.9 * float(report.tokens_per_second) + 0.1 * speed
     epoch = run.step / trainer.batches.steps_per_epoch
@@ -206,35 +196,42 @@ def show_step(
     for name, value in (
         ("qlora_step", run.step),
         ("qlora_epoch", epoch),
-        *((("qlora_loss", loss),) if math.isfinite(loss) else ()),
-        ("qlora_learning_rate", rate),
-        *((("qlora_gradient_norm", norm),) if math.isfinite(norm) else ()),  # a skipped step is no alarm
+        *((("qlora_loss", figures.loss),) if math.isfinite(figures.loss) else ()),
+        ("qlora_learning_rate", figures.learning_rate),
+        # a skipped step is no alarm
+        *((("qlora_gradient_norm", figures.gradient_norm),) if math.isfinite(figures.gradient_norm) else ()),
         ("qlora_tokens_per_second", speed),
         *((("qlora_loss_scale", scaling.scale), ("qlora_skipped_steps", scaling.skipped_steps)) if scaling else ()),
     ):
-        board.set(name, value)
+        recorder.set(name, value)
     trainer.history.step(
         run.step,
         epoch=epoch,
-        loss=loss,
-        learningRate=rate,
-        gradientNorm=norm,
+        loss=figures.loss,
+        learningRate=figures.learning_rate,
+        gradientNorm=figures.gradient_norm,
         tokens=step.tokens,
-        seconds=seconds,
-        dataSeconds=waited,
+        seconds=figures.seconds,
+        dataSeconds=figures.data_seconds,
         **({"lossScale": scaling.scale, "skippedSteps": scaling.skipped_steps} if scaling else {}),
     )
-    board.update(
+    recorder.update(
         step=run.step,
         epoch=f"{epoch:.2f}",
-        loss=f"{loss:.6g}" if math.isfinite(loss) else report.loss,
-        learning_rate=f"{rate:.4g}",
+        loss=f"{figures.loss:.6g}" if math.isfinite(figures.loss) else report.loss,
+        learning_rate=f"{figures.learning_rate:.4g}",
         tokens_per_second=f"{speed:.1f}",
         eta_seconds=round(left / speed),
         tokens=tokens,
     )
     log.info(
-        "step %d/%d loss %.6f lr %.3g norm %.3f tokens/s %.0f", run.step, trainer.total_steps, loss, rate, norm, speed
+        "step %d/%d loss %.6f lr %.3g norm %.3f tokens/s %.0f",
+        run.step,
+        trainer.total_steps,
+        figures.loss,
+        figures.learning_rate,
+        figures.gradient_norm,
+        speed,
     )
 
 
@@ -246,11 +243,11 @@ def evaluate_now(trainer: TrainingContext, run: RunState) -> float | None:
     data = trainer.data
     assert data.eval is not None
     assert data.eval_packs is not None
-    with trainer.board.section("Evaluate"):
+    with trainer.recorder.section("Evaluate"):
         ranks = trainer.ranks
         split = trainer.config.batch
         micro_batches = eval_batches(data.eval, data.eval_packs, split.micro_batch_size, ranks.world_size, ranks.rank)
-        micro_batches = trainer.board.count(
+        micro_batches = trainer.recorder.count(
             micro_batches, -(-len(data.eval_packs) // (split.micro_batch_size * ranks.world_size)), "micro-batches"
         )
         loss = evaluate(trainer.engine, micro_batches, ranks, lambda: trainer.stop.is_set)
@@ -259,8 +256,8 @@ def evaluate_now(trainer: TrainingContext, run: RunState) -> float | None:
     if not math.isfinite(loss):
         raise NonFiniteLossError(f"the evaluation loss at step {run.step} is {loss}")
     best = min(loss, run.best_eval_loss if run.best_eval_loss is not None else loss)
-    trainer.board.set("qlora_eval_loss", loss)
-    trainer.board.update(eval_loss=f"{loss:.6g}", best_eval_loss=f"{best:.6g}")
+    trainer.recorder.set("qlora_eval_loss", loss)
+    trainer.recorder.update(eval_loss=f"{loss:.6g}", best_eval_loss=f"{best:.6g}")
     log.info("step %d eval loss %.6f perplexity %.6g", run.step, loss, perplexity(loss))
     return loss
 
@@ -293,24 +290,19 @@ def out_of_patience(trainer: TrainingContext, run: RunState) -> bool:
 # --------------------------------------------------------------------------------------------- checkpoints and the end
 
 
-def minutes_are_up(trainer: TrainingContext) -> bool:
-    return time.monotonic() - trainer.saved_at[0] > 60 * trainer.config.spec.checkpoint.every_minutes
-
-
 def checkpoint_due(trainer: TrainingContext, run: RunState) -> bool:
     """The same on all ranks: by steps, at the end, or when rank 0's clock said so (``train_step``)."""
     if run.step in (0, run.saved_at):
         return False
-    by_clock = trainer.saved_at[0] == -math.inf
-    return by_clock or run.step % trainer.steps_between_checkpoints == 0 or run.step == trainer.total_steps
+    return run.clock.is_due or run.step % trainer.steps_between_checkpoints == 0 or run.step == trainer.total_steps
 
 
 def finished(trainer: TrainingContext, run: RunState) -> TerminationMessage:
     """The termination message of a job that succeeded, with the largest memory over the ranks. A collective."""
-    memory = trainer.board.report.memory
+    memory = trainer.recorder.report.memory
     measured = memory.measured
     largest = trainer.ranks.max(*measured.values())
-    report = trainer.board.report
+    report = trainer.recorder.report
     return TerminationMessage(
         exit_code=ExitCode.DONE,
         reason=Reason.COMPLETED,
