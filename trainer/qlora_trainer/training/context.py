@@ -187,7 +187,7 @@ def build(config: TrainerConfig, ranks: Ranks, recorder: MetricsRecorder, stop: 
     loss = NextTokenLoss(model, fused=head_is_plain(model))
     loss.row_by_row = not rows_are_apart(loss, ranks.device)
     if loss.row_by_row and ranks.is_first:
-        board.warn(
+        recorder.warn(
             f'{prepared.model_source} is a "{base.config.model_type}" model, which mixes rows that lie end to end: '
             "each row is computed by itself, which is exact and slower"
         )
