@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qlora_cli.jobs.job_view import JobView, local_runs, read_run, view, view_run
+from qlora_cli.jobs.job_view import JobView, local_runs, read_run, view, view_damaged_run, view_run
+from qlora_cli.kube.errors import ClusterError
 from qlora_cli.kube.names import jobs_path
 from qlora_cli.text import figures
 from qlora_cli.text.output import Cell, state_cell
@@ -34,8 +35,12 @@ def runs_of(runs_dir: Path) -> list[tuple[Object, JobView]]:
     """Local runs, oldest first, each record with its folder."""
     found = []
     for folder in local_runs(runs_dir):
-        record = read_run(folder)
-        found.append(({"folder": str(folder), **record}, view_run(folder, record)))
+        try:
+            record = read_run(folder)
+            seen = view_run(folder, record)
+        except ClusterError as error:  # one that is damaged hides none of the others
+            record, seen = {}, view_damaged_run(folder, error)
+        found.append(({"folder": str(folder), **record}, seen))
     return sorted(found, key=lambda pair: (pair[1].created is not None and pair[1].created.timestamp(), pair[1].name))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,13 +180,15 @@ def read_run(folder: Path) -> Object:
     path = folder / "run.json"
     try:
         record = json.loads(path.read_bytes())
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         beside = sorted(str(p.parent) for p in folder.parent.glob("*/run.json"))
         there = f"; there are {', '.join(beside)}" if beside else ""
         raise ClusterError(f"{folder}: is no folder of a local run{there}") from None
-    except ValueError:
+    except OSError as error:
+        raise ClusterError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
         raise ClusterError(f"{path}: cannot be understood") from None
-    if not isinstance(record, dict) or "name" not in record:
+    if not isinstance(record, dict) or not isinstance(record.get("name"), str):
         raise ClusterError(f"{path}: is no record of a run")
     return record
 
@@ -197,7 +199,25 @@ def local_runs(runs_dir: Path) -> list[Path]:
 
 
 def view_run(folder: Path, record: Object) -> JobView:
-    """A local run, in the words of a job's status."""
+    """A local run, in the words of a job's status.
+
+    Raises:
+        ClusterError: its record holds what no version of 'qlora run' has written.
+
+    """
+    try:
+        return _view_run(folder, record)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ClusterError(f"{folder / 'run.json'}: is no record of a run that this version can read") from None
+
+
+def view_damaged_run(folder: Path, error: ClusterError) -> JobView:
+    """A local run whose record cannot be read, so that it is seen beside the others."""
+    view = _view_run(folder, {"name": folder.name})
+    return replace(view, state="Unknown", reason="Damaged", message=str(error))
+
+
+def _view_run(folder: Path, record: Object) -> JobView:
     result = record.get("result") or {}
     attempts = tuple(_attempt(a) for a in record.get("attempts") or ())
     last = attempts[-1] if attempts else None
@@ -232,12 +252,23 @@ def _local_state(folder: Path, result: Mapping[str, Any], last: AttemptView | No
     if in_use(folder):
         return "Running", "Training" if last and last.ended is None else "Preparing", ""
     if last is None:
-        return "Pending", "Pending", "no attempt yet"
+        return _prepare_state(folder)
     if last.ended is None:
         return "Suspended", "NodeLost", "'qlora run' or the machine went down; 'qlora run' goes on from a checkpoint"
     if last.reason in ("Preempted", "Suspended", "NodeLost", "PeerLost"):
         return "Suspended", last.reason, last.message
     return "Failed", last.reason, last.message
+
+
+def _prepare_state(folder: Path) -> tuple[str, str, str]:
+    """State of a run without an attempt, by what its Prepare left when it ended."""
+    try:
+        left = json.loads((folder / "prepare" / "termination.json").read_bytes())
+        failed = bool(left["exitCode"])
+        reason, message = str(left["reason"]), str(left.get("message") or "")
+    except (OSError, KeyError, TypeError, ValueError):
+        return "Pending", "Pending", "no attempt yet"
+    return ("Failed", reason, message) if failed else ("Pending", "Prepared", "no attempt yet")
 
 
 def in_use(folder: Path) -> bool:

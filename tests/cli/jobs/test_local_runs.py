@@ -77,6 +77,78 @@ def test_a_run_whose_process_lives_is_running(runs, tmp_path):
     assert call("list", "--local").stdout.splitlines()[1].split()[1:3] == ["Running", "Training"]
 
 
+def prepare_left(tmp_path, **message):
+    folder = tmp_path / "runs" / "quick" / "prepare"
+    folder.mkdir()
+    (folder / "termination.json").write_text(json.dumps(message))
+
+
+def test_a_run_whose_prepare_failed_is_failed_and_says_why(runs, tmp_path):
+    runs("quick", result=None, attempts=[])
+    assert call("list", "--local").stdout.splitlines()[1].split()[1] == "Pending"
+    prepare_left(tmp_path, exitCode=40, reason="UserError", message="dataset.train.source: there are no rows")
+    row = call("list", "--local").stdout.splitlines()[1]
+    assert row.split()[1:3] == ["Failed", "UserError"]
+    assert "there are no rows" in row
+    assert call("show", "runs/quick").stdout.startswith("runs/quick  Failed (UserError)")
+
+
+def test_a_run_that_was_stopped_after_its_prepare_is_pending(runs, tmp_path):
+    runs("quick", result=None, attempts=[])
+    prepare_left(tmp_path, exitCode=0, reason="Completed", message="")
+    assert call("list", "--local").stdout.splitlines()[1].split()[1:3] == ["Pending", "Prepared"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"name": 1}',
+        '{"name": "x", "attempts": 3}',
+        '{"name": "x", "result": "done"}',
+        "[" * 100000,
+    ],
+    ids=["empty", "half", "list", "nothing", "number", "attempts", "result", "deep"],
+)
+def test_a_damaged_record_hides_no_other_run(runs, tmp_path, text):
+    runs("quick")
+    runs("wrong", result=None, attempts=[FAILED])
+    (tmp_path / "runs" / "quick" / "run.json").write_text(text)
+    listed = call("list", "--local")
+    assert listed.exit_code == 0, listed.output
+    states = {row.split()[0]: row.split()[1:3] for row in listed.stdout.splitlines()[1:]}
+    assert states == {"runs/wrong": ["Failed", "UserError"], "runs/quick": ["Unknown", "Damaged"]}
+    shown = call("show", "runs/quick")
+    assert (shown.exit_code, shown.stdout) == (40, "")
+    assert shown.stderr.startswith("runs/quick/run.json: ")
+
+
+def test_a_record_that_is_a_folder_is_named(runs, tmp_path):
+    runs("quick")
+    (tmp_path / "runs" / "quick" / "run.json").unlink()
+    (tmp_path / "runs" / "quick" / "run.json").mkdir()
+    assert call("show", "runs/quick").stderr == "runs/quick/run.json: cannot be read: Is a directory\n"
+    assert "Unknown" in call("list", "--local").stdout
+
+
+@pytest.mark.parametrize(
+    "command", [["list", "--local"], ["show", "runs/quick"], ["compare", "runs/quick", "runs/wrong"]]
+)
+@pytest.mark.parametrize(
+    "variables", [{"NO_COLOR": "1", "FORCE_COLOR": ""}, {"TERM": "dumb"}, {}], ids=["no-color", "dumb", "pipe"]
+)
+def test_no_escape_codes_where_no_terminal_or_no_color_is_wanted(runs, command, variables, monkeypatch):
+    runs("quick")
+    runs("wrong", result=None, attempts=[FAILED])
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    done = call(*command)
+    assert "\x1b" not in done.stdout + done.stderr
+
+
 def test_show_and_compare(runs):
     runs("quick")
     runs("other", spec={**run_record()["spec"], "lora": {"rank": 4, "alpha": 32}})
