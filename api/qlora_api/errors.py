@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -84,7 +86,7 @@ def _allowed(model: type[BaseModel], error: ErrorDetails, context: dict[str, Any
         case "less_than_equal":
             return f"must be at most {context['le']}"
         case "enum" | "literal_error":
-            return f"must be one of {context['expected']}".replace("'", "")
+            return _unknown_value(error["input"], context["expected"].replace("'", ""))
         case "string_pattern_mismatch":
             return f"must match {context['pattern']}"
         case "int_type" | "int_parsing" | "int_from_float":
@@ -107,13 +109,25 @@ def _unknown_field(model: type[BaseModel], location: tuple[int | str, ...]) -> s
     if not (isinstance(group, type) and issubclass(group, BaseModel)):
         return "is not a field"
     known = sorted(f.alias or n for n, f in group.model_fields.items())
-    close = difflib.get_close_matches(str(location[-1]), known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    close = closest(str(location[-1]), known)
     return (
-        f"is not a field{hint} Known here: {', '.join(known)}"
+        f"is not a field; did you mean {close[0]}? Known here: {', '.join(known)}"
         if close
         else f"is not a field; known here: {', '.join(known)}"
     )
+
+
+def _unknown_value(value: object, expected: str) -> str:
+    """``expected`` reads ``NF4, FP4, INT8 or None``."""
+    known = re.split(r", | or ", expected)
+    close = closest(value, known) if isinstance(value, str) and len(known) > 1 else []
+    return f"must be one of {expected}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def closest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
+    """Return the known names that resemble ``name`` most, best first, whatever their case."""
+    by_lower_case = {each.lower(): each for each in known}
+    return [by_lower_case[each] for each in difflib.get_close_matches(name.lower(), by_lower_case, n=count)]
 
 
 def model_of(annotation: Any) -> Any:

@@ -12,6 +12,7 @@ from qlora_cli.commands.artifacts.generate import generate
 from qlora_cli.commands.artifacts.merge import merge
 from qlora_cli.commands.artifacts.report import report
 from qlora_cli.commands.artifacts.verify import verify
+from qlora_cli.commands.command_group import CommandGroup
 from qlora_cli.commands.doctor import doctor
 from qlora_cli.commands.jobs.cancel import cancel
 from qlora_cli.commands.jobs.events import events
@@ -34,6 +35,7 @@ from qlora_cli.commands.upload import upload
 
 app = typer.Typer(
     name="qlora",
+    cls=CommandGroup,
     help="Fine-tune with QLoRA: on this machine, or as QLoRAJobs in a Kubernetes cluster.",
     epilog=EXIT_CODES,
     no_args_is_help=True,

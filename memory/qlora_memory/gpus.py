@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from qlora_api.errors import FieldError
+from qlora_api.errors import FieldError, closest
 from qlora_api.spec import ComputeType, QuantizationSpec, QuantizationType
 
 CUBLAS_BYTES = 8_519_680
@@ -132,8 +132,19 @@ def gpu_named(name: str, field: str = "--gpu") -> Gpu:
     """
     found = GPUS.get(name.lower())
     if found is None:
-        raise FieldError(field, name, f"is not known; there are {', '.join(GPUS)}")
+        close = _resembling(name)
+        hint = f"; did you mean {' or '.join(close)}? Known: " if close else "; there are "
+        raise FieldError(field, name, f"is not known{hint}{', '.join(GPUS)}")
     return found
+
+
+def _resembling(name: str) -> list[str]:
+    """Return names of the table for a device's own name, or a part or misspelling of one in the table."""
+    known = known_gpu(name)
+    if known is not None:
+        return [known.name]
+    plain = re.sub(r"[^a-z0-9]", "", name.lower().removeprefix("nvidia"))
+    return [gpu for gpu in GPUS if plain and plain in gpu.replace("-", "")] or closest(plain, GPUS, 3)
 
 
 def check_gpu(gpu: Gpu, quantization: QuantizationSpec, field: str = "spec.scheduling.nodeSelector") -> None:

@@ -60,8 +60,17 @@ def test_what_is_written_is_read_back_the_same():
         ),
         pytest.param(
             {"quantization__type": "nf4"},
-            'spec.quantization.type: "nf4" must be one of NF4, FP4, INT8 or None',
+            'spec.quantization.type: "nf4" must be one of NF4, FP4, INT8 or None; did you mean NF4?',
             id="unknown-choice",
+        ),
+        pytest.param(
+            {"dataset__format": "prompt_completion"},
+            'spec.dataset.format: "prompt_completion" must be one of Text, Messages, PromptCompletion or Instruction; '
+            "did you mean PromptCompletion?",
+            id="choice-in-snake-case",
+        ),
+        pytest.param(
+            {"lora__RANK": 8}, 'spec.lora.RANK: "8" is not a field; did you mean rank?', id="field-in-capitals"
         ),
         pytest.param({"suspend": "yes"}, 'spec.suspend: "yes" must be true or false', id="text-for-a-switch"),
         pytest.param({"output": None}, "spec.output: is required", id="missing-group"),

@@ -269,6 +269,23 @@ def test_a_gpu_that_is_not_known_is_answered_with_those_that_are():
     assert gpu_named("H100-80GB").name == "h100-80gb"
 
 
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [
+        pytest.param("h100", "did you mean h100-80gb or h100-pcie-80gb or h100-nvl-94gb?", id="no-memory"),
+        pytest.param("NVIDIA-A100-SXM4-80GB", "did you mean a100-80gb?", id="label-of-feature-discovery"),
+        pytest.param("4090", "did you mean rtx4090-24gb?", id="number-alone"),
+        pytest.param("RTX 3090", "did you mean rtx3090-24gb?", id="with-a-space"),
+        pytest.param("h10-80gb", "did you mean h100-80gb", id="misspelled"),
+        pytest.param("mi300x", "is not known; there are b200", id="nothing-like-it"),
+    ],
+)
+def test_a_gpu_that_is_not_known_is_answered_with_the_closest(name, close):
+    with pytest.raises(FieldError) as caught:
+        gpu_named(name)
+    assert close in str(caught.value)
+
+
 DEVICES = [
     ("NVIDIA B200", "b200-192gb"),
     ("NVIDIA H200", "h200-141gb"),

@@ -11,6 +11,8 @@ from qlora_api.contract import ExitCode
 from qlora_api.crd import crd
 from qlora_cli import app
 from qlora_cli.commands import local_options
+from qlora_cli.commands.command_group import INSTEAD
+from qlora_cli.kube import target
 from qlora_cli.manifest import crd_schema, explain
 from qlora_cli.text import kubernetes_yaml
 
@@ -214,6 +216,33 @@ def test_crds_are_the_generated_ones(call):
 
 def test_version(call):
     assert call("--version").stdout.startswith("qlora 0.")
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        pytest.param(["get", "qlorajobs"], "Did you mean 'qlora list' or 'qlora show JOB'?", id="get"),
+        pytest.param(["apply", "-f", "job.yaml"], "Did you mean 'qlora submit JOB.yaml'?", id="apply"),
+        pytest.param(
+            ["create", "-f", "job.yaml"], "Did you mean 'qlora init' or 'qlora submit JOB.yaml'?", id="create"
+        ),
+        pytest.param(["delete", "tune"], "Did you mean 'qlora cancel JOB'?", id="delete"),
+        pytest.param(["describe", "tune"], "Did you mean 'qlora show JOB' or 'qlora events JOB'?", id="describe"),
+        pytest.param(["status"], "Did you mean 'qlora show JOB' or 'qlora watch'?", id="status"),
+        pytest.param(["log", "tune"], "Did you mean 'logs'?", id="misspelled"),
+    ],
+)
+def test_a_command_that_is_not_known_is_answered_with_the_one_to_use(call, monkeypatch, typed, answer):
+    monkeypatch.setattr(target, "program", lambda: "qlora")
+    result = call(*typed)
+    assert result.exit_code == 2
+    assert answer in result.stderr
+
+
+def test_commands_that_are_suggested_exist():
+    known = {command.name or command.callback.__name__ for command in app.app.registered_commands}
+    assert {command.split()[0] for commands in INSTEAD.values() for command in commands} <= known
+    assert not INSTEAD.keys() & known
 
 
 def test_run_answers_an_error_in_words(call, job):
