@@ -35,7 +35,7 @@ BEGINNING = (
     "`kubectl explain qlorajob.spec` say the same. `metadata.name` has at most 52 characters, so that names of its",
     "children stay host names.",
     "",
-    'A decimal is written in quotes, `"2e-4"`: the Kubernetes API has no floats. The API server refuses a change of',
+    'Write a decimal in quotes, `"2e-4"`: Kubernetes APIs do not use floats. The API server refuses a change of',
     "what is immutable.",
 )
 ENDS = (

@@ -101,7 +101,7 @@ class TrainerConfig(Model):
     """Which GPU a rank gets, by its name in ``qlora_memory.GPUS``: Prepare chooses what fits it. None: not known,
     or the CPU; then nothing is chosen by memory."""
     memory_correction: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """What predicted bytes are multiplied by before they are held against the GPU: measured over predicted, as learned
+    """Factor on predicted bytes before they are compared with the GPU's memory: measured over predicted, as learned
     from jobs that this cluster has finished. 1: nothing is learned yet."""
     termination_message_path: str
     metrics_port: int = Field(9400, ge=0, le=65535)

@@ -137,7 +137,7 @@ class Attempt(Model):
     """When its end was seen; not set while it goes on."""
     reason: Reason | None = None
     message: Text = ""
-    """The termination message of the pod that says most, or what is known without one."""
+    """Termination message of the pod that caused the end, or the operator's own finding."""
     exit_code: int | None = None
     """Of that pod."""
     node: Text = ""

@@ -145,7 +145,7 @@ class QLoRAClient:
         return pandas.DataFrame.from_dict(rows, orient="index")
 
     def adapter(self, name: str, to: str | Path) -> Path:
-        """Fetch a job's adapter, every byte checked; its folder. Object storage is reached as the environment says.
+        """Fetch a job's adapter, verify it, and return its folder. Object storage is reached as the environment says.
 
         Raises:
             ClusterError: it has none yet, or it is not what was published.

@@ -129,7 +129,7 @@ class DatasetSpec(Model):
     long_rows: LongRows = LongRows.FAIL
     """A row longer than maxLength ends the job (Fail), loses its tail (Truncate) or is left out (Drop)."""
     packing: bool = True
-    """Put several rows into one sequence of maxLength; rows never see each other."""
+    """Pack several rows into one sequence of maxLength, with attention masked between them."""
     tolerance: Tolerance = Tolerance()
     """How much of the rows may be lost or repeated."""
     rules: ClassVar = (

@@ -83,7 +83,7 @@ class OutputSpec(Model):
     the adapter on the base in 16 bits, on some of the evaluation rows, or else of the training rows."""
     allow_worse_eval: bool = False
     """Publish the best checkpoint even if its loss on the evaluation rows is above the base's. Otherwise the job ends
-    without an adapter: the training made the model worse at what it was held against."""
+    without an adapter, because training increased the evaluation loss."""
 
     immutable: ClassVar = {"destination": "the run's checkpoints lie below it; create a new QLoRAJob instead"}
 
@@ -164,7 +164,7 @@ class SchedulingSpec(Model):
     """Labels that the trainers' nodes must have; an administrator may allow only some keys. By nvidia.com/gpu.product
     Prepare knows which GPU to plan for."""
     tolerations: list[Toleration] = Field([], max_length=32)
-    """Taints that pods put up with, besides that of the GPU resource."""
+    """Tolerations of the trainer pods, in addition to that of the GPU taint."""
     rules: ClassVar = (
         Rule(
             "self.gang != 'Kueue' || has(self.queue)",

@@ -16,7 +16,7 @@ from qlora_cli.text.printable import write
 
 def doctor(
     manifests: Annotated[
-        list[Path] | None, typer.Argument(metavar="[JOB.yaml...]", help="Look at what these would need, too.")
+        list[Path] | None, typer.Argument(metavar="[JOB.yaml...]", help="Check what these jobs need as well.")
     ] = None,
     *,
     output: o.Output = Form.TEXT,
@@ -24,7 +24,7 @@ def doctor(
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
 ) -> None:
-    """Find out what keeps jobs from running here, and what to do about it.
+    """Diagnose what keeps jobs from running, and suggest fixes.
 
     Looks at the cluster, your rights, the CustomResourceDefinition, the operator, the admission policy, GPUs, gang
     scheduling, what jobs name, object storage, images, network policies, monitors and quotas; the exit code is 1 if

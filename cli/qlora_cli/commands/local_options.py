@@ -29,11 +29,13 @@ RunsDir = Annotated[Path, typer.Option(help="Folder of all local runs.")]
 
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Set a field, such as training.maxSteps=10; null takes it away."),
+    typer.Option(
+        "--set", metavar="PATH=VALUE", help="Set a field, such as training.maxSteps=10; null unsets the field."
+    ),
 ]
 
 
-As = Annotated[Output, typer.Option("-o", "--output", help="text or json.")]
+As = Annotated[Output, typer.Option("-o", "--output", help="Output format: text or json.")]
 
 
 @contextmanager

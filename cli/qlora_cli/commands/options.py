@@ -15,7 +15,7 @@ from qlora_cli.text.choices import Form
 from qlora_cli.text.printable import write_line
 
 NO = 1
-"""The answer is no: a watched job failed, an adapter is not what was published, the doctor found a fault."""
+"""The check failed: a watched job failed, an adapter is not what was published, the doctor found a fault."""
 UNREACHABLE = 3
 """No cluster answers, or it does not know who asks."""
 USER_ERROR = 40
@@ -23,9 +23,9 @@ USER_ERROR = 40
 INTERRUPTED = 130
 
 EXIT_CODES = """\
-Exit codes: 0 done; 1 the answer is no (a watched job failed, an adapter differs, the doctor found a fault);
-2 wrong command line; 3 no cluster answers; 40 an error in a manifest, name or right; 130 Ctrl-C; 'run' and 'merge' end
-as the trainer does (docs/reference/command-line.md)."""
+Exit codes: 0: success; 1: the check failed (a watched job failed, an adapter differs, the doctor found a fault);
+2: wrong usage; 3: the cluster cannot be reached; 40: invalid manifest or name, or missing permission; 130: Ctrl-C.
+'run' and 'merge' exit as the trainer does (docs/reference/command-line.md)."""
 
 
 def _names(incomplete: str) -> list[str]:
@@ -49,17 +49,22 @@ def _namespaces(incomplete: str) -> list[str]:
 
 Namespace = Annotated[
     str | None,
-    typer.Option("-n", "--namespace", metavar="NAME", help="Default: the context's.", autocompletion=_namespaces),
+    typer.Option(
+        "-n", "--namespace", metavar="NAME", help="Namespace; default: the context's.", autocompletion=_namespaces
+    ),
 ]
 Context = Annotated[
-    str | None, typer.Option("--context", metavar="NAME", help="Of the kubeconfig.", autocompletion=_contexts)
+    str | None,
+    typer.Option("--context", metavar="NAME", help="Context of the kubeconfig to use.", autocompletion=_contexts),
 ]
 Kubeconfig = Annotated[
     Path | None, typer.Option("--kubeconfig", metavar="FILE", help="Default: $KUBECONFIG, then ~/.kube/config.")
 ]
-Output = Annotated[Form, typer.Option("-o", "--output", help="Form of the result.")]
-Everywhere = Annotated[bool, typer.Option("-A", "--all-namespaces", help="Of all namespaces.")]
-Selector = Annotated[str | None, typer.Option("-l", "--selector", metavar="LABELS", help="As kubectl's.")]
+Output = Annotated[Form, typer.Option("-o", "--output", help="Output format.")]
+Everywhere = Annotated[bool, typer.Option("-A", "--all-namespaces", help="List all namespaces.")]
+Selector = Annotated[
+    str | None, typer.Option("-l", "--selector", metavar="LABELS", help="Label selector, as in kubectl.")
+]
 Name = Annotated[str, typer.Argument(metavar="JOB", help="Name of a job.", autocompletion=_names)]
 Names = Annotated[list[str], typer.Argument(metavar="JOB...", help="Names of jobs.", autocompletion=_names)]
 SomeNames = Annotated[
@@ -81,11 +86,13 @@ Published = Annotated[
         autocompletion=_names,
     ),
 ]
-Yes = Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")]
+Yes = Annotated[bool, typer.Option("-y", "--yes", help="Do not ask for confirmation.")]
 RunsDir = Annotated[Path, typer.Option(metavar="DIR", help="Folder of all local runs.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Set a field, such as training.maxSteps=10; null takes it away."),
+    typer.Option(
+        "--set", metavar="PATH=VALUE", help="Set a field, such as training.maxSteps=10; null unsets the field."
+    ),
 ]
 Secret = Annotated[
     bool,

@@ -9,10 +9,10 @@ import typer
 
 from qlora_cli.commands.local_options import Job, RunsDir, Set, exit_on_user_error
 
-Ranks = Annotated[int | None, typer.Option(help="Ranks; default: one for each GPU, or two CPU processes.")]
+Ranks = Annotated[int | None, typer.Option(help="Number of ranks; default: one per GPU, or two CPU processes.")]
 
 
-Fresh = Annotated[bool, typer.Option("--fresh", help="Put an earlier run of this name aside and start a new one.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Move an earlier run of this name aside and start over.")]
 
 
 def run(

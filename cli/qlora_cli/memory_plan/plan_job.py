@@ -47,7 +47,7 @@ class PlanOptions:
     gpu: str | None = None
     gpus: int | None = None
     price: float | None = None
-    """Of one GPU for one hour."""
+    """Price of one GPU-hour."""
     tokens: int | None = None
     """Real tokens of one epoch; None: unknown, or maxSteps says how many."""
     what_if: bool = False

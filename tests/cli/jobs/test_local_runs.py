@@ -218,7 +218,7 @@ def test_help_names_every_command_and_the_exit_codes():
     for command in f"{names} {more}".split():
         assert f"\n  {command} " in helped
         assert "Usage: " in call(command, "--help").stdout
-    assert "Exit codes: 0 done; 1 the answer is no" in helped
+    assert "Exit codes: 0: success; 1: the check failed" in helped
 
 
 @pytest.mark.parametrize(

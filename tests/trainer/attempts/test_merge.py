@@ -63,7 +63,7 @@ def test_an_evaluation_loss_of_any_size_is_one(workshop):
 
 
 def test_an_adapter_that_was_refused_is_published_once_it_may_be_worse(workshop):
-    rows = workshop.folder / "other.jsonl"  # nothing like the rows that it is held against
+    rows = workshop.folder / "other.jsonl"  # unlike the rows that it is compared on
     rows.write_text("".join(json.dumps({"prompt": "z", "completion": "zqx" * (n + 2)}) + "\n" for n in range(16)))
     changes = {
         "dataset": {"train": {"source": str(rows)}, "eval": {"source": str(workshop.rows)}},

@@ -1,4 +1,4 @@
-"""Arithmetic of one token, so that speed can be held against what the card can do."""
+"""Arithmetic of one token, so that speed can be compared with the card's peak."""
 
 from __future__ import annotations
 

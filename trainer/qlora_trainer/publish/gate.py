@@ -42,7 +42,7 @@ def verify_adapter(folder: Path, base_names: Iterable[str] | None = None, lora: 
         base_names: names of the base's modules and parameters, or of its parameters alone. With them, every layer and
             parameter that the configuration targets must have its pair, and no pair may belong to a layer that the base
             lacks. Without them, every target must have at least one.
-        lora: what the job asked for. With it, the layout is held against the rules of vLLM's loader.
+        lora: what the job asked for. With it, the layout is checked by the rules of vLLM's loader.
 
     Raises:
         AdapterRejectedError: the first thing that is wrong.

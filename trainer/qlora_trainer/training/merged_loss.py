@@ -1,4 +1,4 @@
-"""Loss of a whole model on a few rows: what a merged model is held against its adapter by."""
+"""Loss of a whole model on a few rows: compares a merged model with its adapter."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from qlora_cli.text.printable import write
 def compare(
     jobs: o.References,
     *,
-    every: Annotated[bool, typer.Option("--all", help="Policy and scheduling too.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Include policy and scheduling.")] = False,
     output: o.Output = Form.TEXT,
     namespace: o.Namespace = None,
     context: o.Context = None,

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 def download(
     what: o.Published,
     *,
-    to: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: a folder named as the job.")] = None,
-    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Leave a merged model where it is.")] = False,
+    to: Annotated[Path | None, typer.Option(metavar="DIR", help="Target folder; default: the job's name.")] = None,
+    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Do not download a merged model.")] = False,
     secret: o.Secret = False,
     namespace: o.Namespace = None,
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
 ) -> None:
-    """Fetch a published adapter, every byte checked.
+    """Download a published adapter and verify it.
 
-    Sizes and SHA-256 are held against the manifest, and the manifest against the job's status. Object storage is
+    Sizes and SHA-256 are checked against the manifest, and the manifest against the job's status. Object storage is
     reached with the environment's credentials. Called again, it fetches only what is missing.
     """
     with exit_with_code():

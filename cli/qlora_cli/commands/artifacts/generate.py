@@ -12,7 +12,7 @@ from qlora_cli.commands.local_options import RunsDir, exit_on_user_error
 AdapterDir = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of an adapter.")]
 
 
-RunName = Annotated[str | None, typer.Option("--run", metavar="NAME", help="Finished run whose adapter is asked.")]
+RunName = Annotated[str | None, typer.Option("--run", metavar="NAME", help="Finished run whose adapter is used.")]
 
 
 Base = Annotated[
@@ -20,7 +20,7 @@ Base = Annotated[
 ]
 
 
-Merged = Annotated[str | None, typer.Option(metavar="DIR", help="Merged model, to answer beside the two.")]
+Merged = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of a merged model, to compare with the two.")]
 
 
 Prompt = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Prompt; may be given several times.")]
@@ -29,13 +29,13 @@ Prompt = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Prompt; 
 PromptsFile = Annotated[Path | None, typer.Option(metavar="FILE", help="More prompts, one a line.")]
 
 
-NewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer in tokens.")]
+NewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Maximum length of an answer in tokens.")]
 
 
-Raw = Annotated[bool, typer.Option("--raw", help="Put prompts as they are, not as in training.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Send prompts unchanged, without the template of training.")]
 
 
-Sample = Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")]
+Sample = Annotated[bool, typer.Option("--sample", help="Sample tokens instead of greedy decoding.")]
 
 
 def generate(
@@ -51,7 +51,7 @@ def generate(
     raw: Raw = False,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
-    """Ask base, adapter and merged model the same.
+    """Send the same prompts to the base, the adapter and the merged model.
 
     A prompt is put as it was in training: as a user's message of the chat template, or as an instruction in its frame.
     The answers are shown side by side.

@@ -17,9 +17,9 @@ from qlora_cli.text.printable import write_line
 def merge(
     what: o.Published,
     *,
-    to: Annotated[Path, typer.Option("--out", metavar="DIR", help="For the merged model; new or empty.")],
+    to: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the merged model; new or empty.")],
     base: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="Default: the base that the manifest names.")
+        str | None, typer.Option(metavar="SOURCE", help="Base model; default: the one that the manifest names.")
     ] = None,
     secret: o.Secret = False,
     namespace: o.Namespace = None,

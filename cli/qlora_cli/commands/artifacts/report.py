@@ -21,7 +21,7 @@ ReportFile = Annotated[
 
 
 def report(run: ReportOf, out: ReportFile = None, runs_dir: RunsDir = Path("runs")) -> None:
-    """Write one page with all that is known of a run: curves, memory, data, attempts, configuration.
+    """Write a one-page report of a run: curves, memory, data, attempts, configuration.
 
     RUN is a local run, finished or not, by name or folder, or the folder of a published adapter.
     """

@@ -15,7 +15,7 @@ from qlora_cli.text.choices import Form
 def events(
     job: o.Name,
     *,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="And those to come, until Ctrl-C.")] = False,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Wait for new events, until Ctrl-C.")] = False,
     output: o.Output = Form.TEXT,
     namespace: o.Namespace = None,
     context: o.Context = None,

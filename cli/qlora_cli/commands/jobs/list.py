@@ -17,7 +17,7 @@ def list_jobs(
     *,
     everywhere: o.Everywhere = False,
     selector: o.Selector = None,
-    local: Annotated[bool, typer.Option("--local", help="Runs on this machine.")] = False,
+    local: Annotated[bool, typer.Option("--local", help="List local runs instead.")] = False,
     runs_dir: o.RunsDir = Path("runs"),
     output: o.Output = Form.TEXT,
     namespace: o.Namespace = None,

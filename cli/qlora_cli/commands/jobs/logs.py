@@ -11,20 +11,20 @@ from qlora_cli.commands import options as o
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, connect, is_local
 
-Attempt = Annotated[int | None, typer.Option("--attempt", min=1, metavar="N", help="Default: the newest.")]
+Attempt = Annotated[int | None, typer.Option("--attempt", min=1, metavar="N", help="Attempt; default: the newest.")]
 
 
 def logs(
     job: o.Reference,
     *,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Until the job is over, later attempts too.")] = False,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Follow until the job ends, across attempts.")] = False,
     attempt: Attempt = None,
-    prepare: Annotated[bool, typer.Option("--prepare", help="Of the pod that prepares.")] = False,
-    worker: Annotated[int | None, typer.Option(min=0, metavar="I", help="Of one pod only.")] = None,
-    rank: Annotated[int | None, typer.Option(min=0, metavar="R", help="Of one rank only.")] = None,
-    tail: Annotated[int | None, typer.Option(min=0, metavar="N", help="The newest lines of each pod.")] = None,
-    since: Annotated[str | None, typer.Option(metavar="TIME", help="Not older than 30s, 5m, 2h.")] = None,
-    timestamps: Annotated[bool, typer.Option("--timestamps", help="With the time of each line.")] = False,
+    prepare: Annotated[bool, typer.Option("--prepare", help="Logs of the Prepare pod.")] = False,
+    worker: Annotated[int | None, typer.Option(min=0, metavar="I", help="Logs of one pod only.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, metavar="R", help="Logs of one rank only.")] = None,
+    tail: Annotated[int | None, typer.Option(min=0, metavar="N", help="Last N lines of each pod.")] = None,
+    since: Annotated[str | None, typer.Option(metavar="TIME", help="Only lines newer than 30s, 5m, 2h.")] = None,
+    timestamps: Annotated[bool, typer.Option("--timestamps", help="Prefix each line with its time.")] = False,
     namespace: o.Namespace = None,
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,

@@ -17,14 +17,14 @@ def retry(
     job: o.Name,
     overrides: o.Set = None,
     *,
-    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Of the new job; default: JOB-r2.")] = None,
-    dry_run: Annotated[DryRun, typer.Option(help="As with submit.")] = DryRun.NONE,
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="New job's name; default: JOB-r2.")] = None,
+    dry_run: Annotated[DryRun, typer.Option(help="As for submit.")] = DryRun.NONE,
     output: o.Output = Form.TEXT,
     namespace: o.Namespace = None,
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
 ) -> None:
-    """Make a new job with a failed one's spec.
+    """Create a new job with a failed one's spec.
 
     A job that failed stays failed, as a Job of Kubernetes does; the new one has a name of its own and begins at step 0.
     What the operator retries by itself (a lost node, a crash within policy.maxRestarts) goes on from a checkpoint.

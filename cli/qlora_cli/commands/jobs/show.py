@@ -16,7 +16,7 @@ def show(
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
 ) -> None:
-    """Show all that is known of a job or a local run.
+    """Show the details of a job or a local run.
 
     Settings, progress, attempts with their ends, memory by component, the adapter.
     """

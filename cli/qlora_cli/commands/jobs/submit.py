@@ -21,10 +21,8 @@ def submit(
     manifests: Manifests,
     overrides: o.Set = None,
     *,
-    dry_run: Annotated[
-        DryRun, typer.Option(help="server: have the API server check it, and create nothing.")
-    ] = DryRun.NONE,
-    watching: Annotated[bool, typer.Option("--watch", help="Then watch until it is over.")] = False,
+    dry_run: Annotated[DryRun, typer.Option(help="server: validate on the API server, create nothing.")] = DryRun.NONE,
+    watching: Annotated[bool, typer.Option("--watch", help="Then watch until the job finishes.")] = False,
     output: o.Output = Form.TEXT,
     namespace: o.Namespace = None,
     context: o.Context = None,

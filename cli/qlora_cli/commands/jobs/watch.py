@@ -16,7 +16,7 @@ def watch(
     *,
     everywhere: o.Everywhere = False,
     selector: o.Selector = None,
-    forever: Annotated[bool, typer.Option("--forever", help="Go on when the named jobs are over.")] = False,
+    forever: Annotated[bool, typer.Option("--forever", help="Keep watching after the named jobs finish.")] = False,
     namespace: o.Namespace = None,
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,

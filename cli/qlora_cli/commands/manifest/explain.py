@@ -10,7 +10,7 @@ from qlora_cli.commands.local_options import As, Output, exit_on_user_error
 from qlora_cli.text.printable import write_line
 
 FieldPath = Annotated[
-    str, typer.Argument(metavar="[FIELD]", help="Such as lora.rank or spec.dataset; default: the spec.")
+    str, typer.Argument(metavar="[FIELD]", help="Field, such as lora.rank or spec.dataset; default: the spec.")
 ]
 
 

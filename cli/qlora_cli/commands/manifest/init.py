@@ -16,20 +16,24 @@ from qlora_cli.text.printable import write, write_line
 
 def init(
     *,
-    model: Annotated[str | None, typer.Option(metavar="SOURCE", help="Base model; not given: asked.")] = None,
-    data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Training rows; not given: asked.")] = None,
-    destination: Annotated[str | None, typer.Option(metavar="URI", help="For the adapter; not given: asked.")] = None,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="Of the job; default: from the destination.")] = None,
-    form: Annotated[RowFormat, typer.Option("--format", help="Of the rows.")] = RowFormat.MESSAGES,
+    model: Annotated[str | None, typer.Option(metavar="SOURCE", help="Base model; prompted for if not given.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Training rows; prompted for if not given.")
+    ] = None,
+    destination: Annotated[
+        str | None, typer.Option(metavar="URI", help="Destination; prompted for if not given.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Job name; default: from the destination.")] = None,
+    form: Annotated[RowFormat, typer.Option("--format", help="Format of the rows.")] = RowFormat.MESSAGES,
     credentials: Annotated[
         str | None, typer.Option(metavar="SECRET", help="Secret with the credentials of model, rows and destination.")
     ] = None,
-    file: Annotated[Path, typer.Option("--file", "-f", metavar="FILE", help="To write; - is standard output.")] = Path(
-        "job.yaml"
-    ),
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    file: Annotated[
+        Path, typer.Option("--file", "-f", metavar="FILE", help="File to write; - is standard output.")
+    ] = Path("job.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Write a manifest to begin with, from three answers.
+    """Write a first manifest from three answers.
 
     Its comments are the API's documentation; what may be set besides is there as a comment with its default.
     """

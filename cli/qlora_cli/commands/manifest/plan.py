@@ -10,23 +10,28 @@ import typer
 from qlora_cli.commands.local_options import USER_ERROR, As, Job, Output, Set, exit_on_user_error
 from qlora_cli.text.printable import as_json, write_line
 
-GpuName = Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="Such as h100-80gb; default: the one here.")]
+GpuName = Annotated[
+    str | None, typer.Option("--gpu", metavar="NAME", help="GPU, such as h100-80gb; default: this machine's.")
+]
 
 
-GpuCount = Annotated[int | None, typer.Option("--gpus", min=1, metavar="N", help="GPUs; default: as the job says.")]
+GpuCount = Annotated[int | None, typer.Option("--gpus", min=1, metavar="N", help="Number of GPUs; default: the job's.")]
 
 
-Price = Annotated[float | None, typer.Option("--price", min=0, metavar="X", help="Of one GPU for one hour.")]
+Price = Annotated[float | None, typer.Option("--price", min=0, metavar="X", help="Price of one GPU-hour.")]
 
 
-Tokens = Annotated[int | None, typer.Option("--tokens", min=1, metavar="N", help="Tokens of one epoch, for the time.")]
+Tokens = Annotated[
+    int | None, typer.Option("--tokens", min=1, metavar="N", help="Tokens of one epoch, to estimate the time.")
+]
 
 
-WhatIf = Annotated[bool, typer.Option("--what-if", help="Other GPUs, ranks and sequence lengths as well.")]
+WhatIf = Annotated[bool, typer.Option("--what-if", help="Also plan other GPUs, LoRA ranks and sequence lengths.")]
 
 
 ModelConfig = Annotated[
-    Path | None, typer.Option("--model-config", metavar="config.json", help="The base's configuration, in its place.")
+    Path | None,
+    typer.Option("--model-config", metavar="config.json", help="Use this config.json instead of reading the model."),
 ]
 
 
