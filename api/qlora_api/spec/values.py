@@ -20,7 +20,7 @@ def _known_scheme(value: str) -> str:
 
 
 def _remote_only(schemes: tuple[str, ...]) -> list[dict[str, str]]:
-    names = ", ".join(f"{s}://" for s in schemes)
+    names = ", ".join(f"{s}://org/name" if s == "hf" else f"{s}://" for s in schemes)
     return [
         {
             "rule": f"self.matches('^({'|'.join(schemes)})://.+')",

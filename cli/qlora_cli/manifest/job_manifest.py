@@ -12,6 +12,7 @@ from qlora_api import API_VERSION, KIND, QLoRAJob
 from qlora_api.errors import FieldError, ManifestError
 from qlora_api.job import GROUP
 from qlora_cli.manifest import crd_schema
+from qlora_cli.manifest.hub_names import bare_hub_names
 from qlora_cli.text import kubernetes_yaml
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def check(document: Document, overrides: Sequence[Override] = ()) -> QLoRAJob:
             if value.get(name) is None:
                 errors.append(FieldError(name, None, f"is required: {want}"))
         value = crd_schema.without_nulls(overridden(value, overrides))
+        errors += bare_hub_names(value)
     try:
         job = QLoRAJob.from_manifest(value)
     except ManifestError as error:

@@ -98,6 +98,32 @@ def test_errors(call, job, change, message):
     assert message in result.stdout
 
 
+@pytest.mark.parametrize("command", ["validate", "run", "submit", "plan"])
+@pytest.mark.parametrize(
+    ("field", "change", "line"),
+    [
+        pytest.param("spec.model.source", ("hf://org/name@main", "org/name@main"), 6, id="model"),
+        pytest.param("spec.dataset.train.source", ("s3://bucket/rows", "org/name"), 8, id="rows"),
+        pytest.param(
+            "spec.dataset.eval.source", ("format: Text", "eval: {source: org/name-1.5}\n    format: Text"), 9, id="eval"
+        ),
+    ],
+)
+def test_a_bare_name_of_the_hub_is_answered_with_its_address(call, job, command, field, change, line):
+    job(GOOD.replace(*change))
+    result = call(command, "job.yaml")
+    assert result.exit_code == 40
+    assert f'job.yaml:{line}: {field}: "org/name' in result.output
+    assert "is no path here; from the Hub it is hf://org/name" in result.output
+
+
+@pytest.mark.parametrize("source", ["./org/name", "here/name", "org/rows.jsonl", "name", "org/folder/name"])
+def test_a_path_is_not_taken_for_a_name_of_the_hub(call, job, tmp_path, source):
+    (tmp_path / "here").mkdir()
+    job(GOOD.replace("s3://bucket/rows", source))
+    assert call("validate", "job.yaml").exit_code == 0
+
+
 def test_all_documents_are_validated_and_other_kinds_passed_over(call, job):
     secret = "apiVersion: v1\nkind: Secret\nmetadata: {name: s}\n"
     job("---\n".join([GOOD, secret, GOOD.replace("quick", "other")]))

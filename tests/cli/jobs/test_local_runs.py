@@ -179,6 +179,7 @@ def test_nothing_there_yet_suggests_a_beginning(tmp_path, monkeypatch):
 
 def test_init_writes_a_file_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
     flags = ("--model", "models/base", "--data", "rows.jsonl", "--destination", "out/mine", "--format", "Text")
     done = call("init", *flags)
     assert (done.exit_code, done.stdout) == (0, "job.yaml written\n")
