@@ -74,7 +74,7 @@ DECIMAL_PATTERN = r"^[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?$"
 
 def _check_quoted(value: object) -> object:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        raise ValueError(f'must be a decimal in quotes, "{value}": the Kubernetes API has no floats')  # noqa: TRY004 pydantic wants ValueError
+        raise ValueError(f'is a YAML number: write "{value}", with quotes. Kubernetes APIs do not use floats')  # noqa: TRY004 pydantic wants ValueError
     return value
 
 
@@ -85,16 +85,18 @@ def decimal(low: float, high: float, *, low_included: bool = True, high_included
     """
     lower = ">=" if low_included else ">"
     upper = "<=" if high_included else "<"
-    text = f"must be a decimal in quotes {lower} {low:g} and {upper} {high:g}"
+    least = f"{'at least' if low_included else 'greater than'} {low:g}"
+    most = f"{'at most' if high_included else 'less than'} {high:.12g}"
+    allowed = f"must be {least} and {most}"
 
     def check(value: str) -> str:
         if not re.fullmatch(DECIMAL_PATTERN, value):
-            raise ValueError(text)
+            raise ValueError(f"{allowed}, written with digits, such as 0.05 or 2e-4")
         number = float(value)
         above = number >= low if low_included else number > low
         below = number <= high if high_included else number < high
         if not (above and below):
-            raise ValueError(text)
+            raise ValueError(allowed)
         return value
 
     schema = {
@@ -102,7 +104,7 @@ def decimal(low: float, high: float, *, low_included: bool = True, high_included
         "pattern": DECIMAL_PATTERN,
         "maxLength": 32,
         "x-kubernetes-validations": [
-            {"rule": f"double(self) {lower} {float(low)} && double(self) {upper} {float(high)}", "message": text},
+            {"rule": f"double(self) {lower} {float(low)} && double(self) {upper} {float(high)}", "message": allowed},
         ],
     }
     return Annotated[str, BeforeValidator(_check_quoted), AfterValidator(check), WithJsonSchema(schema)]

@@ -19,14 +19,22 @@ T = TypeVar("T", bound=BaseModel)
 class FieldError(ValueError):
     """One error at one field of a manifest.
 
-    ``str()`` reads ``spec.lora.rank: "0" must be at least 1``.
+    ``str()`` reads ``spec.lora.rank: 0 must be at least 1``. Texts are shown in quotes, numbers as they are.
+
+    Args:
+        field: path in the manifest.
+        value: what stands there.
+        allowed: what may stand there; completes the sentence that the value begins.
+        sentence: what to say of the field instead of value and ``allowed``.
+
     """
 
-    def __init__(self, field: str, value: object, allowed: str) -> None:
+    def __init__(self, field: str, value: object, allowed: str, *, sentence: str | None = None) -> None:
         self.field = field
         self.value = value
         self.allowed = allowed
-        super().__init__(f"{field}: {_show(value)}{allowed}")
+        shown = _show(value)
+        super().__init__(f"{field}: {sentence or (f'{shown} {allowed}' if shown else allowed)}")
 
 
 class ManifestError(ValueError):
@@ -54,7 +62,9 @@ def validate(model: type[T], value: Any) -> T:
 def _show(value: object) -> str:
     if value is None or isinstance(value, (dict, list, BaseModel)):
         return ""
-    return f'"{value}" ' if not isinstance(value, bool) else f'"{str(value).lower()}" '
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int | float) else f'"{value}"'
 
 
 def _error(model: type[BaseModel], error: ErrorDetails) -> FieldError:
@@ -62,10 +72,14 @@ def _error(model: type[BaseModel], error: ErrorDetails) -> FieldError:
     context: dict[str, Any] = error.get("ctx", {})
     cause = context.get("error")
     if isinstance(cause, RuleBrokenError):
-        return FieldError(f"{field}.{cause.field}".strip("."), cause.value, str(cause))
+        shown = _show(cause.value)
+        sentence = f"{shown}: {cause}" if shown else None
+        return FieldError(f"{field}.{cause.field}".strip("."), cause.value, str(cause), sentence=sentence)
     if isinstance(cause, ValueError):
         return FieldError(field, error["input"], str(cause))
-    return FieldError(field, error["input"], _allowed(model, error, context))
+    allowed = _allowed(model, error, context)
+    unknown = error["type"] == "extra_forbidden"
+    return FieldError(field, error["input"], allowed, sentence=allowed if unknown else None)
 
 
 def _path(location: tuple[int | str, ...]) -> str:
@@ -107,20 +121,19 @@ def _unknown_field(model: type[BaseModel], location: tuple[int | str, ...]) -> s
         if isinstance(part, str) and isinstance(group, type) and issubclass(group, BaseModel):
             group = next((model_of(f.annotation) for f in group.model_fields.values() if f.alias == part), None)
     if not (isinstance(group, type) and issubclass(group, BaseModel)):
-        return "is not a field"
+        return "unknown field"
     known = sorted(f.alias or n for n, f in group.model_fields.items())
     close = closest(str(location[-1]), known)
-    return (
-        f"is not a field; did you mean {close[0]}? Known here: {', '.join(known)}"
-        if close
-        else f"is not a field; known here: {', '.join(known)}"
-    )
+    hint = f"; did you mean {close[0]}?" if close else "."
+    return f"unknown field{hint} Fields here: {', '.join(known)}"
 
 
 def _unknown_value(value: object, expected: str) -> str:
     """``expected`` reads ``NF4, FP4, INT8 or None``."""
     known = re.split(r", | or ", expected)
-    close = closest(value, known) if isinstance(value, str) and len(known) > 1 else []
+    if len(known) == 1:
+        return f"must be {expected}"
+    close = closest(value, known) if isinstance(value, str) else []
     return f"must be one of {expected}" + (f"; did you mean {close[0]}?" if close else "")
 
 

@@ -47,13 +47,13 @@ def test_the_global_batch_is_cut_for_any_number_of_ranks(changes, ranks, expecte
         pytest.param(
             {"training__globalBatchSize": 16},
             3,
-            'spec.training.globalBatchSize: "16" must be a multiple of the 3 ranks; the next ones are 15 and 18',
+            "spec.training.globalBatchSize: 16 must be a multiple of the 3 ranks; the next ones are 15 and 18",
             id="ranks-do-not-divide",
         ),
         pytest.param(
             {"training__globalBatchSize": 16, "training__microBatchSize": 8},
             4,
-            'spec.training.microBatchSize: "8" must divide each rank\'s 4 sequences of the global batch of 16: 1, 2, 4',
+            "spec.training.microBatchSize: 8 must divide each rank's 4 sequences of the global batch of 16: 1, 2, 4",
             id="micro-batch-does-not-divide",
         ),
     ],

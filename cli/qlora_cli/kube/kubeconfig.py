@@ -149,7 +149,7 @@ def _parsed(path: Path) -> Section:
         try:
             config = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 a safe loader
         except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+            raise ConfigError(f"{path}: YAML syntax error: {' '.join(str(error).split())}") from None
     if config is None:
         return {}
     if not isinstance(config, dict):

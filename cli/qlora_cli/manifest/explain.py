@@ -30,7 +30,7 @@ class UnknownFieldError(ValueError):
     def __init__(self, path: str) -> None:
         close = crd_schema.closest(path)
         hint = f"; closest: {', '.join(close)}" if close else "; 'qlora explain' lists the groups"
-        super().__init__(f'"{path}" is not a field of a QLoRAJob{hint}')
+        super().__init__(f'"{path}" is not a field of QLoRAJob{hint}')
 
 
 @dataclass(frozen=True)

@@ -60,12 +60,16 @@ def as_text(reports: Sequence[Report]) -> str:
     for report in reports:
         lines += [str(error) for error in report.errors]
         if report.good:
-            passed = f"; passed over: {units.listing(report.passed_over)}" if report.passed_over else ""
-            lines.append(f"{report.source}: {units.listing(report.jobs)} is valid{passed}")
+            passed = f"; ignored: {units.listing(report.passed_over)}" if report.passed_over else ""
+            lines.append(f"{report.source}: {_valid(report.jobs)}{passed}")
     wrong = sum(len(report.errors) for report in reports)
     if wrong > 1:
         lines.append(f"{wrong} errors")
     return "\n".join(lines)
+
+
+def _valid(jobs: Sequence[str]) -> str:
+    return f"{jobs[0]} is valid" if len(jobs) == 1 else f"{len(jobs)} jobs are valid: {', '.join(jobs)}"
 
 
 def as_json(reports: Sequence[Report]) -> str:

@@ -86,10 +86,19 @@ def read(text: str, source: str) -> list[Document]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
-        raise NotYamlError(f"{place}: not YAML: {error.problem or error.context}") from None
+        raise NotYamlError(f"{place}: YAML syntax error: {error.problem or error.context}{_hint(error)}") from None
     except yaml.YAMLError as error:
-        raise NotYamlError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
+        raise NotYamlError(f"{source}: YAML syntax error: {' '.join(str(error).split())}") from None
     return documents
+
+
+def _hint(error: yaml.MarkedYAMLError) -> str:
+    """Name the lines to look at where YAML's own words do not say that they are not aligned."""
+    unaligned = ("mapping values are not allowed", "expected <block end>", "could not find expected ':'")
+    if error.problem_mark is None or not (error.problem or "").startswith(unaligned):
+        return ""
+    line = error.problem_mark.line + 1
+    return f"; check the indentation of lines {line - 1} and {line}" if line > 1 else ""
 
 
 def scalar(text: str) -> object:

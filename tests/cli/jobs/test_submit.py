@@ -79,7 +79,7 @@ def test_other_kinds_are_passed_over_and_named(write):
             id="destination",
         ),
         pytest.param(
-            ("epochs: 1", "epochs: 0"), 'job.yaml:12: spec.training.epochs: "0" must be at least 1', id="bounds"
+            ("epochs: 1", "epochs: 0"), "job.yaml:12: spec.training.epochs: 0 must be at least 1", id="bounds"
         ),
     ],
 )

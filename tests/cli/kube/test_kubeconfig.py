@@ -109,7 +109,7 @@ def test_a_pod_without_a_kubeconfig_uses_its_service_account(monkeypatch, tmp_pa
         ([{**config(), "current-context": ""}], None, "has no current-context; name one with --context: prod"),
         ([{**config(), "clusters": []}], None, 'context prod names "prod", which is not in clusters; there are none'),
         ([{**config(), "users": []}], None, 'context prod names "me", which is not in users'),
-        (["a: [b"], None, "is not YAML"),
+        (["a: [b"], None, "YAML syntax error"),
         (["- a"], None, "is no kubeconfig"),
         ([config(**{"auth-provider": {"name": "gcp"}})], None, "auth-provider is no longer known to Kubernetes"),
         ([config(exec={"args": []})], None, "exec names no command"),

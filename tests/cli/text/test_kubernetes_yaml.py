@@ -81,13 +81,16 @@ def test_empty_documents_are_passed_over_and_lines_count_on():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        pytest.param("a: [1, 2", "job.yaml:1:9: not YAML", id="unclosed"),
-        pytest.param("a:\n\t- 1", "job.yaml:2:1: not YAML", id="tab"),
+        pytest.param("a: [1, 2", "job.yaml:1:9: YAML syntax error", id="unclosed"),
+        pytest.param("a:\n\t- 1", "job.yaml:2:1: YAML syntax error", id="tab"),
+        pytest.param(
+            "lora:\n  rank: 8\n   alpha: 16", "job.yaml:3:9: .*check the indentation of lines 2 and 3", id="unaligned"
+        ),
         pytest.param("a: &x [*x]", "contains itself", id="recursion"),
         pytest.param("a: !!python/name:os.system x", "is not known here", id="python-tag"),
         pytest.param("a: !!int x", "is not known here", id="wrong-tag"),
         pytest.param("? [a]\n: 1", "must be a text", id="list-as-name"),
-        pytest.param("a: \x01", "not YAML", id="control-character"),
+        pytest.param("a: \x01", "YAML syntax error", id="control-character"),
     ],
 )
 def test_what_is_no_manifest_is_refused_with_its_place(text, message):

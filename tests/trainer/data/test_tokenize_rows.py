@@ -255,14 +255,14 @@ def test_rows_that_are_too_long_are_all_counted_before_the_job_fails(prepared, t
         prepared(LONGER, max_length=32)
     longest = prepared(LONGER, max_length=4096).receipt.longest
     assert str(caught.value) == (
-        f'spec.dataset.maxLength: "32" must be at least {longest}: 2 of the 3 rows of {tmp_path}/rows.jsonl are longer,'
+        f"spec.dataset.maxLength: 32 must be at least {longest}: 2 of the 3 rows of {tmp_path}/rows.jsonl are longer,"
         f" the longest is row 3 (rows.jsonl, line 3) with {longest} tokens. Raise maxLength, or set"
         " spec.dataset.longRows to Truncate (these lose their tail) or Drop (they are left out)"
     )
 
 
 def test_an_evaluation_row_that_is_too_long_fails_the_job_too(prepared):
-    with pytest.raises(UserError, match=r'"32" must be at least .* 1 of the 2 rows of .*eval\.jsonl'):
+    with pytest.raises(UserError, match=r"32 must be at least .* 1 of the 2 rows of .*eval\.jsonl"):
         prepared(LONG[:1], eval_rows=LONG, max_length=32)
 
 

@@ -256,7 +256,7 @@ def test_dora_on_experts_is_refused_with_what_to_do(mixtures):
     with pytest.raises(UserError) as caught:
         check_targets(skeleton, LoRASpec(dora=True), "tiny")
     assert str(caught.value) == (
-        'spec.lora.dora: "true" is not available for experts, which tiny has: set false, or name linear layers in '
+        "spec.lora.dora: true is not available for experts, which tiny has: set false, or name linear layers in "
         "spec.lora.targetModules"
     )
     check_targets(skeleton, LoRASpec(dora=True, target_modules=["q_proj"]), "tiny")

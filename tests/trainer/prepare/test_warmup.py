@@ -22,7 +22,7 @@ def test_a_warmup_within_the_run_is_taken(steps):
 def test_a_warmup_as_long_as_the_run_is_refused_with_the_steps(steps):
     with pytest.raises(UserError) as refused:
         check_warmup(warming(steps, epochs=3), 10)
-    expected = f'spec.training.warmupSteps: "{steps}" must be less than the steps of the run, 30: 3 epochs of 10'
+    expected = f"spec.training.warmupSteps: {steps} must be less than the steps of the run, 30: 3 epochs of 10"
     assert str(refused.value) == expected
 
 

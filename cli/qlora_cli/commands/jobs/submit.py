@@ -41,7 +41,7 @@ def submit(
         submissions = [submission for file in files for submission in file.jobs]
         submitting.require_one_namespace(submissions, namespace)
         for kind in (kind for file in files for kind in file.passed_over):
-            out.note(f"passed over: {kind}; kubectl apply creates it")
+            out.note(f"ignored: {kind}; kubectl apply creates it")
         if dry_run is DryRun.CLIENT:
             created = [submission.body for submission in submissions]
         else:
