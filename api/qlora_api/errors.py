@@ -53,8 +53,8 @@ def validate(model: type[T], value: Any) -> T:
 
     """
     try:
-        # Through JSON and strictly: what the API server would refuse ("3" for 3) is refused here too.
-        return model.model_validate_json(json.dumps(value, default=str), strict=True)
+        # Through JSON and strictly: what the API server would refuse ("3" for 3, max_steps) is refused here too.
+        return model.model_validate_json(json.dumps(value, default=str), strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
         raise ManifestError([_error(model, e) for e in error.errors()]) from None
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from qlora_api.base import Model, Rule, decimal
-from qlora_api.spec.values import Destination, Label, Name
+from qlora_api.spec.values import Destination, Label, Name, check_no_boolean
 
 
 class Offload(StrEnum):
@@ -26,7 +26,7 @@ class ParallelismSpec(Model):
     rows, on fewer ranks. Each next attempt asks for all workers again. Default: wait until there is room."""
     gpus_per_worker: int = Field(1, ge=1, le=16)
     """GPUs, and so ranks, of each pod."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(check_no_boolean)] = 0
     """What ranks share: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters. LoRA's states are small:
     0 is the fastest and fits nearly always. Even under 3 the whole quantized base must fit each GPU while it loads."""
     offload: Offload = Offload.NONE

@@ -61,6 +61,8 @@ def closest(path: str) -> list[str]:
 def without_nulls(value: Any, schema: Schema | None = None) -> Any:
     """Drop nulls where there is a default, as the API server does before it applies defaults."""
     schema = root() if schema is None else schema
+    if isinstance(value, list):
+        return [without_nulls(inner, schema.get("items", {})) for inner in value]
     if not isinstance(value, dict):
         return value
     fields = fields_of(schema)

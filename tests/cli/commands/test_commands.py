@@ -89,6 +89,17 @@ def test_every_error_is_named_with_its_line(call, job):
         pytest.param(
             ("{destination: s3://bucket/out}", "{}"), "job.yaml:13: spec.output.destination: is required", id="missing"
         ),
+        pytest.param(
+            ("    epochs: 1\n", "    max_steps: 1\n"), "job.yaml:12: spec.training.max_steps: ", id="snake-case"
+        ),
+        pytest.param(
+            ("s3://bucket/out", "hf://org/out"), "job.yaml:13: spec.output.destination: ", id="hub-as-destination"
+        ),
+        pytest.param(
+            ("training:\n", "scheduling: {tolerations: [{key: gpu, tolerationSeconds: -1}]}\n  training:\n"),
+            "job.yaml:11: spec.scheduling.tolerations[0].tolerationSeconds: ",
+            id="in-a-list",
+        ),
     ],
 )
 def test_errors(call, job, change, message):
