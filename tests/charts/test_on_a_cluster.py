@@ -332,6 +332,10 @@ def test_a_job_tolerates_only_the_taints_of_the_list(cluster, installed, tolerat
         ),
         ("kubernetes.io/hostname", "is not for QLoRAJobs here; allowed: amd.com/*"),
         ("team", 'the key "team" is not'),
+        ("kubernetes.azure.com/mode", "is not for"),
+        ("eks.amazonaws.com/nodegroup", "is not for"),
+        ("cloud.google.com/gke-nodepool", "is not for"),
+        ("cloud.google.com/gke-accelerator-count", ""),
         ("nvidia.com/gpu.product", ""),
         ("kubernetes.io/arch", ""),
         ("kubernetes.io/arch-of-others", "is not for"),
@@ -359,6 +363,10 @@ def test_a_job_selects_nodes_only_by_the_labels_of_the_list(cluster, installed, 
             "metadata.ownerReferences: 17 are more than the 16",
         ),
         (
+            {"ownerReferences": [{"apiVersion": "v1", "kind": "ConfigMap", "name": "o" * 254, "uid": "u"}]},
+            "metadata.ownerReferences: a value is longer than",
+        ),
+        (
             {
                 "labels": {f"l{i}": "x" for i in range(64)},
                 "annotations": {"a": "x" * 65536},
@@ -367,7 +375,7 @@ def test_a_job_selects_nodes_only_by_the_labels_of_the_list(cluster, installed, 
             "",
         ),
     ],
-    ids=["labels", "annotations", "long-annotation", "finalizers", "owners", "all-that-is-allowed"],
+    ids=["labels", "annotations", "long-annotation", "finalizers", "owners", "long-owner", "all-that-is-allowed"],
 )
 def test_metadata_of_a_job_is_bounded(cluster, installed, metadata, complaint):
     job = qlora_job()

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 SCHEMA = "qlora.dev/manifest/v1"
+PARTS = ("adapter", "merged")
+"""Folders of what is published, below that of the attempt."""
 MOST_MANIFEST_BYTES = 16 << 20
 
 
@@ -100,14 +102,19 @@ def read(source: Source) -> Published:
         body = json.loads(data)
         schema = body["schema"]
         listed = body["files"] if schema == SCHEMA else []
-        files = tuple(PublishedFile(f["path"], int(f["size"]), f["sha256"]) for f in listed)
-    except (ValueError, KeyError, TypeError):
+        files = tuple(PublishedFile(str(f["path"]), int(f["size"]), str(f["sha256"])) for f in listed)
+        adapter = body["adapter"] if schema == SCHEMA else ""
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise StorageError(f"{where}: is no manifest of this operator") from None
     if schema != SCHEMA:
         raise StorageError(f'{where}: schema "{schema}" is not known here; this version reads {SCHEMA}')
+    if not isinstance(adapter, str) or not is_inside(adapter):
+        raise StorageError(f'{where}: adapter must be a folder beside it, not "{adapter}"')
     for file in files:
         if not is_inside(file.path):
             raise StorageError(f'{where}: names "{file.path}", which leaves its folder')
+        if short_path(file.path).partition("/")[0] not in PARTS:
+            raise StorageError(f'{where}: names "{file.path}", which is in neither of {", ".join(PARTS)}')
     return Published(folder, data, body, files)
 
 

@@ -83,6 +83,8 @@ def read(text: str, source: str) -> list[Document]:
             if value is not None:
                 line = node.start_mark.line + 1
                 documents.append(Document(source, line, value, reader.lines, tuple(reader.errors)))
+    except RecursionError:
+        raise NotYamlError(f"{source}: is nested too deep to be a manifest") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source

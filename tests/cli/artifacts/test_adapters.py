@@ -98,6 +98,12 @@ def test_what_differs_is_never_laid_down(call, published, tmp_path):
         (b'{"schema": "other/v9", "files": []}', 'schema "other/v9" is not known here'),
         (manifest({"a/../../evil": b""}), "leaves its folder"),
         (manifest({"/etc/evil": b""}), "leaves its folder"),
+        (manifest({"a/.git/hooks/post-commit": b""}), "which is in neither of adapter, merged"),
+        (manifest({"a/json.py": b""}), "which is in neither of adapter, merged"),
+        (manifest(adapter="../evil"), "adapter must be a folder beside it"),
+        (manifest(adapter=3), "adapter must be a folder beside it"),
+        (json.dumps({"schema": adapters.SCHEMA, "files": []}).encode(), "is no manifest of this operator"),
+        (b"[" * 2_000_000, "is no manifest of this operator"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(tmp_path, data, message):

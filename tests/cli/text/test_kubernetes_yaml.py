@@ -112,3 +112,9 @@ def test_numbers_that_json_cannot_hold_are_errors():
 @pytest.mark.parametrize("text", ["2e-4", "014", "y", "NF4", "", "null", "1:30", "a: b", "- a", "line\nline"])
 def test_texts_are_written_so_that_they_stay_texts(text):
     assert read_one(kubernetes_yaml.dump({"default": text})).value == {"default": text}
+
+
+@pytest.mark.parametrize("text", ["spec: " + "[" * 100_000, "{a: " * 50_000], ids=["lists", "mappings"])
+def test_a_document_that_is_nested_too_deep_is_named(text):
+    with pytest.raises(kubernetes_yaml.NotYamlError, match=r"job\.yaml: is nested too deep to be a manifest"):
+        kubernetes_yaml.read(text, "job.yaml")

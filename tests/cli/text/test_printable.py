@@ -33,6 +33,8 @@ HOSTILE = [
     pytest.param("\u2066a\u2069", id="isolate"),
     pytest.param("a\u200bb\ufeff", id="invisible"),
     pytest.param("\U000e0041\U000e007f", id="tags"),
+    pytest.param("\U000e0100\U000e01ef", id="variation-selectors"),
+    pytest.param("a\u00adb\u3164c", id="soft-hyphen-and-filler"),
     pytest.param("a\u2028b", id="line-separator"),
     pytest.param("\udce9", id="lone-surrogate"),
 ]
