@@ -54,7 +54,7 @@ def bucket_fault(error: Exception) -> Fault:
     words = _words(text, status, code)
     if any(path in text for path in _CREDENTIAL_SERVICES):
         return Fault(
-            FaultKind.USER, f"no credentials were found, and the machine's metadata service gives none ({words})"
+            FaultKind.USER, f"no credentials were found, and the machine's metadata service has none ({words})"
         )
     if "builder error" in text:
         return Fault(FaultKind.USER, "the endpoint is not https; set AWS_ALLOW_HTTP=true if that is meant")

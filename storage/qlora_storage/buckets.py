@@ -33,8 +33,8 @@ PART_RETRIES = 6
 """obstore's own, about 2 s in all: a part of a large upload is repeated, not the whole. All other requests are repeated
 by :mod:`qlora_storage.retry` alone, which knows when a server wants to be left alone."""
 WITHOUT_CREDENTIALS = (
-    "no credentials were found, and the store lets nobody in without ({words}); the pod's or machine's own cloud "
-    "identity counts only where the operator says so (chart value trainer.workloadIdentity; on your machine "
+    "no credentials were found, and the store does not allow anonymous access ({words}). The cloud identity of the pod "
+    "or machine is used only if allowed (chart value trainer.workloadIdentity; on your machine "
     "QLORA_WORKLOAD_IDENTITY=true)"
 )
 

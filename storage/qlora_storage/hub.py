@@ -289,7 +289,9 @@ def _may_recover(error: Exception) -> bool:
 
 
 def _translated(source: HubSource, error: Exception) -> UserError | StorageError | NotFoundError:
-    secret = f"the Secret named by {source.field.rpartition('.')[0]}.credentials (on your machine: the environment)"
+    secret = (
+        f"the Secret named by {source.field.rpartition('.')[0]}.credentials (in a cluster) or in your shell (qlora run)"
+    )
     text = without_queries(error)
     page = f"{endpoint()}/{'datasets/' if source.kind == 'dataset' else ''}{source.repo}"
 
@@ -297,9 +299,9 @@ def _translated(source: HubSource, error: Exception) -> UserError | StorageError
         return UserError(source.field, source.source, text)
 
     if isinstance(error, GatedRepoError):
-        return user(f"is gated: accept its terms at {page}, and put an HF_TOKEN that may read it into {secret}")
+        return user(f"is gated: accept its terms at {page}, and set an HF_TOKEN that may read it in {secret}")
     if isinstance(error, RepositoryNotFoundError):
-        return user(f"is not a {source.kind} on {endpoint()}, or a private one: then put an HF_TOKEN into {secret}")
+        return user(f"is not a {source.kind} on {endpoint()}, or a private one: then set HF_TOKEN in {secret}")
     if isinstance(error, RevisionNotFoundError):
         return user(f"has no revision {source.revision}; {page}/commits/main lists them")
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
@@ -315,7 +317,7 @@ def _translated(source: HubSource, error: Exception) -> UserError | StorageError
         return StorageError(f"{source.field}: {source.source}: {endpoint()} answers {status}: {text}")
     if isinstance(error, HTTPError | LocalEntryNotFoundError | OfflineModeIsEnabled):
         return user(
-            f"cannot be fetched, {endpoint()} is out of reach from here ({type(error).__name__}): allow the way out, "
-            "or copy the files to s3://, gs://, az:// or pvc:// and name that"
+            f"cannot be fetched: {endpoint()} cannot be reached ({type(error).__name__}). Allow outbound access to it, "
+            "or copy the files to s3://, gs://, az:// or pvc:// and use that location"
         )
     return StorageError(f"{source.field}: {source.source}: cannot be written to the cache: {text}")

@@ -275,7 +275,7 @@ class Store:
 
 
 def _user_error(uri: str, field: str, words: str) -> UserError:
-    allowed = f"{words}. {_remedy(uri, field)}"
+    allowed = f"cannot be used: {words}. {_remedy(uri, field)}"
     return UserError(field, uri, allowed) if field else UserError(uri, None, allowed)
 
 
@@ -283,19 +283,21 @@ def _remedy(uri: str, field: str) -> str:
     """Say what the user can do about a place that does not let us in."""
     group = field.rpartition(".")[0].replace("dataset.eval", "dataset.train")
     secret = (
-        f"the Secret named by {group}.credentials (on your machine: the environment)" if field else "the environment"
+        f"the Secret named by {group}.credentials (in a cluster) or in your shell (qlora run)"
+        if field
+        else "the environment"
     )
     match uri.partition("://")[0]:
         case "s3":
             return (
-                f"Check the bucket's name, and AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION "
+                f"Check the bucket's name, and set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION "
                 f"(AWS_ENDPOINT_URL for a server other than AWS) in {secret}"
             )
         case "gs":
-            return f"Check the bucket's name, and GOOGLE_SERVICE_ACCOUNT_KEY in {secret}"
+            return f"Check the bucket's name, and set GOOGLE_SERVICE_ACCOUNT_KEY in {secret}"
         case "az":
             return (
-                f"Check the container's name, and AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or "
+                f"Check the container's name, and set AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or "
                 f"AZURE_STORAGE_SAS_TOKEN in {secret}"
             )
         case _:

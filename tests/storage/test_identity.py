@@ -48,7 +48,7 @@ def test_without_credentials_no_metadata_service_is_asked_and_nothing_is_signed(
     assert buckets.asked == []
     assert buckets.signed == [False]
     text = str(refused.value)
-    assert text.startswith(f'{FIELD}: "{scheme}://bucket/folder" no credentials were found')
+    assert text.startswith(f'{FIELD}: "{scheme}://bucket/folder" cannot be used: no credentials were found')
     assert "spec.output.credentials" in text
     assert "chart value trainer.workloadIdentity" in text
 

@@ -104,5 +104,4 @@ def _plain(field: str, message: str) -> str:
     words = words.removeprefix(f"{field} in body ")
     if not value or value.startswith(("{", "[")) or value in ('"object"', '"array"', "null"):
         return f"{field}: {words}"
-    shown = value if value.startswith('"') else f'"{value}"'
-    return f"{field}: {shown} {words}"
+    return f"{field}: {value} {words}"

@@ -29,7 +29,7 @@ MOST_BYTES = 64 << 20
 AT_ONCE = 8
 PATIENCE_SECONDS = 20.0
 """How long a plan waits for a server that is away."""
-ELSEWHERE = "; or plan with --model-config config.json, which needs no model"
+ELSEWHERE = ". Offline? Pass a downloaded configuration: --model-config config.json"
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _open(source: str) -> ModelSource:
     if scheme in BUCKET_SCHEMES:
         return _Store(source)
     raise FieldError(
-        FIELD, source, "is a volume of a cluster: copy its config.json here and plan with --model-config config.json"
+        FIELD, source, "is a volume of a cluster: copy its config.json here and pass it with --model-config config.json"
     )
 
 

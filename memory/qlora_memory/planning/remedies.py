@@ -35,7 +35,8 @@ class Remedy:
     plan: Plan
 
     def __str__(self) -> str:
-        return f"{self.field} {self.value} (needs {self.plan.needed_bytes / GIB:.1f} GiB)"
+        used = f"{self.plan.needed_bytes / GIB:.1f} GiB, micro-batch {self.plan.batch.micro_batch_size}"
+        return f"{self.field} {self.value} (uses {used})"
 
 
 def remedies(request: PlanRequest) -> tuple[Remedy, ...]:
@@ -59,10 +60,10 @@ def does_not_fit(request: PlanRequest, outcome: NoFit) -> FieldError:
     parts = sorted(smallest.memory.components.items(), key=lambda item: -item[1])[:3]
     largest = ", ".join(f"{component} {size / GIB:.1f}" for component, size in parts)
     ways = remedies(request)
-    fix = f"any of these fits: {'; '.join(map(str, ways))}" if ways else "no change of one field alone makes it fit"
+    fix = f"Any of these would fit: {'; '.join(map(str, ways))}" if ways else "No change of a single field makes it fit"
     field, value, least = _to_change(request, smallest)
     missing = f"needs {needed:.1f} GiB on each GPU{least}, but {smallest.gpu.name} gives {there:.1f}"
-    return FieldError(field, value, f"{missing} (mostly {largest} GiB); {fix}")
+    return FieldError(field, value, f"{missing} (mostly {largest} GiB). {fix}")
 
 
 def _to_change(request: PlanRequest, smallest: Plan) -> tuple[str, object, str]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from qlora_api.errors import FieldError
 from qlora_memory.shape.expert_tensors import expert_stacks, stack_name
-from qlora_memory.shape.model_families import SOURCE, Config, _plain, attention_kind, on_disk
+from qlora_memory.shape.model_families import FAMILIES, SOURCE, Config, _plain, attention_kind, on_disk
 from qlora_memory.shape.model_shape import Attention, Experts, FeedForward, Head, Layer, Linear, ModelShape, Norm
 from qlora_memory.shape.safetensors_headers import TensorInfo
 
@@ -41,11 +41,16 @@ def shape_of_tensors(config: Config, tensors: Mapping[str, TensorInfo] | None) -
     """
     quantized = on_disk(config)
     if not tensors or quantized is not None:
-        why = "from a quantized base's weights" if tensors else "from its configuration alone"
+        why = (
+            "not from quantized weights. Use the 16-bit base"
+            if tensors
+            else "not from its configuration alone. Plan without --model-config, with its weights reachable"
+        )
         raise FieldError(
             SOURCE,
             None,
-            f'is a "{config.model_type}" model, whose memory cannot be planned {why}; name the 16-bit base',
+            f'"{config.model_type}" is not a known architecture ({", ".join(FAMILIES)}): its memory is planned from '
+            f"16-bit weights, {why}",
         )
     hidden, heads, pairs, count = config.sizes
     head_dim = config.number("head_dim", hidden // heads)

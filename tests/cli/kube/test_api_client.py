@@ -150,7 +150,7 @@ def status(code, reason, message, *causes, name=""):
                 {"field": "spec.output", "message": "Required value"},
                 {"field": "<nil>", "message": "Invalid value: null: some validation rules were not checked because …"},
             ),
-            'spec.lora.rank: "0" should be >= 1\n'
+            "spec.lora.rank: 0 should be >= 1\n"
             "spec.training: set exactly one of epochs and maxSteps\n"
             "spec.output: is required",
             id="each-cause-a-line",

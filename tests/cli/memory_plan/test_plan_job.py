@@ -140,7 +140,7 @@ def test_a_long_header_takes_a_second_request(hub, monkeypatch):
 
 def test_a_token_opens_a_gated_model(hub, monkeypatch):
     hub.token = "secret"
-    with pytest.raises(FieldError, match=r"is gated: .* put an HF_TOKEN"):
+    with pytest.raises(FieldError, match=r"is gated: .* set an HF_TOKEN"):
         model_headers.read_model("hf://org/base@main")
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert model_headers.read_model("hf://org/base@main").config == LLAMA_8B
@@ -152,7 +152,7 @@ def test_a_token_opens_a_gated_model(hub, monkeypatch):
         pytest.param("hf://org/other@main", "is not a model on http", id="no-repository"),
         pytest.param("hf://org/base@v9", "has no revision v9", id="no-revision"),
         pytest.param("hf://org", "must read hf://org/name", id="no-name"),
-        pytest.param("pvc://claim/model", "plan with --model-config", id="volume"),
+        pytest.param("pvc://claim/model", "pass it with --model-config", id="volume"),
         pytest.param("/nowhere/model", "does not exist", id="no-folder"),
     ],
 )
@@ -166,7 +166,7 @@ def test_models_that_cannot_be_read_say_why(hub, source, message):
 def test_a_hub_out_of_reach_points_to_the_offline_way(monkeypatch):
     monkeypatch.setattr(model_headers, "PATIENCE_SECONDS", 0.1)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(FieldError, match=r"out of reach.* plan with --model-config"):
+    with pytest.raises(FieldError, match=r"cannot be reached.* Offline\? .* --model-config"):
         model_headers.read_model("hf://org/base@main")
 
 
@@ -255,7 +255,7 @@ def test_what_does_not_fit_says_what_would(hub, call):
     result = call("--gpu", "l4-24gb")
     assert result.exit_code == 40
     assert "Does not fit." in result.stdout
-    assert "any of these fits: a GPU such as a6000-48gb" in " ".join(result.stdout.split())
+    assert "Any of these would fit: a GPU such as a6000-48gb" in " ".join(result.stdout.split())
     shown = json.loads(call("--gpu", "l4-24gb", "-o", "json").stdout)
     assert not shown["fits"]
     assert shown["remedies"][0]["value"] == "a6000-48gb"

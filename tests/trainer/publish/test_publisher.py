@@ -456,5 +456,5 @@ def test_a_destination_that_cannot_be_written_is_found_before_the_training(tmp_p
     with pytest.raises(UserError, match="no such bucket"):
         check_destination("s3://no-such-bucket/x", "run")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(UserError, match=r'spec\.output\.destination: "s3://.*" access is denied \(403'):
+    with pytest.raises(UserError, match=r'spec\.output\.destination: "s3://.*" cannot be used: access is denied \(403'):
         check_destination(s3, "run")

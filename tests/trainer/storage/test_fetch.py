@@ -318,7 +318,7 @@ def test_what_the_hub_does_not_give_is_the_users_to_mend(tmp_path, make_model, h
 def test_without_a_way_to_the_hub_the_user_is_told_what_else_works(tmp_path, monkeypatch, commit_is_named):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(hub_module, "PATIENCE_SECONDS", 0.1)
-    with pytest.raises(UserError, match=r"out of reach from here .* s3://, gs://, az:// or pvc://"):
+    with pytest.raises(UserError, match=r"cannot be reached .* s3://, gs://, az:// or pvc://"):
         fetch_model(f"hf://org/base@{COMMIT}" if commit_is_named else "hf://org/base", tmp_path)
 
 

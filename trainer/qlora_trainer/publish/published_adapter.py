@@ -61,7 +61,8 @@ def _check_create_only(store: Store, taken: str) -> None:
     except AlreadyExistsError:
         return
     except UserError as error:
-        found = f"has a server that refuses create-only writes ({error.arguments[2].partition('. ')[0]})"
+        cause = error.arguments[2].partition(": ")[2].partition(". ")[0]
+        found = f"has a server that refuses create-only writes ({cause})"
     else:
         found = "has a server that ignores If-None-Match, so that two runs could publish over each other"
     raise UserError(
