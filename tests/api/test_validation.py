@@ -122,7 +122,7 @@ def test_the_types_and_the_api_server_refuse_the_same_manifests():
     [
         pytest.param(
             {"dataset__max_length": 64},
-            'spec.dataset.max_length: "64" is not a field; did you mean maxLength?',
+            "spec.dataset.max_length: unknown field; did you mean maxLength?",
             id="snake-case",
         ),
         pytest.param(
