@@ -95,17 +95,17 @@ class Reason(StrEnum):
 
 
 class Condition(Model):
-    """As metav1.Condition."""
+    """Condition of a job, as metav1.Condition."""
 
     type: ConditionType
-    """What is said something about."""
+    """Type of the condition."""
     status: Literal["True", "False", "Unknown"]
-    """Whether it holds."""
+    """True, False or Unknown."""
     reason: Reason
     message: Text = ""
-    """For a person: what happened, and what to do."""
+    """Human-readable: what happened, and what to do."""
     last_transition_time: datetime
-    """When status changed last."""
+    """Last time that status changed."""
     observed_generation: Count = 0
     """metadata.generation of the job that this was said of."""
 
@@ -134,14 +134,14 @@ class Attempt(Model):
     running_time: datetime | None = None
     """When all its pods were ready: GPUs are held and paid for from then on. Anew after a queue took them back."""
     end_time: datetime | None = None
-    """When its end was seen; not set while it goes on."""
+    """When its end was observed; not set while it runs."""
     reason: Reason | None = None
     message: Text = ""
     """Termination message of the pod that caused the end, or the operator's own finding."""
     exit_code: int | None = None
-    """Of that pod."""
+    """Exit code of that pod."""
     node: Text = ""
-    """The nodes of its pods while it goes on; then that of the pod that ended it."""
+    """Nodes of its pods while it runs; then that of the pod that ended it."""
     compute_type: ComputeType | None = None
     """Type in which the base computed, as resolved on the device."""
     first_step: Count | None = None
@@ -162,11 +162,11 @@ class Progress(Model):
     loss: Decimal | None = None
     """Mean training loss of the last step's target tokens, in nats."""
     eval_loss: Decimal | None = None
-    """Of the newest evaluation."""
+    """Loss of the newest evaluation."""
     best_eval_loss: Decimal | None = None
-    """The lowest so far; what is published has it."""
+    """Lowest evaluation loss so far, that of the published checkpoint."""
     learning_rate: Decimal | None = None
-    """Of the last step."""
+    """Learning rate of the last step."""
     tokens_per_second: Decimal | None = None
     """Real tokens, no padding, over all ranks."""
     eta_seconds: Count | None = None
@@ -262,7 +262,7 @@ class Adapter(Model):
     manifest_uri: Text
     """The manifest that declares it: files, sizes, hashes, figures, configuration."""
     manifest_sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-    """What the manifest's own bytes hash to."""
+    """SHA-256 of the manifest."""
 
 
 class QLoRAJobStatus(Model):
@@ -281,15 +281,15 @@ class QLoRAJobStatus(Model):
     gpu_seconds: Count = 0
     """Time of all GPUs over all attempts, without waiting."""
     earlier_gpu_seconds: Count = 0
-    """Of attempts that are not listed any more, and of the open one before a queue took its GPUs back."""
+    """GPU-seconds of attempts that are no longer listed, and of the open one before a queue took its GPUs back."""
     grace_seconds: Count | None = None
-    """What pods need to save a checkpoint once they are told to stop, by the longest step and save so far; for the next
-    attempt's. Set only where it is more than the operator's own setting (trainer.graceSeconds); at most 900."""
+    """Seconds that pods of the next attempt need to save a checkpoint after the stop signal, by the longest step and
+    save so far. Set only where it is more than the operator's own setting (trainer.graceSeconds); at most 900."""
     stop_seconds: Count | None = None
-    """What the newest attempt's ranks need to checkpoint and leave, by its longest step and save. policy.budgetGpuHours
-    is kept by stopping so much earlier."""
+    """Seconds that the newest attempt's ranks need to checkpoint and exit, by its longest step and save. To keep to
+    policy.budgetGpuHours, the stop signal is sent this much earlier."""
     start_time: datetime | None = None
-    """Of the first attempt, or of Prepare."""
+    """Start of the first attempt, or of Prepare."""
     completion_time: datetime | None = None
     """When the job succeeded or failed."""
     prepared: PrepareResult | None = None

@@ -78,7 +78,7 @@ class QLoRAClient:
 
         Args:
             job: with exactly one QLoRAJob.
-            settings: fields to set, such as ``{"lora.rank": 32}``; None takes one away.
+            settings: fields to set, such as ``{"lora.rank": 32}``; None unsets one.
             dry_run: have the API server check it, and create nothing.
 
         Raises:

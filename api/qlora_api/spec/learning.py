@@ -103,7 +103,7 @@ class EvaluationSpec(Model):
     patience: int | None = Field(None, ge=1, le=1000)
     """Stop after this many evaluations in a row without a better loss. Default: never."""
     prompts: list[Prompt] = Field([], max_length=8)
-    """What base and adapter are asked before the first step and after the last, 64 tokens an answer: a user's message,
+    """Prompts for base and adapter before the first step and after the last, 64 tokens per answer: a user's message,
     an instruction, a prompt or a beginning, as dataset.format has it. The report shows both side by side, and the
     answers are published with the adapter."""
 
@@ -137,7 +137,7 @@ class TrainingSpec(Model):
     known, Full; None on a CPU."""
     evaluation: EvaluationSpec = EvaluationSpec()
     seed: int = Field(42, ge=0, le=2147483647)
-    """Of adapter initialization, dropout, data order and the held-out rows."""
+    """Seed of adapter initialization, dropout, data order and the held-out rows."""
     rules: ClassVar = (
         Rule(
             "has(self.epochs) != has(self.maxSteps)",

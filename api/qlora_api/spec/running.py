@@ -102,18 +102,18 @@ class PolicySpec(Model):
     on_out_of_memory: OnOutOfMemory = OnOutOfMemory.RECOVER
     """Recover: halve the micro-batch, keep the global batch, resume from the last checkpoint."""
     stall_timeout_seconds: int = Field(1800, ge=30, le=86400)
-    """A rank that gives no sign of life for so long is named, and the attempt ended and resumed. Must be longer than
+    """A rank without a heartbeat for this long is named, and the attempt ended and resumed. Must be longer than
     a forward or backward pass; loading, saving and publishing may take more. Also how long pods wait for each other."""
     shrink_after_seconds: int = Field(120, ge=10, le=86400)
-    """With parallelism.minWorkers: how long pods that no node can take are waited for before fewer are tried."""
+    """With parallelism.minWorkers: how long to wait for unschedulable pods before trying with fewer."""
     active_deadline_seconds: int | None = Field(None, ge=60, le=31536000)
     """Longest time that the job may run, over all attempts: each counts from when all its pods are ready until it ends.
     Preparing, waiting for a queue, for nodes or between attempts, and being suspended do not count. Unlike a
     batch/v1 Job's, the clock goes on where it stood when the job is resumed. Then its pods are stopped, and the job
     fails unless they have published the adapter by the time they are gone; its checkpoints stay."""
     budget_gpu_hours: decimal(0, 1e9, low_included=False) | None = None  # type: ignore[valid-type]
-    """GPU-hours over all attempts, waiting not counted. Before more are used the job checkpoints and is suspended; with
-    a larger budget it goes on."""
+    """GPU-hours over all attempts, waiting not counted. Before it is exceeded the job checkpoints and is
+    suspended; raise it to resume."""
     ttl_seconds_after_finished: int | None = Field(None, ge=0, le=31536000)
     """Delete the finished job after this time. Default: never."""
 
@@ -127,16 +127,16 @@ class Gang(StrEnum):
 
 
 class Toleration(Model):
-    """As in a Pod's spec."""
+    """Toleration of the trainer pods, as in a PodSpec."""
 
     key: Label | None = None
-    """Of the taint; required. An administrator may allow only some."""
+    """Key of the taint; required. An administrator may allow only some."""
     operator: Literal["Exists", "Equal"] = "Equal"
-    """Exists: any value of the taint will do."""
+    """Exists: matches any value of the taint."""
     value: Label | None = None
-    """Of the taint, with operator Equal."""
+    """Value of the taint, with operator Equal."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """Of the taint. Not set: any."""
+    """Effect of the taint. Default: any."""
     toleration_seconds: int | None = Field(None, ge=0, le=31536000)
     """With effect NoExecute: how long pods stay on a node that gets the taint. Not set: as long as they run."""
     rules: ClassVar = (
