@@ -170,3 +170,14 @@ class DatasetSpec(Model):
             return self.loss_on
         by_format = {DatasetFormat.TEXT: LossOn.ALL, DatasetFormat.MESSAGES: LossOn.ASSISTANT}
         return by_format.get(self.format, LossOn.COMPLETION)
+
+    @property
+    def required_columns(self) -> dict[str, str]:
+        """Columns that every row of the format must have, each with the manifest's field that names it."""
+        names = {
+            DatasetFormat.TEXT: ("text",),
+            DatasetFormat.MESSAGES: ("messages",),
+            DatasetFormat.PROMPT_COMPLETION: ("prompt", "completion"),
+            DatasetFormat.INSTRUCTION: ("instruction", "output"),
+        }[self.format]
+        return {getattr(self.columns, name): f"spec.dataset.columns.{name}" for name in names}

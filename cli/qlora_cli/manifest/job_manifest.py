@@ -102,7 +102,7 @@ def check(document: Document, overrides: Sequence[Override] = ()) -> QLoRAJob:
         errors += error.errors
     if not errors:
         return job
-    raise RefusedError(*(_locate(document, m, overrides) for m in errors)) from None
+    raise RefusedError(*(located(document, m, overrides) for m in errors)) from None
 
 
 def one_job(path: Path, assignments: Sequence[str] = ()) -> QLoRAJob:
@@ -166,7 +166,8 @@ def overridden(value: dict[str, Any], overrides: Sequence[Override]) -> dict[str
     return value
 
 
-def _locate(document: Document, error: FieldError, overrides: Sequence[Override]) -> Located:
+def located(document: Document, error: FieldError, overrides: Sequence[Override] = ()) -> Located:
+    """Return an error with the line of its field, or the option that set it."""
     for override in overrides:
         if error.field == override.path or error.field.startswith((f"{override.path}.", f"{override.path}[")):
             return Located("--set", error)

@@ -135,6 +135,37 @@ def test_a_path_is_not_taken_for_a_name_of_the_hub(call, job, tmp_path, source):
     assert call("validate", "job.yaml").exit_code == 0
 
 
+MESSAGES = GOOD.replace("s3://bucket/rows", "rows.jsonl").replace("format: Text", "format: Messages")
+
+
+def test_columns_of_a_local_file_are_compared_with_every_other_error(call, job, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"conversations": [], "message": []}\n')
+    job(MESSAGES.replace("epochs: 1", "epochs: 0"))
+    result = call("validate", "job.yaml")
+    assert result.exit_code == 40
+    assert 'job.yaml:7: spec.dataset.columns.messages: "messages" is not a column of rows.jsonl; ' in result.stdout
+    assert "its columns are conversations, message; did you mean message?" in result.stdout
+    assert "job.yaml:12: spec.training.epochs: " in result.stdout
+    assert "2 errors" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param('{"messages": []}\n', id="there"),
+        pytest.param('{\n"a": 1}', id="over-lines"),
+        pytest.param("[]", id="array"),
+        pytest.param("", id="empty"),
+        pytest.param(None, id="no-file"),
+    ],
+)
+def test_rows_that_validation_does_not_judge(call, job, tmp_path, rows):
+    if rows is not None:
+        (tmp_path / "rows.jsonl").write_text(rows)
+    job(MESSAGES)
+    assert call("validate", "job.yaml").exit_code == 0
+
+
 def test_all_documents_are_validated_and_other_kinds_passed_over(call, job):
     secret = "apiVersion: v1\nkind: Secret\nmetadata: {name: s}\n"
     job("---\n".join([GOOD, secret, GOOD.replace("quick", "other")]))

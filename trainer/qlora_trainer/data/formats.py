@@ -68,18 +68,12 @@ class EncodedRow:
 
 def needed_columns(dataset: DatasetSpec) -> tuple[dict[str, str], tuple[str, ...]]:
     """List (column → the manifest's field that names it, columns that may be missing) of the dataset's format."""
-    needed = {
-        DatasetFormat.TEXT: ("text",),
-        DatasetFormat.MESSAGES: ("messages",),
-        DatasetFormat.PROMPT_COMPLETION: ("prompt", "completion"),
-        DatasetFormat.INSTRUCTION: ("instruction", "output"),
-    }[dataset.format]
     optional = {
         DatasetFormat.MESSAGES: (dataset.columns.tools,),
         DatasetFormat.PROMPT_COMPLETION: (dataset.columns.tools,),
         DatasetFormat.INSTRUCTION: (dataset.columns.input,),
     }.get(dataset.format, ())
-    return {getattr(dataset.columns, name): f"spec.dataset.columns.{name}" for name in needed}, optional
+    return dataset.required_columns, optional
 
 
 def render_instruction(row: Mapping[str, Any], columns: Columns, number: RowNumber = 1) -> str:
