@@ -1,18 +1,4 @@
-"""QLoRAJobs from a notebook or a script: submit, follow, compare, fetch the adapter.
-
-::
-
-    from qlora_cli.client import QLoRAClient
-
-    with QLoRAClient(namespace="research") as client:
-        job = client.submit("job.yaml", {"lora.rank": 32})
-        for step in client.follow(job.name):
-            print(step.state, step.step, step.loss)
-        client.metrics([job.name, "baseline"])          # a DataFrame where pandas is installed
-        client.adapter(job.name, "adapters/tuned")      # every byte checked
-
-The same code as the commands'; errors are ``qlora_cli.kube.errors.ClusterError``, in words.
-"""
+"""The client of a cluster's QLoRAJobs: the same code as the commands'."""
 
 from __future__ import annotations
 
@@ -26,9 +12,11 @@ from qlora_cli.artifacts import adapters
 from qlora_cli.jobs import compare, submit
 from qlora_cli.jobs.job_view import JobView, view
 from qlora_cli.jobs.lookup import find_in
-from qlora_cli.kube.errors import ClusterError
+from qlora_cli.kube.errors import ClusterError as QLoRAError
 from qlora_cli.kube.names import API_VERSION, KIND, jobs_path
 from qlora_cli.kube.target import Cluster, Target, connect, get_job
+
+__all__ = ["JobView", "QLoRAClient", "QLoRAError"]
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +31,7 @@ class QLoRAClient:
         kubeconfig: default: $KUBECONFIG, then ~/.kube/config; in a pod, its service account.
 
     Raises:
-        ClusterError: no way to a cluster is configured.
+        QLoRAError: no way to a cluster is configured.
 
     """
 
@@ -82,7 +70,7 @@ class QLoRAClient:
             dry_run: have the API server check it, and create nothing.
 
         Raises:
-            ClusterError: the API server refuses it.
+            QLoRAError: the API server refuses it.
             qlora_cli.manifest.job_manifest.RefusedError: every error in it.
 
         """
@@ -93,14 +81,14 @@ class QLoRAClient:
             text = json.dumps({"apiVersion": API_VERSION, "kind": KIND, **job})
             found = submit.read_text(text, "the manifest", assignments)
         if len(found.jobs) != 1:
-            raise ClusterError(f"{job}: holds {len(found.jobs)} QLoRAJobs; submit takes exactly one")
+            raise QLoRAError(f"{job}: holds {len(found.jobs)} QLoRAJobs; submit takes exactly one")
         return view(submit.send(self._cluster, found.jobs[0], dry_run=dry_run))
 
     def get(self, name: str) -> JobView:
         """One job, as it is now.
 
         Raises:
-            ClusterError: there is none of this name.
+            QLoRAError: there is none of this name.
 
         """
         return view(get_job(self._cluster, name))
@@ -114,7 +102,7 @@ class QLoRAClient:
         """The job now and after every change, until it is over or deleted. What breaks off is taken up again.
 
         Raises:
-            ClusterError: there is none of this name.
+            QLoRAError: there is none of this name.
 
         """
         get_job(self._cluster, name)
@@ -148,7 +136,7 @@ class QLoRAClient:
         """Fetch a job's adapter, verify it, and return its folder. Object storage is reached as the environment says.
 
         Raises:
-            ClusterError: it has none yet, or it is not what was published.
+            QLoRAError: it has none yet, or it is not what was published.
 
         """
         published = adapters.read(adapters.source_of(name, get_job(self._cluster, name)))

@@ -9,8 +9,7 @@ import pytest
 
 from cluster.scenarios.jobs import qlora_job
 from cluster.scenarios.script import pods_do
-from qlora_cli.client import QLoRAClient
-from qlora_cli.kube.errors import ClusterError
+from qlora import QLoRAClient, QLoRAError
 
 
 @pytest.fixture
@@ -55,7 +54,7 @@ def test_from_submit_to_the_adapter(client, api, tmp_path):
 
 
 def test_an_error_is_an_error_in_words(client):
-    with pytest.raises(ClusterError, match='no job "nobody" in namespace'):
+    with pytest.raises(QLoRAError, match='no job "nobody" in namespace'):
         client.get("nobody")
     body = qlora_job("local")
     body["spec"]["model"]["source"] = "/models/base"
