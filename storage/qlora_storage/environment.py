@@ -37,6 +37,7 @@ _URLS = (
     "HF_ENDPOINT",
 )
 _URL = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[A-Za-z0-9._~%/-]*)?")
+PLAIN_URL = "without a user, a password or a query"
 _REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 _REGION = re.compile(r"[A-Za-z0-9-]+")
 _SWITCHES = (
@@ -142,7 +143,8 @@ def check_variables(environ: Mapping[str, str]) -> None:
     """Refuse what cannot be meant.
 
     Raises:
-        SettingError: names the variable. Values that may be secret are not repeated.
+        SettingError: names the variable and what it must be. No value is repeated: errors end in a job's status, and
+            values may be secret, as a password in a URL or a key in the wrong variable.
 
     """
     for name in sorted(environ):
@@ -152,11 +154,11 @@ def check_variables(environ: Mapping[str, str]) -> None:
         if name not in MANY_LINES and not value.isprintable():
             raise SettingError(f"{name}: has a line break or another control character inside")
         if name in _URLS and not is_url(value):
-            raise SettingError(f'{name}: "{value}" must be a URL such as https://host or http://host:9000')
+            raise SettingError(f"{name}: must be a URL such as https://host or http://host:9000, {PLAIN_URL}")
         if name in _REGIONS and not _REGION.fullmatch(value):
-            raise SettingError(f'{name}: "{value}" must be a region such as us-east-1')
+            raise SettingError(f"{name}: must be a region such as us-east-1")
         if name in _SWITCHES and value.lower() not in (*_ON, *_OFF):
-            raise SettingError(f'{name}: "{value}" must be true or false')
+            raise SettingError(f"{name}: must be true or false")
 
 
 def is_url(value: str) -> bool:
@@ -187,7 +189,7 @@ def _read_s3(environ: Mapping[str, str], home: Path, identity: bool) -> StoreSet
         config["region"] = profile["region"]
     if not any(name in environ for name in ENDPOINTS) and "endpoint_url" in profile:
         if not is_url(profile["endpoint_url"]):
-            raise SettingError(f'endpoint_url of the AWS profile: "{profile["endpoint_url"]}" must be a URL')
+            raise SettingError(f"endpoint_url of the AWS profile: must be a URL, {PLAIN_URL}")
         config["endpoint"] = profile["endpoint_url"]
     signed = bool(given) or "access_key_id" in config or identity
     bundle = environ.get("AWS_CA_BUNDLE") or profile.get("ca_bundle")

@@ -30,7 +30,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported wi
 )
 
 from qlora_storage.backend import Fault, FaultKind
-from qlora_storage.environment import is_url
+from qlora_storage.environment import PLAIN_URL, is_url
 from qlora_storage.errors import NotFoundError, StorageError, UserError
 from qlora_storage.retry import PATIENCE_SECONDS, FaultError, call_patiently
 
@@ -255,7 +255,7 @@ def endpoint() -> str:
     """
     named = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/")
     if named and not is_url(named):
-        raise UserError("HF_ENDPOINT", named, "must be a URL such as https://huggingface.co")
+        raise UserError("HF_ENDPOINT", None, f"must be a URL such as https://huggingface.co, {PLAIN_URL}")
     return named or DEFAULT_ENDPOINT
 
 

@@ -8,9 +8,11 @@ import sys
 
 import pytest
 
+from qlora_storage import hub
 from qlora_storage.bucket_faults import bucket_fault
 from qlora_storage.buckets import _without_panics
-from qlora_storage.environment import SettingError, check_variables, clean_environment
+from qlora_storage.environment import SettingError, check_variables, clean_environment, read_settings
+from qlora_storage.errors import UserError
 from qlora_storage.object_store import open_store
 
 ENVIRONMENTS = 200
@@ -155,6 +157,35 @@ def test_secrets_are_not_repeated():
     with pytest.raises(SettingError) as refused:
         check_variables({"AWS_SECRET_ACCESS_KEY": "top\nsecret"})
     assert "secret" not in str(refused.value).removeprefix("AWS_SECRET_ACCESS_KEY").lower()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AWS_ENDPOINT_URL", "https://user:hunter2@minio.storage.svc"),
+        ("AZURE_STORAGE_ENDPOINT", "https://account.blob.core.windows.net/?sig=hunter2"),
+        ("AWS_REGION", "hunter2/Xb+9"),
+        ("AWS_ALLOW_HTTP", "hunter2"),
+    ],
+)
+def test_no_value_is_in_an_error_since_it_may_be_a_secret(name, value):
+    with pytest.raises(SettingError, match=f"^{name}: must be ") as refused:
+        check_variables({name: value})
+    assert "hunter2" not in str(refused.value)
+
+
+def test_the_endpoint_of_a_profile_is_not_repeated_either(tmp_path):
+    (tmp_path / "config").write_text("[default]\nendpoint_url = https://user:hunter2@minio\n")
+    with pytest.raises(SettingError, match="endpoint_url of the AWS profile: must be a URL") as refused:
+        read_settings("s3", {"AWS_CONFIG_FILE": str(tmp_path / "config")}, tmp_path)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_the_hubs_endpoint_is_not_repeated(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://user:hunter2@hub.storage.svc")
+    with pytest.raises(UserError, match=r"HF_ENDPOINT.*must be a URL") as refused:
+        hub.endpoint()
+    assert "hunter2" not in str(refused.value)
 
 
 def test_ends_of_values_are_cleaned_and_empty_ones_are_none():
