@@ -324,7 +324,7 @@ def _container(
         "command": ["python", "-I", "-u", "-m", command, f"{CONFIG_FOLDER}/config.json"],
         "env": [
             *({"name": n, "valueFrom": {"fieldRef": {"fieldPath": path}}} for n, path in fields.items()),
-            # Always there: a variable of 'env' wins over one of the same name in a job's Secret.
+            # Secrets come under prefixes ('envFrom'), and the trainer lets them replace no variable of these.
             {"name": WORKLOAD_IDENTITY, "value": str(pod.workload_identity).lower()},
             *(v.model_dump() for v in pod.env),
         ],

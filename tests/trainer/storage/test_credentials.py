@@ -45,6 +45,54 @@ def test_of_two_secrets_with_the_same_key_the_later_counts():
     assert environment == {"HF_TOKEN": "b", "AWS_REGION": "c"}
 
 
+def test_a_variable_of_the_administrators_wins_over_a_secrets():
+    environment = {"HF_TOKEN": "admin", prefix_of(0) + "HF_TOKEN": "tenant", prefix_of(0) + "AWS_REGION": "here"}
+    take_credentials(spec(model="s"), environment)
+    assert environment == {"HF_TOKEN": "admin", "AWS_REGION": "here"}
+
+
+@pytest.mark.parametrize(
+    ("credential", "endpoint"),
+    [
+        ("HF_TOKEN", "HF_ENDPOINT"),
+        ("HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"),
+        ("AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT"),
+        ("AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL"),
+        ("AWS_PROFILE", "AWS_ENDPOINT_URL_S3"),
+        ("AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_ENDPOINT"),
+        ("GOOGLE_BEARER_TOKEN", "GOOGLE_SERVICE_ACCOUNT_KEY"),
+    ],
+)
+def test_the_administrators_credentials_do_not_go_to_a_server_that_a_secret_names(credential, endpoint):
+    environment = {credential: "admin", "HF_HOME": "/cache", prefix_of(0) + endpoint: "https://tenant"}
+    take_credentials(spec(model="s"), environment)
+    assert environment == {endpoint: "https://tenant", "HF_HOME": "/cache"}
+
+
+def test_a_secrets_own_credentials_go_to_the_server_that_it_names():
+    secret = {"HF_TOKEN": "tenant", "HF_ENDPOINT": "https://tenant"}
+    environment = {"HF_TOKEN": "admin"} | {prefix_of(0) + key: value for key, value in secret.items()}
+    take_credentials(spec(model="s"), environment)
+    assert environment == secret
+
+
+def test_a_secrets_endpoint_does_not_replace_the_administrators_whatever_its_name():
+    admin = {"AWS_ENDPOINT_URL": "https://admin", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    environment = {**admin, prefix_of(0) + "AWS_ENDPOINT_URL_S3": "https://tenant"}
+    take_credentials(spec(model="s"), environment)
+    assert environment == admin
+
+
+def test_what_clouds_put_into_pods_does_not_win_over_a_secret():
+    environment = {
+        "AZURE_FEDERATED_TOKEN_FILE": "/token",
+        "AZURE_CLIENT_ID": "pod",
+        prefix_of(0) + "AZURE_CLIENT_ID": "s",
+    }
+    take_credentials(spec(model="s"), environment)
+    assert environment == {"AZURE_FEDERATED_TOKEN_FILE": "/token", "AZURE_CLIENT_ID": "s"}
+
+
 def test_a_secret_that_is_named_twice_is_taken_once():
     environment = {prefix_of(0) + "HF_TOKEN": "a", prefix_of(1) + "HF_TOKEN": "of nobody"}
     take_credentials(spec(model="one", train="one", output="one"), environment)
