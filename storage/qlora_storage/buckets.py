@@ -15,7 +15,8 @@ from obstore.store import AzureStore, GCSStore, S3Store
 
 from qlora_storage.backend import CHUNK_BYTES, MIB, Entry, Fault
 from qlora_storage.bucket_faults import PanickedError, bucket_fault
-from qlora_storage.environment import clean_environment, read_settings
+from qlora_storage.environment import SettingError, clean_environment, read_settings, store_urls
+from qlora_storage.metadata_addresses import REFUSED, leads_to_metadata
 from qlora_storage.retry_after import BUSY, requested_wait
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ class BucketBackend:
     def __init__(self, scheme: str, bucket: str, prefix: str, request_seconds: float = REQUEST_SECONDS) -> None:
         clean_environment(os.environ)
         settings = read_settings(scheme, os.environ, Path.home())
+        for name, url in store_urls(scheme, os.environ, settings).items():
+            if leads_to_metadata(url, os.environ):
+                raise SettingError(f"{name}: {REFUSED}")
         self._settings = settings
         self._pace = 0
         with _without_panics():

@@ -6,6 +6,7 @@ obstore panics on several of these, so nothing reaches it that is not checked he
 
 from __future__ import annotations
 
+import json
 import re
 from configparser import Error as ConfigParserError
 from configparser import RawConfigParser
@@ -159,6 +160,30 @@ def check_variables(environ: Mapping[str, str]) -> None:
             raise SettingError(f"{name}: must be a region such as us-east-1")
         if name in _SWITCHES and value.lower() not in (*_ON, *_OFF):
             raise SettingError(f"{name}: must be true or false")
+
+
+def store_urls(scheme: str, environ: Mapping[str, str], settings: StoreSettings) -> dict[str, str]:
+    """Return the servers of a scheme's stores that the environment names, under the variables that name them.
+
+    Raises:
+        SettingError: the service account's key names one, and not by a URL.
+
+    """
+    prefix = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}[scheme]
+    names = (*ENDPOINTS, "AZURE_ENDPOINT", "GOOGLE_BASE_URL")
+    urls = {name: environ[name] for name in names if name.startswith(prefix) and name in environ}
+    if "endpoint" in settings.config:
+        urls["endpoint_url of the AWS profile"] = str(settings.config["endpoint"])
+    if scheme == "gs" and (key := environ.get("GOOGLE_SERVICE_ACCOUNT_KEY")):
+        try:
+            named = json.loads(key).get("gcs_base_url")
+        except (ValueError, AttributeError, RecursionError):
+            named = None  # obstore says what is wrong with it
+        if named is not None:
+            if not isinstance(named, str) or not is_url(named):
+                raise SettingError(f"GOOGLE_SERVICE_ACCOUNT_KEY: its gcs_base_url must be a URL, {PLAIN_URL}")
+            urls["gcs_base_url of GOOGLE_SERVICE_ACCOUNT_KEY"] = named
+    return urls
 
 
 def is_url(value: str) -> bool:

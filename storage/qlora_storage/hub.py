@@ -32,6 +32,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported wi
 from qlora_storage.backend import Fault, FaultKind
 from qlora_storage.environment import PLAIN_URL, is_url
 from qlora_storage.errors import NotFoundError, StorageError, UserError
+from qlora_storage.metadata_addresses import REFUSED, leads_to_metadata
 from qlora_storage.retry import PATIENCE_SECONDS, FaultError, call_patiently
 
 if TYPE_CHECKING:
@@ -250,12 +251,14 @@ def endpoint() -> str:
     """Return the URL of the Hub.
 
     Raises:
-        UserError: HF_ENDPOINT is no URL.
+        UserError: HF_ENDPOINT is no URL, or one of a server that no job may use.
 
     """
     named = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/")
     if named and not is_url(named):
         raise UserError("HF_ENDPOINT", None, f"must be a URL such as https://huggingface.co, {PLAIN_URL}")
+    if named and leads_to_metadata(named, os.environ):
+        raise UserError("HF_ENDPOINT", None, REFUSED)
     return named or DEFAULT_ENDPOINT
 
 
