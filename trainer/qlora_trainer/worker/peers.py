@@ -111,16 +111,16 @@ class Rendezvous:
         try:
             if self._store.check([f"here/{i}" for i in range(self._place.workers)]):
                 return []
-            farewells = self._farewells()
+            records = self._exit_records()
             away = [i for i in range(self._place.workers) if not self._store.check([f"here/{i}"])]
         except DistError as error:
             raise PeerLostError(
                 f"worker 0 at {self._place.host}:{self._place.port} went away: {_line(error)}"
             ) from None
-        for index, farewell in farewells.items():
-            if farewell.exit_code == ExitCode.PREEMPTED:
-                raise PreemptedError(f"worker {index} on {farewell.node} was told to stop before all workers were here")
-            raise PeerLostError(_ended(index, farewell))
+        for index, record in records.items():
+            if record.exit_code == ExitCode.PREEMPTED:
+                raise PreemptedError(f"worker {index} on {record.node} was told to stop before all workers were here")
+            raise PeerLostError(_ended(index, record))
         return away
 
     def lost(self) -> str | None:
@@ -147,14 +147,14 @@ class Rendezvous:
 
     def cause(self) -> str | None:
         """Return what a worker that failed by itself said."""
-        for index, farewell in self._farewells().items():
-            if farewell.exit_code not in (ExitCode.DONE, ExitCode.PREEMPTED, ExitCode.PEER_LOST):
-                return _ended(index, farewell)
+        for index, record in self._exit_records().items():
+            if record.exit_code not in (ExitCode.DONE, ExitCode.PREEMPTED, ExitCode.PEER_LOST):
+                return _ended(index, record)
         return None
 
     def _follower(self) -> str | None:
         """A worker that ended because it lost another; its ranks are gone all the same."""
-        return next((_ended(i, f) for i, f in self._farewells().items() if f.exit_code == ExitCode.PEER_LOST), None)
+        return next((_ended(i, f) for i, f in self._exit_records().items() if f.exit_code == ExitCode.PEER_LOST), None)
 
     def find_cause(self) -> str | None:
         """As :meth:`cause`, with the time that a worker takes to end its ranks and say so."""
@@ -168,18 +168,20 @@ class Rendezvous:
 
     def leave(self, exit_code: int, text: str) -> None:
         """Tell the others how this worker ended. After a failure worker 0 stays until all have read it."""
-        farewell = ExitRecord(exit_code=exit_code, text=text[:1000], node=self._place.node)
+        record = ExitRecord(exit_code=exit_code, text=text[:1000], node=self._place.node)
         try:
-            self._store.set(f"ended/{self._place.index}", farewell.model_dump_json())
+            self._store.set(f"ended/{self._place.index}", record.model_dump_json())
+            # 'set' waits for no answer, and the proxy on the way lives in this process, which may end now.
+            self._store.check([f"ended/{self._place.index}"])
             if exit_code in (ExitCode.DONE, ExitCode.PREEMPTED) or self._place.index:
                 return
             until = time.monotonic() + LINGER_SECONDS
-            while len(self._farewells()) < len(self._others) and time.monotonic() < until:
+            while len(self._exit_records()) < len(self._others) and time.monotonic() < until:
                 time.sleep(POLL_SECONDS)
         except DistError as error:
             log.debug("nobody to tell: %s", error)
 
-    def _farewells(self) -> dict[int, ExitRecord]:
+    def _exit_records(self) -> dict[int, ExitRecord]:
         keys = {i: f"ended/{i}" for i in self._others}
         return {
             i: ExitRecord.model_validate_json(self._store.get(key))
@@ -293,9 +295,9 @@ def _reach_store(place: WorkerIdentity, key: bytes, clock: _Patience) -> tuple[i
             return client.port, client
 
 
-def _ended(index: int, farewell: ExitRecord) -> str:
-    text = f": {farewell.text}" if farewell.text else ""
-    return f"worker {index} on {farewell.node} ended as {reason_of(farewell.exit_code)}{text}"
+def _ended(index: int, record: ExitRecord) -> str:
+    text = f": {record.text}" if record.text else ""
+    return f"worker {index} on {record.node} ended as {reason_of(record.exit_code)}{text}"
 
 
 def _line(error: Exception) -> str:
