@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
 
 PRELOADED = ["qlora_trainer.worker.launch", "qlora_trainer.training.train"]
+BOUNDED = "qlora_trainer.bounded_child"
+"""Is executed: its bound of memory has no room for what the server has imported."""
 READ_WHEN_IMPORTED = {
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
@@ -136,8 +138,8 @@ def _forking(start: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(start)
     def start_or_fork(self, args, *rest, env=None, preexec_fn=None, **options):
         words = list(map(os.fspath, args)) if not isinstance(args, (str, bytes, os.PathLike)) else []
-        program = [word for word in words[1:] if word != "-u"]
-        if words[:1] == [sys.executable] and program and program[0] != "-c":
+        program = [word for word in words[1:] if word not in {"-u", "-P"}]
+        if words[:1] == [sys.executable] and program and program[0] != "-c" and program[1:2] != [BOUNDED]:
             sys.stdout.flush()
             sys.stderr.flush()
             preexec_fn = functools.partial(_become, program, env, preexec_fn)

@@ -17,8 +17,9 @@ from qlora_trainer.errors import StorageError, TrainerError
 from qlora_trainer.prepare.local_copy import Prepared, bring
 from qlora_trainer.prepare.records import Records
 from qlora_trainer.publish.published_adapter import finished_run
+from qlora_trainer.python_process import forbid_inspection, python_command
 from qlora_trainer.reporting import termination_message
-from qlora_trainer.storage.credentials import python_command, take_credentials
+from qlora_trainer.storage.credentials import take_credentials
 from qlora_trainer.worker.stop import Stop
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ def ready(config: TrainerConfig, path: Path) -> int:
 
 
 def main() -> int:
+    if sys.flags.isolated:
+        forbid_inspection()
     path = Path(sys.argv[1])
     config = TrainerConfig.model_validate_json(path.read_bytes())
     worker = os.environ.get("JOB_COMPLETION_INDEX", "0")

@@ -1,8 +1,8 @@
 """Run what somebody else wrote, a chat template or a tokenizer's expressions, in a child with bounds.
 
 The child has bounds of its own address space and of processor time for each call, so that the machine's load changes
-nothing. Both sides speak JSON, each message behind its length: nothing that a child writes is unpickled. It ends when
-its standard input does, and so with its parent.
+nothing. Both sides speak JSON, each message behind its length: nothing that a child writes is unpickled. The child has no credentials in its environment. It ends when its standard
+input does, and so with its parent.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any
+
+from qlora_trainer.python_process import environment_without_credentials, python_command
 
 _LENGTH = struct.Struct("!Q")
 Service = Callable[[Any], Any]
@@ -87,11 +89,12 @@ class BoundedChild:
     def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-I" if sys.flags.isolated else "-P", "-m", __name__),
+                *(*python_command(), "-m", __name__),
                 *(self._service, str(self.bounds.seconds), str(self.bounds.memory_bytes)),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            env=environment_without_credentials(),
         )
         self._finalizer = weakref.finalize(self, _end, process)
         return process

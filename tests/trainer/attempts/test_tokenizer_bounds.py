@@ -16,7 +16,7 @@ CHILD = """
 import runpy, sys
 from qlora_trainer.model import tokenizer
 tokenizer.Bounds.__init__.__defaults__ = (4.0, 1 << 28)
-sys.argv[1:] = sys.argv[3:]
+sys.argv[1:] = sys.argv[-1:]
 runpy.run_module("qlora_trainer.prepare.child", run_name="__main__")
 """
 

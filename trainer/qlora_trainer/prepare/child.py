@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig, reason_of
 from qlora_trainer.errors import UserError
 from qlora_trainer.prepare.command import anew_here
+from qlora_trainer.python_process import forbid_inspection, python_command
 from qlora_trainer.reporting import termination_message
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ BOUNDS = {
 
 def anew_in_child(config: TrainerConfig, path: Path) -> int:
     """Do the work of a Prepare that found nothing, in a child; return the exit code."""
-    process = subprocess.Popen([sys.executable, "-m", __name__, str(path)])
+    process = subprocess.Popen([*python_command(), "-m", __name__, str(path)])
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     code = process.wait()
     if (error := tokenizer_error(config.spec, code)) is None:
@@ -57,5 +58,7 @@ def tokenizer_error(spec: QLoRAJobSpec, code: int) -> UserError | None:
 
 
 if __name__ == "__main__":
+    if sys.flags.isolated:
+        forbid_inspection()
     given = Path(sys.argv[1])
     sys.exit(anew_here(TrainerConfig.model_validate_json(given.read_bytes()), given))

@@ -30,6 +30,7 @@ from qlora_trainer.prepare.records import Record, Records, find
 from qlora_trainer.prepare.tolerance import check_tolerance
 from qlora_trainer.publish.destination_claim import claim_destination, release_destination
 from qlora_trainer.publish.published_adapter import check_destination
+from qlora_trainer.python_process import forbid_inspection
 from qlora_trainer.reporting import termination_message
 from qlora_trainer.storage.authentication import Authenticator
 from qlora_trainer.storage.credentials import take_credentials
@@ -168,6 +169,8 @@ def main(anew: Callable[[TrainerConfig, Path], int] = anew_here) -> int:
         anew: does what was not found done.
 
     """
+    if sys.flags.isolated:
+        forbid_inspection()
     config = TrainerConfig.model_validate_json(Path(sys.argv[1]).read_bytes())
     termination = Path(config.termination_message_path)
     keep_freed_memory()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 
@@ -98,8 +97,3 @@ def take_credentials(spec: QLoRAJobSpec, environment: MutableMapping[str, str]) 
             for name in family.credentials:
                 environment.pop(name, None)
     environment.update({key: value for key, value in taken.items() if key in yields or key not in environment})
-
-
-def python_command() -> tuple[str, ...]:
-    """Return the command of a Python like this one: isolated if this one is, as in pods."""
-    return (sys.executable, "-I", "-u") if sys.flags.isolated else (sys.executable,)

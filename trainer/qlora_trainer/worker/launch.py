@@ -21,9 +21,9 @@ from qlora_trainer.errors import TrainerError
 from qlora_trainer.liveness import heartbeat
 from qlora_trainer.liveness.cgroup import MemoryCgroup, OomWatch
 from qlora_trainer.liveness.watchdog import Limits, Watchdog, process_state, words
+from qlora_trainer.python_process import python_command
 from qlora_trainer.reporting import termination_message
 from qlora_trainer.storage.authentication import Authenticator
-from qlora_trainer.storage.credentials import python_command
 from qlora_trainer.worker.peers import LOOPBACK, Rendezvous, WorkerIdentity, hold_store, meet
 from qlora_trainer.worker.rank_processes import InterruptedBySignalError, run_ranks
 from qlora_trainer.worker.stop import Stop, child_processes

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from qlora_trainer.data.rows.errors import RowsError
 from qlora_trainer.data.rows.json_rows import check_row
 from qlora_trainer.data.rows.limits import MOST_ROW_BYTES
+from qlora_trainer.python_process import environment_without_credentials, python_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from qlora_trainer.data.rows.source import SourceFile
 
 MODULE = "qlora_trainer.data.rows.arrow_worker"
-KEPT_VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "LANG")
-"""Of the environment; it holds the job's credentials otherwise."""
 LINE_BYTES = 4 * MOST_ROW_BYTES + 1024
 """The worker counts characters."""
 
@@ -86,11 +83,11 @@ def _worker(request: dict[str, Any]) -> Iterator[IO[bytes]]:
         RowsError: it died.
 
     """
-    environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+    environment = environment_without_credentials()
     environment["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # others reserve more than the limit
     environment["PYTHONUTF8"] = "1"
     process = subprocess.Popen(
-        [sys.executable, "-m", MODULE],
+        [*python_command(), "-m", MODULE],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
