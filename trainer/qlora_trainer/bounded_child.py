@@ -1,8 +1,8 @@
 """Run what somebody else wrote, a chat template or a tokenizer's expressions, in a child with bounds.
 
 The child has bounds of its own address space and of processor time for each call, so that the machine's load changes
-nothing. Both sides speak JSON, each message behind its length: nothing that a child writes is unpickled. The child has no credentials in its environment. It ends when its standard
-input does, and so with its parent.
+nothing. Both sides speak JSON, each message behind its length: nothing that a child writes is unpickled. The child has
+no credentials in its environment. It ends when its standard input does, and so with its parent.
 """
 
 from __future__ import annotations

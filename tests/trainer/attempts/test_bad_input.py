@@ -124,7 +124,7 @@ def broken_template(workshop):
         pytest.param(with_code, ["spec.model.source", "auto_map"], id="code-in-the-model-repository"),
         pytest.param(
             lambda w: {"dataset": {"maxLength": 512}},
-            ['spec.dataset.maxLength: "512"', "256 positions"],
+            ["spec.dataset.maxLength: 512 ", "256 positions"],
             id="longer-than-the-models-positions",
         ),
         pytest.param(

@@ -128,11 +128,13 @@ def test_an_unmarked_conversation_that_starts_with_the_assistant_is_refused(chat
             id="undefined-name",
         ),
         pytest.param(
-            "{{ messages[0].content + 1 }}", "this template fails on row 3: TypeError: can only", id="python-error"
+            "{{ messages[0].content + 1 }}",
+            "this template fails on row 3: TypeError (line 1 of the template)",
+            id="python-error",
         ),
         pytest.param(
             "{% generation %}{{ messages[0].content / 0 }}{% endgeneration %}",
-            "this template fails on row 3: TypeError: unsupported operand",
+            "this template fails on row 3: TypeError (line 1 of the template)",
             id="inside-the-marks",
         ),
     ],

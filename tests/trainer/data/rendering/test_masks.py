@@ -9,6 +9,7 @@ import pytest
 
 from qlora_trainer.data.formats import Encoder
 from qlora_trainer.data.rendering.environment import CLOCK
+from qlora_trainer.data.rendering.service import serve
 from qlora_trainer.errors import UserError
 
 USER = {"role": "user", "content": "Q1"}
@@ -337,7 +338,44 @@ def test_what_a_template_raises_is_told_without_the_rows_text(learned):
     template = "{% for m in messages %}{% if m.content == 'Q2' %}{{ raise_exception('bad: ' + m.content) }}{% endif %}"
     with pytest.raises(UserError, match=r"fails on row 1: TemplateError: bad: … \(line 1 of the template\)"):
         learned(CHAT, template + "{{ m.content }}<|im_end|>{% endfor %}")
-    with pytest.raises(
-        UserError, match=r"UndefinedError: 'dict object' has no attribute '…' \(line 1 of the template\)"
-    ):
+    with pytest.raises(UserError, match=r"fails on row 1: UndefinedError \(line 1 of the template\)"):
         learned(CHAT, "{% for m in messages %}{{ {}[m.content].text }}<|im_end|>{% endfor %}")
+
+
+ROW_TEXT = "Zebra"
+FAILING = {
+    "{{ 'x'.encode(said) }}": "LookupError",
+    "{{ 'x'.encode('utf-8', said).decode('ascii') ~ 'é'.encode('ascii', said) }}": "LookupError",
+    "{{ {'a': 1}[said].x }}": "UndefinedError",
+    "{{ {'a': 1}.a[said].x }}": "UndefinedError",
+    "{{ messages | map(said) | list }}": "TemplateRuntimeError",
+    "{{ messages | select(said) | list }}": "TemplateRuntimeError",
+    "{{ messages | map(attribute=said) | map('upper') | sum }}": "TypeError",
+    "{{ '{' ~ said ~ '}' | format }}{{ ('{' ~ said ~ '}').format() }}": "KeyError",
+    "{{ ('%(' ~ said ~ ')s') % {} }}": "KeyError",
+    "{{ [1].index(said) }}": "ValueError",
+    "{{ (said ~ '\\ud800').encode() }}": "UnicodeEncodeError",
+    "{{ said.nothing.more }}": "UndefinedError: 'str object' has no attribute 'nothing'",
+    "{{ raise_exception(said) }}": "TemplateError: …",
+    "{{ raise_exception([said]) }}": "TemplateError: …",
+    "{{ raise_exception('bad row: ' ~ said) }}": "TemplateError: bad row: …",
+    "{{ raise_exception('bad row') }}": "TemplateError: bad row",
+    "{{ namespace(**{'_' ~ said: 1}) }}": "SecurityError",
+    "{{ dict(**{said: 1}).fromkeys(said, said, said) }}": "TypeError",
+}
+
+
+@pytest.mark.parametrize("failing", FAILING)
+@pytest.mark.parametrize("quote", ["", "'", '"', "' has no attribute 'role"], ids=["no", "one", "two", "jinjas"])
+def test_no_error_of_a_template_has_text_of_the_row(failing, quote):
+    template = "{% set said = messages[0].content %}" + failing
+    answer = serve({"template": template, "variables": {}, "tokens": []})(
+        {"prompt": [{"role": "user", "content": f"{ROW_TEXT}{quote}"}]}
+    )
+    assert answer == {"failed": f"{FAILING[failing]} (line 1 of the template)"}
+
+
+def test_a_row_of_which_a_template_makes_too_much_text_is_refused_by_name(learned):
+    template = TURN + "{{ m.content * (6_000_000 if m.content == 'Blue.' else 1) }}<|im_end|>\n{% endfor %}" + ASK
+    with pytest.raises(UserError, match=r"this template, given row 1, writes more than 16 MiB, the most that a row"):
+        learned(CHAT, template)

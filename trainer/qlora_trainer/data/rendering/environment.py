@@ -118,6 +118,31 @@ class CompiledTemplate:
         return text if marks or MARK_START not in text else text.replace(MARK_START, "").replace(MARK_STOP, "")
 
 
+@dataclass(frozen=True)
+class TemplateWords:
+    """The words that stand in a template's source."""
+
+    names: frozenset[str]
+    """Of variables, attributes and keys."""
+    literals: tuple[str, ...]
+    """Texts of its expressions, the longest first."""
+
+    @classmethod
+    def of(cls, template: CompiledTemplate) -> TemplateWords:
+        tree = template.template.environment.parse(template.source)
+        literals = {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
+        names = {node.name for node in tree.find_all(jinja2.nodes.Name)}
+        attributes = {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
+        keys = {node.arg for node in tree.find_all(jinja2.nodes.Getitem)}
+        constants = {key.value for key in keys if isinstance(key, jinja2.nodes.Const) and isinstance(key.value, str)}
+        return cls(frozenset(names | attributes | constants), tuple(sorted(literals, key=len, reverse=True)))
+
+    def beginning_of(self, text: str) -> str:
+        """Return the longest literal that a text begins with, and dots for what follows it."""
+        literal = next((literal for literal in self.literals if text.startswith(literal)), "")
+        return literal if text == literal else f"{literal}…"
+
+
 def compile_template(source: str, variables: dict[str, Any]) -> CompiledTemplate:
     """Parse and compile.
 

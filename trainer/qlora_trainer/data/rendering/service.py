@@ -10,24 +10,25 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from qlora_trainer.data.rendering.conversations import Renderer
-from qlora_trainer.data.rendering.environment import compile_template
+from qlora_trainer.data.rendering.environment import TemplateWords, compile_template
 from qlora_trainer.data.rendering.turns import Reader, TemplateRefusedError, find_dialect
+from qlora_trainer.data.rows.limits import MIB, MOST_ROW_BYTES
 
 if TYPE_CHECKING:
     from qlora_trainer.bounded_child import Service
 
 FIRST_SECONDS, ROW_SECONDS = 60, 1
 """Of processor time for all rows together: the first, and the second for each row."""
-_TYPES = {"NoneType", "str", "int", "float", "bool", "dict", "list", "tuple", "generator", "Undefined"}
-_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+_UNDEFINED = re.compile(r"'(?P<name>\w+)' is undefined|'(?:None|[\w.]+ object)' has no attribute '(?P<attribute>\w+)'")
+"""What jinja says of something undefined, where it is a name."""
 
 
 class _Rows:
     """The answers to requests, with the time that they took."""
 
-    def __init__(self, renderer: Renderer, source: str) -> None:
+    def __init__(self, renderer: Renderer, words: TemplateWords) -> None:
         self.renderer = renderer
-        self.source = source
+        self.words = words
         self.count = 0
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -55,8 +56,16 @@ class _Rows:
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 whatever a template raises
-            return {"failed": describe_error(error, self.source)}
+            return {"failed": describe_error(error, self.words)}
+        if _size(answer) > MOST_ROW_BYTES:
+            return {"refused": f"writes more than {MOST_ROW_BYTES // MIB} MiB, the most that a row may have"}
         return answer
+
+
+def _size(answer: dict[str, Any]) -> int:
+    """Return the bytes of the texts of a row or prompt."""
+    texts = [text for example in answer.get("examples", ()) for text, _ in example]
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text in [*texts, answer.get("text", "")])
 
 
 def serve(setup: dict[str, Any]) -> Service:
@@ -72,7 +81,7 @@ def serve(setup: dict[str, Any]) -> Service:
         problem = {"syntax": f"{error.message} (line {error.lineno})"}
         return lambda _: problem
     renderer = Renderer(Reader(template, setup["tokens"]))
-    rows = _Rows(renderer, setup["template"])
+    rows = _Rows(renderer, TemplateWords.of(template))
     try:
         renderer.dialect = find_dialect(renderer.reader)
     except MemoryError:
@@ -82,25 +91,17 @@ def serve(setup: dict[str, Any]) -> Service:
     return rows.answer
 
 
-def describe_error(error: Exception, source: str) -> str:
-    """Say what a template raised without quoting a row: what is not the template's own text is left out."""
-    text = str(error)
-    if isinstance(error, jinja2.TemplateError) and not isinstance(error, jinja2.TemplateRuntimeError):
-        text = _own_beginning(text, source)
-    elif text not in source:
-        text = _QUOTED.sub(lambda quoted: quoted.group() if _is_own(quoted.group()[1:-1], source) else "'…'", text)
+def describe_error(error: Exception, words: TemplateWords) -> str:
+    """Say what a template raised: the kind of error, and of its text only what stands in the template itself.
+
+    The rest may be a row's: errors of Python and jinja quote values that the template works with.
+    """
+    text = ""
+    if type(error) is jinja2.TemplateError:  # of raise_exception
+        text = f": {words.beginning_of(str(error))}"
+    elif isinstance(error, jinja2.UndefinedError):
+        found = _UNDEFINED.fullmatch(str(error))
+        text = f": {error}" if found and found[found.lastgroup or 0] in words.names else ""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
     where = f" (line {lines[-1]} of the template)" if lines else ""
-    return f"{type(error).__name__}: {text}{where}"
-
-
-def _is_own(text: str, source: str) -> bool:
-    return text in source or text in _TYPES or text.endswith(" object")
-
-
-def _own_beginning(text: str, source: str) -> str:
-    """The beginning of the text that stands in the template's source, and dots for the rest."""
-    length = len(text)
-    while length and text[:length].replace("\n", "\\n") not in source and text[:length] not in source:
-        length -= 1
-    return text if length == len(text) else f"{text[:length]}…"
+    return f"{type(error).__name__}{text}{where}"
