@@ -30,11 +30,13 @@ class FolderBackend:
 
     errors: ClassVar[tuple[type[Exception], ...]] = (OSError,)
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, claim: Path | None = None) -> None:
+        """Take the folder, and where the claim is mounted that it is in: no link is followed out of that."""
         self.root = root
+        self._claim = claim
 
     def put(self, key: str, data: bytes | Path) -> None:
-        target = self.root / key
+        target = self._path(key)
         temporary = self._write_beside(target, data)
         try:
             temporary.replace(target)
@@ -44,7 +46,7 @@ class FolderBackend:
         sync_folder(target.parent)
 
     def create(self, key: str, data: bytes) -> None:
-        target = self.root / key
+        target = self._path(key)
         temporary = self._write_beside(target, data)
         try:
             os.link(temporary, target)  # unlike rename, fails where the name is taken
@@ -57,32 +59,29 @@ class FolderBackend:
         sync_folder(target.parent)
 
     def head(self, key: str) -> Entry:
-        path = self.root / key
-        if path.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "is a folder", str(path))
-        stat = path.stat()
-        return Entry(key, stat.st_size, str(stat.st_mtime_ns))
+        return self._entry(key, self._path(key, follow=True))
 
     def first(self, key: str) -> tuple[Entry, bytes]:
         entry = self.head(key)
         return entry, self.read(entry, 0, min(entry.size, CHUNK_BYTES))
 
     def read(self, entry: Entry, start: int, end: int) -> bytes:
-        with (self.root / entry.key).open("rb") as file:
+        with self._path(entry.key, follow=True).open("rb") as file:
             file.seek(start)
             return file.read(end - start)
 
     def entries(self, prefix: str) -> list[Entry]:
-        paths = (Path(folder) / name for folder, _, names in os.walk(self.root / prefix) for name in names)
+        walked = os.walk(self._path(prefix, follow=True))
+        paths = (Path(folder) / name for folder, _, names in walked for name in names)
         found = []
         for path in paths:
             if not _is_temporary(path.name):
                 with suppress(FileNotFoundError):  # deleted since it was seen
-                    found.append(self.head(path.relative_to(self.root).as_posix()))
+                    found.append(self._entry(path.relative_to(self.root).as_posix(), path))
         return found
 
     def delete(self, folder: str) -> None:
-        path = self.root / folder
+        path = self._path(folder)
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -102,6 +101,27 @@ class FolderBackend:
         if number in _LOCAL_USER:
             return Fault(FaultKind.USER, f"cannot be used: {words}")
         return Fault(FaultKind.TRANSIENT if number in _LOCAL_TRANSIENT else FaultKind.FINAL, words)
+
+    def _path(self, key: str, *, follow: bool = False) -> Path:
+        """Return where a key is.
+
+        Raises:
+            OSError: its folder is outside of the claim, by a link; with ``follow`` also where it is a link itself.
+
+        """
+        path = self.root / key
+        if self._claim is not None:
+            real = Path(os.path.realpath(path if follow or not key else path.parent))
+            if not real.is_relative_to(os.path.realpath(self._claim)):
+                raise OSError(errno.ELOOP, "leads out of its claim by a link", str(path))
+        return path
+
+    @staticmethod
+    def _entry(key: str, path: Path) -> Entry:
+        if path.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "is a folder", str(path))
+        stat = path.stat()
+        return Entry(key, stat.st_size, str(stat.st_mtime_ns))
 
     def _write_beside(self, target: Path, data: bytes | Path) -> Path:
         """Write and fsync a file in the target's folder; leave none behind where that fails."""

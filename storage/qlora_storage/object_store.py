@@ -30,6 +30,8 @@ __all__ = [
     "Entry",
     "NotFoundError",
     "Store",
+    "claim_of",
+    "leaves_claim",
     "local_path",
     "open_store",
     "sha256_bytes",
@@ -67,6 +69,22 @@ def local_path(uri: str, field: str) -> Path | None:
     return Path(place).expanduser().absolute() if scheme in ("", "file") else None
 
 
+def claim_of(path: Path) -> Path | None:
+    """Return where the claim is mounted that a path is in; None for a path outside of claims."""
+    if path == PVC_MOUNT or not path.is_relative_to(PVC_MOUNT):
+        return None
+    return PVC_MOUNT / path.relative_to(PVC_MOUNT).parts[0]
+
+
+def leaves_claim(path: Path, real: Path) -> bool:
+    """Tell whether ``real``, to which links of ``path`` lead, is outside of the path's claim.
+
+    Whoever may write to a claim must not make it lead to another one's files.
+    """
+    claim = claim_of(path)
+    return claim is not None and not real.is_relative_to(claim.resolve())
+
+
 def _split(uri: str, field: str) -> tuple[str, str]:
     """Take a URI apart into its scheme, empty for a plain path, and what follows."""
     scheme, separator, rest = uri.partition("://")
@@ -98,7 +116,8 @@ def open_store(uri: str, field: str, patience_seconds: float = PATIENCE_SECONDS)
         folder = Path(place).expanduser().absolute()
         return Store(FolderBackend(folder), str(folder), field, patience_seconds)
     if scheme == "pvc":
-        return Store(FolderBackend(PVC_MOUNT / place), f"pvc://{place}", field, patience_seconds)
+        folder = PVC_MOUNT / place
+        return Store(FolderBackend(folder, claim_of(folder)), f"pvc://{place}", field, patience_seconds)
     if scheme not in BUCKET_SCHEMES:
         raise UserError(field, uri, "must start with s3://, gs://, az:// or pvc://, or be a local folder")
     from qlora_storage.bucket_faults import bucket_fault  # noqa: PLC0415

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from fixtures import use_s3
+from qlora_storage import object_store
 from qlora_storage.backend import CHUNK_BYTES
 from qlora_storage.buckets import BucketBackend
 from qlora_storage.errors import StorageError, UserError
@@ -367,3 +368,33 @@ def test_local_sources_have_a_path(tmp_path, monkeypatch, uri, path):
 
 def test_a_store_on_a_claim_is_named_as_the_manifest_names_it():
     assert open_store("pvc://claim/out", FIELD).uri("manifest.json") == "pvc://claim/out/manifest.json"
+
+
+def test_a_folder_of_a_claim_does_not_lead_into_another_claim(tmp_path, monkeypatch):
+    monkeypatch.setattr(object_store, "PVC_MOUNT", tmp_path)
+    (tmp_path / "theirs" / "folder").mkdir(parents=True)
+    (tmp_path / "theirs" / "folder" / "kept").write_bytes(b"1")
+    (tmp_path / "mine" / "own").mkdir(parents=True)
+    (tmp_path / "mine" / "out").symlink_to("../theirs")
+    (tmp_path / "mine" / "own" / "out").symlink_to("../../theirs/folder")
+    (tmp_path / "mine" / "own" / "file").symlink_to("../../theirs/folder/kept")
+    for uri, folder in (("pvc://mine/out", "folder/"), ("pvc://mine/own", "out/"), ("pvc://mine", "own/out/")):
+        store = open_store(uri, FIELD)
+        for act in (
+            lambda store, key: store.put(key, b"2"),
+            lambda store, key: store.create(f"{key}-new", b"2"),
+            lambda store, key: store.delete(key),
+            lambda store, key: store.get(key),
+            lambda store, key: store.stat(key),
+            lambda store, key: store.list(key.rpartition("/")[0]),
+        ):
+            with pytest.raises(UserError, match="leads out of its claim by a link"):
+                act(store, f"{folder}kept")
+    with pytest.raises(UserError, match="leads out of its claim by a link"):
+        open_store("pvc://mine/own", FIELD).get("file")
+    open_store("pvc://mine/own", FIELD).put("file", b"2")  # takes the link's place
+    assert [p.read_bytes() for p in (tmp_path / "theirs").rglob("*") if p.is_file()] == [b"1"]
+    (tmp_path / "mine" / "latest").symlink_to("own")
+    assert open_store("pvc://mine/latest", FIELD).get("file") == b"2"
+    open_store("pvc://mine/latest", FIELD).delete("file")
+    assert not (tmp_path / "mine" / "own" / "file").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from qlora_storage import object_store
 from qlora_trainer.errors import UserError
 from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.storage import base_folder
 from qlora_trainer.storage.base_folder import changed_file, without_file_names
-from qlora_trainer.storage.fetch import fetch_model
+from qlora_trainer.storage.fetch import fetch_model, model_revision
+from qlora_trainer.storage.model_files import ModelFilesError
 from services.opened_files import opened_files
 
 
@@ -120,6 +123,33 @@ def test_a_snapshot_of_the_hugging_face_cache_is_used(tmp_path, base):
     assert (fetched.path / "model.safetensors").resolve().parent == blobs
     (snapshot / "vocab.txt").symlink_to("../../blobs/../../../secret")
     with pytest.raises(UserError, match=r"vocab\.txt that is a link to"):
+        fetch_model(str(snapshot), tmp_path / "cache")
+
+
+def test_a_base_does_not_lead_out_of_its_claim(tmp_path, base, monkeypatch):
+    claims = base.parent.parent / "claims"
+    monkeypatch.setattr(object_store, "PVC_MOUNT", claims)
+    (claims / "mine").mkdir(parents=True)
+    base.parent.rename(claims / "theirs")
+    (claims / "mine" / "model").symlink_to("../theirs/base")
+    (claims / "mine" / "folder").symlink_to("../theirs")
+    for path in ("model", "folder/base"):
+        with pytest.raises(UserError, match="leads out of its claim by a link"):
+            fetch_model(f"pvc://mine/{path}", tmp_path / "cache")
+        with pytest.raises(ModelFilesError, match="leads out of its claim by a link"):
+            model_revision(f"pvc://mine/{path}", tmp_path / "cache")
+    shutil.copytree(claims / "theirs" / "base", claims / "mine" / "new")
+    (claims / "mine" / "latest").symlink_to("new")
+    assert fetch_model("pvc://mine/latest", tmp_path / "cache").revision
+
+
+def test_a_snapshot_whose_blobs_are_elsewhere_is_refused(tmp_path, base):
+    snapshot = tmp_path / "models--org--base" / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "blobs").symlink_to(base)
+    for file in base.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    with pytest.raises(UserError, match="in a folder that is a link"):
         fetch_model(str(snapshot), tmp_path / "cache")
 
 
@@ -279,8 +309,10 @@ BOUND_CPU_SECONDS = 60
 CHILD = """
 import resource, sys
 from pathlib import Path
+from qlora_storage import object_store
 from qlora_trainer.errors import UserError
-from qlora_trainer.storage.fetch import fetch_model
+from qlora_trainer.storage.fetch import fetch_model, model_revision
+from qlora_trainer.storage.model_files import ModelFilesError
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[3]), int(sys.argv[3])))
 resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[4]), int(sys.argv[4])))
 try:

@@ -29,7 +29,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
-from qlora_storage.object_store import sha256_bytes, sha256_file
+from qlora_storage.object_store import leaves_claim, sha256_bytes, sha256_file
 from qlora_trainer.storage.model_files import (
     CONFIGURATIONS,
     ModelFilesError,
@@ -87,7 +87,10 @@ def private_folder(source: Path, cache_dir: Path, *, hash_weights: bool = True) 
     """
     if not source.is_dir():
         raise ModelFilesError("is not a folder" if source.exists() else "does not exist")
-    source = source.resolve()
+    real = source.resolve()
+    if leaves_claim(source, real):
+        raise ModelFilesError("leads out of its claim by a link")
+    source = real
     names = _names(source)
     check_names(names)
     bases = cache_dir / BASES
@@ -192,23 +195,27 @@ def _open(folder: Path, name: str) -> BufferedReader:
 
     In the Hugging Face cache's layout, ``snapshots/<commit>/<name>`` is a link to a file in ``blobs``.
     """
+    place = folder / name
     try:
         try:
             number = _open_beside(folder, name)
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
-            target = _target(folder, name)
-            if target.parent not in _own_folders(folder):
-                refused = f"has a {name} that is a link to {target}, elsewhere; put the file itself there"
+            place = _target(folder, name)
+            if place.parent not in _own_folders(folder):
+                refused = f"has a {name} that is a link to {place}, elsewhere; put the file itself there"
                 raise ModelFilesError(refused) from None
-            number = _open_beside(target.parent, target.name)
+            number = _open_beside(place.parent, place.name)
     except OSError as error:
         raise ModelFilesError(f"has a {name} that cannot be read: {error.strerror}") from error
     file = os.fdopen(number, "rb")
     if not stat.S_ISREG(os.fstat(number).st_mode):
         file.close()
         raise ModelFilesError(f"has a {name} that is no plain file")
+    if Path(f"/proc/self/fd/{number}").readlink() != place:
+        file.close()
+        raise ModelFilesError(f"has a {name} in a folder that is a link; put the folder itself there")
     return file
 
 

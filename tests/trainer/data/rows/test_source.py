@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from qlora_storage import object_store
 from qlora_trainer.data.rows import source as source_module
 from qlora_trainer.data.rows.source import contents, find_source
 from qlora_trainer.errors import UserError
@@ -87,7 +88,7 @@ def test_a_link_to_nothing_and_a_circle_are_named(folder):
 
 def test_a_claim_does_not_lead_elsewhere(folder, monkeypatch):
     claims = folder.parent / "claims"
-    monkeypatch.setattr(source_module, "PVC_MOUNT", claims)
+    monkeypatch.setattr(object_store, "PVC_MOUNT", claims)
     (claims / "mine" / "new").mkdir(parents=True)
     (claims / "mine" / "new" / "a.jsonl").write_text("{}\n")
     (claims / "mine" / "latest").symlink_to("new")

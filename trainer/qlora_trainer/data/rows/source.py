@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_storage.object_store import PVC_MOUNT
+from qlora_storage.object_store import leaves_claim
 from qlora_trainer.data.rows.errors import RowsError
 from qlora_trainer.errors import UserError
 from qlora_trainer.row_files import ALLOWED, MOST_FILES, STATE, Kind, RowFilesError, Selection, kind_of, select
@@ -149,11 +149,8 @@ def _sha256(found: SourceFile) -> str:
 
 
 def _check_claim(path: Path, real: Path) -> None:
-    """Who may write to a claim must not make it lead elsewhere."""
-    if path.is_relative_to(PVC_MOUNT) and path != PVC_MOUNT:
-        claim = PVC_MOUNT / path.relative_to(PVC_MOUNT).parts[0]
-        if not real.is_relative_to(claim.resolve()):
-            raise RowsError("leads out of its claim by a link")
+    if leaves_claim(path, real):
+        raise RowsError("leads out of its claim by a link")
 
 
 def _find_in_folder(path: Path, folder: Path, field: str) -> SourceFiles:
