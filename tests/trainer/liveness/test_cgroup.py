@@ -14,11 +14,15 @@ V1 = {
     "fs/memory/pod/abc/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n",
     "fs/memory/pod/abc/memory.limit_in_bytes": "2147483648\n",
     "fs/memory/pod/abc/memory.max_usage_in_bytes": "2147000000\n",
+    "fs/memory/pod/abc/memory.usage_in_bytes": "1610612736\n",
+    "fs/memory/pod/abc/memory.stat": "inactive_file 1\ntotal_inactive_file 268435456\ntotal_active_file 268435456\n",
 }
 V2 = {
     "proc/self/cgroup": "0::/pod/abc\n",
     "fs/pod/abc/memory.events": "low 0\nhigh 0\nmax 9\noom 3\noom_kill 2\noom_group_kill 0\n",
     "fs/pod/abc/memory.max": "2147483648\n",
+    "fs/pod/abc/memory.current": "1610612736\n",
+    "fs/pod/abc/memory.stat": "anon 7\nfile 9\ninactive_file 268435456\nactive_file 268435456\n",
 }
 IN_A_CONTAINER = {
     "proc/self/cgroup": "4:memory:/kubepods/pod1/abc\n",
@@ -42,6 +46,7 @@ def test_counters_of_both_versions_are_found(tmp_path, files, limit):
     cgroup = tree(tmp_path, files)
     assert cgroup.oom_kills() == 2
     assert cgroup.limit_bytes() == limit
+    assert cgroup.available_bytes() == (1 << 30 if limit else None), "pages of files can be freed"
     watch = OomWatch(cgroup)
     assert not watch.struck()
     cgroup.events.write_text("oom_kill 3\n")

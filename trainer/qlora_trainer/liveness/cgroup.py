@@ -22,6 +22,11 @@ class MemoryCgroup:
     """Has a line ``oom_kill N``."""
     limit: Path
     peak: Path
+    usage: Path
+    statistics: Path
+    """Has a line for each kind of memory."""
+    cached: tuple[str, ...]
+    """Kinds that the kernel frees before it kills: pages of files."""
 
     @classmethod
     def of_this_process(cls, proc: Path = Path("/proc"), mount: Path = Path("/sys/fs/cgroup")) -> MemoryCgroup | None:
@@ -38,13 +43,19 @@ class MemoryCgroup:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             for folder in (mount / path.lstrip("/"), mount):
-                yield cls(folder / "memory.events", folder / "memory.max", folder / "memory.peak")
+                yield cls(
+                    folder / "memory.events",
+                    folder / "memory.max",
+                    folder / "memory.peak",
+                    *_usage(folder, "memory.current", ""),
+                )
         elif "memory" in controllers.split(","):
             for folder in (mount / "memory" / path.lstrip("/"), mount / "memory"):
                 yield cls(
                     folder / "memory.oom_control",
                     folder / "memory.limit_in_bytes",
                     folder / "memory.max_usage_in_bytes",
+                    *_usage(folder, "memory.usage_in_bytes", "total_"),
                 )
 
     def oom_kills(self) -> int:
@@ -60,9 +71,21 @@ class MemoryCgroup:
         size = _number(self.limit)
         return size if size is not None and size < UNLIMITED else None
 
+    def available_bytes(self) -> int | None:
+        """Return what can be taken before the kernel kills a process; None where no limit is told."""
+        limit, used = self.limit_bytes(), _number(self.usage)
+        if limit is None or used is None or not self.statistics.is_file():
+            return None
+        lines = (line.split() for line in self.statistics.read_text().splitlines())
+        return limit - used + sum(int(count) for name, count in lines if name in self.cached)
+
     def peak_bytes(self) -> int | None:
         """The most that was ever used; None where this kernel does not tell."""
         return _number(self.peak)
+
+
+def _usage(folder: Path, usage: str, prefix: str) -> tuple[Path, Path, tuple[str, ...]]:
+    return folder / usage, folder / "memory.stat", (f"{prefix}inactive_file", f"{prefix}active_file")
 
 
 def _number(path: Path) -> int | None:

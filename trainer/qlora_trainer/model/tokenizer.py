@@ -14,8 +14,13 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from qlora_trainer.errors import UserError
+from qlora_trainer.liveness.cgroup import MemoryCgroup
 
 FIELD = "spec.model.source"
+RESERVE_BYTES = 512 << 20
+"""Of what the container may have, for everything else that grows during a call."""
+LEAST_BYTES = 512 << 20
+"""Given to a call in any case: its threads' stacks count before they are used."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,8 @@ class Bounds:
     seconds: float = 300.0
     """Of processor time, of all threads. A batch of rows of a MiB takes seconds, the largest row a minute."""
     memory_bytes: int = 8 << 30
-    """Beyond what the process has. A tokenizer takes a hundred times the text's size; a row has 16 MiB at most."""
+    """Beyond what the process has, and no more than its container has left. A tokenizer takes a hundred times the
+    text's size; a row has 16 MiB at most."""
 
 
 class BoundedTokenizer:
@@ -81,7 +87,7 @@ def bounded(bounds: Bounds) -> Iterator[None]:
         yield
         return
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    most = _data_bytes() + bounds.memory_bytes
+    most = _data_bytes() + _allowed_bytes(bounds.memory_bytes)
     soft = most if before[0] == resource.RLIM_INFINITY else min(most, before[0])
     resource.setrlimit(resource.RLIMIT_DATA, (soft, before[1]))
     signal.setitimer(signal.ITIMER_PROF, bounds.seconds)  # nothing handles its signal
@@ -90,6 +96,13 @@ def bounded(bounds: Bounds) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _allowed_bytes(most: int) -> int:
+    """Return what a call may take, so that it fails before the kernel kills the process, which tells nothing."""
+    cgroup = MemoryCgroup.of_this_process()
+    available = cgroup.available_bytes() if cgroup else None
+    return most if available is None else min(most, max(available - RESERVE_BYTES, LEAST_BYTES))
 
 
 def _data_bytes() -> int:
@@ -115,5 +128,4 @@ def _errors_of_the_base() -> Iterator[None]:
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(FIELD, None, f"has a tokenizer that fails on a text: {reason}") from None
+        raise UserError(FIELD, None, "has a tokenizer whose library fails on a text") from None  # which it may quote
