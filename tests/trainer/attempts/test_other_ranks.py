@@ -77,6 +77,6 @@ def test_under_zero_3_another_number_of_ranks_is_refused_with_what_to_do(worksho
     workshop.kill_at(job(workshop, 1, 2, changes), step=3)
     ended = workshop.run(job(workshop, 2, 1, changes))
     assert ended.code == ExitCode.USER_ERROR, ended.log[-2000:]
-    assert 'spec.parallelism.zeroStage: "3"' in ended.text
+    assert "spec.parallelism.zeroStage: 3 binds" in ended.text
     assert "go on with 2 ranks instead of 1" in ended.text
     assert "zeroStage 0, 1 or 2" in ended.text

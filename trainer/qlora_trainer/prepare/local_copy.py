@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
 from qlora_api.contract import TrainerConfig
@@ -69,11 +70,12 @@ class Prepared:
             )
 
     def write(self, config: TrainerConfig) -> None:
+        """Leave it for the ranks; several workers on one machine may do so at once."""
         path = self.path(config)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(vars(self), default=str))
-        partial.rename(path)
+        with NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as partial:
+            json.dump(vars(self), partial, default=str)
+        Path(partial.name).rename(path)
 
 
 def bring(config: TrainerConfig, record: Record, records: Records) -> Prepared | None:
