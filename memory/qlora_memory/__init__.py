@@ -17,7 +17,7 @@ planner, remedies    choose; say what would fit
 ===================  ========================================================================
 """
 
-from qlora_memory.coverage import PlannedCoverage, planned_coverage
+from qlora_memory.coverage import Coverage, planned_coverage
 from qlora_memory.estimate import EstimateInput, MemoryEstimate, Moment, estimate
 from qlora_memory.gpus import GPUS, Gpu, check_gpu, gpu_named, gpu_of_device, resolved
 from qlora_memory.planning.cost import Cost, Span, cost, flop_per_token
@@ -39,6 +39,7 @@ __all__ = [
     "GPUS",
     "AdapterShape",
     "Cost",
+    "Coverage",
     "EstimateInput",
     "Gpu",
     "HeaderError",
@@ -48,7 +49,6 @@ __all__ = [
     "NoFit",
     "Plan",
     "PlanRequest",
-    "PlannedCoverage",
     "Remedy",
     "Span",
     "TensorInfo",

@@ -1,6 +1,6 @@
-"""Which part of a base will be quantized, and which of its layers adapted.
+"""Which part of a base is quantized, and which of its layers are adapted: counts, the words for them, and the plan.
 
-The trainer counts the same on the model itself: ``qlora_trainer.model.coverage``.
+The trainer makes the same counts on the model itself: ``qlora_trainer.model.coverage``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from qlora_memory.weights import AdapterShape, quantized_layers
 
 
 @dataclass(frozen=True)
-class PlannedCoverage:
+class Coverage:
     """Counts of weights and layers."""
 
     weights: int
@@ -42,12 +42,12 @@ class PlannedCoverage:
         return f"{self.quantized / self.weights:.1%} of {self.weights:,} weights"
 
 
-def planned_coverage(shape: ModelShape, lora: LoRASpec, quantization: QuantizationSpec) -> PlannedCoverage:
+def planned_coverage(shape: ModelShape, lora: LoRASpec, quantization: QuantizationSpec) -> Coverage:
     """Count from the shape of a base."""
     adapted = AdapterShape(shape, lora).names
     experts = {weight.name for weight in shape.experts}
     groups = [{weight.name for weight in layer.experts} for layer in shape.layers if layer.experts]
-    return PlannedCoverage(
+    return Coverage(
         weights=shape.parameters,
         quantized=sum(layer.elements for layer in quantized_layers(shape, quantization)),
         layers=len(shape.linears),

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 PREFIXES = ("AWS_", "GOOGLE_", "AZURE_", "HF_")
 MANY_LINES = ("GOOGLE_SERVICE_ACCOUNT_KEY",)
 """JSON, which may be written on several lines."""
-ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
+AWS_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+ENDPOINTS = (*AWS_ENDPOINTS, "AZURE_STORAGE_ENDPOINT")
 """Of object storage itself."""
 _URLS = (
     *ENDPOINTS,
@@ -65,16 +66,18 @@ _OFF = ("0", "false", "off", "no", "n")
 _TEMPORARY_KEY = "ASIA"
 """Access keys of AWS that begin so count only with a session token."""
 
-_AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-_GOOGLE_KEYS = (
+AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+GOOGLE_KEY = "GOOGLE_SERVICE_ACCOUNT_KEY"
+"""JSON, which may name a server of its own."""
+GOOGLE_KEYS = (
     "GOOGLE_APPLICATION_CREDENTIALS",
     "GOOGLE_SERVICE_ACCOUNT",
     "GOOGLE_SERVICE_ACCOUNT_PATH",
-    "GOOGLE_SERVICE_ACCOUNT_KEY",
     "GOOGLE_BEARER_TOKEN",
 )
+"""Credentials besides that one."""
 _GOOGLE_FILE = Path(".config", "gcloud", "application_default_credentials.json")
-_AZURE_KEYS = (
+AZURE_KEYS = (
     "AZURE_STORAGE_ACCOUNT_KEY",
     "AZURE_STORAGE_ACCESS_KEY",
     "AZURE_STORAGE_MASTER_KEY",
@@ -83,10 +86,9 @@ _AZURE_KEYS = (
     "AZURE_STORAGE_TOKEN",
     "AZURE_STORAGE_CLIENT_SECRET",
     "AZURE_CLIENT_SECRET",
-    "AZURE_USE_AZURE_CLI",
-    "AZURE_STORAGE_USE_EMULATOR",
 )
-_AZURE_POD_TOKEN = "AZURE_FEDERATED_TOKEN_FILE"  # noqa: S105 a variable's name
+_AZURE_SIGNERS = (*AZURE_KEYS, "AZURE_USE_AZURE_CLI", "AZURE_STORAGE_USE_EMULATOR")
+AZURE_POD_TOKEN = "AZURE_FEDERATED_TOKEN_FILE"  # noqa: S105 a variable's name
 """obstore would take it before a SAS token."""
 
 
@@ -113,7 +115,7 @@ def clean_environment(environ: MutableMapping[str, str]) -> None:
     A token of the pod's own identity is forgotten too, where that identity does not count.
     """
     if not is_on(environ, WORKLOAD_IDENTITY):
-        environ.pop(_AZURE_POD_TOKEN, None)
+        environ.pop(AZURE_POD_TOKEN, None)
     for name in [name for name in environ if name.startswith(PREFIXES)]:
         value = environ[name].strip()
         if not value:
@@ -200,11 +202,11 @@ def is_on(environ: Mapping[str, str], name: str) -> bool:
 
 
 def _read_s3(environ: Mapping[str, str], home: Path, identity: bool) -> StoreSettings:
-    given = [name for name in _AWS_KEYS if name in environ]
+    given = [name for name in AWS_KEYS if name in environ]
     profile = _read_profile(environ, home, required=not given)
     config: dict[str, str | bool] = {}
     if len(given) == 1:
-        missing = next(name for name in _AWS_KEYS if name not in environ)
+        missing = next(name for name in AWS_KEYS if name not in environ)
         raise SettingError(f"{missing}: is missing or empty, and {given[0]} is set: both are needed")
     if given:
         _check_token(environ["AWS_ACCESS_KEY_ID"], environ.get("AWS_SESSION_TOKEN") or environ.get("AWS_TOKEN"))
@@ -279,7 +281,7 @@ def _check_token(key: str, token: str | None) -> None:
 
 
 def _read_google(environ: Mapping[str, str], home: Path, identity: bool) -> StoreSettings:
-    signed = any(name in environ for name in _GOOGLE_KEYS) or (home / _GOOGLE_FILE).is_file() or identity
+    signed = any(name in environ for name in (GOOGLE_KEY, *GOOGLE_KEYS)) or (home / _GOOGLE_FILE).is_file() or identity
     return StoreSettings(
         config={} if signed else {"skip_signature": True},
         allow_http=is_on(environ, "GOOGLE_ALLOW_HTTP"),
@@ -288,7 +290,7 @@ def _read_google(environ: Mapping[str, str], home: Path, identity: bool) -> Stor
 
 
 def _read_azure(environ: Mapping[str, str], home: Path, identity: bool) -> StoreSettings:  # noqa: ARG001
-    signed = any(name in environ for name in _AZURE_KEYS) or identity
+    signed = any(name in environ for name in _AZURE_SIGNERS) or identity
     return StoreSettings(
         config={} if signed else {"skip_signature": True},
         allow_http=is_on(environ, "AZURE_ALLOW_HTTP"),

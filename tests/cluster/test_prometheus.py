@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import pytest
 from cluster.processes import ComponentError
 from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError
+from services.http_server import serving
 from services.prometheus import Prometheus, PromtoolError, promtool, scrape
 
 if TYPE_CHECKING:
@@ -44,13 +44,8 @@ def exporter() -> Iterator[str]:
         def log_message(self, *_):
             pass
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield f"127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(HTTPServer(("127.0.0.1", 0), Handler)) as url:
+        yield url.removeprefix("http://")
 
 
 def test_it_scrapes_and_alerts(tmp_path: Path, exporter: str):

@@ -20,6 +20,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from obstore.store import S3Store
 
+from services.http_server import serving
 from services.versitygw import ACCESS_KEY, SECRET_KEY
 
 if TYPE_CHECKING:
@@ -142,15 +143,8 @@ def faulty_s3(upstream: VersityGateway) -> Iterator[FaultyS3]:
     server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * PIECE)
     server.daemon_threads = True
     server.block_on_close = False
-    proxy.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with serving(server) as proxy.endpoint:
         yield proxy
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):

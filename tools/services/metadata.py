@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
+
+from services.http_server import serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,12 +71,5 @@ def metadata_service(access_key: str, secret_key: str) -> Iterator[MetadataServi
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    service.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with serving(server) as service.endpoint:
         yield service
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

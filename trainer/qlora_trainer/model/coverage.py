@@ -3,46 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
 
+from qlora_memory import Coverage
 from qlora_trainer.model.experts.adapter import ExpertAdapter
-from qlora_trainer.model.experts.structure import expert_groups, router_names
+from qlora_trainer.model.experts.structure import expert_groups
 from qlora_trainer.model.experts.targets import linear_layers
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """Counts of weights and layers."""
-
-    weights: int
-    """Elements of the base."""
-    quantized: int
-    """Of them, those in 4 or 8 bits."""
-    layers: int
-    """Linear layers besides the head and routers."""
-    adapted_layers: int
-    """Linear layers with an adapter, the head where it has one."""
-    groups: int
-    """Layers with experts."""
-    adapted_groups: int
-    routers: int
-    """Linear layers that choose experts."""
-
-    @property
-    def adapted(self) -> str:
-        """Return what has an adapter, in words."""
-        layers = f"{self.adapted_layers} of {self.layers} linear layers"
-        if not self.groups:
-            return layers
-        return f"{layers}, the experts of {self.adapted_groups} of {self.groups} layers"
-
-    @property
-    def held(self) -> str:
-        """Return how much is quantized, in words."""
-        return f"{self.quantized / self.weights:.1%} of {self.weights:,} weights"
 
 
 def coverage_of(model: Any) -> Coverage:
@@ -57,7 +25,6 @@ def coverage_of(model: Any) -> Coverage:
         adapted_layers=sum(isinstance(m, LoraLayer) and not isinstance(m, ExpertAdapter) for m in model.modules()),
         groups=len(groups),
         adapted_groups=sum(id(group) in wrapped for group in groups.values()),
-        routers=len(router_names(model)),
     )
 
 

@@ -7,6 +7,14 @@ from dataclasses import dataclass
 
 from qlora_api.credentials import KEYS, prefix_of, secrets_of
 from qlora_api.spec import QLoRAJobSpec
+from qlora_storage.environment import (
+    AWS_ENDPOINTS,
+    AWS_KEYS,
+    AZURE_KEYS,
+    AZURE_POD_TOKEN,
+    GOOGLE_KEY,
+    GOOGLE_KEYS,
+)
 from qlora_trainer.errors import UserError
 
 
@@ -21,10 +29,9 @@ class _Family:
 FAMILIES = (
     _Family(("HF_ENDPOINT",), ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")),
     _Family(
-        ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+        AWS_ENDPOINTS,
         (
-            "AWS_ACCESS_KEY_ID",
-            "AWS_SECRET_ACCESS_KEY",
+            *AWS_KEYS,
             "AWS_SESSION_TOKEN",
             "AWS_TOKEN",
             "AWS_PROFILE",
@@ -37,35 +44,13 @@ FAMILIES = (
             "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
         ),
     ),
-    _Family(
-        ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
-        (
-            "AZURE_STORAGE_ACCOUNT_KEY",
-            "AZURE_STORAGE_ACCESS_KEY",
-            "AZURE_STORAGE_MASTER_KEY",
-            "AZURE_STORAGE_SAS_KEY",
-            "AZURE_STORAGE_SAS_TOKEN",
-            "AZURE_STORAGE_TOKEN",
-            "AZURE_STORAGE_CLIENT_SECRET",
-            "AZURE_CLIENT_SECRET",
-            "AZURE_FEDERATED_TOKEN_FILE",
-        ),
-    ),
-    # The key's JSON may name a server (gcs_base_url).
-    _Family(
-        ("GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_BASE_URL"),
-        (
-            "GOOGLE_APPLICATION_CREDENTIALS",
-            "GOOGLE_SERVICE_ACCOUNT",
-            "GOOGLE_SERVICE_ACCOUNT_PATH",
-            "GOOGLE_BEARER_TOKEN",
-        ),
-    ),
+    _Family(("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"), (*AZURE_KEYS, AZURE_POD_TOKEN)),
+    _Family((GOOGLE_KEY, "GOOGLE_BASE_URL"), GOOGLE_KEYS),
 )
 SET_BY_CLOUDS = {
     "AWS_WEB_IDENTITY_TOKEN_FILE": ("AWS_REGION", "AWS_DEFAULT_REGION"),
     "AWS_CONTAINER_CREDENTIALS_FULL_URI": ("AWS_REGION", "AWS_DEFAULT_REGION"),
-    "AZURE_FEDERATED_TOKEN_FILE": ("AZURE_CLIENT_ID", "AZURE_TENANT_ID"),
+    AZURE_POD_TOKEN: ("AZURE_CLIENT_ID", "AZURE_TENANT_ID"),
 }
 """Variables that EKS and AKS put into a pod with the first one; no administrator chose them, and a Secret's win."""
 
