@@ -8,6 +8,7 @@ import math
 import random
 import socket
 import struct
+import threading
 from types import SimpleNamespace
 from urllib.request import urlopen
 
@@ -21,11 +22,12 @@ from qlora_api.batch import split_batch
 from qlora_api.contract import JobRef, TrainerConfig
 from qlora_api.metrics_catalogue import TRAINER, MetricKind
 from qlora_api.spec import QLoRAJobSpec
+from qlora_trainer.liveness import heartbeat as heartbeat_module
+from qlora_trainer.liveness.heartbeat import Heartbeat, Section
 from qlora_trainer.model.flops import flops_per_token
 from qlora_trainer.model.loading import counted_weights
 from qlora_trainer.reporting import metrics, training_history
-from qlora_trainer.reporting import sections as sections_module
-from qlora_trainer.reporting.sections import Sections
+from qlora_trainer.reporting.phase_collector import PhaseCollector
 from qlora_trainer.reporting.training_history import History
 from services.patience import PATIENCE_SECONDS
 
@@ -38,16 +40,7 @@ SPEC = {
 }
 
 
-class Heartbeat:
-    """As the trainer's: beats are kept elsewhere."""
-
-    wall = 1234.5
-
-    def during(self, section):
-        return contextlib.nullcontext()
-
-
-def recorder(device="cpu", **more):
+def recorder(device="cpu", heartbeat=None, **more):
     spec = QLoRAJobSpec.model_validate(SPEC)
     config = TrainerConfig(
         job=JobRef(name="one", namespace="team", uid="u"),
@@ -63,7 +56,8 @@ def recorder(device="cpu", **more):
         termination_message_path="/t",
         **more,
     )
-    ranks = SimpleNamespace(rank=3, local_rank=3, world_size=4, device=torch.device(device), heartbeat=Heartbeat())
+    beats = heartbeat or Heartbeat()
+    ranks = SimpleNamespace(rank=3, local_rank=3, world_size=4, device=torch.device(device), heartbeat=beats)
     return metrics.MetricsRecorder(config, ranks)
 
 
@@ -130,8 +124,7 @@ def card(monkeypatch):
 def test_a_rank_with_a_gpu_exports_the_whole_catalogue(card):
     made = recorder("cuda")
     made.predict({"peak": 1})
-    with made.section("Train"):
-        made.step_took(0.5)
+    made.step_took(0.5)
     made.memory({"peak": 15})
     names = ("step", "steps_planned", "epoch", "loss", "eval_loss", "learning_rate", "gradient_norm")
     for name in (*names, "loss_scale", "skipped_steps", "tokens_per_second", "flops_per_token"):
@@ -168,28 +161,59 @@ def test_an_unknown_card_has_no_peak(card, monkeypatch):
 @pytest.fixture
 def clock(monkeypatch):
     now = SimpleNamespace(value=100.0)
-    monkeypatch.setattr(sections_module.time, "monotonic", lambda: now.value)
+    monkeypatch.setattr(heartbeat_module.time, "monotonic", lambda: now.value)
     return now
 
 
 def test_a_section_inside_another_counts_for_itself_alone_and_the_open_one_up_to_now(clock):
-    made = Sections(TRAINER["qlora_section_seconds"], ("one", "team", "0"))
-    made.enter("Publish")
-    clock.value += 5
-    made.enter("Checkpoint")
-    clock.value += 2
-    made.leave()
-    clock.value += 1
-    assert made.seconds() == {"Publish": 6.0, "Checkpoint": 2.0}
-    made.leave()
+    made = Heartbeat()
+    with made.during(Section.PUBLISH):
+        clock.value += 5
+        with made.during(Section.CHECKPOINT):
+            clock.value += 2
+        clock.value += 1
+        assert made.phase_seconds() == {"Load": 0.0, "Publish": 6.0, "Checkpoint": 2.0}
     clock.value += 100
-    assert made.seconds() == {"Publish": 6.0, "Checkpoint": 2.0}
+    assert made.phase_seconds() == {"Load": 100.0, "Publish": 6.0, "Checkpoint": 2.0}
 
 
-def test_sections_are_a_counter_of_the_catalogue(clock):
-    made, registry = Sections(TRAINER["qlora_section_seconds"], ("one", "team", "0")), CollectorRegistry()
-    registry.register(made)
-    made.enter("Train")
+def test_a_wait_for_other_ranks_counts_for_the_phase_it_is_in(clock):
+    made = Heartbeat()
+    for section in (Section.FORWARD, Section.BACKWARD, Section.OPTIMIZER, Section.EVALUATE):
+        with made.during(section):
+            clock.value += 1
+            with made.during(Section.COLLECTIVE):
+                clock.value += 10
+                assert made.phase == section.phase
+    assert made.phase_seconds() == {"Load": 0.0, "Train": 33.0, "Evaluate": 11.0}
+    assert made.section_seconds()[Section.COLLECTIVE] == 40
+    assert made.section_seconds()[Section.BACKWARD] == 1
+
+
+def test_the_time_of_a_phase_never_goes_back_however_it_is_read():
+    made, stopped, fell = Heartbeat(), threading.Event(), []
+
+    def read():
+        before = {}
+        while not stopped.is_set():
+            now = made.phase_seconds()
+            fell.extend(phase for phase, seconds in before.items() if now[phase] < seconds)
+            before = now
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(20_000):
+        with made.during(Section.FORWARD), made.during(Section.COLLECTIVE):
+            pass
+    stopped.set()
+    reader.join()
+    assert fell == []
+
+
+def test_phases_are_a_counter_of_the_catalogue(clock):
+    heartbeat, registry = Heartbeat(), CollectorRegistry()
+    registry.register(PhaseCollector(TRAINER["qlora_section_seconds"], ("one", "team", "0"), heartbeat))
+    heartbeat.enter(Section.FORWARD)
     clock.value += 3
     (family,) = registry.collect()
     assert family.type == MetricKind.COUNTER.value
@@ -333,14 +357,26 @@ def test_what_is_no_http_leaves_no_trace_in_the_log(served, capfd):
 
 def test_what_is_counted_within_a_section_shows_how_far_it_is():
     shown = recorder()
-    with shown.section("Evaluate"):
-        for number in shown.count(iter("ab"), 2, "micro-batches"):
-            progress = shown.report.section_progress
-            assert (progress.unit, progress.total) == ("micro-batches", 2)
-            assert progress.done == "ab".index(number)
+    for number in shown.count(iter("ab"), 2, "micro-batches"):
+        progress = shown.report.section_progress
+        assert (progress.unit, progress.total) == ("micro-batches", 2)
+        assert progress.done == "ab".index(number)
+    assert shown.report.section_progress is None
+
+
+def test_the_report_follows_the_heartbeat_to_the_section_of_a_failure(clock):
+    heartbeat = Heartbeat()
+    shown = recorder(heartbeat=heartbeat)
+    clock.value += 1
+    with contextlib.suppress(OSError), heartbeat.during(Section.EVALUATE):
+        clock.value += 2
+        raise OSError
     report = shown.report
-    assert report.section_progress is None
-    assert list(report.section_seconds) == ["Evaluate"]
+    assert (report.section, report.section_seconds, report.elapsed_seconds) == (
+        "Evaluate",
+        {"Load": 1.0, "Evaluate": 2.0},
+        3.0,
+    )
 
 
 def test_counting_ends_with_a_loop_that_is_left_early():

@@ -1,8 +1,8 @@
 """Signs of life of the ranks of one pod, in memory that they share with the process that started them.
 
 A rank writes what it does and since when, some thirty bytes, whenever it comes into a section or gets on within one. No
-network, no locks, no calls into the kernel: a rank that hangs in a collective, or is stopped, cannot be asked.
-:mod:`qlora_trainer.liveness.watchdog` reads. Light to import: both sides use it.
+network, no lock between processes, no calls into the kernel: a rank that hangs in a collective, or is stopped, cannot
+be asked. :mod:`qlora_trainer.liveness.watchdog` reads. Light to import: both sides use it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum, auto
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,11 +48,17 @@ class Section(IntEnum):
     def title(self) -> str:
         return self.name.capitalize()
 
+    @property
+    def phase(self) -> str:
+        """Name for people and dashboards: what a step does after it has its rows is one, ``Train``."""
+        return "Train" if self in _TRAIN else self.title
 
-_STEP = frozenset({Section.DATA, Section.FORWARD, Section.BACKWARD, Section.COLLECTIVE, Section.OPTIMIZER})
+
+_TRAIN = frozenset({Section.FORWARD, Section.BACKWARD, Section.COLLECTIVE, Section.OPTIMIZER})
+_STEP = _TRAIN | {Section.DATA}
 
 
-def phase(section: Section, steps_done: int) -> str:
+def activity(section: Section, steps_done: int) -> str:
     """Return a rank's activity in words: ``Backward of step 7``."""
     return f"{section.title} of step {steps_done + 1}" if section in _STEP else section.title
 
@@ -84,7 +91,9 @@ class Beat:
 
 
 class Heartbeat:
-    """Written by one rank.
+    """Tell what one rank does, and count its time by it. The one clock of a rank's sections.
+
+    Written by the rank's own thread; others read.
 
     Args:
         path: made by :func:`prepare_files`; None where nobody watches.
@@ -92,14 +101,15 @@ class Heartbeat:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self.section = Section.LOAD
         self.step = 0
         self.wall = time.time()
         """When the last sign was given, in seconds since 1970."""
-        self.spent = dict.fromkeys(Section, 0.0)
-        """Seconds in each section up to the last sign."""
-        self._around = Section.LOAD
-        self._at = time.monotonic()
+        self.section = self._around = Section.LOAD
+        self._since = time.monotonic()
+        self._spent: dict[tuple[Section, Section], float] = {}
+        """Seconds by section and the section around it, before this one."""
+        self._lock = Lock()
+        """Of the clock: a reader never sees a section's time go back."""
         self._page: mmap.mmap | bytearray = bytearray(_FORMAT.size)
         if path is not None:
             with path.open("r+b") as file:
@@ -112,12 +122,30 @@ class Heartbeat:
         folder = os.environ.get(ENVIRONMENT)
         return cls(file_of(Path(folder), int(os.environ["LOCAL_RANK"])) if folder else None)
 
+    @property
+    def phase(self) -> str:
+        """Return what the rank does now, for people: waiting for other ranks belongs to what it is done for."""
+        return self._around.phase
+
+    def section_seconds(self) -> dict[Section, float]:
+        """Return the time in each section up to now."""
+        seconds = dict.fromkeys(Section, 0.0)
+        for (section, _), spent in self._seconds().items():
+            seconds[section] += spent
+        return seconds
+
+    def phase_seconds(self) -> dict[str, float]:
+        """Return the time in each phase that the rank has come to, up to now."""
+        seconds: dict[str, float] = {}
+        for (_, around), spent in self._seconds().items():
+            seconds[around.phase] = seconds.get(around.phase, 0.0) + spent
+        return seconds
+
     def beat(self) -> None:
         """Give a sign: the rank gets on."""
-        now = time.monotonic()
-        self.spent[self.section] += now - self._at
-        self._at, self.wall = now, time.time()
-        self._page[:] = Beat(now, self.section, self._around, os.getpid(), self.step).to_bytes(self.wall)
+        self.wall = time.time()
+        last = Beat(time.monotonic(), self.section, self._around, os.getpid(), self.step)
+        self._page[:] = last.to_bytes(self.wall)
 
     @contextmanager
     def during(self, section: Section) -> Iterator[None]:
@@ -129,14 +157,21 @@ class Heartbeat:
 
     def done(self) -> None:
         """Nothing more is to be expected."""
-        self.enter(Section.DONE, Section.DONE)
+        self.enter(Section.DONE)
 
-    def enter(self, section: Section, around: Section) -> None:
-        """Be in a section from now on."""
-        self.spent[self.section] += time.monotonic() - self._at
-        self._at = time.monotonic()
-        self.section, self._around = section, around
+    def enter(self, section: Section, around: Section | None = None) -> None:
+        """Be in a section from now on; ``around`` is what a collective is waited for in, else the section itself."""
+        with self._lock:
+            now, here = time.monotonic(), (self.section, self._around)
+            self._spent[here] = self._spent.get(here, 0.0) + now - self._since
+            self.section, self._around, self._since = section, around or section, now
         self.beat()
+
+    def _seconds(self) -> dict[tuple[Section, Section], float]:
+        with self._lock:
+            spent, here = dict(self._spent), (self.section, self._around)
+            spent[here] = spent.get(here, 0.0) + time.monotonic() - self._since
+        return spent
 
 
 def node_name() -> str:

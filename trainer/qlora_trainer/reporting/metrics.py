@@ -14,11 +14,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from socketserver import ThreadingMixIn
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import psutil
@@ -31,14 +31,10 @@ from qlora_api.metrics_catalogue import TRAINER, Metric, MetricKind
 from qlora_api.status import Memory, MemoryComponent
 from qlora_memory.gpus import known_gpu
 from qlora_trainer.liveness import heartbeat
-from qlora_trainer.liveness.heartbeat import Section as Beats
 from qlora_trainer.liveness.heartbeat import node_name
 from qlora_trainer.liveness.watchdog import waited_for
 from qlora_trainer.ranks import Ranks
-from qlora_trainer.reporting.sections import Sections
-
-Section = Literal["Load", "Data", "Train", "Evaluate", "Checkpoint", "Publish", "Done"]
-"""For people and dashboards. Heartbeats tell Train apart further."""
+from qlora_trainer.reporting.phase_collector import PhaseCollector
 
 REQUEST_SECONDS = 5.0
 """A connection on which nothing is said for so long is closed."""
@@ -47,15 +43,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _SECTIONS = "qlora_section_seconds"
-_BEATS = {
-    "Load": Beats.LOAD,
-    "Data": Beats.DATA,
-    "Train": Beats.FORWARD,
-    "Evaluate": Beats.EVALUATE,
-    "Checkpoint": Beats.CHECKPOINT,
-    "Publish": Beats.PUBLISH,
-    "Done": Beats.DONE,
-}
 _KINDS: dict[MetricKind, Any] = {MetricKind.GAUGE: Gauge, MetricKind.COUNTER: Counter, MetricKind.HISTOGRAM: Histogram}
 _PCIE = {"receive": "NVML_PCIE_UTIL_RX_BYTES", "transmit": "NVML_PCIE_UTIL_TX_BYTES"}
 
@@ -73,12 +60,10 @@ class MetricsRecorder:
         self._metrics = {
             m.name: _make(m, self.registry) for m in TRAINER.values() if m.name != _SECTIONS and (on_gpu or not m.gpu)
         }
-        self._sections = Sections(TRAINER[_SECTIONS], self._labels)
-        self.registry.register(self._sections)
+        self.registry.register(PhaseCollector(TRAINER[_SECTIONS], self._labels, ranks.heartbeat))
         self._ranks = ranks
         self._read("qlora_heartbeat_timestamp_seconds", lambda: ranks.heartbeat.wall)
         self._watch_memory(ranks.device)
-        self._started = time.monotonic()
         self._lock = threading.Lock()
         self._report = ProgressReport(
             job=config.job.name, attempt=config.attempt, section="Load", memory=Memory(), first_step=0
@@ -121,19 +106,6 @@ class MetricsRecorder:
         log.warning("%s", text)
         self.update(warnings=[*self.report.warnings, text])
 
-    @contextmanager
-    def section(self, name: Section) -> Iterator[None]:
-        """Account the time within to a section; sections nest, and the outer one is shown again afterwards."""
-        before = self.report.section
-        self.update(section=name)
-        self._sections.enter(name)
-        try:
-            with self._ranks.heartbeat.during(_BEATS[name]):
-                yield
-        finally:
-            self._sections.leave()
-            self.update(section=before)
-
     def count(self, items: Iterable[T], total: int, unit: str) -> Iterator[T]:
         """Yield items, and show how many of them are done; ``unit`` says what they are."""
         start = time.monotonic()
@@ -157,10 +129,6 @@ class MetricsRecorder:
         seconds = round(time.monotonic() - beat.at, 3)
         return RankActivity(rank=rank, node=node_name(), section=beat.section.title, seconds=seconds)
 
-    @property
-    def section_seconds(self) -> dict[str, float]:
-        return self._sections.seconds()
-
     def update(self, **changes: Any) -> None:
         """Change fields of the progress report."""
         with self._lock:
@@ -170,9 +138,14 @@ class MetricsRecorder:
     def report(self) -> ProgressReport:
         with self._lock:
             report = self._report
-        seconds = {section: round(spent, 1) for section, spent in self.section_seconds.items()}
-        elapsed = round(time.monotonic() - self._started, 1)
-        return report.model_copy(update={"elapsed_seconds": elapsed, "section_seconds": seconds})
+        seconds = self._ranks.heartbeat.phase_seconds()
+        return report.model_copy(
+            update={
+                "section": self._ranks.heartbeat.phase,
+                "elapsed_seconds": round(sum(seconds.values()), 1),
+                "section_seconds": {phase: round(spent, 1) for phase, spent in seconds.items()},
+            }
+        )
 
     def _watch_memory(self, device: torch.device) -> None:
         process = psutil.Process()

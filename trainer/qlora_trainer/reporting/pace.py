@@ -24,11 +24,11 @@ class Pace:
         self._ranks = ranks
         self._nodes = nodes
         """By rank."""
-        self._before = dict(ranks.heartbeat.spent)
+        self._before = ranks.heartbeat.section_seconds()
 
     def of_this_rank(self) -> list[float]:
         """Seconds of this rank by section since it was asked last, zeros for all others: to be summed over ranks."""
-        spent = dict(self._ranks.heartbeat.spent)
+        spent = self._ranks.heartbeat.section_seconds()
         own = [spent[s] - self._before[s] for s in OWN]
         self._before = spent
         table = [0.0] * (len(OWN) * self._ranks.world_size)

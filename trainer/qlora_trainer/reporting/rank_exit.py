@@ -18,7 +18,7 @@ import transformers
 from qlora_api.contract import ExitCode, ProgressReport, TerminationMessage, TrainerConfig, reason_of
 from qlora_api.status import Memory, MemoryComponent, Progress
 from qlora_trainer.errors import PreemptedError, TrainerError
-from qlora_trainer.liveness.heartbeat import Heartbeat, phase
+from qlora_trainer.liveness.heartbeat import Heartbeat, activity
 from qlora_trainer.reporting import termination_message
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def _memory_words(code: ExitCode, error: Exception, seen: LastSeen) -> str:
     """Return where the memory ran out, and how much was in use at most."""
     kind = "device" if code is ExitCode.OUT_OF_DEVICE_MEMORY else "host"
     peak = seen.peak_bytes() / 2**30
-    where = phase(seen.heartbeat.section, seen.heartbeat.step)
+    where = activity(seen.heartbeat.section, seen.heartbeat.step)
     reason = str(error).partition("\n")[0] or type(error).__name__
     return f"out of {kind} memory in {where}; the peak of this rank was {peak:.2f} GiB: {reason}"
 

@@ -15,6 +15,7 @@ from qlora_trainer.checkpoint.checkpoint_store import Checkpoint, FileEntry, pac
 from qlora_trainer.checkpoint.reshard import reshard
 from qlora_trainer.engine.loss_scale import LossScale
 from qlora_trainer.errors import CheckpointError, UserError
+from qlora_trainer.liveness.heartbeat import Section
 from qlora_trainer.publish.environment import environment
 from qlora_trainer.reporting.training_history import HISTORY_FILE
 from qlora_trainer.storage.fetch import same_revision
@@ -40,13 +41,13 @@ def save(trainer: TrainingContext, run: RunState, *, with_eval: bool) -> None:
         entries.append(store.write_file(run.step, name, data))
         ranks.heartbeat.beat()
 
-    with trainer.recorder.section("Checkpoint"):
+    with trainer.ranks.heartbeat.during(Section.CHECKPOINT):
         adapter = engine_state.adapter_tensors(trainer.model)
         if sharded or ranks.is_first:
             write(engine_state.optimizer_file(ranks.rank), pack_tensors(engine_state.optimizer_tensors(engine)))
         if ranks.is_first:
             write(engine_state.ADAPTER_FILE, pack_tensors(adapter))
-            trainer.history.sections(trainer.config.attempt, run.step, trainer.recorder.section_seconds)
+            trainer.history.sections(trainer.config.attempt, run.step, trainer.ranks.heartbeat.phase_seconds())
             write(HISTORY_FILE, trainer.history.to_bytes())
         parts = ranks.gather([asdict(entry) for entry in entries])
         written = [FileEntry(**entry) for part in parts for entry in part]

@@ -19,6 +19,7 @@ import torch
 from qlora_trainer.checkpoint import engine_state
 from qlora_trainer.checkpoint.checkpoint_store import unpack_tensors
 from qlora_trainer.data.formats import Encoder
+from qlora_trainer.liveness.heartbeat import Section
 from qlora_trainer.model.loss import call_arguments, end_to_end
 from qlora_trainer.model.tokenizer import load_tokenizer
 
@@ -43,7 +44,7 @@ def answer_after(trainer: TrainingContext, run: RunState) -> None:
     if not trainer.config.spec.training.evaluation.prompts:
         return
     ranks, store = trainer.ranks, trainer.checkpoints
-    with trainer.recorder.section("Checkpoint"):
+    with trainer.ranks.heartbeat.during(Section.CHECKPOINT):
         chosen = store.chosen() if ranks.is_first else None
         step = ranks.gather(chosen.step if chosen else None)[0]
         if step is not None and step != run.step and computes(trainer):
@@ -71,7 +72,7 @@ def answer(trainer: TrainingContext, who: str) -> None:
     tokenizer = load_tokenizer(trainer.prepared.model_path, spec.dataset.chat_template)
     encoder, ends = Encoder(tokenizer, spec.dataset), end_tokens(trainer, tokenizer)
     texts: dict[str, str] = {}
-    with trainer.recorder.section("Evaluate"):
+    with trainer.ranks.heartbeat.during(Section.EVALUATE):
         for start in range(0, len(prompts), trainer.config.batch.micro_batch_size):
             some = prompts[start : start + trainer.config.batch.micro_batch_size]
             rows = continue_rows(trainer, [encoder.prompt(prompt) for prompt in some], ends, encoder.end)

@@ -58,12 +58,11 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
     port = config.metrics_port + ranks.local_rank if config.metrics_port else 0
     serve(recorder, config.metrics_host, port, port_file)
 
-    with recorder.section("Load"):
-        trainer = build(config, ranks, recorder, stop)
-        run = resume_or_start(trainer)
-        if run.step < trainer.total_steps:
-            recorder.update(expected_seconds=expected_seconds(trainer, run.step, probe_peak_memory(trainer)))
-    ranks.heartbeat.enter(Section.DATA, Section.DATA)  # where a rank is between two sections, no more in Load
+    trainer = build(config, ranks, recorder, stop)
+    run = resume_or_start(trainer)
+    if run.step < trainer.total_steps:
+        recorder.update(expected_seconds=expected_seconds(trainer, run.step, probe_peak_memory(trainer)))
+    ranks.heartbeat.enter(Section.DATA)  # where a rank is between two sections, no more in Load
     answer_before(trainer, run)
     steps = trainer.batches.steps(run.step, trainer.total_steps)
     while True:
@@ -80,7 +79,7 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
     message = finished(trainer, run)
     if not ranks.is_first:
         return message  # no rank waits in a collective while the first one merges and uploads
-    with recorder.section("Publish"):
+    with ranks.heartbeat.during(Section.PUBLISH):
         adapter = publish_run(trainer, run)
     return message.model_copy(update={"adapter": adapter})
 
@@ -109,12 +108,12 @@ def train_step(trainer: TrainingContext, run: RunState, steps: Iterator[Step]) -
 
     """
     start = time.monotonic()
-    with trainer.recorder.section("Data"):
+    with trainer.ranks.heartbeat.during(Section.DATA):
         step = next(steps)
     waited = time.monotonic() - start
     trainer.recorder.add("qlora_data_wait_seconds", waited)
     engine_state.seed_step(trainer.config.spec.training.seed, run.step, trainer.ranks.rank)
-    with trainer.recorder.section("Train"):
+    with trainer.ranks.heartbeat.during(Section.FORWARD):
         scale = run.loss_scale.scale if run.loss_scale else None
         loss_sum = accumulate(trainer.engine, step, trainer.ranks, scale)
         due = trainer.ranks.is_first and run.clock.has_run(trainer.config.spec.checkpoint.every_minutes)
@@ -243,7 +242,7 @@ def evaluate_now(trainer: TrainingContext, run: RunState) -> float | None:
     data = trainer.data
     assert data.eval is not None
     assert data.eval_packs is not None
-    with trainer.recorder.section("Evaluate"):
+    with trainer.ranks.heartbeat.during(Section.EVALUATE):
         ranks = trainer.ranks
         split = trainer.config.batch
         micro_batches = eval_batches(data.eval, data.eval_packs, split.micro_batch_size, ranks.world_size, ranks.rank)

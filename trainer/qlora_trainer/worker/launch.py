@@ -253,14 +253,14 @@ def _first_end(
     for rank, code in exit_codes.items():
         if code < 0 and -code != signal.SIGTERM:
             beat = heartbeat.read_all(folder)[rank - place.index * config.ranks_per_worker]
-            phase = heartbeat.phase(beat.section, beat.step)
+            activity = heartbeat.activity(beat.section, beat.step)
             name = signal.Signals(-code).name
             if -code == signal.SIGKILL and oom.struck():
                 end = int(ExitCode.OUT_OF_HOST_MEMORY)
-                text = f"rank {rank} was killed in {phase} by the kernel, out of host memory: {oom.words()}"
+                text = f"rank {rank} was killed in {activity} by the kernel, out of host memory: {oom.words()}"
             else:
                 end = ExitCode.CRASHED if -code == signal.SIGKILL else 128 - code
-                text = f"rank {rank} on {place.node} was killed by {name} in {phase}; the kernel's log may say why"
+                text = f"rank {rank} on {place.node} was killed by {name} in {activity}; the kernel's log may say why"
             peers = termination_message.read(path)
             termination = TerminationMessage(exit_code=end, reason=reason_of(end), message=text, rank=rank)
             if peers is not None:  # what the others knew of the step and of memory
