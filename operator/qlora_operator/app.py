@@ -127,10 +127,13 @@ class Operator:
         self.corrections = Corrections(self.api, config, self.metrics.corrected)
         self.gangs: frozenset[Gang] = frozenset()
         self.reconciler = Reconciler(self.store, self.api, config, lambda: self.gangs, self.corrections, self.metrics)
-        self.poller = ProgressPoller(self.store, self.reconciler, config.progress_seconds, self.metrics.report_rejected)
+        self.wake = self.reconciler.queue.add
+        self.poller = ProgressPoller(
+            self.store, self.reconciler.polled, self.wake, config.progress_seconds, self.metrics.report_rejected
+        )
         self.followed = [
-            Watch(self.api, kind, namespace, self.reconciler.wake, self.watches.note, self.metrics.skipped)
-            for kind in kinds_of(self.store, self.reconciler.services)
+            Watch(self.api, kind, namespace, self.wake, self.watches.note, self.metrics.skipped)
+            for kind in kinds_of(self.store, self.reconciler.children.services)
             for namespace in config.namespaces or ("",)
         ]
         self.stop, self.looked = asyncio.Event(), asyncio.Event()
@@ -161,9 +164,7 @@ class Operator:
 
     def background_tasks(self) -> Iterator[BackgroundTask]:
         """Give what goes on side by side; the failure of one is none of the others'."""
-        resync = partial(
-            resync_forever, self.store, self.api, self.reconciler.wake, self.config.namespaces, self.listings
-        )
+        resync = partial(resync_forever, self.store, self.api, self.wake, self.config.namespaces, self.listings)
         tasks = (
             BackgroundTask("reconciler", self.reconciler.run),
             BackgroundTask("progress", self.poller.run),
@@ -184,9 +185,9 @@ class Operator:
             self.api, self.store, self.config.namespaces, self.followed, self.metrics.skipped
         )
         await self.corrections.refresh()
-        self.reconciler.services |= services
-        for key in (*dict(self.store), *((namespace, "") for namespace in self.reconciler.services)):
-            self.reconciler.wake(key)
+        self.reconciler.children.services |= services
+        for key in (*dict(self.store), *((namespace, "") for namespace in self.reconciler.children.services)):
+            self.wake(key)
         self.looked.set()
 
     async def watch(self) -> None:
@@ -206,7 +207,7 @@ class Operator:
     def registry(self) -> kopf.OperatorRegistry:
         """Return kopf's handlers for the operator."""
         registry = kopf.OperatorRegistry()
-        kopf_handlers.register(registry, self.store, self.reconciler.wake)
+        kopf_handlers.register(registry, self.store, self.wake)
 
         @kopf.on.login(registry=registry)
         async def login(**_: object) -> kopf.AiohttpSession:

@@ -11,7 +11,6 @@ import ipaddress
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import aiohttp
 
@@ -33,20 +32,13 @@ UNREADABLE = (aiohttp.ClientResponseError, ReportError, TooLargeError)
 """Something answered, with something else than a report."""
 
 
-class Polled(Protocol):
-    """Jobs to ask, by the first pod of each, and a way to wake them."""
-
-    polled: dict[Key, PodSnapshot]
-
-    def wake(self, key: Key) -> None: ...
-
-
 class ProgressPoller:
     """Asks all that train, again and again, and wakes those that have news.
 
     Args:
         store: what is known.
-        reconciler: knows whom to ask.
+        polled: the first pod of each job to ask. Jobs come and go while it is used.
+        wake: told the key of each job that has news.
         every_seconds: between two rounds.
         rejected: told of each answer that is no progress report.
         port: of the pods.
@@ -56,13 +48,14 @@ class ProgressPoller:
     def __init__(
         self,
         store: ObjectCache,
-        reconciler: Polled,
+        polled: Mapping[Key, PodSnapshot],
+        wake: Callable[[Key], None],
         every_seconds: float,
         rejected: Callable[[], None],
         port: int = METRICS_PORT,
     ) -> None:
-        self._store, self._reconciler, self._every, self._rejected = store, reconciler, every_seconds, rejected
-        self._port = port
+        self._store, self._polled, self._wake = store, polled, wake
+        self._every, self._rejected, self._port = every_seconds, rejected, port
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._failures: Counter[str] = Counter()
         """Rounds in a row in which a pod, by UID, did not answer with a report."""
@@ -73,7 +66,7 @@ class ProgressPoller:
         async with progress_session() as session:
             while True:
                 await asyncio.sleep(self._every)
-                await self._ask_all(session, dict(self._reconciler.polled))
+                await self._ask_all(session, dict(self._polled))
 
     async def _ask_all(self, session: aiohttp.ClientSession, pods: Mapping[Key, PodSnapshot]) -> None:
         self._round += 1
@@ -99,14 +92,14 @@ class ProgressPoller:
         self._take(key, pod, report)
 
     def _take(self, key: Key, pod: PodSnapshot, report: ProgressReport) -> None:
-        asked = self._reconciler.polled.get(key)
+        asked = self._polled.get(key)
         if asked is None or asked.uid != pod.uid or report.attempt != pod.attempt:
             return
         known = self._store[key]
         news = known.report is None or report.step != known.report.step or report.section != known.report.section
         known.report = report
         if news:
-            self._reconciler.wake(key)
+            self._wake(key)
 
 
 def progress_session() -> aiohttp.ClientSession:

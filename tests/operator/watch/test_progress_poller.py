@@ -79,22 +79,12 @@ def test_each_of_more_than_200_hostile_answers_is_an_error_or_a_report_that_stat
             assert found.loss is None or float(found.loss) < 10
 
 
-class Reconciler:
-    """Knows whom to ask, and who was woken."""
-
-    def __init__(self, polled) -> None:
-        self.polled, self.woken = polled, []
-
-    def wake(self, key) -> None:
-        self.woken.append(key)
-
-
 def test_what_one_pod_answers_ends_no_round_and_the_others_are_heard():
     hostile, honest = ("team", "hostile"), ("team", "honest")
-    rejected = []
+    rejected, woken = [], []
 
-    async def poll(reconciler, said, rounds):
-        poller = ProgressPoller(store, reconciler, 0.001, lambda: rejected.append(1), said.port)
+    async def poll(polled, said, rounds):
+        poller = ProgressPoller(store, polled, woken.append, 0.001, lambda: rejected.append(1), said.port)
         running = asyncio.create_task(poller.run())
         await asyncio.to_thread(eventually, lambda: said.asked >= rounds or running.done(), 60)
         assert not running.done()
@@ -103,9 +93,8 @@ def test_what_one_pod_answers_ends_no_round_and_the_others_are_heard():
     store = ObjectCache()
     other = f"{ADDRESS[:-1]}6"
     with HostileRank(ADDRESS, 0, answers("127.0.0.1:1")[:60]) as bad, HostileRank(other, bad.port, [report()]) as good:
-        reconciler = Reconciler({hostile: pod(ip=ADDRESS), honest: pod(uid="other", ip=other)})
-        asyncio.run(poll(reconciler, bad, 60))
+        asyncio.run(poll({hostile: pod(ip=ADDRESS), honest: pod(uid="other", ip=other)}, bad, 60))
         assert good.asked > bad.asked
     assert store[honest].report.step == REPORT["step"]
-    assert honest in reconciler.woken
+    assert honest in woken
     assert rejected
