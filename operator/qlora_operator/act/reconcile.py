@@ -26,9 +26,10 @@ from qlora_operator.act.nodes import Nodes
 from qlora_operator.act.status_writer import StatusWriter
 from qlora_operator.act.work_queue import LONGEST_RETRY_SECONDS, WorkQueue
 from qlora_operator.config import OperatorConfig
+from qlora_operator.decide.conditions import is_finished
 from qlora_operator.decide.decision import Decision, Note
 from qlora_operator.decide.events import event_of
-from qlora_operator.decide.plan import is_finished, plan
+from qlora_operator.decide.plan import plan
 from qlora_operator.kube.client import TRANSIENT, Api, ApiError
 from qlora_operator.serve.metrics import Metrics
 from qlora_operator.state.cache import Key, Known, ObjectCache

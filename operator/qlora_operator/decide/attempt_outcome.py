@@ -58,16 +58,17 @@ class Ending:
     exit_code: int | None = None
     node: str = ""
     termination_message: TerminationMessage | None = None
+    removed: bool = False
+    """Its Job was deleted, and all pods have ended since."""
 
 
-def ending_of(attempt: int, workers: int, seen: Observed, *, asked_to_stop: bool = False) -> Ending | None:
+def ending_of(attempt: int, workers: int, seen: Observed) -> Ending | None:
     """Say how an attempt ended; None while it goes on or its pods still end.
 
     Args:
         attempt: its number.
         workers: its pods.
         seen: what there is.
-        asked_to_stop: the job is to be suspended, or is over: what ends now was told to.
 
     """
     job, pods = seen.jobs.get(attempt), seen.pods_of(attempt)
@@ -84,16 +85,8 @@ def ending_of(attempt: int, workers: int, seen: Observed, *, asked_to_stop: bool
     won = next((p for p in pods if p.index == 0 and p.exit_code == 0 and p.termination_message), None)
     if won:
         return _of_pod(won, Reason.COMPLETED)
-    if asked_to_stop:
-        told = _told(pods, workers, seen)
-        return Ending(
-            Reason.SUSPENDED,
-            told.message if told and told.termination_message else "stopped; it goes on from the last checkpoint",
-            told.exit_code if told else None,
-            told.node if told else "",
-            told.termination_message if told else None,
-        )
-    return _told(pods, workers, seen) or Ending(Reason.PREEMPTED, "its Job was deleted")
+    told = _told(pods, workers, seen) or Ending(Reason.PREEMPTED, "its Job was deleted")
+    return replace(told, removed=True)
 
 
 def _words_are_on_their_way(job: ObservedJob, pods: tuple[PodSnapshot, ...], seen: Observed) -> bool:
@@ -244,6 +237,13 @@ def _from_job(job: ObservedJob) -> Ending:
     if "DisruptionTarget" in job.message:
         return Ending(Reason.PREEMPTED, job.message)
     return Ending(Reason.CRASHED, job.message or "its Job failed without a message")
+
+
+def as_suspended(ending: Ending) -> Ending:
+    """Return the end of an attempt that was told to stop."""
+    told = not ending.removed or ending.termination_message is not None
+    message = ending.message if told else "stopped; it goes on from the last checkpoint"
+    return replace(ending, reason=Reason.SUSPENDED, message=message)
 
 
 def close(attempt: Attempt, ending: Ending, seen: Observed) -> Attempt:

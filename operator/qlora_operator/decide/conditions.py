@@ -55,6 +55,13 @@ def is_condition_true(conditions: Iterable[Condition], kind: ConditionType) -> b
     return any(c.type is kind and c.status == "True" for c in conditions)
 
 
+def is_finished(status: QLoRAJobStatus) -> bool:
+    """Return whether a job has succeeded or failed."""
+    return is_condition_true(status.conditions, ConditionType.SUCCEEDED) or is_condition_true(
+        status.conditions, ConditionType.FAILED
+    )
+
+
 def time_in_words(seconds: int | None) -> str:
     """As kubectl writes ages: 45s, 12m, 3h20m, 2d4h."""
     if seconds is None:

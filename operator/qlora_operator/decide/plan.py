@@ -35,14 +35,15 @@ from qlora_operator.decide.attempt_history import (
     with_clock_stopped,
     with_termination_message,
 )
-from qlora_operator.decide.attempt_outcome import Ending, close, ending_of
+from qlora_operator.decide.attempt_outcome import Ending, as_suspended, close, ending_of
 from qlora_operator.decide.conditions import is_condition_true, with_condition
-from qlora_operator.decide.deadline import is_late, wake_after
+from qlora_operator.decide.deadline import wake_after
 from qlora_operator.decide.decision import Context, Decision, Note
 from qlora_operator.decide.elastic import fewer, on_the_right_ranks, too_large, waiting_since
 from qlora_operator.decide.grace_period import with_grace
 from qlora_operator.decide.pending_reason import pending_reason
 from qlora_operator.decide.prepare_result import NOT_PREPARED, is_for, with_correction, with_prepared
+from qlora_operator.decide.stopping import Outcome, Stop, attempt_state, outcome_of, stop_of
 from qlora_operator.names import key_secret_name
 from qlora_operator.state.observed import PREPARE, JobState, Observed, ObservedJob, PodSnapshot, planned
 
@@ -59,17 +60,22 @@ def plan(job: QLoRAJob, seen: Observed, config: OperatorConfig, gang: Gang) -> D
     """Decide what follows for one job; time comes in as ``seen.now``."""
     context = Context(job, seen, config, gang)
     status = job.status or QLoRAJobStatus()
-    if job.metadata.deletion_timestamp is not None:
-        return Decision(status)  # the garbage collector takes the children
-    if is_finished(status):
-        return _over(context, status)
-    status = with_clock_stopped(context, _adopted(context, status))
-    status, notes = _concluded(context, status)
-    if is_finished(status):
-        return _ending(context, status, notes)
-    if is_late(context, status):
-        return _too_late(context, status, notes)
-    decision = _next(context, status)
+    notes: tuple[Note, ...] = ()
+    was_over = stop_of(context, status) in (Stop.DELETED, Stop.FINISHED)
+    if not was_over:
+        status = with_clock_stopped(context, _adopted(context, status))
+        status, notes = _concluded(context, status)
+    stop = stop_of(context, status)
+    outcome = outcome_of(stop, attempt_state(status, None), pods=_has_pods(context))
+    if outcome is Outcome.LEAVE_TO_GARBAGE_COLLECTION:
+        return Decision(status)
+    if outcome is Outcome.CLEAN_UP:
+        return _over(context, status) if was_over else _ending(context, status, notes)
+    if outcome is Outcome.FAIL_BY_DEADLINE:
+        return _failed_by_deadline(context, status, notes)
+    if outcome is Outcome.STOP_PODS and stop is Stop.DEADLINE:
+        return replace(_leaving(context, status, f"{_too_late_words(context)}: the ranks leave"), notes=notes)
+    decision = _next(context, status, stop, outcome)
     # What ended by a decision (its node is lost, it found no room) may have a Job that would go on.
     over = {a.number for a in status.attempts if a.end_time}
     stale = tuple(j for j in _running(context) if j.attempt in over and j not in decision.delete)
@@ -79,12 +85,6 @@ def plan(job: QLoRAJob, seen: Observed, config: OperatorConfig, gang: Gang) -> D
         delete=(*decision.delete, *stale),
         notes=(*notes, *decision.notes),
         wake_after=None if wake == math.inf else wake,
-    )
-
-
-def is_finished(status: QLoRAJobStatus) -> bool:
-    return is_condition_true(status.conditions, ConditionType.SUCCEEDED) or is_condition_true(
-        status.conditions, ConditionType.FAILED
     )
 
 
@@ -115,13 +115,14 @@ def _running(context: Context) -> tuple[ObservedJob, ...]:
     )
 
 
-def _too_late(context: Context, status: QLoRAJobStatus, notes: Sequence[Note]) -> Decision:
-    """Have the ranks leave; failed once the last pod is gone, for until then the adapter may still be published."""
-    text = _too_late_words(context)
-    if open_attempt(status):
-        return replace(_leaving(context, status, f"{text}: the ranks leave"), notes=tuple(notes))
-    end = Finish(False, Reason.DEADLINE_EXCEEDED, text)
-    note = Note("Warning", end.reason.value, text)
+def _has_pods(context: Context) -> bool:
+    """Return whether there are pods that have not ended, or a Job that may still make some."""
+    return bool(_running(context)) or any(not p.ended for p in context.seen.living)
+
+
+def _failed_by_deadline(context: Context, status: QLoRAJobStatus, notes: Sequence[Note]) -> Decision:
+    end = Finish(False, Reason.DEADLINE_EXCEEDED, _too_late_words(context))
+    note = Note("Warning", end.reason.value, end.message)
     return _ending(context, _finished(context, status, end), (*notes, note))
 
 
@@ -181,30 +182,27 @@ def _concluded(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus
     attempt = open_attempt(status)
     if attempt is None:
         return status, ()
-    workers = context.workers(attempt)
-    left = budget_left(context, status)
-    late = is_late(context, status)
-    stopping = context.job.spec.suspend or late or (left is not None and left <= 0)
-    ending = ending_of(attempt.number, workers, context.seen, asked_to_stop=stopping)
-    ending = ending or too_large(context, attempt)
+    ending = ending_of(attempt.number, context.workers(attempt), context.seen) or too_large(context, attempt)
     if ending is None:
         return status, ()
-    if stopping and ending.reason is Reason.PREEMPTED:
-        ending = replace(ending, reason=Reason.SUSPENDED)
-    if late and ending.reason is Reason.SUSPENDED:
+    stop = stop_of(context, status)
+    outcome = outcome_of(stop, attempt_state(status, ending), pods=_has_pods(context))
+    if outcome is Outcome.CLOSE_AS_SUSPENDED:
+        ending = as_suspended(ending)
+    elif outcome is Outcome.CLOSE_AS_DEADLINE_EXCEEDED:
         ending = replace(ending, reason=Reason.DEADLINE_EXCEEDED, message=_too_late_words(context))
     attempt = close(attempt, ending, context.seen)
     status = _with_end(context, status, attempt, ending)
-    if ending.reason is Reason.DEADLINE_EXCEEDED:
+    if outcome is Outcome.CLOSE_AS_DEADLINE_EXCEEDED:
         return status, ()
     decision = after_attempt(context.job.spec.policy, status.attempts)
-    if late and not isinstance(decision, Finish):
+    if stop is Stop.DEADLINE and not isinstance(decision, Finish):
         return status, ()
     if isinstance(decision, Finish):
         kind: Literal["Normal", "Warning"] = "Normal" if decision.succeeded else "Warning"
         note = Note(kind, decision.reason.value, decision.message)
         return _finished(context, status, decision), (note,)
-    if ending.reason is Reason.SUSPENDED:
+    if outcome is Outcome.CLOSE_AS_SUSPENDED:
         return status, (Note("Normal", "Suspended", _attempt_words(attempt)),)
     return status, (Note("Warning", ending.reason.value, f"{_attempt_words(attempt)}; another attempt follows"),)
 
@@ -230,15 +228,12 @@ def _finished(context: Context, status: QLoRAJobStatus, end: Finish) -> QLoRAJob
 # -------------------------------------------------------------------------------------------------------- what is next
 
 
-def _next(context: Context, status: QLoRAJobStatus) -> Decision:
+def _next(context: Context, status: QLoRAJobStatus, stop: Stop, outcome: Outcome) -> Decision:
     status = status.model_copy(update={"observed_generation": context.job.metadata.generation or 0})
-    if context.job.spec.suspend:
-        return _suspend(context, status, Reason.SUSPENDED, "set spec.suspend to false to go on")
-    left = budget_left(context, status)
-    if left is not None and left <= 0:
-        hours = context.job.spec.policy.budget_gpu_hours
-        text = f"spec.policy.budgetGpuHours ({hours}) is used up, with what a stop takes; with a larger one it goes on"
-        return _suspend(context, status, Reason.BUDGET_REACHED, text)
+    if outcome is Outcome.STOP_PODS:
+        return _leaving(context, status, "the ranks write a checkpoint and leave")
+    if outcome is Outcome.SUSPEND:
+        return _suspended(context, status, stop)
     if is_condition_true(status.conditions, ConditionType.SUSPENDED):
         status = with_condition(context, status, ConditionType.SUSPENDED, Reason.PENDING, "resumed", is_true=False)
     if context.config.prepare.enabled and status.prepared is None and not status.attempts:
@@ -249,10 +244,15 @@ def _next(context: Context, status: QLoRAJobStatus) -> Decision:
     return _start(context, status)
 
 
-def _suspend(context: Context, status: QLoRAJobStatus, why: Reason, remedy: str) -> Decision:
-    """Have the ranks checkpoint and leave; suspended once the last pod is gone."""
-    if _running(context) or any(not p.ended for p in context.seen.living):
-        return _leaving(context, status, "the ranks write a checkpoint and leave")
+def _suspended(context: Context, status: QLoRAJobStatus, stop: Stop) -> Decision:
+    """The last pod is gone."""
+    why, remedy = Reason.SUSPENDED, "set spec.suspend to false to go on"
+    if stop is Stop.BUDGET:
+        hours = context.job.spec.policy.budget_gpu_hours
+        why = Reason.BUDGET_REACHED
+        remedy = (
+            f"spec.policy.budgetGpuHours ({hours}) is used up, with what a stop takes; with a larger one it goes on"
+        )
     text = f"no pod runs; {remedy}"
     status = with_condition(context, status, ConditionType.RUNNING, why, text, is_true=False)
     status = with_condition(context, status, ConditionType.SUSPENDED, why, text, is_true=True)

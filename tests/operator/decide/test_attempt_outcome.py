@@ -8,7 +8,7 @@ import pytest
 
 from operator_builders import NOW, child, pod, seen
 from qlora_api.status import Reason
-from qlora_operator.decide.attempt_outcome import ending_of
+from qlora_operator.decide.attempt_outcome import as_suspended, ending_of
 from qlora_operator.state.observed import JobState, observe_pod
 
 FAILED = child(state=JobState.FAILED)
@@ -178,9 +178,12 @@ def test_a_pod_that_outlasts_its_deletion_is_on_a_lost_node():
 def test_a_job_that_is_gone_ends_the_attempt_once_its_pods_have():
     assert ending_of(1, 1, seen(pod())) is None
     assert ending_of(1, 1, seen()).reason is Reason.PREEMPTED
-    assert ending_of(1, 1, seen(pod(code=43, word="stopped"), after=1), asked_to_stop=True).reason is Reason.SUSPENDED
+    told_to_stop = ending_of(1, 1, seen(pod(code=43, word="stopped"), after=1))
+    assert told_to_stop.removed
+    assert as_suspended(told_to_stop).reason is Reason.SUSPENDED
+    assert as_suspended(told_to_stop).message == "stopped"
 
 
 def test_what_completed_before_it_was_told_to_stop_is_complete():
-    ending = ending_of(1, 1, seen(pod(code=0, word="done", gone=True)), asked_to_stop=True)
-    assert ending.reason is Reason.COMPLETED
+    ending = ending_of(1, 1, seen(pod(code=0, word="done", gone=True)))
+    assert (ending.reason, ending.removed) == (Reason.COMPLETED, False)

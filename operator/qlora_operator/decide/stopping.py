@@ -1,0 +1,157 @@
+"""What becomes of a job and its attempt when either is to stop or has ended: one table. Pure.
+
+A decision looks it up twice: first for the open attempt, which is closed where it has ended, and then for the job,
+whose newest attempt is by then closed or goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from qlora_api.status import QLoRAJobStatus, Reason
+from qlora_operator.decide.attempt_history import budget_left, open_attempt
+from qlora_operator.decide.attempt_outcome import Ending
+from qlora_operator.decide.conditions import is_finished
+from qlora_operator.decide.deadline import is_late
+from qlora_operator.decide.decision import Context
+
+
+class Stop(Enum):
+    """Why a job is to stop. Of several reasons the first in this order counts."""
+
+    DELETED = auto()
+    """Somebody deletes the QLoRAJob."""
+    FINISHED = auto()
+    """It has succeeded or failed; containers of its pods may still run."""
+    DEADLINE = auto()
+    """``spec.policy.activeDeadlineSeconds`` has passed."""
+    SUSPEND = auto()
+    """``spec.suspend`` is set."""
+    BUDGET = auto()
+    """``spec.policy.budgetGpuHours`` is used up."""
+    NO = auto()
+
+
+class AttemptState(Enum):
+    """What is seen of the newest attempt."""
+
+    NONE = auto()
+    """No attempt is open."""
+    RUNNING = auto()
+    """It goes on, or its pods have not all ended, or what they wrote is not there yet."""
+    COMPLETED = auto()
+    """Rank 0 exited with code 0 and a termination message."""
+    NODE_LOST = auto()
+    """A node is gone with a pod of it, or with what the pod would have written."""
+    DISRUPTED = auto()
+    """Its pods were taken away: by preemption, eviction, or by whoever deleted them."""
+    REMOVED = auto()
+    """Its Job was deleted, and all pods have ended since."""
+    FAILED = auto()
+    """It ended by what its ranks did, or found no room."""
+
+
+class Outcome(Enum):
+    """What follows."""
+
+    LEAVE_TO_GARBAGE_COLLECTION = auto()
+    CLEAN_UP = auto()
+    """Delete the Jobs that still run, and the job itself when its time to live is over."""
+    CLOSE_AS_SEEN = auto()
+    """Close the attempt with the reason that is seen."""
+    CLOSE_AS_SUSPENDED = auto()
+    CLOSE_AS_DEADLINE_EXCEEDED = auto()
+    STOP_PODS = auto()
+    """Delete the Jobs that run: the ranks write a checkpoint and leave."""
+    SUSPEND = auto()
+    """Write that the job is suspended."""
+    FAIL_BY_DEADLINE = auto()
+    """Write that the job has failed."""
+    GO_ON = auto()
+
+
+@dataclass(frozen=True)
+class Row:
+    """Combinations with one outcome: each of the stops, with each of the attempts, and with pods or without."""
+
+    stops: frozenset[Stop]
+    attempts: frozenset[AttemptState]
+    pods: frozenset[bool]
+    """Whether a child Job may still make pods, or a pod has not ended."""
+    outcome: Outcome
+
+
+def _row(
+    stops: set[Stop] | frozenset[Stop],
+    attempts: set[AttemptState] | frozenset[AttemptState],
+    outcome: Outcome,
+    pods: bool | None = None,
+) -> Row:
+    return Row(frozenset(stops), frozenset(attempts), frozenset((True, False) if pods is None else (pods,)), outcome)
+
+
+_ALL = frozenset(AttemptState)
+_LIVE = frozenset(Stop) - {Stop.DELETED, Stop.FINISHED}
+_PAUSE = {Stop.SUSPEND, Stop.BUDGET}
+_OPEN = {AttemptState.NONE, AttemptState.RUNNING}
+_OWN_END = {AttemptState.COMPLETED, AttemptState.NODE_LOST, AttemptState.FAILED}
+_TAKEN_AWAY = {AttemptState.DISRUPTED, AttemptState.REMOVED}
+
+TABLE = (
+    _row({Stop.DELETED}, _ALL, Outcome.LEAVE_TO_GARBAGE_COLLECTION),
+    _row({Stop.FINISHED}, _ALL, Outcome.CLEAN_UP),
+    # What an attempt did by itself counts, whatever it was told to do meanwhile.
+    _row(_LIVE, _OWN_END, Outcome.CLOSE_AS_SEEN),
+    _row({Stop.NO}, _TAKEN_AWAY, Outcome.CLOSE_AS_SEEN),
+    _row(_PAUSE, _TAKEN_AWAY, Outcome.CLOSE_AS_SUSPENDED),
+    _row({Stop.DEADLINE}, _TAKEN_AWAY, Outcome.CLOSE_AS_DEADLINE_EXCEEDED),
+    _row({Stop.NO}, _OPEN, Outcome.GO_ON),
+    _row(_PAUSE, _OPEN, Outcome.STOP_PODS, pods=True),
+    _row(_PAUSE, _OPEN, Outcome.SUSPEND, pods=False),
+    # Until the last pod of the attempt has ended, the adapter may still be published.
+    _row({Stop.DEADLINE}, {AttemptState.RUNNING}, Outcome.STOP_PODS),
+    _row({Stop.DEADLINE}, {AttemptState.NONE}, Outcome.FAIL_BY_DEADLINE),
+)
+"""Every combination is in exactly one row."""
+_OUTCOMES = {
+    (stop, attempt, pods): row.outcome
+    for row in TABLE
+    for stop in row.stops
+    for attempt in row.attempts
+    for pods in row.pods
+}
+
+
+def outcome_of(stop: Stop, attempt: AttemptState, *, pods: bool) -> Outcome:
+    """Return what follows from why a job is to stop, how its attempt is, and whether there are pods."""
+    return _OUTCOMES[stop, attempt, pods]
+
+
+def stop_of(context: Context, status: QLoRAJobStatus) -> Stop:
+    """Return why a job is to stop."""
+    job, left = context.job, budget_left(context, status)
+    if job.metadata.deletion_timestamp is not None:
+        return Stop.DELETED
+    if is_finished(status):
+        return Stop.FINISHED
+    if is_late(context, status):
+        return Stop.DEADLINE
+    if job.spec.suspend:
+        return Stop.SUSPEND
+    return Stop.BUDGET if left is not None and left <= 0 else Stop.NO
+
+
+def attempt_state(status: QLoRAJobStatus, ending: Ending | None) -> AttemptState:
+    """Return what is seen of the newest attempt; ``ending`` is how it ended, None while it has not."""
+    if open_attempt(status) is None:
+        return AttemptState.NONE
+    if ending is None:
+        return AttemptState.RUNNING
+    if ending.reason is Reason.COMPLETED:
+        return AttemptState.COMPLETED
+    if ending.removed:
+        return AttemptState.REMOVED
+    if ending.reason is Reason.PREEMPTED:
+        return AttemptState.DISRUPTED
+    return AttemptState.NODE_LOST if ending.reason is Reason.NODE_LOST else AttemptState.FAILED

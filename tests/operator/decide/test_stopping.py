@@ -1,0 +1,105 @@
+"""The table of what follows a stop: it is whole, and decisions do what it says."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from itertools import product
+
+import pytest
+
+from operator_builders import NOW, attempt, child, decide, job, pod, running, seen
+from qlora_api.status import Condition, QLoRAJobStatus, Reason
+from qlora_operator.decide.stopping import TABLE, AttemptState, Outcome, Stop, outcome_of
+from qlora_operator.state.observed import JobState
+
+COMBINATIONS = list(product(Stop, AttemptState, (True, False)))
+ENDED = frozenset(AttemptState) - {AttemptState.NONE, AttemptState.RUNNING}
+CLOSES = {Outcome.CLOSE_AS_SEEN, Outcome.CLOSE_AS_SUSPENDED, Outcome.CLOSE_AS_DEADLINE_EXCEEDED}
+
+
+@pytest.mark.parametrize(("stop", "state", "pods"), COMBINATIONS)
+def test_every_combination_is_in_exactly_one_row(stop, state, pods):
+    rows = [row for row in TABLE if stop in row.stops and state in row.attempts and pods in row.pods]
+    assert [row.outcome for row in rows] == [outcome_of(stop, state, pods=pods)]
+
+
+@pytest.mark.parametrize(("stop", "state", "pods"), COMBINATIONS)
+def test_an_attempt_is_closed_where_it_has_ended_and_only_there(stop, state, pods):
+    is_over = stop in (Stop.DELETED, Stop.FINISHED)
+    assert (outcome_of(stop, state, pods=pods) in CLOSES) is (state in ENDED and not is_over)
+
+
+STOPS = {
+    Stop.SUSPEND: {"suspend": True},
+    Stop.BUDGET: {"policy": {"budgetGpuHours": "0.01"}},
+    Stop.DEADLINE: {"policy": {"activeDeadlineSeconds": 60}},
+    Stop.NO: {},
+}
+LATE = 100
+"""Seconds after which both limits are used up."""
+DISRUPTED = pod(code=43, word="stopped", disruption="EvictionByEvictionAPI")
+REMOVED = pod(code=43, word="stopped", gone=True)
+ENDS = {
+    AttemptState.COMPLETED: (child(state=JobState.COMPLETE), pod(code=0, word="done")),
+    AttemptState.NODE_LOST: (child(), pod(deletion_due=NOW, disruption="DeletionByTaintManager")),
+    AttemptState.DISRUPTED: (child(state=JobState.FAILED), DISRUPTED),
+    AttemptState.REMOVED: (REMOVED,),
+    AttemptState.FAILED: (child(state=JobState.FAILED), pod(code=1)),
+}
+SEEN = {
+    AttemptState.COMPLETED: Reason.COMPLETED,
+    AttemptState.NODE_LOST: Reason.NODE_LOST,
+    AttemptState.DISRUPTED: Reason.PREEMPTED,
+    AttemptState.REMOVED: Reason.PREEMPTED,
+    AttemptState.FAILED: Reason.CRASHED,
+}
+RECORDED = {Outcome.CLOSE_AS_SUSPENDED: Reason.SUSPENDED, Outcome.CLOSE_AS_DEADLINE_EXCEEDED: Reason.DEADLINE_EXCEEDED}
+
+
+@pytest.mark.parametrize(("stop", "state"), list(product(STOPS, ENDS)))
+def test_an_attempt_is_closed_as_the_table_says(stop, state):
+    open_attempt = running().attempts[0].model_copy(update={"running_time": NOW})
+    status = running().model_copy(update={"attempts": [open_attempt]})
+    decision = decide(job(status, **STOPS[stop]), seen(*ENDS[state], after=LATE))
+    outcome = outcome_of(stop, state, pods=True)
+    assert decision.status.attempts[0].reason is RECORDED.get(outcome, SEEN[state])
+
+
+FINISHED = QLoRAJobStatus(
+    conditions=[
+        Condition(type="Failed", status="True", reason="UserError", last_transition_time=NOW, observed_generation=1)
+    ],
+    completion_time=NOW,
+)
+ENDED_LATE = QLoRAJobStatus(
+    attempts=[attempt(1, "Preempted", runningTime=NOW - timedelta(seconds=LATE))], start_time=NOW
+)
+JOBS = {
+    Stop.DELETED: job(running(), deleted=True),
+    Stop.FINISHED: job(FINISHED),
+    **{stop: job(ENDED_LATE, **more) for stop, more in STOPS.items()},
+}
+
+
+@pytest.mark.parametrize(
+    ("stop", "there", "state", "deleted"),
+    [
+        pytest.param(Stop.DELETED, (child(), pod()), "Pending", [], id="deleted-left-to-the-garbage-collector"),
+        pytest.param(
+            Stop.FINISHED, (child(), pod()), "Pending", ["job-1"], id="finished-with-containers-that-still-run"
+        ),
+        pytest.param(Stop.FINISHED, (), "Pending", [], id="finished-and-gone"),
+        pytest.param(Stop.DEADLINE, (child(), pod()), "Failed", ["job-1"], id="deadline-with-a-job-left-over"),
+        pytest.param(Stop.DEADLINE, (), "Failed", [], id="deadline"),
+        pytest.param(Stop.SUSPEND, (child(), pod()), "Pending", ["job-1"], id="suspended-with-pods"),
+        pytest.param(Stop.SUSPEND, (pod(),), "Pending", [], id="suspended-with-pods-whose-job-is-gone"),
+        pytest.param(Stop.SUSPEND, (REMOVED,), "Suspended", [], id="suspended"),
+        pytest.param(Stop.BUDGET, (child(), pod()), "Pending", ["job-1"], id="budget-with-pods"),
+        pytest.param(Stop.BUDGET, (), "Suspended", [], id="budget"),
+    ],
+)
+def test_a_job_without_an_open_attempt_stops_as_the_table_says(stop, there, state, deleted):
+    decision = decide(JOBS[stop], seen(*there))
+    assert decision.status.state == state
+    assert [one.name for one in decision.delete] == deleted
+    assert decision.make == ()
