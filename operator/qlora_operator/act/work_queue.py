@@ -46,7 +46,7 @@ class WorkQueue(Generic[K]):
         self._metrics, self._retry_after, self._failed = metrics, retry_after, failed
         self._ready: asyncio.Queue[K] = asyncio.Queue()
         self._added: dict[K, float] = {}
-        """When each key that waits for a worker was added."""
+        """Time at which each key that waits for a worker was added."""
         self._active: set[K] = set()
         self._timers: dict[K, asyncio.TimerHandle] = {}
         self._failures: dict[K, int] = {}

@@ -43,7 +43,7 @@ from qlora_operator.decide.elastic import fewer, on_the_right_ranks, too_large, 
 from qlora_operator.decide.grace_period import with_grace
 from qlora_operator.decide.pending_reason import pending_reason
 from qlora_operator.decide.prepare_result import NOT_PREPARED, is_for, with_correction, with_prepared
-from qlora_operator.decide.stopping import Outcome, Stop, attempt_state, outcome_of, stop_of
+from qlora_operator.decide.stopping import StopCause, StopOutcome, attempt_state, outcome_of, stop_cause
 from qlora_operator.names import key_secret_name
 from qlora_operator.state.observed import PREPARE, JobState, Observed, ObservedJob, PodSnapshot, planned
 
@@ -61,19 +61,19 @@ def plan(job: QLoRAJob, seen: Observed, config: OperatorConfig, gang: Gang) -> D
     context = Context(job, seen, config, gang)
     status = job.status or QLoRAJobStatus()
     notes: tuple[Note, ...] = ()
-    was_over = stop_of(context, status) in (Stop.DELETED, Stop.FINISHED)
+    was_over = stop_cause(context, status) in (StopCause.DELETED, StopCause.FINISHED)
     if not was_over:
         status = with_clock_stopped(context, _adopted(context, status))
         status, notes = _concluded(context, status)
-    stop = stop_of(context, status)
+    stop = stop_cause(context, status)
     outcome = outcome_of(stop, attempt_state(status, None), pods=_has_pods(context))
-    if outcome is Outcome.LEAVE_TO_GARBAGE_COLLECTION:
+    if outcome is StopOutcome.LEAVE_TO_GARBAGE_COLLECTION:
         return Decision(status)
-    if outcome is Outcome.CLEAN_UP:
+    if outcome is StopOutcome.CLEAN_UP:
         return _over(context, status) if was_over else _ending(context, status, notes)
-    if outcome is Outcome.FAIL_BY_DEADLINE:
+    if outcome is StopOutcome.FAIL_BY_DEADLINE:
         return _failed_by_deadline(context, status, notes)
-    if outcome is Outcome.STOP_PODS and stop is Stop.DEADLINE:
+    if outcome is StopOutcome.STOP_PODS and stop is StopCause.DEADLINE:
         return replace(_leaving(context, status, f"{_too_late_words(context)}: the ranks leave"), notes=notes)
     decision = _next(context, status, stop, outcome)
     # What ended by a decision (its node is lost, it found no room) may have a Job that would go on.
@@ -185,24 +185,24 @@ def _concluded(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus
     ending = ending_of(attempt.number, context.workers(attempt), context.seen) or too_large(context, attempt)
     if ending is None:
         return status, ()
-    stop = stop_of(context, status)
+    stop = stop_cause(context, status)
     outcome = outcome_of(stop, attempt_state(status, ending), pods=_has_pods(context))
-    if outcome is Outcome.CLOSE_AS_SUSPENDED:
+    if outcome is StopOutcome.CLOSE_AS_SUSPENDED:
         ending = as_suspended(ending)
-    elif outcome is Outcome.CLOSE_AS_DEADLINE_EXCEEDED:
+    elif outcome is StopOutcome.CLOSE_AS_DEADLINE_EXCEEDED:
         ending = replace(ending, reason=Reason.DEADLINE_EXCEEDED, message=_too_late_words(context))
     attempt = close(attempt, ending, context.seen)
     status = _with_end(context, status, attempt, ending)
-    if outcome is Outcome.CLOSE_AS_DEADLINE_EXCEEDED:
+    if outcome is StopOutcome.CLOSE_AS_DEADLINE_EXCEEDED:
         return status, ()
     decision = after_attempt(context.job.spec.policy, status.attempts)
-    if stop is Stop.DEADLINE and not isinstance(decision, Finish):
+    if stop is StopCause.DEADLINE and not isinstance(decision, Finish):
         return status, ()
     if isinstance(decision, Finish):
         kind: Literal["Normal", "Warning"] = "Normal" if decision.succeeded else "Warning"
         note = Note(kind, decision.reason.value, decision.message)
         return _finished(context, status, decision), (note,)
-    if outcome is Outcome.CLOSE_AS_SUSPENDED:
+    if outcome is StopOutcome.CLOSE_AS_SUSPENDED:
         return status, (Note("Normal", "Suspended", _attempt_words(attempt)),)
     return status, (Note("Warning", ending.reason.value, f"{_attempt_words(attempt)}; another attempt follows"),)
 
@@ -228,11 +228,11 @@ def _finished(context: Context, status: QLoRAJobStatus, end: Finish) -> QLoRAJob
 # -------------------------------------------------------------------------------------------------------- what is next
 
 
-def _next(context: Context, status: QLoRAJobStatus, stop: Stop, outcome: Outcome) -> Decision:
+def _next(context: Context, status: QLoRAJobStatus, stop: StopCause, outcome: StopOutcome) -> Decision:
     status = status.model_copy(update={"observed_generation": context.job.metadata.generation or 0})
-    if outcome is Outcome.STOP_PODS:
+    if outcome is StopOutcome.STOP_PODS:
         return _leaving(context, status, "the ranks write a checkpoint and leave")
-    if outcome is Outcome.SUSPEND:
+    if outcome is StopOutcome.SUSPEND:
         return _suspended(context, status, stop)
     if is_condition_true(status.conditions, ConditionType.SUSPENDED):
         status = with_condition(context, status, ConditionType.SUSPENDED, Reason.PENDING, "resumed", is_true=False)
@@ -244,10 +244,10 @@ def _next(context: Context, status: QLoRAJobStatus, stop: Stop, outcome: Outcome
     return _start(context, status)
 
 
-def _suspended(context: Context, status: QLoRAJobStatus, stop: Stop) -> Decision:
+def _suspended(context: Context, status: QLoRAJobStatus, stop: StopCause) -> Decision:
     """The last pod is gone."""
     why, remedy = Reason.SUSPENDED, "set spec.suspend to false to go on"
-    if stop is Stop.BUDGET:
+    if stop is StopCause.BUDGET:
         hours = context.job.spec.policy.budget_gpu_hours
         why = Reason.BUDGET_REACHED
         remedy = (

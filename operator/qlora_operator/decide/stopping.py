@@ -1,4 +1,4 @@
-"""What becomes of a job and its attempt when either is to stop or has ended: one table. Pure.
+"""Decide what follows when a job is to stop or its attempt has ended: one table. Pure.
 
 A decision looks it up twice: first for the open attempt, which is closed where it has ended, and then for the job,
 whose newest attempt is by then closed or goes on.
@@ -17,8 +17,8 @@ from qlora_operator.decide.deadline import is_late
 from qlora_operator.decide.decision import Context
 
 
-class Stop(Enum):
-    """Why a job is to stop. Of several reasons the first in this order counts."""
+class StopCause(Enum):
+    """Reason for which a job is to stop. Of several the first in this order counts."""
 
     DELETED = auto()
     """Somebody deletes the QLoRAJob."""
@@ -34,7 +34,7 @@ class Stop(Enum):
 
 
 class AttemptState(Enum):
-    """What is seen of the newest attempt."""
+    """State of the newest attempt, as it is seen."""
 
     NONE = auto()
     """No attempt is open."""
@@ -52,8 +52,8 @@ class AttemptState(Enum):
     """It ended by what its ranks did, or found no room."""
 
 
-class Outcome(Enum):
-    """What follows."""
+class StopOutcome(Enum):
+    """Action that follows."""
 
     LEAVE_TO_GARBAGE_COLLECTION = auto()
     CLEAN_UP = auto()
@@ -75,43 +75,43 @@ class Outcome(Enum):
 class Row:
     """Combinations with one outcome: each of the stops, with each of the attempts, and with pods or without."""
 
-    stops: frozenset[Stop]
+    stops: frozenset[StopCause]
     attempts: frozenset[AttemptState]
     pods: frozenset[bool]
-    """Whether a child Job may still make pods, or a pod has not ended."""
-    outcome: Outcome
+    """True: a child Job may still make pods, or a pod has not ended."""
+    outcome: StopOutcome
 
 
 def _row(
-    stops: set[Stop] | frozenset[Stop],
+    stops: set[StopCause] | frozenset[StopCause],
     attempts: set[AttemptState] | frozenset[AttemptState],
-    outcome: Outcome,
+    outcome: StopOutcome,
     pods: bool | None = None,
 ) -> Row:
     return Row(frozenset(stops), frozenset(attempts), frozenset((True, False) if pods is None else (pods,)), outcome)
 
 
 _ALL = frozenset(AttemptState)
-_LIVE = frozenset(Stop) - {Stop.DELETED, Stop.FINISHED}
-_PAUSE = {Stop.SUSPEND, Stop.BUDGET}
+_LIVE = frozenset(StopCause) - {StopCause.DELETED, StopCause.FINISHED}
+_PAUSE = {StopCause.SUSPEND, StopCause.BUDGET}
 _OPEN = {AttemptState.NONE, AttemptState.RUNNING}
 _OWN_END = {AttemptState.COMPLETED, AttemptState.NODE_LOST, AttemptState.FAILED}
 _TAKEN_AWAY = {AttemptState.DISRUPTED, AttemptState.REMOVED}
 
 TABLE = (
-    _row({Stop.DELETED}, _ALL, Outcome.LEAVE_TO_GARBAGE_COLLECTION),
-    _row({Stop.FINISHED}, _ALL, Outcome.CLEAN_UP),
+    _row({StopCause.DELETED}, _ALL, StopOutcome.LEAVE_TO_GARBAGE_COLLECTION),
+    _row({StopCause.FINISHED}, _ALL, StopOutcome.CLEAN_UP),
     # What an attempt did by itself counts, whatever it was told to do meanwhile.
-    _row(_LIVE, _OWN_END, Outcome.CLOSE_AS_SEEN),
-    _row({Stop.NO}, _TAKEN_AWAY, Outcome.CLOSE_AS_SEEN),
-    _row(_PAUSE, _TAKEN_AWAY, Outcome.CLOSE_AS_SUSPENDED),
-    _row({Stop.DEADLINE}, _TAKEN_AWAY, Outcome.CLOSE_AS_DEADLINE_EXCEEDED),
-    _row({Stop.NO}, _OPEN, Outcome.GO_ON),
-    _row(_PAUSE, _OPEN, Outcome.STOP_PODS, pods=True),
-    _row(_PAUSE, _OPEN, Outcome.SUSPEND, pods=False),
+    _row(_LIVE, _OWN_END, StopOutcome.CLOSE_AS_SEEN),
+    _row({StopCause.NO}, _TAKEN_AWAY, StopOutcome.CLOSE_AS_SEEN),
+    _row(_PAUSE, _TAKEN_AWAY, StopOutcome.CLOSE_AS_SUSPENDED),
+    _row({StopCause.DEADLINE}, _TAKEN_AWAY, StopOutcome.CLOSE_AS_DEADLINE_EXCEEDED),
+    _row({StopCause.NO}, _OPEN, StopOutcome.GO_ON),
+    _row(_PAUSE, _OPEN, StopOutcome.STOP_PODS, pods=True),
+    _row(_PAUSE, _OPEN, StopOutcome.SUSPEND, pods=False),
     # Until the last pod of the attempt has ended, the adapter may still be published.
-    _row({Stop.DEADLINE}, {AttemptState.RUNNING}, Outcome.STOP_PODS),
-    _row({Stop.DEADLINE}, {AttemptState.NONE}, Outcome.FAIL_BY_DEADLINE),
+    _row({StopCause.DEADLINE}, {AttemptState.RUNNING}, StopOutcome.STOP_PODS),
+    _row({StopCause.DEADLINE}, {AttemptState.NONE}, StopOutcome.FAIL_BY_DEADLINE),
 )
 """Every combination is in exactly one row."""
 _OUTCOMES = {
@@ -123,23 +123,23 @@ _OUTCOMES = {
 }
 
 
-def outcome_of(stop: Stop, attempt: AttemptState, *, pods: bool) -> Outcome:
+def outcome_of(stop: StopCause, attempt: AttemptState, *, pods: bool) -> StopOutcome:
     """Return what follows from why a job is to stop, how its attempt is, and whether there are pods."""
     return _OUTCOMES[stop, attempt, pods]
 
 
-def stop_of(context: Context, status: QLoRAJobStatus) -> Stop:
+def stop_cause(context: Context, status: QLoRAJobStatus) -> StopCause:
     """Return why a job is to stop."""
     job, left = context.job, budget_left(context, status)
     if job.metadata.deletion_timestamp is not None:
-        return Stop.DELETED
+        return StopCause.DELETED
     if is_finished(status):
-        return Stop.FINISHED
+        return StopCause.FINISHED
     if is_late(context, status):
-        return Stop.DEADLINE
+        return StopCause.DEADLINE
     if job.spec.suspend:
-        return Stop.SUSPEND
-    return Stop.BUDGET if left is not None and left <= 0 else Stop.NO
+        return StopCause.SUSPEND
+    return StopCause.BUDGET if left is not None and left <= 0 else StopCause.NO
 
 
 def attempt_state(status: QLoRAJobStatus, ending: Ending | None) -> AttemptState:

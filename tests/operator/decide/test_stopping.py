@@ -9,12 +9,12 @@ import pytest
 
 from operator_builders import NOW, attempt, child, decide, job, pod, running, seen
 from qlora_api.status import Condition, QLoRAJobStatus, Reason
-from qlora_operator.decide.stopping import TABLE, AttemptState, Outcome, Stop, outcome_of
+from qlora_operator.decide.stopping import TABLE, AttemptState, StopCause, StopOutcome, outcome_of
 from qlora_operator.state.observed import JobState
 
-COMBINATIONS = list(product(Stop, AttemptState, (True, False)))
+COMBINATIONS = list(product(StopCause, AttemptState, (True, False)))
 ENDED = frozenset(AttemptState) - {AttemptState.NONE, AttemptState.RUNNING}
-CLOSES = {Outcome.CLOSE_AS_SEEN, Outcome.CLOSE_AS_SUSPENDED, Outcome.CLOSE_AS_DEADLINE_EXCEEDED}
+CLOSES = {StopOutcome.CLOSE_AS_SEEN, StopOutcome.CLOSE_AS_SUSPENDED, StopOutcome.CLOSE_AS_DEADLINE_EXCEEDED}
 
 
 @pytest.mark.parametrize(("stop", "state", "pods"), COMBINATIONS)
@@ -25,15 +25,15 @@ def test_every_combination_is_in_exactly_one_row(stop, state, pods):
 
 @pytest.mark.parametrize(("stop", "state", "pods"), COMBINATIONS)
 def test_an_attempt_is_closed_where_it_has_ended_and_only_there(stop, state, pods):
-    is_over = stop in (Stop.DELETED, Stop.FINISHED)
+    is_over = stop in (StopCause.DELETED, StopCause.FINISHED)
     assert (outcome_of(stop, state, pods=pods) in CLOSES) is (state in ENDED and not is_over)
 
 
 STOPS = {
-    Stop.SUSPEND: {"suspend": True},
-    Stop.BUDGET: {"policy": {"budgetGpuHours": "0.01"}},
-    Stop.DEADLINE: {"policy": {"activeDeadlineSeconds": 60}},
-    Stop.NO: {},
+    StopCause.SUSPEND: {"suspend": True},
+    StopCause.BUDGET: {"policy": {"budgetGpuHours": "0.01"}},
+    StopCause.DEADLINE: {"policy": {"activeDeadlineSeconds": 60}},
+    StopCause.NO: {},
 }
 LATE = 100
 """Seconds after which both limits are used up."""
@@ -53,7 +53,10 @@ SEEN = {
     AttemptState.REMOVED: Reason.PREEMPTED,
     AttemptState.FAILED: Reason.CRASHED,
 }
-RECORDED = {Outcome.CLOSE_AS_SUSPENDED: Reason.SUSPENDED, Outcome.CLOSE_AS_DEADLINE_EXCEEDED: Reason.DEADLINE_EXCEEDED}
+RECORDED = {
+    StopOutcome.CLOSE_AS_SUSPENDED: Reason.SUSPENDED,
+    StopOutcome.CLOSE_AS_DEADLINE_EXCEEDED: Reason.DEADLINE_EXCEEDED,
+}
 
 
 @pytest.mark.parametrize(("stop", "state"), list(product(STOPS, ENDS)))
@@ -75,8 +78,8 @@ ENDED_LATE = QLoRAJobStatus(
     attempts=[attempt(1, "Preempted", runningTime=NOW - timedelta(seconds=LATE))], start_time=NOW
 )
 JOBS = {
-    Stop.DELETED: job(running(), deleted=True),
-    Stop.FINISHED: job(FINISHED),
+    StopCause.DELETED: job(running(), deleted=True),
+    StopCause.FINISHED: job(FINISHED),
     **{stop: job(ENDED_LATE, **more) for stop, more in STOPS.items()},
 }
 
@@ -84,18 +87,18 @@ JOBS = {
 @pytest.mark.parametrize(
     ("stop", "there", "state", "deleted"),
     [
-        pytest.param(Stop.DELETED, (child(), pod()), "Pending", [], id="deleted-left-to-the-garbage-collector"),
+        pytest.param(StopCause.DELETED, (child(), pod()), "Pending", [], id="deleted-left-to-the-garbage-collector"),
         pytest.param(
-            Stop.FINISHED, (child(), pod()), "Pending", ["job-1"], id="finished-with-containers-that-still-run"
+            StopCause.FINISHED, (child(), pod()), "Pending", ["job-1"], id="finished-with-containers-that-still-run"
         ),
-        pytest.param(Stop.FINISHED, (), "Pending", [], id="finished-and-gone"),
-        pytest.param(Stop.DEADLINE, (child(), pod()), "Failed", ["job-1"], id="deadline-with-a-job-left-over"),
-        pytest.param(Stop.DEADLINE, (), "Failed", [], id="deadline"),
-        pytest.param(Stop.SUSPEND, (child(), pod()), "Pending", ["job-1"], id="suspended-with-pods"),
-        pytest.param(Stop.SUSPEND, (pod(),), "Pending", [], id="suspended-with-pods-whose-job-is-gone"),
-        pytest.param(Stop.SUSPEND, (REMOVED,), "Suspended", [], id="suspended"),
-        pytest.param(Stop.BUDGET, (child(), pod()), "Pending", ["job-1"], id="budget-with-pods"),
-        pytest.param(Stop.BUDGET, (), "Suspended", [], id="budget"),
+        pytest.param(StopCause.FINISHED, (), "Pending", [], id="finished-and-gone"),
+        pytest.param(StopCause.DEADLINE, (child(), pod()), "Failed", ["job-1"], id="deadline-with-a-job-left-over"),
+        pytest.param(StopCause.DEADLINE, (), "Failed", [], id="deadline"),
+        pytest.param(StopCause.SUSPEND, (child(), pod()), "Pending", ["job-1"], id="suspended-with-pods"),
+        pytest.param(StopCause.SUSPEND, (pod(),), "Pending", [], id="suspended-with-pods-whose-job-is-gone"),
+        pytest.param(StopCause.SUSPEND, (REMOVED,), "Suspended", [], id="suspended"),
+        pytest.param(StopCause.BUDGET, (child(), pod()), "Pending", ["job-1"], id="budget-with-pods"),
+        pytest.param(StopCause.BUDGET, (), "Suspended", [], id="budget"),
     ],
 )
 def test_a_job_without_an_open_attempt_stops_as_the_table_says(stop, there, state, deleted):
