@@ -1,25 +1,27 @@
 """Prepare a set of rows that is larger than the memory it may take: ``python benchmarks/bench_rows.py --gb 10``.
 
 Rows are generated from the standard library's sources, about 2 kB each; the tokenizer is a byte-level BPE trained on
-them. The process that prepares them has a limit of memory (RLIMIT_DATA). Prints seconds, MB of rows a second, and the
-peak of resident memory, mapped files included.
+them. The process that prepares them has a limit of memory (RLIMIT_DATA), and with ``--cgroup`` is in a memory cgroup
+that you made. Prints seconds, MB of rows a second, and the peak of resident memory of the process and its children,
+mapped files included.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import random
 import resource
-import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -27,6 +29,7 @@ from qlora_api.spec import DatasetSource, DatasetSpec, EvaluationData, ModelSpec
 from qlora_trainer.prepare.tokenize_rows import prepare_data
 
 GIB = 1 << 30
+SAMPLE_SECONDS = 0.5
 
 
 def texts() -> list[str]:
@@ -90,10 +93,25 @@ def prepare(folder: Path, limit: int) -> None:
         "MB/s": round(megabytes / seconds, 2),
         "MB/s per CPU second": round(megabytes / (time.process_time() - cpu), 2),
         "cores": cores,
-        "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "limit MiB": limit >> 20,
     }
     print(json.dumps(found))
+
+
+def run_and_watch(command: list[str], cgroup: Path | None) -> int:
+    """Run a command and return the peak of the resident memory of its processes, in MiB."""
+    peak = 0
+    process = psutil.Popen(command)
+    if cgroup:
+        (cgroup / "cgroup.procs").write_text(str(process.pid))
+    while True:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            tree = [process, *process.children(recursive=True)]
+            peak = max(peak, sum(each.memory_info().rss for each in tree))
+        with contextlib.suppress(psutil.TimeoutExpired):
+            if code := process.wait(SAMPLE_SECONDS):
+                raise SystemExit(code)
+            return peak >> 20
 
 
 def main() -> None:
@@ -101,6 +119,7 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=10)
     parser.add_argument("--limit-gib", type=float, default=2)
     parser.add_argument("--folder", type=Path, help="prepare what is in it; for the process that has the limit")
+    parser.add_argument("--cgroup", type=Path, help="folder of a memory cgroup to prepare the rows in")
     options = parser.parse_args()
     limit = int(options.limit_gib * GIB)
     if options.folder:
@@ -111,7 +130,7 @@ def main() -> None:
         write_tokenizer(folder / "tokenizer")
         write_rows(folder / "rows.jsonl", options.gb * 1e9)
         command = [sys.executable, __file__, "--folder", made, "--limit-gib", str(options.limit_gib)]
-        subprocess.run(command, check=True)
+        print(json.dumps({"peak MiB": run_and_watch(command, options.cgroup)}))
 
 
 if __name__ == "__main__":
