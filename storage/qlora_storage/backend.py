@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 
 MIB = 1 << 20
 CHUNK_BYTES = 16 * MIB
-"""Bytes per read request: at 120 s a request, 140 kB/s still gets through."""
+"""Bytes per read request: the most that is asked for again when one fails."""
 
 
 class FaultKind(Enum):

@@ -6,6 +6,7 @@ import os
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 MAX_PARTS = 9_000
 """S3 takes 10,000 parts an upload."""
 REQUEST_SECONDS = 120
+"""How long a request may be without progress: one that reads, until the next bytes come; one that writes, until all is
+sent and answered, since its client cannot tell how much of it went out."""
+READ_SECONDS = 3600
+"""For a whole read, in pieces of 16 MiB at most: what comes, however slowly, is progress."""
 PART_RETRIES = 6
 """obstore's own, about 2 s in all: a part of a large upload is repeated, not the whole. All other requests are repeated
 by :mod:`qlora_storage.retry` alone, which knows when a server wants to be left alone."""
@@ -42,14 +47,17 @@ WITHOUT_CREDENTIALS = (
 
 @dataclass(frozen=True)
 class UploadPace:
-    """Pace of an upload in parts: they share the line, and each must be through within REQUEST_SECONDS."""
+    """Pace of an upload in parts: they share the line, and each must be through in time."""
 
     part_bytes: int
     at_once: int
+    times: int = 1
+    """REQUEST_SECONDS times this is the time of a part."""
 
 
-PACES = (UploadPace(8 * MIB, 4), UploadPace(5 * MIB, 1))
-"""The first needs 280 kB/s, the second 44 once the line is free: 5 MiB is the smallest part that S3 takes."""
+PACES = (UploadPace(8 * MIB, 4), UploadPace(5 * MIB, 1), UploadPace(5 * MIB, 1, times=10))
+"""The first needs 280 kB/s, the second 44, the third 5: 5 MiB is the smallest part that S3 takes. More than that, since
+what was under way of the one before is still on the line."""
 
 
 class BucketBackend:
@@ -71,26 +79,33 @@ class BucketBackend:
                 raise SettingError(f"{name}: {REFUSED}")
         self._settings = settings
         self._pace = 0
+        self._request_seconds = request_seconds
+        self._open = cache(partial(_open, scheme, bucket, prefix or None, settings))
         with _without_panics():
-            self._store = _open(scheme, bucket, prefix or None, settings, request_seconds, 0)
-            self._parts = _open(scheme, bucket, prefix or None, settings, request_seconds, PART_RETRIES)
+            self._store = self._open(READ_SECONDS, 0, request_seconds)
 
     def put(self, key: str, data: bytes | Path) -> None:
         size = len(data) if isinstance(data, bytes) else data.stat().st_size
-        pace = PACES[self._pace]
-        part = max(pace.part_bytes, -(-size // MAX_PARTS))
-        store = self._parts if size > part else self._store
-        try:
-            with _without_panics():
-                obstore.put(store, key, data, chunk_size=part, max_concurrency=pace.at_once)
-        except BaseError as error:
-            if bucket_fault(error).timed_out:
-                self._pace = min(self._pace + 1, len(PACES) - 1)
-            raise
+        with self._paced() as pace:
+            part = max(pace.part_bytes, -(-size // MAX_PARTS))
+            store = self._open(pace.times * self._request_seconds, PART_RETRIES if size > part else 0)
+            obstore.put(store, key, data, chunk_size=part, max_concurrency=pace.at_once)
 
     def create(self, key: str, data: bytes) -> None:
-        with _without_panics():
-            obstore.put(self._store, key, data, mode="create")
+        with self._paced() as pace:
+            obstore.put(self._open(pace.times * self._request_seconds, 0), key, data, mode="create")
+
+    @contextmanager
+    def _paced(self) -> Iterator[UploadPace]:
+        """Give an upload its pace; one that times out is followed by slower ones."""
+        pace = self._pace
+        try:
+            with _without_panics():
+                yield PACES[pace]
+        except BaseError as error:
+            if bucket_fault(error).timed_out:
+                self._pace = min(pace + 1, len(PACES) - 1)
+            raise
 
     def head(self, key: str) -> Entry:
         with _without_panics():
@@ -142,13 +157,22 @@ class BucketBackend:
 
 
 def _open(
-    scheme: str, bucket: str, prefix: str | None, settings: StoreSettings, request_seconds: float, retries: int
+    scheme: str,
+    bucket: str,
+    prefix: str | None,
+    settings: StoreSettings,
+    seconds: float,
+    retries: int,
+    still_seconds: float | None = None,
 ) -> S3Store | GCSStore | AzureStore:
-    retry: RetryConfig = {"max_retries": retries, "retry_timeout": timedelta(seconds=request_seconds)}
+    """Open a store whose requests may take ``seconds`` in all, and ``still_seconds`` without an answer's next bytes."""
+    retry: RetryConfig = {"max_retries": retries, "retry_timeout": timedelta(seconds=seconds)}
     client: ClientConfig = {
-        "timeout": timedelta(seconds=request_seconds),
+        "timeout": timedelta(seconds=seconds),
         "allow_http": settings.allow_http,  # passing any option makes obstore ignore its variable
     }
+    if still_seconds is not None:
+        client["read_timeout"] = timedelta(seconds=still_seconds)
     if settings.certificate:
         client["root_certificate"] = settings.certificate
     # Each store takes the keys of its own scheme, which the settings were read for.

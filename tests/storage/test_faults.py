@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -104,6 +105,30 @@ def test_a_slow_line_gets_smaller_parts_one_at_a_time(proxy, bucket, monkeypatch
     assert "no answer came in time" in caplog.text
     proxy.uplink_bytes_per_second = None
     assert store.get("weights") == data
+
+
+def test_a_line_on_which_no_part_is_through_in_time_gets_more_time(proxy, bucket, monkeypatch, caplog):
+    """A part alone needs 2.5 s, and a request may take half a second at first, then twenty."""
+    alone = buckets.UploadPace(5 * MIB, 1)
+    monkeypatch.setattr(buckets, "PACES", (alone, alone, replace(alone, times=40)))
+    proxy.uplink_bytes_per_second = 2 * MIB
+    data = os.urandom(6 * MIB)
+    store = Store(BucketBackend("s3", bucket.removeprefix("s3://"), "", request_seconds=0.5), bucket, FIELD, 0)
+    with caplog.at_level(logging.WARNING):
+        store.put("weights", data)
+        store.create("manifest.json", data[: 2 * MIB])
+    assert caplog.text.count("no answer came in time") == 2
+    assert store.get("weights") == data
+
+
+def test_a_read_may_take_long_as_long_as_bytes_come(proxy, bucket, caplog):
+    data = os.urandom(3 * MIB)
+    store = Store(BucketBackend("s3", bucket.removeprefix("s3://"), "", request_seconds=2), bucket, FIELD, 0)
+    store.put("weights", data)
+    proxy.downlink_bytes_per_second = MIB / 2
+    assert store.get("weights") == data
+    assert store.read("weights", 0, 2 * MIB) == (data[: 2 * MIB], len(data))
+    assert "no answer came in time" not in caplog.text
 
 
 @pytest.mark.parametrize("status", [429, 503])

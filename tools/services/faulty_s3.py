@@ -92,6 +92,8 @@ class FaultyS3:
     """Given a call and how often it came before, which fault it gets."""
     uplink_bytes_per_second: float | None = None
     """Of all bodies that clients send, together."""
+    downlink_bytes_per_second: float | None = None
+    """Of each answer's body."""
     conditions: Literal["kept", "ignored", "refused"] = "kept"
     """If-None-Match counts (kept), replaces what is there (ignored), or is not known (refused)."""
     endpoint: str = ""
@@ -216,7 +218,12 @@ class _Handler(BaseHTTPRequestHandler):
             if name.lower() not in HOP_BY_HOP:
                 self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        if (rate := self.proxy.downlink_bytes_per_second) is None:
+            self.wfile.write(body)
+            return
+        for start in range(0, len(body), PIECE):
+            time.sleep(PIECE / rate)
+            self.wfile.write(body[start : start + PIECE])
 
     def _fail(self, fault: S3Fault) -> None:
         if not fault.status:
