@@ -228,6 +228,8 @@ class PrepareReceipt(Model):
     """Messages of the assistant of which nothing is written. They are not learned."""
     notes: list[str] = []
     """What a person should know of how the rows were rendered."""
+    conversations: bool = False
+    """PromptCompletion: the rows are conversations, and so a prompt is a turn of the user."""
     duplicates: int
     """Training rows that repeat an earlier one token by token. They are kept."""
     eval_in_train: int

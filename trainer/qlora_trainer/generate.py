@@ -92,7 +92,8 @@ def answers(arguments: argparse.Namespace) -> list[dict[str, str]]:
     tokenizer = load_tokenizer(base_path, arguments.dataset.chat_template if arguments.dataset else None)
     torch.manual_seed(0)
 
-    encoder = Encoder(tokenizer, arguments.dataset) if arguments.dataset else None
+    dataset, conversations = arguments.dataset, arguments.conversations
+    encoder = Encoder(tokenizer, dataset, conversations=conversations) if dataset else None
     encode = encoder.prompt if encoder else tokenizer.encode
     prompts, end = [encode(prompt) for prompt in arguments.prompt], encoder.end if encoder else ()
 
@@ -123,6 +124,7 @@ def main() -> int:
         type=DatasetSpec.model_validate_json,
         help="spec.dataset of the job as JSON: prompts are put as in training, else as they are",
     )
+    parser.add_argument("--conversations", action="store_true", help="the dataset's prompts are lists of messages")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_cli.local import run_folder
+from qlora_cli.report import training_history
 from qlora_cli.report.answers import AnswerLine, keep
 from qlora_cli.report.facts import MANIFEST
 
@@ -42,6 +43,8 @@ class Models:
     merged: str | None = None
     dataset: str | None = None
     """``spec.dataset`` of the job as JSON, where it is known: prompts are put as in training."""
+    conversations: bool = False
+    """By Prepare's receipt, the rows' prompts are lists of messages."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,9 @@ def models_of_run(runs_dir: Path, name: str, base: str | None, merged: str | Non
     uri = record.result.adapter.uri
     beside = Path(uri).parent / "merged"  # the trainer publishes both in one folder
     merged = merged or (str(beside) if beside.is_dir() else None)
-    return Models(base or record.spec.model.source, uri, merged, json.dumps(record.spec.to_json_dict()["dataset"]))
+    dataset = json.dumps(record.spec.to_json_dict()["dataset"])
+    conversations = record.receipt is not None and record.receipt.conversations
+    return Models(base or record.spec.model.source, uri, merged, dataset, conversations)
 
 
 def models_of_adapter(adapter: str, base: str | None, merged: str | None) -> Models:
@@ -123,7 +128,7 @@ def models_of_adapter(adapter: str, base: str | None, merged: str | None) -> Mod
             ) from None
     if not base:
         raise GenerateError(f"{adapter}: its adapter_config.json names no base; name it with --base")
-    return Models(base, adapter, merged, _dataset_of(Path(adapter)))
+    return Models(base, adapter, merged, _dataset_of(Path(adapter)), _has_conversations(Path(adapter)))
 
 
 def _dataset_of(adapter: Path) -> str | None:
@@ -134,11 +139,21 @@ def _dataset_of(adapter: Path) -> str | None:
         return None
 
 
+def _has_conversations(adapter: Path) -> bool:
+    """Return whether the history that the trainer published says that the rows were conversations."""
+    try:
+        history = training_history.of_file(adapter / training_history.PUBLISHED_FILE)
+        return bool(history.end["receipt"]["conversations"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
 def command(start: Sequence[str], models: Models, options: GenerateOptions) -> list[str]:
     """The process that answers; ``--option=value``, so that a prompt may begin with dashes."""
     words = [*start, f"--base={models.base}", f"--adapter={models.adapter}"]
     if models.dataset and not options.raw:
         words.append(f"--dataset={models.dataset}")
+        words += ["--conversations"] if models.conversations else []
     if models.merged:
         words.append(f"--merged={models.merged}")
     words += [f"--prompt={prompt}" for prompt in options.prompts]

@@ -83,6 +83,17 @@ def test_an_adapter_beside_its_manifest_is_asked_as_it_was_taught(tmp_path):
     assert not any(word.startswith("--dataset") for word in raw)
 
 
+@pytest.mark.parametrize("conversations", [True, False])
+def test_an_adapter_that_learned_from_conversations_is_asked_with_the_chat_template(tmp_path, conversations):
+    (tmp_path / "manifest.json").write_text(json.dumps({"config": {"dataset": {"format": "PromptCompletion"}}}))
+    (tmp_path / "adapter").mkdir()
+    last = {"receipt": {"conversations": conversations}, "predicted": {}, "measured": {}}
+    (tmp_path / "adapter" / "training_history.jsonl").write_text(json.dumps(last) + "\n")
+    models = asking.choose_models(str(tmp_path / "adapter"), None, tmp_path, "/b", None)
+    asked = asking.command(["ask"], models, GenerateOptions(("Hello",), 9, sample=False))
+    assert ("--conversations" in asked) == conversations
+
+
 def test_prompts_come_from_the_command_line_and_a_file(tmp_path):
     (tmp_path / "prompts").write_text("two\n\nthree\n")
     assert asking.prompts(["one"], tmp_path / "prompts") == ("one", "two", "three")

@@ -96,7 +96,7 @@ class ChatTemplate:
         Args:
             rows: the conversations.
             numbers: of the rows, for errors.
-            everything: all of it counts, not only what the assistant wrote.
+            everything: all of it counts, not only what the assistant wrote; but nothing of ``weight: 0``.
 
         Raises:
             UserError: a template that fails on a row, or with which a row cannot be learned from.
@@ -148,7 +148,14 @@ class ChatTemplate:
     def _render(
         self, rows: Sequence[Conversation], numbers: Sequence[RowNumber], *, everything: bool
     ) -> list[RenderedRow]:
-        given = [{"messages": row.messages, "tools": row.tools, "learned": row.learned} for row in rows]
+        given = [
+            {
+                "messages": row.messages,
+                "tools": row.tools,
+                "learned": row.weights if everything else row.learned,
+            }
+            for row in rows
+        ]
         answers = self._child.call({"rows": given, "everything": everything})["rows"]
         return [self._row(answer, number) for answer, number in zip(answers, numbers, strict=True)]
 

@@ -107,6 +107,8 @@ class Encoder:
 
     tokenizer: PreTrainedTokenizerBase
     dataset: DatasetSpec
+    conversations: bool = False
+    """PromptCompletion: the rows are conversations, so that a prompt is a turn of the user."""
 
     def __post_init__(self) -> None:
         if self.dataset.format is DatasetFormat.MESSAGES:
@@ -170,14 +172,13 @@ class Encoder:
             UserError: the chat template fails on it.
 
         """
-        match self.dataset.format:
-            case DatasetFormat.MESSAGES:
-                text = self._chat.ask(text)
-            case DatasetFormat.INSTRUCTION:
-                columns = self.dataset.columns
-                text = render_instruction({columns.instruction: text}, columns)
+        if self._is_chat:
+            text = self._chat.ask(text)
+        elif self.dataset.format is DatasetFormat.INSTRUCTION:
+            columns = self.dataset.columns
+            text = render_instruction({columns.instruction: text}, columns)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids if self.dataset.format is DatasetFormat.MESSAGES else self._begun(ids)
+        return ids if self._is_chat else self._begun(ids)
 
     @property
     def chat_template(self) -> str:
@@ -187,14 +188,18 @@ class Encoder:
     @property
     def end(self) -> tuple[int, ...]:
         """The tokens that an answer ends with, as they are learned."""
-        if self.dataset.format is DatasetFormat.MESSAGES and (text := self._chat.end):
+        if self._is_chat and (text := self._chat.end):
             return tuple(self._ids([(text, False)])[0])
         end = self.tokenizer.eos_token_id
         return () if end is None else (end,)
 
     def notes(self) -> list[str]:
         """Return what a person should know of how the rows before were encoded."""
-        return self._chat.notes() if self.dataset.format is DatasetFormat.MESSAGES else []
+        return self._chat.notes() if self._is_chat else []
+
+    @property
+    def _is_chat(self) -> bool:
+        return self.conversations or self.dataset.format is DatasetFormat.MESSAGES
 
     @cached_property
     def _chat(self) -> ChatTemplate:
@@ -236,7 +241,7 @@ class Encoder:
         tools = row.get(columns.tools)
         if self.dataset.format is DatasetFormat.MESSAGES:
             return read_conversation(row.get(columns.messages), tools, number, "spec.dataset.columns.messages")
-        if self.dataset.format is DatasetFormat.PROMPT_COMPLETION and _is_exchange(row, columns):
+        if self.dataset.format is DatasetFormat.PROMPT_COMPLETION and is_exchange(row, columns):
             fields = ("spec.dataset.columns.prompt", "spec.dataset.columns.completion")
             return read_exchange(row.get(columns.prompt), row.get(columns.completion), tools, number, fields)
         return None
@@ -309,7 +314,7 @@ class Encoder:
         return Encoded(ids, targets, truncated=False, full_length=length)
 
 
-def _is_exchange(row: Mapping[str, Any], columns: Columns) -> bool:
+def is_exchange(row: Mapping[str, Any], columns: Columns) -> bool:
     """Return whether prompt and completion are lists of messages rather than texts."""
     return isinstance(row.get(columns.prompt), list) and isinstance(row.get(columns.completion), list)
 

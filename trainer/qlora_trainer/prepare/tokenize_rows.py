@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import shutil
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -20,8 +20,9 @@ from uuid import uuid4
 import numpy as np
 
 from qlora_api.contract import PrepareReceipt
+from qlora_api.spec import DatasetFormat
 from qlora_trainer.data.collect import Split, Tally, collect, require_rows
-from qlora_trainer.data.formats import Encoder, needed_columns
+from qlora_trainer.data.formats import Encoder, is_exchange, needed_columns
 from qlora_trainer.data.order import permutation
 from qlora_trainer.data.packing import Sequences, pack, unpacked
 from qlora_trainer.data.rows.read import Rows
@@ -97,7 +98,6 @@ def prepare_data(
 
     """
     encoder = Encoder(tokenizer, spec.dataset)
-    _check_prompts(spec, encoder)
     train_source = find_source(train_path, TRAIN_FIELD)
     eval_source = find_source(eval_path, EVAL_FIELD) if eval_path else None
     for source in (train_source, *([eval_source] if eval_source else [])):
@@ -105,17 +105,22 @@ def prepare_data(
             log.info("not read of %s: %s", source.path, unread)
     name = data_hash(spec, encoder, tokenizer_hash, train_source, eval_source)
     folder = cache_dir / "data" / name
-    if not folder.exists():
-        partial = folder.with_name(f".{name}-{uuid4().hex[:8]}")
-        try:
-            partial.mkdir(parents=True)
-            receipt = _receipt(name, partial, encoder, _tokenize(spec, encoder, train_source, eval_source, partial))
-            (partial / "receipt.json").write_text(receipt.model_dump_json(by_alias=True, indent=2), "utf-8")
-            take_name(partial, folder)
-        except OSError as error:
-            raise StorageError(f"cannot put the tokenized rows into {folder}: {error}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    if folder.exists():
+        prepared = load_prepared(folder)
+        _check_prompts(spec, _asking(encoder, conversations=prepared.receipt.conversations))
+        return prepared
+    encoder = _asking(encoder, conversations=_are_conversations(train_source, spec.dataset))
+    _check_prompts(spec, encoder)
+    partial = folder.with_name(f".{name}-{uuid4().hex[:8]}")
+    try:
+        partial.mkdir(parents=True)
+        receipt = _receipt(name, partial, encoder, _tokenize(spec, encoder, train_source, eval_source, partial))
+        (partial / "receipt.json").write_text(receipt.model_dump_json(by_alias=True, indent=2), "utf-8")
+        take_name(partial, folder)
+    except OSError as error:
+        raise StorageError(f"cannot put the tokenized rows into {folder}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return load_prepared(folder)
 
 
@@ -128,6 +133,18 @@ def _check_prompts(spec: QLoRAJobSpec, encoder: Encoder) -> None:
                 prompt,
                 f"has {length} tokens; there must be some, and fewer than dataset.maxLength, {most}",
             )
+
+
+def _asking(encoder: Encoder, *, conversations: bool) -> Encoder:
+    return replace(encoder, conversations=True) if conversations else encoder
+
+
+def _are_conversations(source: SourceFiles, dataset: DatasetSpec) -> bool:
+    """Return whether prompts and completions are lists of messages; the first row decides."""
+    if dataset.format is not DatasetFormat.PROMPT_COMPLETION:
+        return False
+    first = next(Rows(source, *needed_columns(dataset)).batches(most_rows=1))
+    return is_exchange(first.rows[0], dataset.columns)
 
 
 def load_prepared(folder: Path) -> PreparedData:
@@ -212,6 +229,7 @@ def _receipt(name: str, folder: Path, encoder: Encoder, done: _Tokenized) -> Pre
         left_out=sum(t.left_out for t in done.tallies),
         empty_turns=sum(t.empty_turns for t in done.tallies),
         notes=encoder.notes(),
+        conversations=encoder.conversations,
         duplicates=done.train.duplicates,
         eval_in_train=done.evaluation.also_in(done.train) if done.evaluation else 0,
         eval_prompts_in_train=done.evaluation.prompts_also_in(done.train) if done.evaluation else 0,

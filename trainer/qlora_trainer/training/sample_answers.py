@@ -70,7 +70,8 @@ def answer(trainer: TrainingContext, who: str) -> None:
     if not prompts:
         return
     tokenizer = load_tokenizer(trainer.prepared.model_path, spec.dataset.chat_template)
-    encoder, ends = Encoder(tokenizer, spec.dataset), end_tokens(trainer, tokenizer)
+    encoder = Encoder(tokenizer, spec.dataset, conversations=trainer.data.receipt.conversations)
+    ends = end_tokens(trainer, tokenizer)
     texts: dict[str, str] = {}
     with trainer.ranks.heartbeat.during(Section.EVALUATE):
         for start in range(0, len(prompts), trainer.config.batch.micro_batch_size):

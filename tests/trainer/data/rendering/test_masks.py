@@ -299,6 +299,45 @@ def test_a_message_of_weight_0_is_context(learned):
     assert texts == [PLAIN.replace("⟦Blue.<|im_end|>⟧", "Blue.<|im_end|>")]
 
 
+def all_but_weight_0(messages, encoder):
+    [example] = encoder.encode_batch([{"messages": messages}])[0].examples
+    return marked(example, encoder.tokenizer)
+
+
+def test_a_message_of_weight_0_is_not_learned_where_all_is(chat_tokenizer, dataset):
+    encoder = Encoder(chat_tokenizer, dataset(format="Messages", loss_on="All"))
+    wrong = [USER, {**CHAT[1], "weight": 0}, CHAT[2], {**CHAT[3], "weight": 1}]
+    text = PLAIN.replace("⟦", "").replace("⟧", "")
+    after = text.partition("Blue.<|im_end|>\n")[2]
+    assert all_but_weight_0(wrong, encoder) == (
+        f"⟦<|im_start|>user\nQ1<|im_end|>\n⟧<|im_start|>assistant\nBlue.<|im_end|>\n⟦{after}⟧"
+    )
+    silent = [{**message, "weight": 0} for message in CHAT]
+    assert encoder.encode_batch([{"messages": silent}])[0].examples[0].targets.count(True) == 0
+    assert all_but_weight_0(CHAT, encoder) == f"⟦{text}⟧"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        pytest.param(
+            "{% for m in messages %}{{ '<|im_start|>' if loop.last }}{{ m.content }}<|im_end|>{% endfor %}",
+            id="another-text-once-others-follow",
+        ),
+        pytest.param(
+            "{% for m in messages %}{% if not loop.last %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
+            id="with-the-next-message",
+        ),
+    ],
+)
+def test_a_message_of_weight_0_that_cannot_be_told_apart_is_refused_where_all_is_learned(
+    template, chat_tokenizer, dataset
+):
+    encoder = Encoder(chat_tokenizer, dataset(format="Messages", loss_on="All", chat_template=template))
+    with pytest.raises(UserError, match="row 1, writes message 2, which has weight 0, otherwise once others follow"):
+        encoder.encode_batch([{"messages": [USER, {**CHAT[1], "weight": 0}, *CHAT[2:]]}])
+
+
 def test_tools_and_tool_calls_reach_the_template(learned):
     tools = [{"type": "function", "function": {"name": "w", "parameters": {"type": "object", "properties": {}}}}]
     texts, row = learned(WEATHER, TOOLS, tools=tools)

@@ -112,6 +112,21 @@ def test_a_prompt_and_a_completion_of_messages_are_one_conversation(chat_tokeniz
     assert read_exchange(given, CHAT[1:], None, 1, ("p", "c")).learned == (False, False, False, True)
 
 
+def test_all_of_an_exchange_is_learned_where_all_counts_but_for_weight_0(chat_tokenizer, dataset):
+    encoder = Encoder(chat_tokenizer, dataset(format="PromptCompletion", loss_on="All"))
+    given = [CHAT[0], {"role": "assistant", "content": "WRONG", "weight": 0}, CHAT[0]]
+    encoded = encoder.encode({"prompt": given, "completion": CHAT[1:]})
+    left_out = [t for t, counts in zip(encoded.input_ids, encoded.targets, strict=True) if not counts]
+    assert chat_tokenizer.decode(left_out) == "<|im_start|>assistant\nWRONG<|im_end|>\n"
+
+
+def test_prompts_to_a_model_that_learns_exchanges_are_turns_of_the_user(chat_tokenizer, dataset):
+    pairs = dataset(format="PromptCompletion")
+    asked = Encoder(chat_tokenizer, pairs, conversations=True).prompt("Q")
+    assert asked == Encoder(chat_tokenizer, dataset(format="Messages")).prompt("Q")
+    assert chat_tokenizer.decode(Encoder(chat_tokenizer, pairs).prompt("Q")) == "Q"
+
+
 def test_texts_and_messages_are_not_mixed_in_one_row(chat_tokenizer, dataset):
     encoder = Encoder(chat_tokenizer, dataset(format="PromptCompletion"))
     with pytest.raises(UserError, match="row 1 holds a list"):

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from qlora_api.spec.learning import EvaluationSpec as Evaluation
 from qlora_trainer.data.collect import Identities, progress_line
 from qlora_trainer.errors import UserError
 from qlora_trainer.prepare.tokenize_rows import prepare_data
@@ -74,6 +75,23 @@ def test_progress_says_rate_and_time_left():
     assert progress_line("/data/rows", 1_000_000, 2 * 10**9, 10**10, 100.0) == (
         "/data/rows: 1,000,000 rows, 2,000 of 10,000 MB, 20.0 MB/s, about 7 min left"
     )
+
+
+def test_prompts_of_a_job_whose_rows_are_conversations_are_measured_as_turns(chat_tokenizer, job, tmp_path):
+    """And by what Prepare found before, where the rows are tokenized already."""
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    path = write(tmp_path / "rows.jsonl", [{"prompt": messages[:1], "completion": messages[1:]}])
+    spec = job(format="PromptCompletion", max_length=32)
+    receipt = prepare_data(spec, chat_tokenizer, "t1", path, None, tmp_path / "cache").receipt
+    assert receipt.conversations
+    asked = "return " * 26
+    training = spec.training.model_copy(update={"evaluation": Evaluation(prompts=[asked])})
+    with_prompts = spec.model_copy(update={"training": training})
+    for cache in ("cache", "another"):
+        with pytest.raises(UserError, match=r"^spec\.training\.evaluation\.prompts: .* has 3\d tokens"):
+            prepare_data(with_prompts, chat_tokenizer, "t1", path, None, tmp_path / cache)
+    texts = write(tmp_path / "texts.jsonl", [PAIR])
+    assert not prepare_data(with_prompts, chat_tokenizer, "t1", texts, None, tmp_path / "cache").receipt.conversations
 
 
 def test_rows_with_tools_are_counted(chat_tokenizer, job, tmp_path):

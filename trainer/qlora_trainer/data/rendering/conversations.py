@@ -149,9 +149,30 @@ class Renderer:
         state = self.dialect.state if self.dialect else {}
         return self._text(self._adapted(messages), self._tools(tools), state, prompt=True)
 
-    def everything(self, messages: list[Message], tools: Any) -> str:
-        """Return the whole conversation."""
-        return self._text(self._adapted(messages), self._tools(tools), {})
+    def everything(self, messages: list[Message], tools: Any, learned: list[bool]) -> Example:
+        """Return the whole conversation, of which all counts but the messages that may not be learned.
+
+        Raises:
+            TemplateRefusedError: the text of one of these cannot be told from what follows.
+            Exception: what the template raises.
+
+        """
+        messages, tools = self._adapted(messages), self._tools(tools)
+        whole, example, at = self._text(messages, tools, {}), [], 0
+        for place in (place for place, counts in enumerate(learned) if not counts):
+            before = self._text(messages[:place], tools, {}) if place else ""
+            with_it = self._text(messages[: place + 1], tools, {})
+            if not (whole.startswith(with_it) and with_it.startswith(before) and at <= len(before)) or any(
+                texts_in(messages[place], with_it[len(before) :])[1:]
+            ):
+                raise TemplateRefusedError(
+                    f"writes message {place + 1}, which has weight 0, otherwise once others follow, so that its text"
+                    " cannot be left out of what is learned: with lossOn All, leave weight away, or set lossOn to"
+                    " Assistant"
+                )
+            example += [(whole[at : len(before)], True), (whole[len(before) : len(with_it)], False)]
+            at = len(with_it)
+        return [*example, (whole[at:], True)]
 
     @property
     def end(self) -> str | None:

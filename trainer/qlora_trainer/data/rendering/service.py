@@ -45,7 +45,7 @@ class _Rows:
             return {"refused": f"takes more than {FIRST_SECONDS} s and {ROW_SECONDS} s for each row before it"}
         if everything:
             return self._caught(
-                lambda: {"examples": [[(self.renderer.everything(row["messages"], row["tools"]), True)]]}
+                lambda: {"examples": [self.renderer.everything(row["messages"], row["tools"], row["learned"])]}
             )
         return self._caught(lambda: vars(self.renderer.render(row["messages"], row["tools"], row["learned"])))
 

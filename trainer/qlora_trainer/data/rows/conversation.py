@@ -38,10 +38,16 @@ class Conversation:
     """Input of a chat template, with what of it may be learned."""
 
     messages: list[Message]
-    learned: tuple[bool, ...]
-    """For each message: False for ``weight: 0`` and for what was given as a prompt. Of the others only those of the
-    assistant count, unless lossOn is All."""
+    weights: tuple[bool, ...]
+    """For each message: False for ``weight: 0``."""
     tools: list[dict[str, Any]] | None = None
+    given: int = 0
+    """The first messages that are a prompt, and count only where lossOn is All."""
+
+    @property
+    def learned(self) -> tuple[bool, ...]:
+        """For each message: False for ``weight: 0`` and for the prompt. Of the others those of the assistant count."""
+        return (False,) * self.given + self.weights[self.given :]
 
 
 class _ShapeError(Exception):
@@ -63,7 +69,7 @@ def read_conversation(messages: Any, tools: Any, number: RowNumber, field: str) 
     """
     try:
         pairs = _messages(messages)
-        return Conversation([m for m, _ in pairs], tuple(learned for _, learned in pairs), _tools(tools))
+        return Conversation([m for m, _ in pairs], tuple(weight for _, weight in pairs), _tools(tools))
     except _ShapeError as error:
         raise UserError(
             field,
@@ -82,7 +88,8 @@ def read_exchange(prompt: Any, completion: Any, tools: Any, number: RowNumber, f
     """
     given = read_conversation(prompt, tools, number, fields[0])
     answer = read_conversation(completion, None, number, fields[1])
-    return Conversation(given.messages + answer.messages, (False,) * len(given.messages) + answer.learned, given.tools)
+    messages, weights = given.messages + answer.messages, given.weights + answer.weights
+    return Conversation(messages, weights, given.tools, given=len(given.messages))
 
 
 def _messages(value: Any) -> list[tuple[Message, bool]]:
@@ -95,7 +102,7 @@ def _messages(value: Any) -> list[tuple[Message, bool]]:
 
 
 def _message(value: Any, place: int) -> tuple[Message, bool]:
-    """(message as templates expect it, whether it may be learned)."""
+    """(message as templates expect it, its weight)."""
     if not isinstance(value, dict):
         raise _ShapeError(f"{json_type(value)} as message {place}")
     message = {key: inner for key, inner in value.items() if inner is not None}
