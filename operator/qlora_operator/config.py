@@ -74,6 +74,9 @@ class TrainerPodConfig(Model):
     workload_identity: bool = False
     """Sign with the cloud identity of the pod or its node where a job names no credentials."""
     env: tuple[EnvVar, ...] = ()
+    pod_labels: dict[str, str] = {}
+    """Of all pods, as are the annotations; a job's own win, and the operator's over both."""
+    pod_annotations: dict[str, str] = {}
 
     @property
     def disk_limit(self) -> str:

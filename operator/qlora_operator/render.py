@@ -298,7 +298,11 @@ def _pod(
     if pod.workload_identity:
         labels = labels | {AZURE_IDENTITY_LABEL: "true"}
     text = trainer.model_dump_json(by_alias=True, exclude_none=True)
-    return {"metadata": {"labels": labels, "annotations": {CONFIG_ANNOTATION: text}}, "spec": spec}
+    metadata = {
+        "labels": pod.pod_labels | scheduling.pod_labels | labels,
+        "annotations": pod.pod_annotations | scheduling.pod_annotations | {CONFIG_ANNOTATION: text},
+    }
+    return {"metadata": metadata, "spec": spec}
 
 
 def _container(

@@ -20,6 +20,12 @@ UID = "11111111-2222-3333-4444-555555555555"
 CONFIG = OperatorConfig.model_validate({"trainer": {"image": "trainer:1"}, "prepare": {"enabled": False}})
 PREPARING = OperatorConfig.model_validate({"trainer": {"image": "trainer:1"}})
 
+PREPARED = (
+    '{"exitCode": 0, "reason": "Completed", "prepared": {"modelRevision": "r", "dataHash": "d", "trainRows": 1,'
+    ' "trainTokens": 9, "trainSequences": 1, "gradientCheckpointing": true,'
+    ' "batch": {"worldSize": 1, "microBatchSize": 2, "gradientAccumulationSteps": 8}}}'
+)
+
 
 def job(status: QLoRAJobStatus | None = None, workers: int = 1, *, deleted: bool = False, **groups: Any) -> QLoRAJob:
     spec: dict[str, Any] = {
@@ -68,6 +74,7 @@ def pod(attempt: int = 1, index: int = 0, code: int | None = None, word: str | N
         "node": f"node-{index}",
         "ip": "10.0.0.1",
         "ready": code is None,
+        "trainer_ready": code is None and more.get("ready", True),
         "waiting": "",
         "waiting_message": "",
         "unschedulable": "",

@@ -100,6 +100,20 @@ def finish_pod(
     return api.wait_for(path, lambda pod: pod["status"]["phase"] in ("Succeeded", "Failed"), what=f"end of pod {name}")
 
 
+def finish_container(
+    api: Api, namespace: str, name: str, *, exit_code: int = 0, message: str = "", trainer: bool = True
+) -> None:
+    """End the trainer's container of a running fake pod, or all others; the rest goes on, and so the pod does."""
+    path = f"/api/v1/namespaces/{namespace}/pods/{name}"
+    status = api.get(path)["status"]
+    terminated = {"exitCode": exit_code, "reason": "Error" if exit_code else "Completed", "message": message}
+    ended = {"ready": False, "started": False, "state": {"terminated": terminated}}
+    containers = [{**c, **ended} if (c["name"] == "trainer") is trainer else c for c in status["containerStatuses"]]
+    unready = {"Ready": "False", "ContainersReady": "False"}
+    conditions = [{**c, "status": unready.get(c["type"], c["status"])} for c in status["conditions"]]
+    api.patch(f"{path}/status", {"status": {"conditions": conditions, "containerStatuses": containers}})
+
+
 def _mark_lost(api: Api, node: str, value: str | None) -> None:
     mark = {"metadata": {"annotations": {f"{PREFIX}lost": value}}}
     api.patch(f"/api/v1/nodes/{node}", mark)

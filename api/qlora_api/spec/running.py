@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, StringConstraints
 
 from qlora_api.base import Model, Rule, decimal
 from qlora_api.spec.values import Destination, Label, Name, check_no_boolean
@@ -149,6 +150,23 @@ class Toleration(Model):
     )
 
 
+RESERVED_DOMAINS = ("azure.workload.identity", "k8s.io", "kubernetes.io", "qlora.dev")
+"""Of labels and annotations that have a meaning to Kubernetes, to a cloud or to the operator."""
+_RESERVED = rf"^([^/]*\.)?({'|'.join(map(re.escape, RESERVED_DOMAINS))})/"
+LabelValue = Annotated[str, StringConstraints(max_length=63, pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$")]
+AnnotationValue = Annotated[str, StringConstraints(max_length=1024)]
+
+
+def _keys_rule(field: str) -> Rule:
+    pattern = _RESERVED.replace("\\", "\\\\")
+    return Rule(
+        f"!has(self.{field}) || self.{field}.all(key, key.size() <= 317 && !key.matches('{pattern}'))",
+        f"{field} must have keys of at most 317 characters, none of {', '.join(RESERVED_DOMAINS)} or a domain below",
+        field,
+        lambda s: all(len(key) <= 317 and not re.match(_RESERVED, key) for key in s.at(field)),
+    )
+
+
 class SchedulingSpec(Model):
     """Which nodes, and in which queue. Not used by 'qlora run'."""
 
@@ -165,6 +183,10 @@ class SchedulingSpec(Model):
     Prepare knows which GPU to plan for."""
     tolerations: list[Toleration] = Field([], max_length=32)
     """Tolerations of the trainer pods, in addition to that of the GPU taint."""
+    pod_labels: dict[str, LabelValue] = Field({}, max_length=32)
+    """Labels of the job's pods, such as sidecar.istio.io/inject; an administrator may allow only some keys."""
+    pod_annotations: dict[str, AnnotationValue] = Field({}, max_length=32)
+    """Annotations of the job's pods; an administrator may allow only some keys."""
     rules: ClassVar = (
         Rule(
             "self.gang != 'Kueue' || has(self.queue)",
@@ -185,4 +207,6 @@ class SchedulingSpec(Model):
             "nodeSelector",
             lambda s: all(len(key) <= 317 for key in s.node_selector),
         ),
+        _keys_rule("podLabels"),
+        _keys_rule("podAnnotations"),
     )

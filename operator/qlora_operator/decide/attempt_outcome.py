@@ -77,16 +77,37 @@ def ending_of(attempt: int, workers: int, seen: Observed) -> Ending | None:
     if lost := _lost(pods, seen):
         return lost
     if job is not None and job.state is JobState.FAILED:
-        return None if _words_are_on_their_way(job, pods, seen) else _told(pods, workers, seen) or _from_job(job)
-    if job is not None and not job.deleting:
+        if _words_are_on_their_way(job, pods, seen):
+            return None
+        return _won(pods) or _told(pods, workers, seen) or _from_job(job)
+    if job is not None and not job.deleting and not _all_held(pods, workers):
         return None
     if any(not p.ended for p in pods):
         return None
-    won = next((p for p in pods if p.index == 0 and p.exit_code == 0 and p.termination_message), None)
-    if won:
-        return _of_pod(won, Reason.COMPLETED)
+    if won := _won(pods):
+        return won
     told = _told(pods, workers, seen) or Ending(Reason.PREEMPTED, "its Job was deleted")
-    return replace(told, removed=True)
+    return replace(told, removed=job is None or job.deleting)
+
+
+def is_cut_short(attempt: int, seen: Observed) -> bool:
+    """Return whether a trainer failed that its Job knows nothing of: another container keeps its pod from ending.
+
+    Its peers would go on until they miss it. The Job controller ends them when a pod ends; here somebody else must.
+    """
+    return any(pod.held and pod.exit_code for pod in seen.pods_of(attempt))
+
+
+def _all_held(pods: tuple[PodSnapshot, ...], workers: int) -> bool:
+    """Return whether all trainers have ended, and a container that is not the operator's keeps a pod from ending."""
+    ended = {p.index for p in pods if p.ended}
+    return len(ended) >= workers and any(p.held for p in pods)
+
+
+def _won(pods: tuple[PodSnapshot, ...]) -> Ending | None:
+    """The end of an attempt whose first rank published the adapter, whatever became of the rest of its pods."""
+    first = next((p for p in pods if p.index == 0 and p.exit_code == 0 and p.termination_message), None)
+    return _of_pod(first, Reason.COMPLETED) if first else None
 
 
 def _words_are_on_their_way(job: ObservedJob, pods: tuple[PodSnapshot, ...], seen: Observed) -> bool:
@@ -97,9 +118,8 @@ def _words_are_on_their_way(job: ObservedJob, pods: tuple[PodSnapshot, ...], see
 
 def _completed(job: ObservedJob, pods: tuple[PodSnapshot, ...], seen: Observed) -> Ending | None:
     # A queue that took the attempt back and admitted it again has left pods of before, with words of their own.
-    first = next((p for p in pods if p.index == 0 and p.exit_code == 0 and p.termination_message), None)
-    if first:
-        return _of_pod(first, Reason.COMPLETED)
+    if won := _won(pods):
+        return won
     mute = next((p for p in pods if p.index == 0 and p.exit_code == 0), None)
     if mute:
         text = (
@@ -164,6 +184,8 @@ def _weight(pod: PodSnapshot) -> tuple[int, Reason] | None:
         return 0, reason
     if pod.disruption:
         return 1, Reason.NODE_LOST if pod.disruption in NODE_GONE else Reason.PREEMPTED
+    if code is None and pod.phase == "Failed" and pod.other_failure and not pod.pod_reason:
+        return 3, Reason.CRASHED  # the trainer never began
     if code is None:
         # kubelet refused or ended it, without a container's end: UnexpectedAdmissionError, OutOfcpu, Evicted …
         # What no node ever took says nothing, even where Kubernetes marks it Failed as it clears it away.
@@ -218,6 +240,8 @@ def _of_pod(pod: PodSnapshot, reason: Reason) -> Ending:
         text = overfull
     elif termination is not None and termination.message:
         text = termination.message
+    elif pod.exit_code is None and pod.other_failure and not (pod.disruption or pod.pod_reason):
+        text = f"pod {pod.name} failed before its trainer began: {pod.other_failure}"
     elif pod.exit_code is None:
         why = pod.disruption or pod.pod_reason or "deleted"
         text = f"pod {pod.name} was ended ({why}) {pod.pod_message[-500:]}".rstrip()

@@ -6,6 +6,7 @@ import re
 
 from qlora_api.spec import QLoRAJobSpec
 from qlora_api.status import Reason
+from qlora_operator.names import CONTAINER
 from qlora_operator.state.observed import JobState, Observed, PodSnapshot
 
 _BAD_IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
@@ -47,6 +48,11 @@ def refusal(said: str) -> tuple[Reason, str]:
 def _pod_waits(pod: PodSnapshot) -> tuple[Reason, str] | None:
     if pod.unschedulable:
         return _unschedulable(pod)
+    if pod.waiting_container != CONTAINER and pod.waiting in (*_BAD_IMAGE, *_BAD_CONFIG, "CrashLoopBackOff"):
+        text = (
+            f'pod {pod.name} waits for its container "{pod.waiting_container}" ({pod.waiting}): {pod.waiting_message}'
+        )
+        return Reason.STARTING, f"{text}; it is not the operator's: who has it added to pods must mend it"
     if pod.waiting in _BAD_IMAGE:
         text = (
             f"the image cannot be pulled ({pod.waiting}): {pod.waiting_message}; the operator's trainer.image is wrong"

@@ -35,7 +35,7 @@ from qlora_operator.decide.attempt_history import (
     with_clock_stopped,
     with_termination_message,
 )
-from qlora_operator.decide.attempt_outcome import Ending, as_suspended, close, ending_of
+from qlora_operator.decide.attempt_outcome import Ending, as_suspended, close, ending_of, is_cut_short
 from qlora_operator.decide.conditions import is_condition_true, with_condition
 from qlora_operator.decide.deadline import wake_after
 from qlora_operator.decide.decision import Context, Decision, Note
@@ -77,7 +77,9 @@ def plan(job: QLoRAJob, seen: Observed, config: OperatorConfig, gang: Gang) -> D
         return replace(_leaving(context, status, f"{_too_late_words(context)}: the ranks leave"), notes=notes)
     decision = _next(context, status, stop, outcome)
     # What ended by a decision (its node is lost, it found no room) may have a Job that would go on.
-    over = {a.number for a in status.attempts if a.end_time}
+    over = {a.number for a in decision.status.attempts if a.end_time}
+    if decision.status.prepared or decision.status.attempts:
+        over.add(PREPARE)  # a container that is not the operator's keeps its pod from ending
     stale = tuple(j for j in _running(context) if j.attempt in over and j not in decision.delete)
     wake = min(decision.wake_after or math.inf, wake_after(context, decision.status))
     return replace(
@@ -277,6 +279,10 @@ def _prepare(context: Context, status: QLoRAJobStatus) -> Decision:
         return _preparing(context, with_correction(context, status), make=made)
     if job.deleting:
         return _preparing(context, status)
+    if any(pod.held for pod in context.seen.pods_of(PREPARE)):
+        ending = ending_of(PREPARE, 1, context.seen)
+        if ending is not None:
+            return _prepared_or_failed(context, status, ending)
     hung = next((pod for pod in context.seen.pods_of(PREPARE) if pod.pod_reason == DEADLINE), None)
     if hung is not None and job.state is not JobState.COMPLETE:
         return _prepare_failed(context, status, Ending(Reason.DEADLINE_EXCEEDED, _hangs(context, hung), node=hung.node))
@@ -285,14 +291,19 @@ def _prepare(context: Context, status: QLoRAJobStatus) -> Decision:
     ending = ending_of(PREPARE, 1, context.seen)
     if ending is None:
         return _preparing(context, status, wake_after=LOOK_AGAIN_SECONDS)
-    if job.state is JobState.COMPLETE:
-        result = ending.termination_message.prepared if ending.termination_message else None
-        if ending.reason is Reason.PREEMPTED:  # its pod is gone, and with it what it said: all is in the cache
-            return _preparing(context, status, delete=(job,))
-        if result is None or not is_for(context, result):
-            return _prepare_failed(context, status, Ending(Reason.CRASHED, NOT_PREPARED, 0, ending.node))
-        return _start(context, with_prepared(context, status, result))
-    return _prepare_failed(context, status, ending)
+    if job.state is JobState.COMPLETE and ending.reason is Reason.PREEMPTED:
+        # Its pod is gone, and with it what it said: all is in the cache.
+        return _preparing(context, status, delete=(job,))
+    return _prepared_or_failed(context, status, ending)
+
+
+def _prepared_or_failed(context: Context, status: QLoRAJobStatus, ending: Ending) -> Decision:
+    if ending.reason is not Reason.COMPLETED and ending.exit_code != 0:
+        return _prepare_failed(context, status, ending)
+    result = ending.termination_message.prepared if ending.termination_message else None
+    if result is None or not is_for(context, result):
+        return _prepare_failed(context, status, Ending(Reason.CRASHED, NOT_PREPARED, 0, ending.node))
+    return _start(context, with_prepared(context, status, result))
 
 
 def _prepare_failed(context: Context, status: QLoRAJobStatus, ending: Ending) -> Decision:
@@ -372,7 +383,9 @@ def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decisi
     job = context.seen.jobs.get(attempt.number)
     overdue = any(p.deletion_due for p in context.seen.living if not p.ended)
     wake = LOOK_AGAIN_SECONDS if overdue or (job and job.state in _ENDING) else None
-    if job is not None and job.state is JobState.ACTIVE and job.ready >= context.workers(attempt):
+    if job is not None and is_cut_short(attempt.number, context.seen):
+        return Decision(status, delete=() if job.deleting else (job,), wake_after=LOOK_AGAIN_SECONDS)
+    if job is not None and job.state is JobState.ACTIVE and _all_train(context, attempt, job):
         nodes = sorted({p.node for p in context.seen.pods_of(attempt.number) if not p.gone and p.node})
         since = attempt.running_time or context.now
         attempt = attempt.model_copy(update={"node": ", ".join(nodes)[:4096], "running_time": since})
@@ -395,6 +408,14 @@ def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decisi
         until = waiting_since(context, attempt) + timedelta(seconds=context.job.spec.policy.shrink_after_seconds)
         wake = min(wake or math.inf, max((until - context.now).total_seconds(), 1))
     return _pending(context, status, reason, text, wake_after=wake)
+
+
+def _all_train(context: Context, attempt: Attempt, job: ObservedJob) -> bool:
+    """Return whether all trainers run: their pods are ready, but for containers that are not the operator's."""
+    workers = context.workers(attempt)
+    training = [p for p in context.seen.pods_of(attempt.number) if p.trainer_ready and not p.gone]
+    unready = sum(not p.ready for p in training)
+    return job.ready >= workers or (unready > 0 and len(training) >= workers and job.ready + unready >= workers)
 
 
 def _pending(

@@ -91,8 +91,9 @@ class PodSnapshot:
     ip: str
     phase: str
     ready: bool
+    """The pod is ready, with all that others have added to it."""
     waiting: str
-    """Why the container waits: ImagePullBackOff, CreateContainerConfigError …"""
+    """Why a container waits: ImagePullBackOff, CreateContainerConfigError …"""
     waiting_message: str
     unschedulable: str
     """The scheduler's message, where no node was found."""
@@ -113,6 +114,14 @@ class PodSnapshot:
     """Deleted; kept until its attempt is concluded."""
     controller: str = ""
     """UID of the Job that controls it."""
+    trainer_ready: bool = False
+    """The trainer's container runs, whatever other containers do."""
+    held: bool = False
+    """The trainer's container has ended, and another one that no kubelet ends keeps the pod from ending."""
+    waiting_container: str = CONTAINER
+    """Name of the container that waits."""
+    other_failure: str = ""
+    """Which other container failed, and how."""
 
     @property
     def termination_message(self) -> TerminationMessage | None:
@@ -208,11 +217,11 @@ def observe_pod(body: Mapping[str, Any]) -> PodSnapshot:
     """
     meta, status = body["metadata"], body.get("status") or {}
     conditions = {c["type"]: c for c in status.get("conditions", ())}
-    container: Mapping[str, Any] = next(
-        (c for c in status.get("containerStatuses", ()) if c["name"] == CONTAINER), {"state": {}}
-    )
-    waiting = container["state"].get("waiting") or {}
-    ended = container["state"].get("terminated") or {}
+    containers = status.get("containerStatuses") or ()
+    trainer: Mapping[str, Any] = next((c for c in containers if c["name"] == CONTAINER), {"state": {}})
+    others = [c for c in (*(status.get("initContainerStatuses") or ()), *containers) if c["name"] != CONTAINER]
+    waits = next((c for c in (trainer, *others) if _waiting(c).get("reason") not in _STARTING), trainer)
+    waiting, ended = _waiting(waits), trainer["state"].get("terminated") or {}
     scheduled = conditions.get("PodScheduled", {})
     disrupted = conditions.get("DisruptionTarget", {})
     return PodSnapshot(
@@ -238,7 +247,32 @@ def observe_pod(body: Mapping[str, Any]) -> PodSnapshot:
         pod_message=_text(status, "message"),
         deletion_due=parse_time(meta.get("deletionTimestamp")),
         controller=controller_of(meta, "batch", "Job")["uid"],
+        trainer_ready=bool(trainer.get("ready")),
+        held=bool(ended) and any("terminated" not in c["state"] for c in containers),
+        waiting_container=printable(waits.get("name", CONTAINER)),
+        other_failure=next((text for c in others if (text := _failure(c))), ""),
     )
+
+
+_STARTING = (None, "ContainerCreating", "PodInitializing")
+"""Reasons of containers that wait for nothing but their turn."""
+
+
+def _waiting(container: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = container["state"].get("waiting") or {}
+    return found
+
+
+def _failure(container: Mapping[str, Any]) -> str:
+    """Return how a container failed; empty where it did not."""
+    ended = container["state"].get("terminated") or {}
+    code = ended.get("exitCode") or 0
+    if not code:
+        return ""
+    text = (
+        f'container "{printable(container["name"])}" ended with exit code {code} ({_text(ended, "reason") or "Error"})'
+    )
+    return f"{text}: {said[-500:]}" if (said := _text(ended, "message")) else text
 
 
 def controller_of(meta: Mapping[str, Any], group: str, kind: str) -> Mapping[str, str]:

@@ -187,3 +187,51 @@ def test_a_job_that_is_gone_ends_the_attempt_once_its_pods_have():
 def test_what_completed_before_it_was_told_to_stop_is_complete():
     ending = ending_of(1, 1, seen(pod(code=0, word="done", gone=True)))
     assert (ending.reason, ending.removed) == (Reason.COMPLETED, False)
+
+
+HELD = {"phase": "Running", "held": True}
+"""Of a pod whose trainer has ended, and that another container keeps."""
+
+
+@pytest.mark.parametrize(
+    ("pods", "reason"),
+    [
+        pytest.param([pod(code=0, word="ok", **HELD)], "Completed", id="done"),
+        pytest.param([pod(code=0, word="ok", **HELD), pod(index=1, code=0, word="ok")], "Completed", id="one-is-held"),
+        pytest.param([pod(code=0, word="ok", **HELD), pod(index=1)], None, id="the-other-one-goes-on"),
+        pytest.param([pod(code=1, word="boom", **HELD)], "Crashed", id="failed"),
+        pytest.param([pod(code=0, word="ok")], None, id="its-job-says-so-in-a-moment"),
+    ],
+)
+def test_the_trainers_end_is_the_attempts_whatever_keeps_their_pods(pods, reason):
+    ending = ending_of(1, len(pods), seen(child(), *pods))
+    assert (ending and ending.reason) == reason
+
+
+def test_a_container_of_somebody_elses_that_fails_takes_nothing_from_an_adapter_that_is_published():
+    published = pod(code=0, word="ok", phase="Failed", other_failure='container "proxy" ended with exit code 1 (Error)')
+    assert ending_of(1, 1, seen(FAILED, published)).reason is Reason.COMPLETED
+
+
+def test_a_container_that_fails_before_the_trainer_begins_is_named_and_counted():
+    body = {
+        "metadata": {
+            "name": "job-1-0-x",
+            "uid": "u",
+            "resourceVersion": "1",
+            "creationTimestamp": "2026-01-01T00:00:00Z",
+            "labels": {"qlora.dev/job": "job", "qlora.dev/attempt": "1"},
+            "ownerReferences": [
+                {"apiVersion": "batch/v1", "kind": "Job", "name": "job-1", "uid": "job-uid-1", "controller": True}
+            ],
+        },
+        "spec": {"nodeName": "node-0"},
+        "status": {
+            "phase": "Failed",
+            "initContainerStatuses": [{"name": "istio-init", "state": {"terminated": {"exitCode": 255}}}],
+            "containerStatuses": [{"name": "trainer", "state": {"waiting": {"reason": "PodInitializing"}}}],
+        },
+    }
+    ending = ending_of(1, 1, seen(FAILED, observe_pod(body)))
+    assert ending.reason is Reason.CRASHED
+    assert 'before its trainer began: container "istio-init" ended with exit code 255' in ending.message

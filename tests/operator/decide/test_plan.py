@@ -7,7 +7,21 @@ from datetime import timedelta
 
 import pytest
 
-from operator_builders import NOW, PREPARING, UID, attempt, child, decide, held, job, names, pod, running, seen
+from operator_builders import (
+    NOW,
+    PREPARED,
+    PREPARING,
+    UID,
+    attempt,
+    child,
+    decide,
+    held,
+    job,
+    names,
+    pod,
+    running,
+    seen,
+)
 from qlora_api.contract import ProgressReport
 from qlora_api.status import MAX_ATTEMPTS, ConditionType, Memory, QLoRAJobStatus, Reason
 from qlora_operator.state.observed import JobState
@@ -256,13 +270,6 @@ def test_the_oldest_attempts_that_did_not_count_give_way():
     assert numbers[:2] == [1, 3]
     assert numbers[-1] == MAX_ATTEMPTS + 1
     assert planned.status.restarts == 1
-
-
-PREPARED = (
-    '{"exitCode": 0, "reason": "Completed", "prepared": {"modelRevision": "r", "dataHash": "d", "trainRows": 1,'
-    ' "trainTokens": 9, "trainSequences": 1, "gradientCheckpointing": true,'
-    ' "batch": {"worldSize": 1, "microBatchSize": 2, "gradientAccumulationSteps": 8}}}'
-)
 
 
 def test_prepare_goes_first_and_its_result_is_what_the_trainers_get():

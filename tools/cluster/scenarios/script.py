@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.kwok import PREFIX
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from cluster.api import Api
 
@@ -65,6 +65,35 @@ def pods_do(
     api.create(policy)
     api.create(binding)
     _wait_until_it_holds(api, namespace, wanted, does)
+    try:
+        yield
+    finally:
+        for body, plural in ((binding, "mutatingadmissionpolicybindings"), (policy, "mutatingadmissionpolicies")):
+            api.delete(f"/apis/{_API}/{plural}/{body['metadata']['name']}")
+
+
+@contextmanager
+def sidecar_in_pods(api: Api, namespace: str) -> Iterator[None]:
+    """Have every pod of a namespace get a container more, as a service mesh or a log shipper does."""
+    name = f"sidecar-{next(_numbers)}-{namespace}"
+    container = 'Object.spec.containers{name: "proxy", image: "mesh"}'
+    policy = _policy(name, {}, {})
+    policy["spec"]["mutations"] = [
+        {
+            "patchType": "ApplyConfiguration",
+            "applyConfiguration": {"expression": f"Object{{spec: Object.spec{{containers: [{container}]}}}}"},
+        }
+    ]
+    binding = _binding(name, {"kubernetes.io/metadata.name": namespace})
+    api.create(policy)
+    api.create(binding)
+    pod = {**_PROBE, "spec": {"containers": [{"name": "trainer", "image": "probe"}]}}
+
+    def holds() -> bool:
+        made = api.post(f"/api/v1/namespaces/{namespace}/pods", pod, dryRun="All")
+        return len(made["spec"]["containers"]) == 2
+
+    _wait_until(holds, f"pods of {namespace} get no sidecar")
     try:
         yield
     finally:
@@ -128,8 +157,12 @@ def _wait_until_it_holds(api: Api, namespace: str, wanted: Mapping[str, str], do
         annotations = made["metadata"].get("annotations", {})
         return all(annotations.get(key) == value for key, value in expected.items())
 
+    _wait_until(holds, f"pods of {namespace} do not do {dict(does)}")
+
+
+def _wait_until(holds: Callable[[], bool], text: str) -> None:
     deadline = time.monotonic() + TAKE_UP_SECONDS
     while not holds():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"pods of {namespace} do not do {dict(does)}")
+            raise TimeoutError(text)
         time.sleep(0.1)
