@@ -11,18 +11,16 @@ from pydantic import AfterValidator, Field, StringConstraints, model_validator
 from qlora_api.base import Model
 from qlora_api.errors import validate
 from qlora_api.spec import Gang
+from qlora_api.spec.values import Quantity
 from qlora_memory.gpus import GPUS
+from qlora_operator.profile_types import EnvVar, PodProfile, PreparePod, ProfileName
 from qlora_operator.quantities import add, to_bytes
-
-Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?([EPTGM]i?|[kKm]|Ki)?$", max_length=32)]
-"""As Kubernetes writes amounts: 500m, 4, 16Gi."""
-
 
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 LOGS = "1Gi"
 """Of a container, before the kubelet rotates them, with room to spare."""
 DEFAULT = "default"
-"""Key of the price of GPUs that have none of their own."""
+"""Key of the price of GPUs that have none of their own, and of the profile of jobs that name none."""
 
 
 def _known_gpus(prices: dict[str, float]) -> dict[str, float]:
@@ -32,17 +30,10 @@ def _known_gpus(prices: dict[str, float]) -> dict[str, float]:
     return prices
 
 
-class EnvVar(Model):
-    name: str
-    value: str
-
-
-class PrepareConfig(Model):
-    """The stage that holds no GPU."""
+class PrepareConfig(PreparePod):
+    """The stage that holds no GPU; a profile may have another pod for it."""
 
     enabled: bool = True
-    cpu: Quantity = "2"
-    memory: Quantity = "8Gi"
     deadline_seconds: int = Field(14_400, ge=60)
     """On its node. What takes longer hangs: a file system that does not answer, a source without an end."""
 
@@ -121,6 +112,19 @@ class OperatorConfig(Model):
     network_policy: NetworkPolicyConfig = NetworkPolicyConfig()
     prepare: PrepareConfig = PrepareConfig()
     trainer: TrainerPodConfig
+    profiles: dict[ProfileName, PodProfile] = {}
+    """By the name that jobs choose; ``default`` is for those that choose none."""
+
+    @model_validator(mode="after")
+    def _profiles_ask_for_no_more_disk_than_pods_may_fill(self) -> Self:
+        for name, profile in self.profiles.items():
+            limit = self.trainer.disk_limit
+            if profile.ephemeral_storage and to_bytes(profile.ephemeral_storage) > to_bytes(limit):
+                raise ValueError(
+                    f"profiles.{name}.ephemeralStorage: {profile.ephemeral_storage} must not exceed {limit}, which"
+                    f" trainer.cacheSizeLimit, trainer.tmpSizeLimit and {LOGS} of logs allow"
+                )
+        return self
 
     def price_of(self, gpu: str | None) -> float | None:
         """Return the price of one hour of a GPU; None: not known."""

@@ -14,12 +14,7 @@ import pytest
 import yaml
 
 from charts.helm import CHART, REPOSITORY, HelmError, one
-from charts.kubernetes_schemas import LOCATION, close, kubernetes_schemas
-from fixtures import skip_unless_ci
 from qlora_api.crd import crd
-from qlora_api.job import GROUP, VERSION
-from services.binaries import ToolMissingError, find_or_build
-from services.tools import KUBECONFORM
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(p.name for p in GOLDEN.iterdir() if p.is_dir())
@@ -72,28 +67,6 @@ def test_the_rendered_definition_is_the_generated_one(helm):
 
 def test_the_chart_passes_helms_linter(helm):
     helm("lint", "--strict", CHART)
-
-
-@pytest.fixture(scope="session")
-def conform(tmp_path_factory):
-    """Check manifests by Kubernetes' own schemas and by the CRD's; what is wrong with them."""
-    try:
-        binary, schemas = find_or_build(KUBECONFORM), kubernetes_schemas()
-    except ToolMissingError as error:
-        skip_unless_ci(str(error))
-    own, version = tmp_path_factory.mktemp("schemas"), crd()["spec"]["versions"][0]
-    schema = close(version["schema"]["openAPIV3Schema"])
-    schema["properties"]["metadata"] = {"type": "object"}
-    (own / f"{GROUP}-{VERSION}-qlorajob.json").write_text(json.dumps(schema))
-    locations = [f"--schema-location={folder}/{LOCATION}" for folder in (schemas, own)]
-
-    def check(text: str) -> str:
-        command = [binary, "-strict", "-skip", "PodMonitor,ServiceMonitor", *locations, "-"]
-        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
-        assert (done.returncode != 0) == bool(done.stdout), done.stderr
-        return done.stdout
-
-    return check
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -18,6 +18,8 @@ from qlora_api.spec import Gang
 from qlora_api.status import Attempt, QLoRAJobStatus
 from qlora_operator import render
 from qlora_operator.config import OperatorConfig
+from qlora_operator.pod_template import AZURE_IDENTITY_LABEL
+from qlora_operator.profiles import GPU_PRODUCT, gpu_of
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(p.name for p in GOLDEN.iterdir() if p.is_dir())
@@ -137,9 +139,9 @@ def test_the_product_of_a_jobs_nodes_counts_over_the_operators_gpu(product, gpu)
     config = OperatorConfig.model_validate(given.pop("operator"))
     trainer = config.trainer.model_copy(update={"device": "CUDA", "gpu": "h100-80gb"})
     given.pop("gang", None)
-    given["spec"]["scheduling"] = {"nodeSelector": {render.GPU_PRODUCT: product} if product else {}}
+    given["spec"]["scheduling"] = {"nodeSelector": {GPU_PRODUCT: product} if product else {}}
     spec = QLoRAJob.from_manifest(given).spec
-    assert render.gpu_of(spec, config.model_copy(update={"trainer": trainer})) == gpu
+    assert gpu_of(spec, config.model_copy(update={"trainer": trainer})) == gpu
 
 
 @pytest.mark.parametrize("consent", [True, False])
@@ -148,6 +150,6 @@ def test_pods_are_told_whether_the_clouds_identity_counts_whatever_a_secret_says
     for manifest in rendered("cpu", workloadIdentity=consent):
         if manifest["kind"] == "Job":
             template = manifest["spec"]["template"]
-            assert template["metadata"]["labels"].get(render.AZURE_IDENTITY_LABEL) == ("true" if consent else None)
+            assert template["metadata"]["labels"].get(AZURE_IDENTITY_LABEL) == ("true" if consent else None)
             [container] = template["spec"]["containers"]
             assert {"name": WORKLOAD_IDENTITY, "value": str(consent).lower()} in container["env"]

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, StringConstraints
 
 from qlora_api.base import Model, Rule, decimal
-from qlora_api.spec.values import Destination, Label, Name, check_no_boolean
+from qlora_api.spec.values import Destination, Label, Name, Quantity, check_no_boolean
 
 
 class Offload(StrEnum):
@@ -187,7 +187,26 @@ class SchedulingSpec(Model):
     """Labels of the job's pods, such as sidecar.istio.io/inject; an administrator may allow only some keys."""
     pod_annotations: dict[str, AnnotationValue] = Field({}, max_length=32)
     """Annotations of the job's pods; an administrator may allow only some keys."""
+    profile: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)] | None = None
+    """Profile of the pods, by its name in the operator's chart: kind of GPU, nodes, network, volumes. An administrator
+    defines profiles; 'qlora doctor' lists them. Default: the one named default."""
+    cpu: Quantity | None = None
+    """CPUs for each GPU of a trainer pod, such as "8", within the profile's bounds. Default: the profile's."""
+    memory: Quantity | None = None
+    """Memory for each GPU of a trainer pod, such as 64Gi, within the profile's bounds. Default: the profile's."""
     rules: ClassVar = (
+        Rule(
+            "!has(self.profile) || !has(self.nodeSelector) || self.nodeSelector.size() == 0",
+            "profile says which nodes: nodeSelector must not be set with it",
+            "nodeSelector",
+            lambda s: s.profile is None or not s.node_selector,
+        ),
+        Rule(
+            "!has(self.profile) || !has(self.tolerations) || self.tolerations.size() == 0",
+            "profile says which taints are tolerated: tolerations must not be set with it",
+            "tolerations",
+            lambda s: s.profile is None or not s.tolerations,
+        ),
         Rule(
             "self.gang != 'Kueue' || has(self.queue)",
             "gang Kueue needs queue, the name of a LocalQueue in the job's namespace; or choose Auto, Native, Volcano "

@@ -26,9 +26,9 @@ def doctor(
 ) -> None:
     """Diagnose what keeps jobs from running, and suggest fixes.
 
-    Looks at the cluster, your rights, the CustomResourceDefinition, the operator, the admission policy, GPUs, gang
-    scheduling, what jobs name, object storage, images, network policies, monitors and quotas; the exit code is 1 if
-    something is wrong.
+    Looks at the cluster, your rights, the CustomResourceDefinition, the operator, the admission policy, GPUs, profiles,
+    gang scheduling, what jobs name, object storage, images, network policies, monitors and quotas; the exit code is 1
+    if something is wrong.
     """
     with exit_with_code():
         from importlib.metadata import version

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.doctor import check_crd, check_jobs
+from qlora_cli.doctor import check_crd, check_jobs, check_profiles
 from qlora_cli.doctor.collect import RIGHTS, ClusterSnapshot
 from qlora_cli.doctor.findings import Finding, fault, note, ok, unknown
 from qlora_cli.kube.names import CHART
@@ -30,6 +30,7 @@ def judge(seen: ClusterSnapshot, version: str) -> list[Finding]:
         *_operator(seen, version),
         *_admission(seen),
         *_gpus(seen),
+        *check_profiles.profiles(seen),
         *_gang(seen),
         *check_jobs.references(seen),
         *check_jobs.storage(seen),

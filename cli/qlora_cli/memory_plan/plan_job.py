@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_api.errors import FieldError
 from qlora_cli.local import machine
 from qlora_cli.manifest import job_manifest
+from qlora_cli.memory_plan.chart_profiles import gpu_of_profile
 from qlora_cli.memory_plan.model_headers import read_config, read_model
 from qlora_memory import (
     GPUS,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from qlora_api.spec import QLoRAJobSpec, QuantizationSpec
+    from qlora_api.spec import QLoRAJobSpec, QuantizationSpec, SchedulingSpec
     from qlora_cli.memory_plan.model_headers import ModelFiles
     from qlora_memory import Gpu
 
@@ -52,6 +53,8 @@ class PlanOptions:
     """Real tokens of one epoch; None: unknown, or maxSteps says how many."""
     what_if: bool = False
     model_config: Path | None = None
+    profiles: Path | None = None
+    """Values of the operator's chart, whose profiles say which GPU a job gets."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def answer(path: Path, options: PlanOptions, overrides: Sequence[str] = ()) -> P
 
     """
     job = job_manifest.one_job(path, overrides)
-    gpu, here = _gpu(options)
+    gpu, here = _gpu(options, job.spec.scheduling)
     check_gpu(gpu, job.spec.quantization, "--gpu")
     world_size = options.gpus or here or job.spec.parallelism.workers * job.spec.parallelism.gpus_per_worker
     files = _files(job.spec, options)
@@ -114,10 +117,19 @@ def answer(path: Path, options: PlanOptions, overrides: Sequence[str] = ()) -> P
     )
 
 
-def _gpu(options: PlanOptions) -> tuple[Gpu, int | None]:
-    """The GPU that is named, or that of this machine and how many there are."""
+def _gpu(options: PlanOptions, scheduling: SchedulingSpec) -> tuple[Gpu, int | None]:
+    """The GPU that is named, by itself or by the job's profile, or that of this machine and how many there are."""
     if options.gpu is not None:
         return gpu_named(options.gpu), None
+    if options.profiles is not None:
+        return gpu_named(gpu_of_profile(scheduling, options.profiles), "gpu"), None
+    if scheduling.profile is not None:
+        raise FieldError(
+            "--gpu",
+            None,
+            f'is required, as spec.scheduling.profile "{scheduling.profile}" is a profile of a cluster: name the GPU '
+            "of it, or the chart's values with --profiles",
+        )
     found = machine.look().gpus
     if not found:
         raise FieldError("--gpu", None, f"is required, as this machine has no GPU; there are {', '.join(GPUS)}")

@@ -7,6 +7,7 @@ import re
 from qlora_api.spec import QLoRAJobSpec
 from qlora_api.status import Reason
 from qlora_operator.names import CONTAINER
+from qlora_operator.profiles import UNKNOWN_PROFILE
 from qlora_operator.state.observed import JobState, Observed, PodSnapshot
 
 _BAD_IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
@@ -40,6 +41,8 @@ def refusal(said: str) -> tuple[Reason, str]:
     """Sort what the API server or the Job controller said when it would not make something."""
     if "exceeded quota" in said:
         return Reason.QUOTA_EXCEEDED, f"{said}; free some of the quota, or ask for fewer GPUs in spec.parallelism"
+    if UNKNOWN_PROFILE in said:
+        return Reason.MISSING_REFERENCE, said
     if "no PriorityClass with name" in said:
         return Reason.MISSING_REFERENCE, f"{said}; have it created, or correct spec.scheduling.priorityClassName"
     return Reason.REFUSED, said

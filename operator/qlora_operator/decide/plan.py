@@ -45,6 +45,7 @@ from qlora_operator.decide.pending_reason import pending_reason
 from qlora_operator.decide.prepare_result import NOT_PREPARED, is_for, with_correction, with_prepared
 from qlora_operator.decide.stopping import StopCause, StopOutcome, attempt_state, outcome_of, stop_cause
 from qlora_operator.names import key_secret_name
+from qlora_operator.profiles import profile_problem
 from qlora_operator.state.observed import PREPARE, JobState, Observed, ObservedJob, PodSnapshot, planned
 
 REFUSED_SECONDS = 15.0
@@ -58,6 +59,8 @@ _ENDING = (JobState.COMPLETE, JobState.FAILED, JobState.FAILING)
 
 def plan(job: QLoRAJob, seen: Observed, config: OperatorConfig, gang: Gang) -> Decision:
     """Decide what follows for one job; time comes in as ``seen.now``."""
+    if problem := profile_problem(job.spec.scheduling, config):
+        seen = replace(seen, child_refused=problem)
     context = Context(job, seen, config, gang)
     status = job.status or QLoRAJobStatus()
     notes: tuple[Note, ...] = ()

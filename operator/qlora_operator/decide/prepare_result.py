@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from qlora_api.status import ConditionType, Memory, PrepareResult, QLoRAJobStatus, Reason
 from qlora_operator.decide.conditions import with_condition
 from qlora_operator.decide.decision import Context
-from qlora_operator.render import GPU_PRODUCT, device_of, gpu_of
+from qlora_operator.profiles import GPU_PRODUCT, device_of, gpu_of, profile_of
 
 GPU_NOT_KNOWN = (
-    f"GPU not known: memory was not planned; set trainer.gpu in the chart or {GPU_PRODUCT} in "
-    "spec.scheduling.nodeSelector"
+    "GPU not known: memory was not planned; set gpu in the job's profile or trainer.gpu in the chart, or "
+    f"{GPU_PRODUCT} in spec.scheduling.nodeSelector"
 )
 
 
@@ -53,9 +53,11 @@ def expected_cost(context: Context, result: PrepareResult) -> str | None:
 
 
 def _gpu_not_said(context: Context) -> bool:
-    """Return whether neither the operator's settings nor the job name the GPU that a rank gets."""
-    said = context.config.trainer.gpu or GPU_PRODUCT in context.job.spec.scheduling.node_selector
-    return device_of(context.config) == "CUDA" and not said
+    """Return whether neither the operator's settings, nor the profile, nor the job name the GPU that a rank gets."""
+    spec, profile = context.job.spec, profile_of(context.job.spec, context.config)
+    selectors = (spec.scheduling.node_selector, profile.node_selector if profile else {})
+    said = (profile and profile.gpu) or any(GPU_PRODUCT in selector for selector in selectors)
+    return device_of(spec, context.config) == "CUDA" and not said
 
 
 def _words(context: Context, result: PrepareResult, cost: str | None) -> Iterator[str]:

@@ -241,6 +241,36 @@ def test_a_newer_definition_is_no_fault_and_other_bounds_are():
     assert "has other rules for spec.lora.rank" in faults(crd=Answer(newer))["crd"]
 
 
+PROFILES = {
+    "a100": {"gpu": "a100-80gb", "nodeSelector": {"pool": "a"}},
+    "mig": {"gpuResource": "nvidia.com/mig-1g.10gb"},
+}
+
+
+def profiled(jobs=(), nodes=(), **profiles):
+    config = Answer({"gpuResource": "nvidia.com/gpu", "profiles": profiles})
+    found = judge(seen(config=config, jobs=Answer(list(jobs)), nodes=Answer([node(), *nodes])), "1.0")
+    return [(f.level, f.text) for f in found if f.check == "profiles"]
+
+
+def test_profiles_are_listed_with_those_that_no_node_suits():
+    labelled = node("a") | {"metadata": {"name": "a", "labels": {"pool": "a"}}}
+    assert profiled() == []
+    assert profiled(nodes=[labelled], a100=PROFILES["a100"]) == [(Level.OK, "jobs may name a100 (a100-80gb)")]
+    assert profiled(**PROFILES) == [
+        (Level.NOTE, "no node has the labels and GPUs of profile a100 (pool=a, nvidia.com/gpu)"),
+        (Level.NOTE, "no node has the labels and GPUs of profile mig (nvidia.com/mig-1g.10gb)"),
+    ]
+
+
+def test_a_job_that_names_no_profile_of_the_operators_is_a_fault():
+    named = waiting()
+    named["spec"]["scheduling"] = {"profile": "a10"}
+    [(level, text)] = profiled([named], cpu={"gpuResource": ""})[:1]
+    assert level is Level.FAULT
+    assert text.endswith("names profile a10, and there are cpu, default")
+
+
 def test_what_jobs_name_is_named_once():
     first, second = job("a"), job("b")
     for each in (first, second):

@@ -365,3 +365,53 @@ def test_nothing_is_asked_of_a_network_for_a_local_model(call, tmp_path, monkeyp
     monkeypatch.setattr(httpx, "Client", None)
     folder = write(tmp_path / "model", model_files(LLAMA_8B))
     assert call("--gpu", "h100-80gb", model=folder).exit_code == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- profiles
+
+VALUES = """\
+trainer: {gpu: l4-24gb}
+profiles:
+  efa: {gpu: h100-80gb}
+  product: {nodeSelector: {nvidia.com/gpu.product: NVIDIA-A100-SXM4-80GB}}
+  small: {memory: {default: 16Gi}}
+  mig: {gpuResource: nvidia.com/mig-3g.40gb}
+"""
+
+
+@pytest.mark.parametrize(
+    ("profile", "gpu"),
+    [("efa", "h100-80gb"), ("product", "a100-80gb"), ("small", "l4-24gb"), (None, "l4-24gb")],
+)
+@pytest.mark.parametrize("kind", ["values", "ConfigMap"])
+def test_the_gpu_follows_from_the_profile_in_the_charts_values(call, tmp_path, profile, gpu, kind):
+    text = VALUES if kind == "values" else json.dumps({"kind": "ConfigMap", "data": {"config.yaml": VALUES}})
+    (tmp_path / "values.yaml").write_text(text)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    named = ["--set", f"scheduling.profile={profile}"] if profile else []
+    done = call("--profiles", "values.yaml", "--model-config", "config.json", "-o", "json", *named)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["gpu"]["name"] == gpu
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "scheduling.profile=efa"], 'as spec.scheduling.profile "efa" is a profile of a cluster'),
+        (
+            ["--set", "scheduling.profile=eaf", "--profiles", "values.yaml"],
+            'did you mean "efa"? Allowed: default, efa, mig, product, small',
+        ),
+        (
+            ["--set", "scheduling.profile=mig", "--profiles", "values.yaml"],
+            'profile "mig" of values.yaml does not say which GPU its pods get',
+        ),
+        (["--profiles", "missing.yaml"], "--profiles"),
+    ],
+    ids=["no-values", "unknown", "part-of-a-card", "no-file"],
+)
+def test_a_profile_that_names_no_gpu_is_asked_for_one(call, tmp_path, arguments, said):
+    (tmp_path / "values.yaml").write_text(VALUES)
+    done = call(*arguments)
+    assert done.exit_code == 40
+    assert said in " ".join(done.output.split())

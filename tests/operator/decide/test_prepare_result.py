@@ -73,7 +73,8 @@ ROWS = "7 rows, 70 tokens, model revision 0123456789ab"
             PREPARING,
             {},
             None,
-            ", GPU not known: memory was not planned; set trainer.gpu in the chart or nvidia.com/gpu.product in "
+            ", GPU not known: memory was not planned; set gpu in the job's profile or trainer.gpu in the chart, or "
+            "nvidia.com/gpu.product in "
             "spec.scheduling.nodeSelector",
             id="nobody-says-which-gpu",
         ),

@@ -35,6 +35,12 @@ ModelConfig = Annotated[
 ]
 
 
+Profiles = Annotated[
+    Path | None,
+    typer.Option("--profiles", metavar="values.yaml", help="The chart's values, whose profile names the GPU."),
+]
+
+
 def plan(
     job: Job,
     *,
@@ -44,6 +50,7 @@ def plan(
     tokens: Tokens = None,
     what_if: WhatIf = False,
     model_config: ModelConfig = None,
+    profiles: Profiles = None,
     overrides: Set = None,
     output: As = Output.TEXT,
 ) -> None:
@@ -55,7 +62,7 @@ def plan(
     with exit_on_user_error():
         from qlora_cli.memory_plan import plan_job as planning
 
-        asked = planning.PlanOptions(gpu, gpus, price, tokens, what_if, model_config)
+        asked = planning.PlanOptions(gpu, gpus, price, tokens, what_if, model_config, profiles)
         answered = planning.answer(job, asked, tuple(overrides or ()))
         if output is Output.JSON:
             write_line(as_json(planning.as_dict(answered)))
