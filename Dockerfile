@@ -56,10 +56,8 @@ ARG UV_FIND_LINKS
 # cpu: PyTorch's own build without CUDA, from PyTorch's own index. Unset: the index's build, which brings CUDA.
 ARG UV_TORCH_BACKEND
 COPY pyproject.toml ./
-RUN for target in operator trainer; do \
-      /opt/uv/bin/uv pip compile --quiet --no-header --no-annotate --extra $target pyproject.toml --output-file $target.txt \
-        || exit; \
-    done
+RUN /opt/uv/bin/uv pip compile --quiet --no-header --no-annotate --group operator --output-file operator.txt \
+    && /opt/uv/bin/uv pip compile --quiet --no-header --no-annotate --extra trainer pyproject.toml --output-file trainer.txt
 
 # Compiled once, here; 'unchecked': a start looks at no source again. The generated classes of the Kubernetes client are
 # left out: nothing imports them, and they would be a third of the image.

@@ -23,11 +23,11 @@ help:  ## List the targets
 # The stamps know what is installed; only a change of what is asked for installs again.
 
 $(VENV)/.run-installed: pyproject.toml constraints.txt
-	@.ci/install "$(PYTHON)" "$(VENV)" cli,trainer
+	@.ci/install "$(PYTHON)" "$(VENV)" --extra trainer
 	@touch $@
 
 $(VENV)/.all-installed: pyproject.toml constraints.txt
-	@.ci/install "$(PYTHON)" "$(VENV)" cli,dev,docs,operator,trainer
+	@.ci/install "$(PYTHON)" "$(VENV)" --extra trainer --group dev --group docs --group operator
 	@touch $@ $(VENV)/.run-installed
 
 .PHONY: venv
@@ -35,8 +35,9 @@ venv: $(VENV)/.all-installed  ## Create .venv with everything, as 'run' and 'tes
 
 .PHONY: constraints
 constraints: $(VENV)/.all-installed  ## Pin the newest versions of all dependencies anew, with their hashes
-	$(BIN)/uv pip compile pyproject.toml --all-extras --group build --universal --python-version 3.11 --upgrade --quiet \
-	  --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command 'make constraints' -o constraints.txt
+	$(BIN)/uv pip compile pyproject.toml --all-extras --group build --group dev --group docs --group operator \
+	  --universal --python-version 3.11 --upgrade --quiet --generate-hashes --no-emit-index-url \
+	  --no-annotate --custom-compile-command 'make constraints' -o constraints.txt
 
 # ---------------------------------------------------------------------------------------------------------------- use
 

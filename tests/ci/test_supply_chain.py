@@ -45,7 +45,7 @@ def test_the_installation_takes_no_file_but_those_of_the_constraints(tmp_path, p
     shutil.copy2(REPOSITORY / ".ci" / "install", tmp_path / ".ci")
     (tmp_path / "constraints.txt").write_text(pins.format(hash=hashlib.sha256(wheel.read_bytes()).hexdigest()) + "\n")
     (tmp_path / "pyproject.toml").write_text(
-        '[project]\nname = "project"\nversion = "1"\noptional-dependencies.cli = ["harmless"]\n'
+        '[project]\nname = "project"\nversion = "1"\ndependencies = ["harmless"]\n'
         '[dependency-groups]\nbuild = []\n[build-system]\nrequires = []\nbuild-backend = "none"\n'
     )
     venv = tmp_path / "venv"
@@ -53,7 +53,7 @@ def test_the_installation_takes_no_file_but_those_of_the_constraints(tmp_path, p
     shutil.copy2(Path(sys.executable).parent / "uv", venv / "bin")
     alone = {"UV_NO_INDEX": "1", "UV_FIND_LINKS": str(wheel.parent), "UV_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
-        [".ci/install", sys.executable, venv, "cli"],
+        [".ci/install", sys.executable, venv],
         cwd=tmp_path,
         env={**os.environ, **alone, "UV_DEFAULT_INDEX": "none", "UV_INDEX": "none", "SSL_CERT_FILE": ""},
         capture_output=True,

@@ -17,7 +17,7 @@ from qlora_cli.app import app
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-OTHERS = {"cat", "cd", "cosign", "docker", "eval", "export", "git", "ls", "sed", "true", "vllm"}
+OTHERS = {"cat", "cd", "cosign", "docker", "eval", "export", "git", "ls", "sed", "true", "uv", "vllm"}
 """Programs that are not ours to check."""
 KUBECTL = {
     *("apply", "auth", "cordon", "create", "delete", "describe", "explain", "get", "logs", "patch", "rollout", "wait"),
@@ -85,9 +85,12 @@ def _qlora(arguments: list[str]) -> None:
 
 
 def _kubectl(arguments: list[str]) -> None:
+    if arguments[0] == "qlora":
+        return _qlora(arguments[1:])
     verb = next((word for word in arguments if not word.startswith("-")), "")
     if verb not in KUBECTL:
         raise NoCommandError(f"kubectl {verb}: not among those that documents use")
+    return None
 
 
 def _helm(arguments: list[str]) -> None:

@@ -203,7 +203,7 @@ def _surroundings() -> list[str]:
     wheels = _wheels()
     cache = Path(os.environ.get("UV_CACHE_DIR") or Path.home() / ".cache" / "uv")
     cache.mkdir(parents=True, exist_ok=True)
-    index, more = _pip_setting("index-url"), _pip_setting("extra-index-url")
+    index, more = pip_setting("index-url"), pip_setting("extra-index-url")
     values = {
         "PIP_INDEX_URL": index,
         "PIP_EXTRA_INDEX_URL": more,
@@ -213,7 +213,7 @@ def _surroundings() -> list[str]:
         "UV_FIND_LINKS": "/run/wheels",
     }
     volumes = [f"{cache}:/run/uv", f"{wheels}:/run/wheels:ro"]
-    if authority := os.environ.get("SSL_CERT_FILE") or _pip_setting("cert"):
+    if authority := os.environ.get("SSL_CERT_FILE") or pip_setting("cert"):
         volumes.append(f"{authority}:/run/ca.crt:ro")
         values |= {"PIP_CERT": "/run/ca.crt", "SSL_CERT_FILE": "/run/ca.crt"}
     arguments = [a for volume in volumes for a in ("--volume", volume)]
@@ -245,7 +245,7 @@ def _pin_stand_ins(constraints: Path, wheels: Path) -> None:
     constraints.write_text(text)
 
 
-def _pip_setting(name: str) -> str:
+def pip_setting(name: str) -> str:
     """Value of one of pip's settings with pip's own precedence, as .ci/install reads it."""
     listing = _run(sys.executable, "-m", "pip", "--disable-pip-version-check", "config", "list")
     found = dict(line.partition("=")[::2] for line in listing.splitlines() if "=" in line)
@@ -259,8 +259,10 @@ def _copy_inputs(target: Target, context: Path) -> Iterator[bytes]:
         shutil.copytree(REPOSITORY / folder, context / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Dockerfile", ".dockerignore", "constraints.txt", "pyproject.toml"):
         shutil.copy2(REPOSITORY / name, context)
-    project = tomllib.loads((context / "pyproject.toml").read_text())["project"]
-    yield repr((project["dependencies"], project["optional-dependencies"][target])).encode()
+    pyproject = tomllib.loads((context / "pyproject.toml").read_text())
+    project, groups = pyproject["project"], pyproject["dependency-groups"]
+    trainer = project["dependencies"], project["optional-dependencies"]["trainer"]
+    yield repr(trainer if target == "trainer" else groups["operator"]).encode()
     yield STAND_INS.read_bytes()
     for path in sorted(context.rglob("*")):
         if path.is_file() and path.name != "pyproject.toml":

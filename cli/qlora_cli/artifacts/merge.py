@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -67,17 +66,6 @@ def plan(published: Published, base: str | None, out: Path) -> MergeRequest:
     if source.startswith("pvc://"):
         raise ClusterError(f"{source}: the base is on a claim; name a copy of it with --base")
     return MergeRequest(source, "" if base else str(named.get("revision", "")), out)
-
-
-def require_trainer() -> None:
-    """Find out at once whether the trainer is there.
-
-    Raises:
-        ClusterError: it is not installed.
-
-    """
-    if importlib.util.find_spec("qlora_trainer") is None or importlib.util.find_spec("peft") is None:
-        raise ClusterError("merging needs the trainer: pip install 'qlora-operator[trainer]'")
 
 
 def fetch(published: Published, tell: Callable[[str], None]) -> Path:

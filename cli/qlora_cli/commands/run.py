@@ -26,9 +26,10 @@ def run(
     with exit_on_user_error():
         from qlora_cli.local.run import RunRequest
         from qlora_cli.local.run import run as run_job
-        from qlora_cli.local.trainer_process import Commands
+        from qlora_cli.local.trainer_process import Commands, require_trainer
         from qlora_cli.text.output import console
 
+        require_trainer("qlora run")
         request = RunRequest(job, runs_dir, ranks, fresh, tuple(overrides or ()))
         code = run_job(request, console(), Commands())
     raise typer.Exit(code)

@@ -44,7 +44,7 @@ class World:
 
 def look() -> Machine:
     """Ask NVML for the GPUs, and the environment for those in use."""
-    # NVML's own rules of dates and stubs: it has no types, and is only there with the cli extra.
+    # NVML's own rules of dates and stubs: it has no types.
     import pynvml  # noqa: PLC0415
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from qlora_cli.kube.errors import ClusterError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +37,21 @@ class Commands:
     prepare: tuple[str, ...] = (sys.executable, "-m", "qlora_trainer.prepare")
     train: tuple[str, ...] = (sys.executable, "-m", "qlora_trainer")
     generate: tuple[str, ...] = (sys.executable, "-m", "qlora_trainer.generate")
+
+
+def require_trainer(command: str) -> None:
+    """Check that the trainer is installed: the command line is installed without it, and then has no PyTorch.
+
+    Raises:
+        ClusterError: it is not.
+
+    """
+    if importlib.util.find_spec("qlora_trainer") is None or importlib.util.find_spec("peft") is None:
+        raise ClusterError(
+            f"{command} runs the trainer (PyTorch, DeepSpeed), which is not installed here; install it from where "
+            'qlora was installed, with the extra "trainer", such as: uv tool install --force '
+            "'qlora-operator[trainer] @ git+https://…'"
+        )
 
 
 class Stopped(Enum):

@@ -97,5 +97,6 @@ def test_an_adapter_that_was_changed_is_not_merged(published):
 
 def test_without_the_trainer_it_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ClusterError, match=r"pip install 'qlora-operator\[trainer\]'"):
-        merge.require_trainer()
+    done = CliRunner().invoke(app.app, ["merge", "u/", "--out", "merged"])
+    assert done.exit_code == 40
+    assert done.stderr.startswith("qlora merge runs the trainer (PyTorch, DeepSpeed), which is not installed here; ")

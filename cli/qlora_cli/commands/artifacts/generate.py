@@ -58,9 +58,10 @@ def generate(
     """
     with exit_on_user_error():
         from qlora_cli.artifacts import generate as asking
-        from qlora_cli.local.trainer_process import Commands
+        from qlora_cli.local.trainer_process import Commands, require_trainer
         from qlora_cli.text.output import console
 
+        require_trainer("qlora generate")
         models = asking.choose_models(adapter, run, runs_dir, base, merged)
         options = asking.GenerateOptions(asking.prompts(prompt or (), prompts_file), max_new_tokens, sample, raw)
         code = asking.generate(models, options, console(), Commands(), runs_dir / run if run else None)

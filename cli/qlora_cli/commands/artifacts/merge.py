@@ -28,13 +28,14 @@ def merge(
 ) -> None:
     """Merge a published adapter into its base: one model in 16 bits that needs no PEFT.
 
-    Runs the trainer (pip install 'qlora-operator[trainer]'), in host memory, on the adapter as published and verified.
+    Runs the trainer (the extra [trainer] of qlora-operator), in host memory, on the adapter as published and verified.
     """
     with exit_with_code():
         from qlora_cli.artifacts import merge as merging
+        from qlora_cli.local.trainer_process import require_trainer
         from qlora_cli.text import output as out
 
-        merging.require_trainer()
+        require_trainer("qlora merge")
         published = find_published(what, Target(kubeconfig, context, namespace), secret=secret)
         plan = merging.plan(published, base, to)
         with out.console(stderr=True).status("fetching the adapter …") as status:
