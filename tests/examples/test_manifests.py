@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qlora_api.batch import split_batch
-from qlora_api.spec import Optimizer, QuantizationType
+from qlora_api.spec import ComputeType, Optimizer, QuantizationType
 from qlora_cli.manifest import job_manifest, validate
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -41,6 +41,6 @@ def test_opt_example_is_the_classic_recipe():
     assert (split.micro_batch_size, split.gradient_accumulation_steps) == (4, 4)
     assert (spec.lora.rank, spec.lora.alpha, spec.lora.dropout) == (8, 32, "0.05")
     assert spec.lora.target_modules == ["q_proj", "v_proj"]
-    assert spec.quantization.type is QuantizationType.NF4
+    assert (spec.quantization.type, spec.quantization.compute_type) == (QuantizationType.NF4, ComputeType.FLOAT16)
     assert spec.training.optimizer is Optimizer.PAGED_ADAMW_8BIT
     assert (spec.training.epochs, spec.training.learning_rate, spec.checkpoint.keep) == (3, "2e-4", 3)

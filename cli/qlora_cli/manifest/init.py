@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from qlora_api.printable import printable
 from qlora_cli.kube.errors import ClusterError
 from qlora_cli.manifest import crd_schema, job_manifest
 from qlora_cli.text import kubernetes_yaml
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 WIDTH = 100
 FORMATS = ("Messages", "PromptCompletion", "Instruction", "Text")
@@ -68,9 +69,23 @@ def text(answers: Answers) -> str:
         RefusedError: an answer is none that the API takes; the message names its field.
 
     """
-    name = answers.name or _name(answers.data, answers.destination)
-    chosen = _chosen(answers)
+    return manifest_text(answers.name or name_of(answers.data, answers.destination), _chosen(answers))
+
+
+def manifest_text(name: str, chosen: dict[str, object], notes: Sequence[str] = ()) -> str:
+    """Write a manifest.
+
+    Args:
+        name: of the job.
+        chosen: values by path below ``spec``.
+        notes: sentences that stand first, as comments.
+
+    Raises:
+        RefusedError: a value is none that the API takes; the message names its field.
+
+    """
     lines = [
+        *(line for note in notes for line in _comment(printable(note), 0)),
         "# A QLoRAJob: which base model, which rows, and where the adapter goes.",
         "# 'qlora explain FIELD' says more of every field, and lists those that are not here.",
         "apiVersion: qlora.dev/v1alpha1",
@@ -100,14 +115,20 @@ def _chosen(answers: Answers) -> dict[str, object]:
         "training.learningRate": "2e-4",
         "output.destination": answers.destination,
     }
-    if answers.credentials:
-        for path, uri in (("model", answers.model), ("dataset.train", answers.data), ("output", answers.destination)):
-            if "://" in uri and not uri.startswith("pvc://"):
-                chosen[f"{path}.credentials"] = answers.credentials
-    return chosen
+    return chosen | credentials_of(answers)
 
 
-def _name(data: str, destination: str) -> str:
+def credentials_of(answers: Answers) -> dict[str, object]:
+    """Return the fields that name the Secret: of each place that is reached with credentials."""
+    places = (("model", answers.model), ("dataset.train", answers.data), ("output", answers.destination))
+    return {
+        f"{path}.credentials": answers.credentials
+        for path, uri in places
+        if answers.credentials and "://" in uri and not uri.startswith("pvc://")
+    }
+
+
+def name_of(data: str, destination: str) -> str:
     """A name for the job from what is at hand, in the letters that the API takes."""
     stem = PurePosixPath(destination.partition("://")[2] or destination).name or PurePosixPath(data).stem
     clean = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:40].strip("-")
@@ -123,7 +144,7 @@ def _group(group: str, chosen: dict[str, object]) -> Iterator[str]:
     if known is None:
         return
     tree = _tree({p: v for p, v in chosen.items() if p.startswith(f"{group}.")})
-    extras = [path for path in _SHOWN_WITH_DEFAULT if path.startswith(f"{group}.")]
+    extras = [path for path in _SHOWN_WITH_DEFAULT if path.startswith(f"{group}.") and path not in chosen]
     yield from _comment(str(known[1][-1].get("description", "")), 2)
     if tree:
         yield f"  {group}:"

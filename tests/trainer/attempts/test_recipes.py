@@ -44,6 +44,7 @@ def recipe(workshop):
     pq.write_table(pa.table({"text": texts, "label": [0] * len(texts)}), workshop.folder / "reviews.parquet")
     spec["model"] = {"source": str(model)}
     spec["dataset"]["train"] = {"source": str(workshop.folder / "reviews.parquet")}
+    spec["quantization"]["computeType"] = "Auto"  # no CPU has arithmetic in float16
     spec["output"] = {"destination": str(workshop.folder / "out")}
     spec["training"]["evaluation"]["everySteps"] = spec["checkpoint"]["everySteps"] = 2
     spec["training"]["warmupSteps"] = 2

@@ -24,10 +24,21 @@ def init(
         str | None, typer.Option(metavar="URI", help="Destination; prompted for if not given.")
     ] = None,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Job name; default: from the destination.")] = None,
-    form: Annotated[RowFormat, typer.Option("--format", help="Format of the rows.")] = RowFormat.MESSAGES,
+    form: Annotated[
+        RowFormat | None, typer.Option("--format", help="Format of the rows.", show_default="Messages")
+    ] = None,
     credentials: Annotated[
         str | None, typer.Option(metavar="SECRET", help="Secret with the credentials of model, rows and destination.")
     ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="CONFIG",
+            help="Convert a configuration of axolotl or LLaMA-Factory, or the arguments of TRL's SFT script.",
+        ),
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, max=16, metavar="N", help="With --from: GPUs that it was made for.")] = 1,
     file: Annotated[
         Path, typer.Option("--file", "-f", metavar="FILE", help="File to write; - is standard output.")
     ] = Path("job.yaml"),
@@ -40,6 +51,7 @@ def init(
     with exit_with_code():
         from qlora_cli.kube.errors import ClusterError
         from qlora_cli.manifest import init as beginning
+        from qlora_cli.manifest.convert import manifest as convert
         from qlora_cli.text import output as out
 
         if str(file) != "-" and file.exists() and not force:
@@ -49,16 +61,22 @@ def init(
             "data": data,
             "destination": destination,
             "name": name,
-            "format": form.value,
+            "format": form.value if form else None,
             "credentials": credentials,
         }
         ask = (lambda question: typer.prompt(question, err=True)) if sys.stdin.isatty() else None
-        answers = beginning.ask(given, ask)
-        text = beginning.text(answers)
+        if source is not None:
+            converted = convert.manifest_of(source, gpus, given, ask)
+            text, places = converted.text, converted.places
+            for note in converted.notes:
+                write_line(f"note: {note}", error=True)
+        else:
+            answers = beginning.ask(given, ask)
+            text, places = beginning.text(answers), (answers.model, answers.data, answers.destination)
         if str(file) == "-":
             write(text)
             return
         file.write_text(text, encoding="utf-8")
         write_line(f"{file} written")
-        here = any("://" not in place for place in (answers.model, answers.data, answers.destination))
+        here = any("://" not in place for place in places)
         out.say_next(f"{program()} {'run' if here else 'submit'} {file}", f"{program()} explain spec")

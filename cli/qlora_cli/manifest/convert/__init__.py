@@ -1,0 +1,1 @@
+"""Convert configurations of other fine-tuning tools: axolotl, LLaMA-Factory, TRL's SFT script."""
