@@ -17,7 +17,7 @@ planner, remedies    choose; say what would fit
 ===================  ========================================================================
 """
 
-from qlora_memory.coverage import Coverage, planned_coverage
+from qlora_memory.coverage import Coverage, check_skip_modules, planned_coverage
 from qlora_memory.estimate import EstimateInput, MemoryEstimate, Moment, estimate
 from qlora_memory.gpus import GPUS, Gpu, check_gpu, gpu_named, gpu_of_device, resolved
 from qlora_memory.planning.cost import Cost, Span, cost, flop_per_token
@@ -33,7 +33,7 @@ from qlora_memory.shape.safetensors_headers import (
     shard_names,
     tensor_infos,
 )
-from qlora_memory.weights import AdapterShape
+from qlora_memory.weights import AdapterShape, skipped_bytes
 
 __all__ = [
     "GPUS",
@@ -53,6 +53,7 @@ __all__ = [
     "Span",
     "TensorInfo",
     "check_gpu",
+    "check_skip_modules",
     "cost",
     "does_not_fit",
     "estimate",
@@ -69,5 +70,6 @@ __all__ = [
     "resolved",
     "run_of",
     "shard_names",
+    "skipped_bytes",
     "tensor_infos",
 ]

@@ -5,9 +5,11 @@ The trainer makes the same counts on the model itself: ``qlora_trainer.model.cov
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qlora_api.spec import LoRASpec, QuantizationSpec
+from qlora_api.errors import FieldError
+from qlora_api.spec import LoRASpec, QuantizationSpec, QuantizationType, is_matched
 from qlora_memory.shape.model_shape import ModelShape
 from qlora_memory.weights import AdapterShape, quantized_layers
 
@@ -55,3 +57,37 @@ def planned_coverage(shape: ModelShape, lora: LoRASpec, quantization: Quantizati
         groups=len(groups),
         adapted_groups=sum(bool(group & adapted) for group in groups),
     )
+
+
+def check_skip_modules(quantization: QuantizationSpec, names: Iterable[str], *, on_disk: bool) -> None:
+    """Find out whether ``spec.quantization.skipModules`` can be followed.
+
+    Args:
+        quantization: of the job.
+        names: full names of all that can be quantized: linear layers, and in 4 bits experts.
+        on_disk: the base is quantized on disk.
+
+    Raises:
+        FieldError: it cannot, or leaves nothing quantized; the message lists what can be named.
+
+    """
+    field, patterns = "spec.quantization.skipModules", quantization.skip_modules
+    if patterns and on_disk:
+        raise FieldError(
+            field,
+            patterns[0],
+            "cannot be followed: the base is quantized on disk. Remove it, or use the 16-bit base",
+        )
+    candidates = tuple(names) if patterns else ()
+    for pattern in patterns:
+        if not any(is_matched(name, pattern) for name in candidates):
+            kinds = ", ".join(sorted({name.rpartition(".")[2] for name in candidates}))
+            others = "experts, embeddings" if quantization.type is QuantizationType.INT8 else "embeddings"
+            raise FieldError(
+                field,
+                pattern,
+                f"matches no layer that would be quantized; those are {kinds}. Of themselves {others}, head, norms and "
+                "routers stay in 16 bits",
+            )
+    if patterns and all(quantization.skips(name) for name in candidates):
+        raise FieldError(field, ", ".join(patterns), "leaves no layer quantized: name fewer, or set type None")

@@ -185,7 +185,7 @@ def _while_loading(run: EstimateInput) -> int:
     experts = [
         width * i.inputs * i.outputs + 4 * i.elements // BLOCK
         for i in run.shape.experts
-        if run.quantization.type in FOUR_BIT
+        if run.quantization.type in FOUR_BIT and not run.quantization.skips(i.name)
     ]
     return max(width * run.shape.largest, *experts, 0)
 
@@ -280,10 +280,8 @@ def _large_unquantized(run: EstimateInput) -> int:
     shape = run.shape
     table = shape.head.linear.elements
     sizes = [table, shape.embeddings - table, *([] if shape.head.tied else [table])]
-    if run.quantization.type not in FOUR_BIT:
-        sizes += [weight.elements for weight in shape.experts]
-    if run.quantization.type is QuantizationType.NONE:
-        sizes += [linear.elements for linear in shape.linears]
+    quantized = {layer.name for layer in quantized_layers(shape, run.quantization)}
+    sizes += [layer.elements for layer in (*shape.linears, *shape.experts) if layer.name not in quantized]
     return sum(size for size in sizes if size > PERSISTENT)
 
 

@@ -35,8 +35,14 @@ def compute_width(quantization: QuantizationSpec) -> int:
 
 
 def quantized_layers(shape: ModelShape, quantization: QuantizationSpec) -> tuple[Linear, ...]:
-    """Return what is quantized: all linear layers but the head, and in 4 bits the experts."""
-    match quantization.type:
+    """Return what is quantized: of all that can be, what the job does not leave in 16 bits."""
+    found = quantizable_layers(shape, quantization.type)
+    return tuple(i for i in found if not quantization.skips(i.name)) if quantization.skip_modules else found
+
+
+def quantizable_layers(shape: ModelShape, kind: QuantizationType) -> tuple[Linear, ...]:
+    """Return what can be quantized: all linear layers but the head, and in 4 bits the experts."""
+    match kind:
         case QuantizationType.NONE:
             return ()
         case QuantizationType.INT8:
@@ -57,6 +63,13 @@ def quantized_bytes(linear: Linear, quantization: QuantizationSpec) -> int:
             return linear.elements
         case _:
             return -(-linear.elements // 2) if linear.experts == 1 else BLOCK // 2 * _blocks(linear)
+
+
+def skipped_bytes(shape: ModelShape, quantization: QuantizationSpec) -> tuple[int, int]:
+    """Return how many layers ``skipModules`` leaves in 16 bits, and the bytes that they take more for it."""
+    skipped = [i for i in quantizable_layers(shape, quantization.type) if quantization.skips(i.name)]
+    quantized = sum(quantized_bytes(i, quantization) + constant_bytes(i, quantization) for i in skipped)
+    return len(skipped), compute_width(quantization) * sum(i.elements for i in skipped) - quantized
 
 
 def constant_bytes(linear: Linear, quantization: QuantizationSpec) -> int:

@@ -154,6 +154,7 @@ def with_defaults(made):
         pytest.param({"parallelism__offload": "Optimizer"}, id="offload-without-zero"),
         pytest.param({"parallelism__offload": "Optimizer", "parallelism__zeroStage": 2}, id="offload-with-zero"),
         pytest.param({"parallelism__zeroStage": 3, "quantization__type": "INT8"}, id="int8-zero-3"),
+        pytest.param({"quantization__type": "None", "quantization__skipModules": ["q_proj"]}, id="none-skips"),
         pytest.param({"lora__dora": True, "quantization__type": "INT8"}, id="int8-dora"),
         pytest.param({"scheduling__gang": "Kueue"}, id="kueue-without-a-queue"),
         pytest.param({"scheduling__gang": "Kueue", "scheduling__queue": "team"}, id="kueue-with-a-queue"),

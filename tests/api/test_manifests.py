@@ -130,6 +130,11 @@ def test_what_is_written_is_read_back_the_same():
             id="offload-without-zero",
         ),
         pytest.param(
+            {"quantization__type": "None", "quantization__skipModules": ["q_proj"]},
+            "spec.quantization.skipModules: ",
+            id="layers-to-skip-where-none-is-quantized",
+        ),
+        pytest.param(
             {"parallelism__zeroStage": 3, "quantization__type": "INT8"},
             "spec.parallelism.zeroStage: 3: quantization.type INT8 cannot be partitioned",
             id="int8-under-zero-3",

@@ -31,6 +31,7 @@ from qlora_api.spec.learning import (
     QuantizationType,
     Schedule,
     TrainingSpec,
+    is_matched,
 )
 from qlora_api.spec.running import (
     CheckpointSpec,
@@ -79,6 +80,7 @@ __all__ = [
     "Tolerance",
     "Toleration",
     "TrainingSpec",
+    "is_matched",
 ]
 
 _RESUME = "a resumed run must match its checkpoint; create a new QLoRAJob instead"

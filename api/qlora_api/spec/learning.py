@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar
 
 from pydantic import Field, StringConstraints
@@ -38,7 +39,19 @@ class QuantizationSpec(Model):
     """Type in which the base computes. Auto follows the device at the first attempt, and later attempts keep it:
     BFloat16 on GPUs of compute capability 8.0 or higher and on CPUs with bf16 instructions, Float16 with dynamic loss
     scaling on GPUs of capability 7.x (T4, V100), Float32 on other CPUs. Float16 is not available with type INT8."""
+    skip_modules: list[
+        Annotated[str, StringConstraints(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9_.*-]+$")]
+    ] = Field([], max_length=256)
+    """Linear layers and experts that stay in 16 bits: names or their dotted ends, as in lora.targetModules; * stands
+    for any characters, as in layers.0.*.down_proj. Each must match a layer that would be quantized. `qlora inspect`
+    says which layers lose most by quantization. Not available for a base that is quantized on disk."""
     rules: ClassVar = (
+        Rule(
+            "self.type != 'None' || !has(self.skipModules) || size(self.skipModules) == 0",
+            "skipModules has no effect with type None, which quantizes nothing: remove it, or set another type",
+            "skipModules",
+            lambda q: q.type is not QuantizationType.NONE or not q.skip_modules,
+        ),
         Rule(
             "self.type != 'INT8' || self.computeType != 'Float16'",
             "computeType Float16 is not available with type INT8: set Auto, BFloat16 or Float32, or type NF4",
@@ -46,6 +59,15 @@ class QuantizationSpec(Model):
             lambda q: q.type is not QuantizationType.INT8 or q.compute_type is not ComputeType.FLOAT16,
         ),
     )
+
+    def skips(self, name: str) -> bool:
+        """Return whether a linear layer or experts of this full name stay in 16 bits."""
+        return any(is_matched(name, pattern) for pattern in self.skip_modules)
+
+
+def is_matched(name: str, pattern: str) -> bool:
+    """Return whether a pattern of ``skip_modules`` matches a full name or its dotted end."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
 class LoRABias(StrEnum):

@@ -93,7 +93,9 @@ def _quantization(spec: QLoRAJobSpec) -> str:
     if q.type is QuantizationType.NONE:
         return f"none, {_computes_in(q)}"
     four_bit = q.type in (QuantizationType.NF4, QuantizationType.FP4)
-    return q.type + (" with double quantization" if four_bit and q.double_quantization else "") + f", {_computes_in(q)}"
+    double = " with double quantization" if four_bit and q.double_quantization else ""
+    skipped = f" but for {', '.join(q.skip_modules)}" if q.skip_modules else ""
+    return f"{q.type}{double}{skipped}, {_computes_in(q)}"
 
 
 def _computes_in(quantization: QuantizationSpec) -> str:

@@ -26,6 +26,7 @@ from qlora_memory import (
     plan,
     planned_coverage,
     remedies,
+    skipped_bytes,
 )
 from qlora_memory.planning.remedies import changed
 
@@ -198,6 +199,7 @@ def as_dict(answered: PlanResult) -> dict[str, Any]:
     chosen = outcome if isinstance(outcome, Plan) else outcome.smallest
     shape = request.shape
     covered = planned_coverage(shape, request.spec.lora, request.spec.quantization)
+    count, added = skipped_bytes(shape, request.spec.quantization)
     shown: dict[str, Any] = {
         "job": answered.job,
         "fits": answered.fits,
@@ -208,6 +210,8 @@ def as_dict(answered: PlanResult) -> dict[str, Any]:
             "linearLayers": len(shape.linears),
             "activationsModelled": shape.modelled,
             "quantizedShare": round(covered.quantized / covered.weights, 6),
+            "skippedLayers": count,
+            "skippedBytes": added,
             "adaptedLayers": covered.adapted_layers,
             "expertLayers": covered.groups,
             "adaptedExpertLayers": covered.adapted_groups,

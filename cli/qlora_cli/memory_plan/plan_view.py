@@ -11,7 +11,7 @@ from rich.text import Text
 from qlora_api.spec import ComputeType
 from qlora_cli.local import run_view
 from qlora_cli.text import units
-from qlora_memory import NoFit, Plan, does_not_fit, planned_coverage
+from qlora_memory import NoFit, Plan, does_not_fit, planned_coverage, skipped_bytes
 from qlora_memory.gpus import GIB
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from qlora_api.spec import QLoRAJobSpec
     from qlora_cli.memory_plan.plan_job import PlanResult, Variation
-    from qlora_memory import Cost, Span
+    from qlora_memory import Cost, ModelShape, Span
 
 BAR = 36
 """Characters of a bar as long as the GPU's memory."""
@@ -55,6 +55,7 @@ def _facts(answered: PlanResult, chosen: Plan) -> list[tuple[str, str]]:
         ("Model", f"{shape.model_type}, {shape.parameters / 1e9:.2f} billion weights ({answered.place})"),
         ("GPU", f"{count} × {gpu.name}, {units.size(gpu.memory_bytes)} each"),
         ("Quantized", covered.held),
+        *_skipped(request.spec, shape),
         ("Adapted", covered.adapted),
         ("Computes in", _compute_type(request.spec, chosen)),
         ("Batch", run_view.batch_equation(chosen.batch)),
@@ -74,6 +75,15 @@ def _facts(answered: PlanResult, chosen: Plan) -> list[tuple[str, str]]:
             ("Time", f"{_per_million(chosen, count)} for a million tokens; --tokens says how many an epoch has")
         )
     return rows
+
+
+def _skipped(spec: QLoRAJobSpec, shape: ModelShape) -> list[tuple[str, str]]:
+    """Return which layers the job leaves in 16 bits, and what they cost."""
+    if not spec.quantization.skip_modules:
+        return []
+    count, added = skipped_bytes(shape, spec.quantization)
+    layers = f"{count} layer{'s' if count > 1 else ''}"
+    return [("In 16 bits", f"{layers} by skipModules, {units.size(added)} more than quantized")]
 
 
 def _compute_type(spec: QLoRAJobSpec, chosen: Plan) -> str:

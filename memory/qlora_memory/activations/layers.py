@@ -73,7 +73,7 @@ class Pen:
         adapted, software = layer.name in self.setting.adapter.names, self.setting.software
         added = (self._added(x, layer),) if adapted and self._adds else ()
         out = self.tokens * layer.outputs
-        weight = 0 if is_head else self.setting.dequantized(layer.elements)
+        weight = 0 if is_head else self.setting.dequantized(layer)
         base = self.tape.record(
             x,
             *added,
@@ -102,7 +102,9 @@ class Pen:
         input in 8 bit, the product in 32 and in fp16. Inputs with outliers need more.
         bitsandbytes' backends/cuda/ops.py, ``int8_vectorwise_quant``, ``int8_mm_dequant``.
         """
-        if self.setting.quantization.type is not QuantizationType.INT8 or not self.setting.cuda:
+        setting = self.setting
+        is_int8 = setting.quantization.type is QuantizationType.INT8 and setting.is_quantized(layer)
+        if not is_int8 or not setting.cuda:
             return weight
         return self.tokens * max(6 * layer.inputs, 6 * layer.outputs + layer.inputs)
 

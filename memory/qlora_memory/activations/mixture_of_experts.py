@@ -97,7 +97,7 @@ def _product(pen: Pen, x: Value, weight: Linear, pairs: int) -> Value:
 def _dequantized(pen: Pen, weight: Linear) -> int:
     """Bytes of the experts that are dequantized at once, and of the fp32 constants of all."""
     setting = pen.setting
-    if not setting.dequantizes or setting.quantization.type not in FOUR_BIT:
+    if not setting.dequantizes or setting.quantization.type not in FOUR_BIT or not setting.is_quantized(weight):
         return 0
     one = pen.width * weight.inputs * weight.outputs
     constants = FP32 * weight.elements // BLOCK if setting.quantization.double_quantization else 0

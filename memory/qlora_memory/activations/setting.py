@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora_api.spec import QuantizationSpec, QuantizationType
+from qlora_memory.shape.model_shape import Linear
 from qlora_memory.weights import AdapterShape, compute_width
 
 
@@ -69,13 +70,17 @@ class ForwardSetting:
     def dropout(self) -> float:
         return float(self.adapter.lora.dropout)
 
-    def dequantized(self, elements: int) -> int:
+    def is_quantized(self, layer: Linear) -> bool:
+        """Return whether a linear layer, or experts in 4 bits, are held quantized."""
+        return self.quantization.type is not QuantizationType.NONE and not self.quantization.skips(layer.name)
+
+    def dequantized(self, layer: Linear) -> int:
         """Bytes of a weight brought back to the compute type.
 
         With its fp32 absmax constants where those are quantized: bitsandbytes.functional.dequantize_4bit makes them
         twice, before and after the offset is added.
         """
-        if not self.dequantizes or self.quantization.type is QuantizationType.NONE:
+        if not self.dequantizes or not self.is_quantized(layer):
             return 0
         nested = self.quantization.double_quantization and self.quantization.type is not QuantizationType.INT8
-        return self.width * elements + (elements // 8 if nested else 0)
+        return self.width * layer.elements + (layer.elements // 8 if nested else 0)

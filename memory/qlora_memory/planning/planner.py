@@ -10,11 +10,12 @@ from qlora_api.batch import TOKENS_PER_MICRO_BATCH, BatchSplit, split_batch
 from qlora_api.errors import FieldError
 from qlora_api.spec import ComputeType, GradientCheckpointing, Offload, QLoRAJobSpec, QuantizationType
 from qlora_api.status import MemoryComponent
+from qlora_memory.coverage import check_skip_modules
 from qlora_memory.estimate import EstimateInput, MemoryEstimate, estimate
 from qlora_memory.gpus import GIB, Gpu, check_gpu, resolved
 from qlora_memory.planning.cost import Span, seconds_per_token
 from qlora_memory.shape.model_shape import ModelShape
-from qlora_memory.weights import FOUR_BIT, AdapterShape
+from qlora_memory.weights import FOUR_BIT, AdapterShape, quantizable_layers
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def plan(request: PlanRequest) -> Plan | NoFit:
 
     Raises:
         FieldError: the trainer cannot use the GPU, the global batch cannot be cut, a target names no layer, the base
-            is quantized in another way than the job says, or has fewer positions than ``maxLength``.
+            is quantized in another way than the job says, has fewer positions than ``maxLength``, or no layer that
+            ``skipModules`` names.
 
     """
     _check_gpu(request)
@@ -115,6 +117,9 @@ def _check_gpu(request: PlanRequest) -> None:
             spec.dataset.max_length,
             f"is more than the {shape.max_positions} positions of {spec.model.source}",
         )
+    if shape.modelled:  # of others the tensors' names need not be the modules': Prepare looks at the model itself
+        names = (layer.name for layer in quantizable_layers(shape, spec.quantization.type))
+        check_skip_modules(spec.quantization, names, on_disk=shape.on_disk is not None)
     if shape.on_disk is None:
         return
     found, wanted = shape.on_disk, spec.quantization

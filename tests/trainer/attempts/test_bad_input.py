@@ -15,6 +15,13 @@ from qlora_api.contract import ExitCode, JobRef, PrepareReceipt
 from qlora_trainer.prepare.command import prepare
 from qlora_trainer.reporting.rank_exit import guarded
 
+NF4_ON_DISK = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+}
+
 
 def prepared(workshop, **changes):
     config = workshop.config(**changes)
@@ -120,6 +127,29 @@ def broken_template(workshop):
             lambda w: {"model": {"source": str(model_copy(w, quantization_config={"quant_method": "gptq"}))}},
             ["spec.model.source", "gptq"],
             id="base-quantized-by-another-library",
+        ),
+        pytest.param(
+            lambda w: {"quantization": {"skipModules": ["layers.0.*.down_prj"]}},
+            ['spec.quantization.skipModules: "layers.0.*.down_prj"', "matches no layer", "down_proj"],
+            id="unknown-layer-to-skip",
+        ),
+        pytest.param(
+            lambda w: {"quantization": {"skipModules": ["lm_head"]}},
+            ['spec.quantization.skipModules: "lm_head"', "stay in 16 bits"],
+            id="layer-to-skip-that-is-not-quantized",
+        ),
+        pytest.param(
+            lambda w: {"quantization": {"skipModules": ["*_proj"]}},
+            ["spec.quantization.skipModules", "leaves no layer quantized"],
+            id="all-layers-to-skip",
+        ),
+        pytest.param(
+            lambda w: {
+                "model": {"source": str(model_copy(w, quantization_config=NF4_ON_DISK))},
+                "quantization": {"skipModules": ["down_proj"]},
+            },
+            ['spec.quantization.skipModules: "down_proj"', "quantized on disk"],
+            id="layers-to-skip-of-a-quantized-base",
         ),
         pytest.param(with_code, ["spec.model.source", "auto_map"], id="code-in-the-model-repository"),
         pytest.param(

@@ -16,6 +16,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from qlora_api.spec import LoRABias, LoRASpec, QuantizationSpec, QuantizationType
 from qlora_api.status import MemoryComponent
@@ -24,20 +25,30 @@ from qlora_trainer.model.attention import choose_attention, register
 from qlora_trainer.model.compute_type import DTYPES, resolved_on
 from qlora_trainer.model.experts.forward import use_own_forward
 from qlora_trainer.model.experts.loading import FourBitConfig
-from qlora_trainer.model.experts.targets import check_targets, lora_config
+from qlora_trainer.model.experts.structure import expert_parameters
+from qlora_trainer.model.experts.targets import check_targets, linear_layers, lora_config
 from qlora_trainer.model.kernels import forget_inputs, fuse_adapters, fuse_norms
 
 _BIAS = {LoRABias.NONE: "none", LoRABias.ALL: "all", LoRABias.LORA_ONLY: "lora_only"}
 
 
-def quantization_config(quantization: QuantizationSpec, zero_stage: int) -> BitsAndBytesConfig | None:
-    """bitsandbytes' configuration for a base that is 16-bit on disk; None for no quantization."""
+def quantization_config(
+    quantization: QuantizationSpec, zero_stage: int, skipped: list[str] | None = None
+) -> BitsAndBytesConfig | None:
+    """bitsandbytes' configuration for a base that is 16-bit on disk; None for no quantization.
+
+    Args:
+        quantization: of the job.
+        zero_stage: of the job.
+        skipped: full names of modules and experts that stay in 16 bits; None: those that transformers leaves so.
+
+    """
     dtype = DTYPES[quantization.compute_type]
     match quantization.type:
         case QuantizationType.NONE:
             return None
         case QuantizationType.INT8:
-            return BitsAndBytesConfig(load_in_8bit=True)
+            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
         case _:
             return FourBitConfig(
                 bnb_4bit_quant_type=quantization.type.value.lower(),
@@ -45,7 +56,17 @@ def quantization_config(quantization: QuantizationSpec, zero_stage: int) -> Bits
                 bnb_4bit_compute_dtype=dtype,
                 # ZeRO-3 partitions by dtype: the packed weights must look like the rest (PEFT's DeepSpeed guide).
                 bnb_4bit_quant_storage=dtype if zero_stage == 3 else torch.uint8,
+                llm_int8_skip_modules=skipped,
             )
+
+
+def skipped_modules(path: Path, quantization: QuantizationSpec) -> list[str] | None:
+    """Return what stays in 16 bits of a base, by full name; None where the job names nothing."""
+    if not quantization.skip_modules:
+        return None
+    model = meta_model(path)
+    named = [n for n in (*linear_layers(model), *expert_parameters(model)) if quantization.skips(n)]
+    return sorted({*get_keys_to_not_convert(model), *named})
 
 
 def load_base(path: Path, quantization: QuantizationSpec, device: torch.device, zero_stage: int = 0) -> Any:
@@ -62,7 +83,11 @@ def load_base(path: Path, quantization: QuantizationSpec, device: torch.device, 
     config = check_base(path, quantization)
     on_disk = getattr(config, "quantization_config", None)
     model_class = AutoModelForCausalLM._model_mapping[type(config)]  # noqa: SLF001 the public way loads the weights
-    wanted = None if on_disk is not None else quantization_config(quantization, zero_stage)
+    wanted = (
+        None
+        if on_disk is not None
+        else quantization_config(quantization, zero_stage, skipped_modules(path, quantization))
+    )
     model = AutoModelForCausalLM.from_pretrained(
         path,
         # An explicit None would hide what the base says of itself.

@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlora_api.errors import FieldError
+from qlora_api.spec import QuantizationType
+from qlora_memory import check_skip_modules
 from qlora_trainer.errors import UserError
 from qlora_trainer.model.base_model import add_lora, check_base, meta_model
 from qlora_trainer.model.compute_type import device_problem
 from qlora_trainer.model.dry_run import adapters_without_gradient
+from qlora_trainer.model.experts.structure import expert_parameters
+from qlora_trainer.model.experts.targets import linear_layers
 from qlora_trainer.model.tokenizer import load_bounded_tokenizer
 from qlora_trainer.prepare.plan_memory import shape_of
 from qlora_trainer.prepare.records import Record, job_key, pinned_revision
@@ -89,8 +94,9 @@ def check_architecture(config: TrainerConfig, model: FetchedModel) -> int:
     """
     if config.device == "CPU" and (problem := device_problem(config.spec.quantization, torch.device("cpu"))):
         raise problem
-    check_base(model.path, config.spec.quantization)
+    base = check_base(model.path, config.spec.quantization)
     skeleton = meta_model(model.path)
+    _check_skip_modules(skeleton, config, on_disk=hasattr(base, "quantization_config"))
     embeddings: int = skeleton.get_input_embeddings().weight.shape[0]
     adapted = add_lora(skeleton, config.spec.lora, config.spec.training.seed, model.source)
     _check_gradient(adapted, config, model.source)
@@ -99,6 +105,15 @@ def check_architecture(config: TrainerConfig, model: FetchedModel) -> int:
     if positions is not None and longest > positions:
         raise UserError("spec.dataset.maxLength", longest, f"is more than the {positions} positions of {model.source}")
     return embeddings
+
+
+def _check_skip_modules(skeleton: Any, config: TrainerConfig, *, on_disk: bool) -> None:
+    quantization = config.spec.quantization
+    experts = () if quantization.type is QuantizationType.INT8 else expert_parameters(skeleton)
+    try:
+        check_skip_modules(quantization, (*linear_layers(skeleton), *experts), on_disk=on_disk)
+    except FieldError as error:
+        raise UserError(error.field, error.value, error.allowed) from None
 
 
 def _check_gradient(adapted: Any, config: TrainerConfig, model_name: str) -> None:

@@ -272,7 +272,7 @@ def job_key(spec: QLoRAJobSpec, revision: str) -> str:
         "heldOut": [held_out.fraction, spec.training.seed] if held_out and held_out.fraction else None,
         "train": _identity(spec.dataset.train.source, "spec.dataset.train.source"),
         "eval": _identity(own_eval, "spec.dataset.eval.source") if own_eval else None,
-        "quantization": plain["quantization"],
+        "quantization": {k: v for k, v in plain["quantization"].items() if v != []},
         "lora": plain["lora"],
         **({"prompts": prompts} if (prompts := spec.training.evaluation.prompts) else {}),
     }

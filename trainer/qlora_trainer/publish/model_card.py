@@ -97,7 +97,8 @@ def _held_as(spec: QLoRAJobSpec) -> str:
     if quantization.type is QuantizationType.NONE:
         return "in 16 bits"
     double = quantization.double_quantization and quantization.type is not QuantizationType.INT8
-    return f"in {quantization.type}{', double-quantized' if double else ''}"
+    skipped = f" but for {', '.join(quantization.skip_modules)}" if quantization.skip_modules else ""
+    return f"in {quantization.type}{', double-quantized' if double else ''}{skipped}"
 
 
 def _loss(value: float | None) -> str:

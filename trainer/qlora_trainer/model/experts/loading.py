@@ -18,7 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qlora_trainer.errors import TrainerError
-from qlora_trainer.model.experts.packed import Format, Packer
+from qlora_trainer.model.experts.packed import Format, Packer, Stack
 from qlora_trainer.model.experts.structure import expert_parameters, router_names
 
 if TYPE_CHECKING:
@@ -54,11 +54,11 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, device_map: Any, checkpoint_files: Iterable[str] | None = None, **more: Any
     ) -> None:
-        self.expert_names = frozenset(expert_parameters(model))
+        skipped = self.get_modules_to_not_convert(model, self.quantization_config.llm_int8_skip_modules)
+        self.expert_names = frozenset(expert_parameters(model)).difference(skipped)
         self.files = _Files(checkpoint_files or ())
         self.device = torch.device(device_map[""])
         if routers := router_names(model):
-            skipped = self.get_modules_to_not_convert(model)
             self.quantization_config.llm_int8_skip_modules = sorted({*skipped, *routers})
         super()._process_model_before_weight_loading(model, device_map, **more)
 
@@ -89,7 +89,7 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return is_target and all(_is_separable(op) for op in converter.operations)
 
     def pack(self, model: Any, name: str, read: Callable[[int], torch.Tensor]) -> torch.nn.Parameter:
-        """Pack the experts of one parameter.
+        """Pack the experts of one parameter, or hold them as they are where the job says so.
 
         Args:
             model: with that parameter, not loaded yet.
@@ -101,7 +101,8 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
         """
         wanted = model.get_parameter(name)
-        packer = Packer(wanted.shape, wanted.dtype, self.device, self.quantization_config.form)
+        held = Packer if name in self.expert_names else Stack
+        packer = held(wanted.shape, wanted.dtype, self.device, self.quantization_config.form)
         for index in range(wanted.shape[0]):
             weight = read(index)
             weight = weight[0] if weight.ndim == wanted.ndim else weight

@@ -91,6 +91,21 @@ class Packer:
         return parameter
 
 
+class Stack:
+    """Holds the experts of one parameter as they are; takes them as :class:`Packer` does."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device, _: Format) -> None:
+        self._weights = torch.empty(shape, dtype=dtype, device=device)
+
+    def put(self, index: int, weight: torch.Tensor) -> None:
+        """Copy one expert to its place."""
+        self._weights[index].copy_(weight)
+
+    def parameter(self) -> nn.Parameter:
+        """Return the experts in 16 bits."""
+        return nn.Parameter(self._weights, requires_grad=False)
+
+
 class FrozenExperts:
     """The weights of a group of experts for the time of one product: packed in 4 bits, or as they were loaded."""
 
