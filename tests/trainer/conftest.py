@@ -13,6 +13,7 @@ from services.limits import memory_limit
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from composites import composites  # noqa: F401 a fixture
 from mixtures import mixtures  # noqa: F401 a fixture
 from storage_fixtures import job, make_adapter, make_facts, make_model  # noqa: F401 fixtures
 from tiny_models import tiny_models  # noqa: F401 a fixture

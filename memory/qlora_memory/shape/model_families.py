@@ -139,11 +139,10 @@ FAMILIES: dict[str, ModelFamily] = {
 
 
 class Config:
-    """``config.json``, asked for what must be there."""
+    """The configuration of a language model, asked for what must be there."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        inner = values.get("text_config")
-        self.values: Mapping[str, Any] = {**values, **inner} if isinstance(inner, Mapping) else values
+        self.values = values
         self.model_type = str(values.get("model_type", ""))
 
     def number(self, key: str, default: int | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from qlora_memory.shape.model_families import FAMILIES, Config, _known, _must_agree
@@ -10,6 +11,7 @@ from qlora_memory.shape.model_shape import (
     ModelShape,
 )
 from qlora_memory.shape.safetensors_headers import TensorInfo
+from qlora_memory.shape.text_part import text_part
 from qlora_memory.shape.unknown_models import shape_of_tensors
 
 
@@ -25,11 +27,19 @@ def model_shape(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | N
             while no tensors are given.
 
     """
-    read = Config(config)
+    part = text_part(config, tensors)
+    read = Config(part.config)
     family = FAMILIES.get(read.model_type)
     if family is None:
-        return shape_of_tensors(read, tensors)
+        return shape_of_tensors(read, part.tensors)
+    if part.body is not None:
+        family = replace(family, body=family.body.replace("model", part.body, 1))
     shape = _known(read, family)
-    if tensors:
-        _must_agree(shape, tensors)
+    if part.tensors:
+        _must_agree(shape, part.tensors)
     return shape
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Return whether the language model of a base is of a type that is known here."""
+    return text_part(config, None).config.get("model_type") in FAMILIES

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from qlora_trainer.model.composite import text_config
 from qlora_trainer.model.hardware import bf16_in_hardware
 
 PACKED = "qlora_packed"
@@ -36,6 +37,7 @@ def choose_attention(model_class: Any, config: Any) -> str:
     With transformers' own, rows are told apart by position ids that restart (``transformers.masking_utils``): the same
     result through a [T, T] mask.
     """
+    config = text_config(config)
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "eager"  # soft-capped scores are in neither kernel
     if config.model_type not in PROVEN:

@@ -15,13 +15,14 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from qlora_api.spec import LoRABias, LoRASpec, QuantizationSpec, QuantizationType
 from qlora_api.status import MemoryComponent
 from qlora_trainer.errors import UserError
 from qlora_trainer.model.attention import choose_attention, register
+from qlora_trainer.model.composite import meta_model_of, model_class, trained_class
 from qlora_trainer.model.compute_type import DTYPES, resolved_on
 from qlora_trainer.model.experts.forward import use_own_forward
 from qlora_trainer.model.experts.loading import FourBitConfig
@@ -82,19 +83,18 @@ def load_base(path: Path, quantization: QuantizationSpec, device: torch.device, 
     quantization = resolved_on(quantization, device)
     config = check_base(path, quantization)
     on_disk = getattr(config, "quantization_config", None)
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]  # noqa: SLF001 the public way loads the weights
     wanted = (
         None
         if on_disk is not None
         else quantization_config(quantization, zero_stage, skipped_modules(path, quantization))
     )
-    model = AutoModelForCausalLM.from_pretrained(
+    model = trained_class(config).from_pretrained(
         path,
         # An explicit None would hide what the base says of itself.
         **({} if wanted is None else {"quantization_config": wanted}),
         dtype=DTYPES[quantization.compute_type],
         device_map={"": device},
-        attn_implementation=choose_attention(model_class, config),
+        attn_implementation=choose_attention(model_class(config), config),
         use_safetensors=True,
         trust_remote_code=False,
     )
@@ -154,10 +154,22 @@ def _must_agree(on_disk: dict[str, Any], quantization: QuantizationSpec) -> None
         )
 
 
-def meta_model(path: Path) -> Any:
-    """The architecture without weights: for checks before anything is loaded."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(causal_config(path), trust_remote_code=False)
+def meta_model(path: Path, *, whole: bool = False) -> Any:
+    """Return the architecture without weights, for checks.
+
+    Args:
+        path: of the base.
+        whole: with its towers for images and sound, which are not trained.
+
+    Raises:
+        UserError: the class of the base needs a library that is not here.
+
+    """
+    try:
+        return meta_model_of(causal_config(path), whole=whole)
+    except ImportError as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise UserError("spec.model.source", None, f"needs what is not installed here: {reason}") from error
 
 
 def causal_config(path: Path) -> Any:
@@ -182,7 +194,7 @@ def causal_config(path: Path) -> Any:
     except Exception as error:  # each kind of configuration checks its values in its own way
         reason = " ".join(str(error).split())
         raise UserError("spec.model.source", None, f"has a config.json that cannot be used: {reason}") from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:  # noqa: SLF001 the public way loads the weights
+    if model_class(config) is None or config.is_encoder_decoder:
         raise UserError("spec.model.source", None, f'is a "{config.model_type}" model, no causal language model')
     return config
 

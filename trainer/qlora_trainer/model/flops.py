@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from qlora_trainer.model.composite import text_config
+
 FROZEN, LEARNS = 4, 6
 """FLOP for each weight and token: 2 forward, 2 for the gradient of the input, 2 for that of a weight that learns."""
 ATTENTION_PASSES = 3.5
@@ -23,7 +25,7 @@ def flops_per_token(model: Any, lengths: NDArray[np.int64], target_share: float)
         target_share: of the tokens, those that count: the head is computed for no others.
 
     """
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     if any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
         return None
     head = model.get_output_embeddings()

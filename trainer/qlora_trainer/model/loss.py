@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from qlora_trainer.data.batches import IGNORED, MicroBatch
 from qlora_trainer.model.attention import PACKED
+from qlora_trainer.model.composite import has_no_towers, language_model
 
 log = logging.getLogger(__name__)
 LOGITS_PER_CHUNK = 1 << 25
@@ -165,6 +166,8 @@ def _backbone(model: Any) -> Any:
     Some classes, such as Llama 4's for text, name as ``base_model`` what another class calls so.
     """
     base = model.get_base_model()
+    if has_no_towers(base):
+        return language_model(base)[1]
     if base.base_model is not base:
         return base.base_model
     return next((child for child in base.children() if isinstance(child, PreTrainedModel)), base)

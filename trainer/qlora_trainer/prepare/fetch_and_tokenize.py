@@ -12,6 +12,7 @@ from qlora_api.spec import QuantizationType
 from qlora_memory import check_skip_modules
 from qlora_trainer.errors import UserError
 from qlora_trainer.model.base_model import add_lora, check_base, meta_model
+from qlora_trainer.model.composite import text_config
 from qlora_trainer.model.compute_type import device_problem
 from qlora_trainer.model.dry_run import adapters_without_gradient
 from qlora_trainer.model.experts.structure import expert_parameters
@@ -100,7 +101,7 @@ def check_architecture(config: TrainerConfig, model: FetchedModel) -> int:
     embeddings: int = skeleton.get_input_embeddings().weight.shape[0]
     adapted = add_lora(skeleton, config.spec.lora, config.spec.training.seed, model.source)
     _check_gradient(adapted, config, model.source)
-    positions = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(text_config(skeleton.config), "max_position_embeddings", None)
     longest = config.spec.dataset.max_length
     if positions is not None and longest > positions:
         raise UserError("spec.dataset.maxLength", longest, f"is more than the {positions} positions of {model.source}")

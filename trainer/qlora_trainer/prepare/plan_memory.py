@@ -24,7 +24,7 @@ from qlora_memory import (
     run_of,
     tensor_infos,
 )
-from qlora_memory.shape.model_families import FAMILIES
+from qlora_memory.shape.read_shape import is_known
 from qlora_trainer.errors import UserError
 from qlora_trainer.storage.model_files import CONFIG, safetensors_header, weight_names
 
@@ -63,7 +63,7 @@ def shape_of(folder: Path) -> ModelShape | None:
     try:
         return model_shape(config, tensors)
     except FieldError as error:
-        if config.get("model_type") in FAMILIES:
+        if is_known(config):
             raise UserError(error.field, None, error.allowed) from None
         log.warning("the memory of this base cannot be planned: %s", error.allowed)
         return None

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from qlora_trainer.errors import AdapterRejectedError
-from qlora_trainer.publish.vllm_rules import vllm_problem
+from qlora_trainer.publish.vllm_rules import misplaced_layer, vllm_problem
 from qlora_trainer.storage.model_files import ModelFilesError, check_weights, is_tokenizer_file, safetensors_header
 
 if TYPE_CHECKING:
@@ -60,7 +60,10 @@ def verify_adapter(folder: Path, base_names: Iterable[str] | None = None, lora: 
     except (ModelFilesError, SafetensorError) as error:
         raise AdapterRejectedError(f"the adapter {error}") from error
     _check_pairs(sides, config)
-    _check_targets(config, set(sides), base_names)
+    names = None if base_names is None else set(base_names)
+    if problem := misplaced_layer(sides.keys(), names or ()):
+        raise AdapterRejectedError(f"vLLM would not apply the adapter: {problem}")
+    _check_targets(config, set(sides), names)
     if lora is not None:
         _check_layout(folder, lora)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -11,10 +12,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from qlora_trainer.errors import AdapterRejectedError
+from qlora_trainer.model.base_model import causal_config
+from qlora_trainer.model.composite import has_no_towers, text_config, trained_class
 from qlora_trainer.publish.gate import CONFIG, WEIGHTS, lora_config, verify_merged_loss
+from qlora_trainer.publish.tower_files import copy_towers
 
 SHARD_SIZE = "5GB"
 
@@ -22,7 +25,7 @@ SHARD_SIZE = "5GB"
 def load_unquantized(path: Path) -> Any:
     """The base in 16 bits on the CPU; one that is quantized on disk is dequantized."""
     quantized = "quantization_config" in json.loads((path / "config.json").read_text())
-    model = AutoModelForCausalLM.from_pretrained(
+    model = trained_class(causal_config(path)).from_pretrained(
         path, dtype=torch.bfloat16, device_map={"": "cpu"}, use_safetensors=True, trust_remote_code=False
     )
     vars(model.config).pop("auto_map", None)  # the code is not there, and never was run
@@ -42,7 +45,17 @@ def load_adapter(model: Any, folder: Path) -> Any:
             if not (folder / file).is_file():
                 raise AdapterRejectedError(f"the adapter has no {file}")
             shutil.copyfile(folder / file, own / file)
-        return PeftModel.from_pretrained(model, own, config=lora_config(own))
+        config = lora_config(own)
+        if has_no_towers(model) and not _excludes_any(config, model):
+            config.exclude_modules = None  # of a whole model, it keeps PEFT from the towers
+        return PeftModel.from_pretrained(model, own, config=config)
+
+
+def _excludes_any(config: Any, model: Any) -> bool:
+    pattern = config.exclude_modules
+    if not isinstance(pattern, str):
+        return bool(pattern)
+    return any(re.fullmatch(pattern, name) for name, _ in model.named_modules())
 
 
 def merge(base: Path, adapter: Path, folder: Path, loss_of: Callable[[Any], float] | None = None) -> None:
@@ -67,6 +80,8 @@ def merge(base: Path, adapter: Path, folder: Path, loss_of: Callable[[Any], floa
     expected = loss_of(model) if loss_of else None
     model = model.merge_and_unload(safe_merge=True)
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    if has_no_towers(model):
+        copy_towers(base, folder)
     del model  # before there is another of its size
     if loss_of is not None and expected is not None:
         verify_merged_loss(expected, loss_of(load_unquantized(folder)))
@@ -80,5 +95,5 @@ def untie_adapted_head(model: Any) -> None:
     if layer is None or layer.weight is not embedding.weight:
         return
     layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    for config in (plain.config, plain.config.get_text_config()):
+    for config in (plain.config, text_config(plain.config)):
         config.tie_word_embeddings = False

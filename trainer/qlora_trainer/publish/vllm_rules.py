@@ -12,6 +12,12 @@ The rules, as of vLLM 0.11 (``vllm/lora/peft_helper.py``: ``from_dict``, ``_vali
 - experts are adapted as PEFT's ``target_parameters``, which that version does not know: like DoRA, such an adapter is
   served merged, and the model card says so;
 - weights come as safetensors, without vocabulary of their own (``new_embeddings``).
+
+Of a class that wraps a language model, vLLM 0.33 looks for layers under the name that its own class has. Names that no
+rule of that class translates (``hf_to_vllm_mapper``, ``vllm/model_executor/models``) pass the check, which compares the
+last part of a name alone (``vllm/lora/utils.py``, ``is_supported_lora_module``), and are applied to nothing
+(``vllm/lora/model_manager.py``, ``activate_adapter``): vllm#34186, #48019, #39369. :data:`WRAPPED` has the names that
+are translated.
 """
 
 from __future__ import annotations
@@ -22,6 +28,15 @@ from typing import Any
 
 from qlora_api.spec import LoRABias, LoRASpec
 
+WRAPPED = {
+    "model.language_model.": "language_model.model.",
+    "language_model.model.": "language_model.model.",
+    "model.text_model.": "model.text_model.",
+}
+"""Where transformers' classes have the language model, and vLLM's: ``gemma3_mm.py``, ``gemma3n_mm.py``,
+``gemma4_mm.py``, ``glm4_1v.py``, ``llava.py``, ``mistral3.py``, ``qwen2_vl.py``, ``qwen2_5_vl.py`` and ``qwen3_vl.py``
+(with Qwen 3.5) for the first; ``mllama4.py``; ``idefics3.py``."""
+HEAD = "lm_head"
 REQUIRED = ("r", "lora_alpha", "target_modules")
 _WEIGHT = re.compile(r"^base_model\.model\.(?P<layer>.+)\.lora_[AB]\.weight$")
 _WRAPPED = re.compile(r"(\.base_layer)+$")
@@ -43,6 +58,23 @@ def vllm_problem(
 
     """
     return _config_problem(config, lora) or _name_problem(config, names, lora) or _file_problem(files)
+
+
+def misplaced_layer(layers: Collection[str], base_names: Collection[str]) -> str | None:
+    """Say which layer vLLM would leave out, of an adapter for a class that wraps a language model; None where none.
+
+    Args:
+        layers: that have weights.
+        base_names: of the modules of the base's class.
+
+    """
+    place = next((place for place in WRAPPED if any(name.startswith(place) for name in base_names)), None)
+    if place is None:
+        return None
+    strange = [layer for layer in sorted(layers) if not layer.startswith(place) and layer.rpartition(".")[2] != HEAD]
+    if not strange:
+        return None
+    return f"the base has its language model at {place[:-1]}, and {strange[0]}, which is elsewhere, would be left out"
 
 
 def _config_problem(config: Mapping[str, Any], lora: LoRASpec) -> str | None:

@@ -60,6 +60,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Of a base that takes images or sound: never read here, and published with a merged model."""
 CONVERT = (
     "convert it once with AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), and the tokenizer "
     "likewise"
@@ -71,11 +73,11 @@ class ModelFilesError(ValueError):
 
 
 def is_side_file(name: str) -> bool:
-    """Tell whether a file beside the weights is wanted: configuration or tokenizer, at the top of the folder.
+    """Tell whether a file beside the weights is wanted: of configuration, tokenizer or processor, at the folder's top.
 
     A closed list: with the weights, these are all files of a base that a library ever sees.
     """
-    return name in (CONFIG, GENERATION_CONFIG, WEIGHTS_INDEX) or is_tokenizer_file(name)
+    return name in (CONFIG, GENERATION_CONFIG, WEIGHTS_INDEX, *PROCESSOR_FILES) or is_tokenizer_file(name)
 
 
 def max_bytes(name: str) -> int:

@@ -16,6 +16,7 @@ from qlora_trainer.checkpoint.checkpoint_store import unpack_tensors
 from qlora_trainer.errors import CheckpointError
 from qlora_trainer.model.base_model import meta_model
 from qlora_trainer.model.coverage import coverage_of
+from qlora_trainer.model.experts.targets import name_text_alone
 from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.publish.merge_adapter import merge
 from qlora_trainer.publish.publisher import PublishFacts, publish
@@ -65,7 +66,7 @@ def publish_run(trainer: TrainingContext, run: RunState) -> Adapter:
             adapts_experts=covered.adapted_groups > 0,
         )
         prepared.check_unchanged()
-        skeleton = meta_model(prepared.model_path)
+        skeleton = meta_model(prepared.model_path, whole=True)
         layers = [name for names in (skeleton.named_modules(), skeleton.named_parameters()) for name, _ in names]
         place, beat = config.spec.output.destination, trainer.ranks.heartbeat.beat
         beat()
@@ -98,4 +99,5 @@ def export_adapter(model: Any, tensors: dict[str, Tensor], folder: Path, base: s
     peft_config.revision = revision if base.startswith("hf://") else None
     if peft_config.target_parameters:
         peft_config.lora_dropout = 0.0  # of use in training alone, and PEFT does not load parameters with it
+    name_text_alone(peft_config, model.get_base_model())
     model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)

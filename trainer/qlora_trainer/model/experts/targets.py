@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 
 from qlora_trainer.errors import UserError
+from qlora_trainer.model.composite import tower_layers
 from qlora_trainer.model.experts.adapter import ExpertAdapter
 from qlora_trainer.model.experts.structure import expert_groups, expert_parameters, router_names
 
@@ -65,6 +67,10 @@ def check_targets(model: Any, lora: LoRASpec, model_name: str) -> None:
             continue
         if any(_is_named(n, target) for n in routers):
             raise UserError(FIELD, target, f"is a router of {model_name}: routers are not adapted")
+        if any(_is_named(n, target) for n in tower_layers(model)):
+            raise UserError(
+                FIELD, target, f"is in a tower of {model_name} for images or sound: its text alone is trained"
+            )
         kinds = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in names}))
         raise UserError(FIELD, target, f"matches no linear layer of {model_name}; its linear layers are {kinds}")
     if lora.dora and _named(expert_parameters(model), lora.target_modules):
@@ -104,6 +110,30 @@ def lora_config(model: Any, lora: LoRASpec, **options: Any) -> LoraConfig:
     if targets.excluded:
         config.exclude_modules = list(targets.excluded)
     return config
+
+
+def name_text_alone(config: LoraConfig, model: Any) -> None:
+    """Change a configuration so that PEFT finds the same layers in a model with its towers.
+
+    Args:
+        config: of the adapter, which names layers by their ends.
+        model: that was trained, without towers.
+
+    """
+    towers = tower_layers(model)
+    if any(_named(towers, [target]) for target in config.target_modules or ()):
+        outermost = [name for name in towers if not any(name.startswith(f"{other}.") for other in towers)]
+        excluded = [rf"{re.escape(name)}(\..*)?" for name in outermost]
+        excluded += [rf"(.*\.)?{re.escape(name)}" for name in sorted(config.exclude_modules or ())]
+        config.exclude_modules = "|".join(excluded)
+    if config.target_parameters:
+        owners = {target: target.rpartition(".")[0] for target in config.target_parameters}
+        parameters = [name.replace(".base_layer", "") for name, _ in model.named_parameters()]
+        config.target_parameters = [
+            name
+            for target, owner in owners.items()
+            for name in (_named(parameters, [target]) if _named(towers, [owner]) else [target])
+        ]
 
 
 def _linear_adapter(target: Any, adapter_name: str, config: LoraConfig, **more: Any) -> nn.Module | None:
