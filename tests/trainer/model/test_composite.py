@@ -56,14 +56,14 @@ def steps(model, count, rows=(24, 9)):
 
 @torch.no_grad()
 def own_probabilities(model):
-    """Of every next token of a row, by the trained model."""
+    """Return those of every next token of a row, by the trained model."""
     inputs, _, _ = call_arguments(end_to_end([torch.arange(30) * 7 % 320]), CPU)
     return module_of(model)(inputs, torch.arange(30)).float().softmax(-1)
 
 
 @torch.no_grad()
 def probabilities(model):
-    """The same by a model of transformers."""
+    """Return the same by a model of transformers."""
     return model.eval()(input_ids=torch.arange(30).view(1, -1) * 7 % 320).logits[0].float().softmax(-1)
 
 

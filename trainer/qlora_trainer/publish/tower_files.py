@@ -1,4 +1,4 @@
-"""What a merged model has besides its language model: towers and processor, as the base has them."""
+"""Copy towers and processor, as the base has them, beside a merged language model."""
 
 from __future__ import annotations
 
