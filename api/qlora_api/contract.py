@@ -106,7 +106,8 @@ class TrainerConfig(Model):
     termination_message_path: str
     metrics_port: int = Field(9400, ge=0, le=65535)
     """Rank r of a pod serves /metrics and /progress on this port + r; 0: any free port (written to ``ports_dir``)."""
-    metrics_host: str = "0.0.0.0"  # noqa: S104 a pod's port is there to be scraped
+    metrics_host: str = ""
+    """Empty: all addresses, of IPv4 and IPv6."""
     ports_dir: str | None = None
     """Where each rank leaves a file ``rank-N.port``, for whoever started it with port 0."""
 

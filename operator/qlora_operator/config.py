@@ -53,6 +53,8 @@ class TrainerPodConfig(Model):
     cpu: Quantity = "4"
     """For each rank; so are memory and shared_memory."""
     memory: Quantity = "32Gi"
+    limit_cpu: bool = False
+    """Limit pods of jobs, Prepare's too, to the CPUs that they request, as a quota on limits.cpu asks."""
     shared_memory: Quantity = "1Gi"
     cache_size_limit: Quantity = "200Gi"
     tmp_size_limit: Quantity = "20Gi"

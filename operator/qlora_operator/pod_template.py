@@ -23,7 +23,7 @@ from qlora_operator.names import (
     key_secret_name,
 )
 from qlora_operator.profile_types import CACHE_FOLDER, Placement, PodProfile, ProfileVolume
-from qlora_operator.profiles import cpu_of, memory_of, profile_of
+from qlora_operator.profiles import cpu_of, memory_of, prepare_of, profile_of
 from qlora_operator.quantities import times
 
 USER = 65532
@@ -49,7 +49,7 @@ def pod_template(
     pod, scheduling, profile = config.trainer, job.spec.scheduling, profile_of(job.spec, config)
     if profile is None:
         raise LookupError(f"profile {scheduling.profile}")
-    place: Placement = profile if ranks else profile.prepare or config.prepare
+    place: Placement = profile if ranks else prepare_of(job.spec, config)
     claims = dict(_claims(job, config))
     spec: dict[str, Any] = {
         "restartPolicy": "Never",
@@ -183,9 +183,11 @@ def _resources(job: QLoRAJob, config: OperatorConfig, profile: PodProfile, ranks
     if ranks:
         cpu, limits = _for_ranks(job.spec.scheduling, config, profile, ranks)
     else:
-        prepare = profile.prepare or config.prepare
+        prepare = prepare_of(job.spec, config)
         cpu, limits = prepare.cpu, {"memory": prepare.memory}
     requests = {"cpu": cpu, **limits}
+    if config.trainer.limit_cpu:
+        limits["cpu"] = cpu
     if disk := profile.ephemeral_storage or config.trainer.ephemeral_storage:
         requests[DISK] = disk
         limits[DISK] = config.trainer.disk_limit

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, StringConstraints, model_validator
 from qlora_api.base import Model
 from qlora_api.errors import closest
 from qlora_api.spec import Toleration
-from qlora_api.spec.values import Quantity
+from qlora_api.spec.values import Name, Quantity
 from qlora_memory.gpus import GPUS
 from qlora_operator.quantities import to_bytes
 
@@ -177,6 +177,8 @@ class PreparePod(Placement):
 
     cpu: Quantity = "2"
     memory: Quantity = "8Gi"
+    queue: Name | None = None
+    """LocalQueue of Kueue in the jobs' namespaces. None: it waits for none, unless Kueue manages every Job."""
 
 
 class PodProfile(Placement):

@@ -8,7 +8,7 @@ from qlora_api.errors import closest
 from qlora_api.spec import QLoRAJobSpec, SchedulingSpec
 from qlora_memory.gpus import known_gpu
 from qlora_operator.config import DEFAULT, OperatorConfig
-from qlora_operator.profile_types import AmountRange, PodProfile
+from qlora_operator.profile_types import AmountRange, PodProfile, PreparePod
 
 GPU_PRODUCT = "nvidia.com/gpu.product"
 UNKNOWN_PROFILE = "is no profile of this cluster"
@@ -38,6 +38,12 @@ def cpu_of(profile: PodProfile, config: OperatorConfig) -> AmountRange:
 def memory_of(profile: PodProfile, config: OperatorConfig) -> AmountRange:
     """Return the memory for each GPU of a trainer."""
     return profile.memory or AmountRange(default=config.trainer.memory)
+
+
+def prepare_of(spec: QLoRAJobSpec, config: OperatorConfig) -> PreparePod:
+    """Return Prepare's pod: the profile's own, else the operator's."""
+    profile = profile_of(spec, config)
+    return (profile and profile.prepare) or config.prepare
 
 
 def profile_problem(scheduling: SchedulingSpec, config: OperatorConfig) -> str:

@@ -33,12 +33,12 @@ from qlora_operator.names import (
 )
 from qlora_operator.pod_template import KEY_FOLDER, pod_template
 from qlora_operator.profile_types import CACHE_FOLDER
-from qlora_operator.profiles import device_of, gpu_of
+from qlora_operator.profiles import device_of, gpu_of, prepare_of
 
 PREPARE_RETRIES = 3
 USER_ERROR_CODE = 40
 KEY_SECRET_TYPE = "qlora.dev/job-key"  # noqa: S105 a name
-KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
+KUEUE_QUEUE, KUEUE_PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 VOLCANO_API = "scheduling.volcano.sh/v1beta1"
 
 
@@ -89,7 +89,7 @@ def attempt(
         if config.network_policy.workers:
             children.append(workers_policy(job, config))
     if gang is Gang.KUEUE:
-        metadata["labels"] = labels | {KUEUE_QUEUE: job.spec.scheduling.queue or ""}
+        metadata["labels"] = labels | _of_kueue(job, job.spec.scheduling.queue)
         spec["suspend"] = True
     if gang is Gang.VOLCANO:
         template["spec"]["schedulerName"] = "volcano"
@@ -101,7 +101,7 @@ def attempt(
 
 def prepare(job: QLoRAJob, config: OperatorConfig, memory_correction: float = 1.0) -> dict[str, Any]:
     """The Job that looks at model and rows before a GPU is held. It repeats itself unless the user must mend things."""
-    labels = _labels(job, "prepare")
+    labels, queue = _labels(job, "prepare"), prepare_of(job.spec, config).queue
     status = QLoRAJobStatus()
     world = job.spec.parallelism.workers * job.spec.parallelism.gpus_per_worker
     split = split_batch(job.spec, world)
@@ -122,7 +122,7 @@ def prepare(job: QLoRAJob, config: OperatorConfig, memory_correction: float = 1.
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": _metadata(job, prepare_name(job.metadata.name), labels),
+        "metadata": _metadata(job, prepare_name(job.metadata.name), labels | _of_kueue(job, queue)),
         "spec": {
             "backoffLimit": PREPARE_RETRIES,
             "podReplacementPolicy": "Failed",
@@ -234,6 +234,12 @@ def _labels(job: QLoRAJob, component: str) -> dict[str, str]:
         JOB_LABEL: job.metadata.name,
         UID_LABEL: job.metadata.uid or "",
     }
+
+
+def _of_kueue(job: QLoRAJob, queue: str | None) -> dict[str, str]:
+    """Return the labels by which Kueue queues a Job: its queue, and the priority class of the QLoRAJob's own label."""
+    priority = job.metadata.labels.get(KUEUE_PRIORITY)
+    return ({KUEUE_QUEUE: queue} if queue else {}) | ({KUEUE_PRIORITY: priority} if queue and priority else {})
 
 
 def _metadata(job: QLoRAJob, name: str, labels: dict[str, str]) -> dict[str, Any]:

@@ -161,6 +161,15 @@ def test_trainers_reach_no_metadata_address_by_the_default_egress(helm, cloud):
     assert reached("2001:db8::7")
 
 
+def test_pods_ask_dns_at_the_ports_of_the_cluster(helm):
+    restricted = {"operator": {"enabled": True}, "trainers": {"namespaces": ["team"]}, "dnsPorts": [53, 5353]}
+    for policy in (o for o in helm.render({"networkPolicy": restricted}) if o["kind"] == "NetworkPolicy"):
+        asked = policy["spec"]["egress"][0]["ports"]
+        assert {(rule["port"], rule["protocol"]) for rule in asked} == {
+            (p, t) for p in (53, 5353) for t in ("UDP", "TCP")
+        }
+
+
 def test_the_operator_may_write_little(helm):
     (container,) = (pod := one(helm.render(), "Deployment")["spec"]["template"]["spec"])["containers"]
     assert container["resources"]["limits"]["ephemeral-storage"] == "1Gi"

@@ -148,6 +148,6 @@ def test_a_cluster_without_profiles_has_pods_as_before(helm):
 
 def test_values_of_a_release_before_profiles_still_make_a_configuration(helm):
     """Values that 'helm upgrade --reuse-values' keeps have no profiles and no placement of Prepare."""
-    new = ("nodeSelector", "affinity", "tolerations", "schedulerName", "runtimeClassName", "annotations")
+    new = ("queue", "nodeSelector", "affinity", "tolerations", "schedulerName", "runtimeClassName", "annotations")
     kept = {"profiles": None, "prepare": dict.fromkeys(new)}
     assert config_of(helm, kept) == config_of(helm, {})

@@ -14,6 +14,7 @@ from qlora_api.status import QLoRAJobStatus, Reason
 from qlora_operator import render
 from qlora_operator.config import OperatorConfig
 from qlora_operator.profiles import gpu_of, profile_of, profile_problem
+from qlora_operator.state.observed import PREPARE, JobState
 
 PROFILES: dict[str, Any] = {
     "efa": {
@@ -119,6 +120,38 @@ def test_a_volume_of_the_profiles_can_take_the_place_of_the_cache():
         {"name": "cache", "emptyDir": {"medium": "Memory"}}
     ]
     assert [m["name"] for m in pod["spec"]["containers"][0]["volumeMounts"]].count("cache") == 1
+
+
+def labels_of(manifest: dict[str, Any]) -> dict[str, str]:
+    return {k: v for k, v in manifest["metadata"]["labels"].items() if k.startswith("kueue")}
+
+
+def test_kueue_queues_prepare_only_by_a_queue_of_its_own_and_everything_by_the_jobs_priority():
+    a_job = by(queue="main")
+    metadata = a_job.metadata.model_copy(update={"labels": {"kueue.x-k8s.io/priority-class": "low", "other": "x"}})
+    a_job = a_job.model_copy(update={"metadata": metadata})
+    trainer = render.attempt(a_job, config_with(), Gang.KUEUE, attempt(1, worldSize=2), QLoRAJobStatus())[-1]
+    own = {"kueue.x-k8s.io/queue-name": "main", "kueue.x-k8s.io/priority-class": "low"}
+    assert labels_of(trainer) == own
+    assert labels_of(render.prepare(a_job, config_with())) == {}
+    queued = config_with(prepare={"queue": "cpu"})
+    assert labels_of(render.prepare(a_job, queued)) == own | {"kueue.x-k8s.io/queue-name": "cpu"}
+
+
+@pytest.mark.parametrize(("queue", "said"), [(None, "have the chart's prepare.queue name"), ("cpu", 'queue "cpu"')])
+def test_prepare_that_kueue_suspends_says_what_for(queue, said):
+    config = config_with(prepare={"queue": queue} if queue else {})
+    decision = decide(by(queue="main"), seen(child(PREPARE, JobState.SUSPENDED)), config)
+    assert decision.status.reason is Reason.QUEUED
+    assert said in decision.status.conditions[0].message
+
+
+def test_pods_are_limited_to_the_cpus_they_request_where_the_chart_says_so():
+    config = config_with()
+    config = config.model_copy(update={"trainer": config.trainer.model_copy(update={"limit_cpu": True})})
+    for pod in (render.prepare(by(), config)["spec"]["template"], pod_of(by(), config)):
+        resources = pod["spec"]["containers"][0]["resources"]
+        assert resources["limits"]["cpu"] == resources["requests"]["cpu"]
 
 
 # ---------------------------------------------------------------------------------------------------- the tenant's side

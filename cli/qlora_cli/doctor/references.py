@@ -112,8 +112,9 @@ def _trouble(url: str, named: Named, get: Callable[[str], Answer]) -> str:
     host = parts.hostname or ""
     if parts.scheme not in ("http", "https") or not host:
         return "is no URL of the form https://host:port"
-    service = host.removesuffix(".cluster.local").removesuffix(".svc").split(".")
-    inside = host.endswith((".svc", ".svc.cluster.local")) or (len(service) == 1 and service[0] != "localhost")
+    before, is_service, _ = f"{host}.".partition(".svc.")  # what follows is the cluster's domain
+    service = before.rstrip(".").split(".")
+    inside = bool(is_service) or (len(service) == 1 and service[0] != "localhost")
     if inside:
         here = named.path.split("/")[4]
         namespace = service[1] if len(service) > 1 else here

@@ -37,8 +37,21 @@ def _queued(queue: str | None, workers: int) -> str:
     )
 
 
+def prepare_queued(queue: str | None) -> str:
+    """Return why Prepare is suspended, in words."""
+    if queue:
+        return f'Prepare waits for queue "{queue}" (prepare.queue, a value of the operator\'s chart) to admit it'
+    return (
+        "the cluster's queueing suspends Prepare, which names no queue: have the chart's prepare.queue name a "
+        "LocalQueue of this namespace that covers cpu and memory, or Kueue's managedJobsNamespaceSelector leave the "
+        "namespace out"
+    )
+
+
 def refusal(said: str) -> tuple[Reason, str]:
     """Sort what the API server or the Job controller said when it would not make something."""
+    if "failed quota" in said and "must specify limits.cpu" in said:
+        return Reason.REFUSED, f"{said}; have trainer.limitCpu set to true, a value of the operator's chart"
     if "exceeded quota" in said:
         return Reason.QUOTA_EXCEEDED, f"{said}; free some of the quota, or ask for fewer GPUs in spec.parallelism"
     if UNKNOWN_PROFILE in said:

@@ -41,11 +41,11 @@ from qlora_operator.decide.deadline import wake_after
 from qlora_operator.decide.decision import Context, Decision, Note
 from qlora_operator.decide.elastic import fewer, on_the_right_ranks, too_large, waiting_since
 from qlora_operator.decide.grace_period import with_grace
-from qlora_operator.decide.pending_reason import pending_reason
+from qlora_operator.decide.pending_reason import pending_reason, prepare_queued
 from qlora_operator.decide.prepare_result import NOT_PREPARED, is_for, with_correction, with_prepared
 from qlora_operator.decide.stopping import StopCause, StopOutcome, attempt_state, outcome_of, stop_cause
 from qlora_operator.names import key_secret_name
-from qlora_operator.profiles import profile_problem
+from qlora_operator.profiles import prepare_of, profile_problem
 from qlora_operator.state.observed import PREPARE, JobState, Observed, ObservedJob, PodSnapshot, planned
 
 REFUSED_SECONDS = 15.0
@@ -333,6 +333,8 @@ def _preparing(
     wake_after: float | None = None,
 ) -> Decision:
     reason, text = pending_reason(context.job.spec, PREPARE, 1, context.seen)
+    if reason is Reason.QUEUED:
+        text = prepare_queued(prepare_of(context.job.spec, context.config).queue)
     if reason is Reason.STARTING:
         reason, text = Reason.PREPARING, "model and rows are checked before a GPU is held"
     status = with_condition(context, status, ConditionType.PREPARED, reason, text, is_true=False)

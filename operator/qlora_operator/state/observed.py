@@ -120,6 +120,8 @@ class PodSnapshot:
     """The trainer's container has ended, and another one that no kubelet ends keeps the pod from ending."""
     waiting_container: str = CONTAINER
     """Name of the container that waits."""
+    other_ip: str = ""
+    """Of the other family, in a cluster with IPv4 and IPv6."""
     other_failure: str = ""
     """Which other container failed, and how."""
 
@@ -233,6 +235,7 @@ def observe_pod(body: Mapping[str, Any]) -> PodSnapshot:
         index=int(meta["labels"].get(INDEX_LABEL, 0)),
         node=body["spec"].get("nodeName", ""),
         ip=status.get("podIP", ""),
+        other_ip=next((each["ip"] for each in (status.get("podIPs") or ())[1:]), ""),
         phase=status.get("phase", "Pending"),
         ready=conditions.get("Ready", {}).get("status") == "True",
         waiting=_text(waiting, "reason"),

@@ -81,7 +81,7 @@ class ProgressPoller:
     async def _ask(self, session: aiohttp.ClientSession, key: Key, pod: PodSnapshot) -> None:
         try:
             async with self._slots:
-                report = await ask_progress(session, pod.ip, self._port)
+                report = await self._ask_either(session, pod)
         except Exception as error:  # noqa: BLE001 one pod's answer is one job's matter, whatever it does to aiohttp
             if isinstance(error, UNREADABLE) or not isinstance(error, (aiohttp.ClientError, OSError)):
                 self._rejected()
@@ -90,6 +90,15 @@ class ProgressPoller:
             return
         self._failures.pop(pod.uid, None)
         self._take(key, pod, report)
+
+    async def _ask_either(self, session: aiohttp.ClientSession, pod: PodSnapshot) -> ProgressReport:
+        """Ask at the pod's address, and where that cannot be reached at the one of the other family."""
+        try:
+            return await ask_progress(session, pod.ip, self._port)
+        except aiohttp.ClientConnectorError:
+            if not pod.other_ip:
+                raise
+        return await ask_progress(session, pod.other_ip, self._port)
 
     def _take(self, key: Key, pod: PodSnapshot, report: ProgressReport) -> None:
         asked = self._polled.get(key)

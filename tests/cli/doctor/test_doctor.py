@@ -309,6 +309,8 @@ def test_keys_that_pods_do_not_take_do_not_count():
         ("minio:9000", "is no URL of the form https://host:port"),
         ("http://minio:9000", "there is no Service minio in namespace research"),
         ("http://minio.store.svc.cluster.local", "there is no Service minio in namespace store"),
+        ("http://minio.store.svc.corp.example:9000", "there is no Service minio in namespace store"),
+        ("http://minio.store.svc", "there is no Service minio in namespace store"),
     ],
 )
 def test_endpoints(url, trouble):

@@ -134,6 +134,13 @@ POD = {"containers": [{"name": "probe", "image": "probe"}]}
             id="a-quota-of-jobs",
         ),
         pytest.param(
+            [quota(**{"limits.cpu": "100"})],
+            {},
+            "Refused",
+            ["failed quota: quota: must specify limits.cpu for: trainer", "have trainer.limitCpu set to true"],
+            id="a-quota-of-cpu-limits",
+        ),
+        pytest.param(
             [limits(max={"memory": "1Gi"})],
             {},
             "Refused",
@@ -186,6 +193,18 @@ def test_what_keeps_a_job_from_running_is_said(api, forked, kwok_namespace, obje
     assert (said["status"], said["reason"]) == ("False", reason)
     for text in texts:
         assert text in said["message"]
+
+
+def test_a_namespace_with_quotas_on_limits_takes_pods_that_are_limited(
+    zygote, crd_cluster, kwok_namespace, tmp_path, api
+):
+    hard = {"limits.cpu": "100", "limits.memory": "1Ti", "limits.ephemeral-storage": "1Ti", "requests.cpu": "100"}
+    api.create(quota(**hard), kwok_namespace)
+    settings = {"namespaces": [kwok_namespace], "trainer": {"limitCpu": True}, "prepare": {"enabled": True}}
+    pods = PODS.format(kwok_namespace)
+    with ForkedOperator(zygote, tmp_path / "operator", crd_cluster.kubeconfig, **settings):
+        create_job(api, qlora_job(namespace=kwok_namespace))
+        api.wait_for(pods, lambda found: len(found["items"]) == 1, what="Prepare's pod")
 
 
 def test_kueue_without_a_queue_is_refused_by_the_api_server(api, kwok_namespace):

@@ -57,6 +57,19 @@ def test_nothing_but_the_address_of_a_pod_is_connected_to(address):
     assert isinstance(found, ReportError)
 
 
+@pytest.mark.parametrize("first", ["::1", "127.0.0.1"], ids=["ipv6-first", "ipv4-first"])
+def test_a_pod_that_listens_on_its_other_family_alone_is_asked_there(first):
+    """A trainer of IPv4 alone in a cluster whose first family is IPv6, and an operator without a way to the first."""
+
+    async def ask(port):
+        poller = ProgressPoller(ObjectCache(), {}, lambda _: None, 1, lambda: None, port)
+        async with progress_session() as session:
+            return await poller._ask_either(session, pod(ip=first, other_ip=ADDRESS))
+
+    with HostileRank(ADDRESS, 0, [report()]) as rank:
+        assert asyncio.run(ask(rank.port)).step == 3
+
+
 def test_a_report_that_comes_in_pieces_is_read_whole():
     body = http(b"")[:-2].replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + b"\r\n"
     text = report().partition(b"\r\n\r\n")[2]

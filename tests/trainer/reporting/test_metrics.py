@@ -327,6 +327,19 @@ def served():
     server.server_close()
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "[::1]"], ids=["ipv4", "ipv6"])
+def test_without_a_host_both_families_are_served(address):
+    if address == "[::1]" and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    server = metrics.serve(recorder(), "", 0, None)
+    try:
+        with urlopen(f"http://{address}:{server.server_port}/healthz", timeout=PATIENCE_SECONDS) as answer:
+            assert answer.read() == b"ok\n"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def test_connections_on_which_nothing_is_said_keep_nobody_out(served):
     silent = [socket.create_connection(served.server_address, 5) for _ in range(4 * metrics.MAXIMUM_CONNECTIONS)]
     try:

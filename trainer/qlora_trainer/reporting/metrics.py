@@ -30,6 +30,7 @@ from qlora_api.contract import ProgressReport, RankActivity, SectionProgress, Tr
 from qlora_api.metrics_catalogue import TRAINER, Metric, MetricKind
 from qlora_api.status import Memory, MemoryComponent
 from qlora_memory.gpus import known_gpu
+from qlora_trainer.listening import listen_everywhere
 from qlora_trainer.liveness import heartbeat
 from qlora_trainer.liveness.heartbeat import node_name
 from qlora_trainer.liveness.watchdog import waited_for
@@ -219,6 +220,18 @@ class _Server(ThreadingMixIn, WSGIServer):
         self._open: dict[socket.socket, None] = {}
         self._lock = threading.Lock()
 
+    def server_bind(self) -> None:
+        """Bind the address; without a host, all of both families."""
+        host, port = self.server_address[:2]
+        if host:
+            super().server_bind()
+            return
+        self.socket.close()
+        self.socket = listen_everywhere(int(port), self.request_queue_size)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = socket.gethostname(), self.server_address[1]
+        self.setup_environ()
+
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._lock:
             self._open[request] = None
@@ -242,6 +255,12 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 def serve(recorder: MetricsRecorder, host: str, port: int, port_file: Path | None) -> WSGIServer:
     """Serve ``/metrics``, ``/progress`` and ``/healthz`` from a daemon thread; port 0 takes any free one.
+
+    Args:
+        recorder: of what is served.
+        host: address to listen on; empty: all, of IPv4 and IPv6.
+        port: to listen on.
+        port_file: gets the port, once it is open.
 
     Returns:
         The running server; ``shutdown`` ends it.

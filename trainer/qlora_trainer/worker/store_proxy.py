@@ -29,6 +29,8 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qlora_trainer.listening import listen_everywhere
+
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
@@ -115,7 +117,7 @@ class StoreServer(_Proxy):
     def __init__(self, port: int, key: bytes, store_port: int) -> None:
         self._key, self._store_port = key, store_port
         self._pending: dict[asyncio.Task[None], None] = {}
-        super().__init__(_listen_everywhere(port), "store-server")
+        super().__init__(listen_everywhere(port, BACKLOG), "store-server")
 
     async def _serve(self, streams: Streams) -> None:
         task = asyncio.current_task()
@@ -190,14 +192,6 @@ class StoreClient(_Proxy):
 def listen_on_loopback() -> socket.socket:
     """Return a listener on 127.0.0.1, on a port that the system chooses."""
     return socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
-
-
-def _listen_everywhere(port: int) -> socket.socket:
-    """Return a listener on all addresses, of IPv6 too where there is any."""
-    if socket.has_dualstack_ipv6():
-        with suppress(OSError):  # compiled in, but switched off
-            return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)
-    return socket.create_server(("0.0.0.0", port), backlog=BACKLOG)  # noqa: S104 the other workers are to reach it
 
 
 # ------------------------------------------------------------------------------------------------------- the handshake
