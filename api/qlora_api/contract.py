@@ -175,6 +175,8 @@ class ProgressReport(Progress):
     attempt: int
     section: Literal["Load", "Data", "Train", "Evaluate", "Checkpoint", "Publish", "Done"]
     """What the rank does now."""
+    stage: Annotated[str, StringConstraints(max_length=128)] | None = None
+    """Part of a Load that is done now, such as ``quantizing``; None in other sections."""
     section_progress: SectionProgress | None = None
     """Of a section whose length is known: a Load or an Evaluate."""
     section_seconds: dict[str, float] = {}

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from qlora_cli.text import figures, units
+from qlora_cli.text.memory_rows import memory_rows
 from qlora_cli.text.output import STATE_STYLES, Cell, aligned
+from qlora_cli.text.paragraphs import LabelledLines, folded, held
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
     from datetime import datetime
     from typing import Any
 
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     from qlora_cli.kube.api_client import Object
 
 BAR = 30
-HELD = "\u00a0"
-"""A space at which no line ends."""
 LABEL = 14
 
 
@@ -28,14 +28,16 @@ def page(job: JobView, body: Object, now: datetime, width: int) -> list[Text]:
     spec = body.get("spec") or {}
     lines = [
         _title(job),
-        *_facts([*_standing(job, now), *_asked(spec), *_ranks(job, body), *_found(body), *_result(job)], width),
+        *LabelledLines(
+            [*_standing(job, now), *_asked(spec), *_ranks(job, body), *_found(body), *_result(job)], LABEL
+        ).lines(width),
     ]
     if job.attempts:
         lines += [Text(), *_attempts(job, width)]
     status = body.get("status") or {}
     memory = status.get("memory") or (body.get("result") or {}).get("memory") or {}
     if any(memory.values()):
-        lines += [Text(), *_memory(memory, width)]
+        lines += [Text(), *_memory(memory, body.get("device"), width)]
     return lines
 
 
@@ -44,23 +46,6 @@ def _title(job: JobView) -> Text:
     state = "Deleting" if job.deleting else job.state
     reason = f" ({job.reason})" if job.reason and job.reason != job.state else ""
     return Text.assemble((where, "bold"), "  ", (state, STATE_STYLES.get(job.state, "")), reason)
-
-
-def _facts(rows: Sequence[tuple[str, str]], width: int) -> Iterator[Text]:
-    """Label and value; a long value goes on under itself."""
-    for label, value in rows:
-        if not value:
-            continue
-        room = max(width - LABEL, 20)
-        for number, part in enumerate(_folded(value, room)):
-            yield Text.assemble((f"{label if number == 0 else '':<{LABEL}}", "dim"), part, no_wrap=True)
-
-
-def _folded(text: str, room: int) -> list[str]:
-    """Text in lines of at most ``room`` characters, cut between words where there are any."""
-    import textwrap  # noqa: PLC0415
-
-    return [line.replace(HELD, " ") for line in textwrap.wrap(text, room, break_on_hyphens=False)] or [""]
 
 
 def _standing(job: JobView, now: datetime) -> Iterator[tuple[str, str]]:
@@ -77,7 +62,7 @@ def _standing(job: JobView, now: datetime) -> Iterator[tuple[str, str]]:
         ("tokens/s", figures.rate(job.tokens_per_second)),
         ("left", figures.short_time(job.eta_seconds) if job.state == "Running" else ""),
     )
-    yield "Figures", "   ".join(f"{label}{HELD}{value}".replace(" ", HELD) for label, value in told if value)
+    yield "Figures", "   ".join(held(f"{label} {value}") for label, value in told if value)
     when = f"created {figures.age(job.created, now)} ago" if job.created else ""
     if job.ended and job.started:
         took = (job.ended - job.started).total_seconds()
@@ -164,19 +149,13 @@ def _attempts(job: JobView, width: int) -> list[Text]:
             ]
         )
         if a.message and a.message != job.message:
-            rows += [["", part] for part in _folded(a.message, max(width - len(head[0]) - 2, 20))]
+            rows += [["", part] for part in folded(a.message, max(width - len(head[0]) - 2, 20))]
     return aligned(head, rows, width)
 
 
-def _memory(memory: Mapping[str, Any], width: int) -> list[Text]:
+def _memory(memory: Mapping[str, Any], device: str | None, width: int) -> list[Text]:
     """Bytes of one rank by component, the peak last."""
-    predicted, measured = memory.get("predicted") or {}, memory.get("measured") or {}
-    names = sorted(
-        predicted.keys() | measured.keys(), key=lambda n: (n == "peak", -(measured.get(n) or predicted.get(n) or 0))
-    )
     head = ("MEMORY PER RANK", "PREDICTED", "MEASURED")
-    rows = [
-        [units.spaced(name), *(units.size(of[name]) if name in of else "" for of in (predicted, measured))]
-        for name in names
-    ]
+    found = memory_rows(memory.get("predicted") or {}, memory.get("measured") or {}, device)
+    rows = [[label, *("" if size is None else units.size(size) for size in sizes)] for label, *sizes in found]
     return aligned(head, rows, width, right=("PREDICTED", "MEASURED"))

@@ -20,7 +20,8 @@ from qlora_api.memory_fallback import Choice
 from qlora_api.status import Attempt, Reason
 from qlora_cli.kube.target import program
 from qlora_cli.local import local_spec, run_folder, run_view
-from qlora_cli.local.progress_view import Poller, Waiting, Watcher, display_for, rows_progress
+from qlora_cli.local.prepare_view import PrepareDisplay
+from qlora_cli.local.progress_view import Poller, Watcher, display_for
 from qlora_cli.local.trainer_process import Process, Stopped, watch
 
 if TYPE_CHECKING:
@@ -88,10 +89,9 @@ class LocalRun:
             )
         )
         out.unlink(missing_ok=True)
-        says = "Preparing: model and rows are checked before any rank starts …"
-        with Waiting(console, says, detail=lambda: rows_progress(step.log)) as waiting:
+        with PrepareDisplay(console, step.log) as display:
             process = Process([*self._setting.commands.prepare, str(step.config)], step.log, self._setting.lock, out)
-            code, stopped = watch(process, self._stop, console.print, waiting.tick)
+            code, stopped = watch(process, self._stop, console.print, display.tick)
         if stopped is not Stopped.NO:
             return self._interrupted()
         if code != ExitCode.DONE:
@@ -105,7 +105,8 @@ class LocalRun:
         termination = step.termination_message()
         prepared = termination.prepared if termination else None
         self._keep(self.record.model_copy(update={"receipt": receipt, "prepared": prepared}))
-        console.print(run_view.receipt(receipt, None if self.record.attempts else prepared))
+        console.print(display.summary(), soft_wrap=True)
+        console.print(run_view.receipt(receipt, None if self.record.attempts else prepared), crop=False)
         return None
 
     def _attempt(self) -> int | None:
@@ -139,7 +140,7 @@ class LocalRun:
         setting = self._setting
         poller = Poller(step.path)
         try:
-            with display_for(setting.console, number) as display:
+            with display_for(setting.console, number, setting.world.device) as display:
                 watcher = Watcher(poller, display, setting.job.spec.training.evaluation.every_steps)
                 process = Process([*setting.commands.train, str(step.config)], step.log, setting.lock)
                 code, stopped = watch(process, self._stop, display.say, watcher.tick)
@@ -162,7 +163,7 @@ class LocalRun:
         decision = after_attempt(policy, self.record.attempts[self._call_began_at :])
         if isinstance(decision, Finish):
             if decision.succeeded:
-                console.print(run_view.result(self.record, next_commands(self._setting.folder.path)))
+                console.print(run_view.result(self.record, next_commands(self._setting.folder.path)), crop=False)
                 return int(ExitCode.DONE)
             return self._failed(step, ended.termination_message, shell_code(ended.code), decision.message, attempt)
         if ended.stopped is not Stopped.NO:
@@ -223,7 +224,8 @@ class LocalRun:
         )
         tail = [] if termination else step.log_tail(TAIL_LINES)
         self._setting.console.print(
-            run_view.failure(reason_of(code) if termination is None else termination.reason, message, tail, step.log)
+            run_view.failure(reason_of(code) if termination is None else termination.reason, message, tail, step.log),
+            crop=False,
         )
         if last is not None:
             self._setting.console.print(run_view.attempts(self.record.attempts))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,6 +15,8 @@ from rich.text import Text
 
 from qlora_api.contract import ProgressReport
 from qlora_cli.text import units
+from qlora_cli.text.memory_rows import memory_words
+from qlora_cli.text.paragraphs import folded, held
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,12 +34,20 @@ LINE_SECONDS = 10.0
 STRAGGLER = 1.5
 """Times the median from which on a rank is worth a word."""
 LONG_WAIT_SECONDS = 5.0
+BAR = 40
 LONG_RUN_SECONDS = 60
 """What is expected to take longer is said beforehand."""
-ROWS_PROGRESS = re.compile(r"[\d,]+ rows, [\d,]+ of [\d,]+ MB, [\d,.]+ MB/s, about \d+ min left")
-"""In Prepare's log (qlora_trainer.data.collect)."""
-LOG_TAIL_BYTES = 1 << 16
 STARTING = "starting: the ranks import PyTorch and meet"
+DOING = {
+    "Load": "loading the model",
+    "Data": "training",
+    "Train": "training",
+    "Evaluate": "evaluating",
+    "Checkpoint": "checkpoint",
+    "Publish": "checking and publishing the adapter",
+    "Done": "done",
+}
+"""By section of the report."""
 
 
 class Poller:
@@ -76,8 +85,8 @@ class Display(Protocol):
         """Print a line that stays."""
 
 
-def display_for(console: Console, attempt: int) -> Display:
-    return LiveDisplay(console, attempt) if console.is_terminal else PlainDisplay(console, attempt)
+def display_for(console: Console, attempt: int, device: str) -> Display:
+    return LiveDisplay(console, attempt, device) if console.is_terminal else PlainDisplay(console, attempt)
 
 
 class Watcher:
@@ -132,12 +141,35 @@ def expectation(report: ProgressReport) -> str:
     return f"{steps} steps are to be done: about {time_left} on this machine, by one trial step, evaluations included"
 
 
+class StageTimer:
+    """Tells for how long the trainer has been at what it does."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._name = ""
+        self._began = 0.0
+
+    def words(self, report: ProgressReport) -> str:
+        """Return the stage, how far it is where that is known, and its time."""
+        name = doing(report)
+        if name != self._name:
+            self._name, self._began = name, self._clock()
+        spent = self._clock() - self._began
+        parts = [within_section(report), *([units.duration(spent)] if spent >= 1 and name != DOING["Train"] else [])]
+        return ", ".join(parts)
+
+
+def doing(report: ProgressReport) -> str:
+    """Return what the trainer does, in words."""
+    return report.stage or DOING[report.section]
+
+
 def within_section(report: ProgressReport) -> str:
-    """The section, and how far it is where that is known: ``Evaluate 12 of 86 micro-batches, 3.1/s``."""
+    """Return the stage, and how far it is where that is known: ``evaluating: 12 of 86 micro-batches, 3.1/s``."""
     progress = report.section_progress
     if progress is None:
-        return report.section
-    known = f"{report.section} {units.number(progress.done)} of {units.number(progress.total)} {progress.unit}"
+        return doing(report)
+    known = f"{doing(report)}: {units.number(progress.done)} of {units.number(progress.total)} {progress.unit}"
     if not progress.done or not progress.seconds:
         return known
     return f"{known}, {units.number(progress.done / progress.seconds)}/s"
@@ -168,15 +200,10 @@ def straggler(report: ProgressReport) -> str | None:
     return None
 
 
-def plain_line(report: ProgressReport) -> str:
+def plain_line(report: ProgressReport, stage: str) -> str:
     """One line for a log."""
     steps = [f"step {report.step}/{report.total_steps}"] if report.total_steps else []
-    return "  ".join([within_section(report), *steps, *(f"{k} {v}" for k, v in figures(report))])
-
-
-def memory_line(report: ProgressReport) -> str:
-    """Measured memory by component, the peak last."""
-    return " · ".join(f"{units.spaced(name)} {units.size(count)}" for name, count in report.memory.measured.items())
+    return "  ".join([stage, *steps, *(f"{k} {v}" for k, v in figures(report))])
 
 
 class PlainDisplay:
@@ -186,7 +213,8 @@ class PlainDisplay:
         self._console = console
         self._attempt = attempt
         self._clock = clock
-        self._sections: set[str] = set()
+        self._stage = StageTimer(clock)
+        self._stages: set[str] = set()
         self._eval_loss: str | None = None
         self._began = clock()
         self._next = self._began + LINE_SECONDS
@@ -205,13 +233,14 @@ class PlainDisplay:
                 self._next = now + LINE_SECONDS
                 self.say(f"Attempt {self._attempt}: {STARTING}, {units.duration(now - self._began)}")
             return
-        new = report.section not in self._sections or report.eval_loss != self._eval_loss
+        stage = self._stage.words(report)
+        new = doing(report) not in self._stages or report.eval_loss != self._eval_loss
         if not new and now < self._next:
             return
-        self._sections.add(report.section)
+        self._stages.add(doing(report))
         self._eval_loss = report.eval_loss
         self._next = now + LINE_SECONDS
-        self.say(plain_line(report))
+        self.say(plain_line(report, stage))
 
     def say(self, text: str) -> None:
         self._console.print(text, soft_wrap=True)
@@ -220,10 +249,12 @@ class PlainDisplay:
 class LiveDisplay:
     """A bar and the figures, redrawn in place; gone at the end, when the results are printed."""
 
-    def __init__(self, console: Console, attempt: int) -> None:
+    def __init__(self, console: Console, attempt: int, device: str) -> None:
         self._console = console
         self._attempt = attempt
+        self._device = device
         self._began = time.monotonic()
+        self._stage = StageTimer()
         self._live = Live(self._render(None), console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Self:
@@ -240,70 +271,17 @@ class LiveDisplay:
         self._console.print(text, soft_wrap=True)
 
     def _render(self, report: ProgressReport | None) -> RenderableType:
+        head = f"Attempt {self._attempt} · {units.duration(time.monotonic() - self._began)} · "
         if report is None:
-            seconds = units.duration(time.monotonic() - self._began)
-            return Text(f"Attempt {self._attempt} · {STARTING} … {seconds}", style="dim")
-        head = Table.grid(padding=(0, 2))
-        head.add_row(
-            Text(f"Attempt {self._attempt} · {within_section(report)}", style="bold"),
-            ProgressBar(total=max(report.total_steps, 1), completed=report.step, width=40),
-            f"step {report.step}/{report.total_steps}",
-        )
-        line = Text("   ").join(Text.assemble((f"{label} ", "dim"), value) for label, value in figures(report))
-        memory = [Text(memory_line(report), style="dim")] if report.memory.measured else []
-        return Group(head, line, *memory)
-
-
-def rows_progress(log: Path) -> str | None:
-    """Return what Prepare's log last said of how far the rows are; None where it has said nothing yet."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
-            said = ROWS_PROGRESS.findall(file.read().decode(errors="replace"))
-    except OSError:
-        return None
-    return said[-1] if said else None
-
-
-class Waiting:
-    """Tells how long a process has taken that reports nothing itself: in place on a terminal, else in plain lines."""
-
-    def __init__(
-        self,
-        console: Console,
-        text: str,
-        clock: Callable[[], float] = time.monotonic,
-        detail: Callable[[], str | None] = lambda: None,
-    ) -> None:
-        self._console = console
-        self._text = text
-        self._detail = detail
-        self._clock = clock
-        self._began = clock()
-        self._next = self._began
-        self._status = console.status(text) if console.is_terminal else None
-
-    def __enter__(self) -> Self:
-        if self._status:
-            self._status.start()
-        else:
-            self.tick()
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if self._status:
-            self._status.stop()
-
-    def tick(self) -> None:
-        """Show the time, if there is something new to show."""
-        now = self._clock()
-        if now < self._next:
-            return
-        shown = f"{self._text} {units.duration(now - self._began)}" if now - self._began >= 1 else self._text
-        if detail := self._detail():
-            shown = f"{shown}: {detail}"
-        if self._status:
-            self._status.update(shown)
-        else:
-            self._console.print(shown, soft_wrap=True)
-        self._next = now + (1.0 if self._status else LINE_SECONDS)
+            return Text(f"{head}{STARTING}", style="dim")
+        lines: list[RenderableType] = [Text(f"{head}{self._stage.words(report)}", style="bold")]
+        if report.total_steps:
+            bar = Table.grid(padding=(0, 2))
+            done = ProgressBar(total=report.total_steps, completed=report.step, width=BAR)
+            bar.add_row(done, f"step {report.step}/{report.total_steps}")
+            lines.append(bar)
+        width = self._console.width
+        known = "   ".join(held(f"{label} {value}") for label, value in figures(report))
+        lines += [Text(line) for line in folded(known, width) if line]
+        measured = memory_words(report.memory.predicted, report.memory.measured, self._device)
+        return Group(*lines, *(Text(line, style="dim") for line in folded(measured, width) if line))

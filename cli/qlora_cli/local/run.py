@@ -61,12 +61,13 @@ def run(request: RunRequest, console: Console, commands: Commands, here: Machine
         record = _open(folder, job, console, fresh=request.fresh)
         if record.finished:
             _require_adapter(record)
-            console.print(run_view.result(record, attempt_loop.next_commands(folder.path)))
+            console.print(run_view.result(record, attempt_loop.next_commands(folder.path)), crop=False)
             return 0
         record = record.model_copy(update={"device": world.device})
         folder.write(record)
         setting = attempt_loop.AttemptSettings(job, world, folder, cache_dir(), commands, lock, console)
-        console.print(run_view.plan(record, spec, world, attempt_loop.next_choice(setting, record).batch, folder.path))
+        batch = attempt_loop.next_choice(setting, record).batch
+        console.print(run_view.plan(record, spec, world, batch, folder.path), crop=False)
         with stop_on_signals() as stop:
             return attempt_loop.LocalRun(setting, record, stop).go()
 

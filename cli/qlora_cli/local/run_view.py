@@ -13,6 +13,8 @@ from qlora_api.spec import ComputeType, LossOn, QLoRAJobSpec, QuantizationSpec, 
 from qlora_api.status import Memory, MemoryComponent
 from qlora_cli.local import local_spec
 from qlora_cli.text import units
+from qlora_cli.text.memory_rows import memory_rows
+from qlora_cli.text.paragraphs import LabelledLines, Paragraph
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -31,18 +33,10 @@ SAMPLE_CHARACTERS = 800
 MOST_COMPONENTS = 4
 
 
-def facts(rows: Sequence[tuple[str, str]]) -> Table:
-    """Label and value, two columns."""
-    table = Table.grid(padding=(0, 3))
-    for label, value in rows:
-        table.add_row(Text(label, style="dim"), value)
-    return table
-
-
 # ----------------------------------------------------------------------------------------------------------- before it
 
 
-def plan(record: RunRecord, spec: QLoRAJobSpec, world: World, batch: BatchSplit, folder: Path) -> Table:
+def plan(record: RunRecord, spec: QLoRAJobSpec, world: World, batch: BatchSplit, folder: Path) -> LabelledLines:
     """Print what will happen."""
     number = len(record.attempts) + 1
     name = f"{record.name} (run {record.uid[:8]}" + (f", attempt {number}: resumes)" if number > 1 else ")")
@@ -61,7 +55,7 @@ def plan(record: RunRecord, spec: QLoRAJobSpec, world: World, batch: BatchSplit,
     ignored = local_spec.unused(spec)
     if ignored:
         rows.append(("Not used here", "; ".join(ignored)))
-    return facts(rows)
+    return LabelledLines(rows)
 
 
 def batch_equation(batch: BatchSplit) -> str:
@@ -173,7 +167,7 @@ def receipt(found: PrepareReceipt, prepared: PrepareResult | None) -> Renderable
             ("Evaluation", f"{units.number(found.eval_rows)} rows, {units.number(found.eval_tokens)} tokens{known}")
         )
     rows += _planned(prepared) if prepared else ()
-    parts: list[RenderableType] = [facts(rows)]
+    parts: list[RenderableType] = [LabelledLines(rows)]
     for sample in found.samples[:1]:
         text = sample if len(sample) <= SAMPLE_CHARACTERS else f"{sample[:SAMPLE_CHARACTERS]} …"
         parts.append(
@@ -189,8 +183,10 @@ def _planned(prepared: PrepareResult) -> Iterator[tuple[str, str]]:
     parts = {component: size for component, size in prepared.memory.items() if component != MemoryComponent.PEAK}
     if parts:
         largest = sorted(parts.items(), key=lambda part: -part[1])[:MOST_COMPONENTS]
-        mostly = ", ".join(f"{component} {units.size(size)}" for component, size in largest)
-        yield "Memory", f"{units.size(sum(parts.values()))} a rank, as predicted: {mostly}"
+        mostly = ", ".join(f"{units.spaced(component)} {units.size(size)}" for component, size in largest)
+        peak = prepared.memory.get(MemoryComponent.PEAK)
+        whole = f"peak {units.size(peak)}" if peak else f"{units.size(sum(parts.values()))} of tensors (CPU)"
+        yield "Memory of a rank", f"{whole}, predicted; mostly {mostly}"
     if prepared.expected_gpu_hours:
         yield "Should take", f"{prepared.expected_gpu_hours} GPU-hours, give or take half"
 
@@ -225,25 +221,27 @@ def attempts(ended: Sequence[Attempt]) -> Table:
     return table
 
 
-def memory(found: Memory) -> Table:
+def memory(found: Memory, device: str) -> Table:
     """Bytes per rank by component, predicted and measured as far as they are known; the peak last."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("Memory per rank")
-    columns = {head: by for head, by in (("Predicted", found.predicted), ("Measured", found.measured)) if by}
-    for head in columns:
-        table.add_column(head, justify="right")
-    names = sorted(found.predicted | found.measured, key=lambda name: name == MemoryComponent.PEAK)
-    for name in names:
-        cells = (units.size(by[name]) if name in by else "" for by in columns.values())
-        table.add_row(units.spaced(name), *cells)
+    table.add_column("Memory of a rank")
+    shown = [column for column, by in ((1, found.predicted), (2, found.measured)) if by]
+    for column in shown:
+        table.add_column(("", "Predicted", "Measured")[column], justify="right")
+    for row in memory_rows(found.predicted, found.measured, device):
+        sizes = (row[1], row[2])
+        table.add_row(row[0], *("" if (size := sizes[c - 1]) is None else units.size(size) for c in shown))
     return table
 
 
 def result(record: RunRecord, next_commands: Sequence[str]) -> Group:
     """The end of a run that succeeded."""
-    parts: list[RenderableType] = [Text(f"{record.name} is done.", style="bold green"), facts([*_results(record)])]
+    parts: list[RenderableType] = [
+        Text(f"{record.name} is done.", style="bold green"),
+        LabelledLines([*_results(record)]),
+    ]
     if record.result and record.result.memory and (record.result.memory.measured or record.result.memory.predicted):
-        parts += ["", memory(record.result.memory)]
+        parts += ["", memory(record.result.memory, record.device)]
     if len(record.attempts) > 1:
         parts += ["", attempts(record.attempts)]
     return Group(
@@ -298,10 +296,10 @@ def parts(record: RunRecord, attempts_seconds: float) -> dict[str, float]:
 
 def failure(reason: Reason, message: str, tail: Sequence[str], log: Path) -> Group:
     """Print why it ended, in the trainer's own words; without them, with the end of its log."""
-    parts: list[RenderableType] = [Text(f"Failed: {reason}", style="bold red"), message]
+    parts: list[RenderableType] = [Text(f"Failed: {reason}", style="bold red"), Paragraph(message)]
     if tail:
         parts += [
             Text("The last lines of the log:", style="dim"),
-            *(Text(f"  {line}", overflow="fold") for line in tail),
+            *(Text(f"  {line}", no_wrap=True, overflow="ignore") for line in tail),
         ]
     return Group(*parts, Text(f"Log: {log}", no_wrap=True, overflow="ignore"))

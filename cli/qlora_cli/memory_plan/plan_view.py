@@ -11,6 +11,7 @@ from rich.text import Text
 from qlora_api.spec import ComputeType
 from qlora_cli.local import run_view
 from qlora_cli.text import units
+from qlora_cli.text.paragraphs import LabelledLines, Paragraph
 from qlora_memory import NoFit, Plan, does_not_fit, planned_coverage, skipped_bytes
 from qlora_memory.gpus import GIB
 
@@ -33,11 +34,11 @@ def show(answered: PlanResult) -> Group:
     """The whole answer."""
     outcome = answered.outcome
     chosen = outcome if isinstance(outcome, Plan) else outcome.smallest
-    parts: list[RenderableType] = [run_view.facts(_facts(answered, chosen)), "", memory(chosen)]
+    parts: list[RenderableType] = [LabelledLines(_facts(answered, chosen)), "", memory(chosen)]
     if chosen.notes:
         parts += ["", *(Text(f"Note: {note}.", style="dim") for note in chosen.notes)]
     if isinstance(outcome, NoFit):
-        parts += ["", Text("Does not fit.", style="bold red"), str(does_not_fit(answered.request, outcome))]
+        parts += ["", Text("Does not fit.", style="bold red"), Paragraph(str(does_not_fit(answered.request, outcome)))]
     for kind in _HEADS:
         rows = [v for v in answered.variations if v.kind == kind]
         if rows:

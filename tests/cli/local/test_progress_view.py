@@ -1,6 +1,7 @@
 """Display of a training while it runs."""
 
 import io
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -12,12 +13,12 @@ from qlora_cli.local.progress_view import (
     LiveDisplay,
     PlainDisplay,
     Poller,
-    Waiting,
+    StageTimer,
     Watcher,
     before_second_evaluation,
     display_for,
     plain_line,
-    rows_progress,
+    within_section,
 )
 from qlora_cli.text import units
 
@@ -32,21 +33,19 @@ def console(**more):
 
 
 def test_only_what_is_known_is_shown():
-    assert plain_line(report(section="Load", step=0)) == "Load  step 0/9"
-    assert (
-        plain_line(report(loss="1.5", epoch="0.33", eta_seconds=7))
-        == "Train  step 3/9  epoch 0.33  loss 1.5  left 7.0 s"
-    )
+    assert plain_line(report(step=0), "loading the model") == "loading the model  step 0/9"
+    shown = plain_line(report(loss="1.5", epoch="0.33", eta_seconds=7), "training")
+    assert shown == "training  step 3/9  epoch 0.33  loss 1.5  left 7.0 s"
 
 
 def test_a_rank_that_holds_up_the_others_is_shown():
     slow = {"rank": 3, "node": "b", "section": "Data", "seconds": 4.0}
     assert "rank 3 on b, 4.00 s a step, 1.00 s usual, most in Data" in plain_line(
-        report(slowest={**slow, "median_seconds": 1.0})
+        report(slowest={**slow, "median_seconds": 1.0}), "training"
     )
-    assert "rank 3" not in plain_line(report(slowest={**slow, "median_seconds": 3.5}))
+    assert "rank 3" not in plain_line(report(slowest={**slow, "median_seconds": 3.5}), "training")
     stuck = {"rank": 5, "node": "c", "section": "Forward", "seconds": 12.0}
-    assert "rank 5 on c, 12 s in Forward" in plain_line(report(waiting_for=stuck))
+    assert "rank 5 on c, 12 s in Forward" in plain_line(report(waiting_for=stuck), "training")
 
 
 def test_plain_lines_come_with_events_and_not_with_every_step():
@@ -57,24 +56,29 @@ def test_plain_lines_come_with_events_and_not_with_every_step():
     display.show(report(step=7, eval_loss="2", section="Checkpoint"))
     display.show(report(step=8, eval_loss="2"))  # a section that was there before
     display.show(report(step=8, eval_loss="2", section="Checkpoint"))
-    steps = [line.split()[2] for line in out.file.getvalue().splitlines()]
+    steps = re.findall(r"step (\S+)", out.file.getvalue())
     assert steps == ["3/9", "5/9", "7/9"]
 
 
 def test_a_terminal_gets_a_live_display_with_memory():
     out = console(force_terminal=True)
-    display = display_for(out, 2)
+    display = display_for(out, 2, "CUDA")
     assert isinstance(display, LiveDisplay)
     with display:
         display.show(report(memory=Memory(measured={"quantizedWeights": 1 << 30, "peak": 3 << 30})))
         display.say("checkpointing …")
     said = out.file.getvalue()
-    for part in ("Attempt 2", "step 3/9", "quantized weights 1.00 GiB · peak 3.00 GiB", "checkpointing …"):
+    for part in (
+        "Attempt 2",
+        "step 3/9",
+        "peak 3.00 GiB: quantized weights 1.00 GiB · not measured separately 2.00 GiB",
+        "checkpointing …",
+    ):
         assert part in said
 
 
 def test_no_terminal_gets_plain_lines():
-    assert isinstance(display_for(console(), 1), PlainDisplay)
+    assert isinstance(display_for(console(), 1, "CPU"), PlainDisplay)
 
 
 @pytest.mark.parametrize("content", [None, "", "nonsense", "1"])
@@ -146,10 +150,41 @@ def test_a_rank_that_is_not_heard_yet_is_seen_to_start():
 
 def test_a_section_of_known_length_shows_how_far_it_is_and_how_fast():
     progress = {"unit": "micro-batches", "done": 12, "total": 86, "seconds": 4.0}
-    said = plain_line(report(section="Evaluate", section_progress=progress))
-    assert said.startswith("Evaluate 12 of 86 micro-batches, 3/s  step 3/9")
-    said = plain_line(report(section="Load", section_progress={**progress, "unit": "weights", "done": 0}))
-    assert said.startswith("Load 0 of 86 weights  step")
+    said = within_section(report(section="Evaluate", section_progress=progress))
+    assert said == "evaluating: 12 of 86 micro-batches, 3/s"
+    loading = {"section": "Load", "stage": "quantizing", "section_progress": {**progress, "unit": "weights", "done": 0}}
+    assert within_section(report(**loading)) == "quantizing: 0 of 86 weights"
+
+
+def test_a_stage_shows_for_how_long_it_has_gone_on():
+    stage = StageTimer(ticking(1, 1.5, 9, 10, 30))
+    load = report(section="Load", stage="setting up DeepSpeed")
+    assert [stage.words(load), stage.words(load)] == ["setting up DeepSpeed", "setting up DeepSpeed, 8.0 s"]
+    assert stage.words(report(section="Evaluate")) == "evaluating, 20 s"
+
+
+def test_no_line_of_the_live_display_is_longer_than_the_screen():
+    out = Console(file=io.StringIO(), width=80, force_terminal=True)
+    display = LiveDisplay(out, 1, "CPU")
+    progress = {"unit": "micro-batches", "done": 12, "total": 86, "seconds": 4.0}
+    measured = {"unquantizedWeights": 1 << 30, "quantizedWeights": 1 << 30, "optimizerState": 9 << 20, "peak": 3 << 30}
+    shown = report(
+        section="Evaluate",
+        section_progress=progress,
+        loss="1.5",
+        eval_loss="1.6",
+        learning_rate="0.0002",
+        tokens_per_second="1234.5",
+        eta_seconds=4000,
+        memory=Memory(measured=measured),
+    )
+    plain = Console(file=io.StringIO(), width=80)
+    plain.print(display._render(shown))
+    lines = plain.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not [line for line in lines if "…" in line]
+    assert "left 1 h 6 min" in plain.file.getvalue()
+    assert "peak of the process (CPU) 3.00 GiB" in plain.file.getvalue()
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(420, True), (20, False)])
@@ -161,30 +196,3 @@ def test_what_a_long_run_will_take_is_said_once_before_its_first_step(seconds, s
         watcher.tick()
     expected = "206 steps are to be done: about 7 min 0 s on this machine, by one trial step, evaluations included"
     assert out.file.getvalue().count(expected) == said
-
-
-def test_a_process_that_reports_nothing_shows_for_how_long_it_works():
-    out = console()
-    with Waiting(out, "Preparing …", ticking(0, 0, 4, 10, 12)) as waiting:
-        for _ in range(3):
-            waiting.tick()
-    assert out.file.getvalue().splitlines() == ["Preparing …", "Preparing … 10 s"]
-
-
-def test_how_far_the_rows_are_is_taken_from_prepares_log(tmp_path):
-    progress_line = pytest.importorskip("qlora_trainer.data.collect").progress_line
-    log = tmp_path / "log.txt"
-    assert rows_progress(log) is None
-    log.write_text("2026-11-28 08:00:00 rank 0 INFO of no rows\n" * 9)
-    assert rows_progress(log) is None
-    with log.open("a") as file:
-        for seconds in (10, 20):
-            file.write(
-                f"rank 0 INFO {progress_line('/data/rows', 81234 * seconds, seconds * 10**7, 10**10, seconds)}\n"
-            )
-    said = "1,624,680 rows, 200 of 10,000 MB, 10.0 MB/s, about 16 min left"
-    assert rows_progress(log) == said
-    out = console()
-    with Waiting(out, "Preparing …", ticking(0, 0, 20), lambda: rows_progress(log)) as waiting:
-        waiting.tick()
-    assert out.file.getvalue().splitlines() == [f"Preparing …: {said}", f"Preparing … 20 s: {said}"]

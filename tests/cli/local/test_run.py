@@ -52,7 +52,7 @@ def test_the_trainer_gets_a_resolved_config(workplace):
 
 def test_progress_is_shown_in_plain_lines_without_a_terminal(workplace):
     workplace.run()
-    assert "Train  step 0/20  loss 2.5  eval 3.25  lr 0.0002  tokens/s 1,234  left 1 min 15 s" in workplace.said
+    assert "training  step 0/20  loss 2.5  eval 3.25  lr 0.0002  tokens/s 1,234  left 1 min 15 s" in workplace.said
 
 
 def test_a_crash_is_followed_by_another_attempt(workplace):

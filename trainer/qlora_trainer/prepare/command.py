@@ -64,6 +64,7 @@ def _again(config: TrainerConfig) -> Record | None:
 
 
 def _anew(config: TrainerConfig) -> Record:
+    log.info("stage: importing PyTorch and Transformers")
     from qlora_trainer.prepare.fetch_and_tokenize import prepare_anew  # noqa: PLC0415 ten seconds of imports
 
     records = Records(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     from qlora_api.contract import TrainerConfig
 
+log = logging.getLogger(__name__)
+
 
 def prepare_anew(config: TrainerConfig, began: Record | None) -> Record:
     """Check model, rows and adapter, and tokenize the rows into ``config.cache_dir``.
@@ -42,16 +45,20 @@ def prepare_anew(config: TrainerConfig, began: Record | None) -> Record:
 
     """
     spec, cache = config.spec, Path(config.cache_dir)
+    log.info("stage: fetching the model")
     model = fetch_model(
         spec.model.source,
         cache,
         pinned_revision(spec, began),
         headers_only=config.shared_cache_uri is not None,  # this pod trains nothing; without it the ranks are here
     )
+    log.info("stage: checking model and adapter")
     vocabulary = check_architecture(config, model)
+    log.info("stage: fetching the rows")
     train_rows = fetch_rows(spec.dataset.train.source, "spec.dataset.train.source", cache)
     own_eval = spec.dataset.eval.source if spec.dataset.eval else None
     eval_rows = fetch_rows(own_eval, "spec.dataset.eval.source", cache) if own_eval else None
+    log.info("stage: tokenizing the rows")
     tokenizer = load_bounded_tokenizer(model.path, spec.dataset.chat_template)
     data = prepare_data(spec, tokenizer, model.tokenizer_hash, train_rows, eval_rows, cache)
     check_tokens(data, tokenizer, vocabulary)

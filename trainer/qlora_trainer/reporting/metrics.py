@@ -107,6 +107,12 @@ class MetricsRecorder:
         log.warning("%s", text)
         self.update(warnings=[*self.report.warnings, text])
 
+    def stage(self, name: str) -> None:
+        """Log a part of Load that begins, and show it to whoever watches the attempt."""
+        if self._ranks.is_first:
+            log.info("stage: %s", name)
+        self.update(stage=name)
+
     def count(self, items: Iterable[T], total: int, unit: str) -> Iterator[T]:
         """Yield items, and show how many of them are done; ``unit`` says what they are."""
         start = time.monotonic()
@@ -140,9 +146,11 @@ class MetricsRecorder:
         with self._lock:
             report = self._report
         seconds = self._ranks.heartbeat.phase_seconds()
+        section = self._ranks.heartbeat.phase
         return report.model_copy(
             update={
-                "section": self._ranks.heartbeat.phase,
+                "section": section,
+                "stage": report.stage if section == "Load" else None,
                 "elapsed_seconds": round(sum(seconds.values()), 1),
                 "section_seconds": {phase: round(spent, 1) for phase, spent in seconds.items()},
             }

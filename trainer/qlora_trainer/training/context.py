@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from qlora_api.contract import TrainerConfig
-from qlora_api.spec import ComputeType
+from qlora_api.spec import ComputeType, QuantizationType
 from qlora_trainer.checkpoint.checkpoint_store import Checkpoint, CheckpointStore
 from qlora_trainer.data.batches import Batches, Step
 from qlora_trainer.engine.deepspeed_engine import wrap_deepspeed
@@ -173,9 +173,12 @@ def build(config: TrainerConfig, ranks: Ranks, recorder: MetricsRecorder, stop: 
     recorder.update(compute_type=spec.quantization.compute_type)
     if ranks.is_first and (warning := slow_bf16_warning(spec.quantization, ranks.device)):
         recorder.warn(warning)
+    quantizes = spec.quantization.type is not QuantizationType.NONE
+    recorder.stage("loading and quantizing the weights" if quantizes else "loading the weights")
     with counted_weights(recorder.count):
         base = load_base(prepared.model_path, spec.quantization, ranks.device, spec.parallelism.zero_stage)
     prepared.check_unchanged()
+    recorder.stage("adding the adapter")
     model = add_lora(base, spec.lora, spec.training.seed, prepared.model_source)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -184,6 +187,7 @@ def build(config: TrainerConfig, ranks: Ranks, recorder: MetricsRecorder, stop: 
     if ranks.is_first:
         covered = coverage_of(model)
         log.info("quantized: %s; adapted: %s", covered.held, covered.adapted)
+    recorder.stage("checking that packed rows are kept apart")
     loss = NextTokenLoss(model, fused=head_is_plain(model))
     loss.row_by_row = not rows_are_apart(loss, ranks.device)
     if loss.row_by_row and ranks.is_first:
@@ -198,6 +202,7 @@ def build(config: TrainerConfig, ranks: Ranks, recorder: MetricsRecorder, stop: 
             f'is not available for a "{base.config.model_type}" model, which mixes rows that lie end to end: each is '
             "computed by itself, and ranks with other numbers of rows would wait for each other; set 0, 1 or 2",
         )
+    recorder.stage("setting up DeepSpeed")
     data = load_prepared(prepared.data_dir)
     receipt = data.receipt
     cost = flops_per_token(model, data.train.lengths, receipt.train_target_tokens / max(1, receipt.train_tokens))

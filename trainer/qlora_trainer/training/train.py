@@ -61,6 +61,7 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
     trainer = build(config, ranks, recorder, stop)
     run = resume_or_start(trainer)
     if run.step < trainer.total_steps:
+        recorder.stage("measuring time and memory of the largest micro-batch")
         recorder.update(expected_seconds=expected_seconds(trainer, run.step, probe_peak_memory(trainer)))
     ranks.heartbeat.enter(Section.DATA)  # where a rank is between two sections, no more in Load
     answer_before(trainer, run)

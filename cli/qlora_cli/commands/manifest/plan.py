@@ -70,5 +70,5 @@ def plan(
             from qlora_cli.memory_plan import plan_view
             from qlora_cli.text.output import console
 
-            console().print(plan_view.show(answered))
+            console().print(plan_view.show(answered), crop=False)
     raise typer.Exit(0 if answered.fits else USER_ERROR)

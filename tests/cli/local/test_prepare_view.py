@@ -1,0 +1,65 @@
+"""Display of Prepare's stages."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from qlora_cli.local.prepare_view import PrepareDisplay, PrepareProgress, read_log
+
+
+def ticking(*seconds):
+    times = iter(seconds)
+    return lambda: next(times)
+
+
+def console(**more):
+    return Console(file=io.StringIO(), width=120, markup=False, highlight=False, **more)
+
+
+def test_stages_are_shown_as_they_begin_with_their_time_and_summed_up(tmp_path):
+    log, out = tmp_path / "log.txt", console()
+    times = ticking(0, 0, 9, 10, 16, 21, 22)
+    with PrepareDisplay(out, log, times) as display:
+        display.tick()
+        log.write_text("rank 0 INFO stage: importing PyTorch\n")
+        display.tick()
+        display.tick()  # nothing new
+        log.write_text(f"{log.read_text()}rank 0 INFO stage: tokenizing the rows\n")
+        display.tick()
+        display.tick()
+    assert out.file.getvalue().splitlines() == [
+        "Preparing (model and rows are checked before any rank starts)",
+        "Preparing: starting",
+        "Preparing: importing PyTorch",
+        "Preparing: tokenizing the rows",
+    ]
+    assert display.summary() == ("Prepared in 22 s: starting 9.0 s, importing PyTorch 7.0 s, tokenizing the rows 6.0 s")
+
+
+def test_how_far_the_rows_are_is_taken_from_prepares_log(tmp_path):
+    progress_line = pytest.importorskip("qlora_trainer.data.collect").progress_line
+    log = tmp_path / "log.txt"
+    assert read_log(log) == PrepareProgress()
+    log.write_text("2026-11-28 08:00:00 rank 0 INFO of no rows\nrank 0 INFO stage: tokenizing the rows\n")
+    assert read_log(log) == PrepareProgress("tokenizing the rows")
+    with log.open("a") as file:
+        for seconds in (10, 20):
+            shown = progress_line("/data/rows", 81234 * seconds, seconds * 10**7, 10**10, seconds)
+            file.write(f"rank 0 INFO {shown}\n")
+    rows = "1,624,680 rows, 200 of 10,000 MB, 10.0 MB/s, about 16 min left"
+    assert read_log(log) == PrepareProgress("tokenizing the rows", rows)
+    out = console()
+    with PrepareDisplay(out, log, ticking(0, 0, 20)) as display:
+        display.tick()
+        display.tick()
+    assert out.file.getvalue().splitlines()[1:] == [
+        f"Preparing: tokenizing the rows: {rows}",
+        f"Preparing: tokenizing the rows, 20 s: {rows}",
+    ]
+
+
+def test_a_stage_of_the_past_shows_no_progress_of_rows(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("7 rows, 2 of 10 MB, 1.0 MB/s, about 1 min left\nstage: fetching the rows\n")
+    assert read_log(log) == PrepareProgress("fetching the rows")
