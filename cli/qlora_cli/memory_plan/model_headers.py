@@ -63,6 +63,8 @@ def read_model(source: str) -> ModelFiles:
         place = _open(source)
         config = _config(place)
         files = _weights(place)
+        if files is None:
+            return ModelFiles(config, None, f"{place.name}, {CONFIG} alone: there are no safetensors weights")
         with ThreadPoolExecutor(AT_ONCE) as pool:
             headers = list(pool.map(lambda file: _header(place, file), files))
     except HeaderError as error:
@@ -88,12 +90,13 @@ def _config(place: ModelSource) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> ModelFiles:
-    """A ``config.json`` alone: for a plan without the model.
+    """A ``config.json`` alone, or that of a folder: for a plan without the model.
 
     Raises:
         FieldError: it cannot be read.
 
     """
+    path = path / CONFIG if path.is_dir() else path
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -103,12 +106,13 @@ def read_config(path: Path) -> ModelFiles:
     return ModelFiles(parsed, None, f"{path} alone")
 
 
-def _weights(place: ModelSource) -> list[str]:
+def _weights(place: ModelSource) -> list[str] | None:
+    """Return the names of the files of weights; None where there are none of safetensors."""
     if place.read(SINGLE_FILE, 0, LENGTH_BYTES) is not None:
         return [SINGLE_FILE]
     index = place.read(INDEX_FILE, 0, None)
     if index is None:
-        raise HeaderError(f"has neither {SINGLE_FILE} nor {INDEX_FILE} ({place.name})")
+        return None
     try:
         return shard_names(index)
     except HeaderError as error:

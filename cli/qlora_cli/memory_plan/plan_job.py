@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from qlora_api.job import QLoRAJob
     from qlora_api.spec import QLoRAJobSpec, QuantizationSpec, SchedulingSpec
     from qlora_cli.memory_plan.model_headers import ModelFiles
     from qlora_memory import Gpu
@@ -98,7 +99,16 @@ def answer(path: Path, options: PlanOptions, overrides: Sequence[str] = ()) -> P
         ValueError: an error of the user's, in words.
 
     """
-    job = job_manifest.one_job(path, overrides)
+    return plan_of(job_manifest.one_job(path, overrides), options)
+
+
+def plan_of(job: QLoRAJob, options: PlanOptions) -> PlanResult:
+    """Plan a job.
+
+    Raises:
+        ValueError: an error of the user's, in words.
+
+    """
     gpu, here = _gpu(options, job.spec.scheduling)
     check_gpu(gpu, job.spec.quantization, "--gpu")
     world_size = options.gpus or here or job.spec.parallelism.workers * job.spec.parallelism.gpus_per_worker

@@ -32,13 +32,12 @@ _HEADS = {"gpu": "GPU", "rank": "lora.rank", "maxLength": "dataset.maxLength"}
 
 def show(answered: PlanResult) -> Group:
     """The whole answer."""
-    outcome = answered.outcome
-    chosen = outcome if isinstance(outcome, Plan) else outcome.smallest
-    parts: list[RenderableType] = [LabelledLines(_facts(answered, chosen)), "", memory(chosen)]
+    outcome, chosen = answered.outcome, _chosen(answered)
+    parts: list[RenderableType] = [LabelledLines(facts_of(answered)), "", memory(chosen)]
     if chosen.notes:
         parts += ["", *(Text(f"Note: {note}.", style="dim") for note in chosen.notes)]
     if isinstance(outcome, NoFit):
-        parts += ["", Text("Does not fit.", style="bold red"), Paragraph(str(does_not_fit(answered.request, outcome)))]
+        parts += ["", Text("Does not fit.", style="bold red"), Paragraph(why_not(answered))]
     for kind in _HEADS:
         rows = [v for v in answered.variations if v.kind == kind]
         if rows:
@@ -46,7 +45,20 @@ def show(answered: PlanResult) -> Group:
     return Group(*parts)
 
 
-def _facts(answered: PlanResult, chosen: Plan) -> list[tuple[str, str]]:
+def _chosen(answered: PlanResult) -> Plan:
+    """The plan; of what does not fit, the one that needs least."""
+    return answered.outcome if isinstance(answered.outcome, Plan) else answered.outcome.smallest
+
+
+def why_not(answered: PlanResult) -> str:
+    """Return why it does not fit and what would; empty where it fits."""
+    outcome = answered.outcome
+    return str(does_not_fit(answered.request, outcome)) if isinstance(outcome, NoFit) else ""
+
+
+def facts_of(answered: PlanResult) -> list[tuple[str, str]]:
+    """Return all but the memory's components, as labels and values."""
+    chosen = _chosen(answered)
     request, shape = answered.request, answered.request.shape
     gpu, count = request.gpu, request.world_size
     recompute = "activations recomputed" if chosen.gradient_checkpointing else "activations kept"

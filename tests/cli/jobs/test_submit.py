@@ -1,12 +1,18 @@
 """From a manifest to what is sent: errors with their lines, local paths with the way to a cluster."""
 
+import contextlib
+import os
+import pty
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from cli_builders import failed, running, succeeded
+from fake_server import FakeServer
 from qlora_cli import app
 from qlora_cli.jobs import submit
 from qlora_cli.kube.errors import ApiError, ClusterError
@@ -115,6 +121,77 @@ def test_a_namespace_is_said_once(write):
         40,
         ['job.yaml:1: metadata.namespace: "nlp" is not --namespace vision; give one of the two'],
     )
+
+
+# -------------------------------------------------------------------------------------------------------- on a terminal
+
+
+@pytest.fixture
+def on_terminal(write):
+    """Submit on a pseudo-terminal to a server with prepared answers: exit code, screen, requests."""
+
+    def submit_there(answer, *options, jobs=()):
+        listed = (200, {"metadata": {"resourceVersion": "2"}, "items": list(jobs)})
+        nodes = [] if {"-y", "--yes"} & {*options} else [(200, {"metadata": {}, "items": []})]
+        created = {"metadata": {"name": "tune", "namespace": "default"}}
+        path = write(GOOD.replace("hf://org/name@main", "pvc://models/base"))
+        with FakeServer(*nodes, (201, created), *[(200, job) for job in jobs], listed) as server:
+            config = {
+                "clusters": [{"name": "c", "cluster": {"server": server.url}}],
+                "users": [{"name": "u", "user": {}}],
+                "contexts": [{"name": "here", "context": {"cluster": "c", "user": "u"}}],
+                "current-context": "here",
+            }
+            kubeconfig = write(yaml.safe_dump(config), "config")
+            master, slave = pty.openpty()
+            command = [sys.executable, "-m", "qlora_cli", "submit", path, "--kubeconfig", kubeconfig, *options]
+            process = subprocess.Popen([*map(str, command)], stdin=slave, stdout=slave, stderr=slave)
+            os.write(master, answer.encode())
+            os.close(slave)
+            screen = b""
+            with contextlib.suppress(OSError):  # the other end is closed
+                while data := os.read(master, 65536):
+                    screen += data
+            os.close(master)
+            return process.wait(60), screen.decode(), [(verb, path) for verb, path, *_ in server.asked]
+
+    return submit_there
+
+
+JOBS = "/apis/qlora.dev/v1alpha1/namespaces/default/qlorajobs"
+
+
+def test_on_a_terminal_the_plan_is_shown_and_nothing_is_created_without_a_yes(on_terminal):
+    code, screen, asked = on_terminal("n\n")
+    assert (code, asked) == (1, [("GET", "/api/v1/nodes")])
+    for part in ("pvc://models/base", "not planned", "Create it in namespace default of here? [y/N]"):
+        assert part in screen
+
+
+def test_on_a_terminal_a_created_job_is_watched_unless_told_not_to(on_terminal):
+    done = succeeded("tune")
+    done["metadata"]["namespace"] = "default"
+    code, _, asked = on_terminal("y\n", jobs=[done])
+    assert code == 0
+    assert asked[:4] == [("GET", "/api/v1/nodes"), ("POST", JOBS), ("GET", f"{JOBS}/tune"), ("GET", JOBS)]
+    code, screen, asked = on_terminal("", "--yes", "--no-watch")
+    assert (code, asked) == (0, [("POST", JOBS)])
+    assert "qlorajob.qlora.dev/tune created" in screen
+
+
+def test_without_a_terminal_nothing_is_asked_and_nothing_is_watched(write):
+    path = write(GOOD)
+    with FakeServer((201, {"metadata": {"name": "tune", "namespace": "default"}})) as server:
+        config = {
+            "clusters": [{"name": "c", "cluster": {"server": server.url}}],
+            "contexts": [{"name": "here", "context": {"cluster": "c"}}],
+            "current-context": "here",
+        }
+        result = CliRunner().invoke(
+            app.app, ["submit", str(path), "--kubeconfig", str(write(yaml.safe_dump(config), "config"))]
+        )
+    assert (result.exit_code, result.stdout) == (0, "qlorajob.qlora.dev/tune created\n")
+    assert [verb for verb, *_ in server.asked] == ["POST"]
 
 
 # --------------------------------------------------------------------------------------------------------------- retry

@@ -177,12 +177,20 @@ def test_headers_come_from_a_folder(shards, tmp_path):
     assert {n: list(t.shape) for n, t in found.tensors.items()} == header_of(LLAMA_8B)
 
 
+def test_a_folder_with_a_configuration_alone_is_planned_from_it(call, tmp_path):
+    folder = write(tmp_path / "model", {"config.json": json.dumps(LLAMA_70B).encode()})
+    result = call("--gpu", "h200-141gb", "--set", f"model.source={folder}")
+    assert f"70.55 billion weights ({folder}, config.json alone: there are no safetensors weights)" in " ".join(
+        result.stdout.split()
+    )
+    assert "70.55 billion weights" in call("--gpu", "h200-141gb", "--model-config", folder).stdout
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         pytest.param({"config.json": None}, "has no config.json", id="no-config"),
         pytest.param({"config.json": b"{"}, "config.json that is not JSON", id="bad-config"),
-        pytest.param({"model.safetensors.index.json": None}, "neither model.safetensors nor", id="no-index"),
         pytest.param({"model.safetensors.index.json": b"[]"}, "that cannot be read", id="bad-index"),
         pytest.param({"model-00001-of-00002.safetensors": None}, "lacks model-00001-of-00002", id="no-shard"),
         pytest.param({"model-00001-of-00002.safetensors": b"pickle"}, "does not begin as", id="no-header"),

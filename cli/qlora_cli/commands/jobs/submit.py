@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +17,10 @@ from qlora_cli.commands.result_output import print_done
 from qlora_cli.kube.target import Target, connect, program
 from qlora_cli.text.choices import DryRun, Form
 
+if TYPE_CHECKING:
+    from qlora_cli.jobs.submit import Submission
+    from qlora_cli.kube.target import Cluster
+
 Manifests = Annotated[list[Path], typer.Argument(metavar="JOB.yaml...", help="Manifests; - reads standard input.")]
 
 
@@ -22,7 +29,16 @@ def submit(
     overrides: o.Set = None,
     *,
     dry_run: Annotated[DryRun, typer.Option(help="server: validate on the API server, create nothing.")] = DryRun.NONE,
-    watching: Annotated[bool, typer.Option("--watch", help="Then watch until the job finishes.")] = False,
+    watching: Annotated[
+        bool | None,
+        typer.Option(
+            "--watch/--no-watch", help="Then watch until the job finishes; default: on a terminal.", show_default=False
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="GPU to plan for, such as h100-80gb; default: the nodes'.")
+    ] = None,
+    yes: o.Yes = False,
     output: o.Output = Form.TEXT,
     namespace: o.Namespace = None,
     context: o.Context = None,
@@ -30,22 +46,29 @@ def submit(
 ) -> None:
     """Create QLoRAJobs in a cluster.
 
-    Checks the manifests here first; a path on this machine is refused with the command that uploads it.
+    Checks the manifests here first; a path on this machine is refused with the command that uploads it. On a terminal
+    it shows the plan, asks before it creates anything, and then watches; elsewhere it does neither.
     """
     with exit_with_code():
         from qlora_cli.jobs import submit as submitting
         from qlora_cli.text import output as out
+        from qlora_memory.gpus import gpu_named
 
+        if gpu:
+            gpu_named(gpu)
         target = Target(kubeconfig, context, namespace)
         files = [submitting.read(path, overrides or ()) for path in manifests]
         submissions = [submission for file in files for submission in file.jobs]
         submitting.require_one_namespace(submissions, namespace)
         for kind in (kind for file in files for kind in file.passed_over):
             out.note(f"ignored: {kind}; kubectl apply creates it")
+        on_terminal = dry_run is DryRun.NONE and sys.stdin.isatty() and sys.stdout.isatty()
         if dry_run is DryRun.CLIENT:
             created = [submission.body for submission in submissions]
         else:
             with connect(target) as cluster:
+                if on_terminal and not yes and not _confirmed(cluster, submissions, gpu):
+                    raise typer.Exit(o.NO)
                 created = [submitting.send(cluster, s, dry_run=dry_run is DryRun.SERVER) for s in submissions]
         print_done(created, output, "created" if dry_run is DryRun.NONE else f"valid (dry run by the {dry_run})")
         names = [job["metadata"]["name"] for job in created]
@@ -53,12 +76,35 @@ def submit(
             files_again = " ".join(str(path) for path in manifests)
             out.say_next(f"{program()} submit {files_again}{target.flags()}")
             return
-        if watching:
+        if on_terminal and output is Form.TEXT if watching is None else watching:
+            namespaces = {job["metadata"]["namespace"] for job in created}
+            target = replace(target, namespace=namespaces.pop()) if len(namespaces) == 1 else target
             watch_jobs(target, tuple(names), None, everywhere=False, until_over=True)
             return
         if output is Form.TEXT:
             where = _where(target, created[0]["metadata"]["namespace"])
             out.say_next(f"{program()} watch {' '.join(names)}{where}", f"{program()} logs {names[0]} --follow{where}")
+
+
+def _confirmed(cluster: Cluster, submissions: Sequence[Submission], gpu: str | None) -> bool:
+    """Show what will be created and ask for it, on standard error."""
+    from qlora_api.job import QLoRAJob
+    from qlora_cli.jobs.actions import confirm
+    from qlora_cli.memory_plan.cluster_plan import gpu_of_nodes, summary
+    from qlora_cli.text import output as out
+    from qlora_cli.text.paragraphs import LabelledLines
+
+    screen = out.console(stderr=True)
+    for submission in submissions:
+        job = QLoRAJob.from_manifest(submission.body)
+        with screen.status("planning …"):
+            rows = summary(job, gpu or gpu_of_nodes(cluster, job))
+        screen.print(LabelledLines(rows), crop=False)
+        screen.print()
+    where = submissions[0].body["metadata"].get("namespace") or cluster.namespace
+    what = "it" if len(submissions) == 1 else f"these {len(submissions)} jobs"
+    context = f" of {cluster.context}" if cluster.context else ""
+    return confirm(f"Create {what} in namespace {where}{context}?", yes=False)
 
 
 def _where(target: Target, namespace: str) -> str:

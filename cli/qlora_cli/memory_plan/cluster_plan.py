@@ -1,0 +1,57 @@
+"""Summarize a job before it is created, with a plan for the GPU that the cluster's nodes have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qlora_cli.kube.errors import ClusterError
+from qlora_cli.memory_plan import plan_view
+from qlora_cli.memory_plan.chart_profiles import GPU_PRODUCT
+from qlora_cli.memory_plan.plan_job import PlanOptions, plan_of
+from qlora_memory import Plan
+from qlora_memory.gpus import known_gpu
+
+if TYPE_CHECKING:
+    from qlora_api.job import QLoRAJob
+    from qlora_cli.kube.target import Cluster
+
+PLANNED = ("GPU", "Batch", "Sequences", "Memory", "Speed", "Time")
+"""Rows of 'qlora plan' that belong to the summary."""
+UNKNOWN_GPU = "not planned: the nodes do not say which GPU they have; name it with --gpu"
+
+
+def gpu_of_nodes(cluster: Cluster, job: QLoRAJob) -> str | None:
+    """Return the smallest GPU of the nodes that a job may run on, by its name in ``qlora plan``; None: not known.
+
+    The label is that of NVIDIA's GPU feature discovery. Whoever may not list nodes gets no plan.
+    """
+    wanted = job.spec.scheduling.node_selector
+    try:
+        nodes = cluster.api.list("/api/v1/nodes")[0]
+    except ClusterError:
+        nodes = []
+    labels = [node["metadata"].get("labels") or {} for node in nodes]
+    fitting = [of for of in labels if all(of.get(name) == value for name, value in wanted.items())]
+    products = {of[GPU_PRODUCT] for of in fitting if GPU_PRODUCT in of} or {*filter(None, [wanted.get(GPU_PRODUCT)])}
+    known = [gpu for product in products if (gpu := known_gpu(product)) is not None]
+    return min(known, key=lambda gpu: gpu.memory_bytes).name if known else None
+
+
+def summary(job: QLoRAJob, gpu: str | None) -> list[tuple[str, str]]:
+    """Return what will be created, as labels and values; without a plan it says why there is none."""
+    spec = job.spec
+    rows = [
+        ("Job", job.metadata.name),
+        ("Model", spec.model.source),
+        ("Data", f"{spec.dataset.train.source}, {spec.dataset.format}, up to {spec.dataset.max_length} tokens a row"),
+        ("Output", spec.output.destination),
+    ]
+    if gpu is None:
+        workers, gpus = spec.parallelism.workers, spec.parallelism.gpus_per_worker
+        return [*rows, ("GPUs", str(workers * gpus)), ("Memory", UNKNOWN_GPU)]
+    try:
+        planned = plan_of(job, PlanOptions(gpu=gpu))
+    except ValueError as error:  # the model cannot be read from here; the cluster may well read it
+        return [*rows, ("Memory", f"not planned: {error}")]
+    rows += [row for row in plan_view.facts_of(planned) if row[0] in PLANNED]
+    return rows if isinstance(planned.outcome, Plan) else [*rows, ("Does not fit", plan_view.why_not(planned))]
