@@ -49,6 +49,8 @@ class Model(BaseModel):
     rules: ClassVar[tuple[Rule, ...]] = ()
     immutable: ClassVar[dict[str, str]] = {}
     """Fields (JSON names) that may not change after creation, each with the reason."""
+    exchangeable: ClassVar[tuple[str, ...]] = ()
+    """Fields (JSON names) that may change even where what they belong to may not."""
 
     @model_validator(mode="after")
     def _rules_hold(self) -> Self:

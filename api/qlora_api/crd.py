@@ -5,6 +5,7 @@ https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resou
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel
@@ -21,7 +22,7 @@ PRINTER_COLUMNS = (
     ("Step", "integer", ".status.progress.step", 0),
     ("Loss", "string", ".status.progress.loss", 0),
     ("ETA", "string", ".status.eta", 0),
-    ("Restarts", "integer", ".status.restarts", 0),
+    ("Restarts", "integer", ".status.totalRestarts", 0),
     ("GPU-Mem", "string", ".status.peakMemory", 0),
     ("Age", "date", ".metadata.creationTimestamp", 0),
     ("Steps", "integer", ".status.progress.totalSteps", 1),
@@ -138,7 +139,7 @@ def _with_rules(schema: dict[str, Any], model: type[BaseModel]) -> dict[str, Any
         validations = [{"rule": r.cel, "message": r.message, "fieldPath": f".{r.field}"} for r in model.rules]
         validations += [
             {
-                "rule": f"self.{name} == oldSelf.{name}",
+                "rule": " && ".join(unchanged(name, field_types(model)[name])),
                 "message": f"{name} is immutable: {why}",
                 "fieldPath": f".{name}",
             }
@@ -147,6 +148,39 @@ def _with_rules(schema: dict[str, Any], model: type[BaseModel]) -> dict[str, Any
         if validations:
             schema["x-kubernetes-validations"] = validations
     return schema
+
+
+def field_types(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the type of each field of a model, by its JSON name."""
+    return {field.alias or name: model_of(field.annotation) for name, field in model.model_fields.items()}
+
+
+def unchanged(path: str, kind: Any) -> Iterator[str]:
+    """Give CEL that holds where a field is as it was, but for what is exchangeable below it."""
+    if not _has_exchangeable(kind):
+        yield f"self.{path} == oldSelf.{path}"
+        return
+    for name, inner in field_types(kind).items():
+        field = f"{path}.{name}"
+        if name in kind.exchangeable:
+            continue
+        if _is_plain(kind, name):
+            yield from unchanged(field, inner)
+        else:
+            same = f"!has(self.{field}) || self.{field} == oldSelf.{field}"
+            yield f"has(self.{field}) == has(oldSelf.{field}) && ({same})"
+
+
+def _has_exchangeable(kind: Any) -> bool:
+    if not (isinstance(kind, type) and issubclass(kind, Model)):
+        return False
+    return bool(kind.exchangeable) or any(_has_exchangeable(inner) for inner in field_types(kind).values())
+
+
+def _is_plain(kind: type[BaseModel], name: str) -> bool:
+    """Return whether a field is always there: it is required, or has a default."""
+    field = next(f for n, f in kind.model_fields.items() if (f.alias or n) == name)
+    return field.is_required() or field.default is not None
 
 
 def _without_null(value: Any) -> Any:

@@ -37,7 +37,7 @@ class Reason(StrEnum):
     PENDING = "Pending"
     """The operator has not got to it yet."""
     QUEUED = "Queued"
-    """Kueue has not admitted the attempt yet."""
+    """A queue has not admitted the attempt, or Prepare, yet; the message names queue and Job."""
     UNSCHEDULABLE = "Unschedulable"
     """No node can take the pods: too few free GPUs, a selector that matches nothing, a taint."""
     QUOTA_EXCEEDED = "QuotaExceeded"
@@ -63,7 +63,7 @@ class Reason(StrEnum):
     SUSPENDING = "Suspending"
     """Ranks write a checkpoint and leave."""
     SUSPENDED = "Suspended"
-    """spec.suspend is true. An attempt that ended so has a checkpoint."""
+    """spec.suspend is true. An attempt that had run, and ended so, has a checkpoint."""
     BUDGET_REACHED = "BudgetReached"
     """policy.budgetGpuHours is used up; with more, the job goes on."""
     USER_ERROR = "UserError"
@@ -278,6 +278,8 @@ class QLoRAJobStatus(Model):
     """The newest ones; what ended without counting against policy.maxRestarts is dropped first."""
     restarts: Count = 0
     """Attempts that count against policy.maxRestarts."""
+    total_restarts: Count = 0
+    """Attempts that followed another one, for whatever reason."""
     gpu_seconds: Count = 0
     """Time of all GPUs over all attempts, without waiting."""
     earlier_gpu_seconds: Count = 0

@@ -18,6 +18,8 @@ CONFIG_ANNOTATION = f"{GROUP}/config"
 """On pods: the trainer's whole config, which the pod reads from a downward API file."""
 PLAN_ANNOTATION = f"{GROUP}/plan"
 """On a child Job: the attempt as it was planned, so that nothing is lost if the operator dies before status has it."""
+TEMPLATE_ANNOTATION = f"{GROUP}/template"
+"""On a child Job: hash of what its pods are made of. A Job that waits with another than is wanted now is made anew."""
 
 CONTAINER = "trainer"
 CACHE_VOLUME = "cache"

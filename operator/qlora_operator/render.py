@@ -34,6 +34,7 @@ from qlora_operator.names import (
 from qlora_operator.pod_template import KEY_FOLDER, pod_template
 from qlora_operator.profile_types import CACHE_FOLDER
 from qlora_operator.profiles import device_of, gpu_of, prepare_of
+from qlora_operator.template_hash import with_template_hash
 
 PREPARE_RETRIES = 3
 USER_ERROR_CODE = 40
@@ -96,7 +97,7 @@ def attempt(
         template["metadata"]["annotations"]["scheduling.k8s.io/group-name"] = name
         children.append(_pod_group(job, name, labels, workers))
     child = {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
-    return (*children, child)
+    return (*children, with_template_hash(child))
 
 
 def prepare(job: QLoRAJob, config: OperatorConfig, memory_correction: float = 1.0) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def prepare(job: QLoRAJob, config: OperatorConfig, memory_correction: float = 1.
     pod = pod_template(job, config, labels, trainer, command="qlora_trainer.prepare", ranks=0)
     # Of the pod, not of the Job: waiting for a node does not count.
     pod["spec"]["activeDeadlineSeconds"] = config.prepare.deadline_seconds
-    return {
+    child = {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": _metadata(job, prepare_name(job.metadata.name), labels | _of_kueue(job, queue)),
@@ -138,6 +139,7 @@ def prepare(job: QLoRAJob, config: OperatorConfig, memory_correction: float = 1.
             "template": pod,
         },
     }
+    return with_template_hash(child)
 
 
 def key_secret(job: QLoRAJob) -> dict[str, Any]:

@@ -81,6 +81,7 @@ def pod(attempt: int = 1, index: int = 0, code: int | None = None, word: str | N
         "disruption": "",
         "created": NOW,
         "message": message,
+        "controller": f"job-uid-{attempt}",
         "phase": "Running" if code is None else "Succeeded" if code == 0 else "Failed",
     }
     return PodSnapshot(attempt=attempt, index=index, exit_code=code, **{**values, **more})

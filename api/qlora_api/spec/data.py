@@ -20,7 +20,8 @@ class ModelSpec(Model):
     credentials: Name | None = None
     """Secret in the job's namespace with the source's credentials under their usual names (AWS_…, HF_TOKEN …). The
     Secrets of a job make one environment, in the order model, dataset.train, output: of two with the same key the
-    later counts."""
+    later counts. May be changed while the job runs: the next attempt takes the new one."""
+    exchangeable: ClassVar = ("credentials",)
 
 
 class DatasetFormat(StrEnum):
@@ -70,7 +71,8 @@ class DatasetSource(Model):
     credentials: Name | None = None
     """Secret in the job's namespace with the source's credentials under their usual names (AWS_…, HF_TOKEN …). The
     Secrets of a job make one environment, in the order model, dataset.train, output: of two with the same key the
-    later counts."""
+    later counts. May be changed while the job runs: the next attempt takes the new one."""
+    exchangeable: ClassVar = ("credentials",)
 
 
 class EvaluationData(Model):

@@ -106,7 +106,7 @@ def view(job: Object) -> JobView:
         reason=status.get("reason") or ("Unseen" if not status else ""),
         message=_message(status, state),
         **_progress(progress),
-        restarts=status.get("restarts") or 0,
+        restarts=status.get("totalRestarts") or status.get("restarts") or 0,
         ranks=(parallelism.get("workers") or 1) * (parallelism.get("gpusPerWorker") or 1),
         peak_bytes=((status.get("memory") or {}).get("measured") or {}).get("peak"),
         created=time(meta.get("creationTimestamp")),

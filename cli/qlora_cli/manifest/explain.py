@@ -138,10 +138,17 @@ def _levels(path: str, schemas: list[Schema]) -> Iterator[tuple[str, Schema]]:
 
 def _immutable(path: str, schemas: list[Schema]) -> str:
     for group, rule in _levels(path, schemas):
-        target = f"{group}{rule.get('fieldPath', '')}"
-        if "oldSelf" in rule["rule"] and (path == target or path.startswith(f"{target}.")):
+        target, inside = f"{group}{rule.get('fieldPath', '')}", path.removeprefix(f"{group}.")
+        if "oldSelf" in rule["rule"] and (path == target or _compares(rule["rule"], inside)):
             return str(rule["message"]).split("immutable: ", 1)[-1]
     return ""
+
+
+def _compares(rule: str, path: str) -> bool:
+    """Return whether a rule compares a field, or a group that it is in, with what it was."""
+    compared = set(re.findall(r"oldSelf\.([\w.]+)", rule))
+    names = path.split(".")
+    return any(".".join(names[: depth + 1]) in compared for depth in range(len(names)))
 
 
 def _crossing(path: str, schemas: list[Schema]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from qlora_api.job import GROUP, VERSION
 from qlora_operator.kube.client import Api, ApiError, Object
 from qlora_operator.names import KEY_ENTRY, SERVICE
+from qlora_operator.render import service
 from qlora_operator.state.cache import Key, Known, ObjectCache
 from qlora_operator.state.observed import ObservedJob
 from qlora_operator.state.ownership import is_same_object
@@ -66,13 +67,17 @@ class Children:
         """Forget what was created for a job that needs no more."""
         self._unread.pop(key, None)
 
-    async def create(self, key: Key, bodies: Iterable[Object]) -> None:
+    async def create(self, key: Key, bodies: Iterable[Object]) -> bool:
         """Create what a decision asks for, in this order, except what is there already.
+
+        Return whether a Job is not as a new one is: a queue has suspended it, or it was there. No watch tells of that
+        again.
 
         Raises:
             ApiError: one was refused; those after it are not created.
 
         """
+        unusual = False
         for body in bodies:
             if body["kind"] == "Service":
                 await self._create_service(key, body)
@@ -82,6 +87,8 @@ class Children:
                 created = await self._create(key, body)
                 if created["kind"] == "Job":
                     self._cache.take_child(created)
+                    unusual = bool(created["spec"].get("suspend") or created.get("status"))
+        return unusual
 
     async def delete(self, key: Key, known: Known, children: Iterable[ObservedJob]) -> None:
         """Delete child Jobs."""
@@ -100,8 +107,20 @@ class Children:
         async with self._service_locks[namespace]:
             if any(key[0] == namespace and known.job for key, known in self._cache):
                 return
-            await self._api.delete(f"/api/v1/namespaces/{namespace}/services/{SERVICE}")
+            await self._delete_service(namespace)
             self.services.discard(namespace)
+
+    async def _delete_service(self, namespace: str) -> None:
+        """Delete the shared Service, and nothing else that has its name by now."""
+        path = f"/api/v1/namespaces/{namespace}/services/{SERVICE}"
+        try:
+            there = await self._api.get(path)
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            return
+        if is_same_object(service(namespace), there):
+            await self._api.delete(path, there["metadata"]["uid"])
 
     async def _create_service(self, key: Key, body: Object) -> None:
         async with self._service_locks[key[0]]:

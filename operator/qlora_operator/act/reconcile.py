@@ -168,7 +168,8 @@ class Reconciler:
 
         """
         try:
-            await self.children.create(key, decision.make)
+            if await self.children.create(key, decision.make):
+                self.queue.add(key)
         except ApiError as error:
             if error.is_transient and self.queue.failures(key) < QUIET_FAILURES:
                 raise

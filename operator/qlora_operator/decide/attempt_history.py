@@ -33,7 +33,13 @@ def with_attempt(status: QLoRAJobStatus, attempt: Attempt) -> QLoRAJobStatus:
         attempts.remove(free)
         earlier += _held([free], free.end_time or free.start_time)
     start = status.start_time or attempt.start_time
-    update = {"attempts": attempts, "restarts": restarts(attempts), "start_time": start, "earlier_gpu_seconds": earlier}
+    update = {
+        "attempts": attempts,
+        "restarts": restarts(attempts),
+        "total_restarts": attempt.number - 1,
+        "start_time": start,
+        "earlier_gpu_seconds": earlier,
+    }
     return status.model_copy(update=update)
 
 
@@ -85,6 +91,13 @@ def with_termination_message(status: QLoRAJobStatus, ending: Ending) -> QLoRAJob
     if status.attempts and termination.compute_type is not None:
         status = with_attempt(status, status.attempts[-1].model_copy(update={"compute_type": termination.compute_type}))
     return status.model_copy(update={"adapter": termination.adapter or status.adapter, "eta": ""})
+
+
+def with_end(context: Context, status: QLoRAJobStatus, ended: Attempt, ending: Ending) -> QLoRAJobStatus:
+    """Close an attempt in status, with what it used and said."""
+    status = with_attempt(status, ended)
+    status = status.model_copy(update={"gpu_seconds": gpu_seconds(status, context.now)})
+    return with_termination_message(status, ending)
 
 
 def _with_measures(status: QLoRAJobStatus, progress: Progress | None, memory: Memory | None) -> QLoRAJobStatus:

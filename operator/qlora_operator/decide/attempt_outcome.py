@@ -20,8 +20,9 @@ OVERDUE = timedelta(seconds=10)
 """A pod this long past its deletionTimestamp has no kubelet that could end it."""
 RESULT_PATIENCE = timedelta(seconds=30)
 """How long the last pod of a Job that is over may take to be seen: Jobs and pods come by watches of their own."""
-NODE_GONE = ("DeletionByTaintManager", "DeletionByPodGC")
-"""Disruptions that mean the node, not the pod. Kubernetes, "Pod disruption conditions"."""
+POD_GC = "DeletionByPodGC"
+TAINT_MANAGER = "DeletionByTaintManager"
+"""Of a node that is not ready, or that somebody has given a NoExecute taint: then the pod ends by itself."""
 
 _DECISIVE = frozenset(
     {
@@ -131,11 +132,16 @@ def _completed(job: ObservedJob, pods: tuple[PodSnapshot, ...], seen: Observed) 
     return Ending(Reason.PREEMPTED, "it completed, but its pods were deleted before their result was read")
 
 
+def is_lost(pod: PodSnapshot, seen: Observed) -> bool:
+    """Return whether a pod was to end and does not, since its node is gone."""
+    if pod.ended or pod.deletion_due is None:
+        return False
+    return pod.node in seen.lost_nodes or seen.now > pod.deletion_due + OVERDUE
+
+
 def _lost(pods: tuple[PodSnapshot, ...], seen: Observed) -> Ending | None:
     for pod in pods:
-        if pod.ended or pod.deletion_due is None:
-            continue
-        if pod.node in seen.lost_nodes or seen.now > pod.deletion_due + OVERDUE:
+        if is_lost(pod, seen):
             text = f"node {pod.node} is lost: it is not ready, and pod {pod.name} on it does not end"
             return Ending(Reason.NODE_LOST, text, node=pod.node)
     return None
@@ -183,7 +189,8 @@ def _weight(pod: PodSnapshot) -> tuple[int, Reason] | None:
     if code in _DECISIVE or reason is Reason.OUT_OF_HOST_MEMORY:
         return 0, reason
     if pod.disruption:
-        return 1, Reason.NODE_LOST if pod.disruption in NODE_GONE else Reason.PREEMPTED
+        gone = pod.disruption == POD_GC or (pod.disruption == TAINT_MANAGER and code is None)
+        return 1, Reason.NODE_LOST if gone else Reason.PREEMPTED
     if code is None and pod.phase == "Failed" and pod.other_failure and not pod.pod_reason:
         return 3, Reason.CRASHED  # the trainer never began
     if code is None:
@@ -263,11 +270,12 @@ def _from_job(job: ObservedJob) -> Ending:
     return Ending(Reason.CRASHED, job.message or "its Job failed without a message")
 
 
-def as_suspended(ending: Ending) -> Ending:
+def as_suspended(attempt: Attempt, ending: Ending) -> Ending:
     """Return the end of an attempt that was told to stop."""
     told = not ending.removed or ending.termination_message is not None
-    message = ending.message if told else "stopped; it goes on from the last checkpoint"
-    return replace(ending, reason=Reason.SUSPENDED, message=message)
+    resumes = "stopped; it goes on from the last checkpoint"
+    stopped = resumes if attempt.running_time else "stopped before all its pods ran"
+    return replace(ending, reason=Reason.SUSPENDED, message=ending.message if told else stopped)
 
 
 def close(attempt: Attempt, ending: Ending, seen: Observed) -> Attempt:

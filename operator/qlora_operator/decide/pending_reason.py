@@ -6,34 +6,43 @@ import re
 
 from qlora_api.spec import QLoRAJobSpec
 from qlora_api.status import Reason
+from qlora_operator.decide.refusal import refusal
 from qlora_operator.names import CONTAINER
-from qlora_operator.profiles import UNKNOWN_PROFILE
-from qlora_operator.state.observed import JobState, Observed, PodSnapshot
+from qlora_operator.state.observed import JobState, Observed, ObservedJob, PodSnapshot
 
 _BAD_IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
 _BAD_CONFIG = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
+_NODE_TAINTS = re.compile(r"\{(?:[^{}/]*\.)?(?:kubernetes\.io|k8s\.io)/|\{(?:ToBeDeleted|DeletionCandidate)")
+"""Taints that say how a node is, or that it is the control plane's: no job is to tolerate them."""
+MOST_PODS = 3
+"""Named in one message."""
 
 
 def pending_reason(spec: QLoRAJobSpec, attempt: int, workers: int, seen: Observed) -> tuple[Reason, str]:
     """Reason and message of a child Job whose pods are not all ready."""
-    job, pods = seen.jobs.get(attempt), [p for p in seen.pods_of(attempt) if not p.gone]
+    job, pods = seen.jobs.get(attempt), [p for p in seen.pods_of(attempt) if not p.gone and p.deletion_due is None]
     if seen.child_refused or (seen.pods_refused and len(pods) < workers):
         return refusal(seen.child_refused or seen.pods_refused)
     if job is not None and job.state is JobState.SUSPENDED:
-        return Reason.QUEUED, _queued(spec.scheduling.queue, workers)
-    for pod in pods:
-        if found := _pod_waits(pod):
-            return found
-    ready = sum(p.ready for p in pods)
-    return Reason.STARTING, f"{ready} of {workers} pods are ready"
+        return Reason.QUEUED, _queued(spec.scheduling.queue, workers, job)
+    found = [waits for pod in pods if (waits := _pod_waits(pod))]
+    if found:  # what a person must mend comes first
+        return min(found, key=lambda each: each[0] in (Reason.UNSCHEDULABLE, Reason.QUEUED, Reason.STARTING))
+    return Reason.STARTING, _starting(pods, workers)
 
 
-def _queued(queue: str | None, workers: int) -> str:
+def _starting(pods: list[PodSnapshot], workers: int) -> str:
+    text = f"{sum(p.ready for p in pods)} of {workers} pods are ready"
+    waits = [f"{p.name} on {p.node or 'no node yet'}" for p in pods if not p.ready][:MOST_PODS]
+    return f"{text}; waits for {', '.join(waits)}" if waits else text
+
+
+def _queued(queue: str | None, workers: int, job: ObservedJob) -> str:
     if queue:
-        return f'waits for queue "{queue}" to admit {workers} pods'
+        return f'Job {job.name} waits for queue "{queue}" to admit {workers} pods'
     return (
-        "the cluster's queueing suspends jobs that name no queue: set spec.scheduling.queue to one of this namespace, "
-        "then spec.suspend to true and back to false"
+        f"Job {job.name} is suspended by the cluster's queueing, which holds jobs that name no queue: set "
+        "spec.scheduling.queue to one of this namespace"
     )
 
 
@@ -48,36 +57,25 @@ def prepare_queued(queue: str | None) -> str:
     )
 
 
-def refusal(said: str) -> tuple[Reason, str]:
-    """Sort what the API server or the Job controller said when it would not make something."""
-    if "failed quota" in said and "must specify limits.cpu" in said:
-        return Reason.REFUSED, f"{said}; have trainer.limitCpu set to true, a value of the operator's chart"
-    if "exceeded quota" in said:
-        return Reason.QUOTA_EXCEEDED, f"{said}; free some of the quota, or ask for fewer GPUs in spec.parallelism"
-    if UNKNOWN_PROFILE in said:
-        return Reason.MISSING_REFERENCE, said
-    if "no PriorityClass with name" in said:
-        return Reason.MISSING_REFERENCE, f"{said}; have it created, or correct spec.scheduling.priorityClassName"
-    return Reason.REFUSED, said
-
-
 def _pod_waits(pod: PodSnapshot) -> tuple[Reason, str] | None:
+    if pod.gates:
+        return Reason.QUEUED, f"pod {pod.name} is held back by scheduling gates: {pod.gates}"
     if pod.unschedulable:
         return _unschedulable(pod)
     if pod.waiting_container != CONTAINER and pod.waiting in (*_BAD_IMAGE, *_BAD_CONFIG, "CrashLoopBackOff"):
-        text = (
-            f'pod {pod.name} waits for its container "{pod.waiting_container}" ({pod.waiting}): {pod.waiting_message}'
-        )
-        return Reason.STARTING, f"{text}; it is not the operator's: who has it added to pods must mend it"
+        text = f'pod {pod.name} waits for its container "{pod.waiting_container}"'
+        who = "it is not the operator's: who has it added to pods must mend it"
+        return Reason.STARTING, f"{text} ({pod.waiting}: {pod.waiting_message}); {who}"
     if pod.waiting in _BAD_IMAGE:
-        text = (
-            f"the image cannot be pulled ({pod.waiting}): {pod.waiting_message}; the operator's trainer.image is wrong"
-        )
-        return Reason.IMAGE_UNAVAILABLE, f"{text}, or its pull secret is missing in this namespace"
+        text = f"the image of pod {pod.name} cannot be pulled ({pod.waiting}): {pod.waiting_message}"
+        remedy = "correct the operator's trainer.image, or create the pull secret in this namespace"
+        return Reason.IMAGE_UNAVAILABLE, f"{text}; {remedy}"
     if pod.waiting in _BAD_CONFIG:
         if "not found" in pod.waiting_message:
-            return Reason.MISSING_REFERENCE, f"{pod.waiting_message}; create it, or correct the job's credentials"
-        return Reason.REFUSED, f"{pod.waiting}: {pod.waiting_message}"
+            remedy = "create it, or correct the job's credentials"
+            return Reason.MISSING_REFERENCE, f"pod {pod.name}: {pod.waiting_message}; {remedy}"
+        remedy = "the node's kubelet refuses the container: look at the pod's events"
+        return Reason.REFUSED, f"pod {pod.name}: {pod.waiting}: {pod.waiting_message}; {remedy}"
     return None
 
 
@@ -94,12 +92,24 @@ def _unschedulable(pod: PodSnapshot) -> tuple[Reason, str]:
         remedies.append(f"no node has as many free {gpu[1]} as spec.parallelism.gpusPerWorker asks for")
     if "didn't match Pod's node affinity/selector" in said:
         remedies.append("spec.scheduling.nodeSelector matches no node")
-    if "untolerated taint" in said:
-        remedies.append("nodes have taints that spec.scheduling.tolerations does not name")
     remedies += [f"no node has enough free {what}" for what in ("cpu", "memory") if f"Insufficient {what}" in said]
     if "Insufficient ephemeral-storage" in said:
         remedies.append(
             "no node has the free disk that trainer.ephemeralStorage asks for (a value of the operator's chart)"
         )
+    if taint := _taint(said, alone=not remedies):
+        remedies.append(f"nodes have {taint} that spec.scheduling.tolerations does not name")
     words = "; ".join(remedies)
-    return Reason.UNSCHEDULABLE, f"{words} ({said})" if words else said
+    text = f"{words} ({said})" if words else said
+    return Reason.UNSCHEDULABLE, f"pod {pod.name}: {text}"
+
+
+def _taint(said: str, *, alone: bool) -> str:
+    """Return which taint keeps pods out; empty for none that a job could tolerate.
+
+    Newer schedulers do not name it. Then it is the reason only where there is no other one.
+    """
+    named = re.findall(r"untolerated taint (\{[^}]*\})", said)
+    if named := [taint for taint in named if not _NODE_TAINTS.match(taint)]:
+        return f"taint {named[0]}"
+    return "taints" if alone and "untolerated taint(s)" in said else ""

@@ -11,8 +11,6 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from qlora_api.batch import BatchSplit, split_batch
 from qlora_api.job import QLoRAJob
 from qlora_api.lifecycle import Finish, after_attempt
@@ -25,17 +23,17 @@ from qlora_api.status import (
 )
 from qlora_operator import render
 from qlora_operator.config import OperatorConfig
+from qlora_operator.decide.adoption import adopted
 from qlora_operator.decide.attempt_history import (
-    batch_of,
     budget_left,
     gpu_seconds,
     measured,
     open_attempt,
     with_attempt,
     with_clock_stopped,
-    with_termination_message,
+    with_end,
 )
-from qlora_operator.decide.attempt_outcome import Ending, as_suspended, close, ending_of, is_cut_short
+from qlora_operator.decide.attempt_outcome import Ending, as_suspended, close, ending_of, is_cut_short, is_lost
 from qlora_operator.decide.conditions import is_condition_true, with_condition
 from qlora_operator.decide.deadline import wake_after
 from qlora_operator.decide.decision import Context, Decision, Note
@@ -46,12 +44,15 @@ from qlora_operator.decide.prepare_result import NOT_PREPARED, is_for, with_corr
 from qlora_operator.decide.stopping import StopCause, StopOutcome, attempt_state, outcome_of, stop_cause
 from qlora_operator.names import key_secret_name
 from qlora_operator.profiles import prepare_of, profile_problem
-from qlora_operator.state.observed import PREPARE, JobState, Observed, ObservedJob, PodSnapshot, planned
+from qlora_operator.state.observed import PREPARE, JobState, Observed, ObservedJob, PodSnapshot
+from qlora_operator.template_hash import template_hash
 
 REFUSED_SECONDS = 15.0
 """Until what the API server refused is tried again."""
 LOOK_AGAIN_SECONDS = 5.0
 """For what no event announces: a pod that outlasts its deletion, a result that is late."""
+REMAKE_PAUSE = timedelta(seconds=5)
+"""Between two Jobs of one attempt, should somebody delete each at once."""
 DEADLINE = "DeadlineExceeded"
 """The kubelet's reason for a pod that outlived its activeDeadlineSeconds."""
 _ENDING = (JobState.COMPLETE, JobState.FAILED, JobState.FAILING)
@@ -66,7 +67,7 @@ def plan(job: QLoRAJob, seen: Observed, config: OperatorConfig, gang: Gang) -> D
     notes: tuple[Note, ...] = ()
     was_over = stop_cause(context, status) in (StopCause.DELETED, StopCause.FINISHED)
     if not was_over:
-        status = with_clock_stopped(context, _adopted(context, status))
+        status = with_clock_stopped(context, adopted(context, status))
         status, notes = _concluded(context, status)
     stop = stop_cause(context, status)
     outcome = outcome_of(stop, attempt_state(status, None), pods=_has_pods(context))
@@ -122,7 +123,7 @@ def _running(context: Context) -> tuple[ObservedJob, ...]:
 
 def _has_pods(context: Context) -> bool:
     """Return whether there are pods that have not ended, or a Job that may still make some."""
-    return bool(_running(context)) or any(not p.ended for p in context.seen.living)
+    return bool(_running(context)) or any(not p.ended and not is_lost(p, context.seen) for p in context.seen.living)
 
 
 def _failed_by_deadline(context: Context, status: QLoRAJobStatus, notes: Sequence[Note]) -> Decision:
@@ -136,49 +137,7 @@ def _too_late_words(context: Context) -> str:
     return f"its attempts ran for longer than spec.policy.activeDeadlineSeconds ({limit}) together"
 
 
-# ---------------------------------------------------------------------------------------------- what there is, taken in
-
-
-def _adopted(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
-    """Take in attempts that were started and did not get into status, because the operator died in between."""
-    newest = max((a.number for a in status.attempts), default=PREPARE)
-    for number in sorted(n for n in context.seen.jobs if n > newest):
-        job = context.seen.jobs[number]
-        try:
-            attempt = Attempt.model_validate({**planned(job), "number": number, "startTime": job.created})
-        except ValidationError:
-            continue  # not of this operator's making
-        if not _is_planned_for(context, attempt):
-            continue
-        status = _closed_by_the_next(context, _prepared_before(context, status), job)
-        status = with_attempt(status, attempt)
-    return status
-
-
-def _is_planned_for(context: Context, attempt: Attempt) -> bool:
-    """Return whether an attempt has no more ranks than the job asks for, and its batch."""
-    split = batch_of(attempt)
-    whole = context.job.spec.training.global_batch_size
-    return split.world_size <= context.world_size and split.global_batch_size == whole
-
-
-def _prepared_before(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
-    """Return the result of Prepare that was acted on and not written down."""
-    if status.prepared or status.attempts or PREPARE not in context.seen.jobs:
-        return status
-    ending = ending_of(PREPARE, 1, context.seen)
-    result = ending.termination_message.prepared if ending and ending.termination_message else None
-    return with_prepared(context, status, result) if result and is_for(context, result) else status
-
-
-def _closed_by_the_next(context: Context, status: QLoRAJobStatus, decision: ObservedJob) -> QLoRAJobStatus:
-    """The end of an open attempt that was decided, acted on, and not written down."""
-    attempt = open_attempt(status)
-    if attempt is None:
-        return status
-    ending = ending_of(attempt.number, context.workers(attempt), context.seen)
-    ending = ending or Ending(Reason.PREEMPTED, f"attempt {decision.attempt} took its place")
-    return _with_end(context, status, close(attempt, ending, replace(context.seen, now=decision.created)), ending)
+# -------------------------------------------------------------------------------------------------- how attempts end
 
 
 def _concluded(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus, tuple[Note, ...]]:
@@ -192,12 +151,14 @@ def _concluded(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus
         return status, ()
     stop = stop_cause(context, status)
     outcome = outcome_of(stop, attempt_state(status, ending), pods=_has_pods(context))
+    if outcome is StopOutcome.MAKE_ANEW:
+        return status, ()
     if outcome is StopOutcome.CLOSE_AS_SUSPENDED:
-        ending = as_suspended(ending)
+        ending = as_suspended(attempt, ending)
     elif outcome is StopOutcome.CLOSE_AS_DEADLINE_EXCEEDED:
         ending = replace(ending, reason=Reason.DEADLINE_EXCEEDED, message=_too_late_words(context))
     attempt = close(attempt, ending, context.seen)
-    status = _with_end(context, status, attempt, ending)
+    status = with_end(context, status, attempt, ending)
     if outcome is StopOutcome.CLOSE_AS_DEADLINE_EXCEEDED:
         return status, ()
     decision = after_attempt(context.job.spec.policy, status.attempts)
@@ -210,12 +171,6 @@ def _concluded(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus
     if outcome is StopOutcome.CLOSE_AS_SUSPENDED:
         return status, (Note("Normal", "Suspended", _attempt_words(attempt)),)
     return status, (Note("Warning", ending.reason.value, f"{_attempt_words(attempt)}; another attempt follows"),)
-
-
-def _with_end(context: Context, status: QLoRAJobStatus, ended: Attempt, ending: Ending) -> QLoRAJobStatus:
-    status = with_attempt(status, ended)
-    status = status.model_copy(update={"gpu_seconds": gpu_seconds(status, context.now)})
-    return with_termination_message(status, ending)
 
 
 def _attempt_words(attempt: Attempt) -> str:
@@ -258,7 +213,8 @@ def _suspended(context: Context, status: QLoRAJobStatus, stop: StopCause) -> Dec
         remedy = (
             f"spec.policy.budgetGpuHours ({hours}) is used up, with what a stop takes; with a larger one it goes on"
         )
-    text = f"no pod runs; {remedy}"
+    lost = next((p for p in context.seen.living if is_lost(p, context.seen)), None)
+    text = f"no pod runs{f', as far as is known of node {lost.node}, which is lost' if lost else ''}; {remedy}"
     status = with_condition(context, status, ConditionType.RUNNING, why, text, is_true=False)
     status = with_condition(context, status, ConditionType.SUSPENDED, why, text, is_true=True)
     return Decision(status.model_copy(update={"state": ConditionType.SUSPENDED, "reason": why, "eta": ""}))
@@ -282,11 +238,16 @@ def _prepare(context: Context, status: QLoRAJobStatus) -> Decision:
         return _preparing(context, with_correction(context, status), make=made)
     if job.deleting:
         return _preparing(context, status)
-    if any(pod.held for pod in context.seen.pods_of(PREPARE)):
+    pods = context.seen.pods_of(PREPARE)
+    if _is_outdated(job, render.prepare(context.job, context.config, context.seen.memory_correction)) and not any(
+        pod.trainer_ready or pod.ended for pod in pods
+    ):
+        return _preparing(context, status, delete=(job,))
+    if any(pod.held for pod in pods):
         ending = ending_of(PREPARE, 1, context.seen)
         if ending is not None:
             return _prepared_or_failed(context, status, ending)
-    hung = next((pod for pod in context.seen.pods_of(PREPARE) if pod.pod_reason == DEADLINE), None)
+    hung = next((pod for pod in pods if pod.pod_reason == DEADLINE), None)
     if hung is not None and job.state is not JobState.COMPLETE:
         return _prepare_failed(context, status, Ending(Reason.DEADLINE_EXCEEDED, _hangs(context, hung), node=hung.node))
     if job.state in (JobState.ACTIVE, JobState.SUSPENDED, JobState.FAILING):
@@ -358,16 +319,41 @@ def _start(context: Context, status: QLoRAJobStatus) -> Decision:
         if left > 0 and status.attempts[-1].reason is not Reason.SUSPENDED:
             text = f"attempt {status.attempts[-1].number} ended: {status.attempts[-1].message}"
             return _pending(context, status, Reason.BACKING_OFF, text, wake_after=left)
-    if context.seen.child_refused:
-        reason, text = pending_reason(context.job.spec, len(status.attempts) + 1, 1, context.seen)
-        return _pending(context, status, reason, text, wake_after=REFUSED_SECONDS)
-    if not status.attempts and status.prepared is None:
+    if not status.attempts and status.prepared is None and not context.seen.child_refused:
         status = with_correction(context, status)
-    attempt = _planned_attempt(context, status, batch, checkpointing=checkpointing)
-    correction = context.seen.memory_correction
-    job = render.attempt(context.job, context.config, context.gang, attempt, status, correction)
+    return _make(context, status, _planned_attempt(context, status, batch, checkpointing=checkpointing))
+
+
+def _make(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decision:
+    """Have an attempt's Job created."""
     reason, text = pending_reason(context.job.spec, attempt.number, context.workers(attempt), context.seen)
+    if context.seen.child_refused:
+        return _pending(context, status, reason, text, wake_after=REFUSED_SECONDS)
+    job = _rendered(context, status, attempt)
     return _pending(context, with_attempt(status, attempt), reason, text, make=job)
+
+
+def _rendered(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> tuple[dict[str, Any], ...]:
+    correction = context.seen.memory_correction
+    return render.attempt(context.job, context.config, context.gang, attempt, status, correction)
+
+
+def _make_anew(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decision:
+    """Create the Job of an attempt that never ran once more, now that it is gone, and not in a loop."""
+    left = (attempt.start_time + REMAKE_PAUSE - context.now).total_seconds()
+    if left > 0:
+        return _pending(context, status, Reason.STARTING, _anew(attempt), wake_after=left)
+    return _make(context, status, attempt.model_copy(update={"start_time": context.now, "job_uid": None}))
+
+
+def _anew(attempt: Attempt) -> str:
+    return f"attempt {attempt.number} has not run yet, and is made anew"
+
+
+def _is_outdated(job: ObservedJob, wanted: dict[str, Any]) -> bool:
+    """Return whether a Job's pods are made of something else than is wanted now: spec or settings were corrected."""
+    is_open = not job.deleting and job.state in (JobState.ACTIVE, JobState.SUSPENDED)
+    return is_open and job.template not in ("", template_hash(wanted))
 
 
 def _planned_attempt(context: Context, status: QLoRAJobStatus, batch: BatchSplit, *, checkpointing: bool) -> Attempt:
@@ -386,7 +372,9 @@ def _planned_attempt(context: Context, status: QLoRAJobStatus, batch: BatchSplit
 def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decision:
     """The open attempt has not ended."""
     job = context.seen.jobs.get(attempt.number)
-    overdue = any(p.deletion_due for p in context.seen.living if not p.ended)
+    if attempt.running_time is None and job is None and all(p.ended for p in context.seen.pods_of(attempt.number)):
+        return _make_anew(context, status, attempt)
+    overdue = any(p.deletion_due for p in context.seen.pods_of(attempt.number) if not p.ended)
     wake = LOOK_AGAIN_SECONDS if overdue or (job and job.state in _ENDING) else None
     if job is not None and is_cut_short(attempt.number, context.seen):
         return Decision(status, delete=() if job.deleting else (job,), wake_after=LOOK_AGAIN_SECONDS)
@@ -408,6 +396,10 @@ def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decisi
     if is_condition_true(status.conditions, ConditionType.RUNNING) and (job is None or job.state in _ENDING):
         # The last pods end: nothing to say yet that status does not say.
         return Decision(status, wake_after=wake)
+    waits = attempt.running_time is None and job is not None and not context.seen.child_refused
+    if waits and job and _is_outdated(job, _rendered(context, status, attempt)[-1]):
+        waiting = _pending(context, status, Reason.STARTING, _anew(attempt), wake_after=LOOK_AGAIN_SECONDS)
+        return replace(waiting, delete=(job,))
     reason, text = pending_reason(context.job.spec, attempt.number, context.workers(attempt), context.seen)
     if reason is Reason.UNSCHEDULABLE and fewer(context, attempt):
         until = waiting_since(context, attempt) + timedelta(seconds=context.job.spec.policy.shrink_after_seconds)

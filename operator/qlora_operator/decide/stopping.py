@@ -48,6 +48,8 @@ class AttemptState(Enum):
     """Its pods were taken away: by preemption, eviction, or by whoever deleted them."""
     REMOVED = auto()
     """Its Job was deleted, and all pods have ended since."""
+    NEVER_RAN = auto()
+    """Its Job was deleted before all its pods ran."""
     FAILED = auto()
     """It ended by what its ranks did, or found no room."""
 
@@ -60,6 +62,8 @@ class StopOutcome(Enum):
     """Delete the Jobs that still run, and the job itself when its time to live is over."""
     CLOSE_AS_SEEN = auto()
     """Close the attempt with the reason that is seen."""
+    MAKE_ANEW = auto()
+    """Create the Job of the open attempt once more."""
     CLOSE_AS_SUSPENDED = auto()
     CLOSE_AS_DEADLINE_EXCEEDED = auto()
     STOP_PODS = auto()
@@ -96,14 +100,17 @@ _LIVE = frozenset(StopCause) - {StopCause.DELETED, StopCause.FINISHED}
 _PAUSE = {StopCause.SUSPEND, StopCause.BUDGET}
 _OPEN = {AttemptState.NONE, AttemptState.RUNNING}
 _OWN_END = {AttemptState.COMPLETED, AttemptState.NODE_LOST, AttemptState.FAILED}
-_TAKEN_AWAY = {AttemptState.DISRUPTED, AttemptState.REMOVED}
+_WAS_TAKEN_AWAY = {AttemptState.DISRUPTED, AttemptState.REMOVED}
+_TAKEN_AWAY = {*_WAS_TAKEN_AWAY, AttemptState.NEVER_RAN}
 
 TABLE = (
     _row({StopCause.DELETED}, _ALL, StopOutcome.LEAVE_TO_GARBAGE_COLLECTION),
     _row({StopCause.FINISHED}, _ALL, StopOutcome.CLEAN_UP),
     # What an attempt did by itself counts, whatever it was told to do meanwhile.
     _row(_LIVE, _OWN_END, StopOutcome.CLOSE_AS_SEEN),
-    _row({StopCause.NO}, _TAKEN_AWAY, StopOutcome.CLOSE_AS_SEEN),
+    _row({StopCause.NO}, _WAS_TAKEN_AWAY, StopOutcome.CLOSE_AS_SEEN),
+    # Nothing of it is lost: it follows what was corrected meanwhile under its own number.
+    _row({StopCause.NO}, {AttemptState.NEVER_RAN}, StopOutcome.MAKE_ANEW),
     _row(_PAUSE, _TAKEN_AWAY, StopOutcome.CLOSE_AS_SUSPENDED),
     _row({StopCause.DEADLINE}, _TAKEN_AWAY, StopOutcome.CLOSE_AS_DEADLINE_EXCEEDED),
     _row({StopCause.NO}, _OPEN, StopOutcome.GO_ON),
@@ -144,12 +151,15 @@ def stop_cause(context: Context, status: QLoRAJobStatus) -> StopCause:
 
 def attempt_state(status: QLoRAJobStatus, ending: Ending | None) -> AttemptState:
     """Return what is seen of the newest attempt; ``ending`` is how it ended, None while it has not."""
-    if open_attempt(status) is None:
+    attempt = open_attempt(status)
+    if attempt is None:
         return AttemptState.NONE
     if ending is None:
         return AttemptState.RUNNING
     if ending.reason is Reason.COMPLETED:
         return AttemptState.COMPLETED
+    if ending.removed and ending.reason is Reason.PREEMPTED and attempt.running_time is None:
+        return AttemptState.NEVER_RAN
     if ending.removed:
         return AttemptState.REMOVED
     if ending.reason is Reason.PREEMPTED:

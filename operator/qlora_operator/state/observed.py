@@ -22,6 +22,7 @@ from qlora_operator.names import (
     INDEX_LABEL,
     JOB_LABEL,
     PLAN_ANNOTATION,
+    TEMPLATE_ANNOTATION,
     UID_LABEL,
     attempt_name,
     prepare_name,
@@ -73,6 +74,8 @@ class ObservedJob:
     created: datetime
     ended: datetime | None = None
     """When it completed or failed."""
+    template: str = ""
+    """Hash of what its pods are made of; empty in those of earlier versions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +127,8 @@ class PodSnapshot:
     """Of the other family, in a cluster with IPv4 and IPv6."""
     other_failure: str = ""
     """Which other container failed, and how."""
+    gates: str = ""
+    """Names of the scheduling gates by which somebody holds the pod back."""
 
     @property
     def termination_message(self) -> TerminationMessage | None:
@@ -155,7 +160,10 @@ class Observed:
     """What this cluster has learned of predicted memory on the GPU that the job gets."""
 
     def pods_of(self, attempt: int) -> tuple[PodSnapshot, ...]:
-        return tuple(sorted((p for p in self.pods if p.attempt == attempt), key=lambda p: p.index))
+        """Return the pods of an attempt; where its Job was made anew, those of the Job that is there."""
+        job = self.jobs.get(attempt)
+        pods = (p for p in self.pods if p.attempt == attempt and (job is None or p.controller == job.uid))
+        return tuple(sorted(pods, key=lambda p: p.index))
 
     def without_reports(self) -> Observed:
         """The same without what pods say of themselves."""
@@ -207,6 +215,7 @@ def observe_job(body: Mapping[str, Any]) -> ObservedJob:
         plan=_text(meta.get("annotations") or {}, PLAN_ANNOTATION),
         created=_required_time(meta["creationTimestamp"]),
         ended=parse_time(ending.get("lastTransitionTime")),
+        template=_text(meta.get("annotations") or {}, TEMPLATE_ANNOTATION),
     )
 
 
@@ -219,6 +228,7 @@ def observe_pod(body: Mapping[str, Any]) -> PodSnapshot:
     """
     meta, status = body["metadata"], body.get("status") or {}
     conditions = {c["type"]: c for c in status.get("conditions", ())}
+    gates = ", ".join(gate["name"] for gate in body["spec"].get("schedulingGates") or ())
     containers = status.get("containerStatuses") or ()
     trainer: Mapping[str, Any] = next((c for c in containers if c["name"] == CONTAINER), {"state": {}})
     others = [c for c in (*(status.get("initContainerStatuses") or ()), *containers) if c["name"] != CONTAINER]
@@ -240,7 +250,7 @@ def observe_pod(body: Mapping[str, Any]) -> PodSnapshot:
         ready=conditions.get("Ready", {}).get("status") == "True",
         waiting=_text(waiting, "reason"),
         waiting_message=_text(waiting, "message"),
-        unschedulable=_text(scheduled, "message") if scheduled.get("status") == "False" else "",
+        unschedulable=_text(scheduled, "message") if scheduled.get("status") == "False" and not gates else "",
         disruption=_text(disrupted, "reason") if disrupted.get("status") == "True" else "",
         created=_required_time(meta["creationTimestamp"]),
         exit_code=ended.get("exitCode"),
@@ -253,6 +263,7 @@ def observe_pod(body: Mapping[str, Any]) -> PodSnapshot:
         trainer_ready=bool(trainer.get("ready")),
         held=bool(ended) and any("terminated" not in c["state"] for c in containers),
         waiting_container=printable(waits.get("name", CONTAINER)),
+        gates=printable(gates[:LONGEST_TEXT]),
         other_failure=next((text for c in others if (text := _failure(c))), ""),
     )
 

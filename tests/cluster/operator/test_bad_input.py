@@ -123,7 +123,10 @@ POD = {"containers": [{"name": "probe", "image": "probe"}]}
             [quota(**{"requests.nvidia.com/gpu": "3"})],
             {"parallelism": {"gpusPerWorker": 4}},
             "QuotaExceeded",
-            ["exceeded quota", "ask for fewer GPUs in spec.parallelism"],
+            [
+                "too little requests.nvidia.com/gpu (4 requested, 0 of 3 used)",
+                "ask for fewer GPUs",
+            ],
             id="a-quota-of-gpus",
         ),
         pytest.param(

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from operator_builders import NOW, child, pod, seen
+from operator_builders import NOW, attempt, child, pod, seen
 from qlora_api.status import Reason
 from qlora_operator.decide.attempt_outcome import as_suspended, ending_of
 from qlora_operator.state.observed import JobState, observe_pod
@@ -27,6 +27,12 @@ FULL = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."
             "Preempted",
             "stopped",
             id="eviction-over-crash",
+        ),
+        pytest.param(
+            [pod(code=43, word="stopped", disruption="DeletionByTaintManager")],
+            "Preempted",
+            "stopped",
+            id="a-taint-is-no-lost-node",
         ),
         pytest.param(
             [pod(code=1, word="closed"), pod(index=1, disruption="DeletionByTaintManager", gone=True)],
@@ -180,8 +186,14 @@ def test_a_job_that_is_gone_ends_the_attempt_once_its_pods_have():
     assert ending_of(1, 1, seen()).reason is Reason.PREEMPTED
     told_to_stop = ending_of(1, 1, seen(pod(code=43, word="stopped"), after=1))
     assert told_to_stop.removed
-    assert as_suspended(told_to_stop).reason is Reason.SUSPENDED
-    assert as_suspended(told_to_stop).message == "stopped"
+    assert as_suspended(attempt(1), told_to_stop).reason is Reason.SUSPENDED
+    assert as_suspended(attempt(1), told_to_stop).message == "stopped"
+
+
+def test_an_attempt_that_never_ran_did_not_stop_at_a_checkpoint():
+    gone = ending_of(1, 1, seen())
+    assert as_suspended(attempt(1), gone).message == "stopped before all its pods ran"
+    assert "checkpoint" in as_suspended(attempt(1, runningTime=NOW), gone).message
 
 
 def test_what_completed_before_it_was_told_to_stop_is_complete():

@@ -15,6 +15,8 @@ from qlora_operator.state.observed import JobState
 COMBINATIONS = list(product(StopCause, AttemptState, (True, False)))
 ENDED = frozenset(AttemptState) - {AttemptState.NONE, AttemptState.RUNNING}
 CLOSES = {StopOutcome.CLOSE_AS_SEEN, StopOutcome.CLOSE_AS_SUSPENDED, StopOutcome.CLOSE_AS_DEADLINE_EXCEEDED}
+KEPT = (StopCause.NO, AttemptState.NEVER_RAN)
+"""The one end that is none: the attempt is made anew."""
 
 
 @pytest.mark.parametrize(("stop", "state", "pods"), COMBINATIONS)
@@ -26,7 +28,7 @@ def test_every_combination_is_in_exactly_one_row(stop, state, pods):
 @pytest.mark.parametrize(("stop", "state", "pods"), COMBINATIONS)
 def test_an_attempt_is_closed_where_it_has_ended_and_only_there(stop, state, pods):
     is_over = stop in (StopCause.DELETED, StopCause.FINISHED)
-    assert (outcome_of(stop, state, pods=pods) in CLOSES) is (state in ENDED and not is_over)
+    assert (outcome_of(stop, state, pods=pods) in CLOSES) is (state in ENDED and not is_over and (stop, state) != KEPT)
 
 
 STOPS = {

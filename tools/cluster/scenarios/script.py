@@ -75,25 +75,48 @@ def pods_do(
 @contextmanager
 def sidecar_in_pods(api: Api, namespace: str) -> Iterator[None]:
     """Have every pod of a namespace get a container more, as a service mesh or a log shipper does."""
-    name = f"sidecar-{next(_numbers)}-{namespace}"
     container = 'Object.spec.containers{name: "proxy", image: "mesh"}'
-    policy = _policy(name, {}, {})
+    spec = f"Object.spec{{containers: [{container}]}}"
+    with _mutated(api, namespace, "pods", spec, lambda made: len(made["spec"]["containers"]) == 2):
+        yield
+
+
+@contextmanager
+def gate_on_pods(api: Api, namespace: str, gate: str) -> Iterator[None]:
+    """Have every pod of a namespace held back by a scheduling gate."""
+    spec = f"Object.spec{{schedulingGates: [Object.spec.schedulingGates{{name: {json.dumps(gate)}}}]}}"
+    with _mutated(api, namespace, "pods", spec, lambda made: made["spec"].get("schedulingGates")):
+        yield
+
+
+@contextmanager
+def jobs_are_suspended(api: Api, namespace: str) -> Iterator[None]:
+    """Have every Job of a namespace suspended as it is created, as Kueue's webhook does."""
+    with _mutated(api, namespace, "jobs", "Object.spec{suspend: true}", lambda made: made["spec"].get("suspend")):
+        yield
+
+
+@contextmanager
+def _mutated(
+    api: Api, namespace: str, resource: str, spec: str, holds: Callable[[dict[str, Any]], object]
+) -> Iterator[None]:
+    """Have the spec of every new pod or Job of a namespace changed by an expression."""
+    name = f"{resource}-{next(_numbers)}-{namespace}"
+    policy, binding = _policy(name, {}, {}), _binding(name, {"kubernetes.io/metadata.name": namespace})
     policy["spec"]["mutations"] = [
-        {
-            "patchType": "ApplyConfiguration",
-            "applyConfiguration": {"expression": f"Object{{spec: Object.spec{{containers: [{container}]}}}}"},
-        }
+        {"patchType": "ApplyConfiguration", "applyConfiguration": {"expression": f"Object{{spec: {spec}}}"}}
     ]
-    binding = _binding(name, {"kubernetes.io/metadata.name": namespace})
+    pod: dict[str, Any] = {"containers": [{"name": "trainer", "image": "probe"}], "restartPolicy": "Never"}
+    group, probe = "/api/v1", {**_PROBE, "spec": pod}
+    if resource == "jobs":
+        job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "probe"}}
+        group, probe = "/apis/batch/v1", {**job, "spec": {"template": {"spec": pod}}}
+        (rules,) = policy["spec"]["matchConstraints"]["resourceRules"]
+        rules |= {"apiGroups": ["batch"], "resources": ["jobs"]}
     api.create(policy)
     api.create(binding)
-    pod = {**_PROBE, "spec": {"containers": [{"name": "trainer", "image": "probe"}]}}
-
-    def holds() -> bool:
-        made = api.post(f"/api/v1/namespaces/{namespace}/pods", pod, dryRun="All")
-        return len(made["spec"]["containers"]) == 2
-
-    _wait_until(holds, f"pods of {namespace} get no sidecar")
+    path = f"{group}/namespaces/{namespace}/{resource}"
+    _wait_until(lambda: bool(holds(api.post(path, probe, dryRun="All"))), f"{resource} of {namespace} are not changed")
     try:
         yield
     finally:

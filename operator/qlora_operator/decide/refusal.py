@@ -1,0 +1,76 @@
+"""Sort what the API server or the Job controller says when it makes nothing, and add what to do. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from qlora_api.status import Reason
+from qlora_operator.profiles import UNKNOWN_PROFILE
+
+_QUOTA = re.compile(
+    r"exceeded quota: (?P<name>\S+), requested: (?P<requested>\S+), used: (?P<used>\S+), limited: (?P<limited>\S+)"
+)
+_NOT_SAID = re.compile(r"failed quota: (?P<name>[^:\s]+): must specify (?P<what>.+)")
+_BY_RESOURCE = (
+    (re.compile(r"^pods$"), "ask for fewer workers in spec.parallelism"),
+    (re.compile(r"^count/"), "delete jobs that are over"),
+    (re.compile(r"/"), "ask for fewer GPUs in spec.parallelism"),
+    (re.compile(r"^cpu$"), "lower trainer.cpu or prepare.cpu, values of the operator's chart"),
+    (re.compile(r"^memory$"), "lower trainer.memory or prepare.memory, values of the operator's chart"),
+    (re.compile(r"^ephemeral-storage$"), "lower trainer.ephemeralStorage or cacheSizeLimit, values of the chart"),
+)
+"""What else helps where a quota has too little of a resource."""
+_LIMITS = "a LimitRange of this namespace must allow trainer.cpu and trainer.memory, values of the operator's chart"
+_REMEDIES = (
+    ("no PriorityClass with name", "have it created, or correct spec.scheduling.priorityClassName"),
+    ("serviceaccount", "create it in this namespace, or correct trainer.serviceAccountName, a value of the chart"),
+    ("is being terminated", "the namespace is being deleted"),
+    ("violates PodSecurity", "the namespace's Pod Security level must allow what the operator's chart adds to pods"),
+    ("usage per Container", _LIMITS),
+    ("usage per Pod", _LIMITS),
+    ("tolerations", "correct spec.scheduling.tolerations"),
+    ("nodeSelector", "correct spec.scheduling.nodeSelector"),
+    ("admission webhook", "change the job so that the webhook admits it, or ask those who run the webhook"),
+    ("ValidatingAdmissionPolicy", "change the job so that the policy admits it, or ask those who made the policy"),
+    ("cannot create resource", "the operator's role lacks this right: install the chart's roles (rbac.create)"),
+)
+"""Of a message of the API server's: a part by which it is known, and what helps."""
+
+
+def refusal(said: str) -> tuple[Reason, str]:
+    """Return the reason and the message for what was refused, with what to do."""
+    if quota := _QUOTA.search(said):
+        return Reason.QUOTA_EXCEEDED, f"{said}; {_quota_words(quota)}"
+    if "exceeded quota" in said:
+        return Reason.QUOTA_EXCEEDED, f"{said}; free some of the quota, or ask for fewer GPUs in spec.parallelism"
+    if missing := _NOT_SAID.search(said):
+        if "limits.cpu" in missing["what"]:
+            return Reason.REFUSED, f"{said}; have trainer.limitCpu set to true, a value of the operator's chart"
+        text = f"ResourceQuota {missing['name']} wants {missing['what']} of every container"
+        return Reason.REFUSED, f"{said}; {text}: add a LimitRange with defaults to the namespace"
+    remedy = next((words for part, words in _REMEDIES if part in said), "")
+    if UNKNOWN_PROFILE in said:
+        return Reason.MISSING_REFERENCE, said
+    if "no PriorityClass with name" in said:
+        return Reason.MISSING_REFERENCE, f"{said}; {remedy}"
+    return Reason.REFUSED, f"{said}; {remedy}" if remedy else said
+
+
+def _quota_words(quota: re.Match[str]) -> str:
+    """Return which resource a quota has too little of, and what helps."""
+    requested, used, limited = (dict(_amounts(quota[part])) for part in ("requested", "used", "limited"))
+    short = [
+        f"{name} ({amount} requested, {used.get(name, '?')} of {limited.get(name, '?')} used)"
+        for name, amount in requested.items()
+    ]
+    plain = re.sub(r"^(requests|limits)\.", "", next(iter(requested), ""))
+    other = next((words for pattern, words in _BY_RESOURCE if pattern.search(plain)), "")
+    text = f"ResourceQuota {quota['name']} has too little {', '.join(short)}: free some of the quota"
+    return f"{text}, or {other}" if other else text
+
+
+def _amounts(text: str) -> Iterator[tuple[str, str]]:
+    for part in text.split(","):
+        name, _, amount = part.partition("=")
+        yield name, amount
