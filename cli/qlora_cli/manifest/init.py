@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 from qlora_api.printable import printable
 from qlora_cli.kube.errors import ClusterError
 from qlora_cli.manifest import crd_schema, job_manifest
+from qlora_cli.manifest.local_model import positions_of_folder
+from qlora_cli.manifest.local_rows import recognized_format
 from qlora_cli.text import kubernetes_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 WIDTH = 100
+MAX_LENGTH = 2048
 FORMATS = ("Messages", "PromptCompletion", "Instruction", "Text")
 _SHOWN_WITH_DEFAULT = (
     "lora.rank",
@@ -109,7 +112,7 @@ def _chosen(answers: Answers) -> dict[str, object]:
         "dataset.train.source": answers.data,
         "dataset.eval.fraction": "0.05",
         "dataset.format": answers.format,
-        "dataset.maxLength": 2048,
+        "dataset.maxLength": min(MAX_LENGTH, positions_of_folder(answers.model) or MAX_LENGTH),
         "training.epochs": 2,
         "training.globalBatchSize": 16,
         "training.learningRate": "2e-4",
@@ -234,5 +237,7 @@ def ask(given: dict[str, str | None], prompt: object) -> Answers:
                 raise ClusterError(f"{flags}: needed where there is no terminal to ask on")
             answer = str(prompt(question)).strip()  # type: ignore[operator]
         answers[name] = answer
+    seen = recognized_format(answers["data"])
     more = {name: value for name in ("name", "format", "credentials") if (value := given.get(name))}
+    more = {"format": seen, **more} if seen else more
     return Answers(**answers, **more)

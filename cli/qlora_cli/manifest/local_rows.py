@@ -1,10 +1,13 @@
-"""Compare the columns that a manifest names with those of a JSON Lines file on this machine."""
+"""Compare what a manifest says of its rows with a file of rows on this machine."""
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from qlora_api.errors import FieldError, ManifestError, closest, validate
 from qlora_api.spec import DatasetSpec
@@ -13,15 +16,29 @@ from qlora_cli.manifest import crd_schema
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SUFFIXES = (".jsonl", ".ndjson")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+COMPRESSIONS = (".gz", ".zst", ".bz2")
+"""Both as ``qlora_trainer.row_files`` has them; a test compares them."""
+ALLOWED = (
+    f"must be a file that ends in {', '.join(SUFFIXES)} (JSON and CSV also followed by {', '.join(COMPRESSIONS)}), in"
+    " capitals or not, a folder of such files, or a folder written by datasets.save_to_disk"
+)
+SPLITS = {"train": "spec.dataset.train.source", "eval": "spec.dataset.eval.source"}
+FORMATS = {
+    "Messages": ("messages",),
+    "PromptCompletion": ("prompt", "completion"),
+    "Instruction": ("instruction", "output"),
+    "Text": ("text",),
+}
+"""Columns by which a format is recognized, in this order."""
 MOST_BYTES = 1 << 20
 """Of the first row; Prepare reads the rest."""
 
 
-def column_errors(manifest: object) -> Iterator[FieldError]:
-    """Yield an error for each column that the first row of a local file does not have, in the words of Prepare.
+def row_errors(manifest: object) -> Iterator[FieldError]:
+    """Yield an error for each local file of another kind and each column that is not there, in the words of Prepare.
 
-    A dataset with errors of its own, and a file that cannot be read or holds something else, are left to others.
+    A dataset with errors of its own, and a file that cannot be read, are left to others.
     """
     spec = manifest.get("spec") if isinstance(manifest, dict) else None
     group = spec.get("dataset") if isinstance(spec, dict) else None
@@ -30,26 +47,65 @@ def column_errors(manifest: object) -> Iterator[FieldError]:
         dataset = validate(DatasetSpec, crd_schema.without_nulls(group, schema))
     except ManifestError:
         return
-    for source in dict.fromkeys((dataset.train.source, dataset.eval.source if dataset.eval else None)):
-        row = _first_row(source) if source else None
-        if row is None:
+    sources = {"train": dataset.train.source, "eval": dataset.eval.source if dataset.eval else None}
+    checked: set[str] = set()
+    for split, source in sources.items():
+        path = local_file(source) if source else None
+        if path is None or source is None or source in checked:
             continue
-        for column, field in dataset.required_columns.items():
-            if column not in row:
-                close = closest(column, row)
+        checked.add(source)
+        if not _plain_name(path).endswith(SUFFIXES):
+            yield FieldError(SPLITS[split], source, ALLOWED)
+            continue
+        columns = columns_of(path)
+        for column, field in dataset.required_columns.items() if columns else ():
+            if column not in columns:
+                close = closest(column, columns)
                 hint = f"; did you mean {close[0]}?" if close else ""
-                yield FieldError(field, column, f"is not a column of {source}; its columns are {', '.join(row)}{hint}")
+                yield FieldError(
+                    field, column, f"is not a column of {source}; its columns are {', '.join(columns)}{hint}"
+                )
 
 
-def _first_row(source: str) -> dict[str, Any] | None:
-    """Return the first row of a file of JSON Lines; None where there is none to read."""
+def local_file(source: str) -> Path | None:
+    """Return the path of a source that is a file on this machine; None where it is none."""
     place = source.removeprefix("file://")
     path = Path(place).expanduser()
-    if "://" in place or path.suffix.lower() not in SUFFIXES or not path.is_file():
-        return None
+    return path if "://" not in place and path.is_file() else None
+
+
+def columns_of(path: Path) -> list[str]:
+    """Return the columns of the first row; empty where there is none that can be read here."""
+    name = _plain_name(path)
     try:
-        with path.open("rb") as file:
-            row = json.loads(file.readline(MOST_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
+        with _open(path) as file:
+            line = file.readline(MOST_BYTES)
+        if name.endswith((".csv", ".tsv")):
+            delimiter = "\t" if name.endswith(".tsv") else ","
+            return next(csv.reader([line.decode("utf-8-sig")], delimiter=delimiter), [])
+        row = json.loads(line) if name.endswith((".jsonl", ".ndjson")) else None
+    except (OSError, EOFError, ValueError, RecursionError, csv.Error):
+        return []
+    return list(row) if isinstance(row, dict) else []
+
+
+def recognized_format(source: str) -> str | None:
+    """Return the format that the columns of a local file are those of; None where that cannot be told."""
+    path = local_file(source)
+    columns = columns_of(path) if path else []
+    return next((form for form, needed in FORMATS.items() if columns and {*needed} <= {*columns}), None)
+
+
+def _plain_name(path: Path) -> str:
+    """Return the name in small letters, without the suffix of a compression."""
+    name = path.name.lower()
+    return next((name.removesuffix(suffix) for suffix in COMPRESSIONS if name.endswith(suffix)), name)
+
+
+def _open(path: Path) -> IO[bytes] | gzip.GzipFile | bz2.BZ2File:
+    match path.suffix.lower():
+        case ".gz":
+            return gzip.open(path)
+        case ".bz2":
+            return bz2.open(path)
+    return path.open("rb")

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qlora_cli.manifest import job_manifest, local_rows
+from qlora_cli.manifest import job_manifest, local_model, local_rows
 from qlora_cli.text import units
 
 if TYPE_CHECKING:
@@ -45,14 +45,14 @@ def check_file(path: Path) -> Report:
         if job_manifest.is_foreign(document):
             passed_over.append(f"{document.value['kind']} (line {document.line})")  # type: ignore[index]
             continue
-        of_rows = [job_manifest.located(document, error) for error in local_rows.column_errors(document.value)]
-        errors += of_rows
+        local = [*local_model.model_errors(document.value), *local_rows.row_errors(document.value)]
+        errors += [job_manifest.located(document, error) for error in local]
         try:
             job = job_manifest.check(document)
         except job_manifest.RefusedError as error:
             errors += error.errors
         else:
-            jobs += [] if of_rows else [job.metadata.name]
+            jobs += [] if local else [job.metadata.name]
     if not jobs and not errors:
         errors.append(f"{path}: holds no QLoRAJob, only {units.listing(passed_over)}")
     return Report(str(path), tuple(jobs), tuple(passed_over), tuple(errors))

@@ -25,7 +25,7 @@ def init(
     ] = None,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Job name; default: from the destination.")] = None,
     form: Annotated[
-        RowFormat | None, typer.Option("--format", help="Format of the rows.", show_default="Messages")
+        RowFormat | None, typer.Option("--format", help="Format of the rows; default: by their columns, else Messages.")
     ] = None,
     credentials: Annotated[
         str | None, typer.Option(metavar="SECRET", help="Secret with the credentials of model, rows and destination.")

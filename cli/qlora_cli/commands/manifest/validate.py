@@ -16,7 +16,8 @@ Jobs = Annotated[list[Path], typer.Argument(metavar="JOB.yaml...", help="Manifes
 def validate(jobs: Jobs, output: As = Output.TEXT) -> None:
     """Check manifests as the API server would.
 
-    Prints every error with file and line; the exit code is 40 if there is one.
+    A model folder and rows that are on this machine are looked at, too. Prints every error with file and line; the exit
+    code is 40 if there is one.
     """
     with exit_on_user_error():
         from qlora_cli.manifest import validate as check

@@ -1,0 +1,110 @@
+"""Manifests compared with model folders and rows on this machine."""
+
+import gzip
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from qlora_cli import app
+from qlora_cli.manifest import local_model, local_rows
+
+MESSAGES = json.dumps({"messages": [{"role": "user", "content": "a"}]})
+
+
+@pytest.fixture
+def validate(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def check(source="hf://org/base@main", rows="s3://bucket/rows.jsonl", **dataset):
+        spec = {
+            "model": {"source": source},
+            "dataset": {"train": {"source": rows}, "format": "Text", **dataset},
+            "training": {"epochs": 1},
+            "output": {"destination": "s3://bucket/out"},
+        }
+        job = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": {"name": "tune"}, "spec": spec}
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+        done = CliRunner().invoke(app.app, ["validate", "job.yaml"])
+        return done.exit_code, done.stdout
+
+    return check
+
+
+@pytest.fixture
+def base(tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"text_config": {"max_position_embeddings": 1024}}))
+    (folder / "tokenizer_config.json").write_text("{}")
+    return folder
+
+
+def test_every_error_about_local_files_is_told_at_once(validate, base, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"message": 1}\n')
+    code, said = validate("./base", "rows.jsonl", format="Messages", maxLength=2048)
+    assert code == 40
+    assert "spec.dataset.maxLength: 2048 is more than the 1024 positions of ./base\n" in said
+    assert "spec.dataset.chatTemplate: is needed: the model's tokenizer has no chat template. " in said
+    assert '"messages" is not a column of rows.jsonl; its columns are message; did you mean message?' in said
+    assert said.endswith("3 errors\n")
+
+
+@pytest.mark.parametrize("template", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_model_folder_with_a_chat_template_and_room_is_valid(template, validate, base):
+    (base / template).write_text('{"chat_template": "x"}')
+    assert validate("./base", format="Messages", maxLength=1024)[0] == 0
+
+
+def test_a_model_folder_without_a_configuration_is_named(validate, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert 'spec.model.source: "./empty" has no config.json that can be read' in validate("./empty")[1]
+
+
+@pytest.mark.parametrize("name", ["rows.txt", "rows.xlsx", "rows"])
+def test_a_file_of_another_kind_is_named(validate, tmp_path, name):
+    (tmp_path / name).write_text("text")
+    code, said = validate(rows=f"./{name}")
+    assert code == 40
+    assert f'spec.dataset.train.source: "./{name}" must be a file that ends in .jsonl, ' in said
+
+
+def test_columns_of_csv_and_of_compressed_files_are_read(validate, tmp_path):
+    (tmp_path / "rows.csv").write_text("\ufeffbody,title\n1,2\n")
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"body": 1}\n'))
+    assert "its columns are body, title" in validate(rows="rows.csv")[1]
+    assert "its columns are body" in validate(rows="rows.jsonl.gz")[1]
+    assert validate(rows="rows.csv", columns={"text": "body"})[0] == 0
+
+
+def test_words_and_suffixes_are_those_of_the_trainer():
+    row_files = pytest.importorskip("qlora_trainer.row_files")
+    assert (tuple(row_files.KINDS), row_files.COMPRESSIONS) == (local_rows.SUFFIXES, local_rows.COMPRESSIONS)
+    assert row_files.ALLOWED == local_rows.ALLOWED
+
+
+@pytest.mark.parametrize(
+    ("columns", "form"),
+    [
+        (["messages", "id"], "Messages"),
+        (["prompt", "completion"], "PromptCompletion"),
+        (["instruction", "input", "output"], "Instruction"),
+        (["text"], "Text"),
+        (["other"], "Messages"),
+    ],
+)
+def test_init_proposes_what_rows_and_model_have(tmp_path, monkeypatch, base, columns, form):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(dict.fromkeys(columns, "")) + "\n")
+    options = ["--model", "./base", "--data", "rows.jsonl", "--destination", "out", "-f", "-"]
+    written = yaml.safe_load(CliRunner().invoke(app.app, ["init", *options]).stdout)
+    assert written["spec"]["dataset"]["format"] == form
+    assert written["spec"]["dataset"]["maxLength"] == 1024
+    asked = CliRunner().invoke(app.app, ["init", *options, "--format", "Text"])
+    assert yaml.safe_load(asked.stdout)["spec"]["dataset"]["format"] == "Text"
+
+
+def test_positions_of_a_text_part_come_first():
+    assert local_model.positions_of({"max_position_embeddings": 1, "text_config": {"max_position_embeddings": 2}}) == 2
+    assert local_model.positions_of({}) is None
