@@ -113,7 +113,7 @@ def plan_of(job: QLoRAJob, options: PlanOptions) -> PlanResult:
     check_gpu(gpu, job.spec.quantization, "--gpu")
     world_size = options.gpus or here or job.spec.parallelism.workers * job.spec.parallelism.gpus_per_worker
     files = _files(job.spec, options)
-    request = PlanRequest(job.spec, model_shape(files.config, files.tensors), gpu, world_size)
+    request = PlanRequest(job.spec, model_shape(files.config, files.tensors, job.spec.model.source), gpu, world_size)
     outcome = plan(request)
     tokens = training_tokens(job.spec, options.tokens)
     return PlanResult(

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_api.errors import FieldError
-from qlora_api.spec import QuantizationType
 from qlora_memory.shape.model_shape import (
     Attention,
     AttentionKind,
@@ -22,11 +21,10 @@ from qlora_memory.shape.model_shape import (
     Linear,
     ModelShape,
     Norm,
-    OnDisk,
 )
+from qlora_memory.shape.on_disk import SOURCE, on_disk
 from qlora_memory.shape.safetensors_headers import TensorInfo
 
-SOURCE = "spec.model.source"
 PACKED = frozenset({"gemma", "gemma3_text", "llama", "mistral", "opt", "phi", "qwen2", "qwen3"})
 """Model types whose rows the trainer cuts apart: ``qlora_trainer.model.attention.PROVEN``, held together by a test."""
 
@@ -206,7 +204,7 @@ def _known(config: Config, family: ModelFamily) -> ModelShape:
         routers=sum(hidden * layer.feed_forward.count for layer in layers if isinstance(layer.feed_forward, Experts)),
         final_norm=_final_norm(config),
         max_positions=config.get("max_position_embeddings"),
-        on_disk=on_disk(config),
+        on_disk=on_disk(config.values),
     )
 
 
@@ -357,28 +355,6 @@ def stacked(prefix: str, count: int, hidden: int, wide: int) -> tuple[Linear, ..
         Linear(f"{prefix}gate_up_proj", hidden, 2 * wide, experts=count),
         Linear(f"{prefix}down_proj", wide, hidden, experts=count),
     )
-
-
-def on_disk(config: Config) -> OnDisk | None:
-    """Return the quantization that the base has on disk.
-
-    Raises:
-        FieldError: by something else than bitsandbytes.
-
-    """
-    found = config.get("quantization_config")
-    if not isinstance(found, Mapping):
-        return None
-    if found.get("quant_method") != "bitsandbytes":
-        raise FieldError(
-            SOURCE,
-            None,
-            f"the base is quantized with {found.get('quant_method')}; it must be 16-bit or bitsandbytes' own",
-        )
-    if found.get("load_in_8bit"):
-        return OnDisk(QuantizationType.INT8, double=False)
-    name = str(found.get("bnb_4bit_quant_type", "fp4")).upper()
-    return OnDisk(QuantizationType(name), bool(found.get("bnb_4bit_use_double_quant")))
 
 
 def _must_agree(shape: ModelShape, tensors: Mapping[str, TensorInfo]) -> None:

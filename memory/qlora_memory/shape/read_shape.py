@@ -10,24 +10,29 @@ from qlora_memory.shape.model_families import FAMILIES, Config, _known, _must_ag
 from qlora_memory.shape.model_shape import (
     ModelShape,
 )
+from qlora_memory.shape.on_disk import dequantized, on_disk
 from qlora_memory.shape.safetensors_headers import TensorInfo
 from qlora_memory.shape.text_part import text_part
 from qlora_memory.shape.unknown_models import shape_of_tensors
 
 
-def model_shape(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None = None) -> ModelShape:
+def model_shape(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None = None, source: str | None = None
+) -> ModelShape:
     """The shape of the base whose ``config.json`` and tensors these are.
 
     Args:
         config: the parsed ``config.json``.
         tensors: from the headers of all its safetensors files; None: the configuration alone.
+        source: of the base, by which errors name another.
 
     Raises:
         FieldError: the configuration lacks a size, contradicts the tensors, or is of a type that is not known here
             while no tensors are given.
 
     """
-    part = text_part(config, tensors)
+    on_disk(config, source)
+    part = text_part(config, dequantized(config, tensors))
     read = Config(part.config)
     family = FAMILIES.get(read.model_type)
     if family is None:

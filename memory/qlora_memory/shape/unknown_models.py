@@ -12,8 +12,9 @@ from collections.abc import Mapping
 
 from qlora_api.errors import FieldError
 from qlora_memory.shape.expert_tensors import expert_stacks, stack_name
-from qlora_memory.shape.model_families import FAMILIES, SOURCE, Config, _plain, attention_kind, on_disk
+from qlora_memory.shape.model_families import FAMILIES, Config, _plain, attention_kind
 from qlora_memory.shape.model_shape import Attention, Experts, FeedForward, Head, Layer, Linear, ModelShape, Norm
+from qlora_memory.shape.on_disk import SOURCE, on_disk
 from qlora_memory.shape.safetensors_headers import TensorInfo
 
 _LAYER = re.compile(r"\.(?:layers|layer|h|blocks)\.(\d+)\.")
@@ -39,7 +40,7 @@ def shape_of_tensors(config: Config, tensors: Mapping[str, TensorInfo] | None) -
         FieldError: there are no tensors, they are packed, or they are no decoder's.
 
     """
-    quantized = on_disk(config)
+    quantized = on_disk(config.values)
     if not tensors or quantized is not None:
         why = (
             "not from quantized weights. Use the 16-bit base"

@@ -20,15 +20,17 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from qlora_api.spec import LoRABias, LoRASpec, QuantizationSpec, QuantizationType
 from qlora_api.status import MemoryComponent
+from qlora_memory.shape.on_disk import refusal
 from qlora_trainer.errors import UserError
 from qlora_trainer.model.attention import choose_attention, register
-from qlora_trainer.model.composite import meta_model_of, model_class, trained_class
+from qlora_trainer.model.composite import meta_model_of, model_class
 from qlora_trainer.model.compute_type import DTYPES, resolved_on
 from qlora_trainer.model.experts.forward import use_own_forward
 from qlora_trainer.model.experts.loading import FourBitConfig
 from qlora_trainer.model.experts.structure import expert_parameters
 from qlora_trainer.model.experts.targets import check_targets, linear_layers, lora_config
 from qlora_trainer.model.kernels import forget_inputs, fuse_adapters, fuse_norms
+from qlora_trainer.model.read_weights import load_weights, method_on_disk
 
 _BIAS = {LoRABias.NONE: "none", LoRABias.ALL: "all", LoRABias.LORA_ONLY: "lora_only"}
 
@@ -88,15 +90,14 @@ def load_base(path: Path, quantization: QuantizationSpec, device: torch.device, 
         if on_disk is not None
         else quantization_config(quantization, zero_stage, skipped_modules(path, quantization))
     )
-    model = trained_class(config).from_pretrained(
+    model = load_weights(
         path,
+        config,
+        DTYPES[quantization.compute_type],
+        device,
         # An explicit None would hide what the base says of itself.
         **({} if wanted is None else {"quantization_config": wanted}),
-        dtype=DTYPES[quantization.compute_type],
-        device_map={"": device},
         attn_implementation=choose_attention(model_class(config), config),
-        use_safetensors=True,
-        trust_remote_code=False,
     )
     return ready_base(model, quantization)
 
@@ -117,8 +118,13 @@ def ready_base(model: Any, quantization: QuantizationSpec) -> Any:
     return model
 
 
-def check_base(path: Path, quantization: QuantizationSpec) -> Any:
+def check_base(path: Path, quantization: QuantizationSpec, source: str | None = None) -> Any:
     """The base's configuration, found to be a causal language model quantized as the manifest says, or not at all.
+
+    Args:
+        path: of the base.
+        quantization: that the manifest asks for.
+        source: of the base, by which errors name another.
 
     Raises:
         UserError: it is not.
@@ -127,17 +133,13 @@ def check_base(path: Path, quantization: QuantizationSpec) -> Any:
     config = causal_config(path)
     on_disk = getattr(config, "quantization_config", None)
     if on_disk is not None:
-        _must_agree(on_disk if isinstance(on_disk, dict) else on_disk.to_dict(), quantization)
+        _must_agree(on_disk if isinstance(on_disk, dict) else on_disk.to_dict(), quantization, source)
     return config
 
 
-def _must_agree(on_disk: dict[str, Any], quantization: QuantizationSpec) -> None:
-    if on_disk.get("quant_method") != "bitsandbytes":
-        raise UserError(
-            "spec.model.source",
-            None,
-            f"the base is quantized with {on_disk.get('quant_method')}; it must be 16-bit or bitsandbytes' own",
-        )
+def _must_agree(on_disk: dict[str, Any], quantization: QuantizationSpec, source: str | None) -> None:
+    if (method := on_disk.get("quant_method")) != "bitsandbytes":
+        raise UserError("spec.model.source", None, refusal(str(method), source))
     found = "INT8" if on_disk.get("load_in_8bit") else str(on_disk.get("bnb_4bit_quant_type", "fp4")).upper()
     if found != quantization.type.value:
         raise UserError(
@@ -194,6 +196,8 @@ def causal_config(path: Path) -> Any:
     except Exception as error:  # each kind of configuration checks its values in its own way
         reason = " ".join(str(error).split())
         raise UserError("spec.model.source", None, f"has a config.json that cannot be used: {reason}") from error
+    if method_on_disk(path) is not None:
+        del config.quantization_config  # nothing of it is left once it is read
     if model_class(config) is None or config.is_encoder_decoder:
         raise UserError("spec.model.source", None, f'is a "{config.model_type}" model, no causal language model')
     return config

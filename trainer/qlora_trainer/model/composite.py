@@ -51,8 +51,8 @@ def _auto_class(config: Any) -> Any:
 def trained_class(config: Any) -> Any:
     """Return what a base is loaded with to be trained: its class, of a composite one without towers."""
     auto = _auto_class(config)
-    if auto is AutoModelForCausalLM:
-        return auto  # it also knows text classes of composite configurations
+    if auto is AutoModelForCausalLM and text_config(config) is not config:
+        return auto  # it knows text classes of composite configurations
     kind = model_class(config)
     return without_towers(kind) if is_composite(config) else kind
 

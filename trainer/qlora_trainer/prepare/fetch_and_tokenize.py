@@ -67,7 +67,7 @@ def prepare_anew(config: TrainerConfig, began: Record | None) -> Record:
         model_source=model.source,
         model_revision=model.revision,
         receipt=data.receipt,
-        shape=shape_of(model.path),
+        shape=shape_of(model.path, model.source),
     )
 
 
@@ -102,7 +102,7 @@ def check_architecture(config: TrainerConfig, model: FetchedModel) -> int:
     """
     if config.device == "CPU" and (problem := device_problem(config.spec.quantization, torch.device("cpu"))):
         raise problem
-    base = check_base(model.path, config.spec.quantization)
+    base = check_base(model.path, config.spec.quantization, model.source)
     skeleton = meta_model(model.path)
     _check_skip_modules(skeleton, config, on_disk=hasattr(base, "quantization_config"))
     embeddings: int = skeleton.get_input_embeddings().weight.shape[0]

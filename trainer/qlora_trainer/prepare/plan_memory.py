@@ -24,6 +24,7 @@ from qlora_memory import (
     run_of,
     tensor_infos,
 )
+from qlora_memory.shape.on_disk import dequantized
 from qlora_memory.shape.read_shape import is_known
 from qlora_trainer.errors import UserError
 from qlora_trainer.storage.model_files import CONFIG, safetensors_header, weight_names
@@ -50,7 +51,7 @@ class Planned:
     """Expected, of all GPUs together; None where the GPU is not known."""
 
 
-def shape_of(folder: Path) -> ModelShape | None:
+def shape_of(folder: Path, source: str | None = None) -> ModelShape | None:
     """The shape of the base in a folder; None for a kind of model that cannot be made out.
 
     Raises:
@@ -61,7 +62,11 @@ def shape_of(folder: Path) -> ModelShape | None:
     names = weight_names([p.name for p in folder.iterdir()], lambda name: (folder / name).read_bytes())
     tensors = {k: v for name in names for k, v in tensor_infos(safetensors_header(folder / name)).items()}
     try:
-        return model_shape(config, tensors)
+        dequantized(config, tensors)  # of any kind of model: what cannot be read ends here
+    except FieldError as error:
+        raise UserError(error.field, None, error.allowed) from None
+    try:
+        return model_shape(config, tensors, source)
     except FieldError as error:
         if is_known(config):
             raise UserError(error.field, None, error.allowed) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -15,7 +14,8 @@ from peft import PeftModel
 
 from qlora_trainer.errors import AdapterRejectedError
 from qlora_trainer.model.base_model import causal_config
-from qlora_trainer.model.composite import has_no_towers, text_config, trained_class
+from qlora_trainer.model.composite import has_no_towers, text_config
+from qlora_trainer.model.read_weights import load_weights
 from qlora_trainer.publish.gate import CONFIG, WEIGHTS, lora_config, verify_merged_loss
 from qlora_trainer.publish.tower_files import copy_towers
 
@@ -24,12 +24,10 @@ SHARD_SIZE = "5GB"
 
 def load_unquantized(path: Path) -> Any:
     """The base in 16 bits on the CPU; one that is quantized on disk is dequantized."""
-    quantized = "quantization_config" in json.loads((path / "config.json").read_text())
-    model = trained_class(causal_config(path)).from_pretrained(
-        path, dtype=torch.bfloat16, device_map={"": "cpu"}, use_safetensors=True, trust_remote_code=False
-    )
+    config = causal_config(path)
+    model = load_weights(path, config, torch.bfloat16, "cpu")
     vars(model.config).pop("auto_map", None)  # the code is not there, and never was run
-    return model.dequantize() if quantized else model
+    return model.dequantize() if hasattr(config, "quantization_config") else model
 
 
 def load_adapter(model: Any, folder: Path) -> Any:

@@ -6,6 +6,7 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -13,7 +14,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from qlora_trainer.model.base_model import meta_model
 from qlora_trainer.model.composite import tower_names
-from qlora_trainer.storage.model_files import PROCESSOR_FILES, SINGLE_WEIGHTS, WEIGHTS_INDEX, weight_names
+from qlora_trainer.model.read_weights import disk_tensors
+from qlora_trainer.storage.model_files import PROCESSOR_FILES, SINGLE_WEIGHTS, WEIGHTS_INDEX
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,10 +66,9 @@ def _beside_text(base: Path) -> dict[str, Any]:
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     towers = tuple(f"{name}." for name in tower_names(whole))
     found = {}
-    for shard in weight_names([p.name for p in base.iterdir()], lambda name: (base / name).read_bytes()):
-        with safe_open(base / shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 it is no dictionary
-                own, _ = rename_source_key(name, renamings, converters, whole.base_model_prefix, names)
-                if own.startswith(towers) or own not in names:
-                    found[name] = file.get_tensor(name)
+    tensors = disk_tensors(base, torch.bfloat16)
+    for name in tensors:
+        own, _ = rename_source_key(name, renamings, converters, whole.base_model_prefix, names)
+        if own.startswith(towers) or own not in names:
+            found[name] = tensors[name][...]
     return found

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, Transpose, WeightConverter
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
@@ -18,6 +17,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qlora_trainer.errors import TrainerError
+from qlora_trainer.model.disk_tensors import DiskTensors
 from qlora_trainer.model.experts.packed import Format, Packer, Stack
 from qlora_trainer.model.experts.structure import expert_parameters, router_names
 
@@ -34,6 +34,8 @@ class FourBitConfig(BitsAndBytesConfig):  # type: ignore[misc]
     def __init__(self, **options: Any) -> None:
         super().__init__(load_in_4bit=True, **options)
         self.quant_method = METHOD
+        self.tensors: DiskTensors | None = None
+        """Of a base that is dequantized as it is read; else the quantizer is told of its files."""
         if METHOD not in AUTO_QUANTIZER_MAPPING:
             register_quantizer(METHOD)(FourBitQuantizer)
 
@@ -49,14 +51,14 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: Any, **options: Any) -> None:
         super().__init__(quantization_config, **options)
         self.expert_names: frozenset[str] = frozenset()
-        self.files = _Files(())
+        self.files = DiskTensors(())
 
     def _process_model_before_weight_loading(
         self, model: Any, device_map: Any, checkpoint_files: Iterable[str] | None = None, **more: Any
     ) -> None:
         skipped = self.get_modules_to_not_convert(model, self.quantization_config.llm_int8_skip_modules)
         self.expert_names = frozenset(expert_parameters(model)).difference(skipped)
-        self.files = _Files(checkpoint_files or ())
+        self.files = self.quantization_config.tensors or DiskTensors(checkpoint_files or ())
         self.device = torch.device(device_map[""])
         if routers := router_names(model):
             self.quantization_config.llm_int8_skip_modules = sorted({*skipped, *routers})
@@ -78,7 +80,7 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return updated + [_OneAtATime(rf"\.{n}$", f".{n}", [_Nothing()], quantizer=self) for n in stacked]
 
     def _process_model_after_weight_loading(self, model: Any, **more: Any) -> Any:
-        self.files = _Files(())
+        self.files = DiskTensors(())
         return super()._process_model_after_weight_loading(model, **more)
 
     def _makes_experts(self, converter: Any) -> bool:
@@ -114,18 +116,6 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return packer.parameter()
 
 
-class _Files:
-    """The tensors of a base on disk, read slice by slice."""
-
-    def __init__(self, paths: Iterable[str]) -> None:
-        self._files = [safe_open(path, framework="pt") for path in paths]
-        self._file_of = {name: file for file in self._files for name in file.keys()}  # type: ignore[no-untyped-call] # noqa: SIM118 it is no dictionary
-
-    def slice_of(self, name: str) -> Any:
-        """Return a tensor that is read as it is indexed."""
-        return self._file_of[name].get_slice(name)  # type: ignore[no-untyped-call]
-
-
 class _OneAtATime(WeightConverter):  # type: ignore[misc]
     """A converter that reads, converts and packs one expert after another."""
 
@@ -156,7 +146,7 @@ class _OneAtATime(WeightConverter):  # type: ignore[misc]
 
     def convert(self, layer_name: str, model: Any = None, config: Any = None, **_: Any) -> dict[str, Any]:
         self.collected_tensors.clear()  # would be read whole
-        slices = {p: [self.quantizer.files.slice_of(n) for n in names] for p, names in self.names.items()}
+        slices = {p: [self.quantizer.files[n] for n in names] for p, names in self.names.items()}
 
         def read(index: int) -> torch.Tensor:
             tensors: dict[str, Any] = {p: [_expert(found, index)] for p, found in slices.items()}

@@ -1,0 +1,253 @@
+"""Bases in MXFP4 and FP8: dequantized as they are read, as transformers does it, and quantized again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+
+from composites import save_composite
+from mixtures import MIXTURES, save_mixture
+from qlora_api.errors import FieldError
+from qlora_api.spec import ComputeType, LoRASpec, QuantizationSpec, QuantizationType
+from qlora_memory import model_shape, tensor_infos
+from qlora_trainer.errors import TrainerError, UserError
+from qlora_trainer.model.base_model import add_lora, check_base, load_base, trainable, weight_bytes
+from qlora_trainer.model.disk_tensors import DiskTensors, dequantized_fp8
+from qlora_trainer.model.experts.packed import FrozenExperts
+from qlora_trainer.model.experts.structure import expert_parameters
+from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end
+from qlora_trainer.prepare.plan_memory import shape_of
+from qlora_trainer.publish.merge_adapter import merge
+from qlora_trainer.storage.model_files import safetensors_header
+from qlora_trainer.training.finish import export_adapter
+from random_rows import random_rows
+
+CPU = torch.device("cpu")
+PLAIN = QuantizationSpec(type=QuantizationType.NONE, compute_type=ComputeType.BFLOAT16)
+NF4 = QuantizationSpec(compute_type=ComputeType.BFLOAT16)
+LORA = LoRASpec(rank=4, alpha=8)
+BLOCK = 32
+LIKE_LLAMA = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def to_mxfp4(folder):
+    """Replace the experts of a base by random ones in MXFP4, as gpt-oss has them."""
+    generator = torch.Generator().manual_seed(0)
+    path = folder / "model.safetensors"
+    made = {}
+    for name, tensor in load_file(path).items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            made[name] = tensor
+            continue
+        experts, inputs, outputs = tensor.shape
+        shape = experts, outputs, inputs // 32
+        made[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        made[f"{name}_scales"] = torch.randint(118, 124, shape, dtype=torch.uint8, generator=generator)
+    save_file(made, path, metadata={"format": "pt"})
+    quantized_by(folder, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+
+
+def to_fp8(folder, block=BLOCK, end="weight_scale_inv", prefix=""):
+    """Round the linear layers of a base to FP8, with a scale for each block; without a block, one for all."""
+    path = folder / "model.safetensors"
+    made = {}
+    for name, tensor in load_file(path).items():
+        if not (name.startswith(prefix) and "_proj.weight" in name and tensor.ndim == 2):
+            made[name] = tensor
+            continue
+        rows, columns = tensor.shape
+        height, width = (block, block) if block else (rows, columns)
+        padded = torch.zeros(-(-rows // height) * height, -(-columns // width) * width)
+        padded[:rows, :columns] = tensor
+        blocks = padded.view(-(-rows // height), height, -(-columns // width), width)
+        scales = (blocks.abs().amax((1, 3)) / 448).clamp(min=1e-6)
+        values = (blocks / scales[:, None, :, None]).reshape(padded.shape)[:rows, :columns].contiguous()
+        made[name] = values.to(torch.float8_e4m3fn)
+        made[name.replace("weight", end)] = scales if block else scales.reshape(())
+        if not block:
+            made[name.replace("weight", "activation_scale")] = torch.tensor(1.0)
+    save_file(made, path, metadata={"format": "pt"})
+    size = [block, block] if block else None
+    quantized_by(folder, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": size})
+
+
+def quantized_by(folder, config):
+    values = json.loads((folder / "config.json").read_bytes())
+    (folder / "config.json").write_text(json.dumps({**values, "quantization_config": config}))
+
+
+@pytest.fixture
+def mxfp4(tmp_path):
+    save_mixture(tmp_path / "base", "gpt_oss", **MIXTURES["gpt_oss"])
+    to_mxfp4(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def fp8_base(folder, kind, **options):
+    """Write a base in FP8."""
+    if kind == "mistral3":
+        save_composite(folder, kind)
+        to_fp8(folder, prefix="model.language_model", **options)
+    elif kind == "llama":
+        save_mixture(folder, kind, vocab_size=320, **LIKE_LLAMA)
+        to_fp8(folder, **options)
+    else:
+        save_mixture(folder, kind, **MIXTURES[kind])
+        to_fp8(folder, **options)
+    return folder
+
+
+def weights_of(model):
+    return dict(model.named_parameters())
+
+
+def test_mxfp4_is_what_transformers_makes_of_it(mxfp4):
+    found = weights_of(load_base(mxfp4, PLAIN, CPU))
+    wanted = AutoModelForCausalLM.from_pretrained(
+        mxfp4, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.bfloat16
+    )
+    for name, parameter in wanted.named_parameters():
+        assert torch.equal(found[name], parameter), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "deepseek_v3"])
+def test_fp8_is_what_transformers_makes_of_it(kind, tmp_path):
+    base = fp8_base(tmp_path, kind, block=8)  # divides every size
+    found = weights_of(load_base(base, PLAIN, CPU))
+    config = FineGrainedFP8Config(dequantize=True, weight_block_size=(8, 8))
+    wanted = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.bfloat16)
+    for name, parameter in wanted.named_parameters():
+        assert torch.equal(found[name], parameter), name
+
+
+@pytest.mark.parametrize(
+    ("block", "end"),
+    [
+        pytest.param(40, "weight_scale_inv", id="last-blocks-are-cut"),
+        pytest.param(None, "weight_scale_inv", id="one-scale"),
+        pytest.param(32, "scale", id="another-name"),
+    ],
+)
+def test_layouts_of_scales(block, end, tmp_path):
+    base = fp8_base(tmp_path, "llama", block=block, end=end)
+    save_mixture(tmp_path / "16", "llama", vocab_size=320, **LIKE_LLAMA)
+    wanted = weights_of(load_base(tmp_path / "16", PLAIN, CPU))
+    for name, parameter in weights_of(load_base(base, PLAIN, CPU)).items():
+        torch.testing.assert_close(parameter, wanted[name], rtol=0.08, atol=0.02)  # three bits of mantissa
+
+
+def test_a_cut_block_has_its_own_scale():
+    weight, scales = torch.ones(5, 3).to(torch.float8_e4m3fn), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    found = dequantized_fp8(weight, scales, torch.float32, (4, 2))
+    assert found[3].tolist() == [1, 1, 2]
+    assert found[4].tolist() == [3, 3, 4]
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_moe"])
+def test_experts_are_packed_from_what_was_dequantized(kind, tmp_path):
+    if kind == "gpt_oss":
+        save_mixture(tmp_path, kind, **MIXTURES[kind])
+        to_mxfp4(tmp_path)
+    else:
+        fp8_base(tmp_path, kind)
+    plain = expert_parameters(load_base(tmp_path, PLAIN, CPU))
+    packed = load_base(tmp_path, NF4, CPU)
+    for name, parameter in expert_parameters(packed).items():
+        assert hasattr(parameter, "quant_state")
+        found = FrozenExperts(parameter).of(list(range(plain[name].shape[0])))
+        assert (found - plain[name]).float().norm() / plain[name].float().norm() < 0.15
+    shape, held = shape_of(tmp_path), weight_bytes(packed)
+    assert held["unquantizedWeights"] + held["quantizedWeights"] < shape.parameters
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama", "mistral3"])
+def test_it_is_trained_and_merged_in_16_bits(kind, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "merged"
+    if kind == "gpt_oss":
+        save_mixture(base, kind, **MIXTURES[kind])
+        to_mxfp4(base)
+    else:
+        fp8_base(base, kind)
+    model = add_lora(load_base(base, NF4, CPU), LORA, seed=1)
+    module = NextTokenLoss(model.train(), fused=False)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=2e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        module(*call_arguments(end_to_end(random_rows(24)), CPU)).mean().backward()
+        optimizer.step()
+    tensors = {n: p.detach().clone() for n, p in trainable(model).items()}
+    export_adapter(model, tensors, tmp_path / "adapter", str(base), "main")
+    merge(base, tmp_path / "adapter", out)
+    assert "quantization_config" not in json.loads((out / "config.json").read_bytes())
+    infos = {n: i for p in out.glob("*.safetensors") for n, i in tensor_infos(safetensors_header(p)).items()}
+    assert {info.dtype for info in infos.values()} == {"BF16"}
+    assert infos.keys() == set(DiskTensors([str(base / "model.safetensors")]))
+    plain = load_base(base, PLAIN, CPU)
+    loaded = PeftModel.from_pretrained(plain, tmp_path / "adapter") if kind != "mistral3" else None
+    if loaded is not None:
+        inputs, _, _ = call_arguments(end_to_end(random_rows(24)), CPU)
+        merged = load_base(out, PLAIN, CPU)
+        with torch.no_grad():
+            own, found = (m.eval()(**inputs, use_cache=False).logits[0].float().softmax(-1) for m in (loaded, merged))
+        assert (own - found).abs().sum(-1).median() / 2 < 0.02  # rounding may send a token to another expert
+
+
+def test_an_expert_is_read_by_itself(tmp_path):
+    sizes = {**MIXTURES["gpt_oss"], "num_local_experts": 32, "hidden_size": 256, "intermediate_size": 256}
+    save_mixture(tmp_path, "gpt_oss", **sizes)
+    to_mxfp4(tmp_path)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    part = DiskTensors([str(tmp_path / "model.safetensors")])[name]
+    assert part.get_shape() == [32, 256, 512]
+    assert part[3:4].shape == (1, 256, 512)
+    assert torch.equal(part[3:4][0], part[...][3])
+
+
+def test_fp8_without_scales_is_found(tmp_path):
+    fp8_base(tmp_path, "llama")
+    path = tmp_path / "model.safetensors"
+    kept = {n: t for n, t in load_file(path).items() if "layers.0.mlp.up_proj.weight_scale" not in n}
+    save_file(kept, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"has .*up_proj\.weight in FP8 without scales"):
+        shape_of(tmp_path)
+    with pytest.raises(TrainerError, match=r"up_proj\.weight is in FP8 and has no scales"):
+        load_base(tmp_path, PLAIN, CPU)
+
+
+@pytest.mark.parametrize(
+    ("method", "source", "named"),
+    [
+        ("gptq", "hf://Qwen/Qwen3-8B-GPTQ-Int4", "perhaps hf://Qwen/Qwen3-8B "),
+        ("awq", "hf://org/Llama-3-8B-AWQ@main", "perhaps hf://org/Llama-3-8B "),
+        ("compressed-tensors", "hf://org/Model-quantized.w4a16", "perhaps hf://org/Model "),
+        ("gptq", "hf://org/some-model", r"made from \("),
+    ],
+)
+def test_gptq_and_awq_are_refused_by_the_plan_and_by_prepare(method, source, named, tmp_path):
+    save_mixture(tmp_path, "llama", vocab_size=320, **LIKE_LLAMA)
+    quantized_by(tmp_path, {"quant_method": method, "bits": 4})
+    with pytest.raises(UserError, match=rf"quantized with {method}: use the 16-bit base.*{named}"):
+        check_base(tmp_path, NF4, source)
+    with pytest.raises(FieldError, match=rf"quantized with {method}: use the 16-bit base.*{named}"):
+        shape_of_config(tmp_path, source)
+
+
+def shape_of_config(folder, source):
+    return model_shape(json.loads((folder / "config.json").read_bytes()), None, source)
+
+
+def test_the_plan_reads_headers_of_mxfp4_and_fp8_as_those_of_the_16_bit_base(tmp_path):
+    save_mixture(tmp_path / "16", "gpt_oss", **MIXTURES["gpt_oss"])
+    save_mixture(tmp_path / "4", "gpt_oss", **MIXTURES["gpt_oss"])
+    to_mxfp4(tmp_path / "4")
+    assert shape_of(tmp_path / "4") == shape_of(tmp_path / "16")
+    for name, changes in (("16", {}), ("8", {"block": 40})):
+        save_mixture(tmp_path / f"moe-{name}", "deepseek_v3", **MIXTURES["deepseek_v3"])
+        if changes:
+            to_fp8(tmp_path / f"moe-{name}", **changes)
+    assert shape_of(tmp_path / "moe-8") == shape_of(tmp_path / "moe-16")

@@ -1,0 +1,57 @@
+"""Load a base's weights from its folder, dequantized on the way where they are MXFP4 or FP8 on disk."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from transformers import GenerationConfig
+
+from qlora_memory.shape.on_disk import method_of
+from qlora_trainer.model.composite import trained_class
+from qlora_trainer.model.disk_tensors import DiskTensors
+from qlora_trainer.model.experts.loading import FourBitConfig
+from qlora_trainer.storage.model_files import CONFIG, GENERATION_CONFIG, weight_names
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+
+def method_on_disk(path: Path) -> str | None:
+    """Return the name of the method by which a base is quantized, where it is dequantized as it is read."""
+    return method_of(json.loads((path / CONFIG).read_bytes()))
+
+
+def disk_tensors(path: Path, dtype: torch.dtype) -> DiskTensors:
+    """Return the tensors of a base, as they are read."""
+    found = json.loads((path / CONFIG).read_bytes()).get("quantization_config") or {}
+    names = weight_names([p.name for p in path.iterdir()], lambda name: (path / name).read_bytes())
+    block = tuple(found.get("weight_block_size") or (128, 128))
+    return DiskTensors([str(path / name) for name in names], dtype, block)
+
+
+def load_weights(path: Path, config: Any, dtype: torch.dtype, device: torch.device | str, **options: Any) -> Any:
+    """Load a base as it is trained.
+
+    Args:
+        path: of the base.
+        config: its configuration, without a quantization of which nothing is left once it is read.
+        dtype: of what is not quantized.
+        device: where to.
+        options: of ``from_pretrained``.
+
+    """
+    kind = trained_class(config)
+    options |= {"dtype": dtype, "device_map": {"": device}}
+    if method_on_disk(path) is None:
+        return kind.from_pretrained(path, use_safetensors=True, trust_remote_code=False, **options)
+    tensors = disk_tensors(path, dtype)
+    if isinstance(wanted := options.get("quantization_config"), FourBitConfig):
+        wanted.tensors = tensors
+    model = kind.from_pretrained(None, config=config, state_dict=tensors.as_dict(), **options)
+    model.config.name_or_path = str(path)
+    if (path / GENERATION_CONFIG).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
