@@ -1,4 +1,4 @@
-"""How a base is quantized on disk, and what its tensors are once they are dequantized as they are read.
+"""Tell how a base is quantized on disk, and what its tensors are once they are dequantized as they are read.
 
 The same decision as ``qlora_trainer.model.disk_tensors``.
 """
