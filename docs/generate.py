@@ -166,7 +166,7 @@ def _conditions() -> Iterator[str]:
     yield from ("", "| condition | holds when |", "| --- | --- |")
     for condition in ConditionType:
         yield f"| `{condition}` | {_cell(_meanings(ConditionType)[condition])} |"
-    yield from ("", "## Reasons", "", "A closed list, for conditions and for the ends of attempts.", "")
+    yield from ("", "## Reasons", "", "For conditions and for the ends of attempts. Later versions may have more.", "")
     yield from ("| reason | meaning |", "| --- | --- |")
     for reason in Reason:
         yield f"| `{reason}` | {_cell(_meanings(Reason)[reason])} |"

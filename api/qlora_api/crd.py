@@ -29,6 +29,21 @@ PRINTER_COLUMNS = (
     ("Adapter", "string", ".status.adapter.uri", 1),
 )
 
+COLUMN_DESCRIPTIONS = {
+    "State": "The condition that speaks for the job, or Pending.",
+    "Reason": "Why it is in this state.",
+    "Step": "Optimizer steps done.",
+    "Loss": "Mean training loss of the last step.",
+    "ETA": "Time left, by the steps so far.",
+    "Restarts": "Attempts after the first, whatever ended the ones before.",
+    "GPU-Mem": "Highest memory of a rank that was measured.",
+    "Age": "Time since the job was created.",
+    "Steps": "Optimizer steps of the whole job.",
+    "Adapter": "Address of the published adapter.",
+}
+SELECTABLE_FIELDS = (".status.state", ".status.reason", ".spec.scheduling.queue")
+"""For ``kubectl get qlorajobs --field-selector``."""
+
 _NOT_STRUCTURAL = ("title", "$defs", "additionalProperties", "const", "anyOf", "$ref", "allOf")
 
 
@@ -46,7 +61,7 @@ def crd() -> dict[str, Any]:
                 "plural": "qlorajobs",
                 "singular": "qlorajob",
                 "shortNames": ["qlj"],
-                "categories": ["all"],
+                "categories": ["all", "training"],
             },
             "scope": "Namespaced",
             "versions": [
@@ -55,8 +70,15 @@ def crd() -> dict[str, Any]:
                     "served": True,
                     "storage": True,
                     "subresources": {"status": {}},
+                    "selectableFields": [{"jsonPath": path} for path in SELECTABLE_FIELDS],
                     "additionalPrinterColumns": [
-                        {"name": name, "type": kind, "jsonPath": path, **({"priority": 1} if priority else {})}
+                        {
+                            "name": name,
+                            "type": kind,
+                            "jsonPath": path,
+                            "description": COLUMN_DESCRIPTIONS[name],
+                            **({"priority": 1} if priority else {}),
+                        }
                         for name, kind, path, priority in PRINTER_COLUMNS
                     ],
                     "schema": {
@@ -122,7 +144,8 @@ def _resolve(node: dict[str, Any], defs: dict[str, Any]) -> dict[str, Any]:
             options = [_resolve(o, defs) for o in node["anyOf"] if o.get("type") != "null"]
             merged = dict(options[0])
             if len(options) > 1:  # an enum and a literal: their values together
-                merged["enum"] = [v for o in options for v in o.get("enum", [o.get("const")])]
+                if "pattern" not in merged:  # a list that is open has one
+                    merged["enum"] = [v for o in options for v in o.get("enum", [o.get("const")])]
                 merged.pop("const", None)
                 merged.pop("description", None)
             node = {**merged, **beside}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import ConfigDict, StringConstraints
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from qlora_api.base import Model
-from qlora_api.errors import validate
+from qlora_api.errors import model_of, validate
 from qlora_api.spec import QLoRAJobSpec
 from qlora_api.status import QLoRAJobStatus
 
@@ -35,6 +36,19 @@ class ObjectMeta(Model):
     annotations: dict[str, str] = {}
 
 
+def unknown_fields(model: type[BaseModel], value: Any, path: str) -> Iterator[str]:
+    """Give the paths of all fields that a type does not have."""
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    for name, inside in value.items() if isinstance(value, dict) else ():
+        if name not in fields:
+            yield f"{path}.{name}"
+            continue
+        inner = model_of(fields[name].annotation)
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            for part in inside if isinstance(inside, list) else [inside]:
+                yield from unknown_fields(inner, part, f"{path}.{name}")
+
+
 class QLoRAJob(Model):
     """One QLoRA fine-tuning: from a base model and rows to a verified adapter."""
 
@@ -43,6 +57,21 @@ class QLoRAJob(Model):
     metadata: ObjectMeta
     spec: QLoRAJobSpec
     status: QLoRAJobStatus | None = None
+
+    @classmethod
+    def read(cls, stored: Any) -> tuple[QLoRAJob, tuple[str, ...]]:
+        """Read what the API server has, of any version; return it with the paths of spec that are not known here.
+
+        Raises:
+            pydantic.ValidationError: a known field has a value that is not known here.
+
+        """
+        try:
+            return cls.model_validate(stored), ()
+        except ValidationError:
+            return cls.model_validate(stored, extra="ignore"), tuple(
+                unknown_fields(QLoRAJobSpec, stored["spec"], "spec")
+            )
 
     @classmethod
     def from_manifest(cls, manifest: Any) -> QLoRAJob:

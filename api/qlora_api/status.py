@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, GetJsonSchemaHandler, StringConstraints
+from pydantic_core import CoreSchema
 
 from qlora_api.base import Model
 from qlora_api.batch import BatchSplit
@@ -16,9 +18,35 @@ Text = Annotated[str, StringConstraints(max_length=4096)]
 Decimal = Annotated[str, StringConstraints(max_length=32)]
 Count = Annotated[int, Field(ge=0)]
 MAX_ATTEMPTS = 64
+NAME_PATTERN = r"^[A-Za-z]([A-Za-z0-9_]*[A-Za-z0-9])?$"
+"""Of reasons, as in metav1.Condition."""
 
 
-class ConditionType(StrEnum):
+def _map_by(key: str) -> dict[str, Any]:
+    """Have the API server take a list as a map: server-side apply then changes single entries."""
+    return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
+
+
+class OpenEnum(StrEnum):
+    """Names that are a closed list in code, and in the API any name: other versions of the operator know others."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> Self | None:
+        """Keep a name that another version wrote."""
+        if not isinstance(value, str) or not re.fullmatch(NAME_PATTERN, value):
+            return None
+        other = str.__new__(cls, value)
+        other._name_, other._value_ = value, value
+        return other
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, _core: CoreSchema, _handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"type": "string", "pattern": NAME_PATTERN, "maxLength": 64, "description": cls.__doc__}
+
+
+class ConditionType(OpenEnum):
+    """Type of the condition."""
+
     PREPARED = "Prepared"
     """Model and data are checked; the plan is made."""
     RUNNING = "Running"
@@ -29,10 +57,18 @@ class ConditionType(StrEnum):
     """The adapter is verified and published."""
     FAILED = "Failed"
     """The job is over without an adapter; the message says why."""
+    FINISHED = "Finished"
+    """The job is over, whichever way: for ``kubectl wait --for=condition=Finished``."""
+    READY = "Ready"
+    """The adapter is published, for tools that know nothing of QLoRAJobs; until then the message says what goes on."""
+    STALLED = "Stalled"
+    """The job has failed and goes no further, for the same tools (kstatus)."""
+    DEGRADED = "Degraded"
+    """The job goes on, and something of it has no effect: fields or values that this operator does not know."""
 
 
-class Reason(StrEnum):
-    """Reason of a condition, or of the end of an attempt. A closed list."""
+class Reason(OpenEnum):
+    """Reason of a condition, or of the end of an attempt. Later versions may have more."""
 
     PENDING = "Pending"
     """The operator has not got to it yet."""
@@ -90,6 +126,10 @@ class Reason(StrEnum):
     """The publish gate found the adapter incomplete, not finite, untrained or worse than its base. Never retried."""
     CRASHED = "Crashed"
     """Any other end; the message has the last lines of the log."""
+    NOT_UNDERSTOOD = "NotUnderstood"
+    """The job has fields or values that this operator does not know, mostly since a newer version made them."""
+    UNDERSTOOD = "Understood"
+    """This operator knows all fields of the job again."""
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     """All attempts together took longer than policy.activeDeadlineSeconds, or Prepare than the operator allows."""
 
@@ -98,7 +138,6 @@ class Condition(Model):
     """Condition of a job, as metav1.Condition."""
 
     type: ConditionType
-    """Type of the condition."""
     status: Literal["True", "False", "Unknown"]
     """True, False or Unknown."""
     reason: Reason
@@ -273,8 +312,8 @@ class QLoRAJobStatus(Model):
     state: ConditionType | Literal["Pending"] = "Pending"
     """The condition that speaks for the job, for ``kubectl get``."""
     reason: Reason = Reason.PENDING
-    conditions: list[Condition] = Field([], max_length=8)
-    attempts: list[Attempt] = Field([], max_length=MAX_ATTEMPTS)
+    conditions: list[Condition] = Field([], max_length=16, json_schema_extra=_map_by("type"))
+    attempts: list[Attempt] = Field([], max_length=MAX_ATTEMPTS, json_schema_extra=_map_by("number"))
     """The newest ones; what ended without counting against policy.maxRestarts is dropped first."""
     restarts: Count = 0
     """Attempts that count against policy.maxRestarts."""

@@ -105,12 +105,12 @@ class Reconciler:
             return
         raw = json.loads(stored.body)
         try:
-            job = stored.parse()
+            job, unknown = stored.parse()
         except (ValidationError, ManifestError) as error:
-            await self._status.refuse(key, raw, error)
+            await self._status.write_not_understood(key, raw, error)
             return
         gang = choose_gang(job.spec.scheduling, self._config.gang, self._gangs())
-        observed = await self._observe(known, job, gang)
+        observed = replace(await self._observe(known, job, gang), unknown_fields=unknown)
         decision = self._plan(key, job, observed, gang)
         refusal = await self._create_children(key, decision)
         if refusal:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from pydantic import ValidationError
-
-from qlora_api.errors import ManifestError
 from qlora_api.job import QLoRAJob
+from qlora_api.status import ConditionType, QLoRAJobStatus, Reason
 from qlora_operator.act.children import job_path
 from qlora_operator.act.merge_patch import merge_patch
+from qlora_operator.act.other_versions import for_older_definition, with_unknown_fields
 from qlora_operator.decide.attempt_history import REPORTED_FIELDS, differ_in_figures, with_job_uids
 from qlora_operator.decide.decision import Decision
 from qlora_operator.kube.client import Api, ApiError, Object
@@ -54,8 +52,9 @@ class StatusWriter:
 
         """
         status = with_job_uids(decision.status, self._cache[key].own_children())
-        after = status.to_json_dict()
-        patch = after if job.status is None else merge_patch(stored.get("status") or {}, after)
+        before = stored.get("status") or {}
+        after = with_unknown_fields(before, status.to_json_dict(), QLoRAJobStatus)
+        patch = after if job.status is None else merge_patch(before, after)
         if not patch:
             return
         if job.status is not None and differ_in_figures(job.status, status):
@@ -75,48 +74,40 @@ class StatusWriter:
         self._written[key] = time.monotonic()
         self._cache.take_job(written)
 
-    async def refuse(self, key: Key, stored: Object, error: Exception) -> None:
-        """Write into status that this operator does not understand a job that the API server accepted.
-
-        Raises:
-            RuntimeError: it is the status that is not understood, which says nothing against the job.
-
-        """
-        now = datetime.now(UTC).replace(microsecond=0).isoformat()
-        text = str(error)[:LONGEST_ERROR]
-        conditions = (stored.get("status") or {}).get("conditions", ())
-        if any(c["type"] == "Failed" and c.get("message") == text for c in conditions):
+    async def write_not_understood(self, key: Key, stored: Object, error: Exception) -> None:
+        """Write that a job has a value that this operator does not know. Until it does, it leaves the job as it is."""
+        status: Object = stored.get("status") or {}
+        before = [c for c in status.get("conditions", ()) if c["type"] != ConditionType.DEGRADED]
+        text = f"this version of the operator leaves the job as it is: {error}"[:LONGEST_ERROR]
+        said = {(c["type"], c["status"], c.get("message")) for c in status.get("conditions", ())}
+        if (ConditionType.DEGRADED, "True", text) in said:
             return
-        if _is_valid({name: value for name, value in stored.items() if name != "status"}):
-            # What a newer operator wrote is no reason to end a job: leave it alone until this one is newer, too.
-            raise RuntimeError(f"status cannot be understood: {text}")
-        failed = {
-            "type": "Failed",
+        degraded = {
+            "type": ConditionType.DEGRADED,
             "status": "True",
-            "reason": "UserError",
+            "reason": Reason.NOT_UNDERSTOOD,
             "message": text,
-            "lastTransitionTime": now,
+            "lastTransitionTime": datetime.now(UTC).replace(microsecond=0).isoformat(),
             "observedGeneration": stored["metadata"].get("generation", 0),
         }
-        status = {"state": "Failed", "reason": "UserError", "completionTime": now, "conditions": [failed]}
-        body = {"metadata": {"resourceVersion": stored["metadata"]["resourceVersion"]}, "status": status}
-        self._cache.take_job(await self._api.patch(f"{job_path(key)}/status", body))
+        change: Object = {"conditions": [*before, degraded]}
+        if not status.get("attempts") and status.get("state") in (None, "Pending"):
+            change |= {"state": "Pending", "reason": Reason.NOT_UNDERSTOOD}
+        body = {"metadata": {"resourceVersion": stored["metadata"]["resourceVersion"]}, "status": change}
+        self._cache.take_job(await self._patch(key, body))
 
     async def _patch(self, key: Key, body: Object) -> Object:
-        """Write status; without the figures that pods report, where the API server refuses it with them."""
+        """Write status; without what the API server refuses of it, by an older definition or of its pods' figures."""
+        path = f"{job_path(key)}/status"
         try:
-            return await self._api.patch(f"{job_path(key)}/status", body)
+            return await self._api.patch(path, body)
         except ApiError as error:
-            kept = {name: value for name, value in body["status"].items() if name not in REPORTED_FIELDS}
-            if error.status != 422 or kept == body["status"]:
+            if error.status != 422:
                 raise
-            log.warning("%s: status is refused with the figures of its pods: %s", "/".join(key), error)
-            return await self._api.patch(f"{job_path(key)}/status", {**body, "status": kept})
-
-
-def _is_valid(manifest: Object) -> bool:
-    try:
-        QLoRAJob.model_validate_json(json.dumps(manifest))
-    except (ValidationError, ManifestError):
-        return False
-    return True
+            kept = for_older_definition(body["status"], error.message)
+            if kept == body["status"]:
+                kept = {name: value for name, value in kept.items() if name not in REPORTED_FIELDS}
+            if kept == body["status"]:
+                raise
+            log.warning("%s: a part of status is refused: %s", "/".join(key), error)
+            return await self._api.patch(path, {**body, "status": kept})

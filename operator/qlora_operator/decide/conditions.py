@@ -51,6 +51,31 @@ def with_condition(
     return status.model_copy(update={"conditions": conditions})
 
 
+_SPEAKING = (
+    *(ConditionType.SUCCEEDED, ConditionType.FAILED, ConditionType.SUSPENDED),
+    *(ConditionType.RUNNING, ConditionType.PREPARED),
+)
+
+
+def with_summary(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
+    """The status with the conditions that say the same in other tools' terms, and with what has no effect."""
+    by_type = {c.type: c for c in status.conditions}
+    own = [by_type[kind] for kind in _SPEAKING if kind in by_type]
+    text = next((c.message for c in own if c.reason is status.reason), "")
+    succeeded = is_condition_true(status.conditions, ConditionType.SUCCEEDED)
+    status = with_condition(context, status, ConditionType.READY, status.reason, text, is_true=succeeded)
+    if is_finished(status):
+        status = with_condition(context, status, ConditionType.FINISHED, status.reason, text, is_true=True)
+    if is_finished(status) and not succeeded:
+        status = with_condition(context, status, ConditionType.STALLED, status.reason, text, is_true=True)
+    if unknown := context.seen.unknown_fields:
+        text = f"this version of the operator does not know, and leaves out: {', '.join(unknown)}"
+        return with_condition(context, status, ConditionType.DEGRADED, Reason.NOT_UNDERSTOOD, text, is_true=True)
+    if is_condition_true(status.conditions, ConditionType.DEGRADED):
+        return with_condition(context, status, ConditionType.DEGRADED, Reason.UNDERSTOOD, "", is_true=False)
+    return status
+
+
 def is_condition_true(conditions: Iterable[Condition], kind: ConditionType) -> bool:
     return any(c.type is kind and c.status == "True" for c in conditions)
 

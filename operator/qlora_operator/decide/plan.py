@@ -34,7 +34,7 @@ from qlora_operator.decide.attempt_history import (
     with_end,
 )
 from qlora_operator.decide.attempt_outcome import Ending, as_suspended, close, ending_of, is_cut_short, is_lost
-from qlora_operator.decide.conditions import is_condition_true, with_condition
+from qlora_operator.decide.conditions import is_condition_true, with_condition, with_summary
 from qlora_operator.decide.deadline import wake_after
 from qlora_operator.decide.decision import Context, Decision, Note
 from qlora_operator.decide.elastic import fewer, on_the_right_ranks, too_large, waiting_since
@@ -64,8 +64,13 @@ def plan(job: QLoRAJob, seen: Observed, config: OperatorConfig, gang: Gang) -> D
         seen = replace(seen, child_refused=problem)
     context = Context(job, seen, config, gang)
     status = job.status or QLoRAJobStatus()
-    notes: tuple[Note, ...] = ()
     was_over = stop_cause(context, status) in (StopCause.DELETED, StopCause.FINISHED)
+    decision = _decide(context, status, was_over=was_over)
+    return decision if was_over else replace(decision, status=with_summary(context, decision.status))
+
+
+def _decide(context: Context, status: QLoRAJobStatus, *, was_over: bool) -> Decision:
+    notes: tuple[Note, ...] = ()
     if not was_over:
         status = with_clock_stopped(context, adopted(context, status))
         status, notes = _concluded(context, status)

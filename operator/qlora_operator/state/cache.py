@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pydantic import ValidationError
+
 from qlora_api.contract import ProgressReport
 from qlora_api.job import QLoRAJob
 from qlora_api.printable import printable
@@ -44,9 +46,15 @@ class StoredJob:
     attempts: frozenset[str] = frozenset()
     """UIDs of the Jobs of its attempts, as status has them."""
 
-    def parse(self) -> QLoRAJob:
-        """Raises pydantic's ValidationError where the API server took what this version of the types refuses."""
-        return QLoRAJob.model_validate_json(self.body)
+    def parse(self) -> tuple[QLoRAJob, tuple[str, ...]]:
+        """Return the job, with the paths of spec that this version does not know.
+
+        Raises pydantic's ValidationError where the API server took a value that this version refuses.
+        """
+        try:
+            return QLoRAJob.model_validate_json(self.body), ()
+        except ValidationError:
+            return QLoRAJob.read(json.loads(self.body))
 
 
 _NOBODY = StoredJob("", 0, b"", is_finished=False, is_quiescent=False)

@@ -156,6 +156,8 @@ class Observed:
     """Why the Job controller cannot make pods, in its words: a quota, an admission policy."""
     child_refused: str = ""
     """What the API server said when it just refused to make a child."""
+    unknown_fields: tuple[str, ...] = ()
+    """Paths of the job's spec that this version does not know."""
     memory_correction: float = 1.0
     """What this cluster has learned of predicted memory on the GPU that the job gets."""
 

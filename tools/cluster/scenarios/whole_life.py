@@ -137,6 +137,8 @@ EXPECTED: dict[str, Any] = {
         "Running": "False Completed ",
         "Suspended": "False Pending resumed",
         "Succeeded": "True Completed step 10 of 10",
+        "Ready": "True Completed step 10 of 10",
+        "Finished": "True Completed step 10 of 10",
     },
     "restarts": 0,
     "adapter": ADAPTER,

@@ -1,0 +1,138 @@
+"""Other versions: an older operator beside a newer definition, and the other way round, while jobs run."""
+
+from __future__ import annotations
+
+import copy
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.scenarios.jobs import condition, create_job, in_state, job_path, qlora_job
+from cluster.scenarios.script import pods_do
+from cluster.scenarios.whole_life import ADAPTER, ends
+
+CRD = Path(__file__).parents[3] / "crds" / "qlora.dev_qlorajobs.yaml"
+CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+JOBS, PODS = "/apis/batch/v1/namespaces/{}/jobs", "/api/v1/namespaces/{}/pods"
+LONG = 60
+TEXT = {"type": "string"}
+FIRST_CONDITIONS = ["Prepared", "Running", "Suspended", "Succeeded", "Failed"]
+LATER_REASONS = ["NotUnderstood", "Understood"]
+"""None of which version 0.1.0 had."""
+
+
+@pytest.fixture
+def api(crd_cluster):
+    return crd_cluster.api
+
+
+def newer(properties):
+    """Add fields and values as a later version may have them."""
+    spec, status = properties["spec"]["properties"], properties["status"]["properties"]
+    spec["policy"]["properties"]["later"] = {**TEXT, "default": "yes"}
+    spec["laterGroup"] = {"type": "object", "properties": {"field": TEXT}}
+    spec["policy"]["properties"]["onOutOfMemory"]["enum"].append("Later")
+    status["later"] = TEXT
+    status["attempts"]["items"]["properties"]["later"] = TEXT
+
+
+def older(properties):
+    """Close the lists and take away what version 0.1.0 did not have."""
+    status = properties["status"]["properties"]
+    entry = status["conditions"]["items"]["properties"]
+    entry["type"] = {**TEXT, "enum": FIRST_CONDITIONS}
+    reasons = [*("Pending", "Queued", "Starting", "Unschedulable", "Training", "Completed", "UserError", "Suspended")]
+    entry["reason"] = status["reason"] = {**TEXT, "enum": reasons}
+    status["conditions"] |= {"maxItems": 8}
+    del status["totalRestarts"]
+
+
+@contextmanager
+def definition(api, change):
+    """Have a changed definition served."""
+    body = yaml.safe_load(CRD.read_text())
+    changed = copy.deepcopy(body)
+    change(changed["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"])
+    api.apply(changed)
+    _wait_until_served(api, changed)
+    try:
+        yield
+    finally:
+        api.apply(body)
+        _wait_until_served(api, body)
+
+
+def _wait_until_served(api, body):
+    """The API server publishes what it serves; it takes a moment to take up a change."""
+    wanted = body["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]["properties"]
+
+    def served(found):
+        schema = found["components"]["schemas"]["dev.qlora.v1alpha1.QLoRAJob"]["properties"]["status"]["properties"]
+        return schema.keys() == wanted.keys()
+
+    api.wait_for("/openapi/v3/apis/qlora.dev/v1alpha1", served, seconds=LONG, what="the definition is served")
+
+
+def test_what_a_newer_definition_has_ends_no_job_and_is_named(api, forked, kwok_namespace):
+    with definition(api, newer), pods_do(api, kwok_namespace, ends(adapter=ADAPTER), attempt=2):
+        path = create_job(api, qlora_job(namespace=kwok_namespace, laterGroup={"field": "x"}))
+        running = api.wait_for(path, in_state("Running"), seconds=LONG)
+        degraded = condition(running, "Degraded")
+        assert (degraded["status"], degraded["reason"]) == ("True", "NotUnderstood")
+        assert "spec.policy.later" in degraded["message"]
+        assert "spec.laterGroup" in degraded["message"]
+        (pod,) = api.list(PODS.format(kwok_namespace))
+        assert "later" not in json.dumps(json.loads(pod["metadata"]["annotations"]["qlora.dev/config"])["spec"])
+
+        forked.kill()  # a newer one works meanwhile
+        said = running["status"]
+        later = {"type": "Later", "status": "True", "reason": "LaterReason", "message": "", "lastTransitionTime": NOW}
+        attempt = {**said["attempts"][0], "later": "kept"}
+        change = {"later": "kept", "attempts": [attempt], "conditions": [*said["conditions"], later]}
+        api.patch(f"{path}/status", {"status": change})
+        job_uid = api.get(f"{JOBS.format(kwok_namespace)}/job-1")["metadata"]["uid"]
+        forked.start()
+        again = api.patch(path, {"spec": {"policy": {"maxRestarts": 5}}})["metadata"]["generation"]
+        there = api.wait_for(path, lambda job: job["status"]["observedGeneration"] == again, seconds=LONG)
+        assert there["status"]["attempts"] == [attempt]
+        assert api.get(f"{JOBS.format(kwok_namespace)}/job-1")["metadata"]["uid"] == job_uid
+
+        api.delete(f"{PODS.format(kwok_namespace)}/{pod['metadata']['name']}")
+        done = api.wait_for(path, in_state("Succeeded"), seconds=LONG)
+    assert done["status"]["later"] == "kept"
+    assert done["status"]["attempts"][0]["later"] == "kept"
+    assert condition(done, "Later")["reason"] == "LaterReason"
+
+
+NOW = "2026-01-01T00:00:00Z"
+
+
+def test_a_value_that_is_not_known_leaves_the_job_and_its_pods_as_they_are(api, forked, kwok_namespace):
+    with definition(api, newer), pods_do(api, kwok_namespace, {}):
+        path = create_job(api, qlora_job(namespace=kwok_namespace))
+        api.wait_for(path, in_state("Running"), seconds=LONG)
+        api.patch(path, {"spec": {"policy": {"onOutOfMemory": "Later"}}})
+        left = api.wait_for(path, lambda job: "onOutOfMemory" in condition(job, "Degraded")["message"], seconds=LONG)
+        assert left["status"]["state"] == "Running"
+        create_job(api, qlora_job("waits", kwok_namespace, policy={"onOutOfMemory": "Later"}))
+        api.wait_for(job_path(kwok_namespace, "waits"), in_state("Pending", "NotUnderstood"), seconds=LONG)
+        (pod,) = api.list(PODS.format(kwok_namespace))
+        assert "deletionTimestamp" not in pod["metadata"]
+        for each in (path, job_path(kwok_namespace, "waits")):
+            api.patch(each, {"spec": {"policy": {"onOutOfMemory": "Fail", "later": None}}})
+            api.wait_for(each, in_state("Running"), seconds=LONG)
+
+
+def test_an_older_definition_takes_what_a_newer_operator_writes(api, forked, kwok_namespace):
+    with definition(api, older), pods_do(api, kwok_namespace, ends(adapter=ADAPTER), attempt=2):
+        path = create_job(api, qlora_job(namespace=kwok_namespace))
+        api.wait_for(path, in_state("Running"), seconds=LONG)
+        api.patch(path, {"spec": {"suspend": True}})
+        api.wait_for(path, in_state("Suspended"), seconds=LONG)
+        api.patch(path, {"spec": {"suspend": False}})
+        done = api.wait_for(path, in_state("Succeeded"), seconds=LONG)
+    assert [a["reason"] for a in done["status"]["attempts"]] == ["Suspended", "Completed"]
+    assert condition(done, "Succeeded")["status"] == "True"
