@@ -16,6 +16,7 @@ from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig, reas
 from qlora_trainer.errors import StorageError, TrainerError
 from qlora_trainer.prepare.local_copy import Prepared, bring
 from qlora_trainer.prepare.records import Records
+from qlora_trainer.publish.destination_claim import claim_destination, release_destination
 from qlora_trainer.publish.published_adapter import finished_run
 from qlora_trainer.python_process import forbid_inspection, python_command
 from qlora_trainer.reporting import termination_message
@@ -39,6 +40,17 @@ def run(config: TrainerConfig, path: Path, stop: Stop) -> int:
     code = ready(config, path)
     if code:
         return code
+    if os.environ.get("JOB_COMPLETION_INDEX", "0") != "0":
+        return _launched(config, path, stop)
+    destination = config.spec.output.destination
+    claim_destination(destination, config.job)
+    code = _launched(config, path, stop)
+    if code == ExitCode.USER_ERROR:  # for good, unlike every other: another job may have the place
+        release_destination(destination, config.job)
+    return code
+
+
+def _launched(config: TrainerConfig, path: Path, stop: Stop) -> int:
     from qlora_trainer.worker.launch import launch  # noqa: PLC0415 seconds of torch, for nothing if there is nothing to do
 
     return launch(config, path, stop)

@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -9,7 +10,7 @@ from fixtures import use_s3
 from qlora_api.contract import JobRef
 from qlora_storage.object_store import open_store
 from qlora_trainer.errors import UserError
-from qlora_trainer.publish.destination_claim import FIELD, claim_destination, release_destination
+from qlora_trainer.publish.destination_claim import FIELD, Claim, claim_destination, release_destination
 from services.faulty_s3 import S3Fault, faulty_s3, once_each
 
 OTHER = JobRef(name="other", namespace="team", uid="0000-other")
@@ -23,7 +24,8 @@ def claims(place):
 def test_the_second_job_is_told_who_was_first(place, job):
     claim_destination(place, job)
     claim_destination(place, job)
-    with pytest.raises(UserError, match=r"is claimed by job team/tune \(run 3f2a.* since \d{4}-.*or delete .*\.claims"):
+    told = r"is claimed by job team/tune \(run 3f2a.*\), .* began at \d{4}-.*, 0 hours ago, .*or delete .*\.claims"
+    with pytest.raises(UserError, match=told):
         claim_destination(place, OTHER)
     assert claims(place) == [".claims/00000001.json"]
 
@@ -46,6 +48,39 @@ def test_what_is_released_is_free(place, job):
     claim_destination(place, OTHER)
     with pytest.raises(UserError, match="is claimed by job team/other"):
         claim_destination(place, job)
+
+
+def claim_of(place, job, **ago):
+    """Claim the destination as if it had been some time ago."""
+    time = datetime.now(UTC) - timedelta(**ago)
+    claim = Claim(run_uid=job.uid, namespace=job.namespace, job=job.name, time=time)
+    open_store(place, FIELD).put(".claims/00000001.json", claim.model_dump_json(by_alias=True).encode())
+
+
+def test_a_claim_expires_when_no_attempt_has_begun_for_long(place, job, caplog):
+    claim_of(place, job, days=14, minutes=1)
+    claim_destination(place, OTHER)
+    assert claims(place) == [".claims/00000002.json"]
+    assert "the claim of job team/tune (run 3f2a" in caplog.text
+    assert "has expired: its last attempt began 14 days ago" in caplog.text
+    with pytest.raises(UserError, match="is claimed by job team/other"):
+        claim_destination(place, job)
+
+
+def test_a_claim_that_is_not_old_enough_holds_and_its_age_is_told(place, job):
+    claim_of(place, job, days=13, hours=23)
+    with pytest.raises(
+        UserError, match=r"team/tune .*, 13 days ago, .*after 14 days without a new attempt its claim expires"
+    ):
+        claim_destination(place, OTHER)
+
+
+def test_an_attempt_renews_the_claim_of_its_job(place, job):
+    claim_of(place, job, days=14, minutes=1)
+    claim_destination(place, job)
+    assert claims(place) == [".claims/00000002.json"]
+    with pytest.raises(UserError, match="0 hours ago"):
+        claim_destination(place, OTHER)
 
 
 def test_of_jobs_that_claim_at_once_exactly_one_succeeds(place, job):

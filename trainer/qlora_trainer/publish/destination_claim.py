@@ -1,5 +1,9 @@
 """Claim a destination, so that of two jobs that name one the second ends in Prepare and not after its training.
 
+A claim is given up when its job ends by an error of the user's, and expires when no attempt of the job has begun for
+LIFETIME: a job that is deleted tells nobody. One that trains for longer in one attempt may lose its claim, not its
+adapter: the manifest too is created under a name that must be free.
+
 A claim is never changed: ``.claims/00000001.json`` is followed by ``00000002.json``, and the last one counts. Each is
 created under a name that must be free. So exactly one of several that take over at once succeeds, on every store that
 can create without replacing; that a store can is found out here, by doing it.
@@ -8,7 +12,7 @@ can create without replacing; that a store can is found out here, by doing it.
 from __future__ import annotations
 
 import logging
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
 
 from pydantic import ValidationError
@@ -22,6 +26,9 @@ FIELD = "spec.output.destination"
 FOLDER = ".claims"
 TRIES = 5
 """Each lost to another claim that was created in the same moment."""
+LIFETIME = timedelta(days=14)
+RENEWED_AFTER = timedelta(days=1)
+"""An attempt that begins later renews the claim of its job; of those before, each would be a write for nothing."""
 log = logging.getLogger(__name__)
 
 
@@ -32,19 +39,29 @@ class Claim(Model):
     namespace: str
     job: str
     time: datetime
+    """When it was made or renewed: an attempt of the job began."""
     released: bool = False
     """Whoever held the destination does not need it any more."""
+
+    @property
+    def age(self) -> timedelta:
+        return datetime.now(UTC) - self.time
 
     def is_of(self, job: JobRef) -> bool:
         """Tell whether ``job`` may go on with this claim or in its place.
 
         A job of the same name and namespace is this one created anew: the two are never there at once.
         """
-        return self.released or self.run_uid == job.uid or (self.namespace, self.job) == (job.namespace, job.name)
+        mine = self.run_uid == job.uid or (self.namespace, self.job) == (job.namespace, job.name)
+        return mine or self.released or self.age > LIFETIME
+
+    def is_current(self, job: JobRef) -> bool:
+        """Tell whether the claim is this run's and need not be renewed."""
+        return self.run_uid == job.uid and not self.released and self.age < RENEWED_AFTER
 
 
 def claim_destination(uri: str, job: JobRef) -> None:
-    """Claim the destination for a job; nothing changes where it is claimed for this run already.
+    """Claim the destination for a job, or renew its claim; one of today stays as it is.
 
     Raises:
         UserError: another job has claimed it, or the store replaces objects where it should refuse to.
@@ -58,13 +75,19 @@ def claim_destination(uri: str, job: JobRef) -> None:
             raise UserError(
                 FIELD,
                 store.uri(),
-                f"is claimed by job {claim.namespace}/{claim.job} (run {claim.run_uid}) since "
-                f"{claim.time:%Y-%m-%d %H:%M} UTC, and two jobs cannot publish to one place: choose another "
-                f"destination, or delete {store.uri(FOLDER)} if that job is gone",
+                f"is claimed by job {claim.namespace}/{claim.job} (run {claim.run_uid}), whose last attempt began at "
+                f"{claim.time:%Y-%m-%d %H:%M} UTC, {_days(claim.age)} ago, and two jobs cannot publish to one place: "
+                f"choose another destination, or delete {store.uri(FOLDER)} if that job is gone (after "
+                f"{LIFETIME.days} days without a new attempt its claim expires)",
             )
-        if claim and claim.run_uid == job.uid and not claim.released:
+        if claim and claim.is_current(job):
             _check_refusal(store, _key(number), claim)
             return
+        if claim and not claim.released and (claim.namespace, claim.job) != (job.namespace, job.name):
+            log.warning(
+                "the claim of job %s/%s (run %s) on %s has expired: its last attempt began %s ago",
+                *(claim.namespace, claim.job, claim.run_uid, store.uri(), _days(claim.age)),
+            )
         if _follow(store, number, _claim_of(job)):
             return
     raise StorageError(f"{FIELD}: {store.uri(FOLDER)} changes while it is claimed: other jobs claim {uri} too")
@@ -79,6 +102,12 @@ def release_destination(uri: str, job: JobRef) -> None:
             _follow(store, number, _claim_of(job, released=True))
     except TrainerError as error:
         log.warning("%s stays claimed: %s", uri, error)
+
+
+def _days(age: timedelta) -> str:
+    if age < timedelta(days=1):
+        return f"{max(age, timedelta(0)).seconds // 3600} hours"
+    return f"{age.days} days"
 
 
 def _claim_of(job: JobRef, *, released: bool = False) -> Claim:
