@@ -285,6 +285,10 @@ class PrepareResult(Model):
     batch: BatchSplit
     gradient_checkpointing: bool
     """Whether the first attempt computes activations again, as planned or as the job says."""
+    quantized: Text = ""
+    """Share of the base's weights that are quantized. Empty: it cannot be told."""
+    adapted: Text = ""
+    """Of the base's linear layers and its layers with experts, those with an adapter. Empty: it cannot be told."""
     memory: dict[str, Count] = Field({}, max_length=32)
     """Predicted bytes of one rank by component."""
     expected_gpu_hours: Decimal | None = None

@@ -39,6 +39,11 @@ class Coverage:
         return f"{layers}, the experts of {self.adapted_groups} of {self.groups} layers"
 
     @property
+    def notes(self) -> tuple[str, str]:
+        """Return both as sentences."""
+        return f"quantized: {self.held}", f"adapted: {self.adapted}"
+
+    @property
     def held(self) -> str:
         """Return how much is quantized, in words."""
         return f"{self.quantized / self.weights:.1%} of {self.weights:,} weights"

@@ -290,6 +290,7 @@ def _data(found: PrepareReceipt) -> str:
         rows.append(
             ("Evaluation", f"{units.number(found.eval_rows)} rows, {units.number(found.eval_tokens)} tokens{known}")
         )
+    rows += [("Note", note) for note in found.notes]
     by_length = [(f"≤ {units.number(most)}", float(rows)) for most, rows in sorted(found.lengths.items())]
     drawn = columns("Rows by tokens", by_length, x_title="tokens of a row", y_text=units.number)
     return f'<div class="facts">{_pairs([*rows, ("Hash", found.data_hash)])}{drawn}</div>'

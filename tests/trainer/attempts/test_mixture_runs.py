@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from mixtures import MIXTURES, save_mixture
 from qlora_api.contract import ExitCode
+from qlora_trainer.reporting.training_history import PUBLISHED_FILE
 
 pytestmark = pytest.mark.ranks
 
@@ -48,6 +49,8 @@ def test_a_mixture_is_trained_and_published(name, lora, ranks, parallelism, work
     assert all(tensor.any() for tensor in experts.values())
     assert len([n for n in experts if "lora_B" in n]) == 2 * (1 if name == "deepseek_v3" else 2)
     assert json.loads((adapter / "adapter_config.json").read_text())["r"] == lora["rank"]
+    receipt = json.loads((adapter / PUBLISHED_FILE).read_text().splitlines()[-1])["receipt"]
+    assert [note.partition(":")[0] for note in receipt["notes"]] == ["quantized", "adapted"]
     assert "does not serve this adapter by itself, since it adapts experts" in (adapter / "README.md").read_text()
 
 

@@ -21,6 +21,7 @@ from qlora_trainer.model.disk_tensors import DiskTensors, dequantized_fp8
 from qlora_trainer.model.experts.packed import FrozenExperts
 from qlora_trainer.model.experts.structure import expert_parameters
 from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end
+from qlora_trainer.prepare.fetch_and_tokenize import notes_of
 from qlora_trainer.prepare.plan_memory import shape_of
 from qlora_trainer.publish.merge_adapter import merge
 from qlora_trainer.storage.model_files import safetensors_header
@@ -217,6 +218,12 @@ def test_fp8_without_scales_is_found(tmp_path):
         shape_of(tmp_path)
     with pytest.raises(TrainerError, match=r"up_proj\.weight is in FP8 and has no scales"):
         load_base(tmp_path, PLAIN, CPU)
+
+
+def test_the_receipt_says_how_a_base_is_on_disk(mxfp4, tmp_path):
+    assert notes_of(mxfp4) == ["the base is in MXFP4 on disk: its weights are dequantized as they are read"]
+    save_mixture(tmp_path / "16", "llama", vocab_size=320, **LIKE_LLAMA)
+    assert notes_of(tmp_path / "16") == []
 
 
 @pytest.mark.parametrize(

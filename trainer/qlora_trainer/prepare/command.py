@@ -22,6 +22,7 @@ import psutil
 from qlora_api.contract import ExitCode, PrepareReceipt, TerminationMessage, TrainerConfig, reason_of
 from qlora_api.spec import TrainingSpec
 from qlora_api.status import PrepareResult, Reason
+from qlora_memory import Coverage, planned_coverage
 from qlora_trainer.allocator import keep_freed_memory
 from qlora_trainer.errors import TrainerError, UserError
 from qlora_trainer.prepare.local_copy import bring
@@ -113,7 +114,10 @@ def prepared_message(config: TrainerConfig, record: Record) -> TerminationMessag
     """
     receipt = record.receipt
     planned = _decided(config, record)
+    covered = _coverage(config, record)
     result = PrepareResult(
+        quantized=covered.held if covered else "",
+        adapted=covered.adapted if covered else "",
         model_revision=record.model_revision,
         data_hash=receipt.data_hash,
         train_rows=receipt.train_rows,
@@ -135,9 +139,17 @@ def prepared_message(config: TrainerConfig, record: Record) -> TerminationMessag
     return TerminationMessage(exit_code=ExitCode.DONE, reason=Reason.COMPLETED, prepared=result)
 
 
+def _coverage(config: TrainerConfig, record: Record) -> Coverage | None:
+    """Return what will be quantized and adapted; None where the base's shape cannot be told."""
+    spec = config.spec
+    return planned_coverage(record.shape, spec.lora, spec.quantization) if record.shape else None
+
+
 def _told(config: TrainerConfig, record: Record) -> TerminationMessage:
     message = prepared_message(config, record)
-    receipt = record.receipt.model_copy(update={"samples": []})
+    covered = _coverage(config, record)
+    notes = [*record.receipt.notes, *(covered.notes if covered else ())]
+    receipt = record.receipt.model_copy(update={"samples": [], "notes": notes})
     print(receipt.model_dump_json(by_alias=True))  # noqa: T201 the receipt is the output
     return message
 

@@ -18,6 +18,7 @@ from qlora_trainer.model.compute_type import device_problem
 from qlora_trainer.model.dry_run import adapters_without_gradient
 from qlora_trainer.model.experts.structure import expert_parameters
 from qlora_trainer.model.experts.targets import linear_layers
+from qlora_trainer.model.read_weights import method_on_disk
 from qlora_trainer.model.tokenizer import load_bounded_tokenizer
 from qlora_trainer.prepare.plan_memory import shape_of
 from qlora_trainer.prepare.records import Record, job_key, pinned_revision
@@ -66,9 +67,15 @@ def prepare_anew(config: TrainerConfig, began: Record | None) -> Record:
         key=job_key(spec, model.revision),
         model_source=model.source,
         model_revision=model.revision,
-        receipt=data.receipt,
+        receipt=data.receipt.model_copy(update={"notes": [*data.receipt.notes, *notes_of(model.path)]}),
         shape=shape_of(model.path, model.source),
     )
+
+
+def notes_of(base: Path) -> list[str]:
+    """Return what is worth saying of a base's weights."""
+    method = method_on_disk(base)
+    return [] if method is None else [f"the base is in {method} on disk: its weights are dequantized as they are read"]
 
 
 def check_tokens(data: PreparedData, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:

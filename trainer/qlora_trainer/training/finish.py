@@ -18,6 +18,7 @@ from qlora_trainer.model.base_model import meta_model
 from qlora_trainer.model.coverage import coverage_of
 from qlora_trainer.model.experts.targets import name_text_alone
 from qlora_trainer.model.tokenizer import load_tokenizer
+from qlora_trainer.prepare.fetch_and_tokenize import notes_of
 from qlora_trainer.publish.merge_adapter import merge
 from qlora_trainer.publish.publisher import PublishFacts, publish
 from qlora_trainer.reporting.training_history import PUBLISHED_FILE
@@ -43,7 +44,9 @@ def publish_run(trainer: TrainingContext, run: RunState) -> Adapter:
         export_adapter(trainer.model, tensors, folder / "adapter", prepared.model_source, prepared.model_revision)
         tokenizer = load_tokenizer(prepared.model_path, config.spec.dataset.chat_template)
         tokenizer.save_pretrained(folder / "adapter")
+        covered = coverage_of(trainer.model)
         receipt = trainer.data.receipt.model_dump(mode="json", by_alias=True)
+        receipt["notes"] = [*receipt["notes"], *notes_of(prepared.model_path), *covered.notes]
         memory = trainer.recorder.report.memory
         trainer.history.end(receipt, memory.predicted, memory.measured)
         (folder / "adapter" / PUBLISHED_FILE).write_bytes(trainer.history.to_bytes())
@@ -52,7 +55,6 @@ def publish_run(trainer: TrainingContext, run: RunState) -> Adapter:
             loss_of = partial(sample_loss, rows=rows, beat=beat)
             merge(prepared.model_path, folder / "adapter", folder / "merged", loss_of)
             tokenizer.save_pretrained(folder / "merged")
-        covered = coverage_of(trainer.model)
         facts = PublishFacts(
             spec=config.spec,
             base_revision=prepared.model_revision,
