@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 
 from pydantic import ValidationError
 
@@ -139,7 +138,7 @@ class Reconciler:
         stuck = {p.node for p in pods if p.deletion_due and not p.ended and p.disruption and p.node}
         lost = [node for node in stuck if await self._nodes.is_lost(node)]
         return Observed(
-            now=datetime.now(UTC).replace(microsecond=0),
+            now=self._api.clock.now().replace(microsecond=0),
             jobs=jobs,
             pods=pods,
             report=known.report,
@@ -207,7 +206,7 @@ class Reconciler:
         """Post an Event. Losing one loses nothing that status does not say."""
         path = f"/apis/events.k8s.io/v1/namespaces/{job.metadata.namespace}/events"
         try:
-            await self._api.create(path, event_of(job, note, datetime.now(UTC)))
+            await self._api.create(path, event_of(job, note, self._api.clock.now()))
         except (ApiError, *TRANSIENT) as error:
             log.info("%s/%s: an event is lost: %s", job.metadata.namespace, job.metadata.name, error)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 
 from qlora_api.job import QLoRAJob
 from qlora_api.status import ConditionType, QLoRAJobStatus, Reason
@@ -87,7 +86,7 @@ class StatusWriter:
             "status": "True",
             "reason": Reason.NOT_UNDERSTOOD,
             "message": text,
-            "lastTransitionTime": datetime.now(UTC).replace(microsecond=0).isoformat(),
+            "lastTransitionTime": self._api.clock.now().replace(microsecond=0).isoformat(),
             "observedGeneration": stored["metadata"].get("generation", 0),
         }
         change: Object = {"conditions": [*before, degraded]}

@@ -2,15 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
 from qlora_api.job import GROUP, QLoRAJob
+from qlora_api.status import Attempt, ConditionType, QLoRAJobStatus, Reason
+from qlora_operator.decide.conditions import is_condition_true
 from qlora_operator.decide.decision import Note
 from qlora_operator.names import FIELD_MANAGER
 
 LONGEST_NOTE = 1024
 """Characters that events.k8s.io/v1 takes."""
+
+
+def transitions(before: QLoRAJobStatus, after: QLoRAJobStatus) -> Iterator[Note]:
+    """Give what has happened to a job from one status to the next, but for the ends of attempts."""
+    prepared = next((c for c in after.conditions if c.type is ConditionType.PREPARED and c.status == "True"), None)
+    if prepared and not is_condition_true(before.conditions, ConditionType.PREPARED):
+        yield Note("Normal", "Prepared", prepared.message)
+    if before.reason is not Reason.QUEUED and after.reason is Reason.QUEUED:
+        yield Note("Normal", "Queued", _message(after))
+    if before.reason is Reason.QUEUED and after.reason in _ADMITTED:
+        what = f"attempt {after.attempts[-1].number}" if after.attempts else "Prepare"
+        yield Note("Normal", "Admitted", f"{what} was admitted")
+    was, now = _newest(before), _newest(after)
+    if now is None or now.end_time is not None:
+        return
+    ran = was is not None and was.number == now.number and was.running_time is not None
+    if now.running_time is not None and not ran:
+        yield _started(after, now)
+    if now.running_time is None and ran:
+        yield Note("Warning", "Requeued", f"attempt {now.number}: its queue took its GPUs back")
+
+
+_ADMITTED = (Reason.STARTING, Reason.UNSCHEDULABLE, Reason.PREPARING, Reason.TRAINING, Reason.IMAGE_UNAVAILABLE)
+"""Reasons of a job that has left its queue."""
+
+
+def _started(status: QLoRAJobStatus, attempt: Attempt) -> Note:
+    text = f"attempt {attempt.number} trains: {attempt.world_size} ranks on {attempt.node or 'their nodes'}"
+    last = status.attempts[-2] if len(status.attempts) > 1 else None
+    if last is None:
+        return Note("Normal", "Started", text)
+    kind = "Resumed" if last.reason is Reason.SUSPENDED else "Recovered"
+    return Note("Normal", kind, f"{text}; attempt {last.number} ended: {last.reason}")
+
+
+def _newest(status: QLoRAJobStatus) -> Attempt | None:
+    return status.attempts[-1] if status.attempts else None
+
+
+def _message(status: QLoRAJobStatus) -> str:
+    """Return the message of the condition that says why a job waits."""
+    own = (c for c in status.conditions if c.type is not ConditionType.READY)
+    return next((c.message for c in own if c.reason is status.reason), "")
 
 
 def event_of(job: QLoRAJob, note: Note, now: datetime) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from qlora_operator.decide.conditions import is_condition_true, with_condition, 
 from qlora_operator.decide.deadline import wake_after
 from qlora_operator.decide.decision import Context, Decision, Note
 from qlora_operator.decide.elastic import fewer, on_the_right_ranks, too_large, waiting_since
+from qlora_operator.decide.events import transitions
 from qlora_operator.decide.grace_period import with_grace
 from qlora_operator.decide.pending_reason import pending_reason, prepare_queued
 from qlora_operator.decide.prepare_result import NOT_PREPARED, is_for, with_correction, with_prepared
@@ -66,7 +67,10 @@ def plan(job: QLoRAJob, seen: Observed, config: OperatorConfig, gang: Gang) -> D
     status = job.status or QLoRAJobStatus()
     was_over = stop_cause(context, status) in (StopCause.DELETED, StopCause.FINISHED)
     decision = _decide(context, status, was_over=was_over)
-    return decision if was_over else replace(decision, status=with_summary(context, decision.status))
+    if was_over:
+        return decision
+    notes = (*decision.notes, *transitions(status, decision.status))
+    return replace(decision, status=with_summary(context, decision.status), notes=notes)
 
 
 def _decide(context: Context, status: QLoRAJobStatus, *, was_over: bool) -> Decision:
@@ -171,7 +175,8 @@ def _concluded(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus
         return status, ()
     if isinstance(decision, Finish):
         kind: Literal["Normal", "Warning"] = "Normal" if decision.succeeded else "Warning"
-        note = Note(kind, decision.reason.value, decision.message)
+        where = f"; the adapter is published: {status.adapter.uri}" if decision.succeeded and status.adapter else ""
+        note = Note(kind, decision.reason.value, f"{decision.message}{where}")
         return _finished(context, status, decision), (note,)
     if outcome is StopOutcome.CLOSE_AS_SUSPENDED:
         return status, (Note("Normal", "Suspended", _attempt_words(attempt)),)

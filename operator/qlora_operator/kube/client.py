@@ -22,6 +22,7 @@ from qlora_api.printable import printable
 from qlora_operator.kube.bounded_reads import TooLargeError, lines, read_within
 from qlora_operator.kube.credentials import Credentials
 from qlora_operator.kube.kopf_import import kopf
+from qlora_operator.kube.server_clock import ServerClock
 from qlora_operator.names import FIELD_MANAGER
 
 Object = dict[str, Any]
@@ -71,6 +72,8 @@ class Api:
         self._host = info.server.rstrip("/")
         self._credentials = Credentials(info)
         self._count = count
+        self.clock = ServerClock()
+        """Of the API server."""
         self._slots = asyncio.Semaphore(concurrency)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ssl=info.as_ssl_context()),
@@ -161,6 +164,7 @@ class Api:
             async with self._slots, await self._ask(verb, path, parameters, body, content_type, accept) as answer:
                 text = await read_within(answer.content)
                 code = answer.status
+                self.clock.note(answer.headers.get("Date"))
         finally:
             self._count(verb, code, time.monotonic() - started)
         if not 200 <= code < 300:
