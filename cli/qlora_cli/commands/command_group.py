@@ -1,10 +1,26 @@
-"""Answer the verbs of kubectl and of other tools with the command of ``qlora`` that does it."""
+"""The group of all commands: what the system refuses ends each of them in a sentence.
+
+It also answers the verbs of kubectl and of other tools with the command of ``qlora`` that does it.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
+from contextlib import suppress
 from typing import Any
 
+import typer
 from typer.core import TyperGroup
+
+from qlora_cli.text.printable import write_line
+
+SYSTEM_ERROR = 40
+"""A path or a right must change."""
+STORAGE_FAILED = 47
+"""As ``qlora_api.contract.ExitCode.STORAGE_FAILED``: a disk is full, or fails."""
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 _LIST = ("list", "show JOB")
 INSTEAD: dict[str, tuple[str, ...]] = {
@@ -34,6 +50,27 @@ INSTEAD: dict[str, tuple[str, ...]] = {
 class CommandGroup(TyperGroup):
     """The commands of ``qlora``."""
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the program; an error of the system ends it with a sentence on standard error and an exit code."""
+        try:
+            return super().main(*args, **options)
+        except OSError as error:
+            _leave_standard_output()
+            with suppress(OSError):
+                write_line(f"qlora: {in_words(error)}", error=True)
+            sys.exit(STORAGE_FAILED if error.errno in _DISK else SYSTEM_ERROR)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command, whose reader may go when it has enough, as ``head`` does."""
+        try:
+            try:
+                return super().invoke(ctx)
+            finally:
+                sys.stdout.flush()  # what fails here would fail at Python's end, where nothing can be said
+        except BrokenPipeError:
+            _leave_standard_output()
+            raise typer.Exit(int(ctx.invoked_subcommand == "run")) from None  # which is not done then
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Refuse a verb of another tool with the command to use; exit code 2, as for any that is not known."""
         instead = INSTEAD.get(args[0], ())
@@ -43,3 +80,16 @@ class CommandGroup(TyperGroup):
             commands = " or ".join(f"'{program()} {command}'" for command in instead)
             ctx.fail(f"No such command '{args[0]}'. Did you mean {commands}?")
         return super().resolve_command(ctx, args)
+
+
+def in_words(error: OSError) -> str:
+    """Say which file the system refused, where it says so, and why."""
+    names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{names}: {reason}" if names else reason
+
+
+def _leave_standard_output() -> None:
+    """Let what is not written yet go nowhere, or Python would fail on it once more at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +23,8 @@ INTERRUPTED = 130
 
 EXIT_CODES = """\
 Exit codes: 0: success; 1: the check failed (a watched job failed, an adapter differs, the doctor found a fault);
-2: wrong usage; 3: the cluster cannot be reached; 40: invalid manifest or name, or missing permission; 130: Ctrl-C.
+2: wrong usage; 3: the cluster cannot be reached; 40: invalid manifest or name, or missing permission;
+47: a disk is full; 130: Ctrl-C.
 'run' and 'merge' exit as the trainer does (docs/reference/command-line.md)."""
 
 
@@ -107,9 +107,6 @@ def exit_with_code() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
-    except BrokenPipeError:  # 'qlora logs | head': whoever read has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(0) from None
     except ValueError as error:
         code = _code(error)
         if code is None:

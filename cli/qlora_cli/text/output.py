@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.segment import Segment
@@ -41,6 +42,10 @@ class PrintableConsole(Console):
         super().__init__(**options)
         self._depth = threading.local()
 
+    def on_broken_pipe(self) -> None:
+        """Leave the end to :class:`~qlora_cli.commands.command_group.CommandGroup`, as for all other output."""
+        raise BrokenPipeError
+
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Render, and make the whole printable: parts of it would lose what they were measured to have room for."""
         if getattr(self._depth, "within", False):
@@ -57,8 +62,9 @@ class PrintableConsole(Console):
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console that prints text as it is. rich honours NO_COLOR, FORCE_COLOR and TERM=dumb."""
-    made = PrintableConsole(stderr=stderr, markup=False, emoji=False, highlight=False)
+    """A console that prints text as it is. rich honours FORCE_COLOR and TERM=dumb; NO_COLOR leaves all styles out."""
+    colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"  # rich would still write bold
+    made = PrintableConsole(stderr=stderr, markup=False, emoji=False, highlight=False, color_system=colours)
     if not made.is_terminal:
         made.width = LOG_WIDTH
     return made
