@@ -23,6 +23,7 @@ from qlora_cli.local import local_spec, run_folder, run_view
 from qlora_cli.local.prepare_view import PrepareDisplay
 from qlora_cli.local.progress_view import Poller, Watcher, display_for
 from qlora_cli.local.trainer_process import Process, Stopped, watch
+from qlora_cli.text.paragraphs import Paragraph
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -105,7 +106,7 @@ class LocalRun:
         termination = step.termination_message()
         prepared = termination.prepared if termination else None
         self._keep(self.record.model_copy(update={"receipt": receipt, "prepared": prepared}))
-        console.print(display.summary(), soft_wrap=True)
+        console.print(Paragraph(display.summary()), crop=False)
         console.print(run_view.receipt(receipt, None if self.record.attempts else prepared), crop=False)
         return None
 

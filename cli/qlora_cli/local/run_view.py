@@ -94,7 +94,7 @@ def _quantization(spec: QLoRAJobSpec) -> str:
 
 def _computes_in(quantization: QuantizationSpec) -> str:
     if quantization.compute_type is ComputeType.AUTO:
-        return "computes in what the device is fast in"
+        return "compute type chosen for the device"
     return f"computes in {quantization.compute_type}"
 
 
