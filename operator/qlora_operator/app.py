@@ -192,10 +192,8 @@ class Operator:
 
     async def watch(self) -> None:
         """Have kopf watch the QLoRAJobs until cancelled."""
-        await self.looked.wait()
         works = await kopf.spawn_tasks(
-            registry=self.registry(),
-            settings=kopf_handlers.settings(),
+            registry=kopf_handlers.handlers(self.store, self.wake, self.looked, self.log_in),
             standalone=True,
             clusterwide=not self.config.namespaces,
             namespaces=self.config.namespaces,
@@ -204,19 +202,11 @@ class Operator:
         # Not kopf.run_tasks: when a watch has failed for good, it waits for the others, and they for it (kopf#1276).
         await first_of(works)
 
-    def registry(self) -> kopf.OperatorRegistry:
-        """Return kopf's handlers for the operator."""
-        registry = kopf.OperatorRegistry()
-        kopf_handlers.register(registry, self.store, self.wake)
-
-        @kopf.on.login(registry=registry)
-        async def login(**_: object) -> kopf.AiohttpSession:
-            """The same credentials for kopf's watches; asked again when the API server does not know them any more."""
-            current = await asyncio.to_thread(load_credentials)
-            session = watching_session(current, self.note, self.metrics.skipped)
-            return kopf.AiohttpSession(server=current.server, aiohttp_session=session)
-
-        return registry
+    async def log_in(self) -> kopf.AiohttpSession:
+        """Return a session of kopf's, by the same credentials as the operator's own calls."""
+        current = await asyncio.to_thread(load_credentials)
+        session = watching_session(current, self.note, self.metrics.skipped)
+        return kopf.AiohttpSession(server=current.server, aiohttp_session=session)
 
     def note(self, path: str) -> None:
         """Take in that kopf asks for a path."""

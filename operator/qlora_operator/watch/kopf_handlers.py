@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from qlora_api.job import GROUP, VERSION
@@ -29,28 +30,51 @@ class NoDiffBase(kopf.DiffBaseStorage):
         return None
 
 
-def settings() -> kopf.OperatorSettings:
+def configure(settings: kopf.OperatorSettings) -> None:
     """Configure how kopf watches: with time limits everywhere, and without writes of its own."""
-    chosen = kopf.OperatorSettings()
-    chosen.posting.enabled = False
-    chosen.scanning.disabled = True
-    chosen.peering.standalone = True
-    chosen.persistence.diffbase_storage = NoDiffBase()
-    chosen.watching.server_timeout = WATCH_SECONDS
-    chosen.watching.inactivity_timeout = SILENCE_SECONDS
-    chosen.watching.connect_timeout = 10
-    chosen.watching.chunk_size = LIST_CHUNK
-    chosen.networking.request_timeout = 60
-    chosen.networking.connect_timeout = 10
-    chosen.queueing.idle_timeout = 0.1  # a task of kopf's keeps its object's whole body until then
-    return chosen
+    settings.posting.enabled = False
+    settings.scanning.disabled = True
+    settings.peering.standalone = True
+    settings.persistence.diffbase_storage = NoDiffBase()
+    settings.watching.server_timeout = WATCH_SECONDS
+    settings.watching.inactivity_timeout = SILENCE_SECONDS
+    settings.watching.connect_timeout = 10
+    settings.watching.chunk_size = LIST_CHUNK
+    settings.networking.request_timeout = 60
+    settings.networking.connect_timeout = 10
+    settings.queueing.idle_timeout = 0.1  # a task of kopf's keeps its object's whole body until then
 
 
-def register(registry: kopf.OperatorRegistry, store: ObjectCache, wake: Callable[[Key], None]) -> None:
-    """Feed the store and wake jobs."""
+def handlers(
+    store: ObjectCache,
+    wake: Callable[[Key], None],
+    listed: asyncio.Event,
+    login: Callable[[], Awaitable[kopf.AiohttpSession]],
+) -> kopf.OperatorRegistry:
+    """Return kopf's handlers, which fill the store and wake jobs.
+
+    Args:
+        store: what is known.
+        wake: told the key of each job that has changed.
+        listed: set once everything was listed; nothing is watched before.
+        login: returns a session with valid credentials, at the start and when the API server refuses those it has.
+
+    """
+    registry = kopf.OperatorRegistry()
+
+    @kopf.on.startup(registry=registry, id="initial-sync")
+    async def start(settings: kopf.OperatorSettings, **_: Any) -> None:
+        configure(settings)
+        await listed.wait()
+
+    @kopf.on.login(registry=registry, id="login")
+    async def log_in(**_: Any) -> kopf.AiohttpSession:
+        return await login()
 
     @kopf.on.event(GROUP, VERSION, "qlorajobs", registry=registry, id="qlorajobs")
     async def changed(event: Mapping[str, Any], **_: Any) -> None:
         key = (store.drop_job if event["type"] == "DELETED" else store.take_job)(event["object"])
         if key:
             wake(key)
+
+    return registry
