@@ -162,7 +162,7 @@ def _cell(text: str) -> str:
 def _conditions() -> Iterator[str]:
     yield WRITTEN.format(source="api/qlora_api/status.py, contract.py and lifecycle.py")
     yield from ("", "# Conditions, reasons, exit codes", "", "## Conditions", "")
-    yield "`status.state` is the one that speaks for the job, or `Pending`; `status.reason` says why."
+    yield "`status.state` is the condition that describes the job, or `Pending`; `status.reason` is its reason."
     yield from ("", "| condition | holds when |", "| --- | --- |")
     for condition in ConditionType:
         yield f"| `{condition}` | {_cell(_meanings(ConditionType)[condition])} |"
