@@ -14,6 +14,7 @@ from qlora_cli.commands.artifacts.report import report
 from qlora_cli.commands.artifacts.verify import verify
 from qlora_cli.commands.command_group import CommandGroup
 from qlora_cli.commands.doctor import doctor
+from qlora_cli.commands.inspect import inspect
 from qlora_cli.commands.jobs.cancel import cancel
 from qlora_cli.commands.jobs.events import events
 from qlora_cli.commands.jobs.list import list_jobs
@@ -67,6 +68,7 @@ for _command in (
     run,
     validate,
     plan,
+    inspect,
     explain,
     crds,
     generate,

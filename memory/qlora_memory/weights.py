@@ -51,7 +51,7 @@ def quantizable_layers(shape: ModelShape, kind: QuantizationType) -> tuple[Linea
             return (*shape.linears, *shape.experts)
 
 
-def quantized_bytes(linear: Linear, quantization: QuantizationSpec) -> int:
+def quantized_bytes(linear: Linear, quantization: QuantizationSpec, block: int = BLOCK) -> int:
     """Bytes of one layer's weight: two to a byte in NF4 and FP4, one in INT8, none here where it is not quantized.
 
     bitsandbytes.functional.quantize_4bit packs into ⌈n / 2⌉ bytes; an expert fills whole blocks.
@@ -62,7 +62,7 @@ def quantized_bytes(linear: Linear, quantization: QuantizationSpec) -> int:
         case QuantizationType.INT8:
             return linear.elements
         case _:
-            return -(-linear.elements // 2) if linear.experts == 1 else BLOCK // 2 * _blocks(linear)
+            return -(-linear.elements // 2) if linear.experts == 1 else block // 2 * _blocks(linear, block)
 
 
 def skipped_bytes(shape: ModelShape, quantization: QuantizationSpec) -> tuple[int, int]:
@@ -72,7 +72,7 @@ def skipped_bytes(shape: ModelShape, quantization: QuantizationSpec) -> tuple[in
     return len(skipped), compute_width(quantization) * sum(i.elements for i in skipped) - quantized
 
 
-def constant_bytes(linear: Linear, quantization: QuantizationSpec) -> int:
+def constant_bytes(linear: Linear, quantization: QuantizationSpec, block: int = BLOCK) -> int:
     """Bytes of one layer's quantization constants.
 
     Single: 4·⌈n/64⌉ + code. Double: ⌈n/64⌉ + 4·⌈⌈n/64⌉/256⌉ + both codes + offset. Dettmers et al. 2023, section 3:
@@ -84,15 +84,15 @@ def constant_bytes(linear: Linear, quantization: QuantizationSpec) -> int:
         case QuantizationType.INT8:
             return 4 * linear.outputs
         case _:
-            blocks = _blocks(linear)
+            blocks = _blocks(linear, block)
             if not quantization.double_quantization:
                 return 4 * blocks + CODE
             return blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + CODE + NESTED_CODE + NESTED_OFFSET
 
 
-def _blocks(linear: Linear) -> int:
+def _blocks(linear: Linear, block: int = BLOCK) -> int:
     """Blocks of weights that share an absmax; each expert begins with one."""
-    return linear.experts * math.ceil(linear.inputs * linear.outputs / BLOCK)
+    return linear.experts * math.ceil(linear.inputs * linear.outputs / block)
 
 
 def rounding(linear: Linear, quantization: QuantizationSpec) -> int:

@@ -37,6 +37,7 @@ class Commands:
     prepare: tuple[str, ...] = (sys.executable, "-m", "qlora_trainer.prepare")
     train: tuple[str, ...] = (sys.executable, "-m", "qlora_trainer")
     generate: tuple[str, ...] = (sys.executable, "-m", "qlora_trainer.generate")
+    inspect: tuple[str, ...] = (sys.executable, "-m", "qlora_trainer.inspection")
 
 
 def require_trainer(command: str) -> None:

@@ -1,0 +1,44 @@
+"""The command ``qlora inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlora_cli.commands.local_options import As, Output, exit_on_user_error
+from qlora_cli.text.printable import as_json, write_line
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Base in 16 bits, as in model.source: a folder, hf://org/name, s3://….")
+]
+
+
+Skip = Annotated[int, typer.Option("--skip", min=0, metavar="N", help="Number of worst layers to name.")]
+
+
+Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write a page.")]
+
+
+def inspect(model: Model, *, skip: Skip = 3, html: Html = None, output: As = Output.TEXT) -> None:
+    """Measure what each quantization does to each layer of a base, without data.
+
+    Names the layers that suffer most, as skipModules to paste into a job. Runs the trainer
+    (pip install 'qlora-operator[trainer]'); holds one layer in memory at a time.
+    """
+    with exit_on_user_error():
+        from qlora_cli.inspection import view
+        from qlora_cli.inspection.measure import measure
+        from qlora_cli.inspection.page import page
+        from qlora_cli.local.trainer_process import Commands
+        from qlora_cli.text import output as out
+
+        found = measure(model, out.console(stderr=True), Commands())
+        if html is not None:
+            html.parent.mkdir(parents=True, exist_ok=True)
+            html.write_text(page(found, skip), encoding="utf-8")
+        if output is Output.JSON:
+            write_line(as_json(view.as_dict(found, skip)))
+        else:
+            out.console().print(view.show(found, skip))

@@ -1,0 +1,1 @@
+"""``qlora inspect``: what quantization does to each layer of a base."""
