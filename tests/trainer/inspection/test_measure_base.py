@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from composites import COMPOSITES
 from mixtures import MIXTURES
 from qlora_api.contract import ExitCode
 from qlora_api.spec import ComputeType, QuantizationSpec, QuantizationType
@@ -65,6 +66,11 @@ def test_errors_are_those_of_bitsandbytes(name, tiny_models):
 @pytest.mark.parametrize("name", MIXTURES)
 def test_errors_of_experts_are_those_of_bitsandbytes(name, mixtures):
     _check(mixtures[name])
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_of_a_base_with_towers_the_language_model_alone_is_measured(name, composites):
+    _check(composites[name])
 
 
 def _check(folder):

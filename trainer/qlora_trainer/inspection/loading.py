@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 
 from qlora_trainer.errors import UserError
 from qlora_trainer.inspection.layer_meter import LayerMeter
 from qlora_trainer.model.base_model import causal_config
+from qlora_trainer.model.composite import trained_class
 from qlora_trainer.model.experts.loading import FourBitConfig, FourBitQuantizer
 from qlora_trainer.model.experts.targets import linear_layers
 
@@ -39,9 +39,10 @@ def measure_base(path: Path, device: torch.device, report: Callable[[dict[str, A
         UserError: the base is quantized on disk.
 
     """
-    if getattr(causal_config(path), "quantization_config", None) is not None:
+    config = causal_config(path)
+    if getattr(config, "quantization_config", None) is not None:
         raise UserError("MODEL", str(path), "is quantized on disk: inspect the 16-bit base")
-    AutoModelForCausalLM.from_pretrained(
+    trained_class(config).from_pretrained(
         path,
         quantization_config=_MeasuringConfig(device, report),
         dtype="auto",
