@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from qlora_trainer.model.hardware import fast_dtype
 from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.publish.merge_adapter import load_adapter
 from qlora_trainer.reporting.rank_exit import quiet_libraries
-from qlora_trainer.storage.fetch import fetch_model
+from qlora_trainer.storage.fetch import default_cache, fetch_model
 
 
 def complete(
@@ -58,11 +57,6 @@ class _EndsWith(StoppingCriteria):  # type: ignore[misc]
         end = torch.tensor(self._end, device=input_ids.device)
         stops: Any = (input_ids[:, -len(self._end) :] == end).all(dim=1)
         return stops  # type: ignore[no-any-return]
-
-
-def default_cache() -> Path:
-    """The cache of ``qlora run``."""
-    return Path(os.environ.get("QLORA_CACHE", Path.home() / ".cache" / "qlora-operator"))
 
 
 def load(path: Path) -> Any:

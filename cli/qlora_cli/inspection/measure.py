@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import tempfile
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -61,7 +61,7 @@ def measure(model: str, console: Console, commands: Commands) -> Inspection:
     return Inspection(model, sorted_by_name(layers))
 
 
-def _lines(stdout: IO[str] | None) -> Iterator[dict[str, object]]:
+def _lines(stdout: IO[str] | None) -> Iterator[dict[str, Any]]:
     """Yield the lines that are the trainer's; libraries print others."""
     for line in stdout or ():
         if line.startswith("{"):

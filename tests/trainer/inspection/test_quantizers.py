@@ -13,10 +13,10 @@ from qlora_trainer.inspection.quantizers import (
     affine,
     affine_constants,
     block_errors,
+    code_finder,
     codes,
     int8_error,
     linear_errors,
-    nearest,
     quantize_constants,
     symmetric,
     symmetric_scale,
@@ -65,7 +65,7 @@ def test_the_codes_of_fp4_have_one_bit_of_mantissa():
 
 def test_a_block_of_nf4_is_its_absmax_times_codes():
     """Absmax 2: 1, -0.5, 0.15, 0 → 1, -0.52507, 0.16093, 0."""
-    found = block_errors(torch.tensor([2.0, -1.0, 0.3, 0.0]), 4, codes("nf4"))
+    found = block_errors(torch.tensor([2.0, -1.0, 0.3, 0.0]), 4, "nf4")
     assert found.absmax.tolist() == [2]
     assert found.squared_error() == pytest.approx((2 * 0.5250730514 - 1) ** 2 + (2 * 0.1609302014 - 0.3) ** 2, rel=1e-5)
     restored = 2.1 * torch.tensor([1, -0.5250730514, 0.1609302014, 0])
@@ -73,10 +73,13 @@ def test_a_block_of_nf4_is_its_absmax_times_codes():
     assert found.squared_error(torch.tensor([2.1])) == pytest.approx(error.item(), rel=1e-5)
 
 
-def test_the_nearest_code_is_taken():
-    values, table = torch.linspace(-1, 1, 4001), codes("nf4")
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_the_nearest_code_is_taken(kind):
+    table = codes(kind).unique()
+    middles = (table[1:] + table[:-1]) / 2
+    values = torch.cat([torch.linspace(-1, 1, 10001), middles * (1 + 1e-6), middles * (1 - 1e-6)])
     want = table[(values[:, None] - table[None]).abs().argmin(dim=1)]
-    assert (nearest(values, table) - want).abs().max() < 1e-6
+    assert torch.equal(code_finder(kind, values.device).nearest(values), want)
 
 
 def test_int8_divides_each_row_by_its_absmax():
@@ -93,7 +96,7 @@ def test_double_quantization_takes_the_mean_off_and_8_bits_of_the_rest():
 
 def test_zeros_stay_zeros():
     zeros = torch.zeros(100)
-    assert block_errors(zeros, 64, codes("nf4")).squared_error() == 0
+    assert block_errors(zeros, 64, "nf4").squared_error() == 0
     assert linear_errors(zeros, 64) == (0, 0)
     assert int8_error(zeros.view(4, 25)) == 0
 
@@ -105,6 +108,6 @@ def test_block_errors_are_those_of_bitsandbytes(kind, block, size):
     weights = torch.randn(size, generator=torch.Generator().manual_seed(1))
     packed, state = bnb.quantize_4bit(weights, blocksize=block, quant_type=kind)
     want = (bnb.dequantize_4bit(packed, state) - weights).norm() / weights.norm()
-    found = block_errors(weights, block, codes(kind))
+    found = block_errors(weights, block, kind)
     assert torch.equal(found.absmax, state.absmax)
     assert (found.squared_error() ** 0.5) / weights.norm() == pytest.approx(want.item(), abs=1e-6)

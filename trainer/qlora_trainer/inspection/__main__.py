@@ -14,13 +14,12 @@ from typing import Any
 import torch
 
 from qlora_trainer.errors import TrainerError
-from qlora_trainer.generate import default_cache
 from qlora_trainer.inspection.loading import measure_base
 from qlora_trainer.model.base_model import meta_model
 from qlora_trainer.model.experts.structure import expert_parameters
 from qlora_trainer.model.experts.targets import linear_layers
 from qlora_trainer.reporting.rank_exit import quiet_libraries
-from qlora_trainer.storage.fetch import fetch_model
+from qlora_trainer.storage.fetch import default_cache, fetch_model
 
 
 def say(value: dict[str, Any]) -> None:

@@ -13,15 +13,15 @@ from qlora_trainer.inspection.quantizers import (
     BLOCK_SIZES,
     BlockErrors,
     block_errors,
-    codes,
     int8_error,
     joined,
     linear_errors,
     quantize_constants,
 )
 
-ELEMENTS_AT_ONCE = 1 << 20
-"""Weights measured at once, in about ten fp32 tensors of their size; whole blocks of every size."""
+ELEMENTS_AT_ONCE = 1 << 16
+"""Weights measured at once on a CPU, whose cache holds the fp32 tensors of their size; whole blocks of every size."""
+ELEMENTS_ON_GPU = 1 << 24
 LINEAR_BLOCK = 64
 """Block size at which linear formats are compared."""
 OUTLIERS = (3, 6)
@@ -52,21 +52,21 @@ class LayerMeter:
         """
         flat = weight.detach().reshape(-1)
         self._shape, self._matrices = (weight.shape[0], weight.shape[1]), self._matrices + 1
-        self._count_outliers(flat)
-        rows = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
-        self._errors["INT8"] += sum(int8_error(part) for part in weight.detach().split(rows))
-        tables = {kind: codes(kind, flat.device) for kind in ("nf4", "fp4")}
-        for part in flat.split(ELEMENTS_AT_ONCE):
+        at_once = ELEMENTS_ON_GPU if weight.is_cuda else ELEMENTS_AT_ONCE
+        self._count_outliers(flat, at_once)
+        rows = max(1, at_once // weight.shape[1])
+        self._errors["INT8"] += sum(int8_error(part) for part in torch.split(weight.detach(), rows))
+        for part in torch.split(flat, at_once):
             weights = part.float()
-            for kind, table in tables.items():
+            for kind in ("nf4", "fp4"):
                 for block in BLOCK_SIZES:
-                    self._blocks[kind.upper(), block].append(block_errors(weights, block, table))
+                    self._blocks[kind.upper(), block].append(block_errors(weights, block, kind))
             symmetric, affine = linear_errors(weights, LINEAR_BLOCK)
             self._errors["INT4 symmetric"] += symmetric
             self._errors["INT4 asymmetric"] += affine
 
-    def _count_outliers(self, flat: torch.Tensor) -> None:
-        parts = flat.split(ELEMENTS_AT_ONCE)
+    def _count_outliers(self, flat: torch.Tensor, at_once: int) -> None:
+        parts = torch.split(flat, at_once)
         total = sum(float(part.sum(dtype=torch.float64)) for part in parts)
         squares = sum(float(part.double().square().sum()) for part in parts)
         mean = total / len(flat)

@@ -20,7 +20,7 @@ from qlora_trainer.model.experts.loading import FourBitConfig, FourBitQuantizer
 from qlora_trainer.model.experts.targets import linear_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
 METHOD = "qlora_inspection"
@@ -68,8 +68,10 @@ class MeasuringQuantizer(FourBitQuantizer):
         super().__init__(quantization_config, **options)
         self.layer_names: dict[str, str] = {}
 
-    def _process_model_before_weight_loading(self, model: Any, device_map: Any, **more: Any) -> None:
-        super()._process_model_before_weight_loading(model, device_map, **more)
+    def _process_model_before_weight_loading(
+        self, model: Any, device_map: Any, checkpoint_files: Iterable[str] | None = None, **more: Any
+    ) -> None:
+        super()._process_model_before_weight_loading(model, device_map, checkpoint_files, **more)
         self.layer_names = {f"{name}.weight": name for name in linear_layers(model)}
 
     def param_needs_quantization(self, model: Any, param_name: str, **more: Any) -> bool:  # noqa: ARG002

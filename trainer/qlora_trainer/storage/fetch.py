@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,6 +71,11 @@ class FetchedModel:
     """As in the manifest."""
     tokenizer_hash: str
     """SHA-256 over names and contents of the tokenizer's files, chat template included; hex."""
+
+
+def default_cache() -> Path:
+    """The cache of ``qlora run``."""
+    return Path(os.environ.get("QLORA_CACHE", Path.home() / ".cache" / "qlora-operator"))
 
 
 def fetch_model(
