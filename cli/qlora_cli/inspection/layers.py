@@ -1,4 +1,4 @@
-"""What was measured of a base's layers, and what follows from it. Pure."""
+"""Rank the layers of a base by what was measured of them, and name those to leave in 16 bits. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What follows from measured layers: errors of several together, bytes, which to leave in 16 bits."""
+"""Errors of several layers together, their bytes, and which to leave in 16 bits."""
 
 from __future__ import annotations
 
