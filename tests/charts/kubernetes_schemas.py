@@ -8,12 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from services.binaries import ToolMissingError, find_go, tools_dir
+from services.binaries import module_dir, tools_dir
 from services.tools import KUBE_APISERVER
 
 Schema = dict[str, Any]
@@ -38,7 +37,7 @@ def kubernetes_schemas() -> Path:
     folder = tools_dir() / f"kubernetes-schemas-{version}"
     if not folder.exists():
         unfinished = Path(mkdtemp(dir=tools_dir()))
-        document = json.loads((_module() / "api" / "openapi-spec" / "swagger.json").read_text())
+        document = json.loads((module_dir(KUBE_APISERVER) / "api" / "openapi-spec" / "swagger.json").read_text())
         write_schemas(document["definitions"], unfinished)
         try:
             unfinished.rename(folder)
@@ -94,13 +93,3 @@ def _references(schema: Any) -> list[str]:
         here = [own.removeprefix(REFERENCE)] if isinstance(own, str) else []
         return here + [name for value in schema.values() for name in _references(value)]
     return [name for item in schema for name in _references(item)] if isinstance(schema, list) else []
-
-
-def _module() -> Path:
-    tools_dir().mkdir(parents=True, exist_ok=True)
-    module = f"{KUBE_APISERVER.module}@{KUBE_APISERVER.version}"
-    command = [find_go(), "mod", "download", "-json", module]
-    done = subprocess.run(command, cwd=tools_dir(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ToolMissingError(f"cannot download {module}: {done.stdout[-1000:]}{done.stderr[-1000:]}")
-    return Path(json.loads(done.stdout)["Dir"])

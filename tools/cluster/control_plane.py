@@ -17,6 +17,7 @@ import httpx
 from cluster.api import Api, ApiError
 from cluster.audit import read_audit_log
 from cluster.credentials import Authority, KeyPair, write_kubeconfig
+from cluster.kueue import Kueue
 from cluster.kwok import Kwok
 from cluster.leftovers import remove_leftovers
 from cluster.network import Bridge
@@ -88,6 +89,7 @@ class ControlPlane:
         self._namespace_numbers = count()
         self._owned = ExitStack()
         self._kwok: Kwok | None = None
+        self._kueue: Kueue | None = None
         self._nodes: list[Node] = []
 
     # ------------------------------------------------------------------------------------------------ start and stop
@@ -188,6 +190,14 @@ class ControlPlane:
             self._kwok = Kwok(self)
             self._owned.callback(self._kwok.stop)
         return self._kwok.add_nodes(count, gpus=gpus, labels=labels or {}, taints=taints, prefix=prefix)
+
+    def add_kueue(self) -> Kueue:
+        """Return the cluster's Kueue, started if there is none."""
+        if self._kueue is None:
+            self._kueue = Kueue(self)
+            self._owned.callback(self._kueue.stop)
+            self._kueue.start()
+        return self._kueue
 
     def add_node(self, name: str = "", *, gpus: int = 0, labels: Mapping[str, str] | None = None) -> Node:
         """Boot a real node, on which pods run as containers. Needs ``Settings(real_nodes=True)``.

@@ -7,6 +7,7 @@ in ``~/.cache/qlora-operator/tools``, which holds ``<name>-<version>/<name>``; e
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -70,6 +71,24 @@ def find_or_build(tool: GoTool) -> Path:
             if not binary.exists():
                 _build(tool, folder, binary)
     return binary
+
+
+def module_dir(tool: GoTool) -> Path:
+    """Return the folder with the sources of a tool's module, downloading them first if need be.
+
+    Raises:
+        ToolMissingError: there is no Go, or it cannot get the module.
+
+    """
+    tools_dir().mkdir(parents=True, exist_ok=True)
+    shown = _go(
+        "mod",
+        "download",
+        "-json",
+        f"{tool.module or tool.package.partition('/cmd/')[0]}@{tool.version}",
+        cwd=tools_dir(),
+    )
+    return Path(json.loads(shown)["Dir"])
 
 
 def find_go() -> Path:

@@ -164,7 +164,7 @@ class HostileRank:
         self.address, self._said = address, said
         self.asked = 0
         """Connections that were taken."""
-        self._socket = socket.socket()
+        self._socket = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind((address, port))
         self.port: int = self._socket.getsockname()[1]

@@ -47,6 +47,7 @@ CONTAINERD_SHIM = GoTool(
 CTR = GoTool("ctr", "github.com/containerd/containerd/v2/cmd/ctr", "v2.4.2")
 COREDNS = GoTool("coredns", "github.com/coredns/coredns", "v1.13.1")
 KUBECONFORM = GoTool("kubeconform", "github.com/yannh/kubeconform/cmd/kubeconform", "v0.7.0")
+KUEUE = GoTool("kueue", "sigs.k8s.io/kueue/cmd/kueue", "v0.17.0")
 ACTIONLINT = GoTool("actionlint", "github.com/rhysd/actionlint/cmd/actionlint", "v1.7.12")
 
 CONTROL_PLANE = (ETCD, KUBE_APISERVER, KUBE_CONTROLLER_MANAGER, KUBE_SCHEDULER, KUBECTL, KWOK)

@@ -1,0 +1,69 @@
+"""A cluster with the real Kueue on it, and operators that serve one namespace of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cluster.control_plane import ControlPlane, Settings
+from cluster.kueue import Kueue
+from cluster.scenarios.jobs import GROUP
+from cluster.scenarios.zygote import ForkedOperator, Zygote
+from fixtures import skip_unless_ci
+from services.binaries import ToolMissingError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+CRD = Path(__file__).parents[3] / "crds" / "qlora.dev_qlorajobs.yaml"
+RACKS = {"rack-1": "spot", "rack-2": "reserved"}
+NODES_PER_RACK = 2
+PROFILES = {"one-rack": {"annotations": {"kueue.x-k8s.io/podset-required-topology": "test.qlora.dev/rack"}}}
+
+
+@pytest.fixture(scope="session")
+def kueue_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """Two racks of two fake nodes with 8 GPUs each, one of pool ``spot`` and one of pool ``reserved``."""
+    try:
+        cluster = ControlPlane(tmp_path_factory.mktemp("kueue-cluster"), Settings(eviction_seconds=1))
+        with cluster:
+            cluster.add_kueue()
+            for rack, pool in RACKS.items():
+                labels = {"test.qlora.dev/rack": rack, "pool": pool}
+                cluster.add_kwok_nodes(NODES_PER_RACK, labels=labels, prefix=rack)
+            cluster.kubectl("apply", "-f", CRD)
+            cluster.api.wait_for(f"{GROUP}/qlorajobs", bool, what="QLoRAJobs are served")
+            yield cluster
+    except ToolMissingError as error:
+        skip_unless_ci(str(error))
+
+
+@pytest.fixture(scope="session")
+def kueue(kueue_cluster: ControlPlane) -> Kueue:
+    return kueue_cluster.add_kueue()
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """For operators that start in no time."""
+    with Zygote(tmp_path_factory.mktemp("zygote")) as running:
+        yield running
+
+
+@pytest.fixture
+def team(kueue_cluster: ControlPlane) -> Iterator[str]:
+    """An empty namespace."""
+    name = kueue_cluster.create_namespace("team")
+    yield name
+    kueue_cluster.delete_namespace(name)
+
+
+@pytest.fixture
+def operator(zygote: Zygote, kueue_cluster: ControlPlane, team: str, tmp_path: Path) -> Iterator[ForkedOperator]:
+    """A running operator that serves the team's namespace."""
+    settings = {"namespaces": [team], "profiles": PROFILES}
+    with ForkedOperator(zygote, tmp_path / "operator", kueue_cluster.kubeconfig, **settings) as running:
+        yield running
