@@ -101,9 +101,13 @@ test: check  ## Everything that must hold: check, then all tests, on a real clus
 	    $(PYTEST_ARGS); \
 	  wait $$tools
 	@$(STEP) images $(BIN)/python tools/services/images.py
-	@$(STEP) pytest-cluster env $(PYTEST) -n $(CLUSTER_WORKERS) --dist loadscope $(CLUSTER_TESTS) $(PYTEST_ARGS)
+	@$(STEP) pytest-cluster env $(PYTEST) -n $(CLUSTER_WORKERS) --dist loadscope $(CLUSTER_TESTS) --ignore=tests/cluster/kueue $(PYTEST_ARGS)
 	@$(STEP) pytest-e2e env $(PYTEST) $(E2E_TESTS) -k '$(E2E_MAIN)' $(PYTEST_ARGS)
 	@.ci/sum $(CLOSING)
+
+.PHONY: test-kueue
+test-kueue: $(VENV)/.all-installed  ## Queues: the operator beside the real Kueue, which is built the first time; needs root
+	@$(STEP) pytest-kueue env $(PYTEST) tests/cluster/kueue $(PYTEST_ARGS)
 
 .PHONY: test-unit
 test-unit: check  ## Only what needs no cluster and no root

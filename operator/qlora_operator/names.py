@@ -21,6 +21,10 @@ PLAN_ANNOTATION = f"{GROUP}/plan"
 TEMPLATE_ANNOTATION = f"{GROUP}/template"
 """On a child Job: hash of what its pods are made of. A Job that waits with another than is wanted now is made anew."""
 
+KUEUE_QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+KUEUE_PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
+"""Of a QLoRAJob, whose child Jobs get it too."""
+
 CONTAINER = "trainer"
 CACHE_VOLUME = "cache"
 TMP_VOLUME = "tmp"

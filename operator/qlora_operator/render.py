@@ -20,6 +20,8 @@ from qlora_operator.names import (
     CONTAINER,
     JOB_LABEL,
     KEY_ENTRY,
+    KUEUE_PRIORITY_LABEL,
+    KUEUE_QUEUE_LABEL,
     MANAGED_BY,
     METRICS_PORT,
     PLAN_ANNOTATION,
@@ -39,7 +41,6 @@ from qlora_operator.template_hash import with_template_hash
 PREPARE_RETRIES = 3
 USER_ERROR_CODE = 40
 KEY_SECRET_TYPE = "qlora.dev/job-key"  # noqa: S105 a name
-KUEUE_QUEUE, KUEUE_PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 VOLCANO_API = "scheduling.volcano.sh/v1beta1"
 
 
@@ -240,8 +241,10 @@ def _labels(job: QLoRAJob, component: str) -> dict[str, str]:
 
 def _of_kueue(job: QLoRAJob, queue: str | None) -> dict[str, str]:
     """Return the labels by which Kueue queues a Job: its queue, and the priority class of the QLoRAJob's own label."""
-    priority = job.metadata.labels.get(KUEUE_PRIORITY)
-    return ({KUEUE_QUEUE: queue} if queue else {}) | ({KUEUE_PRIORITY: priority} if queue and priority else {})
+    priority = job.metadata.labels.get(KUEUE_PRIORITY_LABEL)
+    return ({KUEUE_QUEUE_LABEL: queue} if queue else {}) | (
+        {KUEUE_PRIORITY_LABEL: priority} if queue and priority else {}
+    )
 
 
 def _metadata(job: QLoRAJob, name: str, labels: dict[str, str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from qlora_api.contract import ProgressReport
 from qlora_api.job import QLoRAJob
 from qlora_api.printable import printable
-from qlora_operator.names import JOB_LABEL
+from qlora_operator.names import JOB_LABEL, KUEUE_PRIORITY_LABEL
 from qlora_operator.state.observed import (
     LONGEST_TEXT,
     NotOwnedError,
@@ -30,6 +30,7 @@ from qlora_operator.state.observed import (
 Key = tuple[str, str]
 """Namespace and name of a QLoRAJob."""
 _KEPT_META = ("name", "namespace", "uid", "generation", "resourceVersion", "creationTimestamp", "deletionTimestamp")
+_KEPT_LABELS = (KUEUE_PRIORITY_LABEL,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,10 +253,15 @@ def key_of_child(body: Mapping[str, Any]) -> Key:
 def kept_of(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return a QLoRAJob without what nobody here reads: labels, finalizers and managed fields can be megabytes."""
     meta = body["metadata"]
+    labels = meta.get("labels") or {}
+    kept_labels = {name: labels[name] for name in _KEPT_LABELS if name in labels}
     return {
         "apiVersion": body["apiVersion"],
         "kind": body["kind"],
-        "metadata": {name: meta[name] for name in _KEPT_META if name in meta},
+        "metadata": {
+            **{name: meta[name] for name in _KEPT_META if name in meta},
+            **({"labels": kept_labels} if kept_labels else {}),
+        },
         "spec": body["spec"],
         **({"status": body["status"]} if body.get("status") else {}),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 
 import pytest
 
@@ -145,6 +146,11 @@ def test_texts_of_pods_jobs_and_events_are_fit_to_be_shown(store):
     texts += [text for job in known.own_children() for text in (job.message, job.failed_reason)]
     assert len(texts) == 8
     assert all(is_printable(text) and text.endswith("end") for text in texts), texts
+
+
+def test_the_label_of_a_job_that_its_children_get_is_kept(store):
+    store.take_job(qlora_job(2, labels={"kueue.x-k8s.io/priority-class": "urgent", "team": "search"}))
+    assert json.loads(store[KEY].job.body)["metadata"]["labels"] == {"kueue.x-k8s.io/priority-class": "urgent"}
 
 
 def test_of_an_object_no_more_is_kept_than_is_needed(store):
