@@ -223,7 +223,7 @@ def test_where_kueue_manages_every_job_those_without_a_queue_say_so(api, queues,
     queues.queue("main", {queues.flavor("any"): 8})
     path = create_job(api, job(team, "without", None))
     queued = wait(api, path, "Pending", "Queued")
-    assert "suspends jobs that name no queue" in condition(queued, "Running")["message"]
+    assert "jobs that name no queue" in condition(queued, "Running")["message"]
 
 
 @pytest.mark.parametrize("queue", [None, "main"], ids=["no-queue", "its-own-queue"])
