@@ -288,6 +288,12 @@ _OPERATOR = (
         "reason",
     ),
     _operator(
+        "qlora_operator_contested_jobs",
+        _C,
+        "Jobs",
+        "Waiting Jobs left to another release of the operator, which serves their namespace with other settings",
+    ),
+    _operator(
         "qlora_operator_reports_rejected",
         _C,
         "answers",

@@ -254,6 +254,7 @@ def _operator(made: dashboard.Dashboard) -> None:
                 "{{kind}} · {{reason}}",
             ),
             Query("sum(increase(qlora_operator_reports_rejected_total[5m]))", "answers that are no progress report"),
+            Query("sum(increase(qlora_operator_contested_jobs_total[5m]))", "Jobs left to another release"),
             Query(f"sum(qlora_operator_uncounted_jobs{{{NAMESPACE}}})", "jobs with a figure that is no number"),
             span=8,
             min=0,

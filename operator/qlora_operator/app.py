@@ -184,6 +184,7 @@ class Operator:
         self.gangs, services = await initial_sync(
             self.api, self.store, self.config.namespaces, self.followed, self.metrics.skipped
         )
+        self.reconciler.begin()
         await self.corrections.refresh()
         self.reconciler.children.services |= services
         for key in (*dict(self.store), *((namespace, "") for namespace in self.reconciler.children.services)):

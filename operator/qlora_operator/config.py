@@ -100,6 +100,8 @@ class OperatorConfig(Model):
 
     namespaces: tuple[str, ...] = ()
     """Empty: all."""
+    release: Annotated[str, StringConstraints(min_length=1, max_length=253)] = "qlora-operator"
+    """Tells this operator from others that serve the same namespaces; the chart has ``namespace/name``."""
     gang: Gang = Gang.AUTO
     gpu_resource: str | None = "nvidia.com/gpu"
     """None: trainers run on the CPU."""

@@ -18,12 +18,14 @@ from qlora_operator.names import (
     ATTEMPT_LABEL,
     COMPONENT_LABEL,
     CONTAINER,
+    GENERATION_ANNOTATION,
     JOB_LABEL,
     KEY_ENTRY,
     KUEUE_PRIORITY_LABEL,
     KUEUE_QUEUE_LABEL,
     MANAGED_BY,
     METRICS_PORT,
+    OPERATOR_ANNOTATION,
     PLAN_ANNOTATION,
     RENDEZVOUS_PORT,
     SERVICE,
@@ -64,7 +66,8 @@ def attempt(
     template = pod_template(job, config, labels, trainer, command="qlora_trainer", ranks=parallelism.gpus_per_worker)
     template["spec"]["terminationGracePeriodSeconds"] = attempt.grace_seconds or config.trainer.grace_seconds
     metadata = _metadata(job, name, labels)
-    metadata["annotations"] = {PLAN_ANNOTATION: attempt.model_dump_json(by_alias=True, exclude_none=True)}
+    plan = attempt.model_dump_json(by_alias=True, exclude_none=True)
+    metadata["annotations"] = _origin(job, config) | {PLAN_ANNOTATION: plan}
     spec: dict[str, Any] = {
         "completionMode": "Indexed",
         "completions": workers,
@@ -121,10 +124,11 @@ def prepare(job: QLoRAJob, config: OperatorConfig, memory_correction: float = 1.
     pod = pod_template(job, config, labels, trainer, command="qlora_trainer.prepare", ranks=0)
     # Of the pod, not of the Job: waiting for a node does not count.
     pod["spec"]["activeDeadlineSeconds"] = config.prepare.deadline_seconds
+    metadata = _metadata(job, prepare_name(job.metadata.name), labels | _of_kueue(job, queue))
     child = {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": _metadata(job, prepare_name(job.metadata.name), labels | _of_kueue(job, queue)),
+        "metadata": metadata | {"annotations": _origin(job, config)},
         "spec": {
             "backoffLimit": PREPARE_RETRIES,
             "podReplacementPolicy": "Failed",
@@ -257,6 +261,11 @@ def _metadata(job: QLoRAJob, name: str, labels: dict[str, str]) -> dict[str, Any
         "blockOwnerDeletion": False,
     }
     return {"name": name, "namespace": job.metadata.namespace, "labels": labels, "ownerReferences": [owner]}
+
+
+def _origin(job: QLoRAJob, config: OperatorConfig) -> dict[str, str]:
+    """Return the annotations that say which release of the operator made a Job, and for which spec."""
+    return {OPERATOR_ANNOTATION: config.release, GENERATION_ANNOTATION: str(job.metadata.generation or 0)}
 
 
 def _pod_group(job: QLoRAJob, name: str, labels: dict[str, str], workers: int) -> dict[str, Any]:

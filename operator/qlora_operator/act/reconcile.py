@@ -19,6 +19,7 @@ from qlora_api.job import QLoRAJob
 from qlora_api.spec import Gang
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.act.children import Children, job_path
+from qlora_operator.act.contested_jobs import ContestedJobs
 from qlora_operator.act.correction_store import Corrections
 from qlora_operator.act.gang_scheduling import cannot_start, choose_gang
 from qlora_operator.act.nodes import Nodes
@@ -70,6 +71,13 @@ class Reconciler:
         self._nodes = Nodes(api)
         self.polled: dict[Key, PodSnapshot] = {}
         """Rank 0's pods of the jobs that train."""
+        self._inherited: frozenset[str] = frozenset()
+        self._contested = ContestedJobs(metrics)
+
+    def begin(self) -> None:
+        """Take note of what other releases of the operator had made before this process began."""
+        children = (child for _, known in self._cache for child in known.own_children())
+        self._inherited = frozenset(c.uid for c in children if c.operator not in ("", self._config.release))
 
     async def run(self) -> None:
         """Reconcile the keys of the queue until cancelled."""
@@ -119,7 +127,7 @@ class Reconciler:
         await self._status.write(key, job, raw, decision)
         if is_finished(decision.status) and not (job.status and is_finished(job.status)):
             await self._corrections.take(job.spec, decision.status)
-        for note in decision.notes:
+        for note in (*decision.notes, *self._contested.take(key, decision.contested)):
             await self._post(job, note)
         self._record(key, known, job, decision)
         if decision.delete_self and await self._is_as_decided(key, job):
@@ -146,6 +154,7 @@ class Reconciler:
             pods_refused=known.pods_refused,
             child_refused=cannot_start(job.spec.scheduling, gang, self._gangs()),
             memory_correction=self._corrections.of(job.spec),
+            inherited=self._inherited,
         )
 
     def _plan(self, key: Key, job: QLoRAJob, observed: Observed, gang: Gang) -> Decision:
@@ -235,6 +244,7 @@ class Reconciler:
         """Forget what is only known of a job that goes on."""
         self.polled.pop(key, None)
         self._status.forget(key)
+        self._contested.forget(key)
         self.children.forget(key)
 
 

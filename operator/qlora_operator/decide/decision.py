@@ -35,6 +35,8 @@ class Decision:
     watch_progress: bool = False
     """Rank 0 trains: ask it how far it is."""
     delete_self: bool = False
+    contested: ObservedJob | None = None
+    """A Job that another release of the operator made, and that this one would make otherwise."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 from qlora_api.batch import BatchSplit, split_batch
@@ -40,13 +41,13 @@ from qlora_operator.decide.decision import Context, Decision, Note
 from qlora_operator.decide.elastic import fewer, on_the_right_ranks, too_large, waiting_since
 from qlora_operator.decide.events import transitions
 from qlora_operator.decide.grace_period import with_grace
+from qlora_operator.decide.outdated import is_contested, is_outdated
 from qlora_operator.decide.pending_reason import pending_reason, prepare_queued
 from qlora_operator.decide.prepare_result import NOT_PREPARED, is_for, with_correction, with_prepared
 from qlora_operator.decide.stopping import StopCause, StopOutcome, attempt_state, outcome_of, stop_cause
 from qlora_operator.names import key_secret_name
 from qlora_operator.profiles import prepare_of, profile_problem
 from qlora_operator.state.observed import PREPARE, JobState, Observed, ObservedJob, PodSnapshot
-from qlora_operator.template_hash import template_hash
 
 REFUSED_SECONDS = 15.0
 """Until what the API server refused is tried again."""
@@ -240,18 +241,19 @@ def _prepare(context: Context, status: QLoRAJobStatus) -> Decision:
     """Look at model and rows in a pod without GPUs; go on with what it found."""
     job = context.seen.jobs.get(PREPARE)
     status = status.model_copy(update={"start_time": status.start_time or context.now})
+    wanted = partial(render.prepare, context.job, context.config, context.seen.memory_correction)
+    outdated = job is not None and is_outdated(context, job, wanted)
+    if job is not None and outdated and is_contested(context, job):
+        return Decision(status, contested=job)
     if context.seen.child_refused:
         return _preparing(context, status, wake_after=REFUSED_SECONDS)
     if job is None:
-        child = render.prepare(context.job, context.config, context.seen.memory_correction)
-        made = (render.key_secret(context.job), child)
+        made = (render.key_secret(context.job), wanted())
         return _preparing(context, with_correction(context, status), make=made)
     if job.deleting:
         return _preparing(context, status)
     pods = context.seen.pods_of(PREPARE)
-    if _is_outdated(job, render.prepare(context.job, context.config, context.seen.memory_correction)) and not any(
-        pod.trainer_ready or pod.ended for pod in pods
-    ):
+    if outdated and not any(pod.trainer_ready or pod.ended for pod in pods):
         return _preparing(context, status, delete=(job,))
     if any(pod.held for pod in pods):
         ending = ending_of(PREPARE, 1, context.seen)
@@ -360,12 +362,6 @@ def _anew(attempt: Attempt) -> str:
     return f"attempt {attempt.number} has not run yet, and is made anew"
 
 
-def _is_outdated(job: ObservedJob, wanted: dict[str, Any]) -> bool:
-    """Return whether a Job's pods are made of something else than is wanted now: spec or settings were corrected."""
-    is_open = not job.deleting and job.state in (JobState.ACTIVE, JobState.SUSPENDED)
-    return is_open and job.template not in ("", template_hash(wanted))
-
-
 def _planned_attempt(context: Context, status: QLoRAJobStatus, batch: BatchSplit, *, checkpointing: bool) -> Attempt:
     return Attempt(
         number=max((a.number for a in status.attempts), default=0) + 1,
@@ -406,10 +402,12 @@ def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decisi
     if is_condition_true(status.conditions, ConditionType.RUNNING) and (job is None or job.state in _ENDING):
         # The last pods end: nothing to say yet that status does not say.
         return Decision(status, wake_after=wake)
-    waits = attempt.running_time is None and job is not None and not context.seen.child_refused
-    if waits and job and _is_outdated(job, _rendered(context, status, attempt)[-1]):
+    waiting_job = job if attempt.running_time is None else None
+    if waiting_job and is_outdated(context, waiting_job, lambda: _rendered(context, status, attempt)[-1]):
+        if is_contested(context, waiting_job):
+            return Decision(status, wake_after=wake, contested=waiting_job)
         waiting = _pending(context, status, Reason.STARTING, _anew(attempt), wake_after=LOOK_AGAIN_SECONDS)
-        return replace(waiting, delete=(job,))
+        return replace(waiting, delete=(waiting_job,))
     reason, text = pending_reason(context.job.spec, attempt.number, context.workers(attempt), context.seen)
     if reason is Reason.UNSCHEDULABLE and fewer(context, attempt):
         until = waiting_since(context, attempt) + timedelta(seconds=context.job.spec.policy.shrink_after_seconds)

@@ -31,6 +31,7 @@ class Metrics:
         self._tasks = self._made("qlora_operator_task_failures")
         self._skipped = self._made("qlora_operator_objects_skipped")
         self._rejected = self._made("qlora_operator_reports_rejected")
+        self._contested = self._made("qlora_operator_contested_jobs")
         for reason in Reason:
             self._attempts.labels(reason.value)  # from 0 on: a rate sees no series that begins at 1
         self._corrections: Mapping[tuple[str, str], float] = {}
@@ -68,6 +69,10 @@ class Metrics:
 
     def report_rejected(self) -> None:
         self._rejected.inc()
+
+    def job_contested(self) -> None:
+        """A waiting Job was left to another release of the operator."""
+        self._contested.inc()
 
     def attempt_ended(self, reason: str) -> None:
         self._attempts.labels(reason).inc()

@@ -19,8 +19,10 @@ from qlora_api.printable import printable
 from qlora_operator.names import (
     ATTEMPT_LABEL,
     CONTAINER,
+    GENERATION_ANNOTATION,
     INDEX_LABEL,
     JOB_LABEL,
+    OPERATOR_ANNOTATION,
     PLAN_ANNOTATION,
     TEMPLATE_ANNOTATION,
     UID_LABEL,
@@ -33,6 +35,10 @@ PREPARE = 0
 """Attempt number of what prepares."""
 LONGEST_TEXT = 4096
 """Characters that are kept of a text: a kubelet's termination message has no more bytes."""
+
+
+LONGEST_NAME, LONGEST_NUMBER = 253, 19
+"""Characters of a name, and digits of a number, in annotations."""
 
 
 class NotOwnedError(Exception):
@@ -76,6 +82,10 @@ class ObservedJob:
     """When it completed or failed."""
     template: str = ""
     """Hash of what its pods are made of; empty in those of earlier versions."""
+    operator: str = ""
+    """Release of the operator that made it; empty in those of earlier versions."""
+    generation: int = 0
+    """Of the QLoRAJob that it was made for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +168,8 @@ class Observed:
     """What the API server said when it just refused to make a child."""
     unknown_fields: tuple[str, ...] = ()
     """Paths of the job's spec that this version does not know."""
+    inherited: frozenset[str] = frozenset()
+    """UIDs of Jobs that other releases of the operator had made when this process began."""
     memory_correction: float = 1.0
     """What this cluster has learned of predicted memory on the GPU that the job gets."""
 
@@ -188,6 +200,7 @@ def observe_job(body: Mapping[str, Any]) -> ObservedJob:
 
     """
     meta, status = body["metadata"], body.get("status") or {}
+    annotations = meta.get("annotations") or {}
     conditions = {c["type"]: c for c in status.get("conditions", ()) if c["status"] == "True"}
     failed = conditions.get("Failed") or conditions.get("FailureTarget")
     if "Complete" in conditions or "SuccessCriteriaMet" in conditions:
@@ -214,10 +227,12 @@ def observe_job(body: Mapping[str, Any]) -> ObservedJob:
         deleting="deletionTimestamp" in meta,
         message=_text(ending, "message"),
         failed_reason=_text(failed or {}, "reason"),
-        plan=_text(meta.get("annotations") or {}, PLAN_ANNOTATION),
+        plan=_text(annotations, PLAN_ANNOTATION),
         created=_required_time(meta["creationTimestamp"]),
         ended=parse_time(ending.get("lastTransitionTime")),
-        template=_text(meta.get("annotations") or {}, TEMPLATE_ANNOTATION),
+        template=_text(annotations, TEMPLATE_ANNOTATION),
+        operator=_text(annotations, OPERATOR_ANNOTATION)[:LONGEST_NAME],
+        generation=_number(annotations.get(GENERATION_ANNOTATION)),
     )
 
 
@@ -309,6 +324,11 @@ def controller_of(meta: Mapping[str, Any], group: str, kind: str) -> Mapping[str
 def _text(body: Mapping[str, Any], name: str) -> str:
     """A text of somebody else's, cut to what is kept and fit to be shown; empty where there is none."""
     return printable((body.get(name) or "")[:LONGEST_TEXT])
+
+
+def _number(text: str | None) -> int:
+    """A number that somebody may have changed; 0 where it is none."""
+    return int(text) if text and text.isascii() and text.isdecimal() and len(text) < LONGEST_NUMBER else 0
 
 
 def _required_time(text: str) -> datetime:
