@@ -10,6 +10,7 @@ from qlora_api.job import GROUP, VERSION
 from qlora_operator.kube.client import SILENCE_SECONDS, WATCH_SECONDS
 from qlora_operator.kube.kopf_import import kopf
 from qlora_operator.state.cache import Key, ObjectCache
+from qlora_operator.watch.kopf_session import kept_in
 
 WATCHED = ("qlorajobs", "jobs", "pods", "events", "services")
 """By kopf, and by ``list_watch.py``."""
@@ -73,7 +74,7 @@ def handlers(
 
     @kopf.on.event(GROUP, VERSION, "qlorajobs", registry=registry, id="qlorajobs")
     async def changed(event: Mapping[str, Any], **_: Any) -> None:
-        key = (store.drop_job if event["type"] == "DELETED" else store.take_job)(event["object"])
+        key = (store.drop_job if event["type"] == "DELETED" else store.take_job)(kept_in(event["object"]))
         if key:
             wake(key)
 
