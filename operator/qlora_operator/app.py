@@ -7,7 +7,9 @@ import asyncio
 import gc
 import logging
 import os
+import secrets
 import signal
+import socket
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
@@ -18,6 +20,7 @@ from qlora_api.errors import ManifestError
 from qlora_api.spec import Gang
 from qlora_operator.act.correction_store import Corrections
 from qlora_operator.act.gang_scheduling import discover_gangs
+from qlora_operator.act.leader_election import LeaderElection
 from qlora_operator.act.reconcile import Reconciler
 from qlora_operator.config import OperatorConfig
 from qlora_operator.kube.bounded_reads import TooLargeError
@@ -123,7 +126,8 @@ class Operator:
             self.metrics.show_kind(kind)
         self.watches = health.Watches(kopf_handlers.WATCHED, each=max(1, len(config.namespaces)))
         self.listings = Listings()
-        self.api = Api(load_credentials(), self.metrics.request)
+        self.election = self.candidate() if config.lease else None
+        self.api = Api(load_credentials(), self.metrics.request, may_write=lambda: not self.standing_by())
         self.corrections = Corrections(self.api, config, self.metrics.corrected)
         self.gangs: frozenset[Gang] = frozenset()
         self.reconciler = Reconciler(self.store, self.api, config, lambda: self.gangs, self.corrections, self.metrics)
@@ -146,21 +150,62 @@ class Operator:
 
         """
         stop_on_signals(self.stop)
-        server = await health.serve(self.metrics.registry, self.watches, self.config.metrics_port)
-        waiting, looking = asyncio.create_task(self.stop.wait()), asyncio.create_task(self.look())
-        tasks = [asyncio.create_task(supervise(task, self.metrics.task_failed)) for task in self.background_tasks()]
-        log.info("serving QLoRAJobs in %s", ", ".join(self.config.namespaces) or "all namespaces")
-        await asyncio.wait((waiting, looking), return_when=asyncio.FIRST_COMPLETED)
-        if not looking.done() or not looking.exception():
-            await waiting
-        self.stop.set()
-        for task in (*tasks, waiting, looking):
-            task.cancel()
-        await asyncio.wait((*tasks, waiting, looking), timeout=STOP_SECONDS)
+        server = await health.serve(self.metrics.registry, self.watches, self.config.metrics_port, self.standing_by)
+        looking = await self.operate() if await self.leads() else None
+        if self.election:
+            await self.election.release()
+            await self.election.close()
         await server.cleanup()
         await self.api.close()
-        if looking.done() and not looking.cancelled():
+        if looking and looking.done() and not looking.cancelled():
             looking.result()
+
+    async def operate(self) -> asyncio.Task[None]:
+        """Operate until told to stop, or until nothing can be seen; return the first look.
+
+        Raises:
+            LeadershipLostError: another replica may lead, and the process must end at once.
+
+        """
+        self.watches.begin()
+        waiting, looking = asyncio.create_task(self.stop.wait()), asyncio.create_task(self.look())
+        renewing = [asyncio.create_task(self.election.renew())] if self.election else []
+        tasks = [asyncio.create_task(supervise(task, self.metrics.task_failed)) for task in self.background_tasks()]
+        log.info("serving QLoRAJobs in %s", ", ".join(self.config.namespaces) or "all namespaces")
+        await asyncio.wait((waiting, looking, *renewing), return_when=asyncio.FIRST_COMPLETED)
+        if looking.done() and not looking.exception():
+            await asyncio.wait((waiting, *renewing), return_when=asyncio.FIRST_COMPLETED)
+        for lost in renewing:
+            if lost.done():
+                lost.result()
+        self.stop.set()
+        for task in (*tasks, waiting, looking, *renewing):
+            task.cancel()
+        await asyncio.wait((*tasks, waiting, looking, *renewing), timeout=STOP_SECONDS)
+        return looking
+
+    def candidate(self) -> LeaderElection:
+        """Return this process as one that may lead."""
+        name = os.environ.get("POD_NAME") or f"{socket.gethostname()}_{secrets.token_hex(4)}"
+        return LeaderElection(Api(load_credentials(), self.metrics.request), self.config.lease, name)
+
+    async def leads(self) -> bool:
+        """Wait until this process leads; return whether it does before it is told to stop."""
+        if self.election is None:
+            return True
+        waiting, acquiring = asyncio.create_task(self.stop.wait()), asyncio.create_task(self.election.acquire())
+        await asyncio.wait((waiting, acquiring), return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        acquiring.cancel()
+        if acquiring.done():
+            acquiring.result()
+        return not self.stop.is_set()
+
+    def standing_by(self) -> str:
+        """Return that this process stands by, and for whom; empty where it operates."""
+        if self.election is None or self.election.leads:
+            return ""
+        return f"stands by: {self.election.holder or 'nobody'} leads"
 
     def background_tasks(self) -> Iterator[BackgroundTask]:
         """Give what goes on side by side; the failure of one is none of the others'."""

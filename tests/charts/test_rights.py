@@ -129,6 +129,28 @@ def test_there_is_one_operator_at_a_time(rendered):
     assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
 
 
+def test_several_operators_have_a_lease_a_budget_and_nodes_of_their_own(helm):
+    objects = helm.render({"replicas": 2})
+    deployment = one(objects, "Deployment")["spec"]
+    assert (deployment["replicas"], deployment["strategy"]["type"]) == (2, "RollingUpdate")
+    pod = deployment["template"]
+    (spread,) = pod["spec"]["topologySpreadConstraints"]
+    for selector in (spread["labelSelector"], one(objects, "PodDisruptionBudget")["spec"]["selector"]):
+        assert selector["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    (config_map,) = [o for o in objects if o["kind"] == "ConfigMap" and "data" in o]
+    config = OperatorConfig.model_validate(yaml.safe_load(config_map["data"]["config.yaml"]))
+    role = one(objects, "Role", "-lease")
+    (name,) = role["rules"][0]["resourceNames"]
+    assert config.lease == f"{role['metadata']['namespace']}/{name}"
+    assert granted(role) == {("coordination.k8s.io", "leases"): {"get", "patch", "create"}}
+
+
+def test_one_operator_has_no_right_to_leases(rendered):
+    roles = [o for o in rendered if o["kind"] in ("Role", "ClusterRole")]
+    assert not [role for role in roles if ("coordination.k8s.io", "leases") in granted(role)]
+    assert not [o for o in rendered if o["kind"] == "PodDisruptionBudget"]
+
+
 def test_the_operator_reads_the_config_that_the_chart_writes(rendered, tmp_path):
     """Every key that is written is known, and every key that is known is written."""
     (config_map,) = [o for o in rendered if o["kind"] == "ConfigMap" and "data" in o]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, Protocol
 from urllib.parse import urlencode
@@ -57,6 +57,10 @@ class ApiError(Exception):
         return self.status in (408, 409, 429) or self.status >= 500
 
 
+class NotLeadingError(Exception):
+    """Another replica may lead by now: nothing is written."""
+
+
 class Counted(Protocol):
     """Told of every request: verb, status code (0: no answer), seconds."""
 
@@ -69,10 +73,16 @@ class Api:
     Every call raises :class:`ApiError`, or ``aiohttp.ClientError`` and ``TimeoutError`` when there is no answer.
     """
 
-    def __init__(self, info: kopf.ConnectionInfo, count: Counted, concurrency: int = 16) -> None:
+    def __init__(
+        self,
+        info: kopf.ConnectionInfo,
+        count: Counted,
+        concurrency: int = 16,
+        may_write: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._host = info.server.rstrip("/")
         self._credentials = Credentials(info)
-        self._count = count
+        self._count, self._may_write = count, may_write
         self.clock = ServerClock()
         """Of the API server."""
         self._slots = asyncio.Semaphore(concurrency)
@@ -160,6 +170,8 @@ class Api:
         content_type: str = "application/json",
         accept: str = "application/json",
     ) -> Object:
+        if verb != "GET" and not self._may_write():
+            raise NotLeadingError
         started, code = time.monotonic(), 0
         try:
             async with self._slots, await self._ask(verb, path, parameters, body, content_type, accept) as answer:

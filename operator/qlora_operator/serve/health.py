@@ -35,6 +35,10 @@ class Watches:
         self._asked: dict[str, float] = {}
         self._started = clock()
 
+    def begin(self) -> None:
+        """Count the time from now on: this process has stood by."""
+        self._started = self._clock()
+
     def note(self, path: str) -> None:
         """Take in the path of a request of kopf's."""
         place, _, query = path.partition("?")
@@ -54,14 +58,18 @@ class Watches:
         return [name for name in self._resources if there[name] < self._each]
 
 
-async def serve(registry: CollectorRegistry, watches: Watches, port: int) -> web.AppRunner:
-    """Serve until ``cleanup``; port 0 takes any free one."""
+async def serve(
+    registry: CollectorRegistry, watches: Watches, port: int, standby: Callable[[], str] = str
+) -> web.AppRunner:
+    """Serve until ``cleanup``; port 0 takes any free one. A process that stands by, as the text says, is well."""
 
     async def metrics(request: web.Request) -> web.Response:
         encode, kind = choose_encoder(request.headers.get("Accept", ""))
         return web.Response(body=encode(registry), headers={"Content-Type": kind})
 
     def state(troubles: list[str], what: str) -> web.Response:
+        if text := standby():
+            return web.Response(text=f"{text}\n")
         if troubles:
             return web.Response(status=503, text=f"{what}: {', '.join(troubles)}\n")
         return web.Response(text="ok\n")

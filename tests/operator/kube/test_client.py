@@ -6,11 +6,11 @@ import asyncio
 import json
 
 import pytest
-from aiohttp import web
+from aiohttp import ClientConnectorError, web
 
 from qlora_operator.kube import client
 from qlora_operator.kube.bounded_reads import LARGEST_BYTES, TooLargeError
-from qlora_operator.kube.client import PAGE, Api, ApiError
+from qlora_operator.kube.client import PAGE, Api, ApiError, NotLeadingError
 from qlora_operator.kube.kopf_import import kopf
 
 CHANGE = {"type": "ADDED", "object": {"metadata": {"name": "one"}}}
@@ -43,6 +43,21 @@ async def watched(*lines, ends=True):
         over.set()
         await api.close()
         await runner.cleanup()
+
+
+def test_who_may_not_write_reads_and_sends_nothing_else():
+    async def calls() -> None:
+        api = Api(kopf.ConnectionInfo(server="http://127.0.0.1:9"), lambda *_: None, may_write=lambda: False)
+        try:
+            for write in (api.create("/x", {}), api.patch("/x", {}), api.delete("/x")):
+                with pytest.raises(NotLeadingError):
+                    await write
+            with pytest.raises(ClientConnectorError):
+                await api.get("/x")
+        finally:
+            await api.close()
+
+    asyncio.run(calls())
 
 
 def test_a_watch_gives_changes_until_the_server_ends_it():

@@ -77,6 +77,15 @@ class Operator:
         self._process = None
         return code
 
+    def terminate(self) -> None:
+        """SIGTERM, and wait until it has ended."""
+        assert self._process is not None
+        self._process.terminate(STOP_SECONDS)
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.running
+
     def wait(self, seconds: float) -> int:
         """Wait until it ends by itself; its exit code."""
         assert self._process is not None

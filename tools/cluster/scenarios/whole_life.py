@@ -73,12 +73,22 @@ def pods_live(api: Api, namespace: str) -> Iterator[None]:
 
 def live(api: Api, namespace: str) -> None:
     """Play the user: create, suspend the second attempt as it trains, resume; return when all is gone."""
+    finish_life(api, namespace, start_life(api, namespace))
+
+
+def start_life(api: Api, namespace: str) -> str:
+    """Create the job and return its path as its second attempt trains."""
     path = create_job(api, qlora_job(namespace=namespace, workers=WORKERS, policy={"ttlSecondsAfterFinished": 2}))
 
     def trains_again(job: Object) -> bool:
         return in_state("Running")(job) and len(job["status"]["attempts"]) == 2
 
     api.wait_for(path, trains_again, seconds=STEP_SECONDS, what="the second attempt trains")
+    return path
+
+
+def finish_life(api: Api, namespace: str, path: str) -> None:
+    """Suspend the attempt, resume, and return when all is gone."""
     api.patch(path, {"spec": {"suspend": True}})
     api.wait_for(path, in_state("Suspended"), seconds=STEP_SECONDS, what="suspended")
     api.patch(path, {"spec": {"suspend": False}})

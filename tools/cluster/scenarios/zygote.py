@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from cluster.processes import POLL_SECONDS, ComponentError, Process
 from cluster.scenarios.operator import Operator
+from cluster.waits import eventually
 from services.patience import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
@@ -86,6 +87,13 @@ class Fork:
             self._line.setblocking(True)
             self._line.recv(1)
         self._line.close()
+
+    def terminate(self, seconds: float) -> None:
+        """End it as an orderly stop does: SIGTERM, and SIGKILL if that is not enough."""
+        os.kill(self.pid, signal.SIGTERM)
+        if not eventually(lambda: not self.running, seconds):
+            self.kill()
+            raise ComponentError(f"the forked operator did not stop:\n{self.log.read_text()[-3000:]}")
 
     def wait_until(self, ready: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds
