@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from qlora_api.printable import is_printable, printable
-from services.hostile import TERMINAL
+from services.hostile_rank import TERMINAL
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from cluster.control_plane import ControlPlane, KubectlError, Settings
 from cluster.scenarios.jobs import qlora_job
 from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError
-from services.patience import PATIENCE_SECONDS
+from testing.timeouts import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from qlora_cli.local.machine import Machine
 from qlora_cli.local.run import RunRequest, run
-from services.patience import PATIENCE_SECONDS
+from testing.timeouts import PATIENCE_SECONDS
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))

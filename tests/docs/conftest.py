@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from docs.blocks import REPOSITORY
-from services.patience import PATIENCE_SECONDS
-from services.shared import alone, shared_folder
+from testing.shared import exclusive_lock, shared_folder
+from testing.timeouts import PATIENCE_SECONDS
 
 VOCABULARY, HIDDEN, INTERMEDIATE, HEADS = 300, 64, 128, 2
 ROWS = 60
@@ -64,7 +64,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 @pytest.fixture(scope="session")
 def finished(workshop: Workshop) -> Workshop:
     """With the quickstart run to its end, by the real trainer."""
-    with alone(workshop.folder / ".lock"):
+    with exclusive_lock(workshop.folder / ".lock"):
         if not (workshop.folder / "runs" / "quickstart" / "run.json").exists():
             options = " ".join(f"--set {setting}" for setting in TOY)
             done = workshop.shell(f"qlora run examples/quickstart.yaml --ranks 1 {options}")

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from docs.blocks import PAGES, REPOSITORY
-from services.patience import PATIENCE_SECONDS
+from testing.timeouts import PATIENCE_SECONDS
 
 DOCS = REPOSITORY / "docs"
 LINK = re.compile(r"\]\((?P<target>[\w./#:%~-]+)\)")

@@ -20,8 +20,8 @@ import pytest
 from cluster.scenarios.jobs import condition, create_job, in_state, job_path
 from demo.material import make_large_base
 from demo.stage import HOSTILE_KEYS
-from services.patience import PATIENCE_SECONDS
 from services.prometheus import Prometheus, scrape
+from testing.timeouts import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -8,7 +8,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.patience import PATIENCE_SECONDS
+from testing.timeouts import PATIENCE_SECONDS
 
 USER = 65532
 RUN_SECONDS = PATIENCE_SECONDS

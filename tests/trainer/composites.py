@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from qlora_trainer.model.composite import model_class
-from services.shared import shared_folder
+from testing.shared import shared_folder
 
 TEXT: dict[str, Any] = {
     "vocab_size": 320,

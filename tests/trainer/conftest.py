@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fixtures import skip_unless_ci
-from services.limits import memory_limit
+from testing.limits import memory_limit
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from services.shared import shared_folder
+from testing.shared import shared_folder
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 320,

@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from services.shared import shared_folder
+from testing.shared import shared_folder
 
 VOCABULARY = 320
 SHAPE: dict[str, Any] = {

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from services.forks import start_program
-from services.patience import PATIENCE_SECONDS
-from services.shared import shared_folder
+from testing.forks import start_program
+from testing.shared import shared_folder
+from testing.timeouts import PATIENCE_SECONDS
 
 SEEN = "out.json"
 

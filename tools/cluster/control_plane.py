@@ -25,8 +25,8 @@ from cluster.node.node import Node, require_node_tools
 from cluster.processes import Process
 from cluster.slots import claim_slot
 from services.binaries import find_or_build
-from services.patience import PATIENCE_SECONDS
 from services.tools import ETCD, KUBE_APISERVER, KUBE_CONTROLLER_MANAGER, KUBE_SCHEDULER, KUBECTL
+from testing.timeouts import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

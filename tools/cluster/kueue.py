@@ -16,8 +16,8 @@ import yaml
 
 from cluster.processes import Process
 from services.binaries import find_or_build, module_dir
-from services.patience import PATIENCE_SECONDS
 from services.tools import KUEUE
+from testing.timeouts import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from cluster.api import Object

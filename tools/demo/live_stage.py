@@ -27,8 +27,8 @@ from qlora_api.batch import split_batch
 from qlora_api.contract import JobRef, TrainerConfig
 from qlora_api.spec import QLoRAJobSpec
 from qlora_operator.names import METRICS_PORT
-from services.patience import PATIENCE_SECONDS
 from services.prometheus import Prometheus, scrape
+from testing.timeouts import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

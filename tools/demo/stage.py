@@ -15,9 +15,9 @@ from cluster.control_plane import ControlPlane, Settings
 from cluster.scenarios.jobs import job_path, merged, qlora_job
 from services import images
 from services.binaries import find_or_build
-from services.patience import PATIENCE_SECONDS
 from services.tools import HELM
 from services.versitygw import VersityGateway
+from testing.timeouts import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from cluster.api import Object

@@ -14,8 +14,8 @@ import httpx
 
 from cluster.processes import Process
 from services.binaries import ToolMissingError
-from services.patience import PATIENCE_SECONDS
-from services.ports import free_port
+from testing.ports import free_port
+from testing.timeouts import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
 from services.binaries import find_or_build
-from services.patience import PATIENCE_SECONDS
-from services.ports import free_port
 from services.tools import VERSITYGW
+from testing.ports import free_port
+from testing.timeouts import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,7 +12,7 @@ from rich.text import Text
 from cli_builders import NOW, running
 from qlora_cli.jobs import watch as watching
 from qlora_cli.kube.api_client import Event
-from services.work import calls_of
+from testing.call_counts import calls_of
 
 JOBS, MINUTE = 200, 60
 EVENTS = JOBS * MINUTE // 15

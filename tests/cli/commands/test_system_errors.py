@@ -18,7 +18,7 @@ import pytest
 import qlora_cli
 from cli_builders import run_record
 from qlora_cli.app import app
-from services.plain_process import run_plainly
+from testing.plain_process import run_plainly
 
 CLUSTER_COMMANDS = (
     *("list", "show quick", "watch", "logs quick", "events quick", "suspend quick", "resume quick", "cancel quick -y"),

@@ -9,8 +9,8 @@ import pytest
 from cluster.scenarios.jobs import create_job, in_state, qlora_job
 from cluster.scenarios.script import pods_do
 from qlora_operator.names import METRICS_PORT
-from services.hostile import HostileRank, report
-from services.patience import PATIENCE_SECONDS
+from services.hostile_rank import HostileRank, report
+from testing.timeouts import PATIENCE_SECONDS
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")

@@ -24,7 +24,7 @@ from cluster.scenarios.whole_life import ADAPTER, ends, word
 from cluster.scenarios.zygote import ForkedOperator
 from cluster.waits import eventually
 from qlora_api.printable import is_printable
-from services.hostile import TERMINAL, HostileRank, answers, report
+from services.hostile_rank import TERMINAL, HostileRank, answers, report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

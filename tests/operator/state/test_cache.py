@@ -10,7 +10,7 @@ import pytest
 from qlora_api.printable import is_printable
 from qlora_operator.state.cache import ObjectCache
 from qlora_operator.state.observed import NotOwnedError
-from services.hostile import TERMINAL
+from services.hostile_rank import TERMINAL
 
 UID, KEY = "uid-of-the-job", ("team", "job")
 QLORA_JOB = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "name": "job", "uid": UID, "controller": True}

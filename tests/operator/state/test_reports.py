@@ -10,7 +10,7 @@ import pytest
 from qlora_api.printable import is_printable, printable
 from qlora_api.status import Reason
 from qlora_operator.state.reports import ReportError, read_report, read_termination_message
-from services.hostile import NOT_A_VALUE, REPORT, TERMINAL
+from services.hostile_rank import NOT_A_VALUE, REPORT, TERMINAL
 
 WORD = {"exitCode": 0, "reason": "Completed", "message": "step 10 of 10"}
 PREPARED = {

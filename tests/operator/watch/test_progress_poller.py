@@ -13,7 +13,7 @@ from qlora_operator.kube.bounded_reads import TooLargeError
 from qlora_operator.state.cache import ObjectCache
 from qlora_operator.state.reports import ReportError
 from qlora_operator.watch.progress_poller import ProgressPoller, ask_progress, progress_session
-from services.hostile import REPORT, HostileRank, answers, http, report
+from services.hostile_rank import REPORT, HostileRank, answers, http, report
 
 ADDRESS = f"127.{os.getpid() % 200 + 10}.9.5"
 

@@ -28,9 +28,9 @@ from qlora_api.contract import JobRef, TerminationMessage, TrainerConfig
 from qlora_trainer.__main__ import ready
 from qlora_trainer.prepare.command import prepare
 from qlora_trainer.reporting.rank_exit import guarded
-from services.forks import ForkedProgram, fork_context, start_program
-from services.patience import PATIENCE_SECONDS
-from services.ports import free_port
+from testing.forks import ForkedProgram, fork_context, start_program
+from testing.ports import free_port
+from testing.timeouts import PATIENCE_SECONDS
 
 sys.path.insert(0, str(Path(__file__).parent))  # where forked processes find forked_rank
 import forked_rank

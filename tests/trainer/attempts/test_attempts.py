@@ -18,7 +18,7 @@ from qlora_api.contract import ExitCode
 from qlora_api.status import Reason
 from qlora_trainer.prepare.command import prepare
 from qlora_trainer.publish.publisher import verify_published
-from services.patience import PATIENCE_SECONDS
+from testing.timeouts import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.ranks
 

@@ -10,7 +10,7 @@ from qlora_trainer import __main__ as worker
 from qlora_trainer.publish.destination_claim import FIELD, claim_destination, release_destination
 from qlora_trainer.worker import launch
 from qlora_trainer.worker.stop import Stop
-from services.patience import PATIENCE_SECONDS
+from testing.timeouts import PATIENCE_SECONDS
 
 OTHER = JobRef(name="other", namespace="team", uid="9999-other")
 

@@ -12,8 +12,8 @@ import sys
 import pytest
 
 from qlora_api.contract import ExitCode
-from services.forks import start_program
-from services.patience import PATIENCE_SECONDS
+from testing.forks import start_program
+from testing.timeouts import PATIENCE_SECONDS
 
 SHOWS = """
 import json, os, signal, sys

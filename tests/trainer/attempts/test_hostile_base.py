@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from qlora_api.contract import ExitCode
-from services.opened_files import opened_files
-from services.ports import free_port
+from testing.opened_files import opened_files
+from testing.ports import free_port
 
 CHECKED = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 PROGRAM = """

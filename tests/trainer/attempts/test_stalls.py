@@ -10,7 +10,7 @@ import pytest
 
 from qlora_api.contract import ExitCode, ProgressReport
 from qlora_api.status import Reason
-from services.patience import PATIENCE_SECONDS
+from testing.timeouts import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.ranks
 ENDLESS = {"training": {"epochs": None, "maxSteps": 5000}, "policy": {"stallTimeoutSeconds": 30}}

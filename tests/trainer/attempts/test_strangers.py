@@ -22,7 +22,7 @@ from torch.distributed import DistError, TCPStore
 from worker_pods import Pod, losses
 
 from qlora_api.contract import ExitCode
-from services.patience import PATIENCE_SECONDS
+from testing.timeouts import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.ranks
 MESSAGES = 1000

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 
 from qlora_api.contract import TerminationMessage, TrainerConfig
-from services.forks import ForkedProgram, start_program
-from services.patience import PATIENCE_SECONDS
+from testing.forks import ForkedProgram, start_program
+from testing.timeouts import PATIENCE_SECONDS
 
 
 @dataclass

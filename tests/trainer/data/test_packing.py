@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qlora_trainer.data.packing import pack, unpacked
-from services.work import calls_of
+from testing.call_counts import calls_of
 
 
 def sizes(lengths, packs) -> list[int]:

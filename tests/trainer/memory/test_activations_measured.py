@@ -22,7 +22,7 @@ from qlora_memory.activations.setting import ForwardSetting
 from qlora_trainer.model.base_model import add_lora, enable_gradient_checkpointing, load_base
 from qlora_trainer.model.loss import NextTokenLoss, call_arguments, head_is_plain
 from random_rows import flatten, random_rows
-from services.shared import shared_folder
+from testing.shared import shared_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 

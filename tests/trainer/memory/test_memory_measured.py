@@ -18,7 +18,7 @@ from qlora_trainer.model.attention import PROVEN
 from qlora_trainer.model.base_model import add_lora, meta_model
 from qlora_trainer.model.experts.targets import linear_layers
 from qlora_trainer.storage.model_files import safetensors_header
-from services.shared import shared_folder
+from testing.shared import shared_folder
 from torchrun import torchrun_once
 
 WORKER = "memory_worker.py"

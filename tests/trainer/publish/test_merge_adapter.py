@@ -15,7 +15,7 @@ from qlora_trainer.publish import merge_adapter
 from qlora_trainer.publish.gate import verify_gain, verify_merged_loss
 from qlora_trainer.publish.merge_adapter import load_adapter, load_unquantized, merge
 from qlora_trainer.training.merged_loss import sample_loss
-from services.opened_files import opened_files
+from testing.opened_files import opened_files
 
 
 def small_base(**changes):

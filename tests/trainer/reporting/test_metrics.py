@@ -29,7 +29,7 @@ from qlora_trainer.model.loading import counted_weights
 from qlora_trainer.reporting import metrics, training_history
 from qlora_trainer.reporting.phase_collector import PhaseCollector
 from qlora_trainer.reporting.training_history import History
-from services.patience import PATIENCE_SECONDS
+from testing.timeouts import PATIENCE_SECONDS
 
 LABELS = {"job": "one", "namespace": "team", "rank": "3"}
 SPEC = {

@@ -20,7 +20,7 @@ from qlora_trainer.storage import base_folder
 from qlora_trainer.storage.base_folder import changed_file, without_file_names
 from qlora_trainer.storage.fetch import fetch_model, model_revision
 from qlora_trainer.storage.model_files import ModelFilesError
-from services.opened_files import opened_files
+from testing.opened_files import opened_files
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import socket
 
 from qlora_trainer.errors import PreemptedError
 from qlora_trainer.worker import peers
-from services.patience import PATIENCE_SECONDS
+from testing.timeouts import PATIENCE_SECONDS
 
 KEY = b"k" * 32
 

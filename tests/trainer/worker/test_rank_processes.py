@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from qlora_trainer.worker.rank_processes import InterruptedBySignalError, run_ranks
-from services.patience import PATIENCE_SECONDS
+from testing.timeouts import PATIENCE_SECONDS
 
 PYTHON = (sys.executable, "-S", "-c")
 """-S: ready in milliseconds."""

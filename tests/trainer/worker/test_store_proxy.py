@@ -20,7 +20,7 @@ from torch.distributed import TCPStore
 from qlora_trainer.worker import store_proxy
 from qlora_trainer.worker.peers import hold_store
 from qlora_trainer.worker.store_proxy import MAXIMUM_PENDING, NotAuthenticatedError, StoreClient, StoreServer
-from services.ports import free_port
+from testing.ports import free_port
 
 KEY = secrets.token_bytes(32)
 VALIDATION_MAGIC = 0x3C85F7CE

@@ -22,8 +22,8 @@ from cluster.node.node_config import cni_config, coredns_config, kubelet_config
 from cluster.node.nodes import is_usable
 from cluster.processes import Process
 from services.binaries import ToolMissingError, find_or_build
-from services.patience import PATIENCE_SECONDS
 from services.tools import NODE
+from testing.timeouts import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,8 +10,8 @@ import httpx
 import yaml
 
 from cluster.processes import Process
-from services.patience import PATIENCE_SECONDS
-from services.ports import free_port
+from testing.ports import free_port
+from testing.timeouts import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from pathlib import Path

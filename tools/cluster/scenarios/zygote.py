@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 from cluster.processes import POLL_SECONDS, ComponentError, Process
 from cluster.scenarios.operator import Operator
 from cluster.waits import eventually
-from services.patience import PATIENCE_SECONDS
+from testing.timeouts import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

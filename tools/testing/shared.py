@@ -19,7 +19,7 @@ def shared_folder(factory: pytest.TempPathFactory, name: str, make: Callable[[Pa
     """Return a folder of the run that ``make`` has filled; the other workers wait for it."""
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    with alone(folder.with_suffix(".lock")):
+    with exclusive_lock(folder.with_suffix(".lock")):
         if not folder.exists():
             unfinished = folder.with_suffix(".unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -30,7 +30,7 @@ def shared_folder(factory: pytest.TempPathFactory, name: str, make: Callable[[Pa
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
+def exclusive_lock(path: Path) -> Iterator[None]:
     """Hold a lock that all pytest workers know by its path."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
