@@ -15,8 +15,8 @@ from qlora_api.errors import validate
 from qlora_api.job import QLoRAJob
 from qlora_api.spec import Gang
 from qlora_api.status import Attempt, QLoRAJobStatus
-from qlora_operator import render
 from qlora_operator.config import OperatorConfig
+from qlora_operator.manifests import render
 from qlora_operator.profile_types import AmountRange, PodProfile, PreparePod, ProfileVolume, TopologySpread
 
 GOLDEN = Path(__file__).parent / "golden-profiles"

@@ -12,10 +12,10 @@ from qlora_api.crd import crd
 from qlora_api.errors import model_of
 from qlora_api.spec import ParallelismSpec, QLoRAJobSpec
 from qlora_operator.config import OperatorConfig
+from qlora_operator.manifests.render import KEY_SECRET_TYPE
 from qlora_operator.names import KEY_SECRET_PREFIX, METRICS_PORT
-from qlora_operator.render import KEY_SECRET_TYPE
 
-OPERATOR_GOLDEN = REPOSITORY / "tests" / "operator" / "golden"
+OPERATOR_GOLDEN = REPOSITORY / "tests" / "operator" / "manifests" / "golden"
 READ = ("get", "list", "watch")
 IN_NAMESPACES = {
     ("qlora.dev", "qlorajobs"): {*READ, "delete"},

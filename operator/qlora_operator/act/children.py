@@ -11,8 +11,8 @@ from typing import Any
 
 from qlora_api.job import GROUP, VERSION
 from qlora_operator.kube.client import Api, ApiError, Object
+from qlora_operator.manifests.render import service
 from qlora_operator.names import KEY_ENTRY, SERVICE
-from qlora_operator.render import service
 from qlora_operator.state.cache import Key, Known, ObjectCache
 from qlora_operator.state.observed import ObservedJob
 from qlora_operator.state.ownership import is_same_object

@@ -17,7 +17,7 @@ from qlora_api.base import Model
 from qlora_api.spec import QLoRAJobSpec
 from qlora_api.status import ConditionType, MemoryComponent, QLoRAJobStatus
 from qlora_operator.config import OperatorConfig
-from qlora_operator.profiles import gpu_of
+from qlora_operator.manifests.profiles import gpu_of
 
 log = logging.getLogger(__name__)
 

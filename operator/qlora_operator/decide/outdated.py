@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from qlora_operator.decide.decision import Context, Note
+from qlora_operator.manifests.template_hash import template_hash
 from qlora_operator.state.observed import JobState, ObservedJob
-from qlora_operator.template_hash import template_hash
 
 
 def is_outdated(context: Context, job: ObservedJob, wanted: Callable[[], dict[str, Any]]) -> bool:

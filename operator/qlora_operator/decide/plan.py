@@ -22,7 +22,6 @@ from qlora_api.status import (
     QLoRAJobStatus,
     Reason,
 )
-from qlora_operator import render
 from qlora_operator.config import OperatorConfig
 from qlora_operator.decide.adoption import adopted
 from qlora_operator.decide.attempt_history import (
@@ -45,8 +44,9 @@ from qlora_operator.decide.outdated import is_contested, is_outdated
 from qlora_operator.decide.pending_reason import pending_reason, prepare_queued
 from qlora_operator.decide.prepare_result import NOT_PREPARED, is_for, with_correction, with_prepared
 from qlora_operator.decide.stopping import StopCause, StopOutcome, attempt_state, outcome_of, stop_cause
+from qlora_operator.manifests import render
+from qlora_operator.manifests.profiles import prepare_of, profile_problem
 from qlora_operator.names import key_secret_name
-from qlora_operator.profiles import prepare_of, profile_problem
 from qlora_operator.state.observed import PREPARE, JobState, Observed, ObservedJob, PodSnapshot
 
 REFUSED_SECONDS = 15.0

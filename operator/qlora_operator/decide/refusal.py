@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from qlora_api.status import Reason
-from qlora_operator.profiles import UNKNOWN_PROFILE
+from qlora_operator.manifests.profiles import UNKNOWN_PROFILE
 
 _QUOTA = re.compile(
     r"exceeded quota: (?P<name>\S+), requested: (?P<requested>\S+), used: (?P<used>\S+), limited: (?P<limited>\S+)"

@@ -14,8 +14,8 @@ from contextlib import suppress
 
 from qlora_api.job import GROUP, VERSION
 from qlora_operator.kube.client import TRANSIENT, Api, ApiError, Object
+from qlora_operator.manifests.render import service
 from qlora_operator.names import FIELD_MANAGER, JOB_LABEL, MANAGED_BY_LABEL, SERVICE
-from qlora_operator.render import service
 from qlora_operator.state.cache import Key, ObjectCache
 from qlora_operator.state.ownership import is_same_object
 from qlora_operator.state.skip_reasons import UNREADABLE

@@ -14,7 +14,7 @@ from qlora_operator.act.correction_store import Corrections
 from qlora_operator.config import OperatorConfig
 from qlora_operator.decide.memory_correction import LEAST, MOST, CorrectionKey, Learned, learn, ratio_of, read
 from qlora_operator.kube.client import ApiError
-from qlora_operator.render import prepare
+from qlora_operator.manifests.render import prepare
 from qlora_operator.state.observed import JobState
 
 HERE = CorrectionKey("h100-80gb", "NF4")

@@ -10,10 +10,10 @@ import pytest
 from operator_builders import CONFIG, UID, attempt, child, decide, job, running, seen
 from qlora_api.contract import TrainerConfig
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator import render
 from qlora_operator.act.children import collection_of, with_new_key
 from qlora_operator.config import OperatorConfig
 from qlora_operator.decide.decision import Decision
+from qlora_operator.manifests import render
 
 NAME = f"qlora-key-{UID}"
 

@@ -14,6 +14,9 @@ from qlora_api.lifecycle import restarts
 from qlora_api.spec import Gang, GradientCheckpointing, QLoRAJobSpec
 from qlora_api.status import Attempt, PrepareResult, QLoRAJobStatus
 from qlora_operator.config import OperatorConfig
+from qlora_operator.manifests.pod_template import KEY_FOLDER, pod_template
+from qlora_operator.manifests.profiles import device_of, gpu_of, prepare_of
+from qlora_operator.manifests.template_hash import with_template_hash
 from qlora_operator.names import (
     ATTEMPT_LABEL,
     COMPONENT_LABEL,
@@ -35,10 +38,7 @@ from qlora_operator.names import (
     prepare_name,
     workers_policy_name,
 )
-from qlora_operator.pod_template import KEY_FOLDER, pod_template
 from qlora_operator.profile_types import CACHE_FOLDER
-from qlora_operator.profiles import device_of, gpu_of, prepare_of
-from qlora_operator.template_hash import with_template_hash
 
 PREPARE_RETRIES = 3
 USER_ERROR_CODE = 40

@@ -11,9 +11,9 @@ from qlora_api.errors import ManifestError, validate
 from qlora_api.job import QLoRAJob
 from qlora_api.spec import Gang
 from qlora_api.status import QLoRAJobStatus, Reason
-from qlora_operator import render
 from qlora_operator.config import OperatorConfig
-from qlora_operator.profiles import gpu_of, profile_of, profile_problem
+from qlora_operator.manifests import render
+from qlora_operator.manifests.profiles import gpu_of, profile_of, profile_problem
 from qlora_operator.state.observed import PREPARE, JobState
 
 PROFILES: dict[str, Any] = {

@@ -11,6 +11,7 @@ from qlora_api.environment import WORKLOAD_IDENTITY
 from qlora_api.job import QLoRAJob
 from qlora_api.spec import SchedulingSpec
 from qlora_operator.config import OperatorConfig
+from qlora_operator.manifests.profiles import cpu_of, memory_of, prepare_of, profile_of
 from qlora_operator.names import (
     ATTEMPT_LABEL,
     CACHE_VOLUME,
@@ -23,7 +24,6 @@ from qlora_operator.names import (
     key_secret_name,
 )
 from qlora_operator.profile_types import CACHE_FOLDER, Placement, PodProfile, ProfileVolume
-from qlora_operator.profiles import cpu_of, memory_of, prepare_of, profile_of
 from qlora_operator.quantities import times
 
 USER = 65532
