@@ -20,7 +20,7 @@ from cluster.node.node import require_node_tools
 from cluster.node.nodes import is_ready
 from cluster.waits import eventually
 from fixtures import skip_unless_ci
-from qlora_operator.decide import attempt_outcome
+from qlora_operator.decide.attempts import attempt_outcome
 from services.binaries import ToolMissingError, find_or_build
 from services.tools import CONTROL_PLANE, KUBECTL, NODE
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+from qlora_operator.decide.attempts.outdated import contested_note
 from qlora_operator.decide.decision import Note
-from qlora_operator.decide.outdated import contested_note
 from qlora_operator.serve.metrics import Metrics
 from qlora_operator.state.cache import Key
 from qlora_operator.state.observed import ObservedJob

@@ -11,7 +11,7 @@ from qlora_api.status import ConditionType, QLoRAJobStatus, Reason
 from qlora_operator.act.children import job_path
 from qlora_operator.act.merge_patch import merge_patch
 from qlora_operator.act.other_versions import for_older_definition, with_unknown_fields
-from qlora_operator.decide.attempt_history import REPORTED_FIELDS, differ_in_figures, with_job_uids
+from qlora_operator.decide.attempts.attempt_history import REPORTED_FIELDS, differ_in_figures, with_job_uids
 from qlora_operator.decide.decision import Decision
 from qlora_operator.kube.client import Api, ApiError, Object
 from qlora_operator.state.cache import Key, ObjectCache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.decide.attempt_history import open_attempt
+from qlora_operator.decide.attempts.attempt_history import open_attempt
 from qlora_operator.decide.decision import Context
 
 

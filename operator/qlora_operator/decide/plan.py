@@ -23,8 +23,8 @@ from qlora_api.status import (
     Reason,
 )
 from qlora_operator.config import OperatorConfig
-from qlora_operator.decide.adoption import adopted
-from qlora_operator.decide.attempt_history import (
+from qlora_operator.decide.attempts.adoption import adopted
+from qlora_operator.decide.attempts.attempt_history import (
     budget_left,
     gpu_seconds,
     measured,
@@ -33,14 +33,14 @@ from qlora_operator.decide.attempt_history import (
     with_clock_stopped,
     with_end,
 )
-from qlora_operator.decide.attempt_outcome import Ending, as_suspended, close, ending_of, is_cut_short, is_lost
+from qlora_operator.decide.attempts.attempt_outcome import Ending, as_suspended, close, ending_of, is_cut_short, is_lost
+from qlora_operator.decide.attempts.elastic import fewer, on_the_right_ranks, too_large, waiting_since
+from qlora_operator.decide.attempts.grace_period import with_grace
+from qlora_operator.decide.attempts.outdated import is_contested, is_outdated
 from qlora_operator.decide.conditions import is_condition_true, with_condition, with_summary
 from qlora_operator.decide.deadline import wake_after
 from qlora_operator.decide.decision import Context, Decision, Note
-from qlora_operator.decide.elastic import fewer, on_the_right_ranks, too_large, waiting_since
 from qlora_operator.decide.events import transitions
-from qlora_operator.decide.grace_period import with_grace
-from qlora_operator.decide.outdated import is_contested, is_outdated
 from qlora_operator.decide.pending_reason import pending_reason, prepare_queued
 from qlora_operator.decide.prepare_result import NOT_PREPARED, is_for, with_correction, with_prepared
 from qlora_operator.decide.stopping import StopCause, StopOutcome, attempt_state, outcome_of, stop_cause

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from qlora_api.status import QLoRAJobStatus, Reason
-from qlora_operator.decide.attempt_history import budget_left, open_attempt
-from qlora_operator.decide.attempt_outcome import Ending
+from qlora_operator.decide.attempts.attempt_history import budget_left, open_attempt
+from qlora_operator.decide.attempts.attempt_outcome import Ending
 from qlora_operator.decide.conditions import is_finished
 from qlora_operator.decide.deadline import is_late
 from qlora_operator.decide.decision import Context

@@ -220,7 +220,7 @@ def test_a_figure_in_status_that_is_none_takes_no_metric_of_others_away(api, for
 def test_an_error_over_what_a_pod_reports_does_not_keep_its_job_from_being_suspended(
     api, crd_cluster, zygote, kwok_namespace, tmp_path
 ):
-    broken = {"qlora_operator.decide.attempt_history.known_components": None}  # calling it is an error
+    broken = {"qlora_operator.decide.attempts.attempt_history.known_components": None}  # calling it is an error
     does = {"pod-ip": OWNED, "stop-exit-code": 43, "stop-message": word(43, "Preempted", "stopped")}
     with (
         HostileRank(OWNED, METRICS_PORT, [report()]) as rank,

@@ -6,8 +6,8 @@ from datetime import datetime, timedelta
 
 from qlora_api.batch import BatchSplit, on_other_ranks
 from qlora_api.status import Attempt, Reason
-from qlora_operator.decide.attempt_history import batch_of
-from qlora_operator.decide.attempt_outcome import Ending
+from qlora_operator.decide.attempts.attempt_history import batch_of
+from qlora_operator.decide.attempts.attempt_outcome import Ending
 from qlora_operator.decide.decision import Context
 from qlora_operator.decide.pending_reason import pending_reason
 

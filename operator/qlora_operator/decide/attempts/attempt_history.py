@@ -9,7 +9,7 @@ from typing import Any
 from qlora_api.batch import BatchSplit
 from qlora_api.lifecycle import restarts
 from qlora_api.status import MAX_ATTEMPTS, Attempt, Memory, Progress, QLoRAJobStatus
-from qlora_operator.decide.attempt_outcome import Ending
+from qlora_operator.decide.attempts.attempt_outcome import Ending
 from qlora_operator.decide.conditions import memory_in_words, time_in_words
 from qlora_operator.decide.decision import Context
 from qlora_operator.state.observed import JobState, ObservedJob

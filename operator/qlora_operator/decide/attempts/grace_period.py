@@ -6,7 +6,7 @@ import math
 
 from qlora_api.contract import ProgressReport
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.decide.attempt_history import open_attempt
+from qlora_operator.decide.attempts.attempt_history import open_attempt
 from qlora_operator.decide.decision import Context
 
 LEAST_SECONDS, MOST_SECONDS = 30, 900

@@ -8,7 +8,7 @@ import pytest
 
 from operator_builders import NOW, attempt, child, pod, seen
 from qlora_api.status import Reason
-from qlora_operator.decide.attempt_outcome import as_suspended, ending_of
+from qlora_operator.decide.attempts.attempt_outcome import as_suspended, ending_of
 from qlora_operator.state.observed import JobState, observe_pod
 
 FAILED = child(state=JobState.FAILED)

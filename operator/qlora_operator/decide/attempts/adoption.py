@@ -7,8 +7,8 @@ from dataclasses import replace
 from pydantic import ValidationError
 
 from qlora_api.status import Attempt, QLoRAJobStatus, Reason
-from qlora_operator.decide.attempt_history import batch_of, open_attempt, with_attempt, with_end
-from qlora_operator.decide.attempt_outcome import Ending, close, ending_of
+from qlora_operator.decide.attempts.attempt_history import batch_of, open_attempt, with_attempt, with_end
+from qlora_operator.decide.attempts.attempt_outcome import Ending, close, ending_of
 from qlora_operator.decide.decision import Context
 from qlora_operator.decide.prepare_result import is_for, with_prepared
 from qlora_operator.state.observed import PREPARE, ObservedJob, planned
