@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
 
-from qlora_api.deep_json import parse_json
+from qlora_api.untrusted.deep_json import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 
-from qlora_api.deep_json import parse_json
+from qlora_api.untrusted.deep_json import parse_json
 from qlora_cli.kube import credentials
 from qlora_cli.kube.errors import ApiError, UnreachableError
 from qlora_cli.kube.names import FIELD_MANAGER

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from qlora_api.printable import printable
+from qlora_api.untrusted.printable import printable
 from qlora_cli.kube.errors import ClusterError
 from qlora_cli.manifest import crd_schema, job_manifest
 from qlora_cli.manifest.local_model import positions_of_folder

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import yaml
 
 from qlora_api.errors import FieldError
-from qlora_api.printable import is_printable
+from qlora_api.untrusted.printable import is_printable
 
 _PLAIN = "!plain"
 _STANDARD = "tag:yaml.org,2002:"

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.segment import Segment
 from rich.text import Text
 
-from qlora_api.printable import is_printable, printable
+from qlora_api.untrusted.printable import is_printable, printable
 from qlora_cli.kube.names import API_VERSION, KIND
 from qlora_cli.text.choices import Form
 from qlora_cli.text.printable import as_json, write

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from qlora_api.printable import UNSAFE, printable
+from qlora_api.untrusted.printable import UNSAFE, printable
 
 
 def write(text: str, *, error: bool = False) -> None:

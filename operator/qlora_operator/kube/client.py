@@ -17,8 +17,8 @@ from urllib.parse import urlencode
 import aiohttp
 from yarl import URL
 
-from qlora_api.deep_json import parse_json
-from qlora_api.printable import printable
+from qlora_api.untrusted.deep_json import parse_json
+from qlora_api.untrusted.printable import printable
 from qlora_operator.kube.bounded_reads import TooLargeError, lines, read_within
 from qlora_operator.kube.credentials import Credentials
 from qlora_operator.kube.kopf_import import kopf

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from qlora_api.contract import ProgressReport
 from qlora_api.job import QLoRAJob
-from qlora_api.printable import printable
+from qlora_api.untrusted.printable import printable
 from qlora_operator.names import JOB_LABEL, KUEUE_PRIORITY_LABEL
 from qlora_operator.state.observed import (
     LONGEST_TEXT,

@@ -15,7 +15,7 @@ from typing import Any
 
 from qlora_api.contract import ProgressReport, TerminationMessage
 from qlora_api.job import GROUP, KIND
-from qlora_api.printable import printable
+from qlora_api.untrusted.printable import printable
 from qlora_operator.names import (
     ATTEMPT_LABEL,
     CONTAINER,

@@ -15,8 +15,8 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import from_json
 
 from qlora_api.contract import ProgressReport, TerminationMessage
-from qlora_api.printable import printable
 from qlora_api.status import Memory, MemoryComponent, PrepareResult, Progress
+from qlora_api.untrusted.printable import printable
 
 MOST = 2**53 - 1
 """Largest count that is taken: what JSON holds exactly, and an int64 of the API server's in any case."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-from qlora_api.deep_json import parse_json
+from qlora_api.untrusted.deep_json import parse_json
 from qlora_operator.kube.bounded_reads import lines
 from qlora_operator.kube.client import USER_AGENT, Object, read_change
 from qlora_operator.kube.kopf_import import kopf

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from qlora_api.printable import printable
+from qlora_api.untrusted.printable import printable
 from qlora_cli.text import kubernetes_yaml, output
 from qlora_cli.text.choices import Form
 from qlora_cli.text.printable import as_json, write, write_line

@@ -23,7 +23,7 @@ from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import ADAPTER, ends, word
 from cluster.scenarios.zygote import ForkedOperator
 from cluster.waits import eventually
-from qlora_api.printable import is_printable
+from qlora_api.untrusted.printable import is_printable
 from services.hostile_rank import TERMINAL, HostileRank, answers, report
 
 if TYPE_CHECKING:

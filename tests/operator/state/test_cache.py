@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from qlora_api.printable import is_printable
+from qlora_api.untrusted.printable import is_printable
 from qlora_operator.state.cache import ObjectCache
 from qlora_operator.state.observed import NotOwnedError
 from services.hostile_rank import TERMINAL

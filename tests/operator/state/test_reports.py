@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from qlora_api.printable import is_printable, printable
 from qlora_api.status import Reason
+from qlora_api.untrusted.printable import is_printable, printable
 from qlora_operator.state.reports import ReportError, read_report, read_termination_message
 from services.hostile_rank import NOT_A_VALUE, REPORT, TERMINAL
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 import httpx
 
 from cluster.scenarios.jobs import GROUP
-from qlora_api.deep_json import parse_json
+from qlora_api.untrusted.deep_json import parse_json
 
 if TYPE_CHECKING:
     from cluster.api import Object

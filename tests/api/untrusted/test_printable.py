@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_api.printable import is_printable, printable
+from qlora_api.untrusted.printable import is_printable, printable
 from services.hostile_rank import TERMINAL
 
 
