@@ -150,12 +150,12 @@ ALERTS: Sequence[Alert] = (
     ),
     Alert(
         "QLoRAOperatorDown",
-        "absent(qlora_operator_reconcile_seconds_count)",
+        "absent(qlora_operator_leading == 1)",
         "5m",
         "critical",
         "Nobody serves QLoRAJobs",
-        "The operator is not there or is not scraped. Trainings that run go on; none starts, resumes or is "
-        "published in status.",
+        "The operator is not there or is not scraped, or none of its replicas leads. Trainings that run go on; none "
+        "starts, resumes or is published in status.",
     ),
     Alert(
         "QLoRAOperatorNotReconciling",

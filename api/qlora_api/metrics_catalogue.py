@@ -252,6 +252,9 @@ _OPERATOR = (
     ),
     # The operator itself.
     _operator(
+        "qlora_operator_leading", _G, "", "1 while this process operates, 0 while it stands by for another replica"
+    ),
+    _operator(
         "qlora_operator_reconcile_seconds",
         _H,
         "seconds",

@@ -168,6 +168,7 @@ class Operator:
 
         """
         self.watches.begin()
+        self.metrics.operates = True
         waiting, looking = asyncio.create_task(self.stop.wait()), asyncio.create_task(self.look())
         renewing = [asyncio.create_task(self.election.renew())] if self.election else []
         tasks = [asyncio.create_task(supervise(task, self.metrics.task_failed)) for task in self.background_tasks()]

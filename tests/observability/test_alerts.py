@@ -81,7 +81,11 @@ def _found(said, alert):
     return found
 
 
-OPERATOR = [alone("qlora_operator_reconcile_seconds_count", "0+60x120")]
+OPERATOR = [
+    alone("qlora_operator_reconcile_seconds_count", "0+60x120"),
+    alone("qlora_operator_leading", "1x120", pod="a"),
+    alone("qlora_operator_leading", "0x120", pod="b"),
+]
 QUIET_RANK = [series("qlora_heartbeat_timestamp_seconds", "0+60x5 300x60", rank="1")]
 
 FIRES = [
@@ -197,6 +201,7 @@ FIRES = [
         id="three-hours-of-steps-and-ninety-minutes-left",
     ),
     pytest.param("QLoRAOperatorDown", [], "6m", [{}], id="no-operator-is-scraped"),
+    pytest.param("QLoRAOperatorDown", [alone("qlora_operator_leading", "0x9")], "6m", [{}], id="no-operator-leads"),
     pytest.param(
         "QLoRAOperatorNotReconciling",
         [*OPERATOR, alone("qlora_operator_reconcile_errors_total", "0+50x120", kind="NoAnswer")],

@@ -44,6 +44,7 @@ class JobsCollector:
         store: what is known.
         clock: seconds since 1970.
         corrections: of predicted memory, by GPU and quantization.
+        operates: whether this process operates, and does not stand by.
 
     """
 
@@ -52,8 +53,9 @@ class JobsCollector:
         store: ObjectCache,
         clock: Callable[[], float] = time.time,
         corrections: Callable[[], Mapping[tuple[str, str], float]] = dict,
+        operates: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._store, self._clock, self._corrections = store, clock, corrections
+        self._store, self._clock, self._corrections, self._operates = store, clock, corrections, operates
         self._used: dict[str, float] = {}
         """GPU-seconds of each job, by UID, when they were last added up."""
         self._total: defaultdict[str, float] = defaultdict(float)
@@ -81,6 +83,7 @@ class JobsCollector:
             families["qlora_operator_gpu_seconds"].add_metric((namespace,), seconds)
         for labels, factor in self._corrections().items():
             families["qlora_operator_memory_correction"].add_metric(labels, factor)
+        families["qlora_operator_leading"].add_metric((), float(self._operates()))
         yield from families.all()
 
     def _count(self, namespace: str, uid: str, used: float) -> None:

@@ -35,7 +35,10 @@ class Metrics:
         for reason in Reason:
             self._attempts.labels(reason.value)  # from 0 on: a rate sees no series that begins at 1
         self._corrections: Mapping[tuple[str, str], float] = {}
-        self.registry.register(JobsCollector(store, corrections=lambda: self._corrections))
+        self.operates = False
+        """Whether this process operates, and does not stand by."""
+        collector = JobsCollector(store, corrections=lambda: self._corrections, operates=lambda: self.operates)
+        self.registry.register(collector)
 
     def _made(self, name: str) -> Any:
         metric = OPERATOR[name]

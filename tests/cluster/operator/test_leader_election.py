@@ -81,6 +81,8 @@ def transitions(lease: Object) -> int:
 def test_the_other_replica_takes_over_from_a_leader_that_dies_at_work(crd_cluster, history, replicas, namespace):
     path = start_life(crd_cluster.api, namespace)
     assert replicas["standby"].writes() == []
+    leading = {name: replica.operator.metrics()["qlora_operator_leading"] for name, replica in replicas.items()}
+    assert leading == {"leader": 1, "standby": 0}
     replicas["leader"].operator.kill()
     finish_life(crd_cluster.api, namespace, path)
     assert outcome(history, namespace) == EXPECTED

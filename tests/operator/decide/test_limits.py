@@ -20,6 +20,15 @@ def test_the_deadline_wakes_the_job_by_itself():
     assert decide(job(held(), policy=DEADLINE), seen(child(ready=1), pod(), after=20)).wake_after == 40
 
 
+def test_the_deadline_acts_on_a_pod_in_which_another_container_is_not_ready_or_does_not_end():
+    unready = seen(child(), pod(ready=False, trainer_ready=True), after=61)
+    planned = decide(job(held(), policy=DEADLINE), unready)
+    assert (planned.status.reason, [c.name for c in planned.delete]) == (Reason.SUSPENDING, ["job-1"])
+    kept = pod(code=43, word="stopped", phase="Running", held=True)
+    ended = decide(job(planned.status, policy=DEADLINE), seen(child(deleting=True), kept, after=70))
+    assert (ended.status.state, ended.status.reason) == ("Failed", Reason.DEADLINE_EXCEEDED)
+
+
 def test_time_of_earlier_attempts_counts_towards_the_deadline_and_time_between_them_does_not():
     ran = attempt(1, "Preempted", runningTime=NOW - timedelta(seconds=5000), endTime=NOW - timedelta(seconds=4970))
     later = seen(child(2, ready=1), pod(2), after=20)
