@@ -5,7 +5,7 @@ make ranks wait for each other. Same model, rows, adapter, micro-batch, accumula
 padding does not; the first steps do not count; variants take turns, since a shared machine drifts. With packing a
 sequence holds several rows, so an epoch has fewer and larger steps: the tokens are the same.
 
-``--gpu`` measures an 8B-shaped model on one GPU instead (``bench_gpu.py``).
+``gpu/bench_gpu.py`` measures an 8B-shaped model on one GPU.
 """
 
 from __future__ import annotations
@@ -192,13 +192,7 @@ def main() -> int:
     parser.add_argument("--only", choices=VARIANTS, action="append", help="leave the other variants out")
     parser.add_argument("--compute-types", action="store_true", help="only this trainer in each compute type")
     parser.add_argument("--profile", type=Path, help="write where this trainer's time goes to files of this name")
-    parser.add_argument("--gpu", action="store_true", help="an 8B-shaped model on one GPU instead")
-    parser.add_argument("--out", type=Path, help="with --gpu: all that was measured, as JSON")
     arguments = parser.parse_args()
-    if arguments.gpu:
-        import bench_gpu  # noqa: PLC0415 needs a GPU
-
-        return bench_gpu.main(arguments.out, arguments.profile)
     variants = arguments.only or VARIANTS
     with tempfile.TemporaryDirectory(prefix="qlora-bench-") as name:
         work = Path(name)

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memory_gpu_cases import change_of
-from memory_gpu_cases import run_of as run_of_case
 from qlora_api.spec import LoRASpec, Optimizer, ParallelismSpec, QLoRAJobSpec, QuantizationSpec
 from qlora_memory import (
     GPUS,
@@ -34,8 +32,12 @@ from qlora_memory.activations.setting import ForwardSetting, Software
 from qlora_memory.gpus import GIB
 from qlora_memory.shape.model_shape import FeedForward, ModelShape
 
+sys.path.append(str(Path(__file__).parent / "gpu"))
+from memory_gpu_cases import change_of
+from memory_gpu_cases import run_of as run_of_case
+
 MEASURED = Path(__file__).parent / "measured" / "h200-memory.json"
-"""What ``bench_memory_gpu.py`` saw: of each case PyTorch's peak, and what the GPU had given."""
+"""What ``gpu/bench_memory_gpu.py`` saw: of each case PyTorch's peak, and what the GPU had given."""
 PAGE = Path(__file__).parent.parent / "docs" / "explanation" / "memory.md"
 
 LLAMA_8B: dict[str, Any] = {

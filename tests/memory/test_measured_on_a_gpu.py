@@ -1,4 +1,4 @@
-"""The formulas against what a GPU was seen to hold: ``benchmarks/measured``, by ``benchmarks/bench_memory_gpu.py``."""
+"""The formulas against peaks that ``benchmarks/gpu/bench_memory_gpu.py`` saw on a GPU: ``benchmarks/measured``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Activations and logits against what autograd holds, and the peak against what the allocator gives.
 
 On the CPU, where each row is one call of scaled-dot-product attention. A GPU's variable-length attention keeps the same
-without copies of keys and values for their groups; it is modelled too, and measured by benchmarks/bench_memory_gpu.py.
+without copies of keys and values for their groups; it is modelled too, and measured by
+benchmarks/gpu/bench_memory_gpu.py.
 """
 
 from __future__ import annotations

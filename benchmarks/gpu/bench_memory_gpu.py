@@ -1,4 +1,4 @@
-"""Predicted beside measured peaks on one GPU: ``python benchmarks/bench_memory_gpu.py [OUT.json]``.
+"""Predicted beside measured peaks on one GPU: ``python benchmarks/gpu/bench_memory_gpu.py [OUT.json]``.
 
 Configurations of random weights (Llama, Qwen, Gemma, Phi, Mistral, OPT and Mixtral shapes of 1 to 8 billion weights;
 ranks, lengths, recomputation, quantizations, optimizers, ZeRO) in one process: the trainer's adapter, loss and

@@ -5,8 +5,10 @@ As ``stock_trainer.py``, without its tokenizer and files: rows of random tokens,
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from transformers import Trainer, TrainingArguments
 from bench_gpu import LLAMA_8B, SEED
 from qlora_api.spec import QuantizationSpec
 from random_base import random_base
+
+sys.path.append(str(Path(__file__).parents[1]))
 from stock_trainer import Clock
 
 IGNORED = -100

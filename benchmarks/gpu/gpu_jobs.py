@@ -1,6 +1,6 @@
 """Whole jobs on this machine's GPU by ``qlora run``: one to its end, one stopped and resumed, one short of memory.
 
-python benchmarks/gpu_jobs.py OUT.json [whole stopped limited] [--mib 896]
+python benchmarks/gpu/gpu_jobs.py OUT.json [whole stopped limited] [--mib 896]
 
 The quickstart's base and rows, made first by ``examples/quickstart/prepare.py --out runs/quickstart-data``. docs/gpu.md
 has what came out. ``whole`` and ``stopped`` run on a CPU too, where they take minutes.
@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DATA = ROOT / "runs" / "quickstart-data"
 TRAINING = {"epochs": None, "maxSteps": 30, "evaluation": {"everySteps": 15}}
 SHORT = {"epochs": None, "maxSteps": 6, "warmupSteps": 2, "globalBatchSize": 128, "evaluation": {"everySteps": 6}}

@@ -1,4 +1,4 @@
-"""Training speed of an 8B-shaped model on one GPU, and the stock stack's: ``python benchmarks/bench_trainer.py --gpu``.
+"""Training speed of an 8B-shaped model on one GPU, and the stock stack's: ``python benchmarks/gpu/bench_gpu.py``.
 
 Llama-3-8B's shape with random weights, made on the GPU layer by layer and quantized at once: no hub and no disk. NF4
 with double quantization, LoRA of rank 16 on all linear layers, paged 8-bit AdamW, 8,192 real tokens a step. Ours: the
@@ -9,6 +9,7 @@ one for the stock stack.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -178,25 +179,27 @@ def _one(who: str, rows: str, again: bool, profiled: Path | None) -> dict[str, A
         return found | {"error": "".join(traceback.format_exception(error)[-3:])}
 
 
-def main(out: Path | None = None, profile: Path | None = None) -> int:
-    """Measure both sides.
-
-    Args:
-        out: gets all that was measured, as JSON.
-        profile: files whose names begin so get where our time goes.
-
-    """
+def main() -> int:
+    """Measure both sides, each in a process of its own."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, help="all that was measured, as JSON")
+    parser.add_argument("--profile", type=Path, help="write where this trainer's time goes to files of this name")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        return child(*arguments.child)
+    out, profile = arguments.out, arguments.profile
     import torch  # noqa: PLC0415
 
     if not torch.cuda.is_available():
-        print("no GPU: --gpu needs one")
+        print("no GPU: this measures one")
         return 1
     report: dict[str, list[dict[str, Any]]] = {}
     environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryDirectory() as folder:
         for who in ("ours", "stock"):
             answer = Path(folder) / f"{who}.json"
-            command = [sys.executable, __file__, who, str(answer)]
+            command = [sys.executable, __file__, "--child", who, str(answer)]
             command += [str(profile)] if profile and who == "ours" else []
             done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
             if done.returncode:
@@ -231,4 +234,4 @@ def table(report: dict[str, list[dict[str, Any]]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(child(*sys.argv[1:]))
+    sys.exit(main())
