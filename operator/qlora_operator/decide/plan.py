@@ -6,41 +6,42 @@ It reads as a job lives: over already, told to stop, preparing, waiting, trainin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from qlora_api.batch import BatchSplit, split_batch
 from qlora_api.job import QLoRAJob
 from qlora_api.lifecycle import Finish, after_attempt
 from qlora_api.spec import Gang
-from qlora_api.status import (
-    Attempt,
-    ConditionType,
-    QLoRAJobStatus,
-    Reason,
-)
+from qlora_api.status import Attempt, ConditionType, QLoRAJobStatus, Reason
 from qlora_operator.config import OperatorConfig
 from qlora_operator.decide.attempts.adoption import adopted
 from qlora_operator.decide.attempts.attempt_history import (
     budget_left,
     gpu_seconds,
-    measured,
     open_attempt,
     with_attempt,
     with_clock_stopped,
-    with_end,
 )
-from qlora_operator.decide.attempts.attempt_outcome import Ending, as_suspended, close, ending_of, is_cut_short, is_lost
-from qlora_operator.decide.attempts.elastic import fewer, on_the_right_ranks, too_large, waiting_since
-from qlora_operator.decide.attempts.grace_period import with_grace
+from qlora_operator.decide.attempts.attempt_outcome import Ending, ending_of, is_cut_short, is_lost
+from qlora_operator.decide.attempts.elastic import fewer, on_the_right_ranks, waiting_since
 from qlora_operator.decide.attempts.outdated import is_contested, is_outdated
 from qlora_operator.decide.conditions import is_condition_true, with_condition, with_summary
 from qlora_operator.decide.deadline import wake_after
 from qlora_operator.decide.decision import Context, Decision, Note
 from qlora_operator.decide.events import transitions
+from qlora_operator.decide.job_end import (
+    clean_up,
+    conclude_attempt,
+    deadline_words,
+    end_job,
+    fail_by_deadline,
+    has_pods,
+    running_jobs,
+    with_finish,
+)
 from qlora_operator.decide.pending_reason import pending_reason, prepare_queued
 from qlora_operator.decide.prepare_result import NOT_PREPARED, is_for, with_correction, with_prepared
 from qlora_operator.decide.stopping import StopCause, StopOutcome, attempt_state, outcome_of, stop_cause
@@ -78,23 +79,23 @@ def _decide(context: Context, status: QLoRAJobStatus, *, was_over: bool) -> Deci
     notes: tuple[Note, ...] = ()
     if not was_over:
         status = with_clock_stopped(context, adopted(context, status))
-        status, notes = _concluded(context, status)
+        status, notes = conclude_attempt(context, status)
     stop = stop_cause(context, status)
-    outcome = outcome_of(stop, attempt_state(status, None), pods=_has_pods(context))
+    outcome = outcome_of(stop, attempt_state(status, None), pods=has_pods(context))
     if outcome is StopOutcome.LEAVE_TO_GARBAGE_COLLECTION:
         return Decision(status)
     if outcome is StopOutcome.CLEAN_UP:
-        return _over(context, status) if was_over else _ending(context, status, notes)
+        return clean_up(context, status) if was_over else end_job(context, status, notes)
     if outcome is StopOutcome.FAIL_BY_DEADLINE:
-        return _failed_by_deadline(context, status, notes)
+        return fail_by_deadline(context, status, notes)
     if outcome is StopOutcome.STOP_PODS and stop is StopCause.DEADLINE:
-        return replace(_leaving(context, status, f"{_too_late_words(context)}: the ranks leave"), notes=notes)
+        return replace(_leaving(context, status, f"{deadline_words(context)}: the ranks leave"), notes=notes)
     decision = _next(context, status, stop, outcome)
     # What ended by a decision (its node is lost, it found no room) may have a Job that would go on.
     over = {a.number for a in decision.status.attempts if a.end_time}
     if decision.status.prepared or decision.status.attempts:
         over.add(PREPARE)  # a container that is not the operator's keeps its pod from ending
-    stale = tuple(j for j in _running(context) if j.attempt in over and j not in decision.delete)
+    stale = tuple(j for j in running_jobs(context) if j.attempt in over and j not in decision.delete)
     wake = min(decision.wake_after or math.inf, wake_after(context, decision.status))
     return replace(
         decision,
@@ -102,98 +103,6 @@ def _decide(context: Context, status: QLoRAJobStatus, *, was_over: bool) -> Deci
         notes=(*notes, *decision.notes),
         wake_after=None if wake == math.inf else wake,
     )
-
-
-# ------------------------------------------------------------------------------------------------------ over and done
-
-
-def _over(context: Context, status: QLoRAJobStatus) -> Decision:
-    """Nothing is left but to clear away what still runs, and to go when the time has come."""
-    ttl = context.job.spec.policy.ttl_seconds_after_finished
-    running = _running(context)
-    if ttl is None or status.completion_time is None:
-        return Decision(status, delete=running)
-    left = (status.completion_time + timedelta(seconds=ttl) - context.now).total_seconds()
-    return Decision(status, delete=running, delete_self=left <= 0, wake_after=max(left, 0) or None)
-
-
-def _ending(context: Context, status: QLoRAJobStatus, notes: Sequence[Note]) -> Decision:
-    """The decision in which a job ends."""
-    status = status.model_copy(update={"observed_generation": context.job.metadata.generation or 0})
-    return replace(_over(context, status), notes=tuple(notes))
-
-
-def _running(context: Context) -> tuple[ObservedJob, ...]:
-    return tuple(
-        j
-        for j in context.seen.jobs.values()
-        if not j.deleting and j.state in (JobState.ACTIVE, JobState.SUSPENDED, JobState.FAILING)
-    )
-
-
-def _has_pods(context: Context) -> bool:
-    """Return whether there are pods that have not ended, or a Job that may still make some."""
-    return bool(_running(context)) or any(not p.ended and not is_lost(p, context.seen) for p in context.seen.living)
-
-
-def _failed_by_deadline(context: Context, status: QLoRAJobStatus, notes: Sequence[Note]) -> Decision:
-    end = Finish(False, Reason.DEADLINE_EXCEEDED, _too_late_words(context))
-    note = Note("Warning", end.reason.value, end.message)
-    return _ending(context, _finished(context, status, end), (*notes, note))
-
-
-def _too_late_words(context: Context) -> str:
-    limit = context.job.spec.policy.active_deadline_seconds
-    return f"its attempts ran for longer than spec.policy.activeDeadlineSeconds ({limit}) together"
-
-
-# -------------------------------------------------------------------------------------------------- how attempts end
-
-
-def _concluded(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus, tuple[Note, ...]]:
-    """Close the open attempt if it ended, and the job if nothing can follow."""
-    status = with_grace(context, measured(context, status))
-    attempt = open_attempt(status)
-    if attempt is None:
-        return status, ()
-    ending = ending_of(attempt.number, context.workers(attempt), context.seen) or too_large(context, attempt)
-    if ending is None:
-        return status, ()
-    stop = stop_cause(context, status)
-    outcome = outcome_of(stop, attempt_state(status, ending), pods=_has_pods(context))
-    if outcome is StopOutcome.MAKE_ANEW:
-        return status, ()
-    if outcome is StopOutcome.CLOSE_AS_SUSPENDED:
-        ending = as_suspended(attempt, ending)
-    elif outcome is StopOutcome.CLOSE_AS_DEADLINE_EXCEEDED:
-        ending = replace(ending, reason=Reason.DEADLINE_EXCEEDED, message=_too_late_words(context))
-    attempt = close(attempt, ending, context.seen)
-    status = with_end(context, status, attempt, ending)
-    if outcome is StopOutcome.CLOSE_AS_DEADLINE_EXCEEDED:
-        return status, ()
-    decision = after_attempt(context.job.spec.policy, status.attempts)
-    if stop is StopCause.DEADLINE and not isinstance(decision, Finish):
-        return status, ()
-    if isinstance(decision, Finish):
-        kind: Literal["Normal", "Warning"] = "Normal" if decision.succeeded else "Warning"
-        where = f"; the adapter is published: {status.adapter.uri}" if decision.succeeded and status.adapter else ""
-        note = Note(kind, decision.reason.value, f"{decision.message}{where}")
-        return _finished(context, status, decision), (note,)
-    if outcome is StopOutcome.CLOSE_AS_SUSPENDED:
-        return status, (Note("Normal", "Suspended", _attempt_words(attempt)),)
-    return status, (Note("Warning", ending.reason.value, f"{_attempt_words(attempt)}; another attempt follows"),)
-
-
-def _attempt_words(attempt: Attempt) -> str:
-    where = f" on {attempt.node}" if attempt.node else ""
-    return f"attempt {attempt.number}{where}: {attempt.message}"
-
-
-def _finished(context: Context, status: QLoRAJobStatus, end: Finish) -> QLoRAJobStatus:
-    kind = ConditionType.SUCCEEDED if end.succeeded else ConditionType.FAILED
-    status = with_condition(context, status, ConditionType.RUNNING, end.reason, "", is_true=False)
-    status = with_condition(context, status, kind, end.reason, end.message, is_true=True)
-    return status.model_copy(update={"state": kind, "reason": end.reason, "completion_time": context.now, "eta": ""})
 
 
 # -------------------------------------------------------------------------------------------------------- what is next
@@ -234,7 +143,7 @@ def _suspended(context: Context, status: QLoRAJobStatus, stop: StopCause) -> Dec
 def _leaving(context: Context, status: QLoRAJobStatus, text: str) -> Decision:
     status = with_condition(context, status, ConditionType.RUNNING, Reason.SUSPENDING, text, is_true=False)
     status = status.model_copy(update={"state": "Pending", "reason": Reason.SUSPENDING})
-    return Decision(status, delete=_running(context), wake_after=LOOK_AGAIN_SECONDS)
+    return Decision(status, delete=running_jobs(context), wake_after=LOOK_AGAIN_SECONDS)
 
 
 def _prepare(context: Context, status: QLoRAJobStatus) -> Decision:
@@ -285,7 +194,7 @@ def _prepared_or_failed(context: Context, status: QLoRAJobStatus, ending: Ending
 def _prepare_failed(context: Context, status: QLoRAJobStatus, ending: Ending) -> Decision:
     status = with_condition(context, status, ConditionType.PREPARED, ending.reason, ending.message, is_true=False)
     end = Finish(False, ending.reason, ending.message)
-    return _ending(context, _finished(context, status, end), (Note("Warning", ending.reason.value, ending.message),))
+    return end_job(context, with_finish(context, status, end), (Note("Warning", ending.reason.value, ending.message),))
 
 
 def _hangs(context: Context, pod: PodSnapshot) -> str:
@@ -323,7 +232,7 @@ def _start(context: Context, status: QLoRAJobStatus) -> Decision:
     if status.attempts:
         decision = after_attempt(context.job.spec.policy, status.attempts)
         if isinstance(decision, Finish):  # a limit was lowered while the job waited
-            return _ending(context, _finished(context, status, decision), ())
+            return end_job(context, with_finish(context, status, decision), ())
         batch = on_the_right_ranks(context, status.attempts[-1], decision.batch)
         checkpointing = decision.gradient_checkpointing
         ended = status.attempts[-1].end_time or context.now
