@@ -55,6 +55,10 @@ images:  ## Both images, with docker, podman or buildah: make images PREFIX=regi
 fidelity: $(VENV)/.all-installed  ## Compare QLoRA here with the published method, number by number
 	@$(BIN)/python benchmarks/fidelity/fidelity.py
 
+.PHONY: models
+models: $(VENV)/.all-installed  ## Try every model type of transformers at toy size, and write docs/reference/models.md
+	@$(BIN)/python tools/models $(MODELS_ARGS)
+
 .PHONY: bench-trainer
 bench-trainer: $(VENV)/.all-installed  ## Measure the trainer's speed and memory beside the stock stack
 	@$(BIN)/python benchmarks/bench_trainer.py

@@ -139,7 +139,7 @@ class AdapterShape:
 
     def _named(self) -> tuple[Linear, ...]:
         if self.lora.target_modules is None:
-            return (*self.shape.linears, *self.shape.experts)
+            return tuple(linear for linear in (*self.shape.linears, *self.shape.experts) if linear.learns)
         candidates = (*self.shape.linears, *self.shape.experts, self.shape.head.linear)
         for target in self.lora.target_modules:
             if not any(is_named(layer.name, target) for layer in candidates):

@@ -25,6 +25,8 @@ class Linear:
     bias: bool = False
     experts: int = 1
     """How many such matrices lie stacked in one parameter."""
+    learns: bool = True
+    """An adapter is on it by default (``qlora_trainer.model.experts.targets.left_alone``)."""
 
     @property
     def elements(self) -> int:

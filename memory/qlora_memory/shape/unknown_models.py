@@ -17,9 +17,23 @@ from qlora_memory.shape.model_shape import Attention, Experts, FeedForward, Head
 from qlora_memory.shape.on_disk import SOURCE, on_disk
 from qlora_memory.shape.safetensors_headers import TensorInfo
 
-_LAYER = re.compile(r"\.(?:layers|layer|h|blocks)\.(\d+)\.")
-_EMBEDDING = re.compile(r"embed|wte|wpe")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
+_EMBEDDING = re.compile(r"embed(?![a-z_]*proj)|wte|wpe")
 _HEAD = ("lm_head.weight", "embed_out.weight", "output.weight")
+_KEPT = re.compile(r"(?:mamba|mixer)\.dt_proj$|(?:prediction|correction)_coefs$|\.indexer\.weights_proj$")
+"""Matrices that a model reads itself, so that they stay as they are: ``qlora_trainer.model.dry_run`` finds them out."""
+_KEPT_BY_KERNELS = re.compile(r"(?:mamba|mixer)\.(?:x_proj|out_proj)$")
+"""Such that fused kernels read, in the model types that call them."""
+_FUSED = frozenset({"bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba", "mamba2", "nemotron_h"})
+_ROUTERS = (".gate.weight", ".router.weight", ".router.layer.weight", ".router.classifier.weight", ".wg.weight")
+_IDLE = re.compile(r"\.indexer\.")
+"""Layers that no gradient reaches: they choose what attention looks at."""
+_HIDDEN = ("hidden_size", "n_embd", "n_embed", "d_model", "dim")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_PAIRS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
+_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "top_k")
+_HEAD_DIM = 64
+"""Of models whose configuration has no heads, such as Mamba."""
 _ROLES = {
     "query": ("q_proj", "query", "wq"),
     "key": ("k_proj", "key", "wk"),
@@ -53,8 +67,11 @@ def shape_of_tensors(config: Config, tensors: Mapping[str, TensorInfo] | None) -
             f'"{config.model_type}" is not a known architecture ({", ".join(FAMILIES)}): its memory is planned from '
             f"16-bit weights, {why}",
         )
-    hidden, heads, pairs, count = config.sizes
-    head_dim = config.number("head_dim", hidden // heads)
+    table = _token_table(tensors)
+    hidden = _first(config, _HIDDEN, table.shape[1])
+    heads = _first(config, _HEADS, max(1, hidden // _HEAD_DIM))
+    pairs = _first(config, _PAIRS, heads)
+    head_dim = _first(config, ("head_dim",), hidden // heads)
     found: dict[int, list[Linear]] = defaultdict(list)
     outside: list[Linear] = []
     elements = {"embeddings": 0, "norms": 0, "biases": 0, "routers": 0}
@@ -65,12 +82,13 @@ def shape_of_tensors(config: Config, tensors: Mapping[str, TensorInfo] | None) -
             continue
         if name.endswith(_HEAD) and layer is None:
             continue
-        if (linear := _linear(name, tensor, tensors)) is not None:
+        if (linear := _linear(name, tensor, tensors, config.model_type)) is not None:
             (found[int(layer[1])] if layer else outside).append(linear)
-        elif not _is_bias_of_layer(name, tensors):
+        elif not _is_bias_of_layer(name, tensors, config.model_type):
             elements[_place(name, tensor)] += tensor.elements
-    layers = tuple(_layer(config, (heads, pairs, head_dim), found[index], stacks.get(index)) for index in range(count))
-    vocabulary = config.number("vocab_size")
+    sizes = hidden, heads, pairs, head_dim
+    layers = tuple(_layer(config, sizes, found[i], stacks.get(i)) for i in sorted({*found, *stacks}))
+    vocabulary = table.shape[0]
     tied = bool(config.get("tie_word_embeddings", False)) or not any(n.endswith(_HEAD) for n in tensors)
     return ModelShape(
         model_type=config.model_type,
@@ -87,26 +105,46 @@ def shape_of_tensors(config: Config, tensors: Mapping[str, TensorInfo] | None) -
     )
 
 
-def _is_bias_of_layer(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
+def _token_table(tensors: Mapping[str, TensorInfo]) -> TensorInfo:
+    """Return the embeddings of tokens: the tallest matrix that is named as embeddings are.
+
+    Raises:
+        FieldError: there are none.
+
+    """
+    tables = [t for n, t in tensors.items() if len(t.shape) == 2 and _EMBEDDING.search(n) and not _LAYER.search(n)]
+    if not tables:
+        raise FieldError(SOURCE, None, "has no weights that are named as embeddings are: its memory cannot be planned")
+    return max(tables, key=lambda table: table.shape[0])
+
+
+def _is_bias_of_layer(name: str, tensors: Mapping[str, TensorInfo], model_type: str) -> bool:
     """Return whether a tensor is the bias of a linear layer, which counts it; a router's is counted by itself."""
     weight = f"{name.removesuffix('.bias')}.weight"
-    return name.endswith(".bias") and weight in tensors and _linear(weight, tensors[weight], tensors) is not None
+    if not name.endswith(".bias") or weight not in tensors:
+        return False
+    return _linear(weight, tensors[weight], tensors, model_type) is not None
 
 
-def _linear(name: str, tensor: TensorInfo, tensors: Mapping[str, TensorInfo]) -> Linear | None:
-    """Matrices named ``*.weight`` are linear layers, but for embeddings, experts and routers.
+def _linear(name: str, tensor: TensorInfo, tensors: Mapping[str, TensorInfo], model_type: str) -> Linear | None:
+    """Matrices named ``*.weight`` are linear layers, but for embeddings, experts, routers and what a model reads.
 
     Experts and routers are parameters in transformers (``conversion_mapping.py``).
     """
     module = name.removesuffix(".weight")
     if len(tensor.shape) != 2 or module == name or _EMBEDDING.search(name) or _is_expert(name):
         return None
+    if _KEPT.search(module) or (model_type in _FUSED and _KEPT_BY_KERNELS.search(module)):
+        return None
     outputs, inputs = tensor.shape
-    return Linear(module, inputs, outputs, f"{module}.bias" in tensors)
+    bias = tensors.get(f"{module}.bias")
+    if bias is not None and bias.shape == (inputs,) != (outputs,):  # stored the other way round, as GPT-2's are
+        outputs, inputs = inputs, outputs
+    return Linear(module, inputs, outputs, bias is not None, learns=not _IDLE.search(name))
 
 
 def _is_expert(name: str) -> bool:
-    return ".experts." in name or name.endswith((".gate.weight", ".router.weight", ".router.layer.weight"))
+    return ".experts." in name or name.endswith(_ROUTERS)
 
 
 def _place(name: str, tensor: TensorInfo) -> str:
@@ -118,7 +156,7 @@ def _place(name: str, tensor: TensorInfo) -> str:
 
 
 def _layer(
-    config: Config, heads: tuple[int, int, int], linears: list[Linear], stacks: tuple[Linear, ...] | None
+    config: Config, sizes: tuple[int, int, int, int], linears: list[Linear], stacks: tuple[Linear, ...] | None
 ) -> Layer:
     """Linear layers put in the places of a Llama's, those that fit none beside them."""
     place: dict[str, Linear] = {}
@@ -129,8 +167,8 @@ def _layer(
             others.append(linear)
         else:
             place[role] = linear
-    missing = Linear("", config.number("hidden_size"), 0)
-    count, pairs, head_dim = heads
+    hidden, count, pairs, head_dim = sizes
+    missing = Linear("", hidden, 0)
     attention = Attention(
         heads=count,
         key_value_heads=pairs,
@@ -155,7 +193,7 @@ def _layer(
         return Layer(attention, dense, Norm.RMS, others=tuple(others))
     experts = Experts(
         count=stacks[0].experts,
-        per_token=_first(config, "num_experts_per_tok", "moe_topk"),
+        per_token=_first(config, _PER_TOKEN, 2),
         intermediate=stacks[-1].inputs,
         activation=activation,
         normalized=bool(config.get("norm_topk_prob", True)),
@@ -166,5 +204,7 @@ def _layer(
     return Layer(attention, experts, Norm.RMS, others=tuple(others))
 
 
-def _first(config: Config, *keys: str) -> int:
-    return config.number(next((key for key in keys if config.get(key) is not None), keys[0]))
+def _first(config: Config, keys: tuple[str, ...], default: int) -> int:
+    """Return the first whole number among the values of some keys."""
+    found = (config.get(key) for key in keys)
+    return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), default)

@@ -7,6 +7,7 @@ on an 8B model), and the adapter alone is held in fp32, because it alone learns.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,14 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.model.attention import choose_attention, register
 from qlora_trainer.model.composite import meta_model_of, model_class
 from qlora_trainer.model.compute_type import DTYPES, resolved_on
+from qlora_trainer.model.dry_run import find_layer_use
 from qlora_trainer.model.experts.forward import use_own_forward
 from qlora_trainer.model.experts.loading import FourBitConfig
 from qlora_trainer.model.experts.structure import expert_parameters
 from qlora_trainer.model.experts.targets import check_targets, linear_layers, lora_config
 from qlora_trainer.model.kernels import forget_inputs, fuse_adapters, fuse_norms
+from qlora_trainer.model.layer_use import note_layer_use
+from qlora_trainer.model.plain_linear import unify_linear_layers
 from qlora_trainer.model.read_weights import load_weights, method_on_disk
 
 _BIAS = {LoRABias.NONE: "none", LoRABias.ALL: "all", LoRABias.LORA_ONLY: "lora_only"}
@@ -63,13 +67,20 @@ def quantization_config(
             )
 
 
-def skipped_modules(path: Path, quantization: QuantizationSpec) -> list[str] | None:
-    """Return what stays in 16 bits of a base, by full name; None where the job names nothing."""
-    if not quantization.skip_modules:
+def skipped_modules(path: Path, quantization: QuantizationSpec, read: Iterable[str] = ()) -> list[str] | None:
+    """Return what stays in 16 bits of a base, by full name; None where that is what transformers leaves so.
+
+    Args:
+        path: of the base.
+        quantization: of the job, which may name some.
+        read: layers whose weight the model reads itself.
+
+    """
+    if not quantization.skip_modules and not read:
         return None
     model = meta_model(path)
     named = [n for n in (*linear_layers(model), *expert_parameters(model)) if quantization.skips(n)]
-    return sorted({*get_keys_to_not_convert(model), *named})
+    return sorted({*get_keys_to_not_convert(model), *named, *read})
 
 
 def load_base(path: Path, quantization: QuantizationSpec, device: torch.device, zero_stage: int = 0) -> Any:
@@ -85,11 +96,9 @@ def load_base(path: Path, quantization: QuantizationSpec, device: torch.device, 
     quantization = resolved_on(quantization, device)
     config = check_base(path, quantization)
     on_disk = getattr(config, "quantization_config", None)
-    wanted = (
-        None
-        if on_disk is not None
-        else quantization_config(quantization, zero_stage, skipped_modules(path, quantization))
-    )
+    use = find_layer_use(meta_model(path))
+    skipped = None if on_disk is not None else skipped_modules(path, quantization, use.read)
+    wanted = None if on_disk is not None else quantization_config(quantization, zero_stage, skipped)
     model = load_weights(
         path,
         config,
@@ -99,6 +108,7 @@ def load_base(path: Path, quantization: QuantizationSpec, device: torch.device, 
         **({} if wanted is None else {"quantization_config": wanted}),
         attn_implementation=choose_attention(model_class(config), config),
     )
+    note_layer_use(model, use)
     return ready_base(model, quantization)
 
 
@@ -112,6 +122,7 @@ def ready_base(model: Any, quantization: QuantizationSpec) -> Any:
             # Else bitsandbytes 0.50 re-packs the weights in the first eval-mode forward on a CPU, for good, with bf16
             # absmax and for a kernel without a backward: gradients of later training steps would stop there silently.
             layer.support_avx512bf16_for_cpu = False
+    unify_linear_layers(model)
     use_own_forward(model)
     fuse_norms(model)
     forget_inputs(model)
@@ -168,10 +179,12 @@ def meta_model(path: Path, *, whole: bool = False) -> Any:
 
     """
     try:
-        return meta_model_of(causal_config(path), whole=whole)
+        model = meta_model_of(causal_config(path), whole=whole)
     except ImportError as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise UserError("spec.model.source", None, f"needs what is not installed here: {reason}") from error
+    unify_linear_layers(model)
+    return model
 
 
 def causal_config(path: Path) -> Any:
@@ -293,7 +306,18 @@ def weight_bytes(model: nn.Module) -> dict[str, int]:
             sizes[MemoryComponent.QUANTIZATION_CONSTANTS] += sum(_bytes(t) for t in _constants(parameter))
         else:
             sizes[MemoryComponent.UNQUANTIZED_WEIGHTS] += size
+    sizes[MemoryComponent.UNQUANTIZED_WEIGHTS] += sum(_bytes(buffer) for buffer in _buffers_on_disk(model))
     return {str(k): v for k, v in sizes.items()}
+
+
+def _buffers_on_disk(model: nn.Module) -> list[torch.Tensor]:
+    """Return the buffers that a checkpoint holds, such as the bias of a router."""
+    return [
+        buffer
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set  # noqa: SLF001 torch has no other way to ask
+    ]
 
 
 def _constants(parameter: Any) -> list[torch.Tensor]:

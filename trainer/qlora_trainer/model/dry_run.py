@@ -1,29 +1,106 @@
-"""A forward and backward pass without data: which adapters would learn, before any weight is loaded."""
+"""A forward and backward pass without data or weights: how each linear layer is used, and which adapters would learn.
+
+Shapes and the graph are followed on the meta device. A model that cannot run there, since it decides by values, is not
+judged.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from qlora_trainer.model.experts.forward import use_own_forward
+from qlora_trainer.model.layer_use import LayerUse
 
 TOKENS = 8
 log = logging.getLogger(__name__)
 
 
+def find_layer_use(skeleton: Any) -> LayerUse:
+    """Return how the linear layers of a base are used in training.
+
+    Args:
+        skeleton: the base on the meta device, without an adapter; of no other use afterwards.
+
+    """
+    use_own_forward(skeleton)
+    layers = {n: m for n, m in skeleton.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    head = skeleton.get_output_embeddings()
+    reached: set[str] = set()
+    needs = {name: p.requires_grad for name, p in skeleton.named_parameters()}
+    skeleton.requires_grad_(requires_grad=True)
+    try:
+        with _watched(layers, reached) as read:
+            if not _try(skeleton):
+                return LayerUse()
+    finally:
+        for name, parameter in skeleton.named_parameters():
+            parameter.requires_grad_(needs[name])
+            parameter.grad = None
+    own = {n for n, m in layers.items() if m is not head}
+    return LayerUse(read=frozenset(read & own), idle=frozenset(own - reached))
+
+
+@contextmanager
+def _watched(layers: dict[str, nn.Module], reached: set[str]) -> Iterator[set[str]]:
+    """Collect the layers whose weight is read by another module than themselves, and those that a gradient reaches."""
+    read: set[str] = set()
+    inside: list[nn.Module] = []
+    classes = {name: type(layer) for name, layer in layers.items()}
+
+    def note(layer: Any, name: str, own: str) -> Any:
+        if name == "weight" and layer not in inside:
+            read.add(own)
+        return nn.Module.__getattr__(layer, name)
+
+    def forward(layer: Any, own: str, *arguments: Any, **named: Any) -> Any:
+        inside.append(layer)
+        try:
+            out = classes[own].forward(layer, *arguments, **named)
+        finally:
+            inside.pop()
+        if isinstance(out, torch.Tensor) and out.requires_grad:
+            out.register_hook(lambda _: reached.add(own))
+        return out
+
+    try:
+        for name, layer in layers.items():
+            layer.__class__ = type(
+                classes[name].__name__,
+                (classes[name],),
+                {
+                    "__getattr__": lambda self, attribute, own=name: note(self, attribute, own),
+                    "forward": lambda self, *a, own=name, **k: forward(self, own, *a, **k),
+                },
+            )
+        yield read
+    finally:
+        for name, layer in layers.items():
+            layer.__class__ = classes[name]
+
+
 def adapters_without_gradient(model: Any) -> list[str]:
     """Return the adapted layers that no gradient reaches, such as those of an image tower; empty where all learn.
-
-    Shapes and the graph are followed on the meta device. A model that cannot run there, since it decides by values, is
-    not judged.
 
     Args:
         model: the base without weights, with its adapter; its gradients are left behind.
 
     """
     use_own_forward(model.get_base_model())
+    if not _try(model):
+        return []
+    lost = {n.split(".lora_")[0] for n, p in model.named_parameters() if ".lora_B." in n and p.grad is None}
+    return sorted(n.removeprefix("base_model.model.") for n in lost)
+
+
+def _try(model: Any) -> bool:
+    """Go forward and backward; return whether that is possible."""
     was_training = model.training
     model.train()
     mask = torch.zeros(1, 1, TOKENS, TOKENS, device="meta")  # its values would tell what a mask of two dimensions means
@@ -37,10 +114,9 @@ def adapters_without_gradient(model: Any) -> list[str]:
         break
     else:
         log.info("the base cannot be tried without weights: %s: %s", type(failure).__name__, failure)
-        return []
+        return False
     model.train(was_training)
-    lost = {n.split(".lora_")[0] for n, p in model.named_parameters() if ".lora_B." in n and p.grad is None}
-    return sorted(n.removeprefix("base_model.model.") for n in lost)
+    return True
 
 
 def _run(model: Any, **extra: Any) -> None:

@@ -15,9 +15,10 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.model.base_model import add_lora, check_base, meta_model
 from qlora_trainer.model.composite import text_config
 from qlora_trainer.model.compute_type import device_problem
-from qlora_trainer.model.dry_run import adapters_without_gradient
+from qlora_trainer.model.dry_run import adapters_without_gradient, find_layer_use
 from qlora_trainer.model.experts.structure import expert_parameters
 from qlora_trainer.model.experts.targets import linear_layers
+from qlora_trainer.model.layer_use import note_layer_use
 from qlora_trainer.model.read_weights import method_on_disk
 from qlora_trainer.model.tokenizer import load_bounded_tokenizer
 from qlora_trainer.prepare.plan_memory import shape_of
@@ -111,7 +112,9 @@ def check_architecture(config: TrainerConfig, model: FetchedModel) -> int:
         raise problem
     base = check_base(model.path, config.spec.quantization, model.source)
     skeleton = meta_model(model.path)
+    _check_causal(skeleton)
     _check_skip_modules(skeleton, config, on_disk=hasattr(base, "quantization_config"))
+    note_layer_use(skeleton, find_layer_use(meta_model(model.path)))
     embeddings: int = skeleton.get_input_embeddings().weight.shape[0]
     adapted = add_lora(skeleton, config.spec.lora, config.spec.training.seed, model.source)
     _check_gradient(adapted, config, model.source)
@@ -129,6 +132,22 @@ def _check_skip_modules(skeleton: Any, config: TrainerConfig, *, on_disk: bool) 
         check_skip_modules(quantization, (*linear_layers(skeleton), *experts), on_disk=on_disk)
     except FieldError as error:
         raise UserError(error.field, error.value, error.allowed) from None
+
+
+def _check_causal(skeleton: Any) -> None:
+    """Refuse a base whose layers were built as those of an encoder.
+
+    Raises:
+        UserError: its tokens see the ones that follow.
+
+    """
+    if any(getattr(module, "is_decoder", None) is False for module in skeleton.modules()):
+        raise UserError(
+            "spec.model.source",
+            None,
+            "is an encoder, whose tokens see the ones that follow (is_decoder is false in its config.json): no causal "
+            f'language model, although "{skeleton.config.model_type}" can be one',
+        )
 
 
 def _check_gradient(adapted: Any, config: TrainerConfig, model_name: str) -> None:

@@ -20,6 +20,7 @@ from qlora_trainer.errors import TrainerError
 from qlora_trainer.model.disk_tensors import DiskTensors
 from qlora_trainer.model.experts.packed import Format, Packer, Stack
 from qlora_trainer.model.experts.structure import expert_parameters, router_names
+from qlora_trainer.model.plain_linear import unify_linear_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -60,6 +61,7 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         self.expert_names = frozenset(expert_parameters(model)).difference(skipped)
         self.files = self.quantization_config.tensors or DiskTensors(checkpoint_files or ())
         self.device = torch.device(device_map[""])
+        unify_linear_layers(model)
         if routers := router_names(model):
             self.quantization_config.llm_int8_skip_modules = sorted({*skipped, *routers})
         super()._process_model_before_weight_loading(model, device_map, **more)

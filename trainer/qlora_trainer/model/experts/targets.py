@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from qlora_trainer.errors import UserError
 from qlora_trainer.model.composite import tower_layers
 from qlora_trainer.model.experts.adapter import ExpertAdapter
 from qlora_trainer.model.experts.structure import expert_groups, expert_parameters, router_names
+from qlora_trainer.model.layer_use import known_layer_use
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from qlora_api.spec import LoRASpec
 
 FIELD = "spec.lora.targetModules"
-_LINEAR = (nn.Linear, Linear4bit, Linear8bitLt)
+_LINEAR = (nn.Linear, Linear4bit, Linear8bitLt, Conv1D)
 
 
 def linear_layers(model: Any) -> dict[str, nn.Module]:
@@ -46,7 +49,7 @@ class Targets:
     parameters: tuple[str, ...] = ()
     """``target_parameters``: experts, and linear layers whose names PEFT would take for those of experts."""
     excluded: tuple[str, ...] = ()
-    """``exclude_modules``: routers that are named as layers are."""
+    """``exclude_modules``: routers, and layers that would learn nothing, that are named as others are."""
 
 
 def check_targets(model: Any, lora: LoRASpec, model_name: str) -> None:
@@ -71,7 +74,7 @@ def check_targets(model: Any, lora: LoRASpec, model_name: str) -> None:
             raise UserError(
                 FIELD, target, f"is in a tower of {model_name} for images or sound: its text alone is trained"
             )
-        kinds = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in names}))
+        kinds = ", ".join(sorted({kind_of(n) for n in names}))
         raise UserError(FIELD, target, f"matches no linear layer of {model_name}; its linear layers are {kinds}")
     if lora.dora and _named(expert_parameters(model), lora.target_modules):
         raise UserError(
@@ -82,19 +85,54 @@ def check_targets(model: Any, lora: LoRASpec, model_name: str) -> None:
 
 
 def choose_targets(model: Any, lora: LoRASpec) -> Targets:
-    """Return what the job names, or else all linear layers and experts."""
+    """Return what the job names, or else all linear layers and experts that an adapter can be on."""
     named = lora.target_modules
     layers = linear_layers(model)
-    modules = list(named or sorted({n.rsplit(".", 1)[-1] for n in layers}))
+    left = [] if named else left_alone(model)
+    modules = list(named or sorted({kind_of(n) for n in layers.keys() - left}))
     parameters = sorted({".".join(n.rsplit(".", 2)[1:]) for n in _named(expert_parameters(model), named)})
+    excluded = _endings([n for n in left if _named([n], modules)], layers.keys() - left)
     if not parameters and not expert_groups(model):
-        return Targets(tuple(modules))
+        return Targets(tuple(modules), excluded=excluded)
     head = [n for n, m in model.named_modules() if m is model.get_output_embeddings()]
     modules = [m for m in modules if _named([*layers, *head], [m])]
     taken = [m for m in modules if _is_taken_for_experts(model, m)]
     modules = [m for m in modules if m not in taken]
     parameters += [f"{m}.weight" for m in taken]
-    return Targets(tuple(modules), tuple(parameters), tuple(sorted(_named(router_names(model), modules))))
+    routers = _named(router_names(model), modules)
+    return Targets(tuple(modules), tuple(parameters), tuple(sorted({*routers, *excluded})))
+
+
+def left_alone(model: Any) -> list[str]:
+    """Return the linear layers that get no adapter by default: none would learn there, or PEFT allows none."""
+    idle = known_layer_use(model).left_alone
+    return sorted(n for n in linear_layers(model) if n in idle or _is_refused(model, n.rpartition(".")[2]))
+
+
+def kind_of(name: str) -> str:
+    """Return the end of a layer's name that tells its kind: its own name, and what it is a number of."""
+    parts = name.split(".")
+    first = max((i for i, part in enumerate(parts) if not part.isdigit()), default=0)
+    return ".".join(parts[first:])
+
+
+def _endings(names: Iterable[str], others: Iterable[str]) -> tuple[str, ...]:
+    """Return the shortest ends of names that name no other layer."""
+    found: set[str] = set()
+    for name in names:
+        parts = name.split(".")
+        ends = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+        found.add(next((end for end in ends if not _named(others, [end])), name))
+    return tuple(sorted(found))
+
+
+def _is_refused(model: Any, name: str) -> bool:
+    """Return whether PEFT refuses an adapter on a layer: on Mamba's output, whose weight fused kernels read."""
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), model, name)
+    except ValueError:
+        return True
+    return False
 
 
 def lora_config(model: Any, lora: LoRASpec, **options: Any) -> LoraConfig:
