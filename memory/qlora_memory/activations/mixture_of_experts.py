@@ -48,7 +48,7 @@ def _experts(pen: Pen, x: Value, experts: Experts) -> Value:
 
     Adapted, S·w·(H + F + 2·rank) besides, and once the factors in the compute type.
     """
-    up, down = experts.weights
+    up, down = experts.weights[0], experts.weights[-1]
     tape, width = pen.tape, pen.width
     pairs = pen.tokens * experts.per_token
     weights = _router(pen, x, experts)

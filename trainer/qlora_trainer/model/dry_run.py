@@ -66,7 +66,7 @@ def _watched(layers: dict[str, nn.Module], reached: set[str]) -> Iterator[set[st
         finally:
             inside.pop()
         if isinstance(out, torch.Tensor) and out.requires_grad:
-            out.register_hook(lambda _: reached.add(own))
+            out.register_hook(lambda _: reached.add(own))  # type: ignore[no-untyped-call]
         return out
 
     try:

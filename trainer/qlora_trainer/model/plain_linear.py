@@ -19,7 +19,7 @@ def unify_linear_layers(model: nn.Module) -> None:
     """Make ``torch.nn.Linear`` of layers of a subclass that compute the same."""
     for module in model.modules():
         kind = type(module)
-        if kind is not nn.Linear and isinstance(module, nn.Linear) and _is_plain(kind):
+        if kind is not nn.Linear and isinstance(module, nn.Linear) and _is_plain(kind):  # type: ignore[arg-type]
             module.__class__ = nn.Linear
 
 
