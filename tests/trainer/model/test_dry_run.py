@@ -9,7 +9,7 @@ from torch import nn
 from mixtures import MIXTURES
 from qlora_api.spec import LoRASpec
 from qlora_trainer.model.base_model import add_lora, meta_model
-from qlora_trainer.model.dry_run import adapters_without_gradient
+from qlora_trainer.model.dry_run import adapters_without_gradient, find_layer_use
 from tiny_models import CONFIGS
 
 LORA = LoRASpec(rank=4)
@@ -42,3 +42,32 @@ def test_a_base_that_decides_by_values_is_not_judged(tiny_models, caplog):
     skeleton.model.norm.register_forward_hook(lambda *arguments: arguments[2] if arguments[2].sum() > 0 else None)
     assert adapters_without_gradient(add_lora(skeleton, LORA, seed=1)) == []
     assert "cannot be tried without weights: RuntimeError" in caplog.text
+
+
+def test_layers_whose_weight_the_model_reads_itself_are_found(tiny_models):
+    skeleton = meta_model(tiny_models["llama"])
+    attention = skeleton.model.layers[0].self_attn
+
+    def bound(module, _):
+        module.o_proj.weight.data.clamp_(-1, 1)
+
+    attention.register_forward_pre_hook(bound)
+    before = type(attention.o_proj)
+    found = find_layer_use(skeleton)
+    assert type(attention.o_proj) is before
+    assert found.read == {"model.layers.0.self_attn.o_proj"}
+
+
+def test_layers_that_no_gradient_reaches_are_found(tiny_models):
+    skeleton = meta_model(tiny_models["llama"])
+    skeleton.model.layers[1].mlp.up_proj.register_forward_hook(lambda *arguments: arguments[2].detach())
+    with torch.device("meta"):
+        skeleton.model.tower = nn.Linear(64, 64)
+    found = find_layer_use(skeleton)
+    assert (found.read, found.idle) == (frozenset(), {"model.tower", "model.layers.1.mlp.up_proj"})
+
+
+@pytest.mark.parametrize("name", [*CONFIGS])
+def test_layers_of_a_dense_base_are_used_as_layers_are(name, tiny_models):
+    found = find_layer_use(meta_model(tiny_models[name]))
+    assert found.left_alone == frozenset()
