@@ -17,7 +17,6 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoConfig, BitsAndBytesConfig
-from transformers.quantizers.base import get_keys_to_not_convert
 
 from qlora_api.spec import LoRABias, LoRASpec, QuantizationSpec, QuantizationType
 from qlora_api.status import MemoryComponent
@@ -80,7 +79,8 @@ def skipped_modules(path: Path, quantization: QuantizationSpec, read: Iterable[s
         return None
     model = meta_model(path)
     named = [n for n in (*linear_layers(model), *expert_parameters(model)) if quantization.skips(n)]
-    return sorted({*get_keys_to_not_convert(model), *named, *read})
+    head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    return sorted({*head, *named, *read})
 
 
 def load_base(path: Path, quantization: QuantizationSpec, device: torch.device, zero_stage: int = 0) -> Any:
