@@ -1,4 +1,4 @@
-"""How a base uses its linear layers, as ``qlora_trainer.model.dry_run`` finds it out."""
+"""The use a base makes of its linear layers, as ``qlora_trainer.model.dry_run`` finds it out."""
 
 from __future__ import annotations
 
