@@ -128,7 +128,7 @@ test-e2e: $(VENV)/.all-installed  ## From helm install to a verified adapter, on
 
 .PHONY: soak-storage
 soak-storage: $(VENV)/.all-installed  ## Whole runs over object storage that fails in every way, a run for each fault
-	@SOAK_STORAGE=1 $(PYTEST) tests/trainer/attempts/test_storage_faults.py $(PYTEST_ARGS)
+	@SOAK_STORAGE=1 $(PYTEST) tests/trainer/attempts/faults/test_storage_faults.py $(PYTEST_ARGS)
 
 .PHONY: check
 check: $(VENV)/.all-installed  ## Lint, format, imports, generated CRD, dashboards and reference, types

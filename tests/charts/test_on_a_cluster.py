@@ -156,7 +156,7 @@ def test_example_jobs_pass_all_rules_of_the_definition(installed, cluster, path)
 @pytest.mark.parametrize(
     ("verb", "resource"),
     [
-        # It may create Secrets, and the policy of keys says which: tests/cluster/operator/test_rights.py.
+        # It may create Secrets, and the policy of keys says which: tests/cluster/operator/security/test_rights.py.
         *((verb, "secrets") for verb in ("get", "list", "watch", "update", "patch", "delete", "deletecollection")),
         *(
             (verb, resource)

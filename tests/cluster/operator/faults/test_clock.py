@@ -15,7 +15,7 @@ from cluster.scenarios.operator import Operator
 from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import word
 
-SCRIPT = Path(__file__).parents[3] / "tools" / "cluster" / "scenarios" / "skewed_operator.py"
+SCRIPT = Path(__file__).parents[4] / "tools" / "cluster" / "scenarios" / "skewed_operator.py"
 LONG = 60
 
 

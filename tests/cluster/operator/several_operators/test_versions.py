@@ -14,7 +14,7 @@ from cluster.scenarios.jobs import condition, create_job, in_state, job_path, ql
 from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import ADAPTER, ends
 
-CRD = Path(__file__).parents[3] / "crds" / "qlora.dev_qlorajobs.yaml"
+CRD = Path(__file__).parents[4] / "crds" / "qlora.dev_qlorajobs.yaml"
 CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 JOBS, PODS = "/apis/batch/v1/namespaces/{}/jobs", "/api/v1/namespaces/{}/pods"
 LONG = 60

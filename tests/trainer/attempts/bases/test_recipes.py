@@ -17,7 +17,7 @@ from qlora_api import QLoRAJob
 from qlora_api.batch import split_batch
 from qlora_api.contract import ExitCode
 
-RECIPE = Path(__file__).parents[3] / "examples" / "opt-6.7b-imdb.yaml"
+RECIPE = Path(__file__).parents[4] / "examples" / "opt-6.7b-imdb.yaml"
 
 
 @pytest.fixture

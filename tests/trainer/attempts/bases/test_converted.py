@@ -15,7 +15,7 @@ from qlora_api.batch import split_batch
 from qlora_api.contract import ExitCode
 from qlora_cli.manifest.convert.manifest import manifest_of
 
-CONFIGURATIONS = Path(__file__).parents[2] / "cli" / "manifest" / "configurations"
+CONFIGURATIONS = Path(__file__).parents[3] / "cli" / "manifest" / "configurations"
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

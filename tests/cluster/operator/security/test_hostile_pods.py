@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from cluster.api import Api, Object
 
-FAULTY = Path(__file__).parents[3] / "tools" / "cluster" / "scenarios" / "faulty_operator.py"
+FAULTY = Path(__file__).parents[4] / "tools" / "cluster" / "scenarios" / "faulty_operator.py"
 JOBS, PODS = "/apis/batch/v1/namespaces/{}/jobs", "/api/v1/namespaces/{}/pods"
 OWNED, FOREIGN, ELSEWHERE = (f"127.{os.getpid() % 200 + 10}.{number}.4" for number in (11, 12, 13))
 METRICS_PORT = 9400

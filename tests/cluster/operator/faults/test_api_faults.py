@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from cluster.scenarios.proxy import Call
 
-CRD = Path(__file__).parents[3] / "crds" / "qlora.dev_qlorajobs.yaml"
+CRD = Path(__file__).parents[4] / "crds" / "qlora.dev_qlorajobs.yaml"
 JOBS, PODS = "/apis/batch/v1/namespaces/{}/jobs", "/api/v1/namespaces/{}/pods"
 DONE = ends(adapter=ADAPTER)
 ERRORS = "qlora_operator_reconcile_errors_total"
