@@ -10,7 +10,7 @@ from typing import Any
 
 from api.manifests import manifest
 from qlora_api.spec import QLoRAJobSpec
-from qlora_memory import ModelShape, model_shape
+from qlora_memory import GPUS, ModelShape, PlanRequest, model_shape
 
 
 def figures() -> ModuleType:
@@ -40,3 +40,11 @@ def llama_8b(**changes: Any) -> ModelShape:
 def spec(**changes: Any) -> QLoRAJobSpec:
     """A job's spec with fields set by path, as ``manifest`` does."""
     return QLoRAJobSpec.model_validate(manifest(**changes)["spec"])
+
+
+def request(
+    gpu: str = "h100-80gb", world_size: int = 1, config: dict[str, Any] | None = None, **changes: Any
+) -> PlanRequest:
+    """Ask for a plan of a small job on one kind of GPU."""
+    fields = {"dataset__maxLength": 2048, "training__globalBatchSize": 16, **changes}
+    return PlanRequest(spec(**fields), model_shape(config or LLAMA_8B), GPUS[gpu], world_size)
