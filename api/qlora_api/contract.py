@@ -42,6 +42,7 @@ class ExitCode(IntEnum):
 
 REASONS: dict[int, Reason] = {
     ExitCode.DONE: Reason.COMPLETED,
+    ExitCode.CRASHED: Reason.CRASHED,
     ExitCode.USER_ERROR: Reason.USER_ERROR,
     ExitCode.OUT_OF_DEVICE_MEMORY: Reason.OUT_OF_DEVICE_MEMORY,
     ExitCode.OUT_OF_HOST_MEMORY: Reason.OUT_OF_HOST_MEMORY,

@@ -61,7 +61,7 @@ def random_base(
         for name, buffer in list(module.named_buffers(recurse=False)):
             module.register_buffer(name, buffer.to(device), persistent=False)
     # PEFT looks here for the kind of LoRA layer.
-    model.is_loaded_in_4bit = quantization.type in (QuantizationType.NF4, QuantizationType.FP4)
+    model.is_loaded_in_4bit = quantization.type.is_four_bit
     model.is_loaded_in_8bit = quantization.type is QuantizationType.INT8
     return ready_base(model, quantization)
 

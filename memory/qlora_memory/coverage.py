@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qlora_api.errors import FieldError
-from qlora_api.spec import LoRASpec, QuantizationSpec, QuantizationType, is_matched
+from qlora_api.spec import LoRASpec, QuantizationSpec, is_matched
 from qlora_memory.shape.model_shape import ModelShape
 from qlora_memory.weights import AdapterShape, quantized_layers
 
@@ -87,7 +87,7 @@ def check_skip_modules(quantization: QuantizationSpec, names: Iterable[str], *, 
     for pattern in patterns:
         if not any(is_matched(name, pattern) for name in candidates):
             kinds = ", ".join(sorted({name.rpartition(".")[2] for name in candidates}))
-            others = "experts, embeddings" if quantization.type is QuantizationType.INT8 else "embeddings"
+            others = "embeddings" if quantization.type.is_four_bit else "experts, embeddings"
             raise FieldError(
                 field,
                 pattern,

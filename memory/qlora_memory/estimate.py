@@ -18,7 +18,6 @@ from qlora_memory.optimizer import TrainingState, training_state
 from qlora_memory.shape.model_shape import AttentionKind, Linear, ModelShape
 from qlora_memory.weights import (
     BLOCK,
-    FOUR_BIT,
     AdapterShape,
     compute_width,
     constant_bytes,
@@ -185,7 +184,7 @@ def _while_loading(run: EstimateInput) -> int:
     experts = [
         width * i.inputs * i.outputs + 4 * i.elements // BLOCK
         for i in run.shape.experts
-        if run.quantization.type in FOUR_BIT and not run.quantization.skips(i.name)
+        if run.quantization.type.is_four_bit and not run.quantization.skips(i.name)
     ]
     return max(width * run.shape.largest, *experts, 0)
 

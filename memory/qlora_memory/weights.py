@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import assert_never
 
 from qlora_api.errors import FieldError
 from qlora_api.spec import ComputeType, LoRABias, LoRASpec, QuantizationSpec, QuantizationType
@@ -26,7 +27,6 @@ NESTED_OFFSET = 4
 """The mean that is taken off absmax constants before they are quantized, fp32."""
 ALLOCATION = 512
 """Bytes that PyTorch's CUDA allocator rounds up to."""
-FOUR_BIT = (QuantizationType.NF4, QuantizationType.FP4)
 
 
 def compute_width(quantization: QuantizationSpec) -> int:
@@ -47,8 +47,10 @@ def quantizable_layers(shape: ModelShape, kind: QuantizationType) -> tuple[Linea
             return ()
         case QuantizationType.INT8:
             return shape.linears
-        case _:
+        case QuantizationType.NF4 | QuantizationType.FP4:
             return (*shape.linears, *shape.experts)
+        case _:
+            assert_never(kind)
 
 
 def quantized_bytes(linear: Linear, quantization: QuantizationSpec, block: int = BLOCK) -> int:
@@ -61,8 +63,10 @@ def quantized_bytes(linear: Linear, quantization: QuantizationSpec, block: int =
             return 0
         case QuantizationType.INT8:
             return linear.elements
-        case _:
+        case QuantizationType.NF4 | QuantizationType.FP4:
             return -(-linear.elements // 2) if linear.experts == 1 else block // 2 * _blocks(linear, block)
+        case _:
+            assert_never(quantization.type)
 
 
 def skipped_bytes(shape: ModelShape, quantization: QuantizationSpec) -> tuple[int, int]:
@@ -83,11 +87,13 @@ def constant_bytes(linear: Linear, quantization: QuantizationSpec, block: int = 
             return 0
         case QuantizationType.INT8:
             return 4 * linear.outputs
-        case _:
+        case QuantizationType.NF4 | QuantizationType.FP4:
             blocks = _blocks(linear, block)
             if not quantization.double_quantization:
                 return 4 * blocks + CODE
             return blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + CODE + NESTED_CODE + NESTED_OFFSET
+        case _:
+            assert_never(quantization.type)
 
 
 def _blocks(linear: Linear, block: int = BLOCK) -> int:
@@ -97,7 +103,7 @@ def _blocks(linear: Linear, block: int = BLOCK) -> int:
 
 def rounding(linear: Linear, quantization: QuantizationSpec) -> int:
     """Bytes that the allocator adds to one quantized layer: codes and offset are far smaller than its 512."""
-    if quantization.type not in FOUR_BIT:
+    if not quantization.type.is_four_bit:
         return 0
     blocks = _blocks(linear)
     sizes = [quantized_bytes(linear, quantization), CODE]

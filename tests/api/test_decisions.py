@@ -8,7 +8,7 @@ import pytest
 
 from qlora_api import QLoRAJob
 from qlora_api.batch import BatchSplit, halve_micro_batch, split_batch
-from qlora_api.contract import TERMINATION_MESSAGE_BYTES, ExitCode, TerminationMessage, reason_of
+from qlora_api.contract import REASONS, TERMINATION_MESSAGE_BYTES, ExitCode, TerminationMessage, reason_of
 from qlora_api.errors import FieldError
 from qlora_api.lifecycle import Finish, Retry, after_attempt, restarts
 from qlora_api.spec import OnOutOfMemory, PolicySpec
@@ -226,3 +226,7 @@ def test_the_last_word_fits_where_kubernetes_keeps_it(text):
     data = TerminationMessage(exit_code=1, reason=Reason.CRASHED, message=text).to_bytes()
     assert len(data) <= TERMINATION_MESSAGE_BYTES
     assert TerminationMessage.model_validate_json(data).message.startswith(text[:5])
+
+
+def test_every_exit_code_has_a_reason():
+    assert {code.name for code in ExitCode if code not in REASONS} == set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, assert_never
 
 from pydantic import Field, StringConstraints
 
@@ -17,6 +17,23 @@ class QuantizationType(StrEnum):
     FP4 = "FP4"
     INT8 = "INT8"
     NONE = "None"
+
+    @property
+    def bits(self) -> int:
+        """Bits of a quantized weight, without its constants; 16 where nothing is quantized."""
+        match self:
+            case QuantizationType.NF4 | QuantizationType.FP4:
+                return 4
+            case QuantizationType.INT8:
+                return 8
+            case QuantizationType.NONE:
+                return 16
+            case _:
+                assert_never(self)
+
+    @property
+    def is_four_bit(self) -> bool:
+        return self.bits == 4
 
 
 class ComputeType(StrEnum):

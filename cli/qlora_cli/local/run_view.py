@@ -86,8 +86,7 @@ def _quantization(spec: QLoRAJobSpec) -> str:
     q = spec.quantization
     if q.type is QuantizationType.NONE:
         return f"none, {_computes_in(q)}"
-    four_bit = q.type in (QuantizationType.NF4, QuantizationType.FP4)
-    double = " with double quantization" if four_bit and q.double_quantization else ""
+    double = " with double quantization" if q.type.is_four_bit and q.double_quantization else ""
     skipped = f" but for {', '.join(q.skip_modules)}" if q.skip_modules else ""
     return f"{q.type}{double}{skipped}, {_computes_in(q)}"
 

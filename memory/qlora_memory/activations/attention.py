@@ -5,6 +5,8 @@ The GPU's kernel is ``torch.nn.attention.varlen`` and cannot run on a CPU; the C
 
 from __future__ import annotations
 
+from typing import assert_never
+
 from qlora_memory.activations.layers import FP32, Pen
 from qlora_memory.activations.tape import Value
 from qlora_memory.shape.model_shape import Attention, AttentionKind, Norm
@@ -50,9 +52,11 @@ def _scores(pen: Pen, attention: Attention, query: Value, key: Value, value: Val
             return _eager(pen, attention, query, key, value)
         case AttentionKind.MASKED:
             return _masked(pen, attention, query, key, value)
-        case _:
+        case AttentionKind.PACKED:
             flash = pen.setting.cuda and pen.setting.flash and pen.width != FP32 and not attention.dropout
             return (_packed_flash if flash else _packed_rows)(pen, attention, query, key, value)
+        case _:
+            assert_never(attention.kind)
 
 
 def _packed_flash(pen: Pen, attention: Attention, query: Value, key: Value, value: Value) -> Value:
@@ -162,5 +166,7 @@ def mask_bytes(attention: Attention, tokens: int, width: int) -> int:
             return 2 * width * tokens * tokens
         case AttentionKind.MASKED:
             return tokens * tokens
-        case _:
+        case AttentionKind.PACKED:
             return 0
+        case _:
+            assert_never(attention.kind)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from qlora_memory.activations.layers import FP32, INT64, Pen
 from qlora_memory.activations.tape import Value
 from qlora_memory.shape.model_shape import Experts, Linear
-from qlora_memory.weights import BLOCK, FOUR_BIT
+from qlora_memory.weights import BLOCK
 
 
 def mixture(pen: Pen, x: Value, experts: Experts) -> Value:
@@ -97,7 +97,7 @@ def _product(pen: Pen, x: Value, weight: Linear, pairs: int) -> Value:
 def _dequantized(pen: Pen, weight: Linear) -> int:
     """Bytes of the experts that are dequantized at once, and of the fp32 constants of all."""
     setting = pen.setting
-    if not setting.dequantizes or setting.quantization.type not in FOUR_BIT or not setting.is_quantized(weight):
+    if not setting.dequantizes or not setting.quantization.type.is_four_bit or not setting.is_quantized(weight):
         return 0
     one = pen.width * weight.inputs * weight.outputs
     constants = FP32 * weight.elements // BLOCK if setting.quantization.double_quantization else 0

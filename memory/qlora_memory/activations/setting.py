@@ -82,5 +82,5 @@ class ForwardSetting:
         """
         if not self.dequantizes or not self.is_quantized(layer):
             return 0
-        nested = self.quantization.double_quantization and self.quantization.type is not QuantizationType.INT8
+        nested = self.quantization.double_quantization and self.quantization.type.is_four_bit
         return self.width * layer.elements + (layer.elements // 8 if nested else 0)

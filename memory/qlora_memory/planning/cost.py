@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_api.spec import QuantizationSpec, QuantizationType
+from qlora_api.spec import QuantizationSpec
 from qlora_memory.gpus import Gpu
 from qlora_memory.shape.model_shape import ModelShape
 from qlora_memory.weights import AdapterShape, quantized_layers
@@ -53,7 +53,7 @@ def flop_per_token(shape: ModelShape, adapter: AdapterShape, row: int, *, recomp
 
 def dequantization_seconds(shape: ModelShape, quantization: QuantizationSpec, gpu: Gpu) -> float:
     """Time to bring all quantized weights to 16 bits once: each is read packed and written."""
-    read = 1.0 if quantization.type is QuantizationType.INT8 else 0.5
+    read = quantization.type.bits / 8
     moved = (read + 2.0) * sum(linear.elements for linear in quantized_layers(shape, quantization))
     return DEQUANTIZATION * moved / gpu.bandwidth
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import assert_never
 
 from qlora_api.batch import TOKENS_PER_MICRO_BATCH, BatchSplit, split_batch
 from qlora_api.errors import FieldError
@@ -15,7 +16,7 @@ from qlora_memory.estimate import EstimateInput, MemoryEstimate, estimate
 from qlora_memory.gpus import GIB, Gpu, check_gpu, resolved
 from qlora_memory.planning.cost import Span, seconds_per_token
 from qlora_memory.shape.model_shape import ModelShape
-from qlora_memory.weights import FOUR_BIT, AdapterShape, quantizable_layers
+from qlora_memory.weights import AdapterShape, quantizable_layers
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def _check_gpu(request: PlanRequest) -> None:
             wanted.type,
             f"does not match the base, which is {found.type} on disk: set {found.type}",
         )
-    if found.type in FOUR_BIT and found.double != wanted.double_quantization:
+    if found.type.is_four_bit and found.double != wanted.double_quantization:
         raise FieldError(
             "spec.quantization.doubleQuantization",
             wanted.double_quantization,
@@ -245,5 +246,7 @@ def _again(request: PlanRequest) -> tuple[bool, ...]:
             return (True,)
         case GradientCheckpointing.NONE:
             return (False,)
-        case _:
+        case GradientCheckpointing.AUTO:
             return (False, True)
+        case _:
+            assert_never(request.spec.training.gradient_checkpointing)

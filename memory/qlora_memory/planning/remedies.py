@@ -89,7 +89,7 @@ def _changes(spec: QLoRAJobSpec, world_size: int) -> Iterator[tuple[str, str, QL
         yield "spec.training.gradientCheckpointing", auto, changed(spec, "training", gradient_checkpointing=auto)
     if training.micro_batch_size is not None and training.micro_batch_size > 1:
         yield "spec.training.microBatchSize", "unset", changed(spec, "training", micro_batch_size=None)
-    if quantization.type in (QuantizationType.NONE, QuantizationType.INT8):
+    if not quantization.type.is_four_bit:
         nf4 = QuantizationType.NF4
         yield "spec.quantization.type", nf4, changed(spec, "quantization", type=nf4)
     elif not quantization.double_quantization:

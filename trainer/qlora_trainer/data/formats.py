@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
 from qlora_api.spec import Columns, DatasetFormat, DatasetSpec, LongRows, LossOn
 from qlora_trainer.data.chat_template import ChatTemplate, RenderedRow
@@ -254,9 +254,13 @@ class Encoder:
             case DatasetFormat.PROMPT_COMPLETION:
                 prompt = _text(row, columns, "prompt", number)
                 completion = _text(row, columns, "completion", number)
-            case _:
+            case DatasetFormat.INSTRUCTION:
                 prompt = render_instruction(row, columns, number)
                 completion = _text(row, columns, "output", number)
+            case DatasetFormat.MESSAGES:
+                raise AssertionError("rows of Messages are conversations, which the chat template renders")
+            case _:
+                assert_never(self.dataset.format)
         return [Piece(prompt, self._everything), Piece(completion, counts=True)]
 
     def _ids(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -55,7 +55,7 @@ def quantization_config(
             return None
         case QuantizationType.INT8:
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
-        case _:
+        case QuantizationType.NF4 | QuantizationType.FP4:
             return FourBitConfig(
                 bnb_4bit_quant_type=quantization.type.value.lower(),
                 bnb_4bit_use_double_quant=quantization.double_quantization,
@@ -64,6 +64,8 @@ def quantization_config(
                 bnb_4bit_quant_storage=dtype if zero_stage == 3 else torch.uint8,
                 llm_int8_skip_modules=skipped,
             )
+        case _:
+            assert_never(quantization.type)
 
 
 def skipped_modules(path: Path, quantization: QuantizationSpec, read: Iterable[str] = ()) -> list[str] | None:

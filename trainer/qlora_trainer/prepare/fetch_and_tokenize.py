@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_api.errors import FieldError
-from qlora_api.spec import QuantizationType
 from qlora_memory import check_skip_modules
 from qlora_trainer.errors import UserError
 from qlora_trainer.model.base_model import add_lora, check_base, meta_model
@@ -127,7 +126,7 @@ def check_architecture(config: TrainerConfig, model: FetchedModel) -> int:
 
 def _check_skip_modules(skeleton: Any, config: TrainerConfig, *, on_disk: bool) -> None:
     quantization = config.spec.quantization
-    experts = () if quantization.type is QuantizationType.INT8 else expert_parameters(skeleton)
+    experts = expert_parameters(skeleton) if quantization.type.is_four_bit else ()
     try:
         check_skip_modules(quantization, (*linear_layers(skeleton), *experts), on_disk=on_disk)
     except FieldError as error:

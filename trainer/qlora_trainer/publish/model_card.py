@@ -96,7 +96,7 @@ def _held_as(spec: QLoRAJobSpec) -> str:
     quantization = spec.quantization
     if quantization.type is QuantizationType.NONE:
         return "in 16 bits"
-    double = quantization.double_quantization and quantization.type is not QuantizationType.INT8
+    double = quantization.double_quantization and quantization.type.is_four_bit
     skipped = f" but for {', '.join(quantization.skip_modules)}" if quantization.skip_modules else ""
     return f"in {quantization.type}{', double-quantized' if double else ''}{skipped}"
 
