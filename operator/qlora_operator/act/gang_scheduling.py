@@ -1,4 +1,4 @@
-"""All pods of an attempt start or none: what the cluster offers, and which of it a job uses.
+"""Find out which ways of starting all pods of an attempt or none the cluster offers.
 
 Native: Kubernetes makes a Workload and a PodGroup of an Indexed Job by itself where its gates are on (KEP-4671).
 """
@@ -6,46 +6,14 @@ Native: Kubernetes makes a Workload and a PodGroup of an Indexed Job by itself w
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 
-from qlora_api.spec import Gang, SchedulingSpec
+from qlora_api.spec import Gang
 from qlora_operator.kube.client import Api
 
 log = logging.getLogger(__name__)
 
 GROUPS = {"kueue.x-k8s.io": Gang.KUEUE, "scheduling.volcano.sh": Gang.VOLCANO}
 NATIVE_GROUP, NATIVE_RESOURCE = "scheduling.k8s.io", "podgroups"
-
-
-def choose_gang(scheduling: SchedulingSpec, configured: Gang, offered: Iterable[Gang]) -> Gang:
-    """The job's own choice, else the operator's, else by what is there: a named queue's, native, Volcano, none."""
-    choice = scheduling.gang if scheduling.gang is not Gang.AUTO else configured
-    if choice is not Gang.AUTO:
-        return choice
-    there = set(offered)
-    if scheduling.queue and Gang.KUEUE in there:
-        return Gang.KUEUE
-    for gang in (Gang.NATIVE, Gang.VOLCANO):
-        if gang in there:
-            return gang
-    return Gang.NONE
-
-
-def cannot_start(scheduling: SchedulingSpec, gang: Gang, offered: Iterable[Gang]) -> str:
-    """Return why pods could never start by a choice; empty where they can."""
-    if gang is Gang.KUEUE and scheduling.queue is None:  # by the operator's setting: the API refuses it in a job
-        return (
-            "spec.scheduling.queue: must name a LocalQueue of Kueue in the job's namespace, since this operator starts "
-            "gangs by Kueue, which leaves a job without one suspended; or set spec.scheduling.gang to Native, Volcano "
-            "or None"
-        )
-    if gang is Gang.NONE or gang in set(offered):
-        return ""
-    there = ", ".join(sorted(offered)) or "none"
-    return (
-        f"gang {gang.value} (spec.scheduling.gang, or the operator's own setting) is not offered by this cluster: "
-        f"install it, or choose Auto or None; offered here: {there}"
-    )
 
 
 async def discover_gangs(api: Api) -> frozenset[Gang]:

@@ -21,7 +21,6 @@ from qlora_api.status import QLoRAJobStatus
 from qlora_operator.act.children import Children, job_path
 from qlora_operator.act.contested_jobs import ContestedJobs
 from qlora_operator.act.correction_store import Corrections
-from qlora_operator.act.gang_scheduling import cannot_start, choose_gang
 from qlora_operator.act.nodes import Nodes
 from qlora_operator.act.status_writer import StatusWriter
 from qlora_operator.act.work_queue import LONGEST_RETRY_SECONDS, WorkQueue
@@ -29,6 +28,7 @@ from qlora_operator.config import OperatorConfig
 from qlora_operator.decide.conditions import is_finished
 from qlora_operator.decide.decision import Decision, Note
 from qlora_operator.decide.events import event_of
+from qlora_operator.decide.gang import cannot_start, choose_gang
 from qlora_operator.decide.plan import plan
 from qlora_operator.kube.client import TRANSIENT, Api, ApiError
 from qlora_operator.serve.metrics import Metrics

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlora_api.spec import Gang, SchedulingSpec
-from qlora_operator.act.gang_scheduling import cannot_start, choose_gang
+from qlora_operator.decide.gang import cannot_start, choose_gang
 
 AUTO, NATIVE, KUEUE, VOLCANO, NONE = Gang.AUTO, Gang.NATIVE, Gang.KUEUE, Gang.VOLCANO, Gang.NONE
 
