@@ -3,50 +3,34 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import yaml
 
-from charts.helm import CHART, NAMESPACE, RELEASE, REPOSITORY
+from charts.helm import NAMESPACE, RELEASE, REPOSITORY
+from charts.installed import (
+    ADMINISTRATOR,
+    CRD,
+    ENFORCED_SECONDS,
+    FULL_NAME,
+    Installed,
+    is_served,
+    refusal,
+    running,
+)
 from cluster.api import ApiError
-from cluster.control_plane import ControlPlane, KubectlError, Settings
+from cluster.control_plane import ControlPlane, Settings
 from cluster.scenarios.jobs import qlora_job
-from fixtures import skip_unless_ci
-from services.binaries import ToolMissingError
 from testing.timeouts import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
-FULL_NAME = f"{RELEASE}-qlora-operator"
-CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/qlorajobs.qlora.dev"
 POLICY = f"/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicies/{NAMESPACE}-{FULL_NAME}"
-MEMORY = f"/api/v1/namespaces/{NAMESPACE}/configmaps/{FULL_NAME}-memory"
 ACCOUNT = f"system:serviceaccount:{NAMESPACE}:{FULL_NAME}"
-VALUES = {"admissionPolicy": {"priorityClassNames": ["research"]}}
-RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
-ADMINISTRATOR = "kubernetes-admin"
 JOBS = sorted((REPOSITORY / "examples" / "cluster").glob("*.yaml"))
-ENFORCED_SECONDS = 30
-
-
-@contextmanager
-def running(folder, settings: Settings | None = None) -> Iterator[ControlPlane]:
-    """A cluster without nodes, and in it a namespace for the release that refuses pods which are not restricted."""
-    try:
-        cluster = ControlPlane(folder, settings)
-    except ToolMissingError as error:
-        skip_unless_ci(str(error))
-    with cluster:
-        metadata = {"name": NAMESPACE, "labels": RESTRICTED}
-        cluster.api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
-        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -62,57 +46,6 @@ def installed(helm, cluster) -> Installed:
     installed.upgrade()
     installed.wait_until_enforced()
     return installed
-
-
-class Installed:
-    """A release on a cluster."""
-
-    def __init__(self, helm, cluster, release=RELEASE, namespace=NAMESPACE):
-        self.helm = replace(helm, kubeconfig=cluster.kubeconfig)
-        self.cluster, self.release, self.namespace = cluster, release, namespace
-
-    def upgrade(self, chart=CHART, **values):
-        """Install, or upgrade; what helm says."""
-        text = yaml.safe_dump(VALUES | values)
-        options = ("--install", "--namespace", self.namespace, "--values", "-")
-        return self.helm("upgrade", self.release, chart, *options, stdin=text)
-
-    def uninstall(self):
-        return self.helm("uninstall", self.release, "--namespace", self.namespace, "--wait")
-
-    def objects(self):
-        manifest = self.helm("get", "manifest", self.release, "--namespace", self.namespace)
-        return [o for o in yaml.safe_load_all(manifest) if o]
-
-    def left(self, objects):
-        """Kinds and names of the objects that are there, and not about to go."""
-        found = []
-        for each in objects:
-            try:
-                there = self.cluster.api.get(self.cluster.api.path_of(each, self.namespace))
-            except (ApiError, KeyError):  # a kind that is not served any more
-                continue
-            if "deletionTimestamp" not in there["metadata"]:
-                found.append((each["kind"], each["metadata"]["name"]))
-        return found
-
-    def wait_until_enforced(self):
-        """A new policy is enforced a moment after it is made; until then everything passes."""
-        job = qlora_job("probe", scheduling={"priorityClassName": "none-of-those"})
-        until = time.monotonic() + ENFORCED_SECONDS
-        while not refusal(self.cluster, job, ADMINISTRATOR):
-            assert time.monotonic() < until, "the policy is not enforced"
-            time.sleep(0.1)
-
-
-def refusal(cluster, manifest, user, verb="create"):
-    """Return why a user may not create or change an object; empty: allowed. Nothing is stored."""
-    groups = ("--as-group", "system:masters") if user == ADMINISTRATOR else ()
-    try:
-        cluster.kubectl(verb, "-f", "-", "--dry-run=server", "--as", user, *groups, stdin=json.dumps(manifest))
-    except KubectlError as error:
-        return str(error)
-    return ""
 
 
 def may(cluster, user, verb, resource, *, namespace="default", groups=()):
@@ -413,44 +346,3 @@ def test_a_namespace_of_the_releases_holds_no_more_jobs_than_its_quota(helm, tmp
             cluster.api.create(qlora_job(name, team))
         with pytest.raises(ApiError, match=r"exceeded quota.*qlorajobs\.qlora\.dev=2"):
             cluster.api.create(qlora_job("three", team))
-
-
-# ----------------------------------------------------------------------------------------------- upgrade and uninstall
-
-
-def test_an_upgrade_changes_the_definition_and_an_uninstall_keeps_it(helm, tmp_path):
-    with running(tmp_path / "cluster") as cluster:
-        release = Installed(helm, cluster)
-        release.upgrade()
-        cluster.api.wait_for(CRD, is_served, what="a definition that is served")
-        cluster.api.create(qlora_job("kept"))
-        cluster.api.patch(MEMORY, {"data": {"corrections": "{}"}})
-
-        release.upgrade(newer_chart(tmp_path))
-        assert cluster.api.get(CRD)["spec"]["names"]["shortNames"] == ["qlj", "qlnew"]
-        assert cluster.api.get(MEMORY)["data"] == {"corrections": "{}"}, "what the operator learned outlives an upgrade"
-
-        objects = release.objects()
-        release.uninstall()
-        assert release.left(objects) == [("CustomResourceDefinition", "qlorajobs.qlora.dev")]
-        assert cluster.api.get("/apis/qlora.dev/v1alpha1/namespaces/default/qlorajobs/kept")
-
-        release.upgrade(crds={"keep": False})  # installed again, over the definition that was kept
-        objects = release.objects()
-        release.uninstall()
-        cluster.api.wait_gone(CRD)
-        assert release.left(objects) == []
-
-
-def is_served(definition) -> bool:
-    return any(c["type"] == "Established" and c["status"] == "True" for c in definition["status"].get("conditions", ()))
-
-
-def newer_chart(folder) -> Path:
-    """The chart with a definition that has one short name more."""
-    chart = folder / "qlora-operator"
-    shutil.copytree(CHART, chart)
-    definition = chart / "files" / "crd.yaml"
-    text = definition.read_text()
-    definition.write_text(text.replace("shortNames:\n    - qlj", "shortNames:\n    - qlj\n    - qlnew"))
-    return chart
