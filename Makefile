@@ -79,7 +79,7 @@ pictures: $(VENV)/.all-installed  ## Draw the documents' pictures anew, from rea
 .PHONY: cluster
 cluster: $(VENV)/.all-installed  ## A Kubernetes cluster on this machine to play with, until Ctrl-C; needs root
 	@mkdir -p build && .ci/system-packages > build/system-packages.log
-	@$(BIN)/python tools/cluster/play.py $(CLUSTER_ARGS)
+	@$(BIN)/python tools/cluster/interactive_cluster.py $(CLUSTER_ARGS)
 
 .PHONY: demo
 demo: $(VENV)/.all-installed  ## The quickstart as a QLoRAJob on such a cluster: images, helm install, apply; needs root

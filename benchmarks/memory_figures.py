@@ -27,7 +27,7 @@ from qlora_memory import (
     plan,
 )
 from qlora_memory.activations.attention import self_attention
-from qlora_memory.activations.layers import Pen
+from qlora_memory.activations.layers import LayerRecorder
 from qlora_memory.activations.setting import ForwardSetting, Software
 from qlora_memory.gpus import GIB
 from qlora_memory.shape.model_shape import FeedForward, ModelShape
@@ -229,16 +229,16 @@ def kept() -> Iterator[str]:
     layer = shape.layers[1]
     assert isinstance(layer.feed_forward, FeedForward)
     feed_forward = layer.feed_forward
-    parts: dict[str, Callable[[Pen, Any], Any]] = {
-        "norm": lambda pen, x: pen.norm(x),
-        "q, k, v, attention, o": lambda pen, x: self_attention(pen, x, layer.attention),
-        "gate, up, down": lambda pen, x: pen.feed_forward(x, feed_forward),
+    parts: dict[str, Callable[[LayerRecorder, Any], Any]] = {
+        "norm": lambda recorder, x: recorder.norm(x),
+        "q, k, v, attention, o": lambda recorder, x: self_attention(recorder, x, layer.attention),
+        "gate, up, down": lambda recorder, x: recorder.feed_forward(x, feed_forward),
     }
     sizes = {}
     for name, write in parts.items():
-        pen = Pen(setting)
-        write(pen, pen.value(shape.hidden, learns=True))
-        sizes[name] = pen.tape.saved() / tokens
+        recorder = LayerRecorder(setting)
+        write(recorder, recorder.value(shape.hidden, learns=True))
+        sizes[name] = recorder.tape.saved() / tokens
     total = 2 * sizes["norm"] + sizes["q, k, v, attention, o"] + sizes["gate, up, down"]
     yield "| part | kept, bytes a token |"
     yield "|---|---|"

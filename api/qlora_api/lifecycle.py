@@ -29,7 +29,7 @@ NOTHING_SMALLER = {
     "from rank 256 on, spec.parallelism.zeroStage 2 ('qlora plan' says what fits)",
     Reason.OUT_OF_HOST_MEMORY: "its pods need more memory: the operator's trainer.memory",
 }
-"""What helps at the foot of the ladder. ZeRO and offload are no rungs of it: docs/decisions/0017."""
+"""What helps after the last fallback step. ZeRO and offload are none: docs/decisions/0017."""
 BACKOFF_SECONDS = (1, 10, 30, 60, 120, 300)
 
 
@@ -99,12 +99,12 @@ def after_attempt(policy: PolicySpec, attempts: Sequence[Attempt]) -> Finish | R
         idle = len(list(takewhile(_did_nothing, reversed(attempts))))
         return replace(again, reason=reason, wait_seconds=_back_off(idle) if idle else 0)
     if reason in OUT_OF_MEMORY:
-        rung = next_smaller(Choice(again.batch, again.gradient_checkpointing))
+        step = next_smaller(Choice(again.batch, again.gradient_checkpointing))
         if policy.on_out_of_memory is OnOutOfMemory.FAIL:
             return Finish(False, reason, f"{last.message} (spec.policy.onOutOfMemory: Fail)")
-        if rung is None:
+        if step is None:
             return Finish(False, reason, f"{last.message}; nothing smaller is left to try: {NOTHING_SMALLER[reason]}")
-        chosen = rung.choice
+        chosen = step.choice
         return replace(again, batch=chosen.batch, gradient_checkpointing=chosen.gradient_checkpointing, reason=reason)
     used = restarts(attempts)
     if used > policy.max_restarts:

@@ -9,7 +9,7 @@ from qlora_api.batch import BatchSplit, halve_micro_batch
 from qlora_api.spec import Offload
 
 WORTHWHILE = 0.98
-"""A rung that changes how ranks share the state must need at most this share of the bytes before."""
+"""A step that changes how ranks share the state must need at most this share of the bytes before."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Rung:
+class FallbackStep:
     """The next smaller choice."""
 
     choice: Choice
@@ -33,8 +33,8 @@ class Rung:
     """Whether a checkpoint of the choice before can be taken up: not where ZeRO divides the optimizer's state anew."""
 
 
-def next_smaller(choice: Choice, needed: Callable[[Choice], int] | None = None) -> Rung | None:
-    """One rung down; None at the foot of the ladder. The global batch stays.
+def next_smaller(choice: Choice, needed: Callable[[Choice], int] | None = None) -> FallbackStep | None:
+    """Return the next fallback step; None after the last. The global batch stays.
 
     Halve the micro-batch, then recompute activations, then share the state among ranks (ZeRO 1 to 3) or move the
     optimizer's to host memory. Sharing brings DeepSpeed's buckets, one or two of the adapter's size, which seldom
@@ -42,27 +42,27 @@ def next_smaller(choice: Choice, needed: Callable[[Choice], int] | None = None) 
 
     Args:
         choice: of the attempt that ran out.
-        needed: bytes that a choice needs on one GPU; None: the last rungs are left out.
+        needed: bytes that a choice needs on one GPU; None: the last steps are left out.
 
     """
     if (batch := halve_micro_batch(choice.batch)) is not None:
-        return Rung(replace(choice, batch=batch), f"micro-batches of {batch.micro_batch_size}", resumes=True)
+        return FallbackStep(replace(choice, batch=batch), f"micro-batches of {batch.micro_batch_size}", resumes=True)
     if not choice.gradient_checkpointing:
-        return Rung(replace(choice, gradient_checkpointing=True), "gradient checkpointing", resumes=True)
+        return FallbackStep(replace(choice, gradient_checkpointing=True), "gradient checkpointing", resumes=True)
     if needed is None:
         return None
     most = WORTHWHILE * needed(choice)
-    for rung in _sharing(choice):
-        if needed(rung.choice) <= most:
-            return rung
+    for step in _sharing(choice):
+        if needed(step.choice) <= most:
+            return step
     return None
 
 
-def _sharing(choice: Choice) -> Iterator[Rung]:
+def _sharing(choice: Choice) -> Iterator[FallbackStep]:
     """More sharing first, host memory last: it is slower."""
     for stage in range(choice.zero_stage + 1, 4 if choice.batch.world_size > 1 else 1):
-        yield Rung(replace(choice, zero_stage=stage), f"ZeRO stage {stage}", resumes=False)
+        yield FallbackStep(replace(choice, zero_stage=stage), f"ZeRO stage {stage}", resumes=False)
     if choice.offload is Offload.NONE:
         stage = max(1, choice.zero_stage)
         moved = replace(choice, zero_stage=stage, offload=Offload.OPTIMIZER)
-        yield Rung(moved, f"the optimizer's state in host memory, ZeRO stage {stage}", resumes=False)
+        yield FallbackStep(moved, f"the optimizer's state in host memory, ZeRO stage {stage}", resumes=False)

@@ -11,7 +11,7 @@ from observability.dashboards.panels import (
     NO_DCGM,
     NO_GPU,
     PERCENT,
-    Moments,
+    AnnotationQuery,
     Query,
     board,
     choice,
@@ -40,8 +40,12 @@ def job() -> dashboard.Dashboard:
     made.with_variable(choice("namespace", "Namespace", "label_values(qlora_step, namespace)", several=False))
     jobs = 'label_values(qlora_step{namespace=~"$namespace"}, job)'
     made.with_variable(choice("job", "Job", jobs, several=False))
-    made.annotation(Moments("Attempts", f"{_numbers()} unless {_numbers(BEFORE)}", "Attempt {{attempt}}", "blue"))
-    made.annotation(Moments("Ends", f"{_ends()} unless ({_ends()} == {_ends(BEFORE)})", "Ended: {{reason}}", "red"))
+    made.annotation(
+        AnnotationQuery("Attempts", f"{_numbers()} unless {_numbers(BEFORE)}", "Attempt {{attempt}}", "blue")
+    )
+    made.annotation(
+        AnnotationQuery("Ends", f"{_ends()} unless ({_ends()} == {_ends(BEFORE)})", "Ended: {{reason}}", "red")
+    )
     _now(made)
     _learning(made)
     _speed(made)

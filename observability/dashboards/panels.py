@@ -256,7 +256,7 @@ def choice(name: str, label: str, query: str, *, several: bool) -> dashboard.Que
     return variable
 
 
-class Moments(Builder[models.AnnotationQuery]):
+class AnnotationQuery(Builder[models.AnnotationQuery]):
     """Annotations where a series begins: with ``unless … offset`` in the expression one point each."""
 
     def __init__(self, name: str, expr: str, title: str, colour: str) -> None:

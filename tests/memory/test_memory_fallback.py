@@ -14,11 +14,11 @@ def choice(micro=4, accumulation=4, again=False, stage=0, world_size=1):
 
 def walk(start, needed=None):
     found = []
-    rung = next_smaller(start, needed)
-    while rung is not None:
-        found.append((rung.choice.batch.micro_batch_size, rung.choice.gradient_checkpointing, rung.choice.zero_stage))
-        assert rung.choice.batch.global_batch_size == start.batch.global_batch_size
-        rung = next_smaller(rung.choice, needed)
+    step = next_smaller(start, needed)
+    while step is not None:
+        found.append((step.choice.batch.micro_batch_size, step.choice.gradient_checkpointing, step.choice.zero_stage))
+        assert step.choice.batch.global_batch_size == start.batch.global_batch_size
+        step = next_smaller(step.choice, needed)
     return found
 
 
@@ -35,13 +35,13 @@ def test_sharing_only_where_it_helps():
     start = choice(micro=1, again=True, world_size=4)
     assert walk(start, shares_help) == [(1, True, 1), (1, True, 2), (1, True, 3), (1, True, 3)]
     assert walk(start, lambda c: 100 + 10 * c.zero_stage) == []
-    rung = next_smaller(start, shares_help)
-    assert rung is not None
-    assert not rung.resumes
+    step = next_smaller(start, shares_help)
+    assert step is not None
+    assert not step.resumes
 
 
-def test_rungs_before_resume():
-    rung = next_smaller(choice())
-    assert rung is not None
-    assert rung.resumes
-    assert rung.change == "micro-batches of 2"
+def test_steps_before_resume():
+    step = next_smaller(choice())
+    assert step is not None
+    assert step.resumes
+    assert step.change == "micro-batches of 2"

@@ -62,7 +62,7 @@ def test_an_allocator_that_the_environment_configures_is_left_alone(setting):
 RANK = """
 import sys
 from qlora_trainer import rank
-rank.guarded = lambda config, work: print(churn())
+rank.run_with_exit_code = lambda config, work: print(churn())
 rank.main()
 """
 PREPARE = """

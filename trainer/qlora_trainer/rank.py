@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qlora_api.contract import TerminationMessage, TrainerConfig
 from qlora_trainer.allocator import keep_freed_memory
-from qlora_trainer.reporting.rank_exit import LastSeen, guarded
+from qlora_trainer.reporting.rank_exit import LastSeen, run_with_exit_code
 
 
 def main() -> int:
@@ -21,7 +21,7 @@ def main() -> int:
 
         return train(config, seen)
 
-    return guarded(config, work)
+    return run_with_exit_code(config, work)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ def doctor(
         from importlib.metadata import version
 
         from qlora_cli.doctor import findings as said
-        from qlora_cli.doctor.checks import judge
-        from qlora_cli.doctor.collect import look
+        from qlora_cli.doctor.checks import run_checks
+        from qlora_cli.doctor.collect import read_cluster
         from qlora_cli.text import output as out
 
         bodies = []
@@ -44,7 +44,7 @@ def doctor(
 
             bodies = [submission.body for path in manifests for submission in submit.read(path).jobs]
         with connect(Target(kubeconfig, context, namespace)) as cluster:
-            findings = judge(look(cluster, bodies), version("qlora-operator"))
+            findings = run_checks(read_cluster(cluster, bodies), version("qlora-operator"))
         bad = any(finding.level is said.Level.FAULT for finding in findings)
         if output in (Form.JSON, Form.YAML):
             out.write_plain([finding.to_json_dict() for finding in findings], output)

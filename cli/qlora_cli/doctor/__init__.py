@@ -1,4 +1,5 @@
 """``qlora doctor``: what keeps jobs from running here, and what to do about it.
 
-``look`` reads everything at once and decides nothing; ``judge`` decides from what was read and asks nothing.
+``read_cluster`` reads everything at once and decides nothing; ``run_checks`` decides from what was read and asks
+nothing.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.doctor.findings import Finding, fault, note, ok, unknown
-from qlora_cli.doctor.references import lacking
+from qlora_cli.doctor.references import missing_keys
 from qlora_cli.jobs.job_view import view
 from qlora_cli.kube.names import PART_OF_OPERATOR
 
@@ -40,7 +40,7 @@ def references(seen: ClusterSnapshot) -> Iterator[Finding]:
                 else f"PriorityClass {named.name} is not there, and {who}",
                 _create(named.kind, named.name, seen.namespace, named.scheme),
             )
-        elif named.kind == "Secret" and (keys := lacking(answer.value, named.scheme)):
+        elif named.kind == "Secret" and (keys := missing_keys(answer.value, named.scheme)):
             yield fault(
                 "references",
                 f"Secret {named.name} has no {', '.join(keys)}, which {named.scheme}:// needs, and {who}",

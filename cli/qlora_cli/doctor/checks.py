@@ -21,7 +21,7 @@ GANGS = {"Kueue": "kueue.x-k8s.io", "Volcano": "scheduling.volcano.sh"}
 _BAD_IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 
 
-def judge(seen: ClusterSnapshot, version: str) -> list[Finding]:
+def run_checks(seen: ClusterSnapshot, version: str) -> list[Finding]:
     """Everything, in the order in which one would mend it. ``version``: this command line's."""
     return [
         *_cluster(seen),

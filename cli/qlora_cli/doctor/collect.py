@@ -16,7 +16,7 @@ from qlora_cli.kube.names import CRD, GROUP, OPERATOR_SELECTOR, PART_OF_OPERATOR
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from qlora_cli.doctor.references import Named
+    from qlora_cli.doctor.references import ReferencedObject
     from qlora_cli.kube.api_client import ApiClient, Object
     from qlora_cli.kube.target import Cluster
 
@@ -75,13 +75,13 @@ class ClusterSnapshot:
     network_policies: Answer = MISSING
     monitors: Answer = MISSING
     quotas: Answer = MISSING
-    named: tuple[tuple[Named, Answer], ...] = ()
+    named: tuple[tuple[ReferencedObject, Answer], ...] = ()
     """Secrets, claims and the like that jobs name, each as it was found."""
     endpoints: tuple[tuple[str, str, str], ...] = ()
     """Of object storage: URL, who names it, and what is wrong with it, if anything."""
 
 
-def look(cluster: Cluster, manifests: Sequence[Object] = ()) -> ClusterSnapshot:
+def read_cluster(cluster: Cluster, manifests: Sequence[Object] = ()) -> ClusterSnapshot:
     """Read it all. ``manifests``: jobs that are not submitted yet, whose references are looked at too.
 
     Raises:

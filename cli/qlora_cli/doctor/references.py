@@ -31,7 +31,7 @@ NEEDED_KEYS = {
 
 
 @dataclass(frozen=True)
-class Named:
+class ReferencedObject:
     """One object that a job names."""
 
     kind: str
@@ -44,16 +44,16 @@ class Named:
     """Of the URI that a Secret's credentials are for."""
 
 
-def of_jobs(jobs: Sequence[Object], namespace: str) -> list[Named]:
+def of_jobs(jobs: Sequence[Object], namespace: str) -> list[ReferencedObject]:
     """Every object that jobs name, once."""
-    found: dict[tuple[str, str, str], Named] = {}
+    found: dict[tuple[str, str, str], ReferencedObject] = {}
     for job in jobs:
         for named in _of_job(job, namespace):
             found.setdefault((named.kind, named.name, named.scheme), named)
     return list(found.values())
 
 
-def _of_job(job: Object, namespace: str) -> Iterator[Named]:
+def _of_job(job: Object, namespace: str) -> Iterator[ReferencedObject]:
     name, spec = job["metadata"]["name"], job.get("spec") or {}
     train = (spec.get("dataset") or {}).get("train") or {}
     groups = (
@@ -66,27 +66,29 @@ def _of_job(job: Object, namespace: str) -> Iterator[Named]:
         scheme, _, rest = uri.partition("://")
         if secret := group.get("credentials"):
             path = core_path(namespace, "secrets", secret)
-            yield Named("Secret", secret, path, name, f"{field}.credentials", scheme)
+            yield ReferencedObject("Secret", secret, path, name, f"{field}.credentials", scheme)
         if scheme == "pvc":
             claim = rest.partition("/")[0]
             path = core_path(namespace, "persistentvolumeclaims", claim)
-            yield Named("PersistentVolumeClaim", claim, path, name, f"{field}.{key}")
+            yield ReferencedObject("PersistentVolumeClaim", claim, path, name, f"{field}.{key}")
     scheduling = spec.get("scheduling") or {}
     if priority := scheduling.get("priorityClassName"):
         path = f"/apis/scheduling.k8s.io/v1/priorityclasses/{priority}"
-        yield Named("PriorityClass", priority, path, name, "scheduling.priorityClassName")
+        yield ReferencedObject("PriorityClass", priority, path, name, "scheduling.priorityClassName")
     if (queue := scheduling.get("queue")) and scheduling.get("gang") in (None, "Auto", "Kueue"):
         path = f"/apis/kueue.x-k8s.io/v1beta1/namespaces/{namespace}/localqueues/{queue}"
-        yield Named("LocalQueue", queue, path, name, "scheduling.queue")
+        yield ReferencedObject("LocalQueue", queue, path, name, "scheduling.queue")
 
 
-def lacking(secret: Object, scheme: str) -> list[str]:
+def missing_keys(secret: Object, scheme: str) -> list[str]:
     """Keys that a Secret should have for a scheme and has not; of alternatives the first."""
     there = (secret.get("data") or {}).keys()
     return [group[0] for group in NEEDED_KEYS.get(scheme, ()) if not there & set(group)]
 
 
-def endpoints(named: Iterable[tuple[Named, Answer]], get: Callable[[str], Answer]) -> Iterator[tuple[str, str, str]]:
+def endpoints(
+    named: Iterable[tuple[ReferencedObject, Answer]], get: Callable[[str], Answer]
+) -> Iterator[tuple[str, str, str]]:
     """Endpoints of object storage that Secrets name: URL, the Secret, and what is wrong, if anything."""
     told = set()
     for each, answer in named:
@@ -106,7 +108,7 @@ def _endpoint(secret: Object) -> str:
     return ""
 
 
-def _trouble(url: str, named: Named, get: Callable[[str], Answer]) -> str:
+def _trouble(url: str, named: ReferencedObject, get: Callable[[str], Answer]) -> str:
     """Return what is wrong with an endpoint: in the cluster its Service, elsewhere its port, as seen from here."""
     parts = urlsplit(url)
     host = parts.hostname or ""

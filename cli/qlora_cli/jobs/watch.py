@@ -293,7 +293,7 @@ def _single(job: JobView, board: WatchedJobs, now: datetime, width: int) -> list
 
 
 @dataclass
-class _Told:
+class _LastPrinted:
     state: tuple[str, str, str] = ("", "", "")
     at: float = 0.0
     step: int | None = None
@@ -302,7 +302,7 @@ class _Told:
 def _plain(
     screen: Console, events: queue.SimpleQueue[Event | Exception], board: WatchedJobs, *, until_over: bool
 ) -> None:
-    told: dict[tuple[str, str], _Told] = {}
+    told: dict[tuple[str, str], _LastPrinted] = {}
     heard = False
     while not (heard and until_over and board.all_finished):
         for event in _next(events, DRAW_SECONDS):
@@ -313,11 +313,11 @@ def _plain(
             for job in changed:
                 if event.kind == "DELETED":
                     screen.print(Text(f"{_label(job, board)}  deleted"), soft_wrap=True)
-                elif _worth_a_line(told.setdefault(_key(job), _Told()), job):
+                elif _worth_a_line(told.setdefault(_key(job), _LastPrinted()), job):
                     screen.print(Text(plain_line(job, board)), soft_wrap=True)
 
 
-def _worth_a_line(told: _Told, job: JobView) -> bool:
+def _worth_a_line(told: _LastPrinted, job: JobView) -> bool:
     """A change of state, reason or eval loss at once; a step now and then."""
     state, now = (job.state, job.reason, job.eval_loss), time.monotonic()
     if state == told.state and (job.step == told.step or now - told.at < LINE_SECONDS):

@@ -121,7 +121,7 @@ def _open(folder: RunFolder, job: QLoRAJob, console: Console, *, fresh: bool) ->
             )
         case run_folder.Resume(found) | run_folder.Finished(found):
             return found
-        case run_folder.Begin():
+        case run_folder.StartNew():
             if folder.path.exists():
                 console.print(
                     f"The folder of an earlier run is now {folder.move_aside(run_folder.now())}", soft_wrap=True

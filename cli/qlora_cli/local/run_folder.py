@@ -211,7 +211,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Begin:
+class StartNew:
     """Start a new run; a folder that is there is put aside."""
 
 
@@ -232,10 +232,10 @@ class Refuse:
     changes: tuple[Change, ...]
 
 
-def opening(record: RunRecord | None, spec: QLoRAJobSpec, *, trained: bool) -> Begin | Resume | Finished | Refuse:
+def opening(record: RunRecord | None, spec: QLoRAJobSpec, *, trained: bool) -> StartNew | Resume | Finished | Refuse:
     """Decide what a call goes on with. ``trained``: there is something to lose, a step taken or a checkpoint."""
     if record is None:
-        return Begin()
+        return StartNew()
     if trained:
         spec = with_recorded_compute_type(record.spec, spec)
     changed = changes(record.spec, spec, spec.immutable) if immutable_hash(spec) != record.immutable_hash else ()
@@ -244,7 +244,7 @@ def opening(record: RunRecord | None, spec: QLoRAJobSpec, *, trained: bool) -> B
     if changed and trained:
         return Refuse(changed)
     if changed and record.attempts:
-        return Begin()
+        return StartNew()
     if record.finished:
         return Finished(record)
     return Resume(record.model_copy(update={"spec": spec, "immutable_hash": immutable_hash(spec)}))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora_memory.activations.attention import mask_bytes, self_attention
-from qlora_memory.activations.layers import FP32, INT64, Pen
+from qlora_memory.activations.layers import FP32, INT64, LayerRecorder
 from qlora_memory.activations.mixture_of_experts import mixture
 from qlora_memory.activations.setting import ForwardSetting
 from qlora_memory.activations.tape import Tape, Value
@@ -106,28 +106,28 @@ def decoder_layer(
         The tape, and the layer's input on it.
 
     """
-    pen = Pen(setting, rotation)
-    x = pen.value(hidden, learns=learns)
+    recorder = LayerRecorder(setting, rotation)
+    x = recorder.value(hidden, learns=learns)
     if layer.norms == 1:  # Phi: attention and feed-forward part side by side, behind one norm
-        normed = pen.norm(x, layer.norm)
-        attended = pen.dropout(self_attention(pen, normed, layer.attention, layer.norm), layer.dropout)
-        forward = pen.dropout(_forward(pen, normed, layer), layer.dropout)
-        pen.add(pen.add(attended, forward), x)
-        return pen.tape, x
-    attended = self_attention(pen, pen.norm(x, layer.norm), layer.attention, layer.norm)
-    attended = pen.norm(attended, layer.norm) if layer.norms == 4 else attended
-    middle = pen.add(x, pen.dropout(attended, layer.dropout))
-    forward = _forward(pen, pen.norm(middle, layer.norm), layer)
-    forward = pen.norm(forward, layer.norm) if layer.norms == 4 else forward
+        normed = recorder.norm(x, layer.norm)
+        attended = recorder.dropout(self_attention(recorder, normed, layer.attention, layer.norm), layer.dropout)
+        forward = recorder.dropout(_forward(recorder, normed, layer), layer.dropout)
+        recorder.add(recorder.add(attended, forward), x)
+        return recorder.tape, x
+    attended = self_attention(recorder, recorder.norm(x, layer.norm), layer.attention, layer.norm)
+    attended = recorder.norm(attended, layer.norm) if layer.norms == 4 else attended
+    middle = recorder.add(x, recorder.dropout(attended, layer.dropout))
+    forward = _forward(recorder, recorder.norm(middle, layer.norm), layer)
+    forward = recorder.norm(forward, layer.norm) if layer.norms == 4 else forward
     for other in layer.others:
-        pen.linear(x, other)
-    pen.add(middle, pen.dropout(forward, layer.dropout))
-    return pen.tape, x
+        recorder.linear(x, other)
+    recorder.add(middle, recorder.dropout(forward, layer.dropout))
+    return recorder.tape, x
 
 
-def _forward(pen: Pen, x: Value, layer: Layer) -> Value:
+def _forward(recorder: LayerRecorder, x: Value, layer: Layer) -> Value:
     part = layer.feed_forward
-    return mixture(pen, x, part) if isinstance(part, Experts) else pen.feed_forward(x, part)
+    return mixture(recorder, x, part) if isinstance(part, Experts) else recorder.feed_forward(x, part)
 
 
 # ------------------------------------------------------------------------------------------------------ head and loss
@@ -140,34 +140,34 @@ def head_and_loss(shape: ModelShape, setting: ForwardSetting) -> tuple[int, int]
         The highest total of bytes, and what is held from the forward to the backward pass.
 
     """
-    pen = Pen(setting)
-    x = pen.value(shape.hidden, learns=True)
-    normed = pen.norm(x, shape.layers[-1].norm) if shape.final_norm else x
+    recorder = LayerRecorder(setting)
+    x = recorder.value(shape.hidden, learns=True)
+    normed = recorder.norm(x, shape.layers[-1].norm) if shape.final_norm else x
     for linear in shape.outside:
         if linear.inputs == shape.hidden:
-            normed = pen.linear(normed, linear)
+            normed = recorder.linear(normed, linear)
         else:  # behind the embeddings, whose output needs no gradient
-            pen.linear(pen.value(linear.inputs, learns=False), linear)
+            recorder.linear(recorder.value(linear.inputs, learns=False), linear)
     if shape.head.plain and not setting.adapter.trains_head:
-        _fused(pen, shape, normed)
+        _fused(recorder, shape, normed)
     else:
-        _own_logits(pen, shape, normed)
-    return max(pen.tape.forward_peak(), pen.tape.backward_peak()), pen.tape.saved()
+        _own_logits(recorder, shape, normed)
+    return max(recorder.tape.forward_peak(), recorder.tape.backward_peak()), recorder.tape.saved()
 
 
-def _fused(pen: Pen, shape: ModelShape, hidden: Value) -> None:
+def _fused(recorder: LayerRecorder, shape: ModelShape, hidden: Value) -> None:
     """w·H for each labelled token (the gradient of the head's input), and 8 bytes a logit of one chunk.
 
     ``qlora_trainer.model.loss.FrozenHead``: a chunk of logits in fp32, and as much again inside ``logsumexp``.
     """
     vocabulary = shape.head.linear.outputs
-    labelled = pen.setting.labelled
-    rows = min(labelled, max(1, pen.setting.software.logits_per_chunk // vocabulary))
-    features = hidden.elements // pen.tokens
+    labelled = recorder.setting.labelled
+    rows = min(labelled, max(1, recorder.setting.software.logits_per_chunk // vocabulary))
+    features = hidden.elements // recorder.tokens
     places = Value(labelled, INT64, learns=False)
-    chosen = pen.tape.record(hidden, elements=labelled * features, width=pen.width, saves=(places,))
-    gradient = Value(labelled * features, pen.width, learns=False)
-    pen.tape.record(
+    chosen = recorder.tape.record(hidden, elements=labelled * features, width=recorder.width, saves=(places,))
+    gradient = Value(labelled * features, recorder.width, learns=False)
+    recorder.tape.record(
         chosen,
         elements=labelled,
         width=FP32,
@@ -176,23 +176,25 @@ def _fused(pen: Pen, shape: ModelShape, hidden: Value) -> None:
     )
 
 
-def _own_logits(pen: Pen, shape: ModelShape, hidden: Value) -> None:
+def _own_logits(recorder: LayerRecorder, shape: ModelShape, hidden: Value) -> None:
     """4 bytes a logit kept (w more where capped), 12 at the height of the backward pass.
 
     The model's own logits of N labelled tokens, N·V of them.
     ``NextTokenLoss`` with ``fused=False``; ``torch.nn.functional.cross_entropy`` keeps the log-softmax.
     """
-    labelled, vocabulary = pen.setting.labelled, shape.head.linear.outputs
-    features = hidden.elements // pen.tokens
+    labelled, vocabulary = recorder.setting.labelled, shape.head.linear.outputs
+    features = hidden.elements // recorder.tokens
     places = Value(labelled, INT64, learns=False)
-    chosen = pen.tape.record(hidden, elements=labelled * features, width=pen.width, saves=(places,))
+    chosen = recorder.tape.record(hidden, elements=labelled * features, width=recorder.width, saves=(places,))
     cells = labelled * vocabulary
-    logits = Pen(pen.setting, tape=pen.tape, tokens=labelled).linear(chosen, shape.head.linear, is_head=True)
+    logits = LayerRecorder(recorder.setting, tape=recorder.tape, tokens=labelled).linear(
+        chosen, shape.head.linear, is_head=True
+    )
     if not shape.head.plain:
-        logits = pen.tape.record(logits, elements=cells, width=pen.width)
-        logits = pen.tape.record(logits, elements=cells, width=pen.width, saves_output=True)
-        logits = pen.tape.record(logits, elements=cells, width=pen.width)
-    wide = logits if pen.width == FP32 else pen.tape.record(logits, elements=cells, width=FP32)
-    probabilities = pen.tape.record(wide, elements=cells, width=FP32, saves_output=True)
+        logits = recorder.tape.record(logits, elements=cells, width=recorder.width)
+        logits = recorder.tape.record(logits, elements=cells, width=recorder.width, saves_output=True)
+        logits = recorder.tape.record(logits, elements=cells, width=recorder.width)
+    wide = logits if recorder.width == FP32 else recorder.tape.record(logits, elements=cells, width=FP32)
+    probabilities = recorder.tape.record(wide, elements=cells, width=FP32, saves_output=True)
     labels = Value(labelled, INT64, learns=False)
-    pen.tape.record(probabilities, elements=labelled, width=FP32, saves=(labels,))
+    recorder.tape.record(probabilities, elements=labelled, width=FP32, saves=(labels,))

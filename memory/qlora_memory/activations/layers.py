@@ -15,7 +15,7 @@ FP32 = 4
 INT64 = 8
 
 
-class Pen:
+class LayerRecorder:
     """Writes parts on a tape."""
 
     def __init__(

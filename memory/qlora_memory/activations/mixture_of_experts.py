@@ -5,37 +5,37 @@ T tokens, k experts a token, E experts, H hidden, F intermediate, S = k·T pairs
 
 from __future__ import annotations
 
-from qlora_memory.activations.layers import FP32, INT64, Pen
+from qlora_memory.activations.layers import FP32, INT64, LayerRecorder
 from qlora_memory.activations.tape import Value
 from qlora_memory.shape.model_shape import Experts, Linear
 from qlora_memory.weights import BLOCK
 
 
-def mixture(pen: Pen, x: Value, experts: Experts) -> Value:
+def mixture(recorder: LayerRecorder, x: Value, experts: Experts) -> Value:
     """Router, experts, and the shared expert where there is one."""
-    shared = pen.feed_forward(x, experts.shared) if experts.shared else None
-    out = _experts(pen, x, experts)
+    shared = recorder.feed_forward(x, experts.shared) if experts.shared else None
+    out = _experts(recorder, x, experts)
     if shared is None:
         return out
     if experts.shared_gate is not None:
-        score = pen.linear(x, experts.shared_gate)
-        gate = pen.tape.record(score, elements=score.elements, width=pen.width, saves_output=True)
-        shared = pen.product(gate, shared, shared.elements)
-    return pen.add(out, shared)
+        score = recorder.linear(x, experts.shared_gate)
+        gate = recorder.tape.record(score, elements=score.elements, width=recorder.width, saves_output=True)
+        shared = recorder.product(gate, shared, shared.elements)
+    return recorder.add(out, shared)
 
 
-def _router(pen: Pen, x: Value, experts: Experts) -> Value:
+def _router(recorder: LayerRecorder, x: Value, experts: Experts) -> Value:
     """4·E for the softmax, 8·k for the choice, and 8·k + … where weights are divided by their sum."""
-    logits = pen.tape.record(x, elements=pen.tokens * experts.count, width=pen.width)
-    shares = pen.tape.record(logits, elements=logits.elements, width=FP32, saves_output=True)
-    pairs = pen.tokens * experts.per_token
+    logits = recorder.tape.record(x, elements=recorder.tokens * experts.count, width=recorder.width)
+    shares = recorder.tape.record(logits, elements=logits.elements, width=FP32, saves_output=True)
+    pairs = recorder.tokens * experts.per_token
     choice = Value(pairs, INT64, learns=False)
-    best = pen.tape.record(shares, elements=pairs, width=FP32, saves=(choice,))
+    best = recorder.tape.record(shares, elements=pairs, width=FP32, saves=(choice,))
     if experts.normalized:
-        total = Value(pen.tokens, FP32, learns=False)
-        best = pen.tape.record(best, elements=pairs, width=FP32, saves=(total, best))
-    if not experts.fp32_weights and pen.width != FP32:
-        best = pen.tape.record(best, elements=pairs, width=pen.width)
+        total = Value(recorder.tokens, FP32, learns=False)
+        best = recorder.tape.record(best, elements=pairs, width=FP32, saves=(total, best))
+    if not experts.fp32_weights and recorder.width != FP32:
+        best = recorder.tape.record(best, elements=pairs, width=recorder.width)
     return best
 
 
@@ -43,22 +43,22 @@ WORKSPACE = 256 << 20
 """Bytes of weights dequantized at once: ``qlora_trainer.model.experts.products.WORKSPACE``."""
 
 
-def _experts(pen: Pen, x: Value, experts: Experts) -> Value:
+def _experts(recorder: LayerRecorder, x: Value, experts: Experts) -> Value:
     """S·(w·(3·F + H) + 3·8): gate and up in one, the activated gate, what comes down, and the order of the pairs.
 
     Adapted, S·w·(H + F + 2·rank) besides, and once the factors in the compute type.
     """
     up, down = experts.weights[0], experts.weights[-1]
-    tape, width = pen.tape, pen.width
-    pairs = pen.tokens * experts.per_token
-    weights = _router(pen, x, experts)
+    tape, width = recorder.tape, recorder.width
+    pairs = recorder.tokens * experts.per_token
+    weights = _router(recorder, x, experts)
     orders = [Value(pairs, INT64, learns=False) for _ in range(3)]
-    chosen = tape.record(x, elements=pairs * x.elements // pen.tokens, width=width, saves=(orders[0],))
+    chosen = tape.record(x, elements=pairs * x.elements // recorder.tokens, width=width, saves=(orders[0],))
     picked = tape.record(weights, elements=pairs, width=weights.width, saves=(orders[1],))
-    both = _product(pen, chosen, up, pairs)
-    inner = pen.gated(both)
-    out = _product(pen, inner, down, pairs)
-    weighted = pen.product(out, picked, out.elements)
+    both = _product(recorder, chosen, up, pairs)
+    inner = recorder.gated(both)
+    out = _product(recorder, inner, down, pairs)
+    weighted = recorder.product(out, picked, out.elements)
     restored = tape.record(
         weighted,
         elements=out.elements,
@@ -69,13 +69,13 @@ def _experts(pen: Pen, x: Value, experts: Experts) -> Value:
     return tape.record(restored, elements=x.elements, width=width)
 
 
-def _product(pen: Pen, x: Value, weight: Linear, pairs: int) -> Value:
+def _product(recorder: LayerRecorder, x: Value, weight: Linear, pairs: int) -> Value:
     """One product with the experts' weights, of which it keeps nothing; adapted: x, A·x, and the factors cast.
 
     The update is added in place.
     """
-    tape, width = pen.tape, pen.width
-    dequantized = _dequantized(pen, weight)
+    tape, width = recorder.tape, recorder.width
+    dequantized = _dequantized(recorder, weight)
     base = tape.record(
         x,
         elements=pairs * weight.outputs,
@@ -83,10 +83,10 @@ def _product(pen: Pen, x: Value, weight: Linear, pairs: int) -> Value:
         workspace=dequantized,
         backward_workspace=dequantized,
     )
-    if weight.name not in pen.setting.adapter.names:
+    if weight.name not in recorder.setting.adapter.names:
         return base
-    rank = pen.setting.adapter.lora.rank
-    dropped = pen.dropout(x, pen.setting.dropout)
+    rank = recorder.setting.adapter.lora.rank
+    dropped = recorder.dropout(x, recorder.setting.dropout)
     a, b = (Value(rank * weight.experts * size, width, learns=True) for size in (weight.inputs, weight.outputs))
     kept = (a,) if dropped.learns and width != FP32 else ()  # in fp32 it is the parameter itself
     low = tape.record(dropped, a, elements=pairs * rank, width=width, saves=(dropped, *kept))
@@ -94,11 +94,11 @@ def _product(pen: Pen, x: Value, weight: Linear, pairs: int) -> Value:
     return tape.record(base, update, elements=base.elements, width=width, passes_gradient=True, view=True)
 
 
-def _dequantized(pen: Pen, weight: Linear) -> int:
+def _dequantized(recorder: LayerRecorder, weight: Linear) -> int:
     """Bytes of the experts that are dequantized at once, and of the fp32 constants of all."""
-    setting = pen.setting
+    setting = recorder.setting
     if not setting.dequantizes or not setting.quantization.type.is_four_bit or not setting.is_quantized(weight):
         return 0
-    one = pen.width * weight.inputs * weight.outputs
+    one = recorder.width * weight.inputs * weight.outputs
     constants = FP32 * weight.elements // BLOCK if setting.quantization.double_quantization else 0
     return min(one * weight.experts, max(one, WORKSPACE // one * one)) + 2 * constants

@@ -26,7 +26,7 @@ from qlora_operator.decide.attempts.attempt_history import (
     with_clock_stopped,
 )
 from qlora_operator.decide.attempts.attempt_outcome import Ending, ending_of, is_cut_short, is_lost
-from qlora_operator.decide.attempts.elastic import fewer, on_the_right_ranks, waiting_since
+from qlora_operator.decide.attempts.elastic import batch_for_fewer_workers, batch_for_world_size, waiting_since
 from qlora_operator.decide.attempts.outdated import is_contested, is_outdated
 from qlora_operator.decide.conditions import is_condition_true, with_condition, with_summary
 from qlora_operator.decide.deadline import wake_after
@@ -233,7 +233,7 @@ def _start(context: Context, status: QLoRAJobStatus) -> Decision:
         decision = after_attempt(context.job.spec.policy, status.attempts)
         if isinstance(decision, Finish):  # a limit was lowered while the job waited
             return end_job(context, with_finish(context, status, decision), ())
-        batch = on_the_right_ranks(context, status.attempts[-1], decision.batch)
+        batch = batch_for_world_size(context, status.attempts[-1], decision.batch)
         checkpointing = decision.gradient_checkpointing
         ended = status.attempts[-1].end_time or context.now
         left = (ended + timedelta(seconds=decision.wait_seconds) - context.now).total_seconds()
@@ -318,7 +318,7 @@ def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decisi
         waiting = _pending(context, status, Reason.STARTING, _anew(attempt), wake_after=LOOK_AGAIN_SECONDS)
         return replace(waiting, delete=(waiting_job,))
     reason, text = pending_reason(context.job.spec, attempt.number, context.workers(attempt), context.seen)
-    if reason is Reason.UNSCHEDULABLE and fewer(context, attempt):
+    if reason is Reason.UNSCHEDULABLE and batch_for_fewer_workers(context, attempt):
         until = waiting_since(context, attempt) + timedelta(seconds=context.job.spec.policy.shrink_after_seconds)
         wake = min(wake or math.inf, max((until - context.now).total_seconds(), 1))
     return _pending(context, status, reason, text, wake_after=wake)

@@ -9,10 +9,10 @@ from fake_server import FakeServer
 from qlora_api.credentials import KEYS
 from qlora_cli.doctor import check_crd, collect
 from qlora_cli.doctor.answer import Answer
-from qlora_cli.doctor.checks import judge
+from qlora_cli.doctor.checks import run_checks
 from qlora_cli.doctor.collect import RIGHTS, ClusterSnapshot
 from qlora_cli.doctor.findings import Level, lines, summary
-from qlora_cli.doctor.references import NEEDED_KEYS, Named, endpoints, lacking, of_jobs
+from qlora_cli.doctor.references import NEEDED_KEYS, ReferencedObject, endpoints, missing_keys, of_jobs
 from qlora_cli.kube.errors import ApiError
 
 DENIED = Answer(denied=True)
@@ -60,11 +60,11 @@ def seen(**more):
 
 
 def faults(**more):
-    return {f.check: f.text for f in judge(seen(**more), "1.0") if f.level is Level.FAULT}
+    return {f.check: f.text for f in run_checks(seen(**more), "1.0") if f.level is Level.FAULT}
 
 
 def levels(**more):
-    return {f.check: f.level for f in judge(seen(**more), "1.0")}
+    return {f.check: f.level for f in run_checks(seen(**more), "1.0")}
 
 
 def pod(state, **more):
@@ -74,7 +74,7 @@ def pod(state, **more):
 
 def test_nothing_is_wrong():
     assert faults() == {}
-    assert summary(judge(seen(), "1.0")) == "nothing keeps jobs from running"
+    assert summary(run_checks(seen(), "1.0")) == "nothing keeps jobs from running"
 
 
 UNAVAILABLE = Answer([deployment(status={})])
@@ -249,7 +249,7 @@ PROFILES = {
 
 def profiled(jobs=(), nodes=(), **profiles):
     config = Answer({"gpuResource": "nvidia.com/gpu", "profiles": profiles})
-    found = judge(seen(config=config, jobs=Answer(list(jobs)), nodes=Answer([node(), *nodes])), "1.0")
+    found = run_checks(seen(config=config, jobs=Answer(list(jobs)), nodes=Answer([node(), *nodes])), "1.0")
     return [(f.level, f.text) for f in found if f.check == "profiles"]
 
 
@@ -293,14 +293,14 @@ def test_what_jobs_name_is_named_once():
 
 
 def test_keys_of_secrets():
-    assert lacking({"data": {"AWS_ACCESS_KEY_ID": ""}}, "s3") == ["AWS_SECRET_ACCESS_KEY"]
-    assert lacking({"data": {"AZURE_STORAGE_ACCOUNT_NAME": "", "AZURE_STORAGE_SAS_TOKEN": ""}}, "az") == []
-    assert lacking({}, "pvc") == []
+    assert missing_keys({"data": {"AWS_ACCESS_KEY_ID": ""}}, "s3") == ["AWS_SECRET_ACCESS_KEY"]
+    assert missing_keys({"data": {"AZURE_STORAGE_ACCOUNT_NAME": "", "AZURE_STORAGE_SAS_TOKEN": ""}}, "az") == []
+    assert missing_keys({}, "pvc") == []
 
 
 def test_keys_that_pods_do_not_take_do_not_count():
     assert {key for groups in NEEDED_KEYS.values() for group in groups for key in group} <= KEYS
-    assert lacking({"data": {"GOOGLE_APPLICATION_CREDENTIALS": ""}}, "gs") == ["GOOGLE_SERVICE_ACCOUNT_KEY"]
+    assert missing_keys({"data": {"GOOGLE_APPLICATION_CREDENTIALS": ""}}, "gs") == ["GOOGLE_SERVICE_ACCOUNT_KEY"]
 
 
 @pytest.mark.parametrize(
@@ -317,12 +317,14 @@ def test_endpoints(url, trouble):
     import base64
 
     secret = Answer({"data": {"AWS_ENDPOINT_URL": base64.b64encode(url.encode()).decode()}})
-    named = Named("Secret", "s3", "/api/v1/namespaces/research/secrets/s3", "job", "output.credentials", "s3")
+    named = ReferencedObject(
+        "Secret", "s3", "/api/v1/namespaces/research/secrets/s3", "job", "output.credentials", "s3"
+    )
     assert list(endpoints([(named, secret)], lambda _: Answer(missing=True))) == [(url, "s3", trouble)]
 
 
 def test_the_page(golden):
-    findings = judge(
+    findings = run_checks(
         seen(nodes=DENIED, deployments=Answer([]), operator_pods=Answer(), config=Answer(missing=True)), "1.0"
     )
     golden("doctor.txt", "\n".join(line.plain for line in lines(findings)) + "\n")

@@ -9,8 +9,8 @@ import pytest
 
 from cluster.control_plane import ControlPlane, Settings
 from cluster.kueue import Kueue
+from cluster.scenarios.forked_operator import ForkedOperator, ForkServerClient
 from cluster.scenarios.jobs import GROUP
-from cluster.scenarios.zygote import ForkedOperator, Zygote
 from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError
 
@@ -47,9 +47,9 @@ def kueue(kueue_cluster: ControlPlane) -> Kueue:
 
 
 @pytest.fixture(scope="session")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServerClient]:
     """For operators that start in no time."""
-    with Zygote(tmp_path_factory.mktemp("zygote")) as running:
+    with ForkServerClient(tmp_path_factory.mktemp("fork_server")) as running:
         yield running
 
 
@@ -62,8 +62,10 @@ def team(kueue_cluster: ControlPlane) -> Iterator[str]:
 
 
 @pytest.fixture
-def operator(zygote: Zygote, kueue_cluster: ControlPlane, team: str, tmp_path: Path) -> Iterator[ForkedOperator]:
+def operator(
+    fork_server: ForkServerClient, kueue_cluster: ControlPlane, team: str, tmp_path: Path
+) -> Iterator[ForkedOperator]:
     """A running operator that serves the team's namespace."""
     settings = {"namespaces": [team], "profiles": PROFILES}
-    with ForkedOperator(zygote, tmp_path / "operator", kueue_cluster.kubeconfig, **settings) as running:
+    with ForkedOperator(fork_server, tmp_path / "operator", kueue_cluster.kubeconfig, **settings) as running:
         yield running

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import condition, create_job, in_state, last_attempt, qlora_job
-from cluster.scenarios.zygote import ForkedOperator
 from testing.timeouts import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
@@ -228,11 +228,11 @@ def test_where_kueue_manages_every_job_those_without_a_queue_say_so(api, queues,
 
 @pytest.mark.parametrize("queue", [None, "main"], ids=["no-queue", "its-own-queue"])
 def test_where_kueue_manages_every_job_prepare_needs_a_queue_of_its_own(
-    api, queues, team, zygote, kueue_cluster, tmp_path, manages_all, queue
+    api, queues, team, fork_server, kueue_cluster, tmp_path, manages_all, queue
 ):
     queues.queue("main", {queues.flavor("any"): 8})
     settings = {"namespaces": [team], "prepare": {"enabled": True, **({"queue": queue} if queue else {})}}
-    with ForkedOperator(zygote, tmp_path / "operator", kueue_cluster.kubeconfig, **settings):
+    with ForkedOperator(fork_server, tmp_path / "operator", kueue_cluster.kubeconfig, **settings):
         path = create_job(api, job(team, "job"))
         if queue:
             wait(api, path, "Pending", "Preparing")

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cluster.scenarios.forked_operator import ForkedOperator, ForkServerClient
 from cluster.scenarios.history import History
 from cluster.scenarios.jobs import GROUP
 from cluster.scenarios.operator import Operator
 from cluster.scenarios.proxy import Proxy
-from cluster.scenarios.zygote import ForkedOperator, Zygote
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,9 +37,9 @@ def history(crd_cluster: ControlPlane) -> Iterator[History]:
 
 
 @pytest.fixture(scope="session")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServerClient]:
     """For operators that start in no time."""
-    with Zygote(tmp_path_factory.mktemp("zygote")) as running:
+    with ForkServerClient(tmp_path_factory.mktemp("fork_server")) as running:
         yield running
 
 
@@ -51,16 +51,22 @@ def proxy(crd_cluster: ControlPlane, tmp_path: Path) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def forked(zygote: Zygote, crd_cluster: ControlPlane, kwok_namespace: str, tmp_path: Path) -> Iterator[ForkedOperator]:
+def forked(
+    fork_server: ForkServerClient, crd_cluster: ControlPlane, kwok_namespace: str, tmp_path: Path
+) -> Iterator[ForkedOperator]:
     """A running operator that serves the test's namespace."""
-    with ForkedOperator(zygote, tmp_path / "operator", crd_cluster.kubeconfig, namespaces=[kwok_namespace]) as running:
+    with ForkedOperator(
+        fork_server, tmp_path / "operator", crd_cluster.kubeconfig, namespaces=[kwok_namespace]
+    ) as running:
         yield running
 
 
 @pytest.fixture
-def behind_proxy(zygote: Zygote, proxy: Proxy, kwok_namespace: str, tmp_path: Path) -> Iterator[ForkedOperator]:
+def behind_proxy(
+    fork_server: ForkServerClient, proxy: Proxy, kwok_namespace: str, tmp_path: Path
+) -> Iterator[ForkedOperator]:
     """A running operator that serves the test's namespace and reaches the API server through ``proxy``."""
-    with ForkedOperator(zygote, tmp_path / "operator", proxy.kubeconfig, namespaces=[kwok_namespace]) as running:
+    with ForkedOperator(fork_server, tmp_path / "operator", proxy.kubeconfig, namespaces=[kwok_namespace]) as running:
         yield running
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cluster.api import ApiError
+from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import condition, create_job, in_state, qlora_job
 from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import ADAPTER, ends
-from cluster.scenarios.zygote import ForkedOperator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -199,13 +199,13 @@ def test_what_keeps_a_job_from_running_is_said(api, forked, kwok_namespace, obje
 
 
 def test_a_namespace_with_quotas_on_limits_takes_pods_that_are_limited(
-    zygote, crd_cluster, kwok_namespace, tmp_path, api
+    fork_server, crd_cluster, kwok_namespace, tmp_path, api
 ):
     hard = {"limits.cpu": "100", "limits.memory": "1Ti", "limits.ephemeral-storage": "1Ti", "requests.cpu": "100"}
     api.create(quota(**hard), kwok_namespace)
     settings = {"namespaces": [kwok_namespace], "trainer": {"limitCpu": True}, "prepare": {"enabled": True}}
     pods = PODS.format(kwok_namespace)
-    with ForkedOperator(zygote, tmp_path / "operator", crd_cluster.kubeconfig, **settings):
+    with ForkedOperator(fork_server, tmp_path / "operator", crd_cluster.kubeconfig, **settings):
         create_job(api, qlora_job(namespace=kwok_namespace))
         api.wait_for(pods, lambda found: len(found["items"]) == 1, what="Prepare's pod")
 
@@ -216,10 +216,10 @@ def test_kueue_without_a_queue_is_refused_by_the_api_server(api, kwok_namespace)
 
 
 def test_a_job_without_a_queue_is_told_so_where_the_operator_starts_gangs_by_kueue(
-    api, crd_cluster, zygote, kwok_namespace, tmp_path
+    api, crd_cluster, fork_server, kwok_namespace, tmp_path
 ):
     settings = {"namespaces": [kwok_namespace], "gang": "Kueue"}
-    with ForkedOperator(zygote, tmp_path, crd_cluster.kubeconfig, **settings):
+    with ForkedOperator(fork_server, tmp_path, crd_cluster.kubeconfig, **settings):
         path = create_job(api, qlora_job(namespace=kwok_namespace))
         waiting = api.wait_for(path, in_state("Pending", "Refused"), seconds=SOON)
         assert condition(waiting, "Running")["message"].startswith("spec.scheduling.queue: must name a LocalQueue")
@@ -240,10 +240,10 @@ def test_a_job_goes_on_by_itself_once_the_quota_allows(api, forked, kwok_namespa
     assert [a["reason"] for a in done["status"]["attempts"]] == ["Completed"]
 
 
-def test_what_keeps_prepare_from_running_is_said(api, crd_cluster, zygote, kwok_namespace, tmp_path):
+def test_what_keeps_prepare_from_running_is_said(api, crd_cluster, fork_server, kwok_namespace, tmp_path):
     api.create(quota(**{"requests.cpu": "1"}), kwok_namespace)
     settings = {"namespaces": [kwok_namespace], "prepare": {"enabled": True}}
-    with ForkedOperator(zygote, tmp_path, crd_cluster.kubeconfig, **settings):
+    with ForkedOperator(fork_server, tmp_path, crd_cluster.kubeconfig, **settings):
         path = create_job(api, qlora_job(namespace=kwok_namespace))
         waiting = api.wait_for(path, in_state("Pending", "QuotaExceeded"), seconds=SOON)
     assert "exceeded quota: quota, requested: requests.cpu=2" in condition(waiting, "Prepared")["message"]
@@ -308,9 +308,9 @@ def test_objects_with_the_operators_labels_that_it_did_not_make_do_no_harm(api, 
     assert jobs == 1
 
 
-def test_a_namespace_that_is_deleted_takes_its_jobs_along(api, crd_cluster, zygote, tmp_path):
+def test_a_namespace_that_is_deleted_takes_its_jobs_along(api, crd_cluster, fork_server, tmp_path):
     namespace = crd_cluster.create_namespace()
-    with ForkedOperator(zygote, tmp_path, crd_cluster.kubeconfig, namespaces=[namespace]) as operator:
+    with ForkedOperator(fork_server, tmp_path, crd_cluster.kubeconfig, namespaces=[namespace]) as operator:
         api.wait_for(create_job(api, qlora_job(namespace=namespace, workers=2)), in_state("Running"))
         api.delete(f"/api/v1/namespaces/{namespace}")
         api.wait_gone(f"/api/v1/namespaces/{namespace}", seconds=60)

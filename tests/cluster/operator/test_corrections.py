@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from cluster.api import ApiError
+from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import condition, create_job, in_state, last_attempt, qlora_job
 from cluster.scenarios.script import jobs_are_suspended, pods_do
 from cluster.scenarios.whole_life import ADAPTER, ends
-from cluster.scenarios.zygote import ForkedOperator
 
 JOBS, PODS = "/apis/batch/v1/namespaces/{}/jobs", "/api/v1/namespaces/{}/pods"
 LONG = 60
@@ -54,29 +54,29 @@ def test_a_toleration_that_was_missing_is_taken_up(api, crd_cluster, forked, kwo
 
 
 def test_an_image_that_is_corrected_in_the_operators_settings_is_taken_up(
-    api, crd_cluster, zygote, kwok_namespace, tmp_path
+    api, crd_cluster, fork_server, kwok_namespace, tmp_path
 ):
     settings = {"namespaces": [kwok_namespace]}
     wrong, right = {"image": "wrong:1"}, {"image": "right:1", "imagePullSecrets": ["pull"]}
     with (
         pods_do(api, kwok_namespace, {"start-seconds": 600}),
-        ForkedOperator(zygote, tmp_path / "1", crd_cluster.kubeconfig, trainer=wrong, **settings),
+        ForkedOperator(fork_server, tmp_path / "1", crd_cluster.kubeconfig, trainer=wrong, **settings),
     ):
         path = create_job(api, qlora_job(namespace=kwok_namespace))
         api.wait_for(PODS.format(kwok_namespace), lambda found: found["items"], seconds=LONG)
         api.wait_for(path, in_state("Pending", "Starting"), seconds=LONG)
-    with ForkedOperator(zygote, tmp_path / "2", crd_cluster.kubeconfig, trainer=right, **settings):
+    with ForkedOperator(fork_server, tmp_path / "2", crd_cluster.kubeconfig, trainer=right, **settings):
         runs_as_attempt_one(api, path)
     (pod,) = (p for p in api.list(PODS.format(kwok_namespace)) if p["status"]["phase"] == "Running")
     assert pod["spec"]["containers"][0]["image"] == "right:1"
     assert pod["spec"]["imagePullSecrets"] == [{"name": "pull"}]
 
 
-def test_a_prepare_that_waits_is_made_anew_too(api, crd_cluster, zygote, kwok_namespace, tmp_path):
+def test_a_prepare_that_waits_is_made_anew_too(api, crd_cluster, fork_server, kwok_namespace, tmp_path):
     settings = {"namespaces": [kwok_namespace], "prepare": {"enabled": True}}
     with (
         pods_do(api, kwok_namespace, {"start-seconds": 600}),
-        ForkedOperator(zygote, tmp_path, crd_cluster.kubeconfig, **settings),
+        ForkedOperator(fork_server, tmp_path, crd_cluster.kubeconfig, **settings),
     ):
         path = create_job(api, qlora_job(namespace=kwok_namespace, output={"credentials": "no-such"}))
         prepare = f"{JOBS.format(kwok_namespace)}/job-prepare"

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import condition, create_job, in_state, qlora_job
 from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import PREPARED, ends
-from cluster.scenarios.zygote import ForkedOperator
 
 if TYPE_CHECKING:
     from cluster.api import Api
@@ -31,12 +31,12 @@ def test_three_stalls_without_a_step_gained_end_a_job_and_name_the_last(api, for
     assert message.endswith(", without a step gained)")
 
 
-def test_hours_and_money_are_in_status_before_a_gpu_is_held(api, crd_cluster, zygote, kwok_namespace, tmp_path):
+def test_hours_and_money_are_in_status_before_a_gpu_is_held(api, crd_cluster, fork_server, kwok_namespace, tmp_path):
     settings = {"namespaces": [kwok_namespace], "prepare": {"enabled": True}, "pricePerGpuHour": {"default": 2.5}}
     batch = {"worldSize": 1, "microBatchSize": 4, "gradientAccumulationSteps": 4}
     found = PREPARED | {"expectedGpuHours": "12.5", "batch": batch}
     with (
-        ForkedOperator(zygote, tmp_path, crd_cluster.kubeconfig, **settings),
+        ForkedOperator(fork_server, tmp_path, crd_cluster.kubeconfig, **settings),
         pods_do(api, kwok_namespace, ends(prepared=found), component="prepare"),
     ):
         path = create_job(api, qlora_job(namespace=kwok_namespace, policy={"budgetGpuHours": "10"}))

@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 
 from cluster.kwok import finish_pod
+from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import create_job, in_state, last_attempt, qlora_job
 from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import ADAPTER, PREPARED, ends, word
-from cluster.scenarios.zygote import ForkedOperator
 
 LONG = 60
 
@@ -20,11 +20,11 @@ def api(crd_cluster):
     return crd_cluster.api
 
 
-def test_each_transition_of_a_life_is_told_once(api, crd_cluster, zygote, kwok_namespace, tmp_path):
+def test_each_transition_of_a_life_is_told_once(api, crd_cluster, fork_server, kwok_namespace, tmp_path):
     settings = {"namespaces": [kwok_namespace], "prepare": {"enabled": True}}
     with (
         pods_do(api, kwok_namespace, ends(prepared=PREPARED), component="prepare"),
-        ForkedOperator(zygote, tmp_path, crd_cluster.kubeconfig, **settings),
+        ForkedOperator(fork_server, tmp_path, crd_cluster.kubeconfig, **settings),
     ):
         path = create_job(api, qlora_job(namespace=kwok_namespace, workers=2))
         api.wait_for(path, in_state("Running"), seconds=LONG)

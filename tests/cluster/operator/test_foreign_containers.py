@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from cluster.kwok import finish_container
+from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import create_job, in_state, last_attempt, qlora_job
 from cluster.scenarios.script import sidecar_in_pods
 from cluster.scenarios.whole_life import ADAPTER, PREPARED, word
-from cluster.scenarios.zygote import ForkedOperator
 
 PODS = "/api/v1/namespaces/{}/pods"
 LONG = 60
@@ -61,9 +61,9 @@ def test_a_failure_of_one_worker_ends_the_others_and_the_next_attempt_follows(ap
     api.wait_for(path, in_state("Running"), seconds=LONG)
 
 
-def test_prepare_goes_on_to_the_training(api, crd_cluster, zygote, meshed, tmp_path):
+def test_prepare_goes_on_to_the_training(api, crd_cluster, fork_server, meshed, tmp_path):
     settings = {"namespaces": [meshed], "prepare": {"enabled": True}}
-    with ForkedOperator(zygote, tmp_path, crd_cluster.kubeconfig, **settings):
+    with ForkedOperator(fork_server, tmp_path, crd_cluster.kubeconfig, **settings):
         path = create_job(api, qlora_job(namespace=meshed, workers=2))
         (name,) = running_pods(api, meshed)
         finish_container(api, meshed, name, message=word(prepared=PREPARED))
@@ -96,10 +96,12 @@ def test_a_budget_and_a_suspension_act_though_another_container_is_not_ready(api
     no_pods(api, meshed)
 
 
-def test_labels_and_annotations_of_chart_and_job_are_on_the_pods(api, crd_cluster, zygote, kwok_namespace, tmp_path):
+def test_labels_and_annotations_of_chart_and_job_are_on_the_pods(
+    api, crd_cluster, fork_server, kwok_namespace, tmp_path
+):
     chart = {"podLabels": {"team": "platform", "mesh": "on"}, "podAnnotations": {"example.com/a": "chart"}}
     of_job = {"podLabels": {"mesh": "off"}, "podAnnotations": {"sidecar.istio.io/inject": "false"}}
-    with ForkedOperator(zygote, tmp_path, crd_cluster.kubeconfig, namespaces=[kwok_namespace], trainer=chart):
+    with ForkedOperator(fork_server, tmp_path, crd_cluster.kubeconfig, namespaces=[kwok_namespace], trainer=chart):
         create_job(api, qlora_job(namespace=kwok_namespace, scheduling=of_job))
         (name,) = running_pods(api, kwok_namespace)
     metadata = api.get(f"{PODS.format(kwok_namespace)}/{name}")["metadata"]

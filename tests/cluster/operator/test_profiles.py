@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cluster.api import ApiError
+from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import GROUP, condition, create_job, in_state, qlora_job
-from cluster.scenarios.zygote import ForkedOperator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,10 +37,10 @@ PROFILES = {
 
 
 @pytest.fixture
-def profiled(zygote, crd_cluster, kwok_namespace, tmp_path) -> Iterator[ForkedOperator]:
+def profiled(fork_server, crd_cluster, kwok_namespace, tmp_path) -> Iterator[ForkedOperator]:
     """A running operator with a profile, that serves the test's namespace."""
     settings = {"namespaces": [kwok_namespace], "profiles": PROFILES}
-    with ForkedOperator(zygote, tmp_path / "operator", crd_cluster.kubeconfig, **settings) as running:
+    with ForkedOperator(fork_server, tmp_path / "operator", crd_cluster.kubeconfig, **settings) as running:
         yield running
 
 

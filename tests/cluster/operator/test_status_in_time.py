@@ -7,10 +7,10 @@ import time
 import pytest
 
 from cluster.kwok import find_node_again, lose_node
+from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import condition, create_job, in_state, last_attempt, qlora_job
 from cluster.scenarios.script import gate_on_pods, jobs_are_suspended, pods_do
 from cluster.scenarios.whole_life import ADAPTER, ends, word
-from cluster.scenarios.zygote import ForkedOperator
 
 PODS = "/api/v1/namespaces/{}/pods"
 LONG = 60
@@ -23,13 +23,13 @@ def api(crd_cluster):
 
 
 def test_jobs_that_are_suspended_as_they_are_made_say_queued_within_seconds(
-    api, crd_cluster, zygote, kwok_namespace, tmp_path
+    api, crd_cluster, fork_server, kwok_namespace, tmp_path
 ):
     slowest = 0.0
     settings = {"namespaces": [kwok_namespace], "progressSeconds": 15}
     with (
         jobs_are_suspended(api, kwok_namespace),
-        ForkedOperator(zygote, tmp_path, crd_cluster.kubeconfig, **settings),
+        ForkedOperator(fork_server, tmp_path, crd_cluster.kubeconfig, **settings),
     ):
         for repeat in range(REPEATS):
             names = [f"job-{repeat}-{number}" for number in range(JOBS_AT_ONCE)]
@@ -43,9 +43,9 @@ def test_jobs_that_are_suspended_as_they_are_made_say_queued_within_seconds(
     assert slowest < QUEUED_SECONDS, f"{slowest:.2f} s"
 
 
-def test_a_suspension_on_a_lost_node_becomes_suspended(api, crd_cluster, zygote, kwok_namespace, tmp_path):
+def test_a_suspension_on_a_lost_node_becomes_suspended(api, crd_cluster, fork_server, kwok_namespace, tmp_path):
     settings = {"namespaces": [kwok_namespace], "trainer": {"graceSeconds": 30, "nodeLostSeconds": 600}}
-    with ForkedOperator(zygote, tmp_path, crd_cluster.kubeconfig, **settings):
+    with ForkedOperator(fork_server, tmp_path, crd_cluster.kubeconfig, **settings):
         path = create_job(api, qlora_job(namespace=kwok_namespace))
         node = last_attempt(api.wait_for(path, in_state("Running"), seconds=LONG))["node"]
         lose_node(api, node)

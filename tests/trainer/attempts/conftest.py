@@ -27,7 +27,7 @@ from qlora_api.batch import split_batch
 from qlora_api.contract import JobRef, TerminationMessage, TrainerConfig
 from qlora_trainer.__main__ import ready
 from qlora_trainer.prepare.command import prepare
-from qlora_trainer.reporting.rank_exit import guarded
+from qlora_trainer.reporting.rank_exit import run_with_exit_code
 from testing.forks import ForkedProgram, fork_context, start_program
 from testing.ports import free_port
 from testing.timeouts import PATIENCE_SECONDS
@@ -132,7 +132,7 @@ class Workshop:
     def prepare(self, config: TrainerConfig) -> int:
         """Prepare here, where everything is imported; the exit code."""
         path, _ = self.write(config)
-        return guarded(config, lambda _: (prepare(config), ready(config, path), None)[2])
+        return run_with_exit_code(config, lambda _: (prepare(config), ready(config, path), None)[2])
 
     def train(self, config: TrainerConfig) -> Ended:
         """Train in one forked process for each rank; all is prepared."""

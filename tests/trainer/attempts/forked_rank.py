@@ -28,10 +28,10 @@ def run_rank(config_path: str, log_path: str, environment: dict[str, str], rank:
     os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     from qlora_api.contract import TrainerConfig
-    from qlora_trainer.reporting.rank_exit import guarded
+    from qlora_trainer.reporting.rank_exit import run_with_exit_code
     from qlora_trainer.training.train import train
 
     if initial := environment.get(EMULATED_FLOAT16):
         emulate_float16(float(initial))
     config = TrainerConfig.model_validate_json(Path(config_path).read_bytes())
-    os._exit(guarded(config, lambda seen: train(config, seen)))
+    os._exit(run_with_exit_code(config, lambda seen: train(config, seen)))

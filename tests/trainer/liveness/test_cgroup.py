@@ -48,14 +48,14 @@ def test_counters_of_both_versions_are_found(tmp_path, files, limit):
     assert cgroup.limit_bytes() == limit
     assert cgroup.available_bytes() == (1 << 30 if limit else None), "pages of files can be freed"
     watch = OomWatch(cgroup)
-    assert not watch.struck()
+    assert not watch.oom_killed()
     cgroup.events.write_text("oom_kill 3\n")
-    assert watch.struck()
+    assert watch.oom_killed()
 
 
 def test_without_cgroups_nothing_is_claimed(tmp_path):
     assert MemoryCgroup.of_this_process(tmp_path, tmp_path) is None
-    assert not OomWatch(None).struck()
+    assert not OomWatch(None).oom_killed()
 
 
 def test_a_kill_by_the_kernel_is_told_from_any_other(limited_memory):
@@ -67,7 +67,7 @@ from qlora_trainer.liveness.cgroup import MemoryCgroup, OomWatch
 for what in ("os.kill(os.getpid(), 9)", "b'x' * (200 << 20)"):
     watch = OomWatch(MemoryCgroup.of_this_process())
     code = subprocess.run([sys.executable, "-c", f"import os; {what}"]).returncode
-    print(code, watch.struck())
+    print(code, watch.oom_killed())
 print(watch.words())
 """
     done = subprocess.run(

@@ -8,7 +8,7 @@ import torch
 from qlora_api.contract import ExitCode, TerminationMessage
 from qlora_trainer.errors import CheckpointError
 from qlora_trainer.liveness.heartbeat import Section
-from qlora_trainer.reporting.rank_exit import guarded
+from qlora_trainer.reporting.rank_exit import run_with_exit_code
 
 
 class Config:
@@ -55,7 +55,7 @@ def test_an_error_ends_with_its_code_and_a_termination_message(error, code, tmp_
     def work(_):
         raise error
 
-    assert guarded(Config(tmp_path / "word.json"), work) == code
+    assert run_with_exit_code(Config(tmp_path / "word.json"), work) == code
     word = TerminationMessage.model_validate_json((tmp_path / "word.json").read_bytes())
     assert word.exit_code == code
 
@@ -67,8 +67,8 @@ def test_the_first_rank_to_fail_writes_the_termination_message(tmp_path):
 
         return fail
 
-    guarded(Config(tmp_path / "word.json"), work("the cause"))
-    guarded(Config(tmp_path / "word.json"), work("what followed"))
+    run_with_exit_code(Config(tmp_path / "word.json"), work("the cause"))
+    run_with_exit_code(Config(tmp_path / "word.json"), work("what followed"))
     assert "the cause" in (tmp_path / "word.json").read_text()
 
 
@@ -82,7 +82,7 @@ def test_a_rank_that_lost_a_peer_gives_way_to_one_that_knows_more(tmp_path):
     word = tmp_path / "word.json"
     word.touch()  # in a pod the file is there from the start
     for error in (RuntimeError("Connection closed by peer"), MemoryError("the cause"), RuntimeError("Broken pipe")):
-        guarded(Config(word), work(error))
+        run_with_exit_code(Config(word), work(error))
     assert "the cause" in word.read_text()
 
 
@@ -100,7 +100,7 @@ def test_out_of_memory_names_the_phase_and_the_peak(section, step, said, tmp_pat
         with seen.heartbeat.during(section):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore lines")
 
-    assert guarded(Config(tmp_path / "word.json"), work) == ExitCode.OUT_OF_DEVICE_MEMORY
+    assert run_with_exit_code(Config(tmp_path / "word.json"), work) == ExitCode.OUT_OF_DEVICE_MEMORY
     text = TerminationMessage.model_validate_json((tmp_path / "word.json").read_bytes()).message
     assert text.startswith(f"out of device memory {said} the peak of this rank was ")
     assert text.endswith("Tried to allocate 2.00 GiB")

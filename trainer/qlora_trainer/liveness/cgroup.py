@@ -97,13 +97,13 @@ def _number(path: Path) -> int | None:
 
 
 class OomWatch:
-    """Tells whether the killer has struck since this was made."""
+    """Tells whether the kernel has killed for memory since this was made."""
 
     def __init__(self, cgroup: MemoryCgroup | None) -> None:
         self._cgroup = cgroup
         self._before = cgroup.oom_kills() if cgroup else 0
 
-    def struck(self) -> bool:
+    def oom_killed(self) -> bool:
         return self._cgroup is not None and self._cgroup.oom_kills() > self._before
 
     def words(self) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from qlora_trainer.prepare.child import anew_in_child
+from qlora_trainer.prepare.child import run_in_child
 from qlora_trainer.prepare.command import main
 
 if __name__ == "__main__":
-    sys.exit(main(anew_in_child))
+    sys.exit(main(run_in_child))

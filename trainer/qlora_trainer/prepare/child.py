@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig, reason_of
 from qlora_trainer.errors import UserError
-from qlora_trainer.prepare.command import anew_here
+from qlora_trainer.prepare.command import run_in_process
 from qlora_trainer.python_process import forbid_inspection, python_command
 from qlora_trainer.reporting import termination_message
 
@@ -32,7 +32,7 @@ BOUNDS = {
 """Signals that end a process within a call of its tokenizer, and what they say of it."""
 
 
-def anew_in_child(config: TrainerConfig, path: Path) -> int:
+def run_in_child(config: TrainerConfig, path: Path) -> int:
     """Do the work of a Prepare that found nothing, in a child; return the exit code."""
     process = subprocess.Popen([*python_command(), "-m", __name__, str(path)])
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
@@ -61,4 +61,4 @@ if __name__ == "__main__":
     if sys.flags.isolated:
         forbid_inspection()
     given = Path(sys.argv[1])
-    sys.exit(anew_here(TrainerConfig.model_validate_json(given.read_bytes()), given))
+    sys.exit(run_in_process(TrainerConfig.model_validate_json(given.read_bytes()), given))

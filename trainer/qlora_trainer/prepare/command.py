@@ -66,10 +66,10 @@ def _again(config: TrainerConfig) -> Record | None:
 
 def _anew(config: TrainerConfig) -> Record:
     log.info("stage: importing PyTorch and Transformers")
-    from qlora_trainer.prepare.fetch_and_tokenize import prepare_anew  # noqa: PLC0415 ten seconds of imports
+    from qlora_trainer.prepare.fetch_and_tokenize import prepare_from_scratch  # noqa: PLC0415 ten seconds of imports
 
     records = Records(config)
-    record = records.keep(prepare_anew(config, records.of_run()))
+    record = records.keep(prepare_from_scratch(config, records.of_run()))
     if not records.is_shared:
         bring(config, record, records)
     return record
@@ -164,18 +164,18 @@ def _released_where_the_job_ends(config: TrainerConfig) -> Iterator[None]:
         raise
 
 
-def anew_here(config: TrainerConfig, _: Path) -> int:
+def run_in_process(config: TrainerConfig, _: Path) -> int:
     """Do the work of a Prepare that found nothing, in this process; return the exit code."""
-    from qlora_trainer.reporting.rank_exit import guarded  # noqa: PLC0415 imports torch
+    from qlora_trainer.reporting.rank_exit import run_with_exit_code  # noqa: PLC0415 imports torch
 
     def work(_: object) -> TerminationMessage:
         with _released_where_the_job_ends(config):
             return _told(config, _anew(config))
 
-    return guarded(config, work)
+    return run_with_exit_code(config, work)
 
 
-def main(anew: Callable[[TrainerConfig, Path], int] = anew_here) -> int:
+def main(anew: Callable[[TrainerConfig, Path], int] = run_in_process) -> int:
     """Prepare as the command line's configuration says.
 
     Args:

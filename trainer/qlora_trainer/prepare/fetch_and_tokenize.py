@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def prepare_anew(config: TrainerConfig, began: Record | None) -> Record:
+def prepare_from_scratch(config: TrainerConfig, began: Record | None) -> Record:
     """Check model, rows and adapter, and tokenize the rows into ``config.cache_dir``.
 
     Args:

@@ -57,7 +57,7 @@ class LastSeen:
         return torch.cuda.max_memory_allocated() if on_device else getrusage(RUSAGE_SELF).ru_maxrss * 1024
 
 
-def guarded(config: TrainerConfig, work: Callable[[LastSeen], TerminationMessage | None]) -> int:
+def run_with_exit_code(config: TrainerConfig, work: Callable[[LastSeen], TerminationMessage | None]) -> int:
     """Run ``work``; turn its end, good or bad, into an exit code and a termination message."""
     seen = LastSeen()
     rank = os.environ.get("RANK", "0")

@@ -21,7 +21,7 @@ from qlora_trainer.model.base_model import add_lora, enable_gradient_checkpointi
 from qlora_trainer.model.compute_type import OF_OLD_CHECKPOINTS, slow_bf16_warning, with_compute_type
 from qlora_trainer.model.coverage import coverage_of
 from qlora_trainer.model.flops import flops_per_token
-from qlora_trainer.model.loading import counted_weights
+from qlora_trainer.model.loading_progress import counted_weights
 from qlora_trainer.model.loss import NextTokenLoss, head_is_plain, rows_are_apart
 from qlora_trainer.prepare.local_copy import Prepared
 from qlora_trainer.prepare.tokenize_rows import PreparedData, load_prepared

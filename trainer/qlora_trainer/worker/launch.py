@@ -255,7 +255,7 @@ def _first_end(
             beat = heartbeat.read_all(folder)[rank - place.index * config.ranks_per_worker]
             activity = heartbeat.activity(beat.section, beat.step)
             name = signal.Signals(-code).name
-            if -code == signal.SIGKILL and oom.struck():
+            if -code == signal.SIGKILL and oom.oom_killed():
                 end = int(ExitCode.OUT_OF_HOST_MEMORY)
                 text = f"rank {rank} was killed in {activity} by the kernel, out of host memory: {oom.words()}"
             else:

@@ -16,7 +16,7 @@ def too_large(context: Context, attempt: Attempt) -> Ending | None:
     """With minWorkers: no node has taken the pods for long enough, and fewer can be tried."""
     job = context.seen.jobs.get(attempt.number)
     patience = timedelta(seconds=context.job.spec.policy.shrink_after_seconds)
-    if job is None or job.ready >= context.workers(attempt) or fewer(context, attempt) is None:
+    if job is None or job.ready >= context.workers(attempt) or batch_for_fewer_workers(context, attempt) is None:
         return None
     if context.now < waiting_since(context, attempt) + patience:
         return None
@@ -29,7 +29,7 @@ def waiting_since(context: Context, attempt: Attempt) -> datetime:
     return max((p.created for p in context.seen.pods_of(attempt.number)), default=attempt.start_time)
 
 
-def fewer(context: Context, attempt: Attempt) -> BatchSplit | None:
+def batch_for_fewer_workers(context: Context, attempt: Attempt) -> BatchSplit | None:
     """The largest world below an attempt's that minWorkers and the global batch allow."""
     parallelism = context.job.spec.parallelism
     batch = batch_of(attempt)
@@ -39,8 +39,8 @@ def fewer(context: Context, attempt: Attempt) -> BatchSplit | None:
     return next((split for split in splits if split), None)
 
 
-def on_the_right_ranks(context: Context, last: Attempt, batch: BatchSplit) -> BatchSplit:
+def batch_for_world_size(context: Context, last: Attempt, batch: BatchSplit) -> BatchSplit:
     """All workers again, unless the last attempt waited for them in vain."""
     if last.reason is Reason.UNSCHEDULABLE:
-        return fewer(context, last) or batch
+        return batch_for_fewer_workers(context, last) or batch
     return on_other_ranks(batch, context.world_size) or batch

@@ -12,12 +12,12 @@ import pytest
 from cluster.api import ApiError
 from cluster.control_plane import ControlPlane
 from cluster.kwok import finish_pod
+from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import condition, create_job, in_state, job_path, qlora_job
 from cluster.scenarios.operator import Operator
 from cluster.scenarios.proxy import GONE, Passed, Proxy, Refused
 from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import ADAPTER, ends, word
-from cluster.scenarios.zygote import ForkedOperator
 from cluster.waits import SOON, eventually
 from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError
@@ -119,9 +119,9 @@ def test_pods_that_were_deleted_unseen_do_not_keep_a_job_from_being_suspended(ap
     api.wait_for(path, in_state("Suspended"), seconds=SOON)
 
 
-def test_a_watch_that_is_silent_is_asked_for_anew(api, zygote, proxy, kwok_namespace, tmp_path):
+def test_a_watch_that_is_silent_is_asked_for_anew(api, fork_server, proxy, kwok_namespace, tmp_path):
     quick = {"qlora_operator.watch.kopf_handlers.SILENCE_SECONDS": 2, "qlora_operator.kube.client.SILENCE_SECONDS": 2}
-    with ForkedOperator(zygote, tmp_path, proxy.kubeconfig, quick, namespaces=[kwok_namespace]) as operator:
+    with ForkedOperator(fork_server, tmp_path, proxy.kubeconfig, quick, namespaces=[kwok_namespace]) as operator:
         proxy.freeze_watches()
         path = create_job(api, qlora_job(namespace=kwok_namespace))
         api.wait_for(path, in_state("Running"), seconds=SOON)
@@ -253,7 +253,9 @@ def test_an_operator_that_starts_again_writes_nothing(api, behind_proxy, proxy, 
     assert proxy.calls[written:] == []
 
 
-def test_a_kind_that_cannot_be_listed_any_more_makes_the_liveness_probe_fail(zygote, proxy, kwok_namespace, tmp_path):
+def test_a_kind_that_cannot_be_listed_any_more_makes_the_liveness_probe_fail(
+    fork_server, proxy, kwok_namespace, tmp_path
+):
     quick = dict.fromkeys(
         (
             f"qlora_operator.{name}_SECONDS"
@@ -266,7 +268,7 @@ def test_a_kind_that_cannot_be_listed_any_more_makes_the_liveness_probe_fail(zyg
         ),
         2,
     )
-    with ForkedOperator(zygote, tmp_path, proxy.kubeconfig, quick, namespaces=[kwok_namespace]) as operator:
+    with ForkedOperator(fork_server, tmp_path, proxy.kubeconfig, quick, namespaces=[kwok_namespace]) as operator:
         proxy.when(is_list("pods"), Refused(500), times=100)
         proxy.end_watches("pods")
         assert eventually(lambda: operator.healthz() == (503, "watches that do not move: pods\n"))
@@ -333,11 +335,11 @@ def test_what_keeps_failing_is_said_in_status_while_it_is_tried_again(api, behin
 
 
 @pytest.mark.parametrize("status", [404, 429, 500])
-def test_the_initial_sync_is_repeated_until_it_succeeds(api, zygote, proxy, kwok_namespace, tmp_path, status):
+def test_the_initial_sync_is_repeated_until_it_succeeds(api, fork_server, proxy, kwok_namespace, tmp_path, status):
     """As when the definition of QLoRAJobs is younger than the operator."""
     path = create_job(api, qlora_job(namespace=kwok_namespace, suspend=True))
     proxy.when(is_list("qlorajobs"), Refused(status), times=2)
-    with ForkedOperator(zygote, tmp_path, proxy.kubeconfig, namespaces=[kwok_namespace]) as operator:
+    with ForkedOperator(fork_server, tmp_path, proxy.kubeconfig, namespaces=[kwok_namespace]) as operator:
         assert not proxy.pending_faults
         assert operator.healthz()[0] == 200
         api.wait_for(path, in_state("Suspended"))
@@ -368,10 +370,10 @@ def own_cluster(tmp_path) -> Iterator[ControlPlane]:
         yield cluster
 
 
-def test_jobs_outlive_ten_seconds_without_an_api_server(own_cluster, zygote, tmp_path):
+def test_jobs_outlive_ten_seconds_without_an_api_server(own_cluster, fork_server, tmp_path):
     """The operator starts before the definition is there, and sees the API server go and come back."""
     api = own_cluster.api
-    operator = ForkedOperator(zygote, tmp_path / "operator", own_cluster.kubeconfig)
+    operator = ForkedOperator(fork_server, tmp_path / "operator", own_cluster.kubeconfig)
     operator.spawn()
     try:
         assert eventually(lambda: "not everything can be seen yet" in operator.log.read_text())

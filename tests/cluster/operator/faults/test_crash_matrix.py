@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.operator import READY_SECONDS
 from cluster.scenarios.proxy import AnswerLost, Killed, Proxy
 from cluster.scenarios.whole_life import (
@@ -26,16 +27,15 @@ from cluster.scenarios.whole_life import (
     outcome,
     pods_live,
 )
-from cluster.scenarios.zygote import ForkedOperator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from cluster.control_plane import ControlPlane
+    from cluster.scenarios.forked_operator import ForkServerClient
     from cluster.scenarios.history import History
     from cluster.scenarios.proxy import Call, Fault
-    from cluster.scenarios.zygote import Zygote
 
 LIFE = (
     "POST secrets qlora-key-UID",
@@ -73,15 +73,15 @@ class Stage:
     """Setting that all lives share."""
 
     cluster: ControlPlane
-    zygote: Zygote
+    fork_server: ForkServerClient
     history: History
 
 
 @pytest.fixture(scope="session")
-def stage(crd_cluster, zygote, history) -> Iterator[Stage]:
+def stage(crd_cluster, fork_server, history) -> Iterator[Stage]:
     namespace = crd_cluster.create_namespace("stage", NAMESPACE_LABELS)
     with pods_live(crd_cluster.api, namespace):
-        yield Stage(crd_cluster, zygote, history)
+        yield Stage(crd_cluster, fork_server, history)
 
 
 def is_nth(moments: tuple[str, ...], place: int) -> Callable[[Call], bool]:
@@ -103,7 +103,7 @@ def live_through(stage: Stage, folder: Path, mishap: str = "", place: int = -1) 
     risen = Event()
     with (
         Proxy(stage.cluster, folder) as proxy,
-        ForkedOperator(stage.zygote, folder, proxy.kubeconfig, namespaces=[namespace], **SETTINGS) as operator,
+        ForkedOperator(stage.fork_server, folder, proxy.kubeconfig, namespaces=[namespace], **SETTINGS) as operator,
     ):
 
         def die() -> None:
@@ -149,7 +149,7 @@ def test_two_operators_at_once_do_no_harm(stage, tmp_path):
     with ExitStack() as both:
         for name in ("one", "other"):
             folder, kubeconfig = tmp_path / name, stage.cluster.kubeconfig
-            operator = ForkedOperator(stage.zygote, folder, kubeconfig, namespaces=[namespace], **SETTINGS)
+            operator = ForkedOperator(stage.fork_server, folder, kubeconfig, namespaces=[namespace], **SETTINGS)
             both.enter_context(operator)
         live(stage.cluster.api, namespace)
     assert outcome(stage.history, namespace) == EXPECTED

@@ -17,11 +17,11 @@ import pytest
 from cluster.api import ApiError
 from cluster.kwok import PREFIX, finish_pod
 from cluster.processes import Process
+from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import condition, create_job, in_state, last_attempt, qlora_job
 from cluster.scenarios.operator import Operator
 from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import ADAPTER, ends, word
-from cluster.scenarios.zygote import ForkedOperator
 from cluster.waits import eventually
 from qlora_api.untrusted.printable import is_printable
 from services.hostile_rank import TERMINAL, HostileRank, answers, report
@@ -218,13 +218,13 @@ def test_a_figure_in_status_that_is_none_takes_no_metric_of_others_away(api, for
 
 
 def test_an_error_over_what_a_pod_reports_does_not_keep_its_job_from_being_suspended(
-    api, crd_cluster, zygote, kwok_namespace, tmp_path
+    api, crd_cluster, fork_server, kwok_namespace, tmp_path
 ):
     broken = {"qlora_operator.decide.attempts.attempt_history.known_components": None}  # calling it is an error
     does = {"pod-ip": OWNED, "stop-exit-code": 43, "stop-message": word(43, "Preempted", "stopped")}
     with (
         HostileRank(OWNED, METRICS_PORT, [report()]) as rank,
-        ForkedOperator(zygote, tmp_path, crd_cluster.kubeconfig, broken, namespaces=[kwok_namespace]) as operator,
+        ForkedOperator(fork_server, tmp_path, crd_cluster.kubeconfig, broken, namespaces=[kwok_namespace]) as operator,
         pods_do(api, kwok_namespace, does),
     ):
         path = create_job(api, qlora_job(namespace=kwok_namespace))
@@ -361,7 +361,7 @@ def scraped(operator: Operator) -> Iterator[Scraper]:
 
 @pytest.mark.timeout(400)
 def test_an_operator_outlives_ranks_that_answer_anything_and_enforces_what_their_jobs_may_take(
-    api, crd_cluster, zygote, kwok_namespace, tmp_path
+    api, crd_cluster, fork_server, kwok_namespace, tmp_path
 ):
     said = answers(f"{ELSEWHERE}:{METRICS_PORT}")
     junk = {f"key{number}": number for number in range(40)}
@@ -377,7 +377,7 @@ def test_an_operator_outlives_ranks_that_answer_anything_and_enforces_what_their
         HostileRank(OWNED, METRICS_PORT, said) as owned,
         HostileRank(FOREIGN, METRICS_PORT, said) as foreign,
         HostileRank(ELSEWHERE, METRICS_PORT, said) as elsewhere,
-        ForkedOperator(zygote, tmp_path, crd_cluster.kubeconfig, **settings) as operator,
+        ForkedOperator(fork_server, tmp_path, crd_cluster.kubeconfig, **settings) as operator,
         pods_do(api, kwok_namespace, does, component="trainer"),
         scraped(operator) as scraper,
     ):

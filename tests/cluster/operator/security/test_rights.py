@@ -16,6 +16,7 @@ from cluster.api import ApiError
 from cluster.audit import READS
 from cluster.control_plane import ControlPlane, KubectlError, Settings
 from cluster.kwok import find_node_again, lose_node
+from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.history import History
 from cluster.scenarios.jobs import create_job, in_state, last_attempt, qlora_job
 from cluster.scenarios.script import pods_do
@@ -30,7 +31,6 @@ from cluster.scenarios.whole_life import (
     outcome,
     pods_live,
 )
-from cluster.scenarios.zygote import ForkedOperator
 from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError, find_or_build
 from services.tools import HELM
@@ -164,9 +164,9 @@ def can_i(cluster: ControlPlane, account: str, verb: str, resource: str, namespa
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_whole_life_needs_no_right_that_the_chart_does_not_give(installed, history, zygote, tmp_path):
+def test_a_whole_life_needs_no_right_that_the_chart_does_not_give(installed, history, fork_server, tmp_path):
     cluster, mark = installed.cluster, installed.cluster.audit_mark()
-    operator = ForkedOperator(zygote, tmp_path, installed.kubeconfig, **installed.settings)
+    operator = ForkedOperator(fork_server, tmp_path, installed.kubeconfig, **installed.settings)
     with operator, pods_live(cluster.api, installed.served):
         live(cluster.api, installed.served)
         assert operator.healthz() == (200, "ok\n")
@@ -184,12 +184,12 @@ def test_a_whole_life_needs_no_right_that_the_chart_does_not_give(installed, his
     assert unused == set(), "rights that no call needs"
 
 
-def test_a_lost_node_is_looked_at_with_the_rights_of_the_chart(cluster_wide, zygote, tmp_path):
+def test_a_lost_node_is_looked_at_with_the_rights_of_the_chart(cluster_wide, fork_server, tmp_path):
     cluster, api = cluster_wide.cluster, cluster_wide.cluster.api
     namespace, mark = cluster.create_namespace(), cluster.audit_mark()
     settings = cluster_wide.settings | {"prepare": {"enabled": False}}
     with (
-        ForkedOperator(zygote, tmp_path, cluster_wide.kubeconfig, **settings),
+        ForkedOperator(fork_server, tmp_path, cluster_wide.kubeconfig, **settings),
         pods_do(api, namespace, ends(adapter=ADAPTER), attempt=2),
     ):
         path = create_job(api, qlora_job(namespace=namespace))
@@ -205,7 +205,7 @@ def test_a_lost_node_is_looked_at_with_the_rights_of_the_chart(cluster_wide, zyg
 
 
 def test_what_jobs_took_is_learned_with_the_rights_of_the_chart_and_not_again_after_a_restart(
-    cluster_wide, zygote, tmp_path
+    cluster_wide, fork_server, tmp_path
 ):
     cluster, api = cluster_wide.cluster, cluster_wide.cluster.api
     namespace, mark = cluster.create_namespace(), cluster.audit_mark()
@@ -215,14 +215,14 @@ def test_what_jobs_took_is_learned_with_the_rights_of_the_chart_and_not_again_af
     where, _, name = settings["memoryConfigMap"].partition("/")
     learned = f"/api/v1/namespaces/{where}/configmaps/{name}"
     with pods_do(api, namespace, ends(adapter=ADAPTER, memory=memory)):
-        with ForkedOperator(zygote, tmp_path / "first", cluster_wide.kubeconfig, **settings):
+        with ForkedOperator(fork_server, tmp_path / "first", cluster_wide.kubeconfig, **settings):
             api.wait_for(create_job(api, qlora_job("one", namespace)), in_state("Succeeded"), seconds=60)
             kept = api.wait_for(learned, lambda found: bool(found.get("data")), what="something is learned")["data"]
         assert {key: json.loads(text) for key, text in kept.items()} == {
             "h100-80gb.NF4": {"correction": 1.02, "jobs": 1}
         }
         restarted = cluster.audit_mark()
-        with ForkedOperator(zygote, tmp_path / "second", cluster_wide.kubeconfig, **settings):
+        with ForkedOperator(fork_server, tmp_path / "second", cluster_wide.kubeconfig, **settings):
             path = create_job(api, qlora_job("two", namespace, suspend=True))
             api.wait_for(path, in_state("Suspended"))
             assert {r.name for r in writes(cluster, cluster_wide, restarted)} == {"two"}
@@ -262,9 +262,9 @@ def test_an_operator_of_one_namespace_may_nothing_in_others(namespaced, verb, re
         assert not can_i(namespaced.cluster, namespaced.account, verb, resource, namespace)
 
 
-def test_an_operator_of_one_namespace_leaves_jobs_of_others_alone(namespaced, zygote, tmp_path):
+def test_an_operator_of_one_namespace_leaves_jobs_of_others_alone(namespaced, fork_server, tmp_path):
     api = namespaced.cluster.api
-    with ForkedOperator(zygote, tmp_path, namespaced.kubeconfig, **namespaced.settings):
+    with ForkedOperator(fork_server, tmp_path, namespaced.kubeconfig, **namespaced.settings):
         outside = create_job(api, qlora_job("outside", "default", suspend=True))
         inside = create_job(api, qlora_job("inside", namespaced.served, suspend=True))
         api.wait_for(inside, in_state("Suspended"))
@@ -384,14 +384,14 @@ def test_a_tenant_can_neither_read_a_secret_nor_make_pods_nor_write_status(tenan
             api.kubectl(*arguments, kubeconfig=tenant.kubeconfig)
 
 
-def test_what_a_tenant_may_name_reaches_the_pods_by_name_alone(tenant, cluster_wide, zygote, tmp_path):
+def test_what_a_tenant_may_name_reaches_the_pods_by_name_alone(tenant, cluster_wide, fork_server, tmp_path):
     """The operator never reads it."""
     cluster, mark = tenant.cluster, tenant.cluster.audit_mark()
     manifest = naming(tenant, "output", "own", "runs")
     manifest["spec"]["suspend"] = False
     settings = cluster_wide.settings | {"prepare": {"enabled": False}}
     with (
-        ForkedOperator(zygote, tmp_path, cluster_wide.kubeconfig, **settings),
+        ForkedOperator(fork_server, tmp_path, cluster_wide.kubeconfig, **settings),
         pods_do(cluster.api, tenant.namespace, {"run-seconds": 60}),
     ):
         assert tenant.apply(manifest) == ""

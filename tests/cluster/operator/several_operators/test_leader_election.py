@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import create_job, in_state, qlora_job
 from cluster.scenarios.proxy import Proxy, Refused
 from cluster.scenarios.whole_life import (
@@ -21,7 +22,6 @@ from cluster.scenarios.whole_life import (
     pods_live,
     start_life,
 )
-from cluster.scenarios.zygote import ForkedOperator
 from cluster.waits import eventually
 from qlora_operator.decide.lease import LEASE_SECONDS
 
@@ -56,14 +56,14 @@ def namespace(crd_cluster) -> Iterator[str]:
 
 
 @pytest.fixture
-def replicas(crd_cluster, zygote, namespace, tmp_path) -> Iterator[dict[str, Replica]]:
+def replicas(crd_cluster, fork_server, namespace, tmp_path) -> Iterator[dict[str, Replica]]:
     """Two replicas by name, of which the one named leader leads."""
     with ExitStack() as stack:
         found: dict[str, Replica] = {}
         for name in ("leader", "standby"):
             proxy = stack.enter_context(Proxy(crd_cluster, tmp_path / f"{name}-proxy"))
             settings = {**SETTINGS, "namespaces": [namespace], "lease": f"{namespace}/qlora"}
-            operator = ForkedOperator(zygote, tmp_path / name, proxy.kubeconfig, **settings)
+            operator = ForkedOperator(fork_server, tmp_path / name, proxy.kubeconfig, **settings)
             stack.enter_context(operator)
             found[name] = Replica(operator, proxy)
             crd_cluster.api.wait_for(LEASE.format(namespace), bool, what="somebody leads")
@@ -117,10 +117,10 @@ def test_a_leader_that_is_told_to_stop_gives_its_lease_back(crd_cluster, replica
     assert replicas["leader"].writes() == []
 
 
-def test_one_replica_without_a_lease_asks_for_none(crd_cluster, zygote, namespace, tmp_path):
+def test_one_replica_without_a_lease_asks_for_none(crd_cluster, fork_server, namespace, tmp_path):
     with (
         Proxy(crd_cluster, tmp_path / "proxy") as proxy,
-        ForkedOperator(zygote, tmp_path / "one", proxy.kubeconfig, namespaces=[namespace], **SETTINGS),
+        ForkedOperator(fork_server, tmp_path / "one", proxy.kubeconfig, namespaces=[namespace], **SETTINGS),
     ):
         finish_life(crd_cluster.api, namespace, start_life(crd_cluster.api, namespace))
         assert not [call for call in (*proxy.calls, *proxy.reads) if call.resource == "leases"]

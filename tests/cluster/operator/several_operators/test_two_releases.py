@@ -6,10 +6,10 @@ from contextlib import ExitStack
 
 import pytest
 
+from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import create_job, in_state, qlora_job
 from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import made
-from cluster.scenarios.zygote import ForkedOperator
 
 JOBS, PODS = "/apis/batch/v1/namespaces/{}/jobs", "/api/v1/namespaces/{}/pods"
 EVENTS = "/apis/events.k8s.io/v1/namespaces/{}/events"
@@ -21,12 +21,12 @@ IMAGES = ("one:1", "other:1")
 
 
 @pytest.fixture
-def releases(zygote, crd_cluster, kwok_namespace, tmp_path):
+def releases(fork_server, crd_cluster, kwok_namespace, tmp_path):
     """Two operators, by the image that each wants."""
     with ExitStack() as stack:
         made = {
             image: ForkedOperator(
-                zygote,
+                fork_server,
                 tmp_path / image,
                 crd_cluster.kubeconfig,
                 NO_PAUSE,

@@ -13,7 +13,7 @@ import pytest
 
 from qlora_api.contract import ExitCode, JobRef, PrepareReceipt
 from qlora_trainer.prepare.command import prepare
-from qlora_trainer.reporting.rank_exit import guarded
+from qlora_trainer.reporting.rank_exit import run_with_exit_code
 
 NF4_ON_DISK = {
     "quant_method": "bitsandbytes",
@@ -26,7 +26,7 @@ NF4_ON_DISK = {
 def prepared(workshop, **changes):
     config = workshop.config(**changes)
     workshop.write(config)
-    return workshop.ended(config, guarded(config, lambda _: (prepare(config), None)[1]))
+    return workshop.ended(config, run_with_exit_code(config, lambda _: (prepare(config), None)[1]))
 
 
 def rows_file(workshop, rows):

@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from qlora_trainer.model.experts.packed import FrozenExperts
-from qlora_trainer.model.experts.products import Visits, low_rank_product
+from qlora_trainer.model.experts.products import ExpertAssignment, low_rank_product
 
 _ADAPTERS = "_qlora_adapters"
 
@@ -58,7 +58,7 @@ class ExpertAdapter(ParamWrapper):  # type: ignore[misc]
         """Call the group, which finds its adapters by :func:`adapter_of`."""
         return self.base_layer(x, *more, **named)
 
-    def added(self, out: torch.Tensor, x: torch.Tensor, visits: Visits) -> torch.Tensor:
+    def added(self, out: torch.Tensor, x: torch.Tensor, visits: ExpertAssignment) -> torch.Tensor:
         """Add the update to the output of the frozen weight.
 
         Args:

@@ -8,9 +8,9 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qlora_trainer.model.experts.adapter import adapter_of
-from qlora_trainer.model.experts.products import Visits, frozen_product
+from qlora_trainer.model.experts.dequantized_experts import dequantize_for_forward
+from qlora_trainer.model.experts.products import ExpertAssignment, frozen_product
 from qlora_trainer.model.experts.structure import expert_groups, follows_interface, weight_names
-from qlora_trainer.model.experts.whole import dequantize_for_forward
 
 NAME = "qlora"
 """Name under which transformers finds :func:`experts_forward`."""
@@ -42,7 +42,7 @@ def experts_forward(
     """
     per_token = top_k_index.shape[-1]
     experts, order = top_k_index.reshape(-1).sort(stable=True)
-    visits = Visits.of(experts, group.num_experts)
+    visits = ExpertAssignment.of(experts, group.num_experts)
     first, second = weight_names(group)
     out = _linear(group, first, hidden_states[order // per_token], experts, visits)
     out = group._apply_gate(out) if group.has_gate else group.act_fn(out)  # noqa: SLF001 the interface's own name
@@ -56,7 +56,7 @@ def experts_forward(
     return summed.to(hidden_states.dtype)
 
 
-def _linear(group: Any, name: str, x: torch.Tensor, experts: torch.Tensor, visits: Visits) -> torch.Tensor:
+def _linear(group: Any, name: str, x: torch.Tensor, experts: torch.Tensor, visits: ExpertAssignment) -> torch.Tensor:
     """Multiply with one of the weights; add its bias and its adapter's update."""
     out = frozen_product(x, getattr(group, name), visits, transposed=group.is_transposed)
     if group.has_bias:

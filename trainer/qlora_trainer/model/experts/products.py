@@ -25,7 +25,7 @@ _ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
-class Visits:
+class ExpertAssignment:
     """Which experts are visited, and by how many tokens each."""
 
     experts: list[int]
@@ -34,7 +34,7 @@ class Visits:
     """Tokens of each of them."""
 
     @classmethod
-    def of(cls, sorted_experts: torch.Tensor, experts: int) -> Visits:
+    def of(cls, sorted_experts: torch.Tensor, experts: int) -> ExpertAssignment:
         """Count the tokens of each expert. Waits for the device once.
 
         Args:
@@ -49,18 +49,20 @@ class Visits:
         visited = [index for index, count in enumerate(counts) if count]
         return cls(visited, [counts[index] for index in visited])
 
-    def chunks(self, at_once: int) -> Iterator[tuple[slice, Visits]]:
+    def chunks(self, at_once: int) -> Iterator[tuple[slice, ExpertAssignment]]:
         """Cut into groups of at most ``at_once`` experts, each with the range of its tokens."""
         start = 0
         for first in range(0, len(self.experts), at_once):
             part = slice(first, first + at_once)
-            chunk = Visits(self.experts[part], self.counts[part])
+            chunk = ExpertAssignment(self.experts[part], self.counts[part])
             stop = start + sum(chunk.counts)
             yield slice(start, stop), chunk
             start = stop
 
 
-def frozen_product(x: torch.Tensor, weight: nn.Parameter, visits: Visits, *, transposed: bool) -> torch.Tensor:
+def frozen_product(
+    x: torch.Tensor, weight: nn.Parameter, visits: ExpertAssignment, *, transposed: bool
+) -> torch.Tensor:
     """Multiply tokens with the frozen weights of their experts.
 
     Nothing is kept for the backward pass: it dequantizes the weights again.
@@ -81,7 +83,9 @@ def frozen_product(x: torch.Tensor, weight: nn.Parameter, visits: Visits, *, tra
 
 class _FrozenProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter, visits: Visits, transposed: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: nn.Parameter, visits: ExpertAssignment, transposed: bool
+    ) -> torch.Tensor:
         ctx.arguments = weight, visits, transposed, x.dtype
         return _multiply(x, FrozenExperts(weight), visits, is_input_first=transposed)
 
@@ -92,7 +96,9 @@ class _FrozenProduct(torch.autograd.Function):
         return gradient.to(dtype), None, None, None
 
 
-def _multiply(x: torch.Tensor, experts: FrozenExperts, visits: Visits, *, is_input_first: bool) -> torch.Tensor:
+def _multiply(
+    x: torch.Tensor, experts: FrozenExperts, visits: ExpertAssignment, *, is_input_first: bool
+) -> torch.Tensor:
     """Return x·W for weights [inputs, outputs], x·Wᵀ for [outputs, inputs]."""
     x = x.to(experts.dtype)
     out = x.new_empty(len(x), experts.shape[2 if is_input_first else 1])
@@ -132,7 +138,7 @@ def _is_grouped(x: torch.Tensor, weights: torch.Tensor) -> bool:
     return all(size * width % _ALIGNMENT == 0 for size in weights.shape[1:])
 
 
-def low_rank_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, visits: Visits) -> torch.Tensor:
+def low_rank_product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, visits: ExpertAssignment) -> torch.Tensor:
     """Return B·A·x for the experts of the tokens.
 
     Args:

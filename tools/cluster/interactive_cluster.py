@@ -1,6 +1,6 @@
 """A cluster to play with, until Ctrl-C: a real control plane, a real node that says it has GPUs, fake nodes if wanted.
 
-python tools/cluster/play.py [--gpus 8] [--fake-nodes 0]
+python tools/cluster/interactive_cluster.py [--gpus 8] [--fake-nodes 0]
 """
 
 from __future__ import annotations

@@ -27,12 +27,12 @@ SERVER = Path(__file__).with_name("fork_server.py")
 READY_SECONDS = PATIENCE_SECONDS
 
 
-class Zygote:
+class ForkServerClient:
     """A context manager."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._name = folder, f"qlora-zygote-{secrets.token_hex(8)}"
+        self._folder, self._name = folder, f"qlora-fork_server-{secrets.token_hex(8)}"
         self._process: Process | None = None
 
     def fork(
@@ -47,7 +47,7 @@ class Zygote:
         return Fork(line, log)
 
     def __enter__(self) -> Self:
-        self._process = Process("zygote", [sys.executable, "-P", SERVER, self._name], self._folder)
+        self._process = Process("fork_server", [sys.executable, "-P", SERVER, self._name], self._folder)
         self._process.wait_until(self._listens, READY_SECONDS)
         return self
 
@@ -108,7 +108,7 @@ class ForkedOperator(Operator):
     """An operator that starts in no time.
 
     Args:
-        zygote: from which it is forked.
+        fork_server: from which it is forked.
         folder: see :class:`Operator`, as for the rest.
         kubeconfig: whose rights it has.
         constants: values of module constants by dotted name, where the operator's own would take a test too long.
@@ -118,14 +118,14 @@ class ForkedOperator(Operator):
 
     def __init__(
         self,
-        zygote: Zygote,
+        fork_server: ForkServerClient,
         folder: Path,
         kubeconfig: Path,
         constants: Mapping[str, object] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(folder, kubeconfig, **settings)
-        self._zygote, self._constants = zygote, constants or {}
+        self._zygote, self._constants = fork_server, constants or {}
 
     def spawn(self) -> None:
         environment = {"KUBECONFIG": str(self._kubeconfig), "NO_PROXY": "*"}
