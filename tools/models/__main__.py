@@ -21,9 +21,8 @@ from unittest.mock import patch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
-from services.forks import READ_WHEN_IMPORTED  # noqa: E402
-
 from models.page import page  # noqa: E402
+from testing.forks import READ_WHEN_IMPORTED  # noqa: E402
 
 RESULTS = ROOT / "build/models/results.jsonl"
 PAGE = ROOT / "docs/reference/models.md"

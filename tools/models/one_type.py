@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from services.ports import free_port
 
 from models.tiny_base import auto_class, write_base
 from qlora_api import QLoRAJobSpec
@@ -32,6 +31,7 @@ from qlora_trainer.prepare.command import prepare
 from qlora_trainer.prepare.plan_memory import predicted, shape_of
 from qlora_trainer.reporting.rank_exit import LastSeen, quiet_libraries
 from qlora_trainer.training.train import train
+from testing.ports import free_port
 
 CPU = torch.device("cpu")
 EXACT = QuantizationSpec(type=QuantizationType.NONE, compute_type=ComputeType.FLOAT32)

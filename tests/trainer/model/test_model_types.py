@@ -6,11 +6,11 @@ import json
 import os
 
 import pytest
-from services.forks import fork_context
-from services.patience import PATIENCE_SECONDS
 
 from models.one_type import REFUSED, SUCCEEDED, run_type
 from models.tiny_base import write_rows, write_tokenizer
+from testing.forks import fork_context
+from testing.timeouts import PATIENCE_SECONDS
 
 TYPES = {
     "bloom": "positions by ALiBi, and none of the usual keys in its configuration",
