@@ -16,9 +16,8 @@ from qlora_storage import object_store as store_module
 from qlora_storage.object_store import open_store
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.storage import fetch
-from qlora_trainer.storage.fetch import fetch_model, fetch_rows, model_revision
+from qlora_trainer.storage.fetch import fetch_model, model_revision
 from qlora_trainer.storage.model_files import safetensors_header
-from services import fake_hub
 from services.fake_hub import COMMIT
 
 ROWS = "spec.dataset.train.source"
@@ -235,45 +234,7 @@ def test_an_empty_or_closed_bucket_is_the_users_to_mend(tmp_path, s3, monkeypatc
         fetch_model(s3, tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------- rows
-
-
-@pytest.mark.parametrize("source", ["{s3}/rows/train.jsonl", "{s3}/rows", "{here}/train.jsonl", "{here}"])
-def test_rows_come_as_a_file_or_as_a_folder(tmp_path, s3, source):
-    here = tmp_path / "rows"
-    here.mkdir()
-    (here / "train.jsonl").write_text('{"text": "a"}\n')
-    upload(here, f"{s3}/rows")
-    found = fetch_rows(source.format(s3=s3, here=here), ROWS, tmp_path / "cache")
-    assert found.is_file() == source.endswith(".jsonl")
-    assert (found if found.is_file() else found / "train.jsonl").read_text() == '{"text": "a"}\n'
-
-
-def test_a_folder_written_by_save_to_disk_comes_whole(tmp_path, s3):
-    store = open_store(f"{s3}/rows", "x")
-    for name in ("dataset_info.json", "state.json", "data-00000-of-00001.arrow", "notes.md"):
-        store.put(name, b"{}")
-    found = fetch_rows(f"{s3}/rows", ROWS, tmp_path / "cache")
-    assert names(found) == ["data-00000-of-00001.arrow", "dataset_info.json", "state.json"]
-
-
-@pytest.mark.parametrize("source", ["{s3}/none.jsonl", "{s3}/none", "{s3}", "{here}/none.jsonl"])
-def test_rows_that_are_not_there_are_named_with_their_field(tmp_path, s3, source):
-    source = source.format(s3=s3, here=tmp_path)
-    with pytest.raises(UserError, match=r"holds no rows|does not exist") as caught:
-        fetch_rows(source, "spec.dataset.eval.source", tmp_path / "cache")
-    assert str(caught.value).startswith(f'spec.dataset.eval.source: "{source}"')
-
-
 # ------------------------------------------------------------------------------------------------------------- the Hub
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    with fake_hub.running() as running:
-        monkeypatch.setenv("HF_ENDPOINT", running.endpoint)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        yield running
 
 
 def as_files(folder):
@@ -434,41 +395,3 @@ def test_a_weight_file_that_is_none_is_refused_by_its_header(tmp_path, make_mode
     with pytest.raises(UserError, match=r"model\.safetensors that does not begin as a safetensors file does"):
         fetch_model(source, tmp_path / "cache", headers_only=True)
     assert not list((tmp_path / "cache" / "headers").glob("[!.]*"))
-
-
-@pytest.mark.parametrize(
-    ("source", "found"),
-    [
-        pytest.param("hf://org/rows", ["data/train.parquet"], id="repository-of-splits"),
-        pytest.param("hf://org/rows@main/data", ["train.parquet"], id="folder-inside"),
-        pytest.param("hf://datasets/org/rows@v1/data/train.parquet", "train.parquet", id="file-inside"),
-    ],
-)
-def test_rows_on_the_hub_are_a_repository_a_folder_or_a_file(tmp_path, hub, source, found):
-    files = ("data/train.parquet", "data/test.parquet", "README.md", "load.py", "dataset_infos.json")
-    hub.add("org/rows", dict.fromkeys(files, b"rows"), kind="datasets")
-    path = fetch_rows(source, ROWS, tmp_path / "cache")
-    assert (path.name if path.is_file() else names(path)) == found
-
-
-def test_a_repository_without_rows_is_told(tmp_path, hub):
-    hub.add("org/rows", {"README.md": b"x"}, kind="datasets")
-    with pytest.raises(UserError, match="has no files in it; it must be a file that ends in"):
-        fetch_rows("hf://org/rows", ROWS, tmp_path)
-
-
-def test_an_evaluation_source_brings_its_own_split_from_the_hub(tmp_path, hub):
-    hub.add("org/rows", dict.fromkeys(("data/train.parquet", "data/test.parquet"), b"rows"), kind="datasets")
-    assert names(fetch_rows("hf://org/rows", "spec.dataset.eval.source", tmp_path)) == ["data/test.parquet"]
-    assert names(fetch_rows("hf://org/rows", ROWS, tmp_path)) == ["data/train.parquet"]
-
-
-def test_all_files_of_a_bucket_are_brought_and_none_is_passed_over(tmp_path, s3):
-    store = open_store(f"{s3}/rows", "x")
-    for name in ("a.jsonl", "C.JSONL", "b.jsonl.zst", "sub/d.ndjson", "README.md", "_SUCCESS"):
-        store.put(name, b"{}")
-    found = fetch_rows(f"{s3}/rows", ROWS, tmp_path / "cache")
-    assert names(found) == ["C.JSONL", "a.jsonl", "b.jsonl.zst", "sub/d.ndjson"]
-    store.put("e.xlsx", b"{}")
-    with pytest.raises(UserError, match=r"has files that cannot be read as rows: e\.xlsx"):
-        fetch_rows(f"{s3}/rows", ROWS, tmp_path / "cache")
