@@ -4,6 +4,7 @@
 
     JobError
     ├── UserError     40  never retried: the manifest, the credentials, the model or the rows must change
+    ├── PathError     40  the operating system refuses a path or a permission
     └── StorageError  47  disk full, or object storage or the Hub out of reach
 
 ``exit_code`` is :class:`qlora_api.contract.ExitCode`'s value, written out: the API's types take a third of a second to
@@ -12,6 +13,7 @@ import, and the command line reads a local folder without them.
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,6 +50,35 @@ class StorageError(JobError):
     """A store or a disk fails, and not through what the user wrote."""
 
     exit_code = 47
+
+
+class PathError(JobError):
+    """The operating system refuses a path or a permission: the command, the manifest or the machine must change."""
+
+    exit_code = 40
+
+
+_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO})
+_PATH = frozenset(
+    {
+        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+        *(errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST),
+    }
+)
+
+
+def of_system(error: OSError) -> JobError | None:
+    """Return what an error of the operating system means for a job; None where that is not known by its number."""
+    if error.errno in _DISK:
+        return StorageError(in_words(error))
+    return PathError(in_words(error)) if error.errno in _PATH else None
+
+
+def in_words(error: OSError) -> str:
+    """Name the file that the system refused, where the error has it, and the reason."""
+    names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{names}: {reason}" if names else reason
 
 
 class NotFoundError(KeyError):

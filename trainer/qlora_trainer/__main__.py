@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig, reason_of
-from qlora_trainer.errors import StorageError, TrainerError
+from qlora_trainer.errors import PathError, StorageError, TrainerError, system_errors
 from qlora_trainer.prepare.local_copy import Prepared, bring
 from qlora_trainer.prepare.records import Records
 from qlora_trainer.publish.destination_claim import claim_destination, release_destination
@@ -86,15 +86,21 @@ def main() -> int:
     if sys.flags.isolated:
         forbid_inspection()
     path = Path(sys.argv[1])
-    config = TrainerConfig.model_validate_json(path.read_bytes())
+    try:
+        with system_errors():
+            config = TrainerConfig.model_validate_json(path.read_bytes())
+    except PathError as error:
+        print(error, file=sys.stderr)  # noqa: T201 there is no termination message to write to
+        return error.exit_code
     worker = os.environ.get("JOB_COMPLETION_INDEX", "0")
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s worker {worker} %(levelname)s %(message)s")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the store's own warnings carry no word for a person
     stop = Stop()
     signal.signal(signal.SIGTERM, stop)
     try:
-        take_credentials(config.spec, os.environ)
-        return run(config, path, stop)
+        with system_errors():
+            take_credentials(config.spec, os.environ)
+            return run(config, path, stop)
     except TrainerError as error:
         log.error("%s", error)  # noqa: TRY400 one paragraph for a person; the trace would hide it
         code = error.exit_code

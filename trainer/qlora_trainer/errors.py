@@ -4,6 +4,7 @@
 
     TrainerError
     ├── UserError              40  never retried: the manifest, the model or the rows must change
+    ├── PathError              40  the operating system refuses a path or a permission
     ├── PreemptedError         43  told to stop; a checkpoint is written
     ├── StalledError           44  somebody did not come, or does not go on
     ├── NonFiniteLossError     45  stopped before the update
@@ -18,23 +19,45 @@ that timed out 44, one whose connection broke 49, all else 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from qlora_api.contract import ExitCode
-from qlora_storage.errors import JobError, StorageError, UserError
+from qlora_storage.errors import JobError, PathError, StorageError, UserError, of_system
 
 __all__ = [
     "AdapterRejectedError",
     "CheckpointError",
     "NonFiniteLossError",
+    "PathError",
     "PeerLostError",
     "PreemptedError",
     "StalledError",
     "StorageError",
     "TrainerError",
     "UserError",
+    "system_errors",
 ]
 
 TrainerError = JobError
 """Its kinds :class:`UserError` and :class:`StorageError` are raised below the trainer too, in ``qlora_storage``."""
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise what the operating system refuses as an error of a job, where its number tells the kind.
+
+    Raises:
+        StorageError: a disk is full, or fails.
+        PathError: a path or a permission.
+
+    """
+    try:
+        yield
+    except OSError as error:
+        if (known := of_system(error)) is None:
+            raise
+        raise known from error
 
 
 class PreemptedError(TrainerError):

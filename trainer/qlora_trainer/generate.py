@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteri
 from qlora_api.spec import DatasetSpec
 from qlora_storage.object_store import open_store, sha256_bytes
 from qlora_trainer.data.formats import Encoder
-from qlora_trainer.errors import TrainerError
+from qlora_trainer.errors import TrainerError, system_errors
 from qlora_trainer.model.hardware import fast_dtype
 from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.publish.merge_adapter import load_adapter
@@ -126,7 +126,8 @@ def main() -> int:
     show: Callable[[dict[str, str]], str] = json.dumps if arguments.json else _as_text
     quiet_libraries()
     try:
-        rows = answers(arguments)
+        with system_errors():
+            rows = answers(arguments)
     except TrainerError as error:
         print(error, file=sys.stderr)  # noqa: T201 one paragraph for a person
         return error.exit_code

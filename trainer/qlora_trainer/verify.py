@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from qlora_trainer.errors import TrainerError
+from qlora_trainer.errors import TrainerError, system_errors
 from qlora_trainer.publish.published_adapter import verify_published
 
 USAGE = "usage: python -m qlora_trainer.verify MANIFEST_URI"
@@ -22,7 +22,8 @@ def main(arguments: list[str]) -> int:
         print(USAGE, file=sys.stderr)  # noqa: T201 a command
         return 2
     try:
-        problems = verify_published(arguments[0])
+        with system_errors():
+            problems = verify_published(arguments[0])
     except TrainerError as error:
         print(error, file=sys.stderr)  # noqa: T201
         return int(error.exit_code)

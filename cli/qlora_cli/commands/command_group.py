@@ -5,7 +5,6 @@ It also answers the verbs of kubectl and of other tools with the command of ``ql
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from contextlib import suppress
@@ -20,7 +19,6 @@ SYSTEM_ERROR = 40
 """A path or a right must change."""
 STORAGE_FAILED = 47
 """As ``qlora_api.contract.ExitCode.STORAGE_FAILED``: a disk is full, or fails."""
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 _LIST = ("list", "show JOB")
 INSTEAD: dict[str, tuple[str, ...]] = {
@@ -55,10 +53,12 @@ class CommandGroup(TyperGroup):
         try:
             return super().main(*args, **options)
         except OSError as error:
+            from qlora_storage.errors import StorageError, in_words, of_system
+
             _leave_standard_output()
             with suppress(OSError):
                 write_line(f"qlora: {in_words(error)}", error=True)
-            sys.exit(STORAGE_FAILED if error.errno in _DISK else SYSTEM_ERROR)
+            sys.exit(STORAGE_FAILED if isinstance(of_system(error), StorageError) else SYSTEM_ERROR)
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command, whose reader may go when it has enough, as ``head`` does."""
@@ -80,13 +80,6 @@ class CommandGroup(TyperGroup):
             commands = " or ".join(f"'{program()} {command}'" for command in instead)
             ctx.fail(f"No such command '{args[0]}'. Did you mean {commands}?")
         return super().resolve_command(ctx, args)
-
-
-def in_words(error: OSError) -> str:
-    """Say which file the system refused, where it says so, and why."""
-    names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-    reason = error.strerror or str(error) or type(error).__name__
-    return f"{names}: {reason}" if names else reason
 
 
 def _leave_standard_output() -> None:

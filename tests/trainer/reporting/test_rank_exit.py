@@ -47,6 +47,7 @@ class Config:
             id="nccl-peer-gone",
         ),
         pytest.param(ConnectionResetError("Connection reset by peer"), ExitCode.CRASHED, id="another-connection"),
+        pytest.param(OSError(28, "No space left on device", "/cache/x"), ExitCode.STORAGE_FAILED, id="disk-full"),
         pytest.param(CheckpointError("broken"), ExitCode.CHECKPOINT_UNREADABLE, id="own"),
         pytest.param(KeyError("x"), ExitCode.CRASHED, id="anything-else"),
     ],

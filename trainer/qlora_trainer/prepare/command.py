@@ -24,7 +24,7 @@ from qlora_api.spec import TrainingSpec
 from qlora_api.status import PrepareResult, Reason
 from qlora_memory import Coverage, planned_coverage
 from qlora_trainer.allocator import keep_freed_memory
-from qlora_trainer.errors import TrainerError, UserError
+from qlora_trainer.errors import PathError, TrainerError, UserError, system_errors
 from qlora_trainer.prepare.local_copy import bring
 from qlora_trainer.prepare.plan_memory import Planned, plan_job
 from qlora_trainer.prepare.records import Record, Records, find
@@ -169,7 +169,7 @@ def run_in_process(config: TrainerConfig, _: Path) -> int:
     from qlora_trainer.reporting.rank_exit import run_with_exit_code  # noqa: PLC0415 imports torch
 
     def work(_: object) -> TerminationMessage:
-        with _released_where_the_job_ends(config):
+        with system_errors(), _released_where_the_job_ends(config):
             return _told(config, _anew(config))
 
     return run_with_exit_code(config, work)
@@ -184,7 +184,12 @@ def main(anew: Callable[[TrainerConfig, Path], int] = run_in_process) -> int:
     """
     if sys.flags.isolated:
         forbid_inspection()
-    config = TrainerConfig.model_validate_json(Path(sys.argv[1]).read_bytes())
+    try:
+        with system_errors():
+            config = TrainerConfig.model_validate_json(Path(sys.argv[1]).read_bytes())
+    except PathError as error:
+        print(error, file=sys.stderr)  # noqa: T201 there is no termination message to write to
+        return error.exit_code
     termination = Path(config.termination_message_path)
     keep_freed_memory()
     try:

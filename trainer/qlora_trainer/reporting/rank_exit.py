@@ -17,7 +17,8 @@ import transformers
 
 from qlora_api.contract import ExitCode, ProgressReport, TerminationMessage, TrainerConfig, reason_of
 from qlora_api.status import Memory, MemoryComponent, Progress
-from qlora_trainer.errors import PreemptedError, TrainerError
+from qlora_storage.errors import of_system
+from qlora_trainer.errors import PreemptedError, StorageError, TrainerError
 from qlora_trainer.liveness.heartbeat import Heartbeat, activity
 from qlora_trainer.reporting import termination_message
 
@@ -79,6 +80,9 @@ def run_with_exit_code(config: TrainerConfig, work: Callable[[LastSeen], Termina
         if memory := _out_of_memory(error):
             log.exception("out of memory")
             return _leave(config, memory, _memory_words(memory, error, seen), rank, seen)
+        if isinstance(error, OSError) and isinstance(full := of_system(error), StorageError):
+            log.exception("a disk failed")
+            return _leave(config, ExitCode(full.exit_code), str(full), rank, seen)
         if _is_stall(error):
             code = ExitCode.STALLED
         log.exception("the attempt ended")

@@ -1,0 +1,70 @@
+"""What the operating system refuses ends each of the trainer's programs in a sentence and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_storage.errors import PathError, StorageError
+from qlora_trainer import __main__ as worker
+from qlora_trainer import verify
+from qlora_trainer.errors import system_errors
+from qlora_trainer.prepare import command
+
+
+def full(tmp_path):
+    with Path("/dev/full").open("w", buffering=1) as device:  # the kernel's own disk that is full
+        device.write("x\n")
+
+
+def missing(tmp_path):
+    (tmp_path / "missing").read_bytes()
+
+
+def directory(tmp_path):
+    tmp_path.read_bytes()
+
+
+def too_long(tmp_path):
+    (tmp_path / ("x" * 300)).write_bytes(b"")
+
+
+def no_folder(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "file" / "below").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("refused", "kind", "words"),
+    [
+        (full, StorageError, "No space left on device"),
+        (missing, PathError, "missing: No such file or directory"),
+        (directory, PathError, "Is a directory"),
+        (too_long, PathError, "File name too long"),
+        (no_folder, PathError, "Not a directory"),
+    ],
+)
+def test_what_the_system_refuses_is_an_error_of_its_kind(tmp_path, refused, kind, words):
+    with pytest.raises(kind, match=words), system_errors():
+        refused(tmp_path)
+
+
+def test_another_error_of_the_system_stays_what_it_is():
+    with pytest.raises(ConnectionResetError), system_errors():
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+
+@pytest.mark.parametrize("main", [worker.main, command.main])
+def test_a_configuration_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys, main):
+    for path in (tmp_path / "missing.json", tmp_path):
+        monkeypatch.setattr(sys, "argv", ["qlora_trainer", str(path)])
+        assert main() == PathError.exit_code
+        assert str(path) in capsys.readouterr().err
+
+
+def test_verify_names_a_file_that_is_no_folder(tmp_path, capsys):
+    (tmp_path / "file").write_bytes(b"")
+    assert verify.main([str(tmp_path / "file")]) in (1, 40)
+    assert "file" in "".join(capsys.readouterr())
