@@ -1,4 +1,4 @@
-"""What the operating system refuses ends each of the trainer's programs in a sentence and an exit code."""
+"""Errors of the operating system end each of the trainer's programs in a sentence and an exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is published is verified byte by byte, and what was changed since is found."""
+"""Verification of what is published, byte by byte: what was changed since is found."""
 
 import json
 
