@@ -39,7 +39,7 @@ BEGINNING = (
     "what is immutable.",
 )
 ENDS = (
-    "A trainer's exit code is its own word; a disruption of its pod or node is Kubernetes'. *Counted*: against",
+    "The trainer sets the exit code; Kubernetes reports disruptions of the pod or node. *Counted*: against",
     "`policy.maxRestarts`. Waits between attempts grow from 1 s to 5 min, for what is counted and for attempts that",
     "did no step. `qlora run` follows the same table.",
     "",

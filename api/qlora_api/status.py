@@ -113,7 +113,7 @@ class Reason(OpenEnum):
     NODE_LOST = "NodeLost"
     """A node went away, or a pod went away without a word."""
     PEER_LOST = "PeerLost"
-    """Ranks lost one of another pod, and no pod says more."""
+    """The connection to a rank in another pod was lost, and no pod reported a cause."""
     STALLED = "Stalled"
     """A rank gave no sign of life for policy.stallTimeoutSeconds; the message names rank, node and section."""
     NON_FINITE_LOSS = "NonFiniteLoss"
@@ -314,7 +314,7 @@ class QLoRAJobStatus(Model):
     observed_generation: Count = 0
     """metadata.generation that the operator has acted on."""
     state: ConditionType | Literal["Pending"] = "Pending"
-    """The condition that speaks for the job, for ``kubectl get``."""
+    """The condition that summarizes the job's state, for ``kubectl get``."""
     reason: Reason = Reason.PENDING
     conditions: list[Condition] = Field([], max_length=16, json_schema_extra=_map_by("type"))
     attempts: list[Attempt] = Field([], max_length=MAX_ATTEMPTS, json_schema_extra=_map_by("number"))

@@ -13,8 +13,8 @@
     ├── AdapterRejectedError   48  the publish gate found the adapter bad
     └── PeerLostError          49  another worker is gone, and knows why
 
-Errors of libraries get their codes in :mod:`qlora_trainer.reporting.rank_exit`: out of device memory 41, a collective
-that timed out 44, one whose connection broke 49, all else 1.
+Errors of libraries get their codes in :mod:`qlora_trainer.reporting.rank_exit`: out of device memory 41, out of
+host memory 42, a collective that timed out 44, a disk that is full 47, a broken connection 49, all else 1.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ class ModelSpec(Model):
     """Where the base model is: hf://org/name@revision, s3://bucket/key, gs://…, az://…, pvc://claim/path, or a local
     folder with 'qlora run'. Safetensors only; repositories that bring code are refused."""
     credentials: Name | None = None
-    """Secret in the job's namespace with the source's credentials under their usual names (AWS_…, HF_TOKEN …). The
-    Secrets of a job make one environment, in the order model, dataset.train, output: of two with the same key the
-    later counts. May be changed while the job runs: the next attempt takes the new one."""
+    """Secret in the job's namespace with the source's credentials under their usual names (AWS_…, HF_TOKEN …). All
+    Secrets of a job are merged into one environment, in the order model, dataset.train, output. If a key occurs twice,
+    the later Secret wins. May be changed while the job runs: the next attempt takes the new one."""
     exchangeable: ClassVar = ("credentials",)
 
 
@@ -47,31 +47,31 @@ class Columns(Model):
     """Names of the dataset's columns; only those of the chosen format are read."""
 
     text: Column = "text"
-    """Text: the text."""
+    """Text: the training text."""
     messages: Column = "messages"
     """Messages: a list of {role, content}."""
     tools: Column = "tools"
     """Messages, and PromptCompletion of conversations: the tools that the chat template is given; the column may be
     missing."""
     prompt: Column = "prompt"
-    """PromptCompletion: what is given, a text or a list of messages."""
+    """PromptCompletion: the prompt, a text or a list of messages."""
     completion: Column = "completion"
-    """PromptCompletion: what is to be learned, a text or a list of messages."""
+    """PromptCompletion: the text or the list of messages to learn."""
     instruction: Column = "instruction"
     """Instruction: the task."""
     input: Column = "input"
     """Instruction: the optional context; the column may be missing."""
     output: Column = "output"
-    """Instruction: what is to be learned."""
+    """Instruction: the text to learn."""
 
 
 class DatasetSource(Model):
     source: Source
     """A JSON, CSV, Parquet or Arrow file, a folder of them, or a folder written by datasets.save_to_disk."""
     credentials: Name | None = None
-    """Secret in the job's namespace with the source's credentials under their usual names (AWS_…, HF_TOKEN …). The
-    Secrets of a job make one environment, in the order model, dataset.train, output: of two with the same key the
-    later counts. May be changed while the job runs: the next attempt takes the new one."""
+    """Secret in the job's namespace with the source's credentials under their usual names (AWS_…, HF_TOKEN …). All
+    Secrets of a job are merged into one environment, in the order model, dataset.train, output. If a key occurs twice,
+    the later Secret wins. May be changed while the job runs: the next attempt takes the new one."""
     exchangeable: ClassVar = ("credentials",)
 
 

@@ -51,7 +51,7 @@ class QuantizationSpec(Model):
     NF4 and FP4 of experts; embeddings, the head, norms and routers stay in 16 bits. A base that is already 4-bit on
     disk is loaded as it is and must be of this type."""
     double_quantization: bool = True
-    """Quantize the absmax constants of NF4 and FP4 too: 0.127 instead of 0.5 bits a parameter."""
+    """Also quantize the absmax constants of NF4 and FP4. They then take 0.127 instead of 0.5 bits per parameter."""
     compute_type: ComputeType = ComputeType.AUTO
     """Type in which the base computes. Auto follows the device at the first attempt, and later attempts keep it:
     BFloat16 on GPUs of compute capability 8.0 or higher and on CPUs with bf16 instructions, Float16 with dynamic loss
@@ -142,13 +142,13 @@ class EvaluationSpec(Model):
     patience: int | None = Field(None, ge=1, le=1000)
     """Stop after this many evaluations in a row without a better loss. Default: never."""
     prompts: list[Prompt] = Field([], max_length=8)
-    """Prompts for base and adapter before the first step and after the last, 64 tokens per answer: a user's message,
-    an instruction, a prompt or a beginning, as dataset.format has it. The report shows both side by side, and the
-    answers are published with the adapter."""
+    """Up to 8 prompts that the base and the adapter answer before the first step and after the last, with at most 64
+    tokens per answer. The form depends on dataset.format: a user's message, an instruction, a prompt, or the beginning
+    of a text. The report shows both answers side by side, and they are published with the adapter."""
 
 
 class TrainingSpec(Model):
-    """The loop: how long, how fast, in what portions."""
+    """Training length, learning rate and batch size."""
 
     epochs: int | None = Field(None, ge=1, le=1000)
     """Passes over the training rows. Exactly one of epochs and maxSteps is set."""
@@ -157,23 +157,25 @@ class TrainingSpec(Model):
     learning_rate: decimal(0, 1, low_included=False) = "2e-4"  # type: ignore[valid-type]
     """Peak learning rate."""
     schedule: Schedule = Schedule.COSINE
-    """Course of the learning rate after warmup: to zero (Cosine, Linear) or Constant."""
+    """Learning-rate schedule after warmup. Cosine and Linear decay to zero."""
     warmup_steps: int = Field(0, ge=0, le=1_000_000)
     """Steps over which the learning rate rises linearly from zero."""
     global_batch_size: int = Field(16, ge=1, le=65536)
     """Sequences per optimizer step over all ranks; the same on any number of GPUs."""
     micro_batch_size: int | None = Field(None, ge=1, le=4096)
-    """Sequences per forward pass on one rank. Default: of those that divide the rank's share and keep
-    microBatchSize × maxLength within 8192 tokens the fastest that fits the GPU; where it is not known, the largest."""
+    """Sequences per forward pass on one rank. Default: the fastest size that fits the GPU, divides the rank's share of
+    the global batch and keeps microBatchSize × maxLength at or below 8192 tokens. If the GPU is unknown, the largest
+    such size."""
     optimizer: Optimizer = Optimizer.PAGED_ADAMW_8BIT
-    """Paged optimizers let their state move to host memory under pressure; without CUDA they are the plain ones."""
+    """Optimizer. The paged ones can move their state to host memory when GPU memory is short; without CUDA, the
+    non-paged variant is used."""
     weight_decay: decimal(0, 1) = "0"  # type: ignore[valid-type]
     """Decoupled weight decay on A and B; never on biases and magnitudes."""
     max_grad_norm: decimal(0, 1000) = "0.3"  # type: ignore[valid-type]
     """Clip the global gradient norm to this; 0 switches clipping off. QLoRA, appendix B.2."""
     gradient_checkpointing: GradientCheckpointing = GradientCheckpointing.AUTO
-    """Recompute activations in the backward pass: Full, None, or Auto: as little as fits the GPU; where that is not
-    known, Full; None on a CPU."""
+    """Recompute activations in the backward pass: Full, None or Auto. Auto recomputes as little as the GPU's memory
+    allows; it means Full if the GPU is unknown, and None on a CPU."""
     evaluation: EvaluationSpec = EvaluationSpec()
     seed: int = Field(42, ge=0, le=2147483647)
     """Seed of adapter initialization, dropout, data order and the held-out rows."""

@@ -23,13 +23,15 @@ class ParallelismSpec(Model):
     workers: int = Field(1, ge=1, le=256)
     """Pods. 'qlora run' uses this machine instead: all its GPUs, or two CPU processes."""
     min_workers: int | None = Field(None, ge=1, le=256)
-    """With fewer nodes than workers need, go on with as few pods as this: the same global batch and the same order of
-    rows, on fewer ranks. Each next attempt asks for all workers again. Default: wait until there is room."""
+    """Minimum number of pods. If there are not enough nodes for all workers, the job continues with fewer, down to this
+    number: the same global batch and the same order of rows, on fewer ranks. Each next attempt asks for all workers
+    again. Default: wait until there is room."""
     gpus_per_worker: int = Field(1, ge=1, le=16)
     """GPUs, and so ranks, of each pod."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(check_no_boolean)] = 0
-    """What ranks share: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters. LoRA's states are small:
-    0 is the fastest and fits nearly always. Even under 3 the whole quantized base must fit each GPU while it loads."""
+    """What is partitioned across ranks: 0 nothing; 1 optimizer state; 2 optimizer state and gradients; 3 optimizer
+    state, gradients and parameters. LoRA's states are small: 0 is the fastest and fits nearly always. Even with 3 the
+    whole quantized base must fit each GPU while it loads."""
     offload: Offload = Offload.NONE
     """Optimizer: hold the optimizer state in host memory (AdamW on the CPU replaces the paged optimizers)."""
     rules: ClassVar = (
@@ -76,12 +78,12 @@ class OutputSpec(Model):
     destination: Destination
     """Folder in object storage (or a local one with 'qlora run'). It must not hold another run's manifest."""
     credentials: Name | None = None
-    """Secret in the job's namespace with the destination's credentials under their usual names (AWS_…, HF_TOKEN …). The
-    Secrets of a job make one environment, in the order model, dataset.train, output: of two with the same key the
-    later counts."""
+    """Secret in the job's namespace with the destination's credentials under their usual names (AWS_…, HF_TOKEN …). All
+    Secrets of a job are merged into one environment, in the order model, dataset.train, output. If a key occurs twice,
+    the later Secret wins."""
     merge: Merge = Merge.NONE
-    """BFloat16: publish the base with the adapter merged in, besides the adapter. The merged model must be as good as
-    the adapter on the base in 16 bits, on some of the evaluation rows, or else of the training rows."""
+    """BFloat16: also publish a merged model. It must be as good as the adapter on the base in 16 bits, on some of the
+    evaluation rows, or else of the training rows."""
     allow_worse_eval: bool = False
     """Publish the best checkpoint even if its loss on the evaluation rows is above the base's. Otherwise the job ends
     without an adapter, because training increased the evaluation loss."""
@@ -98,20 +100,22 @@ class PolicySpec(Model):
     """Limits and reactions to failures. May be changed while the job runs."""
 
     max_restarts: int = Field(3, ge=0, le=50)
-    """Maximum number of restarts after failures. Preemption and node loss do not count; nor does waiting in vain
-    for a pod that no node takes. Three stalls in a row without a step gained end the job, whatever is left."""
+    """Maximum number of restarts after failures. Preemption, node or peer loss, suspension, unschedulable pods and
+    running out of memory do not count. Three attempts in a row that end as Stalled or PeerLost without a new step end
+    the job."""
     on_out_of_memory: OnOutOfMemory = OnOutOfMemory.RECOVER
     """Recover: halve the micro-batch, keep the global batch, resume from the last checkpoint."""
     stall_timeout_seconds: int = Field(1800, ge=30, le=86400)
-    """A rank without a heartbeat for this long is named, and the attempt ended and resumed. Must be longer than
-    a forward or backward pass; loading, saving and publishing may take more. Also how long pods wait for each other."""
+    """If a rank sends no heartbeat for this long, the attempt is ended, the message names the rank, and the job resumes
+    from its last checkpoint. Must be longer than a forward or backward pass; loading, saving and publishing may take
+    more. Also how long pods wait for each other."""
     shrink_after_seconds: int = Field(120, ge=10, le=86400)
     """With parallelism.minWorkers: how long to wait for unschedulable pods before trying with fewer."""
     active_deadline_seconds: int | None = Field(None, ge=60, le=31536000)
-    """Longest time that the job may run, over all attempts: each counts from when all its pods are ready until it ends.
-    Preparing, waiting for a queue, for nodes or between attempts, and being suspended do not count. Unlike a
-    batch/v1 Job's, the clock goes on where it stood when the job is resumed. Then its pods are stopped, and the job
-    fails unless they have published the adapter by the time they are gone; its checkpoints stay."""
+    """Time limit for training, summed over all attempts. An attempt counts from when all its pods are ready until it
+    ends. Time spent preparing, queued, waiting for nodes or between attempts, or suspended does not count. Unlike in a
+    batch/v1 Job, resuming does not reset the clock. When the limit is reached, the pods are stopped, and the job fails
+    unless the adapter has been published by then. Checkpoints are kept."""
     budget_gpu_hours: decimal(0, 1e9, low_included=False) | None = None  # type: ignore[valid-type]
     """GPU-hours over all attempts, waiting not counted. Before it is exceeded the job checkpoints and is
     suspended; raise it to resume."""
@@ -171,16 +175,17 @@ class SchedulingSpec(Model):
     """Which nodes, and in which queue. Not used by 'qlora run'."""
 
     gang: Gang = Gang.AUTO
-    """All pods start or none: by Kubernetes itself (Native), Kueue, Volcano, or not at all (None). Auto takes what
-    is there: Kueue where a queue is named, else Native, else Volcano, else None."""
+    """Start all pods or none: by Kubernetes itself (Native), Kueue, Volcano, or not at all (None). Auto uses the first
+    available of: Kueue (if queue is set), Native, Volcano, None."""
     queue: Name | None = None
     """Queue of Volcano, or LocalQueue of Kueue in the job's namespace. Kueue needs one: it leaves a job that names none
     suspended."""
     priority_class_name: Name | None = None
-    """PriorityClass of the trainers' pods; none of the system's, and an administrator may allow only some."""
+    """PriorityClass of the trainers' pods. system-* classes are not allowed; an administrator can restrict which
+    classes may be used."""
     node_selector: dict[str, Label] = Field({}, max_length=32)
-    """Labels that the trainers' nodes must have; an administrator may allow only some keys. By nvidia.com/gpu.product
-    Prepare knows which GPU to plan for."""
+    """Labels that the trainers' nodes must have; an administrator can restrict the keys. Prepare plans for the GPU that
+    nvidia.com/gpu.product names."""
     tolerations: list[Toleration] = Field([], max_length=32)
     """Tolerations of the trainer pods, in addition to that of the GPU taint."""
     pod_labels: dict[str, LabelValue] = Field({}, max_length=32)

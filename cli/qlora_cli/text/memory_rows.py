@@ -26,7 +26,7 @@ def memory_rows(predicted: Mapping[str, int], measured: Mapping[str, int], devic
     """Return a row for each component, the largest first, for the rest of the peak, and for the peak."""
     of_process = is_of_process(predicted, device)
     names = sorted(
-        (predicted.keys() | measured.keys()) - {PEAK},
+        (name for name in {**predicted, **measured} if name != PEAK),
         key=lambda name: -(measured.get(name) or predicted.get(name) or 0),
     )
     rows: list[Row] = [(units.spaced(name), predicted.get(name), measured.get(name)) for name in names]
