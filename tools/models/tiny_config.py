@@ -44,6 +44,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"n_groups?|topk_group|num_expert_group|n_limited_groups", 1),
     (r"\w*vocab_size\w*", EMBEDDINGS),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len(gth)?|max_sequence_length|seq_length|max_length", 256),
+    (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
     (r"index_topk", 256),
     (r"image_size|input_size|img_size|crop_size", 32),
     (r"patch_size", 8),
@@ -69,10 +70,21 @@ _SHARED_CACHE = {
     "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
 }
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def _grids(half: int) -> dict[str, Any]:
+    """Share half a head's dimensions among positions in time, height and width."""
+    rest = half // 3
+    return {"text_config": {"rope_parameters": {"mrope_section": [half - 2 * rest, rest, rest]}}}
+
+
 SPECIAL: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}}},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8}},
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "qwen2_5_omni_thinker"), _grids(8)),
+    **dict.fromkeys(("glm4v", "glm46v", "glm_ocr", "glmga"), _grids(8)),
+    "glm4v_moe": _grids(4),
     "gemma3n_text": _SHARED_CACHE,
     "gemma3n": {"text_config": _SHARED_CACHE},
     "lfm2_moe": {
@@ -80,6 +92,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "num_dense_layers": 1,
     },
+    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32},
+    "step3p7": {"text_config": {"sliding_window": 16}},
     "mamba2": {"num_heads": 8, "head_dim": 16},
 }
 """Values that no key tells, by model type."""

@@ -89,7 +89,7 @@ def _kinds(shape: ModelShape, setting: ForwardSetting) -> list[tuple[Layer, bool
 
 def _rotation(shape: ModelShape, setting: ForwardSetting) -> Value | None:
     """cos and sin of every position, [1, T, rotary_dim] each, made once for all layers."""
-    rotary = shape.layers[0].attention.rotary_dim
+    rotary = shape.layers[0].attention.rotary_dim if shape.layers else 0
     return Value(2 * rotary * setting.tokens, setting.width, learns=False) if rotary else None
 
 

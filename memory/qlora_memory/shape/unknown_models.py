@@ -26,8 +26,8 @@ _KEPT_BY_KERNELS = re.compile(r"(?:mamba|mixer)\.(?:x_proj|out_proj)$")
 """Such that fused kernels read, in the model types that call them."""
 _FUSED = frozenset({"bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba", "mamba2", "nemotron_h"})
 _ROUTERS = (".gate.weight", ".router.weight", ".router.layer.weight", ".router.classifier.weight", ".wg.weight")
-_IDLE = re.compile(r"\.indexer\.")
-"""Layers that no gradient reaches: they choose what attention looks at."""
+_IDLE = re.compile(r"\.(?:indexer|encoder_attn|encoder_attention|crossattention)\.")
+"""Layers that no gradient reaches: they choose what attention looks at, or look at an encoder that is not there."""
 _HIDDEN = ("hidden_size", "n_embd", "n_embed", "d_model", "dim")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _PAIRS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")

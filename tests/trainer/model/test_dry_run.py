@@ -8,6 +8,7 @@ from torch import nn
 
 from mixtures import MIXTURES
 from qlora_api.spec import LoRASpec
+from qlora_trainer.errors import UserError
 from qlora_trainer.model.base_model import add_lora, meta_model
 from qlora_trainer.model.dry_run import adapters_without_gradient, find_layer_use
 from tiny_models import CONFIGS
@@ -71,3 +72,18 @@ def test_layers_that_no_gradient_reaches_are_found(tiny_models):
 def test_layers_of_a_dense_base_are_used_as_layers_are(name, tiny_models):
     found = find_layer_use(meta_model(tiny_models[name]))
     assert found.left_alone == frozenset()
+
+
+def test_a_base_that_cannot_run_on_text_alone_is_refused(tiny_models):
+    skeleton = meta_model(tiny_models["llama"])
+
+    def wants_images(*_):
+        raise ValueError("You have to specify pixel_values")
+
+    skeleton.register_forward_pre_hook(wants_images)
+    with pytest.raises(UserError) as caught:
+        find_layer_use(skeleton)
+    assert str(caught.value) == (
+        "spec.model.source: is of a class that cannot be trained on text alone; its forward pass ends in ValueError: "
+        "You have to specify pixel_values"
+    )

@@ -177,7 +177,7 @@ def meta_model(path: Path, *, whole: bool = False) -> Any:
         whole: with its towers for images and sound, which are not trained.
 
     Raises:
-        UserError: the class of the base needs a library that is not here.
+        UserError: the class of the base needs a library that is not here, or has no language model.
 
     """
     try:
@@ -185,6 +185,8 @@ def meta_model(path: Path, *, whole: bool = False) -> Any:
     except ImportError as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise UserError("spec.model.source", None, f"needs what is not installed here: {reason}") from error
+    except NotImplementedError as error:  # some classes of several models have no input embeddings of their own
+        raise UserError("spec.model.source", None, "is of a class with no one language model to train") from error
     unify_linear_layers(model)
     return model
 
@@ -240,7 +242,7 @@ def add_lora(model: Any, lora: LoRASpec, seed: int, model_name: str = "the base 
     torch.manual_seed(seed)
     try:
         peft_model = get_peft_model(model, config)
-    except ValueError as error:  # layers that PEFT knows it cannot adapt
+    except (AttributeError, ValueError) as error:  # layers, or a class, that PEFT cannot adapt
         targets = ", ".join(lora.target_modules or config.target_modules)
         raise UserError("spec.lora.targetModules", targets, f"cannot be adapted: {error}") from error
     hold_trainable_in_fp32(peft_model, model.dtype)

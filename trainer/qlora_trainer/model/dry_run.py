@@ -1,7 +1,7 @@
 """A forward and backward pass without data or weights: how each linear layer is used, and which adapters would learn.
 
 Shapes and the graph are followed on the meta device. A model that cannot run there, since it decides by values, is not
-judged.
+judged; one that fails for another reason would fail in training, too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from qlora_trainer.errors import UserError
 from qlora_trainer.model.experts.forward import use_own_forward
 from qlora_trainer.model.layer_use import LayerUse
 
@@ -100,23 +101,38 @@ def adapters_without_gradient(model: Any) -> list[str]:
 
 
 def _try(model: Any) -> bool:
-    """Go forward and backward; return whether that is possible."""
+    """Go forward and backward; return whether that is possible without values.
+
+    Raises:
+        UserError: it is not possible with values either.
+
+    """
     was_training = model.training
     model.train()
     mask = torch.zeros(1, 1, TOKENS, TOKENS, device="meta")  # its values would tell what a mask of two dimensions means
-    failure = None
+    failures: list[Exception] = []
     for extra in ({"attention_mask": mask}, {}):
         try:
             _run(model, **extra)
         except Exception as error:  # noqa: BLE001 each class fails without values in its own way
-            failure = error
+            failures.append(error)
             continue
-        break
-    else:
-        log.info("the base cannot be tried without weights: %s: %s", type(failure).__name__, failure)
-        return False
-    model.train(was_training)
-    return True
+        model.train(was_training)
+        return True
+    words = f"{type(failures[-1]).__name__}: {' '.join(str(failures[-1]).split())[:300]}"
+    if not any(_lacks_values(error) for error in failures):
+        raise UserError(
+            "spec.model.source",
+            None,
+            f"is of a class that cannot be trained on text alone; its forward pass ends in {words}",
+        )
+    log.info("the base cannot be tried without weights: %s", words)
+    return False
+
+
+def _lacks_values(error: Exception) -> bool:
+    """Return whether a failure may come of the meta device, whose tensors have no values."""
+    return isinstance(error, NotImplementedError) or "meta" in str(error).lower()
 
 
 def _run(model: Any, **extra: Any) -> None:
@@ -125,4 +141,6 @@ def _run(model: Any, **extra: Any) -> None:
     with torch.device("meta"):
         ids = torch.zeros(1, TOKENS, dtype=torch.int64)
         logits = model(input_ids=ids, use_cache=False, **extra).logits
+        if logits.shape[:2] != ids.shape:
+            raise ValueError(f"logits of {list(logits.shape)} for {TOKENS} tokens")
         logits.float().sum().backward()

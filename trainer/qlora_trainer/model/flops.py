@@ -17,7 +17,7 @@ ATTENTION_PASSES = 3.5
 
 
 def flops_per_token(model: Any, lengths: NDArray[np.int64], target_share: float) -> float | None:
-    """FLOP that one token costs, forward and backward, without recomputation; None for mixtures of experts.
+    """Return FLOP of one token, both passes, without recomputation; None where it cannot be told (mixtures of experts).
 
     Args:
         model: with its adapter.
@@ -27,6 +27,8 @@ def flops_per_token(model: Any, lengths: NDArray[np.int64], target_share: float)
     """
     config = text_config(model.config)
     if any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
+        return None
+    if not all(isinstance(getattr(config, name, None), int) for name in ("hidden_size", "num_hidden_layers")):
         return None
     head = model.get_output_embeddings()
     weights = sum(

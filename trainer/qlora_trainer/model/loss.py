@@ -120,7 +120,10 @@ class NextTokenLoss(nn.Module):
 
     def _losses(self, inputs: dict[str, Any], targets: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         if self.head is None:
-            logits: torch.Tensor = self.model(**inputs, use_cache=False, logits_to_keep=targets).logits[0].float()
+            logits: torch.Tensor = self.model(**inputs, use_cache=False, logits_to_keep=targets).logits[0]
+            if len(logits) != len(targets):  # a class that computes them all
+                logits = logits[targets]
+            logits = logits.float()
             return logits if labels is None else functional.cross_entropy(logits, labels, reduction="none")
         hidden = _backbone(self.model)(**inputs, use_cache=False).last_hidden_state
         losses: torch.Tensor = self.head(hidden[0, targets], labels)

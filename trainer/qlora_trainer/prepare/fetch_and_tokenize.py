@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,19 +11,20 @@ import torch
 
 from qlora_api.errors import FieldError
 from qlora_memory import check_skip_modules
-from qlora_trainer.errors import UserError
-from qlora_trainer.model.base_model import add_lora, check_base, meta_model
+from qlora_trainer.errors import AdapterRejectedError, UserError
+from qlora_trainer.model.base_model import add_lora, check_base, meta_model, trainable
 from qlora_trainer.model.composite import text_config
 from qlora_trainer.model.compute_type import device_problem
 from qlora_trainer.model.dry_run import adapters_without_gradient, find_layer_use
 from qlora_trainer.model.experts.structure import expert_parameters
-from qlora_trainer.model.experts.targets import linear_layers
+from qlora_trainer.model.experts.targets import linear_layers, name_text_alone
 from qlora_trainer.model.layer_use import note_layer_use
 from qlora_trainer.model.read_weights import method_on_disk
 from qlora_trainer.model.tokenizer import load_bounded_tokenizer
 from qlora_trainer.prepare.plan_memory import shape_of
 from qlora_trainer.prepare.records import Record, job_key, pinned_revision
 from qlora_trainer.prepare.tokenize_rows import PreparedData, prepare_data
+from qlora_trainer.publish.gate import check_loads
 from qlora_trainer.storage.fetch import FetchedModel, fetch_model, fetch_rows
 
 if TYPE_CHECKING:
@@ -117,6 +119,7 @@ def check_architecture(config: TrainerConfig, model: FetchedModel) -> int:
     embeddings: int = skeleton.get_input_embeddings().weight.shape[0]
     adapted = add_lora(skeleton, config.spec.lora, config.spec.training.seed, model.source)
     _check_gradient(adapted, config, model.source)
+    _check_loads(adapted, config, model)
     positions = getattr(text_config(skeleton.config), "max_position_embeddings", None)
     longest = config.spec.dataset.max_length
     if positions is not None and longest > positions:
@@ -147,6 +150,30 @@ def _check_causal(skeleton: Any) -> None:
             "is an encoder, whose tokens see the ones that follow (is_decoder is false in its config.json): no causal "
             f'language model, although "{skeleton.config.model_type}" can be one',
         )
+
+
+def _check_loads(adapted: Any, config: TrainerConfig, model: FetchedModel) -> None:
+    """Refuse an adapter that PEFT would not load again from what is published.
+
+    Raises:
+        UserError: it says so of the layers that are adapted.
+
+    """
+    lora = copy.copy(adapted.peft_config[adapted.active_adapter])
+    lora.lora_dropout = 0.0  # as it is published
+    lora._custom_modules = None  # noqa: SLF001
+    name_text_alone(lora, adapted.get_base_model())
+    tensors = {
+        name.replace(f".{adapted.active_adapter}", ""): torch.empty(parameter.shape, device="meta")
+        for name, parameter in trainable(adapted).items()
+    }
+    try:
+        check_loads(lora, tensors, meta_model(model.path, whole=True))
+    except AdapterRejectedError as error:
+        named = ", ".join(config.spec.lora.target_modules or ()) or None
+        raise UserError(
+            "spec.lora.targetModules", named, f"would adapt layers of {model.source} that PEFT does not load: {error}"
+        ) from error
 
 
 def _check_gradient(adapted: Any, config: TrainerConfig, model_name: str) -> None:

@@ -79,12 +79,26 @@ def verify_loads(folder: Path, skeleton: Any) -> None:
         AdapterRejectedError: something is missing, left over or of another shape.
 
     """
-    config = lora_config(folder)
+    check_loads(lora_config(folder), load_file(folder / WEIGHTS), skeleton)
+
+
+def check_loads(config: Any, tensors: dict[str, torch.Tensor], skeleton: Any) -> None:
+    """Load tensors onto a base as PEFT does.
+
+    Args:
+        config: of the adapter.
+        tensors: by PEFT's names; they may be without contents.
+        skeleton: the base's architecture on the meta device; PEFT changes it.
+
+    Raises:
+        AdapterRejectedError: something is missing, left over or of another shape.
+
+    """
     config.base_model_name_or_path = None  # a skeleton has no name that PEFT could compare it with
     with torch.device("meta"):
         model = get_peft_model(skeleton, config)
     try:
-        left = set_peft_model_state_dict(model, load_file(folder / WEIGHTS), low_cpu_mem_usage=True)
+        left = set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
     except (RuntimeError, ValueError, KeyError) as error:
         words = " ".join(str(error).split())
         raise AdapterRejectedError(f"the adapter cannot be loaded onto its base: {words}") from error

@@ -92,8 +92,6 @@ def choose_targets(model: Any, lora: LoRASpec) -> Targets:
     modules = list(named or sorted({kind_of(n) for n in layers.keys() - left}))
     parameters = sorted({".".join(n.rsplit(".", 2)[1:]) for n in _named(expert_parameters(model), named)})
     excluded = _endings([n for n in left if _named([n], modules)], layers.keys() - left)
-    if not parameters and not expert_groups(model):
-        return Targets(tuple(modules), excluded=excluded)
     head = [n for n, m in model.named_modules() if m is model.get_output_embeddings()]
     modules = [m for m in modules if _named([*layers, *head], [m])]
     taken = [m for m in modules if _is_taken_for_experts(model, m)]
