@@ -68,6 +68,11 @@ class History:
                 if answer.status_code >= 500 or answer.status_code == 429:
                     continue
                 for line in answer.iter_lines():
-                    found = parse_json(line)["object"]
+                    change = parse_json(line)
+                    if change.get("type", "ERROR") == "ERROR":  # as after a change of the CustomResourceDefinition
+                        listed = self._http.get(path).json()
+                        version = listed.get("metadata", {}).get("resourceVersion", version)
+                        break
+                    found = change["object"]
                     version = found["metadata"]["resourceVersion"]
                     self._versions[plural, found["metadata"]["namespace"]].append(found)
