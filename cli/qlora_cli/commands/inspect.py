@@ -18,7 +18,7 @@ Model = Annotated[
 Skip = Annotated[int, typer.Option("--skip", min=0, metavar="N", help="Number of worst layers to name.")]
 
 
-Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write a page.")]
+Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write an HTML page.")]
 
 
 def inspect(model: Model, *, skip: Skip = 3, html: Html = None, output: As = Output.TEXT) -> None:

@@ -53,7 +53,7 @@ def generate(
 ) -> None:
     """Send the same prompts to the base, the adapter and the merged model.
 
-    A prompt is put as it was in training: as a user's message of the chat template, or as an instruction in its frame.
+    Prompts are formatted as in training: as a user's message of the chat template, or as an instruction.
     The answers are shown side by side.
     """
     with exit_on_user_error():

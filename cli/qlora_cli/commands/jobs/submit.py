@@ -46,8 +46,8 @@ def submit(
 ) -> None:
     """Create QLoRAJobs in a cluster.
 
-    Checks the manifests here first; a path on this machine is refused with the command that uploads it. On a terminal
-    it shows the plan, asks before it creates anything, and then watches; elsewhere it does neither.
+    Checks the manifests first. If one names a path on this machine, the error shows the command that uploads it. On a
+    terminal, the command shows the plan, asks before it creates anything, and then watches the job.
     """
     with exit_with_code():
         from qlora_cli.jobs import submit as submitting

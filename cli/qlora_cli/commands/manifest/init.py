@@ -46,7 +46,7 @@ def init(
 ) -> None:
     """Write a first manifest from three answers.
 
-    Its comments are the API's documentation; what may be set besides is there as a comment with its default.
+    Its comments are the API's documentation. Optional fields are included as comments with their defaults.
     """
     with exit_with_code():
         from qlora_cli.kube.errors import ClusterError
