@@ -42,11 +42,10 @@ from bench_operator_measure import (
 from bench_operator_report import tables
 from cluster.api import Object
 from cluster.control_plane import ControlPlane, Settings
-from cluster.scenarios.jobs import qlora_job
+from cluster.scenarios.jobs import CRD, qlora_job
 from cluster.scenarios.operator import Operator
 from cluster.scenarios.script import pods_do
 
-CRD = Path(__file__).parents[2] / "crds" / "qlora.dev_qlorajobs.yaml"
 CRD_PATH = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/qlorajobs.qlora.dev"
 CLIENTS = 10
 WORKERS = 2

@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cluster.control_plane import ControlPlane, Settings
+from cluster.scenarios.forked_operator import ForkServerClient
+from cluster.scenarios.jobs import serve_crd
 from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from cluster.api import Api
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +45,19 @@ def kwok_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPl
     with cluster:
         cluster.add_kwok_nodes(4)
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def crd_cluster(kwok_cluster: ControlPlane) -> ControlPlane:
+    """The kwok cluster with the CustomResourceDefinition served."""
+    serve_crd(kwok_cluster)
+    return kwok_cluster
+
+
+@pytest.fixture
+def api(crd_cluster: ControlPlane) -> Api:
+    """Return the client of the kwok cluster, which serves QLoRAJobs."""
+    return crd_cluster.api
 
 
 @pytest.fixture
@@ -75,3 +92,10 @@ def node_namespace(node_cluster: ControlPlane) -> Iterator[str]:
     name = node_cluster.create_namespace()
     yield name
     node_cluster.delete_namespace(name)
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServerClient]:
+    """For operators that start in no time."""
+    with ForkServerClient(tmp_path_factory.mktemp("fork_server")) as running:
+        yield running

@@ -18,7 +18,7 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Self
 
 from cluster.control_plane import ControlPlane
-from cluster.scenarios.jobs import GROUP, create_job, in_state, job_path, qlora_job
+from cluster.scenarios.jobs import create_job, in_state, job_path, qlora_job, serve_crd
 from cluster.scenarios.operator import Operator
 from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import PREPARED
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).parents[2]
 RULES = REPOSITORY / "charts" / "qlora-operator" / "files" / "alerts.yaml"
-CRD = REPOSITORY / "crds" / "qlora.dev_qlorajobs.yaml"
 NAME, TEAM, OTHERS = "answers", "team-a", "team-b"
 POD = f"{NAME}-1-0"
 ADDRESS = f"127.{os.getpid() % 200 + 10}.9.4"
@@ -129,8 +128,7 @@ class Stage:
         make_material(self.folder / "material")
         cluster = self._owned.enter_context(ControlPlane(self.folder / "cluster"))
         cluster.add_kwok_nodes(4)
-        cluster.kubectl("apply", "-f", CRD)
-        cluster.api.wait_for(f"{GROUP}/qlorajobs", bool, what="QLoRAJobs are served")
+        serve_crd(cluster)
         for name in (TEAM, OTHERS):
             cluster.api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
         self.api, self.kubeconfig = cluster.api, cluster.kubeconfig

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from typer.testing import CliRunner
 
-from cluster.scenarios.jobs import GROUP
 from cluster.scenarios.operator import Operator
 from qlora_cli.app import app
 
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cluster.control_plane import ControlPlane
-
-CRD = Path(__file__).parents[3] / "crds" / "qlora.dev_qlorajobs.yaml"
 
 
 @dataclass(frozen=True)
@@ -72,14 +69,6 @@ class Qlora:
         )
 
 
-@pytest.fixture(scope="session")
-def crd_cluster(kwok_cluster: ControlPlane) -> ControlPlane:
-    """The kwok cluster with the CustomResourceDefinition served."""
-    kwok_cluster.kubectl("apply", "-f", CRD)
-    kwok_cluster.api.wait_for(f"{GROUP}/qlorajobs", bool, what="QLoRAJobs are served")
-    return kwok_cluster
-
-
 @pytest.fixture(scope="module")
 def served_namespace(crd_cluster: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A namespace of the module's, with an operator that serves it alone."""
@@ -87,11 +76,6 @@ def served_namespace(crd_cluster: ControlPlane, tmp_path_factory: pytest.TempPat
     with Operator(tmp_path_factory.mktemp("operator"), crd_cluster.kubeconfig, namespaces=[name]):
         yield name
     crd_cluster.delete_namespace(name)
-
-
-@pytest.fixture
-def api(crd_cluster: ControlPlane):
-    return crd_cluster.api
 
 
 @pytest.fixture

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from cluster.control_plane import ControlPlane, Settings
 from cluster.kueue import Kueue
-from cluster.scenarios.forked_operator import ForkedOperator, ForkServerClient
-from cluster.scenarios.jobs import GROUP
+from cluster.scenarios.forked_operator import ForkedOperator
+from cluster.scenarios.jobs import serve_crd
 from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
+    from cluster.scenarios.forked_operator import ForkServerClient
 
-CRD = Path(__file__).parents[3] / "crds" / "qlora.dev_qlorajobs.yaml"
 RACKS = {"rack-1": "spot", "rack-2": "reserved"}
 NODES_PER_RACK = 2
 PROFILES = {"one-rack": {"annotations": {"kueue.x-k8s.io/podset-required-topology": "test.qlora.dev/rack"}}}
@@ -34,8 +34,7 @@ def kueue_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlP
             for rack, pool in RACKS.items():
                 labels = {"test.qlora.dev/rack": rack, "pool": pool}
                 cluster.add_kwok_nodes(NODES_PER_RACK, labels=labels, prefix=rack)
-            cluster.kubectl("apply", "-f", CRD)
-            cluster.api.wait_for(f"{GROUP}/qlorajobs", bool, what="QLoRAJobs are served")
+            serve_crd(cluster)
             yield cluster
     except ToolMissingError as error:
         skip_unless_ci(str(error))
@@ -44,13 +43,6 @@ def kueue_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlP
 @pytest.fixture(scope="session")
 def kueue(kueue_cluster: ControlPlane) -> Kueue:
     return kueue_cluster.add_kueue()
-
-
-@pytest.fixture(scope="session")
-def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServerClient]:
-    """For operators that start in no time."""
-    with ForkServerClient(tmp_path_factory.mktemp("fork_server")) as running:
-        yield running
 
 
 @pytest.fixture

@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.scenarios.forked_operator import ForkedOperator, ForkServerClient
+from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.history import History
-from cluster.scenarios.jobs import GROUP
 from cluster.scenarios.operator import Operator
 from cluster.scenarios.proxy import Proxy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from cluster.control_plane import ControlPlane
-
-CRD = Path(__file__).parents[3] / "crds" / "qlora.dev_qlorajobs.yaml"
-
-
-@pytest.fixture(scope="session")
-def crd_cluster(kwok_cluster: ControlPlane) -> ControlPlane:
-    """The kwok cluster with the CustomResourceDefinition served."""
-    kwok_cluster.kubectl("apply", "-f", CRD)
-    kwok_cluster.api.wait_for(f"{GROUP}/qlorajobs", bool, what="QLoRAJobs are served")  # a moment after "Established"
-    return kwok_cluster
+    from cluster.scenarios.forked_operator import ForkServerClient
 
 
 @pytest.fixture(scope="session")
 def history(crd_cluster: ControlPlane) -> Iterator[History]:
     """Return the history of all that happened on the cluster since."""
     with History(crd_cluster) as running:
-        yield running
-
-
-@pytest.fixture(scope="session")
-def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServerClient]:
-    """For operators that start in no time."""
-    with ForkServerClient(tmp_path_factory.mktemp("fork_server")) as running:
         yield running
 
 

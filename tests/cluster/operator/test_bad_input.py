@@ -25,11 +25,6 @@ ADMISSION = "admissionregistration.k8s.io/v1"
 DONE = ends(adapter=ADAPTER)
 
 
-@pytest.fixture
-def api(crd_cluster) -> Api:
-    return crd_cluster.api
-
-
 def quota(**hard: str) -> Object:
     return {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "quota"}, "spec": {"hard": hard}}
 

@@ -14,11 +14,6 @@ JOBS, PODS = "/apis/batch/v1/namespaces/{}/jobs", "/api/v1/namespaces/{}/pods"
 LONG = 60
 
 
-@pytest.fixture
-def api(crd_cluster):
-    return crd_cluster.api
-
-
 def runs_as_attempt_one(api, path):
     running = api.wait_for(path, in_state("Running"), seconds=LONG)
     assert [a["number"] for a in running["status"]["attempts"]] == [1]

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import pytest
-
 from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import condition, create_job, in_state, qlora_job
 from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import PREPARED, ends
-
-if TYPE_CHECKING:
-    from cluster.api import Api
-
-
-@pytest.fixture
-def api(crd_cluster) -> Api:
-    return crd_cluster.api
 
 
 def test_three_stalls_without_a_step_gained_end_a_job_and_name_the_last(api, forked, kwok_namespace):

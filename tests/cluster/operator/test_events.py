@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-import pytest
-
 from cluster.kwok import finish_pod
 from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import create_job, in_state, last_attempt, qlora_job
@@ -13,11 +11,6 @@ from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import ADAPTER, PREPARED, ends, word
 
 LONG = 60
-
-
-@pytest.fixture
-def api(crd_cluster):
-    return crd_cluster.api
 
 
 def test_each_transition_of_a_life_is_told_once(api, crd_cluster, fork_server, kwok_namespace, tmp_path):

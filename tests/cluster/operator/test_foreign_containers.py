@@ -15,11 +15,6 @@ LONG = 60
 
 
 @pytest.fixture
-def api(crd_cluster):
-    return crd_cluster.api
-
-
-@pytest.fixture
 def meshed(api, kwok_namespace):
     """A namespace in which each pod gets a container that runs until the pod is deleted."""
     with sidecar_in_pods(api, kwok_namespace):

@@ -18,11 +18,6 @@ KINDS = {"good": ends(adapter=ADAPTER), "bad": ends(40, "UserError", "no such co
 
 
 @pytest.fixture
-def api(crd_cluster):
-    return crd_cluster.api
-
-
-@pytest.fixture
 def both(api, kwok_namespace):
     """Pods of two jobs: those of one succeed, those of the other fail."""
     with (

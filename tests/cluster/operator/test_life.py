@@ -29,11 +29,6 @@ def word(code: int = 0, reason: str = "Completed", message: str = "step 10 of 10
 DONE = {"run-seconds": "1", "exit-code": 0, "termination-message": word(adapter=ADAPTER)}
 
 
-@pytest.fixture
-def api(crd_cluster):
-    return crd_cluster.api
-
-
 def test_a_job_of_two_workers_runs_and_ends_with_its_adapter(api, operator, kwok_namespace):
     with pods_do(api, kwok_namespace, DONE):
         path = create_job(api, qlora_job(namespace=kwok_namespace, workers=2))

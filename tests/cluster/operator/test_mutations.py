@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import yaml
 
 from cluster.api import ApiError
-from cluster.scenarios.jobs import GROUP, qlora_job
+from cluster.scenarios.jobs import CRD, GROUP, qlora_job
 from cluster.scenarios.mutations import mutations
 from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import ADAPTER, ends
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from cluster.scenarios.history import History
     from cluster.scenarios.mutations import Mutation
 
-CRD = Path(__file__).parents[3] / "crds" / "qlora.dev_qlorajobs.yaml"
 ALL, AT_ONCE, SEED = 300, 30, 20260101
 ANSWER_SECONDS = 10
 """In which a job that was taken says where it stands."""

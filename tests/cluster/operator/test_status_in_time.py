@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-import pytest
-
 from cluster.kwok import find_node_again, lose_node
 from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import condition, create_job, in_state, last_attempt, qlora_job
@@ -15,11 +13,6 @@ from cluster.scenarios.whole_life import ADAPTER, ends, word
 PODS = "/api/v1/namespaces/{}/pods"
 LONG = 60
 JOBS_AT_ONCE, REPEATS, QUEUED_SECONDS = 12, 20, 5
-
-
-@pytest.fixture
-def api(crd_cluster):
-    return crd_cluster.api
 
 
 def test_jobs_that_are_suspended_as_they_are_made_say_queued_within_seconds(

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cluster.api import Api, Object
+    from cluster.control_plane import ControlPlane
 
+CRD = Path(__file__).parents[3] / "crds" / "qlora.dev_qlorajobs.yaml"
 GROUP = "/apis/qlora.dev/v1alpha1"
+
+
+def serve_crd(cluster: ControlPlane) -> None:
+    """Apply the CustomResourceDefinition, and wait until QLoRAJobs are served: a moment after ``Established``."""
+    cluster.kubectl("apply", "-f", CRD)
+    cluster.api.wait_for(f"{GROUP}/qlorajobs", bool, what="QLoRAJobs are served")
 
 
 def qlora_job(name: str = "job", namespace: str = "default", workers: int = 1, **groups: Any) -> Object:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,7 +12,7 @@ from cluster.api import ApiError
 from cluster.control_plane import ControlPlane
 from cluster.kwok import finish_pod
 from cluster.scenarios.forked_operator import ForkedOperator
-from cluster.scenarios.jobs import condition, create_job, in_state, job_path, qlora_job
+from cluster.scenarios.jobs import CRD, condition, create_job, in_state, job_path, qlora_job
 from cluster.scenarios.operator import Operator
 from cluster.scenarios.proxy import GONE, Passed, Proxy, Refused
 from cluster.scenarios.script import pods_do
@@ -27,16 +26,10 @@ if TYPE_CHECKING:
 
     from cluster.scenarios.proxy import Call
 
-CRD = Path(__file__).parents[4] / "crds" / "qlora.dev_qlorajobs.yaml"
 JOBS, PODS = "/apis/batch/v1/namespaces/{}/jobs", "/api/v1/namespaces/{}/pods"
 DONE = ends(adapter=ADAPTER)
 ERRORS = "qlora_operator_reconcile_errors_total"
 RECONCILES = "qlora_operator_reconcile_seconds_count"
-
-
-@pytest.fixture
-def api(crd_cluster):
-    return crd_cluster.api
 
 
 def is_list(resource: str) -> Callable[[Call], bool]:

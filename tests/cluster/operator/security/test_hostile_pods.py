@@ -41,11 +41,6 @@ FORGED_ADAPTER = {**ADAPTER, "uri": "s3://forged/adapter", "manifestSha256": "f"
 LONG = 90
 
 
-@pytest.fixture
-def api(crd_cluster):
-    return crd_cluster.api
-
-
 def forged_pod(name: str, does: dict[str, object], owners: tuple[Object, ...] = (), **labels: str) -> Object:
     """Return a pod that says it is rank 0 of a job's first attempt."""
     return {

@@ -5,16 +5,13 @@ from __future__ import annotations
 import copy
 import json
 from contextlib import contextmanager
-from pathlib import Path
 
-import pytest
 import yaml
 
-from cluster.scenarios.jobs import condition, create_job, in_state, job_path, qlora_job
+from cluster.scenarios.jobs import CRD, condition, create_job, in_state, job_path, qlora_job
 from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import ADAPTER, ends
 
-CRD = Path(__file__).parents[4] / "crds" / "qlora.dev_qlorajobs.yaml"
 CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 JOBS, PODS = "/apis/batch/v1/namespaces/{}/jobs", "/api/v1/namespaces/{}/pods"
 LONG = 60
@@ -22,11 +19,6 @@ TEXT = {"type": "string"}
 FIRST_CONDITIONS = ["Prepared", "Running", "Suspended", "Succeeded", "Failed"]
 LATER_REASONS = ["NotUnderstood", "Understood"]
 """None of which version 0.1.0 had."""
-
-
-@pytest.fixture
-def api(crd_cluster):
-    return crd_cluster.api
 
 
 def newer(properties):
