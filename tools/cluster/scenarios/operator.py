@@ -31,6 +31,9 @@ class Operator:
 
     """
 
+    program: tuple[str | Path, ...] = ("-m", "qlora_operator")
+    """Arguments of the interpreter, before the operator's own."""
+
     def __init__(self, folder: Path, kubeconfig: Path, **settings: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
@@ -64,7 +67,7 @@ class Operator:
         """Start it and do not wait."""
         self._process = Process(
             "operator",
-            [sys.executable, "-m", "qlora_operator", "--config", self._config],
+            [sys.executable, *self.program, "--config", self._config],
             self.log.parent,
             {**os.environ, "KUBECONFIG": str(self._kubeconfig), "NO_PROXY": "*"},
         )

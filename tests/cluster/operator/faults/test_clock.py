@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from cluster.processes import Process
 from cluster.scenarios.jobs import create_job, in_state, last_attempt, qlora_job
 from cluster.scenarios.operator import Operator
 from cluster.scenarios.script import pods_do
@@ -19,26 +16,12 @@ SCRIPT = Path(__file__).parents[4] / "tools" / "cluster" / "scenarios" / "skewed
 LONG = 60
 
 
-class SkewedOperator(Operator):
-    """An operator that is wrong about the time."""
-
-    skew = 0
-
-    def spawn(self) -> None:
-        self._process = Process(
-            "operator",
-            [sys.executable, "-P", SCRIPT, str(self.skew), "--config", self._config],
-            self.log.parent,
-            {**os.environ, "KUBECONFIG": str(self._kubeconfig), "NO_PROXY": "*"},
-        )
-
-
 @pytest.mark.parametrize("skew", [-300, 300])
 def test_five_minutes_of_skew_change_no_decision(crd_cluster, kwok_namespace, tmp_path, skew):
     api = crd_cluster.api
     stops = {"stop-seconds": 4, "stop-exit-code": 43, "stop-message": word(43, "Preempted", "stopped at step 5")}
-    operator = SkewedOperator(tmp_path, crd_cluster.kubeconfig, namespaces=[kwok_namespace])
-    operator.skew = skew
+    operator = Operator(tmp_path, crd_cluster.kubeconfig, namespaces=[kwok_namespace])
+    operator.program = ("-P", SCRIPT, str(skew))
     with pods_do(api, kwok_namespace, stops), operator:
         path = create_job(api, qlora_job(namespace=kwok_namespace))
         running = api.wait_for(path, in_state("Running"), seconds=LONG)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 
 from cluster.api import ApiError
 from cluster.kwok import PREFIX, finish_pod
-from cluster.processes import Process
 from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import condition, create_job, in_state, last_attempt, qlora_job
 from cluster.scenarios.operator import Operator
@@ -282,14 +280,7 @@ class FaultyOperator(Operator):
     """An operator each of whose tasks fails a few times."""
 
     FAILURES = 3
-
-    def spawn(self) -> None:
-        self._process = Process(
-            "operator",
-            [sys.executable, "-P", FAULTY, str(self.FAILURES), "--config", self._config],
-            self.log.parent,
-            {**os.environ, "KUBECONFIG": str(self._kubeconfig), "NO_PROXY": "*"},
-        )
+    program = ("-P", FAULTY, str(FAILURES))
 
 
 def test_a_task_that_raises_is_counted_and_started_again_and_the_others_go_on(
