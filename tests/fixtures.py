@@ -15,6 +15,7 @@ from services.versitygw import VersityGateway
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 _bucket_numbers = count()
 
@@ -24,6 +25,14 @@ def skip_unless_ci(reason: str) -> None:
     if os.environ.get("CI", "").lower() == "true":
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def check_golden(path: Path, text: str) -> None:
+    """Compare a text with a golden file; ``REFRESH_GOLDEN=1`` writes the file first, which CI refuses."""
+    if os.environ.get("REFRESH_GOLDEN") == "1":
+        assert os.environ.get("CI", "").lower() != "true", "golden files are looked at by a person"
+        path.write_text(text)
+    assert text == path.read_text()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,11 +13,11 @@ import pytest
 import yaml
 
 from charts.helm import CHART, REPOSITORY, HelmError, one
+from fixtures import check_golden
 from qlora_api.crd import crd
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(p.name for p in GOLDEN.iterdir() if p.is_dir())
-REFRESH = os.environ.get("REFRESH_GOLDEN") == "1"
 JOBS = sorted((REPOSITORY / "examples" / "cluster").glob("*.yaml"))
 DEFINITION = re.compile(r"\nkind: CustomResourceDefinition\n.*?\n(spec:\n.*?)(?=\n---)", re.DOTALL)
 
@@ -42,11 +41,7 @@ def test_there_are_golden_cases():
 
 @pytest.mark.parametrize("case", CASES)
 def test_manifests_are_as_they_were_looked_at(helm, case):
-    want, got = GOLDEN / case / "want.yaml", without_definition(helm.template(values_of(case)))
-    if REFRESH:
-        assert os.environ.get("CI") != "true", "golden files are looked at by a person"
-        want.write_text(got)
-    assert got == want.read_text()
+    check_golden(GOLDEN / case / "want.yaml", without_definition(helm.template(values_of(case))))
 
 
 def test_what_is_generated_is_fresh():
