@@ -11,12 +11,31 @@ from safetensors.torch import save_file
 
 from qlora_api.contract import JobRef
 from qlora_api.spec import QLoRAJobSpec
+from qlora_storage.object_store import open_store
 from qlora_trainer.publish.adapter_manifest import PublishFacts
 
 torch.set_num_threads(1)
 
 UID = "3f2a9c01-5d7e-4a53-9f2f-8a1f6f1f0001"
 BASE_LAYERS = tuple(f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj"))
+
+
+def edit_json(path, **changes):
+    """Change top-level keys of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def upload(folder, uri):
+    """Upload every file of a folder; return the URI."""
+    store = open_store(uri, "x")
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        store.put(path.relative_to(folder).as_posix(), path)
+    return uri
+
+
+def names(folder):
+    """Return the paths of a folder's files within it."""
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
 @pytest.fixture

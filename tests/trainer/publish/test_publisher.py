@@ -17,6 +17,7 @@ from qlora_trainer.errors import UserError
 from qlora_trainer.publish.gate import AdapterRejectedError, verify_adapter, verify_loads
 from qlora_trainer.publish.publisher import Manifest, _declare, check_destination, publish, verify_published
 from services.faulty_s3 import S3Fault, faulty_s3
+from storage_fixtures import edit_json
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 LAYERS = tuple(f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj"))
@@ -24,10 +25,6 @@ LAYERS = tuple(f"model.layers.{i}.self_attn.{name}" for i in range(2) for name i
 
 def keys(uri):
     return [key for key, _ in open_store(uri, "x").list()]
-
-
-def edit_json(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 # ------------------------------------------------------------------------------------------------------- a good adapter

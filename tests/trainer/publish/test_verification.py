@@ -8,12 +8,7 @@ from qlora_storage.object_store import open_store
 from qlora_trainer import verify
 from qlora_trainer.errors import UserError
 from qlora_trainer.publish.publisher import publish, verify_published
-
-Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
-
-
-def edit_json(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+from storage_fixtures import edit_json
 
 
 def _alter(store, key):

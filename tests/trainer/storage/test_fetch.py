@@ -19,20 +19,7 @@ from qlora_trainer.storage import fetch
 from qlora_trainer.storage.fetch import fetch_model, model_revision
 from qlora_trainer.storage.model_files import safetensors_header
 from services.fake_hub import COMMIT
-
-ROWS = "spec.dataset.train.source"
-
-
-def upload(folder, uri):
-    store = open_store(uri, "x")
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        store.put(path.relative_to(folder).as_posix(), path)
-    return uri
-
-
-def names(folder):
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-
+from storage_fixtures import names, upload
 
 # --------------------------------------------------------------------------------------------------------- local models
 

@@ -5,19 +5,9 @@ import pytest
 from qlora_storage.object_store import open_store
 from qlora_trainer.errors import UserError
 from qlora_trainer.storage.fetch import fetch_rows
+from storage_fixtures import names, upload
 
 ROWS = "spec.dataset.train.source"
-
-
-def upload(folder, uri):
-    store = open_store(uri, "x")
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        store.put(path.relative_to(folder).as_posix(), path)
-    return uri
-
-
-def names(folder):
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
 @pytest.mark.parametrize("source", ["{s3}/rows/train.jsonl", "{s3}/rows", "{here}/train.jsonl", "{here}"])
