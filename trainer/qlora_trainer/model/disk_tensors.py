@@ -84,11 +84,9 @@ class _Fp8:
         return shape
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        weight, scales = self._weight[...], self._scales[...]
-        if len(self.get_shape()) > 2 and index is not Ellipsis:
-            weight, scales = self._weight[index], self._scales[index]
-            index = ...
-        return dequantized_fp8(weight, scales, self._dtype, self._block)[index]
+        if len(self.get_shape()) > 2:  # of experts only those that are asked for are read
+            return dequantized_fp8(self._weight[index], self._scales[index], self._dtype, self._block)
+        return dequantized_fp8(self._weight[...], self._scales[...], self._dtype, self._block)[index]
 
 
 class _Mxfp4:
