@@ -77,13 +77,15 @@ def check_skip_modules(quantization: QuantizationSpec, names: Iterable[str], *, 
 
     """
     field, patterns = "spec.quantization.skipModules", quantization.skip_modules
-    if patterns and on_disk:
+    if not patterns:
+        return
+    if on_disk:
         raise FieldError(
             field,
             patterns[0],
             "cannot be followed: the base is quantized on disk. Remove it, or use the 16-bit base",
         )
-    candidates = tuple(names) if patterns else ()
+    candidates = tuple(names)
     for pattern in patterns:
         if not any(is_matched(name, pattern) for name in candidates):
             kinds = ", ".join(sorted({name.rpartition(".")[2] for name in candidates}))
@@ -94,5 +96,5 @@ def check_skip_modules(quantization: QuantizationSpec, names: Iterable[str], *, 
                 f"matches no layer that would be quantized; those are {kinds}. Of themselves {others}, head, norms and "
                 "routers stay in 16 bits",
             )
-    if patterns and all(quantization.skips(name) for name in candidates):
+    if all(quantization.skips(name) for name in candidates):
         raise FieldError(field, ", ".join(patterns), "leaves no layer quantized: name fewer, or set type None")

@@ -72,3 +72,12 @@ def test_weights_that_are_packed_already_agree():
 def test_what_cannot_be_planned_says_why(config, tensors, message):
     with pytest.raises(FieldError, match=message):
         model_shape({**LLAMA_8B, **config}, tensors)
+
+
+def test_a_base_without_layers_that_are_named_so_is_not_planned():
+    tensors = {
+        "embed_tokens.weight": TensorInfo("BF16", (100, 32)),
+        "encoder.block.weight": TensorInfo("BF16", (32, 32)),
+    }
+    with pytest.raises(FieldError, match="no weights that are named as decoder layers are"):
+        model_shape({"model_type": "own", "hidden_size": 32}, tensors)

@@ -42,6 +42,13 @@ def test_layers_that_stay_in_16_bits_take_two_bytes_a_weight(kind, saved):
     assert more == pytest.approx(added, abs=3 * 5 * 512)
 
 
+@pytest.mark.parametrize("checkpointing", ["Full", "None"])
+def test_the_last_layer_in_16_bits_leaves_the_peak_of_those_before_it(checkpointing):
+    sizes = {"training__gradientCheckpointing": checkpointing, "training__microBatchSize": 1}
+    last, other = (plan(request(quantization__skipModules=[f"layers.{n}.*"], **sizes)) for n in (31, 30))
+    assert last.memory.components == other.memory.components
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_skipping_all_layers_but_one_needs_what_no_quantization_needs(stage):
     names = [f"{kind}_proj" for kind in ("q", "k", "v", "o", "gate", "up")]

@@ -29,7 +29,7 @@ class Activations:
     """Highest total of head and loss, forward or backward, besides ``stored``."""
     layer: int
     """Highest total of the last layer's backward pass besides ``stored``: gradients, and with checkpointing all that
-    its operations save."""
+    its operations save. Of layers that differ from it by what is left in 16 bits alone, that of the largest."""
     saved_by_loss: int
     """Held by head and loss from the forward to the backward pass."""
     inputs: int
@@ -47,27 +47,48 @@ def activations(shape: ModelShape, setting: ForwardSetting, *, checkpointing: bo
             count * decoder_layer(layer, shape.hidden, setting, rotation, learns=learns)[0].saved(_elsewhere(rotation))
             for layer, learns, count in _kinds(shape, setting)
         )
-    tape, x = decoder_layer(shape.layers[-1], shape.hidden, setting, rotation, learns=True)
-    outside = (*_elsewhere(rotation), x)
-    if checkpointing:
-        output = boundary if setting.software.reentrant else 0
-        again = tape.forward_peak(outside)
-        layer_peak = max(again + boundary, tape.backward_peak(outside) + output)
-    else:
-        layer_peak = tape.backward_peak(outside) - tape.saved(outside)
     # Learned positions make another tensor of the embeddings, which stay: transformers has them need a gradient.
     embeddings = boundary if checkpointing and rotation is None else 0
     loss, saved = head_and_loss(shape, setting)
     return Activations(
         stored=stored,
         loss=loss,
-        layer=layer_peak,
+        layer=max(
+            _layer_peak(layer, shape, setting, rotation, checkpointing=checkpointing)
+            for layer in _like_the_last(shape, setting)
+        ),
         saved_by_loss=saved,
         inputs=INDICES * INT64 * setting.tokens
         + embeddings
         + (rotation.size if rotation else 0)
         + mask_bytes(shape.layers[0].attention, setting.tokens, setting.width),
     )
+
+
+def _layer_peak(
+    layer: Layer, shape: ModelShape, setting: ForwardSetting, rotation: Value | None, *, checkpointing: bool
+) -> int:
+    """Highest total of one layer's backward pass, besides what is stored from the forward pass."""
+    tape, x = decoder_layer(layer, shape.hidden, setting, rotation, learns=True)
+    outside = (*_elsewhere(rotation), x)
+    if not checkpointing:
+        return tape.backward_peak(outside) - tape.saved(outside)
+    boundary = setting.width * shape.hidden * setting.tokens
+    output = boundary if setting.software.reentrant else 0
+    return max(tape.forward_peak(outside) + boundary, tape.backward_peak(outside) + output)
+
+
+def _like_the_last(shape: ModelShape, setting: ForwardSetting) -> list[Layer]:
+    """Return one layer of each way in which those of the last layer's kind are quantized."""
+    kind = _kind(shape.layers[-1], setting)
+    alike = [layer for layer in shape.layers if _kind(layer, setting) == kind]
+    return list({tuple(setting.is_quantized(weight) for weight in layer.weights): layer for layer in alike}.values())
+
+
+def _kind(layer: Layer, setting: ForwardSetting) -> tuple[object, ...]:
+    """Return what layers have in common that keep the same."""
+    linears = tuple((w.inputs, w.outputs, w.name in setting.adapter.names) for w in layer.weights)
+    return linears, layer.attention.sliding_window, isinstance(layer.feed_forward, Experts)
 
 
 def _kinds(shape: ModelShape, setting: ForwardSetting) -> list[tuple[Layer, bool, int]]:
@@ -79,17 +100,15 @@ def _kinds(shape: ModelShape, setting: ForwardSetting) -> list[tuple[Layer, bool
     counted: dict[object, tuple[Layer, bool, int]] = {}
     learns = any(linear.name in adapted for linear in shape.outside if linear.outputs == shape.hidden)
     for layer in shape.layers:
-        weights = (*layer.linears, *layer.experts)
-        linears = tuple((linear.inputs, linear.outputs, linear.name in adapted) for linear in weights)
-        key = (learns, linears, layer.attention.sliding_window, isinstance(layer.feed_forward, Experts))
+        key = (learns, *_kind(layer, setting))
         counted[key] = (layer, learns, counted.get(key, (layer, learns, 0))[2] + 1)
-        learns = learns or any(linear.name in adapted for linear in weights)
+        learns = learns or any(weight.name in adapted for weight in layer.weights)
     return list(counted.values())
 
 
 def _rotation(shape: ModelShape, setting: ForwardSetting) -> Value | None:
     """cos and sin of every position, [1, T, rotary_dim] each, made once for all layers."""
-    rotary = shape.layers[0].attention.rotary_dim if shape.layers else 0
+    rotary = shape.layers[0].attention.rotary_dim
     return Value(2 * rotary * setting.tokens, setting.width, learns=False) if rotary else None
 
 

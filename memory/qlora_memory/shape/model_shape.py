@@ -144,6 +144,11 @@ class Layer:
         return (*(linear for linear in found if linear is not None and linear.outputs), *self.others)
 
     @property
+    def weights(self) -> tuple[Linear, ...]:
+        """All that can be quantized."""
+        return (*self.linears, *self.experts)
+
+    @property
     def experts(self) -> tuple[Linear, ...]:
         """The weights of the experts."""
         return self.feed_forward.weights if isinstance(self.feed_forward, Experts) else ()

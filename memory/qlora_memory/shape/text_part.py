@@ -82,9 +82,9 @@ def _with_sizes(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) ->
 def _body(model_type: str, on_disk: str | None) -> str:
     if model_type in _HEAD_IN_LANGUAGE_MODEL:
         return "language_model.model"
-    if on_disk in (None, "model.", "language_model.model.") or "." not in (on_disk or ""):
+    if on_disk is None or on_disk in ("model.", "language_model.model."):
         return "model.language_model"
-    return str(on_disk).removesuffix(".")
+    return on_disk.removesuffix(".")
 
 
 def _is_beside(name: str, prefix: str) -> bool:

@@ -88,6 +88,10 @@ def shape_of_tensors(config: Config, tensors: Mapping[str, TensorInfo] | None) -
             elements[_place(name, tensor)] += tensor.elements
     sizes = hidden, heads, pairs, head_dim
     layers = tuple(_layer(config, sizes, found[i], stacks.get(i)) for i in sorted({*found, *stacks}))
+    if not layers:
+        raise FieldError(
+            SOURCE, None, "has no weights that are named as decoder layers are: its memory cannot be planned"
+        )
     vocabulary = table.shape[0]
     tied = bool(config.get("tie_word_embeddings", False)) or not any(n.endswith(_HEAD) for n in tensors)
     return ModelShape(
