@@ -168,7 +168,6 @@ class Operator:
 
         """
         self.watches.begin()
-        self.metrics.operates = True
         waiting, looking = asyncio.create_task(self.stop.wait()), asyncio.create_task(self.look())
         renewing = [asyncio.create_task(self.election.renew())] if self.election else []
         tasks = [asyncio.create_task(supervise(task, self.metrics.task_failed)) for task in self.background_tasks()]
@@ -235,6 +234,7 @@ class Operator:
         self.reconciler.children.services |= services
         for key in (*dict(self.store), *((namespace, "") for namespace in self.reconciler.children.services)):
             self.wake(key)
+        self.metrics.operates = True
         self.looked.set()
 
     async def watch(self) -> None:

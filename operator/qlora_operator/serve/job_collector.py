@@ -61,6 +61,7 @@ class JobsCollector:
         self._total: defaultdict[str, float] = defaultdict(float)
         """GPU-seconds by namespace, since this process began."""
         self._first = True
+        """Until a scrape while this process operates: before, the store does not hold all jobs yet."""
 
     def collect(self) -> Iterator[Metric]:
         families = _Families()
@@ -77,7 +78,7 @@ class JobsCollector:
                 used[uid], figures.complete = self._used.get(uid, 0.0), False
             families.add(namespace, figures)
             self._count(namespace, uid, used[uid])
-        self._used, self._first = used, False
+        self._used, self._first = used, self._first and not self._operates()
         families.add_counted()
         for namespace, seconds in self._total.items():
             families["qlora_operator_gpu_seconds"].add_metric((namespace,), seconds)

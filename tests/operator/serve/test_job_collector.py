@@ -18,9 +18,9 @@ class Scraped:
     """A store with jobs in it, and what is scraped of it at a time of day."""
 
     def __init__(self) -> None:
-        self.store, self.now = ObjectCache(), NOON
+        self.store, self.now, self.operates = ObjectCache(), NOON, True
         self._registry = CollectorRegistry()
-        self._registry.register(JobsCollector(self.store, lambda: self.now))
+        self._registry.register(JobsCollector(self.store, lambda: self.now, operates=lambda: self.operates))
         self._version = 0
 
     def job(self, name="one", status=None, namespace="team", **spec):
@@ -123,6 +123,16 @@ def test_the_namespaces_counter_grows_by_what_was_used_and_never_falls(scraped):
 def test_a_job_that_began_since_the_last_scrape_is_counted_whole(scraped):
     scraped.value("qlora_operator_jobs")
     scraped.job(status={"state": "Running", "attempts": [attempt(runningTime="2026-01-01T11:59:00Z")]})
+    assert scraped.value("qlora_operator_gpu_seconds_total", namespace="team") == 16 * 60
+
+
+def test_what_was_used_before_a_standby_takes_over_is_not_counted_anew(scraped):
+    scraped.operates = False
+    assert scraped.value("qlora_operator_leading") == 0
+    scraped.job(status={"state": "Running", "attempts": [attempt(runningTime="2026-01-01T11:50:00Z")]})
+    scraped.operates = True
+    assert scraped.value("qlora_operator_gpu_seconds_total", namespace="team") == 0
+    scraped.now += 60
     assert scraped.value("qlora_operator_gpu_seconds_total", namespace="team") == 16 * 60
 
 
