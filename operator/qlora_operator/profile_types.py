@@ -33,7 +33,7 @@ def known_gpu_name(name: str) -> str:
     if name not in GPUS:
         close = closest(name, GPUS, 1)
         hint = f'; did you mean "{close[0]}"? Known' if close else "; use one of"
-        raise ValueError(f'"{name}" is not known{hint}: {", ".join(GPUS)}')
+        raise ValueError(f"is not known{hint}: {', '.join(GPUS)}")
     return name
 
 

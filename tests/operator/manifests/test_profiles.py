@@ -262,7 +262,7 @@ def test_a_jobs_own_labels_and_annotations_replace_none_of_the_profiles():
 @pytest.mark.parametrize(
     ("profile", "said"),
     [
-        ({"gpu": "h100"}, '"h100" is not known'),
+        ({"gpu": "h100"}, 'profiles.p.gpu: "h100" is not known; did you mean "h100-80gb"?'),
         ({"gpuResource": "gpu"}, "gpuResource"),
         ({"cpu": {"default": "4", "min": "8"}}, "default: 4 must lie between min (8) and max (4)"),
         ({"memory": {"default": "64Gi", "max": "32Gi"}}, "default: 64Gi must lie between min (64Gi) and max (32Gi)"),
