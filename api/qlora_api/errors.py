@@ -22,7 +22,7 @@ class FieldError(ValueError):
     ``str()`` reads ``spec.lora.rank: 0 must be at least 1``. Texts are shown in quotes, numbers as they are.
 
     Args:
-        field: path in the manifest.
+        field: path in the manifest. Empty: the manifest as a whole.
         value: what stands there.
         allowed: what may stand there; completes the sentence that the value begins.
         sentence: what to say of the field instead of value and ``allowed``.
@@ -34,7 +34,8 @@ class FieldError(ValueError):
         self.value = value
         self.allowed = allowed
         shown = _show(value)
-        super().__init__(f"{field}: {sentence or (f'{shown} {allowed}' if shown else allowed)}")
+        text = sentence or (f"{shown} {allowed}" if shown else allowed)
+        super().__init__(f"{field}: {text}" if field else text)
 
 
 class ManifestError(ValueError):
