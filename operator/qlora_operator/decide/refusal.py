@@ -23,19 +23,44 @@ _BY_RESOURCE = (
 """What else helps where a quota has too little of a resource."""
 _LIMITS = "a LimitRange of this namespace must allow trainer.cpu and trainer.memory, values of the operator's chart"
 _REMEDIES = (
-    ("no PriorityClass with name", "have it created, or correct spec.scheduling.priorityClassName"),
-    ("serviceaccount", "create it in this namespace, or correct trainer.serviceAccountName, a value of the chart"),
-    ("is being terminated", "the namespace is being deleted"),
-    ("violates PodSecurity", "the namespace's Pod Security level must allow what the operator's chart adds to pods"),
-    ("usage per Container", _LIMITS),
-    ("usage per Pod", _LIMITS),
-    ("tolerations", "correct spec.scheduling.tolerations"),
-    ("nodeSelector", "correct spec.scheduling.nodeSelector"),
-    ("admission webhook", "change the job so that the webhook admits it, or ask those who run the webhook"),
-    ("ValidatingAdmissionPolicy", "change the job so that the policy admits it, or ask those who made the policy"),
-    ("cannot create resource", "the operator's role lacks this right: install the chart's roles (rbac.create)"),
+    (UNKNOWN_PROFILE, Reason.MISSING_REFERENCE, ""),
+    (
+        "no PriorityClass with name",
+        Reason.MISSING_REFERENCE,
+        "have it created, or correct spec.scheduling.priorityClassName",
+    ),
+    (
+        "serviceaccount",
+        Reason.REFUSED,
+        "create it in this namespace, or correct trainer.serviceAccountName, a value of the chart",
+    ),
+    ("is being terminated", Reason.REFUSED, "the namespace is being deleted"),
+    (
+        "violates PodSecurity",
+        Reason.REFUSED,
+        "the namespace's Pod Security level must allow what the operator's chart adds to pods",
+    ),
+    ("usage per Container", Reason.REFUSED, _LIMITS),
+    ("usage per Pod", Reason.REFUSED, _LIMITS),
+    ("tolerations", Reason.REFUSED, "correct spec.scheduling.tolerations"),
+    ("spec.nodeSelector", Reason.REFUSED, "correct spec.scheduling.nodeSelector"),
+    (
+        "admission webhook",
+        Reason.REFUSED,
+        "change the job so that the webhook admits it, or ask those who run the webhook",
+    ),
+    (
+        "ValidatingAdmissionPolicy",
+        Reason.REFUSED,
+        "change the job so that the policy admits it, or ask those who made the policy",
+    ),
+    (
+        "cannot create resource",
+        Reason.REFUSED,
+        "the operator's role lacks this right: install the chart's roles (rbac.create)",
+    ),
 )
-"""Of a message of the API server's: a part by which it is known, and what helps."""
+"""A part by which a message is known, its reason, and what helps; empty where the message says so itself."""
 
 
 def refusal(said: str) -> tuple[Reason, str]:
@@ -49,12 +74,9 @@ def refusal(said: str) -> tuple[Reason, str]:
             return Reason.REFUSED, f"{said}; have trainer.limitCpu set to true, a value of the operator's chart"
         text = f"ResourceQuota {missing['name']} wants {missing['what']} of every container"
         return Reason.REFUSED, f"{said}; {text}: add a LimitRange with defaults to the namespace"
-    remedy = next((words for part, words in _REMEDIES if part in said), "")
-    if UNKNOWN_PROFILE in said:
-        return Reason.MISSING_REFERENCE, said
-    if "no PriorityClass with name" in said:
-        return Reason.MISSING_REFERENCE, f"{said}; {remedy}"
-    return Reason.REFUSED, f"{said}; {remedy}" if remedy else said
+    found = ((reason, remedy) for part, reason, remedy in _REMEDIES if part in said)
+    reason, remedy = next(found, (Reason.REFUSED, ""))
+    return reason, f"{said}; {remedy}" if remedy else said
 
 
 def _quota_words(quota: re.Match[str]) -> str:

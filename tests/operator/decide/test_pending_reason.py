@@ -65,6 +65,12 @@ def test_taints_are_mentioned_where_they_are_the_reason(said, words):
             "trainer.serviceAccountName",
             id="service-account",
         ),
+        pytest.param(
+            'Job.batch "x" is invalid: spec.template.spec.nodeSelector: Invalid value: "a b"',
+            "Refused",
+            "; correct spec.scheduling.nodeSelector",
+            id="node-selector",
+        ),
     ],
 )
 def test_what_the_api_server_says_gets_a_remedy(said, reason, words):

@@ -220,6 +220,13 @@ def test_a_job_selects_no_other_nodes_than_the_default_profiles():
     assert pod["spec"]["nodeSelector"] == {"pool": "a", "kubernetes.io/arch": "amd64", "zone": "1"}
 
 
+def test_what_a_profile_does_not_allow_has_one_remedy():
+    scheduling = {"nodeSelector": {"pool": "b"}}
+    config = config_with({"default": {"nodeSelector": {"pool": "a"}}})
+    (prepared,) = [c for c in decide(by(**scheduling), seen(), config).status.conditions if c.type == "Prepared"]
+    assert prepared.message == profile_problem(by(**scheduling).spec.scheduling, config)
+
+
 @pytest.mark.parametrize("field", [{"nodeSelector": {"pool": "b"}}, {"tolerations": [{"key": "spot"}]}], ids=str)
 def test_a_named_profile_and_free_form_fields_exclude_each_other(field):
     with pytest.raises(ManifestError, match=f"{next(iter(field))} must not be set with it"):
