@@ -1,4 +1,4 @@
-"""Run as a program by ``fork_server.py``: imports the operator once, then forks into it on demand.
+"""Run as a program by ``forked_operator.py``: imports the operator once, then forks into it on demand.
 
 One connection asks for one fork: a line of JSON (arguments, environment, log) is answered with the process id, and the
 connection closes when that process ends.

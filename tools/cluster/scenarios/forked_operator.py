@@ -125,10 +125,10 @@ class ForkedOperator(Operator):
         **settings: Any,
     ) -> None:
         super().__init__(folder, kubeconfig, **settings)
-        self._zygote, self._constants = fork_server, constants or {}
+        self._fork_server, self._constants = fork_server, constants or {}
 
     def spawn(self) -> None:
         environment = {"KUBECONFIG": str(self._kubeconfig), "NO_PROXY": "*"}
-        self._process = self._zygote.fork(  # type: ignore[assignment]
+        self._process = self._fork_server.fork(  # type: ignore[assignment]
             ["--config", str(self._config)], environment, self.log, self._constants
         )
