@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
+from pydantic.alias_generators import to_camel
 
 from qlora_api.base import Model
 from qlora_api.errors import closest
@@ -139,7 +140,7 @@ class ProfileVolume(Model):
     @property
     def source(self) -> Object:
         """Return the source as in a PodSpec."""
-        return {name: self.at(name) for name in self.sources if self.at(name) is not None}
+        return {to_camel(n): v for n, v in self if v is not None and to_camel(n) in self.sources}
 
     @model_validator(mode="after")
     def _is_one_volume_at_its_own_place(self) -> Self:
