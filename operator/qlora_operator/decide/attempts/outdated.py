@@ -19,7 +19,7 @@ def is_outdated(context: Context, job: ObservedJob, wanted: Callable[[], dict[st
         return False
     if context.seen.child_refused:
         return is_contested(context, job)
-    return job.template not in ("", template_hash(wanted()))
+    return bool(job.template) and job.template != template_hash(wanted())
 
 
 def is_contested(context: Context, job: ObservedJob) -> bool:
