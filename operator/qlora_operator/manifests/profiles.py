@@ -42,7 +42,7 @@ def memory_of(profile: PodProfile, config: OperatorConfig) -> AmountRange:
 
 def prepare_of(spec: QLoRAJobSpec, config: OperatorConfig) -> PreparePod:
     """Return Prepare's pod: the profile's own, else the operator's."""
-    profile = profile_of(spec, config)
+    profile = config.profiles.get(spec.scheduling.profile or DEFAULT)
     return (profile and profile.prepare) or config.prepare
 
 
