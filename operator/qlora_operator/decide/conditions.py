@@ -59,9 +59,7 @@ _SPEAKING = (
 
 def with_summary(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
     """The status with the conditions that say the same in other tools' terms, and with what has no effect."""
-    by_type = {c.type: c for c in status.conditions}
-    own = [by_type[kind] for kind in _SPEAKING if kind in by_type]
-    text = next((c.message for c in own if c.reason is status.reason), "")
+    text = reason_message(status)
     succeeded = is_condition_true(status.conditions, ConditionType.SUCCEEDED)
     status = with_condition(context, status, ConditionType.READY, status.reason, text, is_true=succeeded)
     if is_finished(status):
@@ -74,6 +72,13 @@ def with_summary(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
     if is_condition_true(status.conditions, ConditionType.DEGRADED):
         return with_condition(context, status, ConditionType.DEGRADED, Reason.UNDERSTOOD, "", is_true=False)
     return status
+
+
+def reason_message(status: QLoRAJobStatus) -> str:
+    """Return the message of the condition that has the status's reason; empty: none has."""
+    by_type = {c.type: c for c in status.conditions}
+    own = [by_type[kind] for kind in _SPEAKING if kind in by_type]
+    return next((c.message for c in own if c.reason is status.reason), "")
 
 
 def is_condition_true(conditions: Iterable[Condition], kind: ConditionType) -> bool:

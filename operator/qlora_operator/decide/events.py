@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_api.job import GROUP, QLoRAJob
 from qlora_api.status import Attempt, ConditionType, QLoRAJobStatus, Reason
-from qlora_operator.decide.conditions import is_condition_true
+from qlora_operator.decide.conditions import is_condition_true, reason_message
 from qlora_operator.decide.decision import Note
 from qlora_operator.names import FIELD_MANAGER
 
@@ -22,7 +22,7 @@ def transitions(before: QLoRAJobStatus, after: QLoRAJobStatus) -> Iterator[Note]
     if prepared and not is_condition_true(before.conditions, ConditionType.PREPARED):
         yield Note("Normal", "Prepared", prepared.message)
     if before.reason is not Reason.QUEUED and after.reason is Reason.QUEUED:
-        yield Note("Normal", "Queued", _message(after))
+        yield Note("Normal", "Queued", reason_message(after))
     if before.reason is Reason.QUEUED and after.reason in _ADMITTED:
         what = f"attempt {after.attempts[-1].number}" if after.attempts else "Prepare"
         yield Note("Normal", "Admitted", f"{what} was admitted")
@@ -51,12 +51,6 @@ def _started(status: QLoRAJobStatus, attempt: Attempt) -> Note:
 
 def _newest(status: QLoRAJobStatus) -> Attempt | None:
     return status.attempts[-1] if status.attempts else None
-
-
-def _message(status: QLoRAJobStatus) -> str:
-    """Return the message of the condition that says why a job waits."""
-    own = (c for c in status.conditions if c.type is not ConditionType.READY)
-    return next((c.message for c in own if c.reason is status.reason), "")
 
 
 def event_of(job: QLoRAJob, note: Note, now: datetime) -> dict[str, Any]:
