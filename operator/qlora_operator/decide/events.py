@@ -10,6 +10,7 @@ from qlora_api.job import GROUP, QLoRAJob
 from qlora_api.status import Attempt, ConditionType, QLoRAJobStatus, Reason
 from qlora_operator.decide.conditions import is_condition_true, reason_message
 from qlora_operator.decide.decision import Note
+from qlora_operator.decide.micro_time import micro_time
 from qlora_operator.names import FIELD_MANAGER
 
 LONGEST_NOTE = 1024
@@ -60,7 +61,7 @@ def event_of(job: QLoRAJob, note: Note, now: datetime) -> dict[str, Any]:
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
         "metadata": {"generateName": f"{meta.name}-", "namespace": meta.namespace},
-        "eventTime": now.isoformat(timespec="microseconds").replace("+00:00", "Z"),
+        "eventTime": micro_time(now),
         "type": note.kind,
         "reason": note.reason,
         "action": "Reconcile",

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from qlora_operator.decide.micro_time import micro_time
+
 LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS = 15, 10, 2
 """Until a Lease that nobody renews is free; until a leader that cannot renew it stops; between two tries."""
 
@@ -58,7 +60,7 @@ def is_free(seen: Sighting, candidate: str, now: float) -> bool:
 
 def claim(candidate: str, before: Lease | None, now: datetime) -> dict[str, Any]:
     """Return the spec of a Lease that a candidate takes or renews."""
-    time = now.isoformat(timespec="microseconds").replace("+00:00", "Z")
+    time = micro_time(now)
     stays = before is not None and before.holder == candidate
     return {
         "holderIdentity": candidate,
