@@ -17,6 +17,7 @@ from qlora_operator.kube.bounded_reads import lines
 from qlora_operator.kube.client import USER_AGENT, Object, read_change
 from qlora_operator.kube.kopf_import import kopf
 from qlora_operator.state.cache import kept_of
+from qlora_operator.state.skip_reasons import UNREADABLE
 
 Skipped = Callable[[str, str], None]
 """Told plural and reason of each object that is left out."""
@@ -78,7 +79,7 @@ class _TrimmedChanges:
         async for line in lines(self._content):
             change = read_change(line)
             if change is None:
-                self._skipped(PLURAL, "Unreadable")
+                self._skipped(PLURAL, UNREADABLE)
                 continue
             if change["type"] in ("ADDED", "MODIFIED", "DELETED"):
                 change["object"] = _cut(change["object"], self._skipped)
@@ -97,7 +98,7 @@ def _cut(body: Mapping[str, Any], skipped: Skipped) -> Object | None:
     try:
         kept = kept_of(body)
     except (KeyError, TypeError, ValueError):
-        skipped(PLURAL, "Unreadable")
+        skipped(PLURAL, UNREADABLE)
         return None
     seen = {name: kept[name] for name in ("apiVersion", "kind", "metadata")}
     return {**seen, _KEPT: json.dumps(kept, separators=(",", ":"))}
