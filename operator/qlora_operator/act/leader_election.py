@@ -117,8 +117,7 @@ class LeaderElection:
             self._seen = sighting_of(self._seen, lease, self._clock())
         lease = self._seen.lease
         if not is_free(self._seen, self._candidate, self._clock()):
-            if self.leads:
-                self._leads_until = -math.inf
+            self._leads_until = -math.inf
             self._say(f"{lease.holder} leads; this process stands by")
             return False
         await self._patch(lease, claim(self._candidate, lease, self._api.clock.now()))

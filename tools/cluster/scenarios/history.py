@@ -70,7 +70,7 @@ class History:
                 for line in answer.iter_lines():
                     change = parse_json(line)
                     if change.get("type", "ERROR") == "ERROR":  # as after a change of the CustomResourceDefinition
-                        listed = self._http.get(path).json()
+                        listed = self._http.get(path, params={"limit": "1"}).json()
                         version = listed.get("metadata", {}).get("resourceVersion", version)
                         break
                     found = change["object"]

@@ -74,9 +74,8 @@ class Operator:
 
     def stop(self) -> int:
         """SIGTERM, and wait; its exit code."""
-        assert self._process is not None
-        self._process.terminate(STOP_SECONDS)
-        code = self._process.wait(0)
+        self.terminate()
+        code = self.wait(0)
         self._process = None
         return code
 
