@@ -20,9 +20,9 @@ from qlora_api.spec import LoRASpec, ParallelismSpec, QuantizationSpec, Training
 from qlora_trainer.checkpoint import engine_state
 from qlora_trainer.engine.deepspeed_engine import apply_update, base_optimizer, join_ranks, wrap_deepspeed
 from qlora_trainer.model.base_model import add_lora, load_base, weight_bytes
-from qlora_trainer.model.loss import NextTokenLoss, call_arguments, head_is_plain
+from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end, head_is_plain
 from qlora_trainer.ranks import Ranks
-from random_rows import flatten, random_rows
+from random_rows import random_rows
 
 ACCUMULATION = 2
 
@@ -86,7 +86,7 @@ def measure(case: dict[str, Any], models: Path, ranks: Ranks) -> dict[str, Any]:
     )
     for index in range(ACCUMULATION):
         engine.set_gradient_accumulation_boundary(index == ACCUMULATION - 1)
-        batch = flatten(random_rows(24, 16, seed=index))
+        batch = end_to_end(random_rows(24, 16, seed=index))
         engine.backward(engine(*call_arguments(batch, ranks.device)).sum() * 0.01, scale_wrt_gas=False)
         seen["accumulating" if index == 0 else "gradients"] = int(ranks.max(content(gradient_tensors(engine)))[0])
     apply_update(engine, 0.3, 1e-3)

@@ -22,9 +22,9 @@ from qlora_api.spec import LoRASpec, ParallelismSpec, QuantizationSpec, Training
 from qlora_trainer.checkpoint import engine_state
 from qlora_trainer.engine.deepspeed_engine import accumulate, apply_update, join_ranks, wrap_deepspeed
 from qlora_trainer.model.base_model import add_lora, enable_gradient_checkpointing, load_base
-from qlora_trainer.model.loss import NextTokenLoss, head_is_plain
+from qlora_trainer.model.loss import NextTokenLoss, end_to_end, head_is_plain
 from qlora_trainer.ranks import Ranks
-from random_rows import flatten, random_rows
+from random_rows import random_rows
 
 ACCUMULATION = 2
 
@@ -54,7 +54,7 @@ def steps(
         share = len(rows) // (ranks.world_size * ACCUMULATION)
         targets = sum(len(r) - 1 for r in rows)
         mine = rows[ranks.rank :: ranks.world_size]
-        batches = [flatten(mine[index * share : (index + 1) * share]) for index in range(ACCUMULATION)]
+        batches = [end_to_end(mine[index * share : (index + 1) * share]) for index in range(ACCUMULATION)]
         total = accumulate(engine, SimpleNamespace(micro_batches=batches, target_tokens=targets), ranks, scale)
         norms.append(apply_update(engine, 0.3, 1e-3, scale))
         losses.append(ranks.sum(total)[0] / targets)

@@ -21,8 +21,8 @@ from qlora_memory import AdapterShape, model_shape
 from qlora_memory.activations.forward_backward import activations
 from qlora_memory.activations.setting import ForwardSetting
 from qlora_trainer.model.base_model import add_lora, enable_gradient_checkpointing, load_base
-from qlora_trainer.model.loss import NextTokenLoss, call_arguments, head_is_plain
-from random_rows import flatten, random_rows
+from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end, head_is_plain
+from random_rows import random_rows
 from testing.shared import shared_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
@@ -87,7 +87,7 @@ def held_bytes(loss, rows):
         return held
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
-        out = loss(*call_arguments(flatten(random_rows(*rows)), CPU))
+        out = loss(*call_arguments(end_to_end(random_rows(*rows)), CPU))
     gc.collect()
     storages = {h.tensor.untyped_storage().data_ptr(): h.tensor.untyped_storage().nbytes() for h in saved}
     assert out.requires_grad
@@ -128,7 +128,7 @@ def peak_bytes(loss, rows):
     for parameter in loss.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    arguments = call_arguments(flatten(random_rows(*rows)), CPU)
+    arguments = call_arguments(end_to_end(random_rows(*rows)), CPU)
     loss(*arguments).mean().backward()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         loss(*arguments).mean().backward()

@@ -20,9 +20,9 @@ from qlora_trainer.model.base_model import (
     weight_bytes,
 )
 from qlora_trainer.model.experts.targets import check_targets, linear_layers
-from qlora_trainer.model.loss import NextTokenLoss, call_arguments, head_is_plain
+from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end, head_is_plain
 from qlora_trainer.storage.model_files import check_code
-from random_rows import flatten, random_rows
+from random_rows import random_rows
 
 CPU = torch.device("cpu")
 BFLOAT16 = QuantizationSpec(compute_type=ComputeType.BFLOAT16)
@@ -35,7 +35,7 @@ ADAPTABLE = {
 
 def loss_of(model, rows=(24, 9)):
     module = NextTokenLoss(model, fused=head_is_plain(model))
-    return module(*call_arguments(flatten(random_rows(*rows)), CPU)).mean()
+    return module(*call_arguments(end_to_end(random_rows(*rows)), CPU)).mean()
 
 
 @pytest.mark.parametrize(

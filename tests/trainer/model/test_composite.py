@@ -19,12 +19,13 @@ from qlora_trainer.model.composite import model_class, tower_names
 from qlora_trainer.model.coverage import coverage_of
 from qlora_trainer.model.dry_run import adapters_without_gradient
 from qlora_trainer.model.experts.targets import check_targets
-from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end, head_is_plain, rows_are_apart
+from qlora_trainer.model.loss import call_arguments, end_to_end
 from qlora_trainer.prepare.plan_memory import shape_of
 from qlora_trainer.publish.gate import verify_adapter, verify_loads, verify_merged
 from qlora_trainer.publish.merge_adapter import load_adapter, merge
 from qlora_trainer.training.finish import export_adapter
 from random_rows import random_rows
+from training_steps import distance, module_of, steps, without_gradient
 
 CPU = torch.device("cpu")
 NF4 = QuantizationSpec(compute_type=ComputeType.FLOAT32)
@@ -33,25 +34,6 @@ LORA = LoRASpec(rank=4, alpha=8)
 RECURRENT = ("qwen3_5", "qwen3_5_moe")
 """Rows that lie end to end are refused by these without a kernel."""
 TYPES = pytest.mark.parametrize("name", COMPOSITES)
-
-
-def module_of(model):
-    module = NextTokenLoss(model, fused=head_is_plain(model))
-    module.row_by_row = not rows_are_apart(module, CPU)
-    return module
-
-
-def steps(model, count, rows=(24, 9)):
-    """Train; return the gradients of the last step."""
-    module = module_of(model.train())
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=2e-2)
-    for _ in range(count):
-        optimizer.zero_grad()
-        module(*call_arguments(end_to_end(random_rows(*rows)), CPU)).mean().backward()
-        gradients = {name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None}
-        optimizer.step()
-    model.eval()
-    return gradients
 
 
 @torch.no_grad()
@@ -65,11 +47,6 @@ def own_probabilities(model):
 def probabilities(model):
     """Return the same by a model of transformers."""
     return model.eval()(input_ids=torch.arange(30).view(1, -1) * 7 % 320).logits[0].float().softmax(-1)
-
-
-def distance(p, q):
-    """Mean total variation."""
-    return float((p - q).abs().sum(-1).mean() / 2)
 
 
 def whole(folder):
@@ -105,8 +82,7 @@ def test_two_steps_reach_every_adapter(name, composites):
     skeleton = add_lora(meta_model(composites[name]), LORA, seed=1)
     assert adapters_without_gradient(skeleton) == []
     model = add_lora(load_base(composites[name], NF4, CPU), LORA, seed=1)
-    gradients = steps(model, 2)  # in the first, A has none
-    assert [n for n in trainable(model) if n not in gradients or not gradients[n].any()] == []
+    assert without_gradient(model) == []
 
 
 @TYPES

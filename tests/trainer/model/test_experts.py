@@ -22,12 +22,13 @@ from qlora_trainer.model.experts import loading
 from qlora_trainer.model.experts.packed import Format, FrozenExperts, Packer
 from qlora_trainer.model.experts.structure import expert_parameters, router_names
 from qlora_trainer.model.experts.targets import check_targets, linear_layers
-from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end, head_is_plain, rows_are_apart
+from qlora_trainer.model.loss import call_arguments, end_to_end
 from qlora_trainer.publish.gate import verify_adapter, verify_loads
 from qlora_trainer.publish.merge_adapter import merge
 from qlora_trainer.storage.model_files import safetensors_header
 from qlora_trainer.training.finish import export_adapter
-from random_rows import flatten, random_rows
+from random_rows import random_rows
+from training_steps import distance, module_of, steps, without_gradient
 
 CPU = torch.device("cpu")
 NF4 = QuantizationSpec(compute_type=ComputeType.FLOAT32)
@@ -36,27 +37,9 @@ LORA = LoRASpec(rank=4, alpha=8)
 TYPES = pytest.mark.parametrize("name", MIXTURES)
 
 
-def steps(model, count, rows=(24, 9)):
-    """Train; return the gradients of the last step."""
-    module = NextTokenLoss(model.train(), fused=head_is_plain(model))
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=2e-2)
-    for _ in range(count):
-        optimizer.zero_grad()
-        module(*call_arguments(flatten(random_rows(*rows)), CPU)).mean().backward()
-        gradients = {name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None}
-        optimizer.step()
-    model.eval()
-    return gradients
-
-
 def probabilities(model):
     with torch.no_grad():
         return model(input_ids=torch.arange(30).view(1, -1) * 7 % 320, use_cache=False).logits.float().softmax(-1)
-
-
-def distance(p, q):
-    """Mean total variation."""
-    return float((p - q).abs().sum(-1).mean() / 2)
 
 
 def trained(folder, out):
@@ -77,8 +60,7 @@ def test_two_steps_reach_every_adapter_on_packed_experts(name, mixtures):
     model = add_lora(base, LORA, seed=1)
     targeted = model.targeted_parameter_names
     assert {n.removeprefix("base_model.model.") for n in experts} <= set(targeted)
-    gradients = steps(model, 2)  # in the first, A has none
-    assert [n for n in trainable(model) if n not in gradients or not gradients[n].any()] == []
+    assert without_gradient(model) == []
     assert not any(name in n for name in ("router", ".gate.") for n in trainable(model))
 
 
@@ -113,8 +95,7 @@ def test_the_gate_takes_the_adapter_and_misses_a_part_of_it(name, mixtures, tmp_
 @TYPES
 def test_a_row_in_company_has_the_losses_that_it_has_alone(name, mixtures):
     model = add_lora(load_base(mixtures[name], NF4, CPU), LORA, seed=1).eval()
-    module = NextTokenLoss(model, fused=head_is_plain(model))
-    module.row_by_row = not rows_are_apart(module, CPU)
+    module = module_of(model)
     assert module.row_by_row == (name == "gpt_oss")  # whose masks look over the ends of rows
     rows = random_rows(24, 9, 31)
     with torch.no_grad():

@@ -14,8 +14,8 @@ from qlora_api.spec import LoRASpec, QuantizationSpec, QuantizationType
 from qlora_trainer.model import base_model as model_module
 from qlora_trainer.model.base_model import add_lora, load_base, trainable
 from qlora_trainer.model.kernels import fuse_norms
-from qlora_trainer.model.loss import NextTokenLoss, call_arguments, head_is_plain
-from random_rows import flatten, random_rows
+from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end, head_is_plain
+from random_rows import random_rows
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def losses_and_gradient(path, kind, lora):
     for parameter in trainable(model).values():
         parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     torch.manual_seed(0)
-    losses = NextTokenLoss(model, fused=head_is_plain(model))(*call_arguments(flatten(random_rows(40, 21)), CPU))
+    losses = NextTokenLoss(model, fused=head_is_plain(model))(*call_arguments(end_to_end(random_rows(40, 21)), CPU))
     losses.sum().backward()
     return losses.detach(), torch.cat([p.grad.flatten() for p in trainable(model).values()])
 

@@ -11,8 +11,15 @@ from qlora_api.spec import ComputeType, LoRASpec, QuantizationSpec, Quantization
 from qlora_trainer.model import loss as loss_module
 from qlora_trainer.model.attention import PACKED, packed_attention
 from qlora_trainer.model.base_model import add_lora, load_base, trainable
-from qlora_trainer.model.loss import FrozenHead, NextTokenLoss, call_arguments, head_is_plain, rows_are_apart
-from random_rows import flatten, random_rows
+from qlora_trainer.model.loss import (
+    FrozenHead,
+    NextTokenLoss,
+    call_arguments,
+    end_to_end,
+    head_is_plain,
+    rows_are_apart,
+)
+from random_rows import random_rows
 from tiny_models import CONFIGS
 
 CPU = torch.device("cpu")
@@ -20,7 +27,7 @@ FLOAT32 = QuantizationSpec(type=QuantizationType.NONE, compute_type=ComputeType.
 
 
 def losses_of(module, rows):
-    return module(*call_arguments(flatten(rows), CPU))
+    return module(*call_arguments(end_to_end(rows), CPU))
 
 
 def with_random_adapter(path, quantization):
@@ -134,7 +141,7 @@ def test_chunks_of_the_fused_head_do_not_change_losses_or_gradients(monkeypatch)
 
 def test_a_micro_batch_without_targets_costs_nothing_and_leaves_zero_gradients(tiny_models):
     model = with_random_adapter(tiny_models["llama"], FLOAT32)
-    batch = flatten(random_rows(16))
+    batch = end_to_end(random_rows(16))
     batch.labels.fill_(-100)
     loss = NextTokenLoss(model, fused=True)(*call_arguments(batch, CPU)).sum()
     loss.backward()

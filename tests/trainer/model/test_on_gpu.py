@@ -11,8 +11,8 @@ from qlora_api.spec import ComputeType, LoRASpec, QuantizationSpec, Quantization
 from qlora_trainer.model import attention
 from qlora_trainer.model.attention import packed_attention
 from qlora_trainer.model.base_model import add_lora, load_base, trainable, weight_bytes
-from qlora_trainer.model.loss import NextTokenLoss, call_arguments, head_is_plain, rows_are_apart
-from random_rows import flatten, random_rows
+from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end, head_is_plain, rows_are_apart
+from random_rows import random_rows
 from tiny_models import CONFIGS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -68,7 +68,7 @@ def test_losses_and_gradients_are_the_cpus(kind, nats, tiny_models):
     rows, found = random_rows(*LENGTHS), []
     for device in (CPU, GPU):
         model = adapted(tiny_models["llama"], quantization, device)
-        losses = NextTokenLoss(model, fused=head_is_plain(model))(*call_arguments(flatten(rows), device))
+        losses = NextTokenLoss(model, fused=head_is_plain(model))(*call_arguments(end_to_end(rows), device))
         losses.mean().backward()
         gradient = torch.cat([p.grad.flatten().cpu() for p in trainable(model).values()])
         found.append((losses.detach().cpu(), gradient, weight_bytes(model)))
@@ -86,7 +86,7 @@ def test_scaled_float16_has_the_losses_and_gradients_of_float32(flash, tiny_mode
     rows, found, scale = random_rows(*LENGTHS), [], 1024.0
     for compute, by in ((ComputeType.FLOAT32, 1.0), (ComputeType.FLOAT16, scale)):
         model = adapted(tiny_models["llama"], QuantizationSpec(compute_type=compute), GPU)
-        losses = NextTokenLoss(model, fused=head_is_plain(model))(*call_arguments(flatten(rows), GPU))
+        losses = NextTokenLoss(model, fused=head_is_plain(model))(*call_arguments(end_to_end(rows), GPU))
         (losses.mean() * by).backward()
         found.append((losses.detach(), torch.cat([p.grad.flatten() / by for p in trainable(model).values()])))
     (losses, gradient), (in_float16, gradient_in_float16) = found
@@ -101,6 +101,6 @@ def test_rows_are_apart(name, compute, tiny_models):
     module = NextTokenLoss(model, fused=head_is_plain(model))
     assert rows_are_apart(module, GPU)
     rows = random_rows(*LENGTHS)
-    packed = module(*call_arguments(flatten(rows), GPU))
-    alone = torch.cat([module(*call_arguments(flatten([row]), GPU)) for row in rows])
+    packed = module(*call_arguments(end_to_end(rows), GPU))
+    alone = torch.cat([module(*call_arguments(end_to_end([row]), GPU)) for row in rows])
     assert (packed - alone).abs().mean() < (1e-4 if compute == "Float32" else 0.02)

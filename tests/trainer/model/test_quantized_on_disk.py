@@ -20,13 +20,14 @@ from qlora_trainer.model.base_model import add_lora, check_base, load_base, trai
 from qlora_trainer.model.disk_tensors import DiskTensors, dequantized_fp8
 from qlora_trainer.model.experts.packed import FrozenExperts
 from qlora_trainer.model.experts.structure import expert_parameters
-from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end
+from qlora_trainer.model.loss import call_arguments, end_to_end
 from qlora_trainer.prepare.fetch_and_tokenize import notes_of
 from qlora_trainer.prepare.plan_memory import shape_of
 from qlora_trainer.publish.merge_adapter import merge
 from qlora_trainer.storage.model_files import safetensors_header
 from qlora_trainer.training.finish import export_adapter
 from random_rows import random_rows
+from training_steps import steps
 
 CPU = torch.device("cpu")
 PLAIN = QuantizationSpec(type=QuantizationType.NONE, compute_type=ComputeType.BFLOAT16)
@@ -84,14 +85,15 @@ def quantized_by(folder, config):
 
 @pytest.fixture
 def mxfp4(tmp_path):
-    save_mixture(tmp_path / "base", "gpt_oss", **MIXTURES["gpt_oss"])
-    to_mxfp4(tmp_path / "base")
-    return tmp_path / "base"
+    return quantized_base(tmp_path / "base", "gpt_oss")
 
 
-def fp8_base(folder, kind, **options):
-    """Write a base in FP8."""
-    if kind == "mistral3":
+def quantized_base(folder, kind, **options):
+    """Write a base in FP8; gpt-oss in MXFP4, as it is published."""
+    if kind == "gpt_oss":
+        save_mixture(folder, kind, **MIXTURES[kind])
+        to_mxfp4(folder)
+    elif kind == "mistral3":
         save_composite(folder, kind)
         to_fp8(folder, prefix="model.language_model", **options)
     elif kind == "llama":
@@ -118,7 +120,7 @@ def test_mxfp4_is_what_transformers_makes_of_it(mxfp4):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "deepseek_v3"])
 def test_fp8_is_what_transformers_makes_of_it(kind, tmp_path):
-    base = fp8_base(tmp_path, kind, block=8)  # divides every size
+    base = quantized_base(tmp_path, kind, block=8)  # divides every size
     found = weights_of(load_base(base, PLAIN, CPU))
     config = FineGrainedFP8Config(dequantize=True, weight_block_size=(8, 8))
     wanted = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.bfloat16)
@@ -135,7 +137,7 @@ def test_fp8_is_what_transformers_makes_of_it(kind, tmp_path):
     ],
 )
 def test_layouts_of_scales(block, end, tmp_path):
-    base = fp8_base(tmp_path, "llama", block=block, end=end)
+    base = quantized_base(tmp_path, "llama", block=block, end=end)
     save_mixture(tmp_path / "16", "llama", vocab_size=320, **LIKE_LLAMA)
     wanted = weights_of(load_base(tmp_path / "16", PLAIN, CPU))
     for name, parameter in weights_of(load_base(base, PLAIN, CPU)).items():
@@ -151,11 +153,7 @@ def test_a_cut_block_has_its_own_scale():
 
 @pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_moe"])
 def test_experts_are_packed_from_what_was_dequantized(kind, tmp_path):
-    if kind == "gpt_oss":
-        save_mixture(tmp_path, kind, **MIXTURES[kind])
-        to_mxfp4(tmp_path)
-    else:
-        fp8_base(tmp_path, kind)
+    quantized_base(tmp_path, kind)
     plain = expert_parameters(load_base(tmp_path, PLAIN, CPU))
     packed = load_base(tmp_path, NF4, CPU)
     for name, parameter in expert_parameters(packed).items():
@@ -169,18 +167,9 @@ def test_experts_are_packed_from_what_was_dequantized(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["gpt_oss", "llama", "mistral3"])
 def test_it_is_trained_and_merged_in_16_bits(kind, tmp_path):
     base, out = tmp_path / "base", tmp_path / "merged"
-    if kind == "gpt_oss":
-        save_mixture(base, kind, **MIXTURES[kind])
-        to_mxfp4(base)
-    else:
-        fp8_base(base, kind)
+    quantized_base(base, kind)
     model = add_lora(load_base(base, NF4, CPU), LORA, seed=1)
-    module = NextTokenLoss(model.train(), fused=False)
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=2e-2)
-    for _ in range(2):
-        optimizer.zero_grad()
-        module(*call_arguments(end_to_end(random_rows(24)), CPU)).mean().backward()
-        optimizer.step()
+    steps(model, 2, rows=(24,))
     tensors = {n: p.detach().clone() for n, p in trainable(model).items()}
     export_adapter(model, tensors, tmp_path / "adapter", str(base), "main")
     merge(base, tmp_path / "adapter", out)
@@ -210,7 +199,7 @@ def test_an_expert_is_read_by_itself(tmp_path):
 
 
 def test_fp8_without_scales_is_found(tmp_path):
-    fp8_base(tmp_path, "llama")
+    quantized_base(tmp_path, "llama")
     path = tmp_path / "model.safetensors"
     kept = {n: t for n, t in load_file(path).items() if "layers.0.mlp.up_proj.weight_scale" not in n}
     save_file(kept, path, metadata={"format": "pt"})
@@ -250,11 +239,8 @@ def shape_of_config(folder, source):
 
 def test_the_plan_reads_headers_of_mxfp4_and_fp8_as_those_of_the_16_bit_base(tmp_path):
     save_mixture(tmp_path / "16", "gpt_oss", **MIXTURES["gpt_oss"])
-    save_mixture(tmp_path / "4", "gpt_oss", **MIXTURES["gpt_oss"])
-    to_mxfp4(tmp_path / "4")
+    quantized_base(tmp_path / "4", "gpt_oss")
     assert shape_of(tmp_path / "4") == shape_of(tmp_path / "16")
-    for name, changes in (("16", {}), ("8", {"block": 40})):
-        save_mixture(tmp_path / f"moe-{name}", "deepseek_v3", **MIXTURES["deepseek_v3"])
-        if changes:
-            to_fp8(tmp_path / f"moe-{name}", **changes)
+    save_mixture(tmp_path / "moe-16", "deepseek_v3", **MIXTURES["deepseek_v3"])
+    quantized_base(tmp_path / "moe-8", "deepseek_v3", block=40)
     assert shape_of(tmp_path / "moe-8") == shape_of(tmp_path / "moe-16")

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
-
 import bitsandbytes as bnb
 import pytest
 import torch
 
 from mixtures import MIXTURES
 from qlora_api.spec import ComputeType, LoRASpec, Optimizer, ParallelismSpec, QuantizationSpec, QuantizationType
-from qlora_memory import EstimateInput, estimate, model_shape, planned_coverage, tensor_infos
-from qlora_trainer.model.base_model import add_lora, load_base, trainable, weight_bytes
+from qlora_memory import EstimateInput, estimate, planned_coverage
+from qlora_trainer.model.base_model import add_lora, load_base, weight_bytes
 from qlora_trainer.model.coverage import coverage_of
 from qlora_trainer.model.experts.packed import FrozenExperts
 from qlora_trainer.model.experts.structure import expert_parameters
 from qlora_trainer.model.experts.targets import linear_layers
-from qlora_trainer.model.loss import NextTokenLoss, call_arguments, head_is_plain
-from qlora_trainer.storage.model_files import safetensors_header
-from random_rows import flatten, random_rows
+from qlora_trainer.prepare.plan_memory import shape_of
+from training_steps import without_gradient
 
 CPU = torch.device("cpu")
 LORA = LoRASpec(rank=4)
@@ -45,21 +42,6 @@ SKIPPED = {
 
 def skipping(patterns, kind=QuantizationType.NF4):
     return QuantizationSpec(type=kind, compute_type=ComputeType.BFLOAT16, skip_modules=patterns)
-
-
-def gradients(model):
-    module = NextTokenLoss(model.train(), fused=head_is_plain(model))
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2)
-    for _ in range(2):  # in the first step A has none
-        optimizer.zero_grad()
-        module(*call_arguments(flatten(random_rows(24, 9)), CPU)).mean().backward()
-        optimizer.step()
-    return {name: p.grad for name, p in trainable(model).items()}
-
-
-def shape_of(folder):
-    tensors = tensor_infos(safetensors_header(folder / "model.safetensors"))
-    return model_shape(json.loads((folder / "config.json").read_text()), tensors)
 
 
 def planned_bytes(folder, quantization):
@@ -103,7 +85,7 @@ def test_they_are_adapted_counted_and_planned(name, kind, tiny_models):
     if kind is QuantizationType.INT8:  # on a CPU its constants are not the parameter's own
         found["quantizationConstants"] = planned["quantizationConstants"]
     assert {k: planned[k] for k in found} == found
-    assert all(gradient.any() for gradient in gradients(model).values())
+    assert without_gradient(model) == []
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -120,7 +102,7 @@ def test_named_experts_stay_in_16_bits_and_learn(name, mixtures):
     assert FrozenExperts(experts[skipped]).shape == FrozenExperts(plain[skipped]).shape
     model = add_lora(base, LORA, seed=1)
     assert coverage_of(model).quantized == planned_coverage(shape_of(mixtures[name]), LORA, quantization).quantized
-    assert all(gradient.any() for gradient in gradients(model).values())
+    assert without_gradient(model) == []
     planned, found = planned_bytes(mixtures[name], quantization), weight_bytes(model)
     held = ("quantizedWeights", "quantizationConstants")
     assert {k: planned[k] for k in held} == {k: found[k] for k in held}
