@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from qlora_trainer.model.composite import model_class
 from testing.shared import shared_folder
+from tiny_models import save_random
 
 TEXT: dict[str, Any] = {
     "vocab_size": 320,
@@ -126,9 +127,5 @@ def save_composite(folder: Path, name: str, **changes: Any) -> None:
     text, vision = copy.deepcopy(COMPOSITES[name])  # configurations change what they are given
     config = AutoConfig.for_model(TYPE.get(name, name), text_config={**text, **changes}, vision_config=vision)
     model = model_class(config)._from_config(config, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.15)
-    model.save_pretrained(folder)
+    save_random(model, folder)
     (folder / "preprocessor_config.json").write_text('{"image_processor_type": "Tiny"}')

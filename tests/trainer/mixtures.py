@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from testing.shared import shared_folder
+from tiny_models import save_random
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 320,
@@ -87,8 +88,4 @@ def save_mixture(folder: Path, model_type: str, **sizes: Any) -> None:
     """Write a mixture, with weights so wide that the router's choices differ."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes), dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.15)
-    model.save_pretrained(folder)
+    save_random(model, folder)

@@ -17,6 +17,7 @@ from transformers import (
     OPTConfig,
     PhiConfig,
     PretrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
 )
@@ -58,8 +59,13 @@ def _save_models(folder: Path) -> None:
     for name, config in CONFIGS.items():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        with torch.no_grad():  # wider than the usual 0.02, so that attention is far from uniform
-            for parameter in model.parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(std=0.15)
-        model.save_pretrained(folder / name)
+        save_random(model, folder / name)
+
+
+def save_random(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model with random weights, wider than the usual 0.02: attention and routers are far from uniform."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+    model.save_pretrained(folder)
