@@ -1,6 +1,9 @@
 """Jobs and runs as the API server and 'qlora run' would write them."""
 
+import io
 from datetime import UTC, datetime
+
+from rich.console import Console
 
 NOW = datetime(2026, 1, 2, 12, 0, 0, tzinfo=UTC)
 GIB = 1 << 30
@@ -115,3 +118,14 @@ def run_record(name="quick", **more):
         },
         **more,
     }
+
+
+def ticking(*seconds):
+    """Return a clock that reads these values, one a call."""
+    times = iter(seconds)
+    return lambda: next(times)
+
+
+def console(**more):
+    """Return a console that writes to a string."""
+    return Console(file=io.StringIO(), width=120, markup=False, highlight=False, **more)

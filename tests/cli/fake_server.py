@@ -60,6 +60,16 @@ class FakeServer:
     def api(self, **user):
         return ApiClient(Access(context="test", server=self.url, namespace="default", user=User(**user)))
 
+    def kubeconfig(self):
+        """Return the text of a kubeconfig whose context ``here`` is this server, without a user."""
+        return json.dumps(
+            {
+                "clusters": [{"name": "c", "cluster": {"server": self.url}}],
+                "contexts": [{"name": "here", "context": {"cluster": "c"}}],
+                "current-context": "here",
+            }
+        )
+
     def __enter__(self):
         self._thread.start()
         return self

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fixtures import skip_unless_ci
+from qlora_trainer.liveness import heartbeat
 from testing.limits import memory_limit
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -31,3 +33,11 @@ def limited_memory():
                 skip_unless_ci(f"a cgroup of its own needs root and a writable /sys/fs/cgroup: {error}")
 
         yield make
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Return the clock of heartbeats, which stands until its ``value`` is changed."""
+    now = SimpleNamespace(value=100.0)
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now.value)
+    return now

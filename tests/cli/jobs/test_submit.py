@@ -136,13 +136,7 @@ def on_terminal(write):
         created = {"metadata": {"name": "tune", "namespace": "default"}}
         path = write(GOOD.replace("hf://org/name@main", "pvc://models/base"))
         with FakeServer(*nodes, (201, created), *[(200, job) for job in jobs], listed) as server:
-            config = {
-                "clusters": [{"name": "c", "cluster": {"server": server.url}}],
-                "users": [{"name": "u", "user": {}}],
-                "contexts": [{"name": "here", "context": {"cluster": "c", "user": "u"}}],
-                "current-context": "here",
-            }
-            kubeconfig = write(yaml.safe_dump(config), "config")
+            kubeconfig = write(server.kubeconfig(), "config")
             master, slave = pty.openpty()
             command = [sys.executable, "-m", "qlora_cli", "submit", path, "--kubeconfig", kubeconfig, *options]
             process = subprocess.Popen([*map(str, command)], stdin=slave, stdout=slave, stderr=slave)
@@ -182,14 +176,8 @@ def test_on_a_terminal_a_created_job_is_watched_unless_told_not_to(on_terminal):
 def test_without_a_terminal_nothing_is_asked_and_nothing_is_watched(write):
     path = write(GOOD)
     with FakeServer((201, {"metadata": {"name": "tune", "namespace": "default"}})) as server:
-        config = {
-            "clusters": [{"name": "c", "cluster": {"server": server.url}}],
-            "contexts": [{"name": "here", "context": {"cluster": "c"}}],
-            "current-context": "here",
-        }
-        result = CliRunner().invoke(
-            app.app, ["submit", str(path), "--kubeconfig", str(write(yaml.safe_dump(config), "config"))]
-        )
+        kubeconfig = write(server.kubeconfig(), "config")
+        result = CliRunner().invoke(app.app, ["submit", str(path), "--kubeconfig", str(kubeconfig)])
     assert (result.exit_code, result.stdout) == (0, "qlorajob.qlora.dev/tune created\n")
     assert [verb for verb, *_ in server.asked] == ["POST"]
 

@@ -1,20 +1,9 @@
 """Display of Prepare's stages."""
 
-import io
-
 import pytest
-from rich.console import Console
 
+from cli_builders import console, ticking
 from qlora_cli.local.prepare_view import PrepareDisplay, PrepareProgress, read_log
-
-
-def ticking(*seconds):
-    times = iter(seconds)
-    return lambda: next(times)
-
-
-def console(**more):
-    return Console(file=io.StringIO(), width=120, markup=False, highlight=False, **more)
 
 
 def test_stages_are_shown_as_they_begin_with_their_time_and_summed_up(tmp_path):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from cli_builders import console, ticking
 from qlora_api.contract import ProgressReport
 from qlora_api.status import Memory
 from qlora_cli.local.progress_view import (
@@ -26,10 +27,6 @@ from qlora_cli.text import units
 def report(**more):
     fields = {"job": "quick", "attempt": 1, "section": "Train", "memory": Memory(), "step": 3, "total_steps": 9, **more}
     return ProgressReport(**fields)
-
-
-def console(**more):
-    return Console(file=io.StringIO(), width=120, markup=False, highlight=False, **more)
 
 
 def test_only_what_is_known_is_shown():
@@ -128,11 +125,6 @@ def test_a_warning_of_the_trainer_is_said_once():
         watcher.tick()
     warnings = [line for line in out.file.getvalue().splitlines() if line.startswith("Warning")]
     assert warnings == [f"Warning: {first}", f"Warning: {second}"]
-
-
-def ticking(*seconds):
-    times = iter(seconds)
-    return lambda: next(times)
 
 
 def test_a_rank_that_is_not_heard_yet_is_seen_to_start():

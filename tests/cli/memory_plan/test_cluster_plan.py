@@ -1,8 +1,8 @@
 """Summary of a job before it is created."""
 
 import pytest
-from tests.cli.memory_plan.test_plan_job import LLAMA_8B, LLAMA_70B, model_files, write
 
+from model_folders import LLAMA_8B, LLAMA_70B, model_files, write
 from qlora_api.job import QLoRAJob
 from qlora_cli.kube.errors import ClusterError
 from qlora_cli.kube.target import Cluster

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
 from qlora_trainer.engine.evaluate import evaluate
-from qlora_trainer.liveness import heartbeat
 from qlora_trainer.liveness.heartbeat import Beat, Heartbeat, Section, file_of, prepare_files, read_all
 from qlora_trainer.liveness.watchdog import Limits, Watchdog, find_stuck, waited_for, words
 from qlora_trainer.reporting.pace import Pace
@@ -154,13 +152,6 @@ class _Two:
 
     def __init__(self):
         self.heartbeat = Heartbeat()
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    now = SimpleNamespace(value=100.0)
-    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now.value)
-    return now
 
 
 def test_the_slowest_rank_is_shown_with_what_it_is_slow_at(clock):

@@ -22,7 +22,6 @@ from qlora_api.batch import split_batch
 from qlora_api.contract import JobRef, TrainerConfig
 from qlora_api.metrics_catalogue import TRAINER, MetricKind
 from qlora_api.spec import QLoRAJobSpec
-from qlora_trainer.liveness import heartbeat as heartbeat_module
 from qlora_trainer.liveness.heartbeat import Heartbeat, Section
 from qlora_trainer.model.flops import flops_per_token
 from qlora_trainer.model.loading_progress import counted_weights
@@ -156,13 +155,6 @@ def test_an_unknown_card_has_no_peak(card, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------ sections
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    now = SimpleNamespace(value=100.0)
-    monkeypatch.setattr(heartbeat_module.time, "monotonic", lambda: now.value)
-    return now
 
 
 def test_a_section_inside_another_counts_for_itself_alone_and_the_open_one_up_to_now(clock):
