@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_api.contract import ExitCode
 from qlora_storage.errors import PathError, StorageError
 from qlora_trainer import __main__ as worker
 from qlora_trainer import verify
@@ -64,7 +65,9 @@ def test_a_configuration_that_cannot_be_read_is_named(tmp_path, monkeypatch, cap
         assert str(path) in capsys.readouterr().err
 
 
-def test_verify_names_a_file_that_is_no_folder(tmp_path, capsys):
-    (tmp_path / "file").write_bytes(b"")
-    assert verify.main([str(tmp_path / "file")]) in (1, 40)
-    assert "file" in "".join(capsys.readouterr())
+def test_verify_names_a_file_that_is_no_manifest(tmp_path, capsys):
+    path = tmp_path / "file"
+    path.write_bytes(b"")
+    assert verify.main([str(path)]) == ExitCode.USER_ERROR
+    said = "is not a manifest of this operator (Invalid JSON: EOF while parsing a value at line 1 column 0)"
+    assert capsys.readouterr() == ("", f'manifest: "{path}" {said}; choose another destination\n')
