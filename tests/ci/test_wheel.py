@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from services.images import pip_setting
+from services.images import package_index
 
 REPOSITORY = Path(__file__).parents[2]
 UV = Path(sys.executable).parent / "uv"
@@ -43,11 +43,9 @@ CONFIG = {
 def installed(tmp_path_factory):
     """Folder of the programs that ``uv tool install`` makes from the wheel of this tree."""
     work = tmp_path_factory.mktemp("wheel")
-    settings = {"UV_DEFAULT_INDEX": "index-url", "UV_INDEX": "extra-index-url", "SSL_CERT_FILE": "cert"}
-    taken = {name: os.environ.get(name) or pip_setting(setting) for name, setting in settings.items()}
     env = {
         **os.environ,
-        **{name: value for name, value in taken.items() if value},
+        **{name: value for name, value in package_index().items() if value},
         "UV_TOOL_DIR": str(work / "tools"),
         "UV_TOOL_BIN_DIR": str(work / "bin"),
         "UV_CONSTRAINT": str(REPOSITORY / "constraints.txt"),

@@ -203,17 +203,17 @@ def _surroundings() -> list[str]:
     wheels = _wheels()
     cache = Path(os.environ.get("UV_CACHE_DIR") or Path.home() / ".cache" / "uv")
     cache.mkdir(parents=True, exist_ok=True)
-    index, more = pip_setting("index-url"), pip_setting("extra-index-url")
+    index = package_index()
+    authority = index.pop("SSL_CERT_FILE")
     values = {
-        "PIP_INDEX_URL": index,
-        "PIP_EXTRA_INDEX_URL": more,
-        "UV_DEFAULT_INDEX": os.environ.get("UV_DEFAULT_INDEX") or index,
-        "UV_INDEX": os.environ.get("UV_INDEX") or more,
+        "PIP_INDEX_URL": pip_setting("index-url"),
+        "PIP_EXTRA_INDEX_URL": pip_setting("extra-index-url"),
+        **index,
         "UV_CACHE_DIR": "/run/uv",
         "UV_FIND_LINKS": "/run/wheels",
     }
     volumes = [f"{cache}:/run/uv", f"{wheels}:/run/wheels:ro"]
-    if authority := os.environ.get("SSL_CERT_FILE") or pip_setting("cert"):
+    if authority:
         volumes.append(f"{authority}:/run/ca.crt:ro")
         values |= {"PIP_CERT": "/run/ca.crt", "SSL_CERT_FILE": "/run/ca.crt"}
     arguments = [a for volume in volumes for a in ("--volume", volume)]
@@ -243,6 +243,12 @@ def _pin_stand_ins(constraints: Path, wheels: Path) -> None:
         pin = f"{name}=={version} --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n"
         text = re.sub(rf"^{name}==.*\n(?:    --hash=.*\n)+", pin, text, flags=re.MULTILINE)
     constraints.write_text(text)
+
+
+def package_index() -> dict[str, str]:
+    """Return this machine's package indexes and certificates as uv's variables; empty where there are none."""
+    settings = {"UV_DEFAULT_INDEX": "index-url", "UV_INDEX": "extra-index-url", "SSL_CERT_FILE": "cert"}
+    return {name: os.environ.get(name) or pip_setting(setting) for name, setting in settings.items()}
 
 
 def pip_setting(name: str) -> str:
