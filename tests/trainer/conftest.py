@@ -1,4 +1,4 @@
-"""For all tests of the trainer: builders and workers beside this file are importable."""
+"""For all tests of the trainer: builders and workers in ``helpers`` are importable."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fixtures import skip_unless_ci
 from qlora_trainer.liveness import heartbeat
 from testing.limits import memory_limit
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).with_name("helpers")))
 
 from composites import composites  # noqa: F401 a fixture
 from mixtures import mixtures  # noqa: F401 a fixture

@@ -29,8 +29,8 @@ def make_material(folder: Path) -> None:
     import small_base
     import stdlib_rows
     import torch
-
     from prepare import write_rows
+
     from qlora_trainer.model.hardware import fast_dtype
 
     modules = stdlib_rows.read_modules()
