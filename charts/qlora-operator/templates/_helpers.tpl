@@ -54,6 +54,13 @@ app.kubernetes.io/part-of: qlora-operator
 {{ include "qlora.fullname" . }}-memory
 {{- end }}
 
+{{- /* Namespace and name of the Lease whose holder operates, where there are several replicas. Empty: there is one. */ -}}
+{{- define "qlora.lease" -}}
+{{- if gt (int (.Values.replicas | default 1)) 1 }}
+{{- printf "%s/%s" .Release.Namespace (include "qlora.fullname" .) }}
+{{- end }}
+{{- end }}
+
 {{- /* Labels that the operator puts on every pod of a job (operator/qlora_operator/names.py). */ -}}
 {{- define "qlora.trainerSelector" -}}
 matchLabels:
