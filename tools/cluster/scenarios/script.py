@@ -10,19 +10,22 @@ import json
 import time
 from contextlib import contextmanager
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cluster.kwok import PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from cluster.api import Api
+    from cluster.api import Api, Object
 
 TAKE_UP_SECONDS = 20
 _numbers = count()
 _API = "admissionregistration.k8s.io/v1"
-_PROBE = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "probe"}}
+_METADATA = {"name": "probe"}
+_POD_SPEC = {"containers": [{"name": "trainer", "image": "probe"}], "restartPolicy": "Never"}
+_POD = {"apiVersion": "v1", "kind": "Pod", "metadata": _METADATA, "spec": _POD_SPEC}
+_JOB = {"apiVersion": "batch/v1", "kind": "Job", "metadata": _METADATA, "spec": {"template": {"spec": _POD_SPEC}}}
 
 
 @contextmanager
@@ -57,19 +60,15 @@ def pods_do(
         "app.kubernetes.io/component": component,
     }
     wanted = {name: str(value) for name, value in labels.items() if value is not None}
-    name = f"script-{next(_numbers)}-{namespace}"
-    policy, binding = (
-        _policy(name, wanted, does),
-        _binding(name, everywhere or {"kubernetes.io/metadata.name": namespace}),
-    )
-    api.create(policy)
-    api.create(binding)
-    _wait_until_it_holds(api, namespace, wanted, does)
-    try:
+    annotations = {f"{PREFIX}{key}": str(value) for key, value in does.items()}
+    policy = _policy(f"script-{next(_numbers)}-{namespace}", "pods", _annotated(annotations), wanted)
+    probe = {**_POD, "metadata": {**_METADATA, "labels": wanted}}
+
+    def holds(made: Object) -> bool:
+        return annotations.items() <= made["metadata"].get("annotations", {}).items()
+
+    with _in_force(api, policy, everywhere or _only(namespace), f"/api/v1/namespaces/{namespace}/pods", probe, holds):
         yield
-    finally:
-        for body, plural in ((binding, "mutatingadmissionpolicybindings"), (policy, "mutatingadmissionpolicies")):
-            api.delete(f"/apis/{_API}/{plural}/{body['metadata']['name']}")
 
 
 @contextmanager
@@ -97,66 +96,75 @@ def jobs_are_suspended(api: Api, namespace: str) -> Iterator[None]:
 
 
 @contextmanager
-def _mutated(
-    api: Api, namespace: str, resource: str, spec: str, holds: Callable[[dict[str, Any]], object]
-) -> Iterator[None]:
+def _mutated(api: Api, namespace: str, resource: str, spec: str, holds: Callable[[Object], object]) -> Iterator[None]:
     """Have the spec of every new pod or Job of a namespace changed by an expression."""
-    name = f"{resource}-{next(_numbers)}-{namespace}"
-    policy, binding = _policy(name, {}, {}), _binding(name, {"kubernetes.io/metadata.name": namespace})
-    policy["spec"]["mutations"] = [
-        {"patchType": "ApplyConfiguration", "applyConfiguration": {"expression": f"Object{{spec: {spec}}}"}}
-    ]
-    pod: dict[str, Any] = {"containers": [{"name": "trainer", "image": "probe"}], "restartPolicy": "Never"}
-    group, probe = "/api/v1", {**_PROBE, "spec": pod}
-    if resource == "jobs":
-        job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "probe"}}
-        group, probe = "/apis/batch/v1", {**job, "spec": {"template": {"spec": pod}}}
-        (rules,) = policy["spec"]["matchConstraints"]["resourceRules"]
-        rules |= {"apiGroups": ["batch"], "resources": ["jobs"]}
+    policy = _policy(f"{resource}-{next(_numbers)}-{namespace}", resource, f"Object{{spec: {spec}}}", {})
+    group, probe = ("/apis/batch/v1", _JOB) if resource == "jobs" else ("/api/v1", _POD)
+    with _in_force(api, policy, _only(namespace), f"{group}/namespaces/{namespace}/{resource}", probe, holds):
+        yield
+
+
+@contextmanager
+def _in_force(
+    api: Api,
+    policy: Object,
+    namespace_labels: Mapping[str, str],
+    path: str,
+    probe: Object,
+    holds: Callable[[Object], object],
+) -> Iterator[None]:
+    """Have a policy hold in the namespaces of these labels.
+
+    The API server takes a policy up a moment after it is created: create objects for trial until it does.
+    """
+    name = policy["metadata"]["name"]
     api.create(policy)
-    api.create(binding)
-    path = f"{group}/namespaces/{namespace}/{resource}"
-    _wait_until(lambda: bool(holds(api.post(path, probe, dryRun="All"))), f"{resource} of {namespace} are not changed")
+    api.create(_binding(name, namespace_labels))
+    deadline = time.monotonic() + TAKE_UP_SECONDS
+    while not holds(api.post(path, probe, dryRun="All")):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{name} is not in force at {path}: {policy['spec']['mutations']}")
+        time.sleep(0.1)
     try:
         yield
     finally:
-        for body, plural in ((binding, "mutatingadmissionpolicybindings"), (policy, "mutatingadmissionpolicies")):
-            api.delete(f"/apis/{_API}/{plural}/{body['metadata']['name']}")
+        for plural in ("mutatingadmissionpolicybindings", "mutatingadmissionpolicies"):
+            api.delete(f"/apis/{_API}/{plural}/{name}")
 
 
-def _policy(name: str, wanted: Mapping[str, str], does: Mapping[str, object]) -> dict[str, Any]:
-    annotations = {f"{PREFIX}{key}": str(value) for key, value in does.items()}
+def _policy(name: str, resource: str, expression: str, wanted: Mapping[str, str]) -> Object:
+    """Return a policy that changes pods or Jobs with these labels as they are created."""
     conditions = [
         f"has(object.metadata.labels) && {json.dumps(key)} in object.metadata.labels"
         f" && object.metadata.labels[{json.dumps(key)}] == {json.dumps(value)}"
         for key, value in wanted.items()
     ]
+    rule = {
+        "apiGroups": ["batch" if resource == "jobs" else ""],
+        "apiVersions": ["v1"],
+        "operations": ["CREATE"],
+        "resources": [resource],
+    }
     return {
         "apiVersion": _API,
         "kind": "MutatingAdmissionPolicy",
         "metadata": {"name": name},
         "spec": {
-            "matchConstraints": {
-                "resourceRules": [
-                    {"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}
-                ]
-            },
+            "matchConstraints": {"resourceRules": [rule]},
             "matchConditions": [{"name": f"c{i}", "expression": text} for i, text in enumerate(conditions)],
             "failurePolicy": "Fail",
             "reinvocationPolicy": "Never",
-            "mutations": [
-                {"patchType": "ApplyConfiguration", "applyConfiguration": {"expression": _apply(annotations)}}
-            ],
+            "mutations": [{"patchType": "ApplyConfiguration", "applyConfiguration": {"expression": expression}}],
         },
     }
 
 
-def _apply(annotations: Mapping[str, str]) -> str:
+def _annotated(annotations: Mapping[str, str]) -> str:
     pairs = ", ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in annotations.items())
     return f"Object{{metadata: Object.metadata{{annotations: {{{pairs}}}}}}}"
 
 
-def _binding(name: str, namespace_labels: Mapping[str, str]) -> dict[str, Any]:
+def _binding(name: str, namespace_labels: Mapping[str, str]) -> Object:
     selector = {"matchLabels": dict(namespace_labels)}
     return {
         "apiVersion": _API,
@@ -166,26 +174,5 @@ def _binding(name: str, namespace_labels: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _wait_until_it_holds(api: Api, namespace: str, wanted: Mapping[str, str], does: Mapping[str, object]) -> None:
-    """The API server takes a policy up a moment after it is created: create pods for trial until it does."""
-    pod = {
-        **_PROBE,
-        "metadata": {"name": "probe", "namespace": namespace, "labels": dict(wanted)},
-        "spec": {"containers": [{"name": "trainer", "image": "probe"}]},
-    }
-    expected = {f"{PREFIX}{key}": str(value) for key, value in does.items()}
-
-    def holds() -> bool:
-        made = api.post(f"/api/v1/namespaces/{namespace}/pods", pod, dryRun="All")
-        annotations = made["metadata"].get("annotations", {})
-        return all(annotations.get(key) == value for key, value in expected.items())
-
-    _wait_until(holds, f"pods of {namespace} do not do {dict(does)}")
-
-
-def _wait_until(holds: Callable[[], bool], text: str) -> None:
-    deadline = time.monotonic() + TAKE_UP_SECONDS
-    while not holds():
-        if time.monotonic() > deadline:
-            raise TimeoutError(text)
-        time.sleep(0.1)
+def _only(namespace: str) -> dict[str, str]:
+    return {"kubernetes.io/metadata.name": namespace}
