@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cluster.cluster_waits import wait_for_condition
-from cluster.kwok import PREFIX, find_node_again, finish_pod, lose_node
+from cluster.kwok import PREFIX, find_node_again, finish_container, finish_pod, lose_node
 
 if TYPE_CHECKING:
     from cluster.api import Object
@@ -96,6 +96,21 @@ def test_a_deleted_pod_ends_gracefully_before_it_vanishes(kwok_cluster: ControlP
     assert (terminated(ended)["exitCode"], terminated(ended)["message"]) == (7, "saved")
     kwok_cluster.api.patch(path, {"metadata": {"finalizers": None}})
     kwok_cluster.api.wait_gone(path)
+
+
+def test_a_container_that_has_ended_keeps_its_end_when_its_pod_is_deleted(
+    kwok_cluster: ControlPlane, kwok_namespace: str
+):
+    kwok_cluster.api.create(indexed_job("job", 1, stop_message="saved"), kwok_namespace)
+    (pod,) = wait_for_running(kwok_cluster, kwok_namespace, "job", 1)
+    name = pod["metadata"]["name"]
+    path = f"/api/v1/namespaces/{kwok_namespace}/pods/{name}"
+    kwok_cluster.api.patch(path, {"metadata": {"finalizers": ["test.qlora.dev/look"]}})
+    finish_container(kwok_cluster.api, kwok_namespace, name, exit_code=41, message="no memory", trainer=False)
+    kwok_cluster.api.delete(path)
+    ended = kwok_cluster.api.wait_for(path, lambda pod: pod["status"]["phase"] == "Failed")
+    assert (terminated(ended)["exitCode"], terminated(ended)["message"]) == (41, "no memory")
+    kwok_cluster.api.patch(path, {"metadata": {"finalizers": None}})
 
 
 def test_a_pod_that_outlasts_its_grace_period_is_killed(kwok_cluster: ControlPlane, kwok_namespace: str):
