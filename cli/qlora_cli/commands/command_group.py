@@ -13,12 +13,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from qlora_cli.commands.options import STORAGE_FAILED, USER_ERROR
 from qlora_cli.text.printable import write_line
-
-SYSTEM_ERROR = 40
-"""A path or a right must change."""
-STORAGE_FAILED = 47
-"""As ``qlora_api.contract.ExitCode.STORAGE_FAILED``: a disk is full, or fails."""
 
 _LIST = ("list", "show JOB")
 INSTEAD: dict[str, tuple[str, ...]] = {
@@ -58,7 +54,7 @@ class CommandGroup(TyperGroup):
             _leave_standard_output()
             with suppress(OSError):
                 write_line(f"qlora: {in_words(error)}", error=True)
-            sys.exit(STORAGE_FAILED if isinstance(of_system(error), StorageError) else SYSTEM_ERROR)
+            sys.exit(STORAGE_FAILED if isinstance(of_system(error), StorageError) else USER_ERROR)
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command, whose reader may go when it has enough, as ``head`` does."""

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from qlora_cli.commands.local_options import As, Output, exit_on_user_error
+from qlora_cli.commands import options as o
+from qlora_cli.commands.options import exit_on_user_error
+from qlora_cli.text.choices import PlainForm
 from qlora_cli.text.printable import as_json, write_line
 
 Model = Annotated[
@@ -21,7 +23,7 @@ Skip = Annotated[int, typer.Option("--skip", min=0, metavar="N", help="Number of
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write an HTML page.")]
 
 
-def inspect(model: Model, *, skip: Skip = 3, html: Html = None, output: As = Output.TEXT) -> None:
+def inspect(model: Model, *, skip: Skip = 3, html: Html = None, output: o.PlainOutput = PlainForm.TEXT) -> None:
     """Measure what each quantization does to each layer of a base, without data.
 
     Names the layers that suffer most, as skipModules to paste into a job. Runs the trainer
@@ -38,7 +40,7 @@ def inspect(model: Model, *, skip: Skip = 3, html: Html = None, output: As = Out
         if html is not None:
             html.parent.mkdir(parents=True, exist_ok=True)
             html.write_text(page(found, skip), encoding="utf-8")
-        if output is Output.JSON:
+        if output is PlainForm.JSON:
             write_line(as_json(view.as_dict(found, skip)))
         else:
             out.console().print(view.show(found, skip))

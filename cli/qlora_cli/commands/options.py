@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qlora_cli.text.choices import Form
+from qlora_cli.text.choices import Form, PlainForm
 from qlora_cli.text.printable import write_line
 
 NO = 1
@@ -19,7 +19,8 @@ UNREACHABLE = 3
 """No cluster answers, or it does not know who asks."""
 USER_ERROR = 40
 """As ``qlora_api.contract.ExitCode.USER_ERROR``: a name, a flag, a manifest, a right must change."""
-INTERRUPTED = 130
+STORAGE_FAILED = 47
+"""As ``qlora_api.contract.ExitCode.STORAGE_FAILED``: a disk is full, or fails."""
 
 EXIT_CODES = """\
 Exit codes: 0: success; 1: the check failed (a watched job failed, an adapter differs, the doctor found a fault);
@@ -61,9 +62,13 @@ Kubeconfig = Annotated[
     Path | None, typer.Option("--kubeconfig", metavar="FILE", help="Default: $KUBECONFIG, then ~/.kube/config.")
 ]
 Output = Annotated[Form, typer.Option("-o", "--output", help="Output format.")]
+PlainOutput = Annotated[PlainForm, typer.Option("-o", "--output", help="Output format.")]
 Everywhere = Annotated[bool, typer.Option("-A", "--all-namespaces", help="List all namespaces.")]
 Selector = Annotated[
     str | None, typer.Option("-l", "--selector", metavar="LABELS", help="Label selector, as in kubectl.")
+]
+Manifest = Annotated[
+    Path, typer.Argument(metavar="JOB.yaml", help="Manifest with one QLoRAJob; - reads standard input.")
 ]
 Name = Annotated[str, typer.Argument(metavar="JOB", help="Name of a job.", autocompletion=_names)]
 Names = Annotated[list[str], typer.Argument(metavar="JOB...", help="Names of jobs.", autocompletion=_names)]
@@ -100,23 +105,31 @@ Secret = Annotated[
 ]
 
 
+def exit_with_code() -> AbstractContextManager[None]:
+    """Print an error of a command that asks a cluster to standard error, and exit with its code."""
+    return _exit(_cluster_code)
+
+
+def exit_on_user_error() -> AbstractContextManager[None]:
+    """Print an error of a command that needs no cluster to standard error, and exit with the code of a user's error."""
+    return _exit(_local_code)
+
+
 @contextmanager
-def exit_with_code() -> Iterator[None]:
-    """Turn what may happen into words on standard error and an exit code of the table."""
+def _exit(code_of: Callable[[ValueError], int | None]) -> Iterator[None]:
+    """Print an error and exit with its code; one that has no code is a bug, which must be seen."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
     except ValueError as error:
-        code = _code(error)
+        code = code_of(error)
         if code is None:
             raise
         write_line(error, error=True)
         raise typer.Exit(code) from None
 
 
-def _code(error: ValueError) -> int | None:
-    """The exit code of an error in words; None for a bug, which must be seen."""
+def _cluster_code(error: ValueError) -> int | None:
+    """Return the exit code of an error of the cluster, of a name, or of a manifest."""
     from qlora_cli.kube.errors import ClusterError, ConfigError, UnreachableError
 
     if isinstance(error, (UnreachableError, ConfigError)):
@@ -129,3 +142,10 @@ def _code(error: ValueError) -> int | None:
     from qlora_cli.manifest.job_manifest import RefusedError
 
     return USER_ERROR if isinstance(error, (FieldError, ManifestError, RefusedError)) else None
+
+
+def _local_code(error: ValueError) -> int | None:
+    """Return the code of a user's error, as all errors with a text are; one of pydantic is about our own objects."""
+    from pydantic import ValidationError
+
+    return None if isinstance(error, ValidationError) else USER_ERROR

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from qlora_cli.commands.local_options import Job, RunsDir, Set, exit_on_user_error
+from qlora_cli.commands import options as o
+from qlora_cli.commands.options import exit_on_user_error
 
 Ranks = Annotated[int | None, typer.Option(help="Number of ranks; default: one per GPU, or two CPU processes.")]
 
@@ -16,7 +17,11 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Move an earlier run of thi
 
 
 def run(
-    job: Job, ranks: Ranks = None, runs_dir: RunsDir = Path("runs"), fresh: Fresh = False, overrides: Set = None
+    job: o.Manifest,
+    ranks: Ranks = None,
+    runs_dir: o.RunsDir = Path("runs"),
+    fresh: Fresh = False,
+    overrides: o.Set = None,
 ) -> None:
     """Run a QLoRAJob on this machine, or resume it.
 

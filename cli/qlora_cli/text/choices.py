@@ -14,6 +14,13 @@ class Form(StrEnum):
     NAME = "name"
 
 
+class PlainForm(StrEnum):
+    """``-o`` of commands that need no cluster."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
 class DryRun(StrEnum):
     """``--dry-run``."""
 

@@ -1,20 +1,22 @@
 """The commands as they are typed."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 from typer.testing import CliRunner
 
-from qlora_api.contract import ExitCode
 from qlora_api.crd import crd
 from qlora_cli import app
-from qlora_cli.commands import local_options
 from qlora_cli.commands.command_group import INSTEAD
 from qlora_cli.kube import target
 from qlora_cli.manifest import crd_schema, explain
 from qlora_cli.text import kubernetes_yaml
+from testing.timeouts import PATIENCE_SECONDS
 
 GOOD = """\
 apiVersion: qlora.dev/v1alpha1
@@ -321,8 +323,27 @@ def test_run_answers_an_error_in_words(call, job):
     assert "--set: spec.training.epochs: 0 must be at least 1" in result.stderr
 
 
-def test_the_exit_code_is_the_contracts():
-    assert local_options.USER_ERROR == ExitCode.USER_ERROR
+@pytest.mark.parametrize("command", ["validate", "submit"])
+def test_ctrl_c_ends_a_command_with_exit_code_130(command, tmp_path, helpers):
+    pipe, program = tmp_path / "job.yaml", "import signal; from qlora_cli.app import app; "
+    program += "signal.signal(signal.SIGINT, signal.default_int_handler); app()"  # a shell's background job ignores it
+    os.mkfifo(pipe)
+    writers = []
+
+    def is_read():
+        with suppress(OSError):  # as long as nobody reads
+            writers.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(writers)
+
+    with subprocess.Popen([sys.executable, "-c", program, command, pipe], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            helpers.wait_until(is_read)
+            process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=PATIENCE_SECONDS)[1]
+        finally:
+            process.kill()
+    os.close(*writers)
+    assert (process.returncode, said) == (130, "")
 
 
 @pytest.mark.parametrize(

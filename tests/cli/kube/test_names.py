@@ -15,7 +15,7 @@ def test_the_api(monkeypatch):
         next(m.max_length for m in job.ObjectMeta.model_fields["name"].metadata if hasattr(m, "max_length"))
         == names.LONGEST_NAME
     )
-    assert options.USER_ERROR == ExitCode.USER_ERROR
+    assert (options.USER_ERROR, options.STORAGE_FAILED) == (ExitCode.USER_ERROR, ExitCode.STORAGE_FAILED)
     assert set(choices.RowFormat) == set(DatasetFormat) == set(init.FORMATS)
 
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from qlora_cli.commands.local_options import RunsDir, exit_on_user_error
+from qlora_cli.commands import options as o
+from qlora_cli.commands.options import exit_on_user_error
 
 AdapterDir = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of an adapter.")]
 
@@ -49,7 +50,7 @@ def generate(
     max_new_tokens: NewTokens = 64,
     sample: Sample = False,
     raw: Raw = False,
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: o.RunsDir = Path("runs"),
 ) -> None:
     """Send the same prompts to the base, the adapter and the merged model.
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from qlora_cli.commands.local_options import RunsDir, exit_on_user_error
+from qlora_cli.commands import options as o
+from qlora_cli.commands.options import exit_on_user_error
 from qlora_cli.text.printable import write_line
 
 ReportOf = Annotated[
@@ -20,7 +21,7 @@ ReportFile = Annotated[
 ]
 
 
-def report(run: ReportOf, out: ReportFile = None, runs_dir: RunsDir = Path("runs")) -> None:
+def report(run: ReportOf, out: ReportFile = None, runs_dir: o.RunsDir = Path("runs")) -> None:
     """Write a one-page report of a run: curves, memory, data, attempts, configuration.
 
     RUN is a local run, finished or not, by name or folder, or the folder of a published adapter.

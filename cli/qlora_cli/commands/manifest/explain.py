@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-from qlora_cli.commands.local_options import As, Output, exit_on_user_error
+from qlora_cli.commands import options as o
+from qlora_cli.commands.options import exit_on_user_error
+from qlora_cli.text.choices import PlainForm
 from qlora_cli.text.printable import write_line
 
 FieldPath = Annotated[
@@ -14,7 +16,7 @@ FieldPath = Annotated[
 ]
 
 
-def explain(field: FieldPath = "", output: As = Output.TEXT) -> None:
+def explain(field: FieldPath = "", output: o.PlainOutput = PlainForm.TEXT) -> None:
     """Explain a field of a QLoRAJob.
 
     Its type, default, bounds and meaning, whether it may change, and the rules it is part of.
@@ -24,7 +26,7 @@ def explain(field: FieldPath = "", output: As = Output.TEXT) -> None:
         from qlora_cli.text.output import console
 
         entry = explaining.describe(field)
-        if output is Output.JSON:
+        if output is PlainForm.JSON:
             write_line(explaining.as_json(entry))
         else:
             console().print(explaining.show(entry))

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from qlora_cli.commands.local_options import USER_ERROR, As, Job, Output, Set, exit_on_user_error
+from qlora_cli.commands import options as o
+from qlora_cli.commands.options import exit_on_user_error
+from qlora_cli.text.choices import PlainForm
 from qlora_cli.text.printable import as_json, write_line
 
 GpuName = Annotated[
@@ -42,7 +44,7 @@ Profiles = Annotated[
 
 
 def plan(
-    job: Job,
+    job: o.Manifest,
     *,
     gpu: GpuName = None,
     gpus: GpuCount = None,
@@ -51,8 +53,8 @@ def plan(
     what_if: WhatIf = False,
     model_config: ModelConfig = None,
     profiles: Profiles = None,
-    overrides: Set = None,
-    output: As = Output.TEXT,
+    overrides: o.Set = None,
+    output: o.PlainOutput = PlainForm.TEXT,
 ) -> None:
     """Predict a job's memory and time.
 
@@ -64,11 +66,11 @@ def plan(
 
         asked = planning.PlanOptions(gpu, gpus, price, tokens, what_if, model_config, profiles)
         answered = planning.answer(job, asked, tuple(overrides or ()))
-        if output is Output.JSON:
+        if output is PlainForm.JSON:
             write_line(as_json(planning.as_dict(answered)))
         else:
             from qlora_cli.memory_plan import plan_view
             from qlora_cli.text.output import console
 
             console().print(plan_view.show(answered), crop=False)
-    raise typer.Exit(0 if answered.fits else USER_ERROR)
+    raise typer.Exit(0 if answered.fits else o.USER_ERROR)

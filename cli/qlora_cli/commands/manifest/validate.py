@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
-from qlora_cli.commands.local_options import USER_ERROR, As, Output, exit_on_user_error
+from qlora_cli.commands import options as o
+from qlora_cli.commands.options import exit_on_user_error
+from qlora_cli.text.choices import PlainForm
 from qlora_cli.text.printable import write_line
 
 Jobs = Annotated[list[Path], typer.Argument(metavar="JOB.yaml...", help="Manifests; - reads standard input.")]
 
 
-def validate(jobs: Jobs, output: As = Output.TEXT) -> None:
+def validate(jobs: Jobs, output: o.PlainOutput = PlainForm.TEXT) -> None:
     """Check manifests as the API server would.
 
     A model folder and rows that are on this machine are looked at, too. Prints every error with file and line; the exit
@@ -23,5 +25,5 @@ def validate(jobs: Jobs, output: As = Output.TEXT) -> None:
         from qlora_cli.manifest import validate as check
 
         reports = [check.check_file(path) for path in jobs]
-        write_line(check.as_json(reports) if output is Output.JSON else check.as_text(reports))
-    raise typer.Exit(0 if all(report.good for report in reports) else USER_ERROR)
+        write_line(check.as_json(reports) if output is PlainForm.JSON else check.as_text(reports))
+    raise typer.Exit(0 if all(report.good for report in reports) else o.USER_ERROR)
