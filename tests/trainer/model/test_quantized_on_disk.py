@@ -198,6 +198,34 @@ def test_an_expert_is_read_by_itself(tmp_path):
     assert torch.equal(part[3:4][0], part[...][3])
 
 
+def test_of_fp8_experts_in_one_tensor_those_that_are_asked_for_are_read(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    weight = torch.linspace(-4, 4, 8 * 32 * 64).view(8, 32, 64).to(torch.float8_e4m3fn)
+    save_file({"experts.weight": weight, "experts.weight_scale_inv": torch.rand(8, 2, 2) + 0.5}, path)
+    raw, sizes = DiskTensors._raw, []
+    monkeypatch.setattr(DiskTensors, "_raw", lambda self, name: CountedSlice(raw(self, name), sizes))
+    part = DiskTensors([str(path)], block=(16, 32))["experts.weight"]
+    assert part.get_shape() == [8, 32, 64]
+    found = part[3:4]
+    assert sizes == [32 * 64, 2 * 2]
+    assert torch.equal(found[0], part[...][3])
+
+
+class CountedSlice:
+    """A slice of a safetensors file that counts the values that are read."""
+
+    def __init__(self, inner, sizes):
+        self.inner, self.sizes = inner, sizes
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __getitem__(self, index):
+        read = self.inner[index]
+        self.sizes.append(read.numel())
+        return read
+
+
 def test_fp8_without_scales_is_found(tmp_path):
     quantized_base(tmp_path, "llama")
     path = tmp_path / "model.safetensors"
