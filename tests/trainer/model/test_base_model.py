@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
+from mixtures import save_mixture
 from qlora_api.spec import ComputeType, LoRABias, LoRASpec, QuantizationSpec, QuantizationType
+from qlora_memory import planned_coverage
 from qlora_trainer.errors import UserError
 from qlora_trainer.model.base_model import (
     add_lora,
@@ -19,8 +21,10 @@ from qlora_trainer.model.base_model import (
     trainable,
     weight_bytes,
 )
+from qlora_trainer.model.coverage import coverage_of
 from qlora_trainer.model.experts.targets import check_targets, linear_layers
 from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end, head_is_plain
+from qlora_trainer.prepare.plan_memory import shape_of
 from qlora_trainer.storage.model_files import check_code
 from random_rows import random_rows
 
@@ -62,6 +66,14 @@ def test_every_quantization_loads_learns_and_stays_frozen(quantization, layer, t
         optimizer.zero_grad()
     assert loss_of(model) < first
     assert all(torch.equal(frozen[n], p) for n, p in model.named_parameters() if n in frozen)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in QuantizationType if kind is not QuantizationType.NONE])
+def test_linear_layers_of_a_class_of_their_own_are_quantized_as_planned(kind, tmp_path):
+    save_mixture(tmp_path, "falcon", vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    quantization = QuantizationSpec(type=kind, compute_type=ComputeType.BFLOAT16)
+    model = add_lora(load_base(tmp_path, quantization, CPU), LoRASpec(), seed=1)
+    assert coverage_of(model) == planned_coverage(shape_of(tmp_path), LoRASpec(), quantization)
 
 
 def test_only_the_adapter_is_fp32(tiny_models):

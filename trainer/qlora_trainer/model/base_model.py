@@ -27,7 +27,7 @@ from qlora_trainer.model.composite import meta_model_of, model_class
 from qlora_trainer.model.compute_type import DTYPES, resolved_on
 from qlora_trainer.model.dry_run import find_layer_use
 from qlora_trainer.model.experts.forward import use_own_forward
-from qlora_trainer.model.experts.loading import FourBitConfig
+from qlora_trainer.model.experts.loading import EightBitConfig, FourBitConfig
 from qlora_trainer.model.experts.structure import expert_parameters
 from qlora_trainer.model.experts.targets import check_targets, linear_layers, lora_config
 from qlora_trainer.model.kernels import forget_inputs, fuse_adapters, fuse_norms
@@ -54,7 +54,7 @@ def quantization_config(
         case QuantizationType.NONE:
             return None
         case QuantizationType.INT8:
-            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+            return EightBitConfig(llm_int8_skip_modules=skipped)
         case QuantizationType.NF4 | QuantizationType.FP4:
             return FourBitConfig(
                 bnb_4bit_quant_type=quantization.type.value.lower(),

@@ -2,7 +2,7 @@
 
 transformers' loader reads all experts of a layer, stacks them, and hands the whole to its quantizer, which passes
 three-dimensional parameters by. Here each expert is read, converted and packed by itself: never is more than one of
-them there in 16 bits.
+them there in 16 bits. Its quantizers pass linear layers of a model's own class by, too: they are unified before.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from transformers.core_model_loading import Concatenate, ConversionOps, MergeMod
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 from qlora_trainer.errors import TrainerError
 from qlora_trainer.model.disk_tensors import DiskTensors
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 METHOD = "qlora_bitsandbytes"
 """Name under which transformers finds :class:`FourBitQuantizer`."""
+EIGHT_BIT_METHOD = "qlora_bitsandbytes_8bit"
+"""Name under which transformers finds :class:`EightBitQuantizer`."""
 
 
 class FourBitConfig(BitsAndBytesConfig):  # type: ignore[misc]
@@ -116,6 +119,24 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
                 )
             packer.put(index, weight)
         return packer.parameter()
+
+
+class EightBitConfig(BitsAndBytesConfig):  # type: ignore[misc]
+    """bitsandbytes' 8-bit configuration, for linear layers; experts stay in 16 bits."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(load_in_8bit=True, **options)
+        self.quant_method = EIGHT_BIT_METHOD
+        if EIGHT_BIT_METHOD not in AUTO_QUANTIZER_MAPPING:
+            register_quantizer(EIGHT_BIT_METHOD)(EightBitQuantizer)
+
+
+class EightBitQuantizer(Bnb8BitHfQuantizer):  # type: ignore[misc]
+    """transformers' 8-bit quantizer, which finds linear layers of a model's own class as well."""
+
+    def _process_model_before_weight_loading(self, model: Any, device_map: Any, **more: Any) -> None:
+        unify_linear_layers(model)
+        super()._process_model_before_weight_loading(model, device_map, **more)
 
 
 class _OneAtATime(WeightConverter):  # type: ignore[misc]
