@@ -22,6 +22,7 @@ from qlora_trainer.inspection.loading import measure_base
 from qlora_trainer.model.base_model import load_base
 from qlora_trainer.model.experts.structure import expert_parameters
 from qlora_trainer.model.experts.targets import linear_layers
+from quantized_bases import quantized_base
 
 CPU = torch.device("cpu")
 PLAIN = QuantizationSpec(type=QuantizationType.NONE, compute_type=ComputeType.BFLOAT16)
@@ -71,6 +72,11 @@ def test_errors_of_experts_are_those_of_bitsandbytes(name, mixtures):
 @pytest.mark.parametrize("name", COMPOSITES)
 def test_of_a_base_with_towers_the_language_model_alone_is_measured(name, composites):
     _check(composites[name])
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama", "mistral3"])
+def test_a_base_in_mxfp4_or_fp8_is_measured_as_it_is_dequantized(kind, tmp_path):
+    _check(quantized_base(tmp_path, kind))
 
 
 def _check(folder):

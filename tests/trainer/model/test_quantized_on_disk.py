@@ -10,7 +10,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
-from composites import save_composite
 from mixtures import MIXTURES, save_mixture
 from qlora_api.errors import FieldError
 from qlora_api.spec import ComputeType, LoRASpec, QuantizationSpec, QuantizationType
@@ -26,6 +25,7 @@ from qlora_trainer.prepare.plan_memory import shape_of
 from qlora_trainer.publish.merge_adapter import merge
 from qlora_trainer.storage.model_files import safetensors_header
 from qlora_trainer.training.finish import export_adapter
+from quantized_bases import LIKE_LLAMA, quantized_base, quantized_by, to_mxfp4
 from random_rows import random_rows
 from training_steps import steps
 
@@ -33,76 +33,11 @@ CPU = torch.device("cpu")
 PLAIN = QuantizationSpec(type=QuantizationType.NONE, compute_type=ComputeType.BFLOAT16)
 NF4 = QuantizationSpec(compute_type=ComputeType.BFLOAT16)
 LORA = LoRASpec(rank=4, alpha=8)
-BLOCK = 32
-LIKE_LLAMA = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-def to_mxfp4(folder):
-    """Replace the experts of a base by random ones in MXFP4, as gpt-oss has them."""
-    generator = torch.Generator().manual_seed(0)
-    path = folder / "model.safetensors"
-    made = {}
-    for name, tensor in load_file(path).items():
-        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            made[name] = tensor
-            continue
-        experts, inputs, outputs = tensor.shape
-        shape = experts, outputs, inputs // 32
-        made[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
-        made[f"{name}_scales"] = torch.randint(118, 124, shape, dtype=torch.uint8, generator=generator)
-    save_file(made, path, metadata={"format": "pt"})
-    quantized_by(folder, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
-
-
-def to_fp8(folder, block=BLOCK, end="weight_scale_inv", prefix=""):
-    """Round the linear layers of a base to FP8, with a scale for each block; without a block, one for all."""
-    path = folder / "model.safetensors"
-    made = {}
-    for name, tensor in load_file(path).items():
-        if not (name.startswith(prefix) and "_proj.weight" in name and tensor.ndim == 2):
-            made[name] = tensor
-            continue
-        rows, columns = tensor.shape
-        height, width = (block, block) if block else (rows, columns)
-        padded = torch.zeros(-(-rows // height) * height, -(-columns // width) * width)
-        padded[:rows, :columns] = tensor
-        blocks = padded.view(-(-rows // height), height, -(-columns // width), width)
-        scales = (blocks.abs().amax((1, 3)) / 448).clamp(min=1e-6)
-        values = (blocks / scales[:, None, :, None]).reshape(padded.shape)[:rows, :columns].contiguous()
-        made[name] = values.to(torch.float8_e4m3fn)
-        made[name.replace("weight", end)] = scales if block else scales.reshape(())
-        if not block:
-            made[name.replace("weight", "activation_scale")] = torch.tensor(1.0)
-    save_file(made, path, metadata={"format": "pt"})
-    size = [block, block] if block else None
-    quantized_by(folder, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": size})
-
-
-def quantized_by(folder, config):
-    values = json.loads((folder / "config.json").read_bytes())
-    (folder / "config.json").write_text(json.dumps({**values, "quantization_config": config}))
 
 
 @pytest.fixture
 def mxfp4(tmp_path):
     return quantized_base(tmp_path / "base", "gpt_oss")
-
-
-def quantized_base(folder, kind, **options):
-    """Write a base in FP8; gpt-oss in MXFP4, as it is published."""
-    if kind == "gpt_oss":
-        save_mixture(folder, kind, **MIXTURES[kind])
-        to_mxfp4(folder)
-    elif kind == "mistral3":
-        save_composite(folder, kind)
-        to_fp8(folder, prefix="model.language_model", **options)
-    elif kind == "llama":
-        save_mixture(folder, kind, vocab_size=320, **LIKE_LLAMA)
-        to_fp8(folder, **options)
-    else:
-        save_mixture(folder, kind, **MIXTURES[kind])
-        to_fp8(folder, **options)
-    return folder
 
 
 def weights_of(model):

@@ -15,9 +15,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from qlora_trainer.errors import UserError
 from qlora_trainer.inspection.layer_meter import LayerMeter
 from qlora_trainer.model.base_model import causal_config
-from qlora_trainer.model.composite import trained_class
 from qlora_trainer.model.experts.loading import FourBitConfig, FourBitQuantizer
 from qlora_trainer.model.experts.targets import linear_layers
+from qlora_trainer.model.read_weights import load_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -36,20 +36,13 @@ def measure_base(path: Path, device: torch.device, report: Callable[[dict[str, A
         report: takes the result of each as soon as it is there.
 
     Raises:
-        UserError: the base is quantized on disk.
+        UserError: the base is quantized on disk, other than in MXFP4 or FP8.
 
     """
     config = causal_config(path)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError("MODEL", str(path), "is quantized on disk: inspect the 16-bit base")
-    trained_class(config).from_pretrained(
-        path,
-        quantization_config=_MeasuringConfig(device, report),
-        dtype="auto",
-        device_map={"": "cpu"},
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    load_weights(path, config, None, "cpu", quantization_config=_MeasuringConfig(device, report))
 
 
 class _MeasuringConfig(FourBitConfig):

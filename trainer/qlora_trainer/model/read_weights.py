@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import GenerationConfig
 
 from qlora_memory.shape.on_disk import method_of
@@ -15,8 +16,6 @@ from qlora_trainer.storage.model_files import CONFIG, GENERATION_CONFIG, weight_
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import torch
 
 
 def method_on_disk(path: Path) -> str | None:
@@ -32,22 +31,24 @@ def disk_tensors(path: Path, dtype: torch.dtype) -> DiskTensors:
     return DiskTensors([str(path / name) for name in names], dtype, block)
 
 
-def load_weights(path: Path, config: Any, dtype: torch.dtype, device: torch.device | str, **options: Any) -> Any:
+def load_weights(path: Path, config: Any, dtype: torch.dtype | None, device: torch.device | str, **options: Any) -> Any:
     """Load a base as it is trained.
 
     Args:
         path: of the base.
         config: its configuration, without a quantization of which nothing is left once it is read.
-        dtype: of what is not quantized.
+        dtype: of what is not quantized; None: as on disk, and bf16 for what is dequantized.
         device: where to.
         options: of ``from_pretrained``.
 
     """
     kind = trained_class(config)
-    options |= {"dtype": dtype, "device_map": {"": device}}
+    options["device_map"] = {"": device}
     if method_on_disk(path) is None:
+        options["dtype"] = dtype or "auto"
         return kind.from_pretrained(path, use_safetensors=True, trust_remote_code=False, **options)
-    tensors = disk_tensors(path, dtype)
+    options["dtype"] = dtype or torch.bfloat16
+    tensors = disk_tensors(path, options["dtype"])
     if isinstance(wanted := options.get("quantization_config"), FourBitConfig):
         wanted.tensors = tensors
     model = kind.from_pretrained(None, config=config, state_dict=tensors.as_dict(), **options)
