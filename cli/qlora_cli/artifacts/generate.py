@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_cli.local import run_folder
+from qlora_cli.local.trainer_process import environment, shell_code, tail
 from qlora_cli.report import training_history
 from qlora_cli.report.answers import AnswerLine, keep
 from qlora_cli.report.facts import MANIFEST
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from qlora_cli.local.trainer_process import Commands
-
-TAIL_LINES = 20
 
 
 class GenerateError(ValueError):
@@ -168,16 +166,16 @@ def generate(
     told: list[AnswerLine] = []
     if models.dataset is None and not options.raw:
         console.print(f"No {MANIFEST} beside the adapter says how its rows were: prompts are put as they are.")
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
     if not console.is_terminal:
         console.print("Loading the models …")
-    with tempfile.TemporaryFile("w+") as errors, console.status("Loading the models …") as status:
+    with tempfile.TemporaryFile("w+", errors="replace") as errors, console.status("Loading the models …") as status:
         process = subprocess.Popen(
             command(commands.generate, models, options),
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env=environment,
+            errors="replace",
+            env=environment(),
         )
         with process:
             for answer in _answers(process.stdout or ()):
@@ -187,9 +185,9 @@ def generate(
         if folder is not None and told:
             keep(folder, told)
         if process.returncode:
-            console.print(*_tail(errors), sep="\n", soft_wrap=True)
-            console.print(f"The trainer ended with exit code {process.returncode}.", style="bold red")
-    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+            console.print(*tail(errors), sep="\n", soft_wrap=True)
+            console.print(f"The trainer ended with exit code {shell_code(process.returncode)}.", style="bold red")
+    return shell_code(process.returncode)
 
 
 def show(answer: AnswerLine) -> RenderableType:
@@ -209,8 +207,3 @@ def _answers(lines: Sequence[str] | IO[str]) -> Iterator[AnswerLine]:
             yield AnswerLine.model_validate_json(line)
         except ValidationError:
             continue  # a library's own print, not ours
-
-
-def _tail(errors: IO[str]) -> list[str]:
-    errors.seek(0)
-    return errors.read().splitlines()[-TAIL_LINES:]

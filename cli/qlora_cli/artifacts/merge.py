@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from qlora_cli.artifacts import adapters
 from qlora_cli.artifacts.storage import LocalFolder
 from qlora_cli.kube.errors import ClusterError
+from qlora_cli.local.trainer_process import environment, shell_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,6 +96,5 @@ def cache_dir() -> Path:
 def run(merge: MergeRequest, adapter: Path) -> int:
     """Merge; the process's exit code. Its words go where ours go."""
     arguments = [merge.base, merge.revision, str(adapter), str(merge.out), str(cache_dir())]
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
-    code = subprocess.run([sys.executable, "-c", _PROGRAM, *arguments], env=environment, check=False).returncode
-    return code if code >= 0 else 128 - code
+    command = [sys.executable, "-c", _PROGRAM, *arguments]
+    return shell_code(subprocess.run(command, env=environment(), check=False).returncode)

@@ -26,17 +26,22 @@ Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also 
 def inspect(model: Model, *, skip: Skip = 3, html: Html = None, output: o.PlainOutput = PlainForm.TEXT) -> None:
     """Measure what each quantization does to each layer of a base, without data.
 
-    Names the layers that suffer most, as skipModules to paste into a job. Runs the trainer
-    (pip install 'qlora-operator[trainer]'); holds one layer in memory at a time.
+    Names the layers that suffer most, as skipModules to paste into a job. Runs the trainer (the extra [trainer] of
+    qlora-operator), with one layer in memory at a time.
     """
     with exit_on_user_error():
         from qlora_cli.inspection import view
-        from qlora_cli.inspection.measure import measure
+        from qlora_cli.inspection.measure import InspectionError, measure
         from qlora_cli.inspection.page import page
-        from qlora_cli.local.trainer_process import Commands
+        from qlora_cli.local.trainer_process import Commands, require_trainer
         from qlora_cli.text import output as out
 
-        found = measure(model, out.console(stderr=True), Commands())
+        require_trainer("qlora inspect")
+        try:
+            found = measure(model, out.console(stderr=True), Commands())
+        except InspectionError as error:
+            write_line(error, error=True)
+            raise typer.Exit(error.exit_code) from None
         if html is not None:
             html.parent.mkdir(parents=True, exist_ok=True)
             html.write_text(page(found, skip), encoding="utf-8")

@@ -23,10 +23,10 @@ STORAGE_FAILED = 47
 """As ``qlora_api.contract.ExitCode.STORAGE_FAILED``: a disk is full, or fails."""
 
 EXIT_CODES = """\
-Exit codes: 0: success; 1: the check failed (a watched job failed, an adapter differs, the doctor found a fault);
-2: wrong usage; 3: the cluster cannot be reached; 40: invalid manifest or name, or missing permission;
+Exit codes: 0: success; 1: the check failed (a watched job failed, an adapter differs, the doctor found a fault), or the
+answer was no; 2: wrong usage; 3: the cluster cannot be reached; 40: invalid manifest or name, or missing permission;
 47: a disk is full; 130: Ctrl-C.
-'run' and 'merge' exit as the trainer does (docs/reference/command-line.md)."""
+'run', 'generate', 'inspect' and 'merge' exit as the trainer does (docs/reference/command-line.md)."""
 
 
 def _names(incomplete: str) -> list[str]:

@@ -22,7 +22,7 @@ from qlora_cli.kube.target import program
 from qlora_cli.local import local_spec, run_folder, run_view
 from qlora_cli.local.prepare_view import PrepareDisplay
 from qlora_cli.local.progress_view import Poller, Watcher, display_for
-from qlora_cli.local.trainer_process import Process, Stopped, watch
+from qlora_cli.local.trainer_process import TAIL_LINES, Process, Stopped, shell_code, watch
 from qlora_cli.text.paragraphs import Paragraph
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells count."""
-TAIL_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -306,11 +305,6 @@ def refuse_other_rows(record: RunRecord, found: PrepareReceipt, *, trained: bool
             f" {found.data_hash[:12]}), and a resumed run must match its checkpoint; put the rows back,"
             f" use another metadata.name, or --fresh"
         )
-
-
-def shell_code(code: int) -> int:
-    """Popen's exit code as shells and Kubernetes count: 128 + signal."""
-    return code if code >= 0 else 128 - code
 
 
 def next_commands(folder: Path) -> list[str]:

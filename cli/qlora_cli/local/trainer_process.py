@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from qlora_cli.kube.errors import ClusterError
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 TICK_SECONDS = 0.1
 INSIST_SECONDS = 1.0
 """A Ctrl-C this soon after the first is the same one: wrappers such as 'uv run' repeat what the terminal sent."""
+TAIL_LINES = 20
+"""Lines of its log or of standard error that are shown of a process that failed."""
 MARK = "QLORA_PROCESS_MARK"
 """Environment variable that all processes of one attempt share."""
 
@@ -53,6 +55,27 @@ def require_trainer(command: str) -> None:
             'qlora was installed, with the extra "trainer", such as: uv tool install --force '
             "'qlora-operator[trainer] @ git+https://…'"
         )
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment of a process of the trainer, with more variables in it."""
+    return {
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",  # what it prints is read while it runs
+        "PYTHONSAFEPATH": "1",  # a datasets.py in the user's folder is not the library
+        **more,
+    }
+
+
+def shell_code(code: int) -> int:
+    """Return Popen's exit code as shells and Kubernetes count: 128 + signal."""
+    return code if code >= 0 else 128 - code
+
+
+def tail(errors: IO[str]) -> list[str]:
+    """Return the last lines of what a process wrote to standard error."""
+    errors.seek(0)
+    return errors.read().strip().splitlines()[-TAIL_LINES:]
 
 
 class Stopped(Enum):
@@ -108,19 +131,13 @@ class Process:
     def __init__(self, command: Sequence[str], log: Path, lock: Lock, stdout: Path | None = None) -> None:
         """Start it. All output goes to ``log``; where ``stdout`` is given, standard output goes there."""
         self._mark = uuid.uuid4().hex
-        environment = {
-            **os.environ,
-            MARK: self._mark,
-            "PYTHONUNBUFFERED": "1",  # the log is read while it grows
-            "PYTHONSAFEPATH": "1",  # a datasets.py in the user's folder is not the library
-        }
         with log.open("ab") as errors, (stdout or log).open("ab") as output:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,
-                env=environment,
+                env=environment(**{MARK: self._mark}),
                 start_new_session=True,
                 pass_fds=(lock.descriptor,),  # should we be killed, the run stays locked until the trainer ends
             )
