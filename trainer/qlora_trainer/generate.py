@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from qlora_api.spec import DatasetSpec
 from qlora_storage.object_store import open_store, sha256_bytes
 from qlora_trainer.data.formats import Encoder
 from qlora_trainer.errors import TrainerError, system_errors
+from qlora_trainer.model.base_model import causal_config
 from qlora_trainer.model.hardware import fast_dtype
+from qlora_trainer.model.read_weights import load_weights
 from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.publish.merge_adapter import load_adapter
 from qlora_trainer.reporting.rank_exit import quiet_libraries
@@ -60,12 +62,12 @@ class _EndsWith(StoppingCriteria):  # type: ignore[misc]
 
 
 def load(path: Path) -> Any:
-    """A model for inference: on a GPU where there is one, in the type that is fast, or as it is quantized on disk."""
+    """Load a model for inference: onto a GPU where there is one, in the type that is fast there.
+
+    A model that bitsandbytes has quantized on disk stays as it is; one with towers is loaded without them.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=fast_dtype(device), device_map={"": device}, use_safetensors=True, trust_remote_code=False
-    )
-    return model.eval()
+    return load_weights(path, causal_config(path), fast_dtype(device), device).eval()
 
 
 def local_folder(uri: str, option: str, cache_dir: Path) -> Path:
