@@ -76,10 +76,10 @@ class QLoRAClient:
         """
         assignments = [f"{path}={_assigned(value)}" for path, value in (settings or {}).items()]
         if isinstance(job, str | Path):
-            found = submit.read(Path(job), assignments)
+            found = submit.read_manifest(Path(job), assignments)
         else:
             text = json.dumps({"apiVersion": API_VERSION, "kind": KIND, **job})
-            found = submit.read_text(text, "the manifest", assignments)
+            found = submit.read_manifest_text(text, "the manifest", assignments)
         if len(found.jobs) != 1:
             raise QLoRAError(f"{job}: holds {len(found.jobs)} QLoRAJobs; submit takes exactly one")
         return view(submit.send(self._cluster, found.jobs[0], dry_run=dry_run))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig, reason_of
 from qlora_trainer.errors import PathError, StorageError, TrainerError, system_errors
-from qlora_trainer.prepare.local_copy import Prepared, bring
+from qlora_trainer.prepare.local_copy import Prepared, bring_inputs
 from qlora_trainer.prepare.records import Records
 from qlora_trainer.publish.destination_claim import claim_destination, release_destination
 from qlora_trainer.publish.published_adapter import finished_run
@@ -70,14 +70,14 @@ def ready(config: TrainerConfig, path: Path) -> int:
         return ExitCode.DONE
     records = Records(config)
     began = records.of_run()
-    if began is not None and bring(config, began, records):
+    if began is not None and bring_inputs(config, began, records):
         return ExitCode.DONE
     code = subprocess.run([*python_command(), "-m", "qlora_trainer.prepare", str(path)], check=False).returncode
     if code:
         return code if code > 0 else 128 - code
     termination_message.clear(Path(config.termination_message_path))  # Prepare's
     began = records.of_run()
-    if began is None or (Prepared.read(config) or bring(config, began, records)) is None:
+    if began is None or (Prepared.read(config) or bring_inputs(config, began, records)) is None:
         raise StorageError(f"what Prepare has just left in {config.shared_cache_uri or config.cache_dir} is not there")
     return ExitCode.DONE
 

@@ -36,7 +36,7 @@ MOST_MANIFEST_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedAdapter:
     """A manifest that was read, and where."""
 
     folder: Folder
@@ -80,7 +80,7 @@ def _published_by(job: JobView) -> Source:
     return Source(uri.removesuffix(MANIFEST).rstrip("/"), job.adapter.get("manifestSha256", ""))
 
 
-def read(source: Source) -> Published:
+def read(source: Source) -> PublishedAdapter:
     """Read the manifest and check its hash and its form.
 
     Raises:
@@ -115,13 +115,13 @@ def read(source: Source) -> Published:
             raise StorageError(f'{where}: names "{file.path}", which leaves its folder')
         if short_path(file.path).partition("/")[0] not in PARTS:
             raise StorageError(f'{where}: names "{file.path}", which is in neither of {", ".join(PARTS)}')
-    return Published(folder, data, body, files)
+    return PublishedAdapter(folder, data, body, files)
 
 
 # ------------------------------------------------------------------------------------------------------------ verifying
 
 
-def verify(published: Published, tell: Callable[[str], None]) -> list[str]:
+def verify(published: PublishedAdapter, tell: Callable[[str], None]) -> list[str]:
     """Read every file of the folders that will be used; return a line for each difference."""
     return published.folder.differences(published.adapter, published.files, tell)
 
@@ -130,7 +130,7 @@ def verify(published: Published, tell: Callable[[str], None]) -> list[str]:
 
 
 def download(
-    published: Published, target: Path, tell: Callable[[str], None], *, adapter_only: bool = False
+    published: PublishedAdapter, target: Path, tell: Callable[[str], None], *, adapter_only: bool = False
 ) -> tuple[int, int]:
     """Copy all files, each checked before it has its name, the manifest last; files and bytes copied now.
 
@@ -185,7 +185,7 @@ def _write(target: Path, pieces: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
-def folder_of(published: Published, target: Path) -> Path:
+def folder_of(published: PublishedAdapter, target: Path) -> Path:
     """Return where the adapter itself is after a download."""
     return target / PurePosixPath(short_path(f"{published.adapter}"))
 

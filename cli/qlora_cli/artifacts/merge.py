@@ -18,7 +18,7 @@ from qlora_cli.local.trainer_process import environment, shell_code
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from qlora_cli.artifacts.adapters import Published
+    from qlora_cli.artifacts.adapters import PublishedAdapter
 
 _PROGRAM = """\
 import sys
@@ -53,7 +53,7 @@ class MergeRequest:
     out: Path
 
 
-def plan(published: Published, base: str | None, out: Path) -> MergeRequest:
+def plan(published: PublishedAdapter, base: str | None, out: Path) -> MergeRequest:
     """The base that the manifest names, at its revision, unless another is given.
 
     Raises:
@@ -69,7 +69,7 @@ def plan(published: Published, base: str | None, out: Path) -> MergeRequest:
     return MergeRequest(source, "" if base else str(named.get("revision", "")), out)
 
 
-def fetch(published: Published, tell: Callable[[str], None]) -> Path:
+def fetch(published: PublishedAdapter, tell: Callable[[str], None]) -> Path:
     """The adapter as a folder of this machine, verified: where it was published, or fetched into the cache.
 
     Raises:

@@ -42,7 +42,7 @@ def doctor(
         if manifests:
             from qlora_cli.jobs import submit
 
-            bodies = [submission.body for path in manifests for submission in submit.read(path).jobs]
+            bodies = [submission.body for path in manifests for submission in submit.read_manifest(path).jobs]
         with connect(Target(kubeconfig, context, namespace)) as cluster:
             findings = run_checks(read_cluster(cluster, bodies), version("qlora-operator"))
         bad = any(finding.level is said.Level.FAULT for finding in findings)

@@ -57,7 +57,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Pod:
+class LogPod:
     """A pod with a log."""
 
     name: str
@@ -68,12 +68,12 @@ class Pod:
     ended: bool
 
 
-def pod_of(body: Object) -> Pod:
+def pod_of(body: Object) -> LogPod:
     labels, status = body["metadata"].get("labels") or {}, body.get("status") or {}
     states = [c.get("state") or {} for c in status.get("containerStatuses") or () if c.get("name") == CONTAINER]
     state = states[0] if states else {}
     ended = "terminated" in state or status.get("phase") in ("Succeeded", "Failed")
-    return Pod(
+    return LogPod(
         name=body["metadata"]["name"],
         uid=body["metadata"]["uid"],
         attempt=int(labels.get(ATTEMPT_LABEL, PREPARE)),
@@ -90,7 +90,7 @@ class Splitter:
     has one rank alone or the line is indented; else it is the worker's.
     """
 
-    def __init__(self, pod: Pod) -> None:
+    def __init__(self, pod: LogPod) -> None:
         self._pod = pod
         self._ranks: set[int] = set()
         self._last: int | None = None
@@ -145,7 +145,7 @@ def read(cluster: Cluster, name: str, wanted: Wanted) -> Iterator[Line]:
     yield from _of_rank(merged, wanted)
 
 
-def _nothing(job: Object, wanted: Wanted, pods: Sequence[Pod]) -> str:
+def _nothing(job: Object, wanted: Wanted, pods: Sequence[LogPod]) -> str:
     """Return why there is no log, and where there is one."""
     seen = view(job)
     there = sorted({p.attempt for p in pods if p.started})
@@ -163,7 +163,7 @@ def _no_log_yet(job: JobView) -> str:
     return f'job "{job.name}" has written no log yet, it is {job.state} ({job.reason}){why}'
 
 
-def _once(cluster: Cluster, pod: Pod, wanted: Wanted) -> Iterator[Line]:
+def _once(cluster: Cluster, pod: LogPod, wanted: Wanted) -> Iterator[Line]:
     splitter = Splitter(pod)
     try:
         for raw in cluster.api.lines(_log_path(cluster, pod), **_parameters(wanted)):
@@ -173,7 +173,7 @@ def _once(cluster: Cluster, pod: Pod, wanted: Wanted) -> Iterator[Line]:
             raise
 
 
-def _log_path(cluster: Cluster, pod: Pod) -> str:
+def _log_path(cluster: Cluster, pod: LogPod) -> str:
     return core_path(cluster.namespace, "pods", pod.name) + "/log"
 
 
@@ -204,7 +204,7 @@ class Follower:
         self._job = view(get_job(cluster, name))
         self._lines: queue.SimpleQueue[Line | Exception] = queue.SimpleQueue()
         self._streams: dict[str, threading.Thread] = {}
-        self._pods: dict[str, Pod] = {}
+        self._pods: dict[str, LogPod] = {}
         self._first = PREPARE
         """Attempts before this one are passed over."""
         self._listed = False
@@ -278,24 +278,24 @@ class Follower:
                     self._stream(pod)
             self._listed = True
 
-    def _choose(self, pods: Sequence[Pod]) -> None:
+    def _choose(self, pods: Sequence[LogPod]) -> None:
         """At the start, attempts that are over are passed over, as without --follow."""
         if not self._listed:
             newest = max((p.attempt for p in pods if p.started), default=PREPARE)
             self._first = newest if self._wanted.attempt is None else self._wanted.attempt
 
-    def _is_wanted(self, pod: Pod) -> bool:
+    def _is_wanted(self, pod: LogPod) -> bool:
         if self._wanted.worker not in (None, pod.worker):
             return False
         return pod.attempt == self._wanted.attempt if self._wanted.attempt is not None else pod.attempt >= self._first
 
-    def _stream(self, pod: Pod) -> None:
+    def _stream(self, pod: LogPod) -> None:
         if pod.uid not in self._streams:
             thread = threading.Thread(target=self._guarded, args=(lambda: self._pump(pod),), daemon=True)
             self._streams[pod.uid] = thread
             thread.start()
 
-    def _pump(self, pod: Pod) -> None:
+    def _pump(self, pod: LogPod) -> None:
         """Put one pod's lines into the queue until it has ended; a stream that breaks goes on where it broke."""
         splitter, newest, told = Splitter(pod), "", ""
         parameters = {**_parameters(self._wanted), "follow": "true"}

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Found:
+class LookupResult:
     """Result of a reference: the API object, or a run's record."""
 
     body: Object
     view: JobView
 
 
-def find(target: Target, references: Sequence[str]) -> list[Found]:
+def find(target: Target, references: Sequence[str]) -> list[LookupResult]:
     """All of them, in their order; the cluster is asked only for what is no path.
 
     Raises:
@@ -36,7 +36,7 @@ def find(target: Target, references: Sequence[str]) -> list[Found]:
         return find_in(cluster, references)
 
 
-def find_in(cluster: Cluster, references: Sequence[str]) -> list[Found]:
+def find_in(cluster: Cluster, references: Sequence[str]) -> list[LookupResult]:
     """All of them, in a cluster that is known.
 
     Raises:
@@ -44,12 +44,12 @@ def find_in(cluster: Cluster, references: Sequence[str]) -> list[Found]:
 
     """
     bodies = {name: get_job(cluster, name) for name in dict.fromkeys(references) if not is_local(name)}
-    return [_run(Path(r)) if is_local(r) else Found(bodies[r], view(bodies[r])) for r in references]
+    return [_run(Path(r)) if is_local(r) else LookupResult(bodies[r], view(bodies[r])) for r in references]
 
 
-def _run(folder: Path) -> Found:
+def _run(folder: Path) -> LookupResult:
     record = read_run(folder)
-    return Found({"folder": str(folder), **record}, view_run(folder, record))
+    return LookupResult({"folder": str(folder), **record}, view_run(folder, record))
 
 
 def next_commands(job: JobView, target: Target) -> list[str]:

@@ -1,4 +1,4 @@
-"""``qlora submit``: from a manifest to a job in the cluster, or to every error in it."""
+"""Check the jobs of a manifest and create them in a cluster."""
 
 from __future__ import annotations
 
@@ -40,41 +40,41 @@ class Submission:
 
 
 @dataclass(frozen=True)
-class Read:
-    """A file's jobs, and what else is in it."""
+class ManifestJobs:
+    """Jobs of a manifest, and the documents that are ignored: those of other kinds."""
 
     jobs: tuple[Submission, ...]
-    passed_over: tuple[str, ...]
+    ignored: tuple[str, ...]
 
 
-def read(path: Path, assignments: Sequence[str] = ()) -> Read:
-    """Check all jobs of a file as the API server would, and for what only a machine of one's own can reach.
+def read_manifest(path: Path, assignments: Sequence[str] = ()) -> ManifestJobs:
+    """Check all jobs of a file as the API server would, and that they name no local path.
 
     Raises:
         RefusedError: every error, with file and line.
 
     """
-    return _read(job_manifest.documents(path), str(path), assignments)
+    return _read_documents(job_manifest.documents(path), str(path), assignments)
 
 
-def read_text(text: str, source: str, assignments: Sequence[str] = ()) -> Read:
-    """The same for a text; ``source`` names it in messages.
+def read_manifest_text(text: str, source: str, assignments: Sequence[str] = ()) -> ManifestJobs:
+    """Check all jobs of a text; ``source`` names it in messages.
 
     Raises:
         RefusedError: every error, with its line.
 
     """
-    return _read(kubernetes_yaml.read(text, source), source, assignments)
+    return _read_documents(kubernetes_yaml.read(text, source), source, assignments)
 
 
-def _read(documents: Sequence[Document], source: str, assignments: Sequence[str]) -> Read:
+def _read_documents(documents: Sequence[Document], source: str, assignments: Sequence[str]) -> ManifestJobs:
     overrides = [job_manifest.parse_override(text) for text in assignments]
     jobs: list[Submission] = []
-    passed_over: list[str] = []
+    ignored: list[str] = []
     errors: list[Located | str] = []
     for document in documents:
         if job_manifest.is_foreign(document):
-            passed_over.append(_title(document))
+            ignored.append(_title(document))
             continue
         try:
             job_manifest.check(document, overrides)
@@ -86,10 +86,10 @@ def _read(documents: Sequence[Document], source: str, assignments: Sequence[str]
         errors += [Located(f"{document.source}:{document.line_of(m.field)}", m) for m in local]
         jobs.append(Submission(body, f"{document.source}:{document.line}"))
     if not jobs and not errors:
-        errors.append(f"{source}: holds no QLoRAJob, only {', '.join(passed_over)}")
+        errors.append(f"{source}: holds no QLoRAJob, only {', '.join(ignored)}")
     if errors:
         raise RefusedError(*errors)
-    return Read(tuple(jobs), tuple(passed_over))
+    return ManifestJobs(tuple(jobs), tuple(ignored))
 
 
 def _title(document: Document) -> str:
@@ -99,7 +99,7 @@ def _title(document: Document) -> str:
 
 
 def _body(document: Document, overrides: Sequence[job_manifest.Override]) -> Object:
-    """Return the manifest as it stands in the file, without defaults: those are the API server's."""
+    """Return the manifest as written, without defaults: the API server sets those."""
     body: Object = crd_schema.without_nulls(job_manifest.overridden(document.value, overrides))  # type: ignore[arg-type]
     body.pop("status", None)
     for name in _SERVER_SET:
@@ -108,7 +108,7 @@ def _body(document: Document, overrides: Sequence[job_manifest.Override]) -> Obj
 
 
 def _local_paths(spec: Object) -> Iterator[FieldError]:
-    """Fields that name a place on this machine, and how to get it to where a cluster can read it."""
+    """Yield an error for each field that names a path on this machine, with the command that uploads it."""
     bucket = _bucket(spec)
     for field in _PLACES:
         value: Any = spec
@@ -128,7 +128,7 @@ def _local_paths(spec: Object) -> Iterator[FieldError]:
 
 
 def _bucket(spec: Object) -> str:
-    """A bucket that the job itself names, or a stand-in."""
+    """Return the bucket of the job's destination, or a placeholder."""
     destination = str((spec.get("output") or {}).get("destination", ""))
     scheme, separator, rest = destination.partition("://")
     return f"{scheme}://{rest.partition('/')[0]}" if separator and scheme in ("s3", "gs", "az") else "s3://BUCKET"
@@ -138,7 +138,7 @@ def require_one_namespace(submissions: Sequence[Submission], flag: str | None) -
     """Check that the manifest and the flag name the same namespace.
 
     Raises:
-        ClusterError: they are not.
+        ClusterError: they name different ones.
 
     """
     for submission in submissions:
@@ -156,7 +156,7 @@ def send(cluster: Cluster, submission: Submission, *, dry_run: bool) -> Object:
     """Create the job.
 
     Raises:
-        ClusterError: it is there already, or the API server refuses it; each cause with the file's line.
+        ClusterError: the job exists already, or the API server refuses it; each cause with the file's line.
 
     """
     meta = submission.body["metadata"]
@@ -183,11 +183,13 @@ def _exists(cluster: Cluster, namespace: str, name: str) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ once more
+# ------------------------------------------------------------------------------------------------ retrying a failed job
 
 
-def again(cluster: Cluster, name: str, new_name: str | None, assignments: Sequence[str]) -> Object:
-    """A new job with a failed one's spec. It begins at step 0: checkpoints belong to the job that wrote them.
+def retry_job(cluster: Cluster, name: str, new_name: str | None, assignments: Sequence[str]) -> Object:
+    """Return a new job with the spec of a failed one.
+
+    It starts at step 0: checkpoints belong to the job that wrote them.
 
     Raises:
         ClusterError: the job has not failed.
@@ -224,7 +226,7 @@ def again(cluster: Cluster, name: str, new_name: str | None, assignments: Sequen
 
 
 def next_name(name: str) -> str:
-    """``tune`` → ``tune-r2`` → ``tune-r3``, within the API's limit."""
+    """Return the next name in ``tune``, ``tune-r2``, ``tune-r3``, …, within the API's length limit."""
     found = _RETRY.fullmatch(name)
     base, number = (found[1], int(found[2]) + 1) if found else (name, 2)
     suffix = f"-r{number}"

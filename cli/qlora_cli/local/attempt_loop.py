@@ -1,6 +1,6 @@
-"""Prepare once, then attempts until the run is over: what the operator does with pods, with processes.
+"""Prepare once, then run attempts until the run ends, as the operator does with pods.
 
-What follows an attempt is decided by ``qlora_api.lifecycle``, for both alike.
+``qlora_api.lifecycle`` decides what follows an attempt, here and in the operator.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qlora_cli.kube.target import program
 from qlora_cli.local import local_spec, run_folder, run_view
 from qlora_cli.local.prepare_view import PrepareDisplay
 from qlora_cli.local.progress_view import Poller, Watcher, display_for
-from qlora_cli.local.trainer_process import TAIL_LINES, Process, Stopped, shell_code, watch
+from qlora_cli.local.trainer_process import TAIL_LINES, StopSignal, TrainerProcess, shell_code, watch
 from qlora_cli.text.paragraphs import Paragraph
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class AttemptSettings:
-    """All that stays the same over the attempts of one call."""
+    """Settings that are the same for all attempts of one call."""
 
     job: QLoRAJob
     world: World
@@ -54,17 +54,17 @@ class AttemptSettings:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """End of a trainer's process, and what it reported."""
+class ProcessEnd:
+    """Result of a trainer process: exit code, signal sent, and what it reported."""
 
     code: int
-    stopped: Stopped
+    stopped: StopSignal
     termination_message: TerminationMessage | None
     report: ProgressReport | None
 
 
 class LocalRun:
-    """One call of 'qlora run' on a run: goes on from ``record`` until the run is over or is told to stop."""
+    """One call of 'qlora run': continues from ``record`` until the run ends or is told to stop."""
 
     def __init__(self, setting: AttemptSettings, record: RunRecord, stop: StopRequests) -> None:
         self.record = record
@@ -72,15 +72,15 @@ class LocalRun:
         self._stop = stop
         self._call_began_at = len(record.attempts)
 
-    def go(self) -> int:
-        """Prepare and train; the exit code of the call."""
+    def run(self) -> int:
+        """Prepare and train; return the exit code of the call."""
         code = self._prepare()
         while code is None:
             code = self._attempt()
         return code
 
     def _prepare(self) -> int | None:
-        """Check the rows before any rank starts; None when all is well."""
+        """Check the rows before any rank starts; return None on success, else the exit code of the call."""
         console, step = self._setting.console, self._setting.folder.prepare
         out = step.path / "out.txt"
         step.begin(
@@ -90,9 +90,11 @@ class LocalRun:
         )
         out.unlink(missing_ok=True)
         with PrepareDisplay(console, step.log) as display:
-            process = Process([*self._setting.commands.prepare, str(step.config)], step.log, self._setting.lock, out)
+            process = TrainerProcess(
+                [*self._setting.commands.prepare, str(step.config)], step.log, self._setting.lock, out
+            )
             code, stopped = watch(process, self._stop, console.print, display.tick)
-        if stopped is not Stopped.NO:
+        if stopped is not StopSignal.NONE:
             return self._interrupted()
         if code != ExitCode.DONE:
             return self._failed(step, None, shell_code(code))
@@ -110,7 +112,7 @@ class LocalRun:
         return None
 
     def _attempt(self) -> int | None:
-        """One attempt; None when another one follows."""
+        """Run one attempt; return None if another one follows, else the exit code of the call."""
         choice = next_choice(self._setting, self.record)
         batch = choice.batch
         attempt = Attempt(
@@ -136,13 +138,13 @@ class LocalRun:
         self._keep(record)
         return self._after(step, attempt, ended)
 
-    def _train(self, number: int, step: ProcessFiles) -> Ended:
+    def _train(self, number: int, step: ProcessFiles) -> ProcessEnd:
         setting = self._setting
         poller = Poller(step.path)
         try:
             with display_for(setting.console, number, setting.world.device) as display:
                 watcher = Watcher(poller, display, setting.job.spec.training.evaluation.every_steps)
-                process = Process([*setting.commands.train, str(step.config)], step.log, setting.lock)
+                process = TrainerProcess([*setting.commands.train, str(step.config)], step.log, setting.lock)
                 code, stopped = watch(process, self._stop, display.say, watcher.tick)
         finally:
             poller.close()
@@ -154,9 +156,9 @@ class LocalRun:
         if self.record.first_eval_loss is None:
             update["first_eval_loss"] = watcher.first_eval_loss
         self.record = self.record.model_copy(update=update)
-        return Ended(code, stopped, step.termination_message(), last)
+        return ProcessEnd(code, stopped, step.termination_message(), last)
 
-    def _after(self, step: ProcessFiles, attempt: Attempt, ended: Ended) -> int | None:
+    def _after(self, step: ProcessFiles, attempt: Attempt, ended: ProcessEnd) -> int | None:
         """Decide what follows an attempt; None for another attempt."""
         console, policy = self._setting.console, self._setting.job.spec.policy
         # Who types the command again has looked at what happened: each call has its own restarts.
@@ -166,7 +168,7 @@ class LocalRun:
                 console.print(run_view.result(self.record, next_commands(self._setting.folder.path)), crop=False)
                 return int(ExitCode.DONE)
             return self._failed(step, ended.termination_message, shell_code(ended.code), decision.message, attempt)
-        if ended.stopped is not Stopped.NO:
+        if ended.stopped is not StopSignal.NONE:
             return self._interrupted(attempt)
         console.print(run_view.retry(attempt, decision), soft_wrap=True)
         self._stop.wait(decision.wait_seconds)
@@ -255,7 +257,7 @@ def next_choice(setting: AttemptSettings, record: RunRecord) -> Choice:
     return Choice(batch, last.gradient_checkpointing)
 
 
-def conclude(attempt: Attempt, ended: Ended, log: Path, now: datetime) -> Attempt:
+def conclude(attempt: Attempt, ended: ProcessEnd, log: Path, now: datetime) -> Attempt:
     """The attempt with its end."""
     code = shell_code(ended.code)
     reason = reason_of(code)
@@ -265,9 +267,9 @@ def conclude(attempt: Attempt, ended: Ended, log: Path, now: datetime) -> Attemp
         if termination
         else f"The trainer ended with exit code {code} and left no termination message; see {log}"
     )
-    if ended.stopped is Stopped.KILLED and reason is not Reason.COMPLETED:
+    if ended.stopped is StopSignal.KILLED and reason is not Reason.COMPLETED:
         reason, message = Reason.PREEMPTED, "killed by a second Ctrl-C, without a checkpoint"
-    elif ended.stopped is Stopped.ASKED and code == shell_code(-signal.SIGTERM):  # before it could catch the signal
+    elif ended.stopped is StopSignal.ASKED and code == shell_code(-signal.SIGTERM):  # before it could catch the signal
         reason, message = Reason.PREEMPTED, "stopped before it had anything to checkpoint"
     progress = termination.progress if termination and termination.progress else report
     return attempt.model_copy(

@@ -69,7 +69,7 @@ def run(request: RunRequest, console: Console, commands: Commands, here: Machine
         batch = attempt_loop.next_choice(setting, record).batch
         console.print(run_view.plan(record, spec, world, batch, folder.path), crop=False)
         with stop_on_signals() as stop:
-            return attempt_loop.LocalRun(setting, record, stop).go()
+            return attempt_loop.LocalRun(setting, record, stop).run()
 
 
 def cache_dir() -> Path:
@@ -165,7 +165,7 @@ def _read(folder: RunFolder) -> RunRecord | None:
     if record is None or not record.attempts or record.attempts[-1].end_time is not None:
         return record
     step = folder.attempt(record.attempts[-1].number)
-    return run_folder.orphaned(record, step.termination_message(), _last_sign_of_life(step))
+    return run_folder.close_orphaned_attempt(record, step.termination_message(), _last_sign_of_life(step))
 
 
 def _last_sign_of_life(step: run_folder.ProcessFiles) -> datetime:

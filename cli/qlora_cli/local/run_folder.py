@@ -267,7 +267,7 @@ def new_record(name: str, spec: QLoRAJobSpec, now: datetime) -> RunRecord:
     )
 
 
-def orphaned(record: RunRecord, termination: TerminationMessage | None, ended: datetime) -> RunRecord:
+def close_orphaned_attempt(record: RunRecord, termination: TerminationMessage | None, ended: datetime) -> RunRecord:
     """End the attempt that nobody saw end: 'qlora run' itself was killed, or the machine went down.
 
     Its trainer may have gone on alone and left a termination message; then that counts.

@@ -78,10 +78,10 @@ def tail(errors: IO[str]) -> list[str]:
     return errors.read().strip().splitlines()[-TAIL_LINES:]
 
 
-class Stopped(Enum):
+class StopSignal(Enum):
     """Signal that was sent to a process from here."""
 
-    NO = "no"
+    NONE = "none"
     ASKED = "asked"
     KILLED = "killed"
 
@@ -125,7 +125,7 @@ def stop_on_signals() -> Iterator[StopRequests]:
             signal.signal(signum, handler)
 
 
-class Process:
+class TrainerProcess:
     """A process in a session of its own, so that the terminal's Ctrl-C reaches it only through us."""
 
     def __init__(self, command: Sequence[str], log: Path, lock: Lock, stdout: Path | None = None) -> None:
@@ -167,12 +167,12 @@ class Process:
         os.killpg(self.pid, signal.SIGKILL)
         # torchrun gives every rank a session of its own, out of the group's reach; a rank that outlives its launcher
         # would hold the GPU that the next attempt needs.
-        for pid in marked(f"{MARK}={self._mark}"):
+        for pid in marked_processes(f"{MARK}={self._mark}"):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
 
-def marked(setting: str) -> list[int]:
+def marked_processes(setting: str) -> list[int]:
     """Processes of this user with ``NAME=value`` in their environment; none where there is no /proc."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
@@ -183,26 +183,26 @@ def marked(setting: str) -> list[int]:
 
 
 def watch(
-    process: Process, stop: StopRequests, say: Callable[[str], None], tick: Callable[[], None]
-) -> tuple[int, Stopped]:
+    process: TrainerProcess, stop: StopRequests, say: Callable[[str], None], tick: Callable[[], None]
+) -> tuple[int, StopSignal]:
     """Wait for the end, with ``tick`` ten times a second; the exit code, and what was done to get there."""
-    done = Stopped.NO
+    done = StopSignal.NONE
     try:
         while (code := process.ended()) is None:
-            if stop.asked and done is Stopped.NO:
-                done = Stopped.ASKED
+            if stop.asked and done is StopSignal.NONE:
+                done = StopSignal.ASKED
                 process.terminate()
                 say("checkpointing … (Ctrl-C again: kill without a checkpoint)")
-            if stop.insisted and done is Stopped.ASKED:
+            if stop.insisted and done is StopSignal.ASKED:
                 say("killing all ranks; steps since the last checkpoint are lost")
                 process.kill()
-                done = Stopped.KILLED
+                done = StopSignal.KILLED
             tick()
             time.sleep(TICK_SECONDS)
     except BaseException:
         # Whatever went wrong here (a closed pipe, a full disk), ranks must not go on unwatched. A second SIGTERM
         # would interrupt the launcher while it waits for the ranks' checkpoint.
-        if done is Stopped.NO:
+        if done is StopSignal.NONE:
             process.terminate()
         while process.ended() is None:
             time.sleep(TICK_SECONDS)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Report:
+class ValidationReport:
     """Contents of one file."""
 
     source: str
@@ -32,7 +32,7 @@ class Report:
         return not self.errors
 
 
-def check_file(path: Path) -> Report:
+def check_file(path: Path) -> ValidationReport:
     """Validate every document of a file."""
     jobs: list[str] = []
     passed_over: list[str] = []
@@ -40,7 +40,7 @@ def check_file(path: Path) -> Report:
     try:
         documents = job_manifest.documents(path)
     except job_manifest.RefusedError as error:
-        return Report(str(path), errors=error.errors)
+        return ValidationReport(str(path), errors=error.errors)
     for document in documents:
         if job_manifest.is_foreign(document):
             passed_over.append(f"{document.value['kind']} (line {document.line})")  # type: ignore[index]
@@ -55,10 +55,10 @@ def check_file(path: Path) -> Report:
             jobs += [] if local else [job.metadata.name]
     if not jobs and not errors:
         errors.append(f"{path}: holds no QLoRAJob, only {units.listing(passed_over)}")
-    return Report(str(path), tuple(jobs), tuple(passed_over), tuple(errors))
+    return ValidationReport(str(path), tuple(jobs), tuple(passed_over), tuple(errors))
 
 
-def as_text(reports: Sequence[Report]) -> str:
+def as_text(reports: Sequence[ValidationReport]) -> str:
     """A line for each error; a line for each good file."""
     lines: list[str] = []
     for report in reports:
@@ -76,7 +76,7 @@ def _valid(jobs: Sequence[str]) -> str:
     return f"{jobs[0]} is valid" if len(jobs) == 1 else f"{len(jobs)} jobs are valid: {', '.join(jobs)}"
 
 
-def as_json(reports: Sequence[Report]) -> str:
+def as_json(reports: Sequence[ValidationReport]) -> str:
     """The same for programs."""
     return json.dumps(
         [

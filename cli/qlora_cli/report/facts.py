@@ -45,7 +45,7 @@ class Facts:
     measured: dict[str, int] = field(default_factory=dict)
     manifest: dict[str, Any] | None = None
     """As published, where it can be read here."""
-    told: Sequence[AnswerLine] = ()
+    trainer_answers: Sequence[AnswerLine] = ()
     """Of base and adapter, before the first step and after the last."""
     answers: Sequence[AnswerLine] = ()
     """As far as they were asked later."""
@@ -93,7 +93,7 @@ def of_run(folder: run_folder.RunFolder, record: RunRecord) -> Facts:
         predicted=memory.predicted if memory else {},
         measured=memory.measured if memory else {},
         manifest=_local_manifest(termination),
-        told=told(history),
+        trainer_answers=trainer_answers(history),
         answers=kept(folder.path),
     )
 
@@ -115,13 +115,13 @@ def of_adapter(manifest: Path) -> Facts:
             tokens=int(found["metrics"].get("tokens") or 0),
             device=next((a.device for a in reversed(history.attempts.values()) if a.device), None) or "",
             manifest=found,
-            told=told(history),
+            trainer_answers=trainer_answers(history),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise run_folder.RunError(f"{manifest} is no manifest of an adapter ({error})") from None
 
 
-def told(history: MergedHistory) -> list[AnswerLine]:
+def trainer_answers(history: MergedHistory) -> list[AnswerLine]:
     """Return the answers that the trainer itself asked for before the first step and after the last, by prompt."""
     base, adapter = (history.answers.get(who, {}) for who in ("base", "adapter"))
     return [AnswerLine(prompt=p, base=base.get(p), adapter=adapter.get(p)) for p in {**base, **adapter}]

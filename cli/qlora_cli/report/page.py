@@ -306,9 +306,9 @@ def _samples(samples: Sequence[str]) -> str:
 def _answers(facts: Facts) -> str:
     """Return prompts with the answers of base and adapter: in training, and since."""
     parts = []
-    if facts.told:
+    if facts.trainer_answers:
         parts.append("<p>To the prompts of the manifest, before the first step and after the last:</p>")
-        parts.append(_said(facts.told))
+        parts.append(_said(facts.trainer_answers))
     if facts.answers:
         parts.append("<p>To <code>qlora generate</code>:</p>")
         parts.append(_said(facts.answers[-MOST_ANSWERS:]))

@@ -76,7 +76,7 @@ def conclude_attempt(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJob
         return status, ()
     stop = stop_cause(context, status)
     outcome = outcome_of(stop, attempt_state(status, ending), pods=has_pods(context))
-    if outcome is StopOutcome.MAKE_ANEW:
+    if outcome is StopOutcome.RECREATE_JOB:
         return status, ()
     if outcome is StopOutcome.CLOSE_AS_SUSPENDED:
         ending = as_suspended(attempt, ending)

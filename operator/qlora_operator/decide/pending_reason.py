@@ -6,7 +6,7 @@ import re
 
 from qlora_api.spec import QLoRAJobSpec
 from qlora_api.status import Reason
-from qlora_operator.decide.refusal import refusal
+from qlora_operator.decide.refusal import explain_refusal
 from qlora_operator.names import CONTAINER
 from qlora_operator.state.observed import JobState, Observed, ObservedJob, PodSnapshot
 
@@ -22,7 +22,7 @@ def pending_reason(spec: QLoRAJobSpec, attempt: int, workers: int, seen: Observe
     """Reason and message of a child Job whose pods are not all ready."""
     job, pods = seen.jobs.get(attempt), [p for p in seen.pods_of(attempt) if not p.gone and p.deletion_due is None]
     if seen.child_refused or (seen.pods_refused and len(pods) < workers):
-        return refusal(seen.child_refused or seen.pods_refused)
+        return explain_refusal(seen.child_refused or seen.pods_refused)
     if job is not None and job.state is JobState.SUSPENDED:
         return Reason.QUEUED, _queued(spec.scheduling.queue, workers, job)
     found = [waits for pod in pods if (waits := _pod_waits(pod))]

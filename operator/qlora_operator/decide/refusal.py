@@ -63,20 +63,20 @@ _REMEDIES = (
 """A part by which a message is known, its reason, and what helps; empty where the message says so itself."""
 
 
-def refusal(said: str) -> tuple[Reason, str]:
-    """Return the reason and the message for what was refused, with what to do."""
-    if quota := _QUOTA.search(said):
-        return Reason.QUOTA_EXCEEDED, f"{said}; {_quota_words(quota)}"
-    if "exceeded quota" in said:
-        return Reason.QUOTA_EXCEEDED, f"{said}; free some of the quota, or ask for fewer GPUs in spec.parallelism"
-    if missing := _NOT_SAID.search(said):
+def explain_refusal(message: str) -> tuple[Reason, str]:
+    """Return the reason for a message of the API server, and the message with a remedy."""
+    if quota := _QUOTA.search(message):
+        return Reason.QUOTA_EXCEEDED, f"{message}; {_quota_words(quota)}"
+    if "exceeded quota" in message:
+        return Reason.QUOTA_EXCEEDED, f"{message}; free some of the quota, or ask for fewer GPUs in spec.parallelism"
+    if missing := _NOT_SAID.search(message):
         if "limits.cpu" in missing["what"]:
-            return Reason.REFUSED, f"{said}; have trainer.limitCpu set to true, a value of the operator's chart"
+            return Reason.REFUSED, f"{message}; have trainer.limitCpu set to true, a value of the operator's chart"
         text = f"ResourceQuota {missing['name']} wants {missing['what']} of every container"
-        return Reason.REFUSED, f"{said}; {text}: add a LimitRange with defaults to the namespace"
-    found = ((reason, remedy) for part, reason, remedy in _REMEDIES if part in said)
+        return Reason.REFUSED, f"{message}; {text}: add a LimitRange with defaults to the namespace"
+    found = ((reason, remedy) for part, reason, remedy in _REMEDIES if part in message)
     reason, remedy = next(found, (Reason.REFUSED, ""))
-    return reason, f"{said}; {remedy}" if remedy else said
+    return reason, f"{message}; {remedy}" if remedy else message
 
 
 def _quota_words(quota: re.Match[str]) -> str:

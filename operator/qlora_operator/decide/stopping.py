@@ -1,7 +1,7 @@
-"""Decide what follows when a job is to stop or its attempt has ended: one table. Pure.
+"""Decide what to do when a job must stop or its attempt has ended, by one table of rules. Pure.
 
-A decision looks it up twice: first for the open attempt, which is closed where it has ended, and then for the job,
-whose newest attempt is by then closed or goes on.
+The table is used twice in a decision: first for the open attempt, which is closed if it has ended, and then for the
+job, whose newest attempt is by then closed or still running.
 """
 
 from __future__ import annotations
@@ -18,81 +18,84 @@ from qlora_operator.decide.decision import Context
 
 
 class StopCause(Enum):
-    """Reason for which a job is to stop. Of several the first in this order counts."""
+    """Reason to stop a job. If there are several, the first in this order counts."""
 
     DELETED = auto()
-    """Somebody deletes the QLoRAJob."""
+    """The QLoRAJob is being deleted."""
     FINISHED = auto()
-    """It has succeeded or failed; containers of its pods may still run."""
+    """The job has succeeded or failed; containers of its pods may still run."""
     DEADLINE = auto()
     """``spec.policy.activeDeadlineSeconds`` has passed."""
     SUSPEND = auto()
     """``spec.suspend`` is set."""
     BUDGET = auto()
     """``spec.policy.budgetGpuHours`` is used up."""
-    NO = auto()
+    NONE = auto()
+    """Nothing asks the job to stop."""
 
 
 class AttemptState(Enum):
-    """State of the newest attempt, as it is seen."""
+    """Observed state of the newest attempt."""
 
     NONE = auto()
     """No attempt is open."""
     RUNNING = auto()
-    """It goes on, or its pods have not all ended, or what they wrote is not there yet."""
+    """The attempt is running, or not all of its pods have ended, or their termination messages are not known yet."""
     COMPLETED = auto()
     """Rank 0 exited with code 0 and a termination message."""
     NODE_LOST = auto()
-    """A node is gone with a pod of it, or with what the pod would have written."""
+    """A node was lost with one of its pods, or with the pod's termination message."""
     DISRUPTED = auto()
-    """Its pods were taken away: by preemption, eviction, or by whoever deleted them."""
+    """Its pods were preempted, evicted or deleted."""
     REMOVED = auto()
     """Its Job was deleted, and all pods have ended since."""
     NEVER_RAN = auto()
     """Its Job was deleted before all its pods ran."""
     FAILED = auto()
-    """It ended by what its ranks did, or found no room."""
+    """Its ranks failed, or its pods could not be scheduled."""
 
 
 class StopOutcome(Enum):
-    """Action that follows."""
+    """Action to take."""
 
     LEAVE_TO_GARBAGE_COLLECTION = auto()
     CLEAN_UP = auto()
     """Delete the Jobs that still run, and the job itself when its time to live is over."""
-    CLOSE_AS_SEEN = auto()
-    """Close the attempt with the reason that is seen."""
-    MAKE_ANEW = auto()
-    """Create the Job of the open attempt once more."""
+    CLOSE_WITH_ITS_REASON = auto()
+    """Close the attempt with the reason for which it ended."""
+    RECREATE_JOB = auto()
+    """Create the Job of the open attempt again."""
     CLOSE_AS_SUSPENDED = auto()
     CLOSE_AS_DEADLINE_EXCEEDED = auto()
     STOP_PODS = auto()
-    """Delete the Jobs that run: the ranks write a checkpoint and leave."""
+    """Delete the running Jobs: the ranks save a checkpoint and exit."""
     SUSPEND = auto()
-    """Write that the job is suspended."""
+    """Set the condition Suspended."""
     FAIL_BY_DEADLINE = auto()
-    """Write that the job has failed."""
-    GO_ON = auto()
+    """Set the condition Failed."""
+    CONTINUE = auto()
 
 
 @dataclass(frozen=True)
-class Row:
-    """Combinations with one outcome: each of the stops, with each of the attempts, and with pods or without."""
+class StopRule:
+    """Outcome of every combination of one of the stop causes, one of the attempt states, and pods or none."""
 
     stops: frozenset[StopCause]
     attempts: frozenset[AttemptState]
     pods: frozenset[bool]
-    """True: a child Job may still make pods, or a pod has not ended."""
+    """True: a child Job may still create pods, or a pod has not ended."""
     outcome: StopOutcome
 
 
-def _row(
+def _rule(
     stops: set[StopCause] | frozenset[StopCause],
     attempts: set[AttemptState] | frozenset[AttemptState],
     outcome: StopOutcome,
     pods: bool | None = None,
-) -> Row:
-    return Row(frozenset(stops), frozenset(attempts), frozenset((True, False) if pods is None else (pods,)), outcome)
+) -> StopRule:
+    return StopRule(
+        frozenset(stops), frozenset(attempts), frozenset((True, False) if pods is None else (pods,)), outcome
+    )
 
 
 _ALL = frozenset(AttemptState)
@@ -103,40 +106,40 @@ _OWN_END = {AttemptState.COMPLETED, AttemptState.NODE_LOST, AttemptState.FAILED}
 _WAS_TAKEN_AWAY = {AttemptState.DISRUPTED, AttemptState.REMOVED}
 _TAKEN_AWAY = {*_WAS_TAKEN_AWAY, AttemptState.NEVER_RAN}
 
-TABLE = (
-    _row({StopCause.DELETED}, _ALL, StopOutcome.LEAVE_TO_GARBAGE_COLLECTION),
-    _row({StopCause.FINISHED}, _ALL, StopOutcome.CLEAN_UP),
-    # What an attempt did by itself counts, whatever it was told to do meanwhile.
-    _row(_LIVE, _OWN_END, StopOutcome.CLOSE_AS_SEEN),
-    _row({StopCause.NO}, _WAS_TAKEN_AWAY, StopOutcome.CLOSE_AS_SEEN),
-    # Nothing of it is lost: it follows what was corrected meanwhile under its own number.
-    _row({StopCause.NO}, {AttemptState.NEVER_RAN}, StopOutcome.MAKE_ANEW),
-    _row(_PAUSE, _TAKEN_AWAY, StopOutcome.CLOSE_AS_SUSPENDED),
-    _row({StopCause.DEADLINE}, _TAKEN_AWAY, StopOutcome.CLOSE_AS_DEADLINE_EXCEEDED),
-    _row({StopCause.NO}, _OPEN, StopOutcome.GO_ON),
-    _row(_PAUSE, _OPEN, StopOutcome.STOP_PODS, pods=True),
-    _row(_PAUSE, _OPEN, StopOutcome.SUSPEND, pods=False),
+RULES = (
+    _rule({StopCause.DELETED}, _ALL, StopOutcome.LEAVE_TO_GARBAGE_COLLECTION),
+    _rule({StopCause.FINISHED}, _ALL, StopOutcome.CLEAN_UP),
+    # If an attempt ended by itself, that counts, whatever it was asked to do in the meantime.
+    _rule(_LIVE, _OWN_END, StopOutcome.CLOSE_WITH_ITS_REASON),
+    _rule({StopCause.NONE}, _WAS_TAKEN_AWAY, StopOutcome.CLOSE_WITH_ITS_REASON),
+    # It lost no work: its Job is created again under the same number, with the spec as it is now.
+    _rule({StopCause.NONE}, {AttemptState.NEVER_RAN}, StopOutcome.RECREATE_JOB),
+    _rule(_PAUSE, _TAKEN_AWAY, StopOutcome.CLOSE_AS_SUSPENDED),
+    _rule({StopCause.DEADLINE}, _TAKEN_AWAY, StopOutcome.CLOSE_AS_DEADLINE_EXCEEDED),
+    _rule({StopCause.NONE}, _OPEN, StopOutcome.CONTINUE),
+    _rule(_PAUSE, _OPEN, StopOutcome.STOP_PODS, pods=True),
+    _rule(_PAUSE, _OPEN, StopOutcome.SUSPEND, pods=False),
     # Until the last pod of the attempt has ended, the adapter may still be published.
-    _row({StopCause.DEADLINE}, {AttemptState.RUNNING}, StopOutcome.STOP_PODS),
-    _row({StopCause.DEADLINE}, {AttemptState.NONE}, StopOutcome.FAIL_BY_DEADLINE),
+    _rule({StopCause.DEADLINE}, {AttemptState.RUNNING}, StopOutcome.STOP_PODS),
+    _rule({StopCause.DEADLINE}, {AttemptState.NONE}, StopOutcome.FAIL_BY_DEADLINE),
 )
-"""Every combination is in exactly one row."""
+"""Every combination is in exactly one rule."""
 _OUTCOMES = {
-    (stop, attempt, pods): row.outcome
-    for row in TABLE
-    for stop in row.stops
-    for attempt in row.attempts
-    for pods in row.pods
+    (stop, attempt, pods): rule.outcome
+    for rule in RULES
+    for stop in rule.stops
+    for attempt in rule.attempts
+    for pods in rule.pods
 }
 
 
 def outcome_of(stop: StopCause, attempt: AttemptState, *, pods: bool) -> StopOutcome:
-    """Return what follows from why a job is to stop, how its attempt is, and whether there are pods."""
+    """Return the outcome of a stop cause, the state of the newest attempt, and whether there are pods."""
     return _OUTCOMES[stop, attempt, pods]
 
 
 def stop_cause(context: Context, status: QLoRAJobStatus) -> StopCause:
-    """Return why a job is to stop."""
+    """Return the reason to stop a job."""
     job, left = context.job, budget_left(context, status)
     if job.metadata.deletion_timestamp is not None:
         return StopCause.DELETED
@@ -146,11 +149,11 @@ def stop_cause(context: Context, status: QLoRAJobStatus) -> StopCause:
         return StopCause.DEADLINE
     if job.spec.suspend:
         return StopCause.SUSPEND
-    return StopCause.BUDGET if left is not None and left <= 0 else StopCause.NO
+    return StopCause.BUDGET if left is not None and left <= 0 else StopCause.NONE
 
 
 def attempt_state(status: QLoRAJobStatus, ending: Ending | None) -> AttemptState:
-    """Return what is seen of the newest attempt; ``ending`` is how it ended, None while it has not."""
+    """Return the state of the newest attempt; ``ending`` is None until it has ended."""
     attempt = open_attempt(status)
     if attempt is None:
         return AttemptState.NONE

@@ -61,7 +61,7 @@ class NotLeadingError(Exception):
     """Another replica may lead by now: nothing is written."""
 
 
-class Counted(Protocol):
+class RequestObserver(Protocol):
     """Told of every request: verb, status code (0: no answer), seconds."""
 
     def __call__(self, verb: str, code: int, seconds: float) -> None: ...
@@ -76,7 +76,7 @@ class Api:
     def __init__(
         self,
         info: kopf.ConnectionInfo,
-        count: Counted,
+        count: RequestObserver,
         concurrency: int = 16,
         may_write: Callable[[], bool] = lambda: True,
     ) -> None:

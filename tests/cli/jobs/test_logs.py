@@ -3,10 +3,10 @@
 import pytest
 
 from qlora_cli.jobs import log_printer, logs
-from qlora_cli.jobs.logs import Pod, Splitter
+from qlora_cli.jobs.logs import LogPod, Splitter
 from qlora_cli.kube.errors import ClusterError
 
-POD = Pod("tune-1-0-x", "uid", attempt=1, worker=2, started=True, ended=False)
+POD = LogPod("tune-1-0-x", "uid", attempt=1, worker=2, started=True, ended=False)
 
 
 def split(*texts, pod=POD):
@@ -35,7 +35,7 @@ def test_among_several_ranks_only_what_is_indented_follows_the_one_before():
 def test_workers_and_preparing_pods_have_names_of_their_own():
     (line,) = split("d t worker 2 INFO meets")
     assert logs.prefix(line) == "worker 2"
-    (line,) = split("reads", pod=Pod("p", "u", attempt=logs.PREPARE, worker=0, started=True, ended=False))
+    (line,) = split("reads", pod=LogPod("p", "u", attempt=logs.PREPARE, worker=0, started=True, ended=False))
     assert logs.prefix(line) == "prepare"
 
 

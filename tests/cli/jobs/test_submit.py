@@ -49,7 +49,7 @@ def write(tmp_path, monkeypatch):
 
 
 def test_what_is_sent_is_what_is_written_and_no_default(write):
-    (found,) = submit.read(write(GOOD), ["training.maxSteps=5", "training.epochs=null"]).jobs
+    (found,) = submit.read_manifest(write(GOOD), ["training.maxSteps=5", "training.epochs=null"]).jobs
     assert found.body["metadata"] == {"name": "tune", "labels": {"team": "nlp"}}
     assert found.body["spec"]["training"] == {"globalBatchSize": 16, "maxSteps": 5}
     assert "policy" not in found.body["spec"]
@@ -58,8 +58,8 @@ def test_what_is_sent_is_what_is_written_and_no_default(write):
 
 def test_other_kinds_are_passed_over_and_named(write):
     secret = "---\napiVersion: v1\nkind: Secret\nmetadata: {name: s3}\n---\n"
-    read = submit.read(write(f"{secret}{GOOD}"))
-    assert ([s.body["metadata"]["name"] for s in read.jobs], read.passed_over) == (["tune"], ("Secret s3",))
+    read = submit.read_manifest(write(f"{secret}{GOOD}"))
+    assert ([s.body["metadata"]["name"] for s in read.jobs], read.ignored) == (["tune"], ("Secret s3",))
 
 
 @pytest.mark.parametrize(
@@ -92,14 +92,14 @@ def test_other_kinds_are_passed_over_and_named(write):
 def test_an_error_is_one_line_with_field_value_and_remedy(write, monkeypatch, change, message):
     monkeypatch.setattr("sys.argv", ["qlora"])
     with pytest.raises(RefusedError) as caught:
-        submit.read(write(GOOD.replace(*change)))
+        submit.read_manifest(write(GOOD.replace(*change)))
     assert str(caught.value) == message
 
 
 def test_as_a_plugin_of_kubectl_it_suggests_itself(write, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/usr/local/bin/kubectl-qlora"])
     with pytest.raises(RefusedError, match="kubectl qlora upload rows s3://adapters/rows"):
-        submit.read(write(GOOD.replace("s3://bucket/rows.jsonl", "rows")))
+        submit.read_manifest(write(GOOD.replace("s3://bucket/rows.jsonl", "rows")))
 
 
 def test_a_dry_run_by_the_client_needs_no_cluster(write):
@@ -201,14 +201,14 @@ class FakeApi:
         return list(self.jobs.values()), "1"
 
 
-def again(*jobs, name=None, assignments=()):
-    return submit.again(Cluster(FakeApi(*jobs), "research"), jobs[0]["metadata"]["name"], name, assignments)
+def retried(*jobs, name=None, assignments=()):
+    return submit.retry_job(Cluster(FakeApi(*jobs), "research"), jobs[0]["metadata"]["name"], name, assignments)
 
 
 def test_a_retry_is_a_new_job_with_the_same_spec():
     old = failed("tune")
     old["metadata"]["annotations"] = {"note": "kept", "kubectl.kubernetes.io/last-applied-configuration": "{}"}
-    new = again(old, failed("tune-r2"))
+    new = retried(old, failed("tune-r2"))
     assert new["metadata"] == {
         "name": "tune-r3",
         "namespace": "research",
@@ -216,18 +216,18 @@ def test_a_retry_is_a_new_job_with_the_same_spec():
     }
     assert new["spec"] == {**old["spec"], "suspend": False}
     assert "status" not in new
-    assert again(old, name="other", assignments=["lora.rank=64"])["spec"]["lora"] == {"rank": 64, "alpha": 32}
+    assert retried(old, name="other", assignments=["lora.rank=64"])["spec"]["lora"] == {"rank": 64, "alpha": 32}
 
 
 def test_what_is_not_over_is_not_retried():
     with pytest.raises(ClusterError, match=r'job "tune" is Running \(Training\) and is retried by the operator itself'):
-        again(running("tune"))
+        retried(running("tune"))
 
 
 def test_what_succeeded_is_retried_only_with_another_destination():
     with pytest.raises(ClusterError, match=r"--set output.destination=…"):
-        again(succeeded("tune"))
-    new = again(succeeded("tune"), assignments=["output.destination=s3://b/2"])
+        retried(succeeded("tune"))
+    new = retried(succeeded("tune"), assignments=["output.destination=s3://b/2"])
     assert new["spec"]["output"] == {"destination": "s3://b/2"}
 
 

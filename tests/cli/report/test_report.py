@@ -315,7 +315,7 @@ def test_trainer_and_report_name_the_files_alike():
 
 
 def test_the_report_reads_what_the_trainer_writes():
-    history = pytest.importorskip("qlora_trainer.reporting.training_history").History()
+    history = pytest.importorskip("qlora_trainer.reporting.training_history").TrainingHistory()
     history.attempt(1, 0, worldSize=2, device="CPU")
     history.evaluation(0, 3.5)
     history.step(1, loss=3.0, learningRate=1e-4, gradientNorm=float("inf"), tokens=100, seconds=0.5, dataSeconds=0.1)

@@ -9,20 +9,20 @@ import pytest
 
 from operator_builders import NOW, attempt, child, decide, job, pod, running, seen
 from qlora_api.status import Condition, QLoRAJobStatus, Reason
-from qlora_operator.decide.stopping import TABLE, AttemptState, StopCause, StopOutcome, outcome_of
+from qlora_operator.decide.stopping import RULES, AttemptState, StopCause, StopOutcome, outcome_of
 from qlora_operator.state.observed import JobState
 
 COMBINATIONS = list(product(StopCause, AttemptState, (True, False)))
 ENDED = frozenset(AttemptState) - {AttemptState.NONE, AttemptState.RUNNING}
-CLOSES = {StopOutcome.CLOSE_AS_SEEN, StopOutcome.CLOSE_AS_SUSPENDED, StopOutcome.CLOSE_AS_DEADLINE_EXCEEDED}
-KEPT = (StopCause.NO, AttemptState.NEVER_RAN)
+CLOSES = {StopOutcome.CLOSE_WITH_ITS_REASON, StopOutcome.CLOSE_AS_SUSPENDED, StopOutcome.CLOSE_AS_DEADLINE_EXCEEDED}
+KEPT = (StopCause.NONE, AttemptState.NEVER_RAN)
 """The one end that is none: the attempt is made anew."""
 
 
 @pytest.mark.parametrize(("stop", "state", "pods"), COMBINATIONS)
 def test_every_combination_is_in_exactly_one_row(stop, state, pods):
-    rows = [row for row in TABLE if stop in row.stops and state in row.attempts and pods in row.pods]
-    assert [row.outcome for row in rows] == [outcome_of(stop, state, pods=pods)]
+    rules = [rule for rule in RULES if stop in rule.stops and state in rule.attempts and pods in rule.pods]
+    assert [rule.outcome for rule in rules] == [outcome_of(stop, state, pods=pods)]
 
 
 @pytest.mark.parametrize(("stop", "state", "pods"), COMBINATIONS)
@@ -35,7 +35,7 @@ STOPS = {
     StopCause.SUSPEND: {"suspend": True},
     StopCause.BUDGET: {"policy": {"budgetGpuHours": "0.01"}},
     StopCause.DEADLINE: {"policy": {"activeDeadlineSeconds": 60}},
-    StopCause.NO: {},
+    StopCause.NONE: {},
 }
 LATE = 100
 """Seconds after which both limits are used up."""

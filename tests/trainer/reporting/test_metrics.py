@@ -27,7 +27,7 @@ from qlora_trainer.model.flops import flops_per_token
 from qlora_trainer.model.loading_progress import counted_weights
 from qlora_trainer.reporting import metrics, training_history
 from qlora_trainer.reporting.phase_collector import PhaseCollector
-from qlora_trainer.reporting.training_history import History
+from qlora_trainer.reporting.training_history import TrainingHistory
 from testing.timeouts import PATIENCE_SECONDS
 
 LABELS = {"job": "one", "namespace": "team", "rank": "3"}
@@ -258,13 +258,13 @@ def rows(of):
 
 
 def test_a_resumed_history_has_each_step_once_and_names_both_attempts():
-    first = History()
+    first = TrainingHistory()
     first.attempt(1, 0, worldSize=2)
     for number in (1, 2):
         first.step(number, loss=1.0)
     saved = first.to_bytes()
     first.step(3, loss=9.0)  # lost with its attempt
-    second = History()
+    second = TrainingHistory()
     second.resume(saved)
     second.attempt(2, 2, worldSize=4)
     second.step(3, loss=0.5)
@@ -273,21 +273,21 @@ def test_a_resumed_history_has_each_step_once_and_names_both_attempts():
 
 
 def test_a_damaged_history_stops_no_training(caplog):
-    found = History()
+    found = TrainingHistory()
     found.resume(b"{half a li")
     assert rows(found) == []
     assert "begins anew" in caplog.text
 
 
 def test_figures_that_are_not_finite_are_json(caplog):
-    found = History()
+    found = TrainingHistory()
     found.step(1, loss=math.nan, gradientNorm=math.inf, tokens=123456789)
     assert (rows(found)[0]["loss"], rows(found)[0]["gradientNorm"]) == (None, None)
 
 
 def test_a_long_history_loses_every_second_step_and_no_evaluation(monkeypatch):
     monkeypatch.setattr(training_history, "MOST_STEPS", 10)
-    found = History()
+    found = TrainingHistory()
     found.attempt(1, 0)
     for number in range(1, 41):
         found.step(number, loss=1.0)
@@ -297,7 +297,7 @@ def test_a_long_history_loses_every_second_step_and_no_evaluation(monkeypatch):
     assert len(steps) <= 10
     assert steps[-1] == 40
     assert steps[:3] == [8, 16, 24]
-    again = History()
+    again = TrainingHistory()
     again.resume(found.to_bytes())
     for number in range(41, 61):
         again.step(number, loss=1.0)

@@ -119,7 +119,7 @@ class Passed:
 Fault = Killed | AnswerLost | Refused | Passed
 
 
-class _Watch:
+class _WatchStream:
     """One watch as it streams."""
 
     def __init__(self, resource: str, request: web.Request) -> None:
@@ -153,7 +153,7 @@ class Proxy:
         self.kubeconfig = folder / "proxy.kubeconfig"
         self._cluster, self._token = cluster, token or cluster.admin_token
         self._faults: list[tuple[Matches, Fault, int]] = []
-        self._watches: set[_Watch] = set()
+        self._watches: set[_WatchStream] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
 
@@ -180,12 +180,12 @@ class Proxy:
 
     def cut_watches(self, resource: str = "") -> None:
         """Break the connections of watches of a resource, or of all."""
-        self._each(resource, _Watch.cut)
+        self._each(resource, _WatchStream.cut)
 
     def end_watches(self, resource: str = "", status: dict[str, Any] | None = None) -> None:
         """End watches with an ERROR event, by default the one that says 410 Gone."""
 
-        def end(watch: _Watch) -> None:
+        def end(watch: _WatchStream) -> None:
             watch.last_line = json.dumps({"type": "ERROR", "object": status or GONE}).encode() + b"\n"
             watch.ended.set()
 
@@ -218,7 +218,7 @@ class Proxy:
     def _do(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(START_SECONDS)
 
-    def _each(self, resource: str, act: Callable[[_Watch], None]) -> None:
+    def _each(self, resource: str, act: Callable[[_WatchStream], None]) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not self.watches(resource):  # asked for, and not answered yet
             if time.monotonic() > deadline:
@@ -306,7 +306,7 @@ class Proxy:
 
     async def _stream(self, request: web.BaseRequest, call: Call, answer: aiohttp.ClientResponse) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
-        watch = _Watch(call.resource, request)
+        watch = _WatchStream(call.resource, request)
         self._watches.add(watch)
         ended = asyncio.create_task(watch.ended.wait())
         reading: asyncio.Task[bytes] | None = None

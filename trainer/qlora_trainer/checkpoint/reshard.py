@@ -27,39 +27,40 @@ WEIGHT = "weight"
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Position of one rank's part of a group among the parts that were saved."""
+class PartitionSlice:
+    """Position of one rank's new partition of a parameter group among the saved partitions."""
 
-    was: int
-    """Elements of each saved part."""
-    now: int
-    """Elements of each new part."""
+    saved_size: int
+    """Elements of each saved partition."""
+    new_size: int
+    """Elements of each new partition."""
     start: int
-    """First element of this rank's new part, in the whole vector."""
+    """First element of this rank's new partition, in the whole vector."""
     parts: range
-    """Saved parts that this rank needs."""
+    """Saved partitions that this rank needs."""
 
     @classmethod
-    def of(cls, was: int, now: int, rank: int, saved_ranks: int) -> Cut:
-        start = rank * now
-        return cls(was, now, start, range(min(start // was, saved_ranks), min(-(-(start + now) // was), saved_ranks)))
+    def of(cls, saved_size: int, new_size: int, rank: int, saved_ranks: int) -> PartitionSlice:
+        start = rank * new_size
+        first, end = start // saved_size, -(-(start + new_size) // saved_size)
+        return cls(saved_size, new_size, start, range(min(first, saved_ranks), min(end, saved_ranks)))
 
     @property
     def at_blocks(self) -> bool:
-        return self.was % BLOCK == 0 and self.now % BLOCK == 0
+        return self.saved_size % BLOCK == 0 and self.new_size % BLOCK == 0
 
     def take(self, parts: list[torch.Tensor], scale: int = 1) -> torch.Tensor:
-        """This rank's elements of ``parts``, zeros where only padding was saved.
+        """Return this rank's elements of ``parts``, with zeros where only padding was saved.
 
         Args:
             parts: one vector for each of :attr:`parts`.
             scale: elements of the group for each element of these vectors.
 
         """
-        length = self.now // scale
+        length = self.new_size // scale
         if not parts:
             return torch.zeros(length)
-        skip = (self.start - self.parts.start * self.was) // scale
+        skip = (self.start - self.parts.start * self.saved_size) // scale
         found = torch.cat(parts)[skip : skip + length]
         return torch.cat([found, found.new_zeros(length - len(found))])
 
@@ -67,7 +68,7 @@ class Cut:
 def reshard(
     read: Callable[[int], Tensors], saved_ranks: int, rank: int, sizes: Mapping[str, int]
 ) -> dict[str, torch.Tensor]:
-    """Put together what ``rank`` takes up.
+    """Build the optimizer state that ``rank`` loads.
 
     Args:
         read: the tensors that one of the saved ranks wrote (``state.optimizer_tensors``), by ``place.name``.
@@ -78,13 +79,13 @@ def reshard(
     """
     shards = {0: read(0)}
     result = {name: tensor for name, tensor in shards[0].items() if _place(name) not in sizes}
-    for place, now in sizes.items():
-        cut = Cut.of(shards[0][f"{place}.{WEIGHT}"].numel(), now, rank, saved_ranks)
-        for part in cut.parts:
+    for place, new_size in sizes.items():
+        piece = PartitionSlice.of(shards[0][f"{place}.{WEIGHT}"].numel(), new_size, rank, saved_ranks)
+        for part in piece.parts:
             if part not in shards:
                 shards[part] = read(part)
-        parts = [_of(shards[part], place) for part in cut.parts]
-        for name, tensor in _cut(cut, parts, like=_of(shards[0], place)).items():
+        parts = [_of(shards[part], place) for part in piece.parts]
+        for name, tensor in _cut(piece, parts, like=_of(shards[0], place)).items():
             result[f"{place}.{name}"] = tensor
     return result
 
@@ -98,33 +99,36 @@ def _of(shard: Tensors, place: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(f"{place}."): t for name, t in shard.items() if _place(name) == place}
 
 
-def _cut(cut: Cut, parts: list[dict[str, torch.Tensor]], like: Tensors) -> dict[str, torch.Tensor]:
-    """All tensors of one place. What is neither elementwise nor of blocks is the same on all ranks, as Adam's step."""
+def _cut(piece: PartitionSlice, parts: list[dict[str, torch.Tensor]], like: Tensors) -> dict[str, torch.Tensor]:
+    """Return all tensors of one place.
+
+    Those that are neither elementwise nor blockwise, such as Adam's step, are the same on all ranks.
+    """
     result: dict[str, torch.Tensor] = {}
     for name, sample in like.items():
         if name.startswith("absmax"):
             continue
-        if sample.numel() != cut.was or name.startswith("qmap"):
+        if sample.numel() != piece.saved_size or name.startswith("qmap"):
             result[name] = sample
         elif sample.dtype == torch.uint8:
             index = name.removeprefix("state")
-            codes, scales = _cut_8bit(cut, parts, index, like[f"qmap{index}"])
+            codes, scales = _cut_8bit(piece, parts, index, like[f"qmap{index}"])
             result |= {name: codes, f"absmax{index}": scales}
         else:
-            result[name] = cut.take([part[name] for part in parts])
+            result[name] = piece.take([part[name] for part in parts])
     return result
 
 
 def _cut_8bit(
-    cut: Cut, parts: list[dict[str, torch.Tensor]], index: str, code: torch.Tensor
+    piece: PartitionSlice, parts: list[dict[str, torch.Tensor]], index: str, code: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of one moment."""
+    """Return the codes and scales of one moment."""
     codes, scales = [p[f"state{index}"] for p in parts], [p[f"absmax{index}"] for p in parts]
-    if cut.at_blocks and parts:
-        return cut.take(codes), cut.take(scales, BLOCK)
+    if piece.at_blocks and parts:
+        return piece.take(codes), piece.take(scales, BLOCK)
     whole = [
         functional.dequantize_blockwise(c, absmax=s, code=code, blocksize=BLOCK)
         for c, s in zip(codes, scales, strict=True)
     ]
-    quantized, state = functional.quantize_blockwise(cut.take(whole), code=code, blocksize=BLOCK)
+    quantized, state = functional.quantize_blockwise(piece.take(whole), code=code, blocksize=BLOCK)
     return quantized, state.absmax

@@ -25,7 +25,7 @@ from qlora_api.status import PrepareResult, Reason
 from qlora_memory import Coverage, planned_coverage
 from qlora_trainer.allocator import keep_freed_memory
 from qlora_trainer.errors import PathError, TrainerError, UserError, system_errors
-from qlora_trainer.prepare.local_copy import bring
+from qlora_trainer.prepare.local_copy import bring_inputs
 from qlora_trainer.prepare.plan_memory import Planned, plan_job
 from qlora_trainer.prepare.records import Record, Records, find
 from qlora_trainer.prepare.tolerance import check_tolerance
@@ -61,7 +61,7 @@ def _again(config: TrainerConfig) -> Record | None:
     if record is None:
         return None
     record = records.begin(record)
-    return record if records.is_shared or bring(config, record, records) else None
+    return record if records.is_shared or bring_inputs(config, record, records) else None
 
 
 def _anew(config: TrainerConfig) -> Record:
@@ -71,7 +71,7 @@ def _anew(config: TrainerConfig) -> Record:
     records = Records(config)
     record = records.keep(prepare_from_scratch(config, records.of_run()))
     if not records.is_shared:
-        bring(config, record, records)
+        bring_inputs(config, record, records)
     return record
 
 

@@ -78,7 +78,7 @@ class Prepared:
         Path(partial.name).rename(path)
 
 
-def bring(config: TrainerConfig, record: Record, records: Records) -> Prepared | None:
+def bring_inputs(config: TrainerConfig, record: Record, records: Records) -> Prepared | None:
     """Bring here what the run began with: that revision of the model, those rows. What is here is not fetched again.
 
     Returns:

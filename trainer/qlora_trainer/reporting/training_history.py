@@ -30,7 +30,7 @@ MOST_STEPS = 20_000
 log = logging.getLogger(__name__)
 
 
-class History:
+class TrainingHistory:
     """Kept by rank 0; on the others it stays unread."""
 
     def __init__(self) -> None:

@@ -28,7 +28,7 @@ from qlora_trainer.prepare.tokenize_rows import PreparedData, load_prepared
 from qlora_trainer.ranks import Ranks
 from qlora_trainer.reporting.metrics import MetricsRecorder
 from qlora_trainer.reporting.pace import Pace
-from qlora_trainer.reporting.training_history import History
+from qlora_trainer.reporting.training_history import TrainingHistory
 from qlora_trainer.storage.authentication import Authenticator
 
 log = logging.getLogger(__name__)
@@ -104,14 +104,14 @@ class RunState:
             known["loss_scale"] = LossScale(**known["loss_scale"])
         return cls(**known)
 
-    def saw(self, step: Step) -> None:
-        """Take a step in that was just done."""
+    def record_step(self, step: Step) -> None:
+        """Update the state after a finished step."""
         self.step += 1
         self.tokens += step.tokens
         self.rows_sha256 = hashlib.sha256(self.rows_sha256.encode() + step.rows.tobytes()).hexdigest()
 
-    def note(self, eval_loss: float) -> bool:
-        """Take an evaluation in; True when it is the best so far."""
+    def record_evaluation(self, eval_loss: float) -> bool:
+        """Update the state after an evaluation; return whether it is the best so far."""
         best = self.best_eval_loss is None or eval_loss < self.best_eval_loss
         self.eval_loss = eval_loss
         self.best_eval_loss = eval_loss if best else self.best_eval_loss
@@ -136,7 +136,7 @@ class TrainingContext:
     pace: Pace
     resumes: Checkpoint | None
     """What the attempt goes on from."""
-    history: History = field(default_factory=History)
+    history: TrainingHistory = field(default_factory=TrainingHistory)
 
     @property
     def model(self) -> Any:

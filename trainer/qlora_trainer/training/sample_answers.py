@@ -1,11 +1,11 @@
-"""Let the model answer the job's own prompts before the training and after it, for the report.
+"""Generate answers to the job's own prompts before and after training, for the report.
 
-No cache of keys and values: the prompts lie end to end in one sequence, as rows in training do, no more of them than a
-micro-batch has, and each new token takes one forward pass of the model as it is trained. That is slow beside a server
-and quick beside a training.
+There is no key-value cache. Up to a micro-batch of prompts are packed into one sequence, as rows are in training, and
+each new token takes one forward pass of the model in its training form: slow compared with an inference server, short
+compared with the training.
 
-All ranks go through it token by token, though under ZeRO 0 to 2 the first one alone computes: so nobody waits for
-longer than a token, a stop is heard between two of them, and an answer that fails costs no more than the answers.
+All ranks run the loop token by token, although with ZeRO 0 to 2 only rank 0 computes. So no rank waits for longer than
+one token, a stop request is noticed between two tokens, and a failure costs only the answers.
 """
 
 from __future__ import annotations
@@ -29,42 +29,42 @@ if TYPE_CHECKING:
     from qlora_trainer.training.context import RunState, TrainingContext
 
 NEW_TOKENS = 64
-"""Of an answer at most."""
+"""Maximum length of an answer."""
 log = logging.getLogger(__name__)
 
 
 def answer_before(trainer: TrainingContext, run: RunState) -> None:
-    """Have the base answer, B being zero before the first step. A collective."""
+    """Generate the base's answers: before the first step, the adapter changes nothing (B is zero). A collective."""
     if run.step == 0:
         answer(trainer, "base")
 
 
 def answer_after(trainer: TrainingContext, run: RunState) -> None:
-    """Have the adapter answer that will be published, whose weights the model then has. A collective."""
+    """Load the adapter that will be published and generate its answers. A collective."""
     if not trainer.config.spec.training.evaluation.prompts:
         return
     ranks, store = trainer.ranks, trainer.checkpoints
     with trainer.ranks.heartbeat.during(Section.CHECKPOINT):
         chosen = store.chosen() if ranks.is_first else None
         step = ranks.gather(chosen.step if chosen else None)[0]
-        if step is not None and step != run.step and computes(trainer):
+        if step is not None and step != run.step and rank_computes(trainer):
             weights = (chosen or store.at(step)).read(engine_state.ADAPTER_FILE)
             engine_state.load_adapter_tensors(trainer.model, unpack_tensors(weights))
     answer(trainer, "adapter")
 
 
-def together(trainer: TrainingContext) -> bool:
-    """Return whether no rank has the model alone."""
+def all_ranks_compute(trainer: TrainingContext) -> bool:
+    """Return whether the model is partitioned (ZeRO stage 3), so that every rank takes part in each forward pass."""
     return trainer.config.spec.parallelism.zero_stage == 3
 
 
-def computes(trainer: TrainingContext) -> bool:
-    """Return whether this rank's model answers; the others only wait."""
-    return trainer.ranks.is_first or together(trainer)
+def rank_computes(trainer: TrainingContext) -> bool:
+    """Return whether this rank runs the model; the other ranks only wait."""
+    return trainer.ranks.is_first or all_ranks_compute(trainer)
 
 
 def answer(trainer: TrainingContext, who: str) -> None:
-    """Note in the history what ``who`` says to each prompt. A collective."""
+    """Record the answer of ``who`` (``base`` or ``adapter``) to each prompt in the history. A collective."""
     spec, began = trainer.config.spec, time.monotonic()
     prompts = spec.training.evaluation.prompts
     if not prompts:
@@ -94,23 +94,23 @@ def end_tokens(trainer: TrainingContext, tokenizer: Any) -> set[int]:
 def continue_rows(
     trainer: TrainingContext, prompts: Sequence[list[int]], ends: Collection[int], learned_end: tuple[int, ...] = ()
 ) -> list[list[int]] | None:
-    """The likeliest continuation of each row of tokens, up to an end or the longest row there may be.
+    """Continue each row greedily until an end token or the maximum length, and return the new tokens.
 
-    It ends with one of the tokens ``ends``, or with the tokens ``learned_end``, which answers of the rows end with.
+    A continuation ends at one of the tokens ``ends``, or at ``learned_end``, the tokens that end the rows' answers.
 
-    A collective. None on all ranks where one was told to stop, or where the first one, computing alone, cannot.
+    A collective. Return None on all ranks if one was told to stop, or if rank 0, computing alone, failed.
     """
     ranks = trainer.ranks
     rows = [list(prompt) for prompt in prompts]
-    going = set(range(len(rows))) if computes(trainer) else set()
+    going = set(range(len(rows))) if rank_computes(trainer) else set()
     trainer.engine.eval()
     for _ in trainer.recorder.count(range(NEW_TOKENS), NEW_TOKENS, "tokens of each answer"):
         failed = False
-        if going or together(trainer):
+        if going or all_ranks_compute(trainer):
             try:
                 going -= _one_more(trainer, rows, going, ends, learned_end)
             except RuntimeError as error:  # out of memory among them
-                if together(trainer):
+                if all_ranks_compute(trainer):
                     raise
                 log.warning("prompts are left unanswered: %s", error)
                 failed = True
@@ -129,7 +129,7 @@ def _one_more(
     ends: Collection[int],
     learned_end: tuple[int, ...],
 ) -> set[int]:
-    """Add the likeliest token to each row that goes on; those that are over now."""
+    """Append the most likely token to each unfinished row; return the rows that are now finished."""
     batch = end_to_end([torch.tensor(row) for row in rows])
     inputs, _, _ = call_arguments(batch, trainer.ranks.device)
     last = (batch.cu_seqlens[1:] - 1).to(trainer.ranks.device)

@@ -133,7 +133,7 @@ def train_step(trainer: TrainingContext, run: RunState, steps: Iterator[Step]) -
             check_finite("gradient norm", norm, run)
         else:
             run.loss_scale = next_loss_scale(run.loss_scale, loss, norm, run)
-    run.saw(step)
+    run.record_step(step)
     trainer.ranks.heartbeat.step = run.step
     run.clock.is_due = bool(minutes)
     record_step(trainer, run, step, StepMetrics(loss, rate, norm, time.monotonic() - start, waited))
@@ -279,7 +279,7 @@ def take_evaluation(trainer: TrainingContext, run: RunState) -> bool:
     if run.step == 0:
         run.base_eval_loss = loss
         return False
-    return run.note(loss)
+    return run.record_evaluation(loss)
 
 
 def out_of_patience(trainer: TrainingContext, run: RunState) -> bool:

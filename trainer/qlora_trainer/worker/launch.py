@@ -158,7 +158,7 @@ def _run_ranks(
 
     """
     oom = OomWatch(MemoryCgroup.of_this_process())
-    checks = (_Watch(config, place, folder), *checks)
+    checks = (_StallWatch(config, place, folder), *checks)
     verdicts: list[Verdict] = []
     stop.ranks_begin = True
     command = (*python_command(), "-m", "qlora_trainer.rank", str(config_path))
@@ -203,7 +203,7 @@ def _watching(
         thread.join()
 
 
-class _Watch:
+class _StallWatch:
     """Names a rank that gives no sign of life."""
 
     def __init__(self, config: TrainerConfig, place: WorkerIdentity, folder: Path) -> None:

@@ -46,7 +46,7 @@ def download(
         out.say_next(f"{program()} generate --adapter {place} --prompt …", f"{program()} merge {folder}/ --out merged")
 
 
-def find_published(what: str, target: Target, *, secret: bool) -> adapters.Published:
+def find_published(what: str, target: Target, *, secret: bool) -> adapters.PublishedAdapter:
     """The manifest that a person means."""
     from qlora_cli.artifacts import adapters
     from qlora_cli.kube.target import get_job

@@ -35,7 +35,7 @@ def retry(
 
         target = Target(kubeconfig, context, namespace)
         with connect(target) as cluster:
-            body = submitting.again(cluster, job, name, overrides or ())
+            body = submitting.retry_job(cluster, job, name, overrides or ())
             if dry_run is not DryRun.CLIENT:
                 submission = submitting.Submission(body, f"retry of {job}")
                 body = submitting.send(cluster, submission, dry_run=dry_run is DryRun.SERVER)

@@ -57,10 +57,10 @@ def submit(
         if gpu:
             gpu_named(gpu)
         target = Target(kubeconfig, context, namespace)
-        files = [submitting.read(path, overrides or ()) for path in manifests]
+        files = [submitting.read_manifest(path, overrides or ()) for path in manifests]
         submissions = [submission for file in files for submission in file.jobs]
         submitting.require_one_namespace(submissions, namespace)
-        for kind in (kind for file in files for kind in file.passed_over):
+        for kind in (kind for file in files for kind in file.ignored):
             out.note(f"ignored: {kind}; kubectl apply creates it")
         on_terminal = dry_run is DryRun.NONE and sys.stdin.isatty() and sys.stdout.isatty()
         if dry_run is DryRun.CLIENT:
