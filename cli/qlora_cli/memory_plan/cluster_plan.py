@@ -12,25 +12,36 @@ from qlora_memory import Plan
 from qlora_memory.gpus import known_gpu
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from qlora_api.job import QLoRAJob
     from qlora_cli.kube.target import Cluster
+
+    Labels = Mapping[str, str]
 
 PLANNED = ("GPU", "Batch", "Sequences", "Memory", "Speed", "Time")
 """Rows of 'qlora plan' that belong to the summary."""
 UNKNOWN_GPU = "not planned: the nodes do not say which GPU they have; name it with --gpu"
+UNKNOWN_PROFILE = "not planned: the GPU of profile {} is not known here; name it with --gpu"
 
 
-def gpu_of_nodes(cluster: Cluster, job: QLoRAJob) -> str | None:
-    """Return the smallest GPU of the nodes that a job may run on, by its name in ``qlora plan``; None: not known.
-
-    The label is that of NVIDIA's GPU feature discovery. Whoever may not list nodes gets no plan.
-    """
-    wanted = job.spec.scheduling.node_selector
+def node_labels(cluster: Cluster) -> list[Labels]:
+    """Return the labels of each node; nothing for whoever may not list nodes."""
     try:
         nodes = cluster.api.list("/api/v1/nodes")[0]
     except ClusterError:
-        nodes = []
-    labels = [node["metadata"].get("labels") or {} for node in nodes]
+        return []
+    return [node["metadata"].get("labels") or {} for node in nodes]
+
+
+def gpu_of_nodes(labels: Iterable[Labels], job: QLoRAJob) -> str | None:
+    """Return the smallest GPU of the nodes that a job may run on, by its name in ``qlora plan``; None: not known.
+
+    The label is that of NVIDIA's GPU feature discovery. The nodes of a profile are not known here.
+    """
+    if job.spec.scheduling.profile is not None:
+        return None
+    wanted = job.spec.scheduling.node_selector
     fitting = [of for of in labels if all(of.get(name) == value for name, value in wanted.items())]
     products = {of[GPU_PRODUCT] for of in fitting if GPU_PRODUCT in of} or {*filter(None, [wanted.get(GPU_PRODUCT)])}
     known = [gpu for product in products if (gpu := known_gpu(product)) is not None]
@@ -48,7 +59,9 @@ def summary(job: QLoRAJob, gpu: str | None) -> list[tuple[str, str]]:
     ]
     if gpu is None:
         workers, gpus = spec.parallelism.workers, spec.parallelism.gpus_per_worker
-        return [*rows, ("GPUs", str(workers * gpus)), ("Memory", UNKNOWN_GPU)]
+        profile = spec.scheduling.profile
+        why = UNKNOWN_GPU if profile is None else UNKNOWN_PROFILE.format(profile)
+        return [*rows, ("GPUs", str(workers * gpus)), ("Memory", why)]
     try:
         planned = plan_of(job, PlanOptions(gpu=gpu))
     except ValueError as error:  # the model cannot be read from here; the cluster may well read it

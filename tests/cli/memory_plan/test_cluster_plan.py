@@ -6,7 +6,7 @@ from model_folders import LLAMA_8B, LLAMA_70B, model_files, write
 from qlora_api.job import QLoRAJob
 from qlora_cli.kube.errors import ClusterError
 from qlora_cli.kube.target import Cluster
-from qlora_cli.memory_plan.cluster_plan import UNKNOWN_GPU, gpu_of_nodes, summary
+from qlora_cli.memory_plan.cluster_plan import UNKNOWN_GPU, gpu_of_nodes, node_labels, summary
 
 PRODUCT = "nvidia.com/gpu.product"
 H100, L4 = {PRODUCT: "NVIDIA-H100-80GB-HBM3", "pool": "big"}, {PRODUCT: "NVIDIA-L4"}
@@ -42,17 +42,18 @@ class Nodes:
 
 
 @pytest.mark.parametrize(
-    ("labels", "selector", "gpu"),
+    ("labels", "scheduling", "gpu"),
     [
         pytest.param([H100, L4, {}], {}, "l4-24gb", id="smallest"),
-        pytest.param([H100, L4], {"pool": "big"}, "h100-80gb", id="selected"),
+        pytest.param([H100, L4], {"nodeSelector": {"pool": "big"}}, "h100-80gb", id="selected"),
         pytest.param([{}], {}, None, id="no-label"),
         pytest.param([None], {}, None, id="nodes-not-listed"),
-        pytest.param([None], {PRODUCT: "NVIDIA-L4"}, "l4-24gb", id="selector-says-it"),
+        pytest.param([None], {"nodeSelector": {PRODUCT: "NVIDIA-L4"}}, "l4-24gb", id="selector-says-it"),
+        pytest.param([H100, L4], {"profile": "big"}, None, id="profile"),
     ],
 )
-def test_the_gpu_is_that_of_the_nodes(labels, selector, gpu):
-    assert gpu_of_nodes(Cluster(Nodes(*labels), "default"), job("hf://org/base", nodeSelector=selector)) == gpu
+def test_the_gpu_is_that_of_the_nodes(labels, scheduling, gpu):
+    assert gpu_of_nodes(node_labels(Cluster(Nodes(*labels), "default")), job("hf://org/base", **scheduling)) == gpu
 
 
 def test_a_job_is_summed_up_with_its_plan(tmp_path):
@@ -69,5 +70,7 @@ def test_a_job_that_does_not_fit_says_what_would(tmp_path):
 
 def test_without_a_plan_it_says_why_there_is_none(tmp_path):
     assert dict(summary(job("hf://org/base"), None))["Memory"] == UNKNOWN_GPU
+    profile = dict(summary(job("hf://org/base", profile="big"), None))["Memory"]
+    assert profile == "not planned: the GPU of profile big is not known here; name it with --gpu"
     rows = dict(summary(job(str(tmp_path / "nothing")), "l4-24gb"))
     assert rows["Memory"].startswith("not planned: spec.model.source: ")

@@ -52,9 +52,10 @@ def submit(
     with exit_with_code():
         from qlora_cli.jobs import submit as submitting
         from qlora_cli.text import output as out
-        from qlora_memory.gpus import gpu_named
 
         if gpu:
+            from qlora_memory.gpus import gpu_named
+
             gpu_named(gpu)
         target = Target(kubeconfig, context, namespace)
         files = [submitting.read_manifest(path, overrides or ()) for path in manifests]
@@ -90,15 +91,16 @@ def _confirmed(cluster: Cluster, submissions: Sequence[Submission], gpu: str | N
     """Show what will be created and ask for it, on standard error."""
     from qlora_api.job import QLoRAJob
     from qlora_cli.jobs.actions import confirm
-    from qlora_cli.memory_plan.cluster_plan import gpu_of_nodes, summary
+    from qlora_cli.memory_plan.cluster_plan import gpu_of_nodes, node_labels, summary
     from qlora_cli.text import output as out
     from qlora_cli.text.paragraphs import LabelledLines
 
     screen = out.console(stderr=True)
+    labels = [] if gpu else node_labels(cluster)
     for submission in submissions:
         job = QLoRAJob.from_manifest(submission.body)
         with screen.status("planning …"):
-            rows = summary(job, gpu or gpu_of_nodes(cluster, job))
+            rows = summary(job, gpu or gpu_of_nodes(labels, job))
         screen.print(LabelledLines(rows), crop=False)
         screen.print()
     where = submissions[0].body["metadata"].get("namespace") or cluster.namespace
