@@ -43,7 +43,7 @@ def profiles(seen: ClusterSnapshot) -> Iterator[Finding]:
 
 
 def _jobs(seen: ClusterSnapshot, known: set[str]) -> Iterator[Finding]:
-    for job in seen.jobs.items:
+    for job in (*seen.manifests, *seen.jobs.items):
         name = ((job.get("spec") or {}).get("scheduling") or {}).get("profile")
         if name is not None and name not in known and not view(job).is_finished:
             yield fault(

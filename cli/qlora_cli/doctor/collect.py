@@ -69,6 +69,8 @@ class ClusterSnapshot:
     bindings: Answer = MISSING
     nodes: Answer = MISSING
     jobs: Answer = MISSING
+    manifests: tuple[Object, ...] = ()
+    """Jobs that are not submitted yet."""
     pods: Answer = MISSING
     """Of trainers and Prepare, in the namespace."""
     events: Answer = MISSING
@@ -124,6 +126,7 @@ def read_cluster(cluster: Cluster, manifests: Sequence[Object] = ()) -> ClusterS
         now=datetime.now(UTC),
         server=api.server,
         version=version,
+        manifests=tuple(manifests),
         named=pairs,
         endpoints=tuple(references.endpoints(pairs, lambda path: _get(api, path))),
         **operator,

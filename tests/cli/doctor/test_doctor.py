@@ -247,9 +247,10 @@ PROFILES = {
 }
 
 
-def profiled(jobs=(), nodes=(), **profiles):
+def profiled(jobs=(), nodes=(), manifests=(), **profiles):
     config = Answer({"gpuResource": "nvidia.com/gpu", "profiles": profiles})
-    found = run_checks(seen(config=config, jobs=Answer(list(jobs)), nodes=Answer([node(), *nodes])), "1.0")
+    objects = {"jobs": Answer(list(jobs)), "manifests": tuple(manifests), "nodes": Answer([node(), *nodes])}
+    found = run_checks(seen(config=config, **objects), "1.0")
     return [(f.level, f.text) for f in found if f.check == "profiles"]
 
 
@@ -263,10 +264,13 @@ def test_profiles_are_listed_with_those_that_no_node_suits():
     ]
 
 
-def test_a_job_that_names_no_profile_of_the_operators_is_a_fault():
+@pytest.mark.parametrize("place", ["jobs", "manifests"])
+def test_a_job_that_names_no_profile_of_the_operators_is_a_fault(place):
     named = waiting()
     named["spec"]["scheduling"] = {"profile": "a10"}
-    [(level, text)] = profiled([named], cpu={"gpuResource": ""})[:1]
+    if place == "manifests":
+        del named["status"]
+    [(level, text)] = profiled(**{place: [named]}, cpu={"gpuResource": ""})[:1]
     assert level is Level.FAULT
     assert text.endswith("names profile a10, and there are cpu, default")
 
