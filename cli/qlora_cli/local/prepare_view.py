@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qlora_cli.text import units
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-STAGE = re.compile(r"stage: (.+)$", re.MULTILINE)
+LINE_END = re.compile(r"[\r\n]")
+STAGE = re.compile(r"stage: (.+)$")
 ROWS_PROGRESS = re.compile(r"[\d,]+ rows, [\d,]+ of [\d,]+ MB, [\d,.]+ MB/s, about \d+ min left")
-"""Both as in Prepare's log (qlora_trainer.prepare, qlora_trainer.data.collect)."""
-LOG_TAIL_BYTES = 1 << 16
+"""The last two as in Prepare's log (qlora_trainer.prepare, qlora_trainer.data.collect)."""
 LINE_SECONDS = 10.0
 """Between plain lines of one stage."""
 TITLE = "Preparing (model and rows are checked before any rank starts)"
@@ -27,24 +27,37 @@ TITLE = "Preparing (model and rows are checked before any rank starts)"
 
 @dataclass(frozen=True)
 class PrepareProgress:
-    """Progress as the end of Prepare's log has it."""
+    """Progress as Prepare's log has it."""
 
     stage: str = "starting"
     rows: str | None = None
     """How far the rows are; None where the stage has said nothing of them."""
 
 
-def read_log(log: Path) -> PrepareProgress:
-    """Return what Prepare's log said last."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return PrepareProgress()
-    stages = [*STAGE.finditer(text)]
-    rows = ROWS_PROGRESS.findall(text, stages[-1].end() if stages else 0)
-    return PrepareProgress(stages[-1][1] if stages else PrepareProgress.stage, rows[-1] if rows else None)
+class PrepareLog:
+    """Prepare's log, of which each look reads only what is new."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read_bytes = 0
+        self._progress = PrepareProgress()
+
+    def progress(self) -> PrepareProgress:
+        """Return what the log said last, in its whole lines."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._read_bytes)
+                data = file.read()
+        except OSError:
+            return self._progress
+        lines = data[: max(data.rfind(b"\n"), data.rfind(b"\r")) + 1]  # a progress bar ends its lines with \r
+        self._read_bytes += len(lines)
+        for line in LINE_END.split(lines.decode(errors="replace")):
+            if stage := STAGE.search(line):
+                self._progress = PrepareProgress(stage[1])
+            elif rows := ROWS_PROGRESS.search(line):
+                self._progress = replace(self._progress, rows=rows[0])
+        return self._progress
 
 
 class PrepareDisplay:
@@ -52,7 +65,7 @@ class PrepareDisplay:
 
     def __init__(self, console: Console, log: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
-        self._log = log
+        self._log = PrepareLog(log)
         self._clock = clock
         self._began = self._stage_began = self._next = clock()
         self._stage = ""
@@ -75,7 +88,7 @@ class PrepareDisplay:
         now = self._clock()
         if self._status and now < self._next:
             return
-        said = read_log(self._log)
+        said = self._log.progress()
         new = said.stage != self._stage
         if new:
             self._finish_stage(now)
