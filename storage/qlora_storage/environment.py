@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_api.environment import WORKLOAD_IDENTITY
+from qlora_storage.local_paths import expand_home
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping
@@ -240,7 +241,7 @@ def _read_profile(environ: Mapping[str, str], home: Path, *, required: bool) -> 
     for place, sections in places.items():
         parser = RawConfigParser(default_section="")
         try:
-            parser.read(Path(place).expanduser(), encoding="utf-8")
+            parser.read(expand_home(place), encoding="utf-8")
         except (ConfigParserError, UnicodeDecodeError) as error:
             raise SettingError(f"{place}: cannot be read: {str(error).partition(chr(10))[0]}") from error
         for section in filter(parser.has_section, sections):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from qlora_storage.backend import CHUNK_BYTES, Backend, Entry, Fault, FaultKind
 from qlora_storage.errors import AlreadyExistsError, NotFoundError, StorageError, UserError
 from qlora_storage.folders import FolderBackend
+from qlora_storage.local_paths import expand_home
 from qlora_storage.retry import PATIENCE_SECONDS, FaultError, call_patiently
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def local_path(uri: str, field: str) -> Path | None:
     scheme, place = _split(uri, field)
     if scheme == "pvc":
         return PVC_MOUNT / place
-    return Path(place).expanduser().absolute() if scheme in ("", "file") else None
+    return expand_home(place).absolute() if scheme in ("", "file") else None
 
 
 def claim_of(path: Path) -> Path | None:
@@ -113,7 +114,7 @@ def open_store(uri: str, field: str, patience_seconds: float = PATIENCE_SECONDS)
     """
     scheme, place = _split(uri, field)
     if scheme in ("", "file"):
-        folder = Path(place).expanduser().absolute()
+        folder = expand_home(place).absolute()
         return Store(FolderBackend(folder), str(folder), field, patience_seconds)
     if scheme == "pvc":
         folder = PVC_MOUNT / place

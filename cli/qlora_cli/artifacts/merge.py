@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 from qlora_cli.artifacts import adapters
 from qlora_cli.artifacts.storage import LocalFolder
 from qlora_cli.kube.errors import ClusterError
-from qlora_cli.local.trainer_process import environment, shell_code
+from qlora_cli.local.trainer_process import cache_dir, environment, shell_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,12 +84,6 @@ def fetch(published: PublishedAdapter, tell: Callable[[str], None]) -> Path:
     folder = cache_dir() / "published" / digest[:16]
     adapters.download(published, folder, tell, adapter_only=True)
     return adapters.folder_of(published, folder)
-
-
-def cache_dir() -> Path:
-    """As ``qlora run`` has it."""
-    named = os.environ.get("QLORA_CACHE")
-    return Path(named).expanduser().absolute() if named else Path.home() / ".cache" / "qlora-operator"
 
 
 def run(merge: MergeRequest, adapter: Path) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.kube.errors import ConfigError
+from qlora_storage.local_paths import expand_home
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """Where a pod finds its own credentials."""
@@ -239,4 +240,4 @@ def _data_or_file(section: Section, name: str, folder: Path, where: str) -> byte
 
 
 def _path(given: str | None, folder: Path) -> Path | None:
-    return folder / Path(given).expanduser() if given else None
+    return folder / expand_home(given) if given else None

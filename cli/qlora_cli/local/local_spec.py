@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_api.errors import FieldError, ManifestError
 from qlora_api.spec import GradientCheckpointing, QLoRAJobSpec
+from qlora_storage.local_paths import expand_home
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +39,7 @@ def localize(spec: QLoRAJobSpec, cwd: Path) -> QLoRAJobSpec:
             errors.append(FieldError(field, value, "is a volume of a cluster; 'qlora run' takes a local path instead"))
         if separator:
             return value
-        path = (cwd / Path(value).expanduser()).resolve()
+        path = (cwd / expand_home(value)).resolve()
         if must_exist and not path.exists():
             errors.append(FieldError(field, value, f"is not here: {path} does not exist"))
         return str(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 from qlora_api.batch import split_batch
 from qlora_api.errors import FieldError
 from qlora_cli.local import attempt_loop, local_spec, machine, run_folder, run_view
-from qlora_cli.local.trainer_process import Commands, stop_on_signals
+from qlora_cli.local.trainer_process import Commands, cache_dir, stop_on_signals
 from qlora_cli.manifest import job_manifest as manifest
 from qlora_storage.errors import JobError, NotFoundError
 from qlora_storage.object_store import open_store
@@ -70,12 +69,6 @@ def run(request: RunRequest, console: Console, commands: Commands, here: Machine
         console.print(run_view.plan(record, spec, world, batch, folder.path), crop=False)
         with stop_on_signals() as stop:
             return attempt_loop.LocalRun(setting, record, stop).run()
-
-
-def cache_dir() -> Path:
-    """Fetched models, fetched rows and tokenized rows, shared by runs."""
-    named = os.environ.get("QLORA_CACHE")
-    return Path(named).expanduser().absolute() if named else Path.home() / ".cache" / "qlora-operator"
 
 
 def _require_adapter(record: run_folder.RunRecord) -> None:

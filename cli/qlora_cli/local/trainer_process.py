@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from qlora_cli.kube.errors import ClusterError
+from qlora_storage.local_paths import expand_home
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +56,12 @@ def require_trainer(command: str) -> None:
             'qlora was installed, with the extra "trainer", such as: uv tool install --force '
             "'qlora-operator[trainer] @ git+https://…'"
         )
+
+
+def cache_dir() -> Path:
+    """Return the folder of fetched models, fetched rows and tokenized rows, which runs share."""
+    named = os.environ.get("QLORA_CACHE")
+    return expand_home(named).absolute() if named else Path.home() / ".cache" / "qlora-operator"
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -45,6 +45,12 @@ def way_to(path: str) -> tuple[str, list[Schema]] | None:
     return None
 
 
+def default_of(path: str) -> Any:
+    """Return the default of a field that has one."""
+    found = way_to(path)
+    return found[1][-1]["default"] if found else None
+
+
 def closest(path: str) -> list[str]:
     """Paths of fields whose path or last name looks like ``path``, best first."""
     every = list(_paths("", root()))

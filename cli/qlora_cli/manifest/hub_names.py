@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_api.errors import FieldError
+from qlora_cli.manifest.local_paths import is_here
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,4 +30,4 @@ def bare_hub_names(manifest: dict[str, Any]) -> Iterator[FieldError]:
 def _is_bare_hub_name(source: str) -> bool:
     """Return whether it can only be a repository of the Hub; where its first folder exists, it is a wrong path."""
     found = _HUB_NAME.fullmatch(source)
-    return found is not None and not _FILE_OF_ROWS.search(source) and not Path(found["org"]).exists()
+    return found is not None and not _FILE_OF_ROWS.search(source) and not is_here(Path(found["org"]))

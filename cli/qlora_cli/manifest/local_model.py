@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_api.errors import FieldError
+from qlora_cli.manifest import crd_schema
+from qlora_cli.manifest.local_paths import local_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 CONFIG = "config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -36,6 +38,8 @@ def model_errors(manifest: object) -> Iterator[FieldError]:
         yield FieldError("spec.model.source", source, f"has no {CONFIG} that can be read")
         return
     positions, longest = positions_of(config), _field(manifest, "dataset", "maxLength")
+    if longest is None:
+        longest = crd_schema.default_of("spec.dataset.maxLength")
     if positions and isinstance(longest, int) and longest > positions:
         yield FieldError("spec.dataset.maxLength", longest, f"is more than the {positions} positions of {source}")
     uses_template = _field(manifest, "dataset", "format") == "Messages"
@@ -43,23 +47,12 @@ def model_errors(manifest: object) -> Iterator[FieldError]:
         yield FieldError("spec.dataset.chatTemplate", None, NO_TEMPLATE)
 
 
-def local_folder(source: object) -> Path | None:
-    """Return the path of a source that is a folder on this machine; None where it is none."""
-    if not isinstance(source, str):
-        return None
-    place = source.removeprefix("file://")
-    path = Path(place).expanduser()
-    return path if "://" not in place and path.is_dir() else None
-
-
 def positions_of(config: dict[str, Any]) -> int | None:
-    """Return how many positions a model has, by its configuration or that of its text part."""
-    text = config.get("text_config")
-    for part in (text if isinstance(text, dict) else {}, config):
-        positions = part.get("max_position_embeddings")
-        if isinstance(positions, int):
-            return positions
-    return None
+    """Return how many positions the language model of a base has; None where its configuration does not say it."""
+    from qlora_memory.shape.text_part import text_part  # noqa: PLC0415 nothing else here needs the memory model
+
+    positions = text_part(config, None).config.get("max_position_embeddings")
+    return positions if isinstance(positions, int) else None
 
 
 def positions_of_folder(source: str) -> int | None:

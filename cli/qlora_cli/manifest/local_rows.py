@@ -6,15 +6,17 @@ import bz2
 import csv
 import gzip
 import json
-from pathlib import Path
+import zlib
 from typing import IO, TYPE_CHECKING
 
 from qlora_api.errors import FieldError, ManifestError, closest, validate
 from qlora_api.spec import DatasetSpec
 from qlora_cli.manifest import crd_schema
+from qlora_cli.manifest.local_paths import local_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".zst", ".bz2")
@@ -67,13 +69,6 @@ def row_errors(manifest: object) -> Iterator[FieldError]:
                 )
 
 
-def local_file(source: str) -> Path | None:
-    """Return the path of a source that is a file on this machine; None where it is none."""
-    place = source.removeprefix("file://")
-    path = Path(place).expanduser()
-    return path if "://" not in place and path.is_file() else None
-
-
 def columns_of(path: Path) -> list[str]:
     """Return the columns of the first row; empty where there is none that can be read here."""
     name = _plain_name(path)
@@ -84,7 +79,7 @@ def columns_of(path: Path) -> list[str]:
             delimiter = "\t" if name.endswith(".tsv") else ","
             return next(csv.reader([line.decode("utf-8-sig")], delimiter=delimiter), [])
         row = json.loads(line) if name.endswith((".jsonl", ".ndjson")) else None
-    except (OSError, EOFError, ValueError, RecursionError, csv.Error):
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError, csv.Error):
         return []
     return list(row) if isinstance(row, dict) else []
 

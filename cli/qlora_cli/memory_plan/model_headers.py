@@ -15,6 +15,7 @@ from qlora_api.errors import FieldError
 from qlora_memory import HeaderError, header_length, parse_header, shard_names
 from qlora_memory.shape.safetensors_headers import INDEX_FILE, LENGTH_BYTES, SINGLE_FILE
 from qlora_storage.errors import JobError, NotFoundError, UserError
+from qlora_storage.local_paths import expand_home
 from qlora_storage.object_store import BUCKET_SCHEMES, open_store
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _header(place: ModelSource, file: str) -> dict[str, TensorInfo]:
 def _open(source: str) -> ModelSource:
     scheme, separator, rest = source.partition("://")
     if not separator or scheme == "file":
-        folder = Path(rest if separator else source).expanduser()
+        folder = expand_home(rest if separator else source)
         if not folder.is_dir():
             raise FieldError(FIELD, folder, "is not a folder" if folder.exists() else "does not exist")
         return _Store(str(folder))

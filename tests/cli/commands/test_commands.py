@@ -137,6 +137,14 @@ def test_a_path_is_not_taken_for_a_name_of_the_hub(call, job, tmp_path, source):
     assert call("validate", "job.yaml").exit_code == 0
 
 
+@pytest.mark.parametrize("command", ["run", "submit", "plan --gpu h100-80gb"])
+def test_the_home_of_a_user_that_is_not_known_is_a_path_that_is_not_there(call, job, command):
+    job(GOOD.replace("hf://org/name@main", "~nosuchuser/base"))
+    result = call(*command.split(), "job.yaml")
+    assert result.exit_code == 40
+    assert "~nosuchuser/base" in result.stderr
+
+
 MESSAGES = GOOD.replace("s3://bucket/rows", "rows.jsonl").replace("format: Text", "format: Messages")
 
 

@@ -26,16 +26,6 @@ def test_what_the_operator_makes():
         assert getattr(names, name) == getattr(operators, name)
 
 
-def test_where_a_run_keeps_its_cache(monkeypatch, tmp_path):
-    from qlora_cli.artifacts import merge
-    from qlora_cli.local import run
-
-    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
-    assert merge.cache_dir() == run.cache_dir()
-    monkeypatch.delenv("QLORA_CACHE")
-    assert merge.cache_dir() == run.cache_dir()
-
-
 def test_what_the_trainer_publishes():
     from qlora_cli.artifacts import adapters
     from qlora_trainer.publish import adapter_manifest

@@ -78,6 +78,42 @@ def test_columns_of_csv_and_of_compressed_files_are_read(validate, tmp_path):
     assert validate(rows="rows.csv", columns={"text": "body"})[0] == 0
 
 
+GZIPPED = gzip.compress(b'{"body": 1}\n' * 1000)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(GZIPPED[:20], id="cut"),
+        pytest.param(GZIPPED[:12] + b"\xff" * 20, id="damaged"),
+        pytest.param(b"text", id="not-gzip"),
+    ],
+)
+def test_compressed_rows_that_cannot_be_read_are_left_to_prepare(validate, tmp_path, data):
+    (tmp_path / "rows.jsonl.gz").write_bytes(data)
+    assert validate(rows="rows.jsonl.gz")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param("~nosuchuser/x", id="unknown-user"),
+        pytest.param("file://~nosuchuser/x", id="url-of-an-unknown-user"),
+        pytest.param(f"./{'n' * 300}", id="long-name"),
+        pytest.param(f"{'n' * 300}/x.jsonl", id="long-folder"),
+        pytest.param("./\0", id="null-byte"),
+    ],
+)
+def test_a_path_that_names_nothing_here_is_left_to_others(source, validate):
+    assert validate(source, source) == (0, "job.yaml: tune is valid\n")
+
+
+def test_the_first_folder_of_a_name_of_the_hub_may_be_too_long_for_one(validate):
+    code, said = validate(f"{'n' * 300}/x")
+    assert code == 40
+    assert "is no path here; from the Hub it is hf://nnn" in said
+
+
 def test_words_and_suffixes_are_those_of_the_trainer():
     row_files = pytest.importorskip("qlora_trainer.row_files")
     assert (tuple(row_files.KINDS), row_files.COMPRESSIONS) == (local_rows.SUFFIXES, local_rows.COMPRESSIONS)
@@ -105,6 +141,21 @@ def test_init_proposes_what_rows_and_model_have(tmp_path, monkeypatch, base, col
     assert yaml.safe_load(asked.stdout)["spec"]["dataset"]["format"] == "Text"
 
 
-def test_positions_of_a_text_part_come_first():
-    assert local_model.positions_of({"max_position_embeddings": 1, "text_config": {"max_position_embeddings": 2}}) == 2
-    assert local_model.positions_of({}) is None
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        pytest.param({"max_position_embeddings": 1}, 1, id="text-alone"),
+        pytest.param({"max_position_embeddings": 1, "text_config": {"max_position_embeddings": 2}}, 2, id="text-part"),
+        pytest.param({"max_position_embeddings": 1, "llm_config": {"max_position_embeddings": 2}}, 2, id="llm-part"),
+        pytest.param({"max_position_embeddings": 1, "text_config": {}}, 1, id="of-the-whole"),
+        pytest.param({}, None, id="unknown"),
+    ],
+)
+def test_positions_are_those_of_the_language_model(config, positions):
+    assert local_model.positions_of(config) == positions
+
+
+def test_the_default_length_of_rows_is_compared_with_the_positions(validate, base):
+    code, said = validate("./base")
+    assert code == 40
+    assert "spec.dataset.maxLength: 2048 is more than the 1024 positions of ./base" in said
