@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
 import pickle
 import random
@@ -10,8 +12,10 @@ import socket
 import struct
 import threading
 import time
+import warnings
 from contextlib import closing, suppress
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
@@ -21,6 +25,9 @@ from qlora_trainer.worker import store_proxy
 from qlora_trainer.worker.peers import hold_store
 from qlora_trainer.worker.store_proxy import MAXIMUM_PENDING, NotAuthenticatedError, StoreClient, StoreServer
 from testing.ports import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 KEY = secrets.token_bytes(32)
 VALIDATION_MAGIC = 0x3C85F7CE
@@ -207,6 +214,59 @@ def test_a_worker_believes_no_server_without_the_key(answer):
         ):
             client.check()
         thread.join()
+
+
+def test_connections_that_are_accepted_while_the_server_closes_are_closed(served, caplog):
+    _, server = served
+    held = threading.Event()
+    server._loop.call_soon_threadsafe(held.wait)  # so that connections and the end come at once
+    strangers = [connect(server) for _ in range(20)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        closing_thread = threading.Thread(target=server.close)
+        closing_thread.start()
+        held.set()
+        closing_thread.join()
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []
+    assert caplog.messages == []
+    for stranger in strangers:
+        with stranger:
+            stranger.settimeout(60)
+            read_all(stranger)
+
+
+async def passes(condition: Callable[[], object]) -> None:
+    """Let the event loop turn until a condition holds."""
+    while not condition():  # noqa: ASYNC110 a socket has no event for it
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("ended", ["cancelled", "after its end"])
+def test_a_connection_that_is_not_read_is_closed_with_the_proxy(ended):
+    async def run() -> None:
+        pairs = [socket.socketpair() for _ in range(2)]
+        one, other = [await asyncio.open_connection(sock=pair[0]) for pair in pairs]
+        joined = asyncio.create_task(store_proxy._join(one, other))
+        loop = asyncio.get_running_loop()
+        for pair in pairs:
+            pair[1].setblocking(False)
+        sending = asyncio.create_task(loop.sock_sendall(pairs[0][1], bytes(64 << 20)))
+        await passes(other[1].transport.get_write_buffer_size)
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+        if ended != "cancelled":
+            pairs[1][1].shutdown(socket.SHUT_WR)
+            await passes(lambda: pairs[0][0].fileno() == -1)
+            assert not joined.done(), "the other side may still read"
+        joined.cancel()
+        await asyncio.gather(joined, return_exceptions=True)
+        await asyncio.sleep(0)
+        assert [pair[0].fileno() for pair in pairs] == [-1, -1]
+        for pair in pairs:
+            pair[1].close()
+
+    asyncio.run(run())
 
 
 def test_the_store_itself_listens_on_loopback_alone():

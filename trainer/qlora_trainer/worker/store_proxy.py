@@ -77,9 +77,10 @@ class _Proxy:
 
     async def _stop(self) -> None:
         self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:  # asyncio's own, which accept, add to _tasks
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(others)
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
@@ -88,17 +89,13 @@ class _Proxy:
         task = self._loop.create_task(self._serve_until_closed((reader, writer)))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: writer.transport.abort())  # a task may be cancelled before it begins
 
     async def _serve_until_closed(self, streams: Streams) -> None:
         try:
             await self._serve(streams)
-            streams[1].close()
         except (OSError, EOFError) as error:
             log.debug("connection closed: %s", error)
-            streams[1].transport.abort()
-        except asyncio.CancelledError:
-            streams[1].transport.abort()
-            raise
 
     async def _serve(self, streams: Streams) -> None:
         raise NotImplementedError
@@ -225,7 +222,19 @@ def _proof(key: bytes, *parts: bytes) -> bytes:
 
 
 async def _join(one: Streams, other: Streams) -> None:
-    """Copy both ways until one side closes."""
+    """Copy both ways until one side closes; then close both, once they have what was read for them."""
+    writers = (one[1], other[1])
+    try:
+        await _copy_until_closed(one, other)
+        for writer in writers:
+            writer.close()
+        await asyncio.gather(*(writer.wait_closed() for writer in writers), return_exceptions=True)
+    finally:
+        for writer in writers:
+            writer.transport.abort()
+
+
+async def _copy_until_closed(one: Streams, other: Streams) -> None:
     copies = {asyncio.create_task(_copy(one[0], other[1])), asyncio.create_task(_copy(other[0], one[1]))}
     try:
         await asyncio.wait(copies, return_when=asyncio.FIRST_COMPLETED)
@@ -233,7 +242,6 @@ async def _join(one: Streams, other: Streams) -> None:
         for copy in copies:
             copy.cancel()
         await asyncio.gather(*copies, return_exceptions=True)
-        other[1].close()
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
