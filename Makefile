@@ -23,11 +23,11 @@ help:  ## List the targets
 # The stamps know what is installed; only a change of what is asked for installs again.
 
 $(VENV)/.run-installed: pyproject.toml constraints.txt
-	@.ci/install "$(PYTHON)" "$(VENV)" --extra trainer
+	@.ci/install "$(PYTHON)" "$(VENV)" --extra trainer --extra sweep
 	@touch $@
 
 $(VENV)/.all-installed: pyproject.toml constraints.txt
-	@.ci/install "$(PYTHON)" "$(VENV)" --extra trainer --group dev --group docs --group operator
+	@.ci/install "$(PYTHON)" "$(VENV)" --extra trainer --extra sweep --group dev --group docs --group operator
 	@touch $@ $(VENV)/.run-installed
 
 .PHONY: venv

@@ -41,6 +41,8 @@ def _set_defaults(value, node):
 
 
 def _structural(value, node, path):
+    if node.get("x-kubernetes-preserve-unknown-fields"):
+        return
     kind = _PYTHON[node["type"]]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         yield f"{path}: must be of type {node['type']}"
