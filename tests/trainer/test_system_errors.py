@@ -61,7 +61,8 @@ def test_another_error_of_the_system_stays_what_it_is():
 def test_a_configuration_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys, main):
     for path in (tmp_path / "missing.json", tmp_path):
         monkeypatch.setattr(sys, "argv", ["qlora_trainer", str(path)])
-        assert main() == PathError.exit_code
+        with pytest.raises(SystemExit, match=str(PathError.exit_code)):
+            main()
         assert str(path) in capsys.readouterr().err
 
 

@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 
 from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig, reason_of
-from qlora_trainer.errors import PathError, StorageError, TrainerError, system_errors
+from qlora_trainer.configuration import read_config
+from qlora_trainer.errors import StorageError, TrainerError, system_errors
 from qlora_trainer.prepare.local_copy import Prepared, bring_inputs
 from qlora_trainer.prepare.records import Records
-from qlora_trainer.publish.destination_claim import claim_destination, release_destination
+from qlora_trainer.publish.destination_claim import claim_destination, release_after, released_after_errors
 from qlora_trainer.publish.published_adapter import finished_run
 from qlora_trainer.python_process import forbid_inspection, python_command
 from qlora_trainer.reporting import termination_message
@@ -33,26 +34,22 @@ def run(config: TrainerConfig, path: Path, stop: Stop) -> int:
         TrainerError: it ended before its ranks had begun.
 
     """
-    if done := finished_run(config):
-        log.info("%s", done.message)
-        termination_message.write(Path(config.termination_message_path), done)
-        return ExitCode.DONE
-    code = ready(config, path)
-    if code:
-        return code
-    if os.environ.get("JOB_COMPLETION_INDEX", "0") != "0":
-        return _launched(config, path, stop)
     destination = config.spec.output.destination
-    claim_destination(destination, config.job)
-    code = _launched(config, path, stop)
-    if code == ExitCode.USER_ERROR:  # for good, unlike every other: another job may have the place
-        release_destination(destination, config.job)
+    with released_after_errors(destination, config.job):
+        if done := finished_run(config):
+            log.info("%s", done.message)
+            termination_message.write(Path(config.termination_message_path), done)
+            return ExitCode.DONE
+        code = ready(config, path) or _launched(config, path, stop)
+    release_after(code, destination, config.job)
     return code
 
 
 def _launched(config: TrainerConfig, path: Path, stop: Stop) -> int:
     from qlora_trainer.worker.launch import launch  # noqa: PLC0415 seconds of torch, for nothing if there is nothing to do
 
+    if os.environ.get("JOB_COMPLETION_INDEX", "0") == "0":
+        claim_destination(config.spec.output.destination, config.job)
     return launch(config, path, stop)
 
 
@@ -86,12 +83,7 @@ def main() -> int:
     if sys.flags.isolated:
         forbid_inspection()
     path = Path(sys.argv[1])
-    try:
-        with system_errors():
-            config = TrainerConfig.model_validate_json(path.read_bytes())
-    except PathError as error:
-        print(error, file=sys.stderr)  # noqa: T201 there is no termination message to write to
-        return error.exit_code
+    config = read_config(path)
     worker = os.environ.get("JOB_COMPLETION_INDEX", "0")
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s worker {worker} %(levelname)s %(message)s")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the store's own warnings carry no word for a person

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+from pathlib import Path
+
 import pytest
 
 from qlora_api.contract import ExitCode, JobRef
 from qlora_storage.object_store import open_store
 from qlora_trainer import __main__ as worker
-from qlora_trainer.publish.destination_claim import FIELD, claim_destination, release_destination
+from qlora_trainer.errors import TrainerError
+from qlora_trainer.prepare import command
+from qlora_trainer.publish.destination_claim import FIELD, FOLDER, Claim, claim_destination, release_destination
 from qlora_trainer.worker import launch
 from qlora_trainer.worker.stop import Stop
 from testing.timeouts import PATIENCE_SECONDS
@@ -35,9 +41,49 @@ def test_a_destination_is_given_up_by_an_attempt_after_which_there_is_no_other(w
     assert workshop.prepare(config) == ExitCode.DONE
     monkeypatch.setattr(launch, "launch", lambda *_: code)
     assert worker.run(config, path, Stop()) == code
-    claims = [open_store(config.spec.output.destination, FIELD).get(key) for key, _ in _claims(config)]
-    assert [b'"released":false' in claim for claim in claims] == [held]
+    assert is_held(config) == held
 
 
-def _claims(config):
-    return open_store(config.spec.output.destination, FIELD).list(".claims")
+def change_the_base(config):
+    """Change a base that a local folder holds, after it was checked."""
+    with (Path(config.spec.model.source) / "config.json").open("a") as file:
+        file.write("\n")
+
+
+def have_a_file_for_a_cache(config):
+    shutil.rmtree(config.cache_dir)
+    Path(config.cache_dir).write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [(change_the_base, "spec.model.source: "), (have_a_file_for_a_cache, "Not a directory|File exists")],
+)
+@pytest.mark.parametrize("worker_index", ["0", "1"])
+def test_a_destination_is_given_up_by_an_attempt_that_cannot_begin(workshop, monkeypatch, harm, words, worker_index):
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", worker_index)
+    base = shutil.copytree(workshop.model, workshop.folder / "base")
+    config = workshop.config(model={"source": str(base)})
+    path, _ = workshop.write(config)
+    assert workshop.prepare(config) == ExitCode.DONE
+    assert is_held(config)
+    harm(config)
+    with pytest.raises(TrainerError, match=words) as raised:
+        worker.run(config, path, Stop())
+    assert raised.value.exit_code == ExitCode.USER_ERROR
+    assert not is_held(config)
+
+
+@pytest.mark.parametrize(("code", "held"), [(ExitCode.USER_ERROR, False), (ExitCode.STORAGE_FAILED, True)])
+def test_a_destination_is_given_up_by_a_prepare_whose_child_ends_for_good(workshop, monkeypatch, code, held):
+    config = workshop.config()
+    path, _ = workshop.write(config)
+    monkeypatch.setattr(sys, "argv", ["prepare", str(path)])
+    assert command.main(lambda *_: code) == code
+    assert is_held(config) == held
+
+
+def is_held(config):
+    store = open_store(config.spec.output.destination, FIELD)
+    (claim,) = (Claim.model_validate_json(store.get(key)) for key, _ in store.list(FOLDER))
+    return not claim.released

@@ -13,8 +13,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -24,12 +23,13 @@ from qlora_api.spec import TrainingSpec
 from qlora_api.status import PrepareResult, Reason
 from qlora_memory import Coverage, planned_coverage
 from qlora_trainer.allocator import keep_freed_memory
-from qlora_trainer.errors import PathError, TrainerError, UserError, system_errors
+from qlora_trainer.configuration import read_config
+from qlora_trainer.errors import TrainerError, UserError, system_errors
 from qlora_trainer.prepare.local_copy import bring_inputs
 from qlora_trainer.prepare.plan_memory import Planned, plan_job
 from qlora_trainer.prepare.records import Record, Records, find
 from qlora_trainer.prepare.tolerance import check_tolerance
-from qlora_trainer.publish.destination_claim import claim_destination, release_destination
+from qlora_trainer.publish.destination_claim import claim_destination, release_after, released_after_errors
 from qlora_trainer.publish.published_adapter import check_destination
 from qlora_trainer.python_process import forbid_inspection
 from qlora_trainer.reporting import termination_message
@@ -154,22 +154,12 @@ def _told(config: TrainerConfig, record: Record) -> TerminationMessage:
     return message
 
 
-@contextmanager
-def _released_where_the_job_ends(config: TrainerConfig) -> Iterator[None]:
-    """Leave the destination to others where Prepare finds that this job can never publish there."""
-    try:
-        yield
-    except UserError:
-        release_destination(config.spec.output.destination, config.job)
-        raise
-
-
 def run_in_process(config: TrainerConfig, _: Path) -> int:
     """Do the work of a Prepare that found nothing, in this process; return the exit code."""
     from qlora_trainer.reporting.rank_exit import run_with_exit_code  # noqa: PLC0415 imports torch
 
     def work(_: object) -> TerminationMessage:
-        with system_errors(), _released_where_the_job_ends(config):
+        with system_errors():
             return _told(config, _anew(config))
 
     return run_with_exit_code(config, work)
@@ -184,17 +174,14 @@ def main(anew: Callable[[TrainerConfig, Path], int] = run_in_process) -> int:
     """
     if sys.flags.isolated:
         forbid_inspection()
-    try:
-        with system_errors():
-            config = TrainerConfig.model_validate_json(Path(sys.argv[1]).read_bytes())
-    except PathError as error:
-        print(error, file=sys.stderr)  # noqa: T201 there is no termination message to write to
-        return error.exit_code
+    path = Path(sys.argv[1])
+    config = read_config(path)
+    destination = config.spec.output.destination
     termination = Path(config.termination_message_path)
     keep_freed_memory()
     try:
         take_credentials(config.spec, os.environ)
-        with _released_where_the_job_ends(config):
+        with released_after_errors(destination, config.job):
             record = _again(config)
             message = _told(config, record) if record else None
     except TrainerError as error:
@@ -208,4 +195,6 @@ def main(anew: Callable[[TrainerConfig, Path], int] = run_in_process) -> int:
     if message is not None:
         termination_message.write(termination, message)
         return ExitCode.DONE
-    return anew(config, Path(sys.argv[1]))
+    code = anew(config, path)
+    release_after(code, destination, config.job)
+    return code

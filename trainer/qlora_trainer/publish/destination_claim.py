@@ -12,15 +12,17 @@ can create without replacing; that a store can is found out here, by doing it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
 
 from pydantic import ValidationError
 
 from qlora_api.base import Model
-from qlora_api.contract import JobRef
+from qlora_api.contract import ExitCode, JobRef
 from qlora_storage.object_store import AlreadyExistsError, NotFoundError, Store, open_store
-from qlora_trainer.errors import StorageError, TrainerError, UserError
+from qlora_trainer.errors import StorageError, TrainerError, UserError, system_errors
 
 FIELD = "spec.output.destination"
 FOLDER = ".claims"
@@ -102,6 +104,28 @@ def release_destination(uri: str, job: JobRef) -> None:
             _follow(store, number, _claim_of(job, released=True))
     except TrainerError as error:
         log.warning("%s stays claimed: %s", uri, error)
+
+
+def release_after(code: int, uri: str, job: JobRef) -> None:
+    """Release the destination of a job that has ended with ``code``, where no other attempt follows."""
+    if code == ExitCode.USER_ERROR:  # for good, unlike every other: another job may have the place
+        release_destination(uri, job)
+
+
+@contextmanager
+def released_after_errors(uri: str, job: JobRef) -> Iterator[None]:
+    """Release the destination where an error ends the job for good.
+
+    Raises:
+        TrainerError: the error, one of the operating system's as that of its kind.
+
+    """
+    try:
+        with system_errors():
+            yield
+    except TrainerError as error:
+        release_after(error.exit_code, uri, job)
+        raise
 
 
 def _days(age: timedelta) -> str:
