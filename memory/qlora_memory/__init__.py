@@ -24,7 +24,7 @@ from qlora_memory.planning.cost import Cost, Span, cost, flop_per_token
 from qlora_memory.planning.planner import NoFit, Plan, PlanRequest, plan, plan_of, run_of
 from qlora_memory.planning.remedies import Remedy, does_not_fit, remedies
 from qlora_memory.shape.model_shape import ModelShape
-from qlora_memory.shape.read_shape import model_shape
+from qlora_memory.shape.read_shape import counted_shape, model_shape
 from qlora_memory.shape.safetensors_headers import (
     HeaderError,
     TensorInfo,
@@ -33,7 +33,8 @@ from qlora_memory.shape.safetensors_headers import (
     shard_names,
     tensor_infos,
 )
-from qlora_memory.weights import AdapterShape, skipped_bytes
+from qlora_memory.shape.unknown_models import WeightCounts
+from qlora_memory.weights import AdapterShape, base_bytes, skipped_bytes
 
 __all__ = [
     "GPUS",
@@ -52,9 +53,12 @@ __all__ = [
     "Remedy",
     "Span",
     "TensorInfo",
+    "WeightCounts",
+    "base_bytes",
     "check_gpu",
     "check_skip_modules",
     "cost",
+    "counted_shape",
     "does_not_fit",
     "estimate",
     "flop_per_token",

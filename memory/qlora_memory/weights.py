@@ -46,11 +46,12 @@ def quantizable_layers(shape: ModelShape, kind: QuantizationType) -> tuple[Linea
         case QuantizationType.NONE:
             return ()
         case QuantizationType.INT8:
-            return shape.linears
+            found = shape.linears
         case QuantizationType.NF4 | QuantizationType.FP4:
-            return (*shape.linears, *shape.experts)
+            found = (*shape.linears, *shape.experts)
         case _:
             assert_never(kind)
+    return tuple(weight for weight in found if weight.quantizable)
 
 
 def quantized_bytes(linear: Linear, quantization: QuantizationSpec, block: int = BLOCK) -> int:
@@ -242,4 +243,11 @@ def unquantized_bytes(shape: ModelShape, quantization: QuantizationSpec, adapter
     """
     frozen = shape.parameters - adapter.trained_biases
     frozen -= sum(linear.elements for linear in quantized_layers(shape, quantization))
-    return compute_width(quantization) * frozen
+    return compute_width(quantization) * (frozen - shape.fixed) + shape.fixed_bytes
+
+
+def base_bytes(shape: ModelShape, quantization: QuantizationSpec, adapter: AdapterShape) -> int:
+    """Bytes of the frozen base as a whole."""
+    layers = quantized_layers(shape, quantization)
+    packed = sum(quantized_bytes(i, quantization) + constant_bytes(i, quantization) for i in layers)
+    return packed + unquantized_bytes(shape, quantization, adapter)

@@ -28,7 +28,8 @@ from qlora_trainer.model.attention import PACKED
 from qlora_trainer.model.base_model import add_lora, load_base, trainable, weight_bytes
 from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end, head_is_plain, rows_are_apart
 from qlora_trainer.prepare.command import prepare
-from qlora_trainer.prepare.plan_memory import predicted, shape_of
+from qlora_trainer.prepare.plan_memory import predicted
+from qlora_trainer.prepare.records import Records
 from qlora_trainer.reporting.rank_exit import LastSeen, quiet_libraries
 from qlora_trainer.training.train import train
 from testing.ports import free_port
@@ -195,10 +196,10 @@ def measure(model_type: str, config: TrainerConfig, adapter: Path) -> dict[str, 
 
 
 def bytes_beside_plan(config: TrainerConfig, measured: dict[str, int]) -> dict[str, Any]:
-    shape = shape_of(Path(config.spec.model.source))
-    if shape is None:
+    record = Records(config).of_run()
+    if record is None or record.shape is None:
         return {"weights": None, "adapter": None}
-    planned = predicted(config, shape, (config.spec.dataset.max_length,))
+    planned = predicted(config, record.shape, (config.spec.dataset.max_length,))
 
     def share(*names: MemoryComponent) -> float:
         there = sum(measured.get(str(name), 0) for name in names)

@@ -49,7 +49,7 @@ def auto_class(model_type: str) -> Any:
     return AutoModelForMultimodalLM
 
 
-def write_base(model_type: str, folder: Path, tokenizer: Path) -> None:
+def write_base(model_type: str, folder: Path, tokenizer: Path | None = None) -> None:
     """Write bf16 safetensors of a toy of a model type, and copy a tokenizer beside them."""
     torch.manual_seed(0)
     model = auto_class(model_type).from_config(tiny_config(model_type), dtype=torch.bfloat16)
@@ -59,7 +59,8 @@ def write_base(model_type: str, folder: Path, tokenizer: Path) -> None:
                 parameter.normal_(std=DEVIATION)
     model.generation_config = GenerationConfig()
     model.save_pretrained(folder)
-    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    if tokenizer is not None:
+        shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
 
 
 @cache

@@ -118,7 +118,9 @@ def _check_gpu(request: PlanRequest) -> None:
             spec.dataset.max_length,
             f"is more than the {shape.max_positions} positions of {spec.model.source}",
         )
-    if shape.modelled:  # of others the tensors' names need not be the modules': Prepare looks at the model itself
+    if (
+        shape.modelled or shape.counted
+    ):  # of others the tensors' names need not be the modules': Prepare looks at the model itself
         names = (layer.name for layer in quantizable_layers(shape, spec.quantization.type))
         check_skip_modules(spec.quantization, names, on_disk=shape.on_disk is not None)
     if shape.on_disk is None:
@@ -208,8 +210,13 @@ def _notes(plan: Plan) -> Iterator[str]:
     shape = plan.shape
     if not shape.modelled:
         yield (
-            f'"{shape.model_type}" is not among the architectures that are modelled: weights are exact, '
-            "activations are taken to be a Llama's"
+            f'"{shape.model_type}" is not among the architectures that are modelled: activations are taken to be a '
+            "Llama's"
+        )
+    if not (shape.modelled or shape.counted):
+        yield (
+            "weights are counted by the names of their tensors, which may miss what this class does with them: Prepare "
+            "counts them on the model itself"
         )
     if shape.experts and plan.quantization is QuantizationType.INT8:
         size = sum(weight.elements for weight in shape.experts)

@@ -27,6 +27,8 @@ class Linear:
     """How many such matrices lie stacked in one parameter."""
     learns: bool = True
     """An adapter is on it by default (``qlora_trainer.model.experts.targets.left_alone``)."""
+    quantizable: bool = True
+    """False: it stays in 16 bits in every job, such as one whose weight the model reads itself."""
 
     @property
     def elements(self) -> int:
@@ -195,11 +197,17 @@ class ModelShape:
     max_positions: int | None = None
     on_disk: OnDisk | None = None
     modelled: bool = True
-    """False: the weights are exact, the activations are those of a Llama of the same sizes."""
+    """False: the activations are those of a Llama of the same sizes, since those of the model type are not known."""
+    counted: bool = False
+    """The weights were counted on the model itself, which Prepare builds without them; else they follow from names."""
+    fixed: int = 0
+    """Of all elements those whose type does not follow the compute type, such as routers that stay in fp32 …"""
+    fixed_bytes: int = 0
+    """… and their bytes."""
 
     @cached_property
     def linears(self) -> tuple[Linear, ...]:
-        """All linear layers but the head: what is quantized, and by default adapted.
+        """All linear layers but the head: what is quantized and adapted, unless they say otherwise.
 
         The same decision as ``qlora_trainer.model.experts.targets.linear_layers``.
         """

@@ -7,13 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from qlora_memory.shape.model_families import FAMILIES, Config, _known, _must_agree
-from qlora_memory.shape.model_shape import (
-    ModelShape,
-)
+from qlora_memory.shape.model_shape import ModelShape
 from qlora_memory.shape.on_disk import dequantized, on_disk
 from qlora_memory.shape.safetensors_headers import TensorInfo
 from qlora_memory.shape.text_part import text_part
-from qlora_memory.shape.unknown_models import shape_of_tensors
+from qlora_memory.shape.unknown_models import WeightCounts, shape_of_counts, shape_of_tensors
 
 
 def model_shape(
@@ -43,6 +41,20 @@ def model_shape(
     if part.tensors:
         _must_agree(shape, part.tensors)
     return shape
+
+
+def counted_shape(config: Mapping[str, Any], counts: WeightCounts) -> ModelShape:
+    """The shape of a base whose weights were counted on the model itself.
+
+    Args:
+        config: the parsed ``config.json``.
+        counts: of the weights as they are trained.
+
+    Raises:
+        FieldError: no layer has a number.
+
+    """
+    return shape_of_counts(Config(text_part(config, None).config), counts, exact=True)
 
 
 def is_known(config: Mapping[str, Any]) -> bool:

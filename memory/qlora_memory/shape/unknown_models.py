@@ -1,7 +1,8 @@
 """A base whose model type is not among :data:`qlora_memory.shape.model_families.FAMILIES`.
 
-Its weights are exact, since headers name every tensor with its shape. Its activations are taken to be those of a Llama
-of the same sizes, and the shape says so (``ModelShape.modelled``).
+Headers name every tensor with its shape; what each is used for is taken from its name. Prepare builds the model itself
+and counts there instead (``ModelShape.counted``). The activations are taken to be those of a Llama of the same sizes,
+and the shape says so (``ModelShape.modelled``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from qlora_api.errors import FieldError
 from qlora_memory.shape.expert_tensors import expert_stacks, stack_name
@@ -47,6 +49,28 @@ _ROLES = {
 _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
 
 
+@dataclass(frozen=True)
+class WeightCounts:
+    """The weights of a base, sorted by what they are used for; tied ones once."""
+
+    linears: tuple[Linear, ...]
+    """All linear layers but the head and routers."""
+    experts: tuple[Linear, ...]
+    """The stacked weights of all experts, of each layer in the order in which they are multiplied."""
+    head: Linear
+    """From hidden features to the vocabulary."""
+    tied: bool
+    """The head's weight is that of the embeddings."""
+    embeddings: int
+    norms: int
+    """Elements of norms' weights and of all that has no other place."""
+    norm_biases: int
+    routers: int
+    fixed: int = 0
+    fixed_bytes: int = 0
+    """Of all elements those whose type does not follow the compute type, and their bytes."""
+
+
 def shape_of_tensors(config: Config, tensors: Mapping[str, TensorInfo] | None) -> ModelShape:
     """The shape of a model type that is not known here.
 
@@ -67,45 +91,84 @@ def shape_of_tensors(config: Config, tensors: Mapping[str, TensorInfo] | None) -
             f'"{config.model_type}" is not a known architecture ({", ".join(FAMILIES)}): its memory is planned from '
             f"16-bit weights, {why}",
         )
-    table = _token_table(tensors)
-    hidden = _first(config, _HIDDEN, table.shape[1])
-    heads = _first(config, _HEADS, max(1, hidden // _HEAD_DIM))
-    pairs = _first(config, _PAIRS, heads)
-    head_dim = _first(config, ("head_dim",), hidden // heads)
-    found: dict[int, list[Linear]] = defaultdict(list)
-    outside: list[Linear] = []
+    return shape_of_counts(config, _count_by_names(config, tensors))
+
+
+def _count_by_names(config: Config, tensors: Mapping[str, TensorInfo]) -> WeightCounts:
+    """Sort the tensors of a base by what their names say.
+
+    Raises:
+        FieldError: none is named as embeddings are.
+
+    """
+    vocabulary, width = _token_table(tensors).shape
+    linears: list[Linear] = []
     elements = {"embeddings": 0, "norms": 0, "biases": 0, "routers": 0}
-    stacks = expert_stacks(tensors, hidden)
     for name, tensor in tensors.items():
-        layer = _LAYER.search(name)
-        if stack_name(name, tensor) is not None:
-            continue
-        if name.endswith(_HEAD) and layer is None:
+        if stack_name(name, tensor) is not None or (name.endswith(_HEAD) and not _LAYER.search(name)):
             continue
         if (linear := _linear(name, tensor, tensors, config.model_type)) is not None:
-            (found[int(layer[1])] if layer else outside).append(linear)
+            linears.append(linear)
         elif not _is_bias_of_layer(name, tensors, config.model_type):
             elements[_place(name, tensor)] += tensor.elements
-    sizes = hidden, heads, pairs, head_dim
-    layers = tuple(_layer(config, sizes, found[i], stacks.get(i)) for i in sorted({*found, *stacks}))
+    stacks = expert_stacks(tensors, _first(config, _HIDDEN, width))
+    return WeightCounts(
+        linears=tuple(linears),
+        experts=tuple(weight for layer in stacks.values() for weight in layer),
+        head=Linear("lm_head", width, vocabulary, "lm_head.bias" in tensors),
+        tied=bool(config.get("tie_word_embeddings", False)) or not any(n.endswith(_HEAD) for n in tensors),
+        embeddings=elements["embeddings"],
+        norms=elements["norms"],
+        norm_biases=elements["biases"],
+        routers=elements["routers"],
+    )
+
+
+def shape_of_counts(config: Config, counts: WeightCounts, *, exact: bool = False) -> ModelShape:
+    """Return the shape of a base with its weights as they were counted, and the activations of a Llama.
+
+    Args:
+        config: of the language model.
+        counts: of its weights.
+        exact: they were counted on the model itself.
+
+    Raises:
+        FieldError: no layer has a number.
+
+    """
+    hidden = _first(config, _HIDDEN, counts.head.inputs)
+    heads = _first(config, _HEADS, max(1, hidden // _HEAD_DIM))
+    pairs = _first(config, _PAIRS, heads)
+    sizes = hidden, heads, pairs, _first(config, ("head_dim",), hidden // heads)
+    found: dict[int, list[Linear]] = defaultdict(list)
+    stacks: dict[int, list[Linear]] = defaultdict(list)
+    outside: list[Linear] = []
+    for linear in counts.linears:
+        layer = _LAYER.search(linear.name)
+        (found[int(layer[1])] if layer else outside).append(linear)
+    for weight in counts.experts:
+        numbers = [int(part) for part in weight.name.split(".") if part.isdigit()]
+        stacks[numbers[0] if numbers else 0].append(weight)
+    layers = tuple(_layer(config, sizes, found[i], tuple(stacks[i])) for i in sorted({*found, *stacks}))
     if not layers:
         raise FieldError(
             SOURCE, None, "has no weights that are named as decoder layers are: its memory cannot be planned"
         )
-    vocabulary = table.shape[0]
-    tied = bool(config.get("tie_word_embeddings", False)) or not any(n.endswith(_HEAD) for n in tensors)
     return ModelShape(
         model_type=config.model_type,
         hidden=hidden,
         layers=layers,
         outside=tuple(outside),
-        head=Head(Linear("lm_head", hidden, vocabulary, "lm_head.bias" in tensors), tied, plain=_plain(config, None)),
-        embeddings=elements["embeddings"],
-        norms=elements["norms"],
-        norm_biases=elements["biases"],
-        routers=elements["routers"],
+        head=Head(counts.head, counts.tied, plain=_plain(config, None)),
+        embeddings=counts.embeddings,
+        norms=counts.norms,
+        norm_biases=counts.norm_biases,
+        routers=counts.routers,
         max_positions=config.get("max_position_embeddings"),
         modelled=False,
+        counted=exact,
+        fixed=counts.fixed,
+        fixed_bytes=counts.fixed_bytes,
     )
 
 
@@ -131,20 +194,20 @@ def _is_bias_of_layer(name: str, tensors: Mapping[str, TensorInfo], model_type: 
 
 
 def _linear(name: str, tensor: TensorInfo, tensors: Mapping[str, TensorInfo], model_type: str) -> Linear | None:
-    """Matrices named ``*.weight`` are linear layers, but for embeddings, experts, routers and what a model reads.
+    """Matrices named ``*.weight`` are linear layers, but for embeddings, experts and routers.
 
     Experts and routers are parameters in transformers (``conversion_mapping.py``).
     """
     module = name.removesuffix(".weight")
     if len(tensor.shape) != 2 or module == name or _EMBEDDING.search(name) or _is_expert(name):
         return None
-    if _KEPT.search(module) or (model_type in _FUSED and _KEPT_BY_KERNELS.search(module)):
-        return None
     outputs, inputs = tensor.shape
     bias = tensors.get(f"{module}.bias")
     if bias is not None and bias.shape == (inputs,) != (outputs,):  # stored the other way round, as GPT-2's are
         outputs, inputs = inputs, outputs
-    return Linear(module, inputs, outputs, bias is not None, learns=not _IDLE.search(name))
+    is_kept = bool(_KEPT.search(module)) or (model_type in _FUSED and bool(_KEPT_BY_KERNELS.search(module)))
+    learns = not is_kept and not _IDLE.search(name)
+    return Linear(module, inputs, outputs, bias is not None, learns=learns, quantizable=not is_kept)
 
 
 def _is_expert(name: str) -> bool:
@@ -160,7 +223,7 @@ def _place(name: str, tensor: TensorInfo) -> str:
 
 
 def _layer(
-    config: Config, sizes: tuple[int, int, int, int], linears: list[Linear], stacks: tuple[Linear, ...] | None
+    config: Config, sizes: tuple[int, int, int, int], linears: list[Linear], stacks: tuple[Linear, ...]
 ) -> Layer:
     """Linear layers put in the places of a Llama's, those that fit none beside them."""
     place: dict[str, Linear] = {}
@@ -171,6 +234,8 @@ def _layer(
             others.append(linear)
         else:
             place[role] = linear
+    if stacks and "up" not in place:  # no dense part beside the experts
+        others += [place.pop(role) for role in ("gate", "down") if role in place]
     hidden, count, pairs, head_dim = sizes
     missing = Linear("", hidden, 0)
     attention = Attention(

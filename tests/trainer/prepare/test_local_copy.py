@@ -35,7 +35,7 @@ def test_workers_that_leave_it_at_once_do_not_disturb_each_other(tmp_path):
     model, rows = tmp_path / BASES / "model", tmp_path / "data"
     model.mkdir(parents=True)
     rows.mkdir()
-    prepared = Prepared(model, "s3://b/model", "revision", rows)
+    prepared = Prepared(model, "s3://b/model", "revision", rows, None)
 
     def write(_: int) -> None:
         for _ in range(TIMES):

@@ -169,19 +169,20 @@ def _must_agree(on_disk: dict[str, Any], quantization: QuantizationSpec, source:
         )
 
 
-def meta_model(path: Path, *, whole: bool = False) -> Any:
+def meta_model(path: Path, *, whole: bool = False, dtype: torch.dtype | None = None) -> Any:
     """Return the architecture without weights, for checks.
 
     Args:
         path: of the base.
         whole: with its towers for images and sound, which are not trained.
+        dtype: of what is not quantized; None: as on disk.
 
     Raises:
         UserError: the class of the base needs a library that is not here, or has no language model.
 
     """
     try:
-        model = meta_model_of(causal_config(path), whole=whole)
+        model = meta_model_of(causal_config(path), whole=whole, dtype=dtype)
     except ImportError as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise UserError("spec.model.source", None, f"needs what is not installed here: {reason}") from error

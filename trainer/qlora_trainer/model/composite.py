@@ -57,12 +57,12 @@ def trained_class(config: Any) -> Any:
     return without_towers(kind) if is_composite(config) else kind
 
 
-def meta_model_of(config: Any, *, whole: bool = False) -> Any:
+def meta_model_of(config: Any, *, whole: bool = False, dtype: torch.dtype | None = None) -> Any:
     """Return the architecture without weights, as it is trained or as it was published."""
     kind = _auto_class(config) if whole else trained_class(config)
     build = kind.from_config if hasattr(kind, "_model_mapping") else kind._from_config  # noqa: SLF001
     with torch.device("meta"):
-        return build(config)
+        return build(config) if dtype is None else build(config, dtype=dtype)
 
 
 def without_towers(kind: Any) -> Any:

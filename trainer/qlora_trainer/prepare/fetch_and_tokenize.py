@@ -14,14 +14,15 @@ from qlora_memory import check_skip_modules
 from qlora_trainer.errors import AdapterRejectedError, UserError
 from qlora_trainer.model.base_model import add_lora, check_base, meta_model, trainable
 from qlora_trainer.model.composite import text_config
-from qlora_trainer.model.compute_type import device_problem
+from qlora_trainer.model.compute_type import DTYPES, device_problem
 from qlora_trainer.model.dry_run import adapters_without_gradient, find_layer_use
 from qlora_trainer.model.experts.structure import expert_parameters
 from qlora_trainer.model.experts.targets import linear_layers, name_text_alone
 from qlora_trainer.model.layer_use import note_layer_use
 from qlora_trainer.model.read_weights import method_on_disk
 from qlora_trainer.model.tokenizer import load_bounded_tokenizer
-from qlora_trainer.prepare.plan_memory import shape_of
+from qlora_trainer.model.weight_counts import count_weights
+from qlora_trainer.prepare.plan_memory import agreed_shape, shape_of
 from qlora_trainer.prepare.records import Record, job_key, pinned_revision
 from qlora_trainer.prepare.tokenize_rows import PreparedData, prepare_data
 from qlora_trainer.publish.gate import check_loads
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qlora_api.contract import TrainerConfig
+    from qlora_memory import WeightCounts
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ def prepare_from_scratch(config: TrainerConfig, began: Record | None) -> Record:
         headers_only=config.shared_cache_uri is not None,  # this pod trains nothing; without it the ranks are here
     )
     log.info("stage: checking model and adapter")
-    vocabulary = check_architecture(config, model)
+    vocabulary, counts = check_architecture(config, model)
     log.info("stage: fetching the rows")
     train_rows = fetch_rows(spec.dataset.train.source, "spec.dataset.train.source", cache)
     own_eval = spec.dataset.eval.source if spec.dataset.eval else None
@@ -70,7 +72,7 @@ def prepare_from_scratch(config: TrainerConfig, began: Record | None) -> Record:
         model_source=model.source,
         model_revision=model.revision,
         receipt=data.receipt.model_copy(update={"notes": [*data.receipt.notes, *notes_of(model.path)]}),
-        shape=shape_of(model.path, model.source),
+        shape=agreed_shape(model.path, shape_of(model.path, model.source), counts, spec),
     )
 
 
@@ -99,11 +101,11 @@ def check_tokens(data: PreparedData, tokenizer: PreTrainedTokenizerBase, vocabul
             )
 
 
-def check_architecture(config: TrainerConfig, model: FetchedModel) -> int:
+def check_architecture(config: TrainerConfig, model: FetchedModel) -> tuple[int, WeightCounts]:
     """Build the architecture without weights, and look for the adapter's targets and room for the positions.
 
     Returns:
-        How many tokens it has embeddings for.
+        How many tokens it has embeddings for, and its weights.
 
     Raises:
         UserError: names the field that must change.
@@ -115,7 +117,8 @@ def check_architecture(config: TrainerConfig, model: FetchedModel) -> int:
     skeleton = meta_model(model.path)
     _check_causal(skeleton)
     _check_skip_modules(skeleton, config, on_disk=hasattr(base, "quantization_config"))
-    note_layer_use(skeleton, find_layer_use(meta_model(model.path)))
+    use = find_layer_use(meta_model(model.path))
+    note_layer_use(skeleton, use)
     embeddings: int = skeleton.get_input_embeddings().weight.shape[0]
     adapted = add_lora(skeleton, config.spec.lora, config.spec.training.seed, model.source)
     _check_gradient(adapted, config, model.source)
@@ -124,7 +127,9 @@ def check_architecture(config: TrainerConfig, model: FetchedModel) -> int:
     longest = config.spec.dataset.max_length
     if positions is not None and longest > positions:
         raise UserError("spec.dataset.maxLength", longest, f"is more than the {positions} positions of {model.source}")
-    return embeddings
+    counted = meta_model(model.path, dtype=DTYPES.get(config.spec.quantization.compute_type, torch.bfloat16))
+    note_layer_use(counted, use)
+    return embeddings, count_weights(counted)
 
 
 def _check_skip_modules(skeleton: Any, config: TrainerConfig, *, on_disk: bool) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
+from pydantic import TypeAdapter, ValidationError
+
 from qlora_api.contract import TrainerConfig
+from qlora_memory import ModelShape
 from qlora_storage.object_store import local_path
 from qlora_trainer.errors import UserError
 from qlora_trainer.storage.base_folder import BASES, changed_file
@@ -27,6 +29,8 @@ class Prepared:
     """As in the manifest."""
     model_revision: str
     data_dir: Path
+    shape: ModelShape | None
+    """Of the base, as it was planned; None where it could not be made out."""
 
     @staticmethod
     def path(config: TrainerConfig) -> Path:
@@ -36,14 +40,8 @@ class Prepared:
     def read(cls, config: TrainerConfig) -> Prepared | None:
         """Read what was left for this job on this machine; None where nothing was, or it is gone from the cache."""
         try:
-            record = json.loads(cls.path(config).read_text())
-            prepared = cls(
-                model_path=Path(record["model_path"]),
-                model_source=record["model_source"],
-                model_revision=record["model_revision"],
-                data_dir=Path(record["data_dir"]),
-            )
-        except (FileNotFoundError, KeyError):  # an older version wrote other fields
+            prepared = _FORMAT.validate_json(cls.path(config).read_bytes())
+        except (FileNotFoundError, ValidationError):  # an older version wrote other fields
             return None
         # An older version had its ranks load from the source itself.
         is_private = prepared.model_path.parent == Path(config.cache_dir) / BASES
@@ -73,9 +71,12 @@ class Prepared:
         """Leave it for the ranks; several workers on one machine may do so at once."""
         path = self.path(config)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as partial:
-            json.dump(vars(self), partial, default=str)
+        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as partial:
+            partial.write(_FORMAT.dump_json(self))
         Path(partial.name).rename(path)
+
+
+_FORMAT = TypeAdapter(Prepared)
 
 
 def bring_inputs(config: TrainerConfig, record: Record, records: Records) -> Prepared | None:
@@ -93,6 +94,6 @@ def bring_inputs(config: TrainerConfig, record: Record, records: Records) -> Pre
     rows = records.bring_rows(record)
     if rows is None:
         return None
-    prepared = Prepared(model.path, model.source, model.revision, rows)
+    prepared = Prepared(model.path, model.source, model.revision, rows, record.shape)
     prepared.write(config)
     return prepared

@@ -8,15 +8,19 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass, replace
+from math import isclose
 from typing import TYPE_CHECKING
 
 from qlora_api.errors import FieldError
 from qlora_memory import (
     GPUS,
+    AdapterShape,
     NoFit,
     PlanRequest,
+    base_bytes,
     check_gpu,
     cost,
+    counted_shape,
     does_not_fit,
     estimate,
     model_shape,
@@ -24,7 +28,7 @@ from qlora_memory import (
     run_of,
     tensor_infos,
 )
-from qlora_memory.shape.on_disk import dequantized
+from qlora_memory.shape.on_disk import dequantized, on_disk
 from qlora_memory.shape.read_shape import is_known
 from qlora_trainer.errors import UserError
 from qlora_trainer.storage.model_files import CONFIG, safetensors_header, weight_names
@@ -34,9 +38,12 @@ if TYPE_CHECKING:
 
     from qlora_api.batch import BatchSplit
     from qlora_api.contract import PrepareReceipt, TrainerConfig
-    from qlora_memory import Gpu, ModelShape
+    from qlora_api.spec import QLoRAJobSpec
+    from qlora_memory import Gpu, ModelShape, WeightCounts
 
 log = logging.getLogger(__name__)
+AGREED = 1e-3
+"""Largest share by which the formulas of a model type may differ from what is counted on the model."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,49 @@ def shape_of(folder: Path, source: str | None = None) -> ModelShape | None:
             raise UserError(error.field, None, error.allowed) from None
         log.warning("the memory of this base cannot be planned: %s", error.allowed)
         return None
+
+
+def agreed_shape(folder: Path, shape: ModelShape | None, counts: WeightCounts, spec: QLoRAJobSpec) -> ModelShape | None:
+    """Return a shape with the weights of the model itself; None where it cannot be planned.
+
+    The known shape stays where its weights and adapter agree with what was counted, since it knows the activations too.
+
+    Args:
+        folder: of the base.
+        shape: as the names of its tensors tell it.
+        counts: of the weights on the model itself.
+        spec: of the job.
+
+    """
+    config = json.loads((folder / CONFIG).read_bytes())
+    if on_disk(config) is not None:  # its layers are quantized as it says, not as they were counted
+        return shape
+    try:
+        counted = counted_shape(config, counts)
+        found = _held_bytes(counted, spec)
+    except FieldError as error:
+        log.warning("the memory of this base cannot be counted: %s", error.allowed)
+        return shape
+    if shape is None or not shape.modelled:
+        return counted
+    try:
+        formula = _held_bytes(shape, spec)
+    except FieldError:  # it lacks a layer that the job names
+        return counted
+    if all(isclose(a, b, rel_tol=AGREED) for a, b in zip(formula, found, strict=True)):
+        return shape
+    log.warning(
+        "the base takes %d bytes and its adapter %d, as counted on the model; its model type tells %d and %d",
+        *found,
+        *formula,
+    )
+    return counted
+
+
+def _held_bytes(shape: ModelShape, spec: QLoRAJobSpec) -> tuple[int, int]:
+    """Return the bytes of the base's weights and of the adapter."""
+    adapter = AdapterShape(shape, spec.lora)
+    return base_bytes(shape, spec.quantization, adapter), adapter.bytes
 
 
 def plan_job(config: TrainerConfig, shape: ModelShape | None, receipt: PrepareReceipt) -> Planned:

@@ -15,7 +15,7 @@ from qlora_api.status import MemoryComponent
 from qlora_trainer.checkpoint import engine_state
 from qlora_trainer.data.batches import IGNORED
 from qlora_trainer.engine.deepspeed_engine import accumulate, apply_update
-from qlora_trainer.prepare.plan_memory import predicted, shape_of
+from qlora_trainer.prepare.plan_memory import predicted
 from qlora_trainer.reporting.metrics import peak_bytes
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def expected_seconds(trainer: TrainingContext, done: int, seconds_per_token: flo
 
 def predict(trainer: TrainingContext, largest: MicroBatch) -> None:
     """Show what this very micro-batch should need."""
-    shape = shape_of(trainer.prepared.model_path)
+    shape = trainer.prepared.shape
     if shape is not None:
         rows = tuple(largest.cu_seqlens.diff().tolist())
         trainer.recorder.predict(predicted(trainer.config, shape, rows, int((largest.labels != IGNORED).sum())))
