@@ -16,6 +16,7 @@ from qlora_memory.estimate import EstimateInput, MemoryEstimate, estimate
 from qlora_memory.gpus import GIB, Gpu, check_gpu, resolved
 from qlora_memory.planning.cost import Span, seconds_per_token
 from qlora_memory.shape.model_shape import ModelShape
+from qlora_memory.shape.on_disk import check_on_disk
 from qlora_memory.weights import AdapterShape, quantizable_layers
 
 
@@ -123,21 +124,7 @@ def _check_gpu(request: PlanRequest) -> None:
     ):  # of others the tensors' names need not be the modules': Prepare looks at the model itself
         names = (layer.name for layer in quantizable_layers(shape, spec.quantization.type))
         check_skip_modules(spec.quantization, names, on_disk=shape.on_disk is not None)
-    if shape.on_disk is None:
-        return
-    found, wanted = shape.on_disk, spec.quantization
-    if found.type is not wanted.type:
-        raise FieldError(
-            "spec.quantization.type",
-            wanted.type,
-            f"does not match the base, which is {found.type} on disk: set {found.type}",
-        )
-    if found.type.is_four_bit and found.double != wanted.double_quantization:
-        raise FieldError(
-            "spec.quantization.doubleQuantization",
-            wanted.double_quantization,
-            f"does not match the base on disk: set {str(found.double).lower()}",
-        )
+    check_on_disk(shape.on_disk, spec.quantization)
 
 
 def plan_of(request: PlanRequest, batch: BatchSplit, *, checkpointing: bool) -> Plan:

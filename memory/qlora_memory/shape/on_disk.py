@@ -10,7 +10,7 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from qlora_api.errors import FieldError
-from qlora_api.spec import QuantizationType
+from qlora_api.spec import QuantizationSpec, QuantizationType
 from qlora_memory.shape.model_shape import OnDisk
 from qlora_memory.shape.safetensors_headers import TensorInfo
 
@@ -45,11 +45,40 @@ def on_disk(config: Mapping[str, Any], source: str | None = None) -> OnDisk | No
     if not isinstance(found, Mapping) or method_of(config):
         return None
     if found.get("quant_method") != "bitsandbytes":
-        raise FieldError(SOURCE, source, refusal(str(found.get("quant_method")), source))
+        raise FieldError(SOURCE, source, _refusal(str(found.get("quant_method")), source))
     if found.get("load_in_8bit"):
         return OnDisk(QuantizationType.INT8, double=False)
     name = str(found.get("bnb_4bit_quant_type", "fp4")).upper()
+    if name not in (QuantizationType.NF4, QuantizationType.FP4):
+        raise FieldError(SOURCE, source, _refusal(f"bitsandbytes' {name}", source))
     return OnDisk(QuantizationType(name), bool(found.get("bnb_4bit_use_double_quant")))
+
+
+def check_on_disk(found: OnDisk | None, wanted: QuantizationSpec) -> None:
+    """Find out that a base is quantized on disk as the job says, or not at all.
+
+    Args:
+        found: on disk.
+        wanted: of the job.
+
+    Raises:
+        FieldError: it is quantized in another way.
+
+    """
+    if found is None:
+        return
+    if found.type is not wanted.type:
+        raise FieldError(
+            "spec.quantization.type",
+            wanted.type,
+            f"does not match the base, which is {found.type} on disk: set {found.type}",
+        )
+    if found.type.is_four_bit and found.double != wanted.double_quantization:
+        raise FieldError(
+            "spec.quantization.doubleQuantization",
+            wanted.double_quantization,
+            f"does not match the base on disk: set {str(found.double).lower()}",
+        )
 
 
 def method_of(config: Mapping[str, Any]) -> str | None:
@@ -58,12 +87,12 @@ def method_of(config: Mapping[str, Any]) -> str | None:
     return DEQUANTIZED.get(str(found.get("quant_method"))) if isinstance(found, Mapping) else None
 
 
-def refusal(method: str, source: str | None) -> str:
+def _refusal(method: str, source: str | None) -> str:
     """Return why a base that is quantized by ``method`` is refused, and which one to use."""
     sibling = _SUFFIX.sub("", source.partition("@")[0]) if source else None
     named = f", perhaps {sibling}" if sibling and sibling != source else ""
     return (
-        f"the base is quantized with {method}: use the 16-bit base that it was made from{named} (of quantized ones, "
+        f"is quantized with {method}: use the 16-bit base that it was made from{named} (of quantized ones, "
         f"{', '.join(DEQUANTIZED.values())} and bitsandbytes' own are read)"
     )
 

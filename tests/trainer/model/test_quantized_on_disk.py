@@ -179,21 +179,31 @@ def test_the_receipt_says_how_a_base_is_on_disk(mxfp4, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "source", "named"),
+    ("found", "source", "refused"),
     [
-        ("gptq", "hf://Qwen/Qwen3-8B-GPTQ-Int4", "perhaps hf://Qwen/Qwen3-8B "),
-        ("awq", "hf://org/Llama-3-8B-AWQ@main", "perhaps hf://org/Llama-3-8B "),
-        ("compressed-tensors", "hf://org/Model-quantized.w4a16", "perhaps hf://org/Model "),
-        ("gptq", "hf://org/some-model", r"made from \("),
+        ({"quant_method": "gptq"}, "hf://Qwen/Qwen3-8B-GPTQ-Int4", "gptq: .*perhaps hf://Qwen/Qwen3-8B "),
+        ({"quant_method": "awq"}, "hf://org/Llama-3-8B-AWQ@main", "awq: .*perhaps hf://org/Llama-3-8B "),
+        (
+            {"quant_method": "compressed-tensors"},
+            "hf://org/Model-quantized.w4a16",
+            "compressed-tensors: .*perhaps hf://org/Model ",
+        ),
+        ({"quant_method": "gptq"}, "hf://org/some-model", r"gptq: .*made from \("),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "af4"},
+            "hf://org/model-bnb-4bit",
+            "bitsandbytes' AF4: .*perhaps hf://org/model",
+        ),
     ],
 )
-def test_gptq_and_awq_are_refused_by_the_plan_and_by_prepare(method, source, named, tmp_path):
+def test_what_cannot_be_read_is_refused_by_the_plan_and_by_prepare_alike(found, source, refused, tmp_path):
     save_mixture(tmp_path, "llama", vocab_size=320, **LIKE_LLAMA)
-    quantized_by(tmp_path, {"quant_method": method, "bits": 4})
-    with pytest.raises(UserError, match=rf"quantized with {method}: use the 16-bit base.*{named}"):
+    quantized_by(tmp_path, {**found, "bits": 4})
+    with pytest.raises(UserError, match=rf'^spec.model.source: "{source}" is quantized with {refused}') as prepared:
         check_base(tmp_path, NF4, source)
-    with pytest.raises(FieldError, match=rf"quantized with {method}: use the 16-bit base.*{named}"):
+    with pytest.raises(FieldError) as planned:
         shape_of_config(tmp_path, source)
+    assert str(planned.value) == str(prepared.value)
 
 
 def shape_of_config(folder, source):

@@ -18,9 +18,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoConfig, BitsAndBytesConfig
 
+from qlora_api.errors import FieldError
 from qlora_api.spec import LoRABias, LoRASpec, QuantizationSpec, QuantizationType
 from qlora_api.status import MemoryComponent
-from qlora_memory.shape.on_disk import refusal
+from qlora_memory.shape.on_disk import check_on_disk, on_disk
 from qlora_trainer.errors import UserError
 from qlora_trainer.model.attention import choose_attention, register
 from qlora_trainer.model.composite import meta_model_of, model_class
@@ -34,6 +35,7 @@ from qlora_trainer.model.kernels import forget_inputs, fuse_adapters, fuse_norms
 from qlora_trainer.model.layer_use import note_layer_use
 from qlora_trainer.model.plain_linear import unify_linear_layers
 from qlora_trainer.model.read_weights import load_weights, method_on_disk
+from qlora_trainer.storage.model_files import CONFIG
 
 _BIAS = {LoRABias.NONE: "none", LoRABias.ALL: "all", LoRABias.LORA_ONLY: "lora_only"}
 
@@ -97,10 +99,10 @@ def load_base(path: Path, quantization: QuantizationSpec, device: torch.device, 
     register()
     quantization = resolved_on(quantization, device)
     config = check_base(path, quantization)
-    on_disk = getattr(config, "quantization_config", None)
+    is_quantized = getattr(config, "quantization_config", None) is not None
     use = find_layer_use(meta_model(path))
-    skipped = None if on_disk is not None else skipped_modules(path, quantization, use.read)
-    wanted = None if on_disk is not None else quantization_config(quantization, zero_stage, skipped)
+    skipped = None if is_quantized else skipped_modules(path, quantization, use.read)
+    wanted = None if is_quantized else quantization_config(quantization, zero_stage, skipped)
     model = load_weights(
         path,
         config,
@@ -144,29 +146,11 @@ def check_base(path: Path, quantization: QuantizationSpec, source: str | None = 
 
     """
     config = causal_config(path)
-    on_disk = getattr(config, "quantization_config", None)
-    if on_disk is not None:
-        _must_agree(on_disk if isinstance(on_disk, dict) else on_disk.to_dict(), quantization, source)
+    try:
+        check_on_disk(on_disk(json.loads((path / CONFIG).read_bytes()), source), quantization)
+    except FieldError as error:
+        raise UserError(error.field, error.value, error.allowed) from None
     return config
-
-
-def _must_agree(on_disk: dict[str, Any], quantization: QuantizationSpec, source: str | None) -> None:
-    if (method := on_disk.get("quant_method")) != "bitsandbytes":
-        raise UserError("spec.model.source", None, refusal(str(method), source))
-    found = "INT8" if on_disk.get("load_in_8bit") else str(on_disk.get("bnb_4bit_quant_type", "fp4")).upper()
-    if found != quantization.type.value:
-        raise UserError(
-            "spec.quantization.type",
-            quantization.type.value,
-            f"does not match the base, which is {found} on disk: set {found}",
-        )
-    double = bool(on_disk.get("bnb_4bit_use_double_quant"))
-    if found != "INT8" and double != quantization.double_quantization:
-        raise UserError(
-            "spec.quantization.doubleQuantization",
-            quantization.double_quantization,
-            f"does not match the base on disk: set {str(double).lower()}",
-        )
 
 
 def meta_model(path: Path, *, whole: bool = False, dtype: torch.dtype | None = None) -> Any:
@@ -202,7 +186,7 @@ def causal_config(path: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except ValueError as error:
-        if references := json.loads((path / "config.json").read_bytes()).get("auto_map"):
+        if references := json.loads((path / CONFIG).read_bytes()).get("auto_map"):
             raise UserError(
                 "spec.model.source",
                 None,
