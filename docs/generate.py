@@ -83,7 +83,7 @@ def _fields() -> Iterator[str]:
         for group in _groups(describe(top)):
             yield from _group(group)
     yield from ("", "## What kubectl get shows", "", "| column | field |", "| --- | --- |")
-    for name, _, path, wide in PRINTER_COLUMNS:
+    for name, _, path, wide, _ in PRINTER_COLUMNS:
         yield f"| {name.upper()}{' (with `-o wide`)' if wide else ''} | `{path.lstrip('.')}` |"
     yield from ("", "## Components of memory", "", "Keys of `status.memory` and `status.prepared.memory`.", "")
     yield from ("| component | meaning |", "| --- | --- |")

@@ -11,36 +11,24 @@ from typing import Any
 from pydantic import BaseModel
 
 from qlora_api.base import Model
-from qlora_api.errors import model_of
+from qlora_api.errors import field_types, fields_of
 from qlora_api.job import GROUP, KIND, VERSION, QLoRAJob
 from qlora_api.spec import QLoRAJobSpec
 from qlora_api.status import QLoRAJobStatus
 
 PRINTER_COLUMNS = (
-    ("State", "string", ".status.state", 0),
-    ("Reason", "string", ".status.reason", 0),
-    ("Step", "integer", ".status.progress.step", 0),
-    ("Loss", "string", ".status.progress.loss", 0),
-    ("ETA", "string", ".status.eta", 0),
-    ("Restarts", "integer", ".status.totalRestarts", 0),
-    ("GPU-Mem", "string", ".status.peakMemory", 0),
-    ("Age", "date", ".metadata.creationTimestamp", 0),
-    ("Steps", "integer", ".status.progress.totalSteps", 1),
-    ("Adapter", "string", ".status.adapter.uri", 1),
+    ("State", "string", ".status.state", 0, "The condition that speaks for the job, or Pending."),
+    ("Reason", "string", ".status.reason", 0, "Why it is in this state."),
+    ("Step", "integer", ".status.progress.step", 0, "Optimizer steps done."),
+    ("Loss", "string", ".status.progress.loss", 0, "Mean training loss of the last step."),
+    ("ETA", "string", ".status.eta", 0, "Time left, by the steps so far."),
+    ("Restarts", "integer", ".status.totalRestarts", 0, "Attempts after the first, whatever ended the ones before."),
+    ("GPU-Mem", "string", ".status.peakMemory", 0, "Highest memory of a rank that was measured."),
+    ("Age", "date", ".metadata.creationTimestamp", 0, "Time since the job was created."),
+    ("Steps", "integer", ".status.progress.totalSteps", 1, "Optimizer steps of the whole job."),
+    ("Adapter", "string", ".status.adapter.uri", 1, "Address of the published adapter."),
 )
-
-COLUMN_DESCRIPTIONS = {
-    "State": "The condition that speaks for the job, or Pending.",
-    "Reason": "Why it is in this state.",
-    "Step": "Optimizer steps done.",
-    "Loss": "Mean training loss of the last step.",
-    "ETA": "Time left, by the steps so far.",
-    "Restarts": "Attempts after the first, whatever ended the ones before.",
-    "GPU-Mem": "Highest memory of a rank that was measured.",
-    "Age": "Time since the job was created.",
-    "Steps": "Optimizer steps of the whole job.",
-    "Adapter": "Address of the published adapter.",
-}
+"""Name, type, field, priority (1: with ``-o wide``) and description, in the order of ``kubectl get``."""
 SELECTABLE_FIELDS = (".status.state", ".status.reason", ".spec.scheduling.queue")
 """For ``kubectl get qlorajobs --field-selector``."""
 
@@ -76,10 +64,10 @@ def crd() -> dict[str, Any]:
                             "name": name,
                             "type": kind,
                             "jsonPath": path,
-                            "description": COLUMN_DESCRIPTIONS[name],
+                            "description": description,
                             **({"priority": 1} if priority else {}),
                         }
-                        for name, kind, path, priority in PRINTER_COLUMNS
+                        for name, kind, path, priority, description in PRINTER_COLUMNS
                     ],
                     "schema": {
                         "openAPIV3Schema": {
@@ -153,10 +141,9 @@ def _resolve(node: dict[str, Any], defs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_rules(schema: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    for field in model.model_fields.values():
-        inner = model_of(field.annotation)
-        if field.alias and isinstance(inner, type) and issubclass(inner, BaseModel):
-            place = schema["properties"][field.alias]
+    for name, inner in field_types(model).items():
+        if inner is not None:
+            place = schema["properties"][name]
             _with_rules(place.get("items", place), inner)
     if issubclass(model, Model):
         validations = [{"rule": r.cel, "message": r.message, "fieldPath": f".{r.field}"} for r in model.rules]
@@ -173,14 +160,9 @@ def _with_rules(schema: dict[str, Any], model: type[BaseModel]) -> dict[str, Any
     return schema
 
 
-def field_types(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the type of each field of a model, by its JSON name."""
-    return {field.alias or name: model_of(field.annotation) for name, field in model.model_fields.items()}
-
-
-def unchanged(path: str, kind: Any) -> Iterator[str]:
+def unchanged(path: str, kind: type[BaseModel] | None) -> Iterator[str]:
     """Give CEL that holds where a field is as it was, but for what is exchangeable below it."""
-    if not _has_exchangeable(kind):
+    if kind is None or not issubclass(kind, Model) or not _has_exchangeable(kind):
         yield f"self.{path} == oldSelf.{path}"
         return
     for name, inner in field_types(kind).items():
@@ -194,15 +176,15 @@ def unchanged(path: str, kind: Any) -> Iterator[str]:
             yield f"has(self.{field}) == has(oldSelf.{field}) && ({same})"
 
 
-def _has_exchangeable(kind: Any) -> bool:
-    if not (isinstance(kind, type) and issubclass(kind, Model)):
+def _has_exchangeable(kind: type[BaseModel] | None) -> bool:
+    if kind is None or not issubclass(kind, Model):
         return False
-    return bool(kind.exchangeable) or any(_has_exchangeable(inner) for inner in field_types(kind).values())
+    return bool(kind.exchangeable) or any(map(_has_exchangeable, field_types(kind).values()))
 
 
 def _is_plain(kind: type[BaseModel], name: str) -> bool:
     """Return whether a field is always there: it is required, or has a default."""
-    field = next(f for n, f in kind.model_fields.items() if (f.alias or n) == name)
+    field = fields_of(kind)[name]
     return field.is_required() or field.default is not None
 
 

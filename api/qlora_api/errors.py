@@ -5,10 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from qlora_api.base import RuleBrokenError
@@ -117,13 +120,13 @@ def _allowed(model: type[BaseModel], error: ErrorDetails, context: dict[str, Any
 
 
 def _unknown_field(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
-    group: Any = model
+    group: type[BaseModel] | None = model
     for part in location[:-1]:
-        if isinstance(part, str) and isinstance(group, type) and issubclass(group, BaseModel):
-            group = next((model_of(f.annotation) for f in group.model_fields.values() if f.alias == part), None)
-    if not (isinstance(group, type) and issubclass(group, BaseModel)):
+        if isinstance(part, str) and group is not None:
+            group = field_types(group).get(part)
+    if group is None:
         return "unknown field"
-    known = sorted(f.alias or n for n, f in group.model_fields.items())
+    known = sorted(fields_of(group))
     close = closest(str(location[-1]), known)
     hint = f"; did you mean {close[0]}?" if close else "."
     return f"unknown field{hint} Fields here: {', '.join(known)}"
@@ -144,9 +147,21 @@ def closest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
     return [by_lower_case[each] for each in difflib.get_close_matches(name.lower(), by_lower_case, n=count)]
 
 
-def model_of(annotation: Any) -> Any:
-    """The pydantic type inside ``X | None`` or ``list[X]``, else the annotation."""
-    for inner in getattr(annotation, "__args__", ()):
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            return inner
-    return annotation
+@cache
+def fields_of(model: type[BaseModel]) -> Mapping[str, FieldInfo]:
+    """Return the fields of a group by their JSON names."""
+    return MappingProxyType({field.alias or name: field for name, field in model.model_fields.items()})
+
+
+@cache
+def field_types(model: type[BaseModel]) -> Mapping[str, type[BaseModel] | None]:
+    """Return the type of each field that is a group or a list of groups, and None for the others, by JSON names."""
+    return MappingProxyType({name: _model_of(field.annotation) for name, field in fields_of(model).items()})
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the pydantic type ``X`` of ``X``, ``X | None`` or ``list[X]``; None where there is none."""
+    for kind in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None

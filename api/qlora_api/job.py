@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from qlora_api.base import Model
-from qlora_api.errors import model_of, validate
+from qlora_api.errors import field_types, validate
 from qlora_api.spec import QLoRAJobSpec
 from qlora_api.status import QLoRAJobStatus
 
@@ -38,13 +38,12 @@ class ObjectMeta(Model):
 
 def unknown_fields(model: type[BaseModel], value: Any, path: str) -> Iterator[str]:
     """Give the paths of all fields that a type does not have."""
-    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    types = field_types(model)
     for name, inside in value.items() if isinstance(value, dict) else ():
-        if name not in fields:
+        if name not in types:
             yield f"{path}.{name}"
             continue
-        inner = model_of(fields[name].annotation)
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
+        if (inner := types[name]) is not None:
             for part in inside if isinstance(inside, list) else [inside]:
                 yield from unknown_fields(inner, part, f"{path}.{name}")
 

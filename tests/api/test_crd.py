@@ -6,12 +6,11 @@ import re
 
 import cel
 import pytest
-from pydantic import BaseModel
 
 from qlora_api import QLoRAJob
 from qlora_api.base import Model
 from qlora_api.crd import crd
-from qlora_api.errors import ManifestError, model_of
+from qlora_api.errors import ManifestError, field_types
 from qlora_api.spec import QLoRAJobSpec
 
 from .manifests import VALID, manifest
@@ -95,10 +94,9 @@ def test_columns_read_as_the_architecture_says():
 
 def groups(model, path=()):
     yield path, model
-    for field in model.model_fields.values():
-        inner = model_of(field.annotation)
-        if isinstance(inner, type) and issubclass(inner, BaseModel) and field.alias:
-            yield from groups(inner, (*path, field.alias))
+    for name, inner in field_types(model).items():
+        if inner is not None:
+            yield from groups(inner, (*path, name))
 
 
 def cel_violations(job):

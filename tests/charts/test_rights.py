@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from charts.helm import REPOSITORY, one
 from charts.test_manifests import CASES, values_of
-from qlora_api.base import Model
 from qlora_api.crd import crd
-from qlora_api.errors import model_of
+from qlora_api.errors import field_types
 from qlora_api.spec import ParallelismSpec, QLoRAJobSpec
 from qlora_operator.config import OperatorConfig
 from qlora_operator.manifests.render import KEY_SECRET_TYPE
@@ -215,13 +215,11 @@ def test_the_ports_of_all_ranks_are_open_to_the_operator_and_to_monitoring(helm)
 # ----------------------------------------------------------------------------------------------------- admission policy
 
 
-def fields(model: type[Model], above: str = "") -> list[str]:
+def fields(model: type[BaseModel], above: str = "") -> list[str]:
     """Dotted paths of all fields of a type, by their names in a manifest."""
     found = []
-    for field in model.model_fields.values():
-        path = f"{above}{field.alias}"
-        inner = model_of(field.annotation)
-        found += [path, *(fields(inner, f"{path}.") if isinstance(inner, type) and issubclass(inner, Model) else ())]
+    for name, inner in field_types(model).items():
+        found += [f"{above}{name}", *(fields(inner, f"{above}{name}.") if inner is not None else ())]
     return found
 
 

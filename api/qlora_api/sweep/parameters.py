@@ -6,11 +6,11 @@ import json
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, get_args
 
-from pydantic import AfterValidator, BaseModel, Field, WithJsonSchema
+from pydantic import AfterValidator, Field, WithJsonSchema
 from pydantic.fields import FieldInfo
 
 from qlora_api.base import DECIMAL_PATTERN, Model, Rule, decimal
-from qlora_api.errors import closest, model_of
+from qlora_api.errors import closest, field_types, fields_of
 from qlora_api.spec import QLoRAJobSpec
 
 VARIABLE_GROUPS = ("quantization", "lora", "training")
@@ -37,13 +37,14 @@ def _kind(field: FieldInfo) -> ValueKind:
 
 
 def _variable_fields() -> dict[str, ValueKind]:
-    found = {}
-    for group in VARIABLE_GROUPS:
-        for name, field in model_of(QLoRAJobSpec.model_fields[group].annotation).model_fields.items():
-            inner = model_of(field.annotation)
-            if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-                found[f"{group}.{field.alias or name}"] = _kind(field)
-    return found
+    types = {group: field_types(QLoRAJobSpec)[group] for group in VARIABLE_GROUPS}
+    return {
+        f"{group}.{name}": _kind(field)
+        for group, kind in types.items()
+        if kind is not None
+        for name, field in fields_of(kind).items()
+        if field_types(kind)[name] is None
+    }
 
 
 VARIABLE_FIELDS = _variable_fields()

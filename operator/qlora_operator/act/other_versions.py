@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
 
-from qlora_api.errors import model_of
+from qlora_api.errors import field_types
 from qlora_operator.kube.client import Object
 
 _KEYS = ("number", "type")
@@ -18,20 +17,15 @@ _REFUSED = re.compile(r"status\.conditions\[(\d+)\]\.(?:type|reason)")
 
 def with_unknown_fields(stored: Object, written: Object, model: type[BaseModel]) -> Object:
     """Return a status with the fields of the stored one that this version's type does not have."""
-    types = _types_by_name(model)
+    types = field_types(model)
     result = dict(written)
     for name, value in stored.items():
         kind = types.get(name)
         if name not in types:
             result[name] = value
-        elif isinstance(kind, type) and issubclass(kind, BaseModel) and name in written:
+        elif kind is not None and name in written:
             result[name] = _merged(value, written[name], kind)
     return result
-
-
-@cache
-def _types_by_name(model: type[BaseModel]) -> dict[str, Any]:
-    return {field.alias or name: model_of(field.annotation) for name, field in model.model_fields.items()}
 
 
 def _merged(stored: Any, written: Any, kind: type[BaseModel]) -> Any:
