@@ -36,7 +36,7 @@ STEADY = 0.5
 
 
 @dataclass(frozen=True)
-class Counted:
+class PageFaults:
     """One process: of the steps after the warm-up, or as a whole where there are none."""
 
     faults: float
@@ -46,10 +46,10 @@ class Counted:
     peak_bytes: int
 
 
-def of_steps(report: dict[str, Any]) -> Counted:
+def of_steps(report: dict[str, Any]) -> PageFaults:
     steady = int(len(report["page_faults"]) * (1 - STEADY))
     faults, seconds = report["page_faults"][steady:], report["cpu_seconds"][steady:]
-    return Counted(statistics.mean(faults), statistics.median(seconds), report["peak_bytes"])
+    return PageFaults(statistics.mean(faults), statistics.median(seconds), report["peak_bytes"])
 
 
 def train_base(report: Path) -> None:
@@ -79,17 +79,17 @@ def train_base(report: Path) -> None:
     report.write_text(json.dumps({"page_faults": faults, "cpu_seconds": seconds, "peak_bytes": peak}))
 
 
-def count_process(command: Sequence[str], environment: dict[str, str]) -> Counted:
+def count_process(command: Sequence[str], environment: dict[str, str]) -> PageFaults:
     """Run a process to its end and ask the kernel what it took."""
     process = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return Counted(used.ru_minflt, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
+    return PageFaults(used.ru_minflt, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
 
 
-def count_ranks(config: Any, work: Path, environment: dict[str, str]) -> Counted:
+def count_ranks(config: Any, work: Path, environment: dict[str, str]) -> PageFaults:
     """Train with ``our_trainer.py``; of rank 0."""
     job, report = work / "job.json", work / "report.json"
     job.write_text(config.model_dump_json(by_alias=True))
@@ -103,7 +103,7 @@ def count_ranks(config: Any, work: Path, environment: dict[str, str]) -> Counted
     return of_steps(json.loads(report.read_text()))
 
 
-def prepare(config: Any, work: Path, environment: dict[str, str]) -> Counted:
+def prepare(config: Any, work: Path, environment: dict[str, str]) -> PageFaults:
     """Prepare with nothing cached."""
     job = work / "prepare.json"
     job.write_text(config.model_dump_json(by_alias=True))
@@ -149,9 +149,9 @@ def bench_config(work: Path, rows: int) -> Any:
     return bench_trainer.trainer_config(model, data, work, packing=True)
 
 
-def measure(data: Path, steps: int, rows: int) -> dict[str, dict[str, Counted]]:
+def measure(data: Path, steps: int, rows: int) -> dict[str, dict[str, PageFaults]]:
     """By what was run, and by allocator."""
-    found: dict[str, dict[str, Counted]] = {}
+    found: dict[str, dict[str, PageFaults]] = {}
     with tempfile.TemporaryDirectory(prefix="qlora-bench-") as name:
         for allocator, environment in ALLOCATORS.items():
             work = Path(name) / allocator.replace(" ", "-")
@@ -169,7 +169,7 @@ def measure(data: Path, steps: int, rows: int) -> dict[str, dict[str, Counted]]:
     return found
 
 
-def table(found: dict[str, dict[str, Counted]]) -> str:
+def table(found: dict[str, dict[str, PageFaults]]) -> str:
     lines = ["| | allocator | page faults | CPU seconds | peak MiB |", "|---|---|---|---|---|"]
     for what, by_allocator in found.items():
         for allocator, c in by_allocator.items():

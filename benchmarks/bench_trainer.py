@@ -43,7 +43,7 @@ AUTO_BAR = 0.95
 
 
 @dataclass(frozen=True)
-class Measured:
+class VariantRun:
     """One run of one variant."""
 
     tokens: int
@@ -54,7 +54,7 @@ class Measured:
     """Of rank 0's processor time, which others on the machine do not lengthen; waiting for other ranks is not in it."""
 
 
-Runs = dict[str, list[Measured]]
+Runs = dict[str, list[VariantRun]]
 
 
 def trainer_config(model: Path, data: Path, work: Path, *, packing: bool, compute_type: str = "Auto") -> Any:
@@ -112,7 +112,7 @@ def stock_settings(model: Path, data: Path, work: Path, *, checkpointing: bool) 
     }
 
 
-def measure(variant: str, model: Path, data: Path, work: Path, profile: Path | None) -> Measured:
+def measure(variant: str, model: Path, data: Path, work: Path, profile: Path | None) -> VariantRun:
     """Run one variant for an epoch."""
     report, job = work / "report.json", work / "job.json"
     if variant in (STOCK, STOCK_PLAIN):
@@ -136,7 +136,7 @@ def measure(variant: str, model: Path, data: Path, work: Path, profile: Path | N
     found = json.loads(report.read_text())
     tokens = sum(found["tokens"][WARM_UP:])
     seconds, cpu_seconds = (sum(found[name][WARM_UP:]) for name in ("seconds", "cpu_seconds"))
-    return Measured(sum(found["tokens"]), tokens / seconds, tokens / RANKS / cpu_seconds)
+    return VariantRun(sum(found["tokens"]), tokens / seconds, tokens / RANKS / cpu_seconds)
 
 
 def verdict(speeds: dict[str, float], cpu_speeds: dict[str, float]) -> tuple[str, bool]:

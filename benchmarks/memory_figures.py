@@ -94,7 +94,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedRun:
     """A run that others measured, as inputs of our formulas."""
 
     sequences: int
@@ -143,16 +143,16 @@ SOURCE = (
 )
 _NF4, _WHOLE = QuantizationSpec(), QuantizationSpec(type="None")  # type: ignore[arg-type] # pydantic reads the name
 POINTS = (
-    Published(4, _NF4, fused_adapter=True, measured=14_411_297_792),
-    Published(8, _NF4, fused_adapter=True, measured=22_936_744_960),
-    Published(16, _NF4, fused_adapter=True, measured=39_987_639_296),
-    Published(32, _NF4, fused_adapter=True, measured=74_089_427_968),
+    PublishedRun(4, _NF4, fused_adapter=True, measured=14_411_297_792),
+    PublishedRun(8, _NF4, fused_adapter=True, measured=22_936_744_960),
+    PublishedRun(16, _NF4, fused_adapter=True, measured=39_987_639_296),
+    PublishedRun(32, _NF4, fused_adapter=True, measured=74_089_427_968),
 )
 """Rows ``accelerated-peft-bnb-foak-liger`` with one GPU. Their slope and offset are peers' 0.520 MB and 5.89 GB."""
 HELD_OUT = (
-    Published(4, _WHOLE, fused_adapter=False, measured=24_905_936_896),
-    Published(8, _WHOLE, fused_adapter=False, measured=33_567_698_944),
-    Published(16, _WHOLE, fused_adapter=False, measured=50_891_223_040),
+    PublishedRun(4, _WHOLE, fused_adapter=False, measured=24_905_936_896),
+    PublishedRun(8, _WHOLE, fused_adapter=False, measured=33_567_698_944),
+    PublishedRun(16, _WHOLE, fused_adapter=False, measured=50_891_223_040),
 )
 """Rows ``foak-fast-kernels-liger`` with LoRA and one GPU: a 16-bit base, PEFT's own adapter layers. Predicted once the
 formulas stood, which were not changed for them."""
@@ -170,7 +170,7 @@ def published() -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredCase:
     """One case of ``bench_memory_gpu.py``."""
 
     case: dict[str, Any]
@@ -188,11 +188,11 @@ SUPERSEDED = frozenset({"mixtral"})
 """Bases that were measured while the trainer left experts in 16 bits; they have not been measured since."""
 
 
-def measured_cases() -> tuple[Measured, ...]:
+def measured_cases() -> tuple[MeasuredCase, ...]:
     found = json.loads(MEASURED.read_text(encoding="utf-8"))
     gpu = gpu_of_device(found["gpu"], found["memory"])
     return tuple(
-        Measured(row["case"], row["allocated"], row["inUse"], estimate(run_of_case(row["case"]), gpu))
+        MeasuredCase(row["case"], row["allocated"], row["inUse"], estimate(run_of_case(row["case"]), gpu))
         for row in found["cases"]
         if row["case"]["base"] not in SUPERSEDED
     )
@@ -200,8 +200,8 @@ def measured_cases() -> tuple[Measured, ...]:
 
 def measured() -> Iterator[str]:
     """An 8B base, and of each other one its worst case."""
-    worst: dict[str, Measured] = {}
-    large: dict[str, Measured] = {}
+    worst: dict[str, MeasuredCase] = {}
+    large: dict[str, MeasuredCase] = {}
     for row in measured_cases():
         base = row.case["base"]
         if base == "llama-8b":

@@ -79,7 +79,7 @@ class Clock(TrainerCallback):
         self.marks.append((time.monotonic(), time.process_time()))
 
 
-class Counted(DataCollatorForSeq2Seq):
+class TokenCounter(DataCollatorForSeq2Seq):
     """Counts the real tokens that pass, padding left out."""
 
     tokens: list[int]
@@ -95,7 +95,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
     data: Dataset = load_dataset("json", data_files=settings["data"], split="train", cache_dir=settings["cache"])
     data = data.map(tokenize, fn_kwargs={"tokenizer": tokenizer}, remove_columns=data.column_names)
-    collator = Counted(tokenizer, pad_to_multiple_of=8)
+    collator = TokenCounter(tokenizer, pad_to_multiple_of=8)
     collator.tokens = []
     clock = Clock()
     trainer = Trainer(

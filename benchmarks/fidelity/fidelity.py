@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import fidelity_models as models
-from fidelity_jobs import Ended, Job, Rows, checkpoint_files, head, job, tensor_names
+from fidelity_jobs import AttemptLog, SizedData, TrainerRun, checkpoint_files, head, job, tensor_names
 from qlora_trainer.prepare.local_copy import Prepared
 from qlora_trainer.prepare.tokenize_rows import PreparedData, load_prepared
 
@@ -66,14 +66,14 @@ def table(head_row: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def worst(one: Ended, other: Ended) -> float:
+def worst(one: AttemptLog, other: AttemptLog) -> float:
     """The largest relative difference of a step's loss; infinite when a step is missing."""
     if one.losses.keys() != other.losses.keys() or not one.losses:
         return float("inf")
     return max(abs(loss / other.losses[step] - 1) for step, loss in one.losses.items())
 
 
-def rows_of(done: Job) -> PreparedData:
+def rows_of(done: TrainerRun) -> PreparedData:
     """The tokenized rows of a run."""
     prepared = Prepared.read(done.config)
     assert prepared is not None
@@ -83,7 +83,7 @@ def rows_of(done: Job) -> PreparedData:
 # ----------------------------------------------------------------------------------------------------------- the parts
 
 
-def quantization(work: Path, rows: Rows) -> Part:
+def quantization(work: Path, rows: SizedData) -> Part:
     """Four ways to hold the base, the same seed and data; NF4 with double quantization is the default."""
     ways: dict[str, dict[str, Any]] = {
         "16-bit LoRA": {"type": "None"},
@@ -108,7 +108,7 @@ def quantization(work: Path, rows: Rows) -> Part:
 COMPUTE_TYPES = "Float16 and BFloat16 against Float32"
 
 
-def compute_types(work: Path, rows: Rows) -> Part:
+def compute_types(work: Path, rows: SizedData) -> Part:
     """The same seed and data in each type that a base can compute in; Float16 as a CPU emulates it."""
     ended = {}
     for compute in ("Float32", "BFloat16", "Float16"):
@@ -134,7 +134,7 @@ def compute_types(work: Path, rows: Rows) -> Part:
     return Part(COMPUTE_TYPES, text, checks)
 
 
-def errors(rows: Rows) -> Part:
+def errors(rows: SizedData) -> Part:
     """Measure what quantization does to each kind of layer."""
     found = models.quantization_errors(rows.base)
     layers = list(next(iter(found.values())))
@@ -152,7 +152,7 @@ def errors(rows: Rows) -> Part:
     return Part("Quantization error", text, checks)
 
 
-def ranks(work: Path, rows: Rows) -> Part:
+def ranks(work: Path, rows: SizedData) -> Part:
     """The batch equation: two ranks × accumulation 2 = one rank × accumulation 4."""
     checks = []
     for compute in ("BFloat16", "Float32"):
@@ -164,7 +164,7 @@ def ranks(work: Path, rows: Rows) -> Part:
     return Part("Two ranks × accumulation 2 against one rank × accumulation 4", text, checks)
 
 
-def packing(done: Job) -> Part:
+def packing(done: TrainerRun) -> Part:
     """Rows in packs must not see each other, with a trained adapter on the NF4 base."""
     data = rows_of(done)
     base, checks = Path(done.config.spec.model.source), []
@@ -184,7 +184,7 @@ def packing(done: Job) -> Part:
     return Part("Packed against unpacked", text, checks)
 
 
-def resuming(work: Path, rows: Rows) -> Part:
+def resuming(work: Path, rows: SizedData) -> Part:
     """Stop at some step of epoch 2 by SIGTERM to the launcher, go on, and compare with a run that was left alone."""
     checks, lines = [], []
     for stage in (0, 2):
@@ -196,7 +196,7 @@ def resuming(work: Path, rows: Rows) -> Part:
         first = stopped.run_until(per_epoch + per_epoch // 2)
         second = stopped.again().run()
         last = max(first.losses)
-        both = Ended(second.code, first.losses | second.losses, {}, second.total_steps)
+        both = AttemptLog(second.code, first.losses | second.losses, {}, second.total_steps)
         weights = [(j.last_checkpoint / "adapter.safetensors").read_bytes() for j in (whole_job, stopped)]
         lines.append(
             [
@@ -213,7 +213,7 @@ def resuming(work: Path, rows: Rows) -> Part:
     return Part("Stopped and resumed against uninterrupted", text, checks)
 
 
-def merged(work: Path, done: Job) -> Part:
+def merged(work: Path, done: TrainerRun) -> Part:
     """Compare what is served with what was trained."""
     data = rows_of(done)
     published_adapter = done.message.adapter
@@ -244,7 +244,7 @@ def merged(work: Path, done: Job) -> Part:
     return Part("Merged against unmerged", text, checks)
 
 
-def checkpoint(done: Job) -> Part:
+def checkpoint(done: TrainerRun) -> Part:
     """A checkpoint holds what learns and no frozen weight."""
     folder = done.last_checkpoint
     tensors = tensor_names(folder / "adapter.safetensors")
@@ -322,9 +322,9 @@ def main() -> int:
         work = Path(name)
         made = data or quickstart(work)
         held_out = head(made / "eval.jsonl", work / "eval.jsonl", 300)
-        many = Rows(made / "base", head(made / "train.jsonl", work / "many.jsonl", 2400), held_out, epochs=2)
-        few = Rows(made / "base", head(made / "train.jsonl", work / "few.jsonl", 320), held_out, epochs=2)
-        fewest = Rows(
+        many = SizedData(made / "base", head(made / "train.jsonl", work / "many.jsonl", 2400), held_out, epochs=2)
+        few = SizedData(made / "base", head(made / "train.jsonl", work / "few.jsonl", 320), held_out, epochs=2)
+        fewest = SizedData(
             made / "base",
             head(made / "train.jsonl", work / "fewest.jsonl", 160),
             head(made / "eval.jsonl", work / "few-eval.jsonl", 40),

@@ -25,7 +25,7 @@ EMULATED_FLOAT16 = Path(__file__).with_name("emulated_float16.py")
 
 
 @dataclass(frozen=True)
-class Rows:
+class SizedData:
     """A base and rows, cut to a size."""
 
     base: Path
@@ -35,7 +35,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Ended:
+class AttemptLog:
     """One attempt, by its log."""
 
     code: int
@@ -54,7 +54,7 @@ def head(source: Path, target: Path, count: int) -> Path:
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainerRun:
     """One run of the trainer, in a folder of its own."""
 
     name: str
@@ -77,7 +77,7 @@ class Job:
     def message(self) -> TerminationMessage:
         return TerminationMessage.model_validate_json(Path(self.config.termination_message_path).read_bytes())
 
-    def run(self) -> Ended:
+    def run(self) -> AttemptLog:
         """Run to the end.
 
         Raises:
@@ -89,7 +89,7 @@ class Job:
             raise RuntimeError(f"{self.name} ended with {ended.code}:\n{self._log.read_text()[-3000:]}")
         return ended
 
-    def run_until(self, step: int) -> Ended:
+    def run_until(self, step: int) -> AttemptLog:
         """Send SIGTERM to the launcher as soon as the log shows ``step``.
 
         Raises:
@@ -106,10 +106,10 @@ class Job:
             raise RuntimeError(f"{self.name}, told to stop, ended with {ended.code}:\n{self._log.read_text()[-3000:]}")
         return ended
 
-    def again(self) -> Job:
+    def again(self) -> TrainerRun:
         """The next attempt of the same run."""
         config = self.config.model_copy(update={"attempt": self.config.attempt + 1})
-        return Job(self.name, self.folder, config)
+        return TrainerRun(self.name, self.folder, config)
 
     @property
     def _log(self) -> Path:
@@ -130,14 +130,14 @@ class Job:
             # The same threads whatever the ranks: sums of bf16 products depend on how they are cut.
             return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
-    def _wait(self, process: subprocess.Popen[bytes]) -> Ended:
+    def _wait(self, process: subprocess.Popen[bytes]) -> AttemptLog:
         try:
             code = process.wait(PATIENCE_SECONDS)
         finally:
             process.kill()
         log = self._log.read_text()
         steps = _STEP.findall(log)
-        return Ended(
+        return AttemptLog(
             code,
             {int(step): float(loss) for step, _, loss in steps},
             {int(step): float(loss) for step, loss in _EVAL.findall(log)},
@@ -145,7 +145,7 @@ class Job:
         )
 
 
-def job(name: str, work: Path, rows: Rows, *, ranks: int = 2, **changes: dict[str, Any]) -> Job:
+def job(name: str, work: Path, rows: SizedData, *, ranks: int = 2, **changes: dict[str, Any]) -> TrainerRun:
     """Describe a run of 8 packs a step; ``changes`` are laid over its spec, group by group."""
     micro, batch = 2, 8
     spec: dict[str, Any] = {
@@ -183,7 +183,7 @@ def job(name: str, work: Path, rows: Rows, *, ranks: int = 2, **changes: dict[st
         metrics_port=0,
         metrics_host="127.0.0.1",
     )
-    return Job(name, folder, config)
+    return TrainerRun(name, folder, config)
 
 
 def checkpoint_files(folder: Path) -> dict[str, int]:

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 from bench_operator_measure import (
     OPERATOR,
-    Finished,
+    FinishedJobs,
     cpu_of,
     cpu_seconds,
     machine_cpu,
@@ -43,7 +43,7 @@ from bench_operator_report import tables
 from cluster.api import Object
 from cluster.control_plane import ControlPlane, Settings
 from cluster.scenarios.jobs import CRD, qlora_job
-from cluster.scenarios.operator import Operator
+from cluster.scenarios.operator import OperatorProcess
 from cluster.scenarios.script import pods_do
 
 CRD_PATH = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/qlorajobs.qlora.dev"
@@ -150,7 +150,7 @@ class Restart:
 
 
 @dataclass
-class Report:
+class BenchmarkReport:
     """All figures of one invocation."""
 
     load_average: tuple[float, float, float]
@@ -161,7 +161,9 @@ class Report:
 class Bench:
     """One cluster with the operator."""
 
-    def __init__(self, cluster: ControlPlane, operator: Operator, namespace: str, finished: Finished) -> None:
+    def __init__(
+        self, cluster: ControlPlane, operator: OperatorProcess, namespace: str, finished: FinishedJobs
+    ) -> None:
         self.cluster, self.operator, self.namespace, self._finished = cluster, operator, namespace, finished
         self._there = 0
 
@@ -233,11 +235,11 @@ def bench(folder: Path, *, prepare: bool = False, gang: bool = False) -> Iterato
         cluster.add_kwok_nodes(NODES, gpus=GPUS)
         namespace = cluster.create_namespace("bench")
         config = {"progressSeconds": 15, "prepare": {"enabled": prepare, **POD}, "trainer": POD}
-        operator = stack.enter_context(Operator(folder / "operator", cluster.kubeconfig, **config))
+        operator = stack.enter_context(OperatorProcess(folder / "operator", cluster.kubeconfig, **config))
         for component, word in (("prepare", PREPARED), ("trainer", DONE)):
             does = {"run-seconds": 1, "exit-code": 0, "termination-message": json.dumps(word)}
             stack.enter_context(pods_do(cluster.api, namespace, does, component=component))
-        finished = stack.enter_context(Finished(cluster))
+        finished = stack.enter_context(FinishedJobs(cluster))
         wait_quiet(operator.pid)
         yield Bench(cluster, operator, namespace, finished)
 
@@ -250,27 +252,27 @@ def _is_established(crd: Object) -> bool:
 # ------------------------------------------------------------------------------------------------------------ scenarios
 
 
-def burst_100(folder: Path, report: Report, _: argparse.Namespace) -> None:
+def burst_100(folder: Path, report: BenchmarkReport, _: argparse.Namespace) -> None:
     with bench(folder) as one:
         report.loads.append(one.load("100 at once", 100))
 
 
-def prepare_100(folder: Path, report: Report, _: argparse.Namespace) -> None:
+def prepare_100(folder: Path, report: BenchmarkReport, _: argparse.Namespace) -> None:
     with bench(folder, prepare=True) as one:
         report.loads.append(one.load("100 at once, Prepare on", 100))
 
 
-def gang_100(folder: Path, report: Report, _: argparse.Namespace) -> None:
+def gang_100(folder: Path, report: BenchmarkReport, _: argparse.Namespace) -> None:
     with bench(folder, gang=True) as one:
         report.loads.append(one.load("100 at once, native gangs", 100))
 
 
-def steady(folder: Path, report: Report, _: argparse.Namespace) -> None:
+def steady(folder: Path, report: BenchmarkReport, _: argparse.Namespace) -> None:
     with bench(folder) as one:
         report.loads.append(one.load(f"{PER_SECOND} a second", PER_SECOND * STEADY_SECONDS, PER_SECOND))
 
 
-def scale(folder: Path, report: Report, arguments: argparse.Namespace) -> None:
+def scale(folder: Path, report: BenchmarkReport, arguments: argparse.Namespace) -> None:
     with bench(folder) as one:
         for there in range(0, arguments.jobs, BURST):
             report.loads.append(one.load(f"{BURST:,} at once, {there:,} there", BURST))
@@ -297,7 +299,7 @@ def main() -> int:
     # The operator finds its bytecode, as it does in its image, whatever the environment of this process says.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = str(BYTECODE.absolute())
-    report = Report(os.getloadavg())
+    report = BenchmarkReport(os.getloadavg())
     for _ in range(arguments.repeats):
         for name in arguments.only or SCENARIOS:
             with tempfile.TemporaryDirectory(prefix="qlora-bench-operator-") as folder:

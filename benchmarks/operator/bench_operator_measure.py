@@ -146,7 +146,7 @@ def median(values: Sequence[float]) -> float:
 # ---------------------------------------------------------------------------------------------------------------- watch
 
 
-class Finished:
+class FinishedJobs:
     """Counts the QLoRAJobs that are over, from a watch of its own in a thread. A context manager."""
 
     def __init__(self, cluster: ControlPlane) -> None:

@@ -60,7 +60,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Rows:
+class SplitRows:
     train: tuple[Row, ...]
     eval: tuple[Row, ...]
 
@@ -102,12 +102,12 @@ def without_docstrings(module: Module) -> str:
     return "\n".join(line for line in lines if line is not _GONE) + "\n"
 
 
-def extract(modules: Sequence[Module]) -> Rows:
+def extract(modules: Sequence[Module]) -> SplitRows:
     """Rows of all modules, each once; a held-out row that also stands in a training module is left out of both."""
     train = list(dict.fromkeys(row for m in modules if not m.held_out for row in _rows(m)))
     prompts, completions = {row.prompt for row in train}, {row.completion for row in train}
     held_out = dict.fromkeys(row for m in modules if m.held_out for row in _rows(m))
-    return Rows(
+    return SplitRows(
         train=tuple(train),
         eval=tuple(row for row in held_out if row.prompt not in prompts and row.completion not in completions),
     )

@@ -42,7 +42,7 @@ def running(folder, settings: Settings | None = None) -> Iterator[ControlPlane]:
         yield cluster
 
 
-class Installed:
+class InstalledChart:
     """A release on a cluster."""
 
     def __init__(self, helm, cluster, release=RELEASE, namespace=NAMESPACE):

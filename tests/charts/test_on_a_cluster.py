@@ -15,7 +15,7 @@ from charts.installed import (
     CRD,
     ENFORCED_SECONDS,
     FULL_NAME,
-    Installed,
+    InstalledChart,
     is_served,
     refusal,
     running,
@@ -40,9 +40,9 @@ def cluster(tmp_path_factory) -> Iterator[ControlPlane]:
 
 
 @pytest.fixture(scope="module")
-def installed(helm, cluster) -> Installed:
+def installed(helm, cluster) -> InstalledChart:
     """The chart, installed as most do it."""
-    installed = Installed(helm, cluster)
+    installed = InstalledChart(helm, cluster)
     installed.upgrade()
     installed.wait_until_enforced()
     return installed
@@ -129,7 +129,7 @@ def test_the_operator_may(installed, cluster, verb, resource):
 
 def test_in_named_namespaces_the_operator_may_nothing_elsewhere(helm, installed, cluster):
     here, there, own = (cluster.create_namespace(p) for p in ("served", "other", "system"))
-    second = Installed(helm, cluster, "second", own)
+    second = InstalledChart(helm, cluster, "second", own)
     off = {"install": False}
     second.upgrade(namespaces=[here], crds=off, admissionPolicy={"enabled": False}, rbac={"aggregate": False})
     account = f"system:serviceaccount:{own}:second-qlora-operator"
@@ -319,7 +319,7 @@ def test_metadata_of_a_job_is_bounded(cluster, installed, metadata, complaint):
 
 def test_a_job_of_before_the_bounds_can_still_be_suspended(helm, tmp_path):
     with running(tmp_path / "cluster") as cluster:
-        release = Installed(helm, cluster)
+        release = InstalledChart(helm, cluster)
         release.upgrade(admissionPolicy={"enabled": False})
         cluster.api.wait_for(CRD, is_served, what="a definition that is served")
         job = qlora_job("old", scheduling={"tolerations": [{"key": "team-b"}], "nodeSelector": {"team": "b"}})
@@ -336,7 +336,7 @@ def test_a_job_of_before_the_bounds_can_still_be_suspended(helm, tmp_path):
 def test_a_namespace_of_the_releases_holds_no_more_jobs_than_its_quota(helm, tmp_path):
     with running(tmp_path / "cluster", Settings(quota_sync_seconds=2)) as cluster:
         team = cluster.create_namespace("team")
-        Installed(helm, cluster).upgrade(namespaces=[team], jobQuota={"count": 2})
+        InstalledChart(helm, cluster).upgrade(namespaces=[team], jobQuota={"count": 2})
         cluster.api.wait_for(CRD, is_served, what="a definition that is served")
         quota = f"/api/v1/namespaces/{team}/resourcequotas/{FULL_NAME}-jobs"
         cluster.api.wait_for(

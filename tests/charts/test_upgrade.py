@@ -6,7 +6,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from charts.helm import CHART
-from charts.installed import CRD, MEMORY, Installed, is_served, running
+from charts.installed import CRD, MEMORY, InstalledChart, is_served, running
 from cluster.scenarios.jobs import qlora_job
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def test_an_upgrade_changes_the_definition_and_an_uninstall_keeps_it(helm, tmp_path):
     with running(tmp_path / "cluster") as cluster:
-        release = Installed(helm, cluster)
+        release = InstalledChart(helm, cluster)
         release.upgrade()
         cluster.api.wait_for(CRD, is_served, what="a definition that is served")
         cluster.api.create(qlora_job("kept"))

@@ -23,7 +23,7 @@ RUN_SECONDS = PATIENCE_SECONDS
 
 
 @dataclass(frozen=True)
-class Workshop:
+class CommandFolder:
     """Folder that the commands of documents run in."""
 
     folder: Path
@@ -56,13 +56,13 @@ class Workshop:
 
 
 @pytest.fixture(scope="session")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> CommandFolder:
     """One for all pytest workers."""
-    return Workshop(shared_folder(tmp_path_factory, "workshop", _make))
+    return CommandFolder(shared_folder(tmp_path_factory, "commands", _make))
 
 
 @pytest.fixture(scope="session")
-def finished(workshop: Workshop) -> Workshop:
+def finished(workshop: CommandFolder) -> CommandFolder:
     """With the quickstart run to its end, by the real trainer."""
     with exclusive_lock(workshop.folder / ".lock"):
         if not (workshop.folder / "runs" / "quickstart" / "run.json").exists():

@@ -1,4 +1,4 @@
-"""One stage for all end-to-end tests of a worker: it takes half a minute to set up."""
+"""One cluster for all end-to-end tests of a worker: it takes half a minute to set up."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cluster.control_plane import Settings
+from demo.installed_cluster import InstalledCluster
 from demo.material import make_material
-from demo.stage import Stage
 from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError
 
@@ -19,10 +19,10 @@ BUCKET = "work"
 
 
 @pytest.fixture(scope="session")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InstalledCluster]:
     """A real node, the operator installed by its chart, and a bucket with a base and rows."""
     try:
-        made = Stage(tmp_path_factory.mktemp("e2e"), Settings(real_nodes=True, node_grace_seconds=8))
+        made = InstalledCluster(tmp_path_factory.mktemp("e2e"), Settings(real_nodes=True, node_grace_seconds=8))
     except ToolMissingError as error:
         skip_unless_ci(str(error))
     with made:
@@ -38,8 +38,8 @@ def bucket() -> str:
 
 
 @pytest.fixture
-def team(stage: Stage) -> Iterator[str]:
+def team(installed: InstalledCluster) -> Iterator[str]:
     """A tenant's namespace, which enforces the restricted profile. Its pods are gone before the next test."""
-    name = stage.tenant()
+    name = installed.tenant()
     yield name
-    stage.cluster.delete_namespace(name)
+    installed.cluster.delete_namespace(name)

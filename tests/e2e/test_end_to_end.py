@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cluster.scenarios.jobs import condition, create_job, in_state, job_path
+from demo.installed_cluster import HOSTILE_KEYS
 from demo.material import make_large_base
-from demo.stage import HOSTILE_KEYS
 from services.prometheus import Prometheus, scrape
 from testing.timeouts import PATIENCE_SECONDS
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from cluster.api import Object
-    from demo.stage import Stage
+    from demo.installed_cluster import InstalledCluster
 
 JOB_SECONDS = PATIENCE_SECONDS
 METRICS_PORT = 9400
@@ -55,12 +55,12 @@ def is_at(section: str) -> Callable[[Object], bool]:
     return lambda job: in_state("Running")(job) and condition(job, "Running")["message"].endswith(section)
 
 
-class Run:
-    """A job on the stage, and what is asked of it."""
+class RunningJob:
+    """A job on the cluster, and what is asked of it."""
 
-    def __init__(self, stage: Stage, team: str, bucket: str, name: str, **groups: Any) -> None:
-        self.stage, self.team, self.name = stage, team, name
-        self.path = create_job(stage.cluster.api, stage.s3_job(name, team, bucket, **groups))
+    def __init__(self, installed: InstalledCluster, team: str, bucket: str, name: str, **groups: Any) -> None:
+        self.installed, self.team, self.name = installed, team, name
+        self.path = create_job(installed.cluster.api, installed.s3_job(name, team, bucket, **groups))
 
     def wait(self, condition: Callable[[Object], Any], seconds: float = JOB_SECONDS) -> Object:
         """Wait; a job that failed instead tells its story."""
@@ -69,30 +69,30 @@ class Run:
             return bool(condition(job)) or in_state("Failed")(job)
 
         try:
-            found = self.stage.cluster.api.wait_for(self.path, holds_or_failed, seconds=seconds, what=self.name)
+            found = self.installed.cluster.api.wait_for(self.path, holds_or_failed, seconds=seconds, what=self.name)
         except TimeoutError as error:
-            raise AssertionError(f"{error}\n{self.stage.story(self.team, self.name)}") from None
-        assert condition(found), self.stage.story(self.team, self.name)
+            raise AssertionError(f"{error}\n{self.installed.story(self.team, self.name)}") from None
+        assert condition(found), self.installed.story(self.team, self.name)
         return found
 
     def succeeded(self) -> Object:
         """Wait until it has, and hold the adapter against its manifest and its base."""
         done = self.wait(in_state("Succeeded", "Completed"))
-        check_adapter(self.stage, done)
+        check_adapter(self.installed, done)
         return done
 
     def reasons(self, job: Object) -> list[str]:
         return [a["reason"] for a in job["status"]["attempts"]]
 
 
-def check_adapter(stage: Stage, job: Object) -> None:
+def check_adapter(installed: InstalledCluster, job: Object) -> None:
     """The adapter is what its manifest says, and PEFT puts it on the base. Torch stays in other processes."""
     adapter = job["status"]["adapter"]
-    environment = {**os.environ, **stage.s3.environment}
+    environment = {**os.environ, **installed.s3.environment}
     verify = [sys.executable, "-m", "qlora_trainer.verify", adapter["manifestUri"]]
     done = subprocess.run(verify, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    files = stage.s3.folder_of(adapter["uri"].removeprefix("s3://").partition("/")[0])
+    files = installed.s3.folder_of(adapter["uri"].removeprefix("s3://").partition("/")[0])
     local = files / adapter["uri"].removeprefix("s3://").partition("/")[2]
     loads = [sys.executable, "-c", LOADS, files / "base", local]
     done = subprocess.run(loads, capture_output=True, text=True, timeout=120, check=False)
@@ -100,7 +100,7 @@ def check_adapter(stage: Stage, job: Object) -> None:
 
 
 @contextmanager
-def scraped(stage: Stage, team: str, folder: Path) -> Iterator[Prometheus]:
+def scraped(installed: InstalledCluster, team: str, folder: Path) -> Iterator[Prometheus]:
     """A Prometheus that scrapes the operator and a namespace's trainers, as the chart's monitors would have it."""
     targets, over = folder / "targets.json", Event()
 
@@ -111,14 +111,14 @@ def scraped(stage: Stage, team: str, folder: Path) -> Iterator[Prometheus]:
                     "targets": [f"{pod['status']['podIP']}:{METRICS_PORT}"],
                     "labels": {"pod": pod["metadata"]["name"], "namespace": team},
                 }
-                for pod in stage.trainer_pods(team)
+                for pod in installed.trainer_pods(team)
                 if pod["status"].get("podIP")
             ]
             fresh = targets.with_suffix(".new")
             fresh.write_text(json.dumps(found))
             fresh.rename(targets)
 
-    operator = stage.operator_pod["status"]["podIP"]
+    operator = installed.operator_pod["status"]["podIP"]
     trainers = {"job_name": "trainers", "honor_labels": True, "file_sd_configs": [{"files": [str(targets)]}]}
     thread = Thread(target=look)
     thread.start()
@@ -148,11 +148,11 @@ def check_environments() -> None:
         assert not [name for name in names if name.startswith("QLORA_SECRET_")]
 
 
-def test_two_workers_train_are_seen_and_leave_an_adapter(stage, team, bucket, tmp_path):
-    run = Run(stage, team, bucket, "quick", training={"maxSteps": 60})
-    with scraped(stage, team, tmp_path) as prometheus:
+def test_two_workers_train_are_seen_and_leave_an_adapter(installed, team, bucket, tmp_path):
+    run = RunningJob(installed, team, bucket, "quick", training={"maxSteps": 60})
+    with scraped(installed, team, tmp_path) as prometheus:
         run.wait(in_state("Pending", "Preparing"))
-        (prepare,) = stage.cluster.api.list(f"/api/v1/namespaces/{team}/pods")
+        (prepare,) = installed.cluster.api.list(f"/api/v1/namespaces/{team}/pods")
         assert "nvidia.com/gpu" not in json.dumps(prepare["spec"]["containers"])
         running = run.wait(reached(3))
         check_environments()
@@ -168,15 +168,15 @@ def test_two_workers_train_are_seen_and_leave_an_adapter(stage, team, bucket, tm
         assert prometheus.wait_for('qlora_job_final_eval_loss{job="quick"} > 0')
     assert run.reasons(done) == ["Completed"]
     assert done["status"]["progress"]["step"] == 60
-    row = stage.cluster.kubectl("get", "qlorajobs", "-n", team, "--no-headers").split()
+    row = installed.cluster.kubectl("get", "qlorajobs", "-n", team, "--no-headers").split()
     assert row[:4] == ["quick", "Succeeded", "Completed", "60"]
 
 
-def test_a_worker_pod_that_is_deleted_with_thirty_seconds_to_leave_costs_no_step(stage, team, bucket):
-    run = Run(stage, team, bucket, "evicted", training={"maxSteps": 80}, policy={"maxRestarts": 0})
+def test_a_worker_pod_that_is_deleted_with_thirty_seconds_to_leave_costs_no_step(installed, team, bucket):
+    run = RunningJob(installed, team, bucket, "evicted", training={"maxSteps": 80}, policy={"maxRestarts": 0})
     run.wait(reached(4))
-    second = next(p for p in stage.trainer_pods(team) if p["metadata"]["name"].startswith("evicted-1-1"))
-    stage.cluster.api.delete(f"/api/v1/namespaces/{team}/pods/{second['metadata']['name']}", gracePeriodSeconds=30)
+    second = next(p for p in installed.trainer_pods(team) if p["metadata"]["name"].startswith("evicted-1-1"))
+    installed.cluster.api.delete(f"/api/v1/namespaces/{team}/pods/{second['metadata']['name']}", gracePeriodSeconds=30)
     done = run.succeeded()
     assert run.reasons(done) == ["Preempted", "Completed"]
     first, last = done["status"]["attempts"]
@@ -184,21 +184,21 @@ def test_a_worker_pod_that_is_deleted_with_thirty_seconds_to_leave_costs_no_step
     assert done["status"]["restarts"] == 0
 
 
-def test_suspend_frees_the_gpus_with_a_checkpoint_and_resume_goes_on(stage, team, bucket):
-    run = Run(stage, team, bucket, "paused", training={"maxSteps": 80})
+def test_suspend_frees_the_gpus_with_a_checkpoint_and_resume_goes_on(installed, team, bucket):
+    run = RunningJob(installed, team, bucket, "paused", training={"maxSteps": 80})
     run.wait(reached(4))
-    stage.cluster.api.patch(run.path, {"spec": {"suspend": True}})
+    installed.cluster.api.patch(run.path, {"spec": {"suspend": True}})
     suspended = run.wait(in_state("Suspended"))
-    assert all(pod["status"]["phase"] in ("Succeeded", "Failed") for pod in stage.trainer_pods(team))
-    stage.cluster.api.patch(run.path, {"spec": {"suspend": False}})
+    assert all(pod["status"]["phase"] in ("Succeeded", "Failed") for pod in installed.trainer_pods(team))
+    installed.cluster.api.patch(run.path, {"spec": {"suspend": False}})
     done = run.succeeded()
     assert run.reasons(done) == ["Suspended", "Completed"]
     assert done["status"]["attempts"][1]["firstStep"] == suspended["status"]["attempts"][0]["lastStep"] >= 4
 
 
-def test_the_operator_may_be_killed_at_any_moment(stage, team, bucket):
+def test_the_operator_may_be_killed_at_any_moment(installed, team, bucket):
     """While Prepare runs, while pods start, and three times while they train."""
-    run = Run(stage, team, bucket, "headless", training={"maxSteps": 80})
+    run = RunningJob(installed, team, bucket, "headless", training={"maxSteps": 80})
     moments: list[Callable[[Object], Any]] = [
         lambda job: job.get("status", {}).get("conditions"),
         lambda job: job["status"].get("attempts"),
@@ -208,38 +208,38 @@ def test_the_operator_may_be_killed_at_any_moment(stage, team, bucket):
     ]
     for moment in moments:
         run.wait(moment)
-        kill_operator(stage)
+        kill_operator(installed)
     done = run.succeeded()
     assert run.reasons(done) == ["Completed"]
-    jobs = stage.cluster.api.list(f"/apis/batch/v1/namespaces/{team}/jobs")
+    jobs = installed.cluster.api.list(f"/apis/batch/v1/namespaces/{team}/jobs")
     assert sorted(j["metadata"]["name"] for j in jobs) == ["headless-1", "headless-prepare"]
 
 
-def kill_operator(stage: Stage) -> None:
+def kill_operator(installed: InstalledCluster) -> None:
     """Take its pod away without a word; the Deployment makes another."""
-    pod = stage.operator_pod["metadata"]["name"]
-    stage.cluster.api.delete(f"/api/v1/namespaces/{stage.system}/pods/{pod}", gracePeriodSeconds=0)
+    pod = installed.operator_pod["metadata"]["name"]
+    installed.cluster.api.delete(f"/api/v1/namespaces/{installed.system}/pods/{pod}", gracePeriodSeconds=0)
 
 
-def test_s3_may_be_away_for_a_minute_when_the_adapter_is_published(stage, team, bucket):
+def test_s3_may_be_away_for_a_minute_when_the_adapter_is_published(installed, team, bucket):
     once = {"maxSteps": 400, "evaluation": {"everySteps": 400}}
-    run = Run(stage, team, bucket, "offline", training=once, checkpoint={"everySteps": 400})
+    run = RunningJob(installed, team, bucket, "offline", training=once, checkpoint={"everySteps": 400})
     run.wait(reached(1))
-    stage.s3.stop()
+    installed.s3.stop()
     run.wait(is_at("Checkpoint"))  # the last one, and then the adapter: both wait
     time.sleep(60)
-    stage.s3.start()
+    installed.s3.start()
     assert run.reasons(run.succeeded()) == ["Completed"]
 
 
-def test_a_node_that_is_lost_costs_an_attempt_and_no_restart(stage, team, bucket):
-    lost = stage.add_trainer_node("short-lived")
+def test_a_node_that_is_lost_costs_an_attempt_and_no_restart(installed, team, bucket):
+    lost = installed.add_trainer_node("short-lived")
     alone = {"parallelism": {"workers": 1, "zeroStage": 0}, "policy": {"maxRestarts": 0}}
-    stage.place_new_pods(only_on=lost.name)
-    run = Run(stage, team, bucket, "stranded", training={"maxSteps": 120}, **alone)
+    installed.place_new_pods(only_on=lost.name)
+    run = RunningJob(installed, team, bucket, "stranded", training={"maxSteps": 120}, **alone)
     running = run.wait(reached(12))
     assert running["status"]["attempts"][0]["node"] == lost.name
-    stage.place_new_pods(not_on=lost.name)
+    installed.place_new_pods(not_on=lost.name)
     lost.stop_kubelet()
     done = run.succeeded()
     lost.stop()
@@ -261,51 +261,53 @@ def test_a_node_that_is_lost_costs_an_attempt_and_no_restart(stage, team, bucket
         ),
     ],
 )
-def test_what_is_missing_is_named_within_ten_seconds(stage, team, bucket, groups, reason, words):
-    run = Run(stage, team, bucket, "waiting", **groups)
+def test_what_is_missing_is_named_within_ten_seconds(installed, team, bucket, groups, reason, words):
+    run = RunningJob(installed, team, bucket, "waiting", **groups)
     waiting = run.wait(in_state("Pending", reason), seconds=10)
     assert words in condition(waiting, "Prepared")["message"]
 
 
-def test_bad_rows_end_the_job_before_a_gpu_is_held(stage, team, bucket):
-    run = Run(stage, team, bucket, "badrows", dataset={"columns": {"completion": "answer"}})
-    failed = stage.cluster.api.wait_for(run.path, in_state("Failed", "UserError"), seconds=JOB_SECONDS)
+def test_bad_rows_end_the_job_before_a_gpu_is_held(installed, team, bucket):
+    run = RunningJob(installed, team, bucket, "badrows", dataset={"columns": {"completion": "answer"}})
+    failed = installed.cluster.api.wait_for(run.path, in_state("Failed", "UserError"), seconds=JOB_SECONDS)
     assert "answer" in condition(failed, "Failed")["message"]
-    assert stage.trainer_pods(team) == []
+    assert installed.trainer_pods(team) == []
 
 
-def test_a_base_that_no_gpu_holds_ends_the_job_before_one_is_held(stage, team, bucket):
-    place = stage.s3.folder_of(bucket.removeprefix("s3://"))
+def test_a_base_that_no_gpu_holds_ends_the_job_before_one_is_held(installed, team, bucket):
+    place = installed.s3.folder_of(bucket.removeprefix("s3://"))
     make_large_base(place / "large", place / "base")
-    stage.install(trainer={"device": "", "gpu": "rtx4090-24gb"})
-    run = Run(stage, team, bucket, "large", model={"source": f"{bucket}/large"})
-    failed = stage.cluster.api.wait_for(run.path, in_state("Failed", "UserError"), seconds=JOB_SECONDS)
+    installed.install(trainer={"device": "", "gpu": "rtx4090-24gb"})
+    run = RunningJob(installed, team, bucket, "large", model={"source": f"{bucket}/large"})
+    failed = installed.cluster.api.wait_for(run.path, in_state("Failed", "UserError"), seconds=JOB_SECONDS)
     message = condition(failed, "Failed")["message"]
     assert message.startswith("spec.model.source: ")
     for words in ("GiB on each GPU, but rtx4090-24gb gives 23.5", "a GPU such as"):
         assert words in message
-    assert stage.trainer_pods(team) == []
-    jobs = stage.cluster.api.list(f"/apis/batch/v1/namespaces/{team}/jobs")
+    assert installed.trainer_pods(team) == []
+    jobs = installed.cluster.api.list(f"/apis/batch/v1/namespaces/{team}/jobs")
     assert [job["metadata"]["name"] for job in jobs] in ([], ["large-prepare"])
 
 
-def test_uninstalling_leaves_nothing(stage, team, bucket):
+def test_uninstalling_leaves_nothing(installed, team, bucket):
     """Last in this file: the others need what it takes away."""
-    stage.install()
-    run = Run(stage, team, bucket, "cut-short", training={"maxSteps": 500})
+    installed.install()
+    run = RunningJob(installed, team, bucket, "cut-short", training={"maxSteps": 500})
     run.wait(in_state("Running"))
-    stage.cluster.api.delete(job_path(team, "cut-short"))
+    installed.cluster.api.delete(job_path(team, "cut-short"))
     for collection in (f"/apis/batch/v1/namespaces/{team}/jobs", f"/api/v1/namespaces/{team}/pods"):
-        stage.cluster.api.wait_for(collection, lambda found: not found["items"], seconds=150)
-    stage.uninstall()
-    pods = f"/api/v1/namespaces/{stage.system}/pods"
-    stage.cluster.api.wait_for(
+        installed.cluster.api.wait_for(collection, lambda found: not found["items"], seconds=150)
+    installed.uninstall()
+    pods = f"/api/v1/namespaces/{installed.system}/pods"
+    installed.cluster.api.wait_for(
         pods, lambda found: not found["items"], seconds=60
     )  # helm waits for the Deployment alone
-    left = stage.cluster.kubectl("get", "all,cm,sa,roles,rolebindings", "-n", stage.system, "-o", "name").split()
+    left = installed.cluster.kubectl(
+        "get", "all,cm,sa,roles,rolebindings", "-n", installed.system, "-o", "name"
+    ).split()
     assert [name for name in left if "qlora" in name] == []
     cluster_wide = "clusterroles,clusterrolebindings,validatingadmissionpolicies,validatingadmissionpolicybindings"
-    left = stage.cluster.kubectl("get", cluster_wide, "-o", "name").split()
+    left = installed.cluster.kubectl("get", cluster_wide, "-o", "name").split()
     assert [name for name in left if "qlora" in name] == []
-    services = stage.cluster.kubectl("get", "services", "-n", team, "-o", "name")
+    services = installed.cluster.kubectl("get", "services", "-n", team, "-o", "name")
     assert services == ""

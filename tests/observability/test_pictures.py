@@ -19,7 +19,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 REASONS = ("AdapterRejected", "NonFiniteLoss", "OutOfDeviceMemory", "Stalled", "Unschedulable", "NodeLost", "PeerLost")
 
 
-class Ask:
+class FixedAnswers:
     """Answers everything with a series for each of many reasons, or with nothing."""
 
     def __init__(self, reasons=REASONS):
@@ -47,7 +47,7 @@ def panels(drawn):
 @pytest.mark.parametrize("cell", [WIDE, NARROW], ids=["wide", "narrow"])
 @pytest.mark.parametrize("board", BOARDS, ids=lambda p: p.stem)
 def test_nothing_of_a_panel_is_cut_off_or_beside_it(board, cell):
-    for width, height, texts in panels(picture(json.loads(board.read_text()), Ask(), cell=cell)):
+    for width, height, texts in panels(picture(json.loads(board.read_text()), FixedAnswers(), cell=cell)):
         for text in texts:
             assert -1 <= float(text.get("y")) <= height, text.text
             start, letters = float(text.get("x")), 6.2 * len(text.text)
@@ -58,22 +58,22 @@ def test_nothing_of_a_panel_is_cut_off_or_beside_it(board, cell):
 
 def test_every_series_has_its_name_below_the_curves():
     board = json.loads(next(p for p in BOARDS if p.stem == "fleet").read_text())
-    drawn = picture(board, Ask(), ("Attempts that ended",), NARROW)
+    drawn = picture(board, FixedAnswers(), ("Attempts that ended",), NARROW)
     assert all(f">{reason}<" in drawn for reason in REASONS)
 
 
 def test_what_failed_is_red_and_what_runs_is_green():
     board = json.loads(next(p for p in BOARDS if p.stem == "fleet").read_text())
-    drawn = picture(board, Ask(("Stalled",)), ("Jobs by state and reason",))
+    drawn = picture(board, FixedAnswers(("Stalled",)), ("Jobs by state and reason",))
     assert re.findall(r'curve (l\d)"', drawn) == ["l6"]
 
 
 def test_panels_without_figures_say_what_is_missing():
     for board in BOARDS:
-        drawn = picture(json.loads(board.read_text()), Ask(()))
+        drawn = picture(json.loads(board.read_text()), FixedAnswers(()))
         if board.stem != "fleet":
             assert "No GPU" in drawn
-    assert "exporter is not scraped" in picture(json.loads(BOARDS[1].read_text()), Ask(()))
+    assert "exporter is not scraped" in picture(json.loads(BOARDS[1].read_text()), FixedAnswers(()))
 
 
 def test_large_letters_shrink_to_what_there_is_room_for():

@@ -22,7 +22,7 @@ from cluster.kwok import Kwok
 from cluster.leftovers import remove_leftovers
 from cluster.network import Bridge
 from cluster.node.node import Node, require_node_tools
-from cluster.processes import Process
+from cluster.processes import ServerProcess
 from cluster.slots import claim_slot
 from services.binaries import find_or_build
 from services.tools import ETCD, KUBE_APISERVER, KUBE_CONTROLLER_MANAGER, KUBE_SCHEDULER, KUBECTL
@@ -85,7 +85,7 @@ class ControlPlane:
         self.admin_token = secrets.token_hex(16)
         self.logs = self.folder / "logs"
         self._data = self.folder / "data"
-        self._processes: dict[str, Process] = {}
+        self._processes: dict[str, ServerProcess] = {}
         self._namespace_numbers = count()
         self._owned = ExitStack()
         self._kwok: Kwok | None = None
@@ -291,7 +291,7 @@ class ControlPlane:
         return write_kubeconfig(path, self.url, self.authority, token=token, client=client, namespace=namespace)
 
     def _run(self, name: str, *flags: str) -> None:
-        self._processes[name] = Process(name, [self.binaries[name], *flags], self.logs)
+        self._processes[name] = ServerProcess(name, [self.binaries[name], *flags], self.logs)
 
     def _run_etcd(self) -> None:
         client, peer = f"http://{self.address}:{ETCD_PORT}", f"http://{self.address}:{ETCD_PEER_PORT}"

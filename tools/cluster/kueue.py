@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import yaml
 
-from cluster.processes import Process
+from cluster.processes import ServerProcess
 from services.binaries import find_or_build, module_dir
 from services.tools import KUEUE
 from testing.timeouts import PATIENCE_SECONDS
@@ -39,7 +39,7 @@ class Kueue:
         self._cluster = cluster
         self._folder = cluster.folder / "kueue"
         self._certificates = self._folder / "certificates"
-        self._process: Process | None = None
+        self._process: ServerProcess | None = None
         self._install()
 
     def start(self, **settings: Any) -> None:
@@ -53,7 +53,7 @@ class Kueue:
         config = self._folder / "config.yaml"
         config.write_text(yaml.safe_dump(self._configuration(settings)))
         kubeconfig = self._cluster.user_kubeconfig("kueue", ["system:masters"])
-        self._process = Process(
+        self._process = ServerProcess(
             "kueue",
             [self._binary, f"--config={config}", "--zap-log-level=2"],
             self._cluster.logs,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.node.nodes import is_usable
-from cluster.processes import Process
+from cluster.processes import ServerProcess
 from services.binaries import find_or_build
 from services.tools import KWOK
 
@@ -48,7 +48,7 @@ class Kwok:
         self._cluster = cluster
         self._nodes = 0
         kubeconfig = cluster.user_kubeconfig("kwok", ["system:masters"])
-        self._process = Process(
+        self._process = ServerProcess(
             "kwok",
             [
                 *(self._binary, f"--kubeconfig={kubeconfig}", f"--config={STAGES}"),

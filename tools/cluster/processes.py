@@ -21,7 +21,7 @@ class ComponentError(Exception):
     """A component of the cluster ended or does not become ready; the text has the end of its log."""
 
 
-class Process:
+class ServerProcess:
     """One running command with its log.
 
     Args:

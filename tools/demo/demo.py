@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cluster.scenarios.jobs import job_path
-from demo.stage import CHART, Stage
+from demo.installed_cluster import CHART, InstalledCluster
 from services.binaries import ToolMissingError, find_or_build
 from services.tools import HELM
 
@@ -38,37 +38,37 @@ def main() -> None:
 
 def show(folder: Path, data: Path) -> None:
     say("Starting a cluster; the first time, Kubernetes is built from source, which takes 10 minutes.")
-    with Stage(folder) as stage:
-        bucket = stage.s3.folder_of(stage.s3.bucket("quickstart").removeprefix("s3://"))
+    with InstalledCluster(folder) as installed:
+        bucket = installed.s3.folder_of(installed.s3.bucket("quickstart").removeprefix("s3://"))
         shutil.copytree(data, bucket, dirs_exist_ok=True)
         say("helm install …")
-        stage.install()
-        team = stage.tenant()
-        tools = {str(binary.parent) for binary in (stage.cluster.binaries["kubectl"], find_or_build(HELM))}
+        installed.install()
+        team = installed.tenant()
+        tools = {str(binary.parent) for binary in (installed.cluster.binaries["kubectl"], find_or_build(HELM))}
         say(
             "The operator is ready. In another shell:",
-            f"  export KUBECONFIG={shlex.quote(str(stage.cluster.kubeconfig))}",
+            f"  export KUBECONFIG={shlex.quote(str(installed.cluster.kubeconfig))}",
             f"  export PATH={shlex.quote(':'.join(sorted(tools)))}:$PATH",
             f"  kubectl get qlorajobs,pods -n {team} --watch",
             f"kubectl apply -n {team} -f {MANIFEST.name} …",
         )
-        stage.cluster.kubectl("apply", "-n", team, "-f", MANIFEST)
-        follow(stage, team)
+        installed.cluster.kubectl("apply", "-n", team, "-f", MANIFEST)
+        follow(installed, team)
         say("Ctrl-C ends it.")
         while True:
             signal.pause()
 
 
-def follow(stage: Stage, team: str) -> None:
+def follow(installed: InstalledCluster, team: str) -> None:
     """Print the job's row as kubectl shows it, whenever it changes, until the job is over."""
     shown = ""
     while True:
-        rows = stage.cluster.kubectl("get", "qlorajob", "quickstart", "-n", team).splitlines()
+        rows = installed.cluster.kubectl("get", "qlorajob", "quickstart", "-n", team).splitlines()
         row = rows[-1].rsplit(maxsplit=1)[0]
         if row != shown:
             say(*([rows[0]] if not shown else []), rows[-1])
             shown = row
-        status = stage.cluster.api.get(job_path(team, "quickstart")).get("status", {})
+        status = installed.cluster.api.get(job_path(team, "quickstart")).get("status", {})
         if status.get("state") in ("Succeeded", "Failed"):
             say(next(c["message"] for c in status["conditions"] if c["type"] == status["state"]))
             say(status.get("adapter", {}).get("uri", ""))

@@ -39,7 +39,7 @@ COLOURS = {"blue": 0, "green": 2, "purple": 3, "yellow": 4, "red": 6}
 """Grafana's names for some of them."""
 
 
-class Ask(Protocol):
+class Evaluate(Protocol):
     """Evaluates an expression of a dashboard, with its variables filled in."""
 
     def now(self, expression: str) -> list[dict[str, Any]]:
@@ -50,14 +50,14 @@ class Ask(Protocol):
 
 
 @dataclass(frozen=True)
-class Found:
+class TargetSeries:
     """The series of one target."""
 
     target: Mapping[str, Any]
     series: list[dict[str, Any]]
 
 
-def picture(board: Mapping[str, Any], ask: Ask, only: Sequence[str] = (), cell: tuple[int, int] = WIDE) -> str:
+def picture(board: Mapping[str, Any], ask: Evaluate, only: Sequence[str] = (), cell: tuple[int, int] = WIDE) -> str:
     """A dashboard, or the panels and rows with some titles alone; ``cell``: pixels of a cell of its grid."""
     panels = _flowing([p for p in board["panels"] if p["title"] in only]) if only else board["panels"]
     marks = _marks(board, ask)
@@ -89,7 +89,7 @@ def _flowing(panels: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return placed
 
 
-def _placed(panel: Mapping[str, Any], ask: Ask, marks: Sequence[tuple[float, str]], cell: tuple[int, int]) -> str:
+def _placed(panel: Mapping[str, Any], ask: Evaluate, marks: Sequence[tuple[float, str]], cell: tuple[int, int]) -> str:
     at = panel["gridPos"]
     x, y = at["x"] * cell[0] + GAP, at["y"] * cell[1] + GAP
     width, height = at["w"] * cell[0] - GAP, at["h"] * cell[1] - GAP
@@ -117,10 +117,10 @@ def _empty(panel: Mapping[str, Any]) -> str:
     return escape(value) if value else "No data"
 
 
-def _body(panel: Mapping[str, Any], ask: Ask, area: Area, marks: Sequence[tuple[float, str]]) -> str:
+def _body(panel: Mapping[str, Any], ask: Evaluate, area: Area, marks: Sequence[tuple[float, str]]) -> str:
     if panel["type"] == "timeseries":
-        return _timeseries(panel, [Found(t, ask.over_time(t["expr"])) for t in panel["targets"]], area, marks)
-    found = [Found(t, ask.now(t["expr"])) for t in panel["targets"]]
+        return _timeseries(panel, [TargetSeries(t, ask.over_time(t["expr"])) for t in panel["targets"]], area, marks)
+    found = [TargetSeries(t, ask.now(t["expr"])) for t in panel["targets"]]
     unit = panel["fieldConfig"]["defaults"]["unit"]
     match panel["type"]:
         case "stat":
@@ -145,7 +145,7 @@ def _stat(panel: Mapping[str, Any], series: list[dict[str, Any]], area: Area) ->
 
 
 def _timeseries(
-    panel: Mapping[str, Any], found: Sequence[Found], area: Area, marks: Sequence[tuple[float, str]]
+    panel: Mapping[str, Any], found: Sequence[TargetSeries], area: Area, marks: Sequence[tuple[float, str]]
 ) -> str:
     overrides = panel["fieldConfig"].get("overrides", ())
     dashed = {o["matcher"]["options"] for o in overrides if o["matcher"]["id"] == "byFrameRefID"}
@@ -174,7 +174,7 @@ def _timeseries(
     return curves(shown, area, defaults["unit"], stacked=stacked, filled=filled, marks=marks, limits=limits)
 
 
-def _side_by_side(panel: Mapping[str, Any], found: Sequence[Found], area: Area, unit: str) -> str:
+def _side_by_side(panel: Mapping[str, Any], found: Sequence[TargetSeries], area: Area, unit: str) -> str:
     label = panel["options"]["xField"]
     values: dict[str, dict[str, float]] = {}
     for one in found:
@@ -185,7 +185,7 @@ def _side_by_side(panel: Mapping[str, Any], found: Sequence[Found], area: Area, 
     return bars([(name, [by.get(key) for key in keys]) for name, by in values.items()], area, unit, keys)
 
 
-def _table(panel: Mapping[str, Any], found: Sequence[Found], area: Area) -> str:
+def _table(panel: Mapping[str, Any], found: Sequence[TargetSeries], area: Area) -> str:
     options = panel["transformations"][-1]["options"]
     names = dict(sorted(options["renameByName"].items(), key=lambda item: options["indexByName"][item[0]]))
     units = {
@@ -214,7 +214,7 @@ def _name(target: Mapping[str, Any], series: Mapping[str, Any]) -> str:
     return text
 
 
-def _marks(board: Mapping[str, Any], ask: Ask) -> list[tuple[float, str]]:
+def _marks(board: Mapping[str, Any], ask: Evaluate) -> list[tuple[float, str]]:
     """Annotations: where each series of their expressions has its first point."""
     found = []
     for annotation in board["annotations"].get("list", []):

@@ -26,7 +26,7 @@ from typing import Any
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY / "tools"))
 
-from demo.live_stage import NAME, OTHERS, TEAM, Stage  # noqa: E402
+from demo.live_metrics import NAME, OTHERS, TEAM, LiveMetrics  # noqa: E402
 from docs_pictures import terminal  # noqa: E402 what is below needs the line above, and this stays beside it
 from docs_pictures.chromium import Chromium, program  # noqa: E402
 from docs_pictures.draw import NARROW, picture  # noqa: E402
@@ -89,9 +89,9 @@ class Asked:
 def dashboards() -> None:
     """The dashboards' queries, drawn; and what commands say of the same jobs."""
     with tempfile.TemporaryDirectory(prefix="qlora-pictures-") as folder:
-        stage = Stage(Path(folder), gpus=False, seen_seconds=SEEN_SECONDS, steps=STEPS)
-        with stage:
-            here = {"KUBECONFIG": str(stage.kubeconfig), "PATH": f"{PROGRAMS}:{os.environ['PATH']}"}
+        live = LiveMetrics(Path(folder), gpus=False, seen_seconds=SEEN_SECONDS, steps=STEPS)
+        with live:
+            here = {"KUBECONFIG": str(live.kubeconfig), "PATH": f"{PROGRAMS}:{os.environ['PATH']}"}
             watching = terminal.Session(["qlora", "watch", "-A"], here, height=14)
 
             def look() -> None:
@@ -101,17 +101,17 @@ def dashboards() -> None:
                 _write("show", terminal.picture(said[:1]))
                 _write("list", terminal.picture(said[1:]))
 
-            stage.play(look)
-            since = stage.began_at
+            live.play(look)
+            since = live.began_at
             variables = {
                 "$__rate_interval": "10s",
                 "$__interval": "2s",
-                "$__range": f"{stage.ended_at - since:.0f}s",
+                "$__range": f"{live.ended_at - since:.0f}s",
                 "$namespace": f"{TEAM}|{OTHERS}",
                 "$job": NAME,
                 "$price": "2.50",
             }
-            asked = Asked(stage.prometheus, since, stage.ended_at, variables)
+            asked = Asked(live.prometheus, since, live.ended_at, variables)
             for name, shown in SHOWN.items():
                 board = json.loads((DASHBOARDS / f"{name}.json").read_text())
                 _write(name, picture(board, asked, shown, NARROW))

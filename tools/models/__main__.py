@@ -33,7 +33,7 @@ PRELOADED = ["bitsandbytes.nn", "datasets", "deepspeed", "peft.tuners.lora", "tr
 
 def run(types: list[str], workers: int) -> None:
     """Try types, ``workers`` at a time, each in a process forked from one that has imported everything."""
-    from models.one_type import CRASHED, Result, run_type
+    from models.one_type import CRASHED, TypeResult, run_type
     from models.tiny_base import write_rows, write_tokenizer
 
     context = multiprocessing.get_context("forkserver")
@@ -64,7 +64,7 @@ def run(types: list[str], workers: int) -> None:
                 process.join()
                 del running[model_type]
                 code = process.exitcode
-                lost = Result(model_type, CRASHED, "process", f"ended with {code} after {seconds:.0f} s")
+                lost = TypeResult(model_type, CRASHED, "process", f"ended with {code} after {seconds:.0f} s")
                 text = out.read_text() if out.exists() else lost.to_json()
                 keep(json.loads(text) | {"seconds": round(seconds, 1)})
 

@@ -62,7 +62,7 @@ LEARNED = 1e-2
 
 
 @dataclass
-class Result:
+class TypeResult:
     """All that is known of a type."""
 
     type: str
@@ -89,40 +89,40 @@ def run_type(model_type: str, tokenizer: str, rows: str, out: str) -> None:
     os._exit(0)  # threads of gloo do not hold it up
 
 
-def try_type(model_type: str, folder: Path, tokenizer: Path, rows: Path) -> Result:
+def try_type(model_type: str, folder: Path, tokenizer: Path, rows: Path) -> TypeResult:
     """Write a toy, plan it, prepare it, train it for two steps, publish it, merge it, load it again and compare."""
     quiet_libraries()
     base = folder / "base"
     try:
         write_base(model_type, base, tokenizer)
     except Exception as error:  # noqa: BLE001 what each class raises
-        return Result(model_type, NO_TOY, "toy", _sentence(error))
+        return TypeResult(model_type, NO_TOY, "toy", _sentence(error))
     config = job_config(base, folder, rows)
     planned = plan_sentence(config, folder)
     try:
         prepare(config)
     except UserError as error:
-        return Result(
+        return TypeResult(
             model_type, REFUSED, "Prepare", _sentence(error).replace(str(base), "the base"), {"plan": planned}
         )
     except Exception as error:  # noqa: BLE001
-        return Result(model_type, CRASHED, "Prepare", _trace(error))
+        return TypeResult(model_type, CRASHED, "Prepare", _trace(error))
     try:
         message = train(config, LastSeen())
     except AdapterRejectedError as error:
-        return Result(model_type, GATE, "train", _sentence(error))
+        return TypeResult(model_type, GATE, "train", _sentence(error))
     except TrainerError as error:
-        return Result(model_type, LATE, "train", _sentence(error))
+        return TypeResult(model_type, LATE, "train", _sentence(error))
     except Exception as error:  # noqa: BLE001
-        return Result(model_type, CRASHED, "train", _trace(error))
+        return TypeResult(model_type, CRASHED, "train", _trace(error))
     try:
         assert message.adapter is not None
         measured = measure(model_type, config, Path(message.adapter.uri))
     except Exception as error:  # noqa: BLE001
-        return Result(model_type, CRASHED, "measure", _trace(error))
+        return TypeResult(model_type, CRASHED, "measure", _trace(error))
     measured["plan"] = planned
     wrong = "; ".join(faults(measured))
-    return Result(model_type, WRONG if wrong else SUCCEEDED, "measure" if wrong else "", wrong, measured)
+    return TypeResult(model_type, WRONG if wrong else SUCCEEDED, "measure" if wrong else "", wrong, measured)
 
 
 def job_config(base: Path, folder: Path, rows: Path) -> TrainerConfig:

@@ -86,7 +86,7 @@ def build(target: Target) -> Image:
         if not image.archive.exists():
             started = time.monotonic()
             _pin_stand_ins(Path(context) / "constraints.txt", _wheels())
-            Store(base).build(target, Path(context), image)
+            ImageStore(base).build(target, Path(context), image)
             _remove_unused(f"{target}-*.tar")
             _say(f"built {image.name} in {time.monotonic() - started:.0f} s", image.archive)
         image.archive.touch()  # in use
@@ -121,7 +121,7 @@ def build_base() -> Path:
 def root_file_system(image: Image) -> Iterator[Path]:
     """Root file system of a built image, mounted."""
     with _alone():
-        store = Store(image.base)
+        store = ImageStore(image.base)
         known = store.buildah("images", "--quiet", "--filter", f"reference={image.name}")
         container = store.buildah("from", image.name if known else f"docker-archive:{image.archive}")
         mount = Path(store.buildah("mount", container))
@@ -131,7 +131,7 @@ def root_file_system(image: Image) -> Iterator[Path]:
         store.buildah("rm", container)
 
 
-class Store:
+class ImageStore:
     """Storage of buildah's layers, one for each Dockerfile, begun anew when it has grown: no layer is kept for good.
 
     Args:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 
-from cluster.processes import Process
+from cluster.processes import ServerProcess
 from services.binaries import ToolMissingError
 from testing.ports import free_port
 from testing.timeouts import PATIENCE_SECONDS
@@ -62,7 +62,7 @@ class Prometheus:
             "rule_files": [str(path.absolute()) for path in rule_files],
             "scrape_configs": list(scrape_configs),
         }
-        self._process: Process | None = None
+        self._process: ServerProcess | None = None
         self.url = ""
 
     def start(self) -> None:
@@ -76,7 +76,7 @@ class Prometheus:
         config = self._folder / "prometheus.yml"
         config.write_text(json.dumps(self._config, indent=1))
         self.url = f"http://127.0.0.1:{free_port()}"
-        self._process = Process(
+        self._process = ServerProcess(
             "prometheus",
             [
                 *(self._binary, f"--config.file={config}", f"--storage.tsdb.path={self._folder / 'data'}"),

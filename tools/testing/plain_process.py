@@ -36,7 +36,7 @@ def obey_permissions() -> None:
 
 
 @dataclass(frozen=True)
-class Ended:
+class ProcessResult:
     """Exit code and outputs of a process."""
 
     code: int
@@ -49,7 +49,7 @@ def run_plainly(
     words: Sequence[object],
     environment: Mapping[str, str] | None = None,
     stdout: int | None = None,
-) -> Ended:
+) -> ProcessResult:
     """Fork, and run ``call`` on the words as a program that is started anew with them would.
 
     Args:
@@ -68,7 +68,7 @@ def run_plainly(
             os.dup2(err.fileno(), 2)
             _be(call, [str(word) for word in words], environment or {})
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        return Ended(code, _text(out), _text(err))
+        return ProcessResult(code, _text(out), _text(err))
 
 
 def _text(file: IO[bytes]) -> str:

@@ -136,7 +136,7 @@ FAMILIES: dict[str, ModelFamily] = {
 }
 
 
-class Config:
+class ModelConfig:
     """The configuration of a language model, asked for what must be there."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -175,7 +175,7 @@ class Config:
         )
 
 
-def _known(config: Config, family: ModelFamily) -> ModelShape:
+def _known(config: ModelConfig, family: ModelFamily) -> ModelShape:
     hidden, _, _, count = config.sizes
     layers = tuple(_layer(config, family, index) for index in range(count))
     vocabulary = config.number("vocab_size")
@@ -208,13 +208,13 @@ def _known(config: Config, family: ModelFamily) -> ModelShape:
     )
 
 
-def _final_norm(config: Config) -> bool:
+def _final_norm(config: ModelConfig) -> bool:
     return config.model_type != "opt" or bool(
         config.get("do_layer_norm_before", True) and not config.get("_remove_final_layer_norm", False)
     )
 
 
-def _plain(config: Config, family: ModelFamily | None) -> bool:
+def _plain(config: ModelConfig, family: ModelFamily | None) -> bool:
     """Logits are not capped or scaled (``qlora_trainer.model.loss.head_is_plain`` finds the same out by trying)."""
     default = family.logits_cap if family else None
     scales = [config.get("final_logit_softcapping", default)]
@@ -222,7 +222,7 @@ def _plain(config: Config, family: ModelFamily | None) -> bool:
     return scales[0] is None and all(scale in (None, 1, 1.0) for scale in scales[1:])
 
 
-def _layer(config: Config, family: ModelFamily, index: int) -> Layer:
+def _layer(config: ModelConfig, family: ModelFamily, index: int) -> Layer:
     prefix = f"{family.body}.layers.{index}"
     key, default = family.dropout
     return Layer(
@@ -234,7 +234,7 @@ def _layer(config: Config, family: ModelFamily, index: int) -> Layer:
     )
 
 
-def _attention(config: Config, family: ModelFamily, prefix: str, index: int) -> Attention:
+def _attention(config: ModelConfig, family: ModelFamily, prefix: str, index: int) -> Attention:
     hidden, heads, pairs, _ = config.sizes
     head_dim = config.number("head_dim", family.head_dim or hidden // heads)
     biased = family.biased
@@ -267,14 +267,14 @@ def _attention(config: Config, family: ModelFamily, prefix: str, index: int) -> 
     )
 
 
-def attention_kind(config: Config, family: ModelFamily | None = None) -> AttentionKind:
+def attention_kind(config: ModelConfig, family: ModelFamily | None = None) -> AttentionKind:
     """As ``qlora_trainer.model.attention.choose_attention`` chooses."""
     if config.get("attn_logit_softcapping", family.scores_cap if family else None) is not None:
         return AttentionKind.EAGER
     return AttentionKind.PACKED if config.model_type in PACKED else AttentionKind.MASKED
 
 
-def _window(config: Config, index: int) -> int | None:
+def _window(config: ModelConfig, index: int) -> int | None:
     window = config.get("sliding_window", 4096 if config.model_type in ("mistral", "gemma2", "gemma3_text") else None)
     if window is None:
         return None
@@ -293,7 +293,7 @@ def _window(config: Config, index: int) -> int | None:
             return int(window) if config.get("use_sliding_window", False) and late else None
 
 
-def _feed_forward(config: Config, family: ModelFamily, prefix: str, index: int) -> FeedForward | Experts:
+def _feed_forward(config: ModelConfig, family: ModelFamily, prefix: str, index: int) -> FeedForward | Experts:
     hidden = config.number("hidden_size")
     key, default = family.activation
     activation = str(config.get(key) or default)
@@ -340,7 +340,7 @@ def dense(
     )
 
 
-def _is_sparse(config: Config, family: ModelFamily, index: int) -> bool:
+def _is_sparse(config: ModelConfig, family: ModelFamily, index: int) -> bool:
     if not family.experts:
         return False
     if config.model_type == "mixtral":

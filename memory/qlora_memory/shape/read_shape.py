@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from qlora_memory.shape.model_families import FAMILIES, Config, _known, _must_agree
+from qlora_memory.shape.model_families import FAMILIES, ModelConfig, _known, _must_agree
 from qlora_memory.shape.model_shape import ModelShape
 from qlora_memory.shape.on_disk import dequantized, on_disk
 from qlora_memory.shape.safetensors_headers import TensorInfo
@@ -31,7 +31,7 @@ def model_shape(
     """
     on_disk(config, source)
     part = text_part(config, dequantized(config, tensors))
-    read = Config(part.config)
+    read = ModelConfig(part.config)
     family = FAMILIES.get(read.model_type)
     if family is None:
         return shape_of_tensors(read, part.tensors)
@@ -54,7 +54,7 @@ def counted_shape(config: Mapping[str, Any], counts: WeightCounts) -> ModelShape
         FieldError: no layer has a number.
 
     """
-    return shape_of_counts(Config(text_part(config, None).config), counts, exact=True)
+    return shape_of_counts(ModelConfig(text_part(config, None).config), counts, exact=True)
 
 
 def is_known(config: Mapping[str, Any]) -> bool:

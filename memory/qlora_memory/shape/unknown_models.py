@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from qlora_api.errors import FieldError
 from qlora_memory.shape.expert_tensors import expert_stacks, stack_name
-from qlora_memory.shape.model_families import FAMILIES, Config, _plain, attention_kind
+from qlora_memory.shape.model_families import FAMILIES, ModelConfig, _plain, attention_kind
 from qlora_memory.shape.model_shape import Attention, Experts, FeedForward, Head, Layer, Linear, ModelShape, Norm
 from qlora_memory.shape.on_disk import SOURCE, on_disk
 from qlora_memory.shape.safetensors_headers import TensorInfo
@@ -71,7 +71,7 @@ class WeightCounts:
     """Of all elements those whose type does not follow the compute type, and their bytes."""
 
 
-def shape_of_tensors(config: Config, tensors: Mapping[str, TensorInfo] | None) -> ModelShape:
+def shape_of_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo] | None) -> ModelShape:
     """The shape of a model type that is not known here.
 
     Raises:
@@ -94,7 +94,7 @@ def shape_of_tensors(config: Config, tensors: Mapping[str, TensorInfo] | None) -
     return shape_of_counts(config, _count_by_names(config, tensors))
 
 
-def _count_by_names(config: Config, tensors: Mapping[str, TensorInfo]) -> WeightCounts:
+def _count_by_names(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> WeightCounts:
     """Sort the tensors of a base by what their names say.
 
     Raises:
@@ -124,7 +124,7 @@ def _count_by_names(config: Config, tensors: Mapping[str, TensorInfo]) -> Weight
     )
 
 
-def shape_of_counts(config: Config, counts: WeightCounts, *, exact: bool = False) -> ModelShape:
+def shape_of_counts(config: ModelConfig, counts: WeightCounts, *, exact: bool = False) -> ModelShape:
     """Return the shape of a base with its weights as they were counted, and the activations of a Llama.
 
     Args:
@@ -223,7 +223,7 @@ def _place(name: str, tensor: TensorInfo) -> str:
 
 
 def _layer(
-    config: Config, sizes: tuple[int, int, int, int], linears: list[Linear], stacks: tuple[Linear, ...]
+    config: ModelConfig, sizes: tuple[int, int, int, int], linears: list[Linear], stacks: tuple[Linear, ...]
 ) -> Layer:
     """Linear layers put in the places of a Llama's, those that fit none beside them."""
     place: dict[str, Linear] = {}
@@ -273,7 +273,7 @@ def _layer(
     return Layer(attention, experts, Norm.RMS, others=tuple(others))
 
 
-def _first(config: Config, keys: tuple[str, ...], default: int) -> int:
+def _first(config: ModelConfig, keys: tuple[str, ...], default: int) -> int:
     """Return the first whole number among the values of some keys."""
     found = (config.get(key) for key in keys)
     return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), default)

@@ -29,7 +29,7 @@ def job(source, **scheduling):
     )
 
 
-class Nodes:
+class NodeListApi:
     """An API server with nodes of these labels; None: who asks may not list them."""
 
     def __init__(self, *labels):
@@ -53,7 +53,9 @@ class Nodes:
     ],
 )
 def test_the_gpu_is_that_of_the_nodes(labels, scheduling, gpu):
-    assert gpu_of_nodes(node_labels(Cluster(Nodes(*labels), "default")), job("hf://org/base", **scheduling)) == gpu
+    assert (
+        gpu_of_nodes(node_labels(Cluster(NodeListApi(*labels), "default")), job("hf://org/base", **scheduling)) == gpu
+    )
 
 
 def test_a_job_is_summed_up_with_its_plan(tmp_path):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from typer.testing import CliRunner
 
-from cluster.scenarios.operator import Operator
+from cluster.scenarios.operator import OperatorProcess
 from qlora_cli.app import app
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Qlora:
 def served_namespace(crd_cluster: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A namespace of the module's, with an operator that serves it alone."""
     name = crd_cluster.create_namespace("cli")
-    with Operator(tmp_path_factory.mktemp("operator"), crd_cluster.kubeconfig, namespaces=[name]):
+    with OperatorProcess(tmp_path_factory.mktemp("operator"), crd_cluster.kubeconfig, namespaces=[name]):
         yield name
     crd_cluster.delete_namespace(name)
 

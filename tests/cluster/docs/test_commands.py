@@ -16,7 +16,7 @@ import pytest
 
 from cluster.control_plane import ControlPlane
 from cluster.scenarios.jobs import GROUP, in_state, job_path
-from cluster.scenarios.operator import Operator
+from cluster.scenarios.operator import OperatorProcess
 from cluster.scenarios.script import pods_do
 from docs.blocks import PAGES, REPOSITORY, missing, shell_blocks
 from fixtures import skip_unless_ci
@@ -39,7 +39,7 @@ def in_order() -> list[Path]:
     return [*first, *(page for page in WITH_BLOCKS if page not in (*first, *LAST)), *LAST]
 
 
-class Stage:
+class ReaderCluster:
     """A cluster, a bucket, and a folder such as a reader has. A context manager."""
 
     def __init__(self, folder: Path) -> None:
@@ -49,7 +49,7 @@ class Stage:
         self.folder, self.namespace = folder / "clone", ""
         self._helm = find_or_build(HELM)
         self._owned, self._scripts = ExitStack(), ExitStack()
-        self._operator: Operator | None = None
+        self._operator: OperatorProcess | None = None
 
     def __enter__(self) -> Self:
         with self._owned:
@@ -120,7 +120,7 @@ class Stage:
         """As its pod would, if its node were no fake."""
         self.cluster.api.wait_for(f"{GROUP}/qlorajobs", bool, what="QLoRAJobs are served")
         if self._operator is None:
-            self._operator = Operator(self.programs.parent / "operator", self.cluster.kubeconfig)
+            self._operator = OperatorProcess(self.programs.parent / "operator", self.cluster.kubeconfig)
             self._operator.start()
         if not self._scripts._exit_callbacks:
             self.bring_about("")
@@ -175,9 +175,9 @@ class Stage:
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory):
+def reader(tmp_path_factory):
     try:
-        made = Stage(tmp_path_factory.mktemp("docs"))
+        made = ReaderCluster(tmp_path_factory.mktemp("docs"))
     except ToolMissingError as error:
         skip_unless_ci(str(error))
     with made:
@@ -185,13 +185,13 @@ def stage(tmp_path_factory):
 
 
 @pytest.mark.parametrize("page", in_order(), ids=lambda p: str(p.relative_to(REPOSITORY)))
-def test_commands_for_a_cluster_do_what_the_page_says(page, stage):
-    stage.turn_to(page)
+def test_commands_for_a_cluster_do_what_the_page_says(page, reader):
+    reader.turn_to(page)
     for block, shown in shell_blocks(page, "cluster"):
         if state := block.said("state"):
-            stage.bring_about(state)
-        done = stage.shell(block.text)
+            reader.bring_about(state)
+        done = reader.shell(block.text)
         assert done.returncode == block.exit_code, f"{block.where}\n{done.stdout}"
         assert not missing(shown, done.stdout), f"{block.where}\n{done.stdout}"
         if "helm install" in block.text:
-            stage.operator_begins()
+            reader.operator_begins()

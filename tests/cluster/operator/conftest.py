@@ -8,7 +8,7 @@ import pytest
 
 from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.history import History
-from cluster.scenarios.operator import Operator
+from cluster.scenarios.operator import OperatorProcess
 from cluster.scenarios.proxy import Proxy
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def behind_proxy(
 
 
 @pytest.fixture
-def operator(crd_cluster: ControlPlane, kwok_namespace: str, tmp_path: Path) -> Iterator[Operator]:
+def operator(crd_cluster: ControlPlane, kwok_namespace: str, tmp_path: Path) -> Iterator[OperatorProcess]:
     """A running operator that serves the test's namespace."""
-    with Operator(tmp_path / "operator", crd_cluster.kubeconfig, namespaces=[kwok_namespace]) as running:
+    with OperatorProcess(tmp_path / "operator", crd_cluster.kubeconfig, namespaces=[kwok_namespace]) as running:
         yield running

@@ -189,7 +189,7 @@ def test_a_job_of_the_same_name_as_a_deleted_one_starts_anew(api, operator, kwok
 
 
 def test_prepare_holds_no_gpu_and_goes_before_the_trainers(api, crd_cluster, kwok_namespace, tmp_path):
-    from cluster.scenarios.operator import Operator
+    from cluster.scenarios.operator import OperatorProcess
 
     result = {
         "modelRevision": "abc",
@@ -204,7 +204,7 @@ def test_prepare_holds_no_gpu_and_goes_before_the_trainers(api, crd_cluster, kwo
     prepared = {"run-seconds": "0.5", "exit-code": 0, "termination-message": word(prepared=result)}
     settings = {"namespaces": [kwok_namespace], "prepare": {"enabled": True}}
     with (
-        Operator(tmp_path, crd_cluster.kubeconfig, **settings),
+        OperatorProcess(tmp_path, crd_cluster.kubeconfig, **settings),
         pods_do(api, kwok_namespace, prepared, component="prepare"),
         pods_do(api, kwok_namespace, DONE, component="trainer"),
     ):
@@ -220,12 +220,12 @@ def test_prepare_holds_no_gpu_and_goes_before_the_trainers(api, crd_cluster, kwo
 
 
 def test_a_user_error_in_prepare_ends_the_job_before_a_gpu_is_held(api, crd_cluster, kwok_namespace, tmp_path):
-    from cluster.scenarios.operator import Operator
+    from cluster.scenarios.operator import OperatorProcess
 
     text = "spec.dataset.train.source: no row has a completion"
     bad = {"run-seconds": "0.2", "exit-code": 40, "termination-message": word(40, "UserError", text)}
     settings = {"namespaces": [kwok_namespace], "prepare": {"enabled": True}}
-    with Operator(tmp_path, crd_cluster.kubeconfig, **settings), pods_do(api, kwok_namespace, bad):
+    with OperatorProcess(tmp_path, crd_cluster.kubeconfig, **settings), pods_do(api, kwok_namespace, bad):
         path = create_job(api, qlora_job(namespace=kwok_namespace))
         failed = api.wait_for(path, in_state("Failed", "UserError"))
     assert condition(failed, "Failed")["message"] == text

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from demo.live_stage import GPU_SERIES, NAME, OTHERS, RULES, TEAM, Stage
+from demo.live_metrics import GPU_SERIES, NAME, OTHERS, RULES, TEAM, LiveMetrics
 from fixtures import skip_unless_ci
 from qlora_api.metrics_catalogue import CATALOGUE, OPERATOR, TRAINER
 from services.binaries import ToolMissingError
@@ -34,9 +34,9 @@ SELECTOR = re.compile(r"(qlora_[a-z0-9_]+)(\{[^}]*\})?")
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory):
+def live(tmp_path_factory):
     try:
-        started = Stage(tmp_path_factory.mktemp("live"))
+        started = LiveMetrics(tmp_path_factory.mktemp("live"))
         with started:
             started.play()
             yield started
@@ -50,7 +50,7 @@ def filled(expression):
     return expression
 
 
-def test_every_panel_and_annotation_finds_series(stage):
+def test_every_panel_and_annotation_finds_series(live):
     asked = [
         (path.stem, panel["title"], filled(target["expr"]))
         for path in DASHBOARDS
@@ -59,45 +59,45 @@ def test_every_panel_and_annotation_finds_series(stage):
         if not any(name in target["expr"] for name in NOT_HERE)
     ]
     assert len(asked) > 50
-    assert [query for query in asked if not finds(stage, query[-1])] == []
+    assert [query for query in asked if not finds(live, query[-1])] == []
 
 
-def finds(stage, expression):
-    found = stage.at_the_end(expression)
+def finds(live, expression):
+    found = live.at_the_end(expression)
     return [s for s in found if s["value"][1] != "NaN"]
 
 
-def test_annotations_mark_where_attempts_begin_and_end(stage):
+def test_annotations_mark_where_attempts_begin_and_end(live):
     board = json.loads(next(p for p in DASHBOARDS if p.stem == "job").read_text())
     texts = {a["name"]: filled(a["expr"]) for a in board["annotations"]["list"]}
     ends = texts["Ends"].replace(f'job=~"{NAME}"', 'job=~"large"')
     for expression, label in ((texts["Attempts"], "attempt"), (ends, "reason")):
-        found = stage.prometheus._get(
-            "query_range", query=expression, start=str(stage.ended_at - 240), end=str(stage.ended_at), step="2"
+        found = live.prometheus._get(
+            "query_range", query=expression, start=str(live.ended_at - 240), end=str(live.ended_at), step="2"
         )["result"]
         assert found, expression
         assert all(label in series["metric"] for series in found)
         assert max(len(series["values"]) for series in found) <= 4, "one point each, not a line"
 
 
-def test_every_variable_has_values(stage):
+def test_every_variable_has_values(live):
     for path in DASHBOARDS:
         for variable in json.loads(path.read_text())["templating"]["list"]:
             if variable["type"] == "query":
                 series, label = re.fullmatch(r"label_values\((.+), (\w+)\)", filled(variable["query"])).groups()
-                assert {s["metric"][label] for s in stage.at_the_end(series)} & {TEAM, NAME}
+                assert {s["metric"][label] for s in live.at_the_end(series)} & {TEAM, NAME}
 
 
-def test_alerts_read_series_that_exist(stage):
+def test_alerts_read_series_that_exist(live):
     for rule in yaml.safe_load(RULES.read_text())["groups"][0]["rules"]:
         for name, selector in SELECTOR.findall(rule["expr"]):
             if name not in NOT_HERE:
-                assert stage.at_the_end(f"last_over_time({name}{selector}[5m])"), (rule["alert"], name, selector)
+                assert live.at_the_end(f"last_over_time({name}{selector}[5m])"), (rule["alert"], name, selector)
 
 
-def test_what_went_wrong_raised_its_alert(stage):
+def test_what_went_wrong_raised_its_alert(live):
     firing = {
-        (a["labels"]["alertname"], a["labels"].get("job")) for a in stage.prometheus.alerts() if a["state"] == "firing"
+        (a["labels"]["alertname"], a["labels"].get("job")) for a in live.prometheus.alerts() if a["state"] == "firing"
     }
     assert firing >= {
         ("QLoRAJobStalled", "stalls"),
@@ -108,17 +108,17 @@ def test_what_went_wrong_raised_its_alert(stage):
     assert not {name for name, _ in firing} & {"QLoRAOperatorDown", "QLoRAOperatorNotReconciling"}
 
 
-def test_trainers_and_operator_export_what_the_catalogue_has_and_nothing_else(stage):
+def test_trainers_and_operator_export_what_the_catalogue_has_and_nothing_else(live):
     known = {name: metric for metric in CATALOGUE for name in metric.series}
     scraped = {"instance", "job", "pod", "node", "le", "__name__"}
     found = {}
-    names = stage.prometheus._get("label/__name__/values")
+    names = live.prometheus._get("label/__name__/values")
     exported = {name for name in names if name.startswith("qlora_")}
     assert exported - known.keys() == set()
     missing = known.keys() - exported - NOT_HERE.keys()
     assert missing == set()
     for name in sorted(exported):
-        for labels in stage.prometheus._get("series", **{"match[]": name}):
+        for labels in live.prometheus._get("series", **{"match[]": name}):
             found.setdefault(name, set()).update(labels.keys() - scraped)
         # A label without a value is none to Prometheus: a CPU has no UUID.
         assert found[name] | ({"uuid"} & set(known[name].labels)) == set(known[name].labels) - scraped, name

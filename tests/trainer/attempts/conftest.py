@@ -34,7 +34,7 @@ from testing.timeouts import PATIENCE_SECONDS
 
 sys.path.insert(0, str(Path(__file__).parent))  # where forked processes find forked_rank
 import forked_rank
-from worker_pods import Pod
+from worker_pods import WorkerPod
 
 VOCABULARY = 512
 MODULES = ("argparse", "ast", "pathlib", "tarfile")
@@ -124,7 +124,7 @@ class Workshop:
             command = [sys.executable, "-m", "qlora_trainer", str(path)]
             return subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
-    def run(self, config: TrainerConfig) -> Ended:
+    def run(self, config: TrainerConfig) -> AttemptResult:
         """Prepare here, then train in one forked process for each rank."""
         code = self.prepare(config)
         return self.ended(config, code) if code else self.train(config)
@@ -134,7 +134,7 @@ class Workshop:
         path, _ = self.write(config)
         return run_with_exit_code(config, lambda _: (prepare(config), ready(config, path), None)[2])
 
-    def train(self, config: TrainerConfig) -> Ended:
+    def train(self, config: TrainerConfig) -> AttemptResult:
         """Train in one forked process for each rank; all is prepared."""
         ranks = self.fork(config)
         for process in ranks:
@@ -157,7 +157,7 @@ class Workshop:
             process.start()
         return ranks
 
-    def kill_at(self, config: TrainerConfig, step: int) -> Ended:
+    def kill_at(self, config: TrainerConfig, step: int) -> AttemptResult:
         """Train until the log shows ``step``, then kill all ranks as a lost node would."""
         ranks = self.fork(config)
         log = self.folder / f"log-{config.attempt}.txt"
@@ -172,7 +172,7 @@ class Workshop:
                 process.join()
         return self.ended(config, 137)
 
-    def stop_at(self, config: TrainerConfig, step: int) -> Ended:
+    def stop_at(self, config: TrainerConfig, step: int) -> AttemptResult:
         """Send SIGTERM to the real launcher as soon as the log shows ``step``."""
         process = self.launch(config)
         try:
@@ -195,14 +195,14 @@ class Workshop:
         """Return the processes that a launcher started, which it does in their order."""
         return sorted(psutil.Process(launcher.pid).children(), key=lambda process: (process.create_time(), process.pid))
 
-    def ended(self, config: TrainerConfig, code: int) -> Ended:
+    def ended(self, config: TrainerConfig, code: int) -> AttemptResult:
         path = Path(config.termination_message_path)
         message = TerminationMessage.model_validate_json(path.read_bytes()) if path.exists() else None
-        return Ended(code, message, (self.folder / f"log-{config.attempt}.txt").read_text())
+        return AttemptResult(code, message, (self.folder / f"log-{config.attempt}.txt").read_text())
 
 
 @dataclass(frozen=True)
-class Ended:
+class AttemptResult:
     """End of an attempt."""
 
     code: int
@@ -273,14 +273,14 @@ def workshop(_tiny: Workshop, tmp_path: Path) -> Workshop:
 def pods(workshop, monkeypatch):
     """Makes the pods of an attempt, and ends those that a failing test left."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    made: list[Pod] = []
+    made: list[WorkerPod] = []
 
-    def make(workers: int = 2, ranks: int = 1, **changes) -> list[Pod]:
+    def make(workers: int = 2, ranks: int = 1, **changes) -> list[WorkerPod]:
         config = workshop.config(ranks=workers * ranks, **changes).model_copy(
             update={"workers": workers, "ranks_per_worker": ranks, "rendezvous": f"127.0.0.1:{free_port()}"}
         )
         assert workshop.prepare(config) == 0  # here, where all is imported
-        pods = [Pod(config, index, workshop.folder) for index in range(workers)]
+        pods = [WorkerPod(config, index, workshop.folder) for index in range(workers)]
         made.extend(pods)
         return pods
 

@@ -15,7 +15,7 @@ from testing.timeouts import PATIENCE_SECONDS
 
 
 @dataclass
-class Pod:
+class WorkerPod:
     """One worker's launcher, with files of its own."""
 
     config: TrainerConfig
@@ -30,7 +30,7 @@ class Pod:
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}-{self.config.attempt}-worker-{self.index}"
 
-    def start(self) -> Pod:
+    def start(self) -> WorkerPod:
         own = self.config.model_copy(update={"termination_message_path": str(self._path("termination"))})
         self._path("config").write_text(own.model_dump_json(by_alias=True))
         self._path("log").touch()

@@ -20,7 +20,7 @@ from cluster.node import cgroups
 from cluster.node.images import BUSYBOX, write_busybox_archive
 from cluster.node.node_config import cni_config, coredns_config, kubelet_config
 from cluster.node.nodes import is_usable
-from cluster.processes import Process
+from cluster.processes import ServerProcess
 from services.binaries import ToolMissingError, find_or_build
 from services.tools import NODE
 from testing.timeouts import PATIENCE_SECONDS
@@ -56,7 +56,7 @@ class Node:
         self._logs = cluster.logs / name
         self._control_group = f"{cluster.slot.bridge}-{name}"
         self._running = ExitStack()
-        self._kubelet: Process | None = None
+        self._kubelet: ServerProcess | None = None
 
     # ------------------------------------------------------------------------------------------------ start and stop
 
@@ -141,14 +141,14 @@ class Node:
         up = self.folder / "is-up"
         up.unlink(missing_ok=True)
         command = ("unshare", *NAMESPACES, "--fork", "--kill-child=KILL", "--mount-proc", HERE / "node-init")
-        outer = Process("node-init", [*command, self.folder, self.name], self._logs)
+        outer = ServerProcess("node-init", [*command, self.folder, self.name], self._logs)
         self._running.callback(outer.kill)
         outer.wait_until(up.exists, READY_SECONDS)
         self._pid = int(Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text())
         self._running.callback(self._pull_the_plug, outer)
         self._cluster.bridge.join(self._index, self._pid)
 
-    def _pull_the_plug(self, outer: Process) -> None:
+    def _pull_the_plug(self, outer: ServerProcess) -> None:
         os.kill(self._pid, signal.SIGKILL)
         outer.wait(STOP_SECONDS)  # until the last process of the node has ended
 
@@ -165,9 +165,9 @@ class Node:
     def _kubeconfig_of(self, user: str, *groups: str) -> Path:
         return self._cluster.user_kubeconfig(user, groups)
 
-    def _run(self, name: str, *flags: str | Path) -> Process:
+    def _run(self, name: str, *flags: str | Path) -> ServerProcess:
         path = f"{self._binaries['containerd-shim-runc-v2'].parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
-        process = Process(
+        process = ServerProcess(
             name,
             [*self._enter, self._binaries[name], *flags],
             self._logs,

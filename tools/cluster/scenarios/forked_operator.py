@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from cluster.processes import POLL_SECONDS, ComponentError, Process
-from cluster.scenarios.operator import Operator
+from cluster.processes import POLL_SECONDS, ComponentError, ServerProcess
+from cluster.scenarios.operator import OperatorProcess
 from cluster.waits import eventually
 from testing.timeouts import PATIENCE_SECONDS
 
@@ -33,7 +33,7 @@ class ForkServerClient:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._name = folder, f"qlora-fork_server-{secrets.token_hex(8)}"
-        self._process: Process | None = None
+        self._process: ServerProcess | None = None
 
     def fork(
         self, arguments: list[str], environment: dict[str, str], log: Path, constants: Mapping[str, object]
@@ -47,7 +47,7 @@ class ForkServerClient:
         return Fork(line, log)
 
     def __enter__(self) -> Self:
-        self._process = Process("fork_server", [sys.executable, "-P", SERVER, self._name], self._folder)
+        self._process = ServerProcess("fork_server", [sys.executable, "-P", SERVER, self._name], self._folder)
         self._process.wait_until(self._listens, READY_SECONDS)
         return self
 
@@ -61,7 +61,7 @@ class ForkServerClient:
 
 
 class Fork:
-    """A forked operator, in place of a :class:`Process`."""
+    """A forked operator, in place of a :class:`ServerProcess`."""
 
     def __init__(self, line: socket.socket, log: Path) -> None:
         self.log = log
@@ -104,7 +104,7 @@ class Fork:
             time.sleep(POLL_SECONDS)
 
 
-class ForkedOperator(Operator):
+class ForkedOperator(OperatorProcess):
     """An operator that starts in no time.
 
     Args:

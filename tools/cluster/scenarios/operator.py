@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import httpx
 import yaml
 
-from cluster.processes import Process
+from cluster.processes import ServerProcess
 from testing.ports import free_port
 from testing.timeouts import PATIENCE_SECONDS
 
@@ -21,7 +21,7 @@ STOP_SECONDS = 20
 TRAINER_IMAGE = "qlora-trainer:test"
 
 
-class Operator:
+class OperatorProcess:
     """``python -m qlora_operator`` with settings of the test's own. A context manager.
 
     Args:
@@ -47,7 +47,7 @@ class Operator:
             "trainer": {"image": TRAINER_IMAGE, "nodeLostSeconds": 1, **settings.get("trainer", {})},
         }
         self._config.write_text(yaml.safe_dump(merged))
-        self._process: Process | None = None
+        self._process: ServerProcess | None = None
 
     @property
     def pid(self) -> int:
@@ -65,7 +65,7 @@ class Operator:
 
     def spawn(self) -> None:
         """Start it and do not wait."""
-        self._process = Process(
+        self._process = ServerProcess(
             "operator",
             [sys.executable, *self.program, "--config", self._config],
             self.log.parent,

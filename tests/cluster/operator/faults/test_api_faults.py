@@ -13,7 +13,7 @@ from cluster.control_plane import ControlPlane
 from cluster.kwok import finish_pod
 from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import CRD, condition, create_job, in_state, job_path, qlora_job
-from cluster.scenarios.operator import Operator
+from cluster.scenarios.operator import OperatorProcess
 from cluster.scenarios.proxy import GONE, Passed, Proxy, Refused
 from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import ADAPTER, ends, word
@@ -48,7 +48,7 @@ def is_status(call: Call) -> bool:
     return call.method == "PATCH" and call.resource == "qlorajobs/status"
 
 
-def counted(operator: Operator, name: str) -> float:
+def counted(operator: OperatorProcess, name: str) -> float:
     """Sum of a metric over its labels."""
     return sum(value for key, value in operator.metrics().items() if key.partition("{")[0] == name)
 
@@ -340,7 +340,7 @@ def test_the_initial_sync_is_repeated_until_it_succeeds(api, fork_server, proxy,
 
 def test_an_operator_that_may_not_look_says_so_and_ends(crd_cluster, kwok_namespace, tmp_path):
     nobody = crd_cluster.user_kubeconfig("nobody")
-    operator = Operator(tmp_path, nobody, namespaces=[kwok_namespace])
+    operator = OperatorProcess(tmp_path, nobody, namespaces=[kwok_namespace])
     operator.spawn()
     try:
         assert operator.wait(SOON) == 1

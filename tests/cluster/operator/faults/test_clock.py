@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.scenarios.jobs import create_job, in_state, last_attempt, qlora_job
-from cluster.scenarios.operator import Operator
+from cluster.scenarios.operator import OperatorProcess
 from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import word
 
@@ -20,7 +20,7 @@ LONG = 60
 def test_five_minutes_of_skew_change_no_decision(crd_cluster, kwok_namespace, tmp_path, skew):
     api = crd_cluster.api
     stops = {"stop-seconds": 4, "stop-exit-code": 43, "stop-message": word(43, "Preempted", "stopped at step 5")}
-    operator = Operator(tmp_path, crd_cluster.kubeconfig, namespaces=[kwok_namespace])
+    operator = OperatorProcess(tmp_path, crd_cluster.kubeconfig, namespaces=[kwok_namespace])
     operator.program = ("-P", SCRIPT, str(skew))
     with pods_do(api, kwok_namespace, stops), operator:
         path = create_job(api, qlora_job(namespace=kwok_namespace))

@@ -69,7 +69,7 @@ MOST_ERRORS = 5
 
 
 @dataclass(frozen=True)
-class Stage:
+class CrashSetup:
     """Setting that all lives share."""
 
     cluster: ControlPlane
@@ -78,10 +78,10 @@ class Stage:
 
 
 @pytest.fixture(scope="session")
-def stage(crd_cluster, fork_server, history) -> Iterator[Stage]:
-    namespace = crd_cluster.create_namespace("stage", NAMESPACE_LABELS)
+def setup(crd_cluster, fork_server, history) -> Iterator[CrashSetup]:
+    namespace = crd_cluster.create_namespace("setup", NAMESPACE_LABELS)
     with pods_live(crd_cluster.api, namespace):
-        yield Stage(crd_cluster, fork_server, history)
+        yield CrashSetup(crd_cluster, fork_server, history)
 
 
 def is_nth(moments: tuple[str, ...], place: int) -> Callable[[Call], bool]:
@@ -97,13 +97,13 @@ def is_nth(moments: tuple[str, ...], place: int) -> Callable[[Call], bool]:
     return matches
 
 
-def live_through(stage: Stage, folder: Path, mishap: str = "", place: int = -1) -> list[str]:
+def live_through(setup: CrashSetup, folder: Path, mishap: str = "", place: int = -1) -> list[str]:
     """A whole life with a mishap at one place of it; its moments."""
-    namespace = stage.cluster.create_namespace("life", NAMESPACE_LABELS)
+    namespace = setup.cluster.create_namespace("life", NAMESPACE_LABELS)
     risen = Event()
     with (
-        Proxy(stage.cluster, folder) as proxy,
-        ForkedOperator(stage.fork_server, folder, proxy.kubeconfig, namespaces=[namespace], **SETTINGS) as operator,
+        Proxy(setup.cluster, folder) as proxy,
+        ForkedOperator(setup.fork_server, folder, proxy.kubeconfig, namespaces=[namespace], **SETTINGS) as operator,
     ):
 
         def die() -> None:
@@ -118,39 +118,39 @@ def live_through(stage: Stage, folder: Path, mishap: str = "", place: int = -1) 
         }
         if mishap:
             proxy.when(is_nth(LIFE, place), faults[mishap])
-        live(stage.cluster.api, namespace)
+        live(setup.cluster.api, namespace)
         assert proxy.pending_faults == 0, f"there was no {LIFE[place]}"
         # the last call of a life is its end, here before the operator's death is over
         assert not mishap.startswith("killed") or risen.wait(READY_SECONDS)
         failed = {n: v for n, v in operator.metrics().items() if n.startswith("qlora_operator_reconcile_errors_total")}
         moments = [text for call in proxy.calls if (text := moment(call))]
     where = f"{mishap} {LIFE[place]}: {moments}"
-    assert outcome(stage.history, namespace) == EXPECTED, where
-    assert contradictions(stage.history, namespace) == [], where
+    assert outcome(setup.history, namespace) == EXPECTED, where
+    assert contradictions(setup.history, namespace) == [], where
     assert sum(failed.values()) <= MOST_ERRORS, f"{where}: {failed}"
     return moments
 
 
-def test_a_life_without_mishaps_makes_these_calls_and_no_others(stage, tmp_path):
-    assert live_through(stage, tmp_path) == list(LIFE)
+def test_a_life_without_mishaps_makes_these_calls_and_no_others(setup, tmp_path):
+    assert live_through(setup, tmp_path) == list(LIFE)
 
 
 @pytest.mark.parametrize("place", range(len(LIFE)), ids=lambda place: f"{place}-{LIFE[place].replace(' ', '-')}")
-def test_a_life_ends_the_same_whatever_happens_to_the_operator_at(place, stage, tmp_path):
+def test_a_life_ends_the_same_whatever_happens_to_the_operator_at(place, setup, tmp_path):
     with ThreadPoolExecutor(len(MISHAPS)) as threads:
-        lives = [threads.submit(live_through, stage, tmp_path / mishap, mishap, place) for mishap in MISHAPS]
+        lives = [threads.submit(live_through, setup, tmp_path / mishap, mishap, place) for mishap in MISHAPS]
     errors = [error for life in lives if (error := life.exception())]
     if errors:
         raise ExceptionGroup(LIFE[place], errors)
 
 
-def test_two_operators_at_once_do_no_harm(stage, tmp_path):
-    namespace = stage.cluster.create_namespace("life", NAMESPACE_LABELS)
+def test_two_operators_at_once_do_no_harm(setup, tmp_path):
+    namespace = setup.cluster.create_namespace("life", NAMESPACE_LABELS)
     with ExitStack() as both:
         for name in ("one", "other"):
-            folder, kubeconfig = tmp_path / name, stage.cluster.kubeconfig
-            operator = ForkedOperator(stage.fork_server, folder, kubeconfig, namespaces=[namespace], **SETTINGS)
+            folder, kubeconfig = tmp_path / name, setup.cluster.kubeconfig
+            operator = ForkedOperator(setup.fork_server, folder, kubeconfig, namespaces=[namespace], **SETTINGS)
             both.enter_context(operator)
-        live(stage.cluster.api, namespace)
-    assert outcome(stage.history, namespace) == EXPECTED
-    assert contradictions(stage.history, namespace) == []
+        live(setup.cluster.api, namespace)
+    assert outcome(setup.history, namespace) == EXPECTED
+    assert contradictions(setup.history, namespace) == []

@@ -17,7 +17,7 @@ from cluster.api import ApiError
 from cluster.kwok import PREFIX, finish_pod
 from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import condition, create_job, in_state, last_attempt, qlora_job
-from cluster.scenarios.operator import Operator
+from cluster.scenarios.operator import OperatorProcess
 from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import ADAPTER, ends, word
 from cluster.waits import eventually
@@ -61,7 +61,7 @@ def forged_pod(name: str, does: dict[str, object], owners: tuple[Object, ...] = 
     }
 
 
-def counted(operator: Operator, name: str) -> float:
+def counted(operator: OperatorProcess, name: str) -> float:
     """Sum of a metric over its labels."""
     return sum(value for key, value in operator.metrics().items() if key.partition("{")[0] == name)
 
@@ -276,7 +276,7 @@ def is_refused(api: Api, path: str, change: Object) -> bool:
 # --------------------------------------------------------------------------------------------------------------- tasks
 
 
-class FaultyOperator(Operator):
+class FaultyOperator(OperatorProcess):
     """An operator each of whose tasks fails a few times."""
 
     FAILURES = 3
@@ -291,7 +291,7 @@ def test_a_task_that_raises_is_counted_and_started_again_and_the_others_go_on(
     tasks = ("reconciler", "progress", "resync", "capabilities", *(f"watch-{kind}" for kind in kinds))
     expected = {failures.format(task): FaultyOperator.FAILURES for task in tasks}
 
-    def failed(operator: Operator) -> dict[str, float]:
+    def failed(operator: OperatorProcess) -> dict[str, float]:
         return {name: value for name, value in operator.metrics().items() if name.startswith(failures[:30])}
 
     with (
@@ -315,7 +315,7 @@ def test_a_task_that_raises_is_counted_and_started_again_and_the_others_go_on(
 class Scraper(threading.Thread):
     """Asks for metrics again and again, and keeps what was no answer."""
 
-    def __init__(self, operator: Operator) -> None:
+    def __init__(self, operator: OperatorProcess) -> None:
         super().__init__(daemon=True)
         self._url, self._done = f"http://127.0.0.1:{operator.port}/metrics", threading.Event()
         self.count, self.failed = 0, []
@@ -336,7 +336,7 @@ class Scraper(threading.Thread):
 
 
 @contextmanager
-def scraped(operator: Operator) -> Iterator[Scraper]:
+def scraped(operator: OperatorProcess) -> Iterator[Scraper]:
     scraper = Scraper(operator)
     scraper.start()
     try:

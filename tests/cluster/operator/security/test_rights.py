@@ -58,7 +58,7 @@ MODES = ("the-whole-cluster", "one-namespace")
 
 
 @dataclass(frozen=True)
-class Installed:
+class InstalledRoles:
     """The chart's objects on a cluster, but for the operator's Deployment, which is a process of the test's."""
 
     cluster: ControlPlane
@@ -102,12 +102,12 @@ def helm(tmp_path_factory) -> Helm:
 
 
 @pytest.fixture(scope="module")
-def cluster_wide(own_cluster, helm) -> Installed:
+def cluster_wide(own_cluster, helm) -> InstalledRoles:
     return install(own_cluster, helm, "qlora-system", own_cluster.create_namespace("tenant", NAMESPACE_LABELS))
 
 
 @pytest.fixture(scope="module")
-def namespaced(own_cluster, helm, cluster_wide) -> Installed:
+def namespaced(own_cluster, helm, cluster_wide) -> InstalledRoles:
     """A second release, for one namespace; the definition and the policy are the first one's."""
     served = own_cluster.create_namespace("served", NAMESPACE_LABELS)
     off = {"crds": {"install": False}, "admissionPolicy": {"enabled": False}, "rbac": {"aggregate": False}}
@@ -115,11 +115,11 @@ def namespaced(own_cluster, helm, cluster_wide) -> Installed:
 
 
 @pytest.fixture
-def installed(request, mode) -> Installed:
+def installed(request, mode) -> InstalledRoles:
     return request.getfixturevalue({"the-whole-cluster": "cluster_wide", "one-namespace": "namespaced"}[mode])
 
 
-def install(cluster: ControlPlane, helm: Helm, system: str, served: str, **values: Any) -> Installed:
+def install(cluster: ControlPlane, helm: Helm, system: str, served: str, **values: Any) -> InstalledRoles:
     """``helm template | kubectl apply``, and the operator's own kubeconfig and settings out of it."""
     cluster.api.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": system}})
     text = helm("template", "qlora", CHART, "--namespace", system, "--values", "-", stdin=yaml.safe_dump(values))
@@ -130,7 +130,7 @@ def install(cluster: ControlPlane, helm: Helm, system: str, served: str, **value
     settings = {key: value for key, value in yaml.safe_load(config).items() if value is not None}
     settings |= SETTINGS | {"trainer": {"nodeLostSeconds": 1}, "progressSeconds": 1}
     settings.pop("metricsPort")
-    return Installed(
+    return InstalledRoles(
         cluster,
         served,
         settings,
@@ -233,7 +233,7 @@ def test_what_jobs_took_is_learned_with_the_rights_of_the_chart_and_not_again_af
     assert [(r.verb, r.resource) for r in asked if r.code == 403] == []
 
 
-def writes(cluster: ControlPlane, installed: Installed, mark: int) -> list[Request]:
+def writes(cluster: ControlPlane, installed: InstalledRoles, mark: int) -> list[Request]:
     """Return the operator's writes, events aside."""
     asked = [r for r in cluster.requests_since(mark) if r.user == installed.account]
     return [r for r in asked if r.verb not in READS and r.resource != "events"]

@@ -13,7 +13,7 @@ OURS, THEIRS = CONFIG.release, "other/qlora"
 
 
 @dataclass(frozen=True)
-class Row:
+class WaitingJob:
     """A waiting Job that is made of something else than this release wants."""
 
     id: str
@@ -25,12 +25,12 @@ class Row:
 
 
 ROWS = (
-    Row("made-by-this-release", True, operator=OURS),
-    Row("made-by-an-earlier-version", True, operator=""),
-    Row("made-by-another-that-runs", False),
-    Row("made-by-another-before-the-start", True, inherited=True),
-    Row("made-by-another-for-an-earlier-spec", True, generation=0),
-    Row("made-by-another-for-a-newer-spec", False, generation=2),
+    WaitingJob("made-by-this-release", True, operator=OURS),
+    WaitingJob("made-by-an-earlier-version", True, operator=""),
+    WaitingJob("made-by-another-that-runs", False),
+    WaitingJob("made-by-another-before-the-start", True, inherited=True),
+    WaitingJob("made-by-another-for-an-earlier-spec", True, generation=0),
+    WaitingJob("made-by-another-for-a-newer-spec", False, generation=2),
 )
 
 

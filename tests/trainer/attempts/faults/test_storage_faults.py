@@ -33,7 +33,7 @@ def in_turn(call: Call, times: int) -> S3Fault | None:
 
 
 @dataclass
-class Run:
+class BucketRun:
     """A run whose model, rows, cache, checkpoints and adapter are in a bucket."""
 
     workshop: object
@@ -81,7 +81,7 @@ def proxy(s3_server):
 def make_run(proxy, monkeypatch, workshop, tmp_path):
     """Put model and rows into a bucket of its own, without faults."""
 
-    def make(name: str) -> Run:
+    def make(name: str) -> BucketRun:
         bucket = use_s3(proxy, monkeypatch)
         proxy.choose = lambda _call, _times: None
         store = open_store(bucket, "test")
@@ -91,12 +91,12 @@ def make_run(proxy, monkeypatch, workshop, tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         changed = type(workshop)(workshop.model, workshop.rows, folder / "cache", folder)
-        return Run(changed, bucket, folder / "download")
+        return BucketRun(changed, bucket, folder / "download")
 
     return make
 
 
-def run_through(proxy: FaultyS3, run: Run, choose) -> str:
+def run_through(proxy: FaultyS3, run: BucketRun, choose) -> str:
     proxy.choose = choose
     ended = run.train()
     assert ended.code == ExitCode.DONE, ended.log[-3000:]

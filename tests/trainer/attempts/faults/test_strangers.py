@@ -19,7 +19,7 @@ from datetime import timedelta
 import psutil
 import pytest
 from torch.distributed import DistError, TCPStore
-from worker_pods import Pod, losses
+from worker_pods import WorkerPod, losses
 
 from qlora_api.contract import ExitCode
 from testing.timeouts import PATIENCE_SECONDS
@@ -110,7 +110,7 @@ def fuzz(port: int, host: str, near: Callable[[random.Random, bytes], bytes], pl
     return taken
 
 
-def ports_of(pods: list[Pod]) -> Iterator[tuple[str, int, str]]:
+def ports_of(pods: list[WorkerPod]) -> Iterator[tuple[str, int, str]]:
     """Host, port and kind of all that can be reached from the network, by the documentation's names."""
     for pod in pods:
         for pid, addresses in listeners(pod.process.pid).items():

@@ -85,7 +85,7 @@ CONVERSATIONS = {
 
 
 @dataclass
-class Result:
+class TemplateOutcome:
     """The outcome of one conversation with one template."""
 
     template: str
@@ -115,7 +115,7 @@ class Result:
 
 
 @pytest.fixture(scope="module")
-def results() -> list[Result]:
+def results() -> list[TemplateOutcome]:
     found = []
     for name, source in published_templates().items():
         eos = "<|END_OF_TURN_TOKEN|>" if "END_OF_TURN_TOKEN" in source else "<EOS>"
@@ -123,7 +123,7 @@ def results() -> list[Result]:
         for conversation, (messages, tools) in CONVERSATIONS.items():
             row = {"messages": messages, "tools": tools, "learned": [True] * len(messages)}
             answer = service({"rows": [row], "everything": False})["rows"][0]
-            found.append(Result(name, source, eos, conversation, answer))
+            found.append(TemplateOutcome(name, source, eos, conversation, answer))
     return found
 
 

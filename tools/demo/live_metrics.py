@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from cluster.control_plane import ControlPlane
 from cluster.scenarios.jobs import create_job, in_state, job_path, qlora_job, serve_crd
-from cluster.scenarios.operator import Operator
+from cluster.scenarios.operator import OperatorProcess
 from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import PREPARED
 from demo.material import make_material
@@ -90,7 +90,7 @@ GROUPS: Mapping[str, dict[str, Any]] = {
 }
 
 
-class Stage:
+class LiveMetrics:
     """Everything started, the training included. A context manager.
 
     Args:
@@ -135,7 +135,9 @@ class Stage:
         if self._gpus:
             self._learned()
         settings = {"memoryConfigMap": f"{TEAM}/{LEARNED}"} if self._gpus else {}
-        self.operator = self._owned.enter_context(Operator(self.folder / "operator", cluster.kubeconfig, **settings))
+        self.operator = self._owned.enter_context(
+            OperatorProcess(self.folder / "operator", cluster.kubeconfig, **settings)
+        )
         targets = self.folder / "targets.json"
         targets.write_text("[]")
         self.prometheus = self._owned.enter_context(

@@ -51,7 +51,7 @@ TRAINER = {
 """Of a rank on this machine: two of them and Prepare share two cores, and threads that spin would take them all."""
 
 
-class Stage:
+class InstalledCluster:
     """A cluster with the operator installed, and an S3 server beside it that pods reach. A context manager.
 
     Args:
