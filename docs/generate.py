@@ -23,7 +23,7 @@ from generated import write_or_check
 from qlora_api import status
 from qlora_api.contract import REASONS, ExitCode
 from qlora_api.crd import PRINTER_COLUMNS
-from qlora_api.lifecycle import STUCK, STUCK_ATTEMPTS, Finish, after_attempt
+from qlora_api.lifecycle import STUCK, STUCK_ATTEMPTS, FinishJob, after_attempt
 from qlora_api.spec import PolicySpec
 from qlora_api.status import Attempt, ConditionType, MemoryComponent, Reason
 from qlora_cli.manifest.explain import FieldEntry, describe
@@ -195,7 +195,7 @@ def _following(reason: Reason) -> str:
         reason=reason,
     )
     after = after_attempt(PolicySpec(), [ended])
-    if isinstance(after, Finish):
+    if isinstance(after, FinishJob):
         return "the job succeeds" if after.succeeded else "the job fails; another attempt would only repeat it"
     if after.batch.micro_batch_size < ended.micro_batch_size:
         return "another attempt with half the micro-batch, then with recomputed activations; not counted"

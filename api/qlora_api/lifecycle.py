@@ -34,7 +34,7 @@ BACKOFF_SECONDS = (1, 10, 30, 60, 120, 300)
 
 
 @dataclass(frozen=True)
-class Finish:
+class FinishJob:
     """The job is over."""
 
     succeeded: bool
@@ -80,19 +80,19 @@ def stuck(attempts: Sequence[Attempt]) -> int:
     return count
 
 
-def after_attempt(policy: PolicySpec, attempts: Sequence[Attempt]) -> Finish | Retry:
+def after_attempt(policy: PolicySpec, attempts: Sequence[Attempt]) -> FinishJob | Retry:
     """Decide what follows the newest of ``attempts``, which has ended."""
     last = attempts[-1]
     reason = last.reason or Reason.CRASHED
     again = _again(last)
     if reason is Reason.COMPLETED:
-        return Finish(True, reason, last.message)
+        return FinishJob(True, reason, last.message)
     if reason in FINAL:
-        return Finish(False, reason, last.message)
+        return FinishJob(False, reason, last.message)
     if reason in STUCK and (times := stuck(attempts)) >= STUCK_ATTEMPTS:
         where = f", the last on {last.node}" if last.node and last.node not in last.message else ""
         text = f"{last.message} ({times} attempts in a row ended so{where}, without a step gained)"
-        return Finish(False, reason, text)
+        return FinishJob(False, reason, text)
     if reason is Reason.UNSCHEDULABLE:  # it has waited already, for nodes
         return replace(again, reason=reason)
     if reason in UNCOUNTED_REASONS:
@@ -101,14 +101,18 @@ def after_attempt(policy: PolicySpec, attempts: Sequence[Attempt]) -> Finish | R
     if reason in OUT_OF_MEMORY:
         step = next_smaller(Choice(again.batch, again.gradient_checkpointing))
         if policy.on_out_of_memory is OnOutOfMemory.FAIL:
-            return Finish(False, reason, f"{last.message} (spec.policy.onOutOfMemory: Fail)")
+            return FinishJob(False, reason, f"{last.message} (spec.policy.onOutOfMemory: Fail)")
         if step is None:
-            return Finish(False, reason, f"{last.message}; nothing smaller is left to try: {NOTHING_SMALLER[reason]}")
+            return FinishJob(
+                False, reason, f"{last.message}; nothing smaller is left to try: {NOTHING_SMALLER[reason]}"
+            )
         chosen = step.choice
         return replace(again, batch=chosen.batch, gradient_checkpointing=chosen.gradient_checkpointing, reason=reason)
     used = restarts(attempts)
     if used > policy.max_restarts:
-        return Finish(False, reason, f"{last.message} (after {policy.max_restarts} restarts: spec.policy.maxRestarts)")
+        return FinishJob(
+            False, reason, f"{last.message} (after {policy.max_restarts} restarts: spec.policy.maxRestarts)"
+        )
     return replace(again, reason=reason, wait_seconds=_back_off(used), counted=True)
 
 

@@ -10,7 +10,7 @@ from qlora_api import QLoRAJob
 from qlora_api.batch import BatchSplit, halve_micro_batch, split_batch
 from qlora_api.contract import REASONS, TERMINATION_MESSAGE_BYTES, ExitCode, TerminationMessage, reason_of
 from qlora_api.errors import FieldError
-from qlora_api.lifecycle import Finish, Retry, after_attempt, restarts
+from qlora_api.lifecycle import FinishJob, Retry, after_attempt, restarts
 from qlora_api.spec import OnOutOfMemory, PolicySpec
 from qlora_api.status import Attempt, Reason
 
@@ -112,7 +112,7 @@ def attempt(reason, number=1, micro=4):
 def test_what_follows_an_attempt(reasons, policy, expected):
     attempts = [attempt(r, n + 1) for n, r in enumerate(reasons)]
     match after_attempt(PolicySpec(**policy), attempts):
-        case Finish(succeeded=succeeded):
+        case FinishJob(succeeded=succeeded):
             seen = f"finish-{'succeeded' if succeeded else 'failed'}"
         case Retry(batch=batch, counted=counted):
             seen = "retry-smaller" if batch.micro_batch_size == 2 else f"retry-{'counted' if counted else 'free'}"
@@ -154,8 +154,8 @@ def test_stalls_without_progress_end_a_job_whatever_restarts_are_left(ended, aft
         for number, (reason, first, last) in enumerate(ended, 1)
     ]
     decision = after_attempt(PolicySpec(max_restarts=50), attempts)
-    assert (decision.reason.value if isinstance(decision, Finish) else "retry") == after
-    if isinstance(decision, Finish):
+    assert (decision.reason.value if isinstance(decision, FinishJob) else "retry") == after
+    if isinstance(decision, FinishJob):
         assert decision.message == "why (3 attempts in a row ended so, without a step gained)"
 
 
@@ -174,7 +174,7 @@ def test_out_of_memory_with_one_sequence_at_a_time_recomputes_activations_and_th
     assert decision.gradient_checkpointing
     second = first.model_copy(update={"gradient_checkpointing": True})
     end = after_attempt(PolicySpec(), [first, second])
-    assert isinstance(end, Finish)
+    assert isinstance(end, FinishJob)
     assert "a lower spec.dataset.maxLength or spec.lora.rank" in end.message
     host = second.model_copy(update={"reason": Reason.OUT_OF_HOST_MEMORY})
     assert "trainer.memory" in after_attempt(PolicySpec(), [first, host]).message

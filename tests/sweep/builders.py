@@ -47,7 +47,7 @@ def loss(parameters: dict[str, str], step: int) -> float:
     return 1 + 0.1 * math.log10(rate / 1e-3) ** 2 + 0.01 * math.log2(rank / 16) ** 2 + 1 / (1 + step)
 
 
-class Machine:
+class Simulation:
     """Runs trials by steps of ten, in an order of its own; ``fails`` names the trials that fail,
     once they have taken ``fails_after`` steps."""
 

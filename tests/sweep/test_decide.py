@@ -10,7 +10,7 @@ from qlora_api.status import Reason
 from qlora_api.sweep.trials import TrialState
 from qlora_sweep.decide import Create, Finish, Hold, Proceed, decide
 
-from .builders import RANK, RATE, RATES, SECONDS_A_STEP, STEPS, Machine, loss, sweep_spec
+from .builders import RANK, RATE, RATES, SECONDS_A_STEP, STEPS, Simulation, loss, sweep_spec
 
 HALVING = {"minSteps": 10, "reductionFactor": 3}
 SPECS = {
@@ -30,25 +30,25 @@ def outcome(machine):
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_the_trials_depend_neither_on_timing_nor_on_crashes(spec):
-    first = Machine(spec, seed=0)
+    first = Simulation(spec, seed=0)
     end = first.run()
     assert isinstance(end, Finish)
     assert end.succeeded
     for seed in (1, 2, 3):
-        other, crash = Machine(spec, seed), random.Random(seed)
+        other, crash = Simulation(spec, seed), random.Random(seed)
         assert other.run(lambda actions, crash=crash: crash.randint(0, actions)) == end
         assert outcome(other) == outcome(first)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_no_more_trials_run_than_may(spec):
-    machine = Machine(spec)
+    machine = Simulation(spec)
     machine.run()
     assert machine.most_running == spec.parallel_trials
 
 
 def test_a_grid_has_each_combination_once_and_its_best_is_the_lowest_loss():
-    machine = Machine(SPECS["grid"])
+    machine = Simulation(SPECS["grid"])
     end = machine.run()
     seen = {tuple(t.parameters.values()) for t in machine.trials.values()}
     assert seen == {(str(rank), rate) for rank in RANK["choices"] for rate in RATE["choices"]}
@@ -57,7 +57,7 @@ def test_a_grid_has_each_combination_once_and_its_best_is_the_lowest_loss():
 
 
 def test_halving_finds_the_best_of_the_grid_in_less_than_half_of_its_steps():
-    machine = Machine(SPECS["grid-with-halving"])
+    machine = Simulation(SPECS["grid-with-halving"])
     end = machine.run()
     assert machine.trials[end.best].parameters == {"lora.rank": "16", "training.learningRate": "1e-3"}
     # 12 trials to step 10, 4 of them to 30, 1 to the end
@@ -68,8 +68,8 @@ def test_halving_finds_the_best_of_the_grid_in_less_than_half_of_its_steps():
 
 
 def test_a_promoted_trial_that_fails_is_replaced_by_the_next_best():
-    best = Machine(SPECS["grid-with-halving"]).run().best
-    machine = Machine(SPECS["grid-with-halving"], fails=(best,), fails_after=10)
+    best = Simulation(SPECS["grid-with-halving"]).run().best
+    machine = Simulation(SPECS["grid-with-halving"], fails=(best,), fails_after=10)
     end = machine.run()
     assert end.succeeded
     assert end.best != best
@@ -80,7 +80,7 @@ def test_tpe_draws_more_trials_near_the_best_than_chance_does():
     near = {}
     for algorithm in ("Random", "TPE"):
         spec = sweep_spec(algorithm={"type": algorithm}, parameters=[RATES], maxTrials=40)
-        machine = Machine(spec)
+        machine = Simulation(spec)
         machine.run()
         losses = [loss(trial.parameters, STEPS) for trial in machine.trials.values()]
         near[algorithm] = sum(value < 1.02 for value in losses)
@@ -89,7 +89,7 @@ def test_tpe_draws_more_trials_near_the_best_than_chance_does():
 
 def test_tpe_waits_for_the_results_that_a_trial_is_drawn_from():
     spec = SPECS["tpe"]
-    machine = Machine(spec)
+    machine = Simulation(spec)
     for action in decide(spec, []).actions:
         machine.do(action)
     assert [*machine.trials] == [0, 1, 2]
@@ -103,7 +103,7 @@ def test_tpe_waits_for_the_results_that_a_trial_is_drawn_from():
 def test_the_budget_stops_the_sweep_and_more_of_it_goes_on():
     hours = 300 * SECONDS_A_STEP / 3600
     spec = sweep_spec(parallelTrials=2, budgetGpuHours=f"{hours:.4f}")
-    machine = Machine(spec)
+    machine = Simulation(spec)
     held = machine.run()
     assert isinstance(held, Hold)
     assert held.reason is Reason.BUDGET_REACHED
@@ -112,13 +112,13 @@ def test_the_budget_stops_the_sweep_and_more_of_it_goes_on():
     for number in held.suspend:
         machine.suspend(number)
     machine.spec = sweep_spec(parallelTrials=2)
-    whole = Machine(machine.spec)
+    whole = Simulation(machine.spec)
     assert machine.run() == whole.run()
     assert outcome(machine) == outcome(whole)
 
 
 def test_a_suspended_sweep_suspends_its_trials_and_a_finished_one_is_finished():
-    machine = Machine(SPECS["grid"])
+    machine = Simulation(SPECS["grid"])
     for action in decide(machine.spec, []).actions:
         machine.do(action)
     held = decide(machine.spec, [*machine.trials.values()], suspended=True)
@@ -128,21 +128,21 @@ def test_a_suspended_sweep_suspends_its_trials_and_a_finished_one_is_finished():
 
 
 def test_more_failures_than_allowed_end_the_sweep():
-    machine = Machine(sweep_spec(maxFailedTrials=1), fails=(0, 1, 2))
+    machine = Simulation(sweep_spec(maxFailedTrials=1), fails=(0, 1, 2))
     end = machine.run()
     assert not end.succeeded
     assert end.message.startswith("2 trials failed (spec.maxFailedTrials: 1); the last: search-1: out of memory")
 
 
 def test_a_sweep_of_which_no_trial_succeeds_says_why():
-    machine = Machine(sweep_spec(parameters=[{**RATE, "choices": ["1e-4"]}], maxTrials=1), fails=(0,))
+    machine = Simulation(sweep_spec(parameters=[{**RATE, "choices": ["1e-4"]}], maxTrials=1), fails=(0,))
     end = machine.run()
     assert not end.succeeded
     assert end.message == "no trial succeeded with a value of EvalLoss; the last to fail: search-0: out of memory"
 
 
 def test_a_trial_that_was_deleted_is_made_anew_with_the_same_parameters():
-    machine = Machine(SPECS["tpe"])
+    machine = Simulation(SPECS["tpe"])
     machine.run()
     gone = machine.trials.pop(7)
     (action,) = decide(machine.spec, [*machine.trials.values()]).actions
@@ -153,7 +153,7 @@ def test_a_trial_that_was_deleted_is_made_anew_with_the_same_parameters():
 
 def test_trials_that_end_before_they_are_compared_take_part_in_the_comparison():
     spec = sweep_spec(parallelTrials=2, earlyStopping={"minSteps": 40, "reductionFactor": 3})
-    machine = Machine(spec, steps=90)
+    machine = Simulation(spec, steps=90)
     end = machine.run()
     assert end.succeeded
     assert machine.steps == 12 * 40 + 4 * 50  # the second comparison would be at step 120

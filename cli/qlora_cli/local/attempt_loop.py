@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from qlora_api.batch import BatchSplit, split_batch
 from qlora_api.contract import ExitCode, JobRef, PrepareReceipt, TerminationMessage, TrainerConfig, reason_of
-from qlora_api.lifecycle import Finish, after_attempt, restarts
+from qlora_api.lifecycle import FinishJob, after_attempt, restarts
 from qlora_api.memory_fallback import Choice
 from qlora_api.status import Attempt, Reason
 from qlora_cli.kube.target import program
@@ -163,7 +163,7 @@ class LocalRun:
         console, policy = self._setting.console, self._setting.job.spec.policy
         # Who types the command again has looked at what happened: each call has its own restarts.
         decision = after_attempt(policy, self.record.attempts[self._call_began_at :])
-        if isinstance(decision, Finish):
+        if isinstance(decision, FinishJob):
             if decision.succeeded:
                 console.print(run_view.result(self.record, next_commands(self._setting.folder.path)), crop=False)
                 return int(ExitCode.DONE)
@@ -247,7 +247,7 @@ def next_choice(setting: AttemptSettings, record: RunRecord) -> Choice:
         return Choice(batch, local_spec.checkpoints_gradients(setting.job.spec, setting.world))
     last = record.attempts[-1]
     decision = after_attempt(setting.job.spec.policy, record.attempts)
-    if not isinstance(decision, Finish):
+    if not isinstance(decision, FinishJob):
         return Choice(decision.batch, decision.gradient_checkpointing)
     batch = BatchSplit(
         world_size=last.world_size,

@@ -112,7 +112,7 @@ def _open(folder: RunFolder, job: QLoRAJob, console: Console, *, fresh: bool) ->
                 f"{folder.path} holds a run of another spec, and a resumed run must match its checkpoint:\n{lines}\n"
                 "Use another metadata.name, or --fresh to put that run aside and start anew."
             )
-        case run_folder.Resume(found) | run_folder.Finished(found):
+        case run_folder.ResumeRun(found) | run_folder.AlreadyFinished(found):
             return found
         case run_folder.StartNew():
             if folder.path.exists():

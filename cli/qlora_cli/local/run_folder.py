@@ -216,12 +216,12 @@ class StartNew:
 
 
 @dataclass(frozen=True)
-class Resume:
+class ResumeRun:
     record: RunRecord
 
 
 @dataclass(frozen=True)
-class Finished:
+class AlreadyFinished:
     record: RunRecord
 
 
@@ -232,7 +232,9 @@ class Refuse:
     changes: tuple[Change, ...]
 
 
-def opening(record: RunRecord | None, spec: QLoRAJobSpec, *, trained: bool) -> StartNew | Resume | Finished | Refuse:
+def opening(
+    record: RunRecord | None, spec: QLoRAJobSpec, *, trained: bool
+) -> StartNew | ResumeRun | AlreadyFinished | Refuse:
     """Decide what a call goes on with. ``trained``: there is something to lose, a step taken or a checkpoint."""
     if record is None:
         return StartNew()
@@ -246,8 +248,8 @@ def opening(record: RunRecord | None, spec: QLoRAJobSpec, *, trained: bool) -> S
     if changed and record.attempts:
         return StartNew()
     if record.finished:
-        return Finished(record)
-    return Resume(record.model_copy(update={"spec": spec, "immutable_hash": immutable_hash(spec)}))
+        return AlreadyFinished(record)
+    return ResumeRun(record.model_copy(update={"spec": spec, "immutable_hash": immutable_hash(spec)}))
 
 
 def with_recorded_compute_type(began: QLoRAJobSpec, spec: QLoRAJobSpec) -> QLoRAJobSpec:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Literal
 
-from qlora_api.lifecycle import Finish, after_attempt
+from qlora_api.lifecycle import FinishJob, after_attempt
 from qlora_api.status import Attempt, ConditionType, QLoRAJobStatus, Reason
 from qlora_operator.decide.attempts.attempt_history import measured, open_attempt, with_end
 from qlora_operator.decide.attempts.attempt_outcome import as_suspended, close, ending_of, is_lost
@@ -51,7 +51,7 @@ def has_pods(context: Context) -> bool:
 
 def fail_by_deadline(context: Context, status: QLoRAJobStatus, notes: Sequence[Note]) -> Decision:
     """Return the decision in which a job fails by its deadline."""
-    end = Finish(False, Reason.DEADLINE_EXCEEDED, deadline_words(context))
+    end = FinishJob(False, Reason.DEADLINE_EXCEEDED, deadline_words(context))
     note = Note("Warning", end.reason.value, end.message)
     return end_job(context, with_finish(context, status, end), (*notes, note))
 
@@ -87,9 +87,9 @@ def conclude_attempt(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJob
     if outcome is StopOutcome.CLOSE_AS_DEADLINE_EXCEEDED:
         return status, ()
     decision = after_attempt(context.job.spec.policy, status.attempts)
-    if stop is StopCause.DEADLINE and not isinstance(decision, Finish):
+    if stop is StopCause.DEADLINE and not isinstance(decision, FinishJob):
         return status, ()
-    if isinstance(decision, Finish):
+    if isinstance(decision, FinishJob):
         kind: Literal["Normal", "Warning"] = "Normal" if decision.succeeded else "Warning"
         where = f"; the adapter is published: {status.adapter.uri}" if decision.succeeded and status.adapter else ""
         note = Note(kind, decision.reason.value, f"{decision.message}{where}")
@@ -104,7 +104,7 @@ def _attempt_words(attempt: Attempt) -> str:
     return f"attempt {attempt.number}{where}: {attempt.message}"
 
 
-def with_finish(context: Context, status: QLoRAJobStatus, end: Finish) -> QLoRAJobStatus:
+def with_finish(context: Context, status: QLoRAJobStatus, end: FinishJob) -> QLoRAJobStatus:
     """Return a status that says how the job ended."""
     kind = ConditionType.SUCCEEDED if end.succeeded else ConditionType.FAILED
     status = with_condition(context, status, ConditionType.RUNNING, end.reason, "", is_true=False)

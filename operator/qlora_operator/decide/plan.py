@@ -13,7 +13,7 @@ from typing import Any
 
 from qlora_api.batch import BatchSplit, split_batch
 from qlora_api.job import QLoRAJob
-from qlora_api.lifecycle import Finish, after_attempt
+from qlora_api.lifecycle import FinishJob, after_attempt
 from qlora_api.spec import Gang
 from qlora_api.status import Attempt, ConditionType, QLoRAJobStatus, Reason
 from qlora_operator.config import OperatorConfig
@@ -193,7 +193,7 @@ def _prepared_or_failed(context: Context, status: QLoRAJobStatus, ending: Ending
 
 def _prepare_failed(context: Context, status: QLoRAJobStatus, ending: Ending) -> Decision:
     status = with_condition(context, status, ConditionType.PREPARED, ending.reason, ending.message, is_true=False)
-    end = Finish(False, ending.reason, ending.message)
+    end = FinishJob(False, ending.reason, ending.message)
     return end_job(context, with_finish(context, status, end), (Note("Warning", ending.reason.value, ending.message),))
 
 
@@ -231,7 +231,7 @@ def _start(context: Context, status: QLoRAJobStatus) -> Decision:
     checkpointing = render.checkpoints_gradients(context.job.spec, context.config, status.prepared)
     if status.attempts:
         decision = after_attempt(context.job.spec.policy, status.attempts)
-        if isinstance(decision, Finish):  # a limit was lowered while the job waited
+        if isinstance(decision, FinishJob):  # a limit was lowered while the job waited
             return end_job(context, with_finish(context, status, decision), ())
         batch = batch_for_world_size(context, status.attempts[-1], decision.batch)
         checkpointing = decision.gradient_checkpointing

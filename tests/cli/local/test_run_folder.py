@@ -6,7 +6,7 @@ import pytest
 
 from qlora_api import QLoRAJobSpec
 from qlora_api.spec import ComputeType
-from qlora_cli.local.run_folder import Refuse, Resume, new_record, now, opening
+from qlora_cli.local.run_folder import Refuse, ResumeRun, new_record, now, opening
 
 
 def spec(**quantization):
@@ -25,7 +25,7 @@ def spec(**quantization):
 def test_a_run_that_trained_keeps_its_compute_type_and_another_follows_the_device(trained, kept):
     began = new_record("job", spec(computeType="BFloat16"), now())
     found = opening(began, spec(), trained=trained)
-    assert isinstance(found, Resume)
+    assert isinstance(found, ResumeRun)
     assert found.record.spec.quantization.compute_type is kept
 
 
