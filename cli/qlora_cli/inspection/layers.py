@@ -15,7 +15,7 @@ from qlora_memory.shape.model_shape import Linear
 from qlora_memory.weights import BLOCK, constant_bytes, quantized_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 DEFAULT = "NF4+DQ"
 """The default of a job, by whose error layers are ranked."""
@@ -84,6 +84,21 @@ class InspectedLayer(BaseModel):
 
 
 @dataclass(frozen=True)
+class MeasuredFormat:
+    """A format at a block size, of all layers together."""
+
+    form: str
+    block: int | None
+    """None: the format has a constant for each row."""
+    error: float
+    bytes: int
+    bits: float
+    """Of a weight, constants included."""
+    saved_bytes: int
+    """Compared with 16 bits."""
+
+
+@dataclass(frozen=True)
 class Inspection:
     """All layers of a base, in the order of their names."""
 
@@ -93,6 +108,15 @@ class Inspection:
     @property
     def elements(self) -> int:
         return sum(layer.linear.elements for layer in self.layers)
+
+    def formats(self) -> Iterator[MeasuredFormat]:
+        """Yield each format at each block size."""
+        for form in FORMATS:
+            for block in BLOCKS if form != "INT8" else (0,):
+                size = sum(layer.bytes(form, block) for layer in self.layers)
+                error = error_of(self.layers, form, block)
+                bits, saved = 8 * size / self.elements, 2 * self.elements - size
+                yield MeasuredFormat(form, block or None, error, size, bits, saved)
 
     def kinds(self) -> dict[str, tuple[InspectedLayer, ...]]:
         """Return the layers of each kind, the kinds with the largest error first."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qlora_cli.inspection import view
 from qlora_cli.inspection.layers import DEFAULT
-from qlora_cli.report.style import STYLE
+from qlora_cli.report.html import document, section, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -22,45 +22,27 @@ def page(found: Inspection, count: int) -> str:
     """Return the whole page."""
     title = f"{found.model}: quantization"
     parts = [
-        _section("Kinds of layers, at block size 64", _table(view.KIND_HEADS, view.kind_rows(found))),
-        _section("Formats and block sizes", _table(view.FORMAT_HEADS, view.format_rows(found))),
-        _section("Double quantization", _table(view.CONSTANT_HEADS, view.constant_rows(found))),
-        _section(f"Error of each layer, {DEFAULT} at block size 64", _map(found)),
+        section("Kinds of layers, at block size 64", _table(view.KIND_HEADS, view.kind_rows(found))),
+        section("Formats and block sizes", _table(view.FORMAT_HEADS, view.format_rows(found))),
+        section("Double quantization", _table(view.CONSTANT_HEADS, view.constant_rows(found))),
+        section(f"Error of each layer, {DEFAULT} at block size 64", _map(found)),
     ]
     if count:
         paste = f"<pre>{escape(view.skip_modules(found, count))}</pre>"
         parts.append(
-            _section(
+            section(
                 "Worst layers",
                 _table(view.WORST_HEADS, view.worst_rows(found, count)) + "<p>To leave them in 16 bits:</p>" + paste,
             )
         )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
-        f"<header><h1>{escape(title)}</h1><p>{escape(view.summary(found))}</p></header>\n"
-        + "\n".join(parts)
-        + "\n</main></body></html>\n"
-    )
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>"
+    head = f"<header><h1>{escape(title)}</h1><p>{escape(view.summary(found))}</p></header>"
+    return document(title, head, parts)
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return _html_table(heads, ([escape(cell) for cell in row] for row in rows))
-
-
-def _html_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def cells(row: Sequence[str], tag: str) -> str:
-        return "".join(f"<{tag}{' class=n' if index else ''}>{cell}</{tag}>" for index, cell in enumerate(row))
-
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    head = cells([escape(text) for text in heads], "th")
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    """Return a table of texts, with numbers in all columns but the first."""
+    cells = ([escape(cell) for cell in row] for row in rows)
+    return table([escape(head) for head in heads], cells, range(1, len(heads)))
 
 
 def _map(found: Inspection) -> str:
@@ -80,4 +62,4 @@ def _map(found: Inspection) -> str:
         return f'<span style="background:{mark};padding:1px 5px">{value:.4f}</span>' if layers else ""
 
     rows = [[number, *(cell(by_kind.get(kind, [])) for kind in kinds)] for number, by_kind in places.items()]
-    return _html_table(["Layer", *kinds], rows)
+    return table(["Layer", *map(escape, kinds)], rows, range(1, len(kinds) + 1))

@@ -41,21 +41,17 @@ def kind_rows(found: Inspection) -> list[list[str]]:
 
 def format_rows(found: Inspection) -> list[list[str]]:
     """Return a row for each format and block size."""
-    rows = []
-    for form in FORMATS:
-        for block in BLOCKS if form != "INT8" else (0,):
-            size = sum(layer.bytes(form, block) for layer in found.layers)
-            rows.append(
-                [
-                    form,
-                    str(block) if block else "a row",
-                    f"{error_of(found.layers, form, block):.4f}",
-                    f"{8 * size / found.elements:.3f}",
-                    units.size(size),
-                    units.size(2 * found.elements - size),
-                ]
-            )
-    return rows
+    return [
+        [
+            each.form,
+            str(each.block or "a row"),
+            f"{each.error:.4f}",
+            f"{each.bits:.3f}",
+            units.size(each.bytes),
+            units.size(each.saved_bytes),
+        ]
+        for each in found.formats()
+    ]
 
 
 def constant_rows(found: Inspection) -> list[list[str]]:
@@ -146,15 +142,14 @@ def as_dict(found: Inspection, count: int) -> dict[str, Any]:
         "weights": found.elements,
         "formats": [
             {
-                "format": form,
-                "blockSize": block or None,
-                "error": error_of(found.layers, form, block),
-                "bytes": (size := sum(layer.bytes(form, block) for layer in found.layers)),
-                "bitsPerWeight": 8 * size / found.elements,
-                "savedBytes": 2 * found.elements - size,
+                "format": each.form,
+                "blockSize": each.block,
+                "error": each.error,
+                "bytes": each.bytes,
+                "bitsPerWeight": each.bits,
+                "savedBytes": each.saved_bytes,
             }
-            for form in FORMATS
-            for block in (BLOCKS if form != "INT8" else (0,))
+            for each in found.formats()
         ],
         "layers": [_layer(layer) for layer in found.layers],
         "skipModules": [found.pattern(layer) for layer in worst],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from qlora_api.status import MemoryComponent, Reason
 from qlora_cli.report.charts import Curve, Mark, columns, lines, shares, smoothed
-from qlora_cli.report.style import STYLE
+from qlora_cli.report.html import document, section, table
 from qlora_cli.text import kubernetes_yaml, units
 
 if TYPE_CHECKING:
@@ -37,55 +37,28 @@ MARKED = re.compile("⟦(.*?)⟧", re.DOTALL)
 def page(facts: Facts) -> str:
     """The whole page."""
     parts = [
-        _section("Curves", "".join(_curves(facts.history)), "charts"),
-        _section("Time", _time_of(facts)),
-        _section("Memory of a rank", _memory(facts.predicted, facts.measured)),
-        _section("Attempts", _attempts(facts)),
-        _section("Data", _data(facts.receipt) if facts.receipt else ""),
-        _section("Samples", _samples(facts.receipt.samples) if facts.receipt else ""),
-        _section("Base and adapter", _answers(facts)),
-        _section("What was published", _published(facts)),
-        _section("Configuration", f'<pre class="config">{escape(kubernetes_yaml.dump(facts.spec))}</pre>'),
-        _section("Environment", _environment(facts)),
+        section("Curves", "".join(_curves(facts.history)), "charts"),
+        section("Time", _time_of(facts)),
+        section("Memory of a rank", _memory(facts.predicted, facts.measured)),
+        section("Attempts", _attempts(facts)),
+        section("Data", _data(facts.receipt) if facts.receipt else ""),
+        section("Samples", _samples(facts.receipt.samples) if facts.receipt else ""),
+        section("Base and adapter", _answers(facts)),
+        section("What was published", _published(facts)),
+        section("Configuration", f'<pre class="config">{escape(kubernetes_yaml.dump(facts.spec))}</pre>'),
+        section("Environment", _environment(facts)),
     ]
     title = f"{facts.name}: report"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n{_head(facts)}\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</main></body></html>\n"
-    )
+    return document(title, _head(facts), parts)
 
 
 # -------------------------------------------------------------------------------------------------------------- pieces
-
-
-def _section(title: str, body: str, kind: str = "") -> str:
-    inner = f'<div class="{kind}">{body}</div>' if kind else body
-    return f"<section><h2>{escape(title)}</h2>{inner}</section>" if body else ""
 
 
 def _pairs(rows: Iterable[tuple[str, str]]) -> str:
     """Names and values; values are text."""
     cells = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in rows)
     return f"<dl>{cells}</dl>" if cells else ""
-
-
-def _table(
-    head: Sequence[str], rows: Iterable[Sequence[str]], numbers: frozenset[int] = frozenset(), kind: str = ""
-) -> str:
-    """Cells are HTML; ``numbers``: columns that stand to the right."""
-
-    def cells(row: Sequence[str], tag: str) -> str:
-        return "".join(
-            f"<{tag}{' class=n' if index in numbers else ''}>{cell}</{tag}>" for index, cell in enumerate(row)
-        )
-
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    table = f"<table{' class=' * bool(kind)}{kind}>"
-    return f'<div class="scroll">{table}<thead><tr>{cells(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 # ---------------------------------------------------------------------------------------------------------------- head
@@ -242,13 +215,13 @@ def _memory(predicted: dict[str, int], measured: dict[str, int]) -> str:
         if predicted
         else ""
     )
-    return keys + _table(head, rows, frozenset({1, 2} if predicted else {1}))
+    return keys + table(head, rows, frozenset({1, 2} if predicted else {1}))
 
 
 def _attempts(facts: Facts) -> str:
     if facts.attempts:
         head = ["Attempt", "Ended", "Code", "Steps", "Batch", "Computes in", "Took", "Node", "Message"]
-        return _table(head, [_attempt(a) for a in facts.attempts], frozenset({0, 2})) + BATCH
+        return table(head, [_attempt(a) for a in facts.attempts], frozenset({0, 2})) + BATCH
     known = facts.history.attempts.values()
     rows = [
         [
@@ -260,7 +233,7 @@ def _attempts(facts: Facts) -> str:
         ]
         for a in known
     ]
-    return _table(["Attempt", "From step", "Batch", "Computes in", "Device"], rows) + BATCH if rows else ""
+    return table(["Attempt", "From step", "Batch", "Computes in", "Device"], rows) + BATCH if rows else ""
 
 
 def _attempt(attempt: Attempt) -> list[str]:
@@ -324,7 +297,7 @@ def _said(answers: Sequence[AnswerLine]) -> str:
         [f"<div class=said>{escape((text or '').strip() or '(nothing)')}</div>" for text in texts]
         for texts in ([a.prompt, *(getattr(a, name) for name in names)] for a in answers)
     ]
-    return _table(["Prompt", *(name.capitalize() for name in names)], rows, kind="answers")
+    return table(["Prompt", *(name.capitalize() for name in names)], rows, kind="answers")
 
 
 def _mark(found: re.Match[str]) -> str:
@@ -346,7 +319,7 @@ def _published(facts: Facts) -> str:
         [escape(f["path"]), units.size(f["size"]), f"<code>{escape(f['sha256'][:16])}…</code>"]
         for f in manifest.get("files", [])
     ]
-    return _pairs(rows) + _table(["File", "Size", "SHA-256"], files, frozenset({1}))
+    return _pairs(rows) + table(["File", "Size", "SHA-256"], files, frozenset({1}))
 
 
 def _environment(facts: Facts) -> str:
