@@ -227,9 +227,8 @@ def memory(found: Memory, device: str) -> Table:
     shown = [column for column, by in ((1, found.predicted), (2, found.measured)) if by]
     for column in shown:
         table.add_column(("", "Predicted", "Measured")[column], justify="right")
-    for row in memory_rows(found.predicted, found.measured, device):
-        sizes = (row[1], row[2])
-        table.add_row(row[0], *("" if (size := sizes[c - 1]) is None else units.size(size) for c in shown))
+    for label, *sizes in memory_rows(found.predicted, found.measured, device):
+        table.add_row(label, *("" if (size := sizes[c - 1]) is None else units.size(size) for c in shown))
     return table
 
 

@@ -21,6 +21,14 @@ _NAMES = trainer_arguments.Names(
     optimizer="optimizer",
     fraction="val_set_size",
 )
+_LORA = trainer_arguments.LoraNames(
+    rank="lora_r",
+    rank_default=8,
+    alpha_default=16,
+    dropout_default=0.0,
+    rank_stabilized="peft_use_rslora",
+    dora="peft_use_dora",
+)
 _NOT_NEEDED = (
     *("model_type", "tokenizer_type", "is_llama_derived_model", "is_mistral_derived_model", "is_qwen_derived_model"),
     *("dataset_prepared_path", "eval_sample_packing", "sample_packing_bin_size", "sample_packing_group_size"),
@@ -43,7 +51,8 @@ def convert(into: Conversion) -> None:
     into.put("model.source", source_of(into.text("base_model"), into.text("revision_of_model")))
     _rows(into)
     _quantization(into, adapter)
-    _lora(into)
+    trainer_arguments.convert_lora(into, _LORA)
+    _targets(into)
     trainer_arguments.convert(into, _NAMES)
     into.put("output.destination", into.text("output_dir", "./model-out"))
 
@@ -113,19 +122,11 @@ def _quantization(into: Conversion, adapter: str) -> None:
     four, eight = into.flag("load_in_4bit", adapter == "qlora"), into.flag("load_in_8bit")
     given = into.get("bnb_config_kwargs", {})
     given = given if isinstance(given, dict) else {}
-    if four:
-        into.put("quantization.type", str(given.get("bnb_4bit_quant_type", "nf4")).upper())
-        into.put("quantization.doubleQuantization", bool(given.get("bnb_4bit_use_double_quant", True)))
-    else:
-        into.put("quantization.type", "INT8" if eight else "None")
+    kind, double = str(given.get("bnb_4bit_quant_type", "nf4")), bool(given.get("bnb_4bit_use_double_quant", True))
+    trainer_arguments.put_quantization(into, 4 if four else 8 * eight, kind, double=double)
 
 
-def _lora(into: Conversion) -> None:
-    into.put("lora.rank", int(into.number("lora_r", 8)))
-    into.put("lora.alpha", int(into.number("lora_alpha", 16)))
-    into.put_decimal("lora.dropout", "lora_dropout", 0.0)
-    into.put("lora.rankStabilized", into.flag("peft_use_rslora"))
-    into.put("lora.dora", into.flag("peft_use_dora"))
+def _targets(into: Conversion) -> None:
     targets = into.names("lora_target_modules")
     if not into.flag("lora_target_linear") and targets and targets != ["all-linear"]:
         into.put("lora.targetModules", targets)

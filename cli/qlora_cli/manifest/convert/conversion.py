@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.kube.errors import ClusterError
+from qlora_cli.manifest.local_paths import is_here
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -122,7 +123,7 @@ class Conversion:
 
 def source_of(place: str, revision: str = "") -> str:
     """Return a model or a dataset as a manifest names it: ``org/name`` that is no path here is on the Hub."""
-    if "://" in place or place.startswith(("/", "./", "../", "~")) or Path(place).exists() or place.count("/") > 1:
+    if "://" in place or place.startswith(("/", "./", "../", "~")) or is_here(Path(place)) or place.count("/") > 1:
         return place
     return f"hf://{place}{f'@{revision}' if revision else ''}"
 

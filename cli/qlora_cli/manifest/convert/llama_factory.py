@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qlora_cli.manifest.convert.conversion import Conversion
 
 _NAMES = trainer_arguments.Names(fraction="val_size")
+_LORA = trainer_arguments.LoraNames(rank="lora_rank", rank_default=8, alpha_default=None, dropout_default=0.0)
 _NOT_NEEDED = ("trust_remote_code", "mix_strategy", "preprocessing_batch_size", "use_unsloth", "enable_liger_kernel")
 _NO_ROWS = "; name the rows by --data"
 
@@ -36,12 +37,7 @@ def convert(into: Conversion, folder: Path) -> None:
     into.put("model.source", source_of(into.text("model_name_or_path"), into.text("model_revision")))
     _rows(into, stage, folder)
     _quantization(into)
-    rank = int(into.number("lora_rank", 8))
-    into.put("lora.rank", rank)
-    into.put("lora.alpha", int(into.number("lora_alpha", 2 * rank)))
-    into.put_decimal("lora.dropout", "lora_dropout", 0.0)
-    into.put("lora.rankStabilized", into.flag("use_rslora"))
-    into.put("lora.dora", into.flag("use_dora"))
+    trainer_arguments.convert_lora(into, _LORA)
     if (targets := into.names("lora_target") or ["all"]) != ["all"]:
         into.put("lora.targetModules", targets)
     trainer_arguments.convert(into, _NAMES)
@@ -122,6 +118,5 @@ def _quantization(into: Conversion) -> None:
     if bits not in (0, 4, 8) or (bits and method not in ("bnb", "bitsandbytes")):
         into.note(f"quantization: {bits} bits by {method}: has no counterpart, NF4 is set")
         bits = 4
-    kind = into.text("quantization_type", "nf4").upper()
-    into.put("quantization.type", {0: "None", 4: kind, 8: "INT8"}[bits])
-    into.put("quantization.doubleQuantization", into.flag("double_quantization", default=True))
+    kind, double = into.text("quantization_type", "nf4"), into.flag("double_quantization", default=True)
+    trainer_arguments.put_quantization(into, bits, kind, double=double)

@@ -47,12 +47,7 @@ def manifest_of(
     into = convert(file, gpus)
     known = {name: given.get(name) or str(into.fields.get(path) or "") for name, path in _PLACES.items()}
     answers = init.ask({**given, **known}, prompt)
-    chosen = {
-        "model.source": answers.model,
-        "dataset.train.source": answers.data,
-        **into.fields,
-        "output.destination": answers.destination,
-    }
+    chosen: dict[str, object] = {**dict.fromkeys(_PLACES.values()), **into.fields}
     for name, path in _PLACES.items():
         chosen[path] = getattr(answers, name)
     if given.get("format") or "dataset.format" not in chosen:

@@ -57,6 +57,44 @@ class Names:
     """Of the rows that are held out; empty: the tool has no such setting."""
 
 
+@dataclass(frozen=True)
+class LoraNames:
+    """Names of a tool for LoRA, and its defaults."""
+
+    rank: str
+    rank_default: int
+    alpha_default: int | None
+    """None: twice the rank."""
+    dropout_default: float
+    rank_stabilized: str = "use_rslora"
+    dora: str = "use_dora"
+
+
+def convert_lora(into: Conversion, names: LoraNames) -> None:
+    """Convert rank, alpha, dropout and the variants of LoRA."""
+    rank = int(into.number(names.rank, names.rank_default))
+    into.put("lora.rank", rank)
+    into.put("lora.alpha", int(into.number("lora_alpha", names.alpha_default or 2 * rank)))
+    into.put_decimal("lora.dropout", "lora_dropout", names.dropout_default)
+    into.put("lora.rankStabilized", into.flag(names.rank_stabilized))
+    into.put("lora.dora", into.flag(names.dora))
+
+
+def put_quantization(into: Conversion, bits: int, kind: str, *, double: bool) -> None:
+    """Set the quantization of 4, 8 or no bits.
+
+    Args:
+        into: gets the fields.
+        bits: of a weight; 0: the base stays in 16 bits.
+        kind: type of 4 bits, such as ``nf4``.
+        double: quantize the constants of 4 bits, too.
+
+    """
+    into.put("quantization.type", {4: kind.upper(), 8: "INT8"}.get(bits, "None"))
+    if bits == 4:
+        into.put("quantization.doubleQuantization", double)
+
+
 def convert(into: Conversion, names: Names) -> None:
     """Convert batch, length of the training, learning rate, optimizer, evaluation, checkpoints and ZeRO."""
     into.not_needed(*NOT_NEEDED)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qlora_cli.manifest.convert.conversion import Conversion
 
 _NAMES = trainer_arguments.Names(learning_rate_default=2e-5)
+_LORA = trainer_arguments.LoraNames(rank="lora_r", rank_default=16, alpha_default=32, dropout_default=0.05)
 _NOT_NEEDED = (
     *("lora_task_type", "trust_remote_code", "push_to_hub", "bnb_4bit_quant_storage", "use_liger_kernel"),
     *("packing_strategy", "eval_packing", "padding_free", "dataset_train_split", "config"),
@@ -34,16 +35,10 @@ def convert(into: Conversion) -> None:
     into.gpus = processes if into.gpus == 1 else into.gpus
     into.put("model.source", source_of(into.text("model_name_or_path"), into.text("model_revision")))
     _rows(into)
-    if into.flag("load_in_4bit"):
-        into.put("quantization.type", into.text("bnb_4bit_quant_type", "nf4").upper())
-        into.put("quantization.doubleQuantization", into.flag("use_bnb_nested_quant"))
-    else:
-        into.put("quantization.type", "INT8" if into.flag("load_in_8bit") else "None")
-    into.put("lora.rank", int(into.number("lora_r", 16)))
-    into.put("lora.alpha", int(into.number("lora_alpha", 32)))
-    into.put_decimal("lora.dropout", "lora_dropout", 0.05)
-    into.put("lora.rankStabilized", into.flag("use_rslora"))
-    into.put("lora.dora", into.flag("use_dora"))
+    bits = 4 if into.flag("load_in_4bit") else 8 * into.flag("load_in_8bit")
+    kind, double = into.text("bnb_4bit_quant_type", "nf4"), into.flag("use_bnb_nested_quant")
+    trainer_arguments.put_quantization(into, bits, kind, double=double)
+    trainer_arguments.convert_lora(into, _LORA)
     targets = into.names("lora_target_modules")
     if not targets:
         into.note("lora_target_modules: PEFT would choose some by the architecture; here all linear layers are adapted")
