@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from qlora_api.base import Model, Rule
 from qlora_api.spec.data import (
+    REQUIRED_COLUMNS,
     Columns,
     DatasetFormat,
     DatasetSource,
@@ -49,6 +50,7 @@ from qlora_api.spec.values import REMOTE_SCHEMES, STORE_SCHEMES
 
 __all__ = [
     "REMOTE_SCHEMES",
+    "REQUIRED_COLUMNS",
     "STORE_SCHEMES",
     "CheckpointSpec",
     "Columns",

@@ -31,6 +31,15 @@ class DatasetFormat(StrEnum):
     INSTRUCTION = "Instruction"
 
 
+REQUIRED_COLUMNS = {
+    DatasetFormat.MESSAGES: ("messages",),
+    DatasetFormat.PROMPT_COMPLETION: ("prompt", "completion"),
+    DatasetFormat.INSTRUCTION: ("instruction", "output"),
+    DatasetFormat.TEXT: ("text",),
+}
+"""Columns that every row must have, by their fields in :class:`Columns`. Formats are recognized by them, in this order."""
+
+
 class LossOn(StrEnum):
     ALL = "All"
     COMPLETION = "Completion"
@@ -176,10 +185,5 @@ class DatasetSpec(Model):
     @property
     def required_columns(self) -> dict[str, str]:
         """Columns that every row of the format must have, each with the manifest's field that names it."""
-        names = {
-            DatasetFormat.TEXT: ("text",),
-            DatasetFormat.MESSAGES: ("messages",),
-            DatasetFormat.PROMPT_COMPLETION: ("prompt", "completion"),
-            DatasetFormat.INSTRUCTION: ("instruction", "output"),
-        }[self.format]
+        names = REQUIRED_COLUMNS[self.format]
         return {getattr(self.columns, name): f"spec.dataset.columns.{name}" for name in names}

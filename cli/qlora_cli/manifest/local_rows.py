@@ -10,7 +10,7 @@ import zlib
 from typing import IO, TYPE_CHECKING
 
 from qlora_api.errors import FieldError, ManifestError, closest, validate
-from qlora_api.spec import DatasetSpec
+from qlora_api.spec import REQUIRED_COLUMNS, DatasetSpec
 from qlora_cli.manifest import crd_schema
 from qlora_cli.manifest.local_paths import local_file
 
@@ -26,13 +26,6 @@ ALLOWED = (
     " capitals or not, a folder of such files, or a folder written by datasets.save_to_disk"
 )
 SPLITS = {"train": "spec.dataset.train.source", "eval": "spec.dataset.eval.source"}
-FORMATS = {
-    "Messages": ("messages",),
-    "PromptCompletion": ("prompt", "completion"),
-    "Instruction": ("instruction", "output"),
-    "Text": ("text",),
-}
-"""Columns by which a format is recognized, in this order."""
 MOST_BYTES = 1 << 20
 """Of the first row; Prepare reads the rest."""
 
@@ -88,7 +81,7 @@ def recognized_format(source: str) -> str | None:
     """Return the format that the columns of a local file are those of; None where that cannot be told."""
     path = local_file(source)
     columns = columns_of(path) if path else []
-    return next((form for form, needed in FORMATS.items() if columns and {*needed} <= {*columns}), None)
+    return next((form.value for form, needed in REQUIRED_COLUMNS.items() if columns and {*needed} <= {*columns}), None)
 
 
 def _plain_name(path: Path) -> str:
