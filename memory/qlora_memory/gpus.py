@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from qlora_api.errors import FieldError, closest
 from qlora_api.spec import ComputeType, QuantizationSpec, QuantizationType
 
+GPU_PRODUCT = "nvidia.com/gpu.product"
+"""Label of a node with the name of its GPU, as NVIDIA's GPU feature discovery sets it."""
 CUBLAS_BYTES = 8_519_680
 """Of one cuBLAS handle before Hopper."""
 OLDEST = 7.0

@@ -20,7 +20,7 @@ Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 LOGS = "1Gi"
 """Of a container, before the kubelet rotates them, with room to spare."""
 DEFAULT = "default"
-"""Key of the price of GPUs that have none of their own, and of the profile of jobs that name none."""
+"""Key of the price of GPUs that have none of their own."""
 
 
 def _known_gpus(prices: dict[str, float]) -> dict[str, float]:

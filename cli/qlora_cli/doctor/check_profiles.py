@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qlora_api.profile_names import DEFAULT_PROFILE
 from qlora_cli.doctor.findings import Finding, fault, note, ok, unknown
 from qlora_cli.jobs.job_view import view
 
@@ -13,15 +14,13 @@ if TYPE_CHECKING:
     from qlora_cli.doctor.collect import ClusterSnapshot
     from qlora_cli.kube.api_client import Object
 
-DEFAULT = "default"
-
 
 def profiles(seen: ClusterSnapshot) -> Iterator[Finding]:
     """Give the profiles that jobs may name, those without a node, and jobs that name another."""
     if not seen.config.there:
         return
     known: Mapping[str, Any] = seen.config.value.get("profiles") or {}
-    bad = list(_jobs(seen, {DEFAULT, *known}))
+    bad = list(_jobs(seen, {DEFAULT_PROFILE, *known}))
     yield from bad
     if not known:
         return

@@ -6,16 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from qlora_api.errors import FieldError, closest
-from qlora_memory.gpus import known_gpu
+from qlora_api.errors import FieldError
+from qlora_api.profile_names import DEFAULT_PROFILE, unknown_profile
+from qlora_memory.gpus import GPU_PRODUCT, known_gpu
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from qlora_api.spec import SchedulingSpec
-
-DEFAULT = "default"
-GPU_PRODUCT = "nvidia.com/gpu.product"
 
 
 def gpu_of_profile(scheduling: SchedulingSpec, path: Path) -> str:
@@ -26,26 +25,40 @@ def gpu_of_profile(scheduling: SchedulingSpec, path: Path) -> str:
 
     """
     values = _read(path)
-    profiles, name = values.get("profiles") or {}, scheduling.profile or DEFAULT
-    if name != DEFAULT and name not in profiles:
-        close = closest(name, profiles, 1)
-        hint = f'; did you mean "{close[0]}"? Allowed' if close else "; allowed"
-        allowed = ", ".join(sorted({DEFAULT, *profiles}))
-        raise FieldError("spec.scheduling.profile", name, f"is no profile of {path}{hint}: {allowed}")
-    profile = profiles.get(name) or {}
-    product = scheduling.node_selector.get(GPU_PRODUCT)
-    if product is None and not profile.get("gpu"):
-        product = (profile.get("nodeSelector") or {}).get(GPU_PRODUCT)
-    same = profile.get("gpuResource") in (None, values.get("gpuResource", "nvidia.com/gpu"))
-    found: str | None = profile.get("gpu") or ((values.get("trainer") or {}).get("gpu") if same else None)
-    if product is not None:
-        known = known_gpu(product)
-        found = known.name if known else None
+    profiles, name = values.get("profiles") or {}, scheduling.profile or DEFAULT_PROFILE
+    if problem := unknown_profile(name, profiles, f"is no profile of {path}"):
+        raise FieldError("spec.scheduling.profile", name, problem)
+    found = _gpu(profiles.get(name) or {}, values, scheduling.node_selector.get(GPU_PRODUCT))
     if not found:
         raise FieldError(
             "--gpu", None, f'is required, as profile "{name}" of {path} does not say which GPU its pods get'
         )
     return found
+
+
+def _gpu(profile: Mapping[str, Any], values: Mapping[str, Any], product: str | None) -> str | None:
+    """Return the GPU of the pods of a profile as the operator finds it; None: not known, or they have none.
+
+    Args:
+        profile: as the chart's values have it.
+        values: of the whole chart.
+        product: GPU that the job's own nodes have.
+
+    """
+    trainer, usual = values.get("trainer") or {}, values.get("gpuResource", "nvidia.com/gpu")
+    own, selector = profile.get("gpuResource"), profile.get("nodeSelector") or {}
+    resource = usual if own is None else own
+    if (trainer.get("device") or ("CUDA" if resource else "CPU")) == "CPU":
+        return None
+    gpu: str | None = profile.get("gpu")
+    if gpu is None and GPU_PRODUCT in selector:
+        product = product or selector[GPU_PRODUCT]
+    elif gpu is None and resource == usual:
+        gpu = trainer.get("gpu")
+    if product is None:
+        return gpu
+    known = known_gpu(product)
+    return known.name if known else None
 
 
 def _read(path: Path) -> dict[str, Any]:

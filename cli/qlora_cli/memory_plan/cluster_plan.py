@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 
 from qlora_cli.kube.errors import ClusterError
 from qlora_cli.memory_plan import plan_view
-from qlora_cli.memory_plan.chart_profiles import GPU_PRODUCT
 from qlora_cli.memory_plan.plan_job import PlanOptions, plan_of
 from qlora_memory import Plan
-from qlora_memory.gpus import known_gpu
+from qlora_memory.gpus import GPU_PRODUCT, known_gpu
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qlora_api.status import ConditionType, Memory, PrepareResult, QLoRAJobStatus, Reason
+from qlora_memory.gpus import GPU_PRODUCT
 from qlora_operator.decide.conditions import with_condition
 from qlora_operator.decide.decision import Context
-from qlora_operator.manifests.profiles import GPU_PRODUCT, device_of, gpu_of, profile_of
+from qlora_operator.manifests.profiles import device_of, gpu_of, profile_of
 
 GPU_NOT_KNOWN = (
     "GPU not known: memory was not planned; set gpu in the job's profile or trainer.gpu in the chart, or "

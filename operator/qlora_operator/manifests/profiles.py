@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from qlora_api.errors import closest
+from qlora_api.profile_names import DEFAULT_PROFILE, unknown_profile
 from qlora_api.spec import QLoRAJobSpec, SchedulingSpec
-from qlora_memory.gpus import known_gpu
-from qlora_operator.config import DEFAULT, OperatorConfig
+from qlora_memory.gpus import GPU_PRODUCT, known_gpu
+from qlora_operator.config import OperatorConfig
 from qlora_operator.profile_types import AmountRange, PodProfile, PreparePod
 
-GPU_PRODUCT = "nvidia.com/gpu.product"
 UNKNOWN_PROFILE = "is no profile of this cluster"
 
 
@@ -19,8 +18,8 @@ def profile_of(spec: QLoRAJobSpec, config: OperatorConfig) -> PodProfile | None:
 
     None where there is none of the name that the job gives.
     """
-    name, trainer = spec.scheduling.profile or DEFAULT, config.trainer
-    profile = config.profiles.get(name, PodProfile() if name == DEFAULT else None)
+    name, trainer = spec.scheduling.profile or DEFAULT_PROFILE, config.trainer
+    profile = config.profiles.get(name, PodProfile() if name == DEFAULT_PROFILE else None)
     if profile is None:
         return None
     resource = config.gpu_resource if profile.gpu_resource is None else profile.gpu_resource
@@ -42,18 +41,15 @@ def memory_of(profile: PodProfile, config: OperatorConfig) -> AmountRange:
 
 def prepare_of(spec: QLoRAJobSpec, config: OperatorConfig) -> PreparePod:
     """Return Prepare's pod: the profile's own, else the operator's."""
-    profile = config.profiles.get(spec.scheduling.profile or DEFAULT)
+    profile = config.profiles.get(spec.scheduling.profile or DEFAULT_PROFILE)
     return (profile and profile.prepare) or config.prepare
 
 
 def profile_problem(scheduling: SchedulingSpec, config: OperatorConfig) -> str:
     """Return why no pod can be made by the profile of a job, with what is allowed; empty where one can."""
-    name = scheduling.profile or DEFAULT
-    if name != DEFAULT and name not in config.profiles:
-        close = closest(name, config.profiles, 1)
-        hint = f'; did you mean "{close[0]}"? Allowed' if close else "; allowed"
-        allowed = ", ".join(sorted({DEFAULT, *config.profiles}))
-        return f'spec.scheduling.profile: "{name}" {UNKNOWN_PROFILE}{hint}: {allowed}'
+    name = scheduling.profile or DEFAULT_PROFILE
+    if problem := unknown_profile(name, config.profiles, UNKNOWN_PROFILE):
+        return f'spec.scheduling.profile: "{name}" {problem}'
     profile = config.profiles.get(name, PodProfile())
     amounts = (
         ("cpu", scheduling.cpu, cpu_of(profile, config)),

@@ -16,10 +16,11 @@ from qlora_api.errors import ManifestError, validate
 from qlora_api.job import QLoRAJob
 from qlora_api.spec import Gang
 from qlora_api.status import Attempt, QLoRAJobStatus
+from qlora_memory.gpus import GPU_PRODUCT
 from qlora_operator.config import OperatorConfig
 from qlora_operator.manifests import render
 from qlora_operator.manifests.pod_template import AZURE_IDENTITY_LABEL
-from qlora_operator.manifests.profiles import GPU_PRODUCT, gpu_of
+from qlora_operator.manifests.profiles import gpu_of
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(p.name for p in GOLDEN.iterdir() if p.is_dir())
