@@ -37,7 +37,7 @@ REQUIRED_COLUMNS = {
     DatasetFormat.INSTRUCTION: ("instruction", "output"),
     DatasetFormat.TEXT: ("text",),
 }
-"""Columns that every row must have, by their fields in :class:`Columns`. Formats are recognized by them, in this order."""
+"""Columns that every row must have, by their fields in :class:`Columns`; the order is that of recognition."""
 
 
 class LossOn(StrEnum):
