@@ -59,7 +59,7 @@ def train_base(report: Path) -> None:
     import torch  # noqa: PLC0415
 
     from qlora_trainer.allocator import keep_freed_memory  # noqa: PLC0415
-    from qlora_trainer.model.hardware import fast_dtype  # noqa: PLC0415
+    from qlora_trainer.model.device.hardware import fast_dtype  # noqa: PLC0415
 
     keep_freed_memory()
     recipe, dtype = small_base.Recipe(), fast_dtype(torch.device("cpu"))

@@ -25,7 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from qlora_trainer.model.hardware import fast_dtype
+from qlora_trainer.model.device.hardware import fast_dtype
 
 DTYPE = fast_dtype(torch.device("cpu"))
 """The stock script is given the type that is fast on this machine, too."""

@@ -10,7 +10,7 @@ import os
 import sys
 
 from qlora_trainer import rank
-from qlora_trainer.model import compute_type
+from qlora_trainer.model.device import compute_type
 from qlora_trainer.prepare import command
 
 if __name__ == "__main__":

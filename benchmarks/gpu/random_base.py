@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_api.spec import QuantizationSpec, QuantizationType
-from qlora_trainer.model.attention import choose_attention, register
 from qlora_trainer.model.base_model import ready_base
-from qlora_trainer.model.compute_type import DTYPES, resolved_on
+from qlora_trainer.model.device.attention import choose_attention, register
+from qlora_trainer.model.device.compute_type import DTYPES, resolved_on
 from qlora_trainer.model.experts.targets import linear_layers
 
 SEED = 42

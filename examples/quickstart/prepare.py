@@ -46,7 +46,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # OpenMP reads it when torch is imported
     import torch
 
-    from qlora_trainer.model.hardware import fast_dtype
+    from qlora_trainer.model.device.hardware import fast_dtype
 
     dtype = fast_dtype(torch.device("cpu"))
     key = content_key(source_files(), str(dtype))

@@ -31,7 +31,7 @@ def make_material(folder: Path) -> None:
     import torch
     from prepare import write_rows
 
-    from qlora_trainer.model.hardware import fast_dtype
+    from qlora_trainer.model.device.hardware import fast_dtype
 
     modules = stdlib_rows.read_modules()
     rows = stdlib_rows.extract(modules)

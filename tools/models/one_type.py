@@ -24,8 +24,8 @@ from qlora_api.spec import ComputeType, QuantizationSpec, QuantizationType
 from qlora_api.status import MemoryComponent
 from qlora_cli.memory_plan.plan_job import PlanOptions, answer
 from qlora_trainer.errors import AdapterRejectedError, TrainerError, UserError
-from qlora_trainer.model.attention import PACKED
 from qlora_trainer.model.base_model import add_lora, load_base, trainable, weight_bytes
+from qlora_trainer.model.device.attention import PACKED
 from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end, head_is_plain, rows_are_apart
 from qlora_trainer.prepare.command import prepare
 from qlora_trainer.prepare.plan_memory import predicted

@@ -20,8 +20,8 @@ from qlora_storage.object_store import open_store, sha256_bytes
 from qlora_trainer.data.formats import Encoder
 from qlora_trainer.errors import TrainerError, system_errors
 from qlora_trainer.model.base_model import causal_config
-from qlora_trainer.model.hardware import fast_dtype
-from qlora_trainer.model.read_weights import load_weights
+from qlora_trainer.model.device.hardware import fast_dtype
+from qlora_trainer.model.loading.read_weights import load_weights
 from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.publish.merge_adapter import load_adapter
 from qlora_trainer.reporting.rank_exit import quiet_libraries

@@ -93,7 +93,7 @@ def _repeated(recorder: LayerRecorder, x: Value, attention: Attention) -> Value:
 def _packed_rows(recorder: LayerRecorder, attention: Attention, query: Value, key: Value, value: Value) -> Value:
     """As with flash, keys and values repeated for their groups, and the output a second time where rows are joined.
 
-    On a CPU, in fp32, and where scores are dropped (``qlora_trainer.model.attention.packed_attention``).
+    On a CPU, in fp32, and where scores are dropped (``qlora_trainer.model.device.attention.packed_attention``).
     A row longer than the sliding window brings a mask of its length squared.
     """
     key, value = _repeated(recorder, key, attention), _repeated(recorder, value, attention)

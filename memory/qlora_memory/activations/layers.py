@@ -41,7 +41,7 @@ class LayerRecorder:
     def norm(self, x: Value, kind: Norm = Norm.RMS, groups: int = 1) -> Value:
         """RMS: w·H + 4 (x itself, and 1/rms). Written out: 4·H + 4 (an fp32 copy of x). Layer: w·H + 8.
 
-        ``torch.nn.functional.rms_norm`` on a GPU (``qlora_trainer.model.kernels.fuse_norms``), transformers' own
+        ``torch.nn.functional.rms_norm`` on a GPU (``qlora_trainer.model.device.kernels.fuse_norms``), transformers' own
         GemmaRMSNorm.forward, and all on a CPU; ``torch.native_layer_norm``.
         """
         rows = self.tokens * groups
@@ -67,8 +67,8 @@ class LayerRecorder:
         """Frozen base: nothing. Adapted: w·inputs (x, shared by layers that read it) + w·rank, and once w·(A + B).
 
         bitsandbytes.autograd.MatMul4Bit keeps no activation, since W is frozen, nor does MatMul8bitLt, after
-        ``qlora_trainer.model.kernels.forget_inputs``. W is dequantized whole, forward and backward; the head never is
-        quantized.
+        ``qlora_trainer.model.device.kernels.forget_inputs``. W is dequantized whole, forward and backward; the head
+        never is quantized.
         """
         adapted, software = layer.name in self.setting.adapter.names, self.setting.software
         added = (self._added(x, layer),) if adapted and self._adds else ()
@@ -109,7 +109,7 @@ class LayerRecorder:
         return self.tokens * max(6 * layer.inputs, 6 * layer.outputs + layer.inputs)
 
     def _added(self, x: Value, layer: Linear) -> Value:
-        """A(dropout(x)), which the product with B adds to the base's output, as ``qlora_trainer.model.kernels`` does.
+        """A(dropout(x)), which the product with B adds to the base's output (``qlora_trainer.model.device.kernels``).
 
         The update is no tensor of its own, hence no bytes.
         """

@@ -26,7 +26,7 @@ from qlora_memory.shape.on_disk import SOURCE, on_disk
 from qlora_memory.shape.safetensors_headers import TensorInfo
 
 PACKED = frozenset({"gemma", "gemma3_text", "llama", "mistral", "opt", "phi", "qwen2", "qwen3"})
-"""Model types whose rows the trainer cuts apart: ``qlora_trainer.model.attention.PROVEN``, held together by a test."""
+"""Model types whose rows the trainer cuts apart: ``qlora_trainer.model.device.attention.PROVEN``, as a test holds."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def _attention(config: ModelConfig, family: ModelFamily, prefix: str, index: int
 
 
 def attention_kind(config: ModelConfig, family: ModelFamily | None = None) -> AttentionKind:
-    """As ``qlora_trainer.model.attention.choose_attention`` chooses."""
+    """As ``qlora_trainer.model.device.attention.choose_attention`` chooses."""
     if config.get("attn_logit_softcapping", family.scores_cap if family else None) is not None:
         return AttentionKind.EAGER
     return AttentionKind.PACKED if config.model_type in PACKED else AttentionKind.MASKED

@@ -50,7 +50,7 @@ class Norm(StrEnum):
 
 
 class AttentionKind(StrEnum):
-    """Which attention the trainer chooses for a model type (``qlora_trainer.model.attention.choose_attention``)."""
+    """Attention that the trainer chooses for a type (``qlora_trainer.model.device.attention.choose_attention``)."""
 
     PACKED = "Packed"
     """Rows are cut apart: variable-length flash attention on a GPU, one call for each row on a CPU."""

@@ -1,6 +1,6 @@
 """Tell how a base is quantized on disk, and what its tensors are once they are dequantized as they are read.
 
-The same decision as ``qlora_trainer.model.disk_tensors``.
+The same decision as ``qlora_trainer.model.loading.disk_tensors``.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ def emulate_float16(initial_scale: float) -> None:
     from functools import partial
 
     from qlora_trainer.engine import loss_scale
-    from qlora_trainer.model import compute_type
+    from qlora_trainer.model.device import compute_type
     from qlora_trainer.training import resume
 
     compute_type.fp16_in_hardware = lambda _: True

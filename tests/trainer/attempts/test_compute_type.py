@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.model import compute_type
-from qlora_trainer.model.hardware import bf16_in_hardware
+from qlora_trainer.model.device import compute_type
+from qlora_trainer.model.device.hardware import bf16_in_hardware
 
 pytestmark = pytest.mark.ranks
 SHORT = {"epochs": None, "maxSteps": 6}

@@ -14,8 +14,8 @@ from memory_models import CONFIGS, save_models
 from qlora_api.spec import LoRASpec, Optimizer, ParallelismSpec, QuantizationSpec
 from qlora_memory import AdapterShape, EstimateInput, Moment, estimate, model_shape, tensor_infos
 from qlora_memory.optimizer import checkpoint_bytes, partitions, training_state
-from qlora_trainer.model.attention import PROVEN
 from qlora_trainer.model.base_model import add_lora, meta_model
+from qlora_trainer.model.device.attention import PROVEN
 from qlora_trainer.model.experts.targets import linear_layers
 from qlora_trainer.storage.model_files import safetensors_header
 from testing.shared import shared_folder

@@ -18,10 +18,10 @@ from qlora_memory import model_shape, planned_coverage, tensor_infos
 from qlora_trainer.errors import AdapterRejectedError, UserError
 from qlora_trainer.model.base_model import add_lora, load_base, meta_model, trainable, weight_bytes
 from qlora_trainer.model.coverage import coverage_of
-from qlora_trainer.model.experts import loading
 from qlora_trainer.model.experts.packed import Format, FrozenExperts, Packer
 from qlora_trainer.model.experts.structure import expert_parameters, router_names
 from qlora_trainer.model.experts.targets import check_targets, linear_layers
+from qlora_trainer.model.loading import hf_quantizers
 from qlora_trainer.model.loss import call_arguments, end_to_end
 from qlora_trainer.publish.gate import verify_adapter, verify_loads
 from qlora_trainer.publish.merge_adapter import merge
@@ -152,7 +152,7 @@ def test_while_loading_two_experts_at_most_are_there_in_16_bits(wide_mixture, mo
     """Tensors that were read or converted and are still alive, as each expert is packed."""
     live = weakref.WeakSet()
     highest = []
-    read, put = loading._expert, Packer.put
+    read, put = hf_quantizers._expert, Packer.put
 
     def counted_read(*arguments):
         tensor = read(*arguments)
@@ -164,7 +164,7 @@ def test_while_loading_two_experts_at_most_are_there_in_16_bits(wide_mixture, mo
         highest.append(sum(t.nbytes for t in live))
         put(packer, index, weight)
 
-    monkeypatch.setattr(loading, "_expert", counted_read)
+    monkeypatch.setattr(hf_quantizers, "_expert", counted_read)
     monkeypatch.setattr(Packer, "put", counted_put)
     load_base(wide_mixture, QuantizationSpec(compute_type=ComputeType.BFLOAT16), CPU)
     assert len(highest) == 2 * 2 * 32  # layers, weights, experts

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, BloomConfig
 
 from qlora_api.spec import ComputeType, LoRASpec, QuantizationSpec, QuantizationType
 from qlora_trainer.model import loss as loss_module
-from qlora_trainer.model.attention import PACKED, packed_attention
 from qlora_trainer.model.base_model import add_lora, load_base, trainable
+from qlora_trainer.model.device.attention import PACKED, packed_attention
 from qlora_trainer.model.loss import (
     FrozenHead,
     NextTokenLoss,

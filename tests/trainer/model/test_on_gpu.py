@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from qlora_api.spec import ComputeType, LoRASpec, QuantizationSpec, QuantizationType
-from qlora_trainer.model import attention
-from qlora_trainer.model.attention import packed_attention
 from qlora_trainer.model.base_model import add_lora, load_base, trainable, weight_bytes
+from qlora_trainer.model.device import attention
+from qlora_trainer.model.device.attention import packed_attention
 from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end, head_is_plain, rows_are_apart
 from random_rows import random_rows
 from tiny_models import CONFIGS

@@ -24,7 +24,7 @@ from qlora_api.metrics_catalogue import TRAINER, MetricKind
 from qlora_api.spec import QLoRAJobSpec
 from qlora_trainer.liveness.heartbeat import Heartbeat, Section
 from qlora_trainer.model.flops import flops_per_token
-from qlora_trainer.model.loading_progress import counted_weights
+from qlora_trainer.model.loading.loading_progress import counted_weights
 from qlora_trainer.reporting import metrics, training_history
 from qlora_trainer.reporting.phase_collector import PhaseCollector
 from qlora_trainer.reporting.training_history import TrainingHistory

@@ -15,9 +15,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from qlora_trainer.errors import UserError
 from qlora_trainer.inspection.layer_meter import LayerMeter
 from qlora_trainer.model.base_model import causal_config
-from qlora_trainer.model.experts.loading import FourBitConfig, FourBitQuantizer
 from qlora_trainer.model.experts.targets import linear_layers
-from qlora_trainer.model.read_weights import load_weights
+from qlora_trainer.model.loading.hf_quantizers import FourBitConfig, FourBitQuantizer
+from qlora_trainer.model.loading.read_weights import load_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -1,1 +1,1 @@
-"""The quantized base model, its adapter, attention, kernels, loss and tokenizer."""
+"""The quantized base model, its adapter, loss and tokenizer."""

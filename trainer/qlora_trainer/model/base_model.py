@@ -23,18 +23,18 @@ from qlora_api.spec import LoRABias, LoRASpec, QuantizationSpec, QuantizationTyp
 from qlora_api.status import MemoryComponent
 from qlora_memory.shape.on_disk import check_on_disk, on_disk
 from qlora_trainer.errors import UserError
-from qlora_trainer.model.attention import choose_attention, register
 from qlora_trainer.model.composite import meta_model_of, model_class
-from qlora_trainer.model.compute_type import DTYPES, resolved_on
+from qlora_trainer.model.device.attention import choose_attention, register
+from qlora_trainer.model.device.compute_type import DTYPES, resolved_on
+from qlora_trainer.model.device.kernels import forget_inputs, fuse_adapters, fuse_norms
 from qlora_trainer.model.dry_run import find_layer_use
 from qlora_trainer.model.experts.forward import use_own_forward
-from qlora_trainer.model.experts.loading import EightBitConfig, FourBitConfig
 from qlora_trainer.model.experts.structure import expert_parameters
 from qlora_trainer.model.experts.targets import check_targets, linear_layers, lora_config
-from qlora_trainer.model.kernels import forget_inputs, fuse_adapters, fuse_norms
 from qlora_trainer.model.layer_use import note_layer_use
-from qlora_trainer.model.plain_linear import unify_linear_layers
-from qlora_trainer.model.read_weights import load_weights, method_on_disk
+from qlora_trainer.model.loading.hf_quantizers import EightBitConfig, FourBitConfig
+from qlora_trainer.model.loading.plain_linear import unify_linear_layers
+from qlora_trainer.model.loading.read_weights import load_weights, method_on_disk
 from qlora_trainer.storage.model_files import CONFIG
 
 _BIAS = {LoRABias.NONE: "none", LoRABias.ALL: "all", LoRABias.LORA_ONLY: "lora_only"}

@@ -17,8 +17,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from qlora_trainer.data.batches import IGNORED, MicroBatch
-from qlora_trainer.model.attention import PACKED
 from qlora_trainer.model.composite import has_no_towers, language_model
+from qlora_trainer.model.device.attention import PACKED
 
 log = logging.getLogger(__name__)
 LOGITS_PER_CHUNK = 1 << 25

@@ -12,10 +12,10 @@ from torch import nn
 
 from qlora_memory import WeightCounts
 from qlora_memory.shape.model_shape import Linear
-from qlora_trainer.model.experts.loading import FourBitConfig, FourBitQuantizer
 from qlora_trainer.model.experts.structure import expert_parameters, router_names
 from qlora_trainer.model.experts.targets import left_alone, linear_layers
 from qlora_trainer.model.layer_use import known_layer_use
+from qlora_trainer.model.loading.hf_quantizers import FourBitConfig, FourBitQuantizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,12 +14,12 @@ from qlora_memory import check_skip_modules
 from qlora_trainer.errors import AdapterRejectedError, UserError
 from qlora_trainer.model.base_model import add_lora, check_base, meta_model, trainable
 from qlora_trainer.model.composite import text_config
-from qlora_trainer.model.compute_type import DTYPES, device_problem
+from qlora_trainer.model.device.compute_type import DTYPES, device_problem
 from qlora_trainer.model.dry_run import adapters_without_gradient, find_layer_use
 from qlora_trainer.model.experts.structure import expert_parameters
 from qlora_trainer.model.experts.targets import linear_layers, name_text_alone
 from qlora_trainer.model.layer_use import note_layer_use
-from qlora_trainer.model.read_weights import method_on_disk
+from qlora_trainer.model.loading.read_weights import method_on_disk
 from qlora_trainer.model.tokenizer import load_bounded_tokenizer
 from qlora_trainer.model.weight_counts import count_weights
 from qlora_trainer.prepare.plan_memory import agreed_shape, shape_of

@@ -15,7 +15,7 @@ from peft import PeftModel
 from qlora_trainer.errors import AdapterRejectedError
 from qlora_trainer.model.base_model import causal_config
 from qlora_trainer.model.composite import has_no_towers, text_config
-from qlora_trainer.model.read_weights import load_weights
+from qlora_trainer.model.loading.read_weights import load_weights
 from qlora_trainer.publish.gate import CONFIG, WEIGHTS, lora_config, verify_merged_loss
 from qlora_trainer.publish.tower_files import copy_towers
 

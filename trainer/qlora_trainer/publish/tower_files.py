@@ -14,7 +14,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from qlora_trainer.model.base_model import meta_model
 from qlora_trainer.model.composite import tower_names
-from qlora_trainer.model.read_weights import disk_tensors
+from qlora_trainer.model.loading.read_weights import disk_tensors
 from qlora_trainer.storage.model_files import PROCESSOR_FILES, SINGLE_WEIGHTS, WEIGHTS_INDEX
 
 if TYPE_CHECKING:

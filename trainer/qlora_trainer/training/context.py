@@ -18,10 +18,10 @@ from qlora_trainer.engine.loss_scale import LossScale
 from qlora_trainer.errors import TrainerError, UserError
 from qlora_trainer.liveness.heartbeat import node_name
 from qlora_trainer.model.base_model import add_lora, enable_gradient_checkpointing, load_base, weight_bytes
-from qlora_trainer.model.compute_type import OF_OLD_CHECKPOINTS, slow_bf16_warning, with_compute_type
 from qlora_trainer.model.coverage import coverage_of
+from qlora_trainer.model.device.compute_type import OF_OLD_CHECKPOINTS, slow_bf16_warning, with_compute_type
 from qlora_trainer.model.flops import flops_per_token
-from qlora_trainer.model.loading_progress import counted_weights
+from qlora_trainer.model.loading.loading_progress import counted_weights
 from qlora_trainer.model.loss import NextTokenLoss, head_is_plain, rows_are_apart
 from qlora_trainer.prepare.local_copy import Prepared
 from qlora_trainer.prepare.tokenize_rows import PreparedData, load_prepared

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from qlora_trainer.model.device.hardware import bf16_in_hardware
 from qlora_trainer.model.experts.packed import FrozenExperts
-from qlora_trainer.model.hardware import bf16_in_hardware
 
 WORKSPACE = 256 << 20
 """Bytes of weights that are dequantized at once; one expert where one is larger."""

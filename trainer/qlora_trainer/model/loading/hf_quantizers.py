@@ -18,10 +18,10 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 from qlora_trainer.errors import TrainerError
-from qlora_trainer.model.disk_tensors import DiskTensors
 from qlora_trainer.model.experts.packed import Format, Packer, Stack
 from qlora_trainer.model.experts.structure import expert_parameters, router_names
-from qlora_trainer.model.plain_linear import unify_linear_layers
+from qlora_trainer.model.loading.disk_tensors import DiskTensors
+from qlora_trainer.model.loading.plain_linear import unify_linear_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from qlora_api.spec import LoRASpec, QuantizationSpec, QuantizationType
 from qlora_trainer.model import base_model as model_module
 from qlora_trainer.model.base_model import add_lora, load_base, trainable
-from qlora_trainer.model.kernels import fuse_norms
+from qlora_trainer.model.device.kernels import fuse_norms
 from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end, head_is_plain
 from random_rows import random_rows
 

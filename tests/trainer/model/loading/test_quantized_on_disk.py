@@ -16,9 +16,9 @@ from qlora_api.spec import ComputeType, LoRASpec, QuantizationSpec, Quantization
 from qlora_memory import model_shape, tensor_infos
 from qlora_trainer.errors import TrainerError, UserError
 from qlora_trainer.model.base_model import add_lora, check_base, load_base, trainable, weight_bytes
-from qlora_trainer.model.disk_tensors import DiskTensors, dequantized_fp8
 from qlora_trainer.model.experts.packed import FrozenExperts
 from qlora_trainer.model.experts.structure import expert_parameters
+from qlora_trainer.model.loading.disk_tensors import DiskTensors, dequantized_fp8
 from qlora_trainer.model.loss import call_arguments, end_to_end
 from qlora_trainer.prepare.fetch_and_tokenize import notes_of
 from qlora_trainer.prepare.plan_memory import shape_of

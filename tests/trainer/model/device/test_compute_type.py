@@ -11,8 +11,8 @@ import torch
 from qlora_api import QLoRAJobSpec
 from qlora_api.spec import ComputeType, QuantizationSpec, QuantizationType
 from qlora_trainer.errors import UserError
-from qlora_trainer.model import hardware
-from qlora_trainer.model.compute_type import (
+from qlora_trainer.model.device import hardware
+from qlora_trainer.model.device.compute_type import (
     best_type,
     device_problem,
     kept_type,

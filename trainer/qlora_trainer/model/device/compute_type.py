@@ -10,7 +10,7 @@ import torch
 from qlora_api.spec import ComputeType, QuantizationSpec, QuantizationType
 from qlora_memory.gpus import OLDEST
 from qlora_trainer.errors import UserError
-from qlora_trainer.model.hardware import bf16_in_hardware, fast_dtype, fp16_in_hardware
+from qlora_trainer.model.device.hardware import bf16_in_hardware, fast_dtype, fp16_in_hardware
 
 if TYPE_CHECKING:
     from qlora_api.contract import TrainerConfig

@@ -10,8 +10,8 @@ from transformers import GenerationConfig
 
 from qlora_memory.shape.on_disk import method_of
 from qlora_trainer.model.composite import trained_class
-from qlora_trainer.model.disk_tensors import DiskTensors
-from qlora_trainer.model.experts.loading import FourBitConfig
+from qlora_trainer.model.loading.disk_tensors import DiskTensors
+from qlora_trainer.model.loading.hf_quantizers import FourBitConfig
 from qlora_trainer.storage.model_files import CONFIG, GENERATION_CONFIG, weight_names
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from qlora_trainer.model.composite import text_config
-from qlora_trainer.model.hardware import bf16_in_hardware
+from qlora_trainer.model.device.hardware import bf16_in_hardware
 
 PACKED = "qlora_packed"
 """Name under which transformers finds :func:`packed_attention`."""
