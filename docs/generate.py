@@ -32,32 +32,32 @@ REFERENCE = Path(__file__).parent / "reference"
 WRITTEN = "<!-- Written by 'make reference' from {source}. Do not edit. -->"
 BEGINNING = (
     "`apiVersion: qlora.dev/v1alpha1`, `kind: QLoRAJob`, short name `qlj`. Every field; `qlora explain FIELD` and",
-    "`kubectl explain qlorajob.spec` say the same. `metadata.name` has at most 52 characters, so that names of its",
-    "children stay host names.",
+    "`kubectl explain qlorajob.spec` say the same. `metadata.name` has at most 52 characters, so that the names of its",
+    "Jobs and pods are valid host names.",
     "",
-    'Write a decimal in quotes, `"2e-4"`: Kubernetes APIs do not use floats. The API server refuses a change of',
-    "what is immutable.",
+    'Write a decimal in quotes, `"2e-4"`: Kubernetes APIs do not use floats. The API server',
+    "rejects changes to immutable fields.",
 )
 ENDS = (
-    "The trainer sets the exit code; Kubernetes reports disruptions of the pod or node. *Counted*: against",
-    "`policy.maxRestarts`. Waits between attempts grow from 1 s to 5 min, for what is counted and for attempts that",
-    "did no step. `qlora run` follows the same table.",
+    "The trainer sets the exit code; Kubernetes reports disruptions of the pod or node. *Counted* means counted",
+    "against `policy.maxRestarts`. The delay before the next attempt grows from 1 s to 5 min; it applies after a",
+    "counted attempt and after one that completed no step. `qlora run` follows the same table.",
     "",
     f"{STUCK_ATTEMPTS} attempts in a row that end as {' or '.join(f'`{reason}`' for reason in sorted(STUCK))}",
-    "without a step gained end the job.",
+    "without a new step end the job.",
 )
 KILLED = 137
-"""128 + SIGKILL: of a pod it says this much only with what the kubelet says."""
+"""128 + SIGKILL. Whether the pod ran out of memory, only the kubelet's reason tells."""
 DECIDED = {
-    Reason.UNSCHEDULABLE: "another attempt with fewer workers, where `minWorkers` allows it; not counted",
+    Reason.UNSCHEDULABLE: "another attempt with fewer workers if `minWorkers` allows it; not counted",
     Reason.SUSPENDED: "another attempt once the job is resumed; not counted",
     Reason.DEADLINE_EXCEEDED: "the job fails",
 }
-"""Ends that no exit code stands for, and what follows: the operator's own decisions."""
+"""What follows ends that have no exit code, because the operator decides them."""
 
 
 def generated() -> dict[Path, str]:
-    """Every file that is written here, with what it should hold."""
+    """Return the content of every generated file."""
     return {
         REFERENCE / "qlorajob.md": _page(_fields()),
         REFERENCE / "conditions.md": _page(_conditions()),
@@ -184,7 +184,7 @@ def _conditions() -> Iterator[str]:
 
 
 def _following(reason: Reason) -> str:
-    """Return what the decision function makes of an attempt that ended so."""
+    """Return what the decision function does after an attempt with this reason."""
     ended = Attempt(
         number=1,
         world_size=1,

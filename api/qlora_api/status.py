@@ -1,4 +1,4 @@
-"""``QLoRAJob.status``: what is known of a job. Written by the operator (or ``qlora run``) alone."""
+"""``QLoRAJob.status``, the observed state of a job. Only the operator (or ``qlora run``) writes it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Decimal = Annotated[str, StringConstraints(max_length=32)]
 Count = Annotated[int, Field(ge=0)]
 MAX_ATTEMPTS = 64
 NAME_PATTERN = r"^[A-Za-z]([A-Za-z0-9_]*[A-Za-z0-9])?$"
-"""Of reasons, as in metav1.Condition."""
+"""Pattern of a reason in metav1.Condition."""
 
 
 def _map_by(key: str) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def _map_by(key: str) -> dict[str, Any]:
 
 
 class OpenEnum(StrEnum):
-    """Names that are a closed list in code, and in the API any name: other versions of the operator know others."""
+    """An enum in code, but any name in the API: other versions of the operator may have other names."""
 
     @classmethod
     def _missing_(cls, value: object) -> Self | None:
@@ -48,23 +48,23 @@ class ConditionType(OpenEnum):
     """Type of the condition."""
 
     PREPARED = "Prepared"
-    """Model and data are checked; the plan is made."""
+    """Model and rows are valid, and the memory plan is made."""
     RUNNING = "Running"
-    """All ranks of an attempt train."""
+    """All ranks of an attempt are training."""
     SUSPENDED = "Suspended"
     """No pod runs, because spec.suspend is set or the budget is used up."""
     SUCCEEDED = "Succeeded"
     """The adapter is verified and published."""
     FAILED = "Failed"
-    """The job is over without an adapter; the message says why."""
+    """The job ended without an adapter; the message says why."""
     FINISHED = "Finished"
-    """The job is over, whichever way: for ``kubectl wait --for=condition=Finished``."""
+    """The job has succeeded or failed; for ``kubectl wait --for=condition=Finished``."""
     READY = "Ready"
-    """The adapter is published, for tools that know nothing of QLoRAJobs; until then the message says what goes on."""
+    """The adapter is published; until then, the message says what the job is doing. For tools that use kstatus."""
     STALLED = "Stalled"
-    """The job has failed and goes no further, for the same tools (kstatus)."""
+    """The job has failed, for tools that use kstatus. Not to be confused with the reason ``Stalled``."""
     DEGRADED = "Degraded"
-    """The job goes on, and something of it has no effect: fields or values that this operator does not know."""
+    """The job continues, but some fields or values are unknown to this operator and have no effect."""
 
 
 class Reason(OpenEnum):
@@ -73,23 +73,23 @@ class Reason(OpenEnum):
     PENDING = "Pending"
     """The operator has not processed the job yet."""
     QUEUED = "Queued"
-    """A queue has not admitted the attempt, or Prepare, yet; the message names queue and Job."""
+    """A queue has not admitted the attempt or Prepare yet; the message names the queue and the Job."""
     UNSCHEDULABLE = "Unschedulable"
     """No node can take the pods: too few free GPUs, a selector that matches nothing, a taint."""
     QUOTA_EXCEEDED = "QuotaExceeded"
     """A ResourceQuota of the namespace refuses the pods."""
     MISSING_REFERENCE = "MissingReference"
-    """A Secret or PersistentVolumeClaim that the job names is not there."""
+    """A Secret or PersistentVolumeClaim that the job names does not exist."""
     IMAGE_UNAVAILABLE = "ImageUnavailable"
     """The trainer's image cannot be pulled: a wrong name, or no pull secret in this namespace."""
     REFUSED = "Refused"
     """The API server rejects an object that the operator creates; the message is the API server's."""
     STARTING = "Starting"
-    """Pods are placed and start."""
+    """Pods are scheduled and starting."""
     BACKING_OFF = "BackingOff"
     """The next attempt starts after a delay."""
     PREPARING = "Preparing"
-    """Model and rows are checked in a pod without a GPU."""
+    """Model and rows are being checked, in a pod without a GPU."""
     PREPARED = "Prepared"
     """Model and rows are valid; see status.prepared."""
     TRAINING = "Training"
@@ -99,39 +99,39 @@ class Reason(OpenEnum):
     SUSPENDING = "Suspending"
     """The ranks save a checkpoint and exit."""
     SUSPENDED = "Suspended"
-    """spec.suspend is true. An attempt that had run, and ended so, has a checkpoint."""
+    """spec.suspend is true. If an attempt was running, it saved a checkpoint first."""
     BUDGET_REACHED = "BudgetReached"
-    """policy.budgetGpuHours is used up; with more, the job goes on."""
+    """policy.budgetGpuHours is used up; raise it to resume the job."""
     USER_ERROR = "UserError"
     """The manifest, the model or the rows must change. Never retried."""
     OUT_OF_DEVICE_MEMORY = "OutOfDeviceMemory"
-    """A GPU's memory was not enough; the message says in which section, and the peak."""
+    """A GPU ran out of memory; the message has the section and the peak."""
     OUT_OF_HOST_MEMORY = "OutOfHostMemory"
-    """The container took more memory than its limit; the kernel or the kubelet said so."""
+    """The container exceeded its memory limit, as reported by the kernel or the kubelet."""
     PREEMPTED = "Preempted"
-    """The attempt was told to stop, and stopped with a checkpoint. Not counted against policy.maxRestarts."""
+    """The attempt was told to stop and saved a checkpoint. Not counted against policy.maxRestarts."""
     NODE_LOST = "NodeLost"
-    """A node went away, or a pod went away without a word."""
+    """A node was lost, or a pod disappeared without a termination message."""
     PEER_LOST = "PeerLost"
     """The connection to a rank in another pod was lost, and no pod reported a cause."""
     STALLED = "Stalled"
-    """A rank gave no sign of life for policy.stallTimeoutSeconds; the message names rank, node and section."""
+    """A rank sent no heartbeat for policy.stallTimeoutSeconds; the message names it. Not the condition ``Stalled``."""
     NON_FINITE_LOSS = "NonFiniteLoss"
-    """The loss or a gradient is not a number; seen on all ranks before the update. Never retried."""
+    """The loss or a gradient is not finite, detected on all ranks before the update. Never retried."""
     CHECKPOINT_UNREADABLE = "CheckpointUnreadable"
-    """No checkpoint is whole: each has a file that differs from its hash."""
+    """No checkpoint is intact: each has a file that does not match its hash."""
     STORAGE_FAILED = "StorageFailed"
-    """Disk full, or object storage out of reach after all retries."""
+    """The disk is full, or object storage could not be reached after all retries."""
     ADAPTER_REJECTED = "AdapterRejected"
     """The publish gate found the adapter incomplete, not finite, untrained or worse than its base. Never retried."""
     CRASHED = "Crashed"
-    """Any other end; the message has the last lines of the log."""
+    """Any other failure; the message has the last lines of the log."""
     NOT_UNDERSTOOD = "NotUnderstood"
-    """The job has fields or values that this operator does not know, mostly since a newer version made them."""
+    """The job has fields or values that this operator does not know, usually because a newer version wrote them."""
     UNDERSTOOD = "Understood"
     """This operator knows all fields of the job again."""
     DEADLINE_EXCEEDED = "DeadlineExceeded"
-    """All attempts together took longer than policy.activeDeadlineSeconds, or Prepare than the operator allows."""
+    """The attempts exceeded policy.activeDeadlineSeconds, or Prepare exceeded the limit of the operator."""
 
 
 class Condition(Model):
@@ -146,58 +146,59 @@ class Condition(Model):
     last_transition_time: datetime
     """Last time that status changed."""
     observed_generation: Count = 0
-    """metadata.generation of the job that this was said of."""
+    """metadata.generation that this condition was set for."""
 
 
 class Attempt(Model):
-    """One try at the training; never changed once it has ended."""
+    """One attempt to train. It never changes after it has ended."""
 
     number: int = Field(ge=1)
-    """From 1; names the attempt's Job, JOB-NUMBER."""
+    """Number of the attempt, from 1. Its Job is called JOB-NUMBER."""
     job_uid: Annotated[str, StringConstraints(max_length=64)] | None = None
-    """UID of that Job: only pods that it controls are the attempt's."""
+    """UID of that Job. Only pods that it controls belong to the attempt."""
     world_size: int = Field(ge=1)
-    """Ranks."""
+    """Number of ranks."""
     micro_batch_size: int = Field(ge=1)
     """Sequences of one rank's forward pass."""
     gradient_accumulation_steps: int = Field(ge=1)
     """Forward passes of a rank for each optimizer step."""
     gradient_checkpointing: bool = False
-    """Whether activations are computed again in the backward pass."""
+    """True if activations are recomputed in the backward pass."""
     grace_seconds: Count | None = None
-    """terminationGracePeriodSeconds of its pods, where it is not the operator's own setting."""
+    """terminationGracePeriodSeconds of its pods, if it differs from the operator's setting."""
     key_secret: Text = ""
-    """Secret with the key that signs its checkpoints and its manifest; empty for attempts of earlier versions."""
+    """Secret with the key that signs its checkpoints and adapter manifest; empty for attempts of earlier versions."""
     start_time: datetime
-    """When the operator decided on it."""
+    """Time at which the operator decided to start it."""
     running_time: datetime | None = None
-    """When all its pods were ready: GPUs are held and paid for from then on. Anew after a queue took them back."""
+    """Time at which all its pods were ready; GPU time counts from then. Set again if a queue took the GPUs back and
+    readmitted the attempt."""
     end_time: datetime | None = None
-    """When its end was observed; not set while it runs."""
+    """Time at which its end was observed; not set while it runs."""
     reason: Reason | None = None
     message: Text = ""
     """Termination message of the pod that caused the end, or the operator's own finding."""
     exit_code: int | None = None
     """Exit code of that pod."""
     node: Text = ""
-    """Nodes of its pods while it runs; then that of the pod that ended it."""
+    """While it runs, the nodes of its pods; afterwards, the node of the pod that caused the end."""
     compute_type: ComputeType | None = None
-    """Type in which the base computed, as resolved on the device."""
+    """Compute type of the base, as resolved on the device."""
     first_step: Count | None = None
-    """Step from which it went on: 0, or that of a checkpoint."""
+    """Step at which it started: 0, or the step of a checkpoint."""
     last_step: Count | None = None
-    """Newest step that is known of."""
+    """Last step that was reported."""
 
 
 class Progress(Model):
-    """Progress of the training; also the answer of ``GET /progress``, there with all fields."""
+    """Progress of the training. ``GET /progress`` returns it too, with more fields."""
 
     step: Count = 0
     """Optimizer steps done, over all attempts."""
     total_steps: Count = 0
     """Optimizer steps of the whole job."""
     epoch: Decimal = "0"
-    """Passes over the training rows, with fraction."""
+    """Passes over the training rows, with a fraction."""
     loss: Decimal | None = None
     """Mean training loss of the last step's target tokens, in nats."""
     eval_loss: Decimal | None = None
@@ -207,13 +208,13 @@ class Progress(Model):
     learning_rate: Decimal | None = None
     """Learning rate of the last step."""
     tokens_per_second: Decimal | None = None
-    """Real tokens, no padding, over all ranks."""
+    """Tokens per second over all ranks, padding not counted."""
     eta_seconds: Count | None = None
-    """Time left, by the steps so far."""
+    """Estimated time left, from the steps so far."""
 
 
 class MemoryComponent(StrEnum):
-    """Use of memory. One name per component, in predictions, measurements and metrics alike."""
+    """Component of memory; the same name in predictions, measurements and metrics."""
 
     QUANTIZED_WEIGHTS = "quantizedWeights"
     """The base's linear layers but the head, as bitsandbytes packs them."""
@@ -222,25 +223,25 @@ class MemoryComponent(StrEnum):
     UNQUANTIZED_WEIGHTS = "unquantizedWeights"
     """Embeddings, norms, head, biases and experts, frozen, in the compute type."""
     ADAPTER_WEIGHTS = "adapterWeights"
-    """A and B, biases and magnitudes that learn, in fp32."""
+    """A and B, and trained biases and magnitudes, in fp32."""
     GRADIENTS = "gradients"
-    """Of what learns, in fp32."""
+    """Gradients of all trained weights, in fp32."""
     OPTIMIZER_STATE = "optimizerState"
-    """Moments, and under ZeRO 1 and 2 the fp32 copy of the rank's partition."""
+    """Moments, and with ZeRO 1 and 2 the fp32 copy of the rank's partition."""
     ACTIVATIONS = "activations"
-    """Held from the forward to the backward pass; with gradient checkpointing the layers' inputs."""
+    """Activations kept from the forward to the backward pass; with gradient checkpointing only the layers' inputs."""
     BACKWARD_WORKSPACE = "backwardWorkspace"
-    """One layer's gradients, and with gradient checkpointing all that it computes again."""
+    """One layer's gradients, and with gradient checkpointing the activations that it recomputes."""
     LOGITS = "logits"
-    """Head and loss."""
+    """The head's output and the loss."""
     DEQUANTIZED_WEIGHTS = "dequantizedWeights"
-    """The weight of the layer at work, brought back to the compute type."""
+    """The weight of the current layer, dequantized to the compute type."""
     COLLECTIVE_BUFFERS = "collectiveBuffers"
-    """DeepSpeed's buckets, and under ZeRO 3 the parameters it gathers."""
+    """DeepSpeed's buckets, and with ZeRO 3 the gathered parameters."""
     LIBRARY_WORKSPACES = "libraryWorkspaces"
-    """cuBLAS."""
+    """Workspaces of cuBLAS."""
     CUDA_CONTEXT = "cudaContext"
-    """The driver's and NCCL's own; no allocation of PyTorch's."""
+    """Memory of the driver and of NCCL, outside PyTorch's allocator."""
     FRAGMENTATION = "fragmentation"
     """Reserve for gaps between allocations."""
     PEAK = "peak"
@@ -248,53 +249,54 @@ class MemoryComponent(StrEnum):
 
 
 class Memory(Model):
-    """Bytes per rank, the largest over the ranks."""
+    """Bytes per rank: the maximum over all ranks."""
 
     predicted: dict[str, Count] = Field({}, max_length=32)
-    """By component, as planned for this attempt's batch."""
+    """Predicted bytes by component, for this attempt's batch."""
     measured: dict[str, Count] = Field({}, max_length=32)
-    """By component, the highest so far; peak is the device's own."""
+    """Measured bytes by component, the highest so far; peak is measured by the device."""
 
 
 class PrepareResult(Model):
-    """Decisions of Prepare, for whoever starts the trainers and for ``status``."""
+    """Findings and decisions of Prepare."""
 
     model_revision: Text
-    """Exact: the commit on the Hub, a hash of the content elsewhere."""
+    """Exact revision of the model: the commit on the Hub, or a hash of the content elsewhere."""
     data_hash: Text
-    """Of the rows, the tokenizer and all that decides how they become tokens."""
+    """Hash of the rows, the tokenizer and all settings that affect tokenization."""
     train_rows: Count
-    """Training rows that are learned from."""
+    """Training rows that are used."""
     train_tokens: Count
-    """Their tokens."""
+    """Tokens of those rows."""
     train_sequences: Count
-    """Packs, or rows without packing: what globalBatchSize counts."""
+    """Sequences, as globalBatchSize counts them: packs, or rows without packing."""
     steps_per_epoch: Count = 0
+    """Optimizer steps of one epoch."""
     eval_rows: Count = 0
-    """Rows held out."""
+    """Evaluation rows."""
     truncated: Count = 0
     """Rows that lost their tail."""
     dropped: Count = 0
     """Rows left out because they are too long."""
     fully_masked: Count = 0
-    """Rows left out because no token of theirs counts."""
+    """Rows left out because none of their tokens counts."""
     duplicates: Count = 0
-    """Training rows that repeat an earlier one token by token; they are kept."""
+    """Training rows with the same tokens as an earlier row; they are kept."""
     packing_efficiency: Decimal = "1"
-    """Real tokens / slots of maxLength."""
+    """Share of all positions in the packed sequences that hold a token."""
     batch: BatchSplit
     gradient_checkpointing: bool
-    """Whether the first attempt computes activations again, as planned or as the job says."""
+    """True if the first attempt recomputes activations, as planned or as the job says."""
     quantized: Text = ""
-    """Share of the base's weights that are quantized. Empty: it cannot be told."""
+    """How much of the base is quantized, as a sentence; empty if unknown."""
     adapted: Text = ""
-    """Of the base's linear layers and its layers with experts, those with an adapter. Empty: it cannot be told."""
+    """Which of the base's linear layers and experts get an adapter, as a sentence; empty if unknown."""
     memory: dict[str, Count] = Field({}, max_length=32)
-    """Predicted bytes of one rank by component."""
+    """Predicted bytes of one rank, by component."""
     expected_gpu_hours: Decimal | None = None
-    """Time of all GPUs together that training should take, good to a factor of 1.5. None: the GPU is not known."""
+    """Estimated GPU-hours of the training, within a factor of 1.5. Not set if the GPU is unknown."""
     seconds: Decimal = "0"
-    """Time that Prepare took; near zero when everything was there already."""
+    """Time that Prepare took, in seconds; near zero if the results of an earlier job were found."""
 
 
 class Adapter(Model):
@@ -303,9 +305,9 @@ class Adapter(Model):
     uri: Text
     """Folder of the adapter in PEFT's layout."""
     manifest_uri: Text
-    """The manifest that declares it: files, sizes, hashes, figures, configuration."""
+    """The adapter manifest: files, sizes, hashes, metrics and configuration."""
     manifest_sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-    """SHA-256 of the manifest."""
+    """SHA-256 of the adapter manifest."""
 
 
 class QLoRAJobStatus(Model):
@@ -318,35 +320,35 @@ class QLoRAJobStatus(Model):
     reason: Reason = Reason.PENDING
     conditions: list[Condition] = Field([], max_length=16, json_schema_extra=_map_by("type"))
     attempts: list[Attempt] = Field([], max_length=MAX_ATTEMPTS, json_schema_extra=_map_by("number"))
-    """The newest ones; what ended without counting against policy.maxRestarts is dropped first."""
+    """The newest attempts. Of too many, those that do not count against policy.maxRestarts are dropped first."""
     restarts: Count = 0
     """Attempts that count against policy.maxRestarts."""
     total_restarts: Count = 0
-    """Attempts that followed another one, for whatever reason."""
+    """All attempts after the first, whatever the reason."""
     gpu_seconds: Count = 0
-    """Time of all GPUs over all attempts, without waiting."""
+    """GPU-seconds of all attempts; waiting does not count."""
     earlier_gpu_seconds: Count = 0
-    """GPU-seconds of attempts that are no longer listed, and of the open one before a queue took its GPUs back."""
+    """GPU-seconds of attempts that are not listed any more, and of the current one before a queue took its GPUs."""
     grace_seconds: Count | None = None
-    """Seconds that pods of the next attempt need to save a checkpoint after the stop signal, by the longest step and
-    save so far. Set only where it is more than the operator's own setting (trainer.graceSeconds); at most 900."""
+    """terminationGracePeriodSeconds of the next attempt's pods, estimated from the longest step and checkpoint so far.
+    Set only if it is more than the operator's setting (trainer.graceSeconds); at most 900."""
     stop_seconds: Count | None = None
-    """Seconds that the newest attempt's ranks need to checkpoint and exit, by its longest step and save. To keep to
-    policy.budgetGpuHours, the stop signal is sent this much earlier."""
+    """Time that the newest attempt needs to checkpoint and exit, estimated from its longest step and checkpoint. The
+    stop signal is sent this long before policy.budgetGpuHours is used up."""
     start_time: datetime | None = None
     """Start of the first attempt, or of Prepare."""
     completion_time: datetime | None = None
-    """When the job succeeded or failed."""
+    """Time at which the job succeeded or failed."""
     prepared: PrepareResult | None = None
     expected_cost: Decimal | None = None
-    """Money for prepared.expectedGpuHours, by the operator's pricePerGpuHour and in its currency."""
+    """Cost of prepared.expectedGpuHours at the operator's pricePerGpuHour, in its currency."""
     progress: Progress | None = None
     memory: Memory | None = None
     memory_correction: Decimal | None = None
-    """What the plan multiplied its bytes by: measured over predicted, as earlier jobs of this cluster on such GPUs had
-    it. Between 0.95 and 1.15; not set where nothing was learned. ``memory.predicted`` is without it."""
+    """Factor applied to the predicted memory: measured over predicted, from earlier jobs on the same kind of GPU.
+    Between 0.95 and 1.15; not set without such jobs. ``memory.predicted`` does not include it."""
     eta: Annotated[str, StringConstraints(max_length=16)] = ""
-    """Time left in words, for ``kubectl get``."""
+    """Estimated time left as text, for ``kubectl get``."""
     peak_memory: Annotated[str, StringConstraints(max_length=16)] = ""
-    """Measured peak in words, for ``kubectl get``."""
+    """Measured peak memory as text, for ``kubectl get``."""
     adapter: Adapter | None = None

@@ -1,4 +1,4 @@
-"""Fields of learning: quantization of the base, LoRA, the loop."""
+"""Fields of ``spec.quantization``, ``spec.lora`` and ``spec.training``."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ class QuantizationSpec(Model):
     """Quantization of the frozen base. Dettmers et al. 2023 (QLoRA), sections 3 and 4."""
 
     type: QuantizationType = QuantizationType.NF4
-    """NF4 (4-bit normal float), FP4, INT8 (LLM.int8) or None (16-bit LoRA, for comparison): of linear layers, and with
-    NF4 and FP4 of experts; embeddings, the head, norms and routers stay in 16 bits. A base that is already 4-bit on
-    disk is loaded as it is and must be of this type."""
+    """Quantization type of the linear layers: NF4 (4-bit normal float), FP4, INT8 (LLM.int8) or None (16-bit LoRA, for
+    comparison). NF4 and FP4 also quantize experts. Embeddings, the head, norms and routers stay in 16 bits. A base that
+    is stored in 4 bits is loaded as it is and must be of this type."""
     double_quantization: bool = True
     """Also quantize the absmax constants of NF4 and FP4. They then take 0.127 instead of 0.5 bits per parameter."""
     compute_type: ComputeType = ComputeType.AUTO
-    """Type in which the base computes. Auto follows the device at the first attempt, and later attempts keep it:
+    """Type in which the base computes. Auto chooses by the device of the first attempt, and later attempts keep it:
     BFloat16 on GPUs of compute capability 8.0 or higher and on CPUs with bf16 instructions, Float16 with dynamic loss
     scaling on GPUs of capability 7.x (T4, V100), Float32 on other CPUs. Float16 is not available with type INT8."""
     skip_modules: list[
         Annotated[str, StringConstraints(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9_.*-]+$")]
     ] = Field([], max_length=256)
-    """Linear layers and experts that stay in 16 bits: names or their dotted ends, as in lora.targetModules; * stands
-    for any characters, as in layers.0.*.down_proj. Each must match a layer that would be quantized. `qlora inspect`
-    says which layers lose most by quantization. Not available for a base that is quantized on disk."""
+    """Linear layers and experts that stay in 16 bits: full names or dotted suffixes, as in lora.targetModules, where *
+    matches any characters (layers.0.*.down_proj). Each must match a layer that would be quantized. `qlora inspect`
+    shows which layers lose most by quantization. Not available for a base that is stored quantized."""
     rules: ClassVar = (
         Rule(
             "self.type != 'None' || !has(self.skipModules) || size(self.skipModules) == 0",
@@ -83,7 +83,7 @@ class QuantizationSpec(Model):
 
 
 def is_matched(name: str, pattern: str) -> bool:
-    """Return whether a pattern of ``skip_modules`` matches a full name or its dotted end."""
+    """Return whether a pattern of ``skip_modules`` matches a full name or a dotted suffix of it."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
@@ -105,14 +105,14 @@ class LoRASpec(Model):
     target_modules: list[Annotated[str, StringConstraints(min_length=1, max_length=253)]] | None = Field(
         None, min_length=1, max_length=64
     )
-    """Names (or dotted suffixes) of the linear layers and experts (such as experts.down_proj) that get an adapter.
+    """Full names or dotted suffixes of the linear layers and experts (such as experts.down_proj) that get an adapter.
     Default: all but the head, as QLoRA (section 4) found necessary to match full fine-tuning. Routers get none."""
     bias: LoRABias = LoRABias.NONE
-    """Biases that learn too: None, All, or LoRAOnly (those of adapted layers)."""
+    """Biases that are trained too: None, All, or LoRAOnly (those of adapted layers)."""
     rank_stabilized: bool = False
     """Scale by alpha / sqrt(rank) instead. Kalajdzievski 2023."""
     dora: bool = False
-    """Learn magnitude and direction apart. Liu et al. 2024 (DoRA). Not available for experts."""
+    """DoRA: train magnitude and direction of the weights separately. Liu et al. 2024. Not available for experts."""
 
 
 class Schedule(StrEnum):

@@ -76,7 +76,7 @@ class OutputSpec(Model):
     """Destination of the verified adapter."""
 
     destination: Destination
-    """Folder in object storage (or a local one with 'qlora run'). It must not hold another run's manifest."""
+    """Folder in object storage (or a local one with 'qlora run'). It must not hold another run's adapter manifest."""
     credentials: Name | None = None
     """Secret in the job's namespace with the destination's credentials under their usual names (AWS_…, HF_TOKEN …). All
     Secrets of a job are merged into one environment, in the order model, dataset.train, output. If a key occurs twice,
