@@ -9,14 +9,14 @@ from rich.text import Text
 from qlora_cli.text import figures, units
 from qlora_cli.text.memory_rows import memory_rows
 from qlora_cli.text.output import STATE_STYLES, Cell, aligned
-from qlora_cli.text.paragraphs import LabelledLines, folded, held
+from qlora_cli.text.paragraphs import LEAST_ROOM, LabelledLines, folded, held
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from datetime import datetime
     from typing import Any
 
-    from qlora_cli.jobs.job_view import JobView
+    from qlora_cli.jobs.job_view import AttemptView, JobView
     from qlora_cli.kube.api_client import Object
 
 BAR = 30
@@ -75,13 +75,14 @@ def _asked(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     dataset, training = spec.get("dataset") or {}, spec.get("training") or {}
     lora, quantization = spec.get("lora") or {}, spec.get("quantization") or {}
     yield "Model", str((spec.get("model") or {}).get("source", ""))
-    yield "Data", f"{(dataset.get('train') or {}).get('source', '')}, {dataset.get('format', '')}".strip(", ")
+    rows, form = (dataset.get("train") or {}).get("source", ""), dataset.get("format")
+    yield "Data", f"{rows} ({form})" if form else str(rows)
     length = f"{training['maxSteps']} steps" if training.get("maxSteps") else f"{training.get('epochs')} epochs"
     yield (
         "Training",
         f"{length}, global batch {training.get('globalBatchSize')}, learning rate {training.get('learningRate')}",
     )
-    yield "Adapter of", f"rank {lora.get('rank')}, alpha {lora.get('alpha')}, on a base in {quantization.get('type')}"
+    yield "LoRA", f"rank {lora.get('rank')}, alpha {lora.get('alpha')}; base in {quantization.get('type')}"
     yield "Output", str((spec.get("output") or {}).get("destination", ""))
 
 
@@ -121,36 +122,39 @@ def _result(job: JobView) -> Iterator[tuple[str, str]]:
         yield "Manifest", job.adapter.get("manifestUri", "")
         yield "SHA-256", job.adapter.get("manifestSha256", "")
     if job.rank_hours is not None:
-        yield (
-            "Held",
-            (
-                f"{job.rank_hours:.3g} rank-hours in {figures.plural(len(job.attempts), 'attempt')}, "
-                f"{figures.plural(job.restarts, 'restart')}"
-            ),
-        )
+        hours = f"{job.rank_hours:.3g}"
+        attempts = f"{figures.plural(len(job.attempts), 'attempt')}, {figures.plural(job.restarts, 'restart')}"
+        yield "Used", f"{hours} rank-hour{'' if hours == '1' else 's'} in {attempts}"
 
 
 def _attempts(job: JobView, width: int) -> list[Text]:
-    head = ("ATTEMPT", "ENDED", "CODE", "STEPS", "MICRO × ACC × RANKS", "TOOK", "NODE")
-    rows: list[list[str | Cell]] = []
-    for a in job.attempts:
-        took = figures.short_time((a.ended - a.started).total_seconds()) if a.started and a.ended else ""
-        steps = f"{a.first_step or 0} → {a.last_step}" if a.last_step is not None else ""
-        good = a.reason in ("Completed", "")
-        rows.append(
-            [
-                str(a.number),
-                Cell(a.reason or ("runs" if a.ended is None else ""), "" if good else "yellow"),
-                "" if a.exit_code is None else str(a.exit_code),
-                steps,
-                a.batch,
-                took,
-                a.node,
-            ]
-        )
-        if a.message and a.message != job.message:
-            rows += [["", part] for part in folded(a.message, max(width - len(head[0]) - 2, 20))]
-    return aligned(head, rows, width)
+    """Return a line for each attempt, and its message below it; so are the nodes, where they have no room beside it."""
+    head = ["ATTEMPT", "ENDED", "CODE", "STEPS", "MICRO × ACC × RANKS", "TOOK", "NODE"]
+    rows = [_attempt(a) for a in job.attempts]
+    below: list[list[str]] = [[a.message] if a.message and a.message != job.message else [] for a in job.attempts]
+    if max(len(line) for line in aligned(head, rows)) > width:
+        below = [[f"on {a.node}", *texts] if a.node else texts for a, texts in zip(job.attempts, below, strict=True)]
+        head, rows = head[:-1], [row[:-1] for row in rows]
+    room = max(width - len(head[0]) - 2, LEAST_ROOM)
+    lines: list[Sequence[str | Cell]] = []
+    for row, texts in zip(rows, below, strict=True):
+        lines += [row, *(["", part] for text in texts for part in folded(text, room))]
+    return aligned(head, lines)
+
+
+def _attempt(a: AttemptView) -> list[str | Cell]:
+    took = figures.short_time((a.ended - a.started).total_seconds()) if a.started and a.ended else ""
+    steps = f"{a.first_step or 0} → {a.last_step}" if a.last_step is not None else ""
+    ended = a.reason or ("running" if a.ended is None else "")
+    return [
+        str(a.number),
+        Cell(ended, "" if a.reason in ("Completed", "") else "yellow"),
+        "" if a.exit_code is None else str(a.exit_code),
+        steps,
+        a.batch,
+        took,
+        a.node,
+    ]
 
 
 def _memory(memory: Mapping[str, Any], device: str | None, width: int) -> list[Text]:

@@ -21,10 +21,10 @@ from qlora_cli.jobs.job_list import first_sentence
 from qlora_cli.jobs.job_view import JobView, counted, in_order, view
 from qlora_cli.kube.names import jobs_path
 from qlora_cli.text import figures
-from qlora_cli.text.output import STATE_STYLES, Cell, aligned, state_cell
+from qlora_cli.text.output import ROOM, STATE_STYLES, Cell, aligned, state_cell
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from rich.console import Console
 
@@ -41,9 +41,9 @@ TREND = 10
 """Columns of a loss's course. Always all of them, so that nothing moves as it fills."""
 WIDE = 112
 """Columns from which on there is room for it."""
-SPARE = ("TREND", "EVAL", "RST")
-"""Columns that are given up, one after the other, before the last one is cut."""
-NUMBERS = ("LOSS", "EVAL", "TOK/S", "LEFT", "RST", "MEM", "AGE")
+SPARE = ("TREND", "EVAL", "RST", "", "TOK/S", "AGE", "MEM", "LEFT", "LOSS")
+"""Columns that are given up on a narrow screen, one after the other; the bar has no head."""
+NUMBERS = ("LOSS", "TREND", "EVAL", "TOK/S", "LEFT", "RST", "MEM", "AGE")
 
 
 @dataclass
@@ -182,7 +182,9 @@ def _live(
             stale = now - drawn > CLOCK_SECONDS or size != screen.size
             if (changed and now - drawn >= DRAW_SECONDS) or stale:
                 size = (screen.size.width, screen.size.height)
-                live.update(Text("\n").join(page(board, title, datetime.now(UTC), *size)), refresh=True)
+                live.update(
+                    Text("\n").join(_broken(page(board, title, datetime.now(UTC), *size), size[0])), refresh=True
+                )
                 drawn, changed = now, False
 
 
@@ -198,20 +200,37 @@ def _last_page(screen: Console, board: WatchedJobs, title: str) -> Iterator[None
 
 
 def page(board: WatchedJobs, title: str, now: datetime, width: int, height: int | None) -> list[Text]:
-    """The screen: a title, a line for each job that fits, what did not fit, and what is wrong."""
+    """Return the screen: a title, a line for each job that fits, what did not fit, and what is wrong.
+
+    One job has the screen to itself, with lines that may be longer than it is wide: paths are not cut.
+    """
     jobs = in_order(board.jobs.values())
-    lines = [Text.assemble((title, "bold"), f"   {counted(jobs) or 'no jobs'}")]
+    single = len(jobs) == 1 and len(board.names) == 1
+    lines = [
+        Text(title, style="bold") if single else Text.assemble((title, "bold"), f"   {counted(jobs) or 'no jobs'}")
+    ]
     if board.lost:
         lines.append(Text(f"connection lost, trying again: {first_sentence(board.lost)}", style="bold red"))
     lines.append(Text())
-    if len(jobs) == 1 and len(board.names) == 1:
-        return _cut(lines + _single(jobs[0], board, now, width), width)
+    if single:
+        return lines + _single(jobs[0], board, now, width)
+    below = width - _start_of_messages(jobs, now) < ROOM
     room = len(jobs) if height is None else max(height - len(lines) - 2, 1)
-    shown = jobs if len(jobs) <= room + 1 else share(jobs, room)
-    lines += table(shown, board, now, width)
+    shown = _fitting(jobs, room, lambda job: 1 + (below and _has_message(job)))
+    lines += table(shown, board, now, width, below=below)
     if hidden := [job for job in jobs if job not in shown]:
         lines.append(Text(f"… and {len(hidden)} more: {counted(hidden)}", style="dim"))
     return _cut(lines, width)
+
+
+def _fitting(jobs: Sequence[JobView], room: int, height: Callable[[JobView], int]) -> Sequence[JobView]:
+    """Return the jobs that are shown in so many lines; all of them may take the line of what is left out, too."""
+    if sum(map(height, jobs)) <= room + 1:
+        return jobs
+    count = room
+    while count > 1 and sum(map(height, share(jobs, count))) > room:
+        count -= 1
+    return share(jobs, count)
 
 
 def share(jobs: Sequence[JobView], room: int) -> list[JobView]:
@@ -233,23 +252,41 @@ def _cut(lines: list[Text], width: int) -> list[Text]:
     return lines
 
 
-def table(jobs: Sequence[JobView], board: WatchedJobs, now: datetime, width: int) -> list[Text]:
-    """A row for each job. What has no figures says in their place why."""
-    several = len({job.namespace for job in jobs}) > 1
+def _broken(lines: list[Text], width: int) -> list[Text]:
+    """Break lines that are longer than the screen, as a terminal does."""
+    return [part for line in lines for part in line.divide(range(width, len(line), width))]
+
+
+def table(jobs: Sequence[JobView], board: WatchedJobs, now: datetime, width: int, *, below: bool = False) -> list[Text]:
+    """Return a row for each job; what has no figures says in their place, or ``below``, why."""
     head = ["NAME", "STATE", "AGE", "", "STEP", "LOSS", "TREND", "EVAL", "TOK/S", "LEFT", "RST", "MEM"]
-    rows = []
-    for job in jobs:
-        row: list[str | Cell] = [
-            f"{job.namespace}/{job.name}" if several else job.name,
-            _state(job),
-            figures.age(job.created, now),
-        ]
-        if job.state in ("Running", "Succeeded"):
-            row += _figures(job, board, trend=width >= WIDE)
-        else:
-            row.append(Cell(first_sentence(job.message), "red" if job.state == "Failed" else "yellow"))
-        rows.append(row)
+    rows: list[list[str | Cell]] = []
+    for job, beginning in zip(jobs, _beginnings(jobs, now), strict=True):
+        if not _has_message(job):
+            rows.append([*beginning, *_figures(job, board, trend=width >= WIDE)])
+            continue
+        message, style = first_sentence(job.message), "red" if job.state == "Failed" else "yellow"
+        rows += [[*beginning, ""], [Cell(f"  {message}", style)]] if below else [[*beginning, Cell(message, style)]]
     return aligned(head, rows, width, right=NUMBERS, spare=SPARE)
+
+
+def _beginnings(jobs: Sequence[JobView], now: datetime) -> list[list[str | Cell]]:
+    """Return the first cells of each row: name, state and age."""
+    several = len({job.namespace for job in jobs}) > 1
+    return [
+        [f"{job.namespace}/{job.name}" if several else job.name, _state(job), figures.age(job.created, now)]
+        for job in jobs
+    ]
+
+
+def _start_of_messages(jobs: Sequence[JobView], now: datetime) -> int:
+    """Return the column at which messages begin, beside the first cells of their rows."""
+    cells = [[len(c.text if isinstance(c, Cell) else c) + 2 for c in row] for row in _beginnings(jobs, now)]
+    return sum(map(max, zip(*cells, strict=True)))
+
+
+def _has_message(job: JobView) -> bool:
+    return job.state not in ("Running", "Succeeded")
 
 
 def _figures(job: JobView, board: WatchedJobs, *, trend: bool) -> list[str | Cell]:

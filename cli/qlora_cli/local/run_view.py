@@ -216,7 +216,7 @@ def attempts(ended: Sequence[Attempt]) -> Table:
         steps = f"{a.first_step or 0} → {a.last_step}" if a.last_step is not None else ""
         code = "" if a.exit_code is None else str(a.exit_code)
         batch = f"{a.micro_batch_size} × {a.gradient_accumulation_steps} × {a.world_size}"
-        table.add_row(str(a.number), str(a.reason or "runs"), code, steps, batch, took)
+        table.add_row(str(a.number), str(a.reason or "running"), code, steps, batch, took)
     return table
 
 

@@ -243,7 +243,7 @@ def _attempt(attempt: Attempt) -> list[str]:
     code = "" if a.exit_code is None else str(a.exit_code)
     batch = f"{a.micro_batch_size} × {a.gradient_accumulation_steps} × {a.world_size}"
     whole = [text.replace(" ", HELD) for text in (steps, batch, str(a.compute_type or ""), took)]
-    return [str(a.number), str(a.reason or "runs"), code, *whole, escape(a.node), escape(a.message)]
+    return [str(a.number), str(a.reason or "running"), code, *whole, escape(a.node), escape(a.message)]
 
 
 def _data(found: PrepareReceipt) -> str:

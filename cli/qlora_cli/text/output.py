@@ -94,11 +94,11 @@ def aligned(
     right: Sequence[str] = (),
     spare: Sequence[str] = (),
 ) -> list[Text]:
-    """Rows as lines under a head, columns aligned with two spaces between. Columns that are empty throughout are gone.
+    """Return rows as lines under a head, in aligned columns with two spaces between; empty columns are left out.
 
     The last cell of a row that is shorter than the head takes the room of all columns that it has not. With a ``width``
-    lines that are longer are cut; before the last column has less than ``ROOM``, those named ``spare`` are given up,
-    one after the other.
+    lines that are longer are cut; before that, and before the last column has less than ``ROOM``, the columns named
+    ``spare`` are given up, one after the other.
     """
     cells = [[c if isinstance(c, Cell) else Cell(c) for c in row] for row in rows]
     full = [row for row in cells if len(row) == len(head)]
@@ -109,9 +109,10 @@ def aligned(
         for i in kept
     }
     for name in spare:
-        last = kept[-1]
-        left = (width or 0) - sum(widths[i] + 2 for i in kept[:-1])
-        if width is not None and left < min(widths[last], ROOM) and head.index(name) in kept[:-1]:
+        least = sum(widths[i] + 2 for i in kept[:-1]) + min(widths[kept[-1]], ROOM)
+        if width is None or least <= width:
+            break
+        if head.index(name) in kept:
             kept.remove(head.index(name))
     columns = [(i, widths[i], head[i] in right) for i in kept]
     lines = [_line([Cell(name, "dim") for name in head], columns)]
@@ -127,12 +128,14 @@ def aligned(
 
 def _line(row: Sequence[Cell], columns: Sequence[tuple[int, int, bool]]) -> Text:
     line = Text()
+    spans = len(row) <= columns[-1][0]  # its last cell takes the room of the columns after it, which may be given up
     for place, width, to_right in columns:
-        cell = row[place] if place < len(row) else Cell("")
+        if spans and place >= len(row) - 1:
+            line.append(row[-1].text, row[-1].style or None)
+            break
+        cell = row[place]
         line.append(cell.text.rjust(width) if to_right else cell.text.ljust(width), cell.style or None)
         line.append("  ")
-        if place == len(row) - 1:
-            break
     line.rstrip()
     return line
 

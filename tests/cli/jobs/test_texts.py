@@ -1,5 +1,6 @@
 """Output of commands, as golden texts."""
 
+import copy
 import json
 from collections import deque
 
@@ -83,6 +84,58 @@ def test_watch_on_a_narrow_and_low_terminal_cuts_and_shares_its_rows(golden):
     assert len(lines) <= 16
     assert all(len(line) <= 60 for line in lines)
     golden("watch-narrow.txt", text(lines))
+
+
+ROWS = "s3://training-data-eu-central-1/customer-support/2026/11/28/answers-with-tools/part-of-many.jsonl"
+DUMP = "s3://adapters-eu-central-1/customer-support/2026/11/28/answers-with-tools/out-of-memory/dump"
+NODES = ("ip-10-0-12-34.eu-central-1.compute.internal", "ip-10-0-12-35.eu-central-1.compute.internal")
+
+
+def wordy(name="support-answers-llama-3-1-8b-rank-64-second-try"):
+    """A running job with long names and paths."""
+    body = copy.deepcopy(running(name))
+    body["spec"]["dataset"]["train"]["source"] = ROWS
+    for attempt in body["status"]["attempts"]:
+        attempt["node"] = ", ".join(NODES)
+    body["status"]["attempts"][0]["message"] = f"no memory for 512 MiB at step 60: see {DUMP}"
+    return body
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_show_cuts_no_path_and_no_node(golden, width):
+    body = wordy()
+    page = text(show.page(view(body), body, NOW, width))
+    assert all(word in page for word in (ROWS, DUMP, *NODES))
+    golden(f"show-wordy-{width}.txt", page)
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_watch_of_one_breaks_what_is_wider_than_the_screen(width):
+    body = wordy()
+    board = watch.WatchedJobs(frozenset([body["metadata"]["name"]]))
+    board.take(Event("LISTED", (body,)))
+    whole = watch.page(board, "namespace research", NOW, width, 40)
+    screen = watch._broken(whole, width)
+    assert "".join(line.plain for line in screen) == "".join(line.plain for line in whole)
+    assert all(word in text(whole) for word in (ROWS, DUMP, *NODES))
+    assert max(map(len, screen)) <= width
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_watch_of_long_names_shows_every_step_and_message(golden, width):
+    lines = watch.page(board_of(*ALL, wordy()), "namespace research", NOW, width, 40)
+    assert max(map(len, lines)) <= width
+    golden(f"watch-wordy-{width}.txt", text(lines))
+
+
+@pytest.mark.parametrize("height", range(6, 20))
+def test_messages_below_their_rows_do_not_make_watch_longer_than_the_screen(height):
+    jobs = [f(f"{'a-job-of-a-long-name-' * 2}{f.__name__}-{n}") for f in (waiting, running, failed) for n in range(5)]
+    lines = watch.page(board_of(*jobs), "namespace research", NOW, 80, height)
+    assert len(lines) <= height
+    assert max(map(len, lines)) <= 80
+    hidden = sum(int(line.plain.split()[2]) for line in lines if line.plain.startswith("… and"))
+    assert sum(line.plain.startswith("a-job") for line in lines) + hidden == len(jobs)
 
 
 def test_watch_says_that_the_connection_is_lost():
