@@ -83,10 +83,6 @@ class InstalledChart:
             time.sleep(0.1)
 
 
-def is_served(definition) -> bool:
-    return any(c["type"] == "Established" and c["status"] == "True" for c in definition["status"].get("conditions", ()))
-
-
 def refusal(cluster, manifest, user, verb="create"):
     """Return why a user may not create or change an object; empty: allowed. Nothing is stored."""
     groups = ("--as-group", "system:masters") if user == ADMINISTRATOR else ()

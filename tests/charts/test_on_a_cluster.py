@@ -12,17 +12,15 @@ import yaml
 from charts.helm import NAMESPACE, RELEASE, REPOSITORY
 from charts.installed import (
     ADMINISTRATOR,
-    CRD,
     ENFORCED_SECONDS,
     FULL_NAME,
     InstalledChart,
-    is_served,
     refusal,
     running,
 )
 from cluster.api import ApiError
 from cluster.control_plane import ControlPlane, Settings
-from cluster.scenarios.jobs import qlora_job
+from cluster.scenarios.jobs import qlora_job, wait_until_served
 from testing.timeouts import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
@@ -321,7 +319,7 @@ def test_a_job_of_before_the_bounds_can_still_be_suspended(helm, tmp_path):
     with running(tmp_path / "cluster") as cluster:
         release = InstalledChart(helm, cluster)
         release.upgrade(admissionPolicy={"enabled": False})
-        cluster.api.wait_for(CRD, is_served, what="a definition that is served")
+        wait_until_served(cluster.api)
         job = qlora_job("old", scheduling={"tolerations": [{"key": "team-b"}], "nodeSelector": {"team": "b"}})
         job["metadata"] |= {"labels": {f"l{i}": "x" for i in range(70)}, "annotations": {"a": "x" * 70000}}
         path = cluster.api.path_of(job)
@@ -337,7 +335,7 @@ def test_a_namespace_of_the_releases_holds_no_more_jobs_than_its_quota(helm, tmp
     with running(tmp_path / "cluster", Settings(quota_sync_seconds=2)) as cluster:
         team = cluster.create_namespace("team")
         InstalledChart(helm, cluster).upgrade(namespaces=[team], jobQuota={"count": 2})
-        cluster.api.wait_for(CRD, is_served, what="a definition that is served")
+        wait_until_served(cluster.api)
         quota = f"/api/v1/namespaces/{team}/resourcequotas/{FULL_NAME}-jobs"
         cluster.api.wait_for(
             quota, lambda q: q.get("status", {}).get("used"), seconds=PATIENCE_SECONDS, what="a quota that counts"

@@ -6,8 +6,8 @@ import shutil
 from typing import TYPE_CHECKING
 
 from charts.helm import CHART
-from charts.installed import CRD, MEMORY, InstalledChart, is_served, running
-from cluster.scenarios.jobs import qlora_job
+from charts.installed import CRD, MEMORY, InstalledChart, running
+from cluster.scenarios.jobs import qlora_job, wait_until_served
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +17,7 @@ def test_an_upgrade_changes_the_definition_and_an_uninstall_keeps_it(helm, tmp_p
     with running(tmp_path / "cluster") as cluster:
         release = InstalledChart(helm, cluster)
         release.upgrade()
-        cluster.api.wait_for(CRD, is_served, what="a definition that is served")
+        wait_until_served(cluster.api)
         cluster.api.create(qlora_job("kept"))
         cluster.api.patch(MEMORY, {"data": {"corrections": "{}"}})
 

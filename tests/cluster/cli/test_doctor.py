@@ -15,7 +15,7 @@ import pytest
 from charts.helm import Helm
 from cluster.api import ApiError
 from cluster.control_plane import ControlPlane
-from cluster.scenarios.jobs import GROUP, qlora_job
+from cluster.scenarios.jobs import GROUP, qlora_job, wait_until_served
 from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError, find_or_build
 from services.tools import HELM
@@ -72,16 +72,6 @@ def doctor(cluster, qlora_class, tmp_path):
 
     faults.namespace, faults.call = namespace, call
     return faults
-
-
-def wait_until_served(api):
-    def established(crd):
-        return any(
-            c["type"] == "Established" and c["status"] == "True" for c in crd.get("status", {}).get("conditions") or ()
-        )
-
-    api.wait_for(CRD, established)
-    api.wait_for(f"{GROUP}/qlorajobs", bool)
 
 
 def wait_until_available(api):

@@ -14,9 +14,15 @@ GROUP = "/apis/qlora.dev/v1alpha1"
 
 
 def serve_crd(cluster: ControlPlane) -> None:
-    """Apply the CustomResourceDefinition, and wait until QLoRAJobs are served: a moment after ``Established``."""
+    """Apply the CustomResourceDefinition, and wait until it is served: a moment after ``Established``."""
     cluster.kubectl("apply", "-f", CRD)
-    cluster.api.wait_for(f"{GROUP}/qlorajobs", bool, what="QLoRAJobs are served")
+    wait_until_served(cluster.api)
+
+
+def wait_until_served(api: Api) -> None:
+    """Wait until QLoRAJobs are handled and discovered."""
+    api.wait_for(f"{GROUP}/qlorajobs", bool, what="QLoRAJobs are served")
+    api.wait_for(GROUP, lambda found: found["resources"], what="QLoRAJobs are discovered")
 
 
 def qlora_job(name: str = "job", namespace: str = "default", workers: int = 1, **groups: Any) -> Object:

@@ -12,7 +12,7 @@ from cluster.api import ApiError
 from cluster.control_plane import ControlPlane
 from cluster.kwok import finish_pod
 from cluster.scenarios.forked_operator import ForkedOperator
-from cluster.scenarios.jobs import CRD, condition, create_job, in_state, job_path, qlora_job
+from cluster.scenarios.jobs import condition, create_job, in_state, job_path, qlora_job, serve_crd
 from cluster.scenarios.operator import OperatorProcess
 from cluster.scenarios.proxy import GONE, Passed, Proxy, Refused
 from cluster.scenarios.script import pods_do
@@ -370,7 +370,7 @@ def test_jobs_outlive_ten_seconds_without_an_api_server(own_cluster, fork_server
     operator.spawn()
     try:
         assert eventually(lambda: "not everything can be seen yet" in operator.log.read_text())
-        own_cluster.kubectl("apply", "-f", CRD)
+        serve_crd(own_cluster)
         operator.wait_until_ready()
         paths = [create_job(api, qlora_job(f"job-{number}", workers=2)) for number in range(4)]
         for path in paths:
