@@ -79,7 +79,9 @@ def crd() -> dict[str, Any]:
                                 "kind": {"type": "string"},
                                 "metadata": {"type": "object", "properties": {"name": _name_schema()}},
                                 "spec": structural(QLoRAJobSpec),
-                                "status": structural(QLoRAJobStatus),
+                                # A job that no operator has seen has observedGeneration 0, which is not its own: for
+                                # kstatus it is in progress. Without a status it would be as good as done.
+                                "status": {**structural(QLoRAJobStatus), "default": {}},
                             },
                         }
                     },

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_cli.doctor.findings import Finding, fault, note, ok, unknown
 from qlora_cli.doctor.references import missing_keys
-from qlora_cli.jobs.job_view import view
+from qlora_cli.jobs.job_view import is_seen, view
 from qlora_cli.kube.names import PART_OF_OPERATOR
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def jobs(seen: ClusterSnapshot) -> Iterator[Finding]:
         return
     waiting = [view(job) for job in seen.jobs.items]
     unseen = [
-        v.name for v, job in zip(waiting, seen.jobs.items, strict=True) if not job.get("status") and _is_old(v, seen)
+        v.name for v, job in zip(waiting, seen.jobs.items, strict=True) if not is_seen(job) and _is_old(v, seen)
     ]
     if unseen:
         yield fault(

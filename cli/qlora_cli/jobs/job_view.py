@@ -20,6 +20,8 @@ OVER = ("Succeeded", "Failed")
 NEEDS_A_HAND = frozenset({"Unschedulable", "QuotaExceeded", "MissingReference", "ImageUnavailable", "Refused"})
 """Reasons of a waiting job that do not go away by waiting."""
 
+UNSEEN = "no operator has processed the job yet"
+
 
 @dataclass(frozen=True, slots=True)
 class AttemptView:
@@ -103,8 +105,8 @@ def view(job: Object) -> JobView:
         namespace=meta.get("namespace", ""),
         place=meta["name"],
         state=state,
-        reason=status.get("reason") or ("Unseen" if not status else ""),
-        message=_message(status, state),
+        reason=status.get("reason") or "Pending",
+        message=_message(status, state) if is_seen(job) else UNSEEN,
         **_progress(progress),
         restarts=status.get("totalRestarts") or status.get("restarts") or 0,
         ranks=(parallelism.get("workers") or 1) * (parallelism.get("gpusPerWorker") or 1),
@@ -117,6 +119,11 @@ def view(job: Object) -> JobView:
         suspend=bool(spec.get("suspend")),
         deleting="deletionTimestamp" in meta,
     )
+
+
+def is_seen(job: Object) -> bool:
+    """Return whether an operator has processed a job. Before, its status holds defaults alone."""
+    return bool((job.get("status") or {}).get("conditions"))
 
 
 def _message(status: Mapping[str, Any], state: str) -> str:

@@ -53,7 +53,7 @@ class StatusWriter:
         status = with_job_uids(decision.status, self._cache[key].own_children())
         before = stored.get("status") or {}
         after = with_unknown_fields(before, status.to_json_dict(), QLoRAJobStatus)
-        patch = after if job.status is None else merge_patch(before, after)
+        patch = merge_patch(before, after)
         if not patch:
             return
         if job.status is not None and differ_in_figures(job.status, status):

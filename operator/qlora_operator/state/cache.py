@@ -43,7 +43,7 @@ class StoredJob:
     is_finished: bool
     """It succeeded or failed."""
     is_quiescent: bool
-    """It is over, and does not go by itself."""
+    """It is over, does not go by itself, and its status is of its generation."""
     attempts: frozenset[str] = frozenset()
     """UIDs of the Jobs of its attempts, as status has them."""
 
@@ -148,7 +148,7 @@ class ObjectCache:
         if known.job and known.job.uid != meta["uid"]:
             known.report, known.pods_refused = None, ""
         is_finished = _is_finished(body)
-        is_quiescent = is_finished and body["spec"].get("policy", {}).get("ttlSecondsAfterFinished") is None
+        is_quiescent = is_finished and _is_observed(body) and _is_kept(body)
         text = json.dumps(kept_of(body), separators=(",", ":")).encode()
         attempts = {a["jobUid"]: a["number"] for a in (body.get("status") or {}).get("attempts") or () if "jobUid" in a}
         known.job = StoredJob(meta["uid"], version, text, is_finished, is_quiescent, frozenset(attempts))
@@ -243,6 +243,14 @@ class ObjectCache:
 def _is_finished(job: Mapping[str, Any]) -> bool:
     conditions = (job.get("status") or {}).get("conditions", ())
     return any(c["type"] in ("Succeeded", "Failed") and c["status"] == "True" for c in conditions)
+
+
+def _is_observed(job: Mapping[str, Any]) -> bool:
+    return bool(job["status"].get("observedGeneration") == job["metadata"].get("generation"))
+
+
+def _is_kept(job: Mapping[str, Any]) -> bool:
+    return job["spec"].get("policy", {}).get("ttlSecondsAfterFinished") is None
 
 
 def key_of_child(body: Mapping[str, Any]) -> Key:

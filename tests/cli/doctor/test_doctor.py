@@ -78,6 +78,7 @@ def test_nothing_is_wrong():
 
 
 UNAVAILABLE = Answer([deployment(status={})])
+DEFAULT_STATUS = {"observedGeneration": 0, "state": "Pending", "reason": "Pending", "conditions": [], "attempts": []}
 PULL = {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}
 
 
@@ -136,6 +137,12 @@ PULL = {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}
         ),
         pytest.param(
             {"jobs": Answer([{**job(), "status": {}}])}, "jobs", "no operator has taken up support", id="nobody-looks"
+        ),
+        pytest.param(
+            {"jobs": Answer([{**job(), "status": DEFAULT_STATUS}])},
+            "jobs",
+            "no operator has taken up support",
+            id="nobody-looks-and-the-api-server-fills-in-defaults",
         ),
         pytest.param(
             {"crd": DENIED, "served": Answer({"resources": []})},

@@ -46,6 +46,16 @@ def test_a_job_from_submit_to_its_adapter(qlora, manifest, api):
     assert "\x1b" not in page
 
 
+def test_a_job_that_no_operator_has_seen_is_shown_as_such(qlora_class, crd_cluster, kwok_namespace, manifest, tmp_path):
+    qlora = qlora_class(crd_cluster.kubeconfig, kwok_namespace, tmp_path)
+    qlora("submit", manifest("unseen"))
+    page = qlora("show", "unseen").out.splitlines()
+    assert page[0] == f"{kwok_namespace}/unseen  Pending"
+    assert page[1].split(maxsplit=1) == ["Message", "no operator has processed the job yet"]
+    (row,) = qlora("list").out.splitlines()[1:]
+    assert row.split()[:3] == ["unseen", "Pending", "Pending"]
+
+
 def test_every_form_of_output(qlora, manifest, api):
     qlora("submit", manifest("forms", suspend=True))
     api.wait_for(job_path(qlora.namespace, "forms"), in_state("Suspended"))

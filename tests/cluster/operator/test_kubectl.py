@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from cluster.scenarios.jobs import condition, create_job, in_state, qlora_job
+from cluster.scenarios.jobs import GROUP, condition, create_job, in_state, job_path, qlora_job
 from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import ADAPTER, ends
 from services.binaries import find_or_build
@@ -46,13 +46,36 @@ def test_a_job_that_trains_is_not_ready_and_says_what_goes_on(api, forked, kwok_
     assert (ready["status"], ready["reason"], ready["message"].startswith("attempt 1")) == ("False", "Training", True)
 
 
-def test_helm_waits_for_the_adapter_and_sees_a_failure(api, crd_cluster, forked, both, tmp_path):
+def helm_install(cluster, folder, job, timeout="60s"):
+    """Install a chart of one job, and wait for it."""
+    name, namespace = job["metadata"]["name"], job["metadata"]["namespace"]
+    chart = folder / name
+    (chart / "templates").mkdir(parents=True)
+    (chart / "Chart.yaml").write_text(f"apiVersion: v2\nname: {name}\nversion: 0.1.0\n")
+    (chart / "templates" / "job.yaml").write_text(json.dumps(job))
+    command = [find_or_build(HELM), "install", name, chart, "--namespace", namespace, "--wait", "--timeout", timeout]
+    kubeconfig = ["--kubeconfig", cluster.kubeconfig]
+    return subprocess.run([*command, *kubeconfig], capture_output=True, text=True, timeout=LONG * 2, check=False)
+
+
+def test_helm_waits_for_the_adapter_and_sees_a_failure(crd_cluster, forked, both, tmp_path):
     for name, code in (("good", 0), ("bad", 1)):
-        chart = tmp_path / name
-        (chart / "templates").mkdir(parents=True)
-        (chart / "Chart.yaml").write_text(f"apiVersion: v2\nname: {name}\nversion: 0.1.0\n")
-        (chart / "templates" / "job.yaml").write_text(json.dumps(qlora_job(name, both)))
-        command = [find_or_build(HELM), "install", name, chart, "--namespace", both, "--wait", "--timeout", "60s"]
-        kubeconfig = ["--kubeconfig", crd_cluster.kubeconfig]
-        done = subprocess.run([*command, *kubeconfig], capture_output=True, text=True, timeout=LONG * 2, check=False)
+        done = helm_install(crd_cluster, tmp_path, qlora_job(name, both))
         assert done.returncode == code, done.stderr
+
+
+def test_a_job_that_no_operator_has_seen_is_in_progress(api, crd_cluster, kwok_namespace, tmp_path):
+    done = helm_install(crd_cluster, tmp_path, qlora_job(namespace=kwok_namespace), timeout="3s")
+    assert (done.returncode, "InProgress" in done.stderr) == (1, True), done.stderr
+    job, (listed,) = api.get(job_path(kwok_namespace)), api.list(f"{GROUP}/namespaces/{kwok_namespace}/qlorajobs")
+    for seen in (job, listed):
+        assert (seen["status"]["observedGeneration"], seen["metadata"]["generation"]) == (0, 1)
+        assert (seen["status"]["state"], seen["status"]["reason"]) == ("Pending", "Pending")
+
+
+def test_a_change_of_a_job_that_is_over_is_observed(api, forked, both):
+    for name in KINDS:
+        path = create_job(api, qlora_job(name, both))
+        api.wait_for(path, lambda job: condition(job, "Finished"), seconds=LONG)
+        generation = api.patch(path, {"spec": {"policy": {"maxRestarts": 5}}})["metadata"]["generation"]
+        api.wait_for(path, lambda job, now=generation: job["status"]["observedGeneration"] == now, seconds=LONG)
