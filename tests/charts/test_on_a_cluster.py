@@ -19,9 +19,9 @@ from charts.installed import (
     running,
 )
 from cluster.api import ApiError
+from cluster.cluster_waits import wait_until_counted
 from cluster.control_plane import ControlPlane, Settings
 from cluster.scenarios.jobs import qlora_job, wait_until_served
-from testing.timeouts import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -336,10 +336,7 @@ def test_a_namespace_of_the_releases_holds_no_more_jobs_than_its_quota(helm, tmp
         team = cluster.create_namespace("team")
         InstalledChart(helm, cluster).upgrade(namespaces=[team], jobQuota={"count": 2})
         wait_until_served(cluster.api)
-        quota = f"/api/v1/namespaces/{team}/resourcequotas/{FULL_NAME}-jobs"
-        cluster.api.wait_for(
-            quota, lambda q: q.get("status", {}).get("used"), seconds=PATIENCE_SECONDS, what="a quota that counts"
-        )
+        wait_until_counted(cluster.api, team, f"{FULL_NAME}-jobs")
         for name in ("one", "two"):
             cluster.api.create(qlora_job(name, team))
         with pytest.raises(ApiError, match=r"exceeded quota.*qlorajobs\.qlora\.dev=2"):

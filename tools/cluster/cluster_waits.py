@@ -1,4 +1,4 @@
-"""Wait for processes to end, and for Jobs to have a condition."""
+"""Wait for processes to end, for Jobs to have a condition, and for ResourceQuotas to be counted."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from testing.timeouts import PATIENCE_SECONDS
+
 if TYPE_CHECKING:
-    from cluster.api import Object
+    from cluster.api import Api, Object
     from cluster.control_plane import ControlPlane
 
 
@@ -33,3 +35,13 @@ def wait_for_condition(cluster: ControlPlane, namespace: str, job: str, conditio
 
     path = f"/apis/batch/v1/namespaces/{namespace}/jobs/{job}"
     cluster.api.wait_for(path, holds, seconds=seconds, what=f"Job {job} {condition}")
+
+
+def wait_until_counted(api: Api, namespace: str, quota: str, seconds: float = PATIENCE_SECONDS) -> None:
+    """Wait until a ResourceQuota is counted. Before, everything that it bounds is refused."""
+
+    def counted(found: Object) -> bool:
+        return found["spec"]["hard"].keys() <= found.get("status", {}).get("used", {}).keys()
+
+    path = f"/api/v1/namespaces/{namespace}/resourcequotas/{quota}"
+    api.wait_for(path, counted, seconds=seconds, what=f"ResourceQuota {quota} is counted")

@@ -23,6 +23,11 @@ _BY_RESOURCE = (
 """What else helps where a quota has too little of a resource."""
 _LIMITS = "a LimitRange of this namespace must allow trainer.cpu and trainer.memory, values of the operator's chart"
 _REMEDIES = (
+    (
+        "status unknown for quota",
+        Reason.QUOTA_EXCEEDED,
+        "the quota is new and not counted yet; it is tried again",
+    ),
     (UNKNOWN_PROFILE, Reason.MISSING_REFERENCE, ""),
     (
         "no PriorityClass with name",

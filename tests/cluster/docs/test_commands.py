@@ -14,7 +14,7 @@ from typing import Self
 
 import pytest
 
-from cluster.control_plane import ControlPlane
+from cluster.control_plane import ControlPlane, Settings
 from cluster.scenarios.jobs import GROUP, in_state, job_path
 from cluster.scenarios.operator import OperatorProcess
 from cluster.scenarios.script import pods_do
@@ -43,7 +43,7 @@ class ReaderCluster:
     """A cluster, a bucket, and a folder such as a reader has. A context manager."""
 
     def __init__(self, folder: Path) -> None:
-        self.cluster = ControlPlane(folder / "cluster")
+        self.cluster = ControlPlane(folder / "cluster", Settings(quota_sync_seconds=2))
         self.s3 = VersityGateway(folder / "s3")
         self.programs = folder / "bin"
         self.folder, self.namespace = folder / "clone", ""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cluster.api import ApiError
+from cluster.cluster_waits import wait_until_counted
 from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import condition, create_job, in_state, qlora_job
 from cluster.scenarios.script import pods_do
@@ -27,6 +28,13 @@ DONE = ends(adapter=ADAPTER)
 
 def quota(**hard: str) -> Object:
     return {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "quota"}, "spec": {"hard": hard}}
+
+
+def create(api: Api, manifest: Object, namespace: str) -> None:
+    """Create it; a quota is waited for until it is counted."""
+    api.create(manifest, namespace)
+    if manifest["kind"] == "ResourceQuota":
+        wait_until_counted(api, namespace, manifest["metadata"]["name"])
 
 
 def limits(**limit: Any) -> Object:
@@ -184,7 +192,7 @@ POD = {"containers": [{"name": "probe", "image": "probe"}]}
 )
 def test_what_keeps_a_job_from_running_is_said(api, forked, kwok_namespace, objects, job, reason, texts):
     for each in objects:
-        api.create(each, kwok_namespace)
+        create(api, each, kwok_namespace)
     path = create_job(api, qlora_job(namespace=kwok_namespace, **job))
     waiting = api.wait_for(path, in_state("Pending", reason), seconds=SOON)
     said = condition(waiting, "Running")
@@ -197,7 +205,7 @@ def test_a_namespace_with_quotas_on_limits_takes_pods_that_are_limited(
     fork_server, crd_cluster, kwok_namespace, tmp_path, api
 ):
     hard = {"limits.cpu": "100", "limits.memory": "1Ti", "limits.ephemeral-storage": "1Ti", "requests.cpu": "100"}
-    api.create(quota(**hard), kwok_namespace)
+    create(api, quota(**hard), kwok_namespace)
     settings = {"namespaces": [kwok_namespace], "trainer": {"limitCpu": True}, "prepare": {"enabled": True}}
     pods = PODS.format(kwok_namespace)
     with ForkedOperator(fork_server, tmp_path / "operator", crd_cluster.kubeconfig, **settings):
@@ -223,7 +231,7 @@ def test_a_job_without_a_queue_is_told_so_where_the_operator_starts_gangs_by_kue
 
 
 def test_a_job_goes_on_by_itself_once_the_quota_allows(api, forked, kwok_namespace):
-    api.create(quota(**{"requests.nvidia.com/gpu": "0"}), kwok_namespace)
+    create(api, quota(**{"requests.nvidia.com/gpu": "0"}), kwok_namespace)
     with pods_do(api, kwok_namespace, DONE):
         path = create_job(api, qlora_job(namespace=kwok_namespace))
         api.wait_for(path, in_state("Pending", "QuotaExceeded"), seconds=SOON)
@@ -236,7 +244,7 @@ def test_a_job_goes_on_by_itself_once_the_quota_allows(api, forked, kwok_namespa
 
 
 def test_what_keeps_prepare_from_running_is_said(api, crd_cluster, fork_server, kwok_namespace, tmp_path):
-    api.create(quota(**{"requests.cpu": "1"}), kwok_namespace)
+    create(api, quota(**{"requests.cpu": "1"}), kwok_namespace)
     settings = {"namespaces": [kwok_namespace], "prepare": {"enabled": True}}
     with ForkedOperator(fork_server, tmp_path, crd_cluster.kubeconfig, **settings):
         path = create_job(api, qlora_job(namespace=kwok_namespace))

@@ -54,6 +54,12 @@ def test_taints_are_mentioned_where_they_are_the_reason(said, words):
             id="quota-that-wants-limits",
         ),
         pytest.param(
+            'pods "x" is forbidden: status unknown for quota: team, resources: requests.nvidia.com/gpu',
+            "QuotaExceeded",
+            "not counted yet; it is tried again",
+            id="quota-that-is-new",
+        ),
+        pytest.param(
             'admission webhook "policy.example.com" denied the request: no',
             "Refused",
             "who run the webhook",
