@@ -124,16 +124,22 @@ class Reconciler:
             decision = self._plan(key, job, replace(observed, child_refused=refusal.message), gang)
         if not await self._delete_children(key, known, job, decision.delete):
             return
-        await self._status.write(key, job, raw, decision)
+        if await self._status.write(key, job, raw, decision):
+            await self._follow_up(key, known, job, decision)
+        if decision.wake_after is not None:
+            self.queue.add_after(key, decision.wake_after)
+        if refusal and refusal.is_transient:
+            raise refusal
+
+    async def _follow_up(self, key: Key, known: Known, job: QLoRAJob, decision: Decision) -> None:
+        """Do what follows once status says what was decided: learn, post Events, record, delete the job."""
         if is_finished(decision.status) and not (job.status and is_finished(job.status)):
             await self._corrections.take(job.spec, decision.status)
         for note in (*decision.notes, *self._contested.take(key, decision.contested)):
             await self._post(job, note)
         self._record(key, known, job, decision)
         if decision.delete_self and await self._is_as_decided(key, job):
-            await self.children.delete_once(known, job_path(key), stored.uid)
-        if refusal and refusal.is_transient:
-            raise refusal
+            await self.children.delete_once(known, job_path(key), job.metadata.uid or "")
 
     # ---------------------------------------------------------------------------------------------- observe and decide
 
@@ -222,7 +228,7 @@ class Reconciler:
     # ---------------------------------------------------------------------------------------------------- what is known
 
     def _record(self, key: Key, known: Known, job: QLoRAJob, decision: Decision) -> None:
-        """Record a decision that was carried out: count ends, poll the first rank or not, forget pods, set a timer."""
+        """Record a decision that was carried out: count ends, poll the first rank or not, forget pods."""
         before, after = job.status or QLoRAJobStatus(), decision.status
         ended = {a.number for a in before.attempts if a.end_time}
         for attempt in after.attempts:
@@ -237,8 +243,6 @@ class Reconciler:
             known.report = None
         elif first := next((p for p in known.own_pods() if _is_first(p, after.attempts[-1].number)), None):
             self.polled[key] = first
-        if decision.wake_after is not None:
-            self.queue.add_after(key, decision.wake_after)
 
     def _forget(self, key: Key) -> None:
         """Forget what is only known of a job that goes on."""

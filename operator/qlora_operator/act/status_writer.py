@@ -1,9 +1,12 @@
-"""Write status: the smallest patch, on the version that was decided on, and figures no more often than configured."""
+"""Write status: the smallest patch, on the version that was decided on, and figures no more often than configured.
+
+Where another program writes another status, such as a second release of the operator, neither gives in: each writes its
+own again, after pauses that grow.
+"""
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 
 from qlora_api.job import QLoRAJob
@@ -11,6 +14,7 @@ from qlora_api.status import ConditionType, QLoRAJobStatus, Reason
 from qlora_operator.act.children import job_path
 from qlora_operator.act.merge_patch import merge_patch
 from qlora_operator.act.other_versions import for_older_definition, with_unknown_fields
+from qlora_operator.act.repeated_writes import RepeatedWrites, fingerprint
 from qlora_operator.decide.attempts.attempt_history import REPORTED_FIELDS, differ_in_figures, with_job_uids
 from qlora_operator.decide.decision import Decision
 from qlora_operator.kube.client import Api, ApiError, Object
@@ -20,6 +24,11 @@ log = logging.getLogger(__name__)
 
 LONGEST_ERROR = 2000
 """Characters of an error that get into status."""
+
+REPLACED = (
+    "%s: another program replaces what this one writes into %s of status; it is written again in %.0f s, or later;"
+    " have one release of the operator serve each namespace"
+)
 
 
 class StatusWriter:
@@ -37,14 +46,16 @@ class StatusWriter:
         self, cache: ObjectCache, api: Api, progress_seconds: float, wake_later: Callable[[Key, float], None]
     ) -> None:
         self._cache, self._api, self._progress_seconds, self._wake_later = cache, api, progress_seconds, wake_later
-        self._written: dict[Key, float] = {}
+        self._writes = RepeatedWrites()
 
     def forget(self, key: Key) -> None:
-        """Forget when a job's status was last written."""
-        self._written.pop(key, None)
+        """Forget what was written of a job's status."""
+        self._writes.forget(key)
 
-    async def write(self, key: Key, job: QLoRAJob, stored: Object, decision: Decision) -> None:
+    async def write(self, key: Key, job: QLoRAJob, stored: Object, decision: Decision) -> bool:
         """Write the status of a decision, unless nothing has changed or only figures have, a moment ago.
+
+        Return whether the decision counts: its status is not held back because another program replaces it.
 
         Raises:
             ApiError: it was refused; with 409, the cache has the job as it is now.
@@ -55,23 +66,27 @@ class StatusWriter:
         after = with_unknown_fields(before, status.to_json_dict(), QLoRAJobStatus)
         patch = merge_patch(before, after)
         if not patch:
-            return
+            return True
         if job.status is not None and differ_in_figures(job.status, status):
-            left = self._written.get(key, 0.0) + self._progress_seconds - time.monotonic()
+            left = self._progress_seconds - self._writes.seconds_since(key)
             if left > 0:
                 self._wake_later(key, left)
-                return
+                return True
+        before_and_after = fingerprint(job.status or QLoRAJobStatus()), fingerprint(status)
+        if self._is_held_back(key, *before_and_after):
+            return False
         body = {"metadata": {"resourceVersion": job.metadata.resource_version}, "status": patch}
         try:
             written = await self._patch(key, body)
         except ApiError as error:
             if error.status == 404:  # deleted meanwhile; the watch will say so
-                return
+                return True
             if error.status == 409:  # somebody changed the job: decide again on what it is now
                 self._cache.take_job(await self._api.get(job_path(key)))
             raise
-        self._written[key] = time.monotonic()
+        self._record(key, *before_and_after, patch)
         self._cache.take_job(written)
+        return True
 
     async def write_not_understood(self, key: Key, stored: Object, error: Exception) -> None:
         """Write that a job has a value that this operator does not know. Until it does, it leaves the job as it is."""
@@ -80,6 +95,9 @@ class StatusWriter:
         text = f"this version of the operator leaves the job as it is: {error}"[:LONGEST_ERROR]
         said = {(c["type"], c["status"], c.get("message")) for c in status.get("conditions", ())}
         if (ConditionType.DEGRADED, "True", text) in said:
+            return
+        unsaid_and_said = 0, hash(text)
+        if self._is_held_back(key, *unsaid_and_said):
             return
         degraded = {
             "type": ConditionType.DEGRADED,
@@ -93,7 +111,21 @@ class StatusWriter:
         if not status.get("attempts") and status.get("state") in (None, "Pending"):
             change |= {"state": "Pending", "reason": Reason.NOT_UNDERSTOOD}
         body = {"metadata": {"resourceVersion": stored["metadata"]["resourceVersion"]}, "status": change}
-        self._cache.take_job(await self._patch(key, body))
+        written = await self._patch(key, body)
+        self._record(key, *unsaid_and_said, change)
+        self._cache.take_job(written)
+
+    def _is_held_back(self, key: Key, stored: int, wanted: int) -> bool:
+        """Return whether a status is written later, since another program has replaced it so often."""
+        left = self._writes.seconds_left(key, stored, wanted)
+        if left > 0:
+            self._wake_later(key, left)
+        return left > 0
+
+    def _record(self, key: Key, stored: int, wanted: int, change: Object) -> None:
+        """Record a write, and say so where it was one more of the same."""
+        if pause := self._writes.record(key, stored, wanted):
+            log.warning(REPLACED, "/".join(key), ", ".join(change), pause)
 
     async def _patch(self, key: Key, body: Object) -> Object:
         """Write status; without what the API server refuses of it, by an older definition or of its pods' figures."""

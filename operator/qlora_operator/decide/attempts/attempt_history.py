@@ -146,12 +146,13 @@ def batch_of(attempt: Attempt) -> BatchSplit:
 
 def differ_in_figures(before: QLoRAJobStatus, after: QLoRAJobStatus) -> bool:
     """Return whether nothing but progress, memory and words around them differ: that can wait for the next write."""
+    return without_figures(before) == without_figures(after)
 
-    def quiet(status: QLoRAJobStatus) -> QLoRAJobStatus:
-        attempts = [a.model_copy(update={"first_step": None, "last_step": None}) for a in status.attempts]
-        conditions = [c.model_copy(update={"message": "", "observed_generation": 0}) for c in status.conditions]
-        update: dict[str, Any] = {"progress": None, "memory": None, "peak_memory": "", "eta": "", "gpu_seconds": 0}
-        update |= {"grace_seconds": None, "stop_seconds": None}
-        return status.model_copy(update={**update, "attempts": attempts, "conditions": conditions})
 
-    return quiet(before) == quiet(after)
+def without_figures(status: QLoRAJobStatus) -> QLoRAJobStatus:
+    """Return a status without progress, memory and the words around them."""
+    attempts = [a.model_copy(update={"first_step": None, "last_step": None}) for a in status.attempts]
+    conditions = [c.model_copy(update={"message": "", "observed_generation": 0}) for c in status.conditions]
+    update: dict[str, Any] = {"progress": None, "memory": None, "peak_memory": "", "eta": "", "gpu_seconds": 0}
+    update |= {"grace_seconds": None, "stop_seconds": None}
+    return status.model_copy(update={**update, "attempts": attempts, "conditions": conditions})

@@ -10,6 +10,7 @@ from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import create_job, in_state, qlora_job
 from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import made
+from cluster.waits import eventually
 
 JOBS, PODS = "/apis/batch/v1/namespaces/{}/jobs", "/api/v1/namespaces/{}/pods"
 EVENTS = "/apis/events.k8s.io/v1/namespaces/{}/events"
@@ -18,6 +19,8 @@ CONTESTED = "qlora_operator_contested_jobs_total"
 NO_PAUSE = {"qlora_operator.decide.plan.LOOK_AGAIN_SECONDS": 0.5}
 """Of the operator, so that a loop would show at once."""
 IMAGES = ("one:1", "other:1")
+MOST_WRITES = 40
+"""Of both, until one has paused for 1, 2 and 4 seconds. Without pauses there are hundreds in that time."""
 
 
 @pytest.fixture
@@ -88,3 +91,28 @@ def test_a_release_that_is_gone_leaves_nothing_behind_that_waits_for_ever(
     waiting = api.wait_for(path, in_state("Pending", "Unschedulable"), seconds=LONG)
     assert [a["number"] for a in waiting["status"]["attempts"]] == [1]
     assert made(history, "jobs", kwok_namespace) == {"1": 2}
+
+
+def test_releases_that_decide_differently_replace_each_others_status_less_and_less_often(
+    crd_cluster, history, fork_server, kwok_namespace, tmp_path
+):
+    """One of them is a version that does not tell a missing priority class from other refusals."""
+    versions = {"one": {}, "other": {"qlora_operator.decide.refusal._REMEDIES": []}}
+    with ExitStack() as stack:
+        both = [
+            stack.enter_context(
+                ForkedOperator(
+                    fork_server, tmp_path / name, crd_cluster.kubeconfig, constants, namespaces=[kwok_namespace]
+                )
+            )
+            for name, constants in versions.items()
+        ]
+        create_job(crd_cluster.api, qlora_job(namespace=kwok_namespace, scheduling={"priorityClassName": "none"}))
+        for operator in both:
+            assert eventually(lambda log=operator.log: "written again in 8 s" in log.read_text(), LONG)
+            assert (
+                f"{kwok_namespace}/job: another program replaces what this one writes into" in operator.log.read_text()
+            )
+        reasons = [job["status"]["reason"] for job in history.of("qlorajobs", kwok_namespace)]
+    assert {"MissingReference", "Refused"} <= set(reasons)
+    assert len(reasons) < MOST_WRITES

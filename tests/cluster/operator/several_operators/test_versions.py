@@ -6,6 +6,7 @@ import copy
 import json
 from contextlib import contextmanager
 
+import pytest
 import yaml
 
 from cluster.scenarios.jobs import CRD, GROUP, condition, create_job, in_state, job_path, qlora_job
@@ -14,7 +15,7 @@ from cluster.scenarios.whole_life import ADAPTER, ends
 from cluster.waits import eventually
 
 JOBS, PODS = "/apis/batch/v1/namespaces/{}/jobs", "/api/v1/namespaces/{}/pods"
-LONG = 60
+LONG, MOST_WRITES = 60, 20
 TEXT = {"type": "string"}
 PROBE = "servedProbe"
 """Field of a changed definition alone."""
@@ -118,6 +119,20 @@ def test_a_value_that_is_not_known_leaves_the_job_and_its_pods_as_they_are(api, 
         for each in (path, job_path(kwok_namespace, "waits")):
             api.patch(each, {"spec": {"policy": {"onOutOfMemory": "Fail", "later": None}}})
             api.wait_for(each, in_state("Running"), seconds=LONG)
+
+
+def test_a_condition_that_a_newer_operator_takes_back_is_written_less_and_less_often(api, forked, kwok_namespace):
+    path = job_path(kwok_namespace)
+    with definition(api, newer):
+        create_job(api, qlora_job(namespace=kwok_namespace, policy={"onOutOfMemory": "Later"}))
+        for _ in range(MOST_WRITES):  # this test is the newer operator
+            left = api.wait_for(path, lambda job: condition(job, "Degraded").get("status") == "True", seconds=LONG)
+            if "it is written again in 4 s" in forked.log.read_text():
+                break
+            kept = [c | ({"status": "False"} if c["type"] == "Degraded" else {}) for c in left["status"]["conditions"]]
+            api.patch(f"{path}/status", {"status": {"conditions": kept}})
+        else:
+            pytest.fail(f"it was written {MOST_WRITES} times without a pause")
 
 
 def test_an_older_definition_takes_what_a_newer_operator_writes(api, forked, kwok_namespace):

@@ -1,0 +1,76 @@
+"""Space out writes of a status that another program replaces each time: of two, neither would ever stop. No I/O."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from qlora_api.status import QLoRAJobStatus
+from qlora_operator.decide.attempts.attempt_history import without_figures
+from qlora_operator.state.cache import Key
+from qlora_operator.supervisor import backoff
+
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 300.0
+KEPT = 4
+"""Statuses of one job that are remembered: what another program writes may alternate, too."""
+_NO_TIME = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def fingerprint(status: QLoRAJobStatus) -> int:
+    """Return a hash of a status without figures and the times of transitions."""
+    conditions = [c.model_copy(update={"last_transition_time": _NO_TIME}) for c in without_figures(status).conditions]
+    return hash(without_figures(status).model_copy(update={"conditions": conditions}).model_dump_json())
+
+
+@dataclass
+class _History:
+    """Writes of one job's status by this process."""
+
+    at: float
+    written: tuple[int, ...] = ()
+    """Fingerprints of the newest ones, the last one last."""
+    repeats: int = 0
+
+
+@dataclass
+class RepeatedWrites:
+    """Remembers what this process wrote, and how often another program replaced it.
+
+    A status is repeated if this process wrote it before and something else is stored than it wrote last. Whatever is
+    new is never held back.
+    """
+
+    clock: Callable[[], float] = time.monotonic
+    _jobs: dict[Key, _History] = field(default_factory=dict)
+
+    def forget(self, key: Key) -> None:
+        """Forget what was written of a job."""
+        self._jobs.pop(key, None)
+
+    def seconds_since(self, key: Key) -> float:
+        """Return how long ago a job's status was written; infinite: never."""
+        return self.clock() - self._jobs[key].at if key in self._jobs else float("inf")
+
+    def seconds_left(self, key: Key, stored: int, wanted: int) -> float:
+        """Return for how long a status has to wait; 0: it may be written."""
+        if not self._is_repeated(key, stored, wanted):
+            return 0.0
+        return max(0.0, self._pause(key) - self.seconds_since(key))
+
+    def record(self, key: Key, stored: int, wanted: int) -> float:
+        """Record a write; return the seconds before the next one of the same status, 0 where it was no repeat."""
+        is_repeated = self._is_repeated(key, stored, wanted)
+        history = self._jobs.setdefault(key, _History(0.0))
+        history.at, history.written = self.clock(), (*history.written, wanted)[-KEPT:]
+        history.repeats += is_repeated
+        return self._pause(key) if is_repeated else 0.0
+
+    def _is_repeated(self, key: Key, stored: int, wanted: int) -> bool:
+        written = self._jobs[key].written if key in self._jobs else ()
+        return wanted in written and stored != written[-1]
+
+    def _pause(self, key: Key) -> float:
+        repeats = self._jobs[key].repeats
+        return backoff(repeats, FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS) if repeats else 0.0
