@@ -193,9 +193,7 @@ def jobs(seen: ClusterSnapshot) -> Iterator[Finding]:
     if not seen.jobs.there:
         return
     waiting = [view(job) for job in seen.jobs.items]
-    unseen = [
-        v.name for v, job in zip(waiting, seen.jobs.items, strict=True) if not is_seen(job) and _is_old(v, seen)
-    ]
+    unseen = [v.name for v, job in zip(waiting, seen.jobs.items, strict=True) if not is_seen(job) and _is_old(v, seen)]
     if unseen:
         yield fault(
             "jobs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.doctor import check_crd, check_jobs, check_profiles
@@ -84,14 +85,10 @@ def _operator(seen: ClusterSnapshot, version: str) -> Iterator[Finding]:
     if not seen.deployments.items:
         yield fault("operator", "there is no Deployment of the operator in this cluster", f"install it: {INSTALL}")
         return
-    if len(seen.deployments.items) > 1:
-        places = ", ".join(f"{d['metadata']['namespace']}/{d['metadata']['name']}" for d in seen.deployments.items)
-        yield fault(
-            "operator", f"there are several: {places}; they write the same jobs", "uninstall all releases but one"
-        )
+    yield from _several_operators(seen)
     deployment = seen.deployments.items[0]
     meta, status = deployment["metadata"], deployment.get("status") or {}
-    place = f"{meta['namespace']}/{meta['name']}"
+    place = _place(deployment)
     if deployment["spec"].get("replicas", 1) == 0:
         command = f"kubectl scale deployment {meta['name']} -n {meta['namespace']} --replicas=1"
         yield fault("operator", f"{place} is scaled to 0", command)
@@ -115,6 +112,28 @@ def _operator(seen: ClusterSnapshot, version: str) -> Iterator[Finding]:
             f"it serves only namespaces {', '.join(served)}, and not {seen.namespace}",
             f"add {seen.namespace} to the chart's value namespaces, or use another namespace",
         )
+
+
+def _place(deployment: Object) -> str:
+    return f"{deployment['metadata']['namespace']}/{deployment['metadata']['name']}"
+
+
+def _several_operators(seen: ClusterSnapshot) -> Iterator[Finding]:
+    """Give the operators that serve a namespace together. Each of its own namespaces may have one."""
+    known = zip(seen.deployments.items, seen.configs, strict=False)
+    served = [(_place(d), frozenset(c.value.get("namespaces") or ())) for d, c in known if c.there]
+    for (first, its), (second, others) in combinations(served, 2):
+        shared = its & others if its and others else its | others
+        if shared or not (its and others):
+            where = f"namespaces {', '.join(sorted(shared))}" if shared else "all namespaces"
+            yield fault(
+                "operator",
+                f"{first} and {second} both serve {where}; each replaces what the other one writes",
+                "uninstall one, or give each its own namespaces by the chart's value namespaces",
+            )
+    if len(seen.deployments.items) > max(len(served), 1):
+        places = ", ".join(map(_place, seen.deployments.items))
+        yield unknown("operator", f"there are several: {places}; you may not read which namespaces each of them serves")
 
 
 def _unavailable(seen: ClusterSnapshot, place: str, namespace: str) -> Finding:

@@ -62,9 +62,13 @@ class ClusterSnapshot:
     gang_resources: Answer = MISSING
     """Of scheduling.k8s.io."""
     deployments: Answer = MISSING
+    """Of operators, one that serves the namespace first."""
     operator_pods: Answer = MISSING
+    """Of the first operator."""
     config: Answer = MISSING
-    """The operator's configuration, parsed."""
+    """Configuration of the first operator, parsed."""
+    configs: tuple[Answer, ...] = ()
+    """Configurations of all operators, in the order of the Deployments."""
     policies: Answer = MISSING
     bindings: Answer = MISSING
     nodes: Answer = MISSING
@@ -116,7 +120,7 @@ def read_cluster(cluster: Cluster, manifests: Sequence[Object] = ()) -> ClusterS
             "quotas": pool.submit(_list, api, core_path(namespace, "resourcequotas")),
         }
         found: dict[str, Any] = {name: future.result() for name, future in asked.items()}
-        operator = _operator(pool, api, found["deployments"])
+        found |= _operators(pool, api, found["deployments"], namespace)
         bodies = [*manifests, *(j for j in found["jobs"].items if not _is_finished(j))]
         named = references.of_jobs(bodies, namespace)
         answers = [pool.submit(_get, api, each.path) for each in named]
@@ -129,7 +133,6 @@ def read_cluster(cluster: Cluster, manifests: Sequence[Object] = ()) -> ClusterS
         manifests=tuple(manifests),
         named=pairs,
         endpoints=tuple(references.endpoints(pairs, lambda path: _get(api, path))),
-        **operator,
         **found,
     )
 
@@ -220,16 +223,28 @@ def _deployments(api: ApiClient, namespace: str) -> Answer:
     return here if here.items else everywhere
 
 
-def _operator(pool: ThreadPoolExecutor, api: ApiClient, deployments: Answer) -> dict[str, Any]:
-    """Pods and configuration of the first operator there is."""
+def _operators(pool: ThreadPoolExecutor, api: ApiClient, deployments: Answer, namespace: str) -> dict[str, Any]:
+    """Configurations of all operators there are, and pods of the one that serves the namespace."""
     if not deployments.items:
         return {}
-    meta = deployments.items[0]["metadata"]
-    selector = deployments.items[0]["spec"]["selector"].get("matchLabels") or {}
+    metas = [deployment["metadata"] for deployment in deployments.items]
+    asked = [pool.submit(_get, api, core_path(m["namespace"], "configmaps", m["name"])) for m in metas]
+    read = list(zip(deployments.items, [_parsed(answer.result()) for answer in asked], strict=True))
+    read.sort(key=lambda operator: not serves(operator[1], namespace))
+    deployment, config = read[0]
+    selector = deployment["spec"]["selector"].get("matchLabels") or {}
     labels = ",".join(f"{name}={value}" for name, value in selector.items())
-    pods = pool.submit(_list, api, core_path(meta["namespace"], "pods"), labels)
-    config = pool.submit(_get, api, core_path(meta["namespace"], "configmaps", meta["name"]))
-    return {"operator_pods": pods.result(), "config": _parsed(config.result())}
+    return {
+        "deployments": Answer([each for each, _ in read]),
+        "operator_pods": _list(api, core_path(deployment["metadata"]["namespace"], "pods"), labels),
+        "config": config,
+        "configs": tuple(each for _, each in read),
+    }
+
+
+def serves(config: Answer, namespace: str) -> bool:
+    """Return whether an operator with this configuration serves a namespace; one that cannot be read does not."""
+    return config.there and namespace in (config.value.get("namespaces") or [namespace])
 
 
 def _parsed(answer: Answer) -> Answer:

@@ -24,6 +24,14 @@ def deployment(**more):
     return {"metadata": meta, "spec": {"selector": {}}, "status": {"availableReplicas": 1}, **more}
 
 
+def operators(*namespaces):
+    """Operators, by the namespaces that each serves."""
+    return {
+        "deployments": Answer([deployment() for _ in namespaces]),
+        "configs": tuple(Answer({"namespaces": each}) for each in namespaces),
+    }
+
+
 def node(name="n", gpus="8", *, ready=True, cordoned=False):
     conditions = [{"type": "Ready", "status": str(ready)}]
     status = {"allocatable": {"nvidia.com/gpu": gpus}, "conditions": conditions}
@@ -72,6 +80,17 @@ def pod(state, **more):
     return {"metadata": {"name": "op-x"}, "status": {"containerStatuses": [container]}}
 
 
+def test_operators_of_different_namespaces_are_no_fault():
+    assert faults(**operators(["research"], ["sales"], ["hr"])) == {}
+
+
+def test_several_operators_whose_settings_may_not_be_read_are_said():
+    more = {"deployments": Answer([deployment(), deployment()]), "configs": (DENIED, DENIED)}
+    assert faults(**more) == {}
+    unknown = [f.text for f in run_checks(seen(**more), "1.0") if f.level is Level.UNKNOWN]
+    assert "there are several: sys/op, sys/op; you may not read which namespaces each of them serves" in unknown
+
+
 def test_nothing_is_wrong():
     assert faults() == {}
     assert summary(run_checks(seen(), "1.0")) == "nothing keeps jobs from running"
@@ -105,10 +124,22 @@ PULL = {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}
         ),
         pytest.param({"deployments": UNAVAILABLE}, "operator", "sys/op is not available", id="no-reason-seen"),
         pytest.param(
-            {"deployments": Answer([deployment(), deployment()])},
+            operators(["research", "sales"], ["sales", "research"]),
             "operator",
-            "there are several: sys/op, sys/op; they write the same jobs",
-            id="two-operators",
+            "sys/op and sys/op both serve namespaces research, sales; each replaces what the other one writes",
+            id="two-operators-of-the-same-namespaces",
+        ),
+        pytest.param(
+            operators(["research"], []),
+            "operator",
+            "sys/op and sys/op both serve namespaces research; each replaces what the other one writes",
+            id="an-operator-of-all-namespaces-beside-one-of-some",
+        ),
+        pytest.param(
+            operators([], []),
+            "operator",
+            "sys/op and sys/op both serve all namespaces; each replaces what the other one writes",
+            id="two-operators-of-all-namespaces",
         ),
         pytest.param(
             {"policies": Answer([])},

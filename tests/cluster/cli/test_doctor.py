@@ -311,6 +311,37 @@ def test_the_operator_does_not_serve_the_namespace(doctor, api):
     assert f"it serves only namespaces research, and not {doctor.namespace}" in found["operator"]["text"]
 
 
+@contextmanager
+def second_release(api, cluster, **namespaces):
+    """Have a second Deployment with its ConfigMap; namespaces are those of either release by its name."""
+    path = f"/api/v1/namespaces/{SYSTEM}/configmaps"
+    text = api.get(f"{path}/{NAME}")["data"]["config.yaml"]
+
+    def config(release):
+        return _config(text.replace("namespaces: []", f"namespaces: {json.dumps(namespaces[release])}"))
+
+    other = {"name": "other", "namespace": SYSTEM}
+    deployment = cluster.objects["Deployment", NAME]
+    api.create({**deployment, "metadata": {**deployment["metadata"], **other}}, SYSTEM)
+    api.create({"apiVersion": "v1", "kind": "ConfigMap", "metadata": other, **config("other")}, SYSTEM)
+    try:
+        with changed(api, f"{path}/{NAME}", config("first"), _config(text)):
+            yield
+    finally:
+        api.delete(DEPLOYMENT.replace(NAME, "other"))
+        api.delete(f"{path}/other")
+
+
+def test_a_second_release_is_a_fault_only_over_the_same_namespaces(doctor, api, cluster):
+    here = doctor.namespace
+    with second_release(api, cluster, first=["research"], other=[here]):
+        api.wait_for(DEPLOYMENT.replace(NAME, "other"), lambda d: d["status"].get("availableReplicas"))
+        assert doctor() == {}
+        assert f"✓ operator      {SYSTEM}/other is available" in doctor.call("doctor").out
+    with second_release(api, cluster, first=[here], other=["research", here]):
+        assert f"both serve namespaces {here};" in doctor()["operator"]["text"]
+
+
 def _config(text):
     return {"data": {"config.yaml": text}}
 
