@@ -12,7 +12,7 @@ KEY = ("team", "job")
 OURS, THEIRS, NEXT = 1, 2, 3
 
 
-class Clock:
+class SettableClock:
     def __init__(self):
         self.now = 0.0
 
@@ -21,7 +21,7 @@ class Clock:
 
 
 def test_pauses_between_writes_of_the_same_status_grow_up_to_a_limit():
-    clock = Clock()
+    clock = SettableClock()
     writes, pauses = RepeatedWrites(clock), []
     writes.record(KEY, 0, OURS)
     for _ in range(12):
@@ -34,7 +34,7 @@ def test_pauses_between_writes_of_the_same_status_grow_up_to_a_limit():
 
 
 def test_a_new_status_is_never_held_back():
-    writes = RepeatedWrites(Clock())
+    writes = RepeatedWrites(SettableClock())
     for _ in range(5):
         writes.record(KEY, THEIRS, OURS)
     assert writes.seconds_left(KEY, THEIRS, OURS) > 0
@@ -42,21 +42,21 @@ def test_a_new_status_is_never_held_back():
 
 
 def test_a_status_that_comes_back_by_itself_is_never_held_back():
-    writes = RepeatedWrites(Clock())
+    writes = RepeatedWrites(SettableClock())
     for before, after in [(0, OURS), (OURS, NEXT), (NEXT, OURS), (OURS, NEXT), (NEXT, OURS)]:
         assert writes.seconds_left(KEY, before, after) == 0
         assert writes.record(KEY, before, after) == 0
 
 
 def test_statuses_that_alternate_are_held_back_too():
-    writes = RepeatedWrites(Clock())
+    writes = RepeatedWrites(SettableClock())
     for wanted in (OURS, NEXT, OURS, NEXT):
         writes.record(KEY, THEIRS, wanted)
     assert writes.seconds_left(KEY, THEIRS, OURS) > 0
 
 
 def test_a_job_that_is_forgotten_begins_anew():
-    writes = RepeatedWrites(Clock())
+    writes = RepeatedWrites(SettableClock())
     for _ in range(5):
         writes.record(KEY, THEIRS, OURS)
     writes.forget(KEY)
