@@ -9,6 +9,7 @@ import torch
 from mixtures import MIXTURES
 from qlora_api.spec import ComputeType, LoRASpec, Optimizer, ParallelismSpec, QuantizationSpec, QuantizationType
 from qlora_memory import EstimateInput, estimate, planned_coverage
+from qlora_trainer.model import base_model
 from qlora_trainer.model.base_model import add_lora, load_base, weight_bytes
 from qlora_trainer.model.coverage import coverage_of
 from qlora_trainer.model.experts.packed import FrozenExperts
@@ -42,6 +43,13 @@ SKIPPED = {
 
 def skipping(patterns, kind=QuantizationType.NF4):
     return QuantizationSpec(type=kind, compute_type=ComputeType.BFLOAT16, skip_modules=patterns)
+
+
+def test_a_base_is_built_without_weights_once_for_all_that_loading_asks(monkeypatch, tiny_models):
+    build, built = base_model.meta_model_of, []
+    monkeypatch.setattr(base_model, "meta_model_of", lambda *a, **named: built.append(build(*a, **named)) or built[-1])
+    load_base(tiny_models["llama"], skipping(["down_proj"]), CPU)
+    assert len(built) == 1
 
 
 def planned_bytes(folder, quantization):

@@ -23,7 +23,7 @@ from qlora_api.spec import LoRABias, LoRASpec, QuantizationSpec, QuantizationTyp
 from qlora_api.status import MemoryComponent
 from qlora_memory.shape.on_disk import check_on_disk, on_disk
 from qlora_trainer.errors import UserError
-from qlora_trainer.model.composite import meta_model_of, model_class
+from qlora_trainer.model.composite import meta_model_of, model_class, output_head_names
 from qlora_trainer.model.device.attention import choose_attention, register
 from qlora_trainer.model.device.compute_type import DTYPES, resolved_on
 from qlora_trainer.model.device.kernels import forget_inputs, fuse_adapters, fuse_norms
@@ -70,21 +70,19 @@ def quantization_config(
             assert_never(quantization.type)
 
 
-def skipped_modules(path: Path, quantization: QuantizationSpec, read: Iterable[str] = ()) -> list[str] | None:
+def skipped_modules(skeleton: Any, quantization: QuantizationSpec, read: Iterable[str] = ()) -> list[str] | None:
     """Return what stays in 16 bits of a base, by full name; None where that is what transformers leaves so.
 
     Args:
-        path: of the base.
+        skeleton: the base without weights.
         quantization: of the job, which may name some.
         read: layers whose weight the model reads itself.
 
     """
     if not quantization.skip_modules and not read:
         return None
-    model = meta_model(path)
-    named = [n for n in (*linear_layers(model), *expert_parameters(model)) if quantization.skips(n)]
-    head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
-    return sorted({*head, *named, *read})
+    named = [n for n in (*linear_layers(skeleton), *expert_parameters(skeleton)) if quantization.skips(n)]
+    return sorted({*output_head_names(skeleton), *named, *read})
 
 
 def load_base(path: Path, quantization: QuantizationSpec, device: torch.device, zero_stage: int = 0) -> Any:
@@ -100,8 +98,9 @@ def load_base(path: Path, quantization: QuantizationSpec, device: torch.device, 
     quantization = resolved_on(quantization, device)
     config = check_base(path, quantization)
     is_quantized = getattr(config, "quantization_config", None) is not None
-    use = find_layer_use(meta_model(path))
-    skipped = None if is_quantized else skipped_modules(path, quantization, use.read)
+    skeleton = meta_model(path)
+    use = find_layer_use(skeleton)
+    skipped = None if is_quantized else skipped_modules(skeleton, quantization, use.read)
     wanted = None if is_quantized else quantization_config(quantization, zero_stage, skipped)
     model = load_weights(
         path,

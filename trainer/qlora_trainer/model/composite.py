@@ -28,11 +28,6 @@ def text_config(config: Any) -> Any:
         return config
 
 
-def is_composite(config: Any) -> bool:
-    """Return whether the base's class wraps a language model together with towers."""
-    return model_class(config) is not None and text_config(config) is not config and _auto_class(config) in _COMPOSITE
-
-
 def model_class(config: Any) -> Any:
     """Return the class of a base, of which transformers knows several for some; None where it is no language model."""
     auto = _auto_class(config)
@@ -50,11 +45,11 @@ def _auto_class(config: Any) -> Any:
 
 def trained_class(config: Any) -> Any:
     """Return what a base is loaded with to be trained: its class, of a composite one without towers."""
+    if text_config(config) is config:
+        return model_class(config)
     auto = _auto_class(config)
-    if auto is AutoModelForCausalLM and text_config(config) is not config:
-        return auto  # it knows text classes of composite configurations
-    kind = model_class(config)
-    return without_towers(kind) if is_composite(config) else kind
+    # AutoModelForCausalLM has the text classes of composite configurations.
+    return auto if auto is AutoModelForCausalLM else without_towers(model_class(config))
 
 
 def meta_model_of(config: Any, *, whole: bool = False, dtype: torch.dtype | None = None) -> Any:
@@ -78,14 +73,19 @@ def without_towers(kind: Any) -> Any:
 def language_model(model: nn.Module) -> tuple[str, Any]:
     """Return the name and module of the language model: the one that has the input embeddings."""
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    name = _name_of(model, embeddings).rpartition(".")[0]
+    name = next((n for n, module in model.named_modules() if module is embeddings), "").rpartition(".")[0]
     return name, model.get_submodule(name)
+
+
+def output_head_names(model: nn.Module) -> list[str]:
+    """Return the name of the output head; nothing where a model has none."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return [name for name, module in model.named_modules() if module is head]
 
 
 def tower_names(model: nn.Module) -> list[str]:
     """Return the outermost modules beside the language model and the output head."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    kept = [language_model(model)[0], *([] if head is None else [_name_of(model, head)])]
+    kept = [language_model(model)[0], *output_head_names(model)]
     if "" in kept:
         return []
     ancestors = {".".join(name.split(".")[:depth]) for name in kept for depth in range(name.count(".") + 1)}
@@ -128,10 +128,10 @@ def _use_text_alone(model: Any) -> None:
     name, inner = language_model(model)
     if getattr(inner.config, "rope_parameters", None) and "mrope_section" in inner.config.rope_parameters:
         inner.register_forward_pre_hook(_with_grids, with_kwargs=True)
-    head = _name_of(model, model.get_output_embeddings())
+    heads = output_head_names(model)
     path = name.split(".")
     between = [".".join(path[:depth]) for depth in range(1, len(path))]
-    wrappers = [outer for outer in between if not head.startswith(f"{outer}.")]
+    wrappers = [outer for outer in between if not any(head.startswith(f"{outer}.") for head in heads)]
     if wrappers:
         model.get_submodule(wrappers[0]).forward = _TextForward(inner)
 
@@ -161,7 +161,3 @@ def _with_grids(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any])
     if isinstance(positions, torch.Tensor) and positions.ndim == 2:
         named = {**named, "position_ids": positions.expand(1 + _GRIDS, *positions.shape)}
     return arguments, named
-
-
-def _name_of(model: nn.Module, wanted: Any) -> str:
-    return next((name for name, module in model.named_modules() if module is wanted), "")

@@ -27,7 +27,7 @@ def find_layer_use(skeleton: Any) -> LayerUse:
     """Return how the linear layers of a base are used in training.
 
     Args:
-        skeleton: the base on the meta device, without an adapter; of no other use afterwards.
+        skeleton: the base on the meta device, without an adapter; afterwards of use for names and shapes alone.
 
     """
     use_own_forward(skeleton)

@@ -12,6 +12,7 @@ from torch import nn
 
 from qlora_memory import WeightCounts
 from qlora_memory.shape.model_shape import Linear
+from qlora_trainer.model.composite import output_head_names
 from qlora_trainer.model.experts.structure import expert_parameters, router_names
 from qlora_trainer.model.experts.targets import left_alone, linear_layers
 from qlora_trainer.model.layer_use import known_layer_use
@@ -33,6 +34,7 @@ def count_weights(skeleton: Any) -> WeightCounts:
     sizes = {name: _sizes(layer) for name, layer in layers.items()}
     left = frozenset(left_alone(skeleton))
     head, embeddings = skeleton.get_output_embeddings(), skeleton.get_input_embeddings()
+    head_name = next(iter(output_head_names(skeleton)), "lm_head")
     weight = getattr(head, "weight", None)
     tied = weight is None or weight is embeddings.weight
     of_layers = {f"{name}.{own}" for name in layers for own in ("weight", "bias")}
@@ -55,7 +57,7 @@ def count_weights(skeleton: Any) -> WeightCounts:
             Linear(name, p.shape[2], p.shape[1], experts=p.shape[0], quantizable=name in quantized)
             for name, p in experts.items()
         ),
-        head=Linear(_name_of(skeleton, head) or "lm_head", width, vocabulary, getattr(head, "bias", None) is not None),
+        head=Linear(head_name, width, vocabulary, getattr(head, "bias", None) is not None),
         tied=tied,
         embeddings=elements["embeddings"],
         norms=elements["norms"],
@@ -93,8 +95,7 @@ def _place(name: str, *, is_table: bool, routers: frozenset[str]) -> str:
 def _quantize(skeleton: Any) -> frozenset[str]:
     """Replace the layers that are quantized as they are loaded; return the names of these and of such experts."""
     read = known_layer_use(skeleton).read
-    head = _name_of(skeleton, skeleton.get_output_embeddings())
-    config = FourBitConfig(llm_int8_skip_modules=sorted({head, *read} - {""}) if read else None)
+    config = FourBitConfig(llm_int8_skip_modules=sorted({*output_head_names(skeleton), *read}) if read else None)
     quantizer = FourBitQuantizer(config, pre_quantized=False)
     quantizer._process_model_before_weight_loading(skeleton, {"": "meta"})  # noqa: SLF001 the public way loads weights
     layers = {name for name, module in skeleton.named_modules() if isinstance(module, Linear4bit)}
@@ -116,7 +117,3 @@ def _fixed(skeleton: Any, tensors: dict[str, torch.Tensor]) -> Iterator[tuple[in
         dtype = next((kind for pattern, kind in kept.items() if pattern.search(name)), tensor.dtype)
         if dtype is not skeleton.dtype:
             yield tensor.numel(), tensor.numel() * dtype.itemsize
-
-
-def _name_of(model: nn.Module, wanted: Any) -> str:
-    return next((name for name, module in model.named_modules() if module is wanted), "")

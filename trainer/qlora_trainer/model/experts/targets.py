@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora_trainer.errors import UserError
-from qlora_trainer.model.composite import tower_layers
+from qlora_trainer.model.composite import output_head_names, tower_layers
 from qlora_trainer.model.experts.adapter import ExpertAdapter
 from qlora_trainer.model.experts.structure import expert_groups, expert_parameters, router_names
 from qlora_trainer.model.layer_use import known_layer_use
@@ -62,8 +62,7 @@ def check_targets(model: Any, lora: LoRASpec, model_name: str) -> None:
     names = [*linear_layers(model), *expert_parameters(model)]
     if not names:
         raise UserError("spec.model.source", model_name, "has no linear layers that could be quantized and adapted")
-    head = model.get_output_embeddings()
-    names += [n for n, m in model.named_modules() if m is head]
+    names += output_head_names(model)
     routers = router_names(model)
     for target in lora.target_modules or ():
         if any(_is_named(n, target) for n in names):
@@ -92,8 +91,7 @@ def choose_targets(model: Any, lora: LoRASpec) -> Targets:
     modules = list(named or sorted({kind_of(n) for n in layers.keys() - left}))
     parameters = sorted({".".join(n.rsplit(".", 2)[1:]) for n in _named(expert_parameters(model), named)})
     excluded = _endings([n for n in left if _named([n], modules)], layers.keys() - left)
-    head = [n for n, m in model.named_modules() if m is model.get_output_embeddings()]
-    modules = [m for m in modules if _named([*layers, *head], [m])]
+    modules = [m for m in modules if _named([*layers, *output_head_names(model)], [m])]
     taken = [m for m in modules if _is_taken_for_experts(model, m)]
     modules = [m for m in modules if m not in taken]
     parameters += [f"{m}.weight" for m in taken]
