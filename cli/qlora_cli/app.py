@@ -12,7 +12,7 @@ from qlora_cli.commands.artifacts.generate import generate
 from qlora_cli.commands.artifacts.merge import merge
 from qlora_cli.commands.artifacts.report import report
 from qlora_cli.commands.artifacts.verify import verify
-from qlora_cli.commands.command_group import CommandGroup
+from qlora_cli.commands.command_group import Command, CommandGroup
 from qlora_cli.commands.doctor import doctor
 from qlora_cli.commands.inspect import inspect
 from qlora_cli.commands.jobs.cancel import cancel
@@ -30,15 +30,13 @@ from qlora_cli.commands.manifest.explain import explain
 from qlora_cli.commands.manifest.init import init
 from qlora_cli.commands.manifest.plan import plan
 from qlora_cli.commands.manifest.validate import validate
-from qlora_cli.commands.options import EXIT_CODES
 from qlora_cli.commands.run import run
 from qlora_cli.commands.upload import upload
 
 app = typer.Typer(
     name="qlora",
     cls=CommandGroup,
-    help="Fine-tune with QLoRA: on this machine, or as QLoRAJobs in a Kubernetes cluster.",
-    epilog=EXIT_CODES,
+    help="Fine-tune language models with QLoRA, on this machine or in a Kubernetes cluster.",
     no_args_is_help=True,
     rich_markup_mode=None,  # plain help: rich would double the time it takes
     pretty_exceptions_enable=False,
@@ -61,7 +59,7 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Fine-tune with QLoRA: on this machine, or as QLoRAJobs in a Kubernetes cluster."""
+    """Fine-tune language models with QLoRA, on this machine or in a Kubernetes cluster."""
 
 
 for _command in (
@@ -91,4 +89,4 @@ for _command in (
     upload,
     doctor,
 ):  # in the order in which '--help' lists them
-    app.command(_command.__name__.removesuffix("_jobs"))(_command)
+    app.command(_command.__name__.removesuffix("_jobs"), cls=Command)(_command)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
-from qlora_cli.commands.options import STORAGE_FAILED, USER_ERROR
+from qlora_cli.commands.exit_codes import STORAGE_FAILED, USER_ERROR, exit_codes
 from qlora_cli.text.printable import write_line
 
 _LIST = ("list", "show JOB")
@@ -41,8 +42,33 @@ INSTEAD: dict[str, tuple[str, ...]] = {
 """Commands for the verbs that people try first; ``typer`` answers misspelled commands itself."""
 
 
+class Command(TyperCommand):
+    """A command of ``qlora``."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments, without the names of their Python types, options, and exit codes."""
+        arguments, options = [], []
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is None:
+                continue
+            if isinstance(parameter, TyperArgument):
+                arguments.append((parameter.display_name_raw, record[1]))
+            else:
+                options.append(record)
+        for title, rows in (("Arguments", arguments), ("Options", options)):
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+        _write_exit_codes(formatter, exit_codes(self.name))
+
+
 class CommandGroup(TyperGroup):
     """The commands of ``qlora``."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write options, commands, and exit codes."""
+        super().format_options(ctx, formatter)
+        _write_exit_codes(formatter, exit_codes())
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run the program; an error of the system ends it with a sentence on standard error and an exit code."""
@@ -76,6 +102,11 @@ class CommandGroup(TyperGroup):
             commands = " or ".join(f"'{program()} {command}'" for command in instead)
             ctx.fail(f"No such command '{args[0]}'. Did you mean {commands}?")
         return super().resolve_command(ctx, args)
+
+
+def _write_exit_codes(formatter: Any, codes: Mapping[str, str]) -> None:
+    with formatter.section("Exit codes"):
+        formatter.write_dl([*codes.items()])
 
 
 def _leave_standard_output() -> None:

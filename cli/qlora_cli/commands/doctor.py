@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.commands import options as o
+from qlora_cli.commands.exit_codes import NO
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, connect, program
 from qlora_cli.text.choices import Form
@@ -16,7 +17,7 @@ from qlora_cli.text.printable import write
 
 def doctor(
     manifests: Annotated[
-        list[Path] | None, typer.Argument(metavar="[JOB.yaml...]", help="Check what these jobs need as well.")
+        list[Path] | None, typer.Argument(metavar="JOB.yaml", help="Manifests of jobs to check, too.")
     ] = None,
     *,
     output: o.Output = Form.TEXT,
@@ -24,11 +25,11 @@ def doctor(
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
 ) -> None:
-    """Diagnose what keeps jobs from running, and suggest fixes.
+    """Find out what keeps jobs from running, and suggest fixes.
 
-    Looks at the cluster, your rights, the CustomResourceDefinition, the operator, the admission policy, GPUs, profiles,
-    gang scheduling, what jobs name, object storage, images, network policies, monitors and quotas; the exit code is 1
-    if something is wrong.
+    Checks the cluster, your permissions, the CustomResourceDefinition, the operator, the admission policy, GPUs,
+    profiles, gang scheduling, the objects that jobs name, object storage, images, network policies, monitors and
+    quotas.
     """
     with exit_with_code():
         from importlib.metadata import version
@@ -57,4 +58,4 @@ def doctor(
             out.note(said.summary(findings))
             if not bad:
                 out.say_next(f"{program()} submit JOB.yaml")
-    raise typer.Exit(o.NO if bad else 0)
+    raise typer.Exit(NO if bad else 0)

@@ -13,21 +13,24 @@ from qlora_cli.text.choices import PlainForm
 from qlora_cli.text.printable import as_json, write_line
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Base in 16 bits, as in model.source: a folder, hf://org/name, s3://….")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Base model in 16 bits: a folder, hf://org/name or s3://…, as in spec.model.source."
+    ),
 ]
 
 
-Skip = Annotated[int, typer.Option("--skip", min=0, metavar="N", help="Number of worst layers to name.")]
+Skip = Annotated[int, typer.Option("--skip", min=0, metavar="N", help="Number of layers to print as skipModules.")]
 
 
-Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write an HTML page.")]
+Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write an HTML page to this file.")]
 
 
 def inspect(model: Model, *, skip: Skip = 3, html: Html = None, output: o.PlainOutput = PlainForm.TEXT) -> None:
-    """Measure what each quantization does to each layer of a base, without data.
+    """Measure the quantization error of each layer of a base model.
 
-    Names the layers that suffer most, as skipModules to paste into a job. Runs the trainer (the extra [trainer] of
-    qlora-operator), with one layer in memory at a time.
+    Compares NF4, FP4 and INT8, without data, and prints the layers with the largest errors as skipModules to paste
+    into a job. Runs the trainer (the extra "trainer" of qlora-operator); holds one layer in memory at a time.
     """
     with exit_on_user_error():
         from qlora_cli.inspection import view

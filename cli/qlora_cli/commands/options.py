@@ -10,23 +10,9 @@ from typing import Annotated
 
 import typer
 
+from qlora_cli.commands.exit_codes import UNREACHABLE, USER_ERROR
 from qlora_cli.text.choices import Form, PlainForm
 from qlora_cli.text.printable import write_line
-
-NO = 1
-"""The check failed: a watched job failed, an adapter is not what was published, the doctor found a fault."""
-UNREACHABLE = 3
-"""No cluster answers, or it does not know who asks."""
-USER_ERROR = 40
-"""As ``qlora_api.contract.ExitCode.USER_ERROR``: a name, a flag, a manifest, a right must change."""
-STORAGE_FAILED = 47
-"""As ``qlora_api.contract.ExitCode.STORAGE_FAILED``: a disk is full, or fails."""
-
-EXIT_CODES = """\
-Exit codes: 0: success; 1: the check failed (a watched job failed, an adapter differs, the doctor found a fault), or the
-answer was no; 2: wrong usage; 3: the cluster cannot be reached; 40: invalid manifest or name, or missing permission;
-47: a disk is full; 130: Ctrl-C.
-'run', 'generate', 'inspect' and 'merge' exit as the trainer does (docs/reference/command-line.md)."""
 
 
 def _names(incomplete: str) -> list[str]:
@@ -51,57 +37,56 @@ def _namespaces(incomplete: str) -> list[str]:
 Namespace = Annotated[
     str | None,
     typer.Option(
-        "-n", "--namespace", metavar="NAME", help="Namespace; default: the context's.", autocompletion=_namespaces
+        "-n", "--namespace", metavar="NAME", help="Namespace; default: that of the context.", autocompletion=_namespaces
     ),
 ]
 Context = Annotated[
     str | None,
-    typer.Option("--context", metavar="NAME", help="Context of the kubeconfig to use.", autocompletion=_contexts),
+    typer.Option("--context", metavar="NAME", help="Context of the kubeconfig.", autocompletion=_contexts),
 ]
 Kubeconfig = Annotated[
-    Path | None, typer.Option("--kubeconfig", metavar="FILE", help="Default: $KUBECONFIG, then ~/.kube/config.")
+    Path | None,
+    typer.Option("--kubeconfig", metavar="FILE", help="Kubeconfig; default: $KUBECONFIG, then ~/.kube/config."),
 ]
 Output = Annotated[Form, typer.Option("-o", "--output", help="Output format.")]
 PlainOutput = Annotated[PlainForm, typer.Option("-o", "--output", help="Output format.")]
-Everywhere = Annotated[bool, typer.Option("-A", "--all-namespaces", help="List all namespaces.")]
+Everywhere = Annotated[bool, typer.Option("-A", "--all-namespaces", help="Include all namespaces.")]
 Selector = Annotated[
     str | None, typer.Option("-l", "--selector", metavar="LABELS", help="Label selector, as in kubectl.")
 ]
-Manifest = Annotated[
-    Path, typer.Argument(metavar="JOB.yaml", help="Manifest with one QLoRAJob; - reads standard input.")
-]
+Manifest = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="Manifest of one QLoRAJob; - for standard input.")]
 Name = Annotated[str, typer.Argument(metavar="JOB", help="Name of a job.", autocompletion=_names)]
-Names = Annotated[list[str], typer.Argument(metavar="JOB...", help="Names of jobs.", autocompletion=_names)]
-SomeNames = Annotated[
-    list[str] | None, typer.Argument(metavar="[JOB...]", help="Names of jobs.", autocompletion=_names)
-]
+Names = Annotated[list[str], typer.Argument(metavar="JOB", help="Names of jobs.", autocompletion=_names)]
+SomeNames = Annotated[list[str] | None, typer.Argument(metavar="JOB", help="Names of jobs.", autocompletion=_names)]
 Reference = Annotated[
     str,
     typer.Argument(metavar="JOB", help="Name of a job, or folder of a local run (runs/NAME).", autocompletion=_names),
 ]
 References = Annotated[
     list[str],
-    typer.Argument(metavar="JOB...", help="Names of jobs, folders of local runs (runs/NAME).", autocompletion=_names),
+    typer.Argument(metavar="JOB", help="Names of jobs, or folders of local runs (runs/NAME).", autocompletion=_names),
 ]
 Published = Annotated[
     str,
     typer.Argument(
-        metavar="WHAT",
-        help="A job, a local run's folder, a published folder, or a manifest's URI.",
+        metavar="ADAPTER",
+        help="Name of a job, folder of a local run, published folder, or URI of a manifest.",
         autocompletion=_names,
     ),
 ]
 Yes = Annotated[bool, typer.Option("-y", "--yes", help="Do not ask for confirmation.")]
-RunsDir = Annotated[Path, typer.Option(metavar="DIR", help="Folder of all local runs.")]
+RunsDir = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the local runs.")]
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="PATH=VALUE", help="Set a field, such as training.maxSteps=10; null unsets the field."
+        "--set",
+        metavar="PATH=VALUE",
+        help="Set a field, such as training.maxSteps=10; null removes it. Can be repeated.",
     ),
 ]
 Secret = Annotated[
     bool,
-    typer.Option("--secret", help="Use the credentials of the Secret that the job names (needs the right to get it)."),
+    typer.Option("--secret", help="Use the credentials in the job's Secret; you must be allowed to read it."),
 ]
 
 

@@ -10,10 +10,10 @@ import typer
 from qlora_cli.commands import options as o
 from qlora_cli.commands.options import exit_on_user_error
 
-Ranks = Annotated[int | None, typer.Option(help="Number of ranks; default: one per GPU, or two CPU processes.")]
+Ranks = Annotated[int | None, typer.Option(metavar="N", help="Number of ranks; default: one per GPU, or two on a CPU.")]
 
 
-Fresh = Annotated[bool, typer.Option("--fresh", help="Move an earlier run of this name aside and start over.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over; the existing run of this name is moved aside.")]
 
 
 def run(
@@ -25,8 +25,8 @@ def run(
 ) -> None:
     """Run a QLoRAJob on this machine, or resume it.
 
-    Ctrl-C checkpoints and ends with exit code 130; the same command goes on from there. All GPUs are used, or those
-    of CUDA_VISIBLE_DEVICES (empty: the CPU). Relative paths count from the current folder.
+    Ctrl-C saves a checkpoint; the same command resumes the run. Uses all GPUs, or those in CUDA_VISIBLE_DEVICES; if
+    that is set and empty, the CPU. Relative paths are resolved against the current folder.
     """
     with exit_on_user_error():
         from qlora_cli.local.run import RunRequest

@@ -13,10 +13,13 @@ from qlora_cli.text.printable import write
 
 
 def upload(
-    source: Annotated[Path, typer.Argument(metavar="PATH", help="A file or a folder.")],
-    target: Annotated[str, typer.Argument(metavar="URI", help="s3://bucket/key, gs://…, az://….")],
+    source: Annotated[Path, typer.Argument(metavar="PATH", help="File or folder.")],
+    target: Annotated[str, typer.Argument(metavar="URI", help="Destination: s3://bucket/key, gs://… or az://….")],
 ) -> None:
-    """Copy rows or a model into object storage, where pods can read them."""
+    """Copy rows or a model into object storage, for pods to read.
+
+    Takes credentials for object storage from the environment.
+    """
     with exit_with_code():
         from qlora_cli.artifacts import storage
         from qlora_cli.text import output as out

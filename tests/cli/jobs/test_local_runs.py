@@ -212,16 +212,6 @@ def test_completion_is_silent_without_a_cluster():
     assert (result.stdout.strip(), result.stderr) == ("", "")
 
 
-def test_help_names_every_command_and_the_exit_codes():
-    helped = call("--help").stdout
-    names = "init submit list show watch logs events suspend resume cancel retry"
-    more = "download verify merge compare upload doctor"
-    for command in f"{names} {more}".split():
-        assert f"\n  {command} " in helped
-        assert "Usage: " in call(command, "--help").stdout
-    assert "Exit codes: 0: success; 1: the check failed" in helped
-
-
 @pytest.mark.parametrize(
     ("called", "on_path", "said"),
     [

@@ -3,7 +3,7 @@
 from qlora_api import job
 from qlora_api.contract import ExitCode
 from qlora_api.spec import DatasetFormat
-from qlora_cli.commands import options
+from qlora_cli.commands import exit_codes
 from qlora_cli.kube import names
 from qlora_cli.manifest import init
 from qlora_cli.text import choices
@@ -15,7 +15,7 @@ def test_the_api(monkeypatch):
         next(m.max_length for m in job.ObjectMeta.model_fields["name"].metadata if hasattr(m, "max_length"))
         == names.LONGEST_NAME
     )
-    assert (options.USER_ERROR, options.STORAGE_FAILED) == (ExitCode.USER_ERROR, ExitCode.STORAGE_FAILED)
+    assert (exit_codes.USER_ERROR, exit_codes.STORAGE_FAILED) == (ExitCode.USER_ERROR, ExitCode.STORAGE_FAILED)
     assert set(choices.RowFormat) == set(DatasetFormat) == set(init.FORMATS)
 
 

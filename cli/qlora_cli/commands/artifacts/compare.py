@@ -16,13 +16,16 @@ from qlora_cli.text.printable import write
 def compare(
     jobs: o.References,
     *,
-    every: Annotated[bool, typer.Option("--all", help="Include policy and scheduling.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Compare policy and scheduling, too.")] = False,
     output: o.Output = Form.TEXT,
     namespace: o.Namespace = None,
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
 ) -> None:
-    """Compare jobs and local runs: settings that differ, and how they ended."""
+    """Compare settings and results of jobs and local runs.
+
+    Prints only the settings that differ. Requires at least two jobs or runs.
+    """
     with exit_with_code():
         from qlora_cli.jobs import compare as comparing
         from qlora_cli.jobs import lookup

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 def download(
     what: o.Published,
     *,
-    to: Annotated[Path | None, typer.Option(metavar="DIR", help="Target folder; default: the job's name.")] = None,
-    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Do not download a merged model.")] = False,
+    to: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to write; default: the name of the job.")
+    ] = None,
+    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Do not download the merged model.")] = False,
     secret: o.Secret = False,
     namespace: o.Namespace = None,
     context: o.Context = None,
@@ -28,8 +30,8 @@ def download(
 ) -> None:
     """Download a published adapter and verify it.
 
-    Sizes and SHA-256 are checked against the manifest, and the manifest against the job's status. Object storage is
-    reached with the environment's credentials. Called again, it fetches only what is missing.
+    Compares the size and SHA-256 of each file with the manifest, and the manifest with the job's status. Takes
+    credentials for object storage from the environment. When repeated, fetches only what is missing.
     """
     with exit_with_code():
         from qlora_cli.artifacts import adapters

@@ -10,33 +10,35 @@ import typer
 from qlora_cli.commands import options as o
 from qlora_cli.commands.options import exit_on_user_error
 
-AdapterDir = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of an adapter.")]
+AdapterDir = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the adapter.")]
 
 
-RunName = Annotated[str | None, typer.Option("--run", metavar="NAME", help="Finished run whose adapter is used.")]
-
-
-Base = Annotated[
-    str | None, typer.Option(metavar="PATH", help="Base model; default: the one the run or adapter names.")
+RunName = Annotated[
+    str | None, typer.Option("--run", metavar="NAME", help="Name of a finished local run; its adapter is used.")
 ]
 
 
-Merged = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of a merged model, to compare with the two.")]
+Base = Annotated[
+    str | None, typer.Option(metavar="PATH", help="Base model; default: the one that the run or the adapter names.")
+]
 
 
-Prompt = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Prompt; may be given several times.")]
+Merged = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of a merged model to compare, too.")]
 
 
-PromptsFile = Annotated[Path | None, typer.Option(metavar="FILE", help="More prompts, one a line.")]
+Prompt = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Prompt. Can be repeated.")]
 
 
-NewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Maximum length of an answer in tokens.")]
+PromptsFile = Annotated[Path | None, typer.Option(metavar="FILE", help="File with more prompts, one per line.")]
 
 
-Raw = Annotated[bool, typer.Option("--raw", help="Send prompts unchanged, without the template of training.")]
+NewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Maximum number of tokens of an answer.")]
 
 
-Sample = Annotated[bool, typer.Option("--sample", help="Sample tokens instead of greedy decoding.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Send prompts unchanged, without the format of training.")]
+
+
+Sample = Annotated[bool, typer.Option("--sample", help="Sample tokens instead of decoding greedily.")]
 
 
 def generate(
@@ -52,10 +54,10 @@ def generate(
     raw: Raw = False,
     runs_dir: o.RunsDir = Path("runs"),
 ) -> None:
-    """Send the same prompts to the base, the adapter and the merged model.
+    """Compare the answers of base model, adapter and merged model.
 
-    Prompts are formatted as in training: as a user's message of the chat template, or as an instruction.
-    The answers are shown side by side.
+    Sends the same prompts to each model and prints the answers side by side. Prompts are formatted as in training.
+    Requires --run or --adapter. Runs the trainer (the extra "trainer" of qlora-operator).
     """
     with exit_on_user_error():
         from qlora_cli.artifacts import generate as asking

@@ -26,9 +26,10 @@ def merge(
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
 ) -> None:
-    """Merge a published adapter into its base: one model in 16 bits that needs no PEFT.
+    """Merge a published adapter into its base model.
 
-    Runs the trainer (the extra [trainer] of qlora-operator), in host memory, on the adapter as published and verified.
+    Writes one model in 16 bits, which can be used without PEFT. Verifies the adapter first. Runs the trainer (the extra
+    "trainer" of qlora-operator) in host memory.
     """
     with exit_with_code():
         from qlora_cli.artifacts import merge as merging

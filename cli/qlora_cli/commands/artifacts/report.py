@@ -12,19 +12,21 @@ from qlora_cli.commands.options import exit_on_user_error
 from qlora_cli.text.printable import write_line
 
 ReportOf = Annotated[
-    str, typer.Argument(metavar="RUN", help="Name or folder of a run, or folder of a published adapter.")
+    str, typer.Argument(metavar="RUN", help="Name or folder of a local run, or folder of a published adapter.")
 ]
 
 
 ReportFile = Annotated[
-    Path | None, typer.Option("-o", "--out", metavar="FILE", help="Default: report.html in the folder of the run.")
+    Path | None,
+    typer.Option("-o", "--out", metavar="FILE", help="File to write; default: report.html in the folder of the run."),
 ]
 
 
 def report(run: ReportOf, out: ReportFile = None, runs_dir: o.RunsDir = Path("runs")) -> None:
-    """Write a one-page report of a run: curves, memory, data, attempts, configuration.
+    """Write an HTML report of a run on one page.
 
-    RUN is a local run, finished or not, by name or folder, or the folder of a published adapter.
+    Shows loss curves, memory, data, attempts and configuration. RUN is a local run, finished or not, or a published
+    adapter.
     """
     with exit_on_user_error():
         from qlora_cli.report.write import write

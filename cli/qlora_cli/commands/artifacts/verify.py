@@ -6,6 +6,7 @@ import typer
 
 from qlora_cli.commands import options as o
 from qlora_cli.commands.artifacts.download import find_published
+from qlora_cli.commands.exit_codes import NO
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, program
 from qlora_cli.text.choices import Form
@@ -23,8 +24,7 @@ def verify(
 ) -> None:
     """Verify a published adapter against its manifest.
 
-    Every file is read and its size and SHA-256 compared, and files that were not published are named: a library would
-    load them. The exit code is 1 if one differs.
+    Compares the size and SHA-256 of every file, and reports files that were not published: libraries would load them.
     """
     with exit_with_code():
         from qlora_cli.artifacts import adapters
@@ -48,4 +48,4 @@ def verify(
             write_line("\n".join(problems) or f"{manifest}: all {len(published.files)} files are what was published")
             if not problems:
                 out.say_next(f"{program()} merge {what} --out merged{Target(kubeconfig, context, namespace).flags()}")
-    raise typer.Exit(o.NO if problems else 0)
+    raise typer.Exit(NO if problems else 0)

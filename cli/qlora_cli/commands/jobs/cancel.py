@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from qlora_cli.commands import options as o
+from qlora_cli.commands.exit_codes import NO
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.commands.result_output import print_done
 from qlora_cli.kube.target import Target, connect, program
@@ -22,7 +23,7 @@ def cancel(
 ) -> None:
     """Delete jobs and their pods.
 
-    What they have published stays. A job that is to go on later is suspended instead.
+    Published adapters are kept. To continue a job later, suspend it instead.
     """
     with exit_with_code():
         from qlora_cli.jobs import actions
@@ -35,7 +36,7 @@ def cancel(
                 for job in found:
                     out.note(actions.describe(job))
             if not actions.confirm(f"Delete {'it' if len(found) == 1 else f'these {len(found)}'}?", yes=yes):
-                raise typer.Exit(o.NO)
+                raise typer.Exit(NO)
             for job in found:
                 actions.delete(cluster, job)
         print_done(found, output, "deleted")

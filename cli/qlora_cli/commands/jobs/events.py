@@ -15,13 +15,13 @@ from qlora_cli.text.choices import Form
 def events(
     job: o.Name,
     *,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Wait for new events, until Ctrl-C.")] = False,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Print new events until Ctrl-C.")] = False,
     output: o.Output = Form.TEXT,
     namespace: o.Namespace = None,
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
 ) -> None:
-    """Show the events of a job, of its child Jobs and of its pods, in one list."""
+    """Show the events of a job, its child Jobs and its pods."""
     with exit_with_code():
         from datetime import UTC, datetime
 

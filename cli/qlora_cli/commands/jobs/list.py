@@ -17,7 +17,7 @@ def list_jobs(
     *,
     everywhere: o.Everywhere = False,
     selector: o.Selector = None,
-    local: Annotated[bool, typer.Option("--local", help="List local runs instead.")] = False,
+    local: Annotated[bool, typer.Option("--local", help="List local runs.")] = False,
     runs_dir: o.RunsDir = Path("runs"),
     output: o.Output = Form.TEXT,
     namespace: o.Namespace = None,
@@ -26,7 +26,7 @@ def list_jobs(
 ) -> None:
     """List jobs, or local runs.
 
-    Where no cluster is configured, local runs are listed.
+    Lists local runs with --local, and where no cluster is configured.
     """
     with exit_with_code():
         from datetime import UTC, datetime

@@ -11,27 +11,35 @@ from qlora_cli.commands import options as o
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, connect, is_local
 
-Attempt = Annotated[int | None, typer.Option("--attempt", min=1, metavar="N", help="Attempt; default: the newest.")]
+Attempt = Annotated[
+    int | None, typer.Option("--attempt", min=1, metavar="N", help="Number of the attempt; default: the newest.")
+]
 
 
 def logs(
     job: o.Reference,
     *,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Follow until the job ends, across attempts.")] = False,
+    follow: Annotated[
+        bool, typer.Option("-f", "--follow", help="Print new lines until the job ends, across attempts.")
+    ] = False,
     attempt: Attempt = None,
-    prepare: Annotated[bool, typer.Option("--prepare", help="Logs of the Prepare pod.")] = False,
-    worker: Annotated[int | None, typer.Option(min=0, metavar="I", help="Logs of one pod only.")] = None,
-    rank: Annotated[int | None, typer.Option(min=0, metavar="R", help="Logs of one rank only.")] = None,
-    tail: Annotated[int | None, typer.Option(min=0, metavar="N", help="Last N lines of each pod.")] = None,
-    since: Annotated[str | None, typer.Option(metavar="TIME", help="Only lines newer than 30s, 5m, 2h.")] = None,
-    timestamps: Annotated[bool, typer.Option("--timestamps", help="Prefix each line with its time.")] = False,
+    prepare: Annotated[bool, typer.Option("--prepare", help="Print the logs of the Prepare pod.")] = False,
+    worker: Annotated[int | None, typer.Option(min=0, metavar="N", help="Print only the logs of worker N.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, metavar="N", help="Print only the logs of rank N.")] = None,
+    tail: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Print only the last N lines of each pod.")
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Print only lines newer than this, such as 30s, 5m or 2h.")
+    ] = None,
+    timestamps: Annotated[bool, typer.Option("--timestamps", help="Print the time of each line.")] = False,
     namespace: o.Namespace = None,
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
 ) -> None:
-    """Print the logs of all ranks of a job as one.
+    """Print the logs of all ranks of a job, merged by time.
 
-    Lines are merged by time; each begins with the rank that wrote it, or with its worker where none is named.
+    Each line begins with the rank that wrote it, or with the worker if the rank is not known.
     """
     with exit_with_code():
         from qlora_cli.jobs import logs as tailing

@@ -16,5 +16,5 @@ def resume(
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
 ) -> None:
-    """Have suspended jobs go on from their checkpoints."""
+    """Resume suspended jobs from their checkpoints."""
     set_suspend(Target(kubeconfig, context, namespace), jobs, output, suspend=False)

@@ -17,17 +17,21 @@ def retry(
     job: o.Name,
     overrides: o.Set = None,
     *,
-    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="New job's name; default: JOB-r2.")] = None,
-    dry_run: Annotated[DryRun, typer.Option(help="As for submit.")] = DryRun.NONE,
+    name: Annotated[
+        str | None, typer.Option("--name", metavar="NAME", help="Name of the new job; default: JOB-r2.")
+    ] = None,
+    dry_run: Annotated[
+        DryRun, typer.Option(help="Create nothing; validate here (client) or on the API server (server).")
+    ] = DryRun.NONE,
     output: o.Output = Form.TEXT,
     namespace: o.Namespace = None,
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
 ) -> None:
-    """Create a new job with a failed one's spec.
+    """Create a new job with the spec of a failed one.
 
-    A job that failed stays failed, as a Job of Kubernetes does; the new one has a name of its own and begins at step 0.
-    What the operator retries by itself (a lost node, a crash within policy.maxRestarts) goes on from a checkpoint.
+    The failed job does not change; the new job has its own name and begins at step 0. Lost nodes and crashes need no
+    retry: the operator restarts the job from a checkpoint, after crashes up to policy.maxRestarts times.
     """
     with exit_with_code():
         from qlora_cli.jobs import submit as submitting

@@ -18,7 +18,7 @@ def show(
 ) -> None:
     """Show the details of a job or a local run.
 
-    Settings, progress, attempts with their ends, memory by component, the adapter.
+    Prints settings, progress, attempts and how they ended, memory by component, and the adapter.
     """
     with exit_with_code():
         from datetime import UTC, datetime

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlora_cli.commands import options as o
+from qlora_cli.commands.exit_codes import NO
 from qlora_cli.commands.jobs.watch import watch_jobs
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.commands.result_output import print_done
@@ -21,22 +22,24 @@ if TYPE_CHECKING:
     from qlora_cli.jobs.submit import Submission
     from qlora_cli.kube.target import Cluster
 
-Manifests = Annotated[list[Path], typer.Argument(metavar="JOB.yaml...", help="Manifests; - reads standard input.")]
+Manifests = Annotated[list[Path], typer.Argument(metavar="JOB.yaml", help="Manifests; - for standard input.")]
 
 
 def submit(
     manifests: Manifests,
     overrides: o.Set = None,
     *,
-    dry_run: Annotated[DryRun, typer.Option(help="server: validate on the API server, create nothing.")] = DryRun.NONE,
+    dry_run: Annotated[
+        DryRun, typer.Option(help="Create nothing; validate here (client) or on the API server (server).")
+    ] = DryRun.NONE,
     watching: Annotated[
         bool | None,
         typer.Option(
-            "--watch/--no-watch", help="Then watch until the job finishes; default: on a terminal.", show_default=False
+            "--watch/--no-watch", help="Watch the jobs until they finish; default: on a terminal.", show_default=False
         ),
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(metavar="NAME", help="GPU to plan for, such as h100-80gb; default: the nodes'.")
+        str | None, typer.Option(metavar="NAME", help="GPU to plan for, such as h100-80gb; default: that of the nodes.")
     ] = None,
     yes: o.Yes = False,
     output: o.Output = Form.TEXT,
@@ -46,8 +49,8 @@ def submit(
 ) -> None:
     """Create QLoRAJobs in a cluster.
 
-    Checks the manifests first. If one names a path on this machine, the error shows the command that uploads it. On a
-    terminal, the command shows the plan, asks before it creates anything, and then watches the job.
+    Validates the manifests first. On a terminal, shows the memory plan, asks for confirmation, and then watches the
+    jobs. If a manifest names a path on this machine, the error shows the command that uploads it.
     """
     with exit_with_code():
         from qlora_cli.jobs import submit as submitting
@@ -69,7 +72,7 @@ def submit(
         else:
             with connect(target) as cluster:
                 if on_terminal and not yes and not _confirmed(cluster, submissions, gpu):
-                    raise typer.Exit(o.NO)
+                    raise typer.Exit(NO)
                 created = [submitting.send(cluster, s, dry_run=dry_run is DryRun.SERVER) for s in submissions]
         print_done(created, output, "created" if dry_run is DryRun.NONE else f"valid (dry run by the {dry_run})")
         names = [job["metadata"]["name"] for job in created]

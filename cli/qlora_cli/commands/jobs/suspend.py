@@ -17,7 +17,7 @@ def suspend(
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
 ) -> None:
-    """Have jobs checkpoint, free their GPUs and wait."""
+    """Suspend jobs: save a checkpoint and release the GPUs."""
     set_suspend(Target(kubeconfig, context, namespace), jobs, output, suspend=True)
 
 

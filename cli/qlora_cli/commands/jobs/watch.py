@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.commands import options as o
+from qlora_cli.commands.exit_codes import NO
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, connect
 
@@ -16,15 +17,16 @@ def watch(
     *,
     everywhere: o.Everywhere = False,
     selector: o.Selector = None,
-    forever: Annotated[bool, typer.Option("--forever", help="Keep watching after the named jobs finish.")] = False,
+    forever: Annotated[
+        bool, typer.Option("--forever", help="Keep watching after the named jobs have finished.")
+    ] = False,
     namespace: o.Namespace = None,
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
 ) -> None:
     """Watch jobs live.
 
-    Named jobs are watched until they are over: the exit code is 1 if one of them failed. Without names all jobs of the
-    namespace are watched until Ctrl-C.
+    With names, watches these jobs until they finish. Without names, watches all jobs of the namespace until Ctrl-C.
     """
     with exit_with_code():
         names = tuple(dict.fromkeys(jobs or ()))
@@ -51,4 +53,4 @@ def watch_jobs(
     jobs = list(board.jobs.values())
     if len(names) == 1 and jobs:
         out.say_next(*lookup.next_commands(jobs[0], target))
-    raise typer.Exit(o.NO if board.any_failed else 0)
+    raise typer.Exit(NO if board.any_failed else 0)

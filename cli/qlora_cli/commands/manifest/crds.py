@@ -6,7 +6,7 @@ import sys
 
 
 def crds() -> None:
-    """Print the CustomResourceDefinition."""
+    """Print the CustomResourceDefinition as YAML."""
     from qlora_api.crd import crd
     from qlora_cli.text import kubernetes_yaml
 

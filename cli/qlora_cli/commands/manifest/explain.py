@@ -12,14 +12,14 @@ from qlora_cli.text.choices import PlainForm
 from qlora_cli.text.printable import write_line
 
 FieldPath = Annotated[
-    str, typer.Argument(metavar="[FIELD]", help="Field, such as lora.rank or spec.dataset; default: the spec.")
+    str, typer.Argument(metavar="FIELD", help="Path of a field, such as lora.rank or spec.dataset; default: spec.")
 ]
 
 
 def explain(field: FieldPath = "", output: o.PlainOutput = PlainForm.TEXT) -> None:
     """Explain a field of a QLoRAJob.
 
-    Its type, default, bounds and meaning, whether it may change, and the rules it is part of.
+    Prints its type, default, bounds and meaning, whether it can be changed, and the rules that apply to it.
     """
     with exit_on_user_error():
         from qlora_cli.manifest import explain as explaining

@@ -16,37 +16,41 @@ from qlora_cli.text.printable import write, write_line
 
 def init(
     *,
-    model: Annotated[str | None, typer.Option(metavar="SOURCE", help="Base model; prompted for if not given.")] = None,
-    data: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="Training rows; prompted for if not given.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="SOURCE", help="Base model; asked for if not given.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="SOURCE", help="Training rows; asked for if not given.")] = None,
     destination: Annotated[
-        str | None, typer.Option(metavar="URI", help="Destination; prompted for if not given.")
+        str | None, typer.Option(metavar="URI", help="Destination of the adapter; asked for if not given.")
     ] = None,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="Job name; default: from the destination.")] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the job; default: derived from the destination.")
+    ] = None,
     form: Annotated[
-        RowFormat | None, typer.Option("--format", help="Format of the rows; default: by their columns, else Messages.")
+        RowFormat | None,
+        typer.Option("--format", help="Format of the rows; default: recognized by their columns, else Messages."),
     ] = None,
     credentials: Annotated[
-        str | None, typer.Option(metavar="SECRET", help="Secret with the credentials of model, rows and destination.")
+        str | None, typer.Option(metavar="SECRET", help="Secret with the credentials for model, rows and destination.")
     ] = None,
     source: Annotated[
         Path | None,
         typer.Option(
             "--from",
             metavar="CONFIG",
-            help="Convert a configuration of axolotl or LLaMA-Factory, or the arguments of TRL's SFT script.",
+            help="Configuration of axolotl or LLaMA-Factory, or arguments of TRL's SFT script, to convert.",
         ),
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, max=16, metavar="N", help="With --from: GPUs that it was made for.")] = 1,
+    gpus: Annotated[
+        int,
+        typer.Option(min=1, max=16, metavar="N", help="Number of GPUs that the configuration of --from was made for."),
+    ] = 1,
     file: Annotated[
-        Path, typer.Option("--file", "-f", metavar="FILE", help="File to write; - is standard output.")
+        Path, typer.Option("--file", "-f", metavar="FILE", help="File to write; - for standard output.")
     ] = Path("job.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Write a first manifest from three answers.
+    """Write a manifest from three answers: model, data, destination.
 
-    Its comments are the API's documentation. Optional fields are included as comments with their defaults.
+    Optional fields are included as comments, with their defaults and descriptions.
     """
     with exit_with_code():
         from qlora_cli.kube.errors import ClusterError

@@ -8,23 +8,29 @@ from typing import Annotated
 import typer
 
 from qlora_cli.commands import options as o
+from qlora_cli.commands.exit_codes import USER_ERROR
 from qlora_cli.commands.options import exit_on_user_error
 from qlora_cli.text.choices import PlainForm
 from qlora_cli.text.printable import as_json, write_line
 
 GpuName = Annotated[
-    str | None, typer.Option("--gpu", metavar="NAME", help="GPU, such as h100-80gb; default: this machine's.")
+    str | None,
+    typer.Option("--gpu", metavar="NAME", help="GPU to plan for, such as h100-80gb; default: that of this machine."),
 ]
 
 
-GpuCount = Annotated[int | None, typer.Option("--gpus", min=1, metavar="N", help="Number of GPUs; default: the job's.")]
+GpuCount = Annotated[
+    int | None, typer.Option("--gpus", min=1, metavar="N", help="Number of GPUs; default: that of the job.")
+]
 
 
-Price = Annotated[float | None, typer.Option("--price", min=0, metavar="X", help="Price of one GPU-hour.")]
+Price = Annotated[
+    float | None, typer.Option("--price", min=0, metavar="X", help="Price of one GPU-hour, to estimate the cost.")
+]
 
 
 Tokens = Annotated[
-    int | None, typer.Option("--tokens", min=1, metavar="N", help="Tokens of one epoch, to estimate the time.")
+    int | None, typer.Option("--tokens", min=1, metavar="N", help="Number of tokens per epoch, to estimate the time.")
 ]
 
 
@@ -33,13 +39,17 @@ WhatIf = Annotated[bool, typer.Option("--what-if", help="Also plan other GPUs, L
 
 ModelConfig = Annotated[
     Path | None,
-    typer.Option("--model-config", metavar="config.json", help="Use this config.json instead of reading the model."),
+    typer.Option("--model-config", metavar="config.json", help="Read the model's configuration from this file."),
 ]
 
 
 Profiles = Annotated[
     Path | None,
-    typer.Option("--profiles", metavar="values.yaml", help="The chart's values, whose profile names the GPU."),
+    typer.Option(
+        "--profiles",
+        metavar="values.yaml",
+        help="Values of the operator's chart, to plan for the GPU of the job's profile.",
+    ),
 ]
 
 
@@ -56,10 +66,9 @@ def plan(
     overrides: o.Set = None,
     output: o.PlainOutput = PlainForm.TEXT,
 ) -> None:
-    """Predict a job's memory and time.
+    """Predict the memory and time of a job.
 
-    Reads the base's configuration and the headers of its weights, kilobytes of gigabytes; no GPU is needed. The exit
-    code is 40 if it does not fit.
+    Reads only the base model's configuration and the headers of its weights, a few kilobytes. Needs no GPU.
     """
     with exit_on_user_error():
         from qlora_cli.memory_plan import plan_job as planning
@@ -73,4 +82,4 @@ def plan(
             from qlora_cli.text.output import console
 
             console().print(plan_view.show(answered), crop=False)
-    raise typer.Exit(0 if answered.fits else o.USER_ERROR)
+    raise typer.Exit(0 if answered.fits else USER_ERROR)
