@@ -14,6 +14,7 @@ import, and the command line reads a local folder without them.
 from __future__ import annotations
 
 import errno
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -67,15 +68,24 @@ _PATH = frozenset(
 )
 
 
-def of_system(error: OSError) -> JobError | None:
+_IN_TEXT = re.compile(r"\(os error (\d+)\)")
+"""The number in the text of errors of libraries in Rust, such as safetensors and tokenizers, which are no OSError."""
+
+
+def of_system(error: Exception) -> JobError | None:
     """Return what an error of the operating system means for a job; None where that is not known by its number."""
-    if error.errno in _DISK:
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := _IN_TEXT.search(str(error))):
+        number = int(found[1])
+    if number in _DISK:
         return StorageError(in_words(error))
-    return PathError(in_words(error)) if error.errno in _PATH else None
+    return PathError(in_words(error)) if number in _PATH else None
 
 
-def in_words(error: OSError) -> str:
+def in_words(error: Exception) -> str:
     """Name the file that the system refused, where the error has it, and the reason."""
+    if not isinstance(error, OSError):
+        return str(error)
     names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
     reason = error.strerror or str(error) or type(error).__name__
     return f"{names}: {reason}" if names else reason

@@ -1,11 +1,62 @@
-"""Paths on this machine, as users write them."""
+"""Paths on this machine, as users write them, and files that take their place as a whole."""
 
 from __future__ import annotations
 
+import errno
 import os
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def expand_home(path: str) -> Path:
     """Return a path with the home that ``~`` or ``~user`` stands for; as it is where there is no such user."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 Path.expanduser raises a RuntimeError there
+
+
+def partial_name(name: str) -> str:
+    """Return the name of a file for as long as it is not complete; a process that is killed leaves it."""
+    return f".{name}.partial"
+
+
+@contextmanager
+def whole_file(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
+    """Open a file for writing that takes its name when the block ends well; nothing is left of it otherwise.
+
+    A link is followed. What is no regular file, such as /dev/stdout, is written as it comes.
+
+    Raises:
+        OSError: with ``path`` as its file, whatever the system refused.
+
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():  # realpath ends at a circle
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    try:
+        if target.exists() and not target.is_file():
+            with target.open("wb") as file:
+                yield file
+            return
+        partial = target.with_name(partial_name(target.name))
+        try:
+            partial.unlink(missing_ok=True)  # an older one would keep its mode
+            with open(partial, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_whole(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write a text file as a whole or not at all."""
+    with whole_file(path, mode) as file:
+        file.write(text.encode())

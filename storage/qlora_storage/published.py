@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_storage.errors import NotFoundError
+from qlora_storage.local_paths import partial_name
 from qlora_storage.object_store import local_path
 
 if TYPE_CHECKING:
@@ -85,6 +86,13 @@ def differences(
     if copied:
         problems += _compare(store, copy, copied, tell, sizes_alone)
     return problems
+
+
+def unlisted(store: Store, files: Iterable[PublishedFile]) -> list[str]:
+    """Return the paths in a download's folders that no file of its manifest has, whether complete or not."""
+    paths = [short_path(file.path) for file in files]
+    partial = [f"{folder}/{partial_name(name)}" for folder, _, name in (path.rpartition("/") for path in paths)]
+    return sorted(_listing(store, [ADAPTER, MERGED]).keys() - {*paths, *partial})
 
 
 def _listing(store: Store, folders: Iterable[str]) -> dict[str, int]:

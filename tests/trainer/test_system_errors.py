@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from qlora_api.contract import ExitCode
-from qlora_storage.errors import PathError, StorageError
+from qlora_storage.errors import PathError, StorageError, UserError
 from qlora_trainer import __main__ as worker
 from qlora_trainer import verify
 from qlora_trainer.errors import system_errors
@@ -35,6 +39,33 @@ def too_long(tmp_path):
 def no_folder(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "file" / "below").read_bytes()
+
+
+def full_for_safetensors(tmp_path):
+    save_file({"a": torch.zeros(100_000)}, tmp_path / "mounted" / "a.safetensors")
+
+
+def full_for_tokenizers(tmp_path):
+    words = {f"word {number}": number for number in range(10_000)}
+    Tokenizer(WordLevel(words, unk_token="word 0")).save(str(tmp_path / "mounted" / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("refused", [full_for_safetensors, full_for_tokenizers])
+def test_a_full_disk_is_one_for_libraries_in_rust_too(tmp_path, tmpfs, refused):
+    """Their errors are no OSError."""
+    with (
+        tmpfs("size=64k"),
+        pytest.raises(StorageError, match=r"No space left on device \(os error 28\)"),
+        system_errors(),
+    ):
+        refused(tmp_path)
+
+
+def test_an_error_of_a_job_stays_what_it_is():
+    error = UserError("spec.model.source", "a", "cannot be read (os error 28)")
+    with pytest.raises(UserError) as caught, system_errors():
+        raise error
+    assert caught.value is error
 
 
 @pytest.mark.parametrize(

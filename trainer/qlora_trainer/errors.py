@@ -45,7 +45,7 @@ TrainerError = JobError
 
 @contextmanager
 def system_errors() -> Iterator[None]:
-    """Raise what the operating system refuses as an error of a job, where its number tells the kind.
+    """Raise what the operating system refuses, also a library, as an error of a job, where its number tells the kind.
 
     Raises:
         StorageError: a disk is full, or fails.
@@ -54,7 +54,9 @@ def system_errors() -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
+    except TrainerError:
+        raise
+    except Exception as error:
         if (known := of_system(error)) is None:
             raise
         raise known from error

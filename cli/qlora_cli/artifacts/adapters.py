@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from qlora_cli.artifacts.storage import LocalFolder, StorageError, open_folder
 from qlora_cli.jobs.job_view import read_run, view, view_run
 from qlora_cli.kube.errors import ApiError, ClusterError
-from qlora_cli.kube.names import core_path
+from qlora_cli.kube.names import core_path, is_name
 from qlora_cli.kube.target import program
+from qlora_storage.local_paths import whole_file
 from qlora_storage.published import PublishedFile, is_inside, short_path
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ MANIFEST = "manifest.json"
 SCHEMA = "qlora.dev/manifest/v1"
 PARTS = ("adapter", "merged")
 """Folders of what is published, below that of the attempt."""
+ELSEWHERE = "download into an empty folder, or delete it"
 MOST_MANIFEST_BYTES = 16 << 20
 
 
@@ -135,11 +137,16 @@ def download(
     """Copy all files, each checked before it has its name, the manifest last; files and bytes copied now.
 
     Raises:
-        StorageError: a file is not what was published, cannot be written, or lies beside them and was not published.
+        StorageError: a file is not what was published, or the folder holds something else.
+        OSError: a file cannot be written.
 
     """
     count = copied = 0
     here = LocalFolder(target)
+    if foreign := here.unlisted(published.files):
+        raise StorageError(f"{target}: {foreign[0]} is not in the manifest; {ELSEWHERE}")
+    if (target / MANIFEST).exists() and (target / MANIFEST).read_bytes() != published.data:
+        raise StorageError(f"{target}: holds another adapter, its {MANIFEST} differs; {ELSEWHERE}")
     for file in published.files:
         if adapter_only and not file.path.startswith(f"{published.adapter}/"):
             continue
@@ -150,7 +157,7 @@ def download(
         _copy(published.folder, file, target / short)
         count, copied = count + 1, copied + file.size
     if problems := here.differences(published.adapter, published.files, lambda _: None, content=False):
-        raise StorageError(f"{target}: {problems[0]}; download into an empty folder, or delete it")
+        raise StorageError(f"{target}: {problems[0]}; {ELSEWHERE}")
     _write(target / MANIFEST, [published.data])
     return count, copied
 
@@ -172,17 +179,16 @@ def _copy(folder: Folder, file: PublishedFile, target: Path) -> None:
 
 def _write(target: Path, pieces: Any) -> None:
     """Write a file as a whole or not at all."""
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            for piece in pieces:
-                file.write(piece)
-        partial.replace(target)
-    except OSError as error:
-        raise StorageError(f"{target}: cannot be written: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(target) as file:
+        for piece in pieces:
+            file.write(piece)
+
+
+def default_folder(published: PublishedAdapter) -> Path:
+    """Return a folder named after the job; a name that no job has, such as a path, does not count."""
+    name = str(published.body.get("job"))
+    return Path(name if is_name(name) else "adapter")
 
 
 def folder_of(published: PublishedAdapter, target: Path) -> Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
-import sys
+import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,31 +16,13 @@ from qlora_cli.kube.errors import ClusterError
 from qlora_cli.local.trainer_process import cache_dir, environment, shell_code
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from qlora_cli.artifacts.adapters import PublishedAdapter
+    from qlora_cli.local.trainer_process import Commands
 
-_PROGRAM = """\
-import sys
-from pathlib import Path
-from qlora_trainer.model.tokenizer import load_tokenizer
-from qlora_trainer.errors import TrainerError
-from qlora_trainer.storage.fetch import fetch_model
-from qlora_trainer.publish.gate import verify_merged
-from qlora_trainer.publish.merge_adapter import merge
-from qlora_trainer.reporting.rank_exit import quiet_libraries
-
-source, revision, adapter, out, cache = sys.argv[1:]
-quiet_libraries()
-try:
-    base = fetch_model(source, Path(cache), revision or None).path
-    merge(base, Path(adapter), Path(out))
-    load_tokenizer(Path(adapter)).save_pretrained(out)
-    verify_merged(Path(out))
-except TrainerError as error:
-    sys.stderr.write(f"{error}\\n")
-    sys.exit(error.exit_code)
-"""
+CONFIG = "config.json"
+"""Without it, a folder is no model."""
 
 
 @dataclass(frozen=True)
@@ -49,23 +32,20 @@ class MergeRequest:
     base: str
     revision: str
     """Empty: whatever is there."""
-    out: Path
 
 
-def plan(published: PublishedAdapter, base: str | None, out: Path) -> MergeRequest:
+def plan(published: PublishedAdapter, base: str | None) -> MergeRequest:
     """The base that the manifest names, at its revision, unless another is given.
 
     Raises:
-        ClusterError: there is something at ``out`` already, or the base is where this machine cannot reach.
+        ClusterError: the base is where this machine cannot reach.
 
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ClusterError(f"--out {out}: is there already and not empty")
     named = published.body.get("base") or {}
     source = base or str(named.get("source", ""))
     if source.startswith("pvc://"):
         raise ClusterError(f"{source}: the base is on a claim; name a copy of it with --base")
-    return MergeRequest(source, "" if base else str(named.get("revision", "")), out)
+    return MergeRequest(source, "" if base else str(named.get("revision", "")))
 
 
 def fetch(published: PublishedAdapter, tell: Callable[[str], None]) -> Path:
@@ -86,8 +66,26 @@ def fetch(published: PublishedAdapter, tell: Callable[[str], None]) -> Path:
     return adapters.folder_of(published, folder)
 
 
-def run(merge: MergeRequest, adapter: Path) -> int:
+@contextmanager
+def output_folder(out: Path) -> Iterator[Path]:
+    """Make a folder in ``out`` whose files take their place when the block ends well; no file is left otherwise.
+
+    Raises:
+        ClusterError: there is something at ``out`` already.
+        OSError: it cannot be written.
+
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ClusterError(f"--out {out}: is there already and not empty")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=out) as name:
+        yield Path(name)
+        for path in sorted(Path(name).iterdir(), key=lambda path: path.name == CONFIG):
+            path.rename(out / path.name)
+
+
+def run(merge: MergeRequest, adapter: Path, out: Path, commands: Commands) -> int:
     """Merge; the process's exit code. Its words go where ours go."""
-    arguments = [merge.base, merge.revision, str(adapter), str(merge.out), str(cache_dir())]
-    command = [sys.executable, "-c", _PROGRAM, *arguments]
-    return shell_code(subprocess.run(command, env=environment(), check=False).returncode)
+    words = [f"--base={merge.base}", f"--adapter={adapter}", f"--out={out}", f"--cache-dir={cache_dir()}"]
+    words += [f"--revision={merge.revision}"] if merge.revision else []
+    return shell_code(subprocess.run([*commands.merge, *words], env=environment(), check=False).returncode)

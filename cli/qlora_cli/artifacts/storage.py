@@ -13,7 +13,7 @@ from qlora_cli.kube.errors import ClusterError
 from qlora_storage.errors import JobError
 from qlora_storage.folders import FolderBackend
 from qlora_storage.object_store import BUCKET_SCHEMES, NotFoundError, Store, open_store
-from qlora_storage.published import PublishedFile, difference, differences
+from qlora_storage.published import PublishedFile, difference, differences, unlisted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -79,6 +79,11 @@ class Folder:
         """Compare what is there with what a manifest lists, and return a line for each difference."""
         with _errors():
             return differences(self._store, adapter, files, tell, sizes_alone=lambda _: not content)
+
+    def unlisted(self, files: Iterable[PublishedFile]) -> list[str]:
+        """Return the paths in a download's folders that no file of its manifest has."""
+        with _errors():
+            return unlisted(self._store, files)
 
 
 class LocalFolder(Folder):

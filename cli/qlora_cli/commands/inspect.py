@@ -38,6 +38,7 @@ def inspect(model: Model, *, skip: Skip = 3, html: Html = None, output: o.PlainO
         from qlora_cli.inspection.page import page
         from qlora_cli.local.trainer_process import Commands, require_trainer
         from qlora_cli.text import output as out
+        from qlora_storage.local_paths import write_whole
 
         require_trainer("qlora inspect")
         try:
@@ -47,7 +48,7 @@ def inspect(model: Model, *, skip: Skip = 3, html: Html = None, output: o.PlainO
             raise typer.Exit(error.exit_code) from None
         if html is not None:
             html.parent.mkdir(parents=True, exist_ok=True)
-            html.write_text(page(found, skip), encoding="utf-8")
+            write_whole(html, page(found, skip))
         if output is PlainForm.JSON:
             write_line(as_json(view.as_dict(found, skip)))
         else:

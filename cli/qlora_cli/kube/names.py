@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 GROUP = "qlora.dev"
 API_VERSION = "qlora.dev/v1alpha1"
 KIND = "QLoRAJob"
@@ -22,6 +24,12 @@ FIELD_MANAGER = "qlora-cli"
 CHART = "charts/qlora-operator"
 """What installs the operator, for remedies."""
 LONGEST_NAME = 52
+NAME_PATTERN = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+
+
+def is_name(text: str) -> bool:
+    """Tell whether a job may have this name, which then is no path either."""
+    return len(text) <= LONGEST_NAME and re.fullmatch(NAME_PATTERN, text) is not None
 
 
 def jobs_path(namespace: str | None = None, name: str = "") -> str:

@@ -31,6 +31,7 @@ from qlora_api.contract import PrepareReceipt, TerminationMessage
 from qlora_api.spec import ComputeType, QLoRAJobSpec
 from qlora_api.status import Attempt, Count, Decimal, PrepareResult, Reason
 from qlora_cli.local.processes import is_alive
+from qlora_storage.local_paths import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -119,7 +120,7 @@ class RunFolder:
     def write(self, record: RunRecord) -> None:
         """Replace the record as a whole, so that a crash leaves the old one or the new one."""
         self.path.mkdir(parents=True, exist_ok=True)
-        _replace(self.path / "run.json", record.model_dump_json(by_alias=True, exclude_none=True, indent=1))
+        write_whole(self.path / "run.json", record.model_dump_json(by_alias=True, exclude_none=True, indent=1))
 
     def key_file(self, record: RunRecord) -> Path:
         """Return the file with the run's key; make it where there is none yet.
@@ -136,7 +137,7 @@ class RunFolder:
                     "put it back, or start anew with --fresh"
                 )
             self.path.mkdir(parents=True, exist_ok=True)
-            _replace(path, f"{secrets.token_hex(KEY_BYTES)}\n", mode=0o600)
+            write_whole(path, f"{secrets.token_hex(KEY_BYTES)}\n", mode=0o600)
         return path
 
     def has_checkpoints(self) -> bool:
@@ -176,7 +177,7 @@ class ProcessFiles:
         self.path.mkdir(parents=True, exist_ok=True)
         for stale in (self.termination, self.log, *self.path.glob("rank-*.port")):
             stale.unlink(missing_ok=True)
-        _replace(self.config, config)
+        write_whole(self.config, config)
 
     def termination_message(self) -> TerminationMessage | None:
         """The termination message; None where the process left none that can be read."""
@@ -378,13 +379,3 @@ def _in_use(folder: Path, holders: str) -> str:
 
 def now() -> datetime:
     return datetime.now(UTC)
-
-
-def _replace(path: Path, text: str, mode: int = 0o666) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # it would keep its mode
-    with open(temporary, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -40,6 +40,7 @@ class Commands:
     prepare: tuple[str, ...] = (sys.executable, "-m", "qlora_trainer.prepare")
     train: tuple[str, ...] = (sys.executable, "-m", "qlora_trainer")
     generate: tuple[str, ...] = (sys.executable, "-m", "qlora_trainer.generate")
+    merge: tuple[str, ...] = (sys.executable, "-m", "qlora_trainer.merge")
     inspect: tuple[str, ...] = (sys.executable, "-m", "qlora_trainer.inspection")
 
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from qlora_storage.local_paths import write_whole
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
@@ -47,6 +49,4 @@ def keep(folder: Path, answers: Iterable[AnswerLine]) -> None:
         every.pop(answer.prompt, None)
         every[answer.prompt] = answer
     text = "".join(answer.model_dump_json() + "\n" for answer in [*every.values()][-MOST:])
-    fresh = folder / f"{FILE}.new"
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(folder / FILE)
+    write_whole(folder / FILE, text)

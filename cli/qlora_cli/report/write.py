@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qlora_cli.report.facts import gather
 from qlora_cli.report.page import page
+from qlora_storage.local_paths import write_whole
 
 PAGE = "report.html"
 
@@ -20,5 +21,5 @@ def write(run: str, runs_dir: Path, out: Path | None) -> Path:
     facts, beside = gather(run, runs_dir)
     path = out or beside / PAGE
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(facts), encoding="utf-8")
+    write_whole(path, page(facts))
     return path

@@ -10,7 +10,7 @@ from rich.console import Console
 from qlora_cli.artifacts import generate as asking
 from qlora_cli.artifacts.generate import GenerateError, GenerateOptions, Models
 from qlora_cli.local.trainer_process import Commands
-from qlora_cli.report.answers import kept
+from qlora_cli.report.answers import AnswerLine, keep, kept
 
 ANSWERS = """
 import json, sys
@@ -38,6 +38,17 @@ def test_answers_are_kept_beside_the_run(tmp_path):
         ("--what?", "I do not know [/b].", None),
         ("two", "I do not know [/b].", None),
     ]
+
+
+def test_answers_for_which_there_is_no_room_leave_those_that_were_kept(tmpfs):
+    with tmpfs("size=64k") as folder:
+        ask(ANSWERS, folder=folder)
+        before = (folder / "answers.jsonl").read_bytes()
+        (folder / "other").write_bytes(bytes(60_000))
+        with pytest.raises(OSError, match="No space left on device"):
+            keep(folder, [AnswerLine(prompt="three", base="x" * 10_000)])
+        assert (folder / "answers.jsonl").read_bytes() == before
+        assert {path.name for path in folder.iterdir()} == {"answers.jsonl", "other"}
 
 
 def test_answers_stand_side_by_side():

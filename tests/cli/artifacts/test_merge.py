@@ -88,6 +88,15 @@ def test_the_merged_model_is_base_plus_update(base, published, tmp_path, monkeyp
     assert (again.exit_code, again.stderr) == (40, "--out merged: is there already and not empty\n")
 
 
+def test_a_full_disk_leaves_nothing_of_a_merged_model(published, tmpfs, capfd):
+    with tmpfs("size=16k") as folder:
+        done = CliRunner().invoke(app.app, ["merge", f"{published}/", "--out", f"{folder}/merged"])
+        assert done.exit_code == 47
+        assert list((folder / "merged").iterdir()) == []
+    assert "No space left on device" in (said := capfd.readouterr().err)
+    assert "Traceback" not in said
+
+
 def test_an_adapter_that_was_changed_is_not_merged(published):
     (published / "u-attempt-1/adapter/adapter_config.json").write_text("{}")
     found = adapters.read(adapters.Source(str(published)))

@@ -15,6 +15,8 @@ def test_the_api(monkeypatch):
         next(m.max_length for m in job.ObjectMeta.model_fields["name"].metadata if hasattr(m, "max_length"))
         == names.LONGEST_NAME
     )
+    pattern = next(m.pattern for m in job.ObjectMeta.model_fields["name"].metadata if getattr(m, "pattern", None))
+    assert pattern == f"^{names.NAME_PATTERN}$"
     assert (exit_codes.USER_ERROR, exit_codes.STORAGE_FAILED) == (ExitCode.USER_ERROR, ExitCode.STORAGE_FAILED)
     assert set(choices.RowFormat) == set(DatasetFormat) == set(init.FORMATS)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qlora_trainer.errors import TrainerError
+from qlora_trainer.errors import TrainerError, system_errors
 from qlora_trainer.inspection.loading import measure_base
 from qlora_trainer.model.base_model import meta_model
 from qlora_trainer.model.experts.structure import expert_parameters
@@ -33,10 +33,11 @@ def main() -> int:
     arguments = parser.parse_args()
     quiet_libraries()
     try:
-        path = fetch_model(arguments.model, arguments.cache_dir, field="MODEL").path
-        skeleton = meta_model(path)
-        say({"layers": len(linear_layers(skeleton)) + len(expert_parameters(skeleton))})
-        measure_base(path, torch.device("cuda" if torch.cuda.is_available() else "cpu"), say)
+        with system_errors():
+            path = fetch_model(arguments.model, arguments.cache_dir, field="MODEL").path
+            skeleton = meta_model(path)
+            say({"layers": len(linear_layers(skeleton)) + len(expert_parameters(skeleton))})
+            measure_base(path, torch.device("cuda" if torch.cuda.is_available() else "cpu"), say)
     except TrainerError as error:
         print(error, file=sys.stderr)  # noqa: T201 one paragraph for a person
         return error.exit_code

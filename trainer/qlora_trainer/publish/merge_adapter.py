@@ -41,7 +41,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
         own = Path(name)
         for file in (WEIGHTS, CONFIG):
             if not (folder / file).is_file():
-                raise AdapterRejectedError(f"the adapter has no {file}")
+                raise AdapterRejectedError(f"{folder}: the adapter has no {file}")
             shutil.copyfile(folder / file, own / file)
         config = lora_config(own)
         if has_no_towers(model) and not _excludes_any(config, model):

@@ -80,7 +80,7 @@ def run_with_exit_code(config: TrainerConfig, work: Callable[[LastSeen], Termina
         if memory := _out_of_memory(error):
             log.exception("out of memory")
             return _leave(config, memory, _memory_words(memory, error, seen), rank, seen)
-        if isinstance(error, OSError) and isinstance(full := of_system(error), StorageError):
+        if isinstance(full := of_system(error), StorageError):
             log.exception("a disk failed")
             return _leave(config, ExitCode(full.exit_code), str(full), rank, seen)
         if _is_stall(error):

@@ -20,7 +20,7 @@ def download(
     what: o.Published,
     *,
     to: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder to write; default: the name of the job.")
+        Path | None, typer.Option(metavar="DIR", help="Folder to write; default: the name of the job.", readable=False)
     ] = None,
     adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Do not download the merged model.")] = False,
     secret: o.Secret = False,
@@ -39,7 +39,7 @@ def download(
         from qlora_cli.text import units
 
         published = find_published(what, Target(kubeconfig, context, namespace), secret=secret)
-        folder = to or Path(str(published.body.get("job") or "adapter"))
+        folder = to or adapters.default_folder(published)
         screen = out.console(stderr=True)
         with screen.status("reading the manifest …") as status:
             count, size = adapters.download(published, folder, status.update, adapter_only=adapter_only)

@@ -17,7 +17,9 @@ from qlora_cli.text.printable import write_line
 def merge(
     what: o.Published,
     *,
-    to: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the merged model; new or empty.")],
+    to: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder for the merged model; new or empty.", readable=False)
+    ],
     base: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Base model; default: the one that the manifest names.")
     ] = None,
@@ -33,16 +35,16 @@ def merge(
     """
     with exit_with_code():
         from qlora_cli.artifacts import merge as merging
-        from qlora_cli.local.trainer_process import require_trainer
+        from qlora_cli.local.trainer_process import Commands, require_trainer
         from qlora_cli.text import output as out
 
         require_trainer("qlora merge")
         published = find_published(what, Target(kubeconfig, context, namespace), secret=secret)
-        plan = merging.plan(published, base, to)
-        with out.console(stderr=True).status("fetching the adapter …") as status:
-            adapter = merging.fetch(published, status.update)
-        code = merging.run(plan, adapter)
-        if code == 0:
-            write_line(f"{to}: {plan.base} with the adapter merged in")
-            out.say_next(f"{program()} generate --adapter {adapter} --merged {to} --prompt …")
-    raise typer.Exit(code)
+        plan = merging.plan(published, base)
+        with merging.output_folder(to) as folder:
+            with out.console(stderr=True).status("fetching the adapter …") as status:
+                adapter = merging.fetch(published, status.update)
+            if code := merging.run(plan, adapter, folder, Commands()):
+                raise typer.Exit(code)
+        write_line(f"{to}: {plan.base} with the adapter merged in")
+        out.say_next(f"{program()} generate --adapter {adapter} --merged {to} --prompt …")

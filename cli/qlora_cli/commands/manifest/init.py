@@ -57,6 +57,7 @@ def init(
         from qlora_cli.manifest import init as beginning
         from qlora_cli.manifest.convert import manifest as convert
         from qlora_cli.text import output as out
+        from qlora_storage.local_paths import write_whole
 
         if str(file) != "-" and file.exists() and not force:
             raise ClusterError(f"--file {file}: is there already; --force replaces it, --file names another")
@@ -80,7 +81,7 @@ def init(
         if str(file) == "-":
             write(text)
             return
-        file.write_text(text, encoding="utf-8")
+        write_whole(file, text)
         write_line(f"{file} written")
         here = any("://" not in place for place in places)
         out.say_next(f"{program()} {'run' if here else 'submit'} {file}", f"{program()} explain spec")
