@@ -8,12 +8,14 @@ from qlora_cli.jobs.job_view import JobView, local_runs, read_run, view, view_da
 from qlora_cli.kube.errors import ClusterError
 from qlora_cli.kube.names import jobs_path
 from qlora_cli.text import figures
-from qlora_cli.text.output import Cell, state_cell
+from qlora_cli.text.output import ROOM, Cell, aligned, state_cell
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
     from pathlib import Path
+
+    from rich.text import Text
 
     from qlora_cli.kube.api_client import Object
     from qlora_cli.kube.target import Cluster
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 NUMBERS = ("LOSS", "EVAL", "ETA", "RESTARTS", "GPU-MEM", "AGE")
 SPARE = ("GPU-MEM", "RESTARTS", "EVAL")
 """Columns that give their room to a message, one after the other."""
+NARROW_SPARE = (*SPARE, "ETA", "AGE", "REASON", "LOSS")
+"""Columns that are given up where messages stand below their rows."""
 MESSAGE = 160
 
 
@@ -54,6 +58,23 @@ def table(
         head = ["NAMESPACE", *head]
         rows = [[job.namespace, *row] for job, row in zip(views, rows, strict=True)]
     return head, rows
+
+
+def lines(head: Sequence[str], rows: Sequence[Sequence[str | Cell]], width: int) -> list[Text]:
+    """Return a table for a screen; a message that has no room beside its row stands below it."""
+    least = sum(
+        max(len(cell.text if isinstance(cell, Cell) else cell) for cell in (name, *column)) + 2
+        for name, *column in zip(head[:-1], *(row[:-1] for row in rows), strict=True)
+        if name not in SPARE and any(column)
+    )
+    if width - least >= ROOM or not any(row[-1] for row in rows):
+        return aligned(head, rows, width, right=NUMBERS, spare=SPARE)
+    folded: list[Sequence[str | Cell]] = []
+    for *row, message in rows:
+        folded.append(row)
+        if isinstance(message, Cell):
+            folded.append([Cell(f"  {message.text}", message.style)])
+    return aligned(head[:-1], folded, width, right=NUMBERS, spare=NARROW_SPARE)
 
 
 def next_command(views: Sequence[JobView], call: str, flags: str) -> str:

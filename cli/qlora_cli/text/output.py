@@ -146,10 +146,9 @@ def print_table(
     rows: Iterable[Sequence[str | Cell]],
     *,
     right: Sequence[str] = (),
-    spare: Sequence[str] = (),
 ) -> None:
     """On a terminal no wider than it; elsewhere as wide as it is, for grep and awk."""
-    lines = aligned(head, rows, screen.width if screen.is_terminal else None, right=right, spare=spare)
+    lines = aligned(head, rows, screen.width if screen.is_terminal else None, right=right)
     for line in lines:
         screen.print(line, soft_wrap=True)
 

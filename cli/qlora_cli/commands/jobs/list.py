@@ -53,5 +53,10 @@ def list_jobs(
             out.say_next(f"{program()} init", f"{program()} {'run' if local else 'submit'} JOB.yaml{target.flags()}")
             return
         head, rows = job_list.table(views, datetime.now(UTC), everywhere=everywhere, local=local)
-        out.print_table(out.console(), head, rows, right=job_list.NUMBERS, spare=job_list.SPARE)
+        screen = out.console()
+        if not screen.is_terminal:
+            out.print_table(screen, head, rows, right=job_list.NUMBERS)
+        else:
+            for line in job_list.lines(head, rows, screen.width):
+                screen.print(line, soft_wrap=True)
         out.say_next(job_list.next_command(views, program(), target.flags()))
