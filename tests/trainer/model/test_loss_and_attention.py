@@ -93,6 +93,33 @@ def test_a_model_whose_positions_count_through_all_rows_is_found_out(tmp_path):
     assert rows_are_apart(module, CPU)
 
 
+def test_a_class_that_refuses_rows_end_to_end_gets_them_by_themselves(tiny_models):
+    assert not rows_are_apart(refusing(tiny_models, ValueError("rows")), CPU)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), MemoryError()])
+def test_a_device_without_memory_is_no_class_that_refuses_rows(error, tiny_models):
+    with pytest.raises(type(error)):
+        rows_are_apart(refusing(tiny_models, error), CPU)
+
+
+def test_what_is_wrong_with_a_row_alone_is_raised(tiny_models):
+    with pytest.raises(ValueError, match="alone"):
+        rows_are_apart(refusing(tiny_models, ValueError("alone"), alone=True), CPU)
+
+
+def refusing(tiny_models, error, *, alone=False):
+    """Return a model that raises an error where it is called with rows end to end, or always."""
+    adapted = add_lora(load_base(tiny_models["gemma2"], FLOAT32, CPU), LoRASpec(), seed=1)
+
+    def refuse(_, __, named):
+        if alone or "cu_seq_lens_q" in named:
+            raise error
+
+    adapted.get_base_model().register_forward_pre_hook(refuse, with_kwargs=True)
+    return NextTokenLoss(adapted, fused=False)
+
+
 def test_rows_by_themselves_have_the_losses_and_gradients_of_rows_end_to_end(mixtures):
     found = []
     for row_by_row in (False, True):

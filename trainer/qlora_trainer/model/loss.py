@@ -116,6 +116,12 @@ class NextTokenLoss(nn.Module):
         """
         if not self.row_by_row:
             return self._losses(inputs, targets, labels)
+        return self.losses_by_row(inputs, targets, labels)
+
+    def losses_by_row(
+        self, inputs: dict[str, Any], targets: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return what :meth:`forward` does, from a call for each row."""
         return torch.cat([self._losses(*row) for row in _rows(inputs, targets, labels)])
 
     def _losses(self, inputs: dict[str, Any], targets: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
@@ -232,28 +238,35 @@ def rows_are_apart(module: NextTokenLoss, device: torch.device) -> bool:
     """
     was_training = module.training
     module.eval()
+    try:
+        return _are_apart(module, device)
+    finally:
+        module.train(was_training)
+
+
+def _are_apart(module: NextTokenLoss, device: torch.device) -> bool:
     first, middle, last = (torch.arange(_TRIED) * step % 97 for step in (7, 5, 3))
     other = torch.arange(_TRIED) * 11 % 89
+    arguments = call_arguments(end_to_end([first, middle, last]), device)
     try:
-        together = module(*call_arguments(end_to_end([first, middle, last]), device))
-    except Exception as error:  # noqa: BLE001 each class refuses in its own way; what is wrong alone is raised below
+        together = module(*arguments)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 each class refuses in its own way
+        module.losses_by_row(*arguments)  # raises what is wrong with a row alone, too
         log.info("rows end to end are refused: %s: %s", type(error).__name__, error)
-        module.train(was_training)
         return False
     alone = torch.cat([module(*call_arguments(end_to_end([row]), device)) for row in (first, middle, last)])
+    difference = (together - alone).abs()
+    # a loss that is not a number says nothing of rows; the first step will say it
+    if difference.mean() > APART_NATS or difference.max() > APART_MOST_NATS:
+        return False
     second = slice(_TRIED - 1, 2 * (_TRIED - 1))
     leak, rounding = (
         float((module(*call_arguments(end_to_end(rows), device)) - together)[second].abs().max())
         for rows in ([other, middle, last], [first, middle, other])
     )
-    module.train(was_training)
-    difference = (together - alone).abs()
-    # a loss that is not a number says nothing of rows; the first step will say it
-    return not (
-        bool(difference.mean() > APART_NATS)
-        or bool(difference.max() > APART_MOST_NATS)
-        or leak > max(LEAK_NATS, LEAK_TIMES * rounding)
-    )
+    return not leak > max(LEAK_NATS, LEAK_TIMES * rounding)
 
 
 def end_to_end(rows: list[torch.Tensor]) -> MicroBatch:
