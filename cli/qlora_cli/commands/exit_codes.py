@@ -68,13 +68,11 @@ _ALL = _CLUSTER | {
     NO: "a watched job failed, a check found a fault, or the question was answered with no",
     USER_ERROR: "invalid manifest, name or value, or missing permission",
 }
-
-
-_TRAINERS = ("41-49", "the trainer failed: 'qlora run --help' lists these codes")
+_OF_THE_TRAINER = {"41-49": "the trainer failed: 'qlora run --help' lists these codes"}
 
 
 def exit_codes(command: str | None = None) -> dict[str, str]:
     """Return the exit codes of a command and what they mean, or those of all commands, in their order."""
     codes = sorted((_ALL if command is None else _CODES.get(command, _CLUSTER)).items())
     shown = {str(code): meaning for code, meaning in codes}
-    return shown | dict([_TRAINERS]) if command is None else shown
+    return shown | _OF_THE_TRAINER if command is None else shown

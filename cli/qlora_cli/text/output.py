@@ -116,7 +116,7 @@ def aligned(
             kept.remove(head.index(name))
     columns = [(i, widths[i], head[i] in right) for i in kept]
     lines = [_line([Cell(name, "dim") for name in head], columns)]
-    lines += [_line(row, columns) for row in cells]
+    lines += [_line(row, columns, spans=len(row) < len(head)) for row in cells]
     for line in lines:
         line.no_wrap = True
         if width is None:
@@ -126,16 +126,17 @@ def aligned(
     return lines
 
 
-def _line(row: Sequence[Cell], columns: Sequence[tuple[int, int, bool]]) -> Text:
+def _line(row: Sequence[Cell], columns: Sequence[tuple[int, int, bool]], *, spans: bool = False) -> Text:
+    """Return a row as a line; a last cell that ``spans`` takes the room of all columns that the row has not."""
     line = Text()
-    spans = len(row) <= columns[-1][0]  # its last cell takes the room of the columns after it, which may be given up
     for place, width, to_right in columns:
         if spans and place >= len(row) - 1:
-            line.append(row[-1].text, row[-1].style or None)
             break
         cell = row[place]
         line.append(cell.text.rjust(width) if to_right else cell.text.ljust(width), cell.style or None)
         line.append("  ")
+    if spans:
+        line.append(row[-1].text, row[-1].style or None)
     line.rstrip()
     return line
 

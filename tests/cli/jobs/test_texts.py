@@ -26,6 +26,12 @@ def board_of(*jobs):
     return board
 
 
+def test_a_message_is_shown_also_where_all_columns_from_its_own_on_are_given_up():
+    head, rows = ("NAME", "LONG-HEAD", "STEP"), [["one", "1", "2"], ["two", "why"]]
+    lines = output.aligned(head, rows, 12, spare=("STEP", "LONG-HEAD"))
+    assert [line.plain for line in lines] == ["NAME", "one", "two   why"]
+
+
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_list(golden, everywhere):
     head, rows = job_list.table([view(j) for j in ALL], NOW, everywhere=everywhere)
