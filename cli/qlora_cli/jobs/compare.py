@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _NO_MATTER = ("policy", "scheduling", "suspend")
 """Groups that change nothing in what is learned; shown with --all."""
 LONGEST_VALUE = 48
+"""Of a value that is not a single word: paths are shown whole."""
 
 
 @dataclass(frozen=True)
@@ -98,21 +99,38 @@ def as_plain(columns: Sequence[ComparedJob], *, every: bool) -> Object:
 
 
 def pages(columns: Sequence[ComparedJob], width: int | None, *, every: bool) -> Iterator[Text]:
-    """Settings that differ, then figures; the best of a row in bold."""
+    """Yield the settings that differ, then figures; the best of a row in bold, in tables that fit."""
     names = [column.job.place for column in columns]
     rows = [[f"spec.{path}", *(_shown(value) for value in values)] for path, values in differing(columns, every=every)]
     if rows:
-        yield from aligned(["SETTING", *names], rows, width)
+        yield from _tables(["SETTING", *names], rows, width)
     else:
         yield Text("No setting differs." if every else "No setting differs that changes what is learned.", style="dim")
     yield Text()
-    yield from aligned(["FIGURE", *names], [*_figure_rows(columns)], width)
+    yield from _tables(["FIGURE", *names], [*_figure_rows(columns)], width)
+
+
+def _tables(head: Sequence[str], rows: Sequence[Sequence[str | Cell]], width: int | None) -> Iterator[Text]:
+    """Yield a table as several, one below the other, each with as many columns as a screen has room for."""
+    widths = [
+        max(len(c.text if isinstance(c, Cell) else c) for c in column) for column in zip(head, *rows, strict=True)
+    ]
+    groups: list[list[int]] = [[]]
+    for column in range(1, len(head)):
+        taken = [0, *groups[-1], column]
+        if width is not None and groups[-1] and sum(widths[i] + 2 for i in taken) - 2 > width:
+            groups.append([])
+        groups[-1].append(column)
+    for number, group in enumerate(groups):
+        if number:
+            yield Text()
+        yield from aligned([head[i] for i in (0, *group)], [[row[i] for i in (0, *group)] for row in rows])
 
 
 def _shown(value: object) -> str:
     text = "–" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     text = " ".join(text.split())
-    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…"
+    return text if len(text) <= LONGEST_VALUE or " " not in text else f"{text[: LONGEST_VALUE - 1]}…"
 
 
 def _figure_rows(columns: Sequence[ComparedJob]) -> Iterator[list[str | Cell]]:

@@ -178,6 +178,14 @@ def test_compare(golden, tmp_path):
     json.dumps(plain)
 
 
+def test_compare_of_many_jobs_has_tables_that_fit_and_shows_paths_whole(golden):
+    bodies = [wordy("one"), *(succeeded(name) for name in ("another-job", "a-job-of-a-longer-name", "the-last"))]
+    page = text(compare.pages([compare.ComparedJob(view(body), body["spec"]) for body in bodies], 80, every=False))
+    assert ROWS in page
+    assert all(len(line) <= 80 or ROWS in line for line in page.splitlines())
+    golden("compare-80.txt", page)
+
+
 def test_compare_leaves_out_what_changes_nothing_in_what_is_learned():
     one, other = succeeded("one"), succeeded("other")
     other["spec"] = {**other["spec"], "policy": {"maxRestarts": 9}}
