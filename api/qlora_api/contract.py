@@ -91,6 +91,9 @@ class TrainerConfig(Model):
     accepts_unsigned: bool = False
     """The run began before runs had keys: checkpoints and a manifest without a signature are its own."""
     gradient_checkpointing: bool
+    pause_at_step: int | None = Field(None, ge=1)
+    """Step after which the attempt evaluates where that is due, saves a checkpoint and ends as if told to stop.
+    None, or the last step: it trains to the end."""
     checkpoint_uri: str
     """Folder, local or in object storage, for this run's checkpoints."""
     cache_dir: str

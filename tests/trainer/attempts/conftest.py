@@ -79,7 +79,9 @@ class Workshop:
             spec[group] = {**spec.get(group, {}), **fields}
         return spec
 
-    def config(self, attempt: int = 1, uid: str = "0a1b2c3d-run", ranks: int = 2, **changes: Any) -> TrainerConfig:
+    def config(
+        self, attempt: int = 1, uid: str = "0a1b2c3d-run", ranks: int = 2, pause: int | None = None, **changes: Any
+    ) -> TrainerConfig:
         spec = QLoRAJobSpec.model_validate(self.spec(**changes))
         return TrainerConfig(
             job=JobRef(name="tiny", uid=uid),
@@ -90,6 +92,7 @@ class Workshop:
             ranks_per_worker=ranks,
             key_file=str(self.key_file()),
             gradient_checkpointing=False,
+            pause_at_step=pause,
             checkpoint_uri=str(self.folder / "checkpoints"),
             cache_dir=str(self.cache),
             termination_message_path=str(self.folder / f"termination-{attempt}.json"),

@@ -80,6 +80,29 @@ def test_a_run_stopped_in_its_second_epoch_goes_on_as_if_it_had_not_been(stage, 
     assert {**first.losses, **second.losses} == pytest.approx(whole.losses, rel=1e-4)
 
 
+def test_a_run_paused_twice_goes_on_as_if_it_had_not_been(workshop):
+    """The steps are no multiples of everySteps of the checkpoints; both pauses come after an evaluation."""
+    changes = {
+        "parallelism": {"zeroStage": 2},
+        "lora": {"rank": 8, "dropout": "0.1"},
+        "training": {"epochs": None, "maxSteps": 12, "evaluation": {"everySteps": 2}},
+        "checkpoint": {"everySteps": 5},
+    }
+    paused, losses = [], {}
+    for attempt, pause in ((1, 4), (2, 8), (3, 12)):  # at the last step there is no pause
+        ended = workshop.run(workshop.config(attempt=attempt, pause=pause, **changes))
+        paused.append((ended.code, ended.message.progress.step, ended.message.progress.best_eval_loss))
+        losses |= ended.losses
+    assert [each[:2] for each in paused] == [(ExitCode.PREEMPTED, 4), (ExitCode.PREEMPTED, 8), (ExitCode.DONE, 12)]
+    assert "paused at step 4 of 12; a checkpoint is written" in (workshop.folder / "log-1.txt").read_text()
+    assert float(paused[0][2]) > float(paused[1][2]) > float(paused[2][2])  # what the trials of a sweep are compared by
+    shutil.rmtree(workshop.folder / "checkpoints")
+    shutil.rmtree(workshop.folder / "out")
+    whole = workshop.run(workshop.config(attempt=4, **changes))
+    assert losses == pytest.approx(whole.losses, rel=1e-4)
+    assert paused[2][2] == whole.message.progress.best_eval_loss
+
+
 def epoch_steps(config):
     return -(-prepare(config).train_sequences // config.batch.global_batch_size)
 

@@ -73,6 +73,8 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
             save(trainer, run, with_eval=evaluated)
         if run.step == trainer.total_steps or out_of_patience(trainer, run):
             break
+        if is_pause_due(trainer, run):
+            preempt(trainer, run, "paused")
         stopping = train_step(trainer, run, steps)
         if stopping and run.step < trainer.total_steps:  # before an evaluation: the grace period is short
             preempt(trainer, run)
@@ -85,7 +87,12 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
     return message.model_copy(update={"adapter": adapter})
 
 
-def preempt(trainer: TrainingContext, run: RunState) -> NoReturn:
+def is_pause_due(trainer: TrainingContext, run: RunState) -> bool:
+    pause = trainer.config.pause_at_step
+    return pause is not None and run.step >= pause
+
+
+def preempt(trainer: TrainingContext, run: RunState, how: str = "stopped by SIGTERM") -> NoReturn:
     """End the attempt as was asked for, with a checkpoint of where it stands. A collective.
 
     Raises:
@@ -93,9 +100,9 @@ def preempt(trainer: TrainingContext, run: RunState) -> NoReturn:
 
     """
     if run.step not in (0, run.saved_at):
-        save(trainer, run, with_eval=False)
+        save(trainer, run, with_eval=run.evaluated_at == run.step)
     kept = "a checkpoint is written" if run.step else "there is nothing to keep yet"
-    raise PreemptedError(f"stopped by SIGTERM at step {run.step} of {trainer.total_steps}; {kept}")
+    raise PreemptedError(f"{how} at step {run.step} of {trainer.total_steps}; {kept}")
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
