@@ -31,6 +31,7 @@ from qlora_cli.commands.manifest.init import init
 from qlora_cli.commands.manifest.plan import plan
 from qlora_cli.commands.manifest.validate import validate
 from qlora_cli.commands.run import run
+from qlora_cli.commands.sweep import sweep
 from qlora_cli.commands.upload import upload
 
 app = typer.Typer(
@@ -64,6 +65,7 @@ def main(
 
 for _command in (
     run,
+    sweep,
     validate,
     plan,
     inspect,

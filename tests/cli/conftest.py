@@ -68,12 +68,15 @@ class Workplace:
     def plan(self, *attempts, **more):
         (self.folder / "plan.json").write_text(json.dumps({"attempts": attempts, **more}))
 
+    def commands(self):
+        return commands(self.folder / "plan.json")
+
     def run(self, *overrides, machine=CPUS_ONLY, **options):
         """Call 'qlora run' in this process; its exit code."""
         console = Console(file=io.StringIO(), width=160, markup=False, emoji=False, highlight=False)
         request = RunRequest(Path("job.yaml"), overrides=overrides, **options)
         try:
-            return run(request, console, commands(self.folder / "plan.json"), machine)
+            return run(request, console, self.commands(), machine)
         finally:
             self.said = console.file.getvalue()
 

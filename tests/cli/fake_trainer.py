@@ -1,6 +1,8 @@
 # ruff: noqa: T201 standard output is what it is for
 """A process that obeys the trainer's contract and trains nothing. Plain JSON, so that it starts in milliseconds.
 
+With "learn", the loss is a function of rank, learning rate and step, and the attempt stops at pauseAtStep.
+
 usage: fake_trainer.py prepare|train|generate PLAN.json CONFIG.json
 
 PLAN.json: {"prepare": "done", "attempts": ["crash", "done", …]}; the last entry serves all later attempts.
@@ -8,6 +10,7 @@ PLAN.json: {"prepare": "done", "attempts": ["crash", "done", …]}; the last ent
 
 import http.server
 import json
+import math
 import os
 import signal
 import subprocess
@@ -40,6 +43,8 @@ ENDS = {
     "crash": (1, "Crashed", "RuntimeError: something broke"),
     "preempted": (43, "Preempted", "told to stop; a checkpoint is written"),
 }
+PROGRESS = ("step", "totalSteps", "epoch", "loss", "evalLoss", "bestEvalLoss")
+STEPS = 20
 MEMORY = {"measured": {"peak": 3 << 30, "quantizedWeights": 1 << 30, "adapterWeights": 20 << 20}}
 
 
@@ -93,7 +98,7 @@ class Trainer:
         (Path(self.config["portsDir"]) / "rank-0.port").write_text(str(server.server_port))
 
     def leave(self, code, reason, message, **more):
-        progress = {k: v for k, v in self.report.items() if k in ("step", "totalSteps", "epoch", "loss", "evalLoss")}
+        progress = {k: v for k, v in self.report.items() if k in PROGRESS}
         word = {"exitCode": code, "reason": reason, "message": message, "progress": progress, "memory": MEMORY, **more}
         Path(self.config["terminationMessagePath"]).write_text(json.dumps(word))
         sys.exit(code)
@@ -104,11 +109,9 @@ class Trainer:
             self.serve()
             time.sleep(0.8)  # long enough to be asked
             self.report |= {"step": 20, "evalLoss": "2.125", "epoch": "2"}
-            uri = self.config["spec"]["output"]["destination"]
-            adapter = {"uri": uri, "manifestUri": f"{uri}/manifest.json", "manifestSha256": "b" * 64}
-            Path(uri).mkdir(parents=True, exist_ok=True)
-            Path(adapter["manifestUri"]).write_text("{}")
-            self.leave(0, "Completed", "", adapter=adapter)
+            self.publish()
+        if behaviour == "learn":
+            self.learn()
         if behaviour == "wait":
             signal.signal(signal.SIGTERM, self.preempted)
             self.save(self.resumed_from + 7)
@@ -130,6 +133,27 @@ class Trainer:
         self.save(self.resumed_from + 3)
         self.leave(*ENDS[behaviour])
 
+    def learn(self):
+        spec = self.config["spec"]
+        rate, rank = float(spec["training"]["learningRate"]), spec["lora"]["rank"]
+        pause = min(self.config.get("pauseAtStep", STEPS), STEPS)
+        for step in range(self.resumed_from + 1, pause + 1):
+            with (Path(self.config["checkpointUri"]).parent / "steps").open("a") as steps:
+                steps.write(f"{step}\n")
+        loss = f"{1 + abs(math.log10(rate / 1e-3)) / 10 + abs(rank - 16) / 100 + 1 / pause:.6g}"
+        self.report |= {"evalLoss": loss, "bestEvalLoss": loss}
+        self.save(pause)
+        if pause < STEPS:
+            self.leave(43, "Preempted", f"paused at step {pause} of {STEPS}; a checkpoint is written")
+        self.publish()
+
+    def publish(self):
+        uri = self.config["spec"]["output"]["destination"]
+        adapter = {"uri": uri, "manifestUri": f"{uri}/manifest.json", "manifestSha256": "b" * 64}
+        Path(uri).mkdir(parents=True, exist_ok=True)
+        Path(adapter["manifestUri"]).write_text(json.dumps({"runUid": self.config["job"]["uid"]}))
+        self.leave(0, "Completed", "", adapter=adapter)
+
     def spawn_rank(self):
         """As torchrun does it: a child in a session of its own."""
         rank = subprocess.Popen(["sleep", "60"], start_new_session=True)
@@ -145,7 +169,11 @@ def main():
     config = json.loads(Path(config_path).read_text())
     if what == "train":
         behaviours = plan["attempts"]
-        Trainer(config).train(behaviours[min(config["attempt"], len(behaviours)) - 1])
+        trainer = Trainer(config)
+        if config["spec"]["lora"]["rank"] in plan.get("failingRanks", ()):
+            trainer.leave(*ENDS["user-error"])
+        time.sleep(plan.get("seconds", 0))
+        trainer.train(behaviours[min(config["attempt"], len(behaviours)) - 1])
     elif plan.get("prepare", "done") == "done":
         print("a library says something")
         print(json.dumps({**RECEIPT, **plan.get("receipt", {})}))

@@ -11,6 +11,7 @@ import yaml
 from docs.blocks import CLASSES, PAGES, REPOSITORY, all_blocks, missing, shell_blocks
 from docs.commands import NoCommandError, check, simple_commands
 from qlora_api.job import QLoRAJob
+from qlora_api.sweep.sweep import QLoRASweep
 from qlora_cli.app import app
 
 LANGUAGES = {"", "json", "promql", "python", "sh", "yaml"}
@@ -70,6 +71,8 @@ def test_yaml_is_a_job_a_part_of_its_spec_or_values_of_the_chart(block):
     body = yaml.safe_load(block.text)
     if body.get("kind") == "QLoRAJob":
         QLoRAJob.from_manifest(body)
+    elif body.get("kind") == "QLoRASweep":
+        QLoRASweep.from_manifest(body)
     elif body.get("kind") == "ConfigMap":  # of another tool
         assert all(isinstance(text, str) for text in body["data"].values())
     elif set(body) == {"spec"}:

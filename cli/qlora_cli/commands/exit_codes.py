@@ -47,6 +47,12 @@ _ATTEMPT = _TRAINER | {
 
 _CODES: Mapping[str, Mapping[int, str]] = {
     "run": _LOCAL | _ATTEMPT | {INTERRUPTED: "Ctrl-C; the same command resumes the run"},
+    "sweep": _LOCAL
+    | {
+        NO: "no trial succeeded, or more failed than spec.maxFailedTrials",
+        43: "the budget is used up; with a larger one the same command resumes the sweep",
+        INTERRUPTED: "Ctrl-C; the same command resumes the sweep",
+    },
     "validate": _LOCAL | {USER_ERROR: "a manifest is invalid or cannot be read"},
     "plan": _LOCAL | {USER_ERROR: "the job does not fit, or its manifest is invalid"},
     "inspect": _LOCAL | _TRAINER,

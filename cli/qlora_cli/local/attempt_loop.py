@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells count."""
+PAUSED = int(ExitCode.PREEMPTED)
+"""The run has reached the step at which a sweep suspends it."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,10 @@ class AttemptSettings:
     commands: Commands
     lock: Lock
     console: Console
+    seconds: float = math.inf
+    """Time that attempts may take in this call; when it is used up, the run is checkpointed and stopped."""
+    brief: bool = False
+    """Show progress and failures alone, not what Prepare found and what was published."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +79,12 @@ class LocalRun:
         self._setting = setting
         self._stop = stop
         self._call_began_at = len(record.attempts)
+        self._began = time.monotonic()
 
     def run(self) -> int:
         """Prepare and train; return the exit code of the call."""
         code = self._prepare()
+        self._began = time.monotonic()
         while code is None:
             code = self._attempt()
         return code
@@ -107,8 +117,9 @@ class LocalRun:
         termination = step.termination_message()
         prepared = termination.prepared if termination else None
         self._keep(self.record.model_copy(update={"receipt": receipt, "prepared": prepared}))
-        console.print(Paragraph(display.summary()), crop=False)
-        console.print(run_view.receipt(receipt, None if self.record.attempts else prepared), crop=False)
+        if not self._setting.brief:
+            console.print(Paragraph(display.summary()), crop=False)
+            console.print(run_view.receipt(receipt, None if self.record.attempts else prepared), crop=False)
         return None
 
     def _attempt(self) -> int | None:
@@ -126,9 +137,9 @@ class LocalRun:
         )
         step = self._setting.folder.attempt(attempt.number)
         step.begin(self._config(step, choice).model_dump_json(by_alias=True, exclude_none=True))
-        self._keep(self.record.with_attempt(attempt))
+        self._keep(self.record.with_attempt(attempt).model_copy(update={"failure": ""}))
         ended = self._train(attempt.number, step)
-        attempt = conclude(attempt, ended, step.log, run_folder.now())
+        attempt = conclude(attempt, ended, step.log, run_folder.now(), self.record.pause_at_step)
         record = self.record.with_attempt(attempt)
         if attempt.reason is Reason.COMPLETED:
             termination = ended.termination_message or TerminationMessage(
@@ -145,7 +156,7 @@ class LocalRun:
             with display_for(setting.console, number, setting.world.device) as display:
                 watcher = Watcher(poller, display, setting.job.spec.training.evaluation.every_steps)
                 process = TrainerProcess([*setting.commands.train, str(step.config)], step.log, setting.lock)
-                code, stopped = watch(process, self._stop, display.say, watcher.tick)
+                code, stopped = watch(process, self._stop, display.say, lambda: self._tick(watcher))
         finally:
             poller.close()
         last = watcher.last
@@ -158,14 +169,25 @@ class LocalRun:
         self.record = self.record.model_copy(update=update)
         return ProcessEnd(code, stopped, step.termination_message(), last)
 
+    def _tick(self, watcher: Watcher) -> None:
+        """Poll, and ask for a stop while there is time left for a last step and a checkpoint."""
+        watcher.tick()
+        last = watcher.last
+        to_stop = last.longest_step_seconds + last.longest_save_seconds if last else 0.0
+        if time.monotonic() - self._began + to_stop >= self._setting.seconds:
+            self._stop.over_budget = True
+
     def _after(self, step: ProcessFiles, attempt: Attempt, ended: ProcessEnd) -> int | None:
         """Decide what follows an attempt; None for another attempt."""
         console, policy = self._setting.console, self._setting.job.spec.policy
+        if attempt.reason is Reason.SUSPENDED:
+            return PAUSED
         # Who types the command again has looked at what happened: each call has its own restarts.
         decision = after_attempt(policy, self.record.attempts[self._call_began_at :])
         if isinstance(decision, FinishJob):
             if decision.succeeded:
-                console.print(run_view.result(self.record, next_commands(self._setting.folder.path)), crop=False)
+                if not self._setting.brief:
+                    console.print(run_view.result(self.record, next_commands(self._setting.folder.path)), crop=False)
                 return int(ExitCode.DONE)
             return self._failed(step, ended.termination_message, shell_code(ended.code), decision.message, attempt)
         if ended.stopped is not StopSignal.NONE:
@@ -186,6 +208,7 @@ class LocalRun:
             batch=choice.batch,
             device=world.device,
             ranks_per_worker=world.ranks,
+            pause_at_step=self.record.pause_at_step,
             key_file=str(self._setting.folder.key_file(self.record)),
             accepts_unsigned=not self.record.signed,
             gradient_checkpointing=choice.gradient_checkpointing,
@@ -224,6 +247,7 @@ class LocalRun:
             if termination
             else f"Prepare ended with exit code {code} and left no termination message"
         )
+        self._keep(self.record.model_copy(update={"failure": message}))
         tail = [] if termination else step.log_tail(TAIL_LINES)
         self._setting.console.print(
             run_view.failure(reason_of(code) if termination is None else termination.reason, message, tail, step.log),
@@ -257,7 +281,9 @@ def next_choice(setting: AttemptSettings, record: RunRecord) -> Choice:
     return Choice(batch, last.gradient_checkpointing)
 
 
-def conclude(attempt: Attempt, ended: ProcessEnd, log: Path, now: datetime) -> Attempt:
+def conclude(
+    attempt: Attempt, ended: ProcessEnd, log: Path, now: datetime, pause_at_step: int | None = None
+) -> Attempt:
     """The attempt with its end."""
     code = shell_code(ended.code)
     reason = reason_of(code)
@@ -272,6 +298,8 @@ def conclude(attempt: Attempt, ended: ProcessEnd, log: Path, now: datetime) -> A
     elif ended.stopped is StopSignal.ASKED and code == shell_code(-signal.SIGTERM):  # before it could catch the signal
         reason, message = Reason.PREEMPTED, "stopped before it had anything to checkpoint"
     progress = termination.progress if termination and termination.progress else report
+    if reason is Reason.PREEMPTED and progress and pause_at_step is not None and progress.step >= pause_at_step:
+        reason = Reason.SUSPENDED
     return attempt.model_copy(
         update={
             "end_time": now,

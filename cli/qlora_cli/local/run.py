@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from qlora_api.job import QLoRAJob
+    from qlora_api.spec import QLoRAJobSpec
     from qlora_cli.local.machine import Machine, World
     from qlora_cli.local.run_folder import RunFolder, RunRecord
 
@@ -52,7 +53,7 @@ def run(request: RunRequest, console: Console, commands: Commands, here: Machine
     world = machine.choose_world(here, request.ranks)
     spec = local_spec.localize(job.spec, Path.cwd())
     job = job.model_copy(update={"spec": spec})
-    _require_even_split(job, world)
+    require_even_split(job.spec, world)
     if here.note:
         console.print(f"Note: {here.note}", soft_wrap=True)
     with run_folder.locked(request.runs_dir, job.metadata.name) as lock:
@@ -80,19 +81,19 @@ def _require_adapter(record: run_folder.RunRecord) -> None:
         )
 
 
-def _require_even_split(job: QLoRAJob, world: World) -> None:
+def require_even_split(spec: QLoRAJobSpec, world: World) -> None:
     """Refuse ranks that cannot share the global batch, and name numbers that can."""
     try:
-        split_batch(job.spec, world.ranks)
+        split_batch(spec, world.ranks)
     except FieldError as error:
-        fitting = [n for n in range(world.ranks, 0, -1) if _splits(job, n)]
+        fitting = [n for n in range(world.ranks, 0, -1) if _splits(spec, n)]
         hint = f", or pass --ranks {fitting[0]}" if fitting else ""
         raise FieldError(error.field, error.value, f"{error.allowed}{hint}") from None
 
 
-def _splits(job: QLoRAJob, ranks: int) -> bool:
+def _splits(spec: QLoRAJobSpec, ranks: int) -> bool:
     try:
-        split_batch(job.spec, ranks)
+        split_batch(spec, ranks)
     except FieldError:
         return False
     return True
@@ -102,8 +103,8 @@ def _open(folder: RunFolder, job: QLoRAJob, console: Console, *, fresh: bool) ->
     """The record to go on with; a new one where there is none, or it is put aside."""
     name, spec = job.metadata.name, job.spec
     if fresh:
-        _put_manifest_aside(folder, spec.output.destination, console)
-    record = None if fresh else _read(folder)
+        put_manifest_aside(folder, spec.output.destination, console)
+    record = None if fresh else read_record(folder)
     trained = run_folder.trained(record) or folder.has_checkpoints()
     match run_folder.opening(record, spec, trained=trained):
         case run_folder.Refuse(changed):
@@ -122,7 +123,7 @@ def _open(folder: RunFolder, job: QLoRAJob, console: Console, *, fresh: bool) ->
             return run_folder.new_record(name, spec, run_folder.now())
 
 
-def _put_manifest_aside(folder: RunFolder, destination: str, console: Console) -> None:
+def put_manifest_aside(folder: RunFolder, destination: str, console: Console) -> None:
     """Rename the manifest that the run before has published to the same destination, and say so; its adapter stays.
 
     Raises:
@@ -152,8 +153,8 @@ def _put_manifest_aside(folder: RunFolder, destination: str, console: Console) -
     )
 
 
-def _read(folder: RunFolder) -> RunRecord | None:
-    """The record, with the end of an attempt that nobody saw end."""
+def read_record(folder: RunFolder) -> RunRecord | None:
+    """Return a run's record, with the end of an attempt that nobody saw end."""
     record = folder.read()
     if record is None or not record.attempts or record.attempts[-1].end_time is not None:
         return record

@@ -29,7 +29,7 @@ from pydantic import Field, ValidationError
 from qlora_api.base import Model
 from qlora_api.contract import PrepareReceipt, TerminationMessage
 from qlora_api.spec import ComputeType, QLoRAJobSpec
-from qlora_api.status import Attempt, Count, Decimal, PrepareResult, Reason
+from qlora_api.status import Attempt, Count, Decimal, PrepareResult, Reason, Text
 from qlora_cli.local.processes import is_alive
 from qlora_storage.local_paths import write_whole
 
@@ -69,6 +69,10 @@ class RunRecord(Model):
     """Time of rank 0 in each attempt by section, as last heard."""
     result: TerminationMessage | None = None
     """The termination message of the attempt that completed the run."""
+    pause_at_step: int | None = None
+    """Step at which a sweep suspends the run, to compare it with others."""
+    failure: Text = ""
+    """Why the newest call ended without an adapter; empty while another call can go on, and where it was stopped."""
     signed: bool = False
     """Whether the run had a key from its first attempt on. Not so: runs of earlier versions."""
 
@@ -304,7 +308,7 @@ def immutable_hash(spec: QLoRAJobSpec) -> str:
     return hashlib.sha256(json.dumps(groups, sort_keys=True).encode()).hexdigest()
 
 
-def changes(old: QLoRAJobSpec, new: QLoRAJobSpec, groups: Iterable[str]) -> tuple[Change, ...]:
+def changes(old: Model, new: Model, groups: Iterable[str]) -> tuple[Change, ...]:
     """Fields of some groups that differ."""
     before, after = _flat(old, groups), _flat(new, groups)
     return tuple(
@@ -314,7 +318,7 @@ def changes(old: QLoRAJobSpec, new: QLoRAJobSpec, groups: Iterable[str]) -> tupl
     )
 
 
-def _flat(spec: QLoRAJobSpec, groups: Iterable[str]) -> dict[str, object]:
+def _flat(spec: Model, groups: Iterable[str]) -> dict[str, object]:
     flat: dict[str, object] = {}
 
     def walk(prefix: str, value: object) -> None:

@@ -100,6 +100,8 @@ class StopRequests:
 
     asked: bool = False
     insisted: bool = False
+    over_budget: bool = False
+    """Whether the time is used up that processes may take."""
     _asked_at: float = 0
 
     def note(self, signum: int, at: float) -> None:
@@ -197,10 +199,11 @@ def watch(
     done = StopSignal.NONE
     try:
         while (code := process.ended()) is None:
-            if stop.asked and done is StopSignal.NONE:
+            if (stop.asked or stop.over_budget) and done is StopSignal.NONE:
                 done = StopSignal.ASKED
                 process.terminate()
-                say("checkpointing … (Ctrl-C again: kill without a checkpoint)")
+                why = "" if stop.asked else "the budget is used up: "
+                say(f"{why}checkpointing … (Ctrl-C again: kill without a checkpoint)")
             if stop.insisted and done is StopSignal.ASKED:
                 say("killing all ranks; steps since the last checkpoint are lost")
                 process.kill()

@@ -17,14 +17,15 @@ _HUB_NAME = re.compile(r"(?P<org>[A-Za-z0-9][\w.-]*)/[A-Za-z0-9][\w.-]*(@[\w./-]
 _FILE_OF_ROWS = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow|gz|zst|bz2)$", re.IGNORECASE)
 
 
-def bare_hub_names(manifest: dict[str, Any]) -> Iterator[FieldError]:
-    """Yield an error for each source that reads ``org/name`` and is no path here."""
-    for field in SOURCES:
-        source: Any = manifest
+def bare_hub_names(manifest: dict[str, Any], job: str = "") -> Iterator[FieldError]:
+    """Yield an error for each source that reads ``org/name`` and is no path here; ``job``: path of the job's spec."""
+    for source in SOURCES:
+        field = f"{job}{source}"
+        value: Any = manifest
         for name in field.split("."):
-            source = source.get(name) if isinstance(source, dict) else None
-        if isinstance(source, str) and _is_bare_hub_name(source):
-            yield FieldError(field, source, f"is no path here; from the Hub it is hf://{source}, a path begins with ./")
+            value = value.get(name) if isinstance(value, dict) else None
+        if isinstance(value, str) and _is_bare_hub_name(value):
+            yield FieldError(field, value, f"is no path here; from the Hub it is hf://{value}, a path begins with ./")
 
 
 def _is_bare_hub_name(source: str) -> bool:

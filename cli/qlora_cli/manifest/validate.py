@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qlora_cli.manifest import job_manifest, local_model, local_rows
+from qlora_cli.manifest import job_manifest, local_model, local_rows, sweep_manifest
 from qlora_cli.text import units
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class ValidationReport:
 
     source: str
     jobs: tuple[str, ...] = ()
-    """Names of the jobs without an error."""
+    """Names of the jobs and sweeps without an error."""
     passed_over: tuple[str, ...] = ()
     """Documents of other kinds."""
     errors: tuple[Located | str, ...] = ()
@@ -44,6 +44,12 @@ def check_file(path: Path) -> ValidationReport:
     for document in documents:
         if job_manifest.is_foreign(document):
             passed_over.append(f"{document.value['kind']} (line {document.line})")  # type: ignore[index]
+            continue
+        if sweep_manifest.is_sweep(document):
+            try:
+                jobs.append(sweep_manifest.check(document).metadata.name)
+            except job_manifest.RefusedError as error:
+                errors += error.errors
             continue
         local = [*local_model.model_errors(document.value), *local_rows.row_errors(document.value)]
         errors += [job_manifest.located(document, error) for error in local]

@@ -1,0 +1,173 @@
+"""The folder of one sweep, and what its trials tell.
+
+::
+
+    runs/<sweep>/
+    ├── sweep.json           SweepRecord
+    └── trials/
+        ├── <sweep>-0/       a run, as of 'qlora run'
+        └── <sweep>-1/
+    runs/.<sweep>.lock       held while 'qlora sweep' lives
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from qlora_api.base import Model
+from qlora_api.status import MemoryComponent
+from qlora_api.sweep.parameters import text_of
+from qlora_api.sweep.spec import ObjectiveMetric, QLoRASweepSpec
+from qlora_api.sweep.trials import TRIALS_FOLDER, Trial, TrialState, trial_name
+from qlora_cli.local import run_folder
+from qlora_cli.local.run import read_record
+from qlora_cli.local.run_folder import RunError, RunFolder, RunRecord
+from qlora_storage.local_paths import write_whole
+from qlora_sweep.decide import total_trials
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from qlora_api.contract import TerminationMessage
+
+FIXED = ("template", "parameters", "algorithm", "objective", "earlyStopping")
+"""Groups that may not change: trials of other settings cannot be compared. Limits and the budget may."""
+
+
+class SweepRecord(Model):
+    """``sweep.json``: what a sweep began with. All else is in its trials."""
+
+    name: str
+    uid: str
+    created: datetime
+    spec: QLoRASweepSpec
+    """With the paths of this machine."""
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """Layout of a sweep's folder."""
+
+    path: Path
+
+    @property
+    def trials(self) -> Path:
+        return self.path / TRIALS_FOLDER
+
+    def trial(self, number: int) -> RunFolder:
+        return RunFolder(self.trials / trial_name(self.path.name, number))
+
+    def read(self) -> SweepRecord | None:
+        """Return the record; None where there is no sweep.
+
+        Raises:
+            RunError: the record is damaged.
+
+        """
+        try:
+            return SweepRecord.model_validate_json((self.path / "sweep.json").read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise RunError(
+                f"{self.path / 'sweep.json'} cannot be understood ({where}: {first['msg']}); --fresh starts anew"
+            ) from None
+
+    def write(self, record: SweepRecord) -> None:
+        """Replace the record as a whole."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = record.model_dump_json(by_alias=True, exclude_none=True, indent=1)
+        write_whole(self.path / "sweep.json", text)
+
+    def move_aside(self, now: datetime) -> Path:
+        return RunFolder(self.path).move_aside(now)
+
+
+def new_record(name: str, spec: QLoRASweepSpec, now: datetime) -> SweepRecord:
+    return SweepRecord(name=name, uid=str(uuid.uuid4()), created=now, spec=spec)
+
+
+def resumed(folder: SweepFolder, record: SweepRecord, spec: QLoRASweepSpec) -> SweepRecord:
+    """Return the record with what may change as it is now.
+
+    Raises:
+        RunError: the folder has the trials of another sweep.
+
+    """
+    fixed = [*FIXED, *(["maxTrials"] if spec.early_stopping else [])]  # how many go on depends on how many there are
+    changed = run_folder.changes(record.spec, spec, fixed)
+    if changed:
+        lines = "\n".join(f"  {change}" for change in changed)
+        raise RunError(
+            f"{folder.path} holds a sweep of another spec, and its trials cannot be compared with others:\n{lines}\n"
+            "Use another metadata.name, or --fresh to put that sweep aside and start anew."
+        )
+    return record.model_copy(update={"spec": spec})
+
+
+# -------------------------------------------------------------------------------------------------------------- trials
+
+
+def read_trials(folder: SweepFolder, spec: QLoRASweepSpec) -> list[Trial]:
+    """Return the trials that there are, by number; none of them runs while a sweep reads them."""
+    return [*_trials(folder, spec)]
+
+
+def _trials(folder: SweepFolder, spec: QLoRASweepSpec) -> Iterator[Trial]:
+    for number in range(total_trials(spec)):
+        run = folder.trial(number)
+        if (record := read_record(run)) is not None:
+            yield trial_of(number, record, spec, last_message(run, record))
+
+
+def last_message(run: RunFolder, record: RunRecord) -> TerminationMessage | None:
+    """Return the termination message of a run's newest attempt."""
+    if record.result is not None:
+        return record.result
+    return run.attempt(record.attempts[-1].number).termination_message() if record.attempts else None
+
+
+def trial_of(number: int, record: RunRecord, spec: QLoRASweepSpec, message: TerminationMessage | None) -> Trial:
+    """Return what a run tells of its trial."""
+    state = TrialState.FAILED if record.failure else TrialState.SUSPENDED
+    return Trial(
+        number=number,
+        name=record.name,
+        parameters={parameter.path: text_of(record.spec.at(parameter.path)) for parameter in spec.parameters},
+        state=TrialState.SUCCEEDED if record.finished else state,
+        pause_at_step=record.pause_at_step,
+        step=max((attempt.last_step or 0 for attempt in record.attempts), default=0),
+        value=objective_value(spec.objective.metric, message),
+        gpu_seconds=gpu_seconds(record),
+        message=record.failure[:4096],
+        adapter=record.result.adapter if record.result else None,
+    )
+
+
+def gpu_seconds(record: RunRecord) -> int:
+    """Return the time of all ranks over all attempts that have ended."""
+    ended = ((a.end_time - a.start_time).total_seconds() * a.world_size for a in record.attempts if a.end_time)
+    return round(sum(ended))
+
+
+def objective_value(metric: ObjectiveMetric, message: TerminationMessage | None) -> str | None:
+    """Return the value of an objective's metric as a termination message has it."""
+    progress, memory = (message.progress, message.memory) if message else (None, None)
+    if metric is ObjectiveMetric.PEAK_MEMORY:
+        peak = memory.measured.get(MemoryComponent.PEAK) if memory else None
+        return None if peak is None else str(peak)
+    if progress is None:
+        return None
+    return {
+        ObjectiveMetric.EVAL_LOSS: progress.best_eval_loss,
+        ObjectiveMetric.TRAINING_LOSS: progress.loss,
+        ObjectiveMetric.TOKENS_PER_SECOND: progress.tokens_per_second,
+    }[metric]
