@@ -9,9 +9,14 @@ import pytest
 import yaml
 from rich.console import Console
 
+from qlora_api.spec.learning import QuantizationType
 from qlora_cli.inspection import view
-from qlora_cli.inspection.layers import BLOCKS, InspectedLayer, Inspection, error_of, sorted_by_name
+from qlora_cli.inspection.layers import BLOCKS, FORMATS, InspectedLayer, Inspection, error_of, sorted_by_name
 from qlora_cli.inspection.page import page
+
+
+def test_every_quantization_type_is_inspected():
+    assert {quantization.type for quantization in FORMATS.values()} == set(QuantizationType) - {QuantizationType.NONE}
 
 
 def layer(name, error, *, outputs=64, inputs=128, experts=1, squares=1.0):
