@@ -47,6 +47,15 @@ class Queues:
         self.add("ClusterQueue", cluster_queue, {"namespaceSelector": {}, "resourceGroups": groups, **spec})
         self.add("LocalQueue", name, {"clusterQueue": cluster_queue}, self.namespace)
 
+    def priorities(self) -> tuple[str, str]:
+        """Two WorkloadPriorityClasses, the lower one first."""
+        low, high = f"{self.namespace}-low", f"{self.namespace}-high"
+        for name, value in ((low, 1), (high, 100)):
+            body = {"apiVersion": VERSION, "kind": "WorkloadPriorityClass", "metadata": {"name": name}, "value": value}
+            self.api.create(body)
+            self._owned.callback(self._remove, self.api.path_of(body))
+        return low, high
+
     def _remove(self, path: str) -> None:
         self.api.delete(path)
 
@@ -67,11 +76,16 @@ def api(kueue_cluster) -> Api:
     return kueue_cluster.api
 
 
-def job(namespace: str, name: str, queue: str | None = "main", workers: int = 1, **groups: Any) -> Object:
+def job(
+    namespace: str, name: str, queue: str | None = "main", workers: int = 1, priority: str = "", **groups: Any
+) -> Object:
     """A job of whole nodes."""
     scheduling = ({"queue": queue} if queue else {}) | groups.pop("scheduling", {})
     parallelism = {"workers": workers, "gpusPerWorker": 8}
-    return qlora_job(name, namespace, parallelism=parallelism, scheduling=scheduling, **groups)
+    manifest = qlora_job(name, namespace, parallelism=parallelism, scheduling=scheduling, **groups)
+    if priority:
+        manifest["metadata"]["labels"] = {"kueue.x-k8s.io/priority-class": priority}
+    return manifest
 
 
 def trainers(api: Api, namespace: str, name: str) -> list[Object]:
@@ -92,6 +106,16 @@ def wait(api: Api, path: str, *state: str) -> Object:
 def says(text: str) -> Any:
     """A condition for ``api.wait_for``: the message of Running, or before it of Prepared, has this text."""
     return lambda body: any(text in condition(body, kind).get("message", "") for kind in ("Running", "Prepared"))
+
+
+def selector_of(child: Object) -> Object:
+    """Node selector of a Job's pods: Kueue writes the flavor's labels into it."""
+    return child["spec"]["template"]["spec"].get("nodeSelector", {})
+
+
+def says_node(body: Object, prefix: str) -> bool:
+    """Return whether a job's newest attempt runs on a node of this prefix."""
+    return bool(body["status"]["attempts"]) and last_attempt(body).get("node", "").startswith(prefix)
 
 
 # --------------------------------------------------------------------------------------------------------------- quota
@@ -152,20 +176,11 @@ def test_a_queue_that_takes_back_what_another_borrowed_sends_its_job_back_to_wai
 
 
 def test_a_job_of_a_higher_workload_priority_goes_before_one_of_a_lower(api, queues, team, operator):
-    low, high = f"{team}-low", f"{team}-high"
-    for name, value in ((low, 1), (high, 100)):
-        body = {"apiVersion": VERSION, "kind": "WorkloadPriorityClass", "metadata": {"name": name}, "value": value}
-        api.create(body)
+    low, high = queues.priorities()
     queues.queue("main", {queues.flavor("any"): 8}, preemption={"withinClusterQueue": "LowerPriority"})
-
-    def of(name: str, priority: str) -> str:
-        manifest = job(team, name)
-        manifest["metadata"]["labels"] = {"kueue.x-k8s.io/priority-class": priority}
-        return create_job(api, manifest)
-
-    patient = of("patient", low)
+    patient = create_job(api, job(team, "patient", priority=low))
     wait(api, patient, "Running")
-    urgent = of("urgent", high)
+    urgent = create_job(api, job(team, "urgent", priority=high))
     wait(api, urgent, "Running")
     wait(api, patient, "Pending", "Queued")
     api.delete(urgent)
@@ -194,6 +209,27 @@ def test_a_job_that_is_evicted_from_one_flavor_goes_on_at_another_ones_nodes(api
     api.patch(api.path_of(workload), {"spec": {"active": True}})
     moved = wait(api, path, "Running")
     assert pools(api, team, "moving") == {"reserved"}
+    assert moved["status"].get("restarts", 0) == 0
+
+
+def test_a_job_whose_flavor_another_one_takes_goes_on_at_another_flavors_nodes(api, queues, team, operator):
+    low, high = queues.priorities()
+    spot = queues.flavor("spot", nodeLabels={"pool": "spot"})
+    reserved = queues.flavor("reserved", nodeLabels={"pool": "reserved"})
+    queues.queue("main", {spot: 8, reserved: 8}, preemption={"withinClusterQueue": "LowerPriority"})
+    path = create_job(api, job(team, "moving", priority=low))
+    wait(api, path, "Running")
+    assert pools(api, team, "moving") == {"spot"}
+
+    urgent = create_job(api, job(team, "urgent", priority=high, scheduling={"nodeSelector": {"pool": "spot"}}))
+    wait(api, urgent, "Running")
+    assert pools(api, team, "urgent") == {"spot"}
+    child = f"{JOBS.format(team)}/moving-1"
+    api.wait_for(child, lambda found: selector_of(found).get("pool") == "reserved", seconds=PATIENCE_SECONDS)
+    api.wait_for(path, lambda found: says_node(found, "rack-2"), seconds=PATIENCE_SECONDS)
+    moved = wait(api, path, "Running")
+    assert pools(api, team, "moving") == {"reserved"}
+    assert [attempt["number"] for attempt in moved["status"]["attempts"]] == [1]
     assert moved["status"].get("restarts", 0) == 0
 
 
