@@ -109,7 +109,8 @@ def test_releases_that_decide_differently_replace_each_others_status_less_and_le
         ]
         create_job(crd_cluster.api, qlora_job(namespace=kwok_namespace, scheduling={"priorityClassName": "none"}))
         for operator in both:
-            assert eventually(lambda log=operator.log: "written again in 8 s" in log.read_text(), LONG)
+            paused = eventually(lambda log=operator.log: "written again in 8 s" in log.read_text(), LONG)
+            assert paused, f"no pause in {len(history.of('qlorajobs', kwok_namespace))} writes"
             assert (
                 f"{kwok_namespace}/job: another program replaces what this one writes into" in operator.log.read_text()
             )
