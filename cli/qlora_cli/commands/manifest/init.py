@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import program
 from qlora_cli.text.choices import RowFormat
 from qlora_cli.text.printable import write, write_line
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def init(
@@ -54,8 +57,6 @@ def init(
     """
     with exit_with_code():
         from qlora_cli.kube.errors import ClusterError
-        from qlora_cli.manifest import init as beginning
-        from qlora_cli.manifest.convert import manifest as convert
         from qlora_cli.text import output as out
         from qlora_storage.local_paths import write_whole
 
@@ -69,15 +70,7 @@ def init(
             "format": form.value if form else None,
             "credentials": credentials,
         }
-        ask = (lambda question: typer.prompt(question, err=True)) if sys.stdin.isatty() else None
-        if source is not None:
-            converted = convert.manifest_of(source, gpus, given, ask)
-            text, places = converted.text, converted.places
-            for note in converted.notes:
-                write_line(f"note: {note}", error=True)
-        else:
-            answers = beginning.ask(given, ask)
-            text, places = beginning.text(answers), (answers.model, answers.data, answers.destination)
+        text, places = _manifest(given, source, gpus)
         if str(file) == "-":
             write(text)
             return
@@ -85,3 +78,18 @@ def init(
         write_line(f"{file} written")
         here = any("://" not in place for place in places)
         out.say_next(f"{program()} {'run' if here else 'submit'} {file}", f"{program()} explain spec")
+
+
+def _manifest(given: dict[str, str | None], source: Path | None, gpus: int) -> tuple[str, Sequence[str]]:
+    """Return a manifest from answers, or from another tool's configuration, and the paths and URIs in it."""
+    from qlora_cli.manifest import init as new_manifest
+    from qlora_cli.manifest.convert import manifest as convert
+
+    ask = (lambda question: typer.prompt(question, err=True)) if sys.stdin.isatty() else None
+    if source is None:
+        answers = new_manifest.ask(given, ask)
+        return new_manifest.text(answers), (answers.model, answers.data, answers.destination)
+    converted = convert.manifest_of(source, gpus, given, ask)
+    for note in converted.notes:
+        write_line(f"note: {note}", error=True)
+    return converted.text, converted.places
