@@ -12,7 +12,7 @@ from qlora_api.sweep.parameters import text_of
 from qlora_api.sweep.spec import AlgorithmType, QLoRASweepSpec
 from qlora_api.sweep.trials import Trial, TrialState
 from qlora_sweep.halving import first_pause, promotions
-from qlora_sweep.results import Result, best_of, has_result, value_of
+from qlora_sweep.results import Result, best_of, has_result, used_gpu_hours, value_of
 from qlora_sweep.suggest import suggest
 
 
@@ -66,10 +66,6 @@ Decision = Proceed | Hold | Finish
 def total_trials(spec: QLoRASweepSpec) -> int:
     """Return how many trials there will be."""
     return grid_size(spec) if spec.algorithm.type is AlgorithmType.GRID else spec.max_trials
-
-
-def used_gpu_hours(trials: Sequence[Trial]) -> float:
-    return sum(trial.gpu_seconds for trial in trials) / 3600
 
 
 def decide(spec: QLoRASweepSpec, trials: Sequence[Trial], *, suspended: bool = False) -> Decision:

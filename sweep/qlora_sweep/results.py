@@ -46,3 +46,8 @@ def best_of(trials: Sequence[Trial], metric: ObjectiveMetric) -> Trial | None:
     """Return the best trial that has succeeded."""
     succeeded = [t for t in trials if t.state is TrialState.SUCCEEDED and value_of(t) is not None]
     return ranked(succeeded, metric)[0] if succeeded else None
+
+
+def used_gpu_hours(trials: Sequence[Trial]) -> float:
+    """Return the time that all trials together have used."""
+    return sum(trial.gpu_seconds for trial in trials) / 3600

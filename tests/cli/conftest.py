@@ -131,6 +131,13 @@ def workplace(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def sweep_place(workplace):
+    from sweep_place import SweepPlace
+
+    return SweepPlace(workplace, manifest())
+
+
+@pytest.fixture
 def helpers():
     """Return what tests share besides the workplace."""
     return SimpleNamespace(wait_until=wait_until, lives=lives, manifest=manifest)

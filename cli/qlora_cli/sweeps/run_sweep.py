@@ -30,7 +30,8 @@ from qlora_cli.sweeps import sweep_view
 from qlora_cli.sweeps.sweep_folder import SweepFolder, new_record, read_trials, resumed
 from qlora_storage.errors import JobError, NotFoundError
 from qlora_storage.object_store import open_store
-from qlora_sweep.decide import Create, Finish, Hold, decide, total_trials, used_gpu_hours
+from qlora_sweep.decide import Create, Finish, Hold, decide, total_trials
+from qlora_sweep.results import used_gpu_hours
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

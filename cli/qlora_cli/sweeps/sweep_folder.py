@@ -135,6 +135,17 @@ def last_message(run: RunFolder, record: RunRecord) -> TerminationMessage | None
     return run.attempt(record.attempts[-1].number).termination_message() if record.attempts else None
 
 
+def values_by_step(run: RunFolder, record: RunRecord, metric: ObjectiveMetric) -> dict[int, float]:
+    """Return the objective at each step at which an attempt of a run ended."""
+    found = {}
+    for attempt in record.attempts:
+        message = run.attempt(attempt.number).termination_message()
+        value = objective_value(metric, message)
+        if value is not None and message and message.progress:
+            found[message.progress.step] = float(value)
+    return found
+
+
 def trial_of(number: int, record: RunRecord, spec: QLoRASweepSpec, message: TerminationMessage | None) -> Trial:
     """Return what a run tells of its trial."""
     state = TrialState.FAILED if record.failure else TrialState.SUSPENDED

@@ -23,12 +23,21 @@ ReportFile = Annotated[
 
 
 def report(run: ReportOf, out: ReportFile = None, runs_dir: o.RunsDir = Path("runs")) -> None:
-    """Write an HTML report of a run on one page.
+    """Write an HTML report of a run or sweep on one page.
 
     Shows loss curves, memory, data, attempts and configuration. RUN is a local run, finished or not, or a published
-    adapter.
+    adapter. Of a local sweep it shows its trials, which parameters matter and what the search has cost, prints the
+    tables and writes the figures as JSON beside the page.
     """
     with exit_on_user_error():
-        from qlora_cli.report.write import write
+        from qlora_cli.report.write import PAGE, write
+        from qlora_cli.report.write_sweep import find_sweep, write_sweep
+        from qlora_cli.text.output import console
 
-        write_line(write(run, runs_dir, out))
+        if (sweep := find_sweep(run, runs_dir)) is None:
+            write_line(write(run, runs_dir, out))
+            return
+        page = out or sweep.path / PAGE
+        figures, summary = write_sweep(sweep, page)
+        console().print(summary, crop=False)
+        write_line(f"{page}\n{figures}")

@@ -1,0 +1,73 @@
+"""Write the page and the figures of a sweep for ``qlora report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.table import Table
+
+from qlora_cli.local.run import read_record
+from qlora_cli.report.sweep_figures import TrialHistory, sweep_figures
+from qlora_cli.report.sweep_page import PARAMETER_HEADS, comparison, parameter_rows, sweep_page
+from qlora_cli.sweeps import sweep_view
+from qlora_cli.sweeps.sweep_folder import SweepFolder, last_message, trial_of, values_by_step
+from qlora_storage.local_paths import write_whole
+from qlora_sweep.decide import total_trials
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import RenderableType
+
+    from qlora_cli.report.sweep_figures import SweepFigures
+    from qlora_cli.sweeps.sweep_folder import SweepRecord
+
+
+def find_sweep(name: str, runs_dir: Path) -> SweepFolder | None:
+    """Return the folder of a sweep, by its name or path; None where that is none."""
+    places = (SweepFolder(place.absolute()) for place in (runs_dir / name, Path(name)))
+    return next((folder for folder in places if folder.read() is not None), None)
+
+
+def write_sweep(folder: SweepFolder, out: Path) -> tuple[Path, RenderableType]:
+    """Write the page, and beside it the figures as JSON; return where the figures are, and what to print.
+
+    Raises:
+        RunError: the sweep cannot be read.
+
+    """
+    record = folder.read()
+    assert record is not None
+    histories = [*_histories(folder, record)]
+    figures = sweep_figures(record.name, record.uid, record.spec, histories)
+    hours = "GPU-hours" if any(device == "CUDA" for device in _devices(folder, record)) else "CPU-rank-hours"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, sweep_page(figures, record.spec, hours))
+    beside = out.with_suffix(".json")
+    write_whole(beside, figures.model_dump_json(by_alias=True, indent=2) + "\n")
+    return beside, _summary(figures, record, hours)
+
+
+def _devices(folder: SweepFolder, record: SweepRecord) -> Iterator[str]:
+    runs = (read_record(folder.trial(number)) for number in range(total_trials(record.spec)))
+    return (run.device for run in runs if run is not None)
+
+
+def _histories(folder: SweepFolder, record: SweepRecord) -> Iterator[TrialHistory]:
+    for number in range(total_trials(record.spec)):
+        run = folder.trial(number)
+        if (found := read_record(run)) is not None:
+            trial = trial_of(number, found, record.spec, last_message(run, found))
+            yield TrialHistory(trial, values_by_step(run, found, record.spec.objective.metric))
+
+
+def _summary(figures: SweepFigures, record: SweepRecord, hours: str) -> RenderableType:
+    best = next((trial.number for trial in figures.trials if trial.name == figures.best), None)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for head in PARAMETER_HEADS:
+        table.add_column(head, justify="left" if head in ("Parameter", "Value") else "right")
+    for row in parameter_rows(figures):
+        table.add_row(*row)
+    return Group(sweep_view.trials(figures.trials, record.spec, best), "", table, "", comparison(figures, hours))
