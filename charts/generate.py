@@ -37,7 +37,7 @@ def generated() -> dict[Path, str]:
 
 
 def values_table(text: str) -> Iterator[str]:
-    """The documented values as Markdown, a table for each section of the file."""
+    """Yield the documented values as Markdown, a table for each section of the file."""
     values = yaml.safe_load(text)
     for title, path, meaning in documented(text):
         if title:

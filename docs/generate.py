@@ -92,7 +92,7 @@ def _fields() -> Iterator[str]:
 
 
 def _groups(entry: FieldEntry) -> Iterator[FieldEntry]:
-    """A group, then the groups in it."""
+    """Yield a group, then the groups in it."""
     yield entry
     for field in entry.fields:
         inner = describe(field.path.replace("[]", ""))

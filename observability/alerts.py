@@ -179,5 +179,5 @@ ALERTS: Sequence[Alert] = (
 
 
 def rules() -> dict[str, Any]:
-    """The content of a rule file."""
+    """Return the content of a rule file."""
     return {"groups": [{"name": "qlora-operator", "rules": [alert.rule() for alert in ALERTS]}]}

@@ -68,7 +68,7 @@ max by (namespace, job) (qlora_memory_component_bytes{{component="peak"}})` |
 
 
 def reference() -> str:
-    """The document."""
+    """Return the document."""
     return "\n".join([_HEAD, *_section("Trainers", _TRAINERS, TRAINER), *_section("Operator", _OF, OPERATOR), _dcgm()])
 
 

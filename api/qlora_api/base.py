@@ -60,14 +60,14 @@ class Model(BaseModel):
         return self
 
     def at(self, path: str) -> object:
-        """The value at a dotted path of JSON names, None where there is none."""
+        """Return the value at a dotted path of JSON names, None where there is none."""
         value: object = self
         for name in path.split("."):
             value = {to_camel(k): v for k, v in value}.get(name) if isinstance(value, BaseModel) else None
         return value
 
     def to_json_dict(self) -> dict[str, Any]:
-        """The value as the API server would hold it: JSON names, unset optional fields left out."""
+        """Return the value as the API server would hold it: JSON names, unset optional fields left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 

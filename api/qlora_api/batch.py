@@ -67,7 +67,7 @@ def on_other_ranks(split: BatchSplit, world_size: int) -> BatchSplit | None:
 
 
 def halve_micro_batch(split: BatchSplit) -> BatchSplit | None:
-    """The same global batch with a smaller micro-batch; None when it cannot get smaller."""
+    """Return the same global batch with a smaller micro-batch; None when it cannot get smaller."""
     share = split.micro_batch_size * split.gradient_accumulation_steps
     smaller = [d for d in range(1, split.micro_batch_size) if share % d == 0 and d <= split.micro_batch_size // 2]
     if not smaller:

@@ -36,7 +36,7 @@ _NOT_STRUCTURAL = ("title", "$defs", "additionalProperties", "const", "anyOf", "
 
 
 def crd() -> dict[str, Any]:
-    """The whole CustomResourceDefinition as plain data."""
+    """Return the whole CustomResourceDefinition as plain data."""
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",

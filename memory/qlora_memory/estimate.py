@@ -159,7 +159,7 @@ def estimate(run: EstimateInput, gpu: Gpu | None = None) -> MemoryEstimate:
 
 
 def weights(run: EstimateInput, adapter: AdapterShape) -> dict[MemoryComponent, int]:
-    """Bytes of the base and the adapter, whole."""
+    """Return the bytes of the base and the adapter, whole."""
     quantization, linears = run.quantization, quantized_layers(run.shape, run.quantization)
     unquantized = unquantized_bytes(run.shape, quantization, adapter)
     if run.software.fp32_embeddings:
@@ -176,7 +176,7 @@ def weights(run: EstimateInput, adapter: AdapterShape) -> dict[MemoryComponent, 
 
 
 def _while_loading(run: EstimateInput) -> int:
-    """Bytes of the largest layer or expert in 16 bits, and of the fp32 constants of all experts of a layer.
+    """Return the bytes of the largest layer or expert in 16 bits, and of the fp32 constants of all experts of a layer.
 
     ``qlora_trainer.model.experts.packed.Packer`` takes one expert after another.
     """
@@ -207,7 +207,7 @@ def _activations(run: EstimateInput, adapter: AdapterShape) -> Activations:
 
 
 def _scores(run: EstimateInput) -> int:
-    """Bytes of one tensor of scores in fp32, where they are written out."""
+    """Return the bytes of one tensor of scores in fp32, where they are written out."""
     attention, tokens = run.shape.layers[0].attention, sum(run.rows)
     return 4 * attention.heads * tokens * tokens if attention.kind is AttentionKind.EAGER else 0
 

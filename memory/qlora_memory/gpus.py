@@ -126,7 +126,7 @@ _ANOTHER = re.compile(r"MIG|LAPTOP|MAX|TI|D|\d+[ABCQ]")
 
 
 def gpu_named(name: str, field: str = "--gpu") -> Gpu:
-    """A GPU of the table.
+    """Return a GPU of the table.
 
     Raises:
         FieldError: there is none of this name.
@@ -200,7 +200,7 @@ def known_gpu(device_name: str) -> Gpu | None:
 
 
 def gpu_of_device(device_name: str, memory_bytes: int) -> Gpu:
-    """The GPU that this machine has: speeds from the table where its name is known, memory as it says."""
+    """Return the GPU that this machine has: speeds from the table where its name is known, memory as it says."""
     known = known_gpu(device_name)
     if known is None:
         return Gpu(device_name, memory_bytes, tflops=100.0, bandwidth=0.6e12)

@@ -126,7 +126,7 @@ def _accumulating(adapter: AdapterShape, stage: int, world_size: int, share: int
 
 
 def moment_bytes(tensors: tuple[int, ...], optimizer: Optimizer) -> int:
-    """Bytes of AdamW's two moments for tensors of these sizes.
+    """Return the bytes of AdamW's two moments for tensors of these sizes.
 
     32 bit: 8·n. 8 bit, block-wise: 2·n + 2·4·⌈n/256⌉ for tensors of 4,096 elements and more, 8·n below.
     """
@@ -139,7 +139,7 @@ def moment_bytes(tensors: tuple[int, ...], optimizer: Optimizer) -> int:
 
 
 def paged_bytes(tensors: tuple[int, ...], optimizer: Optimizer) -> int:
-    """The part of the moments in memory that CUDA may page out."""
+    """Return the part of the moments in memory that CUDA may page out."""
     if optimizer not in _PAGED:
         return 0
     width = 2 if optimizer in _EIGHT_BIT else 8
@@ -147,7 +147,7 @@ def paged_bytes(tensors: tuple[int, ...], optimizer: Optimizer) -> int:
 
 
 def checkpoint_bytes(adapter: AdapterShape, optimizer: Optimizer, parallelism: ParallelismSpec, world_size: int) -> int:
-    """Bytes of one checkpoint over all ranks: the adapter once, the moments, under ZeRO the partitions' weights.
+    """Return bytes of one checkpoint over all ranks: the adapter once, the moments, under ZeRO the partitions' weights.
 
     ``qlora_trainer.checkpoint.engine_state``; file headers and step numbers, some kilobytes, are left out.
     """

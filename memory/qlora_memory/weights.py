@@ -30,7 +30,7 @@ ALLOCATION = 512
 
 
 def compute_width(quantization: QuantizationSpec) -> int:
-    """Bytes of an element in the compute type."""
+    """Return the bytes of an element in the compute type."""
     return 4 if quantization.compute_type is ComputeType.FLOAT32 else 2
 
 
@@ -78,7 +78,7 @@ def skipped_bytes(shape: ModelShape, quantization: QuantizationSpec) -> tuple[in
 
 
 def constant_bytes(linear: Linear, quantization: QuantizationSpec, block: int = BLOCK) -> int:
-    """Bytes of one layer's quantization constants.
+    """Return the bytes of one layer's quantization constants.
 
     Single: 4·⌈n/64⌉ + code. Double: ⌈n/64⌉ + 4·⌈⌈n/64⌉/256⌉ + both codes + offset. Dettmers et al. 2023, section 3:
     0.5 and 0.127 bits a weight. INT8: one fp32 scale a row. Dettmers et al. 2022 (LLM.int8), section 3.1.
@@ -103,7 +103,7 @@ def _blocks(linear: Linear, block: int = BLOCK) -> int:
 
 
 def rounding(linear: Linear, quantization: QuantizationSpec) -> int:
-    """Bytes that the allocator adds to one quantized layer: codes and offset are far smaller than its 512."""
+    """Return bytes that the allocator adds to one quantized layer: codes and offset are far smaller than its 512."""
     if not quantization.type.is_four_bit:
         return 0
     blocks = _blocks(linear)
@@ -236,7 +236,7 @@ def is_named(name: str, target: str) -> bool:
 
 
 def unquantized_bytes(shape: ModelShape, quantization: QuantizationSpec, adapter: AdapterShape) -> int:
-    """Bytes of what is frozen and not quantized, in the compute type, in which the base is loaded.
+    """Return the bytes of what is frozen and not quantized, in the compute type, in which the base is loaded.
 
     Embeddings, norms, biases, routers and the head; experts too in INT8, all where there is no quantization. The
     trainer does not lift embeddings and head to fp32 as ``prepare_model_for_kbit_training`` would.
@@ -247,7 +247,7 @@ def unquantized_bytes(shape: ModelShape, quantization: QuantizationSpec, adapter
 
 
 def base_bytes(shape: ModelShape, quantization: QuantizationSpec, adapter: AdapterShape) -> int:
-    """Bytes of the frozen base as a whole."""
+    """Return the bytes of the frozen base as a whole."""
     layers = quantized_layers(shape, quantization)
     packed = sum(quantized_bytes(i, quantization) + constant_bytes(i, quantization) for i in layers)
     return packed + unquantized_bytes(shape, quantization, adapter)

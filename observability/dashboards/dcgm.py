@@ -11,7 +11,7 @@ from observability.dashboards.panels import JOB
 
 
 def by_trainer_pod(metric: str) -> str:
-    """A metric of DCGM's exporter, ``pod`` and ``namespace`` being the trainer's in either style."""
+    """Return a metric of DCGM's exporter, ``pod`` and ``namespace`` being the trainer's in either style."""
     found = metric
     for label in ("pod", "namespace"):
         found = f'label_replace({found}, "{label}", "$1", "exported_{label}", "(.+)")'
@@ -19,7 +19,7 @@ def by_trainer_pod(metric: str) -> str:
 
 
 def of_job(metric: str, *more: str, selector: str = JOB) -> str:
-    """A metric of DCGM's exporter for the GPUs of a job, by job, pod and ``more`` of DCGM's labels."""
+    """Return a metric of DCGM's exporter for the GPUs of a job, by job, pod and ``more`` of DCGM's labels."""
     kept = ", ".join(("namespace", "job", "pod", *more))
     owner = f"max by (namespace, pod, job) (qlora_attempt{{{selector}}} ^ 0)"
     return f"max by ({kept}) ({by_trainer_pod(metric)} * on (namespace, pod) group_left (job) {owner})"

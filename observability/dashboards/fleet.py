@@ -36,7 +36,7 @@ EFFECTIVE = (
 
 
 def fleet() -> dashboard.Dashboard:
-    """The dashboard."""
+    """Return the dashboard."""
     made = board("qlora-fleet", "QLoRA / Fleet", "GPUs, jobs, failures and cost of all QLoRAJobs", since="now-24h")
     made.with_variable(choice("namespace", "Namespace", "label_values(qlora_operator_jobs, namespace)", several=True))
     made.with_variable(dashboard.TextBoxVariable("price").label("USD per GPU-hour").default_value("2.50"))

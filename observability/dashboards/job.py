@@ -35,7 +35,7 @@ PEAK_TEXT = (
 
 
 def job() -> dashboard.Dashboard:
-    """The dashboard."""
+    """Return the dashboard."""
     made = board("qlora-job", "QLoRA / Job", "One training: loss, speed, time and attempts")
     made.with_variable(choice("namespace", "Namespace", "label_values(qlora_step, namespace)", several=False))
     jobs = 'label_values(qlora_step{namespace=~"$namespace"}, job)'
@@ -54,7 +54,7 @@ def job() -> dashboard.Dashboard:
 
 
 def _numbers(before: str = "") -> str:
-    """A series for each attempt: its number as a label."""
+    """Return a series for each attempt: its number as a label."""
     return f'count_values {EACH_JOB} ("attempt", qlora_attempt{{{JOB},rank="0"}}{before})'
 
 

@@ -27,7 +27,7 @@ GPU = "qlora_gpu_memory"
 
 
 def memory() -> dashboard.Dashboard:
-    """The dashboard."""
+    """Return the dashboard."""
     made = board("qlora-memory", "QLoRA / GPU memory", "Predicted and measured memory of one training")
     made.with_variable(choice("namespace", "Namespace", "label_values(qlora_step, namespace)", several=False))
     jobs = 'label_values(qlora_step{namespace=~"$namespace"}, job)'

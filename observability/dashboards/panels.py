@@ -99,7 +99,7 @@ def figure(
     steps: Sequence[tuple[float, str]] = (),
     **limits: float,
 ) -> Panel:
-    """One number, coloured from each of ``steps`` on: (value, colour)."""
+    """Return one number, coloured from each of ``steps`` on: (value, colour)."""
     panel = (
         stat.Panel()
         .graph_mode(common_models.BigValueGraphMode.AREA)
@@ -220,7 +220,7 @@ def _value(index: int) -> str:
 
 
 def board(uid: str, title: str, text: str, *, since: str = "now-3h") -> dashboard.Dashboard:
-    """An empty dashboard that knows its data source and the way to the others."""
+    """Return an empty dashboard that knows its data source and the way to the others."""
     return (
         dashboard.Dashboard(title)
         .uid(uid)
@@ -241,7 +241,7 @@ def board(uid: str, title: str, text: str, *, since: str = "now-3h") -> dashboar
 
 
 def choice(name: str, label: str, query: str, *, several: bool) -> dashboard.QueryVariable:
-    """A variable with the values of a label; ``several``: any number of them, at first all."""
+    """Return a variable with the values of a label; ``several``: any number of them, at first all."""
     variable = (
         dashboard.QueryVariable(name)
         .label(label)

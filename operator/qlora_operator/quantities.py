@@ -7,7 +7,7 @@ from decimal import Decimal
 
 
 def times(quantity: str, count: int) -> str:
-    """A quantity multiplied: 4 × "1.5Gi" is "6Gi", 3 × "500m" is "1500m"."""
+    """Return a quantity multiplied: 4 × "1.5Gi" is "6Gi", 3 × "500m" is "1500m"."""
     number, unit = _split(quantity)
     return f"{(Decimal(number) * count).normalize():f}{unit}"
 

@@ -85,7 +85,7 @@ class QLoRAClient:
         return view(submit.send(self._cluster, found.jobs[0], dry_run=dry_run))
 
     def get(self, name: str) -> JobView:
-        """One job, as it is now.
+        """Return one job, as it is now.
 
         Raises:
             QLoRAError: there is none of this name.
@@ -94,12 +94,12 @@ class QLoRAClient:
         return view(get_job(self._cluster, name))
 
     def list(self, selector: str | None = None) -> list[JobView]:
-        """All jobs, or those with labels as kubectl selects them."""
+        """Return all jobs, or those with labels as kubectl selects them."""
         items, _ = self._cluster.api.list(jobs_path(self.namespace), labelSelector=selector)
         return [view(item) for item in items]
 
     def follow(self, name: str) -> Iterator[JobView]:
-        """The job now and after every change, until it is over or deleted. What breaks off is taken up again.
+        """Yield the job now and after every change, until it is over or deleted. What breaks off is taken up again.
 
         Raises:
             QLoRAError: there is none of this name.

@@ -101,7 +101,7 @@ class HubFolder:
         )
 
     def read(self, name: str, start: int, end: int) -> tuple[bytes, int]:
-        """Bytes [start, end) of a file, or fewer where it ends before; with its size.
+        """Return bytes [start, end) of a file, or fewer where it ends before; with its size.
 
         Raises:
             NotFoundError: there is no such file.
@@ -157,7 +157,7 @@ def _read_part(path: Path, start: int, end: int) -> tuple[bytes, int]:
 
 
 def _size(headers: Mapping[str, str], *, part: bool) -> int | None:
-    """Bytes of the whole file; None where the answer does not say, being sent in chunks."""
+    """Return the bytes of the whole file; None where the answer does not say, being sent in chunks."""
     text = headers.get("Content-Range", "").rpartition("/")[2] if part else headers.get("Content-Length", "")
     return int(text) if text.isdecimal() else None
 

@@ -71,7 +71,7 @@ def load(path: Path) -> Any:
 
 
 def local_folder(uri: str, option: str, cache_dir: Path) -> Path:
-    """A folder on this machine with what ``uri`` holds; object storage is fetched into the cache, once."""
+    """Return a folder on this machine with what ``uri`` holds; object storage is fetched into the cache, once."""
     if "://" not in uri:
         return Path(uri)
     folder = cache_dir / "adapters" / sha256_bytes(uri.encode())[:16]

@@ -88,7 +88,7 @@ def prompts(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
 
 
 def models_of_run(runs_dir: Path, name: str, base: str | None, merged: str | None) -> Models:
-    """The base and the adapter of a finished run.
+    """Return the base and the adapter of a finished run.
 
     Raises:
         GenerateError: no such run, or not finished.
@@ -110,7 +110,7 @@ def models_of_run(runs_dir: Path, name: str, base: str | None, merged: str | Non
 
 
 def models_of_adapter(adapter: str, base: str | None, merged: str | None) -> Models:
-    """An adapter, and the base that its own config names.
+    """Return an adapter, and the base that its own config names.
 
     Raises:
         GenerateError: the base is not given and cannot be read from the adapter.
@@ -147,7 +147,7 @@ def _has_conversations(adapter: Path) -> bool:
 
 
 def command(start: Sequence[str], models: Models, options: GenerateOptions) -> list[str]:
-    """The process that answers; ``--option=value``, so that a prompt may begin with dashes."""
+    """Return the process that answers; ``--option=value``, so that a prompt may begin with dashes."""
     words = [*start, f"--base={models.base}", f"--adapter={models.adapter}"]
     if models.dataset and not options.raw:
         words.append(f"--dataset={models.dataset}")

@@ -35,7 +35,7 @@ class MergeRequest:
 
 
 def plan(published: PublishedAdapter, base: str | None) -> MergeRequest:
-    """The base that the manifest names, at its revision, unless another is given.
+    """Return the base that the manifest names, at its revision, unless another is given.
 
     Raises:
         ClusterError: the base is where this machine cannot reach.
@@ -49,7 +49,7 @@ def plan(published: PublishedAdapter, base: str | None) -> MergeRequest:
 
 
 def fetch(published: PublishedAdapter, tell: Callable[[str], None]) -> Path:
-    """The adapter as a folder of this machine, verified: where it was published, or fetched into the cache.
+    """Return the adapter as a folder of this machine, verified: where it was published, or fetched into the cache.
 
     Raises:
         ClusterError: it is not what was published.

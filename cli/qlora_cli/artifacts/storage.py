@@ -40,7 +40,7 @@ class Folder:
         return self._store.uri(key)
 
     def size(self, key: str) -> int:
-        """Bytes of an object.
+        """Return the bytes of an object.
 
         Raises:
             MissingError: there is none.

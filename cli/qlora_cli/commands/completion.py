@@ -39,7 +39,7 @@ def _names(path: Callable[[str], str], incomplete: str) -> list[str]:
 
 
 def _words() -> list[str]:
-    """The line so far, as the shell's script hands it over: bash in the one variable, others in the other."""
+    """Return the line so far, as the shell's script hands it over: bash in the one variable, others in the other."""
     return (os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or "").split()
 
 

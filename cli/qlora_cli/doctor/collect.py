@@ -215,7 +215,7 @@ def _rights(api: ApiClient, namespace: str) -> dict[tuple[str, str], bool]:
 
 
 def _deployments(api: ApiClient, namespace: str) -> Answer:
-    """The operator's, in all namespaces; for whom those are not to be seen, in this one."""
+    """Return the operator's Deployments in all namespaces, or in this one if the user may not list all."""
     everywhere = _list(api, "/apis/apps/v1/deployments", OPERATOR_SELECTOR)
     if not everywhere.denied:
         return everywhere

@@ -64,7 +64,7 @@ _LABEL = 14
 
 
 def lines(findings: Iterable[Finding]) -> Iterator[Text]:
-    """A line for each, its remedy under it."""
+    """Yield a line for each, its remedy under it."""
     for finding in findings:
         mark, style = _MARKS[finding.level]
         yield Text.assemble((f"{mark} ", style), (f"{finding.check:<{_LABEL}}", "dim"), finding.text)

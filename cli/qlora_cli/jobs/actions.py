@@ -36,7 +36,7 @@ def set_suspend(cluster: Cluster, name: str, *, suspend: bool) -> tuple[Object, 
 
 
 def jobs_to_delete(cluster: Cluster, names: Sequence[str]) -> list[Object]:
-    """The jobs to be deleted.
+    """Return the jobs to be deleted.
 
     Raises:
         ClusterError: one of them is not there; nothing was deleted.

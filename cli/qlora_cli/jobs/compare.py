@@ -77,7 +77,7 @@ def figures_of(column: ComparedJob) -> dict[str, object]:
 
 
 def best(columns: Sequence[ComparedJob]) -> str:
-    """The one with an adapter and the lowest eval loss; empty where there is none."""
+    """Return the job with an adapter and the lowest eval loss; empty where there is none."""
     known = [
         (float(c.job.best_eval_loss or c.job.eval_loss), c.job.place)
         for c in columns
@@ -156,7 +156,7 @@ def _figure_rows(columns: Sequence[ComparedJob]) -> Iterator[list[str | Cell]]:
 
 
 def _best(label: str, values: Sequence[str], shown: Sequence[str], *, lowest: bool) -> Iterator[list[str | Cell]]:
-    """A row with the best value in bold; none where nothing is known."""
+    """Yield a row with the best value in bold; none where nothing is known."""
     known = [float(value) for value in values if value]
     if not known:
         return

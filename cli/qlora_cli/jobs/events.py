@@ -76,7 +76,7 @@ class JobObjects:
 
 
 def events_of(cluster: Cluster, family: JobObjects) -> list[Object]:
-    """All there are, oldest first."""
+    """Return all Events, oldest first."""
     items, _ = cluster.api.list(core_path(cluster.namespace, "events"))
     pairs = [(see(item), item) for item in items if family.has(item)]
     return [item for _, item in sorted(pairs, key=lambda pair: _when(pair[0]))]

@@ -106,7 +106,7 @@ def _row(job: JobView, now: datetime, *, local: bool) -> list[str | Cell]:
 
 
 def first_sentence(text: str, most: int = MESSAGE) -> str:
-    """A message on one line."""
+    """Return a message on one line."""
     line = " ".join(text.split())
     return line if len(line) <= most else f"{line[: most - 1]}…"
 

@@ -126,7 +126,7 @@ def prefix(line: Line) -> str:
 
 
 def read(cluster: Cluster, name: str, wanted: Wanted) -> Iterator[Line]:
-    """The lines of what has been written so far, merged by time.
+    """Yield the lines of what has been written so far, merged by time.
 
     Raises:
         ClusterError: no such job, or no pod with a log.
@@ -212,7 +212,7 @@ class Follower:
         self._quiet = 0
 
     def lines(self, tell: Callable[[str], None] = lambda _: None) -> Iterator[Line]:
-        """The lines as they come. ``tell`` is told why there are none yet.
+        """Yield the lines as they come. ``tell`` is told why there are none yet.
 
         Raises:
             ClusterError: logs or pods may not be read.

@@ -24,7 +24,7 @@ class LookupResult:
 
 
 def find(target: Target, references: Sequence[str]) -> list[LookupResult]:
-    """All of them, in their order; the cluster is asked only for what is no path.
+    """Look up references, in their order; the cluster is asked only for those that are not paths.
 
     Raises:
         ClusterError: one is not there.
@@ -37,7 +37,7 @@ def find(target: Target, references: Sequence[str]) -> list[LookupResult]:
 
 
 def find_in(cluster: Cluster, references: Sequence[str]) -> list[LookupResult]:
-    """All of them, in a cluster that is known.
+    """Look up references in a cluster that is connected.
 
     Raises:
         ClusterError: one is not there.

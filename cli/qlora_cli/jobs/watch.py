@@ -146,7 +146,7 @@ def watch(
 
 
 def _next(events: queue.SimpleQueue[Event | Exception], seconds: float) -> list[Event]:
-    """All events that are there, waiting for the first one."""
+    """Return all events that are there, waiting for the first one."""
     found: list[Event] = []
     try:
         event = events.get(timeout=seconds)
@@ -369,7 +369,7 @@ def _label(job: JobView, board: WatchedJobs) -> str:
 
 
 def plain_line(job: JobView, board: WatchedJobs) -> str:
-    """One line for a log."""
+    """Return one line for a log."""
     known = (
         ("step", figures.steps(job.step, job.total_steps)),
         ("loss", figures.loss(job.loss)),

@@ -83,7 +83,7 @@ class ApiClient:
         return self._call("GET", path, parameters)
 
     def list(self, path: str, **parameters: Any) -> tuple[list[Object], str]:
-        """All items, page by page, and the resourceVersion of the list."""
+        """Return all items, page by page, and the resourceVersion of the list."""
         items: list[Object] = []
         parameters["limit"] = PAGE
         while True:
@@ -110,7 +110,7 @@ class ApiClient:
         return self._call("DELETE", path, {"propagationPolicy": "Background"})
 
     def lines(self, path: str, **parameters: Any) -> Iterator[bytes]:
-        """The lines of an answer as they come, without their ends. A silent stream is waited for."""
+        """Yield the lines of an answer as they come, without their ends. A silent stream is waited for."""
         yield from self._lines(path, parameters, httpx.Timeout(CONNECT_SECONDS, read=None))
 
     def follow(self, path: str, **parameters: Any) -> Iterator[Event]:

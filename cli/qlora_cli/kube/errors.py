@@ -66,7 +66,7 @@ class ApiError(ClusterError):
 
 
 def _lines(error: ApiError, status: Mapping[str, Any]) -> Iterator[str]:
-    """The refusal in as few words as say it: field, value, what is allowed."""
+    """Yield the refusal in few words: field, value, what is allowed."""
     causes = (status.get("details") or {}).get("causes") or []
     fields = [c for c in causes if c.get("field") and _NOT_CHECKED not in c.get("message", "")]
     if error.code == 422 and fields:
@@ -84,7 +84,7 @@ def _lines(error: ApiError, status: Mapping[str, Any]) -> Iterator[str]:
 
 
 def may_not(user: str, verb: str, what: str, namespace: str) -> str:
-    """A missing right and its remedy."""
+    """Return a missing permission and its remedy."""
     where = f" in namespace {namespace}" if namespace else " in the whole cluster"
     role = "view" if verb in ("get", "list", "watch") else "edit"
     hint = f"; the cluster role {role} includes it, have it bound to you there" if namespace else ""
@@ -92,7 +92,7 @@ def may_not(user: str, verb: str, what: str, namespace: str) -> str:
 
 
 def _plain(field: str, message: str) -> str:
-    """A cause as field, value and what is allowed, without the parts that only a program reads."""
+    """Return a cause as field, value and what is allowed, without the parts that only a program reads."""
     kind = _KIND.match(message)
     if kind is None:
         return f"{field}: {message}"

@@ -68,7 +68,7 @@ class Access:
 
 
 def load(kubeconfig: Path | None = None, context: str | None = None) -> Access:
-    """The way to the cluster that kubectl would take; in a pod without a kubeconfig, its own service account's.
+    """Return the way to the cluster that kubectl would take; in a pod without a kubeconfig, its own service account's.
 
     Raises:
         ConfigError: there is none, or it cannot be understood.
@@ -97,7 +97,7 @@ def default_files() -> list[Path]:
 
 
 def in_pod() -> Access | None:
-    """A pod's own way to its cluster."""
+    """Return a pod's own way to its cluster."""
     host, port = os.environ.get("KUBERNETES_SERVICE_HOST"), os.environ.get("KUBERNETES_SERVICE_PORT")
     token = ACCOUNT / "token"
     if not (host and port and token.is_file()):

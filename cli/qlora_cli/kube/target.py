@@ -28,7 +28,7 @@ class Target:
     namespace: str | None = None
 
     def flags(self) -> str:
-        """The flags again, for a command that is suggested."""
+        """Return the flags again, for a command that is suggested."""
         given = (("--kubeconfig", self.kubeconfig), ("--context", self.context), ("-n", self.namespace))
         return "".join(f" {name} {value}" for name, value in given if value)
 
@@ -72,7 +72,7 @@ def is_local(reference: str) -> bool:
 
 
 def get_job(cluster: Cluster, name: str) -> Object:
-    """One job.
+    """Return one job.
 
     Raises:
         ClusterError: there is none of this name, and these are there.

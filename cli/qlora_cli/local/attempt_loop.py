@@ -284,7 +284,7 @@ def next_choice(setting: AttemptSettings, record: RunRecord) -> Choice:
 def conclude(
     attempt: Attempt, ended: ProcessEnd, log: Path, now: datetime, pause_at_step: int | None = None
 ) -> Attempt:
-    """The attempt with its end."""
+    """Return the attempt with its end."""
     code = shell_code(ended.code)
     reason = reason_of(code)
     termination, report = ended.termination_message, ended.report

@@ -85,7 +85,7 @@ def visible(gpus: tuple[LocalGpu, ...], setting: str | None) -> tuple[LocalGpu, 
 
 
 def choose_world(machine: Machine, ranks: int | None) -> World:
-    """All GPUs, or two CPU processes; ``ranks`` overrides the number.
+    """Return all GPUs, or two CPU processes; ``ranks`` overrides the number.
 
     Raises:
         FieldError: more ranks than GPUs.

@@ -100,7 +100,7 @@ def _splits(spec: QLoRAJobSpec, ranks: int) -> bool:
 
 
 def _open(folder: RunFolder, job: QLoRAJob, console: Console, *, fresh: bool) -> RunRecord:
-    """The record to go on with; a new one where there is none, or it is put aside."""
+    """Return the record to go on with; a new one where there is none, or it is put aside."""
     name, spec = job.metadata.name, job.spec
     if fresh:
         put_manifest_aside(folder, spec.output.destination, console)

@@ -104,7 +104,7 @@ class RunFolder:
         return ProcessFiles(self.path / f"attempt-{number}")
 
     def read(self) -> RunRecord | None:
-        """The record; None where there is no run.
+        """Return the record; None where there is no run.
 
         Raises:
             RunError: the record is damaged.
@@ -184,14 +184,14 @@ class ProcessFiles:
         write_whole(self.config, config)
 
     def termination_message(self) -> TerminationMessage | None:
-        """The termination message; None where the process left none that can be read."""
+        """Return the termination message; None where the process left none that can be read."""
         try:
             return TerminationMessage.model_validate_json(self.termination.read_bytes())
         except (FileNotFoundError, ValidationError):
             return None
 
     def log_tail(self, lines: int) -> list[str]:
-        """The last lines of the log, from its last 64 KiB."""
+        """Return the last lines of the log, from its last 64 KiB."""
         try:
             with self.log.open("rb") as log:
                 log.seek(max(0, self.log.stat().st_size - 65536))

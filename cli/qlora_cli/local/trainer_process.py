@@ -158,7 +158,7 @@ class TrainerProcess:
         return self._process.pid
 
     def ended(self) -> int | None:
-        """The exit code (negative: a signal) once it has ended, after killing what it left behind; else None."""
+        """Return the exit code (negative: a signal) once it has ended, after killing what it left behind; else None."""
         if self._process.returncode is None:
             # Look without reaping: while the leader is a zombie, its group cannot be anybody else's.
             if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:

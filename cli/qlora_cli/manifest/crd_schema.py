@@ -16,20 +16,20 @@ Schema = dict[str, Any]
 
 @cache
 def root() -> Schema:
-    """The schema of a whole QLoRAJob."""
+    """Return the schema of a whole QLoRAJob."""
     schema: Schema = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
     return schema
 
 
 def fields_of(schema: Schema) -> dict[str, Schema]:
-    """The fields of a group, or of the groups in a list; none for anything else."""
+    """Return the fields of a group, or of the groups in a list; none for anything else."""
     inner: Schema = schema.get("items", schema)
     fields: dict[str, Schema] = inner.get("properties", {})
     return fields
 
 
 def way_to(path: str) -> tuple[str, list[Schema]] | None:
-    """The full path of a field and the schemas from the root to it, both ends included.
+    """Return the full path of a field and the schemas from the root to it, both ends included.
 
     ``lora.rank`` is taken for ``spec.lora.rank``, since most of what one asks about is in spec.
     """

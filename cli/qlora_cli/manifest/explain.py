@@ -51,7 +51,7 @@ class FieldEntry:
     fields: tuple[FieldEntry, ...] = ()
 
     def to_json_dict(self) -> dict[str, Any]:
-        """The entry as plain data, empty parts left out."""
+        """Return the entry as plain data, empty parts left out."""
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
         plain["fields"] = [entry.to_json_dict() for entry in self.fields]
         return {name: value for name, value in plain.items() if value not in (None, "", (), [])}

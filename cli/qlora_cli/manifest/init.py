@@ -66,7 +66,7 @@ class Answers:
 
 
 def text(answers: Answers) -> str:
-    """The manifest.
+    """Return the manifest.
 
     Raises:
         RefusedError: an answer is none that the API takes; the message names its field.
@@ -106,7 +106,7 @@ def manifest_text(name: str, chosen: dict[str, object], notes: Sequence[str] = (
 
 
 def _chosen(answers: Answers) -> dict[str, object]:
-    """The fields that are set, by path below spec."""
+    """Return the fields that are set, by path below spec."""
     chosen: dict[str, object] = {
         "model.source": answers.model,
         "dataset.train.source": answers.data,
@@ -132,7 +132,7 @@ def credentials_of(answers: Answers) -> dict[str, object]:
 
 
 def name_of(data: str, destination: str) -> str:
-    """A name for the job from what is at hand, in the letters that the API takes."""
+    """Return a name for the job from what is at hand, in the letters that the API takes."""
     stem = PurePosixPath(destination.partition("://")[2] or destination).name or PurePosixPath(data).stem
     clean = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:40].strip("-")
     return clean or "my-adapter"
@@ -142,7 +142,7 @@ def name_of(data: str, destination: str) -> str:
 
 
 def _group(group: str, chosen: dict[str, object]) -> Iterator[str]:
-    """One group of the spec: what is set, then what may be, as comments with its default."""
+    """Yield one group of the spec: what is set, then what may be, as comments with its default."""
     known = crd_schema.way_to(f"spec.{group}")
     if known is None:
         return
@@ -207,7 +207,7 @@ def _folded(words: str, room: int) -> list[str]:
 
 
 def _scalar(value: object) -> str:
-    """A value on one line, quoted where YAML would take it for something else."""
+    """Return a value on one line, quoted where YAML would take it for something else."""
     if isinstance(value, list):
         return "[" + ", ".join(str(v) for v in value) + "]"
     if not isinstance(value, str):

@@ -51,7 +51,7 @@ class Override:
 
 
 def documents(path: Path) -> list[Document]:
-    """The documents of a file (``-``: standard input), at least one.
+    """Return the documents of a file (``-``: standard input), at least one.
 
     Raises:
         RefusedError: no such file, not YAML, or nothing in it.
@@ -106,7 +106,7 @@ def check(document: Document, overrides: Sequence[Override] = ()) -> QLoRAJob:
 
 
 def one_job(path: Path, assignments: Sequence[str] = ()) -> QLoRAJob:
-    """The only QLoRAJob of a file, with fields set on the command line.
+    """Return the only QLoRAJob of a file, with fields set on the command line.
 
     Raises:
         RefusedError: not exactly one, or with errors.
@@ -150,7 +150,7 @@ def parse_override(text: str) -> Override:
 
 
 def overridden(value: dict[str, Any], overrides: Sequence[Override]) -> dict[str, Any]:
-    """A manifest with fields set on the command line."""
+    """Return a manifest with fields set on the command line."""
     value = copy.deepcopy(value)
     for override in overrides:
         *groups, last = override.path.split(".")

@@ -65,7 +65,7 @@ def check_file(path: Path) -> ValidationReport:
 
 
 def as_text(reports: Sequence[ValidationReport]) -> str:
-    """A line for each error; a line for each good file."""
+    """Return a line for each error; a line for each good file."""
     lines: list[str] = []
     for report in reports:
         lines += [str(error) for error in report.errors]
@@ -83,7 +83,7 @@ def _valid(jobs: Sequence[str]) -> str:
 
 
 def as_json(reports: Sequence[ValidationReport]) -> str:
-    """The same for programs."""
+    """Return the reports as JSON."""
     return json.dumps(
         [
             {

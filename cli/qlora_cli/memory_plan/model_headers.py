@@ -50,7 +50,7 @@ class ModelSource(Protocol):
     name: str
 
     def read(self, file: str, start: int, end: int | None) -> bytes | None:
-        """Bytes [start, end) of a file, to its end for None; None where there is no such file."""
+        """Return bytes [start, end) of a file, to its end for None; None where there is no such file."""
 
 
 def read_model(source: str) -> ModelFiles:
@@ -91,7 +91,7 @@ def _config(place: ModelSource) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> ModelFiles:
-    """A ``config.json`` alone, or that of a folder: for a plan without the model.
+    """Return a ``config.json`` alone, or that of a folder: for a plan without the model.
 
     Raises:
         FieldError: it cannot be read.

@@ -46,7 +46,7 @@ def show(answered: PlanResult) -> Group:
 
 
 def _chosen(answered: PlanResult) -> Plan:
-    """The plan; of what does not fit, the one that needs least."""
+    """Return the plan; of what does not fit, the one that needs least."""
     return answered.outcome if isinstance(answered.outcome, Plan) else answered.outcome.smallest
 
 
@@ -148,7 +148,7 @@ def memory(chosen: Plan) -> Table:
 
 
 def bar(share: float) -> str:
-    """A bar in eighths of a character; what does not fit is cut with an arrow."""
+    """Return a bar in eighths of a character; what does not fit is cut with an arrow."""
     eighths = round(share * BAR * 8)
     full, rest = divmod(eighths, 8)
     if full >= BAR:
@@ -157,7 +157,7 @@ def bar(share: float) -> str:
 
 
 def what_if(kind: str, rows: Sequence[Variation]) -> Table:
-    """One thing varied, the rest as the job says."""
+    """Return the plans with one setting varied, the rest as in the job."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column(f"If {_HEADS[kind]} were")
     for head in ("Needs", "Micro-batch", "Recomputes", "Tokens/s per GPU", "Hours", "Cost"):

@@ -28,7 +28,7 @@ class AnswerLine(BaseModel):
 
 
 def kept(folder: Path) -> list[AnswerLine]:
-    """The answers of a run, each prompt once, the oldest first. What cannot be read is left out."""
+    """Return the answers of a run, each prompt once, the oldest first. What cannot be read is left out."""
     try:
         lines = (folder / FILE).read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -159,7 +159,7 @@ def smoothed(points: Sequence[tuple[float, float]], window: int) -> list[tuple[f
 
 
 def columns(title: str, parts: Sequence[tuple[str, float]], *, x_title: str, y_text: Callable[[float], str]) -> str:
-    """A column for each of a few parts, its size above it."""
+    """Return a column for each of a few parts, its size above it."""
     most = max((size for _, size in parts), default=0)
     if not most:
         return ""
@@ -188,7 +188,7 @@ def _share(part: float) -> str:
 
 
 def shares(title: str, parts: Sequence[tuple[str, float, str]]) -> str:
-    """One bar cut into parts: (name, size, size in words)."""
+    """Return one bar cut into parts: (name, size, size in words)."""
     total = sum(size for _, size, _ in parts)
     if not total:
         return ""

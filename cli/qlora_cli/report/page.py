@@ -35,7 +35,7 @@ MARKED = re.compile("⟦(.*?)⟧", re.DOTALL)
 
 
 def page(facts: Facts) -> str:
-    """The whole page."""
+    """Return the whole page."""
     parts = [
         section("Curves", "".join(_curves(facts.history)), "charts"),
         section("Time", _time_of(facts)),
@@ -191,7 +191,7 @@ def _time_of(facts: Facts) -> str:
 
 
 def _memory(predicted: dict[str, int], measured: dict[str, int]) -> str:
-    """Bytes by component; one scale for all bars, and the peak last, without one: it is more than their sum."""
+    """Return the chart of bytes by component, with one scale; the peak is last, without a bar, as it exceeds them."""
     peak = MemoryComponent.PEAK.value
     names = sorted(predicted | measured, key=lambda name: name == peak)
     if not names:

@@ -149,7 +149,7 @@ def _take(found: MergedHistory, line: dict[str, Any]) -> None:
 
 
 def with_logs(known: MergedHistory, logs: Iterable[Path]) -> MergedHistory:
-    """The history with the steps that only logs tell of: those since the last checkpoint."""
+    """Return the history with the steps that only logs tell of: those since the last checkpoint."""
     steps, evaluations = dict(known.steps), dict(known.evaluations)
     newest = max(known.steps, default=0)
     for log in logs:

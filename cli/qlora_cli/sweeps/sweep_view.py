@@ -71,7 +71,7 @@ def trial_begins(number: int, total: int, texts: Mapping[str, str], step: int, p
 
 
 def trials(found: Sequence[Trial], spec: QLoRASweepSpec, best: int | None = None) -> Table:
-    """One row for each trial: those that went furthest first, and of these the best first."""
+    """Return one row for each trial: those that went furthest first, and of these the best first."""
     metric = spec.objective.metric
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("Trial", no_wrap=True)
@@ -101,7 +101,7 @@ def _figure(value: str | None, metric: ObjectiveMetric) -> str:
 
 
 def result(end: Finish, found: Sequence[Trial], uri: str, spent: str, commands: Sequence[str]) -> Group:
-    """The end of a sweep that succeeded."""
+    """Return the end of a sweep that succeeded."""
     best = next(trial for trial in found if trial.number == end.best)
     rows = [
         ("Best", end.message),

@@ -42,7 +42,7 @@ def steps(step: int | None, total: int | None) -> str:
 
 
 def rate(text: str) -> str:
-    """A decimal of the API, rounded for a column."""
+    """Return a decimal of the API, rounded for a column."""
     try:
         value = float(text)
     except ValueError:
@@ -51,7 +51,7 @@ def rate(text: str) -> str:
 
 
 def loss(text: str) -> str:
-    """A loss with four decimals, so that a column does not dance."""
+    """Return a loss with four decimals, so that columns stay aligned."""
     try:
         value = float(text)
     except ValueError:
@@ -73,7 +73,7 @@ def bar(step: int | None, total: int | None, width: int = 10) -> str:
 
 
 def sparkline(values: list[float], width: int = 16) -> str:
-    """The newest values as small bars."""
+    """Return the newest values as small bars."""
     shown = values[-width:]
     if len(shown) < 2:
         return ""

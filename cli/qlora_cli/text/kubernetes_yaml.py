@@ -51,7 +51,7 @@ class Document:
     """What YAML allows and Kubernetes does not."""
 
     def line_of(self, path: str) -> int:
-        """The line of a field, or of the nearest group around a field that is not there."""
+        """Return the line of a field, or of the nearest group around a field that is not there."""
         while path and path not in self.lines:
             path = path[: max(path.rfind("."), path.rfind("["), 0)]
         return self.lines.get(path, self.line)
@@ -69,7 +69,7 @@ _Loader.add_implicit_resolver(_PLAIN, re.compile(r"(?s).*"), None)
 
 
 def read(text: str, source: str) -> list[Document]:
-    """All documents of a text; empty ones are passed over, as kubectl does.
+    """Return all documents of a text; empty ones are passed over, as kubectl does.
 
     Raises:
         NotYamlError: it is not YAML.
@@ -104,7 +104,7 @@ def _hint(error: yaml.MarkedYAMLError) -> str:
 
 
 def scalar(text: str) -> object:
-    """The value of an unquoted scalar."""
+    """Return the value of an unquoted scalar."""
     if text in _WORDS:
         return _WORDS[text]
     if text[0] not in "+-.0123456789":

@@ -29,7 +29,7 @@ def as_json(value: Any, indent: int | None = 2) -> str:
 
 
 def _escaped(code: int) -> str:
-    """A character as JSON may have it: beyond the 16 bits of an escape, as two (RFC 8259, section 7)."""
+    """Return a character as JSON may have it: beyond the 16 bits of an escape, as two (RFC 8259, section 7)."""
     if code < 0x10000:
         return f"\\u{code:04x}"
     code -= 0x10000

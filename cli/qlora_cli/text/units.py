@@ -11,7 +11,7 @@ _SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def size(count: float) -> str:
-    """Bytes with a binary unit: ``1.5 GiB``."""
+    """Return a size with a binary unit: ``1.5 GiB``."""
     unit = 0
     while count >= 1024 and unit < len(_SIZES) - 1:
         count /= 1024
@@ -32,7 +32,7 @@ def duration(seconds: float) -> str:
 
 
 def number(value: float) -> str:
-    """A count with separators, or a rate with as many digits as say something."""
+    """Return a count with separators, or a rate with as many digits as say something."""
     if isinstance(value, int) or abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}"
@@ -51,5 +51,5 @@ def listing(names: Sequence[str]) -> str:
 
 
 def lengths(found: Mapping[int, int]) -> str:
-    """A histogram by powers of two, in one line."""
+    """Return a histogram by powers of two, in one line."""
     return ", ".join(f"≤ {number(most)}: {number(count)}" for most, count in sorted(found.items()))

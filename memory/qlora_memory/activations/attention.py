@@ -163,7 +163,7 @@ def _eager(recorder: LayerRecorder, attention: Attention, query: Value, key: Val
 
 
 def mask_bytes(attention: Attention, tokens: int, width: int) -> int:
-    """The [T, T] masks that are made once for all layers.
+    """Return the [T, T] masks that are made once for all layers.
 
     Of booleans for ``sdpa``; of numbers where scores are written out, there for full and for sliding attention.
     """

@@ -119,7 +119,7 @@ def _elsewhere(rotation: Value | None) -> tuple[Value, ...]:
 def decoder_layer(
     layer: Layer, hidden: int, setting: ForwardSetting, rotation: Value | None, *, learns: bool
 ) -> tuple[Tape, Value]:
-    """One decoder layer on a tape.
+    """Return one decoder layer on a tape.
 
     Returns:
         The tape, and the layer's input on it.

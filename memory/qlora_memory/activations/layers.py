@@ -33,7 +33,7 @@ class LayerRecorder:
         """cos and sin: made once, kept by every layer."""
 
     def value(self, features: int, *, learns: bool, width: int | None = None) -> Value:
-        """A tensor [T, features] that some operation saves or that comes from outside."""
+        """Return a tensor [T, features] that some operation saves or that comes from outside."""
         return Value(self.tokens * features, width or self.width, learns)
 
     # --------------------------------------------------------------------------------------------------------- norms
@@ -140,7 +140,7 @@ class LayerRecorder:
         )
 
     def _master(self, elements: int) -> Value:
-        """An fp32 parameter where it is used: itself, or a copy in the compute type."""
+        """Return an fp32 parameter where it is used: itself, or a copy in the compute type."""
         return Value(elements, self.width, learns=True)
 
     def _factors(self, x: Value, weight: Value) -> tuple[Value, ...]:
@@ -222,5 +222,5 @@ class LayerRecorder:
     # ------------------------------------------------------------------------------------------------------ residual
 
     def add(self, x: Value, y: Value) -> Value:
-        """The residual stream."""
+        """Return the residual stream."""
         return self.tape.record(x, y, elements=x.elements, width=self.width, passes_gradient=True)

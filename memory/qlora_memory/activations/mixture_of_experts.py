@@ -70,7 +70,7 @@ def _experts(recorder: LayerRecorder, x: Value, experts: Experts) -> Value:
 
 
 def _product(recorder: LayerRecorder, x: Value, weight: Linear, pairs: int) -> Value:
-    """One product with the experts' weights, of which it keeps nothing; adapted: x, A·x, and the factors cast.
+    """Return one product with the experts' weights, of which it keeps nothing; adapted: x, A·x, and the factors cast.
 
     The update is added in place.
     """
@@ -95,7 +95,7 @@ def _product(recorder: LayerRecorder, x: Value, weight: Linear, pairs: int) -> V
 
 
 def _dequantized(recorder: LayerRecorder, weight: Linear) -> int:
-    """Bytes of the experts that are dequantized at once, and of the fp32 constants of all."""
+    """Return the bytes of the experts that are dequantized at once, and of the fp32 constants of all."""
     setting = recorder.setting
     if not setting.dequantizes or not setting.quantization.type.is_four_bit or not setting.is_quantized(weight):
         return 0

@@ -75,7 +75,7 @@ class ForwardSetting:
         return self.quantization.type is not QuantizationType.NONE and not self.quantization.skips(layer.name)
 
     def dequantized(self, layer: Linear) -> int:
-        """Bytes of a weight brought back to the compute type.
+        """Return the bytes of a weight brought back to the compute type.
 
         With its fp32 absmax constants where those are quantized: bitsandbytes.functional.dequantize_4bit makes them
         twice, before and after the offset is added.

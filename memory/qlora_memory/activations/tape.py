@@ -99,7 +99,7 @@ class Tape:
     # ------------------------------------------------------------------------------------------------------- reading
 
     def saved(self, elsewhere: Sequence[Value] = ()) -> int:
-        """Bytes held from the forward to the backward pass.
+        """Return the bytes held from the forward to the backward pass.
 
         Args:
             elsewhere: values that are counted by someone else, such as the input that a checkpoint holds.
@@ -209,7 +209,7 @@ class _Gradients:
         return buffer.size
 
     def take(self, value: Value) -> _Buffer | None:
-        """The gradient of an output; it is released when :meth:`flow` is done with it."""
+        """Return the gradient of an output; it is released when :meth:`flow` is done with it."""
         return self._of.pop(id(value), None)
 
     def flow(self, operation: Operation, incoming: _Buffer) -> int:

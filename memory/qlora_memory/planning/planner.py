@@ -90,7 +90,7 @@ class NoFit:
 
 
 def plan(request: PlanRequest) -> Plan | NoFit:
-    """The fastest choice that fits; the global batch size stays.
+    """Return the fastest choice that fits; the global batch size stays.
 
     Of all micro-batches that divide a rank's share and hold at most 8,192 tokens, with and without gradient
     checkpointing, as far as the job leaves both open. The larger micro-batch and the lesser recomputation are faster;
@@ -166,7 +166,7 @@ def run_of(
     cuda: bool = True,
     gpu: Gpu | None = None,
 ) -> EstimateInput:
-    """A choice as inputs of :func:`qlora_memory.estimate.estimate`.
+    """Return a choice as inputs of :func:`qlora_memory.estimate.estimate`.
 
     Args:
         spec: of the job.

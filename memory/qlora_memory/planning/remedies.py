@@ -77,7 +77,7 @@ def _to_change(request: PlanRequest, smallest: Plan) -> tuple[str, object, str]:
 
 
 def changed(spec: QLoRAJobSpec, group: str, **values: Any) -> QLoRAJobSpec:
-    """The spec with fields of one group set."""
+    """Return the spec with fields of one group set."""
     return spec.model_copy(update={group: getattr(spec, group).model_copy(update=values)})
 
 
@@ -111,7 +111,7 @@ def _changes(spec: QLoRAJobSpec, world_size: int) -> Iterator[tuple[str, str, QL
 
 
 def _shorter(request: PlanRequest) -> Remedy | None:
-    """The longest sequences that fit, by bisection: memory grows with them."""
+    """Return the longest sequences that fit, by bisection: memory grows with them."""
     low, high, best = SHORTEST // STEP, request.row // STEP, None
     while low <= high:
         middle = (low + high) // 2
@@ -125,7 +125,7 @@ def _shorter(request: PlanRequest) -> Remedy | None:
 
 
 def _smaller_rank(request: PlanRequest) -> Remedy | None:
-    """The largest rank that fits, by halving."""
+    """Return the largest rank that fits, by halving."""
     rank = request.spec.lora.rank // 2
     while rank >= FEWEST:
         outcome = plan(replace(request, spec=changed(request.spec, "lora", rank=rank)))
@@ -136,7 +136,7 @@ def _smaller_rank(request: PlanRequest) -> Remedy | None:
 
 
 def _other_gpu(request: PlanRequest) -> Remedy | None:
-    """The smallest GPU of the table that holds it."""
+    """Return the smallest GPU of the table that holds it."""
     larger = sorted(
         (gpu for gpu in GPUS.values() if gpu.memory_bytes > request.gpu.memory_bytes and gpu.ampere),
         key=lambda gpu: gpu.memory_bytes,

@@ -144,7 +144,7 @@ class ModelConfig:
         self.model_type = str(values.get("model_type", ""))
 
     def number(self, key: str, default: int | None = None) -> int:
-        """A positive whole number.
+        """Return a positive whole number.
 
         Raises:
             FieldError: it is not there.

@@ -17,7 +17,7 @@ from qlora_memory.shape.unknown_models import WeightCounts, shape_of_counts, sha
 def model_shape(
     config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None = None, source: str | None = None
 ) -> ModelShape:
-    """The shape of the base whose ``config.json`` and tensors these are.
+    """Return the shape of the base whose ``config.json`` and tensors these are.
 
     Args:
         config: the parsed ``config.json``.
@@ -44,7 +44,7 @@ def model_shape(
 
 
 def counted_shape(config: Mapping[str, Any], counts: WeightCounts) -> ModelShape:
-    """The shape of a base whose weights were counted on the model itself.
+    """Return the shape of a base whose weights were counted on the model itself.
 
     Args:
         config: the parsed ``config.json``.

@@ -53,7 +53,7 @@ class TensorInfo:
 
 
 def header_length(first: bytes) -> int:
-    """Bytes of the JSON that follows the file's first eight bytes.
+    """Return the bytes of the JSON that follows the file's first eight bytes.
 
     Raises:
         HeaderError: it cannot be a safetensors file.
@@ -66,7 +66,7 @@ def header_length(first: bytes) -> int:
 
 
 def parse_header(text: bytes) -> dict[str, TensorInfo]:
-    """The JSON of a header: tensor name → type and shape.
+    """Return the JSON of a header: tensor name → type and shape.
 
     Raises:
         HeaderError: it cannot be read, or lies about its tensors.
@@ -148,7 +148,7 @@ def tensor_infos(header: Mapping[str, Mapping[str, Any]]) -> dict[str, TensorInf
 
 
 def shard_names(index: bytes) -> list[str]:
-    """The files that ``model.safetensors.index.json`` names.
+    """Return the files that ``model.safetensors.index.json`` names.
 
     Raises:
         HeaderError: it cannot be read.

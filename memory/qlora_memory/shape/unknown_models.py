@@ -72,7 +72,7 @@ class WeightCounts:
 
 
 def shape_of_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo] | None) -> ModelShape:
-    """The shape of a model type that is not known here.
+    """Return the shape of a model type that is not known here.
 
     Raises:
         FieldError: there are no tensors, they are packed, or they are no decoder's.

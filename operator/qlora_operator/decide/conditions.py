@@ -22,7 +22,7 @@ def set_condition(
     now: datetime,
     generation: int,
 ) -> list[Condition]:
-    """The conditions with one of them set; its transition time moves only when its status does."""
+    """Return the conditions with one of them set; its transition time moves only when its status does."""
     status: Literal["True", "False"] = "True" if is_true else "False"
     before = list(conditions)
     place = next((i for i, c in enumerate(before) if c.type is kind), None)
@@ -43,7 +43,7 @@ def set_condition(
 def with_condition(
     context: Context, status: QLoRAJobStatus, kind: ConditionType, reason: Reason, text: str, *, is_true: bool
 ) -> QLoRAJobStatus:
-    """The status with one condition set, now and of the job's generation."""
+    """Return the status with one condition set, now and of the job's generation."""
     generation = context.job.metadata.generation or 0
     conditions = set_condition(
         status.conditions, kind, reason, text, is_true=is_true, now=context.now, generation=generation
@@ -58,7 +58,7 @@ _SPEAKING = (
 
 
 def with_summary(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
-    """The status with the conditions that say the same in other tools' terms, and with what has no effect."""
+    """Return the status with the conditions that say the same in other tools' terms, and with what has no effect."""
     text = reason_message(status)
     succeeded = is_condition_true(status.conditions, ConditionType.SUCCEEDED)
     status = with_condition(context, status, ConditionType.READY, status.reason, text, is_true=succeeded)
@@ -105,6 +105,6 @@ def time_in_words(seconds: int | None) -> str:
 
 
 def memory_in_words(measured: dict[str, int]) -> str:
-    """The measured peak, or nothing yet."""
+    """Return the measured peak, or nothing yet."""
     peak = measured.get(MemoryComponent.PEAK.value)
     return "" if peak is None else f"{peak / GIBIBYTE:.1f}Gi"

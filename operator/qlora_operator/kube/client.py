@@ -226,7 +226,7 @@ def _error(code: int, text: bytes, headers: Mapping[str, str]) -> ApiError:
 
 
 def read_change(line: bytes | None) -> Object | None:
-    """A change of a watch; None where it is none."""
+    """Return a change of a watch; None where it is none."""
     try:
         change = parse_json(line) if line else None
     except ValueError:

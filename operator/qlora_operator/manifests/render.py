@@ -54,7 +54,7 @@ def attempt(
     status: QLoRAJobStatus,
     memory_correction: float = 1.0,
 ) -> tuple[dict[str, Any], ...]:
-    """All that one attempt needs: the job's key and the attempt's Job.
+    """Return all that one attempt needs: the job's key and the attempt's Job.
 
     Several workers need the shared Service and a NetworkPolicy besides, and with Volcano a PodGroup.
     """
@@ -148,7 +148,7 @@ def prepare(job: QLoRAJob, config: OperatorConfig, memory_correction: float = 1.
 
 
 def key_secret(job: QLoRAJob) -> dict[str, Any]:
-    """The Secret for the job's key, without it: whoever creates the Secret makes one, and nobody changes it."""
+    """Return the Secret for the job's key, without it: whoever creates the Secret makes one, and nobody changes it."""
     return {
         "apiVersion": "v1",
         "kind": "Secret",

@@ -180,7 +180,7 @@ class Observed:
         return tuple(sorted(pods, key=lambda p: p.index))
 
     def without_reports(self) -> Observed:
-        """The same without what pods say of themselves."""
+        """Return the same without what pods say of themselves."""
         return replace(self, report=None, pods=tuple(replace(pod, message="") for pod in self.pods))
 
     @cached_property
@@ -322,12 +322,12 @@ def controller_of(meta: Mapping[str, Any], group: str, kind: str) -> Mapping[str
 
 
 def _text(body: Mapping[str, Any], name: str) -> str:
-    """A text of somebody else's, cut to what is kept and fit to be shown; empty where there is none."""
+    """Return an untrusted text, shortened and made printable; empty if there is none."""
     return printable((body.get(name) or "")[:LONGEST_TEXT])
 
 
 def _number(text: str | None) -> int:
-    """A number that somebody may have changed; 0 where it is none."""
+    """Return an untrusted number; 0 if it is not a number."""
     return int(text) if text and text.isascii() and text.isdecimal() and len(text) < LONGEST_NUMBER else 0
 
 
@@ -336,7 +336,7 @@ def _required_time(text: str) -> datetime:
 
 
 def planned(job: ObservedJob) -> dict[str, Any]:
-    """The attempt as planned; empty where the annotation was taken away."""
+    """Return the attempt as planned; empty where the annotation was taken away."""
     try:
         found = json.loads(job.plan)
     except (ValueError, RecursionError):

@@ -125,7 +125,7 @@ def _held(store: ObjectCache) -> Iterator[tuple[Key, str, str]]:
 async def _items(
     api: Api, base: str, plural: str, namespaces: Sequence[str], selector: str, *, metadata_only: bool = False
 ) -> AsyncIterator[Object]:
-    """All objects of a kind, page by page, each with its kind as if it had been asked for alone."""
+    """Yield all objects of a kind, page by page, each with its kind as if it had been asked for alone."""
     for namespace in namespaces or ("",):
         place = f"{base}/namespaces/{namespace}/{plural}" if namespace else f"{base}/{plural}"
         async for page in api.pages(place, {"labelSelector": selector}, metadata_only=metadata_only):

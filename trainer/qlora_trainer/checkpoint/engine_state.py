@@ -30,7 +30,7 @@ def optimizer_file(shard: int) -> str:
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's fp32 weights by PEFT's names, on the CPU. A collective under ZeRO-3: all ranks call it."""
+    """Return the adapter's fp32 weights by PEFT's names, on the CPU. A collective under ZeRO-3: all ranks call it."""
     parameters = trainable(model)
     with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=_is_partitioned(parameters)):
         return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in parameters.items()}
@@ -126,7 +126,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def _state_of(optimizer: Any, place: str, parameter: torch.Tensor) -> Any:
-    """The optimizer's state of one parameter, made as the optimizer itself makes it (paged buffers included)."""
+    """Return the optimizer's state of one parameter, made as the optimizer itself makes it (paged buffers included)."""
     if hasattr(optimizer, "init_state") and not optimizer.state.get(parameter):  # bitsandbytes
         if not optimizer.initialized:
             optimizer.check_overrides()
@@ -163,7 +163,7 @@ def _is_partitioned(parameters: dict[str, nn.Parameter]) -> bool:
 
 
 def optimizer_bytes(engine: Any) -> int:
-    """Bytes of this rank's optimizer state, and of its ZeRO partition of the fp32 weights where it is a copy."""
+    """Return bytes of this rank's optimizer state, and of its ZeRO partition of the fp32 weights where it is a copy."""
     optimizer = base_optimizer(engine)
     own = {p.data_ptr() for p in engine.module.parameters()}
     size = 0
@@ -179,7 +179,7 @@ def optimizer_bytes(engine: Any) -> int:
 
 
 def gradient_bytes(engine: Any) -> int:
-    """Bytes of the gradients this rank holds between backward and step, whole or its ZeRO partition."""
+    """Return the bytes of the gradients this rank holds between backward and step, whole or its ZeRO partition."""
     tensors = [p.grad for p in engine.module.parameters() if p.grad is not None]
     for group in (getattr(engine.optimizer, "averaged_gradients", None) or {}).values():
         tensors += [t for t in group or () if isinstance(t, torch.Tensor)]

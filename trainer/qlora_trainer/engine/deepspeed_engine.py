@@ -215,6 +215,6 @@ def apply_update(engine: Any, max_grad_norm: float, learning_rate: float, loss_s
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The optimizer that holds the state: ZeRO's wrapper has it inside, without ZeRO it is the engine's own."""
+    """Return the optimizer that holds the state: ZeRO's wrapper has it inside, without ZeRO it is the engine's own."""
     inner: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return inner

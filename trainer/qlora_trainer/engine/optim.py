@@ -50,7 +50,7 @@ def make_optimizer(
 
 
 def learning_rate(training: TrainingSpec, step: int, total_steps: int) -> float:
-    """The learning rate of step ``step`` (from 0) of ``total_steps``: a function, so that resuming is exact."""
+    """Return the learning rate of step ``step`` (from 0) of ``total_steps``: a function, so that resuming is exact."""
     peak = float(training.learning_rate)
     if step < training.warmup_steps:
         return peak * (step + 1) / (training.warmup_steps + 1)

@@ -80,7 +80,7 @@ class MemoryCgroup:
         return limit - used + sum(int(count) for name, count in lines if name in self.cached)
 
     def peak_bytes(self) -> int | None:
-        """The most that was ever used; None where this kernel does not tell."""
+        """Return the most that was ever used; None where this kernel does not tell."""
         return _number(self.peak)
 
 

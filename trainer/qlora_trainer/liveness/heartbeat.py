@@ -175,7 +175,7 @@ class Heartbeat:
 
 
 def node_name() -> str:
-    """The node as the cluster calls it, else this machine's name."""
+    """Return the node as the cluster calls it, else this machine's name."""
     return os.environ.get("NODE_NAME") or platform.node()
 
 
@@ -191,5 +191,5 @@ def prepare_files(folder: Path, ranks: int) -> None:
 
 
 def read_all(folder: Path) -> list[Beat]:
-    """The last sign of each of the pod's ranks, by local rank."""
+    """Return the last sign of each of the pod's ranks, by local rank."""
     return [Beat.read(path) for path in sorted(folder.glob("rank-*"), key=lambda p: int(p.name.removeprefix("rank-")))]

@@ -69,7 +69,7 @@ class Stuck:
 
 
 def find_stuck(beats: Sequence[Beat], silent: Sequence[float], limits: Limits, states: Sequence[str]) -> Stuck | None:
-    """The rank that the others wait for; None while none is overdue.
+    """Return the rank that the others wait for; None while none is overdue.
 
     Several may be overdue when this is asked. A stopped process comes first, then one that waits for nobody, then the
     one that has been silent for longest.
@@ -118,7 +118,7 @@ class Watchdog:
 
 
 def waited_for(beats: Sequence[Beat]) -> int | None:
-    """The rank of this pod that the others wait for at the moment; None where none of them waits, or all do."""
+    """Return the rank of this pod that the others wait for at the moment; None where none of them waits, or all do."""
     busy = [
         (beat.at, rank) for rank, beat in enumerate(beats) if beat.section not in (Section.COLLECTIVE, Section.DONE)
     ]
@@ -127,7 +127,7 @@ def waited_for(beats: Sequence[Beat]) -> int | None:
 
 
 def process_state(pid: int) -> str:
-    """The letter that /proc has for a process; empty where there is none, or no /proc."""
+    """Return the letter that /proc has for a process; empty where there is none, or no /proc."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
@@ -135,7 +135,7 @@ def process_state(pid: int) -> str:
 
 
 def words(stuck: Stuck, rank: int, node: str, stall: float) -> str:
-    """One paragraph for a person."""
+    """Return one paragraph for a person."""
     cause = " Its process was stopped by a signal (SIGSTOP or a debugger)." if stuck.stopped else ""
     doing = "waiting for other ranks" if stuck.section is Section.COLLECTIVE else f"in {stuck.section.title}"
     return (

@@ -116,7 +116,7 @@ def load_base(path: Path, quantization: QuantizationSpec, device: torch.device, 
 
 
 def ready_base(model: Any, quantization: QuantizationSpec) -> Any:
-    """A base that was loaded, frozen and with its layers as the trainer has them."""
+    """Return a base that was loaded, frozen and with its layers as the trainer has them."""
     model.requires_grad_(requires_grad=False)
     model.config.use_cache = False
     for layer in model.modules():
@@ -176,7 +176,7 @@ def meta_model(path: Path, *, whole: bool = False, dtype: torch.dtype | None = N
 
 
 def causal_config(path: Path) -> Any:
-    """The configuration of a causal language model that transformers knows.
+    """Return the configuration of a causal language model that transformers knows.
 
     Raises:
         UserError: it is another kind of model, or an architecture this version of transformers does not know.
@@ -265,7 +265,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name as if nothing were wrapped around it."""
+    """Return a parameter's name as if nothing were wrapped around it."""
     return name.replace(".parametrizations.", ".").removesuffix(".original")
 
 
@@ -275,7 +275,7 @@ def enable_gradient_checkpointing(model: Any) -> None:
 
 
 def weight_bytes(model: nn.Module) -> dict[str, int]:
-    """Bytes of the model's tensors by component, counted from the tensors themselves."""
+    """Return the bytes of the model's tensors by component, counted from the tensors themselves."""
     sizes = dict.fromkeys(
         (
             MemoryComponent.QUANTIZED_WEIGHTS,

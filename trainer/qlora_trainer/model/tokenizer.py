@@ -53,7 +53,7 @@ class BoundedTokenizer:
 
 
 def load_tokenizer(path: Path, chat_template: str | None = None) -> Any:
-    """The base model's tokenizer; a chat template of the job's own replaces the tokenizer's.
+    """Return the base model's tokenizer; a chat template of the job's own replaces the tokenizer's.
 
     Raises:
         UserError: transformers cannot make a tokenizer of these files.

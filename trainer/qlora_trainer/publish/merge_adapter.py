@@ -23,7 +23,7 @@ SHARD_SIZE = "5GB"
 
 
 def load_unquantized(path: Path) -> Any:
-    """The base in 16 bits on the CPU; one that is quantized on disk is dequantized."""
+    """Return the base in 16 bits on the CPU; one that is quantized on disk is dequantized."""
     config = causal_config(path)
     model = load_weights(path, config, torch.bfloat16, "cpu")
     vars(model.config).pop("auto_map", None)  # the code is not there, and never was run

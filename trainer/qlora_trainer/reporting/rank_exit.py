@@ -53,7 +53,7 @@ class LastSeen:
 
     @staticmethod
     def peak_bytes() -> int:
-        """The most memory this process has held: on a device if it has one, else on the host."""
+        """Return the most memory this process has held: on a device if it has one, else on the host."""
         on_device: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         return torch.cuda.max_memory_allocated() if on_device else getrusage(RUSAGE_SELF).ru_maxrss * 1024
 
@@ -96,7 +96,7 @@ def run_with_exit_code(config: TrainerConfig, work: Callable[[LastSeen], Termina
 
 
 def progress_of(report: ProgressReport) -> Progress:
-    """The part of a report that a job's status keeps."""
+    """Return the part of a report that a job's status keeps."""
     return Progress(**{name: getattr(report, name) for name in Progress.model_fields})
 
 

@@ -20,7 +20,7 @@ TELLS_NOTHING = frozenset({ExitCode.DONE, ExitCode.PEER_LOST})
 
 
 def read(path: Path) -> TerminationMessage | None:
-    """The word that is there; None where there is none, or half of one."""
+    """Return the termination message; None if there is none, or only a part of one."""
     try:
         return TerminationMessage.model_validate_json(path.read_bytes())
     except (FileNotFoundError, ValidationError):

@@ -74,7 +74,7 @@ class FetchedModel:
 
 
 def default_cache() -> Path:
-    """The cache of ``qlora run``."""
+    """Return the cache of ``qlora run``."""
     return Path(os.environ.get("QLORA_CACHE", Path.home() / ".cache" / "qlora-operator"))
 
 
@@ -197,7 +197,7 @@ def _model_from_store(source: str, field: str, cache_dir: Path, headers_only: bo
 
 
 def _model_folder(cache_dir: Path, name: str, fill: Callable[[Path], None], headers_only: bool) -> Path:
-    """The model's place in the cache; one with holes is kept apart from what ranks load."""
+    """Return the model's place in the cache; one with holes is kept apart from what ranks load."""
     whole = cache_dir / "models" / name
     place = cache_dir / "headers" / name if headers_only and not whole.exists() else whole
     return _cached(place, fill, check_model)
@@ -262,7 +262,7 @@ def _rows_from_store(source: str, field: str, cache_dir: Path) -> Path:
 
 
 def _row_objects(source: str, field: str) -> tuple[Store, list[Entry], str]:
-    """The objects below a folder; or the folder of a single object, that object, and its name."""
+    """Return the objects below a folder; or the folder of a single object, that object, and its name."""
     store = open_store(source, field)
     entries = {e.key: e for e in store.entries()}
     if entries:

@@ -305,7 +305,7 @@ def checkpoint_due(trainer: TrainingContext, run: RunState) -> bool:
 
 
 def finished(trainer: TrainingContext, run: RunState) -> TerminationMessage:
-    """The termination message of a job that succeeded, with the largest memory over the ranks. A collective."""
+    """Return the termination message of a job that succeeded, with the largest memory over the ranks. A collective."""
     memory = trainer.recorder.report.memory
     measured = memory.measured
     largest = trainer.ranks.max(*measured.values())

@@ -153,7 +153,7 @@ class Rendezvous:
         return None
 
     def _follower(self) -> str | None:
-        """A worker that ended because it lost another; its ranks are gone all the same."""
+        """Return a worker that ended because it lost another; its ranks are gone all the same."""
         return next((_ended(i, f) for i, f in self._exit_records().items() if f.exit_code == ExitCode.PEER_LOST), None)
 
     def find_cause(self) -> str | None:

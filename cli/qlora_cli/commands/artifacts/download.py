@@ -49,7 +49,7 @@ def download(
 
 
 def find_published(what: str, target: Target, *, secret: bool) -> adapters.PublishedAdapter:
-    """The manifest that a person means."""
+    """Return the manifest that a reference names."""
     from qlora_cli.artifacts import adapters
     from qlora_cli.kube.target import get_job
 

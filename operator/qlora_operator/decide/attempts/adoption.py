@@ -47,7 +47,7 @@ def _prepared_before(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus
 
 
 def _closed_by_the_next(context: Context, status: QLoRAJobStatus, decision: ObservedJob) -> QLoRAJobStatus:
-    """The end of an open attempt that was decided, acted on, and not written down."""
+    """Return the end of an open attempt that was decided, acted on, and not written down."""
     attempt = open_attempt(status)
     if attempt is None:
         return status

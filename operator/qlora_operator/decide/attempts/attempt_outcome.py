@@ -106,7 +106,7 @@ def _all_held(pods: tuple[PodSnapshot, ...], workers: int) -> bool:
 
 
 def _won(pods: tuple[PodSnapshot, ...]) -> Ending | None:
-    """The end of an attempt whose first rank published the adapter, whatever became of the rest of its pods."""
+    """Return the end of an attempt whose first rank published the adapter, whatever became of the rest of its pods."""
     first = next((p for p in pods if p.index == 0 and p.exit_code == 0 and p.termination_message), None)
     return _of_pod(first, Reason.COMPLETED) if first else None
 
@@ -148,7 +148,7 @@ def _lost(pods: tuple[PodSnapshot, ...], seen: Observed) -> Ending | None:
 
 
 def _told(pods: tuple[PodSnapshot, ...], workers: int, seen: Observed) -> Ending | None:
-    """The most telling end of the pods; None where none says anything."""
+    """Return the most telling end of the pods; None where none says anything."""
     ends = [(weight, pod, reason) for pod in pods if (weighed := _weight(pod)) for weight, reason in (weighed,)]
     if not ends:
         return None
@@ -279,7 +279,7 @@ def as_suspended(attempt: Attempt, ending: Ending) -> Ending:
 
 
 def close(attempt: Attempt, ending: Ending, seen: Observed) -> Attempt:
-    """The attempt with its end."""
+    """Return the attempt with its end."""
     progress = ending.termination_message.progress if ending.termination_message else None
     report = seen.report if seen.report and seen.report.attempt == attempt.number else None
     last = progress.step if progress else report.step if report else attempt.last_step

@@ -30,7 +30,7 @@ def waiting_since(context: Context, attempt: Attempt) -> datetime:
 
 
 def batch_for_fewer_workers(context: Context, attempt: Attempt) -> BatchSplit | None:
-    """The largest world below an attempt's that minWorkers and the global batch allow."""
+    """Return the largest world below an attempt's that minWorkers and the global batch allow."""
     parallelism = context.job.spec.parallelism
     batch = batch_of(attempt)
     least = parallelism.min_workers or parallelism.workers
@@ -40,7 +40,7 @@ def batch_for_fewer_workers(context: Context, attempt: Attempt) -> BatchSplit | 
 
 
 def batch_for_world_size(context: Context, last: Attempt, batch: BatchSplit) -> BatchSplit:
-    """All workers again, unless the last attempt waited for them in vain."""
+    """Return all workers again, unless the last attempt waited for them in vain."""
     if last.reason is Reason.UNSCHEDULABLE:
         return batch_for_fewer_workers(context, last) or batch
     return on_other_ranks(batch, context.world_size) or batch
