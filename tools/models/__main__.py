@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import signal
 import sys
 import tempfile
 import time
-from multiprocessing import forkserver
 from pathlib import Path
-from unittest.mock import patch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 from models.page import page  # noqa: E402
-from testing.forks import READ_WHEN_IMPORTED  # noqa: E402
+from testing.forks import READ_WHEN_IMPORTED, fork_context  # noqa: E402
 
 RESULTS = ROOT / "build/models/results.jsonl"
 PAGE = ROOT / "docs/reference/models.md"
 SECONDS = 150
-PRELOADED = ["bitsandbytes.nn", "datasets", "deepspeed", "peft.tuners.lora", "transformers.models.auto.modeling_auto"]
-"""Imported once for all processes."""
 
 
 def run(types: list[str], workers: int) -> None:
@@ -36,11 +31,7 @@ def run(types: list[str], workers: int) -> None:
     from models.one_type import CRASHED, TypeResult, run_type
     from models.tiny_base import write_rows, write_tokenizer
 
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    path = f"{ROOT / 'tools'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    with patch.dict(os.environ, {**READ_WHEN_IMPORTED, "PYTHONPATH": path}):
-        forkserver.ensure_running()
+    context = fork_context()
     with tempfile.TemporaryDirectory(prefix="models-") as name:
         folder = Path(name)
         write_tokenizer(folder / "tokenizer")

@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from models.page import REFUSED, SUCCEEDED
 from models.tiny_base import auto_class, write_base
 from qlora_api import QLoRAJobSpec
 from qlora_api.batch import split_batch
@@ -42,7 +43,7 @@ WEIGHTS = (
     MemoryComponent.QUANTIZATION_CONSTANTS,
     MemoryComponent.UNQUANTIZED_WEIGHTS,
 )
-SUCCEEDED, REFUSED, NO_TOY = "Succeeded", "Refused", "No toy"
+NO_TOY = "No toy"
 PLAN, GATE, LATE, CRASHED, WRONG = (
     "Refused by plan alone",
     "Ended at the gate",

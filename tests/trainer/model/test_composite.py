@@ -123,6 +123,8 @@ def test_a_merge_gives_the_whole_checkpoint_back(name, composites, tmp_path):
     towers = [n for n in before if "vis" in n or "projector" in n]
     assert towers
     assert all(torch.equal(before[n], after[n]) for n in towers)
+    index = json.loads((out / "model.safetensors.index.json").read_bytes())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in after.values())
     assert (out / "preprocessor_config.json").read_bytes() == (base / "preprocessor_config.json").read_bytes()
     assert json.loads((out / "config.json").read_bytes())["model_type"] == causal_config(base).model_type
     assert distance(probabilities(whole(out)), own) < 0.02  # rounded to bf16

@@ -105,7 +105,7 @@ def check_warmup(training: TrainingSpec, steps_of_an_epoch: int) -> None:
         )
 
 
-def prepared_message(config: TrainerConfig, record: Record) -> TerminationMessage:
+def prepared_message(config: TrainerConfig, record: Record, covered: Coverage | None) -> TerminationMessage:
     """The termination message of a Prepare that found all well.
 
     Raises:
@@ -114,7 +114,6 @@ def prepared_message(config: TrainerConfig, record: Record) -> TerminationMessag
     """
     receipt = record.receipt
     planned = _decided(config, record)
-    covered = _coverage(config, record)
     result = PrepareResult(
         quantized=covered.held if covered else "",
         adapted=covered.adapted if covered else "",
@@ -146,8 +145,8 @@ def _coverage(config: TrainerConfig, record: Record) -> Coverage | None:
 
 
 def _told(config: TrainerConfig, record: Record) -> TerminationMessage:
-    message = prepared_message(config, record)
     covered = _coverage(config, record)
+    message = prepared_message(config, record, covered)
     notes = [*record.receipt.notes, *(covered.notes if covered else ())]
     receipt = record.receipt.model_copy(update={"samples": [], "notes": notes})
     print(receipt.model_dump_json(by_alias=True))  # noqa: T201 the receipt is the output

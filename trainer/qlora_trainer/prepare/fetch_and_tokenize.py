@@ -19,7 +19,7 @@ from qlora_trainer.model.dry_run import adapters_without_gradient, find_layer_us
 from qlora_trainer.model.experts.structure import expert_parameters
 from qlora_trainer.model.experts.targets import linear_layers, name_text_alone
 from qlora_trainer.model.layer_use import note_layer_use
-from qlora_trainer.model.loading.read_weights import method_on_disk
+from qlora_trainer.model.loading.read_weights import notes_of
 from qlora_trainer.model.tokenizer import load_bounded_tokenizer
 from qlora_trainer.model.weight_counts import count_weights
 from qlora_trainer.prepare.plan_memory import agreed_shape, shape_of
@@ -74,12 +74,6 @@ def prepare_from_scratch(config: TrainerConfig, began: Record | None) -> Record:
         receipt=data.receipt.model_copy(update={"notes": [*data.receipt.notes, *notes_of(model.path)]}),
         shape=agreed_shape(model.path, shape_of(model.path, model.source), counts, spec),
     )
-
-
-def notes_of(base: Path) -> list[str]:
-    """Return what is worth saying of a base's weights."""
-    method = method_on_disk(base)
-    return [] if method is None else [f"the base is in {method} on disk: its weights are dequantized as they are read"]
 
 
 def check_tokens(data: PreparedData, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:

@@ -31,7 +31,7 @@ from qlora_memory import (
 from qlora_memory.shape.on_disk import dequantized, on_disk
 from qlora_memory.shape.read_shape import is_known
 from qlora_trainer.errors import UserError
-from qlora_trainer.storage.model_files import CONFIG, safetensors_header, weight_names
+from qlora_trainer.storage.model_files import CONFIG, safetensors_header, weight_files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,8 +66,7 @@ def shape_of(folder: Path, source: str | None = None) -> ModelShape | None:
 
     """
     config = json.loads((folder / CONFIG).read_bytes())
-    names = weight_names([p.name for p in folder.iterdir()], lambda name: (folder / name).read_bytes())
-    tensors = {k: v for name in names for k, v in tensor_infos(safetensors_header(folder / name)).items()}
+    tensors = {k: v for path in weight_files(folder) for k, v in tensor_infos(safetensors_header(path)).items()}
     try:
         dequantized(config, tensors)  # of any kind of model: what cannot be read ends here
     except FieldError as error:

@@ -7,7 +7,6 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -15,7 +14,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from qlora_trainer.model.base_model import meta_model
 from qlora_trainer.model.composite import tower_names
 from qlora_trainer.model.loading.read_weights import disk_tensors
-from qlora_trainer.storage.model_files import PROCESSOR_FILES, SINGLE_WEIGHTS, WEIGHTS_INDEX
+from qlora_trainer.storage.model_files import PROCESSOR_FILES, SINGLE_WEIGHTS, WEIGHTS_INDEX, safetensors_header
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,9 +51,9 @@ def _index(folder: Path) -> dict[str, Any]:
     if (folder / WEIGHTS_INDEX).is_file():
         found: dict[str, Any] = json.loads((folder / WEIGHTS_INDEX).read_bytes())
         return found
-    with safe_open(folder / SINGLE_WEIGHTS, framework="pt") as file:
-        sizes = {name: file.get_tensor(name).nbytes for name in file.keys()}  # noqa: SIM118 it is no dictionary
-    return {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict.fromkeys(sizes, FIRST_SHARD)}
+    header = safetensors_header(folder / SINGLE_WEIGHTS)
+    size = sum(end - start for start, end in (entry["data_offsets"] for entry in header.values()))
+    return {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(header, FIRST_SHARD)}
 
 
 def _beside_text(base: Path) -> dict[str, Any]:

@@ -117,6 +117,17 @@ def weight_names(names: Iterable[str], read: Callable[[str], bytes]) -> list[str
     raise ModelFilesError(f"has neither {SINGLE_WEIGHTS} nor {WEIGHTS_INDEX}{found}")
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files of a folder that transformers will read.
+
+    Raises:
+        ModelFilesError: as :func:`weight_names`.
+
+    """
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    return [folder / name for name in weight_names(names, lambda name: (folder / name).read_bytes())]
+
+
 def check_names(names: Iterable[str]) -> None:
     """Refuse a folder for what it lacks, before anything is downloaded.
 
@@ -204,8 +215,8 @@ def check_weights(folder: Path) -> None:
     for name in CONFIGURATIONS:
         if name in names:
             check_code(name, (folder / name).read_bytes())
-    for name in weight_names(names, lambda n: (folder / n).read_bytes()):
-        safetensors_header(folder / name)
+    for path in weight_files(folder):
+        safetensors_header(path)
 
 
 def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:

@@ -17,8 +17,8 @@ from qlora_trainer.errors import CheckpointError
 from qlora_trainer.model.base_model import meta_model
 from qlora_trainer.model.coverage import coverage_of
 from qlora_trainer.model.experts.targets import name_text_alone
+from qlora_trainer.model.loading.read_weights import notes_of
 from qlora_trainer.model.tokenizer import load_tokenizer
-from qlora_trainer.prepare.fetch_and_tokenize import notes_of
 from qlora_trainer.publish.merge_adapter import merge
 from qlora_trainer.publish.publisher import PublishFacts, publish
 from qlora_trainer.reporting.training_history import PUBLISHED_FILE

@@ -19,8 +19,8 @@ from qlora_trainer.model.base_model import add_lora, check_base, load_base, trai
 from qlora_trainer.model.experts.packed import FrozenExperts
 from qlora_trainer.model.experts.structure import expert_parameters
 from qlora_trainer.model.loading.disk_tensors import DiskTensors, dequantized_fp8
+from qlora_trainer.model.loading.read_weights import notes_of
 from qlora_trainer.model.loss import call_arguments, end_to_end
-from qlora_trainer.prepare.fetch_and_tokenize import notes_of
 from qlora_trainer.prepare.plan_memory import shape_of
 from qlora_trainer.publish.merge_adapter import merge
 from qlora_trainer.storage.model_files import safetensors_header

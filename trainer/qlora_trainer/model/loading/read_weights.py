@@ -12,7 +12,7 @@ from qlora_memory.shape.on_disk import method_of
 from qlora_trainer.model.composite import trained_class
 from qlora_trainer.model.loading.disk_tensors import DiskTensors
 from qlora_trainer.model.loading.hf_quantizers import FourBitConfig
-from qlora_trainer.storage.model_files import CONFIG, GENERATION_CONFIG, weight_names
+from qlora_trainer.storage.model_files import CONFIG, GENERATION_CONFIG, weight_files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,12 +23,17 @@ def method_on_disk(path: Path) -> str | None:
     return method_of(json.loads((path / CONFIG).read_bytes()))
 
 
+def notes_of(path: Path) -> list[str]:
+    """Return what is worth saying of a base's weights."""
+    method = method_on_disk(path)
+    return [] if method is None else [f"the base is in {method} on disk: its weights are dequantized as they are read"]
+
+
 def disk_tensors(path: Path, dtype: torch.dtype) -> DiskTensors:
     """Return the tensors of a base, as they are read."""
     found = json.loads((path / CONFIG).read_bytes()).get("quantization_config") or {}
-    names = weight_names([p.name for p in path.iterdir()], lambda name: (path / name).read_bytes())
     block = tuple(found.get("weight_block_size") or (128, 128))
-    return DiskTensors([str(path / name) for name in names], dtype, block)
+    return DiskTensors([str(file) for file in weight_files(path)], dtype, block)
 
 
 def load_weights(path: Path, config: Any, dtype: torch.dtype | None, device: torch.device | str, **options: Any) -> Any:
