@@ -31,6 +31,13 @@ def test_of_a_pair_only_the_completion_and_the_end_token_count(tokenizer, datase
     assert counted(encoded, tokenizer) == " x<eos>"
 
 
+@pytest.mark.parametrize("answer", ["", "  ", "\n\n", "\u200b"])
+@pytest.mark.parametrize("form", ["PromptCompletion", "Instruction"])
+def test_of_a_blank_answer_nothing_is_learned(tokenizer, dataset, form, answer):
+    row = {"prompt": "return", "completion": answer, "instruction": "Add.", "output": answer}
+    assert not any(Encoder(tokenizer, dataset(format=form)).encode(row).targets)
+
+
 def test_all_of_a_pair_counts_on_request(tokenizer, dataset):
     encoder = Encoder(tokenizer, dataset(format="PromptCompletion", loss_on="All"))
     assert all(encoder.encode({"prompt": "return", "completion": " x"}).targets)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 from qlora_api.spec import Columns, DatasetFormat, DatasetSpec, LongRows, LossOn
 from qlora_trainer.data.chat_template import ChatTemplate, RenderedRow
 from qlora_trainer.data.rows.conversation import Conversation, json_type, read_conversation, read_exchange
-from qlora_trainer.data.text_pieces import Piece
+from qlora_trainer.data.text_pieces import Piece, is_blank
 from qlora_trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ class Encoder:
                 raise AssertionError("rows of Messages are conversations, which the chat template renders")
             case _:
                 assert_never(self.dataset.format)
-        return [Piece(prompt, self._everything), Piece(completion, counts=True)]
+        return [Piece(prompt, self._everything), Piece(completion, counts=not is_blank(completion))]
 
     def _ids(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
         """Tokens of texts, each with whether it is the first of its example."""
@@ -310,7 +310,7 @@ class Encoder:
             begun = self._begun(ids)
             ids, targets = begun, [self._everything] * (len(begun) - len(ids)) + targets
             if ids[-1:] != [self.tokenizer.eos_token_id]:
-                # an empty completion is no lesson: its end alone would teach the model to be silent
+                # a blank completion is no lesson: it and its end would teach the model to be silent
                 ids, targets = [*ids, self.tokenizer.eos_token_id], [*targets, any(targets)]
         length, most = len(ids), self.dataset.max_length
         if length > most and self.dataset.long_rows is LongRows.TRUNCATE:

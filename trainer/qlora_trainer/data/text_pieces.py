@@ -1,8 +1,12 @@
-"""The texts that are tokenized apart."""
+"""The texts that are tokenized apart, and whether one says anything."""
 
 from __future__ import annotations
 
+import unicodedata
 from typing import NamedTuple
+
+_UNSEEN = frozenset({"Zs", "Zl", "Zp", "Cc", "Cf"})
+"""Categories of spaces, controls, and characters without width."""
 
 
 class Piece(NamedTuple):
@@ -10,3 +14,8 @@ class Piece(NamedTuple):
 
     text: str
     counts: bool
+
+
+def is_blank(text: str) -> bool:
+    """Return whether a text has nothing that is seen: who learns to write it learns silence."""
+    return all(unicodedata.category(character) in _UNSEEN for character in text)

@@ -8,7 +8,7 @@ from itertools import groupby
 import pytest
 
 from qlora_trainer.data.formats import Encoder
-from qlora_trainer.data.rendering.environment import CLOCK
+from qlora_trainer.data.rendering.environment import CLOCK, MARK_START, MARK_STOP
 from qlora_trainer.data.rendering.service import serve
 from qlora_trainer.errors import UserError
 
@@ -263,7 +263,10 @@ def test_a_message_of_which_the_template_writes_nothing_is_counted_and_not_learn
     assert (row.empty, row.left_out) == (1, 1)
 
 
-@pytest.mark.parametrize("answer", [{"content": ""}, {"content": "  \n"}, {"content": None, "tool_calls": []}])
+@pytest.mark.parametrize(
+    "answer",
+    [{"content": ""}, {"content": "  \n"}, {"content": "\u200b\ufeff"}, {"content": None, "tool_calls": []}],
+)
 def test_an_empty_answer_is_counted_and_not_learned(answer, learned):
     assert learned([USER, {"role": "assistant", **answer}])[0] == []
     texts, row = learned([USER, {"role": "assistant", **answer}, *CHAT[2:]])
@@ -336,6 +339,11 @@ def test_a_message_of_weight_0_that_cannot_be_told_apart_is_refused_where_all_is
     encoder = Encoder(chat_tokenizer, dataset(format="Messages", loss_on="All", chat_template=template))
     with pytest.raises(UserError, match="row 1, writes message 2, which has weight 0, otherwise once others follow"):
         encoder.encode_batch([{"messages": [USER, {**CHAT[1], "weight": 0}, *CHAT[2:]]}])
+
+
+def test_characters_that_mark_spans_are_a_rows_own_where_the_template_has_no_marks(learned):
+    answer = f"a{MARK_START}b{MARK_STOP}"
+    assert f"⟦{answer}<|im_end|>⟧" in learned([USER, {"role": "assistant", "content": answer}])[0][0]
 
 
 def test_tools_and_tool_calls_reach_the_template(learned):

@@ -61,6 +61,26 @@ def call(arguments) -> dict:
             id="nulls-in-arguments-are-kept",
         ),
         pytest.param(
+            [
+                {
+                    "role": "assistant",
+                    "content": "Wait.",
+                    "function_call": {"name": "w", "arguments": '{"city": "Bern"}'},
+                },
+                {"role": "function", "name": "w", "content": "7"},
+            ],
+            [
+                {"role": "assistant", "content": "Wait.", "tool_calls": [CALL]},
+                {"role": "tool", "name": "w", "content": "7"},
+            ],
+            id="function-calls-of-before-tool-calls",
+        ),
+        pytest.param(
+            [{"role": "assistant", "content": "7.", "loss": 0.3, "train": None}],
+            [{"role": "assistant", "content": "7.", "loss": 0.3}],
+            id="a-loss-that-was-measured-is-no-weight",
+        ),
+        pytest.param(
             [{"role": "assistant", "content": None, "tool_calls": []}],
             [{"role": "assistant", "content": ""}],
             id="no-calls-and-no-content-is-an-empty-text",
@@ -79,6 +99,13 @@ def test_messages_are_read_as_templates_expect_them(messages, want):
 def test_a_weight_of_zero_makes_a_message_context():
     messages = [CHAT[0], {**CHAT[1], "weight": 0}, CHAT[0], {**CHAT[1], "weight": 1}]
     conversation = read(messages)
+    assert conversation.learned == (True, False, True, True)
+    assert conversation.messages == CHAT * 2
+
+
+@pytest.mark.parametrize("key", ["weight", "loss", "train", "training"])
+def test_other_names_of_a_weight_are_heeded(key):
+    conversation = read([CHAT[0], {**CHAT[1], key: False}, CHAT[0], {**CHAT[1], key: True}])
     assert conversation.learned == (True, False, True, True)
     assert conversation.messages == CHAT * 2
 
@@ -159,6 +186,21 @@ def test_texts_and_messages_are_not_mixed_in_one_row(chat_tokenizer, dataset):
             id="image-part",
         ),
         pytest.param([{**CHAT[1], "weight": 0.5}], "a message 1 with a weight other than 0", id="half-weight"),
+        pytest.param(
+            [{**CHAT[1], "train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]}],
+            "a message 1 with train_detail; a message is learned as a whole or, by weight 0, not at all",
+            id="weights-of-parts",
+        ),
+        pytest.param(
+            [CHAT[0], {**CHAT[1], "reasoning_content": [MARKER]}],
+            "a message 2 whose reasoning_content is a list, not a text",
+            id="reasoning-in-a-list",
+        ),
+        pytest.param(
+            [{"from": "human", "value": "Q"}, {"from": "gpt", "value": None}],
+            "a message 2 without content",
+            id="sharegpt-null",
+        ),
         pytest.param([{**CHAT[1], "weight": MARKER}], "a message 1 with a weight other than 0", id="text-weight"),
         pytest.param(
             [{**CHAT[1], "tool_calls": [call(MARKER)]}],

@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_trainer.data.rendering.environment import CLOCK, MARK_START, MARK_STOP, REASONING_KEYS, Message
+from qlora_trainer.data.message_keys import REASONING_KEYS
+from qlora_trainer.data.rendering.environment import CLOCK, MARK_START, MARK_STOP, Message
 from qlora_trainer.data.rendering.message_texts import (
     PLACEHOLDER,
     hidden,

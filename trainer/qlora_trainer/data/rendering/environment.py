@@ -21,12 +21,12 @@ import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 
+from qlora_trainer.data.message_keys import REASONING_KEYS
+
 MARK_START, MARK_STOP = "\ue0f0", "\ue0f1"
 """Characters for private use that stand around what ``{% generation %}`` marks."""
 CLOCK = datetime(2025, 1, 1, 12)  # noqa: DTZ001 templates format it, and most write a date alone
 """What ``strftime_now`` formats, so that the same rows give the same tokens on any day."""
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-"""Names of a message's reasoning; the first is the one that most templates read."""
 
 Message = dict[str, Any]
 
@@ -115,7 +115,9 @@ class CompiledTemplate:
             **self.variables,
             **state,
         )
-        return text if marks or MARK_START not in text else text.replace(MARK_START, "").replace(MARK_STOP, "")
+        if marks or "endgeneration" not in self.source:  # the characters are a row's own there
+            return text
+        return text.replace(MARK_START, "").replace(MARK_STOP, "")
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from qlora_trainer.data.rendering.environment import REASONING_KEYS, Message
+from qlora_trainer.data.message_keys import REASONING_KEYS
+from qlora_trainer.data.rendering.environment import Message
 from qlora_trainer.data.rendering.turns import THOUGHTS
+from qlora_trainer.data.text_pieces import is_blank
 
 PLACEHOLDER = "…"
 """Stands for what a row says."""
@@ -75,12 +77,12 @@ def _texts(value: Any) -> Iterator[str]:
 
 def says_anything(message: Message) -> bool:
     """Return whether there is a text in the message."""
-    return any(leaf.strip() for leaf in _leaves(message))
+    return not all(is_blank(leaf) for leaf in _leaves(message))
 
 
 def texts_in(message: Message, text: str) -> tuple[int, int]:
     """Count a message's texts that stand in ``text``, and those that do not."""
-    leaves = [leaf.strip() for leaf in _leaves(message) if leaf.strip()]
+    leaves = [leaf.strip() for leaf in _leaves(message) if not is_blank(leaf)]
     found = sum(_is_in(leaf, text) for leaf in leaves)
     return found, len(leaves) - found
 

@@ -1,9 +1,9 @@
 """From cells of a row to a conversation: messages, tools, and which of the messages may be learned.
 
 A message keeps all of its keys and values, nested nulls included, with these exceptions: ``from`` and ``value``
-(ShareGPT) become ``role`` and ``content``; text parts become one text; ``weight`` is taken out and heeded;
-``arguments`` of a tool call that are JSON text are decoded; and a null where OpenAI's format has an optional key means
-that it is absent.
+(ShareGPT) become ``role`` and ``content``; ``function_call`` (OpenAI before tool calls) becomes ``tool_calls``; text
+parts become one text; ``weight`` and its like are taken out and heeded; ``arguments`` of a tool call that are JSON text
+are decoded; and a null where OpenAI's format has an optional key means that it is absent.
 Errors name row, message and key, and no text of the row.
 """
 
@@ -13,6 +13,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qlora_trainer.data.message_keys import REASONING_KEYS
 from qlora_trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +32,12 @@ SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
+
+WEIGHT = "weight"
+SWITCHES = ("loss", "train", "training")
+"""Other names of a weight, where the value is a boolean: of ms-swift and of axolotl."""
+PART_WEIGHTS = ("train_detail", "training_detail")
+"""Weights of parts of a message (axolotl)."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +113,18 @@ def _message(value: Any, place: int) -> tuple[Message, bool]:
     if not isinstance(value, dict):
         raise _ShapeError(f"{json_type(value)} as message {place}")
     message = {key: inner for key, inner in value.items() if inner is not None}
-    if "role" not in message and "from" in message and "value" in message:
+    if "role" not in message and "from" in message and "value" in value:
         message = _from_sharegpt(message, place)
     if not isinstance(message.get("role"), str):
         raise _ShapeError(f"a message {place} without a role")
-    weight = message.pop("weight", 1)
-    if weight not in (0, 1):
-        raise _ShapeError(f"a message {place} with a weight other than 0 (context) and 1 (learned)")
+    learned = _learned(message, place)
+    for key in REASONING_KEYS:
+        if not isinstance(message.get(key, ""), str):
+            raise _ShapeError(f"a message {place} whose {key} is {json_type(message[key])}, not a text")
+    if isinstance(message.get("function_call"), dict) and "tool_calls" not in message:
+        message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
+    if message["role"] == "function":
+        message["role"] = "tool"
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], place)
         if not message["tool_calls"]:
@@ -122,7 +134,18 @@ def _message(value: Any, place: int) -> tuple[Message, bool]:
         message["content"] = _content(message["content"], place)
     elif "tool_calls" not in message:
         raise _ShapeError(f"a message {place} without content")
-    return message, bool(weight)
+    return message, learned
+
+
+def _learned(message: Message, place: int) -> bool:
+    """Take the weight out of a message."""
+    if part := next((key for key in PART_WEIGHTS if message.get(key)), None):
+        raise _ShapeError(f"a message {place} with {part}; a message is learned as a whole or, by weight 0, not at all")
+    weight = message.pop(WEIGHT, 1)
+    if weight not in (0, 1):
+        raise _ShapeError(f"a message {place} with a weight other than 0 (context) and 1 (learned)")
+    switches = [message.pop(key) for key in SWITCHES if isinstance(message.get(key), bool)]
+    return bool(weight) and all(switches)
 
 
 def _from_sharegpt(message: Message, place: int) -> Message:
@@ -131,7 +154,7 @@ def _from_sharegpt(message: Message, place: int) -> Message:
     if role is None:
         raise _ShapeError(f'a message {place} whose "from" is none of {", ".join(SHAREGPT_ROLES)}')
     rest = {key: inner for key, inner in message.items() if key not in ("from", "value")}
-    return {"role": role, "content": message["value"], **rest}
+    return {"role": role, **({"content": message["value"]} if "value" in message else {}), **rest}
 
 
 def _content(value: Any, place: int) -> str:
