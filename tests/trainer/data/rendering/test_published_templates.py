@@ -143,8 +143,11 @@ def test_all_are_accepted_or_refused_and_at_most_eight_refuse_plain_turns_with_t
 
 
 def test_nothing_that_others_say_is_learned_and_every_answer_ends_with_its_end_token(results):
-    for result in results:
-        for _, learned in result.turns() if result.accepted else ():
+    for result in filter(lambda result: result.accepted, results):
+        messages, _ = CONVERSATIONS[result.conversation]
+        turns = result.turns()
+        assert len(turns) + result.answer["empty"] == sum(m["role"] == "assistant" for m in messages), result
+        for _, learned in turns:
             assert not any(word in learned for word in OTHERS), result
             assert re.search("a(ONE|TWO|THREE)|getweather", learned), result
             if result.template in NO_END_TOKEN:
