@@ -12,6 +12,7 @@ import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from typer.testing import CliRunner
@@ -21,6 +22,9 @@ from qlora_api.contract import ExitCode
 from qlora_cli import app
 from qlora_storage.object_store import open_store
 from services.faulty_s3 import FINAL, TRANSIENT, Call, FaultyS3, S3Fault, faulty_s3, once_each
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SOAK = os.environ.get("SOAK_STORAGE") == "1"
 CHANGES = {"training": {"epochs": None, "maxSteps": 4}, "checkpoint": {"everySteps": 2}}
@@ -135,3 +139,42 @@ def test_what_only_the_user_can_change_ends_the_run_with_its_field_and_nothing_h
     proxy.choose = lambda _call, _times: None
     there = [key for key, _ in open_store(f"{run.bucket}/out", "test").list() if not key.startswith(".claims")]
     assert "manifest.json" not in there
+
+
+def is_write_to(part: str) -> Callable[[Call], bool]:
+    return lambda call: call[0] in ("PUT", "POST") and part in call[1]
+
+
+LATE = {
+    "first-file-of-the-adapter": is_write_to("/adapter/"),
+    "manifest": is_write_to("/out/manifest.json"),
+    "last-checkpoint": lambda call: (
+        is_write_to("/checkpoints/")(call) and "4" in call[1].rpartition("/checkpoints/")[2]
+    ),
+}
+"""Moments of a run that has begun well, as when a key is revoked or expires."""
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("fault", FINAL if SOAK else [DENIED], ids=lambda fault: fault.name)
+@pytest.mark.parametrize("moment", LATE if SOAK else ["manifest"])
+def test_what_comes_to_need_the_user_later_publishes_nothing_and_the_next_attempt_does(proxy, make_run, fault, moment):
+    run = make_run(f"{fault.name}-{moment}")
+    met = []
+
+    def choose(call: Call, _times: int) -> S3Fault | None:
+        if LATE[moment](call):
+            met.append(call)
+        return fault if met else None
+
+    proxy.choose = choose
+    assert run.workshop.prepare(run.config()) == 0
+    ended = run.workshop.train(run.config())
+    assert met
+    assert ended.message.exit_code == ExitCode.USER_ERROR, ended.log[-3000:]
+    assert ended.text.startswith("spec.output."), ended.text
+    proxy.choose = lambda _call, _times: None
+    assert "manifest.json" not in dict(open_store(f"{run.bucket}/out", "test").list())
+    again = run.workshop.run(run.config(attempt=2))
+    assert again.code == ExitCode.DONE, again.log[-3000:]
+    assert run.adapter_hash()

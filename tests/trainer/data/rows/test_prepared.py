@@ -41,6 +41,14 @@ def test_a_bad_row_in_one_of_several_files_is_named_with_file_and_line(prepare, 
         prepare(tmp_path / "f")
 
 
+def test_a_conversation_that_the_template_refuses_is_named_with_file_and_line(chat_tokenizer, job, tmp_path):
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    write(tmp_path / "f" / "a.jsonl", [{"messages": messages}] * 3)
+    write(tmp_path / "f" / "b.jsonl", [{"messages": messages}, {"messages": messages[1:] + messages}])
+    with pytest.raises(UserError, match=r"given row 5 \(b.jsonl, line 2\), has no text before the assistant's first"):
+        prepare_data(job(format="Messages"), chat_tokenizer, "t1", tmp_path / "f", None, tmp_path / "cache")
+
+
 def test_the_longest_row_of_several_files_is_named(prepare, tmp_path):
     write(tmp_path / "f" / "a.jsonl", [PAIR] * 3)
     write(tmp_path / "f" / "b.jsonl", [PAIR, {**PAIR, "completion": "return " * 99}])
