@@ -36,7 +36,7 @@ def doctor(
 
         from qlora_cli.doctor import findings as said
         from qlora_cli.doctor.checks import run_checks
-        from qlora_cli.doctor.collect import read_cluster
+        from qlora_cli.doctor.cluster_snapshot import read_cluster
         from qlora_cli.text import output as out
 
         bodies = []

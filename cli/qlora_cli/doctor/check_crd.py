@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from typing import Any
 
-    from qlora_cli.doctor.collect import ClusterSnapshot
+    from qlora_cli.doctor.cluster_snapshot import ClusterSnapshot
 
 SHOWN = 4
 

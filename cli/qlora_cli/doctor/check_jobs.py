@@ -12,7 +12,7 @@ from qlora_cli.kube.names import PART_OF_OPERATOR
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from qlora_cli.doctor.collect import ClusterSnapshot
+    from qlora_cli.doctor.cluster_snapshot import ClusterSnapshot
     from qlora_cli.jobs.job_view import JobView
     from qlora_cli.kube.api_client import Object
 

@@ -11,7 +11,7 @@ from qlora_cli.jobs.job_view import view
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from qlora_cli.doctor.collect import ClusterSnapshot
+    from qlora_cli.doctor.cluster_snapshot import ClusterSnapshot
     from qlora_cli.kube.api_client import Object
 
 

@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.doctor import check_crd, check_jobs, check_profiles
-from qlora_cli.doctor.collect import RIGHTS, ClusterSnapshot
+from qlora_cli.doctor.cluster_snapshot import RIGHTS, ClusterSnapshot
 from qlora_cli.doctor.findings import Finding, fault, note, ok, unknown
 from qlora_cli.kube.names import CHART
 

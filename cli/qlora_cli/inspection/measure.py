@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qlora_api.contract import ExitCode
-from qlora_cli.inspection.layers import InspectedLayer, Inspection, sorted_by_name
+from qlora_cli.inspection.inspected_layers import InspectedLayer, Inspection, sorted_by_name
 from qlora_cli.local.trainer_process import environment, shell_code, tail
 
 if TYPE_CHECKING:

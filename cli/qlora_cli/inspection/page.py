@@ -7,13 +7,13 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from qlora_cli.inspection import view
-from qlora_cli.inspection.layers import DEFAULT
+from qlora_cli.inspection.inspected_layers import DEFAULT
 from qlora_cli.report.html import document, section, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from qlora_cli.inspection.layers import InspectedLayer, Inspection
+    from qlora_cli.inspection.inspected_layers import InspectedLayer, Inspection
 
 _NUMBER = re.compile(r"\.(\d+)\.")
 

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from qlora_cli.inspection.layers import BLOCKS, DEFAULT, FORMATS, error_of, share_of
+from qlora_cli.inspection.inspected_layers import BLOCKS, DEFAULT, FORMATS, error_of, share_of
 from qlora_cli.text import kubernetes_yaml, units
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from qlora_cli.inspection.layers import InspectedLayer, Inspection
+    from qlora_cli.inspection.inspected_layers import InspectedLayer, Inspection
 
 KIND_HEADS = ("Kind", "Layers", "Weights", *FORMATS, "> 3 sd", "> 6 sd", "Largest")
 FORMAT_HEADS = ("Format", "Block", "Error", "Bits a weight", "Size", "Saved")

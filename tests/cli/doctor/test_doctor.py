@@ -7,10 +7,10 @@ import pytest
 from cli_builders import NOW, job, running, waiting
 from fake_server import FakeServer
 from qlora_api.credentials import KEYS
-from qlora_cli.doctor import check_crd, collect
+from qlora_cli.doctor import check_crd, cluster_snapshot
 from qlora_cli.doctor.answer import Answer
 from qlora_cli.doctor.checks import run_checks
-from qlora_cli.doctor.collect import RIGHTS, ClusterSnapshot
+from qlora_cli.doctor.cluster_snapshot import RIGHTS, ClusterSnapshot
 from qlora_cli.doctor.findings import Level, lines, summary
 from qlora_cli.doctor.references import NEEDED_KEYS, ReferencedObject, endpoints, missing_keys, of_jobs
 from qlora_cli.kube.errors import ApiError
@@ -373,12 +373,12 @@ def test_the_page(golden):
 
 
 def test_a_busy_or_silent_api_server_is_asked_again_and_nothing_is_called_missing(monkeypatch):
-    monkeypatch.setattr(collect._answer, "__defaults__", ((0.01, 0.01),))
+    monkeypatch.setattr(cluster_snapshot._answer, "__defaults__", ((0.01, 0.01),))
     there = {"kind": "Node"}
     with FakeServer((429, {"message": "too many requests"}), (0, None), (200, there)) as server, server.api() as api:
-        assert collect._get(api, "/api/v1/nodes/one").value == there
+        assert cluster_snapshot._get(api, "/api/v1/nodes/one").value == there
     away = [(503, {"message": "etcd is away"})] * 3
     with FakeServer(*away) as server, server.api() as api, pytest.raises(ApiError, match="etcd is away"):
-        collect._get(api, "/api/v1/nodes/one")
+        cluster_snapshot._get(api, "/api/v1/nodes/one")
     with FakeServer((404, {"message": "not found"})) as server, server.api() as api:
-        assert collect._get(api, "/api/v1/nodes/one").missing
+        assert cluster_snapshot._get(api, "/api/v1/nodes/one").missing

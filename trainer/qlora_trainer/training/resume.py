@@ -16,7 +16,7 @@ from qlora_trainer.checkpoint.reshard import reshard
 from qlora_trainer.engine.loss_scale import LossScale
 from qlora_trainer.errors import CheckpointError, UserError
 from qlora_trainer.liveness.heartbeat import Section
-from qlora_trainer.publish.environment import environment
+from qlora_trainer.publish.software_versions import software_versions
 from qlora_trainer.reporting.training_history import HISTORY_FILE
 from qlora_trainer.storage.fetch import same_revision
 from qlora_trainer.training.context import RunState, TrainingContext
@@ -98,7 +98,7 @@ def note_attempt(trainer: TrainingContext, step: int) -> None:
         gradientCheckpointing=config.gradient_checkpointing,
         computeType=config.spec.quantization.compute_type,
         device=trainer.recorder.device,
-        environment=environment(),
+        environment=software_versions(),
     )
 
 

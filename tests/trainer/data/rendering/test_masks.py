@@ -8,7 +8,7 @@ from itertools import groupby
 import pytest
 
 from qlora_trainer.data.formats import Encoder
-from qlora_trainer.data.rendering.environment import CLOCK, MARK_START, MARK_STOP
+from qlora_trainer.data.rendering.compiled_template import CLOCK, MARK_START, MARK_STOP
 from qlora_trainer.data.rendering.service import serve
 from qlora_trainer.errors import UserError
 

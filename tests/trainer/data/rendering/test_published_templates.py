@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from published_templates import published_templates
 
-from qlora_trainer.data.rendering.environment import CLOCK
+from qlora_trainer.data.rendering.compiled_template import CLOCK
 from qlora_trainer.data.rendering.service import serve
 from qlora_trainer.data.rendering.turns import as_parts
 

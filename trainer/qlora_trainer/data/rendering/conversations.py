@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_trainer.data.message_keys import REASONING_KEYS
-from qlora_trainer.data.rendering.environment import CLOCK, MARK_START, MARK_STOP, Message
+from qlora_trainer.data.rendering.compiled_template import CLOCK, MARK_START, MARK_STOP, Message
 from qlora_trainer.data.rendering.message_texts import (
     PLACEHOLDER,
     hidden,

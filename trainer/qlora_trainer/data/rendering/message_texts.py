@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qlora_trainer.data.message_keys import REASONING_KEYS
-from qlora_trainer.data.rendering.environment import Message
+from qlora_trainer.data.rendering.compiled_template import Message
 from qlora_trainer.data.rendering.turns import THOUGHTS
 from qlora_trainer.data.text_pieces import is_blank
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from qlora_trainer.data.rendering.compiled_template import TemplateWords, compile_template
 from qlora_trainer.data.rendering.conversations import Renderer
-from qlora_trainer.data.rendering.environment import TemplateWords, compile_template
 from qlora_trainer.data.rendering.turns import Reader, TemplateRefusedError, find_dialect
 from qlora_trainer.data.rows.limits import MIB, MOST_ROW_BYTES
 

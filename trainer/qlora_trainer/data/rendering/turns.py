@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_trainer.data.message_keys import REASONING_KEYS
-from qlora_trainer.data.rendering.environment import CompiledTemplate, Message
+from qlora_trainer.data.rendering.compiled_template import CompiledTemplate, Message
 
 MARKER = r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,40}\]|\[e~\["
 """What a template's control tokens look like, where the tokenizer does not know them."""

@@ -11,8 +11,8 @@ import torch
 from qlora_trainer.publish.adapter_manifest import installed_packages
 
 
-def environment() -> dict[str, str]:
-    """Versions of packages, CUDA and driver, the card's memory, the machine."""
+def software_versions() -> dict[str, str]:
+    """Return the versions of packages, CUDA and driver, the memory of the GPU, and the machine."""
     found = installed_packages()
     if torch.cuda.is_available():
         found["cuda"] = str(torch.version.cuda)

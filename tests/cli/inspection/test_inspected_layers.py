@@ -11,7 +11,7 @@ from rich.console import Console
 
 from qlora_api.spec.learning import QuantizationType
 from qlora_cli.inspection import view
-from qlora_cli.inspection.layers import BLOCKS, FORMATS, InspectedLayer, Inspection, error_of, sorted_by_name
+from qlora_cli.inspection.inspected_layers import BLOCKS, FORMATS, InspectedLayer, Inspection, error_of, sorted_by_name
 from qlora_cli.inspection.page import page
 
 
