@@ -16,16 +16,20 @@ from enum import StrEnum
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / ".ci"))
 from generated import write_or_check
 
 from qlora_api import status
+from qlora_api.base import DECIMAL_PATTERN
 from qlora_api.contract import REASONS, ExitCode
-from qlora_api.crd import PRINTER_COLUMNS
+from qlora_api.crd import PRINTER_COLUMNS, structural
 from qlora_api.lifecycle import STUCK, STUCK_ATTEMPTS, FinishJob, after_attempt
 from qlora_api.spec import PolicySpec
 from qlora_api.status import Attempt, ConditionType, MemoryComponent, Reason
+from qlora_api.sweep.parameters import VARIABLE_FIELDS
+from qlora_api.sweep.spec import QLoRASweepSpec
 from qlora_cli.manifest.explain import FieldEntry, describe
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -37,6 +41,10 @@ BEGINNING = (
     "",
     'Write a decimal in quotes, `"2e-4"`: Kubernetes APIs do not use floats. The API server',
     "rejects changes to immutable fields.",
+)
+SWEEP_BEGINNING = (
+    "`apiVersion: qlora.dev/v1alpha1`, `kind: QLoRASweep`: a search for the settings of a job by `qlora sweep`;",
+    "[how to](../guides/search-settings.md). `metadata.name` has at most 48 characters: it begins those of trials.",
 )
 ENDS = (
     "The trainer sets the exit code; Kubernetes reports disruptions of the pod or node. *Counted* means counted",
@@ -61,6 +69,7 @@ def generated() -> dict[Path, str]:
     return {
         REFERENCE / "qlorajob.md": _page(_fields()),
         REFERENCE / "conditions.md": _page(_conditions()),
+        REFERENCE / "qlorasweep.md": _page(_sweep()),
     }
 
 
@@ -154,6 +163,48 @@ def _bounds(field: FieldEntry) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
+
+
+# -------------------------------------------------------------------------------------------------------------- sweeps
+
+
+def _sweep() -> Iterator[str]:
+    yield WRITTEN.format(source="api/qlora_api/sweep/spec.py and parameters.py")
+    yield from ("", "# QLoRASweep", "", *SWEEP_BEGINNING)
+    for path, group in _sweep_groups("spec", structural(QLoRASweepSpec)):
+        yield from ("", f"## {path}", "", group["description"], "")
+        yield from ("| field | type | default | meaning |", "| --- | --- | --- | --- |")
+        for name, field in group["properties"].items():
+            default = "required" if name in group.get("required", ()) else _sweep_default(field)
+            cells = (f"`{name}`", _sweep_type(field), default, field.get("description", ""))
+            yield f"| {' | '.join(_cell(cell) for cell in cells)} |"
+        if rules := [rule["message"] for rule in group.get("x-kubernetes-validations", ())]:
+            yield from ("", *(f"- {rule}" for rule in rules))
+    yield from ("", "## Fields that may vary", "", *(f"- `{path}`" for path in VARIABLE_FIELDS))
+
+
+def _sweep_groups(path: str, schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Give a group and the groups in it, but for the template's spec: that is a QLoRAJob's."""
+    yield path, schema
+    for name, field in schema["properties"].items():
+        inner = field.get("items", field)
+        if "properties" in inner and name != "spec":
+            yield from _sweep_groups(f"{path}.{name}{'[]' if 'items' in field else ''}", inner)
+
+
+def _sweep_type(field: dict[str, Any]) -> str:
+    if "enum" in field and len(field["enum"]) < len(VARIABLE_FIELDS):
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if field.get("pattern") == DECIMAL_PATTERN:
+        return "decimal in quotes"
+    if field["type"] == "integer":
+        return f"whole number, {field['minimum']} to {field['maximum']}"
+    return {"array": "list", "object": "group", "string": "text"}[field["type"]]
+
+
+def _sweep_default(field: dict[str, Any]) -> str:
+    default = field.get("default")
+    return "" if default is None or isinstance(default, dict) else f"`{default}`"
 
 
 # ------------------------------------------------------------------------------------ conditions, reasons, exit codes

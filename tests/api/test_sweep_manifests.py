@@ -94,6 +94,13 @@ BY_SCHEMA = {
             "must not vary"
         ),
     ),
+    "seed-that-draws-the-evaluation-rows": (
+        {"parameters": one(path="training.seed", choices=[1, 2])},
+        (
+            "spec.parameters: training.seed also draws dataset.eval.fraction, and trials must be evaluated on the same "
+            "rows: give template.spec.dataset.eval a source, or do not vary the seed"
+        ),
+    ),
     "suspended-template": (
         {"job": {"suspend": True}},
         (

@@ -151,6 +151,18 @@ class QLoRASweepSpec(Model):
             ),
         ),
         Rule(
+            "!self.parameters.exists(p, p.path == 'training.seed') || !has(self.template.spec.dataset.eval) ||"
+            " !has(self.template.spec.dataset.eval.fraction)",
+            "training.seed also draws dataset.eval.fraction, and trials must be evaluated on the same rows: give "
+            "template.spec.dataset.eval a source, or do not vary the seed",
+            "parameters",
+            lambda s: (
+                all(p.path != "training.seed" for p in s.parameters)
+                or s.template.spec.dataset.eval is None
+                or s.template.spec.dataset.eval.fraction is None
+            ),
+        ),
+        Rule(
             "!self.template.spec.suspend",
             "template.spec.suspend must not be set: the sweep suspends and resumes its trials",
             "template.spec.suspend",
