@@ -19,7 +19,7 @@ from qlora_api.job import ObjectMeta, QLoRAJob
 from qlora_api.sweep.parameters import text_of
 from qlora_api.sweep.result import RESULT_FILE, SweepResult
 from qlora_api.sweep.spec import AlgorithmType
-from qlora_api.sweep.trials import trial_name, trial_spec
+from qlora_api.sweep.trials import trial_spec
 from qlora_cli.local import local_spec, machine, run_folder
 from qlora_cli.local.attempt_loop import INTERRUPTED, AttemptSettings, LocalRun, next_commands
 from qlora_cli.local.run import PATIENCE_SECONDS, put_manifest_aside, read_record, require_even_split
@@ -120,13 +120,23 @@ def _open(folder: SweepFolder, name: str, spec: QLoRASweepSpec, console: Console
     if record is not None:
         return resumed(folder, record, spec)
     if folder.path.exists():
-        for number in range(total_trials(spec)):
-            destination = trial_spec(spec, trial_name(name, number), {}).output.destination
-            put_manifest_aside(folder.trial(number), destination, console)
-        _put_result_aside(folder, spec, console)
+        _put_published_aside(folder, console)
         moved = folder.move_aside(run_folder.now())
         console.print(f"The folder of an earlier sweep is now {moved}", soft_wrap=True)
     return new_record(name, spec, run_folder.now())
+
+
+def _put_published_aside(folder: SweepFolder, console: Console) -> None:
+    """Rename what the sweep before has published: its trials' manifests, and its result. The adapters stay."""
+    for path in sorted(folder.trials.glob("*/run.json")):
+        run = run_folder.RunFolder(path.parent)
+        try:
+            trial = run.read()
+        except RunError:  # unreadable; where it published cannot be told
+            continue
+        if trial is not None:
+            put_manifest_aside(run, trial.spec.output.destination, console)
+    _put_result_aside(folder, console)
 
 
 def _require_optuna(spec: QLoRASweepSpec) -> None:
@@ -162,17 +172,13 @@ class _LocalSweep:
             if isinstance(decision, Finish):
                 return self._finish(decision, trials)
             if isinstance(decision, Hold):
-                return self._held(decision.message, trials)
+                return self._held(trials)
             self._run_trial(decision.actions[0], trials)
             if self._stop.asked:
                 setting.console.print("Stopped. The same command resumes this sweep.", style="bold")
                 return INTERRUPTED
             if self._stop.over_budget:
-                budget = setting.spec.budget_gpu_hours
-                return self._held(
-                    f"{budget} {sweep_view.gpu_hours(setting.world)} are used",
-                    read_trials(setting.folder, setting.spec),
-                )
+                return self._held(read_trials(setting.folder, setting.spec))
 
     def _run_trial(self, action: Create | Resume, trials: Sequence[Trial]) -> None:
         """Run a trial until it ends, is suspended for a comparison, or is told to stop."""
@@ -217,10 +223,16 @@ class _LocalSweep:
         update = {"pause_at_step": action.pause_at_step, "device": self._setting.world.device}
         return record.model_copy(update=update)
 
-    def _held(self, message: str, trials: Sequence[Trial]) -> int:
-        console = self._setting.console
-        console.print(sweep_view.trials(trials, self._setting.spec), crop=False)
-        console.print(f"Suspended: {message}; raise spec.budgetGpuHours to resume.", style="bold", soft_wrap=True)
+    def _held(self, trials: Sequence[Trial]) -> int:
+        """Say that the budget is used up, the only reason to hold a sweep here."""
+        spec, console = self._setting.spec, self._setting.console
+        used = f"{used_gpu_hours(trials):.3g} of {spec.budget_gpu_hours} {sweep_view.gpu_hours(self._setting.world)}"
+        console.print(sweep_view.trials(trials, spec), crop=False)
+        console.print(
+            f"The budget is used up: {used}. With a larger spec.budgetGpuHours the same command resumes this sweep.",
+            style="bold",
+            soft_wrap=True,
+        )
         return HELD
 
     def _finish(self, end: Finish, trials: Sequence[Trial]) -> int:
@@ -280,17 +292,26 @@ def _require_own_destination(record: SweepRecord) -> None:
         )
 
 
-def _put_result_aside(folder: SweepFolder, spec: QLoRASweepSpec, console: Console) -> None:
-    """Rename the result that the sweep before has left at the destination; its adapters stay."""
+def _put_result_aside(folder: SweepFolder, console: Console) -> None:
+    """Rename the result that the sweep before has left at its destination.
+
+    Raises:
+        RunError: the destination cannot be read or written.
+
+    """
     try:
-        earlier, store = folder.read(), _store(spec)
-        if earlier is None or _result_uid(store) != earlier.uid:
+        earlier = folder.read()
+    except RunError:  # unreadable; whose result that is cannot be told
+        return
+    if earlier is None:
+        return
+    try:
+        store = _store(earlier.spec)
+        if _result_uid(store) != earlier.uid:
             return
         kept = f"sweep-{earlier.uid[:8]}.json"
         store.put(kept, store.get(RESULT_FILE))
         store.delete(RESULT_FILE)
-    except RunError:  # unreadable; whose result that is cannot be told
-        return
     except JobError as error:
         raise RunError(str(error)) from None
     console.print(f"{store.uri(RESULT_FILE)} is now {kept}", soft_wrap=True)

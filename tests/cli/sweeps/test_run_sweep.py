@@ -149,8 +149,7 @@ def test_the_budget_stops_the_sweep_and_a_larger_one_goes_on(place):
     place.plan(seconds=0.6)
     place.write(budgetGpuHours="0.0005")  # 1.8 seconds of two ranks
     assert place.run() == 43, place.said
-    assert "raise spec.budgetGpuHours to resume" in place.said
-    assert "CPU-rank-hours" in place.said
+    assert "of 0.0005 CPU-rank-hours. With a larger spec.budgetGpuHours the same command resumes" in place.said
     assert not (place.folder / "out" / "sweep.json").exists()
     place.plan()
     place.write(budgetGpuHours="1")
@@ -177,11 +176,15 @@ def test_too_many_failures_end_the_sweep_with_the_reason(place):
 def test_another_spec_is_refused_and_fresh_starts_anew(place):
     place.run()
     uid = place.result()["uid"]
-    place.write(parameters=[{"path": "lora.rank", "choices": [8, 32]}])
-    with pytest.raises(RunError, match=r"holds a sweep of another spec.*\n  spec.parameters: .*\nUse another metadata"):
+    place.write(job={"output": {"destination": "elsewhere"}}, parameters=[{"path": "lora.rank", "choices": [8, 32]}])
+    with pytest.raises(
+        RunError, match=r"(?s)holds a sweep of another spec.*\n  spec.parameters: .*\nUse another metadata"
+    ):
         place.run()
     assert place.run(fresh=True) == 0, place.said
-    assert place.result()["uid"] != uid
+    assert json.loads((place.folder / "elsewhere" / "sweep.json").read_text())["uid"] != uid
+    assert not (place.folder / "out" / "sweep.json").exists()
+    assert not list((place.folder / "out" / "trials").glob("*/manifest.json"))  # of all four trials
     assert json.loads((place.folder / "out" / f"sweep-{uid[:8]}.json").read_text())["uid"] == uid
     assert "The folder of an earlier sweep is now" in place.said
 
