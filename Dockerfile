@@ -55,9 +55,12 @@ ARG UV_INDEX
 ARG UV_FIND_LINKS
 # cpu: PyTorch's own build without CUDA, from PyTorch's own index. Unset: the index's build, which brings CUDA.
 ARG UV_TORCH_BACKEND
+# Empty: without the clients of MLflow, Weights & Biases and TensorBoard (spec.tracking).
+ARG TRACKING="--extra tracking"
 COPY pyproject.toml ./
 RUN /opt/uv/bin/uv pip compile --quiet --no-header --no-annotate --group operator --output-file operator.txt \
-    && /opt/uv/bin/uv pip compile --quiet --no-header --no-annotate --extra trainer pyproject.toml --output-file trainer.txt
+    && /opt/uv/bin/uv pip compile --quiet --no-header --no-annotate --extra trainer $TRACKING pyproject.toml \
+       --output-file trainer.txt
 
 # Compiled once, here; 'unchecked': a start looks at no source again. The generated classes of the Kubernetes client are
 # left out: nothing imports them, and they would be a third of the image.

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, StringConstraints
 from qlora_api.base import Model
 from qlora_api.batch import BatchSplit
 from qlora_api.spec import ComputeType, QLoRAJobSpec
-from qlora_api.status import Adapter, Memory, PrepareResult, Progress, Reason
+from qlora_api.status import Adapter, Memory, PrepareResult, Progress, Reason, TrackedRun
 
 TERMINATION_MESSAGE_BYTES = 4096
 """Kubernetes keeps no more of /dev/termination-log."""
@@ -133,6 +133,8 @@ class TerminationMessage(Model):
     """In which the base computed."""
     prepared: PrepareResult | None = None
     """Of Prepare alone."""
+    tracking: list[TrackedRun] = Field([], max_length=3)
+    """The run in each tool of spec.tracking; of worker 0."""
 
     def to_bytes(self) -> bytes:
         """JSON within the limit; the message is what gives way."""
@@ -192,6 +194,8 @@ class ProgressReport(Progress):
     """In which the base computes: as the job says, or what Auto means on the device of this run."""
     warnings: list[Annotated[str, StringConstraints(max_length=512)]] = Field([], max_length=8)
     """What a person who waits for this attempt should know, each once."""
+    tracking: list[TrackedRun] = Field([], max_length=3)
+    """The run in each tool of spec.tracking."""
     first_step: int = 0
     elapsed_seconds: float = 0
     tokens: int = 0

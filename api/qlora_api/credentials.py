@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
     from qlora_api.spec import QLoRAJobSpec
 
-KEYS = frozenset(
+TRACKING_KEYS = frozenset(
+    {"MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "WANDB_API_KEY"}
+)
+"""Of tracking tools: only the process that writes to such a tool gets them, no rank."""
+KEYS = TRACKING_KEYS | frozenset(
     {
         "AWS_ACCESS_KEY_ID",
         "AWS_SECRET_ACCESS_KEY",
@@ -58,6 +62,7 @@ def secrets_of(spec: QLoRAJobSpec) -> Iterator[tuple[str, str]]:
         ("spec.model.credentials", spec.model.credentials),
         ("spec.dataset.train.credentials", spec.dataset.train.credentials),
         ("spec.output.credentials", spec.output.credentials),
+        *((f"spec.tracking[{number}].credentials", sink.credentials) for number, sink in enumerate(spec.tracking)),
     )
     seen = set()
     for field, name in named:

@@ -13,6 +13,7 @@ from pydantic_core import CoreSchema
 from qlora_api.base import Model
 from qlora_api.batch import BatchSplit
 from qlora_api.spec.learning import ComputeType
+from qlora_api.spec.tracking import SinkType
 
 Text = Annotated[str, StringConstraints(max_length=4096)]
 Decimal = Annotated[str, StringConstraints(max_length=32)]
@@ -310,6 +311,17 @@ class Adapter(Model):
     """SHA-256 of the adapter manifest."""
 
 
+class TrackedRun(Model):
+    """The job's run in a tracking tool."""
+
+    type: SinkType
+    """Of spec.tracking."""
+    url: Annotated[str, StringConstraints(max_length=512)] = ""
+    """Where to see the run; empty until it is created."""
+    message: Annotated[str, StringConstraints(max_length=256)] = ""
+    """Why the tool does not have the newest steps; empty while it has them."""
+
+
 class QLoRAJobStatus(Model):
     """Observed state."""
 
@@ -352,3 +364,5 @@ class QLoRAJobStatus(Model):
     peak_memory: Annotated[str, StringConstraints(max_length=16)] = ""
     """Measured peak memory as text, for ``kubectl get``."""
     adapter: Adapter | None = None
+    tracking: list[TrackedRun] = Field([], max_length=3, json_schema_extra=_map_by("type"))
+    """The run in each tool of spec.tracking, as last reported."""

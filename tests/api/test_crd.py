@@ -103,11 +103,13 @@ def cel_violations(job):
     """Return the violations that the API server's CEL would report of a manifest with defaults filled in."""
     broken = []
     for path, model in groups(QLoRAJobSpec):
-        value = job["spec"]
+        found = [job["spec"]]
         for name in path:
-            value = value.get(name, {}) if isinstance(value, dict) else {}
-        if isinstance(value, dict) and value and issubclass(model, Model):
-            broken += [r.message for r in model.rules if not cel.evaluate(r.cel, {"self": value})]
+            inner = [value.get(name, {}) for value in found if isinstance(value, dict)]
+            found = [each for value in inner for each in (value if isinstance(value, list) else [value])]
+        for value in found:
+            if isinstance(value, dict) and value and issubclass(model, Model):
+                broken += [r.message for r in model.rules if not cel.evaluate(r.cel, {"self": value})]
     return broken
 
 
@@ -124,6 +126,10 @@ def with_defaults(made):
         return value
 
     return {**made, "spec": fill(made["spec"], node)}
+
+
+TENSORBOARD = {"type": "TensorBoard", "folder": "s3://logs/board"}
+MLFLOW = {"type": "MLflow", "server": "https://mlflow.example.com", "project": "support"}
 
 
 @pytest.mark.parametrize(
@@ -157,6 +163,14 @@ def with_defaults(made):
         pytest.param({"scheduling__gang": "Kueue"}, id="kueue-without-a-queue"),
         pytest.param({"scheduling__gang": "Kueue", "scheduling__queue": "team"}, id="kueue-with-a-queue"),
         pytest.param({"scheduling__gang": "Volcano"}, id="volcano-without-a-queue"),
+        pytest.param({"tracking": [TENSORBOARD, MLFLOW, {"type": "WandB"}]}, id="all-tracking-tools"),
+        pytest.param({"tracking": [MLFLOW, MLFLOW]}, id="tracking-tool-twice"),
+        pytest.param({"tracking": [{"type": "TensorBoard"}]}, id="tensorboard-without-a-folder"),
+        pytest.param({"tracking": [TENSORBOARD | {"server": "https://b"}]}, id="tensorboard-with-a-server"),
+        pytest.param({"tracking": [TENSORBOARD | {"project": "p"}]}, id="tensorboard-with-a-project"),
+        pytest.param({"tracking": [{"type": "MLflow"}]}, id="mlflow-without-a-server"),
+        pytest.param({"tracking": [MLFLOW | {"folder": "s3://b/f"}]}, id="mlflow-with-a-folder"),
+        pytest.param({"tracking": [MLFLOW | {"entity": "team"}]}, id="mlflow-with-an-entity"),
     ],
 )
 def test_cel_and_python_agree_on_every_rule(changes):

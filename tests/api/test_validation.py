@@ -29,6 +29,7 @@ FULL = manifest(
         "nodeSelector": {"gpu": "a"},
         "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
     },
+    tracking=[{"type": "WandB", "server": "https://wandb.example.com", "project": "support", "entity": "team"}],
 )
 ABSENT = object()
 OTHER_TYPES = (None, True, False, 1, 1.5, "1", "", [], ["1"], [None], {}, {"a": "b"}, {"a": None})
@@ -57,7 +58,7 @@ def fields(node, path=()):
 
 def values(path, node):
     """Yield values around what a schema allows, and of other types."""
-    if path[-1] in ("source", "destination"):
+    if path[-1] in ("source", "destination", "folder"):
         yield from ADDRESSES
         yield from (value for value in OTHER_TYPES if value != "1")  # a local path, which 'qlora run' takes
         return

@@ -203,8 +203,34 @@ def test_a_job_may_name_no_claim_that_its_creator_may_not_get(cluster, team, fie
     assert f'spec.{field}: "pvc://theirs/folder" – jane may not get this PersistentVolumeClaim' in said
 
 
+TOOLS = (
+    {"type": "MLflow", "server": "https://mlflow.example.com"},
+    {"type": "WandB"},
+    {"type": "TensorBoard", "folder": "s3://logs/board"},
+)
+
+
+def tracking(namespace, number, **changes):
+    """A job that names three tracking tools, the one of this number with changes."""
+    tools = [tool | (changes if tool is TOOLS[number] else {}) for tool in TOOLS]
+    return naming(namespace, "tracking", tools)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_job_may_give_no_tracking_tool_a_secret_that_its_creator_may_not_get(cluster, team, number):
+    assert refusal(cluster, tracking(team, number, credentials="hers"), "jane") == ""
+    said = refusal(cluster, tracking(team, number, credentials="theirs"), "jane")
+    assert f'spec.tracking[{number}].credentials: "theirs" – jane may not get this Secret in namespace {team}' in said
+
+
+def test_a_job_may_give_no_tracking_tool_a_claim_that_its_creator_may_not_get(cluster, team):
+    assert refusal(cluster, tracking(team, 2, folder="pvc://hers/board"), "jane") == ""
+    said = refusal(cluster, tracking(team, 2, folder="pvc://theirs/board"), "jane")
+    assert 'spec.tracking[2].folder: "pvc://theirs/board" – jane may not get this PersistentVolumeClaim' in said
+
+
 def test_a_job_that_names_all_of_it_is_not_too_dear_for_the_api_server(cluster, team):
-    """Name everything that costs a check: asking for seven rights at once is limited."""
+    """Name everything that costs a check: asking for eleven rights at once is limited."""
     job = qlora_job("job", team)
     for place in (job["spec"]["model"], job["spec"]["dataset"]["train"], job["spec"]["output"]):
         place["credentials"] = "hers"
@@ -212,6 +238,8 @@ def test_a_job_that_names_all_of_it_is_not_too_dear_for_the_api_server(cluster, 
     job["spec"]["dataset"]["train"]["source"] = "pvc://hers/rows"
     job["spec"]["dataset"]["eval"] = {"source": "pvc://hers/eval"}
     job["spec"]["output"]["destination"] = "pvc://hers/out"
+    job["spec"]["tracking"] = [tool | {"credentials": "hers"} for tool in TOOLS]
+    job["spec"]["tracking"][2]["folder"] = "pvc://hers/board"
     assert refusal(cluster, job, "jane") == ""
 
 

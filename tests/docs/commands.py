@@ -17,7 +17,7 @@ from qlora_cli.app import app
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-OTHERS = {"cat", "cd", "cosign", "docker", "eval", "export", "git", "ls", "sed", "true", "uv", "vllm"}
+OTHERS = {"cat", "cd", "cosign", "docker", "eval", "export", "git", "ls", "sed", "true", "uv", "vllm", "wandb"}
 """Programs that are not ours to check."""
 KUBECTL = {
     *("apply", "auth", "cordon", "create", "delete", "describe", "explain", "get", "logs", "patch", "rollout", "wait"),

@@ -76,7 +76,10 @@ def test_yaml_is_a_job_a_part_of_its_spec_or_values_of_the_chart(block):
     elif body.get("kind") == "ConfigMap":  # of another tool
         assert all(isinstance(text, str) for text in body["data"].values())
     elif set(body) == {"spec"}:
-        groups = {group: {**A_JOB["spec"].get(group, {}), **fields} for group, fields in body["spec"].items()}
+        groups = {
+            group: {**A_JOB["spec"].get(group, {}), **fields} if isinstance(fields, dict) else fields
+            for group, fields in body["spec"].items()
+        }
         QLoRAJob.from_manifest({**A_JOB, "spec": {**A_JOB["spec"], **groups}})
     else:
         values = yaml.safe_load((REPOSITORY / "charts" / "qlora-operator" / "values.yaml").read_text())

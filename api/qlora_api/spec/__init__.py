@@ -1,12 +1,15 @@
 """``QLoRAJob.spec``: every field, default, bound and reason. The CRD and ``qlora explain`` are generated from here.
 
 Read in the order of a manifest: model and dataset (``data.py``), quantization, lora and training (``learning.py``),
-parallelism, checkpoint, output, policy and scheduling (``running.py``); what holds between them stands here.
+parallelism, checkpoint, output, policy and scheduling (``running.py``), tracking (``tracking.py``); what holds between
+them stands here.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
+
+from pydantic import Field
 
 from qlora_api.base import Model, Rule
 from qlora_api.spec.data import (
@@ -46,6 +49,7 @@ from qlora_api.spec.running import (
     SchedulingSpec,
     Toleration,
 )
+from qlora_api.spec.tracking import SinkType, TrackingSink
 from qlora_api.spec.values import REMOTE_SCHEMES, STORE_SCHEMES
 
 __all__ = [
@@ -79,8 +83,10 @@ __all__ = [
     "QuantizationType",
     "Schedule",
     "SchedulingSpec",
+    "SinkType",
     "Tolerance",
     "Toleration",
+    "TrackingSink",
     "TrainingSpec",
     "is_matched",
 ]
@@ -101,6 +107,10 @@ class QLoRAJobSpec(Model):
     output: OutputSpec
     policy: PolicySpec = PolicySpec()
     scheduling: SchedulingSpec = SchedulingSpec()
+    tracking: list[TrackingSink] = Field([], max_length=3)
+    """Tracking tools that get the run's parameters, metrics and artifacts, one of each type. A tool that cannot be
+    reached does not hold up the training, and gets what it missed when it answers again. May be changed while the job
+    runs: the next attempt takes the new list."""
     suspend: bool = False
     """Checkpoint, free the GPUs and wait; set back to false, the job resumes."""
 
@@ -160,5 +170,11 @@ class QLoRAJobSpec(Model):
             "use NF4, FP4 or None",
             "lora.dora",
             lambda s: s.quantization.type is not QuantizationType.INT8 or not s.lora.dora,
+        ),
+        Rule(
+            "!has(self.tracking) || self.tracking.all(a, self.tracking.exists_one(b, a.type == b.type))",
+            "tracking must have at most one entry of each type",
+            "tracking",
+            lambda s: len({sink.type for sink in s.tracking}) == len(s.tracking),
         ),
     )

@@ -19,8 +19,8 @@ class ModelSpec(Model):
     folder with 'qlora run'. Safetensors only; repositories that bring code are refused."""
     credentials: Name | None = None
     """Secret in the job's namespace with the source's credentials under their usual names (AWS_…, HF_TOKEN …). All
-    Secrets of a job are merged into one environment, in the order model, dataset.train, output. If a key occurs twice,
-    the later Secret wins. May be changed while the job runs: the next attempt takes the new one."""
+    Secrets of a job are merged into one environment, in the order model, dataset.train, output, tracking. If a key
+    occurs twice, the later Secret wins. May be changed while the job runs: the next attempt takes the new one."""
     exchangeable: ClassVar = ("credentials",)
 
 
@@ -79,8 +79,8 @@ class DatasetSource(Model):
     """A JSON, CSV, Parquet or Arrow file, a folder of them, or a folder written by datasets.save_to_disk."""
     credentials: Name | None = None
     """Secret in the job's namespace with the source's credentials under their usual names (AWS_…, HF_TOKEN …). All
-    Secrets of a job are merged into one environment, in the order model, dataset.train, output. If a key occurs twice,
-    the later Secret wins. May be changed while the job runs: the next attempt takes the new one."""
+    Secrets of a job are merged into one environment, in the order model, dataset.train, output, tracking. If a key
+    occurs twice, the later Secret wins. May be changed while the job runs: the next attempt takes the new one."""
     exchangeable: ClassVar = ("credentials",)
 
 

@@ -79,8 +79,8 @@ class OutputSpec(Model):
     """Folder in object storage (or a local one with 'qlora run'). It must not hold another run's adapter manifest."""
     credentials: Name | None = None
     """Secret in the job's namespace with the destination's credentials under their usual names (AWS_…, HF_TOKEN …). All
-    Secrets of a job are merged into one environment, in the order model, dataset.train, output. If a key occurs twice,
-    the later Secret wins."""
+    Secrets of a job are merged into one environment, in the order model, dataset.train, output, tracking. If a key
+    occurs twice, the later Secret wins."""
     merge: Merge = Merge.NONE
     """BFloat16: also publish a merged model. It must be as good as the adapter on the base in 16 bits, on some of the
     evaluation rows, or else of the training rows."""

@@ -26,8 +26,10 @@ NEEDED_KEYS = {
         ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_CLIENT_SECRET"),
     ),
     "hf": (("HF_TOKEN",),),
+    "MLflow": (("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME"),),
+    "WandB": (("WANDB_API_KEY",),),
 }
-"""What a Secret must hold for a scheme: of each group one."""
+"""What a Secret must hold for a scheme, or for a tracking tool: of each group one."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class ReferencedObject:
     field: str
     """Below spec."""
     scheme: str = ""
-    """Of the URI that a Secret's credentials are for."""
+    """Of the URI that a Secret's credentials are for, or the type of a tracking tool."""
 
 
 def of_jobs(jobs: Sequence[Object], namespace: str) -> list[ReferencedObject]:
@@ -60,13 +62,15 @@ def _of_job(job: Object, namespace: str) -> Iterator[ReferencedObject]:
         ("model", spec.get("model") or {}, "source"),
         ("dataset.train", train, "source"),
         ("output", spec.get("output") or {}, "destination"),
+        *((f"tracking[{number}]", sink, "folder") for number, sink in enumerate(spec.get("tracking") or ())),
     )
     for field, group, key in groups:
         uri = str(group.get(key, ""))
         scheme, _, rest = uri.partition("://")
         if secret := group.get("credentials"):
             path = core_path(namespace, "secrets", secret)
-            yield ReferencedObject("Secret", secret, path, name, f"{field}.credentials", scheme)
+            kind = scheme or str(group.get("type", ""))
+            yield ReferencedObject("Secret", secret, path, name, f"{field}.credentials", kind)
         if scheme == "pvc":
             claim = rest.partition("/")[0]
             path = core_path(namespace, "persistentvolumeclaims", claim)

@@ -70,6 +70,8 @@ class JobView:
     attempts: tuple[AttemptView, ...]
     adapter: Mapping[str, str]
     """uri, manifestUri, manifestSha256; empty: none yet."""
+    tracking: tuple[Mapping[str, str], ...]
+    """type, url, message of the run in each tracking tool."""
     suspend: bool
     deleting: bool
 
@@ -116,6 +118,7 @@ def view(job: Object) -> JobView:
         ended=time(status.get("completionTime")),
         attempts=tuple(_attempt(a) for a in status.get("attempts") or ()),
         adapter=status.get("adapter") or {},
+        tracking=tuple(status.get("tracking") or ()),
         suspend=bool(spec.get("suspend")),
         deleting="deletionTimestamp" in meta,
     )
@@ -248,6 +251,7 @@ def _view_run(folder: Path, record: Object) -> JobView:
         ended=last.ended if last and state in OVER else None,
         attempts=attempts,
         adapter=result.get("adapter") or {},
+        tracking=tuple(result.get("tracking") or ()),
         suspend=False,
         deleting=False,
     )

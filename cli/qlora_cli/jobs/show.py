@@ -121,6 +121,9 @@ def _result(job: JobView) -> Iterator[tuple[str, str]]:
         yield "Adapter", job.adapter.get("uri", "")
         yield "Manifest", job.adapter.get("manifestUri", "")
         yield "SHA-256", job.adapter.get("manifestSha256", "")
+    for run in job.tracking:
+        problem = f" (without the newest steps: {run['message']})" if run.get("message") else ""
+        yield run.get("type", ""), run.get("url", "") + problem
     if job.rank_hours is not None:
         hours = f"{job.rank_hours:.3g}"
         attempts = f"{figures.plural(len(job.attempts), 'attempt')}, {figures.plural(job.restarts, 'restart')}"

@@ -51,6 +51,12 @@ def localize(spec: QLoRAJobSpec, cwd: Path) -> QLoRAJobSpec:
         source = place("spec.dataset.eval.source", held_out.source, must_exist=True)
         held_out = held_out.model_copy(update={"source": source})
     output = place("spec.output.destination", spec.output.destination, must_exist=False)
+    tracking = [
+        sink.model_copy(update={"folder": place(f"spec.tracking[{number}].folder", sink.folder, must_exist=False)})
+        if sink.folder
+        else sink
+        for number, sink in enumerate(spec.tracking)
+    ]
     if errors:
         raise ManifestError(errors)
     rows = spec.dataset.train.model_copy(update={"source": train})
@@ -59,6 +65,7 @@ def localize(spec: QLoRAJobSpec, cwd: Path) -> QLoRAJobSpec:
             "model": spec.model.model_copy(update={"source": model}),
             "dataset": spec.dataset.model_copy(update={"train": rows, "eval": held_out}),
             "output": spec.output.model_copy(update={"destination": output}),
+            "tracking": tracking,
         }
     )
 
@@ -70,6 +77,7 @@ def unused(spec: QLoRAJobSpec) -> list[str]:
         "model": spec.model.credentials,
         "dataset.train": spec.dataset.train.credentials,
         "output": spec.output.credentials,
+        **{f"tracking[{number}]": sink.credentials for number, sink in enumerate(spec.tracking)},
     }
     found += [f"{name}.credentials: {secret} (the environment counts)" for name, secret in groups.items() if secret]
     return found

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console, RenderableType
 
+    from qlora_api.status import TrackedRun
+
 POLL_SECONDS = 0.5
 ANSWER_SECONDS = 1.0
 """A rank that takes longer is busy; the next question comes soon."""
@@ -102,6 +104,7 @@ class Watcher:
         self._every_steps = every_steps
         self._next = 0.0
         self._warnings = 0
+        self._tracking: dict[str, TrackedRun] = {}
         self._expectation = ""
         self._poll_seconds = poll_seconds
 
@@ -116,12 +119,23 @@ class Watcher:
         for warning in report.warnings[self._warnings :] if report else ():
             self._display.say(f"Warning: {warning}")
             self._warnings += 1
+        for run in report.tracking if report else ():
+            self._tell_of(run)
         if report and report.expected_seconds is not None and not self._expectation:
             self._expectation = expectation(report)
             if report.expected_seconds >= LONG_RUN_SECONDS:
                 self._display.say(self._expectation)
         self._display.show(report or self.last)
         self._next = time.monotonic() + self._poll_seconds
+
+    def _tell_of(self, run: TrackedRun) -> None:
+        """Show where a tracking tool has the run, and that it does not have the newest steps, each once."""
+        before = self._tracking.get(run.type)
+        if run.url and (before is None or before.url != run.url):
+            self._display.say(f"{run.type}: {run.url}")
+        if run.message and (before is None or before.message != run.message):
+            self._display.say(f"Warning: {run.type} does not have the newest steps: {run.message}")
+        self._tracking[run.type] = run
 
 
 def before_second_evaluation(report: ProgressReport, every_steps: int | None) -> bool:

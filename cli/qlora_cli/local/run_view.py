@@ -255,6 +255,8 @@ def _results(record: RunRecord) -> Iterator[tuple[str, str]]:
     if termination and termination.adapter:
         yield "Adapter", termination.adapter.uri
         yield "Manifest", f"{termination.adapter.manifest_uri} (sha256 {termination.adapter.manifest_sha256[:12]}…)"
+    for run in termination.tracking if termination else ():
+        yield run.type.value, run.url + (f" (without the last steps: {run.message})" if run.message else "")
     progress = termination.progress if termination else None
     if progress:
         yield "Steps", f"{progress.step} of {progress.total_steps}, {progress.epoch} epochs"

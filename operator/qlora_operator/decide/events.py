@@ -27,6 +27,7 @@ def transitions(before: QLoRAJobStatus, after: QLoRAJobStatus) -> Iterator[Note]
     if before.reason is Reason.QUEUED and after.reason in _ADMITTED:
         what = f"attempt {after.attempts[-1].number}" if after.attempts else "Prepare"
         yield Note("Normal", "Admitted", f"{what} was admitted")
+    yield from _of_tracking(before, after)
     was, now = _newest(before), _newest(after)
     if now is None or now.end_time is not None:
         return
@@ -35,6 +36,16 @@ def transitions(before: QLoRAJobStatus, after: QLoRAJobStatus) -> Iterator[Note]
         yield _started(after, now)
     if now.running_time is None and ran:
         yield Note("Warning", "Requeued", f"attempt {now.number}: its queue took its GPUs back")
+
+
+def _of_tracking(before: QLoRAJobStatus, after: QLoRAJobStatus) -> Iterator[Note]:
+    """Give that a tracking tool has come to lag behind, or has caught up; by type, as the message may change."""
+    lagged = {run.type for run in before.tracking if run.message}
+    for run in after.tracking:
+        if run.message and run.type not in lagged:
+            yield Note("Warning", "TrackingBehind", f"{run.type} does not have the newest steps: {run.message}")
+        if not run.message and run.type in lagged:
+            yield Note("Normal", "TrackingRecovered", f"{run.type} has all steps: {run.url}")
 
 
 _ADMITTED = (Reason.STARTING, Reason.UNSCHEDULABLE, Reason.PREPARING, Reason.TRAINING, Reason.IMAGE_UNAVAILABLE)

@@ -257,7 +257,8 @@ def _claims(job: QLoRAJob, config: OperatorConfig) -> Iterator[tuple[str, bool]]
     for uri in (spec.model.source, spec.dataset.train.source, held_out):
         if claim := _claim(uri):
             yield claim, True
-    for uri in (spec.output.destination, config.shared_cache_uri):  # last: a claim that is written is not read-only
+    # Last: a claim that is written is not read-only.
+    for uri in (spec.output.destination, *(sink.folder for sink in spec.tracking), config.shared_cache_uri):
         if claim := _claim(uri):
             yield claim, False
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,7 +16,8 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import from_json
 
 from qlora_api.contract import ProgressReport, TerminationMessage
-from qlora_api.status import Memory, MemoryComponent, PrepareResult, Progress
+from qlora_api.spec import SinkType
+from qlora_api.status import Memory, MemoryComponent, PrepareResult, Progress, TrackedRun
 from qlora_api.untrusted.printable import printable
 
 MOST = 2**53 - 1
@@ -23,7 +25,7 @@ MOST = 2**53 - 1
 COMPONENTS = frozenset(component.value for component in MemoryComponent)
 _READ_FIELDS = frozenset(
     {
-        *("job", "attempt", "section", "memory", "firstStep", "longestStepSeconds", "longestSaveSeconds"),
+        *("job", "attempt", "section", "memory", "firstStep", "longestStepSeconds", "longestSaveSeconds", "tracking"),
         *(to_camel(name) for name in Progress.model_fields),
     }
 )
@@ -45,6 +47,7 @@ def read_report(text: bytes) -> ProgressReport:
     """
     found = _mapping(text)
     found["memory"] = _memory(found.get("memory"))
+    found["tracking"] = _tracking(found.get("tracking"))
     try:
         report = ProgressReport.model_validate({name: value for name, value in found.items() if name in _READ_FIELDS})
     except ValidationError as error:
@@ -68,6 +71,7 @@ def read_termination_message(text: str) -> TerminationMessage | None:
         found = _mapping(text.encode(errors="replace"))
         figures = {"progress": _progress(found.pop("progress", None)), "memory": found.pop("memory", None)}
         prepared = _prepared(found.pop("prepared", None))
+        found["tracking"] = _tracking(found.get("tracking"))
         message = TerminationMessage.model_validate(found)
     except (ReportError, ValidationError):
         return None
@@ -112,6 +116,16 @@ def _printable(value: Any) -> Any:
 def _memory(found: Any) -> dict[str, dict[str, int]]:
     found = found if isinstance(found, dict) else {}
     return {name: known_components(found.get(name)) for name in ("predicted", "measured")}
+
+
+def _tracking(found: Any) -> list[TrackedRun]:
+    """Return the runs in tracking tools that can be read, the first of each type."""
+    runs: dict[SinkType, TrackedRun] = {}
+    for each in found if isinstance(found, list) else ():
+        with suppress(ValidationError):
+            run = TrackedRun.model_validate(each)
+            runs.setdefault(run.type, run)
+    return list(runs.values())
 
 
 def _progress(found: Any) -> Progress | None:

@@ -104,3 +104,11 @@ def test_a_plan_is_taken_whole_or_not_at_all(changes):
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 4000, '{"a":' * 700, "Traceback …", "\ud800"])
 def test_what_is_no_termination_message_is_none(text):
     assert read_termination_message(text) is None
+
+
+def test_of_runs_in_tracking_tools_those_that_can_be_read_are_taken_once_each():
+    run = {"type": "MLflow", "url": "https://mlflow/1", "message": ""}
+    found = [run, {"type": "Other"}, 3, {**run, "url": "x" * 600}, {**run, "url": "https://other"}]
+    for message in (report(tracking=found), word(tracking=found)):
+        assert [each.url for each in message.tracking] == ["https://mlflow/1"]
+    assert report(tracking={"type": "MLflow"}).tracking == []

@@ -76,7 +76,7 @@ class Workshop:
             "output": {"destination": str(self.folder / "out")},
         }
         for group, fields in changes.items():
-            spec[group] = {**spec.get(group, {}), **fields}
+            spec[group] = {**spec.get(group, {}), **fields} if isinstance(fields, dict) else fields
         return spec
 
     def config(

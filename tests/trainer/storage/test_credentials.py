@@ -11,6 +11,7 @@ import pytest
 
 from qlora_api.contract import TrainerConfig
 from qlora_api.credentials import KEYS, prefix_of
+from qlora_api.environment import WORKLOAD_IDENTITY
 from qlora_api.spec import QLoRAJobSpec
 from qlora_trainer.errors import UserError
 from qlora_trainer.storage.credentials import take_credentials
@@ -37,6 +38,17 @@ def test_a_key_that_is_no_credential_does_not_reach_the_environment(name):
     environment = {prefix_of(0) + name: "evil", prefix_of(0) + "AWS_REGION": "here", "PATH": "/bin"}
     take_credentials(spec(model="s"), environment)
     assert environment == {"AWS_REGION": "here", "PATH": "/bin"}
+
+
+def test_a_tracking_tools_credentials_are_a_secrets_alone_in_a_pod():
+    token = "MLFLOW_TRACKING_TOKEN"
+    pod = {WORKLOAD_IDENTITY: "false", token: "admin", "WANDB_API_KEY": "admin"}
+    environment = {**pod, prefix_of(0) + token: "tenant"}
+    take_credentials(spec(model="s"), environment)
+    assert environment == {WORKLOAD_IDENTITY: "false", token: "tenant"}
+    own_machine = {token: "own"}
+    take_credentials(spec(), own_machine)
+    assert own_machine == {token: "own"}
 
 
 def test_of_two_secrets_with_the_same_key_the_later_counts():

@@ -35,6 +35,7 @@ from qlora_trainer.python_process import forbid_inspection
 from qlora_trainer.reporting import termination_message
 from qlora_trainer.storage.authentication import Authenticator
 from qlora_trainer.storage.credentials import take_credentials
+from qlora_trainer.tracking.sinks import check_tracking
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ def _again(config: TrainerConfig) -> Record | None:
     check_destination(config.spec.output.destination, config.job.uid, Authenticator.of(config))
     claim_destination(config.spec.output.destination, config.job)
     records = Records(config)
+    if records.of_run() is None:  # later, a tool that is down does not keep the run from going on
+        check_tracking(config)
     record = find(config, records)
     if record is None:
         return None

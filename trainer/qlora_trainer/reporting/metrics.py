@@ -36,6 +36,8 @@ from qlora_trainer.liveness.heartbeat import node_name
 from qlora_trainer.liveness.watchdog import waited_for
 from qlora_trainer.ranks import Ranks
 from qlora_trainer.reporting.phase_collector import PhaseCollector
+from qlora_trainer.tracking.journal import tracking_folder
+from qlora_trainer.tracking.tracked_runs import read_runs
 
 REQUEST_SECONDS = 5.0
 """A connection on which nothing is said for so long is closed."""
@@ -282,7 +284,11 @@ def serve(recorder: MetricsRecorder, host: str, port: int, port_file: Path | Non
                 return metrics(environ, start_response)
             case "/progress":
                 start_response("200 OK", [("Content-Type", "application/json")])
-                report = recorder.report.model_copy(update={"waiting_for": recorder.waiting_for()})
+                folder = tracking_folder()
+                tracking = read_runs(folder) if folder is not None else []
+                report = recorder.report.model_copy(
+                    update={"waiting_for": recorder.waiting_for(), "tracking": tracking}
+                )
                 return [report.model_dump_json(by_alias=True, exclude_none=True).encode()]
             case "/healthz":
                 start_response("200 OK", [("Content-Type", "text/plain")])

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from qlora_trainer.tracking.journal import Journal
+
 HISTORY_FILE = "history.jsonl"
 PUBLISHED_FILE = "training_history.jsonl"
 MOST_STEPS = 20_000
@@ -31,9 +33,15 @@ log = logging.getLogger(__name__)
 
 
 class TrainingHistory:
-    """Kept by rank 0; on the others it stays unread."""
+    """Kept by rank 0; on the others it stays unread.
 
-    def __init__(self) -> None:
+    Args:
+        journal: gets attempts, steps and evaluations as they come, for tracking tools.
+
+    """
+
+    def __init__(self, journal: Journal | None = None) -> None:
+        self._journal = journal
         self._lines: list[dict[str, Any]] = []
         self._steps = 0
         self._every = 1
@@ -41,21 +49,21 @@ class TrainingHistory:
 
     def attempt(self, number: int, from_step: int, **more: Any) -> None:
         """Note that an attempt begins."""
-        self._lines.append({"attempt": number, "fromStep": from_step, "time": _now(), **more})
+        self._note({"attempt": number, "fromStep": from_step, "time": _now(), **more})
 
     def step(self, number: int, **figures: float) -> None:
         """Note a step and its figures."""
         if self._lines and "loss" in self._lines[-1] and self._lines[-1]["step"] % self._every:
             self._lines.pop()
             self._steps -= 1
-        self._lines.append({"step": number, "time": _now(), **{k: _rounded(v) for k, v in figures.items()}})
+        self._note({"step": number, "time": _now(), **{k: _rounded(v) for k, v in figures.items()}})
         self._steps += 1
         while self._steps > MOST_STEPS:
             self._thin_out(number)
 
     def evaluation(self, step: int, loss: float) -> None:
         """Note the loss of the evaluation rows."""
-        self._lines.append({"step": step, "time": _now(), "evalLoss": _rounded(loss)})
+        self._note({"step": step, "time": _now(), "evalLoss": _rounded(loss)})
 
     def sections(self, attempt: int, step: int, seconds: Mapping[str, float]) -> None:
         """Note how the attempt's time was spent up to now."""
@@ -81,6 +89,13 @@ class TrainingHistory:
         except ValueError as error:
             log.warning("the history of earlier attempts cannot be read (%s); it begins anew", error)
         self._steps = sum("loss" in line for line in self._lines)
+        if self._journal is not None:
+            self._journal.write(self._lines)
+
+    def _note(self, line: dict[str, Any]) -> None:
+        self._lines.append(line)
+        if self._journal is not None:
+            self._journal.write([line])
 
     def _thin_out(self, newest: int) -> None:
         self._every *= 2

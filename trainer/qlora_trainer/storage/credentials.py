@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 
-from qlora_api.credentials import KEYS, prefix_of, secrets_of
+from qlora_api.credentials import KEYS, TRACKING_KEYS, prefix_of, secrets_of
+from qlora_api.environment import WORKLOAD_IDENTITY
 from qlora_api.spec import QLoRAJobSpec
 from qlora_storage.environment import (
     AWS_ENDPOINTS,
@@ -61,6 +62,8 @@ def take_credentials(spec: QLoRAJobSpec, environment: MutableMapping[str, str]) 
     What is in the environment already is the administrator's and wins. It is not sent to a server that a Secret names:
     where a Secret's endpoint counts, credentials of its family that are not a Secret's are removed.
 
+    Credentials of tracking tools are a Secret's alone, since a job names the servers that they are sent to.
+
     Without such variables, as with ``qlora run`` or in a pod of an earlier operator, the environment stays as it is.
 
     Raises:
@@ -74,6 +77,9 @@ def take_credentials(spec: QLoRAJobSpec, environment: MutableMapping[str, str]) 
         if given and not KEYS & given.keys():
             raise UserError(field, name, f"must be a Secret with some of the keys {', '.join(sorted(KEYS))}")
         taken |= {key: value for key, value in given.items() if key in KEYS}
+    if WORKLOAD_IDENTITY in environment:  # a pod: the job names the tool's server, and may name one of its author's own
+        for name in TRACKING_KEYS:
+            environment.pop(name, None)
     yields = {name for token, names in SET_BY_CLOUDS.items() if token in environment for name in names}
     for family in FAMILIES:
         if any(environment.get(name, "").strip() for name in family.endpoints):

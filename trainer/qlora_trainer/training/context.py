@@ -30,6 +30,7 @@ from qlora_trainer.reporting.metrics import MetricsRecorder
 from qlora_trainer.reporting.pace import Pace
 from qlora_trainer.reporting.training_history import TrainingHistory
 from qlora_trainer.storage.authentication import Authenticator
+from qlora_trainer.tracking.journal import journal_of_environment
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ class TrainingContext:
     pace: Pace
     resumes: Checkpoint | None
     """What the attempt goes on from."""
-    history: TrainingHistory = field(default_factory=TrainingHistory)
+    history: TrainingHistory
 
     @property
     def model(self) -> Any:
@@ -214,8 +215,9 @@ def build(config: TrainerConfig, ranks: Ranks, recorder: MetricsRecorder, stop: 
     recorder.set("qlora_steps_planned", total_steps)
     recorder.update(total_steps=total_steps)
     pace = Pace(ranks, ranks.gather(node_name()))
+    history = TrainingHistory(journal_of_environment() if ranks.is_first else None)
     return TrainingContext(
-        config, ranks, recorder, prepared, data, engine, batches, checkpoints, total_steps, stop, pace, resumes
+        config, ranks, recorder, prepared, data, engine, batches, checkpoints, total_steps, stop, pace, resumes, history
     )
 
 

@@ -9,7 +9,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,8 @@ from qlora_trainer.reporting import termination_message
 from qlora_trainer.storage.authentication import Authenticator
 from qlora_trainer.worker.peers import LOOPBACK, Rendezvous, WorkerIdentity, hold_store, meet
 from qlora_trainer.worker.rank_processes import InterruptedBySignalError, run_ranks
-from qlora_trainer.worker.stop import Stop, child_processes
+from qlora_trainer.worker.stop import Stop
+from qlora_trainer.worker.tracking_processes import TrackingProcesses, environment_with, tracking_processes
 
 PEER_SECONDS = 30
 """When a rank or a worker has failed, the ranks that depend on it get this long to notice before they are killed."""
@@ -60,11 +61,15 @@ def launch(config: TrainerConfig, config_path: Path, stop: Stop) -> int:
     place = WorkerIdentity.of(config)
     authenticator = Authenticator.of(config)
     raise_open_file_limit()
-    with tempfile.TemporaryDirectory(prefix="qlora-heartbeats-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="qlora-heartbeats-") as folder,
+        tracking_processes(config, config_path, place.index, stop) as tracking,
+    ):
         if config.workers == 1:
             store, port = hold_store()
-            code = _run_ranks(config, config_path, place, port, stop, Path(folder))
+            code = _run_ranks(config, config_path, place, port, stop, Path(folder), tracking)
             del store  # it has served until here
+            tracking.finish(config, code)
             return code
         if authenticator.key is None:
             raise TrainerError(
@@ -74,8 +79,10 @@ def launch(config: TrainerConfig, config_path: Path, stop: Stop) -> int:
         key = authenticator.derive(f"rendezvous/{config.attempt}")
         meeting = meet(place, run_id(config), key, config.spec.policy.stall_timeout_seconds)
         checks = (lambda: _lost(meeting),)
-        code = _run_ranks(config, config_path, place, meeting.store_port, stop, Path(folder), checks)
-        return _with_cause(config, meeting, code)
+        code = _run_ranks(config, config_path, place, meeting.store_port, stop, Path(folder), tracking, checks)
+        code = _with_cause(config, meeting, code)
+        tracking.finish(config, code)
+        return code
 
 
 def _with_cause(config: TrainerConfig, meeting: Rendezvous, code: int) -> int:
@@ -100,16 +107,18 @@ def run_id(config: TrainerConfig) -> str:
 
 
 def rank_environments(
-    config: TrainerConfig, place: WorkerIdentity, store_port: int, heartbeats: Path
+    config: TrainerConfig, place: WorkerIdentity, store_port: int, heartbeats: Path, more: Mapping[str, str]
 ) -> dict[int, dict[str, str]]:
     """Return the whole environment of each rank of this worker, by rank, with torchrun's names.
 
-    Ranks are clients of the launcher's store and serve none themselves: torch calls that the agent's store.
+    Ranks are clients of the launcher's store and serve none themselves: torch calls that the agent's store. They get
+    no credentials of tracking tools. ``more`` are further variables.
     """
     count = config.ranks_per_worker
     cores = os.cpu_count() or 1
     common = {
-        **os.environ,
+        **environment_with(frozenset()),
+        **more,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count))),
         "TOKENIZERS_PARALLELISM": "false",
         "DS_ACCELERATOR": "cuda" if config.device == "CUDA" else "cpu",
@@ -143,6 +152,7 @@ def _run_ranks(
     store_port: int,
     stop: Stop,
     folder: Path,
+    tracking: TrackingProcesses,
     checks: Sequence[Callable[[], Verdict | None]] = (),
 ) -> int:
     """Run the ranks to their end.
@@ -154,6 +164,7 @@ def _run_ranks(
         store_port: of the store, on loopback.
         stop: told that there are ranks now.
         folder: for their heartbeats.
+        tracking: what they write their history for.
         checks: looked at beside the heartbeats.
 
     """
@@ -162,7 +173,7 @@ def _run_ranks(
     verdicts: list[Verdict] = []
     stop.ranks_begin = True
     command = (*python_command(), "-m", "qlora_trainer.rank", str(config_path))
-    environments = rank_environments(config, place, store_port, folder)
+    environments = rank_environments(config, place, store_port, folder, tracking.rank_environment)
     try:
         with _watching(Path(config.termination_message_path), stop, checks, verdicts):
             failed = run_ranks(command, environments, PEER_SECONDS)
@@ -191,7 +202,7 @@ def _watching(
             if verdict is not None:
                 if not done.wait(verdict.grace_seconds):
                     verdicts.append(verdict)
-                    _end_ranks(message_path, verdict)
+                    _end_ranks(message_path, stop, verdict)
                 return
 
     thread = threading.Thread(target=watch, name="watch", daemon=True)
@@ -226,14 +237,14 @@ def _lost(meeting: Rendezvous) -> Verdict | None:
     return Verdict(ExitCode.PEER_LOST, said, grace_seconds=PEER_SECONDS) if said else None
 
 
-def _end_ranks(message_path: Path, verdict: Verdict) -> None:
+def _end_ranks(message_path: Path, stop: Stop, verdict: Verdict) -> None:
     """Say why, then kill: a rank that hangs in a collective, or is stopped, does not hear a SIGTERM."""
     log.error("%s", verdict.text)
     termination = TerminationMessage(
         exit_code=verdict.code, reason=reason_of(verdict.code), message=verdict.text, rank=verdict.rank
     )
     termination_message.write_unless_told(message_path, termination)
-    for child in child_processes():  # the ranks, now
+    for child in stop.child_processes():  # the ranks, now
         with suppress(psutil.NoSuchProcess):
             child.kill()
 

@@ -16,6 +16,8 @@ class Stop:
     """
 
     def __init__(self) -> None:
+        self.companions: set[int] = set()
+        """Processes started from here that are no ranks: the end of the ranks ends them."""
         self.ranks_begin = False
         """From here on there are ranks, or will be in a moment, and they decide how the attempt ends."""
         self._asked = False
@@ -34,7 +36,7 @@ class Stop:
 
     def pass_on(self) -> bool:
         """Tell the processes started from here; False where there are none."""
-        children = child_processes()
+        children = self.child_processes()
         if self._asked and not self._told:
             for child in children:
                 with suppress(psutil.NoSuchProcess):
@@ -42,7 +44,6 @@ class Stop:
             self._told = self.ranks_begin and bool(children)
         return bool(children)
 
-
-def child_processes() -> list[psutil.Process]:
-    children: list[psutil.Process] = psutil.Process().children()
-    return children
+    def child_processes(self) -> list[psutil.Process]:
+        """Return the processes started from here, without companions."""
+        return [child for child in psutil.Process().children() if child.pid not in self.companions]

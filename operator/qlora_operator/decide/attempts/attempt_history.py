@@ -8,14 +8,14 @@ from typing import Any
 
 from qlora_api.batch import BatchSplit
 from qlora_api.lifecycle import restarts
-from qlora_api.status import MAX_ATTEMPTS, Attempt, Memory, Progress, QLoRAJobStatus
+from qlora_api.status import MAX_ATTEMPTS, Attempt, Memory, Progress, QLoRAJobStatus, TrackedRun
 from qlora_operator.decide.attempts.attempt_outcome import Ending
 from qlora_operator.decide.conditions import memory_in_words, time_in_words
 from qlora_operator.decide.decision import Context
 from qlora_operator.state.observed import JobState, ObservedJob
 from qlora_operator.state.reports import known_components
 
-REPORTED_FIELDS = ("progress", "memory", "eta", "peakMemory", "stopSeconds", "graceSeconds")
+REPORTED_FIELDS = ("progress", "memory", "eta", "peakMemory", "stopSeconds", "graceSeconds", "tracking")
 """Of status: figures that pods tell of, which no decision but the time to stop depends on."""
 
 
@@ -80,7 +80,7 @@ def measured(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
     progress = Progress(**{name: getattr(report, name) for name in Progress.model_fields})
     update = {"first_step": report.first_step, "last_step": report.step, "compute_type": report.compute_type}
     status = with_attempt(status, attempt.model_copy(update=update))
-    return _with_measures(status, progress, report.memory)
+    return _with_tracking(_with_measures(status, progress, report.memory), report.tracking)
 
 
 def with_termination_message(status: QLoRAJobStatus, ending: Ending) -> QLoRAJobStatus:
@@ -88,6 +88,7 @@ def with_termination_message(status: QLoRAJobStatus, ending: Ending) -> QLoRAJob
     if termination is None:
         return status
     status = _with_measures(status, termination.progress or status.progress, termination.memory)
+    status = _with_tracking(status, termination.tracking)
     if status.attempts and termination.compute_type is not None:
         status = with_attempt(status, status.attempts[-1].model_copy(update={"compute_type": termination.compute_type}))
     return status.model_copy(update={"adapter": termination.adapter or status.adapter, "eta": ""})
@@ -98,6 +99,17 @@ def with_end(context: Context, status: QLoRAJobStatus, ended: Attempt, ending: E
     status = with_attempt(status, ended)
     status = status.model_copy(update={"gpu_seconds": gpu_seconds(status, context.now)})
     return with_termination_message(status, ending)
+
+
+def _with_tracking(status: QLoRAJobStatus, runs: Sequence[TrackedRun]) -> QLoRAJobStatus:
+    """Take in where tracking tools have the run; what was known before stays where a tool has not answered yet."""
+    known = {run.type: run for run in status.tracking}
+    known |= {run.type: run if run.url else run.model_copy(update={"url": _url(known.get(run.type))}) for run in runs}
+    return status.model_copy(update={"tracking": list(known.values())})
+
+
+def _url(run: TrackedRun | None) -> str:
+    return run.url if run else ""
 
 
 def _with_measures(status: QLoRAJobStatus, progress: Progress | None, memory: Memory | None) -> QLoRAJobStatus:
@@ -154,5 +166,5 @@ def without_figures(status: QLoRAJobStatus) -> QLoRAJobStatus:
     attempts = [a.model_copy(update={"first_step": None, "last_step": None}) for a in status.attempts]
     conditions = [c.model_copy(update={"message": "", "observed_generation": 0}) for c in status.conditions]
     update: dict[str, Any] = {"progress": None, "memory": None, "peak_memory": "", "eta": "", "gpu_seconds": 0}
-    update |= {"grace_seconds": None, "stop_seconds": None}
+    update |= {"grace_seconds": None, "stop_seconds": None, "tracking": []}
     return status.model_copy(update={**update, "attempts": attempts, "conditions": conditions})
