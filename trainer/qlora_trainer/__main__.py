@@ -23,6 +23,7 @@ from qlora_trainer.python_process import forbid_inspection, python_command
 from qlora_trainer.reporting import termination_message
 from qlora_trainer.storage.credentials import take_credentials
 from qlora_trainer.worker.stop import Stop
+from qlora_trainer.worker.tracking_processes import send_published
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ def run(config: TrainerConfig, path: Path, stop: Stop) -> int:
         if done := finished_run(config):
             log.info("%s", done.message)
             termination_message.write(Path(config.termination_message_path), done)
+            if done.adapter is not None:
+                send_published(config, path, stop, done.adapter.uri)
             return ExitCode.DONE
         code = ready(config, path) or _launched(config, path, stop)
     release_after(code, destination, config.job)

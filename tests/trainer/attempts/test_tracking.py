@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 import warnings
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tracking_fixtures import scalars, texts, wandb_rows
 
 from qlora_api.contract import ExitCode
 from qlora_api.spec import SinkType
@@ -20,6 +20,7 @@ from qlora_trainer.reporting.training_history import PUBLISHED_FILE
 from qlora_trainer.tracking.journal import METRICS
 from services.mlflow_server import MLflowServer
 from testing.timeouts import PATIENCE_SECONDS
+from tracking_fixtures import scalars, texts, wandb_rows
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -86,6 +87,13 @@ def test_tensorboard_has_each_step_once_after_an_attempt_that_was_killed(worksho
     assert [step for step, _ in found["eval/loss"]] == list(range(0, STEPS + 1, 5))
     assert texts(board / RUN)["adapter"] == ended.message.adapter.uri
     assert "| lora.rank | 8 |" in texts(board / RUN)["parameters"]
+
+    shutil.rmtree(board)  # as if the attempt had been killed when it had published
+    third = workshop.config(3, **changes)
+    assert workshop.launch(third).wait(timeout=PATIENCE_SECONDS) == ExitCode.DONE
+    ended = workshop.ended(third, 0)
+    assert ended.message.tracking == [TrackedRun(type=SinkType.TENSORBOARD, url=str(board / RUN))], ended.log
+    assert [step for step, _ in scalars(board / RUN)["train/loss"]] == list(range(1, STEPS + 1))
 
 
 @pytest.fixture

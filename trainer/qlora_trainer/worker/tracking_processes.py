@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING
 
 from qlora_api.contract import ExitCode, TrainerConfig
 from qlora_api.credentials import TRACKING_KEYS
+from qlora_storage.errors import JobError
+from qlora_storage.object_store import NotFoundError, open_store
 from qlora_trainer.python_process import python_command
 from qlora_trainer.reporting import termination_message
+from qlora_trainer.reporting.training_history import PUBLISHED_FILE
 from qlora_trainer.tracking.journal import FOLDER_ENVIRONMENT, JOURNAL_FILE, encoded, end_line
 from qlora_trainer.tracking.sinks import KEYS
 from qlora_trainer.tracking.tracked_runs import read_runs
@@ -88,7 +91,9 @@ class TrackingProcesses:
 
 
 @contextmanager
-def tracking_processes(config: TrainerConfig, config_path: Path, index: int, stop: Stop) -> Iterator[TrackingProcesses]:
+def tracking_processes(
+    config: TrainerConfig, config_path: Path, index: int, stop: Stop, history: bytes = b""
+) -> Iterator[TrackingProcesses]:
     """Start one process for each entry of spec.tracking, on worker 0.
 
     Args:
@@ -96,6 +101,7 @@ def tracking_processes(config: TrainerConfig, config_path: Path, index: int, sto
         config_path: where it is, for the processes.
         index: of this worker.
         stop: told which processes are no ranks.
+        history: with which the journal begins.
 
     """
     if index or not config.spec.tracking:
@@ -103,7 +109,7 @@ def tracking_processes(config: TrainerConfig, config_path: Path, index: int, sto
         return
     with tempfile.TemporaryDirectory(prefix="qlora-tracking-", dir=config.cache_dir) as name:
         tracking = TrackingProcesses(folder := Path(name))
-        (folder / JOURNAL_FILE).touch()
+        (folder / JOURNAL_FILE).write_bytes(history)
         try:
             for number, sink in enumerate(config.spec.tracking):
                 command = (*python_command(), "-m", "qlora_trainer.tracking", str(config_path), str(number))
@@ -118,6 +124,29 @@ def tracking_processes(config: TrainerConfig, config_path: Path, index: int, sto
             yield tracking
         finally:
             tracking.kill()
+
+
+def send_published(config: TrainerConfig, config_path: Path, stop: Stop, adapter: str) -> None:
+    """Send the published history: the attempt that published was killed, maybe before the tools had its last steps.
+
+    Args:
+        config: of the attempt that found it published.
+        config_path: where it is, for the processes.
+        stop: told which processes are no ranks.
+        adapter: URI of its folder.
+
+    """
+    if not config.spec.tracking:
+        return
+    try:
+        history = open_store(adapter, "spec.output.destination").get(PUBLISHED_FILE)
+    except (JobError, NotFoundError) as error:
+        log.warning("tracking tools may not have the last steps, since the published history cannot be read: %s", error)
+        return
+    Path(config.cache_dir).mkdir(parents=True, exist_ok=True)
+    index = int(os.environ.get("JOB_COMPLETION_INDEX", "0"))
+    with tracking_processes(config, config_path, index, stop, history) as tracking:
+        tracking.finish(config, ExitCode.DONE)
 
 
 def environment_with(keys: frozenset[str]) -> dict[str, str]:
