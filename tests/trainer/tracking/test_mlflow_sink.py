@@ -3,12 +3,12 @@ from __future__ import annotations
 import warnings
 
 import pytest
-from tracking_fixtures import facts_of
 
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.tracking.journal import StepRow
 from services.mlflow_server import MLflowServer
 from testing.ports import free_port
+from tracking_fixtures import facts_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from tracking_fixtures import facts_of
 
 from qlora_api.spec import SinkType
 from qlora_trainer.errors import UserError
 from qlora_trainer.tracking import sinks
 from qlora_trainer.tracking.sinks import sink_class
 from qlora_trainer.worker.tracking_processes import environment_with
+from tracking_fixtures import facts_of
 
 
 def test_a_tool_without_its_package_is_named(monkeypatch):

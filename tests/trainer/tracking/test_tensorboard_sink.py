@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-from tracking_fixtures import facts_of, scalars, texts
-
 from qlora_trainer.tracking.journal import StepRow
 from qlora_trainer.tracking.tensorboard_sink import TensorBoardSink
+from tracking_fixtures import facts_of, scalars, texts
 
 
 def rows(first, last, loss=1.0):

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import wandb
-from tracking_fixtures import facts_of, wandb_rows
 
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.tracking.journal import FOLDER_ENVIRONMENT, StepRow
 from qlora_trainer.tracking.wandb_sink import WandBSink
 from testing.ports import free_port
+from tracking_fixtures import facts_of, wandb_rows
 
 
 @pytest.fixture(autouse=True)
