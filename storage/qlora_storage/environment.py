@@ -43,6 +43,9 @@ _URL = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(
 PLAIN_URL = "without a user, a password or a query"
 _REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 _REGION = re.compile(r"[A-Za-z0-9-]+")
+_ACCOUNT = re.compile(r"[A-Za-z0-9-]+")
+"""A name in Azure's URLs; with a slash it would name another server."""
+_QUOTED = re.compile(r"""(["']).*\1""", re.DOTALL)
 _SWITCHES = (
     "AWS_ALLOW_HTTP",
     "AWS_DISABLE_BULK_DELETE",
@@ -157,10 +160,14 @@ def check_variables(environ: Mapping[str, str]) -> None:
             continue
         if name not in MANY_LINES and not value.isprintable():
             raise SettingError(f"{name}: has a line break or another control character inside")
+        if _QUOTED.fullmatch(value):
+            raise SettingError(f"{name}: has quotation marks around it, which would be part of the value")
         if name in _URLS and not is_url(value):
             raise SettingError(f"{name}: must be a URL such as https://host or http://host:9000, {PLAIN_URL}")
         if name in _REGIONS and not _REGION.fullmatch(value):
             raise SettingError(f"{name}: must be a region such as us-east-1")
+        if name == "AZURE_STORAGE_ACCOUNT_NAME" and not _ACCOUNT.fullmatch(value):
+            raise SettingError(f"{name}: must be the name of a storage account, of letters and digits")
         if name in _SWITCHES and value.lower() not in (*_ON, *_OFF):
             raise SettingError(f"{name}: must be true or false")
 
@@ -214,6 +221,8 @@ def _read_s3(environ: Mapping[str, str], home: Path, identity: bool) -> StoreSet
     elif keys := _profile_keys(profile):
         config |= keys
     if not any(name in environ for name in _REGIONS) and "region" in profile:
+        if not _REGION.fullmatch(profile["region"]):
+            raise SettingError("region of the AWS profile: must be a region such as us-east-1")
         config["region"] = profile["region"]
     if not any(name in environ for name in ENDPOINTS) and "endpoint_url" in profile:
         if not is_url(profile["endpoint_url"]):

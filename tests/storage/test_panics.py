@@ -146,6 +146,13 @@ def test_a_panic_that_nobody_foresaw_is_a_users_error_in_words():
         ("AWS_REGION", "us east"),
         ("AWS_ALLOW_HTTP", "maybe"),
         ("AWS_SECRET_ACCESS_KEY", "two\nlines"),
+        ("AWS_SECRET_ACCESS_KEY", '"key"'),
+        ("HF_TOKEN", "'token'"),
+        ("GOOGLE_SERVICE_ACCOUNT_KEY", '"{\n}"'),
+        ("AZURE_STORAGE_ACCOUNT_NAME", "server.example/account"),
+        ("AZURE_STORAGE_ACCOUNT_NAME", "account@server.example"),
+        ("AZURE_STORAGE_ACCOUNT_NAME", "169.254.169.254/?"),
+        ("AZURE_STORAGE_ACCOUNT_NAME", "server.example:80#"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_name(name, value):
@@ -179,6 +186,14 @@ def test_the_endpoint_of_a_profile_is_not_repeated_either(tmp_path):
     with pytest.raises(SettingError, match="endpoint_url of the AWS profile: must be a URL") as refused:
         read_settings("s3", {"AWS_CONFIG_FILE": str(tmp_path / "config")}, tmp_path)
     assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("region", ["us east", "eu-west-1.server.example/", "x@server.example", "eu-west-1\n  more"])
+def test_a_region_of_a_profile_is_one(tmp_path, region):
+    """It is a part of the server's name."""
+    (tmp_path / "config").write_text(f"[default]\nregion = {region}\n")
+    with pytest.raises(SettingError, match=r"^region of the AWS profile: must be a region such as us-east-1$"):
+        read_settings("s3", {"AWS_CONFIG_FILE": str(tmp_path / "config")}, tmp_path)
 
 
 def test_the_hubs_endpoint_is_not_repeated(monkeypatch):
