@@ -8,12 +8,11 @@ from typing import Any
 
 from qlora_api.status import Reason
 from qlora_api.sweep.check import grid_size
-from qlora_api.sweep.parameters import text_of
 from qlora_api.sweep.spec import AlgorithmType, QLoRASweepSpec
 from qlora_api.sweep.trials import Trial, TrialState
 from qlora_sweep.halving import first_pause, promotions
 from qlora_sweep.results import Result, best_of, has_result, used_gpu_hours, value_of
-from qlora_sweep.suggest import suggest
+from qlora_sweep.suggest import suggest, texts_of
 
 
 @dataclass(frozen=True)
@@ -122,24 +121,20 @@ def _next_trial(spec: QLoRASweepSpec, trials: Sequence[Trial], actions: Sequence
     if number is None:
         return None
     earlier: list[Result] = []
-    if spec.algorithm.type is AlgorithmType.TPE:
+    if spec.algorithm.type is not AlgorithmType.GRID:
         existing = {trial.number: trial for trial in trials}
         for before in range(number):
             if before in new:
-                earlier.append(Result(_texts(new[before].values), None))
+                earlier.append(Result(texts_of(new[before].values), None))
                 continue
             trial = existing[before]
-            is_known = before <= number - spec.parallel_trials
+            is_known = spec.algorithm.type is AlgorithmType.TPE and before <= number - spec.parallel_trials
             if is_known and not has_result(trial):
                 return None
             value = value_of(trial) if is_known and trial.state is not TrialState.FAILED else None
             earlier.append(Result(trial.parameters, value, failed=is_known and value is None))
     values = suggest(spec, number, earlier)
     return Create(number, values, first_pause(spec.early_stopping, total_trials(spec)))
-
-
-def _texts(values: Mapping[str, Any]) -> dict[str, str]:
-    return {path: text_of(value) for path, value in values.items()}
 
 
 def _finish(spec: QLoRASweepSpec, trials: Sequence[Trial]) -> Finish:

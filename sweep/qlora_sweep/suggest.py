@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from qlora_sweep.results import Result
 
+MAX_DRAWS = 10
+"""Draws for one trial, as long as there is a trial with the same parameters: training is deterministic."""
 TRIALS_A_SEED = 1_000_003
 """More than a sweep has trials: no trial of one seed draws as one of the next seed does."""
 STARTUP_TRIALS = 10
@@ -29,12 +31,31 @@ def suggest(spec: QLoRASweepSpec, number: int, earlier: Sequence[Result]) -> dic
     Args:
         spec: of the sweep.
         number: of the trial, from 0.
-        earlier: results of the trials with smaller numbers, all of them; only TPE uses them.
+        earlier: results of the trials with smaller numbers, all of them. Random looks at their parameters alone.
 
     """
     if spec.algorithm.type is AlgorithmType.GRID:
         return combination(spec.parameters, number)
-    return _ask(spec, number, earlier)
+    taken = [result.parameters for result in earlier]
+    for draw in range(MAX_DRAWS):
+        values = _ask(spec, number, draw, earlier)
+        if texts_of(values) not in taken:
+            return values
+    return _first_other(spec.parameters, taken) or values
+
+
+def texts_of(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return values as a trial records them."""
+    return {path: text_of(value) for path, value in values.items()}
+
+
+def _first_other(parameters: Sequence[Parameter], taken: Sequence[Mapping[str, str]]) -> dict[str, Any] | None:
+    """Return the first combination of choices that no trial has; None where there are ranges, or no such one."""
+    if any(parameter.choices is None for parameter in parameters):
+        return None
+    paths = [parameter.path for parameter in parameters]
+    every = (dict(zip(paths, each, strict=True)) for each in product(*(p.choices or () for p in parameters)))
+    return next((values for values in every if texts_of(values) not in taken), None)
 
 
 def combination(parameters: Sequence[Parameter], number: int) -> dict[str, Any]:
@@ -43,7 +64,7 @@ def combination(parameters: Sequence[Parameter], number: int) -> dict[str, Any]:
     return dict(zip((p.path for p in parameters), values, strict=True))
 
 
-def _ask(spec: QLoRASweepSpec, number: int, earlier: Sequence[Result]) -> dict[str, Any]:
+def _ask(spec: QLoRASweepSpec, number: int, draw: int, earlier: Sequence[Result]) -> dict[str, Any]:
     """Rebuild the study from the results and ask it once: no state of Optuna's outlives the call."""
     # Not needed for a grid, and takes 38 MiB.
     import optuna  # noqa: PLC0415
@@ -51,17 +72,17 @@ def _ask(spec: QLoRASweepSpec, number: int, earlier: Sequence[Result]) -> dict[s
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions = {p.path: _distribution(p) for p in spec.parameters}
     maximized = spec.objective.metric.is_maximized
-    study = optuna.create_study(sampler=_sampler(spec, number), direction="maximize" if maximized else "minimize")
+    study = optuna.create_study(sampler=_sampler(spec, number, draw), direction="maximize" if maximized else "minimize")
     for result in earlier:
         study.add_trial(_frozen(spec.parameters, distributions, result))
     asked = study.ask(distributions)
     return {p.path: _value(p, asked.params[p.path]) for p in spec.parameters}
 
 
-def _sampler(spec: QLoRASweepSpec, number: int) -> BaseSampler:
+def _sampler(spec: QLoRASweepSpec, number: int, draw: int) -> BaseSampler:
     from optuna.samplers import RandomSampler, TPESampler  # noqa: PLC0415
 
-    seed = (spec.algorithm.seed * TRIALS_A_SEED + number) % 2**32
+    seed = ((spec.algorithm.seed * TRIALS_A_SEED + number) * MAX_DRAWS + draw) % 2**32
     if spec.algorithm.type is AlgorithmType.RANDOM:
         return RandomSampler(seed)
     return TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, constant_liar=True)

@@ -24,7 +24,7 @@ RATES = {"path": "training.learningRate", "range": {"min": "1e-5", "max": "1e-3"
 
 
 def sweep(job=None, name="search", **spec):
-    spec = {"template": {"spec": {**copy.deepcopy(JOB), **(job or {})}}, "parameters": [RANK], "maxTrials": 8, **spec}
+    spec = {"template": {"spec": {**copy.deepcopy(JOB), **(job or {})}}, "parameters": [RANK], "maxTrials": 2, **spec}
     return {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "metadata": {"name": name}, "spec": spec}
 
 
@@ -168,6 +168,10 @@ BY_CHECK = {
         {"parameters": one(path="training.epochs", choices=[1])},
         "spec.parameters[0].choices[0]: 1 as training.epochs: set exactly one of epochs and maxSteps",
     ),
+    "more-trials-than-combinations": (
+        {"algorithm": {"type": "TPE"}, "maxTrials": 3},
+        "spec.maxTrials: 3 must be at most 2, the combinations of the choices: no trial is repeated",
+    ),
     "more-combinations-than-trials": (
         {
             "algorithm": {"type": "Grid"},
@@ -193,6 +197,7 @@ VALID = {
     "choices": {},
     "range": {"parameters": [RATES]},
     "grid": {"algorithm": {"type": "Grid"}, "maxTrials": 2},
+    "grid-of-fewer-combinations-than-trials": {"algorithm": {"type": "Grid"}, "maxTrials": 3},
     "halving": {"earlyStopping": {"minSteps": 30, "reductionFactor": 2}},
     "halving-by-training-loss": {"earlyStopping": {"minSteps": 15}, "objective": {"metric": "TrainingLoss"}},
     "lists": {"parameters": one(path="lora.targetModules", choices=[["q_proj"], ["q_proj", "v_proj"]])},

@@ -87,6 +87,14 @@ def test_tpe_draws_more_trials_near_the_best_than_chance_does():
     assert near["TPE"] > near["Random"]
 
 
+@pytest.mark.parametrize("algorithm", ["Random", "TPE"])
+def test_no_trial_is_repeated(algorithm):
+    machine = Simulation(sweep_spec(algorithm={"type": algorithm}, parallelTrials=2))
+    machine.run()
+    seen = {tuple(trial.parameters.values()) for trial in machine.trials.values()}
+    assert len(seen) == 12  # all combinations of the choices
+
+
 def test_tpe_waits_for_the_results_that_a_trial_is_drawn_from():
     spec = SPECS["tpe"]
     machine = Simulation(spec)

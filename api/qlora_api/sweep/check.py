@@ -23,16 +23,25 @@ def sweep_errors(spec: QLoRASweepSpec) -> list[FieldError]:
     errors = [*_repeated_paths(spec), *_invalid_ranges(spec)]
     if not errors and (together := [*_invalid_combination(spec)]):
         errors += [*_invalid_values(spec)] or together
-    if not errors and spec.algorithm.type is AlgorithmType.GRID and grid_size(spec) > spec.max_trials:
-        sizes = " × ".join(str(len(p.bounds)) for p in spec.parameters)
-        allowed = f"must be at least {grid_size(spec)}, the combinations of the grid ({sizes})"
-        errors.append(FieldError("spec.maxTrials", spec.max_trials, allowed))
-    return errors
+    return errors or [*_trials_and_combinations(spec)]
 
 
 def grid_size(spec: QLoRASweepSpec) -> int:
     """Return the number of combinations of all choices."""
     return math.prod(len(p.choices or ()) for p in spec.parameters)
+
+
+def _trials_and_combinations(spec: QLoRASweepSpec) -> Iterator[FieldError]:
+    """Check that a grid has room for its combinations, and that draws from choices alone need not be repeated."""
+    if any(parameter.choices is None for parameter in spec.parameters):
+        return
+    size, most = grid_size(spec), spec.max_trials
+    if spec.algorithm.type is AlgorithmType.GRID and size > most:
+        sizes = " × ".join(str(len(p.bounds)) for p in spec.parameters)
+        yield FieldError("spec.maxTrials", most, f"must be at least {size}, the combinations of the grid ({sizes})")
+    if spec.algorithm.type is not AlgorithmType.GRID and size < most:
+        allowed = f"must be at most {size}, the combinations of the choices: no trial is repeated"
+        yield FieldError("spec.maxTrials", most, allowed)
 
 
 def _repeated_paths(spec: QLoRASweepSpec) -> Iterator[FieldError]:
