@@ -12,27 +12,28 @@ _HEAD = """\
 
 # Metrics
 
-Trainers and the operator serve Prometheus metrics. Everything they serve is listed here, and a test holds both against
-this list. Units are base units; counters end in `_total`, histograms have `_bucket`, `_sum` and `_count`.
+Trainers and the operator serve Prometheus metrics. This page lists all of them; a test compares it
+with what they serve. Units are base units; counters end in `_total`, histograms have `_bucket`, `_sum` and `_count`.
 
 **Labels.** `job` and `namespace` are those of the QLoRAJob, from trainers and operator alike, so that both can be
-joined. A scrape must let them stand (`honorLabels: true`), as the chart's PodMonitor and ServiceMonitor do. The
+joined. A scrape must keep them (`honorLabels: true`), as the chart's PodMonitor and ServiceMonitor do. The
 PodMonitor adds `pod`, `container`, `endpoint` and `node`; a retry is a new pod, so sum or take the maximum over `pod`:
 `max by (namespace, job) (qlora_loss)`. No label holds free text: jobs that exist, their ranks, and closed lists
 (`reason`, `state`, `component`, `section`, `direction`, `verb`, `code`, `kind`) bound their number.
 
-A job that has been over for a day has no series of its own any more; `qlora_operator_jobs` counts it as long as it
-exists, and `last_over_time(qlora_job_final_loss[30d])` finds what it said last.
+The series of a job disappear a day after it has finished. `qlora_operator_jobs` counts the job as long as it exists,
+and `last_over_time(qlora_job_final_loss[30d])` returns its last value.
 
-A figure that is not known is absent, not zero: `qlora_eval_loss` comes with the first evaluation,
-`qlora_memory_predicted_bytes` only where something was predicted.
+An unknown value is absent, not zero: `qlora_eval_loss` appears with the first evaluation, and
+`qlora_memory_predicted_bytes` only if there is a prediction.
 """
 _DCGM = """\
 ## Together with DCGM
 
-DCGM's exporter knows what a GPU does (utilization, power, errors) and which pod holds it; trainers know what the pod is
-for. They meet in `namespace` and `pod`. Depending on `honorLabels` in the scrape of DCGM's exporter the trainer's pod
-is in `pod` and `namespace`, or in `exported_pod` and `exported_namespace`. This reads both:
+DCGM's exporter has metrics of GPUs (utilization, power, errors) with the pod that uses them, and trainers' metrics
+have the job of the pod. Join them by `namespace` and `pod`. Depending on `honorLabels` of the scrape of DCGM's
+exporter, the trainer's pod is in `pod` and `namespace`, or in `exported_pod` and `exported_namespace`. This query
+handles both:
 
 ```promql
 {either}
