@@ -15,7 +15,7 @@ from qlora_api.sweep.trials import with_values
 DIVIDING_FIELDS = ("training.globalBatchSize", "training.microBatchSize")
 """Most numbers of a range would not divide the batch."""
 MAX_COMBINATIONS = 1024
-"""Combinations of values that are checked; takes about 0.2 s."""
+"""Combinations of values that are checked; takes about half a second."""
 
 
 def sweep_errors(spec: QLoRASweepSpec) -> list[FieldError]:
