@@ -42,7 +42,7 @@ def older(properties):
     reasons = [*("Pending", "Queued", "Starting", "Unschedulable", "Training", "Completed", "UserError", "Suspended")]
     entry["reason"] = status["reason"] = {**TEXT, "enum": reasons}
     status["conditions"] |= {"maxItems": 8}
-    del status["totalRestarts"]
+    del status["totalRestarts"], properties["status"]["default"]
 
 
 @contextmanager
