@@ -1,4 +1,8 @@
-"""Space out writes of a status that another program replaces each time: of two, neither would ever stop. No I/O."""
+"""Space out writes of a job's status that say the same again, or change nothing but figures and words. No I/O.
+
+Of two programs that replace each other's status, neither would ever stop. And words about pods that start are written
+once they no longer change: on a busy cluster they would be many of the writes, each true for a moment.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,9 @@ from qlora_operator.supervisor import backoff
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 300.0
 KEPT = 4
 """Statuses of one job that are remembered: what another program writes may alternate, too."""
+UNCHANGED_FACTOR, LONGEST_FACTOR = 2, 8
+"""Times ``progressSeconds``: for so long words of a job that starts are unchanged, or its status unwritten, before they
+are written."""
 _NO_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -32,6 +39,9 @@ class _History:
     written: tuple[int, ...] = ()
     """Fingerprints of the newest ones, the last one last."""
     repeats: int = 0
+    words: int = 0
+    """Hash of the words that are not written yet."""
+    words_since: float = 0.0
 
 
 @dataclass
@@ -52,6 +62,16 @@ class RepeatedWrites:
     def seconds_since(self, key: Key) -> float:
         """Return how long ago a job's status was written; infinite: never."""
         return self.clock() - self._jobs[key].at if key in self._jobs else float("inf")
+
+    def words_left(self, key: Key, words: int, progress_seconds: float) -> float:
+        """Return for how long words of a job that starts, by their hash, have to wait; 0: they may be written."""
+        history, now = self._jobs.get(key), self.clock()
+        if history is None:
+            return 0.0
+        if history.words != words:
+            history.words, history.words_since = words, now
+        due = max(history.at, history.words_since) + progress_seconds * UNCHANGED_FACTOR
+        return max(0.0, min(due, history.at + progress_seconds * LONGEST_FACTOR) - now)
 
     def seconds_left(self, key: Key, stored: int, wanted: int) -> float:
         """Return for how long a status has to wait; 0: it may be written."""

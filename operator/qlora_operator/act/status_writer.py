@@ -6,6 +6,7 @@ own again, after pauses that grow.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 
@@ -37,7 +38,7 @@ class StatusWriter:
     Args:
         cache: what is known.
         api: the operator's calls.
-        progress_seconds: between two writes of a job that change nothing but figures.
+        progress_seconds: between two writes of a job that change nothing but figures, see ``repeated_writes.py``.
         wake_later: has a key decided on again after a while.
 
     """
@@ -69,6 +70,8 @@ class StatusWriter:
             return True
         if job.status is not None and differ_in_figures(job.status, status):
             left = self._progress_seconds - self._writes.seconds_since(key)
+            if status.reason is Reason.STARTING:
+                left = self._writes.words_left(key, hash(json.dumps(patch, sort_keys=True)), self._progress_seconds)
             if left > 0:
                 self._wake_later(key, left)
                 return True

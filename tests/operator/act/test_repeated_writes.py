@@ -76,3 +76,24 @@ def test_figures_and_times_of_transitions_are_no_other_status():
 
     assert fingerprint(status(0, 1)) == fingerprint(status(5, 2))
     assert fingerprint(status(0, 1)) != fingerprint(status(0, 1, "Unschedulable"))
+
+
+def test_words_of_a_job_that_starts_are_written_once_they_no_longer_change():
+    clock = SettableClock()
+    writes = RepeatedWrites(clock)
+    writes.record(KEY, 0, OURS)
+    assert writes.words_left(KEY, 1, progress_seconds=15) == 30
+    clock.now = 20
+    assert writes.words_left(KEY, 1, progress_seconds=15) == 10
+    assert writes.words_left(KEY, 2, progress_seconds=15) == 30
+    clock.now = 50
+    assert writes.words_left(KEY, 2, progress_seconds=15) == 0
+
+
+def test_words_that_change_all_the_time_are_written_now_and_then():
+    clock = SettableClock()
+    writes, words = RepeatedWrites(clock), 0
+    writes.record(KEY, 0, OURS)
+    while writes.words_left(KEY, words, progress_seconds=15):
+        clock.now, words = clock.now + 1, words + 1
+    assert clock.now == 120
