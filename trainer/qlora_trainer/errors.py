@@ -4,14 +4,14 @@
 
     TrainerError
     ├── UserError              40  never retried: the manifest, the model or the rows must change
-    ├── PathError              40  the operating system refuses a path or a permission
+    ├── PathError              40  the operating system refuses access to a path
     ├── PreemptedError         43  told to stop; a checkpoint is written
-    ├── StalledError           44  somebody did not come, or does not go on
+    ├── StalledError           44  a rank or a worker does not answer
     ├── NonFiniteLossError     45  stopped before the update
     ├── CheckpointError        46  no checkpoint of this run can be read
     ├── StorageError           47  disk full, or object storage out of reach
-    ├── AdapterRejectedError   48  the publish gate found the adapter bad
-    └── PeerLostError          49  another worker is gone, and knows why
+    ├── AdapterRejectedError   48  the publish gate rejects the adapter
+    └── PeerLostError          49  another worker ended, and reports the cause
 
 Errors of libraries get their codes in :mod:`qlora_trainer.reporting.rank_exit`: out of device memory 41, out of
 host memory 42, a collective that timed out 44, a disk that is full 47, a broken connection 49, all else 1.
