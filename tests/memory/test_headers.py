@@ -8,6 +8,7 @@ import pytest
 
 from qlora_api.errors import FieldError
 from qlora_memory import HeaderError, TensorInfo, header_length, model_shape, parse_header, shard_names
+from qlora_memory.shape.model_shape import Experts
 
 from .shapes import LLAMA_8B, llama_8b
 
@@ -81,3 +82,14 @@ def test_a_base_without_layers_that_are_named_so_is_not_planned():
     }
     with pytest.raises(FieldError, match="no weights that are named as decoder layers are"):
         model_shape({"model_type": "own", "hidden_size": 32}, tensors)
+
+
+def test_a_convolution_over_groups_of_channels_is_no_stack_of_experts():
+    tensors = {
+        "embed_tokens.weight": TensorInfo("BF16", (100, 32)),
+        "layers.0.mlp.up_proj.weight": TensorInfo("BF16", (64, 32)),
+        "layers.0.mixer.conv1d.weight": TensorInfo("BF16", (6, 2, 3)),
+    }
+    shape = model_shape({"model_type": "own", "hidden_size": 32}, tensors)
+    assert not isinstance(shape.layers[0].feed_forward, Experts)
+    assert (shape.embeddings, shape.norms) == (100 * 32, 6 * 2 * 3)

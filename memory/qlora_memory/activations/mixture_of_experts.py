@@ -99,6 +99,6 @@ def _dequantized(recorder: LayerRecorder, weight: Linear) -> int:
     setting = recorder.setting
     if not setting.dequantizes or not setting.quantization.type.is_four_bit or not setting.is_quantized(weight):
         return 0
-    one = max(1, recorder.width * weight.inputs * weight.outputs)
+    one = recorder.width * weight.inputs * weight.outputs
     constants = FP32 * weight.elements // BLOCK if setting.quantization.double_quantization else 0
     return min(one * weight.experts, max(one, WORKSPACE // one * one)) + 2 * constants

@@ -38,6 +38,8 @@ def stack_name(name: str, tensor: TensorInfo) -> str | None:
 def expert_stacks(tensors: Mapping[str, TensorInfo], hidden: int) -> dict[int, tuple[Linear, ...]]:
     """Return the weights of the experts of each layer that has any: gate and up in one, then down.
 
+    Tensors that cannot be such matrices, such as the kernel of a convolution that is named as these are, are left out.
+
     Args:
         tensors: of all files.
         hidden: features that go into a layer and come out of it.
@@ -54,7 +56,9 @@ def expert_stacks(tensors: Mapping[str, TensorInfo], hidden: int) -> dict[int, t
     found: dict[int, tuple[Linear, ...]] = defaultdict(tuple)
     for stack in sorted(elements, reverse=True):  # gate_up_proj before down_proj
         count = counts[stack]
-        other = elements[stack] // (count * hidden)
+        other, rest = divmod(elements[stack], count * hidden)
+        if rest or not other:
+            continue
         inputs, outputs = (other, hidden) if stack.endswith("down_proj") else (hidden, other)
         found[int(_LAYER.findall(stack)[0])] += (Linear(stack, inputs, outputs, experts=count),)
     return found

@@ -21,8 +21,9 @@ from qlora_memory.shape.model_shape import (
     Linear,
     ModelShape,
     Norm,
+    OnDisk,
 )
-from qlora_memory.shape.on_disk import SOURCE, on_disk
+from qlora_memory.shape.on_disk import SOURCE
 from qlora_memory.shape.safetensors_headers import TensorInfo
 
 PACKED = frozenset({"gemma", "gemma3_text", "llama", "mistral", "opt", "phi", "qwen2", "qwen3"})
@@ -175,7 +176,7 @@ class ModelConfig:
         )
 
 
-def _known(config: ModelConfig, family: ModelFamily) -> ModelShape:
+def _known(config: ModelConfig, family: ModelFamily, quantized: OnDisk | None) -> ModelShape:
     hidden, _, _, count = config.sizes
     layers = tuple(_layer(config, family, index) for index in range(count))
     vocabulary = config.number("vocab_size")
@@ -204,7 +205,7 @@ def _known(config: ModelConfig, family: ModelFamily) -> ModelShape:
         routers=sum(hidden * layer.feed_forward.count for layer in layers if isinstance(layer.feed_forward, Experts)),
         final_norm=_final_norm(config),
         max_positions=config.get("max_position_embeddings"),
-        on_disk=on_disk(config.values),
+        on_disk=quantized,
     )
 
 

@@ -29,15 +29,15 @@ def model_shape(
             while no tensors are given.
 
     """
-    on_disk(config, source)
+    quantized = on_disk(config, source)
     part = text_part(config, dequantized(config, tensors))
     read = ModelConfig(part.config)
     family = FAMILIES.get(read.model_type)
     if family is None:
-        return shape_of_tensors(read, part.tensors)
+        return shape_of_tensors(read, part.tensors, quantized)
     if part.body is not None:
         family = replace(family, body=family.body.replace("model", part.body, 1))
-    shape = _known(read, family)
+    shape = _known(read, family, quantized)
     if part.tensors:
         _must_agree(shape, part.tensors)
     return shape

@@ -15,8 +15,18 @@ from dataclasses import dataclass
 from qlora_api.errors import FieldError
 from qlora_memory.shape.expert_tensors import expert_stacks, stack_name
 from qlora_memory.shape.model_families import FAMILIES, ModelConfig, _plain, attention_kind
-from qlora_memory.shape.model_shape import Attention, Experts, FeedForward, Head, Layer, Linear, ModelShape, Norm
-from qlora_memory.shape.on_disk import SOURCE, on_disk
+from qlora_memory.shape.model_shape import (
+    Attention,
+    Experts,
+    FeedForward,
+    Head,
+    Layer,
+    Linear,
+    ModelShape,
+    Norm,
+    OnDisk,
+)
+from qlora_memory.shape.on_disk import SOURCE
 from qlora_memory.shape.safetensors_headers import TensorInfo
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
@@ -71,14 +81,20 @@ class WeightCounts:
     """Of all elements those whose type does not follow the compute type, and their bytes."""
 
 
-def shape_of_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo] | None) -> ModelShape:
+def shape_of_tensors(
+    config: ModelConfig, tensors: Mapping[str, TensorInfo] | None, quantized: OnDisk | None
+) -> ModelShape:
     """Return the shape of a model type that is not known here.
+
+    Args:
+        config: of the language model.
+        tensors: of it.
+        quantized: how the base is quantized on disk.
 
     Raises:
         FieldError: there are no tensors, they are packed, or they are no decoder's.
 
     """
-    quantized = on_disk(config.values)
     if not tensors or quantized is not None:
         why = (
             "not from quantized weights. Use the 16-bit base"
@@ -102,16 +118,17 @@ def _count_by_names(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> W
 
     """
     vocabulary, width = _token_table(tensors).shape
+    stacks = expert_stacks(tensors, _first(config, _HIDDEN, width))
+    of_experts = {weight.name for layer in stacks.values() for weight in layer}
     linears: list[Linear] = []
     elements = {"embeddings": 0, "norms": 0, "biases": 0, "routers": 0}
     for name, tensor in tensors.items():
-        if stack_name(name, tensor) is not None or (name.endswith(_HEAD) and not _LAYER.search(name)):
+        if stack_name(name, tensor) in of_experts or (name.endswith(_HEAD) and not _LAYER.search(name)):
             continue
         if (linear := _linear(name, tensor, tensors, config.model_type)) is not None:
             linears.append(linear)
         elif not _is_bias_of_layer(name, tensors, config.model_type):
             elements[_place(name, tensor)] += tensor.elements
-    stacks = expert_stacks(tensors, _first(config, _HIDDEN, width))
     return WeightCounts(
         linears=tuple(linears),
         experts=tuple(weight for layer in stacks.values() for weight in layer),
