@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from mixtures import save_mixture
+from models.tiny_base import write_base
 from qlora_api.spec import ComputeType, LoRABias, LoRASpec, QuantizationSpec, QuantizationType
 from qlora_memory import planned_coverage
 from qlora_trainer.errors import UserError
@@ -22,6 +23,7 @@ from qlora_trainer.model.base_model import (
     weight_bytes,
 )
 from qlora_trainer.model.coverage import coverage_of
+from qlora_trainer.model.experts.structure import router_names
 from qlora_trainer.model.experts.targets import check_targets, linear_layers
 from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end, head_is_plain
 from qlora_trainer.prepare.plan_memory import shape_of
@@ -74,6 +76,16 @@ def test_linear_layers_of_a_class_of_their_own_are_quantized_as_planned(kind, tm
     quantization = QuantizationSpec(type=kind, compute_type=ComputeType.BFLOAT16)
     model = add_lora(load_base(tmp_path, quantization, CPU), LoRASpec(), seed=1)
     assert coverage_of(model) == planned_coverage(shape_of(tmp_path), LoRASpec(), quantization)
+
+
+@pytest.mark.parametrize("kind", [QuantizationType.NF4, QuantizationType.INT8])
+@pytest.mark.parametrize("model_type", ["afmoe", "jetmoe", "longcat_flash"])
+def test_routers_stay_as_they_are(model_type, kind, tmp_path):
+    write_base(model_type, tmp_path)
+    model = load_base(tmp_path, QuantizationSpec(type=kind, compute_type=ComputeType.BFLOAT16), CPU)
+    routers = [model.get_submodule(name) for name in router_names(model)]
+    assert routers
+    assert {type(router) for router in routers} == {torch.nn.Linear}
 
 
 def test_only_the_adapter_is_fp32(tiny_models):

@@ -64,9 +64,7 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         self.expert_names = frozenset(expert_parameters(model)).difference(skipped)
         self.files = self.quantization_config.tensors or DiskTensors(checkpoint_files or ())
         self.device = torch.device(device_map[""])
-        unify_linear_layers(model)
-        if routers := router_names(model):
-            self.quantization_config.llm_int8_skip_modules = sorted({*skipped, *routers})
+        _prepare_layers(self, model)
         super()._process_model_before_weight_loading(model, device_map, **more)
 
     def param_needs_quantization(self, model: Any, param_name: str, **more: Any) -> bool:
@@ -132,11 +130,20 @@ class EightBitConfig(BitsAndBytesConfig):  # type: ignore[misc]
 
 
 class EightBitQuantizer(Bnb8BitHfQuantizer):  # type: ignore[misc]
-    """transformers' 8-bit quantizer, which finds linear layers of a model's own class as well."""
+    """transformers' 8-bit quantizer, which finds layers of a model's own class and leaves routers as they are."""
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **more: Any) -> None:
-        unify_linear_layers(model)
+        _prepare_layers(self, model)
         super()._process_model_before_weight_loading(model, device_map, **more)
+
+
+def _prepare_layers(quantizer: Any, model: Any) -> None:
+    """Have a quantizer find the linear layers of a model that is not loaded yet, and leave its routers as they are."""
+    unify_linear_layers(model)
+    if routers := router_names(model):
+        config = quantizer.quantization_config
+        skipped = quantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules)
+        config.llm_int8_skip_modules = sorted({*skipped, *routers})
 
 
 class _OneAtATime(WeightConverter):  # type: ignore[misc]
