@@ -19,6 +19,7 @@ from qlora_api.status import TrackedRun
 from qlora_trainer.reporting.training_history import PUBLISHED_FILE
 from qlora_trainer.tracking.journal import METRICS
 from services.mlflow_server import MLflowServer
+from testing.ports import free_port
 from testing.timeouts import PATIENCE_SECONDS
 from tracking_fixtures import scalars, texts, wandb_rows
 
@@ -94,6 +95,16 @@ def test_tensorboard_has_each_step_once_after_an_attempt_that_was_killed(worksho
     ended = workshop.ended(third, 0)
     assert ended.message.tracking == [TrackedRun(type=SinkType.TENSORBOARD, url=str(board / RUN))], ended.log
     assert [step for step, _ in scalars(board / RUN)["train/loss"]] == list(range(1, STEPS + 1))
+
+
+def test_a_server_that_is_not_there_ends_prepare_and_not_a_run_that_has_begun(workshop):
+    server = f"http://127.0.0.1:{free_port()}"
+    config = workshop.config(tracking=[{"type": "MLflow", "server": server}])
+    assert workshop.prepare(config) == ExitCode.STORAGE_FAILED
+    ended = workshop.ended(config, ExitCode.STORAGE_FAILED)
+    assert f"spec.tracking[0].server: {server} does not take the run" in ended.text
+    assert workshop.prepare(workshop.config()) == ExitCode.DONE
+    assert workshop.prepare(config) == ExitCode.DONE
 
 
 @pytest.fixture
