@@ -71,8 +71,10 @@ class Workplace:
     def commands(self):
         return commands(self.folder / "plan.json")
 
-    def run(self, *overrides, machine=CPUS_ONLY, **options):
+    def run(self, *overrides, machine=CPUS_ONLY, name=None, **options):
         """Call 'qlora run' in this process; its exit code."""
+        if name:
+            self.write({**manifest(), "metadata": {"name": name}})
         console = Console(file=io.StringIO(), width=160, markup=False, emoji=False, highlight=False)
         request = RunRequest(Path("job.yaml"), overrides=overrides, **options)
         try:

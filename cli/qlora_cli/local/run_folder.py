@@ -144,6 +144,16 @@ class RunFolder:
             write_whole(path, f"{secrets.token_hex(KEY_BYTES)}\n", mode=0o600)
         return path
 
+    def require_not(self, record: str, kind: str) -> None:
+        """Check that the folder is not one of another kind, which has a record of its own.
+
+        Raises:
+            RunError: it is.
+
+        """
+        if (self.path / record).exists():
+            raise RunError(f"{self.path} holds {kind} of this name: use another metadata.name, or another --runs-dir")
+
     def has_checkpoints(self) -> bool:
         return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
 

@@ -116,6 +116,7 @@ def _localized(sweep: QLoRASweep) -> QLoRASweepSpec:
 
 def _open(folder: SweepFolder, name: str, spec: QLoRASweepSpec, console: Console, *, fresh: bool) -> SweepRecord:
     """Return the record to go on with; a new one where there is none, or the sweep there is put aside."""
+    run_folder.RunFolder(folder.path).require_not("run.json", "the run of a job")
     record = folder.read() if not fresh else None
     if record is not None:
         return resumed(folder, record, spec)

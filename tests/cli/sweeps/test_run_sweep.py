@@ -189,6 +189,20 @@ def test_another_spec_is_refused_and_fresh_starts_anew(place):
     assert "The folder of an earlier sweep is now" in place.said
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_sweep_and_a_run_of_one_name_leave_each_other_alone(place, fresh):
+    assert place.run() == 0
+    with pytest.raises(RunError, match=r"runs/search holds a sweep of this name: use another metadata.name"):
+        place.workplace.run(name="search", fresh=fresh)
+    assert (place.runs / "sweep.json").exists()
+    shutil.rmtree(place.runs)
+    shutil.rmtree(place.folder / "out")
+    assert place.workplace.run(name="search") == 0
+    with pytest.raises(RunError, match=r"runs/search holds the run of a job of this name: use another metadata.name"):
+        place.run(fresh=fresh)
+    assert (place.runs / "run.json").exists()
+
+
 def test_limits_may_change(place):
     place.run()
     place.write(maxFailedTrials=0, parallelTrials=2, budgetGpuHours="5")
