@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote
 
-from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, constants, get_token, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is the HTTP library's own
     EntryNotFoundError,
     GatedRepoError,
@@ -264,12 +264,22 @@ def endpoint() -> str:
 
 def _asked(source: HubSource, call: Callable[[], T]) -> T:
     """Run ``call``, again while the Hub may recover; raise this package's errors."""
+    token = get_token() or ""
+    if not (token.isascii() and token.isprintable()):
+        allowed = f"cannot be asked for: HF_TOKEN has a character that no token has; check it in {_secret(source)}"
+        raise UserError(source.field, source.source, allowed)
     patience = PATIENCE_SECONDS if source.patience_seconds is None else source.patience_seconds
     try:
         return call_patiently(call, _fault_of, f"fetch {source.source}", patience)
     except FaultError as error:
         cause = error.__cause__
         raise _translated(source, cause if isinstance(cause, Exception) else error) from cause
+
+
+def _secret(source: HubSource) -> str:
+    return (
+        f"the Secret named by {source.field.rpartition('.')[0]}.credentials (in a cluster) or in your shell (qlora run)"
+    )
 
 
 def _fault_of(error: Exception) -> Fault | None:
@@ -292,9 +302,7 @@ def _may_recover(error: Exception) -> bool:
 
 
 def _translated(source: HubSource, error: Exception) -> UserError | StorageError | NotFoundError:
-    secret = (
-        f"the Secret named by {source.field.rpartition('.')[0]}.credentials (in a cluster) or in your shell (qlora run)"
-    )
+    secret = _secret(source)
     text = without_queries(error)
     page = f"{endpoint()}/{'datasets/' if source.kind == 'dataset' else ''}{source.repo}"
 

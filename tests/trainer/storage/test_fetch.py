@@ -262,6 +262,16 @@ def test_what_the_hub_does_not_give_is_the_users_to_mend(tmp_path, make_model, h
     assert str(caught.value).startswith(f'spec.model.source: "{source}"')
 
 
+@pytest.mark.parametrize("token", ["hf_ключ", "hf_\x01", "hf_a\x7f"])
+def test_a_token_that_no_request_can_carry_is_named_and_not_shown(tmp_path, make_model, hub, monkeypatch, token):
+    hub.add("org/base", as_files(make_model(tmp_path / "model")))
+    monkeypatch.setenv("HF_TOKEN", token)
+    said = r'^spec\.model\.source: "hf://org/base" cannot be asked for: HF_TOKEN has a character that no token has'
+    with pytest.raises(UserError, match=said) as caught:
+        fetch_model("hf://org/base", tmp_path / "cache")
+    assert token not in str(caught.value)
+
+
 @pytest.mark.parametrize("commit_is_named", [False, True])
 def test_without_a_way_to_the_hub_the_user_is_told_what_else_works(tmp_path, monkeypatch, commit_is_named):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
