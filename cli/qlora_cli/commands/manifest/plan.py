@@ -48,7 +48,7 @@ Profiles = Annotated[
     typer.Option(
         "--profiles",
         metavar="values.yaml",
-        help="Values of the operator's chart, to plan for the GPU of the job's profile.",
+        help="Values of the operator's chart, or its ConfigMap, to plan for the GPU of the job's profile.",
     ),
 ]
 
