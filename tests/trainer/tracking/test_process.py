@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import warnings
+from contextlib import closing
 
 import pytest
 
 from qlora_api.batch import split_batch
 from qlora_api.contract import TrainerConfig
-from qlora_trainer.tracking.journal import FOLDER_ENVIRONMENT, JOURNAL_FILE, encoded, end_line
+from qlora_trainer.reporting.training_history import TrainingHistory
+from qlora_trainer.tracking.journal import FOLDER_ENVIRONMENT, JOURNAL_FILE, Journal, encoded, end_line
 from qlora_trainer.tracking.tracked_runs import read_runs
 from services.mlflow_server import MLflowServer
 from testing.timeouts import PATIENCE_SECONDS
-from tracking_fixtures import facts_of
+from tracking_fixtures import facts_of, scalars, wandb_rows
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -27,12 +30,14 @@ with warnings.catch_warnings():
 class SinkProcess:
     """A process and the folder in which it meets rank 0 and the launcher."""
 
-    def __init__(self, folder, sink):
+    def __init__(self, folder, sink, attempt=1):
         self.folder = folder
-        facts = facts_of(sink)
+        facts = facts_of(sink, attempt)
+        folder.mkdir(exist_ok=True)
         config = TrainerConfig(
             job=facts.job,
             spec=facts.spec,
+            attempt=attempt,
             batch=split_batch(facts.spec, 1),
             device="CPU",
             ranks_per_worker=1,
@@ -47,6 +52,7 @@ class SinkProcess:
             [sys.executable, "-m", "qlora_trainer.tracking", str(folder / "config.json"), "0"],
             stdin=subprocess.PIPE,
             env={**os.environ, FOLDER_ENVIRONMENT: str(folder)},
+            start_new_session=True,
         )
 
     def write(self, *lines):
@@ -64,6 +70,12 @@ class SinkProcess:
             assert time.monotonic() < deadline, read_runs(self.folder)
             time.sleep(0.05)
 
+    def kill(self):
+        """Kill it and all that it started."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process.stdin.close()
+
     def end(self):
         """Close its input, and return its exit code."""
         self.process.stdin.close()
@@ -74,15 +86,14 @@ class SinkProcess:
 def started(tmp_path):
     processes = []
 
-    def start(sink):
-        processes.append(SinkProcess(tmp_path, sink))
+    def start(sink, attempt=1):
+        processes.append(SinkProcess(tmp_path / f"attempt-{attempt}", sink, attempt))
         return processes[-1]
 
     yield start
     for each in processes:
-        each.process.kill()
-        each.process.wait()
-        each.process.stdin.close()
+        if each.process.poll() is None:
+            each.kill()
 
 
 def test_a_server_that_was_away_gets_each_step_once_when_it_is_back(started, tmp_path):
@@ -110,4 +121,67 @@ def test_a_process_whose_launcher_was_killed_ends(started, tmp_path):
     sink.train(1, 5)
     sink.wait_until(lambda run: run.url)
     assert sink.end() == 1
-    assert json.loads((tmp_path / "sink-0.json").read_text())["message"] == ""
+    assert json.loads((sink.folder / "sink-0.json").read_text())["message"] == ""
+
+
+STEPS = 40
+MOMENTS = (1, 2, 4, 5, 7, 11, 16, 22, 29, 37)
+"""Steps after which an attempt is killed; a checkpoint is taken at every third step."""
+
+
+def killed_at_each_moment(started, sink):
+    """Run attempts until the last one ends well; each is killed once the tool has some of its steps, or before."""
+    saved = b""
+    for attempt, moment in enumerate((*MOMENTS, STEPS), start=1):
+        process = started(sink, attempt)
+        with closing(Journal(process.folder / JOURNAL_FILE)) as journal:
+            history = TrainingHistory(journal)
+            history.resume(saved)
+            first = max((line["step"] for line in map(json.loads, saved.splitlines()) if "loss" in line), default=0)
+            history.attempt(attempt, first)
+            for step in range(first + 1, moment + 1):
+                history.step(step, loss=float(step))
+                if step % 5 == 0:
+                    history.evaluation(step, step / 2)
+                if step % 3 == 0:
+                    saved = history.to_bytes()
+        if moment == STEPS:
+            process.write(end_line(0, "s3://adapters/tiny"))
+            assert process.end() == 0
+        elif attempt % 3:
+            process.wait_until(lambda run: run.url)
+            process.kill()
+        else:
+            process.kill()  # before it has done anything
+    assert read_runs(process.folder)[0].message == ""
+
+
+LOSSES = [(step, float(step)) for step in range(1, STEPS + 1)]
+EVALUATIONS = [(step, step / 2) for step in range(5, STEPS + 1, 5)]
+
+
+def test_killed_at_ten_moments_tensorboard_has_each_step_once(started, tmp_path):
+    killed_at_each_moment(started, {"type": "TensorBoard", "folder": str(tmp_path / "board")})
+    found = scalars(tmp_path / "board" / "tiny-0a1b2c3d")
+    assert (found["train/loss"], found["eval/loss"]) == (LOSSES, EVALUATIONS)
+
+
+def test_killed_at_ten_moments_mlflow_has_each_step_once(started, tmp_path):
+    with MLflowServer(tmp_path / "mlflow") as server:
+        killed_at_each_moment(started, {"type": "MLflow", "server": server.url})
+        client = MlflowClient(server.url)
+        (run,) = client.search_runs([client.get_experiment_by_name("qlora").experiment_id])
+        for name, expected in (("train/loss", LOSSES), ("eval/loss", EVALUATIONS)):
+            found = client.get_metric_history(run.info.run_id, name)
+            assert sorted((each.step, each.value) for each in found) == expected
+        assert run.info.status == "FINISHED"
+
+
+def test_killed_at_ten_moments_wandb_has_each_step_once(started, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    killed_at_each_moment(started, {"type": "WandB"})
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    rows = wandb_rows(folder)
+    for name, expected in (("train/loss", LOSSES), ("eval/loss", EVALUATIONS)):
+        assert [(row["_step"], row[name]) for row in rows if name in row] == expected
