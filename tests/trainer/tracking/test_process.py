@@ -185,3 +185,13 @@ def test_killed_at_ten_moments_wandb_has_each_step_once(started, tmp_path, monke
     rows = wandb_rows(folder)
     for name, expected in (("train/loss", LOSSES), ("eval/loss", EVALUATIONS)):
         assert [(row["_step"], row[name]) for row in rows if name in row] == expected
+
+
+def test_a_run_is_not_written_by_the_service_of_a_program_that_started_the_trainer(started, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SERVICE", "3-1-tcp-localhost-9")  # where nobody answers
+    sink = started({"type": "WandB"})
+    sink.train(1, 2)
+    sink.write(end_line(0, ""))
+    assert sink.end() == 0

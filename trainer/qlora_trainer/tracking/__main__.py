@@ -10,6 +10,7 @@ import logging
 import os
 import select
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,8 @@ READ_SECONDS = 1.0
 """Between looks for new steps."""
 RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 """Between tries to reach a tool; the last one stays."""
+GIVE_UP_SECONDS = 60.0
+"""After standard input was closed: the launcher waits no longer than this."""
 MESSAGE_LENGTH = 256
 STANDARD_INPUT = 0
 """File descriptor."""
@@ -36,21 +39,32 @@ log = logging.getLogger(__name__)
 
 
 class LauncherGoneError(Exception):
-    """Standard input was closed, and the history has no end: the launcher was killed, and nobody waits."""
+    """Standard input was closed, and nobody waits: the launcher was killed, or has waited long enough."""
 
 
 class Input:
     """Standard input, which says nothing but that it is closed."""
 
     def __init__(self) -> None:
-        self.is_closed = False
+        self._closed_at: float | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed_at is not None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the launcher, if it is still there, waits no longer."""
+        return self._closed_at is not None and time.monotonic() - self._closed_at > GIVE_UP_SECONDS
 
     def wait(self, seconds: float) -> None:
-        """Wait, but not on once it is closed."""
+        """Wait, but not on when it is closed meanwhile."""
         if self.is_closed:
+            time.sleep(seconds)
             return
         ready, _, _ = select.select([STANDARD_INPUT], [], [], seconds)
-        self.is_closed = bool(ready) and not os.read(STANDARD_INPUT, 1)
+        if ready and not os.read(STANDARD_INPUT, 1):
+            self._closed_at = time.monotonic()
 
 
 def follow(sink: Sink, journal: Path, waits: Input, report: Callable[[str, str], None]) -> None:
@@ -91,16 +105,18 @@ def keep_following(facts: RunFacts, journal: Path, waits: Input, report: Callabl
             follow(sink, journal, waits, report)
         except LauncherGoneError:
             raise
-        except Exception as error:  # noqa: BLE001 whatever a library raises: the training goes on
+        except Exception as error:
             log.warning("%s (%s): %s", facts.field, facts.sink.type, error)
             report(url, sentence(error))
+            if waits.is_over:
+                raise LauncherGoneError from error
         else:
             return
         finally:
             if sink is not None:
                 with suppress(Exception):  # it is given up
                     sink.close()
-        waits.wait(RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
+        waits.wait(RETRY_SECONDS[0] if waits.is_closed else RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
         failures += 1
 
 

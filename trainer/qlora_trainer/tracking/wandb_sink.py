@@ -7,10 +7,13 @@ folders of earlier attempts.
 
 from __future__ import annotations
 
+import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+os.environ.pop("WANDB_SERVICE", None)  # of a program that started us: its service keeps runs of its own
 
 import wandb
 from wandb.errors import AuthenticationError, CommError, Error, UsageError
