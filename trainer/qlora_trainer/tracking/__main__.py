@@ -54,7 +54,7 @@ class Input:
 
     @property
     def is_over(self) -> bool:
-        """Whether the launcher, if it is still there, waits no longer."""
+        """True when the launcher, if it is still there, waits no longer."""
         return self._closed_at is not None and time.monotonic() - self._closed_at > GIVE_UP_SECONDS
 
     def wait(self, seconds: float) -> None:
