@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,23 +13,30 @@ from peft import PeftModel
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors.torch import load_file
 
-from qlora_api.spec import LoRASpec, QuantizationSpec, QuantizationType
+from qlora_api.spec import ComputeType, LoRASpec, QuantizationSpec, QuantizationType
+from qlora_api.status import MemoryComponent
 from qlora_trainer.checkpoint import engine_state
 from qlora_trainer.data.batches import eval_batches
 from qlora_trainer.data.packing import unpacked
-from qlora_trainer.model.base_model import add_lora, load_base
+from qlora_trainer.inspection.loading import measure_base
+from qlora_trainer.model.base_model import add_lora, load_base, weight_bytes
 from qlora_trainer.model.experts.targets import linear_layers
 from qlora_trainer.model.loss import NextTokenLoss, call_arguments
+from qlora_trainer.prepare.plan_memory import predicted, shape_of
 from qlora_trainer.publish.merge_adapter import merge
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from qlora_api.contract import TrainerConfig
     from qlora_trainer.data.packing import Sequences
     from qlora_trainer.data.tokenized_rows import TokenizedRows
     from qlora_trainer.prepare.tokenize_rows import PreparedData
 
 CPU = torch.device("cpu")
+WEIGHTS = (
+    str(MemoryComponent.QUANTIZED_WEIGHTS),
+    str(MemoryComponent.QUANTIZATION_CONSTANTS),
+    str(MemoryComponent.UNQUANTIZED_WEIGHTS),
+)
 UNQUANTIZED = QuantizationSpec(type=QuantizationType.NONE)
 KINDS = {
     "NF4": QuantizationSpec(double_quantization=False),
@@ -50,6 +58,47 @@ def quantization_errors(base: Path) -> dict[str, dict[str, float]]:
             both[0] += difference.square().sum().item()
             both[1] += exact[name].square().sum().item()
         found[kind] = {layer: (error / norm) ** 0.5 for layer, (error, norm) in sums.items()}
+    return found
+
+
+def worst_layers(base: Path, count: int) -> list[str]:
+    """Names of the layers with the largest error of NF4 with double quantization, as ``qlora inspect`` measures it."""
+    found: list[dict[str, Any]] = []
+    measure_base(base, CPU, found.append)
+    layers = [value for value in found if "errors" in value]
+    layers.sort(key=lambda value: value["errors"]["NF4+DQ"]["64"], reverse=True)
+    return [value["name"] for value in layers[:count]]
+
+
+def quantized_share(config: TrainerConfig) -> float:
+    """Share of the base's weights that are held in 4 bits, by the tensors that are loaded."""
+    model = load_base(Path(config.spec.model.source), config.spec.quantization, CPU)
+    packed = sum(2 * p.numel() for p in model.parameters() if hasattr(p, "quant_state"))
+    return packed / (packed + sum(p.numel() for p in model.parameters() if not hasattr(p, "quant_state")))
+
+
+def weight_bytes_planned_and_loaded(config: TrainerConfig) -> tuple[int, int]:
+    """Bytes of the base's weights and their constants: by the plan, and of the tensors that are loaded in bfloat16."""
+    base = Path(config.spec.model.source)
+    shape = shape_of(base)
+    assert shape is not None
+    in_bf16 = config.spec.quantization.model_copy(update={"compute_type": ComputeType.BFLOAT16})
+    config = config.model_copy(update={"spec": config.spec.model_copy(update={"quantization": in_bf16})})
+    planned = predicted(config, shape, (config.spec.dataset.max_length,))
+    loaded = weight_bytes(load_base(base, config.spec.quantization, CPU).requires_grad_(requires_grad=False))
+    return sum(planned.get(name, 0) for name in WEIGHTS), sum(loaded.get(name, 0) for name in WEIGHTS)
+
+
+def divergences(configs: list[TrainerConfig], rows: TokenizedRows) -> list[float]:
+    """Mean divergence (Kullback-Leibler, nats) of the next token's distribution from the first base's, by base."""
+    exact: list[torch.Tensor] = []
+    found: list[float] = []
+    for config in configs:
+        model = load_base(Path(config.spec.model.source), config.spec.quantization, CPU).eval()
+        own = [logits.log_softmax(-1) for logits in logits_and_loss(model, rows)[0]]
+        exact = exact or own
+        each = [(one.exp() * (one - other)).sum(-1) for one, other in zip(exact, own, strict=True)]
+        found.append(torch.cat(each).mean().item())
     return found
 
 
