@@ -159,7 +159,7 @@ def skipped(work: Path, rows: SizedData) -> Part:
     text = (
         f"In 16 bits: {', '.join(f'`{name}`' for name in worst)}. The divergence is that of the next token's "
         "distribution from the 16-bit base's, before training (Kullback-Leibler, mean over the targets of the held-out "
-        f"rows, nats): the loss after training differs by less than two seeds do.\n\n{shown}\n\n"
+        f"rows, nats): the losses after training differ too little to rank the three.\n\n{shown}\n\n"
     )
     text += table(["base held as", "bytes planned", "bytes loaded", "divergence"], lines)
     checks = [
