@@ -229,10 +229,19 @@ def test_the_policy_looks_at_every_field_that_names_a_secret_or_a_place(helm):
         v["messageExpression"]
         for v in one(helm.render(), "ValidatingAdmissionPolicy", "operator")["spec"]["validations"]
     }
-    naming = [f for f in fields(QLoRAJobSpec) if f.endswith(("credentials", "source", "destination"))]
-    assert len(naming) >= 7
+    naming = [f for f in fields(QLoRAJobSpec) if f.endswith(("credentials", "source", "destination", "folder"))]
+    assert len(naming) >= 9
     for field in naming:
-        assert any(f"'spec.{field}: " in message for message in messages), field
+        for path in paths_of(field):
+            assert any(f"'spec.{path}: " in message for message in messages), path
+
+
+def paths_of(field: str) -> list[str]:
+    """Paths of a field of the spec in a manifest: one for each entry that its list may have."""
+    group, _, rest = field.partition(".")
+    info = next(f for f in QLoRAJobSpec.model_fields.values() if f.alias == group)
+    most = next((m.max_length for m in info.metadata if hasattr(m, "max_length")), None)
+    return [field] if most is None else [f"{group}[{i}].{rest}" for i in range(most)]
 
 
 def test_the_policy_is_bound_and_refuses_when_in_doubt(rendered):

@@ -268,7 +268,7 @@ def test_an_operator_of_one_namespace_leaves_jobs_of_others_alone(namespaced, fo
         outside = create_job(api, qlora_job("outside", "default", suspend=True))
         inside = create_job(api, qlora_job("inside", namespaced.served, suspend=True))
         api.wait_for(inside, in_state("Suspended"))
-        assert "status" not in api.get(outside)
+        assert api.get(outside)["status"]["observedGeneration"] == 0
     for path in (outside, inside):
         api.delete(path)
 
