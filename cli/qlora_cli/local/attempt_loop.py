@@ -297,9 +297,10 @@ def conclude(
         reason, message = Reason.PREEMPTED, "killed by a second Ctrl-C, without a checkpoint"
     elif ended.stopped is StopSignal.ASKED and code == shell_code(-signal.SIGTERM):  # before it could catch the signal
         reason, message = Reason.PREEMPTED, "stopped before it had anything to checkpoint"
-    progress = termination.progress if termination and termination.progress else report
-    if reason is Reason.PREEMPTED and progress and pause_at_step is not None and progress.step >= pause_at_step:
+    saved = termination.progress if termination and ended.stopped is not StopSignal.KILLED else None
+    if reason is Reason.PREEMPTED and saved and pause_at_step is not None and saved.step >= pause_at_step:
         reason = Reason.SUSPENDED
+    progress = termination.progress if termination and termination.progress else report
     return attempt.model_copy(
         update={
             "end_time": now,

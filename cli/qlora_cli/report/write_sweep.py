@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 from rich.table import Table
 
-from qlora_cli.local.run import read_record
+from qlora_cli.local.run_folder import RunError
 from qlora_cli.report.sweep_figures import TrialHistory, sweep_figures
 from qlora_cli.report.sweep_page import PARAMETER_HEADS, comparison, parameter_rows, sweep_page
 from qlora_cli.sweeps import sweep_view
 from qlora_cli.sweeps.sweep_folder import SweepFolder, last_message, trial_of, values_by_step
 from qlora_storage.local_paths import write_whole
-from qlora_sweep.decide import total_trials
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from rich.console import RenderableType
 
+    from qlora_cli.local.run_folder import RunFolder, RunRecord
     from qlora_cli.report.sweep_figures import SweepFigures
     from qlora_cli.sweeps.sweep_folder import SweepRecord
 
@@ -35,32 +35,28 @@ def write_sweep(folder: SweepFolder, out: Path) -> tuple[Path, RenderableType]:
     """Write the page, and beside it the figures as JSON; return where the figures are, and what to print.
 
     Raises:
-        RunError: the sweep cannot be read.
+        RunError: the sweep cannot be read, or ``out`` would take the place of its record.
 
     """
     record = folder.read()
     assert record is not None
-    histories = [*_histories(folder, record)]
+    figures_path = out.with_suffix(".json")
+    if figures_path == out or figures_path.name == "sweep.json":
+        raise RunError(f"--out {out}: the figures go to {figures_path}; use a name that ends in .html, but sweep.html")
+    runs = [*folder.runs()]
+    histories = [*_histories(runs, record)]
     figures = sweep_figures(record.name, record.uid, record.spec, histories)
-    hours = "GPU-hours" if any(device == "CUDA" for device in _devices(folder, record)) else "CPU-rank-hours"
+    hours = "GPU-hours" if any(run.device == "CUDA" for _, _, run in runs) else "CPU-rank-hours"
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, sweep_page(figures, record.spec, hours))
-    beside = out.with_suffix(".json")
-    write_whole(beside, figures.model_dump_json(by_alias=True, indent=2) + "\n")
-    return beside, _summary(figures, record, hours)
+    write_whole(figures_path, figures.model_dump_json(by_alias=True, indent=2) + "\n")
+    return figures_path, _summary(figures, record, hours)
 
 
-def _devices(folder: SweepFolder, record: SweepRecord) -> Iterator[str]:
-    runs = (read_record(folder.trial(number)) for number in range(total_trials(record.spec)))
-    return (run.device for run in runs if run is not None)
-
-
-def _histories(folder: SweepFolder, record: SweepRecord) -> Iterator[TrialHistory]:
-    for number in range(total_trials(record.spec)):
-        run = folder.trial(number)
-        if (found := read_record(run)) is not None:
-            trial = trial_of(number, found, record.spec, last_message(run, found))
-            yield TrialHistory(trial, values_by_step(run, found, record.spec.objective.metric))
+def _histories(runs: Iterable[tuple[int, RunFolder, RunRecord]], record: SweepRecord) -> Iterator[TrialHistory]:
+    for number, run, found in runs:
+        trial = trial_of(number, found, record.spec, last_message(run, found))
+        yield TrialHistory(trial, values_by_step(run, found, record.spec.objective.metric))
 
 
 def _summary(figures: SweepFigures, record: SweepRecord, hours: str) -> RenderableType:

@@ -179,7 +179,9 @@ class _LocalSweep:
                 setting.console.print("Stopped. The same command resumes this sweep.", style="bold")
                 return INTERRUPTED
             if self._stop.over_budget:
-                return self._held(read_trials(setting.folder, setting.spec))
+                trials = read_trials(setting.folder, setting.spec)
+                decision = decide(setting.spec, trials)  # that trial may have been the last one
+                return self._finish(decision, trials) if isinstance(decision, Finish) else self._held(trials)
 
     def _run_trial(self, action: Create | Resume, trials: Sequence[Trial]) -> None:
         """Run a trial until it ends, is suspended for a comparison, or is told to stop."""

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import glob
 import uuid
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from qlora_api.base import Model
-from qlora_api.status import MemoryComponent
+from qlora_api.status import MemoryComponent, Reason
 from qlora_api.sweep.parameters import text_of
 from qlora_api.sweep.spec import ObjectiveMetric, QLoRASweepSpec
 from qlora_api.sweep.trials import TRIALS_FOLDER, Trial, TrialState, trial_name
@@ -28,7 +29,6 @@ from qlora_cli.local import run_folder
 from qlora_cli.local.run import read_record
 from qlora_cli.local.run_folder import RunError, RunFolder, RunRecord
 from qlora_storage.local_paths import write_whole
-from qlora_sweep.decide import total_trials
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,6 +62,14 @@ class SweepFolder:
 
     def trial(self, number: int) -> RunFolder:
         return RunFolder(self.trials / trial_name(self.path.name, number))
+
+    def runs(self) -> Iterator[tuple[int, RunFolder, RunRecord]]:
+        """Yield the trials that there are, by number, those beyond a ``maxTrials`` that was lowered later too."""
+        prefix = trial_name(self.path.name, 0).removesuffix("0")
+        numbers = (path.name.removeprefix(prefix) for path in self.trials.glob(f"{glob.escape(prefix)}*"))
+        for number in sorted(int(text) for text in numbers if text.isdecimal()):
+            if (record := read_record(self.trial(number))) is not None:
+                yield number, self.trial(number), record
 
     def read(self) -> SweepRecord | None:
         """Return the record; None where there is no sweep.
@@ -118,14 +126,7 @@ def resumed(folder: SweepFolder, record: SweepRecord, spec: QLoRASweepSpec) -> S
 
 def read_trials(folder: SweepFolder, spec: QLoRASweepSpec) -> list[Trial]:
     """Return the trials that there are, by number; none of them runs while a sweep reads them."""
-    return [*_trials(folder, spec)]
-
-
-def _trials(folder: SweepFolder, spec: QLoRASweepSpec) -> Iterator[Trial]:
-    for number in range(total_trials(spec)):
-        run = folder.trial(number)
-        if (record := read_record(run)) is not None:
-            yield trial_of(number, record, spec, last_message(run, record))
+    return [trial_of(number, record, spec, last_message(run, record)) for number, run, record in folder.runs()]
 
 
 def last_message(run: RunFolder, record: RunRecord) -> TerminationMessage | None:
@@ -149,13 +150,17 @@ def values_by_step(run: RunFolder, record: RunRecord, metric: ObjectiveMetric) -
 def trial_of(number: int, record: RunRecord, spec: QLoRASweepSpec, message: TerminationMessage | None) -> Trial:
     """Return what a run tells of its trial."""
     state = TrialState.FAILED if record.failure else TrialState.SUSPENDED
+    step = max((attempt.last_step or 0 for attempt in record.attempts), default=0)
+    paused = bool(record.attempts) and record.attempts[-1].reason is Reason.SUSPENDED
+    if record.pause_at_step is not None and not paused and not record.finished:
+        step = min(step, record.pause_at_step - 1)  # an attempt without its last checkpoint has no value to compare
     return Trial(
         number=number,
         name=record.name,
         parameters={parameter.path: text_of(record.spec.at(parameter.path)) for parameter in spec.parameters},
         state=TrialState.SUCCEEDED if record.finished else state,
         pause_at_step=record.pause_at_step,
-        step=max((attempt.last_step or 0 for attempt in record.attempts), default=0),
+        step=step,
         value=objective_value(spec.objective.metric, message),
         gpu_seconds=gpu_seconds(record),
         message=record.failure[:4096],

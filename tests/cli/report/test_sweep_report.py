@@ -145,3 +145,14 @@ def test_the_command_writes_page_and_figures_and_prints_the_tables(sweep_place):
     assert page.count("<polyline") == 4
     assert page.count("<circle") == 8
     assert "<script" not in page
+
+
+@pytest.mark.parametrize("name", ["sweep.html", "page.json"])
+def test_no_page_takes_the_place_of_a_record_or_of_its_figures(sweep_place, name):
+    assert sweep_place.run() == 0, sweep_place.said
+    before = (sweep_place.runs / "sweep.json").read_bytes()
+    done = CliRunner().invoke(app.app, ["report", "search", "-o", str(sweep_place.runs / name)])
+    assert done.exit_code == 40, done.output
+    assert "use a name that ends in .html, but sweep.html" in " ".join(done.output.split())
+    assert (sweep_place.runs / "sweep.json").read_bytes() == before
+    assert not (sweep_place.runs / name).exists()

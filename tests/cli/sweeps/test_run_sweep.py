@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qlora_api.errors import FieldError, ManifestError
+from qlora_api.status import Reason
 from qlora_cli.local import run_folder
 from qlora_cli.local.run_folder import RunError
 from qlora_cli.manifest.job_manifest import RefusedError
@@ -201,6 +202,27 @@ def test_a_sweep_and_a_run_of_one_name_leave_each_other_alone(place, fresh):
     with pytest.raises(RunError, match=r"runs/search holds the run of a job of this name: use another metadata.name"):
         place.run(fresh=fresh)
     assert (place.runs / "run.json").exists()
+
+
+def test_trials_beyond_a_lowered_limit_are_counted_and_may_be_the_best(place):
+    place.write(algorithm={"type": "Random"}, maxTrials=4)
+    assert place.run() == 0, place.said
+    record = sweep_folder.SweepFolder(place.runs).read()
+    lowered = record.spec.model_copy(update={"max_trials": 2})
+    trials = sweep_folder.read_trials(sweep_folder.SweepFolder(place.runs), lowered)
+    assert [trial.number for trial in trials] == [0, 1, 2, 3]
+
+
+def test_a_trial_without_the_checkpoint_of_its_pause_is_resumed_and_not_compared(place):
+    place.write(earlyStopping=HALVING)
+    assert place.run() == 0, place.said
+    run = sweep_folder.SweepFolder(place.runs).trial(0)
+    record = run.read()
+    paused = record.attempts[0].model_copy(update={"reason": Reason.PREEMPTED, "last_step": 4})
+    killed = record.model_copy(update={"attempts": [paused], "pause_at_step": 4, "result": None, "failure": ""})
+    spec = sweep_folder.SweepFolder(place.runs).read().spec
+    trial = sweep_folder.trial_of(0, killed, spec, None)
+    assert (trial.step, trial.is_compared) == (3, False)
 
 
 def test_limits_may_change(place):
