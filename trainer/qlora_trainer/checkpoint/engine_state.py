@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import deepspeed
 import numpy as np
 import torch
 from torch import nn
 
 from qlora_trainer.checkpoint.checkpoint_store import pack_tensors, unpack_tensors
 from qlora_trainer.engine.deepspeed_engine import base_optimizer
+from qlora_trainer.engine.deepspeed_import import deepspeed
 from qlora_trainer.model.base_model import trainable
 
 ADAPTER_FILE = "adapter.safetensors"

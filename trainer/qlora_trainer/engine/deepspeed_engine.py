@@ -11,13 +11,13 @@ import os
 from datetime import timedelta
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
 from qlora_api.batch import BatchSplit
 from qlora_api.spec import Offload, ParallelismSpec, TrainingSpec
 from qlora_trainer.data.batches import Step
+from qlora_trainer.engine.deepspeed_import import deepspeed
 from qlora_trainer.engine.optim import make_optimizer
 from qlora_trainer.liveness.heartbeat import Heartbeat, Section
 from qlora_trainer.model.base_model import trainable
