@@ -76,11 +76,14 @@ class _Proxy:
             self._loop.close()
 
     async def _stop(self) -> None:
-        self._server.close()
+        # A closed server refuses what it has just accepted, and leaves it open: accept no more, and close it last.
+        for listener in self._server.sockets:
+            self._loop.remove_reader(listener.fileno())
         while others := asyncio.all_tasks() - {asyncio.current_task()}:  # asyncio's own, which accept, add to _tasks
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait(others)
+        self._server.close()
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
