@@ -20,7 +20,7 @@ from charts.installed import (
 )
 from cluster.api import ApiError
 from cluster.cluster_waits import wait_until_counted
-from cluster.control_plane import ControlPlane, Settings
+from cluster.control_plane import ControlPlane, KubectlError, Settings
 from cluster.scenarios.jobs import qlora_job, wait_until_served
 
 if TYPE_CHECKING:
@@ -247,6 +247,15 @@ def test_who_changes_something_else_of_a_job_needs_no_right_to_its_secrets(clust
     cluster.api.create(naming(team, "model.credentials", "theirs") | {"metadata": {"name": "old", "namespace": team}})
     change = json.dumps({"spec": {"suspend": True}})
     cluster.kubectl("patch", "qlorajob", "old", "-n", team, "--type=merge", "-p", change, "--as", "jane")
+
+
+@pytest.mark.parametrize("number", range(len(TOOLS)))
+def test_who_changes_where_a_jobs_keys_go_must_be_allowed_to_get_them(cluster, team, number):
+    job = naming(team, "model.credentials", "theirs") | {"metadata": {"name": f"keys-{number}", "namespace": team}}
+    cluster.api.create(job)
+    change = json.dumps({"spec": {"tracking": [TOOLS[number]]}})
+    with pytest.raises(KubectlError, match=r'spec.model.credentials: "theirs" – jane may not get this Secret'):
+        cluster.kubectl("patch", "qlorajob", f"keys-{number}", "-n", team, "--type=merge", "-p", change, "--as", "jane")
 
 
 def test_a_job_may_name_only_the_priority_classes_of_the_list(cluster, team):
