@@ -12,9 +12,11 @@ from tracking_fixtures import facts_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import ErrorCode
     from mlflow.tracking import MlflowClient
 
-    from qlora_trainer.tracking.mlflow_sink import ADAPTER_TAG, MLflowSink
+    from qlora_trainer.tracking.mlflow_sink import ADAPTER_TAG, MLflowSink, find_or_create_experiment, translated
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,20 @@ def test_a_run_of_two_attempts_has_each_step_once(server, tmp_path):
     assert run.data.tags["qlora.device"] == "CPU"
     assert run.info.status == "FINISHED"
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["history.jsonl"]
+
+
+def test_an_experiment_that_another_job_creates_meanwhile_is_taken(server, monkeypatch):
+    (there,) = [MlflowClient(server.url).create_experiment("race")]
+    answers = iter([None])
+    found = MlflowClient.get_experiment_by_name
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", lambda *a: next(answers, found) and found(*a))
+    assert find_or_create_experiment(MlflowClient(server.url), facts(server, "race")) == there
+
+
+@pytest.mark.parametrize("code", ["REQUEST_LIMIT_EXCEEDED", "RESOURCE_CONFLICT", "TEMPORARILY_UNAVAILABLE"])
+def test_a_server_that_is_busy_ends_no_job_for_good(server, code):
+    with pytest.raises(StorageError, match="does not take the run"), translated(facts(server, "busy")):
+        raise MlflowException("later", error_code=ErrorCode.Value(code))
 
 
 @pytest.mark.parametrize(("code", "status"), [(43, "KILLED"), (47, "FAILED")])

@@ -39,6 +39,8 @@ PARAMETERS_OF_A_REQUEST = 100
 LONGEST_VALUE = 6000
 """Characters of a parameter's value."""
 ATTEMPT_TAGS = ("worldSize", "microBatchSize", "gradientAccumulationSteps", "computeType", "device")
+LATER = {408, 409, 425, 429, 499}
+"""Statuses below 500 after which the same request may succeed."""
 log = logging.getLogger(__name__)
 
 
@@ -133,7 +135,12 @@ def find_or_create_experiment(client: MlflowClient, facts: RunFacts) -> str:
     name = facts.sink.effective_project
     found = client.get_experiment_by_name(name)
     if found is None:
-        return str(client.create_experiment(name))
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)  # another job was faster
     if found.lifecycle_stage != "active":
         raise UserError(
             f"{facts.field}.project", name, "is an experiment that was deleted: restore it, or name another one"
@@ -167,6 +174,6 @@ def translated(facts: RunFacts) -> Iterator[None]:
                 given = facts.sink.credentials
                 allowed = f"are not taken by {server}, or may not write there: {words}"
                 raise UserError(f"{facts.field}.credentials", given, allowed) from error
-            case status if status < 500:
+            case status if status < 500 and status not in LATER:
                 raise UserError(f"{facts.field}.server", server, f"refuses the run: {words}") from error
         raise StorageError(f"{facts.field}.server: {server} does not take the run: {words}") from error

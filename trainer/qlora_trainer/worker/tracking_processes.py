@@ -20,7 +20,7 @@ from qlora_storage.object_store import NotFoundError, open_store
 from qlora_trainer.python_process import python_command
 from qlora_trainer.reporting import termination_message
 from qlora_trainer.reporting.training_history import PUBLISHED_FILE
-from qlora_trainer.tracking.journal import FOLDER_ENVIRONMENT, JOURNAL_FILE, encoded, end_line
+from qlora_trainer.tracking.journal import FOLDER_ENVIRONMENT, JOURNAL_FILE, Journal, end_line
 from qlora_trainer.tracking.sinks import KEYS
 from qlora_trainer.tracking.tracked_runs import read_runs
 
@@ -55,8 +55,9 @@ class TrackingProcesses:
         path = Path(config.termination_message_path)
         message = termination_message.read(path)
         adapter = message.adapter.uri if code == ExitCode.DONE and message and message.adapter else ""
-        with (self.folder / JOURNAL_FILE).open("ab") as journal:
-            journal.write(encoded(end_line(code, adapter)))
+        journal = Journal(self.folder / JOURNAL_FILE)
+        journal.write([end_line(code, adapter)])
+        journal.close()
         seconds = DONE_SECONDS if code == ExitCode.DONE else ENDED_SECONDS
         self._end(seconds)
         sinks = zip(config.spec.tracking, self.processes, strict=True)
@@ -136,7 +137,8 @@ def send_published(config: TrainerConfig, config_path: Path, stop: Stop, adapter
         adapter: URI of its folder.
 
     """
-    if not config.spec.tracking:
+    index = int(os.environ.get("JOB_COMPLETION_INDEX", "0"))
+    if not config.spec.tracking or index != 0:
         return
     try:
         history = open_store(adapter, "spec.output.destination").get(PUBLISHED_FILE)
@@ -144,7 +146,6 @@ def send_published(config: TrainerConfig, config_path: Path, stop: Stop, adapter
         log.warning("tracking tools may not have the last steps, since the published history cannot be read: %s", error)
         return
     Path(config.cache_dir).mkdir(parents=True, exist_ok=True)
-    index = int(os.environ.get("JOB_COMPLETION_INDEX", "0"))
     with tracking_processes(config, config_path, index, stop, history) as tracking:
         tracking.finish(config, ExitCode.DONE)
 
