@@ -111,6 +111,8 @@ test: check  ## Everything that must hold: check, then all tests, on a real clus
 
 .PHONY: test-kueue
 test-kueue: $(VENV)/.all-installed  ## Queues: the operator beside the real Kueue, which is built the first time; needs root
+	@$(STEP) system-packages .ci/system-packages
+	@$(STEP) tools $(BIN)/python tools/services/tools.py
 	@$(STEP) pytest-kueue env $(PYTEST) tests/cluster/kueue $(PYTEST_ARGS)
 
 .PHONY: test-unit

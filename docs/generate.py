@@ -250,6 +250,8 @@ def _following(reason: Reason) -> str:
         return "the job succeeds" if after.succeeded else "the job fails; another attempt would only repeat it"
     if after.batch.micro_batch_size < ended.micro_batch_size:
         return "another attempt with half the micro-batch, then with recomputed activations; not counted"
+    if reason is Reason.CHECKPOINT_UNREADABLE:
+        return "another attempt, which looks for an older checkpoint that is whole; counted"
     return f"another attempt from the last checkpoint; {'counted' if after.counted else 'not counted'}"
 
 

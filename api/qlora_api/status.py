@@ -218,11 +218,11 @@ class MemoryComponent(StrEnum):
     """Component of memory; the same name in predictions, measurements and metrics."""
 
     QUANTIZED_WEIGHTS = "quantizedWeights"
-    """The base's linear layers but the head, as bitsandbytes packs them."""
+    """The base's linear layers but the head, and with NF4 and FP4 its experts, as bitsandbytes packs them."""
     QUANTIZATION_CONSTANTS = "quantizationConstants"
     """absmax of each block of weights, and code tables."""
     UNQUANTIZED_WEIGHTS = "unquantizedWeights"
-    """Embeddings, norms, head, biases and experts, frozen, in the compute type."""
+    """Embeddings, norms, head, biases, routers, skipModules, and with INT8 experts: frozen, in the compute type."""
     ADAPTER_WEIGHTS = "adapterWeights"
     """A and B, and trained biases and magnitudes, in fp32."""
     GRADIENTS = "gradients"
@@ -332,7 +332,7 @@ class QLoRAJobStatus(Model):
     reason: Reason = Reason.PENDING
     conditions: list[Condition] = Field([], max_length=16, json_schema_extra=_map_by("type"))
     attempts: list[Attempt] = Field([], max_length=MAX_ATTEMPTS, json_schema_extra=_map_by("number"))
-    """The newest attempts. Of too many, those that do not count against policy.maxRestarts are dropped first."""
+    """The newest attempts. Where there are too many, those that count against no limit are dropped first."""
     restarts: Count = 0
     """Attempts that count against policy.maxRestarts."""
     total_restarts: Count = 0

@@ -112,7 +112,7 @@ class QLoRAJobSpec(Model):
     reached does not hold up the training, and gets what it missed when it answers again. May be changed while the job
     runs: the next attempt takes the new list."""
     suspend: bool = False
-    """Checkpoint, free the GPUs and wait; set back to false, the job resumes."""
+    """true: save a checkpoint, free the GPUs and wait. false: resume."""
 
     immutable: ClassVar = dict.fromkeys(
         ("model", "dataset", "quantization", "lora", "training", "parallelism"), _RESUME

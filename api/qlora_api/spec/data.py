@@ -105,7 +105,7 @@ class Tolerance(Model):
     """Shares of the rows above which Prepare ends the job, before a GPU is held. Unset: any share is taken."""
 
     truncated: decimal(0, 1) | None = None  # type: ignore[valid-type]
-    """Rows that lose their tail, with longRows Truncate."""
+    """Share of rows that longRows Truncate may shorten."""
     dropped: decimal(0, 1) | None = None  # type: ignore[valid-type]
     """Rows left out as too long, with longRows Drop."""
     fully_masked: decimal(0, 1) | None = None  # type: ignore[valid-type]
@@ -142,7 +142,7 @@ class DatasetSpec(Model):
     packing: bool = True
     """Pack several rows into one sequence of maxLength, with attention masked between them."""
     tolerance: Tolerance = Tolerance()
-    """How much of the rows may be lost or repeated."""
+    """Largest shares, 0 to 1, of the rows that may be lost or repeated; above them the job ends in Prepare."""
     rules: ClassVar = (
         Rule(
             "!has(self.lossOn) || self.lossOn == 'All' || (self.lossOn == 'Assistant') == (self.format == 'Messages')",

@@ -18,7 +18,10 @@ class Offload(StrEnum):
 
 
 class ParallelismSpec(Model):
-    """Data parallelism with DeepSpeed ZeRO: every rank holds the whole quantized base. Rajbhandari et al. 2020."""
+    """Data parallelism with DeepSpeed ZeRO. Rajbhandari et al. 2020.
+
+    With zeroStage 0 to 2 every rank holds the whole quantized base.
+    """
 
     workers: int = Field(1, ge=1, le=256)
     """Pods. 'qlora run' uses this machine instead: all its GPUs, or two CPU processes."""
@@ -108,7 +111,7 @@ class PolicySpec(Model):
     stall_timeout_seconds: int = Field(1800, ge=30, le=86400)
     """If a rank sends no heartbeat for this long, the attempt is ended, the message names the rank, and the job resumes
     from its last checkpoint. Must be longer than a forward or backward pass; loading, saving and publishing may take
-    more. Also how long pods wait for each other."""
+    more. Pods also wait this long for each other."""
     shrink_after_seconds: int = Field(120, ge=10, le=86400)
     """With parallelism.minWorkers: how long to wait for unschedulable pods before trying with fewer."""
     active_deadline_seconds: int | None = Field(None, ge=60, le=31536000)

@@ -1,4 +1,4 @@
-"""What importing DeepSpeed loads in each rank."""
+"""Ranks import DeepSpeed without what it does not need here."""
 
 from __future__ import annotations
 
