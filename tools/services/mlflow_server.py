@@ -71,7 +71,8 @@ class MLflowServer:
             *("--backend-store-uri", f"sqlite:///{self._folder / 'mlflow.db'}", "--workers", "1"),
             *("--serve-artifacts", "--artifacts-destination", str(self._folder / "artifacts")),
         ]
-        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONWARNINGS": "ignore"}
+        settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        environment = {**os.environ, **settings, "PYTHONWARNINGS": "ignore"}
         log = self._folder / "server.log"
         with log.open("ab") as output:
             self._process = subprocess.Popen(
