@@ -166,5 +166,6 @@ def without_figures(status: QLoRAJobStatus) -> QLoRAJobStatus:
     attempts = [a.model_copy(update={"first_step": None, "last_step": None}) for a in status.attempts]
     conditions = [c.model_copy(update={"message": "", "observed_generation": 0}) for c in status.conditions]
     update: dict[str, Any] = {"progress": None, "memory": None, "peak_memory": "", "eta": "", "gpu_seconds": 0}
-    update |= {"grace_seconds": None, "stop_seconds": None, "tracking": []}
+    update |= {"grace_seconds": None, "stop_seconds": None}
+    update["tracking"] = [TrackedRun(type=run.type, message="behind") for run in status.tracking if run.message]
     return status.model_copy(update={**update, "attempts": attempts, "conditions": conditions})
