@@ -95,6 +95,7 @@ def run_sweep(request: SweepRequest, console: Console, commands: Commands, here:
     _require_optuna(spec)
     with run_folder.locked(request.runs_dir, name), stop_on_signals() as stop:
         folder = SweepFolder(request.runs_dir.absolute() / name)
+        _require_destination_elsewhere(spec, folder)
         record = _open(folder, name, spec, console, fresh=request.fresh)
         _require_own_destination(record)
         folder.write(record)
@@ -274,6 +275,21 @@ def _result_uid(store: Store) -> str | None:
         return None
     except (ValueError, AttributeError):
         return "unknown"
+
+
+def _require_destination_elsewhere(spec: QLoRASweepSpec, folder: SweepFolder) -> None:
+    """Check that the result of the sweep does not take the place of its record.
+
+    Raises:
+        FieldError: the destination is the sweep's own folder, or in it.
+
+    """
+    destination = spec.template.spec.output.destination
+    if "://" in destination.removeprefix("file://"):
+        return
+    path = Path(destination.removeprefix("file://")).resolve()
+    if path.is_relative_to(folder.path.resolve()):
+        raise FieldError(DESTINATION, destination, f"must not be in {folder.path}, the folder of the sweep itself")
 
 
 def _require_own_destination(record: SweepRecord) -> None:

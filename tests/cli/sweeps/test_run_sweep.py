@@ -239,6 +239,14 @@ def test_the_destination_of_another_sweep_is_refused_before_any_trial(place):
     assert not place.runs.exists()
 
 
+@pytest.mark.parametrize("below", ["", "/out"])
+def test_a_destination_in_the_sweeps_own_folder_is_refused(place, below):
+    place.write(job={"output": {"destination": f"runs/search{below}"}})
+    with pytest.raises(FieldError, match=r"spec.template.spec.output.destination: .* must not be in .*runs/search"):
+        place.run()
+    assert not (place.runs / "sweep.json").exists()
+
+
 def test_errors_name_file_line_and_the_field_of_the_template(place):
     place.write(parameters=[{"path": "lora.rnk", "choices": [8]}])
     with pytest.raises(RefusedError, match=r'sweep.yaml:\d+: spec.parameters\[0\].path: "lora.rnk" must be the path'):
