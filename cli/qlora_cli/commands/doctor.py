@@ -17,7 +17,7 @@ from qlora_cli.text.printable import write
 
 def doctor(
     manifests: Annotated[
-        list[Path] | None, typer.Argument(metavar="JOB.yaml", help="Manifests of jobs to check, too.")
+        list[Path] | None, typer.Argument(metavar="JOB.yaml", help="Also check these manifests before you submit them.")
     ] = None,
     *,
     output: o.Output = Form.TEXT,

@@ -74,7 +74,7 @@ _ALL = _CLUSTER | {
     NO: "a watched job failed, a check found a fault, or the question was answered with no",
     USER_ERROR: "invalid manifest, name or value, or missing permission",
 }
-_OF_THE_TRAINER = {"41-49": "the trainer failed: 'qlora run --help' lists these codes"}
+_OF_THE_TRAINER = {"41-49": "the trainer ended early, or a budget is used up: see 'qlora run --help'"}
 
 
 def exit_codes(command: str | None = None) -> dict[str, str]:

@@ -70,7 +70,7 @@ Published = Annotated[
     str,
     typer.Argument(
         metavar="ADAPTER",
-        help="Name of a job, folder of a local run, published folder, or URI of a manifest.",
+        help="Name of a job, folder of a local run, published folder, or URI of an adapter manifest.",
         autocompletion=_names,
     ),
 ]

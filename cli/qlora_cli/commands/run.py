@@ -25,8 +25,8 @@ def run(
 ) -> None:
     """Run a QLoRAJob on this machine, or resume it.
 
-    Ctrl-C saves a checkpoint; the same command resumes the run. Uses all GPUs, or those in CUDA_VISIBLE_DEVICES; if
-    that is set and empty, the CPU. Relative paths are resolved against the current folder.
+    Ctrl-C saves a checkpoint; the same command resumes the run. Uses all GPUs, or those in CUDA_VISIBLE_DEVICES.
+    An empty CUDA_VISIBLE_DEVICES selects the CPU. Relative paths are resolved against the current folder.
     """
     with exit_on_user_error():
         from qlora_cli.local.run import RunRequest

@@ -26,8 +26,8 @@ def report(run: ReportOf, out: ReportFile = None, runs_dir: o.RunsDir = Path("ru
     """Write an HTML report of a run or sweep on one page.
 
     Shows loss curves, memory, data, attempts and configuration. RUN is a local run, finished or not, or a published
-    adapter. Of a local sweep it shows its trials, which parameters matter and what the search has cost, prints the
-    tables and writes the figures as JSON beside the page.
+    adapter. For a sweep it shows trials, important parameters and cost, prints these tables, and also writes the
+    figures as JSON.
     """
     with exit_on_user_error():
         from qlora_cli.report.write import PAGE, write

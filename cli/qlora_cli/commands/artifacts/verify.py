@@ -22,9 +22,9 @@ def verify(
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
 ) -> None:
-    """Verify a published adapter against its manifest.
+    """Verify a published adapter against its adapter manifest.
 
-    Compares the size and SHA-256 of every file, and reports files that were not published: libraries would load them.
+    Compares the size and SHA-256 of every file, and reports extra files, because libraries would load them.
     """
     with exit_with_code():
         from qlora_cli.artifacts import adapters

@@ -26,7 +26,7 @@ def list_jobs(
 ) -> None:
     """List jobs, or local runs.
 
-    Lists local runs with --local, and where no cluster is configured.
+    Without a configured cluster, or with --local, lists the runs of this machine.
     """
     with exit_with_code():
         from datetime import UTC, datetime

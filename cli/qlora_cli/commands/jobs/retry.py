@@ -30,8 +30,8 @@ def retry(
 ) -> None:
     """Create a new job with the spec of a failed one.
 
-    The failed job does not change; the new job has its own name and begins at step 0. Lost nodes and crashes need no
-    retry: the operator restarts the job from a checkpoint, after crashes up to policy.maxRestarts times.
+    The failed job does not change; the new job has its own name and begins at step 0. The operator itself restarts jobs
+    from a checkpoint after lost nodes, and after crashes at most policy.maxRestarts times.
     """
     with exit_with_code():
         from qlora_cli.jobs import submit as submitting

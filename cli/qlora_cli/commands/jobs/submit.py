@@ -39,7 +39,11 @@ def submit(
         ),
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(metavar="NAME", help="GPU to plan for, such as h100-80gb; default: that of the nodes.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="GPU to plan for, such as h100-80gb; default: the smallest GPU of the nodes where the job may run.",
+        ),
     ] = None,
     yes: o.Yes = False,
     output: o.Output = Form.TEXT,

@@ -68,7 +68,7 @@ def plan(
 ) -> None:
     """Predict the memory and time of a job.
 
-    Reads only the base model's configuration and the headers of its weights, a few kilobytes. Needs no GPU.
+    Reads a few kilobytes: the base model's configuration and the headers of its weights. Needs no GPU.
     """
     with exit_on_user_error():
         from qlora_cli.memory_plan import plan_job as planning
