@@ -22,7 +22,7 @@ import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
+
+RecordT = TypeVar("RecordT", bound=Model)
 
 KEY_BYTES = 32
 PUBLISHING = ("output",)
@@ -86,6 +88,23 @@ class RunRecord(Model):
         return self.model_copy(update={"attempts": [*others, attempt]})
 
 
+def read_record_file(path: Path, kind: type[RecordT]) -> RecordT | None:
+    """Return the record in a file; None where there is no such file.
+
+    Raises:
+        RunError: the record is damaged.
+
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RunError(f"{path} cannot be understood ({where}: {first['msg']}); --fresh starts anew") from None
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Layout of a run's folder."""
@@ -110,16 +129,7 @@ class RunFolder:
             RunError: the record is damaged.
 
         """
-        try:
-            return RunRecord.model_validate_json((self.path / "run.json").read_bytes())
-        except FileNotFoundError:
-            return None
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise RunError(
-                f"{self.path / 'run.json'} cannot be understood ({where}: {first['msg']}); --fresh starts anew"
-            ) from None
+        return read_record_file(self.path / "run.json", RunRecord)
 
     def write(self, record: RunRecord) -> None:
         """Replace the record as a whole, so that a crash leaves the old one or the new one."""

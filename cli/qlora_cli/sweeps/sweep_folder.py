@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
-
 from qlora_api.base import Model
 from qlora_api.status import MemoryComponent, Reason
 from qlora_api.sweep.parameters import text_of
@@ -27,7 +25,7 @@ from qlora_api.sweep.spec import ObjectiveMetric, QLoRASweepSpec
 from qlora_api.sweep.trials import TRIALS_FOLDER, Trial, TrialState, trial_name
 from qlora_cli.local import run_folder
 from qlora_cli.local.run import read_record
-from qlora_cli.local.run_folder import RunError, RunFolder, RunRecord
+from qlora_cli.local.run_folder import RunError, RunFolder, RunRecord, read_record_file
 from qlora_storage.local_paths import write_whole
 
 if TYPE_CHECKING:
@@ -78,16 +76,7 @@ class SweepFolder:
             RunError: the record is damaged.
 
         """
-        try:
-            return SweepRecord.model_validate_json((self.path / "sweep.json").read_bytes())
-        except FileNotFoundError:
-            return None
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise RunError(
-                f"{self.path / 'sweep.json'} cannot be understood ({where}: {first['msg']}); --fresh starts anew"
-            ) from None
+        return read_record_file(self.path / "sweep.json", SweepRecord)
 
     def write(self, record: SweepRecord) -> None:
         """Replace the record as a whole."""
