@@ -90,10 +90,7 @@ def check(document: Document, overrides: Sequence[Override] = ()) -> QLoRAJob:
     errors = list(document.errors)
     value = document.value
     if isinstance(value, dict):
-        # kubectl cannot send an object without them; the type has defaults only for code that builds jobs.
-        for name, want in (("apiVersion", API_VERSION), ("kind", KIND)):
-            if value.get(name) is None:
-                errors.append(FieldError(name, None, f"is required: {want}"))
+        errors += missing_type(value, KIND)
         value = crd_schema.without_nulls(overridden(value, overrides))
         errors += bare_hub_names(value)
     try:
@@ -103,6 +100,15 @@ def check(document: Document, overrides: Sequence[Override] = ()) -> QLoRAJob:
     if not errors:
         return job
     raise RefusedError(*(located(document, m, overrides) for m in errors)) from None
+
+
+def missing_type(value: dict[str, Any], kind: str) -> list[FieldError]:
+    """Return errors for a missing apiVersion or kind.
+
+    kubectl cannot send an object without them; the types have defaults only for code that builds objects.
+    """
+    wanted = {"apiVersion": API_VERSION, "kind": kind}
+    return [FieldError(name, None, f"is required: {want}") for name, want in wanted.items() if value.get(name) is None]
 
 
 def one_job(path: Path, assignments: Sequence[str] = ()) -> QLoRAJob:

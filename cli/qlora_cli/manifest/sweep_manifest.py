@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qlora_api import API_VERSION
-from qlora_api.errors import FieldError, ManifestError
+from qlora_api.errors import ManifestError
 from qlora_api.sweep.sweep import SWEEP_KIND, QLoRASweep
 from qlora_cli.manifest import job_manifest
 from qlora_cli.manifest.hub_names import bare_hub_names
-from qlora_cli.manifest.job_manifest import RefusedError, located
+from qlora_cli.manifest.job_manifest import RefusedError, located, missing_type
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,9 +31,7 @@ def check(document: Document) -> QLoRASweep:
     errors = list(document.errors)
     value = document.value
     if isinstance(value, dict):
-        for name, want in (("apiVersion", API_VERSION), ("kind", SWEEP_KIND)):
-            if value.get(name) is None:
-                errors.append(FieldError(name, None, f"is required: {want}"))
+        errors += missing_type(value, SWEEP_KIND)
         errors += bare_hub_names(value, "spec.template.")
     try:
         sweep = QLoRASweep.from_manifest(value)
