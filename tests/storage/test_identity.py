@@ -141,7 +141,7 @@ def test_region_and_endpoint_come_from_the_profile_too(s3, metadata, monkeypatch
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_PROFILE", "team")
     (tmp_path / "config").write_text(
-        f"[profile team]\nregion = us-east-1\nendpoint_url = {s3_server.endpoint}\n"
+        f"[profile team]\nregion = us-east-1\nendpoint_url = {s3_server.url}\n"
         f"aws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = {SECRET_KEY}\n"
     )
     store = open_store(s3, FIELD)

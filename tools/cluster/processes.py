@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -29,11 +30,17 @@ class ServerProcess:
         command: program and arguments; ``setpriv`` keeps the id, so ``pid`` is the program's own.
         logs: folder; a restarted process appends to its log.
         environment: the whole of it; None means this process's.
+        cwd: its working directory; None means this process's.
 
     """
 
     def __init__(
-        self, name: str, command: Sequence[str | Path], logs: Path, environment: dict[str, str] | None = None
+        self,
+        name: str,
+        command: Sequence[str | Path],
+        logs: Path,
+        environment: dict[str, str] | None = None,
+        cwd: Path | None = None,
     ) -> None:
         self.name, self.log = name, logs / f"{name}.log"
         with self.log.open("ab") as log:
@@ -43,6 +50,7 @@ class ServerProcess:
                 stdout=log,
                 stderr=log,
                 env=environment,
+                cwd=cwd,
                 start_new_session=True,  # Ctrl-C is the harness's to handle, in its order
             )
 
@@ -85,6 +93,10 @@ class ServerProcess:
         """End it at once, as a crash does."""
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
+
+    def signal_group(self, signum: signal.Signals) -> None:
+        """Send a signal to it and to the processes that it has started."""
+        os.killpg(self._process.pid, signum)
 
     def tail(self, characters: int = 3000) -> str:
         return self.log.read_text(errors="replace")[-characters:]

@@ -115,7 +115,7 @@ class FaultyS3:
         bucket, _, key = path.strip("/").partition("/")
         store = S3Store(
             bucket,
-            endpoint=self.upstream.endpoint,
+            endpoint=self.upstream.url,
             access_key_id=ACCESS_KEY,
             secret_access_key=SECRET_KEY,
             client_options={"allow_http": True},
