@@ -27,8 +27,9 @@ _NO_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 
 def fingerprint(status: QLoRAJobStatus) -> int:
     """Return a hash of a status without figures and the times of transitions."""
-    conditions = [c.model_copy(update={"last_transition_time": _NO_TIME}) for c in without_figures(status).conditions]
-    return hash(without_figures(status).model_copy(update={"conditions": conditions}).model_dump_json())
+    status = without_figures(status)
+    conditions = [c.model_copy(update={"last_transition_time": _NO_TIME}) for c in status.conditions]
+    return hash(status.model_copy(update={"conditions": conditions}).model_dump_json())
 
 
 @dataclass
@@ -37,7 +38,9 @@ class _History:
 
     at: float
     written: tuple[int, ...] = ()
-    """Fingerprints of the newest ones, the last one last."""
+    """Fingerprints of the newest ones."""
+    answered: int = 0
+    """Fingerprint of what the API server stored of the last one: less than was written, by an older definition."""
     repeats: int = 0
     words: int = 0
     """Hash of the words that are not written yet."""
@@ -48,8 +51,8 @@ class _History:
 class RepeatedWrites:
     """Remembers what this process wrote, and how often another program replaced it.
 
-    A status is repeated if this process wrote it before and something else is stored than it wrote last. Whatever is
-    new is never held back.
+    A status is repeated if this process wrote it before and the stored status is not the one that the API server
+    answered to its last write. Whatever is new is never held back.
     """
 
     clock: Callable[[], float] = time.monotonic
@@ -79,17 +82,17 @@ class RepeatedWrites:
             return 0.0
         return max(0.0, self._pause(key) - self.seconds_since(key))
 
-    def record(self, key: Key, stored: int, wanted: int) -> float:
-        """Record a write; return the seconds before the next one of the same status, 0 where it was no repeat."""
+    def record(self, key: Key, stored: int, wanted: int, answered: int) -> float:
+        """Record a write and its answer; return the seconds before the next one of the same status, 0 if it was new."""
         is_repeated = self._is_repeated(key, stored, wanted)
         history = self._jobs.setdefault(key, _History(0.0))
-        history.at, history.written = self.clock(), (*history.written, wanted)[-KEPT:]
+        history.at, history.written, history.answered = self.clock(), (*history.written, wanted)[-KEPT:], answered
         history.repeats += is_repeated
         return self._pause(key) if is_repeated else 0.0
 
     def _is_repeated(self, key: Key, stored: int, wanted: int) -> bool:
-        written = self._jobs[key].written if key in self._jobs else ()
-        return wanted in written and stored != written[-1]
+        history = self._jobs.get(key)
+        return history is not None and wanted in history.written and stored != history.answered
 
     def _pause(self, key: Key) -> float:
         repeats = self._jobs[key].repeats

@@ -87,7 +87,8 @@ class StatusWriter:
             if error.status == 409:  # somebody changed the job: decide again on what it is now
                 self._cache.take_job(await self._api.get(job_path(key)))
             raise
-        self._record(key, *before_and_after, patch)
+        answered = QLoRAJobStatus.model_validate(written.get("status") or {}, extra="ignore")
+        self._record(key, *before_and_after, fingerprint(answered), patch)
         self._cache.take_job(written)
         return True
 
@@ -96,8 +97,7 @@ class StatusWriter:
         status: Object = stored.get("status") or {}
         before = [c for c in status.get("conditions", ()) if c["type"] != ConditionType.DEGRADED]
         text = f"this version of the operator leaves the job as it is: {error}"[:LONGEST_ERROR]
-        said = {(c["type"], c["status"], c.get("message")) for c in status.get("conditions", ())}
-        if (ConditionType.DEGRADED, "True", text) in said:
+        if _is_degraded(status, text):
             return
         unsaid_and_said = 0, hash(text)
         if self._is_held_back(key, *unsaid_and_said):
@@ -115,7 +115,8 @@ class StatusWriter:
             change |= {"state": "Pending", "reason": Reason.NOT_UNDERSTOOD}
         body = {"metadata": {"resourceVersion": stored["metadata"]["resourceVersion"]}, "status": change}
         written = await self._patch(key, body)
-        self._record(key, *unsaid_and_said, change)
+        answered = hash(text) if _is_degraded(written.get("status") or {}, text) else 0
+        self._record(key, *unsaid_and_said, answered, change)
         self._cache.take_job(written)
 
     def _is_held_back(self, key: Key, stored: int, wanted: int) -> bool:
@@ -125,9 +126,9 @@ class StatusWriter:
             self._wake_later(key, left)
         return left > 0
 
-    def _record(self, key: Key, stored: int, wanted: int, change: Object) -> None:
+    def _record(self, key: Key, stored: int, wanted: int, answered: int, change: Object) -> None:
         """Record a write, and say so where it was one more of the same."""
-        if pause := self._writes.record(key, stored, wanted):
+        if pause := self._writes.record(key, stored, wanted, answered):
             log.warning(REPLACED, "/".join(key), ", ".join(change), pause)
 
     async def _patch(self, key: Key, body: Object) -> Object:
@@ -145,3 +146,9 @@ class StatusWriter:
                 raise
             log.warning("%s: a part of status is refused: %s", "/".join(key), error)
             return await self._api.patch(path, {**body, "status": kept})
+
+
+def _is_degraded(status: Object, text: str) -> bool:
+    """Return whether a stored status says that the job is degraded, and why."""
+    said = {(c["type"], c["status"], c.get("message")) for c in status.get("conditions", ())}
+    return (ConditionType.DEGRADED, "True", text) in said

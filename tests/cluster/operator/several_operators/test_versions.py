@@ -145,3 +145,4 @@ def test_an_older_definition_takes_what_a_newer_operator_writes(api, forked, kwo
         done = api.wait_for(path, in_state("Succeeded"), seconds=LONG)
     assert [a["reason"] for a in done["status"]["attempts"]] == ["Suspended", "Completed"]
     assert condition(done, "Succeeded")["status"] == "True"
+    assert "another program" not in forked.log.read_text()
