@@ -88,13 +88,14 @@ def rows_of(done: TrainerRun) -> PreparedData:
 EXACT, DEFAULT = "16-bit LoRA", "NF4 + DQ"
 
 
-def final_losses(
-    work: Path, rows: SizedData, name: str, ways: dict[str, dict[str, Any]]
-) -> tuple[str, dict[str, float]]:
-    """Train in several ways with one seed and data; a table and the final evaluation loss of each."""
-    ended = {
-        way: job(f"{name}-{i}", work, rows, quantization=fields).run() for i, (way, fields) in enumerate(ways.items())
-    }
+def quantized_runs(work: Path, rows: SizedData, name: str, ways: dict[str, dict[str, Any]]) -> dict[str, TrainerRun]:
+    """Describe a run for each way to hold the base, all with one seed and data."""
+    return {way: job(f"{name}-{i}", work, rows, quantization=fields) for i, (way, fields) in enumerate(ways.items())}
+
+
+def final_losses(runs: dict[str, TrainerRun]) -> tuple[str, dict[str, float]]:
+    """Train each run to its end; return a table and the final evaluation loss of each."""
+    ended = {way: run.run() for way, run in runs.items()}
     final = {way: e.eval_losses[e.total_steps] for way, e in ended.items()}
     lines = [
         [way, f"{e.eval_losses[0]:.4f}", f"{final[way]:.4f}", f"{100 * (final[way] / final[EXACT] - 1):+.2f} %"]
@@ -116,7 +117,7 @@ def quantization(work: Path, rows: SizedData) -> Part:
         "NF4": {"doubleQuantization": False},
         "FP4 + DQ": {"type": "FP4"},
     }
-    text, final = final_losses(work, rows, "quality", ways)
+    text, final = final_losses(quantized_runs(work, rows, "quality", ways))
     return Part("Quantized against 16-bit training", text, [loss_above_exact(final)])
 
 
@@ -126,9 +127,9 @@ EXPERTS = "Experts in 4 bits"
 def experts(work: Path, rows: SizedData) -> Part:
     """A small mixture of experts, trained here, whose experts are quantized or not."""
     base = make_experts_base(rows.base, work / "experts")
-    shown, final = final_losses(work, replace(rows, base=base), "experts", {EXACT: {"type": "None"}, DEFAULT: {}})
-    config = job("experts-1", work, replace(rows, base=base)).config
-    share = models.quantized_share(config)
+    runs = quantized_runs(work, replace(rows, base=base), "experts", {EXACT: {"type": "None"}, DEFAULT: {}})
+    shown, final = final_losses(runs)
+    share = models.quantized_share(runs[DEFAULT].config)
     text = (
         f"A base with {experts_base.EXPERTS} experts a layer, of which each token visits {experts_base.CHOSEN}, trained"
         f" from scratch by this benchmark. With {DEFAULT} {100 * share:.0f} % of its weights are in 4 bits, experts "
@@ -146,14 +147,14 @@ def skipped(work: Path, rows: SizedData) -> Part:
     worst = models.worst_layers(rows.base, WORST)
     some = f"{DEFAULT}, {WORST} layers in 16 bits"
     ways: dict[str, dict[str, Any]] = {EXACT: {"type": "None"}, some: {"skipModules": worst}, DEFAULT: {}}
-    shown, final = final_losses(work, rows, "skipped", ways)
-    configs = {way: job(f"skipped-{i}", work, rows, quantization=w).config for i, (way, w) in enumerate(ways.items())}
-    eval_rows = rows_of(job("skipped-0", work, rows, quantization=ways[EXACT])).eval
+    runs = quantized_runs(work, rows, "skipped", ways)
+    shown, final = final_losses(runs)
+    eval_rows = rows_of(runs[EXACT]).eval
     assert eval_rows is not None
-    apart = models.divergences(list(configs.values()), eval_rows)
+    apart = models.divergences([run.config for run in runs.values()], eval_rows)
     lines, unplanned = [], 0
-    for (way, config), found in zip(configs.items(), apart, strict=True):
-        planned, loaded = models.weight_bytes_planned_and_loaded(config)
+    for (way, run), found in zip(runs.items(), apart, strict=True):
+        planned, loaded = models.weight_bytes_planned_and_loaded(run.config)
         unplanned = max(unplanned, abs(planned - loaded))
         lines.append([way, f"{planned:,}", f"{loaded:,}", f"{found:.2e}"])
     text = (
@@ -230,7 +231,7 @@ def ranks(work: Path, rows: SizedData) -> Part:
 
 
 def packing(done: TrainerRun) -> Part:
-    """SizedData in packs must not see each other, with a trained adapter on the NF4 base."""
+    """Rows in packs must not see each other, with a trained adapter on the NF4 base."""
     data = rows_of(done)
     base, checks = Path(done.config.spec.model.source), []
     for compute in ("Float32", "BFloat16"):
@@ -366,8 +367,11 @@ def section(part: Part) -> str:
 def write_part(part: Part) -> int:
     """Put one part in its place on the page, the rest of which stays as an earlier run wrote it."""
     opening, *sections = PAGE.read_text("utf-8").rstrip("\n").split("\n\n## ")
-    place = next((i for i, s in enumerate(sections) if s.startswith(part.title)), None)
-    sections[1 if place is None else place : 1 if place is None else place + 1] = [section(part).removeprefix("## ")]
+    own, place = section(part).removeprefix("## "), [s.startswith(part.title) for s in sections]
+    if any(place):
+        sections[place.index(True)] = own
+    else:
+        sections.insert(1, own)
     text = "\n\n## ".join([opening, *sections]) + "\n"
     met, bounds = text.count("| pass |"), text.count("| pass |") + text.count("| **FAIL** |")
     PAGE.write_text(re.sub(r"\d+ of \d+ bounds", f"{met} of {bounds} bounds", text), "utf-8")
