@@ -21,7 +21,6 @@ from qlora_operator.state.observed import JobState, ObservedJob
 
 def clean_up(context: Context, status: QLoRAJobStatus) -> Decision:
     """Clear away what still runs of a job that is over, and the job itself when its time has come."""
-    status = status.model_copy(update={"observed_generation": context.job.metadata.generation or 0})
     ttl = context.job.spec.policy.ttl_seconds_after_finished
     running = running_jobs(context)
     if ttl is None or status.completion_time is None:

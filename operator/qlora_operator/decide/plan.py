@@ -84,6 +84,7 @@ def _decide(context: Context, status: QLoRAJobStatus, *, was_over: bool) -> Deci
     outcome = outcome_of(stop, attempt_state(status, None), pods=has_pods(context))
     if outcome is StopOutcome.LEAVE_TO_GARBAGE_COLLECTION:
         return Decision(status)
+    status = status.model_copy(update={"observed_generation": context.job.metadata.generation or 0})
     if outcome is StopOutcome.CLEAN_UP:
         return clean_up(context, status) if was_over else end_job(context, status, notes)
     if outcome is StopOutcome.FAIL_BY_DEADLINE:
@@ -109,7 +110,6 @@ def _decide(context: Context, status: QLoRAJobStatus, *, was_over: bool) -> Deci
 
 
 def _next(context: Context, status: QLoRAJobStatus, stop: StopCause, outcome: StopOutcome) -> Decision:
-    status = status.model_copy(update={"observed_generation": context.job.metadata.generation or 0})
     if outcome is StopOutcome.STOP_PODS:
         return _leaving(context, status, "the ranks write a checkpoint and leave")
     if outcome is StopOutcome.SUSPEND:

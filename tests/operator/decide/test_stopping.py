@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from operator_builders import NOW, attempt, child, decide, job, pod, running, seen
+from operator_builders import NOW, attempt, child, decide, held, job, pod, running, seen
 from qlora_api.status import Condition, QLoRAJobStatus, Reason
 from qlora_operator.decide.stopping import RULES, AttemptState, StopCause, StopOutcome, outcome_of
 from qlora_operator.state.observed import JobState
@@ -108,3 +108,13 @@ def test_a_job_without_an_open_attempt_stops_as_the_table_says(stop, there, stat
     assert decision.status.state == state
     assert [one.name for one in decision.delete] == deleted
     assert decision.make == ()
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_the_generation_of_a_job_that_runs_is_observed_whatever_it_is_asked_to_do(stop):
+    decision = decide(job(held(), **STOPS[stop]), seen(child(ready=1), pod(), after=LATE))
+    assert decision.status.observed_generation == 1
+
+
+def test_status_of_a_job_that_is_deleted_is_not_written_once_more():
+    assert decide(JOBS[StopCause.DELETED], seen(child(), pod())).status == running()
