@@ -104,12 +104,8 @@ def with_end(context: Context, status: QLoRAJobStatus, ended: Attempt, ending: E
 def _with_tracking(status: QLoRAJobStatus, runs: Sequence[TrackedRun]) -> QLoRAJobStatus:
     """Take in where tracking tools have the run; what was known before stays where a tool has not answered yet."""
     known = {run.type: run for run in status.tracking}
-    known |= {run.type: run if run.url else run.model_copy(update={"url": _url(known.get(run.type))}) for run in runs}
+    known |= {run.type: run.model_copy(update={"url": run.url or known.get(run.type, run).url}) for run in runs}
     return status.model_copy(update={"tracking": list(known.values())})
-
-
-def _url(run: TrackedRun | None) -> str:
-    return run.url if run else ""
 
 
 def _with_measures(status: QLoRAJobStatus, progress: Progress | None, memory: Memory | None) -> QLoRAJobStatus:
