@@ -159,6 +159,7 @@ def parquet_of_deep_nesting(path: Path) -> None:
         pytest.param(arrow_of_one_list_of_nulls, "a.arrow", ("row 1: is larger than 16 MiB",), id="nulls"),
         pytest.param(arrow_with_offsets_beyond_its_text, "a.arrow", ("a.arrow: is damaged",), id="offsets"),
         pytest.param(parquet_with_another_footer_length, "a.parquet", ("a.parquet: is damaged",), id="footer"),
+        pytest.param(parquet_of_deep_nesting, "a.parquet", ("a.parquet: is damaged",), id="nesting"),
     ],
 )
 def test_binary_files_beyond_the_limits_are_named(write, name, problems, tmp_path, open_rows):
