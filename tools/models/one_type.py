@@ -44,8 +44,7 @@ WEIGHTS = (
     MemoryComponent.UNQUANTIZED_WEIGHTS,
 )
 NO_TOY = "No toy"
-PLAN, GATE, LATE, CRASHED, WRONG = (
-    "Refused by plan alone",
+GATE, LATE, CRASHED, WRONG = (
     "Ended at the gate",
     "Refused after Prepare",
     "Crashed",

@@ -10,8 +10,6 @@ from typer.testing import CliRunner
 from qlora_cli import app
 from qlora_cli.manifest import local_model, local_rows
 
-MESSAGES = json.dumps({"messages": [{"role": "user", "content": "a"}]})
-
 
 @pytest.fixture
 def validate(tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +16,6 @@ from qlora_cli.sweeps import run_sweep as module
 from qlora_cli.sweeps import sweep_folder
 from testing.timeouts import PATIENCE_SECONDS
 
-CALL = Path(__file__).parent.parent / "call_sweep.py"
 HALVING = {"minSteps": 4, "reductionFactor": 2}
 
 

@@ -10,7 +10,6 @@ from cluster.scenarios.jobs import condition, create_job, in_state, last_attempt
 from cluster.scenarios.script import gate_on_pods, jobs_are_suspended, pods_do
 from cluster.scenarios.whole_life import ADAPTER, ends, word
 
-PODS = "/api/v1/namespaces/{}/pods"
 LONG = 60
 JOBS_AT_ONCE, REPEATS, QUEUED_SECONDS = 12, 20, 5
 

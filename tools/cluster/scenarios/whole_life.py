@@ -26,7 +26,7 @@ NAMESPACE_LABELS = {"test.qlora.dev/script": "whole-life"}
 """Of namespaces in which pods do what this life needs."""
 SETTINGS = {"prepare": {"enabled": True}}
 """Of the operator."""
-WORKERS, ATTEMPTS = 2, 3
+WORKERS = 2
 STEP_SECONDS = 60
 ADAPTER = {
     "uri": "s3://adapters/job/3f2a-attempt-1/adapter",

@@ -12,7 +12,7 @@ from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import made
 from cluster.waits import eventually
 
-JOBS, PODS = "/apis/batch/v1/namespaces/{}/jobs", "/api/v1/namespaces/{}/pods"
+JOBS = "/apis/batch/v1/namespaces/{}/jobs"
 EVENTS = "/apis/events.k8s.io/v1/namespaces/{}/events"
 LONG = 60
 CONTESTED = "qlora_operator_contested_jobs_total"

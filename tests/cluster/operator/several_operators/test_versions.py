@@ -20,8 +20,6 @@ TEXT = {"type": "string"}
 PROBE = "servedProbe"
 """Field of a changed definition alone."""
 FIRST_CONDITIONS = ["Prepared", "Running", "Suspended", "Succeeded", "Failed"]
-LATER_REASONS = ["NotUnderstood", "Understood"]
-"""None of which version 0.1.0 had."""
 
 
 def newer(properties):
