@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 
 import pytest
+from pydantic.alias_generators import to_snake
 
 from qlora_api.status import Reason
 from qlora_api.untrusted.printable import is_printable, printable
@@ -22,6 +22,7 @@ PREPARED = {
     "gradientCheckpointing": True,
     "batch": {"worldSize": 1, "microBatchSize": 2, "gradientAccumulationSteps": 8},
 }
+FIGURES = ("epoch", "loss", "learningRate", "tokensPerSecond")
 JUNK = {f"key{number}": number for number in range(40)}
 
 
@@ -49,11 +50,17 @@ def test_a_count_out_of_bounds_is_no_report(name, value):
 
 
 @pytest.mark.parametrize("value", NOT_A_VALUE)
-def test_what_is_no_value_is_an_error_and_never_another_one(value):
+def test_what_is_no_value_raises_no_other_error_gives_no_figure_and_changes_no_other_field(value):
+    honest = report()
     for name in REPORT:
-        text = json.dumps({**REPORT, name: "@"}).replace('"@"', value)
-        with contextlib.suppress(ReportError):
-            read_report(text.encode(errors="replace"))
+        field, text = to_snake(name), json.dumps({**REPORT, name: "@"}).replace('"@"', value)
+        try:
+            found = read_report(text.encode(errors="replace"))
+        except ReportError:
+            continue
+        assert found.model_dump(exclude={field}) == honest.model_dump(exclude={field})
+        if name in FIGURES:
+            assert getattr(found, field) in (None, "0")
 
 
 def test_no_text_of_a_message_controls_a_terminal():
