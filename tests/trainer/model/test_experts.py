@@ -248,4 +248,5 @@ def test_dropout_is_of_the_training_alone(mixtures, tmp_path):
     steps(model, 1)
     export_adapter(model, {n: p.detach() for n, p in trainable(model).items()}, tmp_path, "base", "main")
     plain = AutoModelForCausalLM.from_pretrained(mixtures["mixtral"], dtype=torch.float32)
-    PeftModel.from_pretrained(plain, tmp_path)
+    loaded = PeftModel.from_pretrained(plain, tmp_path)
+    assert loaded.peft_config["default"].lora_dropout == 0

@@ -60,7 +60,7 @@ def test_a_run_of_two_attempts_has_each_step_once(server, tmp_path):
 
 
 def test_an_experiment_that_another_job_creates_meanwhile_is_taken(server, monkeypatch):
-    (there,) = [MlflowClient(server.url).create_experiment("race")]
+    there = MlflowClient(server.url).create_experiment("race")
     answers = iter([None])
     found = MlflowClient.get_experiment_by_name
     monkeypatch.setattr(MlflowClient, "get_experiment_by_name", lambda *a: next(answers, found) and found(*a))
