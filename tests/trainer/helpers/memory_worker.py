@@ -5,11 +5,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +13,12 @@ import torch
 from qlora_api.batch import BatchSplit
 from qlora_api.spec import LoRASpec, ParallelismSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.checkpoint import engine_state
-from qlora_trainer.engine.deepspeed_engine import apply_update, base_optimizer, join_ranks, wrap_deepspeed
+from qlora_trainer.engine.deepspeed_engine import apply_update, base_optimizer, wrap_deepspeed
 from qlora_trainer.model.base_model import add_lora, load_base, weight_bytes
 from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end, head_is_plain
 from qlora_trainer.ranks import Ranks
 from random_rows import random_rows
+from rank_cases import run_cases
 
 ACCUMULATION = 2
 
@@ -100,16 +96,4 @@ def measure(case: dict[str, Any], models: Path, ranks: Ranks) -> dict[str, Any]:
     return seen
 
 
-def main() -> None:
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    models, cases, out = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
-    ranks = join_ranks("CPU", 60)
-    seen = {name: measure(case, models, ranks) for name, case in cases.items()}
-    if ranks.is_first:
-        out.write_text(json.dumps(seen))
-    ranks.sum(0)
-    os._exit(0)
-
-
-main()
+run_cases(measure)

@@ -5,12 +5,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import os
-import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +15,12 @@ import torch
 from qlora_api.batch import BatchSplit
 from qlora_api.spec import LoRASpec, ParallelismSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.checkpoint import engine_state
-from qlora_trainer.engine.deepspeed_engine import accumulate, apply_update, join_ranks, wrap_deepspeed
+from qlora_trainer.engine.deepspeed_engine import accumulate, apply_update, wrap_deepspeed
 from qlora_trainer.model.base_model import add_lora, enable_gradient_checkpointing, load_base
 from qlora_trainer.model.loss import NextTokenLoss, end_to_end, head_is_plain
 from qlora_trainer.ranks import Ranks
 from random_rows import random_rows
+from rank_cases import run_cases
 
 ACCUMULATION = 2
 
@@ -105,16 +101,4 @@ def leave_out_a_step(engine: Any, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    model, cases, out = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
-    ranks = join_ranks("CPU", 60)
-    seen = {name: run(case, model, ranks) for name, case in cases.items()}
-    if ranks.is_first:
-        out.write_text(json.dumps(seen))
-    ranks.sum(0)
-    os._exit(0)
-
-
-main()
+run_cases(run)
