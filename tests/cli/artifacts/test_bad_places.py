@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import pkgutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,22 +9,12 @@ from pathlib import Path
 
 import pytest
 
-import qlora_cli
+from plain_qlora import qlora
 from published_folders import manifest, publish
-from qlora_cli.app import app
 from qlora_cli.artifacts import adapters, merge
-from testing.plain_process import run_plainly
 
 USER_ERROR, STORAGE_FAILED = 40, 47
 CONFIG = "adapter/adapter_config.json"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _imported():
-    """So that forks do not import."""
-    for module in pkgutil.walk_packages(qlora_cli.__path__, "qlora_cli."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
 
 
 @dataclass(frozen=True)
@@ -94,10 +81,6 @@ PLACES = (
     BadPlace("folder-for-a-file", make_folder_for_a_file, "Is a directory", merge=False),
     BadPlace("link-for-a-folder", make_link("nowhere", "bad/adapter"), "bad/adapter", merge=False),
 )
-
-
-def qlora(line: str):
-    return run_plainly(lambda words: app(list(words), prog_name="qlora"), line.split(), {"PATH": os.environ["PATH"]})
 
 
 def files_of(folder: Path) -> dict[str, str]:

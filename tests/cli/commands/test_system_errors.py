@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import pkgutil
 import pty
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +13,8 @@ from pathlib import Path
 
 import pytest
 
-import qlora_cli
 from cli_builders import run_record
-from qlora_cli.app import app
-from testing.plain_process import run_plainly
+from plain_qlora import qlora
 
 CLUSTER_COMMANDS = (
     *("list", "show quick", "watch", "logs quick", "events quick", "suspend quick", "resume quick", "cancel quick -y"),
@@ -61,14 +57,6 @@ PRINTERS = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _imported():
-    """So that forks do not import."""
-    for module in pkgutil.walk_packages(qlora_cli.__path__, "qlora_cli."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
-
-
 @pytest.fixture
 def here(workplace):
     """A folder with a manifest and the record of a run."""
@@ -78,11 +66,6 @@ def here(workplace):
     (workplace.run_folder / "attempt-1").mkdir()
     (workplace.run_folder / "attempt-1" / "log.txt").write_text("step 1\n" * 20_000)
     return workplace.folder
-
-
-def qlora(line: str, stdout: int | None = None, **environment: str):
-    environment = {"TERM": "xterm-256color", "PATH": os.environ["PATH"], **environment}
-    return run_plainly(lambda words: app(list(words), prog_name="qlora"), line.split(), environment, stdout)
 
 
 def bad_path(folder: Path, kind: str) -> Path:
