@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mlflow_runs import metric_steps
 from qlora_api.contract import ExitCode
 from qlora_api.spec import SinkType
 from qlora_api.status import TrackedRun
@@ -26,7 +27,6 @@ from tracking_fixtures import scalars, texts, wandb_rows
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
 
 
 def published(ended, key):
@@ -114,16 +114,10 @@ def mlflow_server(tmp_path):
         yield running
 
 
-def mlflow_metric(client, name):
-    """Return step and value of all that the server has of a metric of the one run."""
-    (run,) = client.search_runs([client.get_experiment_by_name("qlora").experiment_id])
-    return [(each.step, each.value) for each in client.get_metric_history(run.info.run_id, name)]
-
-
 def test_each_tool_has_each_step_once_after_ten_attempts_that_were_killed(workshop, mlflow_server, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(workshop.folder))
-    client, board = MlflowClient(mlflow_server.url), workshop.folder / "board"
+    board = workshop.folder / "board"
     sinks = [
         {"type": "TensorBoard", "folder": str(board)},
         {"type": "MLflow", "server": mlflow_server.url},
@@ -139,7 +133,7 @@ def test_each_tool_has_each_step_once_after_ten_attempts_that_were_killed(worksh
             if step % 2 == 0 or step == 1:
                 return True
             try:
-                return step - 1 in dict(mlflow_metric(client, "train/loss"))
+                return step - 1 in dict(metric_steps(mlflow_server.url, "train/loss"))
             except (MlflowException, ValueError):  # a busy server may refuse a question, or has no run yet
                 return False
 
@@ -158,7 +152,7 @@ def test_each_tool_has_each_step_once_after_ten_attempts_that_were_killed(worksh
         expected = [(step, pytest.approx(value, rel=1e-4)) for step, value in published(ended, key)]
         assert scalars(board / RUN)[tag] == expected
         assert [(row["_step"], row[tag]) for row in rows if tag in row] == expected
-        sent = sorted(mlflow_metric(client, tag))
+        sent = metric_steps(mlflow_server.url, tag)
         assert [step for step, _ in sent] == [step for step, _ in expected]
         if key not in TIMES:  # of a step that was trained twice MLflow has the first one's
             assert sent == expected

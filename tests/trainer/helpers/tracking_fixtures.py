@@ -11,6 +11,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from qlora_api import QLoRAJobSpec
 from qlora_api.contract import JobRef
+from qlora_trainer.tracking.journal import StepRow
 from qlora_trainer.tracking.run_facts import RunFacts
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ def texts(folder: Path) -> dict[str, str]:
     return {
         tag: accumulator.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in accumulator.Tags()["tensors"]
     }
+
+
+def step_rows(first: int, last: int, loss: float = 1.0) -> list[StepRow]:
+    """Return the rows of steps, both ends included."""
+    return [StepRow(step, 1e9 + step, {"train/loss": loss, "train/epoch": step / 4}) for step in range(first, last + 1)]
 
 
 def facts_of(sink: dict[str, str], attempt: int = 1) -> RunFacts:

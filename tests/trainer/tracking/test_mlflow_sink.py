@@ -4,11 +4,12 @@ import warnings
 
 import pytest
 
+from mlflow_runs import only_run
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.tracking.journal import StepRow
 from services.mlflow_server import MLflowServer
 from testing.ports import free_port
-from tracking_fixtures import facts_of
+from tracking_fixtures import facts_of, step_rows
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -25,30 +26,20 @@ def server(tmp_path_factory):
         yield running
 
 
-def rows(first, last, loss=1.0):
-    return [StepRow(step, 1e9 + step, {"train/loss": loss, "train/epoch": step / 4}) for step in range(first, last + 1)]
-
-
 def facts(server, project, attempt=1):
     return facts_of({"type": "MLflow", "server": server.url, "project": project}, attempt)
 
 
-def only_run(server, project):
-    client = MlflowClient(server.url)
-    (run,) = client.search_runs([client.get_experiment_by_name(project).experiment_id])
-    return client, run
-
-
 def test_a_run_of_two_attempts_has_each_step_once(server, tmp_path):
     first = MLflowSink(facts(server, "two"))
-    first.write(rows(1, 250))
+    first.write(step_rows(1, 250))
     history = tmp_path / "history.jsonl"
     history.write_text("{}\n")
     second = MLflowSink(facts(server, "two", attempt=2))
-    second.write([StepRow(0, 1e9, {"eval/loss": 3.0}), *rows(1, 260, loss=2.0)])
+    second.write([StepRow(0, 1e9, {"eval/loss": 3.0}), *step_rows(1, 260, loss=2.0)])
     second.finish([{"worldSize": 2, "device": "CPU"}], 0, "s3://adapters/tiny", history)
     assert second.url.startswith(f"{server.url}/#/experiments/")
-    client, run = only_run(server, "two")
+    client, run = only_run(server.url, "two")
     losses = client.get_metric_history(run.info.run_id, "train/loss")
     assert sorted((m.step, m.value) for m in losses) == [(s, 1.0 if s <= 250 else 2.0) for s in range(1, 261)]
     assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "eval/loss")] == [(0, 3.0)]
@@ -77,9 +68,9 @@ def test_a_server_that_is_busy_ends_no_job_for_good(server, code):
 def test_an_attempt_that_ends_early_says_so_and_the_next_one_goes_on(code, status, server, tmp_path):
     project = f"early-{code}"
     MLflowSink(facts(server, project)).finish([], code, "", tmp_path)
-    assert only_run(server, project)[1].info.status == status
+    assert only_run(server.url, project)[1].info.status == status
     MLflowSink(facts(server, project, attempt=2))
-    assert only_run(server, project)[1].info.status == "RUNNING"
+    assert only_run(server.url, project)[1].info.status == "RUNNING"
 
 
 def test_a_server_that_is_not_there_is_named(tmp_path):

@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from contextlib import closing
 
 import pytest
 
+from mlflow_runs import metric_steps, only_run
 from qlora_api.batch import split_batch
 from qlora_api.contract import TrainerConfig
 from qlora_trainer.reporting.training_history import TrainingHistory
@@ -21,10 +21,6 @@ from qlora_trainer.tracking.tracked_runs import read_runs
 from services.mlflow_server import MLflowServer
 from testing.timeouts import PATIENCE_SECONDS
 from tracking_fixtures import facts_of, scalars, wandb_rows
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from mlflow.tracking import MlflowClient
 
 
 class SinkProcess:
@@ -98,7 +94,6 @@ def started(tmp_path):
 
 def test_a_server_that_was_away_gets_each_step_once_when_it_is_back(started, tmp_path):
     with MLflowServer(tmp_path / "mlflow") as server:
-        client = MlflowClient(server.url)
         sink = started({"type": "MLflow", "server": server.url})
         sink.train(1, 5)
         sink.wait_until(lambda run: run.url)
@@ -110,10 +105,8 @@ def test_a_server_that_was_away_gets_each_step_once_when_it_is_back(started, tmp
         sink.train(10, 12)
         sink.write(end_line(0, ""))
         assert sink.end() == 0
-        (run,) = client.search_runs([client.get_experiment_by_name("qlora").experiment_id])
-        assert run.info.status == "FINISHED"
-        losses = client.get_metric_history(run.info.run_id, "train/loss")
-        assert sorted(each.step for each in losses) == list(range(1, 13))
+        assert only_run(server.url)[1].info.status == "FINISHED"
+        assert metric_steps(server.url, "train/loss") == [(step, 1.0) for step in range(1, 13)]
 
 
 def test_a_process_whose_launcher_was_killed_ends(started, tmp_path):
@@ -169,12 +162,9 @@ def test_killed_at_ten_moments_tensorboard_has_each_step_once(started, tmp_path)
 def test_killed_at_ten_moments_mlflow_has_each_step_once(started, tmp_path):
     with MLflowServer(tmp_path / "mlflow") as server:
         killed_at_each_moment(started, {"type": "MLflow", "server": server.url})
-        client = MlflowClient(server.url)
-        (run,) = client.search_runs([client.get_experiment_by_name("qlora").experiment_id])
         for name, expected in (("train/loss", LOSSES), ("eval/loss", EVALUATIONS)):
-            found = client.get_metric_history(run.info.run_id, name)
-            assert sorted((each.step, each.value) for each in found) == expected
-        assert run.info.status == "FINISHED"
+            assert metric_steps(server.url, name) == expected
+        assert only_run(server.url)[1].info.status == "FINISHED"
 
 
 def test_killed_at_ten_moments_wandb_has_each_step_once(started, tmp_path, monkeypatch):

@@ -1,12 +1,7 @@
 from __future__ import annotations
 
-from qlora_trainer.tracking.journal import StepRow
 from qlora_trainer.tracking.tensorboard_sink import TensorBoardSink
-from tracking_fixtures import facts_of, scalars, texts
-
-
-def rows(first, last, loss=1.0):
-    return [StepRow(step, 1e9 + step, {"train/loss": loss, "train/epoch": step / 4}) for step in range(first, last + 1)]
+from tracking_fixtures import facts_of, scalars, step_rows, texts
 
 
 def facts(tmp_path, attempt=1):
@@ -15,12 +10,12 @@ def facts(tmp_path, attempt=1):
 
 def test_a_reader_sees_each_step_once_whatever_earlier_attempts_left(tmp_path):
     first = TensorBoardSink(facts(tmp_path))
-    first.write(rows(1, 7, loss=9.0))
-    first.write(rows(8, 8, loss=9.0))
+    first.write(step_rows(1, 7, loss=9.0))
+    first.write(step_rows(8, 8, loss=9.0))
     first.close()  # without an end
     second = TensorBoardSink(facts(tmp_path, attempt=2))
-    second.write(rows(1, 5))
-    second.write(rows(6, 9))
+    second.write(step_rows(1, 5))
+    second.write(step_rows(6, 9))
     second.finish([], 0, "s3://adapters/tiny", tmp_path)
     second.close()
     folder = tmp_path / "tiny-0a1b2c3d"
