@@ -7,6 +7,7 @@ import re
 import pytest
 import yaml
 
+from api.manifests import manifest
 from qlora_api.errors import FieldError, validate
 from qlora_api.job import QLoRAJob
 from qlora_cli.memory_plan.chart_profiles import gpu_of_profile
@@ -45,7 +46,7 @@ def test_the_gpu_of_a_profile_is_the_operators(tmp_path, profiles, trainer, clus
     config = {"trainer": {"image": "i", **trainer}, "profiles": profiles, **cluster}
     path = tmp_path / "values.yaml"
     path.write_text(yaml.safe_dump(config))
-    spec = QLoRAJob.from_manifest(manifest(scheduling)).spec
+    spec = QLoRAJob.from_manifest(manifest(scheduling=scheduling)).spec
     operator = validate(OperatorConfig, config)
     if problem := profile_problem(spec.scheduling, operator):
         with pytest.raises(FieldError, match=f"^{re.escape(problem.replace('this cluster', str(path)))}$"):
@@ -55,18 +56,3 @@ def test_the_gpu_of_a_profile_is_the_operators(tmp_path, profiles, trainer, clus
             gpu_of_profile(spec.scheduling, path)
     else:
         assert gpu_of_profile(spec.scheduling, path) == gpu
-
-
-def manifest(scheduling):
-    return {
-        "apiVersion": "qlora.dev/v1alpha1",
-        "kind": "QLoRAJob",
-        "metadata": {"name": "tune"},
-        "spec": {
-            "model": {"source": "hf://org/base"},
-            "dataset": {"train": {"source": "s3://bucket/rows"}, "format": "Text"},
-            "training": {"maxSteps": 1},
-            "output": {"destination": "s3://bucket/out"},
-            "scheduling": scheduling,
-        },
-    }

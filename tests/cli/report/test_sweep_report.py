@@ -8,27 +8,18 @@ import math
 import pytest
 from typer.testing import CliRunner
 
-from qlora_api.sweep.sweep import QLoRASweep
 from qlora_api.sweep.trials import Trial, TrialState
 from qlora_cli import app
 from qlora_cli.report.sweep_figures import TrialHistory, explained_variance, sweep_figures
 from qlora_cli.report.sweep_page import comparison, sweep_page
+from sweep.builders import RATES, sweep_spec
 
 RANK = {"path": "lora.rank", "choices": [8, 16]}
 RATE = {"path": "training.learningRate", "choices": ["1e-4", "2e-4", "1e-3"]}
-RATES = {"path": "training.learningRate", "range": {"min": "1e-5", "max": "1e-2", "scale": "Log"}}
 
 
 def spec(**changes):
-    job = {
-        "model": {"source": "hf://org/base@main"},
-        "dataset": {"train": {"source": "s3://b/rows"}, "eval": {"source": "s3://b/eval"}, "format": "Text"},
-        "training": {"maxSteps": 90, "evaluation": {"everySteps": 10}},
-        "output": {"destination": "s3://b/sweep"},
-    }
-    body = {"template": {"spec": job}, "parameters": [RANK, RATE], "algorithm": {"type": "Grid"}, "maxTrials": 6}
-    document = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "metadata": {"name": "search"}}
-    return QLoRASweep.from_manifest({**document, "spec": {**body, **changes}}).spec
+    return sweep_spec(**{"parameters": [RANK, RATE], "maxTrials": 6, **changes})
 
 
 def loss(_rank, rate):
