@@ -1,4 +1,4 @@
-"""What an MLflow server has of a job's run."""
+"""Read what an MLflow server has of a job's run."""
 
 from __future__ import annotations
 
