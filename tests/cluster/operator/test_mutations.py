@@ -70,8 +70,7 @@ def test_a_mutated_job_is_refused_with_its_fields_name_or_says_where_it_stands(
             assert eventually(lambda name=name: spoken(history, kwok_namespace, name), ANSWER_SECONDS), mutation
             state = spoken(history, kwok_namespace, name)[0]["status"]["state"]
             assert state != "Failed", f"{mutation}: the operator does not take what the API server took"
-    failed = sum(v for n, v in behind_proxy.metrics().items() if n.startswith("qlora_operator_reconcile_errors_total"))
-    assert failed <= len(taken)
+    assert behind_proxy.metric_sum("qlora_operator_reconcile_errors_total") <= len(taken)
     assert behind_proxy.healthz() == (200, "ok\n")
 
 

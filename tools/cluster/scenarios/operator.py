@@ -111,6 +111,10 @@ class OperatorProcess:
         rows = (line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#"))
         return {name: float(value) for name, _, value in rows}
 
+    def metric_sum(self, name: str) -> float:
+        """Return the sum of a metric over its labels."""
+        return sum(value for sample, value in self.metrics().items() if sample.partition("{")[0] == name)
+
     def __enter__(self) -> Self:
         self.start()
         return self

@@ -48,11 +48,6 @@ def is_status(call: Call) -> bool:
     return call.method == "PATCH" and call.resource == "qlorajobs/status"
 
 
-def counted(operator: OperatorProcess, name: str) -> float:
-    """Sum of a metric over its labels."""
-    return sum(value for key, value in operator.metrics().items() if key.partition("{")[0] == name)
-
-
 # -------------------------------------------------------------------------------------------------------------- watches
 
 
@@ -85,9 +80,9 @@ def unseen(api, proxy, behind_proxy, kwok_namespace) -> Callable[[str, str], Non
 def test_a_job_that_was_deleted_unseen_is_forgotten(api, unseen, behind_proxy, kwok_namespace):
     path = create_job(api, qlora_job(namespace=kwok_namespace, workers=2))
     api.wait_for(path, in_state("Running"))
-    assert counted(behind_proxy, "qlora_operator_jobs") == 1
+    assert behind_proxy.metric_sum("qlora_operator_jobs") == 1
     unseen("qlorajobs", path)
-    assert eventually(lambda: counted(behind_proxy, "qlora_operator_jobs") == 0)
+    assert eventually(lambda: behind_proxy.metric_sum("qlora_operator_jobs") == 0)
     api.wait_for(f"/api/v1/namespaces/{kwok_namespace}/services", lambda found: not found["items"], seconds=SOON)
 
 
@@ -133,8 +128,8 @@ def test_a_child_is_deleted_once_however_late_its_watch_says_so(api, behind_prox
     proxy.freeze_watches("jobs")
     api.patch(path, {"spec": {"suspend": True}})
     assert eventually(lambda: deletions(proxy, "jobs") == 1)
-    before = counted(behind_proxy, RECONCILES)
-    assert eventually(lambda: counted(behind_proxy, RECONCILES) >= before + 2), "nothing woke it as its pod left"
+    before = behind_proxy.metric_sum(RECONCILES)
+    assert eventually(lambda: behind_proxy.metric_sum(RECONCILES) >= before + 2), "nothing woke it as its pod left"
     assert deletions(proxy, "jobs") == 1
     proxy.cut_watches("jobs")
     suspended = api.wait_for(path, in_state("Suspended"), seconds=SOON)
@@ -146,12 +141,12 @@ def test_a_job_is_deleted_once_however_late_its_watch_says_so(api, behind_proxy,
         path = create_job(api, qlora_job(namespace=kwok_namespace, policy={"ttlSecondsAfterFinished": 8}))
         api.wait_for(path, in_state("Succeeded"))
     proxy.freeze_watches("qlorajobs")
-    before = counted(behind_proxy, RECONCILES)
+    before = behind_proxy.metric_sum(RECONCILES)
     api.wait_gone(path, seconds=2 * SOON)
     with suppress(ApiError):  # the garbage collector was quicker
         api.delete(f"{JOBS.format(kwok_namespace)}/job-1")
     # One has deleted it, and the end of its child wakes it once more.
-    assert eventually(lambda: counted(behind_proxy, RECONCILES) >= before + 2), "nothing woke it"
+    assert eventually(lambda: behind_proxy.metric_sum(RECONCILES) >= before + 2), "nothing woke it"
     assert deletions(proxy, "qlorajobs") == 1
 
 
@@ -170,9 +165,9 @@ def test_what_was_decided_on_a_job_that_has_changed_deletes_nothing(api, behind_
     proxy.when(resumes, Passed())
     api.patch(path, {"spec": {"suspend": True}})
     assert eventually(lambda: resumed)
-    before = counted(behind_proxy, RECONCILES)
+    before = behind_proxy.metric_sum(RECONCILES)
     api.patch(path, {"spec": {"policy": {"maxRestarts": 9}}})
-    assert eventually(lambda: counted(behind_proxy, RECONCILES) > before)
+    assert eventually(lambda: behind_proxy.metric_sum(RECONCILES) > before)
     assert deletions(proxy, "jobs") == 0
     running = api.get(path)
     assert running["status"]["state"] == "Running"
@@ -196,7 +191,7 @@ def test_what_ends_the_watch_of_jobs_for_good_has_it_started_again_and_the_opera
         assert eventually(lambda: behind_proxy.metrics()[failures] == 1)
         api.delete(path)
         api.wait_for(create_job(api, qlora_job(namespace=kwok_namespace)), in_state("Succeeded"))
-        assert eventually(lambda: counted(behind_proxy, "qlora_operator_jobs") == 1)
+        assert eventually(lambda: behind_proxy.metric_sum("qlora_operator_jobs") == 1)
     assert (behind_proxy.pid, behind_proxy.healthz()) == (pid, (200, "ok\n"))
 
 
@@ -242,7 +237,7 @@ def test_an_operator_that_starts_again_writes_nothing(api, behind_proxy, proxy, 
     behind_proxy.start()
     # Before the first decision, by kopf, and once more after that: by then each job was decided upon.
     assert eventually(lambda: sum(is_list("qlorajobs")(call) for call in proxy.reads[looked:]) >= 3)
-    assert counted(behind_proxy, RECONCILES) >= 4
+    assert behind_proxy.metric_sum(RECONCILES) >= 4
     assert proxy.calls[written:] == []
 
 
@@ -275,7 +270,7 @@ def test_a_status_that_was_decided_on_an_older_job_is_decided_again(api, behind_
     with pods_do(api, kwok_namespace, DONE):
         done = api.wait_for(create_job(api, qlora_job(namespace=kwok_namespace)), in_state("Succeeded"))
     assert [a["reason"] for a in done["status"]["attempts"]] == ["Completed"]
-    assert counted(behind_proxy, ERRORS) == 2
+    assert behind_proxy.metric_sum(ERRORS) == 2
 
 
 def test_a_spec_that_changes_between_decision_and_status_counts(api, behind_proxy, proxy, kwok_namespace):

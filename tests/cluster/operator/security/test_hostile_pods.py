@@ -61,11 +61,6 @@ def forged_pod(name: str, does: dict[str, object], owners: tuple[Object, ...] = 
     }
 
 
-def counted(operator: OperatorProcess, name: str) -> float:
-    """Sum of a metric over its labels."""
-    return sum(value for key, value in operator.metrics().items() if key.partition("{")[0] == name)
-
-
 def nested(depth: int) -> str:
     return '{"f:a":' * depth + "{}" + "}" * depth
 
@@ -105,12 +100,12 @@ def test_objects_as_large_and_as_deep_as_the_api_server_takes_them_end_no_watch(
         api.wait_for(path, in_state("Succeeded"), seconds=LONG)
         for name in ("nested", "labelled"):  # they are served, too
             api.wait_for(path.replace("honest", name), in_state("Suspended"), seconds=LONG)
-        assert (forked.pid, counted(forked, "qlora_operator_task_failures_total")) == (pid, 0)
+        assert (forked.pid, forked.metric_sum("qlora_operator_task_failures_total")) == (pid, 0)
         forked.kill()  # and one that starts lists them all
         forked.start()
         path = create_job(api, qlora_job("honest-2", kwok_namespace))
     api.wait_for(path, in_state("Running"), seconds=LONG)
-    assert counted(forked, "qlora_operator_task_failures_total") == 0
+    assert forked.metric_sum("qlora_operator_task_failures_total") == 0
 
 
 def test_a_pod_that_is_not_controlled_by_a_job_of_the_operators_is_neither_asked_nor_believed(
@@ -143,7 +138,7 @@ def test_a_pod_that_is_not_controlled_by_a_job_of_the_operators_is_neither_asked
     assert done["status"]["adapter"] == ADAPTER
     assert [a["number"] for a in done["status"]["attempts"]] == [1]
     assert foreign.asked == 0
-    assert counted(forked, "qlora_operator_objects_skipped_total") >= 3
+    assert forked.metric_sum("qlora_operator_objects_skipped_total") >= 3
 
 
 def test_a_service_under_the_shared_ones_name_that_leads_elsewhere_is_not_used(api, forked, kwok_namespace):
@@ -390,8 +385,8 @@ def test_an_operator_outlives_ranks_that_answer_anything_and_enforces_what_their
         api.wait_for(paths["spent"], in_state("Suspended", "BudgetReached"), seconds=LONG)
         assert not [p for p in api.list(PODS.format(kwok_namespace)) if p["metadata"]["name"] != "foreign" and alive(p)]
         assert (operator.pid, process.is_running(), operator.healthz()[0]) == (pid, True, 200)
-        assert counted(operator, "qlora_operator_task_failures_total") == 0
-        assert counted(operator, "qlora_operator_reports_rejected_total") > 100
+        assert operator.metric_sum("qlora_operator_task_failures_total") == 0
+        assert operator.metric_sum("qlora_operator_reports_rejected_total") > 100
     assert (foreign.asked, elsewhere.asked) == (0, 0)
     assert scraper.count > 100
     assert scraper.failed == []
