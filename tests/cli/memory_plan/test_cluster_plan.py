@@ -2,7 +2,8 @@
 
 import pytest
 
-from model_folders import LLAMA_8B, LLAMA_70B, model_files, write
+from memory.shapes import LLAMA_8B, LLAMA_70B
+from model_folders import model_files, write
 from qlora_api.job import QLoRAJob
 from qlora_cli.kube.errors import ClusterError
 from qlora_cli.kube.target import Cluster

@@ -10,7 +10,8 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from model_folders import LLAMA_8B, LLAMA_70B, header_of, model_files, write
+from memory.shapes import LLAMA_8B, LLAMA_70B
+from model_folders import header_of, model_files, write
 from qlora_api.errors import FieldError
 from qlora_cli import app
 from qlora_cli.local.machine import LocalGpu, Machine
