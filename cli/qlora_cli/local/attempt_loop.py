@@ -79,12 +79,10 @@ class LocalRun:
         self._setting = setting
         self._stop = stop
         self._call_began_at = len(record.attempts)
-        self._began = time.monotonic()
 
     def run(self) -> int:
         """Prepare and train; return the exit code of the call."""
         code = self._prepare()
-        self._began = time.monotonic()
         while code is None:
             code = self._attempt()
         return code
@@ -152,11 +150,12 @@ class LocalRun:
     def _train(self, number: int, step: ProcessFiles) -> ProcessEnd:
         setting = self._setting
         poller = Poller(step.path)
+        stop_at = time.monotonic() + self._seconds_left()
         try:
             with display_for(setting.console, number, setting.world.device) as display:
                 watcher = Watcher(poller, display, setting.job.spec.training.evaluation.every_steps)
                 process = TrainerProcess([*setting.commands.train, str(step.config)], step.log, setting.lock)
-                code, stopped = watch(process, self._stop, display.say, lambda: self._tick(watcher))
+                code, stopped = watch(process, self._stop, display.say, lambda: self._tick(watcher, stop_at))
         finally:
             poller.close()
         last = watcher.last
@@ -169,13 +168,17 @@ class LocalRun:
         self.record = self.record.model_copy(update=update)
         return ProcessEnd(code, stopped, step.termination_message(), last)
 
-    def _tick(self, watcher: Watcher) -> None:
+    def _tick(self, watcher: Watcher, stop_at: float) -> None:
         """Poll, and ask for a stop while there is time left for a last step and a checkpoint."""
         watcher.tick()
         last = watcher.last
         to_stop = last.longest_step_seconds + last.longest_save_seconds if last else 0.0
-        if time.monotonic() - self._began + to_stop >= self._setting.seconds:
+        if time.monotonic() + to_stop >= stop_at:
             self._stop.over_budget = True
+
+    def _seconds_left(self) -> float:
+        """Return the time left for attempts: Prepare and the waits between attempts take none of it."""
+        return self._setting.seconds - sum(map(run_folder.seconds_of, self.record.attempts[self._call_began_at :]))
 
     def _after(self, step: ProcessFiles, attempt: Attempt, ended: ProcessEnd) -> int | None:
         """Decide what follows an attempt; None for another attempt."""
@@ -190,7 +193,9 @@ class LocalRun:
                     console.print(run_view.result(self.record, next_commands(self._setting.folder.path)), crop=False)
                 return int(ExitCode.DONE)
             return self._failed(step, ended.termination_message, shell_code(ended.code), decision.message, attempt)
-        if ended.stopped is not StopSignal.NONE:
+        if self._seconds_left() <= 0:
+            self._stop.over_budget = True
+        if ended.stopped is not StopSignal.NONE or self._stop.over_budget:
             return self._interrupted(attempt)
         console.print(run_view.retry(attempt, decision), soft_wrap=True)
         self._stop.wait(decision.wait_seconds)

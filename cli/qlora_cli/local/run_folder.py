@@ -294,6 +294,11 @@ def new_record(name: str, spec: QLoRAJobSpec, now: datetime) -> RunRecord:
     )
 
 
+def seconds_of(attempt: Attempt) -> float:
+    """Return how long an attempt took; 0 while it has not ended."""
+    return (attempt.end_time - attempt.start_time).total_seconds() if attempt.end_time else 0.0
+
+
 def close_orphaned_attempt(record: RunRecord, termination: TerminationMessage | None, ended: datetime) -> RunRecord:
     """End the attempt that nobody saw end: 'qlora run' itself was killed, or the machine went down.
 

@@ -159,8 +159,7 @@ def trial_of(number: int, record: RunRecord, spec: QLoRASweepSpec, message: Term
 
 def gpu_seconds(record: RunRecord) -> int:
     """Return the time of all ranks over all attempts that have ended."""
-    ended = ((a.end_time - a.start_time).total_seconds() * a.world_size for a in record.attempts if a.end_time)
-    return round(sum(ended))
+    return round(sum(run_folder.seconds_of(attempt) * attempt.world_size for attempt in record.attempts))
 
 
 def objective_value(metric: ObjectiveMetric, message: TerminationMessage | None) -> str | None:

@@ -1,16 +1,21 @@
 """'qlora sweep', with a real process in the trainer's place: its trials, its end, and what a crash costs."""
 
+import itertools
 import json
 import os
 import shutil
 import signal
+import time
+from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
 
 from qlora_api.errors import FieldError, ManifestError
 from qlora_api.status import Reason
-from qlora_cli.local import run_folder
+from qlora_cli.local import attempt_loop, run_folder
 from qlora_cli.local.run_folder import RunError
+from qlora_cli.local.trainer_process import StopRequests
 from qlora_cli.manifest.job_manifest import RefusedError
 from qlora_cli.sweeps import run_sweep as module
 from qlora_cli.sweeps import sweep_folder
@@ -154,6 +159,28 @@ def test_the_budget_stops_the_sweep_and_a_larger_one_goes_on(place):
     place.write(budgetGpuHours="1")
     assert place.run() == 0, place.said
     assert len(place.result()["trials"]) == 4
+
+
+def test_waits_between_attempts_take_nothing_of_the_budget(place, monkeypatch):
+    place.workplace.plan("crash", "learn")
+    place.write(budgetGpuHours="1")  # half an hour of two ranks
+    monotonic, waited = time.monotonic, []
+    monkeypatch.setattr(StopRequests, "wait", lambda _, seconds: waited.append(seconds * 3600))
+    monkeypatch.setattr(attempt_loop, "time", SimpleNamespace(monotonic=lambda: monotonic() + sum(waited)))
+    assert place.run() == 0, place.said
+    assert len(waited) == 4
+    assert {trial["state"] for trial in place.result()["trials"]} == {"Succeeded"}
+
+
+def test_a_crash_at_the_end_of_the_budget_is_followed_by_no_wait_and_no_attempt(place, monkeypatch):
+    place.workplace.plan("crash")
+    place.write(budgetGpuHours="1")
+    days, waited = itertools.count(1), []
+    monkeypatch.setattr(attempt_loop.run_folder, "now", lambda: datetime(2026, 1, next(days), tzinfo=UTC))
+    monkeypatch.setattr(StopRequests, "wait", lambda _, seconds: waited.append(seconds))
+    assert place.run() == 43, place.said
+    assert (waited, len(place.trial(0)["attempts"])) == ([], 1)
+    assert "of 1 CPU-rank-hours. With a larger spec.budgetGpuHours the same command resumes" in place.said
 
 
 def test_a_trial_that_fails_does_not_end_the_sweep(place):
