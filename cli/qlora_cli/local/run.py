@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from qlora_api.job import QLoRAJob
     from qlora_api.spec import QLoRAJobSpec
+    from qlora_api.status import Adapter
     from qlora_cli.local.machine import Machine, World
     from qlora_cli.local.run_folder import RunFolder, RunRecord
 
@@ -61,8 +62,8 @@ def run(request: RunRequest, console: Console, commands: Commands, here: Machine
     with run_folder.locked(request.runs_dir, job.metadata.name) as lock:
         folder = run_folder.RunFolder(request.runs_dir.absolute() / job.metadata.name)
         record = _open(folder, job, console, fresh=request.fresh)
-        if record.finished:
-            _require_adapter(record)
+        if record.result is not None:
+            require_adapter(record.name, record.result.adapter)
             console.print(run_view.result(record, attempt_loop.next_commands(folder.path)), crop=False)
             return 0
         record = record.model_copy(update={"device": world.device})
@@ -74,12 +75,16 @@ def run(request: RunRequest, console: Console, commands: Commands, here: Machine
             return attempt_loop.LocalRun(setting, record, stop).run()
 
 
-def _require_adapter(record: run_folder.RunRecord) -> None:
-    """A finished run is done only while its adapter is there; in object storage that is not looked at."""
-    adapter = record.result.adapter if record.result else None
+def require_adapter(name: str, adapter: Adapter | None) -> None:
+    """Check that the adapter of a finished run is still there; in object storage that is not looked at.
+
+    Raises:
+        RunError: it is gone.
+
+    """
     if adapter and "://" not in adapter.manifest_uri and not Path(adapter.manifest_uri).exists():
         raise run_folder.RunError(
-            f"run {record.name} was done, but {adapter.manifest_uri} is gone; train it again with --fresh"
+            f"run {name} was done, but {adapter.manifest_uri} is gone; train it again with --fresh"
         )
 
 

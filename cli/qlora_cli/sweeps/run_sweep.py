@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from qlora_api.contract import ExitCode
 from qlora_api.errors import FieldError, ManifestError
 from qlora_api.job import ObjectMeta, QLoRAJob
@@ -22,7 +24,7 @@ from qlora_api.sweep.spec import AlgorithmType
 from qlora_api.sweep.trials import trial_spec
 from qlora_cli.local import local_spec, machine, run_folder
 from qlora_cli.local.attempt_loop import INTERRUPTED, AttemptSettings, LocalRun, next_commands
-from qlora_cli.local.run import PATIENCE_SECONDS, put_manifest_aside, read_record, require_even_split
+from qlora_cli.local.run import PATIENCE_SECONDS, put_manifest_aside, read_record, require_adapter, require_even_split
 from qlora_cli.local.run_folder import RunError
 from qlora_cli.local.trainer_process import cache_dir, stop_on_signals
 from qlora_cli.manifest import sweep_manifest
@@ -245,10 +247,12 @@ class _LocalSweep:
         if not end.succeeded:
             setting.console.print(f"Failed: {end.message}", style="bold red", soft_wrap=True)
             return FAILED
-        uri = _publish(setting.record, end, trials)
-        best = setting.folder.trial(end.best or 0)
+        best = next(trial for trial in trials if trial.number == end.best)
+        require_adapter(best.name, best.adapter)
+        uri = _publish(setting.record, best, trials)
         spent = f"{used_gpu_hours(trials):.3g} {sweep_view.gpu_hours(setting.world)}"
-        setting.console.print(sweep_view.result(end, trials, uri, spent, next_commands(best.path)), crop=False)
+        commands = next_commands(setting.folder.trial(best.number).path)
+        setting.console.print(sweep_view.result(end, trials, uri, spent, commands), crop=False)
         return int(ExitCode.DONE)
 
 
@@ -336,8 +340,8 @@ def _put_result_aside(folder: SweepFolder, console: Console) -> None:
     console.print(f"{store.uri(RESULT_FILE)} is now {kept}", soft_wrap=True)
 
 
-def _publish(record: SweepRecord, end: Finish, trials: Sequence[Trial]) -> str:
-    """Write the result to the destination; return its address.
+def _publish(record: SweepRecord, best: Trial, trials: Sequence[Trial]) -> str:
+    """Write the result to the destination, unless it is there already; return its address.
 
     Raises:
         RunError: the destination cannot be written.
@@ -348,13 +352,23 @@ def _publish(record: SweepRecord, end: Finish, trials: Sequence[Trial]) -> str:
         uid=record.uid,
         created=record.created,
         finished=run_folder.now(),
-        best=next(trial for trial in trials if trial.number == end.best),
+        best=best,
         trials=[*trials],
         spec=record.spec,
     )
     try:
         store = _store(record.spec)
-        store.put(RESULT_FILE, result.to_bytes())
+        if not _has_result(store, result):
+            store.put(RESULT_FILE, result.to_bytes())
     except JobError as error:
         raise RunError(str(error)) from None
     return store.uri(RESULT_FILE)
+
+
+def _has_result(store: Store, result: SweepResult) -> bool:
+    """Return whether the destination has this result, whenever it was written."""
+    try:
+        found = SweepResult.model_validate_json(store.get(RESULT_FILE))
+    except (NotFoundError, ValidationError):
+        return False
+    return found.model_copy(update={"finished": result.finished}).to_bytes() == result.to_bytes()

@@ -54,10 +54,21 @@ def test_a_grid_runs_each_combination_and_its_result_names_the_best_adapter(plac
 
 def test_a_sweep_that_is_over_runs_nothing_again(place):
     place.run()
-    before = place.outcome()
+    before = (place.folder / "out" / "sweep.json").read_bytes()
     assert place.run() == 0
     assert "Trial 0 (" not in place.said
-    assert place.outcome() == before
+    assert (place.folder / "out" / "sweep.json").read_bytes() == before
+    place.write(maxFailedTrials=0)
+    assert place.run() == 0
+    assert place.result()["spec"]["maxFailedTrials"] == 0
+
+
+def test_a_sweep_whose_best_adapter_is_gone_is_not_called_done(place):
+    place.run()
+    shutil.rmtree(place.folder / "out" / "trials" / "search-3")
+    with pytest.raises(RunError, match=r"run search-3 was done, but .*manifest.json is gone; train it again with"):
+        place.run()
+    assert "qlora generate" not in place.said
 
 
 def test_trials_are_suspended_and_the_best_resume_from_their_checkpoints(place):
