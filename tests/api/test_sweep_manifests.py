@@ -123,6 +123,10 @@ BY_CHECK = {
         {"parameters": one(path="lora.rank", choices=[8, 16, 8])},
         'spec.parameters[0].choices[2]: "8" must not occur twice',
     ),
+    "decimal-twice": (
+        {"parameters": one(path="training.learningRate", choices=["1e-4", "3e-4", "0.0001"])},
+        'spec.parameters[0].choices[2]: "0.0001" must not occur twice',
+    ),
     "choice-out-of-bounds": (
         {"parameters": one(path="lora.rank", choices=[8, 0])},
         "spec.parameters[0].choices[1]: 0 as lora.rank: must be at least 1",

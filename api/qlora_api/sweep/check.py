@@ -50,10 +50,11 @@ def _repeated_paths(spec: QLoRASweepSpec) -> Iterator[FieldError]:
         if parameter.path in seen:
             yield FieldError(f"spec.parameters[{index}].path", parameter.path, "must not occur twice")
         seen.add(parameter.path)
-        texts = [text_of(choice) for choice in parameter.choices or ()]
-        for number, text in enumerate(texts):
-            if text in texts[:number]:
-                yield FieldError(f"spec.parameters[{index}].choices[{number}]", text, "must not occur twice")
+        earlier: list[float | str] = []
+        for number, choice in enumerate(parameter.choices or ()):
+            if (value := parameter.comparable(choice)) in earlier:
+                yield FieldError(f"spec.parameters[{index}].choices[{number}]", text_of(choice), "must not occur twice")
+            earlier.append(value)
 
 
 def _invalid_ranges(spec: QLoRASweepSpec) -> Iterator[FieldError]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, get_args
 
@@ -128,6 +129,12 @@ class Parameter(Model):
             return self.choices
         assert self.range is not None
         return [self.value_of(float(self.range.min)), self.value_of(float(self.range.max))]
+
+    def comparable(self, value: Any) -> float | str:
+        """Return what equal values of the field have in common: a decimal may be written in several ways."""
+        text = text_of(value)
+        is_number = self.kind is ValueKind.DECIMAL and re.fullmatch(DECIMAL_PATTERN, text)
+        return float(text) if is_number else text
 
     def value_of(self, number: float) -> int | str:
         """Return a number of the range as a value of the field; decimals keep four digits, within the range."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from qlora_api.base import Model
 from qlora_api.sweep.parameters import Parameter, text_of
@@ -156,8 +155,9 @@ def explained_variance(groups: Sequence[Sequence[float]]) -> float | None:
 
 def _default(spec: QLoRASweepSpec, trials: Sequence[Trial], best: Trial | None) -> DefaultFigures | None:
     """Compare the best trial with the one that has the template's values; both must have trained to the end."""
-    own: dict[str, Any] = {p.path: text_of(spec.template.spec.at(p.path)) for p in spec.parameters}
-    found = next((t for t in trials if t.parameters == own and t.state is TrialState.SUCCEEDED), None)
+    own = [p.comparable(spec.template.spec.at(p.path)) for p in spec.parameters]
+    succeeded = (t for t in trials if t.state is TrialState.SUCCEEDED)
+    found = next((t for t in succeeded if [p.comparable(t.parameters[p.path]) for p in spec.parameters] == own), None)
     value, best_value = value_of(found) if found else None, value_of(best) if best else None
     if found is None or value is None or best_value is None:
         return None

@@ -88,6 +88,12 @@ def test_the_best_is_compared_with_the_trial_that_has_the_templates_values():
     )
 
 
+def test_a_decimal_written_in_another_way_is_the_templates_value_too():
+    rates = spec(parameters=[RANK, {"path": "training.learningRate", "choices": ["1e-4", "0.00020"]}], maxTrials=4)
+    trials = [history(0, "16", "1e-4", 2.0), history(1, "16", "0.00020", 2.5)]
+    assert sweep_figures("search", "uid", rates, trials).default.name == "search-1"
+
+
 def test_without_a_trial_of_the_default_the_page_says_so():
     figures = sweep_figures("search", "uid", spec(), grid()[:3])
     assert figures.default is None
