@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, assert_never
 
 import obstore
 from obstore.exceptions import BaseError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from obstore import GetOptions
     from obstore.store import ClientConfig, RetryConfig
 
+    from qlora_storage.backend import BucketScheme
     from qlora_storage.environment import StoreSettings
 
 MAX_PARTS = 9_000
@@ -71,7 +72,9 @@ class BucketBackend:
 
     errors: ClassVar[tuple[type[Exception], ...]] = (BaseError, OSError, ValueError, PanickedError)
 
-    def __init__(self, scheme: str, bucket: str, prefix: str, request_seconds: float = REQUEST_SECONDS) -> None:
+    def __init__(
+        self, scheme: BucketScheme, bucket: str, prefix: str, request_seconds: float = REQUEST_SECONDS
+    ) -> None:
         clean_environment(os.environ)
         settings = read_settings(scheme, os.environ, Path.home())
         for name, url in store_urls(scheme, os.environ, settings).items():
@@ -157,7 +160,7 @@ class BucketBackend:
 
 
 def _open(
-    scheme: str,
+    scheme: BucketScheme,
     bucket: str,
     prefix: str | None,
     settings: StoreSettings,
@@ -177,11 +180,15 @@ def _open(
         client["root_certificate"] = settings.certificate
     # Each store takes the keys of its own scheme, which the settings were read for.
     config: dict[str, object] = dict(settings.config)
-    if scheme == "s3":
-        return S3Store(bucket, prefix=prefix, client_options=client, retry_config=retry, config=config)  # type: ignore[arg-type]
-    if scheme == "gs":
-        return GCSStore(bucket, prefix=prefix, client_options=client, retry_config=retry, config=config)  # type: ignore[arg-type]
-    return AzureStore(bucket, prefix=prefix, client_options=client, retry_config=retry, config=config)  # type: ignore[arg-type]
+    match scheme:
+        case "s3":
+            return S3Store(bucket, prefix=prefix, client_options=client, retry_config=retry, config=config)  # type: ignore[arg-type]
+        case "gs":
+            return GCSStore(bucket, prefix=prefix, client_options=client, retry_config=retry, config=config)  # type: ignore[arg-type]
+        case "az":
+            return AzureStore(bucket, prefix=prefix, client_options=client, retry_config=retry, config=config)  # type: ignore[arg-type]
+        case _:
+            assert_never(scheme)
 
 
 @contextmanager

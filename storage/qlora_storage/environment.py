@@ -20,6 +20,8 @@ from qlora_storage.local_paths import expand_home
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping
 
+    from qlora_storage.backend import BucketScheme
+
 PREFIXES = ("AWS_", "GOOGLE_", "AZURE_", "HF_")
 MANY_LINES = ("GOOGLE_SERVICE_ACCOUNT_KEY",)
 """JSON, which may be written on several lines."""
@@ -128,11 +130,11 @@ def clean_environment(environ: MutableMapping[str, str]) -> None:
             environ[name] = value
 
 
-def read_settings(scheme: str, environ: Mapping[str, str], home: Path) -> StoreSettings:
+def read_settings(scheme: BucketScheme, environ: Mapping[str, str], home: Path) -> StoreSettings:
     """Read how buckets of ``scheme`` are reached from a cleaned environment, and from the files it names.
 
     Args:
-        scheme: ``s3``, ``gs`` or ``az``.
+        scheme: of their URIs.
         environ: of the process, cleaned.
         home: folder of the user, for ``.aws`` and ``.config/gcloud``.
 
@@ -172,7 +174,7 @@ def check_variables(environ: Mapping[str, str]) -> None:
             raise SettingError(f"{name}: must be true or false")
 
 
-def store_urls(scheme: str, environ: Mapping[str, str], settings: StoreSettings) -> dict[str, str]:
+def store_urls(scheme: BucketScheme, environ: Mapping[str, str], settings: StoreSettings) -> dict[str, str]:
     """Return the servers of a scheme's stores that the environment names, under the variables that name them.
 
     Raises:
