@@ -56,3 +56,10 @@ def test_a_disk_that_fails_ends_the_journal_and_not_the_training(caplog):
     journal.write([{"step": 1}])
     journal.write([{"step": 2}])
     assert "tracking tools get no more steps" in caplog.text
+
+
+def test_a_journal_that_cannot_be_opened_does_not_end_the_training(tmp_path, caplog):
+    journal = Journal(tmp_path)  # a folder
+    journal.write([{"step": 1}])
+    journal.close()
+    assert "tracking tools get no more steps" in caplog.text

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from io import FileIO
 
 FOLDER_ENVIRONMENT = "QLORA_TRACKING"
 """Variable with the folder in which the launcher, rank 0 and the sinks meet. Not set: nothing is tracked."""
@@ -40,20 +41,28 @@ class Journal:
     """Write lines to the file. A disk that fails ends the journal, not the training."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
+        self._file: FileIO | None = None
+        try:
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            self._give_up(error)
 
     def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        data = b"".join(encoded(line) for line in lines)
-        if self._file.closed:
+        if self._file is None:
             return
         try:
-            self._file.write(data)
+            self._file.write(b"".join(encoded(line) for line in lines))
         except OSError as error:
-            log.warning("tracking tools get no more steps: the history cannot be written to a file: %s", error)
-            self.close()
+            self._give_up(error)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _give_up(self, error: OSError) -> None:
+        log.warning("tracking tools get no more steps: the history cannot be written to a file: %s", error)
+        self.close()
 
 
 def tracking_folder() -> Path | None:

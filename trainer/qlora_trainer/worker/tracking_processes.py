@@ -8,14 +8,14 @@ import signal
 import subprocess
 import tempfile
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_api.contract import ExitCode, TrainerConfig
 from qlora_api.credentials import TRACKING_KEYS
-from qlora_storage.errors import JobError
+from qlora_storage.errors import JobError, in_words
 from qlora_storage.object_store import NotFoundError, open_store
 from qlora_trainer.python_process import python_command
 from qlora_trainer.reporting import termination_message
@@ -108,10 +108,10 @@ def tracking_processes(
     if index or not config.spec.tracking:
         yield TrackingProcesses()
         return
-    with tempfile.TemporaryDirectory(prefix="qlora-tracking-", dir=config.cache_dir) as name:
-        tracking = TrackingProcesses(folder := Path(name))
-        (folder / JOURNAL_FILE).write_bytes(history)
-        try:
+    with ExitStack() as stack:
+        tracking = TrackingProcesses(_open_folder(config, history, stack))
+        stack.callback(tracking.kill)
+        if tracking.folder is not None:
             for number, sink in enumerate(config.spec.tracking):
                 command = (*python_command(), "-m", "qlora_trainer.tracking", str(config_path), str(number))
                 process = subprocess.Popen(
@@ -122,9 +122,22 @@ def tracking_processes(
                 )
                 tracking.processes.append(process)
                 stop.companions.add(process.pid)
-            yield tracking
-        finally:
-            tracking.kill()
+        yield tracking
+
+
+def _open_folder(config: TrainerConfig, history: bytes, stack: ExitStack) -> Path | None:
+    """Create the folder with the journal; None where the cache's disk fails, which costs no attempt."""
+    try:
+        Path(config.cache_dir).mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(
+            prefix="qlora-tracking-", dir=config.cache_dir, ignore_cleanup_errors=True
+        )
+        folder = Path(stack.enter_context(temporary))
+        (folder / JOURNAL_FILE).write_bytes(history)
+    except OSError as error:
+        log.warning("tracking tools get nothing of this attempt: the cache cannot be written to: %s", in_words(error))
+        return None
+    return folder
 
 
 def send_published(config: TrainerConfig, config_path: Path, stop: Stop, adapter: str) -> None:
@@ -145,7 +158,6 @@ def send_published(config: TrainerConfig, config_path: Path, stop: Stop, adapter
     except (JobError, NotFoundError) as error:
         log.warning("tracking tools may not have the last steps, since the published history cannot be read: %s", error)
         return
-    Path(config.cache_dir).mkdir(parents=True, exist_ok=True)
     with tracking_processes(config, config_path, index, stop, history) as tracking:
         tracking.finish(config, ExitCode.DONE)
 
