@@ -7,7 +7,7 @@ on an 8B model), and the adapter alone is held in fp32, because it alone learns.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -294,18 +294,16 @@ def weight_bytes(model: nn.Module) -> dict[str, int]:
             sizes[MemoryComponent.QUANTIZATION_CONSTANTS] += sum(_bytes(t) for t in _constants(parameter))
         else:
             sizes[MemoryComponent.UNQUANTIZED_WEIGHTS] += size
-    sizes[MemoryComponent.UNQUANTIZED_WEIGHTS] += sum(_bytes(buffer) for buffer in _buffers_on_disk(model))
+    sizes[MemoryComponent.UNQUANTIZED_WEIGHTS] += sum(_bytes(buffer) for _, buffer in saved_buffers(model))
     return {str(k): v for k, v in sizes.items()}
 
 
-def _buffers_on_disk(model: nn.Module) -> list[torch.Tensor]:
-    """Return the buffers that a checkpoint holds, such as the bias of a router."""
-    return [
-        buffer
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set  # noqa: SLF001 torch has no other way to ask
-    ]
+def saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the buffers that a checkpoint holds, such as the bias of a router, with their names."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:  # noqa: SLF001 torch has no other way to ask
+                yield f"{prefix}.{name}".lstrip("."), buffer
 
 
 def _constants(parameter: Any) -> list[torch.Tensor]:

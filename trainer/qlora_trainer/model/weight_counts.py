@@ -10,8 +10,10 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
+from qlora_api.spec import QuantizationSpec
 from qlora_memory import WeightCounts
 from qlora_memory.shape.model_shape import Linear
+from qlora_trainer.model.base_model import saved_buffers, skipped_modules
 from qlora_trainer.model.composite import output_head_names
 from qlora_trainer.model.experts.structure import expert_parameters, router_names
 from qlora_trainer.model.experts.targets import left_alone, linear_layers
@@ -41,7 +43,7 @@ def count_weights(skeleton: Any) -> WeightCounts:
     of_head = {id(p) for p in head.parameters()} - {id(embeddings.weight)} if head is not None else set()
     tables = {id(m.weight) for m in skeleton.modules() if isinstance(m, nn.Embedding)}
     elements: Counter[str] = Counter()
-    held = dict(_held(skeleton))
+    held = {**dict(skeleton.named_parameters()), **dict(saved_buffers(skeleton))}
     for name, tensor in held.items():
         if name not in of_layers and name not in experts and id(tensor) not in of_head:
             elements[_place(name, is_table=id(tensor) in tables, routers=routers)] += tensor.numel()
@@ -75,15 +77,6 @@ def _sizes(layer: Any) -> tuple[int, int, bool]:
     return (columns if is_linear else rows), (rows if is_linear else columns), layer.bias is not None
 
 
-def _held(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield parameters and the buffers that a checkpoint holds, each once."""
-    yield from model.named_parameters()
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:  # noqa: SLF001 torch has no other way to ask
-                yield f"{prefix}.{name}".lstrip("."), buffer
-
-
 def _place(name: str, *, is_table: bool, routers: frozenset[str]) -> str:
     if is_table:
         return "embeddings"
@@ -94,9 +87,8 @@ def _place(name: str, *, is_table: bool, routers: frozenset[str]) -> str:
 
 def _quantize(skeleton: Any) -> frozenset[str]:
     """Replace the layers that are quantized as they are loaded; return the names of these and of such experts."""
-    read = known_layer_use(skeleton).read
-    config = FourBitConfig(llm_int8_skip_modules=sorted({*output_head_names(skeleton), *read}) if read else None)
-    quantizer = FourBitQuantizer(config, pre_quantized=False)
+    skipped = skipped_modules(skeleton, QuantizationSpec(), known_layer_use(skeleton).read)
+    quantizer = FourBitQuantizer(FourBitConfig(llm_int8_skip_modules=skipped), pre_quantized=False)
     quantizer._process_model_before_weight_loading(skeleton, {"": "meta"})  # noqa: SLF001 the public way loads weights
     layers = {name for name, module in skeleton.named_modules() if isinstance(module, Linear4bit)}
     return frozenset(layers | quantizer.expert_names)
