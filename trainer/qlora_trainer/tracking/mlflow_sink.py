@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_api.contract import ExitCode
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.tracking.journal import METRICS
+from qlora_trainer.tracking.run_facts import newest_attempt
 
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # before a request is repeated, the server is asked
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
@@ -38,7 +39,6 @@ ROWS_OF_A_REQUEST = 100
 PARAMETERS_OF_A_REQUEST = 100
 LONGEST_VALUE = 6000
 """Characters of a parameter's value."""
-ATTEMPT_TAGS = ("worldSize", "microBatchSize", "gradientAccumulationSteps", "computeType", "device")
 LATER = {408, 409, 425, 429, 499}
 """Statuses below 500 after which the same request may succeed."""
 log = logging.getLogger(__name__)
@@ -81,8 +81,7 @@ class MLflowSink:
                     self._client.log_batch(self._run, metrics=metrics)
 
     def finish(self, attempts: Sequence[Mapping[str, Any]], exit_code: int, adapter: str, history: Path) -> None:
-        newest = attempts[-1] if attempts else {}
-        tags = {f"qlora.{name}": str(newest[name]) for name in ATTEMPT_TAGS if name in newest}
+        tags = {f"qlora.{name}": str(value) for name, value in newest_attempt(attempts).items()}
         tags |= {"qlora.attempt": str(self._facts.attempt)} | ({ADAPTER_TAG: adapter} if adapter else {})
         with translated(self._facts):
             self._client.log_batch(self._run, tags=[RunTag(name, value) for name, value in tags.items()])

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 TRACKED_GROUPS = ("model", "dataset", "quantization", "lora", "training", "parallelism", "output")
 """Of spec: what may not change while the job runs, and so stays true of all steps."""
+ATTEMPT_FIELDS = ("worldSize", "microBatchSize", "gradientAccumulationSteps", "computeType", "device")
+"""Of an attempt's line in the history."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,12 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Free what is open."""
+
+
+def newest_attempt(attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what tools are told of the newest attempt."""
+    line = attempts[-1] if attempts else {}
+    return {name: line[name] for name in ATTEMPT_FIELDS if name in line}
 
 
 def _flat(path: str, value: object) -> Iterator[tuple[str, str]]:

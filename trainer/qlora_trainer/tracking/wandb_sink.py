@@ -21,6 +21,7 @@ from wandb.errors import AuthenticationError, CommError, Error, UsageError
 from qlora_api.contract import ExitCode
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.tracking.journal import tracking_folder
+from qlora_trainer.tracking.run_facts import newest_attempt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -79,7 +80,7 @@ class WandBSink:
     def finish(self, attempts: Sequence[Mapping[str, Any]], exit_code: int, adapter: str, history: Path) -> None:
         with translated(self._facts):
             self._run.summary["attempt"] = self._facts.attempt
-            self._run.summary.update({name: value for name, value in (attempts or [{}])[-1].items() if name in TOLD})
+            self._run.summary.update(newest_attempt(attempts))
             if exit_code == ExitCode.DONE:
                 self._run.summary["adapter"] = adapter
                 kept = shutil.copy(history, self._run.dir)
@@ -98,10 +99,6 @@ class WandBSink:
         for folder in own.parent.glob(f"{OFFLINE}-run-*-{self._facts.job.uid}-attempt-*"):
             if folder != own:
                 shutil.rmtree(folder)
-
-
-TOLD = ("worldSize", "microBatchSize", "gradientAccumulationSteps", "computeType", "device")
-"""Of an attempt."""
 
 
 def is_offline() -> bool:
