@@ -26,6 +26,8 @@ from qlora_trainer.tracking.tracked_runs import write_run
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from qlora_api.spec import SinkType
+
 READ_SECONDS = 1.0
 """Between looks for new steps."""
 RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
@@ -65,6 +67,27 @@ class Input:
         ready, _, _ = select.select([STANDARD_INPUT], [], [], seconds)
         if ready and not os.read(STANDARD_INPUT, 1):
             self._closed_at = time.monotonic()
+
+
+class Report:
+    """Tell the launcher and rank 0 of the run, by a file that is written when there is something new.
+
+    Args:
+        folder: in which they look for it.
+        number: of the sink in spec.tracking.
+        kind: of the sink.
+
+    """
+
+    def __init__(self, folder: Path, number: int, kind: SinkType) -> None:
+        self._folder, self._number, self._kind = folder, number, kind
+        self._last: TrackedRun | None = None
+
+    def __call__(self, url: str, message: str) -> None:
+        run = TrackedRun(type=self._kind, url=url[:512], message=message)
+        if run != self._last:
+            self._last = run
+            write_run(self._folder, self._number, run)
 
 
 def follow(sink: Sink, journal: Path, waits: Input, report: Callable[[str, str], None]) -> None:
@@ -132,14 +155,7 @@ def main() -> int:
     number, folder = int(sys.argv[2]), Path(os.environ[FOLDER_ENVIRONMENT])
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s tracking %(levelname)s %(message)s", force=True)
     facts = RunFacts.of(read_config(Path(sys.argv[1])), number)
-    last: list[TrackedRun] = []
-
-    def report(url: str, message: str) -> None:
-        run = TrackedRun(type=facts.sink.type, url=url[:512], message=message)
-        if [run] != last:
-            last[:] = [run]
-            write_run(folder, number, run)
-
+    report = Report(folder, number, facts.sink.type)
     report("", "")
     try:
         keep_following(facts, folder / JOURNAL_FILE, Input(), report)
