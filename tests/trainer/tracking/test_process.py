@@ -15,7 +15,9 @@ import pytest
 from mlflow_runs import metric_steps, only_run
 from qlora_api.batch import split_batch
 from qlora_api.contract import TrainerConfig
+from qlora_api.spec import SinkType
 from qlora_trainer.reporting.training_history import TrainingHistory
+from qlora_trainer.tracking.__main__ import Report
 from qlora_trainer.tracking.journal import FOLDER_ENVIRONMENT, JOURNAL_FILE, Journal, encoded, end_line
 from qlora_trainer.tracking.tracked_runs import read_runs
 from services.mlflow_server import MLflowServer
@@ -185,3 +187,8 @@ def test_a_run_is_not_written_by_the_service_of_a_program_that_started_the_train
     sink.train(1, 2)
     sink.write(end_line(0, ""))
     assert sink.end() == 0
+
+
+def test_a_disk_that_fails_does_not_end_the_process(tmp_path, caplog):
+    Report(tmp_path / "missing", 0, SinkType.MLFLOW)("", "the server does not answer")
+    assert "cannot be written to a file" in caplog.text

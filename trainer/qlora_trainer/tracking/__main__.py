@@ -87,7 +87,10 @@ class Report:
         run = TrackedRun(type=self._kind, url=url[:512], message=message)
         if run != self._last:
             self._last = run
-            write_run(self._folder, self._number, run)
+            try:
+                write_run(self._folder, self._number, run)
+            except OSError as error:  # the tool may get its steps all the same
+                log.warning("what became of the run cannot be written to a file: %s", error)
 
 
 def follow(sink: Sink, journal: Path, waits: Input, report: Callable[[str, str], None]) -> None:
