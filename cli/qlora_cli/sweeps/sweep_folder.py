@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import glob
+import re
 import uuid
 from dataclasses import dataclass
 from datetime import datetime
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
     from qlora_api.contract import TerminationMessage
 
+NUMBER = re.compile(r"0|[1-9][0-9]*")
+"""Number of a trial in the name of its folder: demo-01 is no second folder of demo-1."""
 FIXED = ("template", "parameters", "algorithm", "objective", "earlyStopping")
 """Groups that may not change: trials of other settings cannot be compared. Limits and the budget may."""
 
@@ -65,7 +68,7 @@ class SweepFolder:
         """Yield the trials that there are, by number, those beyond a ``maxTrials`` that was lowered later too."""
         prefix = trial_name(self.path.name, 0).removesuffix("0")
         numbers = (path.name.removeprefix(prefix) for path in self.trials.glob(f"{glob.escape(prefix)}*"))
-        for number in sorted(int(text) for text in numbers if text.isdecimal()):
+        for number in sorted(int(text) for text in numbers if NUMBER.fullmatch(text)):
             if (record := read_record(self.trial(number))) is not None:
                 yield number, self.trial(number), record
 

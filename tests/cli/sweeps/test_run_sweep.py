@@ -249,6 +249,14 @@ def test_trials_beyond_a_lowered_limit_are_counted_and_may_be_the_best(place):
     assert [trial.number for trial in trials] == [0, 1, 2, 3]
 
 
+def test_a_folder_whose_number_is_written_in_another_way_is_no_trial(place):
+    assert place.run() == 0, place.said
+    folder = sweep_folder.SweepFolder(place.runs)
+    for copy in ("search-01", "search-٢", "search-1.old", "search-"):
+        shutil.copytree(folder.trial(1).path, folder.trials / copy)
+    assert [number for number, _, _ in folder.runs()] == [0, 1, 2, 3]
+
+
 def test_a_trial_without_the_checkpoint_of_its_pause_is_resumed_and_not_compared(place):
     place.write(earlyStopping=HALVING)
     assert place.run() == 0, place.said
