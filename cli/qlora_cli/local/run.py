@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from qlora_cli.local.run_folder import RunFolder, RunRecord
 
 MANIFEST = "manifest.json"
-SWEEP_RECORD = "sweep.json"
-"""In a folder of 'qlora sweep'."""
 PATIENCE_SECONDS = 20.0
 """How long a person waits for object storage that is away."""
 
@@ -109,7 +107,7 @@ def _splits(spec: QLoRAJobSpec, ranks: int) -> bool:
 def _open(folder: RunFolder, job: QLoRAJob, console: Console, *, fresh: bool) -> RunRecord:
     """Return the record to go on with; a new one where there is none, or it is put aside."""
     name, spec = job.metadata.name, job.spec
-    folder.require_not(SWEEP_RECORD, "a sweep")
+    folder.require_not(run_folder.SWEEP_RECORD, "a sweep")
     if fresh:
         put_manifest_aside(folder, spec.output.destination, console)
     record = None if fresh else read_record(folder)

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 RecordT = TypeVar("RecordT", bound=Model)
 
+RUN_RECORD = "run.json"
+SWEEP_RECORD = "sweep.json"
+"""In a folder of 'qlora sweep'."""
 KEY_BYTES = 32
 PUBLISHING = ("output",)
 """Groups that may change for as long as nothing is published: checkpoints of local runs do not depend on them."""
@@ -129,12 +132,12 @@ class RunFolder:
             RunError: the record is damaged.
 
         """
-        return read_record_file(self.path / "run.json", RunRecord)
+        return read_record_file(self.path / RUN_RECORD, RunRecord)
 
     def write(self, record: RunRecord) -> None:
         """Replace the record as a whole, so that a crash leaves the old one or the new one."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path / "run.json", record.model_dump_json(by_alias=True, exclude_none=True, indent=1))
+        write_whole(self.path / RUN_RECORD, record.model_dump_json(by_alias=True, exclude_none=True, indent=1))
 
     def key_file(self, record: RunRecord) -> Path:
         """Return the file with the run's key; make it where there is none yet.

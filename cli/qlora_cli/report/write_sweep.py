@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.table import Table
 
-from qlora_cli.local.run_folder import RunError
+from qlora_cli.local.run_folder import RUN_RECORD, SWEEP_RECORD, RunError
 from qlora_cli.report.sweep_figures import TrialHistory, sweep_figures
 from qlora_cli.report.sweep_page import PARAMETER_HEADS, comparison, parameter_rows, sweep_page
 from qlora_cli.sweeps import sweep_view
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from qlora_cli.report.sweep_figures import SweepFigures
     from qlora_cli.sweeps.sweep_folder import SweepRecord
 
+RECORDS = (RUN_RECORD, SWEEP_RECORD)
+
 
 def find_sweep(name: str, runs_dir: Path) -> SweepFolder | None:
     """Return the folder of a sweep, by its name or path; None where that is none."""
@@ -35,14 +38,12 @@ def write_sweep(folder: SweepFolder, out: Path) -> tuple[Path, RenderableType]:
     """Write the page, and beside it the figures as JSON; return where the figures are, and what to print.
 
     Raises:
-        RunError: the sweep cannot be read, or ``out`` would take the place of its record.
+        RunError: the sweep cannot be read, or the figures would take the place of the page or of another file.
 
     """
     record = folder.read()
     assert record is not None
-    figures_path = out.with_suffix(".json")
-    if figures_path == out or figures_path.name == "sweep.json":
-        raise RunError(f"--out {out}: the figures go to {figures_path}; use a name that ends in .html, but sweep.html")
+    figures_path = _figures_path(out)
     runs = [*folder.runs()]
     histories = [*_histories(runs, record)]
     figures = sweep_figures(record.name, record.uid, record.spec, histories)
@@ -51,6 +52,32 @@ def write_sweep(folder: SweepFolder, out: Path) -> tuple[Path, RenderableType]:
     write_whole(out, sweep_page(figures, record.spec, hours))
     write_whole(figures_path, figures.model_dump_json(by_alias=True, indent=2) + "\n")
     return figures_path, _summary(figures, record, hours)
+
+
+def _figures_path(out: Path) -> Path:
+    """Return where the figures of a page go.
+
+    Raises:
+        RunError: they would take the place of the page, of a record, or of a file that holds no figures.
+
+    """
+    path = out.with_suffix(".json")
+    if path == out or path.name in RECORDS:
+        raise RunError(
+            f"--out {out}: the figures go to {path}; use a name that ends in .html, other than run.html and sweep.html"
+        )
+    if path.exists() and not _holds_figures(path):
+        raise RunError(f"--out {out}: the figures go to {path}, which holds something else; use another name")
+    return path
+
+
+def _holds_figures(path: Path) -> bool:
+    """Return whether a file has the figures of a sweep, of this version or another."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and "comparedAtStep" in found
 
 
 def _histories(runs: Iterable[tuple[int, RunFolder, RunRecord]], record: SweepRecord) -> Iterator[TrialHistory]:

@@ -119,7 +119,7 @@ def _localized(sweep: QLoRASweep) -> QLoRASweepSpec:
 
 def _open(folder: SweepFolder, name: str, spec: QLoRASweepSpec, console: Console, *, fresh: bool) -> SweepRecord:
     """Return the record to go on with; a new one where there is none, or the sweep there is put aside."""
-    run_folder.RunFolder(folder.path).require_not("run.json", "the run of a job")
+    run_folder.RunFolder(folder.path).require_not(run_folder.RUN_RECORD, "the run of a job")
     record = folder.read() if not fresh else None
     if record is not None:
         return resumed(folder, record, spec)
@@ -132,7 +132,7 @@ def _open(folder: SweepFolder, name: str, spec: QLoRASweepSpec, console: Console
 
 def _put_published_aside(folder: SweepFolder, console: Console) -> None:
     """Rename what the sweep before has published: its trials' manifests, and its result. The adapters stay."""
-    for path in sorted(folder.trials.glob("*/run.json")):
+    for path in sorted(folder.trials.glob(f"*/{run_folder.RUN_RECORD}")):
         run = run_folder.RunFolder(path.parent)
         try:
             trial = run.read()

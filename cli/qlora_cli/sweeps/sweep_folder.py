@@ -79,13 +79,13 @@ class SweepFolder:
             RunError: the record is damaged.
 
         """
-        return read_record_file(self.path / "sweep.json", SweepRecord)
+        return read_record_file(self.path / run_folder.SWEEP_RECORD, SweepRecord)
 
     def write(self, record: SweepRecord) -> None:
         """Replace the record as a whole."""
         self.path.mkdir(parents=True, exist_ok=True)
         text = record.model_dump_json(by_alias=True, exclude_none=True, indent=1)
-        write_whole(self.path / "sweep.json", text)
+        write_whole(self.path / run_folder.SWEEP_RECORD, text)
 
     def move_aside(self, now: datetime) -> Path:
         return RunFolder(self.path).move_aside(now)

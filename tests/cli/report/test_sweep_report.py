@@ -144,12 +144,25 @@ def test_the_command_writes_page_and_figures_and_prints_the_tables(sweep_place):
     assert "<script" not in page
 
 
-@pytest.mark.parametrize("name", ["sweep.html", "page.json"])
+@pytest.mark.parametrize("name", ["sweep.html", "page.json", "trials/search-0/run.html", "trials/search-9/run.html"])
 def test_no_page_takes_the_place_of_a_record_or_of_its_figures(sweep_place, name):
     assert sweep_place.run() == 0, sweep_place.said
-    before = (sweep_place.runs / "sweep.json").read_bytes()
+    records = [sweep_place.runs / "sweep.json", sweep_place.runs / "trials/search-0/run.json"]
+    before = [record.read_bytes() for record in records]
     done = CliRunner().invoke(app.app, ["report", "search", "-o", str(sweep_place.runs / name)])
     assert done.exit_code == 40, done.output
-    assert "use a name that ends in .html, but sweep.html" in " ".join(done.output.split())
-    assert (sweep_place.runs / "sweep.json").read_bytes() == before
+    expected = "use a name that ends in .html, other than run.html and sweep.html"
+    assert expected in " ".join(done.output.split())
+    assert [record.read_bytes() for record in records] == before
     assert not (sweep_place.runs / name).exists()
+
+
+def test_figures_replace_figures_and_nothing_else(sweep_place):
+    assert sweep_place.run() == 0, sweep_place.said
+    page, manifest = sweep_place.folder / "page.html", sweep_place.folder / "out/trials/search-3/manifest.json"
+    assert [CliRunner().invoke(app.app, ["report", "search", "-o", str(page)]).exit_code for _ in range(2)] == [0, 0]
+    before = manifest.read_bytes()
+    done = CliRunner().invoke(app.app, ["report", "search", "-o", str(manifest.with_suffix(".html"))])
+    assert done.exit_code == 40, done.output
+    assert "manifest.json, which holds something else; use another name" in " ".join(done.output.split())
+    assert manifest.read_bytes() == before
