@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -43,8 +44,9 @@ def kill(workshop, config, step, is_time=lambda: True):
         workshop.wait_for_step(launcher, config, step)
         everyone = psutil.Process(launcher.pid).children(recursive=True)
         for process in everyone:
-            if os.getsid(process.pid) == os.getsid(launcher.pid):  # a rank; it goes no further
-                process.suspend()
+            with suppress(ProcessLookupError, psutil.NoSuchProcess):  # it has ended meanwhile
+                if os.getsid(process.pid) == os.getsid(launcher.pid):  # a rank; it goes no further
+                    process.suspend()
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not is_time():
             assert time.monotonic() < deadline
@@ -52,7 +54,8 @@ def kill(workshop, config, step, is_time=lambda: True):
     finally:
         launcher.send_signal(signal.SIGKILL)
         for process in everyone:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
     psutil.wait_procs(everyone, timeout=PATIENCE_SECONDS)
     launcher.wait(timeout=PATIENCE_SECONDS)
 
