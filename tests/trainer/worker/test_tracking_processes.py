@@ -1,6 +1,11 @@
-"""The processes of tracking tools where the cache's disk fails."""
+"""The processes of tracking tools where the cache's disk fails, or the attempt is stopped."""
 
 from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
 
 import pytest
 
@@ -9,15 +14,13 @@ from qlora_api.contract import ExitCode, TrainerConfig
 from qlora_trainer.reporting.training_history import PUBLISHED_FILE
 from qlora_trainer.worker.stop import Stop
 from qlora_trainer.worker.tracking_processes import send_published, tracking_processes
+from testing.timeouts import PATIENCE_SECONDS
 from tracking_fixtures import facts_of
 
 
-@pytest.fixture
-def config(tmp_path):
-    """Return the configuration of an attempt whose cache cannot be written to."""
-    (tmp_path / "file").touch()
-    facts = facts_of({"type": "TensorBoard", "folder": str(tmp_path / "board")})
-    return TrainerConfig(
+def config_of(sink, tmp_path, cache):
+    facts = facts_of(sink)
+    config = TrainerConfig(
         job=facts.job,
         spec=facts.spec,
         attempt=1,
@@ -26,9 +29,26 @@ def config(tmp_path):
         ranks_per_worker=1,
         gradient_checkpointing=False,
         checkpoint_uri=str(tmp_path / "checkpoints"),
-        cache_dir=str(tmp_path / "file" / "cache"),
+        cache_dir=str(cache),
         termination_message_path=str(tmp_path / "termination.json"),
     )
+    (tmp_path / "config.json").write_text(config.model_dump_json(by_alias=True))
+    return config
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Return the configuration of an attempt whose cache cannot be written to."""
+    (tmp_path / "file").touch()
+    return config_of({"type": "TensorBoard", "folder": str(tmp_path / "board")}, tmp_path, tmp_path / "file" / "cache")
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """Return the folder of a published adapter with its history."""
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / PUBLISHED_FILE).write_bytes(b"")
+    return str(tmp_path / "adapter")
 
 
 def test_an_attempt_trains_without_tools_where_the_cache_cannot_be_written_to(config, tmp_path, caplog):
@@ -38,8 +58,29 @@ def test_an_attempt_trains_without_tools_where_the_cache_cannot_be_written_to(co
     assert f"tracking tools get nothing of this attempt: the cache cannot be written to: {tmp_path}" in caplog.text
 
 
-def test_a_published_run_is_done_where_the_cache_cannot_be_written_to(config, tmp_path, caplog):
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / PUBLISHED_FILE).write_bytes(b"")
-    send_published(config, tmp_path / "config.json", Stop(), str(tmp_path / "adapter"))
+def test_a_published_run_is_done_where_the_cache_cannot_be_written_to(config, adapter, tmp_path, caplog):
+    send_published(config, tmp_path / "config.json", Stop(), adapter)
     assert "the cache cannot be written to" in caplog.text
+
+
+def test_a_published_run_is_done_where_it_is_stopped_while_a_tool_does_not_answer(adapter, tmp_path, caplog):
+    stop = Stop()
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            server.settimeout(PATIENCE_SECONDS)
+            url = f"http://127.0.0.1:{server.getsockname()[1]}"
+            config = config_of({"type": "MLflow", "server": url}, tmp_path, tmp_path)
+
+            def stop_when_asked():
+                connection, _ = server.accept()
+                with connection:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+            asked = threading.Thread(target=stop_when_asked)
+            asked.start()
+            send_published(config, tmp_path / "config.json", stop, adapter)
+            asked.join()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "may not have the last steps of the published run: stopped by SIGTERM" in caplog.text

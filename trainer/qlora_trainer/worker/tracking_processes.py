@@ -155,11 +155,10 @@ def send_published(config: TrainerConfig, config_path: Path, stop: Stop, adapter
         return
     try:
         history = open_store(adapter, "spec.output.destination").get(PUBLISHED_FILE)
-    except (JobError, NotFoundError) as error:
-        log.warning("tracking tools may not have the last steps, since the published history cannot be read: %s", error)
-        return
-    with tracking_processes(config, config_path, index, stop, history) as tracking:
-        tracking.finish(config, ExitCode.DONE)
+        with tracking_processes(config, config_path, index, stop, history) as tracking:
+            tracking.finish(config, ExitCode.DONE)
+    except (JobError, NotFoundError) as error:  # a stop signal among them: the run is done all the same
+        log.warning("tracking tools may not have the last steps of the published run: %s", error)
 
 
 def environment_with(keys: frozenset[str]) -> dict[str, str]:
