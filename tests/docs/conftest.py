@@ -56,20 +56,20 @@ class CommandFolder:
 
 
 @pytest.fixture(scope="session")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> CommandFolder:
+def command_folder(tmp_path_factory: pytest.TempPathFactory) -> CommandFolder:
     """One for all pytest workers."""
     return CommandFolder(shared_folder(tmp_path_factory, "commands", _make))
 
 
 @pytest.fixture(scope="session")
-def finished(workshop: CommandFolder) -> CommandFolder:
+def finished(command_folder: CommandFolder) -> CommandFolder:
     """With the quickstart run to its end, by the real trainer."""
-    with exclusive_lock(workshop.folder / ".lock"):
-        if not (workshop.folder / "runs" / "quickstart" / "run.json").exists():
+    with exclusive_lock(command_folder.folder / ".lock"):
+        if not (command_folder.folder / "runs" / "quickstart" / "run.json").exists():
             options = " ".join(f"--set {setting}" for setting in TOY)
-            done = workshop.shell(f"qlora run examples/quickstart.yaml --ranks 1 {options}")
+            done = command_folder.shell(f"qlora run examples/quickstart.yaml --ranks 1 {options}")
             assert done.returncode == 0, done.stdout
-    return workshop
+    return command_folder
 
 
 def _make(folder: Path) -> None:

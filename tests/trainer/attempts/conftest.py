@@ -52,8 +52,8 @@ def stdlib_rows() -> Iterator[dict[str, str]]:
 
 
 @dataclass(frozen=True)
-class Workshop:
-    """Model, rows, and a way to start a job on them."""
+class TrainerRunner:
+    """Run the trainer's programs in a folder, on a model and rows."""
 
     model: Path
     rows: Path
@@ -230,7 +230,7 @@ class AttemptResult:
 
 
 @pytest.fixture(scope="session")
-def _tiny(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+def _tiny(tmp_path_factory: pytest.TempPathFactory) -> TrainerRunner:
     folder = tmp_path_factory.mktemp("tiny")
     rows = list(stdlib_rows())
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -263,27 +263,27 @@ def _tiny(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
         )
     ).bfloat16().save_pretrained(model)
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    return Workshop(model=model, rows=folder / "rows.jsonl", cache=folder / "cache", folder=folder)
+    return TrainerRunner(model=model, rows=folder / "rows.jsonl", cache=folder / "cache", folder=folder)
 
 
 @pytest.fixture
-def workshop(_tiny: Workshop, tmp_path: Path) -> Workshop:
+def runner(_tiny: TrainerRunner, tmp_path: Path) -> TrainerRunner:
     """The tiny job in a folder of its own."""
-    return Workshop(model=_tiny.model, rows=_tiny.rows, cache=tmp_path / "cache", folder=tmp_path)
+    return TrainerRunner(model=_tiny.model, rows=_tiny.rows, cache=tmp_path / "cache", folder=tmp_path)
 
 
 @pytest.fixture
-def pods(workshop, monkeypatch):
+def pods(runner, monkeypatch):
     """Makes the pods of an attempt, and ends those that a failing test left."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     made: list[WorkerPod] = []
 
     def make(workers: int = 2, ranks: int = 1, **changes) -> list[WorkerPod]:
-        config = workshop.config(ranks=workers * ranks, **changes).model_copy(
+        config = runner.config(ranks=workers * ranks, **changes).model_copy(
             update={"workers": workers, "ranks_per_worker": ranks, "rendezvous": f"127.0.0.1:{free_port()}"}
         )
-        assert workshop.prepare(config) == 0  # here, where all is imported
-        pods = [WorkerPod(config, index, workshop.folder) for index in range(workers)]
+        assert runner.prepare(config) == 0  # here, where all is imported
+        pods = [WorkerPod(config, index, runner.folder) for index in range(workers)]
         made.extend(pods)
         return pods
 

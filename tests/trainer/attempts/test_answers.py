@@ -39,12 +39,12 @@ def said(model, tokenizer, prompt):
 
 
 @pytest.mark.ranks
-def test_answers_are_those_of_the_base_and_of_the_published_adapter(workshop):
+def test_answers_are_those_of_the_base_and_of_the_published_adapter(runner):
     training = {"evaluation": {"prompts": PROMPTS, "everySteps": 5}, "learningRate": "5e-2", "schedule": "Constant"}
-    ended = workshop.run(workshop.config(ranks=2, training=training, **PLAIN))
+    ended = runner.run(runner.config(ranks=2, training=training, **PLAIN))
     told = answers_of(ended)
-    tokenizer = AutoTokenizer.from_pretrained(workshop.model)
-    base = AutoModelForCausalLM.from_pretrained(workshop.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(runner.model)
+    base = AutoModelForCausalLM.from_pretrained(runner.model, dtype=torch.float32).eval()
     assert told["base"] == {prompt: said(base, tokenizer, prompt) for prompt in PROMPTS}
     adapted = PeftModel.from_pretrained(base, ended.message.adapter.uri).eval()
     assert told["adapter"] == {prompt: said(adapted, tokenizer, prompt) for prompt in PROMPTS}
@@ -52,15 +52,15 @@ def test_answers_are_those_of_the_base_and_of_the_published_adapter(workshop):
 
 
 @pytest.mark.ranks
-def test_a_model_that_no_rank_has_alone_answers_too_and_a_resumed_run_keeps_what_the_base_said(workshop):
+def test_a_model_that_no_rank_has_alone_answers_too_and_a_resumed_run_keeps_what_the_base_said(runner):
     changes = {
         "training": {"evaluation": {"prompts": PROMPTS}},
         "parallelism": {"zeroStage": 3},
         "checkpoint": {"everySteps": 2},
     }
-    workshop.prepare(workshop.config(**changes))
-    workshop.kill_at(workshop.config(**changes), step=5)
-    told = answers_of(workshop.train(workshop.config(attempt=2, **changes)))
+    runner.prepare(runner.config(**changes))
+    runner.kill_at(runner.config(**changes), step=5)
+    told = answers_of(runner.train(runner.config(attempt=2, **changes)))
     assert [*told["base"]] == [*told["adapter"]] == PROMPTS
     assert told["adapter"] != told["base"]
 
@@ -84,9 +84,9 @@ def test_answers_that_fail_cost_no_more_than_the_answers(caplog):
     assert "prompts are left unanswered: CUDA out of memory" in caplog.text
 
 
-def test_a_prompt_without_room_for_an_answer_is_refused_before_a_gpu_is_held(workshop):
-    config = workshop.config(training={"evaluation": {"prompts": ["def f(x): return x\n" * 50]}})
-    code = workshop.prepare(config)
+def test_a_prompt_without_room_for_an_answer_is_refused_before_a_gpu_is_held(runner):
+    config = runner.config(training={"evaluation": {"prompts": ["def f(x): return x\n" * 50]}})
+    code = runner.prepare(config)
     assert code == ExitCode.USER_ERROR
-    assert "spec.training.evaluation.prompts" in workshop.ended(config, code).text
-    assert "fewer than dataset.maxLength, 128" in workshop.ended(config, code).text
+    assert "spec.training.evaluation.prompts" in runner.ended(config, code).text
+    assert "fewer than dataset.maxLength, 128" in runner.ended(config, code).text

@@ -24,8 +24,8 @@ def history_of(ended):
     return [json.loads(line) for line in lines]
 
 
-def test_auto_is_what_this_cpu_is_fast_in_and_stands_in_message_manifest_and_history(workshop):
-    ended = workshop.run(workshop.config(training=SHORT))
+def test_auto_is_what_this_cpu_is_fast_in_and_stands_in_message_manifest_and_history(runner):
+    ended = runner.run(runner.config(training=SHORT))
     assert ended.code == ExitCode.DONE, ended.log[-3000:]
     best = "BFloat16" if bf16_in_hardware(torch.device("cpu")) else "Float32"
     manifest = json.loads(Path(ended.message.adapter.manifest_uri).read_text())
@@ -33,22 +33,22 @@ def test_auto_is_what_this_cpu_is_fast_in_and_stands_in_message_manifest_and_his
     assert [ended.message.compute_type, manifest["config"]["quantization"]["computeType"], *attempts] == [best] * 3
 
 
-def test_a_resumed_run_keeps_its_type_and_refuses_another(workshop):
+def test_a_resumed_run_keeps_its_type_and_refuses_another(runner):
     checkpoint = {"everySteps": 2}
-    first = workshop.config(training=LONG, checkpoint=checkpoint, quantization={"computeType": "Float32"})
-    assert workshop.prepare(first) == ExitCode.DONE
-    workshop.kill_at(first, step=3)
-    other = workshop.config(2, training=LONG, checkpoint=checkpoint, quantization={"computeType": "BFloat16"})
-    refused = workshop.train(other)
+    first = runner.config(training=LONG, checkpoint=checkpoint, quantization={"computeType": "Float32"})
+    assert runner.prepare(first) == ExitCode.DONE
+    runner.kill_at(first, step=3)
+    other = runner.config(2, training=LONG, checkpoint=checkpoint, quantization={"computeType": "BFloat16"})
+    refused = runner.train(other)
     assert refused.code == ExitCode.USER_ERROR, refused.log[-3000:]
     assert 'spec.quantization.computeType: "BFloat16" differs from Float32' in refused.text
-    resumed = workshop.train(workshop.config(3, training=LONG, checkpoint=checkpoint))
+    resumed = runner.train(runner.config(3, training=LONG, checkpoint=checkpoint))
     assert resumed.code == ExitCode.DONE, resumed.log[-3000:]
     assert resumed.message.compute_type == "Float32"
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_float16_skips_overflows_and_resumes_with_its_loss_scale_bit_for_bit(stage, workshop, monkeypatch):
+def test_float16_skips_overflows_and_resumes_with_its_loss_scale_bit_for_bit(stage, runner, monkeypatch):
     monkeypatch.setenv("TEST_INITIAL_LOSS_SCALE", str(2.0**40))  # some steps overflow before the scale suits
     monkeypatch.setattr(compute_type, "fp16_in_hardware", lambda _: True)
     steps = 40
@@ -58,17 +58,17 @@ def test_float16_skips_overflows_and_resumes_with_its_loss_scale_bit_for_bit(sta
         "parallelism": {"zeroStage": stage},
         "checkpoint": {"everySteps": 1},
     }
-    first = workshop.config(**changes)
-    assert workshop.prepare(first) == ExitCode.DONE
-    stopped = workshop.kill_at(first, step=20)
-    resumed = workshop.train(workshop.config(2, **changes))
+    first = runner.config(**changes)
+    assert runner.prepare(first) == ExitCode.DONE
+    stopped = runner.kill_at(first, step=20)
+    resumed = runner.train(runner.config(2, **changes))
     assert resumed.code == ExitCode.DONE, resumed.log[-3000:]
     assert min(resumed.losses) > 1
     assert resumed.message.compute_type == "Float16"
     last = [line for line in history_of(resumed) if "lossScale" in line][-1]
-    shutil.rmtree(workshop.folder / "checkpoints")
-    shutil.rmtree(workshop.folder / "out")
-    undisturbed = workshop.run(workshop.config(3, **changes))
+    shutil.rmtree(runner.folder / "checkpoints")
+    shutil.rmtree(runner.folder / "out")
+    undisturbed = runner.run(runner.config(3, **changes))
     assert undisturbed.code == ExitCode.DONE, undisturbed.log[-3000:]
     assert {**stopped.losses, **resumed.losses} == undisturbed.losses
 
@@ -77,11 +77,11 @@ def test_float16_skips_overflows_and_resumes_with_its_loss_scale_bit_for_bit(sta
     assert undisturbed.losses[steps] < undisturbed.losses[1]
 
 
-def test_an_explicit_bfloat16_on_a_cpu_without_it_is_obeyed_with_one_warning_of_its_cost(workshop, monkeypatch):
+def test_an_explicit_bfloat16_on_a_cpu_without_it_is_obeyed_with_one_warning_of_its_cost(runner, monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    config = workshop.config(training={"epochs": None, "maxSteps": 1}, quantization={"computeType": "BFloat16"})
-    process = workshop.launch_anew(config)
-    ended = workshop.ended(config, process.wait())
+    config = runner.config(training={"epochs": None, "maxSteps": 1}, quantization={"computeType": "BFloat16"})
+    process = runner.launch_anew(config)
+    ended = runner.ended(config, process.wait())
     assert ended.code == ExitCode.DONE, ended.log[-3000:]
     assert ended.message.compute_type == "BFloat16"
     assert ended.log.count("this device emulates BFloat16: a matrix product takes") == 1

@@ -21,12 +21,12 @@ from testing.timeouts import PATIENCE_SECONDS
 OTHER = JobRef(name="other", namespace="team", uid="9999-other")
 
 
-def test_an_attempt_whose_destination_another_job_has_taken_ends_before_its_ranks_begin(workshop):
-    config = workshop.config()
-    assert workshop.prepare(config) == ExitCode.DONE
+def test_an_attempt_whose_destination_another_job_has_taken_ends_before_its_ranks_begin(runner):
+    config = runner.config()
+    assert runner.prepare(config) == ExitCode.DONE
     release_destination(config.spec.output.destination, config.job)
     claim_destination(config.spec.output.destination, OTHER)
-    ended = workshop.ended(config, workshop.launch(config).wait(timeout=PATIENCE_SECONDS))
+    ended = runner.ended(config, runner.launch(config).wait(timeout=PATIENCE_SECONDS))
     assert ended.code == ExitCode.USER_ERROR
     assert ended.text.startswith('spec.output.destination: "')
     assert "is claimed by job team/other" in ended.text
@@ -35,10 +35,10 @@ def test_an_attempt_whose_destination_another_job_has_taken_ends_before_its_rank
 @pytest.mark.parametrize(
     ("code", "held"), [(ExitCode.USER_ERROR, False), (ExitCode.CRASHED, True), (ExitCode.PREEMPTED, True)]
 )
-def test_a_destination_is_given_up_by_an_attempt_after_which_there_is_no_other(workshop, monkeypatch, code, held):
-    config = workshop.config()
-    path, _ = workshop.write(config)
-    assert workshop.prepare(config) == ExitCode.DONE
+def test_a_destination_is_given_up_by_an_attempt_after_which_there_is_no_other(runner, monkeypatch, code, held):
+    config = runner.config()
+    path, _ = runner.write(config)
+    assert runner.prepare(config) == ExitCode.DONE
     monkeypatch.setattr(launch, "launch", lambda *_: code)
     assert worker.run(config, path, Stop()) == code
     assert is_held(config) == held
@@ -60,12 +60,12 @@ def have_a_file_for_a_cache(config):
     [(change_the_base, "spec.model.source: "), (have_a_file_for_a_cache, "Not a directory|File exists")],
 )
 @pytest.mark.parametrize("worker_index", ["0", "1"])
-def test_a_destination_is_given_up_by_an_attempt_that_cannot_begin(workshop, monkeypatch, harm, words, worker_index):
+def test_a_destination_is_given_up_by_an_attempt_that_cannot_begin(runner, monkeypatch, harm, words, worker_index):
     monkeypatch.setenv("JOB_COMPLETION_INDEX", worker_index)
-    base = shutil.copytree(workshop.model, workshop.folder / "base")
-    config = workshop.config(model={"source": str(base)})
-    path, _ = workshop.write(config)
-    assert workshop.prepare(config) == ExitCode.DONE
+    base = shutil.copytree(runner.model, runner.folder / "base")
+    config = runner.config(model={"source": str(base)})
+    path, _ = runner.write(config)
+    assert runner.prepare(config) == ExitCode.DONE
     assert is_held(config)
     harm(config)
     with pytest.raises(TrainerError, match=words) as raised:
@@ -75,9 +75,9 @@ def test_a_destination_is_given_up_by_an_attempt_that_cannot_begin(workshop, mon
 
 
 @pytest.mark.parametrize(("code", "held"), [(ExitCode.USER_ERROR, False), (ExitCode.STORAGE_FAILED, True)])
-def test_a_destination_is_given_up_by_a_prepare_whose_child_ends_for_good(workshop, monkeypatch, code, held):
-    config = workshop.config()
-    path, _ = workshop.write(config)
+def test_a_destination_is_given_up_by_a_prepare_whose_child_ends_for_good(runner, monkeypatch, code, held):
+    config = runner.config()
+    path, _ = runner.write(config)
     monkeypatch.setattr(sys, "argv", ["prepare", str(path)])
     assert command.main(lambda *_: code) == code
     assert is_held(config) == held

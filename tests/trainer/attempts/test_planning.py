@@ -17,37 +17,37 @@ from qlora_trainer.prepare.command import main
 AUTO = {"epochs": 3, "globalBatchSize": 64, "microBatchSize": None, "learningRate": "1e-4"}
 
 
-def on_gpu(workshop, gpu, **changes):
+def on_gpu(runner, gpu, **changes):
     """A config as an operator writes it whose nodes have these GPUs."""
-    config = workshop.config(**{"training": AUTO, **changes})
+    config = runner.config(**{"training": AUTO, **changes})
     return config.model_copy(update={"device": "CUDA", "gpu": gpu, "gradient_checkpointing": True})
 
 
 @pytest.fixture
-def prepare(workshop, monkeypatch):
+def prepare(runner, monkeypatch):
     """Prepare, one after the other; the termination message."""
 
     def run(*configs):
         words = []
         for config in configs:
-            path, _ = workshop.write(config)
+            path, _ = runner.write(config)
             monkeypatch.setattr(sys, "argv", ["prepare", str(path)])
-            words.append(workshop.ended(config, main()).message)
+            words.append(runner.ended(config, main()).message)
         return words
 
     return run
 
 
 @pytest.fixture
-def large_base(workshop):
+def large_base(runner):
     """All of a Llama of 70 billion weights but the weights: one file that is a hole behind its header."""
-    folder = workshop.folder / "llama-70b"
-    make_large_base(folder, workshop.model)
+    folder = runner.folder / "llama-70b"
+    make_large_base(folder, runner.model)
     return folder
 
 
-def test_the_batch_is_cut_and_activations_are_kept_as_the_gpu_allows(workshop, prepare):
-    small, large = prepare(on_gpu(workshop, "l4-24gb"), on_gpu(workshop, "h100-80gb"))
+def test_the_batch_is_cut_and_activations_are_kept_as_the_gpu_allows(runner, prepare):
+    small, large = prepare(on_gpu(runner, "l4-24gb"), on_gpu(runner, "h100-80gb"))
     for word in (small, large):
         assert word.exit_code == ExitCode.DONE, word
         batch = word.prepared.batch
@@ -58,21 +58,21 @@ def test_the_batch_is_cut_and_activations_are_kept_as_the_gpu_allows(workshop, p
     assert float(small.prepared.expected_gpu_hours) >= float(large.prepared.expected_gpu_hours)
 
 
-def test_what_the_job_says_of_its_batch_stays(workshop, prepare):
+def test_what_the_job_says_of_its_batch_stays(runner, prepare):
     fixed = {**AUTO, "microBatchSize": 2, "gradientCheckpointing": "Full"}
-    (word,) = prepare(on_gpu(workshop, "h100-80gb", training=fixed))
+    (word,) = prepare(on_gpu(runner, "h100-80gb", training=fixed))
     assert (word.prepared.batch.micro_batch_size, word.prepared.gradient_checkpointing) == (2, True)
 
 
-def test_a_gpu_that_the_trainer_cannot_use_ends_the_job(workshop, prepare):
-    (word,) = prepare(on_gpu(workshop, "p100-16gb"))
+def test_a_gpu_that_the_trainer_cannot_use_ends_the_job(runner, prepare):
+    (word,) = prepare(on_gpu(runner, "p100-16gb"))
     assert (word.exit_code, word.prepared) == (ExitCode.USER_ERROR, None)
     assert word.message.startswith('spec.scheduling.nodeSelector: "p100-16gb" has compute capability 6.0; the trainer')
 
 
-def test_a_base_that_no_gpu_of_this_kind_holds_ends_the_job_with_what_would_fit(workshop, prepare, large_base):
+def test_a_base_that_no_gpu_of_this_kind_holds_ends_the_job_with_what_would_fit(runner, prepare, large_base):
     model = {"source": str(large_base)}
-    small, large = prepare(on_gpu(workshop, "rtx4090-24gb", model=model), on_gpu(workshop, "h200-141gb", model=model))
+    small, large = prepare(on_gpu(runner, "rtx4090-24gb", model=model), on_gpu(runner, "h200-141gb", model=model))
     assert (small.exit_code, small.reason, small.prepared) == (ExitCode.USER_ERROR, Reason.USER_ERROR, None)
     assert small.message.startswith("spec.model.source: ")
     for words in ("GiB on each GPU, but rtx4090-24gb gives 23.5", "quantizedWeights 31", "a GPU such as l40s-48gb"):
@@ -81,19 +81,19 @@ def test_a_base_that_no_gpu_of_this_kind_holds_ends_the_job_with_what_would_fit(
     assert large.prepared.memory["quantizedWeights"] == sum(i.elements for i in model_shape(LLAMA_70B).linears) // 2
 
 
-def test_on_a_cpu_nothing_is_chosen_by_memory_and_all_of_it_is_predicted(workshop, prepare):
-    (word,) = prepare(workshop.config())
-    assert word.prepared.batch == workshop.config().batch
+def test_on_a_cpu_nothing_is_chosen_by_memory_and_all_of_it_is_predicted(runner, prepare):
+    (word,) = prepare(runner.config())
+    assert word.prepared.batch == runner.config().batch
     assert word.prepared.expected_gpu_hours is None
     assert word.prepared.memory["adapterWeights"] > 0
     assert "cudaContext" not in word.prepared.memory
 
 
-def test_weights_that_contradict_the_configuration_are_refused(workshop, prepare):
-    folder = workshop.folder / "other"
-    shutil.copytree(workshop.model, folder)
+def test_weights_that_contradict_the_configuration_are_refused(runner, prepare):
+    folder = runner.folder / "other"
+    shutil.copytree(runner.model, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": config["intermediate_size"] * 2}))
-    (word,) = prepare(workshop.config(model={"source": str(folder)}))
+    (word,) = prepare(runner.config(model={"source": str(folder)}))
     assert word.exit_code == ExitCode.USER_ERROR
     assert "but the weights have" in word.message

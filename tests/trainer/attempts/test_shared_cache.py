@@ -28,53 +28,53 @@ sys.exit(code or (f"imported {heavy}" if heavy else 0))
 
 
 @pytest.fixture(params=["folder", "s3"])
-def shared(request, workshop):
+def shared(request, runner):
     """URI of an empty shared cache."""
-    return str(workshop.folder / "shared") if request.param == "folder" else request.getfixturevalue("s3") + "/shared"
+    return str(runner.folder / "shared") if request.param == "folder" else request.getfixturevalue("s3") + "/shared"
 
 
-def on(workshop, shared, machine="a", **changes):
+def on(runner, shared, machine="a", **changes):
     """A config as a pod gets it whose disk is its own."""
-    config = workshop.config(**changes)
-    return config.model_copy(update={"shared_cache_uri": shared, "cache_dir": str(workshop.folder / machine)})
+    config = runner.config(**changes)
+    return config.model_copy(update={"shared_cache_uri": shared, "cache_dir": str(runner.folder / machine)})
 
 
-def lightly(workshop, config):
+def lightly(runner, config):
     """Prepare in a process that may import nothing large."""
-    path, _ = workshop.write(config)
+    path, _ = runner.write(config)
     return subprocess.run([sys.executable, "-c", LIGHTLY, str(path)], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.ranks
-def test_trainers_on_another_machine_take_the_rows_from_the_shared_cache(workshop, shared):
-    receipt = prepare(on(workshop, shared))
-    rows = workshop.folder / "rows.jsonl"
-    moved = on(workshop, shared, machine="b", **SHORT)
+def test_trainers_on_another_machine_take_the_rows_from_the_shared_cache(runner, shared):
+    receipt = prepare(on(runner, shared))
+    rows = runner.folder / "rows.jsonl"
+    moved = on(runner, shared, machine="b", **SHORT)
     began = {"dataset": {**moved.spec.to_json_dict()["dataset"], "train": {"source": str(rows)}}}
-    config = on(workshop, shared, machine="b", **SHORT, **began)  # rows.jsonl is not on this machine
-    path, _ = workshop.write(config)
+    config = on(runner, shared, machine="b", **SHORT, **began)  # rows.jsonl is not on this machine
+    path, _ = runner.write(config)
     assert ready(config, path) == ExitCode.DONE
-    assert Prepared.read(config).data_dir == workshop.folder / "b" / "data" / receipt.data_hash
-    ended = workshop.train(config)
+    assert Prepared.read(config).data_dir == runner.folder / "b" / "data" / receipt.data_hash
+    ended = runner.train(config)
     assert ended.code == ExitCode.DONE, ended.log[-2000:]
 
 
-def test_a_second_prepare_of_the_same_content_imports_nothing_large(workshop, shared):
-    first = prepare(on(workshop, shared))
-    again = on(workshop, shared, machine="b", uid="another-job", attempt=2)
-    done = lightly(workshop, again)
+def test_a_second_prepare_of_the_same_content_imports_nothing_large(runner, shared):
+    first = prepare(on(runner, shared))
+    again = on(runner, shared, machine="b", uid="another-job", attempt=2)
+    done = lightly(runner, again)
     assert done.returncode == 0, done.stderr
-    word = workshop.ended(again, 0).message
+    word = runner.ended(again, 0).message
     assert word.prepared.data_hash == first.data_hash
     assert json.loads(done.stdout)["trainTokens"] == first.train_tokens
-    assert not (workshop.folder / "b" / "models").exists()
+    assert not (runner.folder / "b" / "models").exists()
 
 
-def test_without_a_shared_cache_a_second_prepare_finds_it_on_this_machine(workshop):
-    prepare(workshop.config())
-    again = workshop.config(uid="another-job")
-    assert lightly(workshop, again).returncode == 0
-    assert Prepared.read(again) == Prepared.read(workshop.config())
+def test_without_a_shared_cache_a_second_prepare_finds_it_on_this_machine(runner):
+    prepare(runner.config())
+    again = runner.config(uid="another-job")
+    assert lightly(runner, again).returncode == 0
+    assert Prepared.read(again) == Prepared.read(runner.config())
 
 
 @pytest.mark.parametrize(
@@ -87,11 +87,11 @@ def test_without_a_shared_cache_a_second_prepare_finds_it_on_this_machine(worksh
         pytest.param({"quantization": {"type": "INT8"}}, id="another-quantization"),
     ],
 )
-def test_what_prepare_looks_at_makes_another_record(workshop, changes):
-    config = workshop.config()
+def test_what_prepare_looks_at_makes_another_record(runner, changes):
+    config = runner.config()
     prepare(config)
     assert find(config, Records(config)) is not None
-    other = workshop.config(**changes)
+    other = runner.config(**changes)
     assert find(other, Records(other)) is None
 
 
@@ -103,45 +103,45 @@ def test_what_prepare_looks_at_makes_another_record(workshop, changes):
         pytest.param({"dataset": {"train": {"source": "ROWS", "credentials": "another"}}}, id="credentials"),
     ],
 )
-def test_what_prepare_does_not_look_at_makes_none(workshop, changes):
-    config = workshop.config()
+def test_what_prepare_does_not_look_at_makes_none(runner, changes):
+    config = runner.config()
     prepare(config)
-    rows = {"source": str(workshop.rows), "credentials": "another"}
+    rows = {"source": str(runner.rows), "credentials": "another"}
     if "dataset" in changes:
         changes = {"dataset": {"train": rows}}
-    other = workshop.config(**changes)
+    other = runner.config(**changes)
     assert find(other, Records(other)) is not None
 
 
-def test_rows_that_changed_are_tokenized_anew(workshop):
-    rows = workshop.folder / "rows.jsonl"
-    shutil.copy(workshop.rows, rows)
-    config = workshop.config(dataset={"train": {"source": str(rows)}})
+def test_rows_that_changed_are_tokenized_anew(runner):
+    rows = runner.folder / "rows.jsonl"
+    shutil.copy(runner.rows, rows)
+    config = runner.config(dataset={"train": {"source": str(rows)}})
     first = prepare(config)
     lines = rows.read_text().splitlines(keepends=True)
     rows.write_text("".join(lines[:-1]) + lines[0])
     assert prepare(config).data_hash != first.data_hash
 
 
-def test_damaged_rows_in_the_shared_cache_are_made_anew(workshop):
-    shared = workshop.folder / "shared"
-    first = prepare(on(workshop, str(shared)))
+def test_damaged_rows_in_the_shared_cache_are_made_anew(runner):
+    shared = runner.folder / "shared"
+    first = prepare(on(runner, str(shared)))
     (shared / "data" / first.data_hash / "train" / "tokens.npy").write_bytes(b"rotten")
-    config = on(workshop, str(shared), machine="b")
-    path, _ = workshop.write(config)
+    config = on(runner, str(shared), machine="b")
+    path, _ = runner.write(config)
     assert ready(config, path) == ExitCode.DONE
     good = (shared / "data" / first.data_hash / "train" / "tokens.npy").read_bytes()
     assert good == (Prepared.read(config).data_dir / "train" / "tokens.npy").read_bytes()
 
 
-def test_a_model_that_is_another_one_on_the_trainers_machine_is_refused(workshop):
-    model = shutil.copytree(workshop.model, workshop.folder / "model")
-    shared = str(workshop.folder / "shared")
-    prepare(on(workshop, shared, model={"source": str(model)}))
+def test_a_model_that_is_another_one_on_the_trainers_machine_is_refused(runner):
+    model = shutil.copytree(runner.model, runner.folder / "model")
+    shared = str(runner.folder / "shared")
+    prepare(on(runner, shared, model={"source": str(model)}))
     file = model / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_theta": 5000.0}))
-    config = on(workshop, shared, machine="b", model={"source": str(model)})
-    path, _ = workshop.write(config)
+    config = on(runner, shared, machine="b", model={"source": str(model)})
+    path, _ = runner.write(config)
     with pytest.raises(UserError, match=r"spec\.model\.source.*the run began on"):
         ready(config, path)
 
@@ -155,19 +155,19 @@ def plant(store, key, **changes):
     store.put(key, json.dumps(record | changes).encode())
 
 
-def cache_below_its_destination(workshop, machine="a"):
-    config = workshop.config()
-    return on(workshop, f"{config.spec.output.destination}/.prepared", machine)
+def cache_below_its_destination(runner, machine="a"):
+    config = runner.config()
+    return on(runner, f"{config.spec.output.destination}/.prepared", machine)
 
 
-def test_a_run_begins_with_what_its_own_prepare_left_and_nothing_that_was_planted(workshop, caplog):
-    config = cache_below_its_destination(workshop)
+def test_a_run_begins_with_what_its_own_prepare_left_and_nothing_that_was_planted(runner, caplog):
+    config = cache_below_its_destination(runner)
     prepare(config)
     began = Records(config).of_run()
     store = open_store(config.shared_cache_uri, "x")
     plant(store, f"jobs/{config.job.uid}.json", modelRevision="0" * 40)
     plant(store, f"prepared/{began.key}.json", modelRevision="0" * 40)
-    later = cache_below_its_destination(workshop, machine="b")
+    later = cache_below_its_destination(runner, machine="b")
     assert Records(later).of_run() is None
     assert find(later, Records(later)) is None
     assert "was not written by this run: its signature is not of this run's key" in caplog.text
@@ -175,8 +175,8 @@ def test_a_run_begins_with_what_its_own_prepare_left_and_nothing_that_was_plante
     assert Records(later).of_run() == began, "made anew, over what was planted"
 
 
-def test_rows_that_somebody_exchanged_with_their_list_are_not_trained_on(workshop, shared):
-    config = on(workshop, shared)
+def test_rows_that_somebody_exchanged_with_their_list_are_not_trained_on(runner, shared):
+    config = on(runner, shared)
     receipt = prepare(config)
     store = open_store(shared, "x")
     place = f"data/{receipt.data_hash}"
@@ -186,19 +186,19 @@ def test_rows_that_somebody_exchanged_with_their_list_are_not_trained_on(worksho
     store.put(f"{place}/{tokens['path']}", planted)
     tokens |= {"sha256": sha256_bytes(planted)}
     store.put(f"{place}/files.json", json.dumps(files).encode())
-    later = on(workshop, shared, machine="b")
+    later = on(runner, shared, machine="b")
     records = Records(later)
     assert records.bring_rows(records.of_run()) is None
-    path, _ = workshop.write(later)
+    path, _ = runner.write(later)
     assert ready(later, path) == ExitCode.DONE
     rows = Prepared.read(later).data_dir / tokens["path"]
     assert rows.read_bytes() != planted
 
 
-def test_in_a_cache_for_all_another_jobs_record_is_taken_and_signed_by_the_run_that_begins_with_it(workshop, shared):
-    prepare(on(workshop, shared))
-    (workshop.folder / "key").unlink()  # the next job has a key of its own
-    other = on(workshop, shared, machine="b", uid="another-job")
+def test_in_a_cache_for_all_another_jobs_record_is_taken_and_signed_by_the_run_that_begins_with_it(runner, shared):
+    prepare(on(runner, shared))
+    (runner.folder / "key").unlink()  # the next job has a key of its own
+    other = on(runner, shared, machine="b", uid="another-job")
     prepare(other)
     assert Records(other).of_run() is not None
-    assert not (workshop.folder / "b" / "models").exists()
+    assert not (runner.folder / "b" / "models").exists()

@@ -36,12 +36,12 @@ def published(ended, key):
     return [(line["step"], line[key]) for line in map(json.loads, lines) if "step" in line and key in line]
 
 
-def kill(workshop, config, step, is_time=lambda: True):
+def kill(runner, config, step, is_time=lambda: True):
     """Kill the launcher and all that it started, as a lost node would: at ``step``, when it is time."""
-    launcher = workshop.launch(config)
+    launcher = runner.launch(config)
     everyone = []
     try:
-        workshop.wait_for_step(launcher, config, step)
+        runner.wait_for_step(launcher, config, step)
         everyone = psutil.Process(launcher.pid).children(recursive=True)
         for process in everyone:
             with suppress(ProcessLookupError, psutil.NoSuchProcess):  # it has ended meanwhile
@@ -74,14 +74,14 @@ OF_FLOAT16 = ("lossScale", "skippedSteps")
 TIMES = ("seconds", "dataSeconds")
 
 
-def test_tensorboard_has_each_step_once_after_an_attempt_that_was_killed(workshop):
-    board = workshop.folder / "board"
+def test_tensorboard_has_each_step_once_after_an_attempt_that_was_killed(runner):
+    board = runner.folder / "board"
     changes = changes_of([{"type": "TensorBoard", "folder": str(board)}])
-    config, second = (workshop.config(attempt, **changes) for attempt in (1, 2))
-    assert workshop.prepare(config) == ExitCode.DONE
-    kill(workshop, config, step=5)
-    code = workshop.launch(second).wait(timeout=PATIENCE_SECONDS)
-    ended = workshop.ended(second, code)
+    config, second = (runner.config(attempt, **changes) for attempt in (1, 2))
+    assert runner.prepare(config) == ExitCode.DONE
+    kill(runner, config, step=5)
+    code = runner.launch(second).wait(timeout=PATIENCE_SECONDS)
+    ended = runner.ended(second, code)
     assert code == ExitCode.DONE, ended.log
     assert ended.message.tracking == [TrackedRun(type=SinkType.TENSORBOARD, url=str(board / RUN))], ended.log
     found = scalars(board / RUN)
@@ -94,21 +94,21 @@ def test_tensorboard_has_each_step_once_after_an_attempt_that_was_killed(worksho
     assert "| lora.rank | 8 |" in texts(board / RUN)["parameters"]
 
     shutil.rmtree(board)  # as if the attempt had been killed when it had published
-    third = workshop.config(3, **changes)
-    assert workshop.launch(third).wait(timeout=PATIENCE_SECONDS) == ExitCode.DONE
-    ended = workshop.ended(third, 0)
+    third = runner.config(3, **changes)
+    assert runner.launch(third).wait(timeout=PATIENCE_SECONDS) == ExitCode.DONE
+    ended = runner.ended(third, 0)
     assert ended.message.tracking == [TrackedRun(type=SinkType.TENSORBOARD, url=str(board / RUN))], ended.log
     assert [step for step, _ in scalars(board / RUN)["train/loss"]] == list(range(1, STEPS + 1))
 
 
-def test_a_server_that_is_not_there_ends_prepare_and_not_a_run_that_has_begun(workshop):
+def test_a_server_that_is_not_there_ends_prepare_and_not_a_run_that_has_begun(runner):
     server = f"http://127.0.0.1:{free_port()}"
-    config = workshop.config(tracking=[{"type": "MLflow", "server": server}])
-    assert workshop.prepare(config) == ExitCode.STORAGE_FAILED
-    ended = workshop.ended(config, ExitCode.STORAGE_FAILED)
+    config = runner.config(tracking=[{"type": "MLflow", "server": server}])
+    assert runner.prepare(config) == ExitCode.STORAGE_FAILED
+    ended = runner.ended(config, ExitCode.STORAGE_FAILED)
     assert f"spec.tracking[0].server: {server} does not take the run" in ended.text
-    assert workshop.prepare(workshop.config()) == ExitCode.DONE
-    assert workshop.prepare(config) == ExitCode.DONE
+    assert runner.prepare(runner.config()) == ExitCode.DONE
+    assert runner.prepare(config) == ExitCode.DONE
 
 
 @pytest.fixture
@@ -117,19 +117,19 @@ def mlflow_server(tmp_path):
         yield running
 
 
-def test_each_tool_has_each_step_once_after_ten_attempts_that_were_killed(workshop, mlflow_server, monkeypatch):
+def test_each_tool_has_each_step_once_after_ten_attempts_that_were_killed(runner, mlflow_server, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(workshop.folder))
-    board = workshop.folder / "board"
+    monkeypatch.setenv("WANDB_DIR", str(runner.folder))
+    board = runner.folder / "board"
     sinks = [
         {"type": "TensorBoard", "folder": str(board)},
         {"type": "MLflow", "server": mlflow_server.url},
         {"type": "WandB"},
     ]
     changes = changes_of(sinks)
-    assert workshop.prepare(workshop.config(**changes)) == ExitCode.DONE
+    assert runner.prepare(runner.config(**changes)) == ExitCode.DONE
     for attempt, step in enumerate((1, 2, 4, 5, 7, 8, 10, 11, 13, 14), start=1):
-        config = workshop.config(attempt, **changes)
+        config = runner.config(attempt, **changes)
 
         def is_time(step=step):
             """Every second time, wait until the server has a step of which there may be no checkpoint yet."""
@@ -140,14 +140,14 @@ def test_each_tool_has_each_step_once_after_ten_attempts_that_were_killed(worksh
             except (MlflowException, ValueError):  # a busy server may refuse a question, or has no run yet
                 return False
 
-        kill(workshop, config, step, is_time)
-    last = workshop.config(11, **changes)
-    code = workshop.launch(last).wait(timeout=PATIENCE_SECONDS)
-    ended = workshop.ended(last, code)
+        kill(runner, config, step, is_time)
+    last = runner.config(11, **changes)
+    code = runner.launch(last).wait(timeout=PATIENCE_SECONDS)
+    ended = runner.ended(last, code)
     assert code == ExitCode.DONE, ended.log
     assert [run.message for run in ended.message.tracking] == ["", "", ""], ended.log
     assert [step for step, _ in published(ended, "loss")] == list(range(1, STEPS + 1))
-    (folder,) = (workshop.folder / "wandb").glob("offline-run-*")
+    (folder,) = (runner.folder / "wandb").glob("offline-run-*")
     rows = wandb_rows(folder)
     for key, tag in METRICS.items():
         if key in OF_FLOAT16:

@@ -16,18 +16,18 @@ pytestmark = pytest.mark.ranks
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_vl_moe"])
-def test_a_base_with_a_tower_is_trained_and_published(name, workshop):
-    base = workshop.folder / name
+def test_a_base_with_a_tower_is_trained_and_published(name, runner):
+    base = runner.folder / name
     save_composite(base, name, vocab_size=512)
-    AutoTokenizer.from_pretrained(workshop.model).save_pretrained(base)
-    ended = workshop.run(
-        workshop.config(
+    AutoTokenizer.from_pretrained(runner.model).save_pretrained(base)
+    ended = runner.run(
+        runner.config(
             ranks=2,
             model={"source": str(base)},
             lora={"rank": 8},
             quantization={"computeType": "BFloat16"},
             training={"epochs": None, "maxSteps": 2, "learningRate": "5e-3"},
-            output={"destination": str(workshop.folder / "out"), "merge": "BFloat16", "allowWorseEval": True},
+            output={"destination": str(runner.folder / "out"), "merge": "BFloat16", "allowWorseEval": True},
         )
     )
     assert ended.code == ExitCode.DONE, ended.log[-3000:]

@@ -49,19 +49,19 @@ def as_rows(pairs, spec):
         ("trl.sh", "PromptCompletion"),
     ],
 )
-def test_a_converted_configuration_trains(workshop, name, form):
-    model = workshop.folder / "base"
+def test_a_converted_configuration_trains(runner, name, form):
+    model = runner.folder / "base"
     model.mkdir()
-    for file in workshop.model.iterdir():
+    for file in runner.model.iterdir():
         (model / file.name).write_bytes(file.read_bytes())
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(model)
-    rows = workshop.folder / "given.jsonl"
-    given = {"model": str(model), "data": str(rows), "destination": str(workshop.folder / "out"), "format": form}
+    rows = runner.folder / "given.jsonl"
+    given = {"model": str(model), "data": str(rows), "destination": str(runner.folder / "out"), "format": form}
     manifest = yaml.safe_load(manifest_of(CONFIGURATIONS / name, 1, given, None).text)
     spec = manifest["spec"]
-    pairs = [(r["prompt"], r["completion"]) for r in map(json.loads, workshop.rows.read_text().splitlines())][:60]
+    pairs = [(r["prompt"], r["completion"]) for r in map(json.loads, runner.rows.read_text().splitlines())][:60]
     rows.write_text("".join(f"{json.dumps(row)}\n" for row in as_rows(pairs, spec)))
     spec["dataset"]["maxLength"] = 128  # the toy has 256 positions; the rest but the steps is as it was converted
     spec["training"] |= {"maxSteps": 2}
@@ -69,8 +69,8 @@ def test_a_converted_configuration_trains(workshop, name, form):
     if spec["training"].get("warmupSteps"):
         spec["training"]["warmupSteps"] = 1
     job = QLoRAJob.from_manifest(manifest).spec
-    config = workshop.config(ranks=1).model_copy(update={"spec": job, "batch": split_batch(job, 1)})
-    ended = workshop.run(config)
+    config = runner.config(ranks=1).model_copy(update={"spec": job, "batch": split_batch(job, 1)})
+    ended = runner.run(config)
     assert ended.code == ExitCode.DONE, ended.log[-3000:]
     adapter = Path(ended.message.adapter.uri)
     settings = json.loads((adapter / "adapter_config.json").read_text())

@@ -16,13 +16,13 @@ from quantized_bases import quantized_base
 
 
 @pytest.mark.ranks
-def test_base_adapter_and_merged_model_answer_side_by_side(workshop, monkeypatch, capsys):
+def test_base_adapter_and_merged_model_answer_side_by_side(runner, monkeypatch, capsys):
     changes = {"output": {"merge": "BFloat16"}, "training": {"learningRate": "2e-2"}}
-    ended = workshop.run(workshop.config(ranks=1, **changes))
+    ended = runner.run(runner.config(ranks=1, **changes))
     assert ended.code == ExitCode.DONE, ended.log[-2000:]
     adapter = Path(ended.message.adapter.uri)
-    arguments = ["--base", str(workshop.model), "--adapter", str(adapter), "--merged", str(adapter.parent / "merged")]
-    arguments += ["--dataset", json.dumps(workshop.spec()["dataset"])]
+    arguments = ["--base", str(runner.model), "--adapter", str(adapter), "--merged", str(adapter.parent / "merged")]
+    arguments += ["--dataset", json.dumps(runner.spec()["dataset"])]
     prompts = ["def read(self):\n", "def write(self, data):\n"]
     asked = [word for prompt in prompts for word in ("--prompt", prompt)]
     monkeypatch.setattr(sys, "argv", ["generate", *arguments, *asked, "--max-new-tokens", "8", "--json"])
@@ -33,8 +33,8 @@ def test_base_adapter_and_merged_model_answer_side_by_side(workshop, monkeypatch
     assert all(row["merged"] for row in rows)
 
 
-def test_a_base_that_cannot_be_read_is_a_users_error(workshop, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["generate", "--base", str(workshop.folder / "none"), "--prompt", "x"])
+def test_a_base_that_cannot_be_read_is_a_users_error(runner, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["generate", "--base", str(runner.folder / "none"), "--prompt", "x"])
     assert generate.main() == ExitCode.USER_ERROR
     assert "none" in capsys.readouterr().err
 

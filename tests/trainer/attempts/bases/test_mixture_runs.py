@@ -26,19 +26,19 @@ CASES = {
 
 
 @pytest.mark.parametrize(("name", "lora", "ranks", "parallelism"), CASES.values())
-def test_a_mixture_is_trained_and_published(name, lora, ranks, parallelism, workshop):
-    base = workshop.folder / name
+def test_a_mixture_is_trained_and_published(name, lora, ranks, parallelism, runner):
+    base = runner.folder / name
     save_mixture(base, name, **{**MIXTURES[name], "vocab_size": 512})
-    AutoTokenizer.from_pretrained(workshop.model).save_pretrained(base)
-    ended = workshop.run(
-        workshop.config(
+    AutoTokenizer.from_pretrained(runner.model).save_pretrained(base)
+    ended = runner.run(
+        runner.config(
             ranks=ranks,
             model={"source": str(base)},
             lora=lora,
             parallelism=parallelism,
             quantization={"computeType": "BFloat16"},
             training={"epochs": None, "maxSteps": 3, "learningRate": "5e-3", "gradientCheckpointing": "Full"},
-            output={"destination": str(workshop.folder / "out"), "merge": "BFloat16", "allowWorseEval": True},
+            output={"destination": str(runner.folder / "out"), "merge": "BFloat16", "allowWorseEval": True},
         )
     )
     assert ended.code == ExitCode.DONE, ended.log[-3000:]
@@ -54,14 +54,14 @@ def test_a_mixture_is_trained_and_published(name, lora, ranks, parallelism, work
     assert "does not serve this adapter by itself, since it adapts experts" in (adapter / "README.md").read_text()
 
 
-def test_zero_3_makes_the_adapter_that_is_made_without(workshop):
+def test_zero_3_makes_the_adapter_that_is_made_without(runner):
     """In fp32, where the experts' factors are used as they are, and large enough to be divided among the ranks."""
-    base = workshop.folder / "mixtral"
+    base = runner.folder / "mixtral"
     save_mixture(base, "mixtral", **{**MIXTURES["mixtral"], "vocab_size": 512})
-    AutoTokenizer.from_pretrained(workshop.model).save_pretrained(base)
+    AutoTokenizer.from_pretrained(runner.model).save_pretrained(base)
     found = []
     for stage in (0, 3):
-        config = workshop.config(
+        config = runner.config(
             uid=f"0a1b2c3{stage}-run",
             model={"source": str(base)},
             lora={"rank": 500},
@@ -69,11 +69,9 @@ def test_zero_3_makes_the_adapter_that_is_made_without(workshop):
             quantization={"computeType": "Float32"},
             dataset={"eval": None},
             training={"epochs": None, "maxSteps": 2, "learningRate": "1e-3", "optimizer": "AdamW"},
-            output={"destination": str(workshop.folder / f"out-{stage}")},
+            output={"destination": str(runner.folder / f"out-{stage}")},
         )
-        ended = workshop.run(
-            config.model_copy(update={"checkpoint_uri": str(workshop.folder / f"checkpoints-{stage}")})
-        )
+        ended = runner.run(config.model_copy(update={"checkpoint_uri": str(runner.folder / f"checkpoints-{stage}")}))
         assert ended.code == ExitCode.DONE, ended.log[-3000:]
         found.append(load_file(Path(ended.message.adapter.uri) / "adapter_model.safetensors"))
     for name, tensor in found[0].items():

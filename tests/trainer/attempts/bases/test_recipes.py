@@ -21,12 +21,12 @@ RECIPE = Path(__file__).parents[4] / "examples" / "opt-6.7b-imdb.yaml"
 
 
 @pytest.fixture
-def recipe(workshop):
+def recipe(runner):
     """The example with the three places changed that name things of a cluster, and its steps cut to the toy's nine."""
     manifest = yaml.safe_load(RECIPE.read_text())
     spec = manifest["spec"]
-    model = workshop.folder / "opt"
-    tokenizer = AutoTokenizer.from_pretrained(workshop.model)
+    model = runner.folder / "opt"
+    tokenizer = AutoTokenizer.from_pretrained(runner.model)
     tokenizer.save_pretrained(model)
     torch.manual_seed(0)
     shape = OPTConfig(
@@ -39,27 +39,27 @@ def recipe(workshop):
         max_position_embeddings=512,
     )
     OPTForCausalLM(shape).bfloat16().save_pretrained(model)
-    reviews = [json.loads(line) for line in workshop.rows.read_text().splitlines()]
+    reviews = [json.loads(line) for line in runner.rows.read_text().splitlines()]
     texts = [" ".join(r["completion"] for r in reviews[n : n + 40]) for n in range(0, 150, 2)]
-    pq.write_table(pa.table({"text": texts, "label": [0] * len(texts)}), workshop.folder / "reviews.parquet")
+    pq.write_table(pa.table({"text": texts, "label": [0] * len(texts)}), runner.folder / "reviews.parquet")
     spec["model"] = {"source": str(model)}
-    spec["dataset"]["train"] = {"source": str(workshop.folder / "reviews.parquet")}
+    spec["dataset"]["train"] = {"source": str(runner.folder / "reviews.parquet")}
     spec["quantization"]["computeType"] = "Auto"  # no CPU has arithmetic in float16
-    spec["output"] = {"destination": str(workshop.folder / "out")}
+    spec["output"] = {"destination": str(runner.folder / "out")}
     spec["training"]["evaluation"]["everySteps"] = spec["checkpoint"]["everySteps"] = 2
     spec["training"]["warmupSteps"] = 2
     return QLoRAJob.from_manifest(manifest).spec
 
 
 @pytest.mark.ranks
-def test_the_classic_recipe_runs_on_the_opt_architecture(workshop, recipe):
-    config = workshop.config().model_copy(
+def test_the_classic_recipe_runs_on_the_opt_architecture(runner, recipe):
+    config = runner.config().model_copy(
         update={"spec": recipe, "batch": split_batch(recipe, 2), "gradient_checkpointing": True}
     )
     assert (config.batch.micro_batch_size, config.batch.gradient_accumulation_steps) == (4, 4)
-    ended = workshop.run(config)
+    ended = runner.run(config)
     assert ended.code == ExitCode.DONE, ended.log[-3000:]
-    manifest = json.loads((workshop.folder / "out" / "manifest.json").read_text())
+    manifest = json.loads((runner.folder / "out" / "manifest.json").read_text())
     assert manifest["metrics"]["evalLoss"] < manifest["metrics"]["baseEvalLoss"]
     adapter = Path(ended.message.adapter.uri)
     settings = json.loads((adapter / "adapter_config.json").read_text())
@@ -67,5 +67,5 @@ def test_the_classic_recipe_runs_on_the_opt_architecture(workshop, recipe):
     with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
         layers = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tensors.keys()}  # noqa: SIM118 no mapping
     assert layers == {"q_proj", "v_proj"}
-    checkpoints = {p.name for p in (workshop.folder / "checkpoints").iterdir()}
+    checkpoints = {p.name for p in (runner.folder / "checkpoints").iterdir()}
     assert 3 <= len(checkpoints) <= 4  # the newest three, and the best where it is older

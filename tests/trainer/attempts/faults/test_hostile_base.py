@@ -28,10 +28,10 @@ runpy.run_module(module, run_name="__main__")
 """
 
 
-def hostile(workshop):
+def hostile(runner):
     """A copy of the base with everything beside it, and in it, that a library might follow."""
-    base = shutil.copytree(workshop.model, workshop.folder / "hostile" / "base")
-    other = shutil.copytree(workshop.model, workshop.folder / "hostile" / "elsewhere")
+    base = shutil.copytree(runner.model, runner.folder / "hostile" / "base")
+    other = shutil.copytree(runner.model, runner.folder / "hostile" / "elsewhere")
     for name in ("pytorch_model.bin", "adapter_model.bin", "model.pt", "training_args.bin", "modeling_x.py"):
         (base / name).write_bytes(b"\x80\x04.")
     for name in ("other.safetensors", "adapter_model.safetensors"):
@@ -57,16 +57,16 @@ def change(file, **keys):
 
 
 @pytest.mark.ranks
-def test_prepare_and_a_rank_open_of_a_base_what_was_checked_and_nothing_else(workshop):
-    base, other = hostile(workshop)
-    config = workshop.config(
+def test_prepare_and_a_rank_open_of_a_base_what_was_checked_and_nothing_else(runner):
+    base, other = hostile(runner)
+    config = runner.config(
         ranks=1,
         model={"source": str(base)},
         training={"epochs": None, "maxSteps": 1, "microBatchSize": 4},
-        output={"destination": str(workshop.folder / "out"), "merge": "BFloat16", "allowWorseEval": True},
+        output={"destination": str(runner.folder / "out"), "merge": "BFloat16", "allowWorseEval": True},
     )
-    path, log = workshop.write(config)
-    audit = workshop.folder / "audit.txt"
+    path, log = runner.write(config)
+    audit = runner.folder / "audit.txt"
     world = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     environment = os.environ | {name: str(value) for name, value in world.items()}
     with opened_files(base, other, *(p for p in base.iterdir() if p.is_dir())) as opened, log.open("ab") as out:
@@ -93,29 +93,29 @@ def flip(path):
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("cache", ["kept", "lost"])
-def test_a_run_does_not_go_on_from_a_base_of_which_one_byte_was_changed(workshop, cache):
-    model = shutil.copytree(workshop.model, workshop.folder / "model")
+def test_a_run_does_not_go_on_from_a_base_of_which_one_byte_was_changed(runner, cache):
+    model = shutil.copytree(runner.model, runner.folder / "model")
     changes = {"model": {"source": str(model)}, "training": {"epochs": None, "maxSteps": 2}}
-    assert workshop.run(workshop.config(ranks=1, **changes)).code == ExitCode.DONE
-    shutil.rmtree(workshop.folder / "out")
+    assert runner.run(runner.config(ranks=1, **changes)).code == ExitCode.DONE
+    shutil.rmtree(runner.folder / "out")
     flip(model / "model.safetensors")
     if cache == "lost":
-        shutil.rmtree(workshop.cache)
-    ended = workshop.run(workshop.config(ranks=1, attempt=2, **changes))
+        shutil.rmtree(runner.cache)
+    ended = runner.run(runner.config(ranks=1, attempt=2, **changes))
     assert ended.code == ExitCode.USER_ERROR
     assert ended.text.startswith("spec.model.source: ")
     assert "the run began on" in ended.text
-    assert not (workshop.folder / "out" / "manifest.json").exists()
+    assert not (runner.folder / "out" / "manifest.json").exists()
 
 
 @pytest.mark.ranks
-def test_nothing_is_published_of_an_attempt_whose_base_was_changed_meanwhile(workshop):
-    model = shutil.copytree(workshop.model, workshop.folder / "model")
+def test_nothing_is_published_of_an_attempt_whose_base_was_changed_meanwhile(runner):
+    model = shutil.copytree(runner.model, runner.folder / "model")
     changes = {"model": {"source": str(model)}, "training": {"epochs": None, "maxSteps": 2}}
-    config = workshop.config(ranks=1, **changes)
-    assert workshop.prepare(config) == ExitCode.DONE
+    config = runner.config(ranks=1, **changes)
+    assert runner.prepare(config) == ExitCode.DONE
     flip(model / "model.safetensors")
-    ended = workshop.train(config)
+    ended = runner.train(config)
     assert ended.code == ExitCode.USER_ERROR
     assert "model.safetensors that was changed while the job used it" in ended.text
-    assert not (workshop.folder / "out" / "manifest.json").exists()
+    assert not (runner.folder / "out" / "manifest.json").exists()

@@ -22,10 +22,10 @@ SEQUENCE = 512
 
 
 @pytest.fixture
-def manifest(workshop):
+def manifest(runner):
     """A job whose activations outweigh everything else; called with a micro-batch, it is written to a file."""
-    model = workshop.folder / "model"
-    AutoTokenizer.from_pretrained(workshop.model).save_pretrained(model)
+    model = runner.folder / "model"
+    AutoTokenizer.from_pretrained(runner.model).save_pretrained(model)
     torch.manual_seed(0)
     LlamaForCausalLM(
         LlamaConfig(
@@ -41,13 +41,13 @@ def manifest(workshop):
     text = "".join(p.read_text("utf-8") for p in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60])
     size = 4 * SEQUENCE  # characters; the tokenizer makes more tokens of them than a sequence holds
     rows = [text[start : start + size] for start in range(0, 512 * size, size)]
-    (workshop.folder / "texts.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    (runner.folder / "texts.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
 
     def write(name, micro_batch):
         spec = {
             "model": {"source": str(model)},
             "dataset": {
-                "train": {"source": str(workshop.folder / "texts.jsonl")},
+                "train": {"source": str(runner.folder / "texts.jsonl")},
                 "format": "Text",
                 "maxLength": SEQUENCE,
                 "longRows": "Truncate",
@@ -61,9 +61,9 @@ def manifest(workshop):
                 "gradientCheckpointing": "None",
                 "learningRate": "0.005",
             },
-            "output": {"destination": str(workshop.folder / f"out-{name}")},
+            "output": {"destination": str(runner.folder / f"out-{name}")},
         }
-        path = workshop.folder / f"{name}.yaml"
+        path = runner.folder / f"{name}.yaml"
         job = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": {"name": name}, "spec": spec}
         path.write_text(yaml.safe_dump(job))
         return path
@@ -71,18 +71,18 @@ def manifest(workshop):
     return write
 
 
-def qlora_run(workshop, path, before=None):
+def qlora_run(runner, path, before=None):
     command = [sys.executable, "-c", "from qlora_cli.app import app; app()", "run", str(path), "--ranks", "2"]
     done = subprocess.run(
         command,
-        cwd=workshop.folder,
-        env={**os.environ, "QLORA_CACHE": str(workshop.cache), "OMP_NUM_THREADS": "1"},
+        cwd=runner.folder,
+        env={**os.environ, "QLORA_CACHE": str(runner.cache), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
         preexec_fn=before,
     )
-    folder = workshop.folder / "runs" / path.stem
+    folder = runner.folder / "runs" / path.stem
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads((folder / "run.json").read_text()), folder
 
@@ -92,14 +92,14 @@ def losses(folder, attempt):
     return [float(line.split(" loss ")[1].split()[0]) for line in lines if " INFO step " in line and " lr " in line]
 
 
-def test_a_plan_that_overruns_a_real_memory_limit_ends_well_by_itself(workshop, manifest, limited_memory):
-    record, folder = qlora_run(workshop, manifest("limited", 128), before=limited_memory(LIMIT_BYTES).enter)
+def test_a_plan_that_overruns_a_real_memory_limit_ends_well_by_itself(runner, manifest, limited_memory):
+    record, folder = qlora_run(runner, manifest("limited", 128), before=limited_memory(LIMIT_BYTES).enter)
     attempts, first = record["attempts"], record["attempts"][0]
     assert 2 <= len(attempts) <= 3
     assert [a["reason"] for a in attempts] == ["OutOfHostMemory"] * (len(attempts) - 1) + ["Completed"]
     assert "by the kernel, out of host memory: the limit of all processes together is 5.47 GiB" in first["message"]
     assert attempts[-1]["microBatchSize"] < 128
 
-    small, whole = qlora_run(workshop, manifest("small", attempts[-1]["microBatchSize"]))
+    small, whole = qlora_run(runner, manifest("small", attempts[-1]["microBatchSize"]))
     assert len(small["attempts"]) == 1
     assert losses(folder, len(attempts)) == pytest.approx(losses(whole, 1), abs=1e-3)

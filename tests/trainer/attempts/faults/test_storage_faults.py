@@ -40,12 +40,12 @@ def in_turn(call: Call, times: int) -> S3Fault | None:
 class BucketRun:
     """A run whose model, rows, cache, checkpoints and adapter are in a bucket."""
 
-    workshop: object
+    runner: object
     bucket: str
     download: Path
 
     def config(self, attempt: int = 1):
-        config = self.workshop.config(
+        config = self.runner.config(
             ranks=1,
             attempt=attempt,
             model={"source": f"{self.bucket}/model"},
@@ -58,11 +58,11 @@ class BucketRun:
 
     def train(self):
         """Return how it ended: of the first step that did not end well, or of the last."""
-        if code := self.workshop.prepare(self.config()):
-            return self.workshop.ended(self.config(), code)
-        killed = self.workshop.kill_at(self.config(), 3)
+        if code := self.runner.prepare(self.config()):
+            return self.runner.ended(self.config(), code)
+        killed = self.runner.kill_at(self.config(), 3)
         assert killed.message is None, killed.text
-        return self.workshop.run(self.config(attempt=2))
+        return self.runner.run(self.config(attempt=2))
 
     def adapter_hash(self) -> str:
         """Download the adapter with the command line, which verifies it; return the hash of its weights."""
@@ -82,19 +82,19 @@ def proxy(s3_server):
 
 
 @pytest.fixture
-def make_run(proxy, monkeypatch, workshop, tmp_path):
+def make_run(proxy, monkeypatch, runner, tmp_path):
     """Put model and rows into a bucket of its own, without faults."""
 
     def make(name: str) -> BucketRun:
         bucket = use_s3(proxy, monkeypatch)
         proxy.choose = lambda _call, _times: None
         store = open_store(bucket, "test")
-        for path in workshop.model.iterdir():
+        for path in runner.model.iterdir():
             store.put(f"model/{path.name}", path)
-        store.put("rows/train.jsonl", workshop.rows)
+        store.put("rows/train.jsonl", runner.rows)
         folder = tmp_path / name
         folder.mkdir()
-        changed = type(workshop)(workshop.model, workshop.rows, folder / "cache", folder)
+        changed = type(runner)(runner.model, runner.rows, folder / "cache", folder)
         return BucketRun(changed, bucket, folder / "download")
 
     return make
@@ -130,10 +130,10 @@ def test_what_only_the_user_can_change_ends_the_run_with_its_field_and_nothing_h
     prefix = f"/{run.bucket.removeprefix('s3://')}/{folder}/"
     refused = ("GET", "PUT", "POST") if folder != "out" else ("PUT", "POST")
     proxy.choose = lambda call, _times: fault if call[1].startswith(prefix) and call[0] in refused else None
-    if run.workshop.prepare(run.config()) == 0:
-        ended = run.workshop.train(run.config())
+    if run.runner.prepare(run.config()) == 0:
+        ended = run.runner.train(run.config())
     else:
-        ended = run.workshop.ended(run.config(), ExitCode.USER_ERROR)
+        ended = run.runner.ended(run.config(), ExitCode.USER_ERROR)
     assert ended.message.exit_code == ExitCode.USER_ERROR, ended.log[-3000:]
     assert ended.text.startswith("spec."), ended.text
     proxy.choose = lambda _call, _times: None
@@ -168,13 +168,13 @@ def test_what_comes_to_need_the_user_later_publishes_nothing_and_the_next_attemp
         return fault if met else None
 
     proxy.choose = choose
-    assert run.workshop.prepare(run.config()) == 0
-    ended = run.workshop.train(run.config())
+    assert run.runner.prepare(run.config()) == 0
+    ended = run.runner.train(run.config())
     assert met
     assert ended.message.exit_code == ExitCode.USER_ERROR, ended.log[-3000:]
     assert ended.text.startswith("spec.output."), ended.text
     proxy.choose = lambda _call, _times: None
     assert "manifest.json" not in dict(open_store(f"{run.bucket}/out", "test").list())
-    again = run.workshop.run(run.config(attempt=2))
+    again = run.runner.run(run.config(attempt=2))
     assert again.code == ExitCode.DONE, again.log[-3000:]
     assert run.adapter_hash()

@@ -56,12 +56,12 @@ class Executed:
         return os.mkdir, (self._path,)
 
 
-def test_nothing_of_one_worker_listens_beyond_loopback(workshop):
-    config = workshop.config(ranks=2, **ENDLESS)
-    assert workshop.prepare(config) == 0
-    process = workshop.launch(config)
+def test_nothing_of_one_worker_listens_beyond_loopback(runner):
+    config = runner.config(ranks=2, **ENDLESS)
+    assert runner.prepare(config) == 0
+    process = runner.launch(config)
     try:
-        workshop.wait_for_step(process, config, 2)
+        runner.wait_for_step(process, config, 2)
         found = listeners(process.pid)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=PATIENCE_SECONDS) == ExitCode.PREEMPTED
@@ -131,7 +131,7 @@ def ports_of(pods: list[WorkerPod]) -> Iterator[tuple[str, int, str]]:
                     assert is_loopback(host), f"{host}:{port} is not documented"
 
 
-def test_strangers_on_every_port_of_two_workers_change_nothing(pods, workshop, tmp_path):
+def test_strangers_on_every_port_of_two_workers_change_nothing(pods, runner, tmp_path):
     both = [pod.start() for pod in pods(ranks=1, **ENDLESS)]
     planted = pickle.dumps(Executed(str(tmp_path / "executed")))
     both[0].until(" step 2/")
@@ -162,7 +162,7 @@ def test_strangers_on_every_port_of_two_workers_change_nothing(pods, workshop, t
     assert [code for code, _ in ends] == [ExitCode.PREEMPTED] * 2, both[0].log[-2000:] + both[1].log[-2000:]
     assert not (tmp_path / "executed").exists()
     disturbed = losses(both[0].log)
-    shutil.rmtree(workshop.folder / "checkpoints", ignore_errors=True)
-    undisturbed = workshop.kill_at(workshop.config(ranks=2, attempt=2, **ENDLESS), len(disturbed))
+    shutil.rmtree(runner.folder / "checkpoints", ignore_errors=True)
+    undisturbed = runner.kill_at(runner.config(ranks=2, attempt=2, **ENDLESS), len(disturbed))
     expected = [f"{loss:.6f}" for loss in undisturbed.losses.values()]
     assert disturbed == expected[: len(disturbed)]

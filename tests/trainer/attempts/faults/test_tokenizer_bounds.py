@@ -37,27 +37,27 @@ WORDS = {"expression-that-panics": "a" * 60}
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_a_tokenizer_without_bounds_ends_prepare_as_the_bases_error(workshop, kind, tmp_path):
+def test_a_tokenizer_without_bounds_ends_prepare_as_the_bases_error(runner, kind, tmp_path):
     parts, expected = TOKENIZERS[kind]
-    base = shutil.copytree(workshop.model, workshop.folder / "model")
+    base = shutil.copytree(runner.model, runner.folder / "model")
     file = base / "tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | parts))
-    rows = workshop.folder / "rows.jsonl"
+    rows = runner.folder / "rows.jsonl"
     row = {"prompt": "say", "completion": " ".join([WORDS.get(kind, "a" * 30)] * 2000)}
     rows.write_text("".join(json.dumps(row) + "\n" for _ in range(8)))
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{CHILD}' \"$@\"\n")
     python.chmod(0o755)
-    config = workshop.config(
+    config = runner.config(
         model={"source": str(base)}, dataset={"train": {"source": str(rows)}, "longRows": "Truncate"}
     )
-    path, log = workshop.write(config)
+    path, log = runner.write(config)
     start = "runpy.run_module('qlora_trainer.prepare', run_name='__main__')"
     program = f"import runpy, sys; sys.executable = {str(python)!r}; {start}"
     with log.open("ab") as out:
         command = [sys.executable, "-c", program, str(path)]
         code = subprocess.run(command, stdout=out, stderr=out, env=os.environ, check=False).returncode
-    ended = workshop.ended(config, code)
+    ended = runner.ended(config, code)
     assert ended.code == ExitCode.USER_ERROR, ended.log[-3000:]
     assert ended.text.startswith("spec.model.source: ")
     assert any(part in ended.text for part in expected), ended.text

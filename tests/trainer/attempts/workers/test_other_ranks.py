@@ -22,15 +22,15 @@ STAGES = [
 ]
 
 
-def job(workshop, attempt, ranks, changes):
+def job(runner, attempt, ranks, changes):
     training = {"globalBatchSize": 12, "microBatchSize": 1, **changes.get("training", {})}
     changes = {**changes, "training": training, "checkpoint": {"everySteps": 2, "keep": 99}}
-    return workshop.config(attempt=attempt, ranks=ranks, **changes)
+    return runner.config(attempt=attempt, ranks=ranks, **changes)
 
 
-def seen_rows(workshop):
+def seen_rows(runner):
     """Step → hash over all rows seen until then, in their order, as the checkpoints say."""
-    markers = (workshop.folder / "checkpoints").glob("step-*/COMPLETE.json")
+    markers = (runner.folder / "checkpoints").glob("step-*/COMPLETE.json")
     runs = [json.loads(path.read_text())["checkpoint"]["meta"]["run"] for path in markers]
     return {run["step"]: run["rows_sha256"] for run in runs}
 
@@ -48,34 +48,34 @@ def rows_in_order(config, steps):
 
 
 @pytest.mark.parametrize("changes", STAGES)
-def test_four_ranks_then_two_then_three_train_as_four_do_from_start_to_end(changes, workshop):
-    workshop.prepare(job(workshop, 1, 4, changes))
-    first = workshop.kill_at(job(workshop, 1, 4, changes), step=3)
-    second = workshop.kill_at(job(workshop, 2, 2, changes), step=7)
-    last = job(workshop, 3, 3, changes)
-    third = workshop.run(last)
+def test_four_ranks_then_two_then_three_train_as_four_do_from_start_to_end(changes, runner):
+    runner.prepare(job(runner, 1, 4, changes))
+    first = runner.kill_at(job(runner, 1, 4, changes), step=3)
+    second = runner.kill_at(job(runner, 2, 2, changes), step=7)
+    last = job(runner, 3, 3, changes)
+    third = runner.run(last)
     assert third.code == ExitCode.DONE, third.log[-3000:]
     assert (min(second.losses), min(third.losses)) == (3, 7), "each goes on from the newest checkpoint"
-    order = seen_rows(workshop)
+    order = seen_rows(runner)
     interrupted = {**first.losses, **second.losses, **third.losses}
 
     for name in ("checkpoints", "out"):
-        (workshop.folder / name).rename(workshop.folder / f"{name}-of-the-interrupted")
-    whole = workshop.run(job(workshop, 4, 4, changes))
+        (runner.folder / name).rename(runner.folder / f"{name}-of-the-interrupted")
+    whole = runner.run(job(runner, 4, 4, changes))
     assert whole.code == ExitCode.DONE, whole.log[-3000:]
     steps = max(whole.losses)
-    assert order == seen_rows(workshop)
+    assert order == seen_rows(runner)
     assert order.items() <= rows_in_order(last, steps).items()
     assert sorted(order) == list(range(2, steps + 1, 2))
     assert interrupted == pytest.approx(whole.losses, abs=1e-3)
     assert third.losses[steps] == pytest.approx(whole.losses[steps], abs=1e-3)
 
 
-def test_under_zero_3_another_number_of_ranks_is_refused_with_what_to_do(workshop):
+def test_under_zero_3_another_number_of_ranks_is_refused_with_what_to_do(runner):
     changes = {"parallelism": {"zeroStage": 3}}
-    workshop.prepare(job(workshop, 1, 2, changes))
-    workshop.kill_at(job(workshop, 1, 2, changes), step=3)
-    ended = workshop.run(job(workshop, 2, 1, changes))
+    runner.prepare(job(runner, 1, 2, changes))
+    runner.kill_at(job(runner, 1, 2, changes), step=3)
+    ended = runner.run(job(runner, 2, 1, changes))
     assert ended.code == ExitCode.USER_ERROR, ended.log[-2000:]
     assert "spec.parallelism.zeroStage: 3 binds" in ended.text
     assert "go on with 2 ranks instead of 1" in ended.text

@@ -20,7 +20,7 @@ STEPS = {"training": {"epochs": None, "maxSteps": 4}}
 ENDLESS = {"training": {"epochs": None, "maxSteps": 5000}}
 
 
-def test_workers_that_start_apart_train_as_one_and_publish_once(pods, workshop):
+def test_workers_that_start_apart_train_as_one_and_publish_once(pods, runner):
     first, second = pods(ranks=1, **STEPS)
     first.start()
     first.until("waiting for 1 of 2 workers: 1")
@@ -30,8 +30,8 @@ def test_workers_that_start_apart_train_as_one_and_publish_once(pods, workshop):
     assert verify_published(word.adapter.manifest_uri) == []
     assert other_word is None, "rank 0 alone has the termination message of a job that is done"
     for name in ("out", "checkpoints"):
-        shutil.rmtree(workshop.folder / name)
-    alone = workshop.run(workshop.config(ranks=2, attempt=2, **STEPS))
+        shutil.rmtree(runner.folder / name)
+    alone = runner.run(runner.config(ranks=2, attempt=2, **STEPS))
     assert [f"{loss:.6f}" for loss in alone.losses.values()] == losses(first.log)
 
 
