@@ -92,7 +92,7 @@ class RunRecord(Model):
 
 
 def read_record_file(path: Path, kind: type[RecordT]) -> RecordT | None:
-    """Return the record in a file; None where there is no such file.
+    """Return the record in a file; None where there is no such file, or its folder is a file itself.
 
     Raises:
         RunError: the record is damaged.
@@ -100,7 +100,7 @@ def read_record_file(path: Path, kind: type[RecordT]) -> RecordT | None:
     """
     try:
         return kind.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValidationError as error:
         first = error.errors()[0]

@@ -226,6 +226,7 @@ def test_a_published_adapter_has_a_page_of_its_own(workplace, report):
         "Predicted",
     ):
         assert said in page
+    assert report("copied/manifest.json") == page
 
 
 @pytest.mark.parametrize("content", ["{}", "no JSON", '{"job": 1}'])
