@@ -18,7 +18,6 @@ from pydantic import ValidationError
 from qlora_api.contract import ExitCode
 from qlora_api.errors import FieldError, ManifestError
 from qlora_api.job import ObjectMeta, QLoRAJob
-from qlora_api.sweep.parameters import text_of
 from qlora_api.sweep.result import RESULT_FILE, SweepResult
 from qlora_api.sweep.spec import AlgorithmType
 from qlora_api.sweep.trials import trial_spec
@@ -29,7 +28,7 @@ from qlora_cli.local.run_folder import RunError
 from qlora_cli.local.trainer_process import cache_dir, stop_on_signals
 from qlora_cli.manifest import sweep_manifest
 from qlora_cli.sweeps import sweep_view
-from qlora_cli.sweeps.sweep_folder import SweepFolder, new_record, read_trials, resumed
+from qlora_cli.sweeps.sweep_folder import SweepFolder, new_record, read_trials, resumed, trial_of
 from qlora_storage.errors import JobError, NotFoundError
 from qlora_storage.object_store import open_store
 from qlora_sweep.decide import Create, Finish, Hold, decide, total_trials
@@ -175,16 +174,12 @@ class _LocalSweep:
             decision = decide(setting.spec, trials)
             if isinstance(decision, Finish):
                 return self._finish(decision, trials)
-            if isinstance(decision, Hold):
+            if isinstance(decision, Hold) or self._stop.over_budget:
                 return self._held(trials)
             self._run_trial(decision.actions[0], trials)
             if self._stop.asked:
                 setting.console.print("Stopped. The same command resumes this sweep.", style="bold")
                 return INTERRUPTED
-            if self._stop.over_budget:
-                trials = read_trials(setting.folder, setting.spec)
-                decision = decide(setting.spec, trials)  # that trial may have been the last one
-                return self._finish(decision, trials) if isinstance(decision, Finish) else self._held(trials)
 
     def _run_trial(self, action: Create | Resume, trials: Sequence[Trial]) -> None:
         """Run a trial until it ends, is suspended for a comparison, or is told to stop."""
@@ -193,10 +188,8 @@ class _LocalSweep:
         with run_folder.locked(setting.folder.trials, run.path.name) as lock:
             record = self._record(action)
             run.write(record)
-            texts = {p.path: text_of(record.spec.at(p.path)) for p in spec.parameters}
-            step = max((attempt.last_step or 0 for attempt in record.attempts), default=0)
             setting.console.print(
-                sweep_view.trial_begins(action.number, total_trials(spec), texts, step, action.pause_at_step),
+                sweep_view.trial_begins(trial_of(action.number, record, spec, None), total_trials(spec)),
                 style="bold",
                 soft_wrap=True,
             )

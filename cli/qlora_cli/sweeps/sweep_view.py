@@ -17,7 +17,7 @@ from qlora_sweep.decide import total_trials
 from qlora_sweep.results import ranked
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from qlora_api.sweep.parameters import Parameter
@@ -62,12 +62,12 @@ def _algorithm(spec: QLoRASweepSpec) -> str:
     return f"{spec.algorithm.type}{seed}; from step {stopping.min_steps} on one in {stopping.reduction_factor} goes on"
 
 
-def trial_begins(number: int, total: int, texts: Mapping[str, str], step: int, pause_at_step: int | None) -> str:
-    """Print which trial begins or resumes, and how far it goes."""
-    settings = ", ".join(f"{path} {text}" for path, text in texts.items())
-    begins = f" from step {step}" if step else ""
-    until = f" to step {pause_at_step}" if pause_at_step is not None else " to the end"
-    return f"Trial {number} ({number + 1} of {total}): {settings};{begins}{until}"
+def trial_begins(trial: Trial, total: int) -> str:
+    """Return which trial begins or resumes, and how far it goes."""
+    settings = ", ".join(f"{path} {text}" for path, text in trial.parameters.items())
+    begins = f" from step {trial.step}" if trial.step else ""
+    until = f" to step {trial.pause_at_step}" if trial.pause_at_step is not None else " to the end"
+    return f"Trial {trial.number} ({trial.number + 1} of {total}): {settings};{begins}{until}"
 
 
 def trials(found: Sequence[Trial], spec: QLoRASweepSpec, best: int | None = None) -> Table:
