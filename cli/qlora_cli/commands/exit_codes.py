@@ -70,10 +70,7 @@ _CODES: Mapping[str, Mapping[int, str]] = {
     "doctor": _CLUSTER | {NO: "a check found a fault"},
 }
 """Of the commands whose codes are not those of any command that asks a cluster."""
-_ALL = _CLUSTER | {
-    NO: "a watched job failed, a check found a fault, or the question was answered with no",
-    USER_ERROR: "invalid manifest, name or value, or missing permission",
-}
+_ALL = _CLUSTER | {NO: "a watched job failed, a check found a fault, or the question was answered with no"}
 _OF_THE_TRAINER = {"41-49": "the trainer ended early, or a budget is used up: see 'qlora run --help'"}
 
 
