@@ -96,7 +96,7 @@ def _distribution(parameter: Parameter) -> BaseDistribution:
     )
 
     if parameter.choices is not None:  # by their texts: a choice may be a list
-        return CategoricalDistribution([text_of(choice) for choice in parameter.choices])
+        return CategoricalDistribution(parameter.texts)
     assert parameter.range is not None
     low, high = float(parameter.range.min), float(parameter.range.max)
     log = parameter.range.scale is Scale.LOG

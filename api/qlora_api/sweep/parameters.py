@@ -123,6 +123,11 @@ class Parameter(Model):
         return VARIABLE_FIELDS[self.path]
 
     @property
+    def texts(self) -> list[str]:
+        """The choices as trials record them."""
+        return [text_of(choice) for choice in self.choices or ()]
+
+    @property
     def bounds(self) -> list[Any]:
         """The choices, or the ends of the range, as values of the field."""
         if self.choices is not None:

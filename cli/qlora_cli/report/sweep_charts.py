@@ -6,7 +6,7 @@ import math
 from html import escape
 from typing import TYPE_CHECKING
 
-from qlora_api.sweep.parameters import Parameter, Scale, text_of
+from qlora_api.sweep.parameters import Parameter, Scale
 from qlora_cli.report.charts import BOTTOM, HEIGHT, TOP
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ SLICE_WIDTH = 560
 def place(parameter: Parameter, text: str) -> float:
     """Return where a value is between 0 and 1 on a parameter's axis."""
     if parameter.choices is not None:
-        texts = [text_of(choice) for choice in parameter.choices]
+        texts = parameter.texts
         return texts.index(text) / (len(texts) - 1) if len(texts) > 1 else 0.5
     assert parameter.range is not None
     low, high, value = float(parameter.range.min), float(parameter.range.max), float(text)
@@ -32,10 +32,8 @@ def place(parameter: Parameter, text: str) -> float:
 
 
 def _labels(parameter: Parameter) -> list[tuple[float, str]]:
-    texts = [text_of(choice) for choice in parameter.choices or ()]
-    if parameter.range is not None:
-        texts = [parameter.range.min, parameter.range.max]
-    return [(place(parameter, text), text) for text in texts]
+    ends = parameter.range
+    return [(place(parameter, text), text) for text in ([ends.min, ends.max] if ends else parameter.texts)]
 
 
 def _y(share: float) -> float:

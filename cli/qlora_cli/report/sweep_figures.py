@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from qlora_api.base import Model
-from qlora_api.sweep.parameters import Parameter, text_of
+from qlora_api.sweep.parameters import Parameter
 from qlora_api.sweep.spec import QLoRASweepSpec
 from qlora_api.sweep.trials import Trial, TrialState
 from qlora_sweep.results import best_of, used_gpu_hours, value_of
@@ -124,9 +124,9 @@ def _parameter(parameter: Parameter, results: Sequence[tuple[Trial, float]], max
 def _grouped(parameter: Parameter, results: Sequence[tuple[Trial, float]]) -> dict[str, list[float]]:
     """Return the objective's values by choice, or by parts of a range with as many trials each."""
     if parameter.choices is not None:
-        texts = [text_of(choice) for choice in parameter.choices]
         groups = {
-            text: [value for trial, value in results if trial.parameters[parameter.path] == text] for text in texts
+            text: [value for trial, value in results if trial.parameters[parameter.path] == text]
+            for text in parameter.texts
         }
         return {text: values for text, values in groups.items() if values}
     ordered = sorted(results, key=lambda result: float(result[0].parameters[parameter.path]))

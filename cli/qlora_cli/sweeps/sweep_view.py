@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from qlora_api.sweep.parameters import Scale, text_of
+from qlora_api.sweep.parameters import Scale
 from qlora_api.sweep.spec import AlgorithmType, ObjectiveMetric, QLoRASweepSpec
 from qlora_api.sweep.trials import Trial, TrialState
 from qlora_cli.text import units
@@ -51,7 +51,7 @@ def _values(parameter: Parameter) -> str:
     if parameter.range is not None:
         scale = ", log" if parameter.range.scale is Scale.LOG else ""
         return f"{parameter.path} {parameter.range.min} to {parameter.range.max}{scale}"
-    return f"{parameter.path} {', '.join(text_of(choice) for choice in parameter.choices or ())}"
+    return f"{parameter.path} {', '.join(parameter.texts)}"
 
 
 def _algorithm(spec: QLoRASweepSpec) -> str:
