@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Table
 
+from qlora_api.sweep.result import RESULT_FILE, RESULT_SCHEMA
 from qlora_cli.local.run_folder import RUN_RECORD, SWEEP_RECORD, RunError
 from qlora_cli.report.sweep_figures import TrialHistory, sweep_figures
 from qlora_cli.report.sweep_page import PARAMETER_HEADS, comparison, parameter_rows, sweep_page
@@ -29,9 +30,26 @@ RECORDS = (RUN_RECORD, SWEEP_RECORD)
 
 
 def find_sweep(name: str, runs_dir: Path) -> SweepFolder | None:
-    """Return the folder of a sweep, by its name or path; None where that is none."""
-    places = (SweepFolder(place.absolute()) for place in (runs_dir / name, Path(name)))
-    return next((folder for folder in places if folder.read() is not None), None)
+    """Return the folder of a sweep, by its name or path; None where that is none.
+
+    Raises:
+        RunError: its record is damaged, or it is the destination of a sweep.
+
+    """
+    for folder in (SweepFolder(place.absolute()) for place in (runs_dir / name, Path(name))):
+        if sweep := _sweep_of_result(folder.path / RESULT_FILE):
+            raise RunError(
+                f"{folder.path} is the destination of sweep {sweep}: name its folder, such as {runs_dir / sweep}"
+            )
+        if folder.read() is not None:
+            return folder
+    return None
+
+
+def _sweep_of_result(path: Path) -> str | None:
+    """Return the sweep whose result a file is; None where it is none."""
+    found = _read_object(path)
+    return str(found.get("sweep")) if found.get("schema") == RESULT_SCHEMA else None
 
 
 def write_sweep(folder: SweepFolder, out: Path) -> tuple[Path, RenderableType]:
@@ -66,18 +84,18 @@ def _figures_path(out: Path) -> Path:
         raise RunError(
             f"--out {out}: the figures go to {path}; use a name that ends in .html, other than run.html and sweep.html"
         )
-    if path.exists() and not _holds_figures(path):
+    if path.exists() and "comparedAtStep" not in _read_object(path):  # as figures of all versions have it
         raise RunError(f"--out {out}: the figures go to {path}, which holds something else; use another name")
     return path
 
 
-def _holds_figures(path: Path) -> bool:
-    """Return whether a file has the figures of a sweep, of this version or another."""
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; empty where there is none."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and "comparedAtStep" in found
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _histories(runs: Iterable[tuple[int, RunFolder, RunRecord]], record: SweepRecord) -> Iterator[TrialHistory]:

@@ -166,3 +166,10 @@ def test_figures_replace_figures_and_nothing_else(sweep_place):
     assert done.exit_code == 40, done.output
     assert "manifest.json, which holds something else; use another name" in " ".join(done.output.split())
     assert manifest.read_bytes() == before
+
+
+def test_the_destination_of_a_sweep_is_answered_with_the_sweeps_name(sweep_place):
+    assert sweep_place.run() == 0, sweep_place.said
+    done = CliRunner().invoke(app.app, ["report", "out"])
+    assert done.exit_code == 40, done.output
+    assert "out is the destination of sweep search: name its folder, such as runs/search" in done.output
