@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
-import threading
+import subprocess
 
 import pytest
 
 from qlora_api.batch import split_batch
 from qlora_api.contract import ExitCode, TrainerConfig
+from qlora_trainer.python_process import python_command
 from qlora_trainer.reporting.training_history import PUBLISHED_FILE
 from qlora_trainer.worker.stop import Stop
 from qlora_trainer.worker.tracking_processes import send_published, tracking_processes
@@ -63,24 +62,33 @@ def test_a_published_run_is_done_where_the_cache_cannot_be_written_to(config, ad
     assert "the cache cannot be written to" in caplog.text
 
 
-def test_a_published_run_is_done_where_it_is_stopped_while_a_tool_does_not_answer(adapter, tmp_path, caplog):
-    stop = Stop()
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            server.settimeout(PATIENCE_SECONDS)
-            url = f"http://127.0.0.1:{server.getsockname()[1]}"
-            config = config_of({"type": "MLflow", "server": url}, tmp_path, tmp_path)
+SEND_PUBLISHED = """
+import signal
+import sys
+from pathlib import Path
 
-            def stop_when_asked():
-                connection, _ = server.accept()
-                with connection:
-                    os.kill(os.getpid(), signal.SIGTERM)
+from qlora_api.contract import TrainerConfig
+from qlora_trainer.worker.stop import Stop
+from qlora_trainer.worker.tracking_processes import send_published
 
-            asked = threading.Thread(target=stop_when_asked)
-            asked.start()
-            send_published(config, tmp_path / "config.json", stop, adapter)
-            asked.join()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert "may not have the last steps of the published run: stopped by SIGTERM" in caplog.text
+path, adapter = Path(sys.argv[1]), sys.argv[2]
+stop = Stop()
+signal.signal(signal.SIGTERM, stop)
+send_published(TrainerConfig.model_validate_json(path.read_text()), path, stop, adapter)
+"""
+"""A process of its own: the signal is passed on to all children of the process that gets it."""
+
+
+def test_a_published_run_is_done_where_it_is_stopped_while_a_tool_does_not_answer(adapter, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(PATIENCE_SECONDS)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        config_of({"type": "MLflow", "server": url}, tmp_path, tmp_path)
+        command = (*python_command(), "-c", SEND_PUBLISHED, str(tmp_path / "config.json"), adapter)
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            connection, _ = server.accept()
+            with connection:
+                process.terminate()
+                _, errors = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, errors
+    assert "may not have the last steps of the published run: stopped by SIGTERM" in errors
