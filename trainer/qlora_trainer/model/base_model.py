@@ -289,13 +289,18 @@ def weight_bytes(model: nn.Module) -> dict[str, int]:
         size = parameter.numel() * parameter.element_size()
         if parameter.requires_grad:
             sizes[MemoryComponent.ADAPTER_WEIGHTS] += size
-        elif hasattr(parameter, "quant_state") or type(parameter).__name__ == "Int8Params":
+        elif is_quantized(parameter):
             sizes[MemoryComponent.QUANTIZED_WEIGHTS] += size
             sizes[MemoryComponent.QUANTIZATION_CONSTANTS] += sum(_bytes(t) for t in _constants(parameter))
         else:
             sizes[MemoryComponent.UNQUANTIZED_WEIGHTS] += size
     sizes[MemoryComponent.UNQUANTIZED_WEIGHTS] += sum(_bytes(buffer) for _, buffer in saved_buffers(model))
     return {str(k): v for k, v in sizes.items()}
+
+
+def is_quantized(parameter: nn.Parameter) -> bool:
+    """Return whether bitsandbytes has packed a parameter: an expert's, or the weight of a layer."""
+    return hasattr(parameter, "quant_state") or type(parameter).__name__ == "Int8Params"
 
 
 def saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

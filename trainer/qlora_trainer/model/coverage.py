@@ -8,6 +8,7 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 
 from qlora_memory import Coverage
+from qlora_trainer.model.base_model import is_quantized
 from qlora_trainer.model.experts.adapter import ExpertAdapter
 from qlora_trainer.model.experts.structure import expert_groups
 from qlora_trainer.model.experts.targets import linear_layers
@@ -20,16 +21,12 @@ def coverage_of(model: Any) -> Coverage:
     wrapped = {id(m.get_base_layer()) for m in model.modules() if isinstance(m, ExpertAdapter)}
     return Coverage(
         weights=sum(_elements(p) for p in frozen),
-        quantized=sum(_elements(p) for p in frozen if _is_quantized(p)),
+        quantized=sum(_elements(p) for p in frozen if is_quantized(p)),
         layers=sum(".lora_" not in name for name in linear_layers(model)),
         adapted_layers=sum(isinstance(m, LoraLayer) and not isinstance(m, ExpertAdapter) for m in model.modules()),
         groups=len(groups),
         adapted_groups=sum(id(group) in wrapped for group in groups.values()),
     )
-
-
-def _is_quantized(parameter: Any) -> bool:
-    return hasattr(parameter, "quant_state") or type(parameter).__name__ == "Int8Params"
 
 
 def _elements(parameter: Any) -> int:
