@@ -213,7 +213,7 @@ def _sweep_default(field: dict[str, Any]) -> str:
 def _conditions() -> Iterator[str]:
     yield WRITTEN.format(source="api/qlora_api/status.py, contract.py and lifecycle.py")
     yield from ("", "# Conditions, reasons, exit codes", "", "## Conditions", "")
-    yield "`status.state` is the condition that describes the job, or `Pending`; `status.reason` is its reason."
+    yield "`status.state` is `Pending`, `Running`, `Suspended`, `Succeeded` or `Failed`; `status.reason` is its reason."
     yield from ("", "| condition | holds when |", "| --- | --- |")
     for condition in ConditionType:
         yield f"| `{condition}` | {_cell(_meanings(ConditionType)[condition])} |"

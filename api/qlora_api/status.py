@@ -51,7 +51,7 @@ class ConditionType(OpenEnum):
     PREPARED = "Prepared"
     """Model and rows are valid, and the memory plan is made."""
     RUNNING = "Running"
-    """All ranks of an attempt are training."""
+    """All pods of an attempt are ready. Its ranks load the model, train, evaluate or publish."""
     SUSPENDED = "Suspended"
     """No pod runs, because spec.suspend is set or the budget is used up."""
     SUCCEEDED = "Succeeded"
@@ -94,7 +94,7 @@ class Reason(OpenEnum):
     PREPARED = "Prepared"
     """Model and rows are valid; see status.prepared."""
     TRAINING = "Training"
-    """All pods of the attempt are ready."""
+    """All pods of the attempt are ready. The message has the section that the ranks are in."""
     COMPLETED = "Completed"
     """The adapter is verified and published."""
     SUSPENDING = "Suspending"
@@ -104,13 +104,13 @@ class Reason(OpenEnum):
     BUDGET_REACHED = "BudgetReached"
     """policy.budgetGpuHours is used up; raise it to resume the job."""
     USER_ERROR = "UserError"
-    """The manifest, the model or the rows must change. Never retried."""
+    """The manifest, the model or the rows must change. No further attempt is made."""
     OUT_OF_DEVICE_MEMORY = "OutOfDeviceMemory"
     """A GPU ran out of memory; the message has the section and the peak."""
     OUT_OF_HOST_MEMORY = "OutOfHostMemory"
     """The container exceeded its memory limit, as reported by the kernel or the kubelet."""
     PREEMPTED = "Preempted"
-    """The attempt was told to stop and saved a checkpoint. Not counted against policy.maxRestarts."""
+    """The pods were told to stop: preemption, eviction, node drain or deletion. A checkpoint is saved if a step was done."""
     NODE_LOST = "NodeLost"
     """A node was lost, or a pod disappeared without a termination message."""
     PEER_LOST = "PeerLost"
@@ -118,13 +118,14 @@ class Reason(OpenEnum):
     STALLED = "Stalled"
     """A rank sent no heartbeat for policy.stallTimeoutSeconds; the message names it. Not the condition ``Stalled``."""
     NON_FINITE_LOSS = "NonFiniteLoss"
-    """The loss or a gradient is not finite, detected on all ranks before the update. Never retried."""
+    """The loss or a gradient is not finite, detected on all ranks before the update. No further attempt is made."""
     CHECKPOINT_UNREADABLE = "CheckpointUnreadable"
     """No checkpoint is intact: each has a file that does not match its hash."""
     STORAGE_FAILED = "StorageFailed"
     """The disk is full, or object storage could not be reached after all retries."""
     ADAPTER_REJECTED = "AdapterRejected"
-    """The publish gate found the adapter incomplete, not finite, untrained or worse than its base. Never retried."""
+    """The publish gate found the adapter incomplete, not finite, untrained or worse than its base. No further attempt is
+    made."""
     CRASHED = "Crashed"
     """Any other failure; the message has the last lines of the log."""
     NOT_UNDERSTOOD = "NotUnderstood"
@@ -132,7 +133,7 @@ class Reason(OpenEnum):
     UNDERSTOOD = "Understood"
     """This operator knows all fields of the job again."""
     DEADLINE_EXCEEDED = "DeadlineExceeded"
-    """The attempts exceeded policy.activeDeadlineSeconds, or Prepare exceeded the limit of the operator."""
+    """Training took longer than policy.activeDeadlineSeconds, or Prepare took longer than the operator allows."""
 
 
 class Condition(Model):
@@ -328,7 +329,7 @@ class QLoRAJobStatus(Model):
     observed_generation: Count = 0
     """metadata.generation that the operator has acted on."""
     state: ConditionType | Literal["Pending"] = "Pending"
-    """The condition that summarizes the job's state, for ``kubectl get``."""
+    """Pending, or the condition that summarizes the job: Running, Suspended, Succeeded or Failed."""
     reason: Reason = Reason.PENDING
     conditions: list[Condition] = Field([], max_length=16, json_schema_extra=_map_by("type"))
     attempts: list[Attempt] = Field([], max_length=MAX_ATTEMPTS, json_schema_extra=_map_by("number"))

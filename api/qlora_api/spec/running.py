@@ -85,8 +85,8 @@ class OutputSpec(Model):
     Secrets of a job are merged into one environment, in the order model, dataset.train, output, tracking. If a key
     occurs twice, the later Secret wins."""
     merge: Merge = Merge.NONE
-    """BFloat16: also publish a merged model. It must be as good as the adapter on the base in 16 bits, on some of the
-    evaluation rows, or else of the training rows."""
+    """BFloat16: also publish a merged model. Its loss on a few evaluation rows, or training rows if there are none, must
+    not be higher than that of the adapter on the 16-bit base."""
     allow_worse_eval: bool = False
     """Publish the best checkpoint even if its loss on the evaluation rows is above the base's. Otherwise the job ends
     without an adapter, because training increased the evaluation loss."""
@@ -107,7 +107,8 @@ class PolicySpec(Model):
     running out of memory do not count. Three attempts in a row that end as Stalled or PeerLost without a new step end
     the job."""
     on_out_of_memory: OnOutOfMemory = OnOutOfMemory.RECOVER
-    """Recover: halve the micro-batch, keep the global batch, resume from the last checkpoint."""
+    """Recover: resume from the last checkpoint with half the micro-batch, and at last with recomputed activations; the
+    global batch stays the same. Fail: end the job."""
     stall_timeout_seconds: int = Field(1800, ge=30, le=86400)
     """If a rank sends no heartbeat for this long, the attempt is ended, the message names the rank, and the job resumes
     from its last checkpoint. Must be longer than a forward or backward pass; loading, saving and publishing may take
@@ -120,8 +121,8 @@ class PolicySpec(Model):
     batch/v1 Job, resuming does not reset the clock. When the limit is reached, the pods are stopped, and the job fails
     unless the adapter has been published by then. Checkpoints are kept."""
     budget_gpu_hours: decimal(0, 1e9, low_included=False) | None = None  # type: ignore[valid-type]
-    """GPU-hours over all attempts, waiting not counted. Before it is exceeded the job checkpoints and is
-    suspended; raise it to resume."""
+    """GPU-hours of all attempts together; waiting does not count. Before they are used up, the job saves a checkpoint
+    and is suspended. Raise the value to resume it."""
     ttl_seconds_after_finished: int | None = Field(None, ge=0, le=31536000)
     """Delete the finished job after this time. Default: never."""
 
@@ -140,7 +141,7 @@ class Toleration(Model):
     key: Label | None = None
     """Key of the taint; required. An administrator may allow only some."""
     operator: Literal["Exists", "Equal"] = "Equal"
-    """Exists: matches any value of the taint."""
+    """Equal: the taint must have this value. Exists: any value matches."""
     value: Label | None = None
     """Value of the taint, with operator Equal."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
@@ -181,8 +182,8 @@ class SchedulingSpec(Model):
     """Start all pods or none: by Kubernetes itself (Native), Kueue, Volcano, or not at all (None). Auto uses the first
     available of: Kueue (if queue is set), Native, Volcano, None."""
     queue: Name | None = None
-    """Queue of Volcano, or LocalQueue of Kueue in the job's namespace. Kueue needs one: it leaves a job that names none
-    suspended."""
+    """Queue of Volcano, or LocalQueue of Kueue in the job's namespace. Required for Kueue: if it manages
+    all jobs, a job without a queue stays suspended."""
     priority_class_name: Name | None = None
     """PriorityClass of the trainers' pods. system-* classes are not allowed; an administrator can restrict which
     classes may be used."""

@@ -98,8 +98,8 @@ class QLoRASweepSpec(Model):
     max_failed_trials: int = Field(3, ge=0, le=MAX_TRIALS)
     """If more trials than this fail, the sweep fails."""
     budget_gpu_hours: decimal(0, 1e9, low_included=False) | None = None  # type: ignore[valid-type]
-    """GPU-hours of all trials together, waiting not counted. When they are used up, running trials are checkpointed and
-    the sweep stops; raise it to resume. On a machine without GPUs, hours of CPU ranks."""
+    """GPU-hours of all trials together; waiting does not count. When they are used up, running trials save a checkpoint
+    and the sweep stops. Raise the value to resume it. On a machine without GPUs, hours of CPU ranks."""
     rules: ClassVar = (
         Rule(
             "self.algorithm.type != 'Grid' || self.parameters.all(p, has(p.choices))",
