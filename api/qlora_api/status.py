@@ -110,7 +110,8 @@ class Reason(OpenEnum):
     OUT_OF_HOST_MEMORY = "OutOfHostMemory"
     """The container exceeded its memory limit, as reported by the kernel or the kubelet."""
     PREEMPTED = "Preempted"
-    """The pods were told to stop: preemption, eviction, node drain or deletion. A checkpoint is saved if a step was done."""
+    """The pods were told to stop: preemption, eviction, node drain or deletion. A checkpoint is saved first if a step
+    was done."""
     NODE_LOST = "NodeLost"
     """A node was lost, or a pod disappeared without a termination message."""
     PEER_LOST = "PeerLost"
@@ -124,8 +125,8 @@ class Reason(OpenEnum):
     STORAGE_FAILED = "StorageFailed"
     """The disk is full, or object storage could not be reached after all retries."""
     ADAPTER_REJECTED = "AdapterRejected"
-    """The publish gate found the adapter incomplete, not finite, untrained or worse than its base. No further attempt is
-    made."""
+    """The publish gate found the adapter incomplete, not finite, untrained or worse than its base. No further attempt
+    is made."""
     CRASHED = "Crashed"
     """Any other failure; the message has the last lines of the log."""
     NOT_UNDERSTOOD = "NotUnderstood"

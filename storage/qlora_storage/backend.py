@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, get_args
 
 BucketScheme = Literal["s3", "gs", "az"]
 """Scheme of the URI of a bucket."""
+BUCKET_SCHEMES: tuple[BucketScheme, ...] = get_args(BucketScheme)
 MIB = 1 << 20
 CHUNK_BYTES = 16 * MIB
 """Bytes per read request: the most that is asked for again when one fails."""

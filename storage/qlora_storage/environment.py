@@ -12,7 +12,7 @@ from configparser import Error as ConfigParserError
 from configparser import RawConfigParser
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 from qlora_api.environment import WORKLOAD_IDENTITY
 from qlora_storage.local_paths import expand_home
@@ -144,8 +144,16 @@ def read_settings(scheme: BucketScheme, environ: Mapping[str, str], home: Path) 
 
     """
     check_variables(environ)
-    read = {"s3": _read_s3, "gs": _read_google, "az": _read_azure}[scheme]
-    return read(environ, home, is_on(environ, WORKLOAD_IDENTITY))
+    identity = is_on(environ, WORKLOAD_IDENTITY)
+    match scheme:
+        case "s3":
+            return _read_s3(environ, home, identity=identity)
+        case "gs":
+            return _read_google(environ, home, identity=identity)
+        case "az":
+            return _read_azure(environ, identity=identity)
+        case _:
+            assert_never(scheme)
 
 
 def check_variables(environ: Mapping[str, str]) -> None:
@@ -181,7 +189,7 @@ def store_urls(scheme: BucketScheme, environ: Mapping[str, str], settings: Store
         SettingError: the service account's key names one, and not by a URL.
 
     """
-    prefix = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}[scheme]
+    prefix = _prefix(scheme)
     names = (*ENDPOINTS, "AZURE_ENDPOINT", "GOOGLE_BASE_URL")
     urls = {name: environ[name] for name in names if name.startswith(prefix) and name in environ}
     if "endpoint" in settings.config:
@@ -198,6 +206,18 @@ def store_urls(scheme: BucketScheme, environ: Mapping[str, str], settings: Store
     return urls
 
 
+def _prefix(scheme: BucketScheme) -> str:
+    match scheme:
+        case "s3":
+            return "AWS_"
+        case "gs":
+            return "GOOGLE_"
+        case "az":
+            return "AZURE_"
+        case _:
+            assert_never(scheme)
+
+
 def is_url(value: str) -> bool:
     """Tell whether a value is the URL of a server."""
     found = _URL.fullmatch(value)
@@ -211,7 +231,7 @@ def is_on(environ: Mapping[str, str], name: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------- AWS
 
 
-def _read_s3(environ: Mapping[str, str], home: Path, identity: bool) -> StoreSettings:
+def _read_s3(environ: Mapping[str, str], home: Path, *, identity: bool) -> StoreSettings:
     given = [name for name in AWS_KEYS if name in environ]
     profile = _read_profile(environ, home, required=not given)
     config: dict[str, str | bool] = {}
@@ -292,7 +312,7 @@ def _check_token(key: str, token: str | None) -> None:
 # --------------------------------------------------------------------------------------------------- Google and Azure
 
 
-def _read_google(environ: Mapping[str, str], home: Path, identity: bool) -> StoreSettings:
+def _read_google(environ: Mapping[str, str], home: Path, *, identity: bool) -> StoreSettings:
     signed = any(name in environ for name in (GOOGLE_KEY, *GOOGLE_KEYS)) or (home / _GOOGLE_FILE).is_file() or identity
     return StoreSettings(
         config={} if signed else {"skip_signature": True},
@@ -301,7 +321,7 @@ def _read_google(environ: Mapping[str, str], home: Path, identity: bool) -> Stor
     )
 
 
-def _read_azure(environ: Mapping[str, str], home: Path, identity: bool) -> StoreSettings:  # noqa: ARG001
+def _read_azure(environ: Mapping[str, str], *, identity: bool) -> StoreSettings:
     signed = any(name in environ for name in _AZURE_SIGNERS) or identity
     return StoreSettings(
         config={} if signed else {"skip_signature": True},

@@ -12,9 +12,9 @@ import hashlib
 from functools import partial
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, TypeVar, get_args
+from typing import TYPE_CHECKING, TypeVar
 
-from qlora_storage.backend import CHUNK_BYTES, Backend, BucketScheme, Entry, Fault, FaultKind
+from qlora_storage.backend import BUCKET_SCHEMES, CHUNK_BYTES, Backend, Entry, Fault, FaultKind
 from qlora_storage.errors import AlreadyExistsError, NotFoundError, StorageError, UserError
 from qlora_storage.folders import FolderBackend
 from qlora_storage.local_paths import expand_home
@@ -41,7 +41,6 @@ __all__ = [
 
 PVC_MOUNT = Path("/mnt/pvc")
 """``pvc://claim/path`` is ``<PVC_MOUNT>/claim/path`` in a trainer's pod; whoever makes the pod mounts the claim."""
-BUCKET_SCHEMES: tuple[BucketScheme, ...] = get_args(BucketScheme)
 
 T = TypeVar("T")
 

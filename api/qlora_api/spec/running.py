@@ -85,8 +85,8 @@ class OutputSpec(Model):
     Secrets of a job are merged into one environment, in the order model, dataset.train, output, tracking. If a key
     occurs twice, the later Secret wins."""
     merge: Merge = Merge.NONE
-    """BFloat16: also publish a merged model. Its loss on a few evaluation rows, or training rows if there are none, must
-    not be higher than that of the adapter on the 16-bit base."""
+    """BFloat16: also publish a merged model. Its loss on a few evaluation rows, or training rows if there are none,
+    must not be higher than that of the adapter on the 16-bit base."""
     allow_worse_eval: bool = False
     """Publish the best checkpoint even if its loss on the evaluation rows is above the base's. Otherwise the job ends
     without an adapter, because training increased the evaluation loss."""

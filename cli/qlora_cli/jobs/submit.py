@@ -17,6 +17,7 @@ from qlora_cli.kube.target import get_job, program
 from qlora_cli.manifest import crd_schema, job_manifest
 from qlora_cli.manifest.job_manifest import Located, RefusedError
 from qlora_cli.text import kubernetes_yaml
+from qlora_storage.backend import BUCKET_SCHEMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -131,7 +132,7 @@ def _bucket(spec: Object) -> str:
     """Return the bucket of the job's destination, or a placeholder."""
     destination = str((spec.get("output") or {}).get("destination", ""))
     scheme, separator, rest = destination.partition("://")
-    return f"{scheme}://{rest.partition('/')[0]}" if separator and scheme in ("s3", "gs", "az") else "s3://BUCKET"
+    return f"{scheme}://{rest.partition('/')[0]}" if separator and scheme in BUCKET_SCHEMES else "s3://BUCKET"
 
 
 def require_one_namespace(submissions: Sequence[Submission], flag: str | None) -> None:
