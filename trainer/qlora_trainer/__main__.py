@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 
 from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig, reason_of
+from qlora_storage.destination_claim import claim_destination
 from qlora_trainer.configuration import read_config
 from qlora_trainer.errors import StorageError, TrainerError, system_errors
 from qlora_trainer.prepare.local_copy import Prepared, bring_inputs
 from qlora_trainer.prepare.records import Records
-from qlora_trainer.publish.destination_claim import claim_destination, release_after, released_after_errors
+from qlora_trainer.publish.destination_release import release_after, released_after_errors
 from qlora_trainer.publish.published_adapter import finished_run
 from qlora_trainer.python_process import forbid_inspection, python_command
 from qlora_trainer.reporting import termination_message

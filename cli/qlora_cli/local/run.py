@@ -13,6 +13,7 @@ from qlora_api.errors import FieldError
 from qlora_cli.local import attempt_loop, local_spec, machine, run_folder, run_view
 from qlora_cli.local.trainer_process import Commands, cache_dir, stop_on_signals
 from qlora_cli.manifest import job_manifest as manifest
+from qlora_storage.destination_claim import release_destination
 from qlora_storage.errors import JobError, NotFoundError
 from qlora_storage.object_store import open_store
 
@@ -123,6 +124,7 @@ def _open(folder: RunFolder, job: QLoRAJob, console: Console, *, fresh: bool) ->
             return found
         case run_folder.StartNew():
             if folder.path.exists():
+                release_claim(folder)
                 console.print(
                     f"The folder of an earlier run is now {folder.move_aside(run_folder.now())}", soft_wrap=True
                 )
@@ -157,6 +159,16 @@ def put_manifest_aside(folder: RunFolder, destination: str, console: Console) ->
         "its files stay where they are",
         soft_wrap=True,
     )
+
+
+def release_claim(folder: RunFolder) -> None:
+    """Release the destination that the run in a folder has claimed, which is put aside and does not go on."""
+    try:
+        earlier = folder.read()
+    except run_folder.RunError:  # unreadable; which destination that is cannot be told
+        return
+    if earlier is not None:
+        release_destination(earlier.spec.output.destination, earlier.uid, PATIENCE_SECONDS)
 
 
 def read_record(folder: RunFolder) -> RunRecord | None:

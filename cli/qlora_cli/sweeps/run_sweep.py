@@ -23,7 +23,14 @@ from qlora_api.sweep.spec import AlgorithmType
 from qlora_api.sweep.trials import trial_spec
 from qlora_cli.local import local_spec, machine, run_folder
 from qlora_cli.local.attempt_loop import INTERRUPTED, AttemptSettings, LocalRun, next_commands
-from qlora_cli.local.run import PATIENCE_SECONDS, put_manifest_aside, read_record, require_adapter, require_even_split
+from qlora_cli.local.run import (
+    PATIENCE_SECONDS,
+    put_manifest_aside,
+    read_record,
+    release_claim,
+    require_adapter,
+    require_even_split,
+)
 from qlora_cli.local.run_folder import RunError
 from qlora_cli.local.trainer_process import cache_dir, stop_on_signals
 from qlora_cli.manifest import sweep_manifest
@@ -130,7 +137,7 @@ def _open(folder: SweepFolder, name: str, spec: QLoRASweepSpec, console: Console
 
 
 def _put_published_aside(folder: SweepFolder, console: Console) -> None:
-    """Rename what the sweep before has published: its trials' manifests, and its result. The adapters stay."""
+    """Rename what the sweep before has published, its trials' manifests and its result, and release their claims."""
     for path in sorted(folder.trials.glob(f"*/{run_folder.RUN_RECORD}")):
         run = run_folder.RunFolder(path.parent)
         try:
@@ -139,6 +146,7 @@ def _put_published_aside(folder: SweepFolder, console: Console) -> None:
             continue
         if trial is not None:
             put_manifest_aside(run, trial.spec.output.destination, console)
+            release_claim(run)
     _put_result_aside(folder, console)
 
 

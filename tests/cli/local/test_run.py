@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from qlora_api.contract import JobRef
 from qlora_api.errors import FieldError, ManifestError
 from qlora_cli.local.run_folder import RunError
 from qlora_cli.manifest.job_manifest import RefusedError
+from qlora_storage.destination_claim import claim_destination
+from qlora_storage.errors import UserError
 
 
 def reasons(record):
@@ -182,6 +185,30 @@ def test_fresh_says_what_it_replaces_at_the_destination(workplace):
     kept = manifest.with_name(f"manifest-{old[:8]}.json")
     assert json.loads(kept.read_text()) == {"runUid": old}
     assert f"--fresh replaces what run {old[:8]} has published: {manifest} is now {kept.name}" in workplace.said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fresh"), [pytest.param((), True, id="fresh"), pytest.param(("lora.rank=4",), False, id="other-spec")]
+)
+def test_a_run_that_is_put_aside_gives_its_destination_to_the_next(workplace, overrides, fresh):
+    workplace.plan("silent")
+    workplace.run("policy.maxRestarts=0")
+    workplace.plan("done")
+    record = workplace.record()
+    destination = record["spec"]["output"]["destination"]
+    claim_destination(destination, JobRef(name="quick", uid=record["uid"]))
+    assert workplace.run(*overrides, fresh=fresh) == 0
+    assert workplace.record()["uid"] != record["uid"]
+    claim_destination(destination, JobRef(name="quick", uid=workplace.record()["uid"]))
+
+
+def test_fresh_leaves_the_claim_of_another_run(workplace):
+    workplace.run()
+    destination = workplace.record()["spec"]["output"]["destination"]
+    claim_destination(destination, JobRef(name="quick", uid="1111-elsewhere"))
+    assert workplace.run(fresh=True) == 0
+    with pytest.raises(UserError, match="is claimed by job default/quick"):
+        claim_destination(destination, JobRef(name="quick", uid=workplace.record()["uid"]))
 
 
 def test_fresh_leaves_the_manifest_of_another_run(workplace):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from qlora_api.contract import JobRef
 from qlora_api.errors import FieldError, ManifestError
 from qlora_api.status import Reason
 from qlora_cli.local import attempt_loop, run_folder
@@ -19,6 +20,7 @@ from qlora_cli.local.trainer_process import StopRequests
 from qlora_cli.manifest.job_manifest import RefusedError
 from qlora_cli.sweeps import run_sweep as module
 from qlora_cli.sweeps import sweep_folder
+from qlora_storage.destination_claim import claim_destination
 from testing.timeouts import PATIENCE_SECONDS
 
 HALVING = {"minSteps": 4, "reductionFactor": 2}
@@ -218,7 +220,10 @@ def test_another_spec_is_refused_and_fresh_starts_anew(place):
         RunError, match=r"(?s)holds a sweep of another spec.*\n  spec.parameters: .*\nUse another metadata"
     ):
         place.run()
+    first = json.loads((place.runs / "trials" / "search-1" / "run.json").read_text())
+    claim_destination(first["spec"]["output"]["destination"], JobRef(name="search-1", uid=first["uid"]))
     assert place.run(fresh=True) == 0, place.said
+    claim_destination(first["spec"]["output"]["destination"], JobRef(name="search-1", uid="1111-next"))
     assert json.loads((place.folder / "elsewhere" / "sweep.json").read_text())["uid"] != uid
     assert not (place.folder / "out" / "sweep.json").exists()
     assert not list((place.folder / "out" / "trials").glob("*/manifest.json"))  # of all four trials

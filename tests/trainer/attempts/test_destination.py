@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from qlora_api.contract import ExitCode, JobRef
+from qlora_storage.destination_claim import FIELD, FOLDER, Claim, claim_destination, release_destination
 from qlora_storage.object_store import open_store
 from qlora_trainer import __main__ as worker
 from qlora_trainer.errors import TrainerError
 from qlora_trainer.prepare import command
-from qlora_trainer.publish.destination_claim import FIELD, FOLDER, Claim, claim_destination, release_destination
 from qlora_trainer.worker import launch
 from qlora_trainer.worker.stop import Stop
 from testing.timeouts import PATIENCE_SECONDS
@@ -24,7 +24,7 @@ OTHER = JobRef(name="other", namespace="team", uid="9999-other")
 def test_an_attempt_whose_destination_another_job_has_taken_ends_before_its_ranks_begin(runner):
     config = runner.config()
     assert runner.prepare(config) == ExitCode.DONE
-    release_destination(config.spec.output.destination, config.job)
+    release_destination(config.spec.output.destination, config.job.uid)
     claim_destination(config.spec.output.destination, OTHER)
     ended = runner.ended(config, runner.launch(config).wait(timeout=PATIENCE_SECONDS))
     assert ended.code == ExitCode.USER_ERROR

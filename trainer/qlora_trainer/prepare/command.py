@@ -22,6 +22,7 @@ from qlora_api.contract import ExitCode, PrepareReceipt, TerminationMessage, Tra
 from qlora_api.spec import TrainingSpec
 from qlora_api.status import PrepareResult, Reason
 from qlora_memory import Coverage, planned_coverage
+from qlora_storage.destination_claim import claim_destination
 from qlora_trainer.allocator import keep_freed_memory
 from qlora_trainer.configuration import read_config
 from qlora_trainer.errors import TrainerError, UserError, system_errors
@@ -29,7 +30,7 @@ from qlora_trainer.prepare.local_copy import bring_inputs
 from qlora_trainer.prepare.plan_memory import Planned, plan_job
 from qlora_trainer.prepare.records import Record, Records, find
 from qlora_trainer.prepare.tolerance import check_tolerance
-from qlora_trainer.publish.destination_claim import claim_destination, release_after, released_after_errors
+from qlora_trainer.publish.destination_release import release_after, released_after_errors
 from qlora_trainer.publish.published_adapter import check_destination
 from qlora_trainer.python_process import forbid_inspection
 from qlora_trainer.reporting import termination_message

@@ -8,13 +8,18 @@ import pytest
 
 from fixtures import use_s3
 from qlora_api.contract import JobRef
+from qlora_storage.destination_claim import FIELD, Claim, claim_destination, release_destination
+from qlora_storage.errors import UserError
 from qlora_storage.object_store import open_store
-from qlora_trainer.errors import UserError
-from qlora_trainer.publish.destination_claim import FIELD, Claim, claim_destination, release_destination
 from services.faulty_s3 import S3Fault, faulty_s3, once_each
 
 OTHER = JobRef(name="other", namespace="team", uid="0000-other")
 JOBS = 8
+
+
+@pytest.fixture
+def job():
+    return JobRef(name="tune", namespace="team", uid="3f2a9c01-tune")
 
 
 def claims(place):
@@ -30,21 +35,19 @@ def test_the_second_job_is_told_who_was_first(place, job):
     assert claims(place) == [".claims/00000001.json"]
 
 
-def test_a_job_created_anew_under_its_name_goes_on(place, job):
+def test_another_run_under_the_same_name_is_another_job(place, job):
     claim_destination(place, job)
-    again = job.model_copy(update={"uid": "1111-again"})
-    claim_destination(place, again)
-    assert claims(place) == [".claims/00000002.json"]
-    with pytest.raises(UserError, match="run 1111-again"):
-        claim_destination(place, OTHER)
+    with pytest.raises(UserError, match=r"is claimed by job team/tune \(run 3f2a"):
+        claim_destination(place, job.model_copy(update={"uid": "1111-elsewhere"}))
+    assert claims(place) == [".claims/00000001.json"]
 
 
 def test_what_is_released_is_free(place, job):
     claim_destination(place, job)
-    release_destination(place, OTHER)
+    release_destination(place, OTHER.uid)
     with pytest.raises(UserError, match="is claimed by"):
         claim_destination(place, OTHER)
-    release_destination(place, job)
+    release_destination(place, job.uid)
     claim_destination(place, OTHER)
     with pytest.raises(UserError, match="is claimed by job team/other"):
         claim_destination(place, job)
@@ -85,7 +88,7 @@ def test_an_attempt_renews_the_claim_of_its_job(place, job):
 
 def test_of_jobs_that_claim_at_once_exactly_one_succeeds(place, job):
     claim_destination(place, job)
-    release_destination(place, job)
+    release_destination(place, job.uid)
     together = threading.Barrier(JOBS)
 
     def claim(number):

@@ -1,8 +1,9 @@
 """Claim a destination, so that of two jobs that name one the second ends in Prepare and not after its training.
 
-A claim is given up when its job ends by an error of the user's, and expires when no attempt of the job has begun for
-LIFETIME: a job that is deleted tells nobody. One that trains for longer in one attempt may lose its claim, not its
-adapter: the manifest too is created under a name that must be free.
+A claim is of one run, by its uid: jobs of one name are in other clusters, namespaces and folders too. It is given up
+when its job ends by an error of the user's or is put aside on its machine, and expires when no attempt of the job has
+begun for LIFETIME: a job that is deleted tells nobody. One that trains for longer in one attempt may lose its claim,
+not its adapter: the manifest too is created under a name that must be free.
 
 A claim is never changed: ``.claims/00000001.json`` is followed by ``00000002.json``, and the last one counts. Each is
 created under a name that must be free. So exactly one of several that take over at once succeeds, on every store that
@@ -12,17 +13,16 @@ can create without replacing; that a store can is found out here, by doing it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
 
 from pydantic import ValidationError
 
 from qlora_api.base import Model
-from qlora_api.contract import ExitCode, JobRef
-from qlora_storage.object_store import AlreadyExistsError, NotFoundError, Store, open_store
-from qlora_trainer.errors import StorageError, TrainerError, UserError, system_errors
+from qlora_api.contract import JobRef
+from qlora_storage.errors import AlreadyExistsError, JobError, NotFoundError, StorageError, UserError
+from qlora_storage.object_store import Store, open_store
+from qlora_storage.retry import PATIENCE_SECONDS
 
 FIELD = "spec.output.destination"
 FOLDER = ".claims"
@@ -50,12 +50,8 @@ class Claim(Model):
         return datetime.now(UTC) - self.time
 
     def is_of(self, job: JobRef) -> bool:
-        """Tell whether ``job`` may go on with this claim or in its place.
-
-        A job of the same name and namespace is this one created anew: the two are never there at once.
-        """
-        mine = self.run_uid == job.uid or (self.namespace, self.job) == (job.namespace, job.name)
-        return mine or self.released or self.age > LIFETIME
+        """Tell whether ``job`` may go on with this claim or in its place."""
+        return self.run_uid == job.uid or self.released or self.age > LIFETIME
 
     def is_current(self, job: JobRef) -> bool:
         """Tell whether the claim is this run's and need not be renewed."""
@@ -85,7 +81,7 @@ def claim_destination(uri: str, job: JobRef) -> None:
         if claim and claim.is_current(job):
             _check_refusal(store, _key(number), claim)
             return
-        if claim and not claim.released and (claim.namespace, claim.job) != (job.namespace, job.name):
+        if claim and not claim.released and claim.run_uid != job.uid:
             log.warning(
                 "the claim of job %s/%s (run %s) on %s has expired: its last attempt began %s ago",
                 *(claim.namespace, claim.job, claim.run_uid, store.uri(), _days(claim.age)),
@@ -95,37 +91,15 @@ def claim_destination(uri: str, job: JobRef) -> None:
     raise StorageError(f"{FIELD}: {store.uri(FOLDER)} changes while it is claimed: other jobs claim {uri} too")
 
 
-def release_destination(uri: str, job: JobRef) -> None:
+def release_destination(uri: str, run_uid: str, patience_seconds: float = PATIENCE_SECONDS) -> None:
     """Give the destination up, where this run has claimed it. What goes wrong is logged: the claim then stays."""
     try:
-        store = open_store(uri, FIELD)
+        store = open_store(uri, FIELD, patience_seconds)
         number, claim = _last(store)
-        if claim and claim.run_uid == job.uid and not claim.released:
-            _follow(store, number, _claim_of(job, released=True))
-    except TrainerError as error:
+        if claim and claim.run_uid == run_uid and not claim.released:
+            _follow(store, number, claim.model_copy(update={"time": _now(), "released": True}))
+    except JobError as error:
         log.warning("%s stays claimed: %s", uri, error)
-
-
-def release_after(code: int, uri: str, job: JobRef) -> None:
-    """Release the destination of a job that has ended with ``code``, where no other attempt follows."""
-    if code == ExitCode.USER_ERROR:  # for good, unlike every other: another job may have the place
-        release_destination(uri, job)
-
-
-@contextmanager
-def released_after_errors(uri: str, job: JobRef) -> Iterator[None]:
-    """Release the destination where an error ends the job for good.
-
-    Raises:
-        TrainerError: the error, one of the operating system's as that of its kind.
-
-    """
-    try:
-        with system_errors():
-            yield
-    except TrainerError as error:
-        release_after(error.exit_code, uri, job)
-        raise
 
 
 def _days(age: timedelta) -> str:
@@ -134,9 +108,12 @@ def _days(age: timedelta) -> str:
     return f"{age.days} days"
 
 
-def _claim_of(job: JobRef, *, released: bool = False) -> Claim:
-    time = datetime.now(UTC).replace(microsecond=0)
-    return Claim(run_uid=job.uid, namespace=job.namespace, job=job.name, time=time, released=released)
+def _claim_of(job: JobRef) -> Claim:
+    return Claim(run_uid=job.uid, namespace=job.namespace, job=job.name, time=_now())
+
+
+def _now() -> datetime:
+    return datetime.now(UTC).replace(microsecond=0)
 
 
 def _last(store: Store) -> tuple[int, Claim | None]:
