@@ -133,8 +133,13 @@ class ChatTemplate:
             name: [str(token) for token in value] if isinstance(value, (list, tuple)) else str(value)
             for name, value in self.tokenizer.special_tokens_map.items()
         }
-        tokens = list(self.tokenizer.get_added_vocab())
-        return BoundedChild(_SERVICE, {"template": self.source, "variables": variables, "tokens": tokens}, self.bounds)
+        setup = {
+            "template": self.source,
+            "variables": variables,
+            "tokens": list(self.tokenizer.get_added_vocab()),
+            "special": [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special],
+        }
+        return BoundedChild(_SERVICE, setup, self.bounds)
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         try:

@@ -33,6 +33,8 @@ END_TOKENS = re.compile(
     r"|<SPECIAL_12>|<sep>|<.end▁of▁sentence.>|<end_of_turn>|</assistant>|<.hy_eos:opensource.>"
     r"|<tool_responses:opensource>|<end_of_utterance>)$"
 )
+CONTROL_TOKENS = re.compile(r"<\|[^<>\s]{1,60}>")
+"""Those of a template's tokens that its tokenizer has as special tokens."""
 NO_END_TOKEN = {"llama-cpp-python/llama-cpp-rwkv-world"}
 """Ends with an empty line, which the receipt tells."""
 STATES = [{}, {"enable_thinking": False}, {"thinking": False}, {"reasoning": False}]
@@ -119,7 +121,9 @@ def results() -> list[TemplateOutcome]:
     found = []
     for name, source in published_templates().items():
         eos = "<|END_OF_TURN_TOKEN|>" if "END_OF_TURN_TOKEN" in source else "<EOS>"
-        service = serve({"template": source, "variables": {**SPECIAL, "eos_token": eos}, "tokens": ["<BOS>", eos]})
+        tokens = ["<BOS>", eos]
+        setup = {"template": source, "variables": {**SPECIAL, "eos_token": eos}, "tokens": tokens}
+        service = serve({**setup, "special": [*tokens, *CONTROL_TOKENS.findall(source)]})
         for conversation, (messages, tools) in CONVERSATIONS.items():
             row = {"messages": messages, "tools": tools, "learned": [True] * len(messages)}
             answer = service({"rows": [row], "everything": False})["rows"][0]

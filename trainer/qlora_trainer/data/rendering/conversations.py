@@ -253,7 +253,11 @@ class Renderer:
             following = longer[len(answered) :] if longer.startswith(answered) else None
         parts = self.reader.split_end(written, following, self.dialect.style)
         if parts is None:
-            raise TemplateRefusedError(f"writes no end token after message {place + 1}")
+            plain = self._shown(self.end or "")
+            raise TemplateRefusedError(
+                f"writes no end token after message {place + 1}, where a plain answer ends with {plain}, so the model"
+                " would not learn to stop there: write that end after every message of the assistant"
+            )
         return Turn(place, context, parts[0], parts[1])
 
     def _check_shape(self, messages: list[Message], turn: Turn, tools: Any, state: dict[str, Any]) -> None:

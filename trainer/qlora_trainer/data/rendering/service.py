@@ -73,7 +73,8 @@ def serve(setup: dict[str, Any]) -> Service:
     """Compile a template and return the service that renders with it.
 
     Args:
-        setup: ``template``, its text; ``variables``, those of the tokenizer; ``tokens``, its added tokens.
+        setup: ``template``, its text; ``variables``, those of the tokenizer; ``tokens``, its added tokens; ``special``,
+            those that are no text.
 
     """
     try:
@@ -81,7 +82,7 @@ def serve(setup: dict[str, Any]) -> Service:
     except jinja2.TemplateSyntaxError as error:
         problem = {"syntax": f"{error.message} (line {error.lineno})"}
         return lambda _: problem
-    renderer = Renderer(Reader(template, setup["tokens"]))
+    renderer = Renderer(Reader(template, setup["tokens"], setup["special"]))
     rows = _Rows(renderer, TemplateWords.of(template))
     try:
         renderer.dialect = find_dialect(renderer.reader)

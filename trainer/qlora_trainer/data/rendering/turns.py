@@ -9,7 +9,7 @@ context. Runs in a child; light to import.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ THOUGHTS = (
     ("[THINK]", "[/THINK]"),
 )
 """Begin and end of reasoning in the templates of the common families."""
+CLOSING = r"</|\[/|<[^<>|]+\|>|(?i:.*(tool|think|thought).*(end|clos))"
+"""Tokens that close a part of a message, such as a tool call or a thought, which are no end even where special."""
 STATES: tuple[dict[str, Any], ...] = (
     {"enable_thinking": False},
     {"thinking": False},
@@ -96,11 +98,14 @@ class Reader:
     Args:
         template: of the job.
         tokens: the tokenizer's added tokens.
+        special: those of them that are control tokens, and no text.
 
     """
 
-    def __init__(self, template: CompiledTemplate, tokens: list[str]) -> None:
+    def __init__(self, template: CompiledTemplate, tokens: list[str], special: Iterable[str] = ()) -> None:
         self.template = template
+        self.ends = {token for token in special if not re.match(CLOSING, token)} - {end for _, end in THOUGHTS}
+        self.ends |= {str(template.variables.get("eos_token") or "")} - {""}
         other = sorted((t for t in tokens if t.strip() and not re.fullmatch(MARKER, t)), key=len, reverse=True)
         self.marker = re.compile("|".join([*map(re.escape, other), MARKER]))
 
@@ -212,8 +217,10 @@ class Reader:
         elif written.endswith(style.end + style.rest):
             cut = len(written) - len(style.rest)
             return written[:cut], written[cut:]
-        text = self._up_to_marker(written)
-        return (text, written[len(text) :]) if text and not written[len(text) :].strip() else None
+        text = written.rstrip()
+        end = self._last_marker(style.end).rstrip() or style.end
+        ended = any(text.endswith(known) for known in (end.strip(), *self.ends) if known)
+        return (text, written[len(text) :]) if ended else None
 
 
 def find_dialect(reader: Reader, before: list[Message] | None = None) -> Dialect:
