@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora_api.spec import DatasetFormat, DatasetSpec, LongRows
+from qlora_trainer.data.remarks import Remarks
 from qlora_trainer.data.rows.errors import unexpected_problem
 from qlora_trainer.errors import UserError
 
@@ -109,9 +110,11 @@ class Tally:
     longest: int = 0
     longest_row: RowPlace | None = None
     too_long: int = 0
+    remarks: Remarks = field(default_factory=Remarks)
 
-    def count_row(self, row: EncodedRow) -> None:
+    def count_row(self, row: EncodedRow, place: RowPlace) -> None:
         """Note one row."""
+        self.remarks.add(row.remarks, place)
         self.rows += 1
         self.split += len(row.examples) > 1
         self.left_out += bool(row.left_out or row.empty)
@@ -145,7 +148,7 @@ def collect(encoder: Encoder, rows: Rows, where: str, side_of: Callable[[int], S
     for batch in rows.batches():
         tally.with_tools += sum(bool(cells.get(dataset.columns.tools)) for cells in batch.rows)
         for place, row in zip(batch.places, _encoded(encoder, batch), strict=True):
-            tally.count_row(row)
+            tally.count_row(row, place)
             for encoded in row.examples:
                 tally.count(encoded, place, dataset.max_length)
                 if len(encoded.input_ids) > dataset.max_length:  # Fail and Drop; Truncate has cut it

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 from qlora_api.spec import Columns, DatasetFormat, DatasetSpec, LongRows, LossOn
 from qlora_trainer.data.chat_template import ChatTemplate, RenderedRow
+from qlora_trainer.data.remarks import OTHER_ROLES
 from qlora_trainer.data.rows.conversation import Conversation, json_type, read_conversation, read_exchange
+from qlora_trainer.data.rows.roles import other_roles
 from qlora_trainer.data.text_pieces import Piece, is_blank
 from qlora_trainer.errors import UserError
 
@@ -64,6 +66,8 @@ class EncodedRow:
     """Messages of which the chat template leaves something out."""
     empty: int = 0
     """Messages of the assistant of which nothing is written; they are not learned."""
+    remarks: tuple[str, ...] = ()
+    """What a person should know of the row; see :mod:`qlora_trainer.data.remarks`."""
 
 
 def needed_columns(dataset: DatasetSpec) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -142,7 +146,9 @@ class Encoder:
             UserError: names the row and the field.
 
         """
-        rendered = self._render(rows, range(1, len(rows) + 1) if numbers is None else numbers)
+        numbers = range(1, len(rows) + 1) if numbers is None else numbers
+        conversations = [self._conversation(row, number) for row, number in zip(rows, numbers, strict=True)]
+        rendered = self._render(rows, numbers, conversations)
         ids = iter(
             self._ids(
                 [
@@ -161,8 +167,9 @@ class Encoder:
                 ],
                 row.left_out,
                 row.empty,
+                self._remarks(conversation) if conversation else (),
             )
-            for row in rendered
+            for row, conversation in zip(rendered, conversations, strict=True)
         ]
 
     def prompt(self, text: str) -> list[int]:
@@ -221,9 +228,13 @@ class Encoder:
     def _everything(self) -> bool:
         return self.dataset.effective_loss_on is LossOn.ALL
 
-    def _render(self, rows: Sequence[Mapping[str, Any]], numbers: Sequence[RowNumber]) -> list[RenderedRow]:
+    def _render(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        numbers: Sequence[RowNumber],
+        conversations: Sequence[Conversation | None],
+    ) -> list[RenderedRow]:
         """Write rows as texts: the conversations among them together, for a child has to do it."""
-        conversations = [self._conversation(row, number) for row, number in zip(rows, numbers, strict=True)]
         given = [(c, number) for c, number in zip(conversations, numbers, strict=True) if c is not None]
         templated = iter(
             self._chat.render([c for c, _ in given], [n for _, n in given], everything=self._everything)
@@ -245,6 +256,10 @@ class Encoder:
             fields = ("spec.dataset.columns.prompt", "spec.dataset.columns.completion")
             return read_exchange(row.get(columns.prompt), row.get(columns.completion), tools, number, fields)
         return None
+
+    def _remarks(self, conversation: Conversation) -> tuple[str, ...]:
+        learns_answers = not self._everything
+        return (OTHER_ROLES,) if learns_answers and other_roles(conversation.messages, self._chat.source) else ()
 
     def _pieces(self, row: Mapping[str, Any], number: RowNumber) -> list[Piece]:
         columns = self.dataset.columns

@@ -228,7 +228,7 @@ def _receipt(name: str, folder: Path, encoder: Encoder, done: _Tokenized) -> Pre
         split_rows=sum(t.split for t in done.tallies),
         left_out=sum(t.left_out for t in done.tallies),
         empty_turns=sum(t.empty_turns for t in done.tallies),
-        notes=encoder.notes(),
+        notes=[*encoder.notes(), *(note for t in done.tallies for note in t.remarks.notes())],
         conversations=encoder.conversations,
         duplicates=done.train.duplicates,
         eval_in_train=done.evaluation.also_in(done.train) if done.evaluation else 0,

@@ -76,6 +76,24 @@ def call(arguments) -> dict:
             id="function-calls-of-before-tool-calls",
         ),
         pytest.param(
+            [{"role": "assistant", "content": None, "function_call": '{"name": "w", "arguments": {"city": "Bern"}}'}],
+            [{"role": "assistant", "tool_calls": [CALL]}],
+            id="function-call-as-json-text",
+        ),
+        pytest.param(
+            [{"role": "assistant", "tool_calls": [], "function_call": {"name": "w", "arguments": '{"city": "Bern"}'}}],
+            [{"role": "assistant", "tool_calls": [CALL]}],
+            id="function-call-beside-no-tool-calls",
+        ),
+        pytest.param(
+            [{"role": "assistant", "content": "7.", "function_call": ""}], [CHAT[1]], id="function-call-that-is-none"
+        ),
+        pytest.param(
+            [{"role": "assistant", "tool_calls": json.dumps([call('{"city": "Bern"}')])}],
+            [{"role": "assistant", "tool_calls": [CALL]}],
+            id="tool-calls-as-json-text",
+        ),
+        pytest.param(
             [{"role": "assistant", "content": "7.", "loss": 0.3, "train": None}],
             [{"role": "assistant", "content": "7.", "loss": 0.3}],
             id="a-loss-that-was-measured-is-no-weight",
@@ -96,6 +114,57 @@ def test_messages_are_read_as_templates_expect_them(messages, want):
     assert read(messages).messages == want
 
 
+@pytest.mark.parametrize("name", ["role", "from"])
+@pytest.mark.parametrize(
+    ("spelled", "role"),
+    [
+        ("Assistant", "assistant"),
+        (" ASSISTANT\n", "assistant"),
+        ("model", "assistant"),
+        ("GPT", "assistant"),
+        ("bot", "assistant"),
+        ("Human", "user"),
+        ("USER", "user"),
+        ("System", "system"),
+        ("Developer", "developer"),
+        ("Tool", "tool"),
+        ("Function", "tool"),
+    ],
+)
+def test_roles_in_other_spellings_are_those_that_templates_know(name, spelled, role):
+    [message] = read([{name: spelled, {"role": "content", "from": "value"}[name]: "7."}]).messages
+    assert message == {"role": role, "content": "7."}
+
+
+@pytest.mark.parametrize("role", ["critic", "observation", "ipython", "Alice"])
+def test_a_role_that_is_not_known_stays_as_it_is(role):
+    assert read([{"role": role, "content": "7."}]).messages == [{"role": role, "content": "7."}]
+
+
+@pytest.mark.parametrize("role", ["tool_call", "function_call", "Tool_Call"])
+@pytest.mark.parametrize(
+    "contents",
+    [
+        ['{"name": "w", "arguments": {"city": "Bern"}}'],
+        ['[{"name": "w", "arguments": "{\\"city\\": \\"Bern\\"}"}]'],
+        [{"name": "w", "arguments": {"city": "Bern"}}],
+        ['{"name": "w", "arguments": {"city": "Bern"}}'] * 2,
+    ],
+    ids=["text", "list", "object", "two-at-once"],
+)
+def test_messages_that_are_calls_are_those_of_the_assistant(role, contents):
+    conversation = read([CHAT[0], *({"role": role, "content": text} for text in contents), CHAT[1]])
+    assert conversation.messages == [CHAT[0], {"role": "assistant", "tool_calls": [CALL] * len(contents)}, CHAT[1]]
+    assert conversation.learned == (True,) * 3
+    assert read([{"from": role, "value": contents[0]}]).messages == [{"role": "assistant", "tool_calls": [CALL]}]
+
+
+def test_calls_at_once_are_learned_if_all_of_them_are():
+    text = '{"name": "w", "arguments": {}}'
+    messages = [CHAT[0], {"role": "tool_call", "content": text}, {"role": "tool_call", "content": text, "loss": False}]
+    assert read(messages).learned == (True, False)
+
+
 def test_a_weight_of_zero_makes_a_message_context():
     messages = [CHAT[0], {**CHAT[1], "weight": 0}, CHAT[0], {**CHAT[1], "weight": 1}]
     conversation = read(messages)
@@ -108,6 +177,28 @@ def test_other_names_of_a_weight_are_heeded(key):
     conversation = read([CHAT[0], {**CHAT[1], key: False}, CHAT[0], {**CHAT[1], key: True}])
     assert conversation.learned == (True, False, True, True)
     assert conversation.messages == CHAT * 2
+
+
+@pytest.mark.parametrize("key", ["weight", "loss", "train", "training"])
+@pytest.mark.parametrize("off", [0, 0.0, False, "0", "false", "False", " FALSE "])
+def test_a_weight_may_be_a_number_or_a_text(key, off):
+    on = "True" if isinstance(off, str) else type(off)(1)
+    conversation = read([CHAT[0], {**CHAT[1], key: off}, CHAT[0], {**CHAT[1], key: on}])
+    assert conversation.learned == (True, False, True, True)
+    assert conversation.messages == CHAT * 2
+
+
+@pytest.mark.parametrize("key", ["loss", "train", "training"])
+@pytest.mark.parametrize("value", ["no", "", [], {}, [0], MARKER, "2"])
+def test_a_weight_that_says_neither_is_refused(key, value):
+    with pytest.raises(UserError, match=f"row 2 holds a message 2 with {key} other than false .context. and true"):
+        read([CHAT[0], {**CHAT[1], key: value}])
+
+
+@pytest.mark.parametrize("key", ["train", "training"])
+def test_only_a_loss_may_be_measured(key):
+    with pytest.raises(UserError, match=f"a message 1 with {key} other than false"):
+        read([{**CHAT[1], key: 0.5}])
 
 
 @pytest.mark.parametrize("marked", [True, False])
@@ -172,7 +263,7 @@ def test_texts_and_messages_are_not_mixed_in_one_row(chat_tokenizer, dataset):
         pytest.param("[" * 100_000, "text that is not JSON", id="deep-text"),
         pytest.param([MARKER], "a text as message 1", id="list-of-texts"),
         pytest.param([CHAT[0], {"speaker": MARKER, MARKER: "hi"}], "a message 2 without a role", id="other-keys"),
-        pytest.param([{"from": MARKER, "value": "a"}], 'a message 1 whose "from" is none of human', id="speaker"),
+        pytest.param([{"from": MARKER, "value": "a"}], 'a message 1 whose "from" is none of user, human', id="speaker"),
         pytest.param([{"role": "user", "content": None}], "a message 1 without content", id="no-content"),
         pytest.param([{"role": "user", "content": 3}], "a message 1 whose content is a number", id="number-content"),
         pytest.param(
@@ -217,6 +308,34 @@ def test_texts_and_messages_are_not_mixed_in_one_row(chat_tokenizer, dataset):
         ),
         pytest.param(
             [{**CHAT[1], "tool_calls": [MARKER]}], "a message 1 whose tool_calls[0] is a text", id="call-text"
+        ),
+        pytest.param(
+            [{**CHAT[1], "tool_calls": [{"function": MARKER}]}],
+            "a message 1 whose tool_calls[0].function is a text, not an object",
+            id="function-text",
+        ),
+        pytest.param(
+            [{**CHAT[1], "tool_calls": MARKER}],
+            "a message 1 whose tool_calls are text that is not JSON",
+            id="calls-text",
+        ),
+        pytest.param(
+            [{**CHAT[1], "function_call": MARKER}],
+            "a message 1 whose function_call is text that is not JSON",
+            id="function-call-text",
+        ),
+        pytest.param(
+            [{**CHAT[1], "function_call": [MARKER]}],
+            "a message 1 whose function_call is a list, not an object",
+            id="function-call-list",
+        ),
+        pytest.param(
+            [{**CHAT[1], "function_call": CALL["function"], "tool_calls": [CALL]}],
+            "a message 1 with both tool_calls and function_call",
+            id="both-calls",
+        ),
+        pytest.param(
+            [{"role": "tool_call", "content": MARKER}], 'a message 1 that is no call such as {"name"', id="no-call"
         ),
         pytest.param({"role": ["user"], "content": [MARKER, "b"]}, "an object, not a list", id="uneven-lists"),
     ],

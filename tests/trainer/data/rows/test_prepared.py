@@ -108,3 +108,29 @@ def test_rows_with_tools_are_counted(chat_tokenizer, job, tmp_path):
     path = write(tmp_path / "rows.jsonl", rows)
     receipt = prepare_data(job(format="Messages"), chat_tokenizer, "t1", path, None, tmp_path / "cache").receipt
     assert (receipt.train_rows, receipt.rows_with_tools) == (3, 1)
+
+
+def test_rows_learn_from_the_assistant_however_its_role_is_spelled(chat_tokenizer, job, tmp_path):
+    rows = [
+        {"messages": [{"role": "User", "content": "Q"}, {"role": role, "content": "A"}]}
+        for role in ("assistant", "Assistant", "model")
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    receipt = prepare_data(job(format="Messages"), chat_tokenizer, "t1", path, None, tmp_path / "cache").receipt
+    assert (receipt.train_rows, receipt.duplicates, receipt.fully_masked) == (3, 2, 0)
+    assert receipt.notes == []
+
+
+@pytest.mark.parametrize(("loss_on", "template"), [(None, ""), (None, "{# 'critic' #}"), ("All", "")])
+def test_rows_with_other_roles_are_counted_unless_the_template_knows_them_or_all_is_learned(
+    loss_on, template, chat_tokenizer, chatml, job, tmp_path
+):
+    chat = [{"role": "user", "content": "Q"}, {"role": "critic", "content": "C"}, {"role": "assistant", "content": "A"}]
+    path = write(tmp_path / "rows.jsonl", [{"messages": chat[::2]}, *[{"messages": chat}] * 2])
+    spec = job(format="Messages", loss_on=loss_on, chat_template=chatml + template)
+    notes = prepare_data(spec, chat_tokenizer, "t1", path, None, tmp_path / "cache").receipt.notes
+    told = (
+        "2 rows have messages of a role other than assistant, developer, system, tool and user, which the chat template"
+        " does not name: these messages are context and not learned; the first is row 2 (rows.jsonl, line 2)"
+    )
+    assert notes == ([] if loss_on or template else [told])

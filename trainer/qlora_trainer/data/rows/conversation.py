@@ -1,8 +1,9 @@
 """From cells of a row to a conversation: messages, tools, and which of the messages may be learned.
 
 A message keeps all of its keys and values, nested nulls included, with these exceptions: ``from`` and ``value``
-(ShareGPT) become ``role`` and ``content``; ``function_call`` (OpenAI before tool calls) becomes ``tool_calls``; text
-parts become one text; ``weight`` and its like are taken out and heeded; ``arguments`` of a tool call that are JSON text
+(ShareGPT) become ``role`` and ``content``; roles in other spellings become those that templates know;
+``function_call`` (OpenAI before tool calls) and messages of the role ``tool_call`` become ``tool_calls``; text parts
+become one text; ``weight`` and its like are taken out and heeded; tool calls and their ``arguments`` that are JSON text
 are decoded; and a null where OpenAI's format has an optional key means that it is absent.
 Errors name row, message and key, and no text of the row.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_trainer.data.message_keys import REASONING_KEYS
+from qlora_trainer.data.rows.roles import CALL_ROLES, SHAREGPT_ROLES, as_switch, known_role
 from qlora_trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,21 +23,11 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-}
-
 WEIGHT = "weight"
 SWITCHES = ("loss", "train", "training")
-"""Other names of a weight, where the value is a boolean: of ms-swift and of axolotl."""
+"""Other names of a weight: of ms-swift and of axolotl."""
+MEASURED = "loss"
+"""Of these, the one that may hold a loss that was measured, which says nothing."""
 PART_WEIGHTS = ("train_detail", "training_detail")
 """Weights of parts of a message (axolotl)."""
 
@@ -105,7 +97,14 @@ def _messages(value: Any) -> list[tuple[Message, bool]]:
         value = _transposed(value)
     if not isinstance(value, list) or not value:
         raise _ShapeError(json_type(value) if value else "nothing")
-    return [_message(message, place) for place, message in enumerate(value, start=1)]
+    pairs: list[tuple[Message, bool]] = []
+    for place, message in enumerate(value, start=1):
+        pairs.append(_message(message, place))
+        if len(pairs) > 1 and all(pair[0]["role"] in CALL_ROLES for pair in pairs[-2:]):
+            (first, first_weight), (second, second_weight) = pairs[-2:]  # calls at once are one message
+            calls = first["tool_calls"] + second["tool_calls"]
+            pairs[-2:] = [({**first, **second, "tool_calls": calls}, first_weight and second_weight)]
+    return [({**m, "role": "assistant"} if m["role"] in CALL_ROLES else m, weight) for m, weight in pairs]
 
 
 def _message(value: Any, place: int) -> tuple[Message, bool]:
@@ -117,14 +116,15 @@ def _message(value: Any, place: int) -> tuple[Message, bool]:
         message = _from_sharegpt(message, place)
     if not isinstance(message.get("role"), str):
         raise _ShapeError(f"a message {place} without a role")
+    message["role"] = known_role(message["role"])
     learned = _learned(message, place)
     for key in REASONING_KEYS:
         if not isinstance(message.get(key, ""), str):
             raise _ShapeError(f"a message {place} whose {key} is {json_type(message[key])}, not a text")
-    if isinstance(message.get("function_call"), dict) and "tool_calls" not in message:
-        message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
-    if message["role"] == "function":
-        message["role"] = "tool"
+    if message["role"] in CALL_ROLES and "tool_calls" not in message:
+        message["tool_calls"] = _calls_of(message.pop("content", None), place)
+    elif called := _call_alone(message, place):
+        message["tool_calls"] = [called]
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], place)
         if not message["tool_calls"]:
@@ -141,18 +141,26 @@ def _learned(message: Message, place: int) -> bool:
     """Take the weight out of a message."""
     if part := next((key for key in PART_WEIGHTS if message.get(key)), None):
         raise _ShapeError(f"a message {place} with {part}; a message is learned as a whole or, by weight 0, not at all")
-    weight = message.pop(WEIGHT, 1)
-    if weight not in (0, 1):
+    learned = as_switch(message.pop(WEIGHT, 1))
+    if learned is None:
         raise _ShapeError(f"a message {place} with a weight other than 0 (context) and 1 (learned)")
-    switches = [message.pop(key) for key in SWITCHES if isinstance(message.get(key), bool)]
-    return bool(weight) and all(switches)
+    for key in SWITCHES:
+        value = message.get(key, True)
+        switch = as_switch(value)
+        if switch is not None:
+            message.pop(key, None)
+            learned &= switch
+        elif not (key == MEASURED and isinstance(value, (int, float))):
+            raise _ShapeError(f"a message {place} with {key} other than false (context) and true (learned)")
+    return learned
 
 
 def _from_sharegpt(message: Message, place: int) -> Message:
-    speaker = message["from"]
-    role = SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
+    speaker = message["from"].strip().lower() if isinstance(message["from"], str) else ""
+    role = speaker if speaker in CALL_ROLES else SHAREGPT_ROLES.get(speaker)
     if role is None:
-        raise _ShapeError(f'a message {place} whose "from" is none of {", ".join(SHAREGPT_ROLES)}')
+        allowed = ", ".join((*SHAREGPT_ROLES, *CALL_ROLES))
+        raise _ShapeError(f'a message {place} whose "from" is none of {allowed}')
     rest = {key: inner for key, inner in message.items() if key not in ("from", "value")}
     return {"role": role, **({"content": message["value"]} if "value" in message else {}), **rest}
 
@@ -178,7 +186,33 @@ def _part(part: Any, place: int, number: int) -> str:
     )
 
 
+def _call_alone(message: Message, place: int) -> Message | None:
+    """Take ``function_call`` out of a message, as a tool call."""
+    value = message.pop("function_call", None)
+    if isinstance(value, str):
+        value = _decoded(value or "{}", f"a message {place} whose function_call is text that is not JSON")
+    if not value:
+        return None
+    if not isinstance(value, dict):
+        raise _ShapeError(f"a message {place} whose function_call is {json_type(value)}, not an object")
+    if message.get("tool_calls"):
+        raise _ShapeError(f"a message {place} with both tool_calls and function_call")
+    return {"type": "function", "function": value}
+
+
+def _calls_of(content: Any, place: int) -> list[Message]:
+    """Read a message that is a call, or a list of calls, as JSON text."""
+    what = f'a message {place} that is no call such as {{"name": "…", "arguments": {{}}}}'
+    value = _decoded(content, what) if isinstance(content, str) else content
+    calls = value if isinstance(value, list) else [value]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise _ShapeError(what)
+    return [{"type": "function", "function": call} for call in calls]
+
+
 def _tool_calls(value: Any, place: int) -> list[Message]:
+    if isinstance(value, str):
+        value = _decoded(value or "[]", f"a message {place} whose tool_calls are text that is not JSON")
     if not isinstance(value, list):
         raise _ShapeError(f"a message {place} whose tool_calls are {json_type(value)}, not a list")
     return [_tool_call(call, f"a message {place} whose tool_calls[{at}]") for at, call in enumerate(value)]
@@ -188,7 +222,7 @@ def _tool_call(value: Any, what: str) -> Message:
     if not isinstance(value, dict):
         raise _ShapeError(f"{what} is {json_type(value)}, not an object")
     call = {key: inner for key, inner in value.items() if inner is not None}
-    if isinstance(call.get("function"), dict):
+    if "function" in call:
         return {**call, "function": _tool_call(call["function"], f"{what}.function")}
     if isinstance(text := call.get("arguments"), str):
         call["arguments"] = _decoded(text or "{}", f"{what}.arguments is text that is not JSON")
