@@ -58,6 +58,7 @@ KILLED = 137
 """128 + SIGKILL. Whether the pod ran out of memory, only the kubelet's reason tells."""
 DECIDED = {
     Reason.UNSCHEDULABLE: "another attempt with fewer workers if `minWorkers` allows it; not counted",
+    Reason.PAUSED: "another attempt once `policy.pauseAtStep` is raised or removed; not counted",
     Reason.SUSPENDED: "another attempt once the job is resumed; not counted",
     Reason.DEADLINE_EXCEEDED: "the job fails",
 }

@@ -12,7 +12,10 @@ from qlora_api.spec import OnOutOfMemory, PolicySpec
 from qlora_api.status import Attempt, Reason
 
 UNCOUNTED_REASONS = frozenset(
-    {Reason.PREEMPTED, Reason.NODE_LOST, Reason.PEER_LOST, Reason.SUSPENDED, Reason.UNSCHEDULABLE}
+    {
+        *(Reason.PREEMPTED, Reason.NODE_LOST, Reason.PEER_LOST, Reason.SUSPENDED, Reason.PAUSED),
+        Reason.UNSCHEDULABLE,
+    }
 )
 """Ends that are not the job's doing and do not count against maxRestarts."""
 FINAL = frozenset({Reason.USER_ERROR, Reason.NON_FINITE_LOSS, Reason.ADAPTER_REJECTED})

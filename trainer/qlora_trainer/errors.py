@@ -6,6 +6,7 @@
     ├── UserError              40  never retried: the manifest, the model or the rows must change
     ├── PathError              40  the operating system refuses access to a path
     ├── PreemptedError         43  told to stop; a checkpoint is written
+    │   └── PausedError        43  policy.pauseAtStep is reached
     ├── StalledError           44  a rank or a worker does not answer
     ├── NonFiniteLossError     45  stopped before the update
     ├── CheckpointError        46  no checkpoint of this run can be read
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qlora_api.contract import ExitCode
+from qlora_api.status import Reason
 from qlora_storage.errors import JobError, PathError, StorageError, UserError, of_system
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "CheckpointError",
     "NonFiniteLossError",
     "PathError",
+    "PausedError",
     "PeerLostError",
     "PreemptedError",
     "StalledError",
@@ -64,6 +67,13 @@ def system_errors() -> Iterator[None]:
 
 class PreemptedError(TrainerError):
     exit_code = ExitCode.PREEMPTED
+    reason = Reason.PREEMPTED
+
+
+class PausedError(PreemptedError):
+    """The attempt has done all that its step of pause asks for, the evaluation included."""
+
+    reason = Reason.PAUSED
 
 
 class StalledError(TrainerError):

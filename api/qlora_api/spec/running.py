@@ -123,6 +123,9 @@ class PolicySpec(Model):
     budget_gpu_hours: decimal(0, 1e9, low_included=False) | None = None  # type: ignore[valid-type]
     """GPU-hours of all attempts together; waiting does not count. Before they are used up, the job saves a checkpoint
     and is suspended. Raise the value to resume it."""
+    pause_at_step: int | None = Field(None, ge=1, le=1_000_000)
+    """Optimizer step after which the job evaluates where that is due, saves a checkpoint and is suspended, unless it is
+    the last one. Raise it, or remove it, to resume. A running attempt keeps the value that it started with."""
     ttl_seconds_after_finished: int | None = Field(None, ge=0, le=31536000)
     """Delete the finished job after this time. Default: never."""
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from qlora_cli.kube.api_client import Object
 
 OVER = ("Succeeded", "Failed")
+UNCOUNTED = ("Preempted", "Suspended", "Paused", "NodeLost", "PeerLost")
+"""Reasons of attempts that stopped without a failure of their own."""
 NEEDS_A_HAND = frozenset({"Unschedulable", "QuotaExceeded", "MissingReference", "ImageUnavailable", "Refused"})
 """Reasons of a waiting job that do not go away by waiting."""
 
@@ -243,7 +245,7 @@ def _view_run(folder: Path, record: Object) -> JobView:
         reason=reason,
         message=message,
         **progress,
-        restarts=sum(1 for a in attempts[:-1] if a.reason not in ("Preempted", "Suspended", "NodeLost", "PeerLost")),
+        restarts=sum(1 for a in attempts[:-1] if a.reason not in UNCOUNTED),
         ranks=last.ranks if last else 1,
         peak_bytes=((result.get("memory") or {}).get("measured") or {}).get("peak"),
         created=time(record.get("created")),
@@ -266,7 +268,7 @@ def _local_state(folder: Path, result: Mapping[str, Any], last: AttemptView | No
         return _prepare_state(folder)
     if last.ended is None:
         return "Suspended", "NodeLost", "'qlora run' or the machine went down; 'qlora run' goes on from a checkpoint"
-    if last.reason in ("Preempted", "Suspended", "NodeLost", "PeerLost"):
+    if last.reason in UNCOUNTED:
         return "Suspended", last.reason, last.message
     return "Failed", last.reason, last.message
 

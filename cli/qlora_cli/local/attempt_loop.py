@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """128 + SIGINT, as shells count."""
 PAUSED = int(ExitCode.PREEMPTED)
+PAUSE_HINT = "With a larger spec.policy.pauseAtStep, or none, the same command resumes this run."
 """The run has reached the step at which a sweep suspends it."""
 
 
@@ -137,7 +138,7 @@ class LocalRun:
         step.begin(self._config(step, choice).model_dump_json(by_alias=True, exclude_none=True))
         self._keep(self.record.with_attempt(attempt).model_copy(update={"failure": ""}))
         ended = self._train(attempt.number, step)
-        attempt = conclude(attempt, ended, step.log, run_folder.now(), self.record.pause_at_step)
+        attempt = conclude(attempt, ended, step.log, run_folder.now(), self._pause_at_step)
         record = self.record.with_attempt(attempt)
         if attempt.reason is Reason.COMPLETED:
             termination = ended.termination_message or TerminationMessage(
@@ -184,6 +185,8 @@ class LocalRun:
         """Decide what follows an attempt; None for another attempt."""
         console, policy = self._setting.console, self._setting.job.spec.policy
         if attempt.reason is Reason.SUSPENDED:
+            if not self._setting.brief:
+                console.print(f"{attempt.message}. {PAUSE_HINT}", style="bold", soft_wrap=True)
             return PAUSED
         # Who types the command again has looked at what happened: each call has its own restarts.
         decision = after_attempt(policy, self.record.attempts[self._call_began_at :])
@@ -213,7 +216,7 @@ class LocalRun:
             batch=choice.batch,
             device=world.device,
             ranks_per_worker=world.ranks,
-            pause_at_step=self.record.pause_at_step,
+            pause_at_step=self._pause_at_step,
             key_file=str(self._setting.folder.key_file(self.record)),
             accepts_unsigned=not self.record.signed,
             gradient_checkpointing=choice.gradient_checkpointing,
@@ -225,6 +228,12 @@ class LocalRun:
             metrics_host="127.0.0.1",
             ports_dir=str(step.path),
         )
+
+    @property
+    def _pause_at_step(self) -> int | None:
+        """Return the step at which an attempt is to pause: a sweep's, else the job's own."""
+        policy = self._setting.job.spec.policy
+        return self.record.pause_at_step if self.record.pause_at_step is not None else policy.pause_at_step
 
     def _keep(self, record: RunRecord) -> None:
         self.record = record

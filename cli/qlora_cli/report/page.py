@@ -87,7 +87,7 @@ def _end(facts: Facts) -> tuple[str, str]:
     reason = facts.attempts[-1].reason if facts.attempts else None
     if reason is None:
         return "", "Runs" if facts.attempts else "Not started"
-    if reason in (Reason.PREEMPTED, Reason.SUSPENDED, Reason.NODE_LOST):
+    if reason in (Reason.PREEMPTED, Reason.SUSPENDED, Reason.PAUSED, Reason.NODE_LOST):
         return "waits", f"Stopped: {reason}"
     return "bad", f"Failed: {reason}"
 

@@ -57,7 +57,7 @@ def _started(status: QLoRAJobStatus, attempt: Attempt) -> Note:
     last = status.attempts[-2] if len(status.attempts) > 1 else None
     if last is None:
         return Note("Normal", "Started", text)
-    kind = "Resumed" if last.reason is Reason.SUSPENDED else "Recovered"
+    kind = "Resumed" if last.reason in (Reason.SUSPENDED, Reason.PAUSED) else "Recovered"
     return Note("Normal", kind, f"{text}; attempt {last.number} ended: {last.reason}")
 
 

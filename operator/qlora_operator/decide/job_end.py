@@ -95,6 +95,8 @@ def conclude_attempt(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJob
         return with_finish(context, status, decision), (note,)
     if outcome is StopOutcome.CLOSE_AS_SUSPENDED:
         return status, (Note("Normal", "Suspended", _attempt_words(attempt)),)
+    if ending.reason is Reason.PAUSED:
+        return status, (Note("Normal", "Paused", _attempt_words(attempt)),)
     return status, (Note("Warning", ending.reason.value, f"{_attempt_words(attempt)}; another attempt follows"),)
 
 

@@ -133,6 +133,12 @@ def _suspended(context: Context, status: QLoRAJobStatus, stop: StopCause) -> Dec
         remedy = (
             f"spec.policy.budgetGpuHours ({hours}) is used up, with what a stop takes; with a larger one it goes on"
         )
+    if stop is StopCause.PAUSE:
+        why = Reason.PAUSED
+        remedy = (
+            f"spec.policy.pauseAtStep ({context.job.spec.policy.pause_at_step}) is reached; with a larger one, or none,"
+            " it goes on"
+        )
     lost = next((p for p in context.seen.living if is_lost(p, context.seen)), None)
     text = f"no pod runs{f', as far as is known of node {lost.node}, which is lost' if lost else ''}; {remedy}"
     status = with_condition(context, status, ConditionType.RUNNING, why, text, is_true=False)
@@ -237,7 +243,7 @@ def _start(context: Context, status: QLoRAJobStatus) -> Decision:
         checkpointing = decision.gradient_checkpointing
         ended = status.attempts[-1].end_time or context.now
         left = (ended + timedelta(seconds=decision.wait_seconds) - context.now).total_seconds()
-        if left > 0 and status.attempts[-1].reason is not Reason.SUSPENDED:
+        if left > 0 and status.attempts[-1].reason not in (Reason.SUSPENDED, Reason.PAUSED):
             text = f"attempt {status.attempts[-1].number} ended: {status.attempts[-1].message}"
             return _pending(context, status, Reason.BACKING_OFF, text, wake_after=left)
     if not status.attempts and status.prepared is None and not context.seen.child_refused:

@@ -30,6 +30,8 @@ class StopCause(Enum):
     """``spec.suspend`` is set."""
     BUDGET = auto()
     """``spec.policy.budgetGpuHours`` is used up."""
+    PAUSE = auto()
+    """The newest attempt ended at ``spec.policy.pauseAtStep``, and no later step is asked for."""
     NONE = auto()
     """Nothing asks the job to stop."""
 
@@ -45,6 +47,8 @@ class AttemptState(Enum):
     """Rank 0 exited with code 0 and a termination message."""
     NODE_LOST = auto()
     """A node was lost with one of its pods, or with the pod's termination message."""
+    PAUSED = auto()
+    """It ended at its step of pause, with a checkpoint."""
     DISRUPTED = auto()
     """Its pods were preempted, evicted or deleted."""
     REMOVED = auto()
@@ -100,9 +104,9 @@ def _rule(
 
 _ALL = frozenset(AttemptState)
 _LIVE = frozenset(StopCause) - {StopCause.DELETED, StopCause.FINISHED}
-_PAUSE = {StopCause.SUSPEND, StopCause.BUDGET}
+_PAUSE = {StopCause.SUSPEND, StopCause.BUDGET, StopCause.PAUSE}
 _OPEN = {AttemptState.NONE, AttemptState.RUNNING}
-_OWN_END = {AttemptState.COMPLETED, AttemptState.NODE_LOST, AttemptState.FAILED}
+_OWN_END = {AttemptState.COMPLETED, AttemptState.PAUSED, AttemptState.NODE_LOST, AttemptState.FAILED}
 _WAS_TAKEN_AWAY = {AttemptState.DISRUPTED, AttemptState.REMOVED}
 _TAKEN_AWAY = {*_WAS_TAKEN_AWAY, AttemptState.NEVER_RAN}
 
@@ -149,7 +153,15 @@ def stop_cause(context: Context, status: QLoRAJobStatus) -> StopCause:
         return StopCause.DEADLINE
     if job.spec.suspend:
         return StopCause.SUSPEND
-    return StopCause.BUDGET if left is not None and left <= 0 else StopCause.NONE
+    if left is not None and left <= 0:
+        return StopCause.BUDGET
+    return StopCause.PAUSE if _is_paused(context, status) else StopCause.NONE
+
+
+def _is_paused(context: Context, status: QLoRAJobStatus) -> bool:
+    """Return whether the newest attempt has paused, at the step that is asked for now or a later one."""
+    step, last = context.job.spec.policy.pause_at_step, status.attempts[-1] if status.attempts else None
+    return step is not None and last is not None and last.reason is Reason.PAUSED and (last.last_step or 0) >= step
 
 
 def attempt_state(status: QLoRAJobStatus, ending: Ending | None) -> AttemptState:
@@ -161,6 +173,8 @@ def attempt_state(status: QLoRAJobStatus, ending: Ending | None) -> AttemptState
         return AttemptState.RUNNING
     if ending.reason is Reason.COMPLETED:
         return AttemptState.COMPLETED
+    if ending.reason is Reason.PAUSED:
+        return AttemptState.PAUSED
     if ending.removed and ending.reason is Reason.PREEMPTED and attempt.running_time is None:
         return AttemptState.NEVER_RAN
     if ending.removed:

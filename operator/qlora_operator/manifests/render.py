@@ -213,6 +213,7 @@ def trainer_config(
         key_file=f"{KEY_FOLDER}/{KEY_ENTRY}",
         accepts_unsigned=any(not earlier.key_secret for earlier in status.attempts),
         gradient_checkpointing=attempt.gradient_checkpointing,
+        pause_at_step=spec.policy.pause_at_step,
         checkpoint_uri=f"{spec.output.destination.rstrip('/')}/.checkpoints/{meta.uid}",
         cache_dir=CACHE_FOLDER,
         shared_cache_uri=config.shared_cache_uri or f"{spec.output.destination.rstrip('/')}/.prepared",

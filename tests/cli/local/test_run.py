@@ -99,6 +99,15 @@ def test_restarts_are_limited_and_counted_anew_by_each_call(workplace):
     assert "after 1 restarts" in workplace.said
 
 
+def test_a_run_pauses_at_its_step_and_resumes_with_a_later_one(workplace):
+    workplace.plan("learn")
+    assert workplace.run("policy.pauseAtStep=4") == 43
+    assert "paused at step 4 of " in workplace.said
+    assert "With a larger spec.policy.pauseAtStep, or none, the same command resumes this run" in workplace.said
+    assert workplace.run() == 0
+    assert reasons(workplace.record()) == ["Suspended", "Completed"]
+
+
 def test_without_a_termination_message_the_end_of_the_log_is_shown(workplace, helpers):
     workplace.plan("silent")
     assert workplace.run("policy.maxRestarts=0") == 128 + signal.SIGSEGV

@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 
 from operator_builders import NOW, PREPARING, attempt, child, decide, held, job, names, pod, running, seen
-from qlora_api.contract import ProgressReport
+from qlora_api.contract import ProgressReport, TerminationMessage
 from qlora_api.status import Memory, QLoRAJobStatus, Reason
 from qlora_operator.state.observed import JobState
 
@@ -92,6 +92,34 @@ def test_a_job_whose_budget_is_used_up_is_suspended_and_goes_on_with_more():
     assert decide(job(gone.status, policy={"budgetGpuHours": "0.5"}), seen(after=9000)).status == gone.status
     more = decide(job(gone.status, policy={"budgetGpuHours": "1"}), seen(after=9000))
     assert names(more) == ["job-2"]
+
+
+def test_a_job_pauses_at_its_step_and_goes_on_when_that_is_raised_or_removed():
+    said = TerminationMessage(
+        exit_code=43, reason="Paused", message="paused at step 5 of 10", progress={"step": 5, "totalSteps": 10}
+    )
+    at_pause = seen(child(state=JobState.FAILED), pod(code=43, message=said.to_bytes().decode()), after=60)
+    pause = {"policy": {"pauseAtStep": 5}}
+    stopped = decide(job(held(), **pause), at_pause)
+    assert (stopped.status.state, stopped.status.reason) == ("Suspended", "Paused")
+    assert (stopped.status.attempts[0].reason, stopped.status.restarts) == (Reason.PAUSED, 0)
+    assert [(n.kind, n.reason) for n in stopped.notes] == [("Normal", "Paused")]
+    (condition,) = [c for c in stopped.status.conditions if c.type == "Suspended"]
+    assert condition.message == (
+        "no pod runs; spec.policy.pauseAtStep (5) is reached; with a larger one, or none, it goes on"
+    )
+    assert decide(job(stopped.status, **pause), seen(after=9000)).status == stopped.status
+    for later in ({"policy": {"pauseAtStep": 6}}, {}):
+        assert names(decide(job(stopped.status, **later), seen(after=60))) == ["job-2"]
+
+
+def test_an_attempt_that_was_told_to_stop_at_the_step_of_a_pause_has_not_paused():
+    """It may have stopped before the evaluation of that step."""
+    said = TerminationMessage(
+        exit_code=43, reason="Preempted", message="stopped by SIGTERM at step 5", progress={"step": 5}
+    )
+    told = seen(child(state=JobState.FAILED), pod(code=43, message=said.to_bytes().decode()), after=60)
+    assert names(decide(job(held(), policy={"pauseAtStep": 5}), told)) == ["job-2"]
 
 
 def report(**more) -> ProgressReport:

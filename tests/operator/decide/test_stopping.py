@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 
 from operator_builders import NOW, attempt, child, decide, held, job, pod, running, seen
+from qlora_api.contract import TerminationMessage
 from qlora_api.status import Condition, QLoRAJobStatus, Reason
 from qlora_operator.decide.stopping import RULES, AttemptState, StopCause, StopOutcome, outcome_of
 from qlora_operator.state.observed import JobState
@@ -31,7 +32,7 @@ def test_an_attempt_is_closed_where_it_has_ended_and_only_there(stop, state, pod
     assert (outcome_of(stop, state, pods=pods) in CLOSES) is (state in ENDED and not is_over and (stop, state) != KEPT)
 
 
-STOPS = {
+STOPS = {  # a pause follows from an attempt that has ended
     StopCause.SUSPEND: {"suspend": True},
     StopCause.BUDGET: {"policy": {"budgetGpuHours": "0.01"}},
     StopCause.DEADLINE: {"policy": {"activeDeadlineSeconds": 60}},
@@ -41,7 +42,9 @@ LATE = 100
 """Seconds after which both limits are used up."""
 DISRUPTED = pod(code=43, word="stopped", disruption="EvictionByEvictionAPI")
 REMOVED = pod(code=43, word="stopped", gone=True)
+PAUSED = TerminationMessage(exit_code=43, reason="Paused", message="paused at step 5", progress={"step": 5})
 ENDS = {
+    AttemptState.PAUSED: (child(state=JobState.FAILED), pod(code=43, message=PAUSED.to_bytes().decode())),
     AttemptState.COMPLETED: (child(state=JobState.COMPLETE), pod(code=0, word="done")),
     AttemptState.NODE_LOST: (child(), pod(deletion_due=NOW, disruption="DeletionByTaintManager")),
     AttemptState.DISRUPTED: (child(state=JobState.FAILED), DISRUPTED),
@@ -49,6 +52,7 @@ ENDS = {
     AttemptState.FAILED: (child(state=JobState.FAILED), pod(code=1)),
 }
 SEEN = {
+    AttemptState.PAUSED: Reason.PAUSED,
     AttemptState.COMPLETED: Reason.COMPLETED,
     AttemptState.NODE_LOST: Reason.NODE_LOST,
     AttemptState.DISRUPTED: Reason.PREEMPTED,
@@ -79,10 +83,12 @@ FINISHED = QLoRAJobStatus(
 ENDED_LATE = QLoRAJobStatus(
     attempts=[attempt(1, "Preempted", runningTime=NOW - timedelta(seconds=LATE))], start_time=NOW
 )
+AT_PAUSE = QLoRAJobStatus(attempts=[attempt(1, "Paused")], start_time=NOW)
 JOBS = {
     StopCause.DELETED: job(running(), deleted=True),
     StopCause.FINISHED: job(FINISHED),
     **{stop: job(ENDED_LATE, **more) for stop, more in STOPS.items()},
+    StopCause.PAUSE: job(AT_PAUSE, policy={"pauseAtStep": 5}),
 }
 
 
@@ -101,6 +107,7 @@ JOBS = {
         pytest.param(StopCause.SUSPEND, (REMOVED,), "Suspended", [], id="suspended"),
         pytest.param(StopCause.BUDGET, (child(), pod()), "Pending", ["job-1"], id="budget-with-pods"),
         pytest.param(StopCause.BUDGET, (), "Suspended", [], id="budget"),
+        pytest.param(StopCause.PAUSE, (), "Suspended", [], id="pause"),
     ],
 )
 def test_a_job_without_an_open_attempt_stops_as_the_table_says(stop, there, state, deleted):

@@ -88,11 +88,13 @@ def test_a_run_paused_twice_goes_on_as_if_it_had_not_been(runner):
         "training": {"epochs": None, "maxSteps": 12, "evaluation": {"everySteps": 2}},
         "checkpoint": {"everySteps": 5},
     }
-    paused, losses = [], {}
+    paused, losses, reasons = [], {}, []
     for attempt, pause in ((1, 4), (2, 8), (3, 12)):  # at the last step there is no pause
         ended = runner.run(runner.config(attempt=attempt, pause=pause, **changes))
         paused.append((ended.code, ended.message.progress.step, ended.message.progress.best_eval_loss))
         losses |= ended.losses
+        reasons.append(ended.message.reason)
+    assert reasons == [Reason.PAUSED, Reason.PAUSED, Reason.COMPLETED]
     assert [each[:2] for each in paused] == [(ExitCode.PREEMPTED, 4), (ExitCode.PREEMPTED, 8), (ExitCode.DONE, 12)]
     assert "paused at step 4 of 12; a checkpoint is written" in (runner.folder / "log-1.txt").read_text()
     assert float(paused[0][2]) > float(paused[1][2]) > float(paused[2][2])  # what the trials of a sweep are compared by

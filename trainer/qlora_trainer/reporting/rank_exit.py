@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from qlora_api.contract import ExitCode, ProgressReport, TerminationMessage, TrainerConfig, reason_of
-from qlora_api.status import Memory, MemoryComponent, Progress
+from qlora_api.status import Memory, MemoryComponent, Progress, Reason
 from qlora_storage.errors import of_system
 from qlora_trainer.errors import PreemptedError, StorageError, TrainerError
 from qlora_trainer.liveness.heartbeat import Heartbeat, activity
@@ -71,7 +71,7 @@ def run_with_exit_code(config: TrainerConfig, work: Callable[[LastSeen], Termina
         message = work(seen)
     except PreemptedError as error:
         log.info("%s", error)
-        return _leave(config, ExitCode(error.exit_code), str(error), rank, seen)
+        return _leave(config, ExitCode(error.exit_code), str(error), rank, seen, error.reason)
     except TrainerError as error:
         log.error("%s", error)  # noqa: TRY400 one paragraph for a person; the trace would hide it
         return _leave(config, ExitCode(error.exit_code), str(error), rank, seen)
@@ -147,13 +147,15 @@ def _lost_peer(error: Exception) -> str | None:
     return next((words for words in BROKEN_CONNECTIONS if isinstance(error, RuntimeError) and words in text), None)
 
 
-def _leave(config: TrainerConfig, code: ExitCode, text: str, rank: str, seen: LastSeen) -> int:
-    """Write the termination message unless another rank's says more already."""
+def _leave(
+    config: TrainerConfig, code: ExitCode, text: str, rank: str, seen: LastSeen, reason: Reason | None = None
+) -> int:
+    """Write the termination message unless another rank's says more already; the reason follows from the code."""
     report = seen.report() if seen.report else None
     measured = {**report.memory.measured, MemoryComponent.PEAK.value: seen.peak_bytes()} if report else None
     message = TerminationMessage(
         exit_code=code,
-        reason=reason_of(code),
+        reason=reason or reason_of(code),
         message=text,
         rank=int(rank),
         progress=progress_of(report) if report else None,

@@ -21,7 +21,7 @@ from qlora_trainer.engine.deepspeed_engine import accumulate, apply_update, join
 from qlora_trainer.engine.evaluate import evaluate, perplexity
 from qlora_trainer.engine.loss_scale import LossScale
 from qlora_trainer.engine.optim import learning_rate
-from qlora_trainer.errors import NonFiniteLossError, PreemptedError
+from qlora_trainer.errors import NonFiniteLossError, PausedError, PreemptedError
 from qlora_trainer.liveness.heartbeat import Section
 from qlora_trainer.liveness.watchdog import Limits
 from qlora_trainer.reporting.metrics import MetricsRecorder, peak_bytes, serve
@@ -74,7 +74,7 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
         if run.step == trainer.total_steps or out_of_patience(trainer, run):
             break
         if is_pause_due(trainer, run):
-            preempt(trainer, run, "paused")
+            preempt(trainer, run, PausedError, "paused")
         stopping = train_step(trainer, run, steps)
         if stopping and run.step < trainer.total_steps:  # before an evaluation: the grace period is short
             preempt(trainer, run)
@@ -92,17 +92,22 @@ def is_pause_due(trainer: TrainingContext, run: RunState) -> bool:
     return pause is not None and run.step >= pause
 
 
-def preempt(trainer: TrainingContext, run: RunState, how: str = "stopped by SIGTERM") -> NoReturn:
+def preempt(
+    trainer: TrainingContext,
+    run: RunState,
+    error: type[PreemptedError] = PreemptedError,
+    how: str = "stopped by SIGTERM",
+) -> NoReturn:
     """End the attempt as was asked for, with a checkpoint of where it stands. A collective.
 
     Raises:
-        PreemptedError: always.
+        PreemptedError, or the error given: always.
 
     """
     if run.step not in (0, run.saved_at):
         save(trainer, run, with_eval=run.evaluated_at == run.step)
     kept = "a checkpoint is written" if run.step else "there is nothing to keep yet"
-    raise PreemptedError(f"{how} at step {run.step} of {trainer.total_steps}; {kept}")
+    raise error(f"{how} at step {run.step} of {trainer.total_steps}; {kept}")
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop

@@ -203,7 +203,7 @@ def _weight(pod: PodSnapshot) -> tuple[int, Reason] | None:
         return 1, reason
     if code == _KILLED and pod.deletion_due is not None:
         return 4, Reason.PREEMPTED  # it outlasted its grace period
-    if reason is Reason.PREEMPTED:
+    if reason in (Reason.PREEMPTED, Reason.PAUSED):
         return 4, reason
     if reason is Reason.PEER_LOST:
         return 5, reason
@@ -211,12 +211,14 @@ def _weight(pod: PodSnapshot) -> tuple[int, Reason] | None:
 
 
 def _reason_of(code: int, pod: PodSnapshot | None = None) -> Reason:
-    """As the contract has it, but SIGKILL alone does not say who sent it."""
+    """As the contract has it, but a pause is told from other stops, and SIGKILL alone does not say who sent it."""
+    termination = pod.termination_message if pod else None
+    if code == ExitCode.PREEMPTED and termination and termination.reason is Reason.PAUSED:
+        return Reason.PAUSED
     if code != _KILLED:
         return reason_of(code)
     if pod is not None and pod.exit_reason == "ContainerStatusUnknown":
         return Reason.NODE_LOST  # the kubelet lost sight of the container: its node was started anew
-    termination = pod.termination_message if pod else None
     if pod is not None and (
         pod.exit_reason == "OOMKilled" or (termination and termination.exit_code == ExitCode.OUT_OF_HOST_MEMORY)
     ):
