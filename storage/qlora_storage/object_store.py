@@ -9,8 +9,10 @@ field; the rest is a :class:`StorageError`.
 from __future__ import annotations
 
 import hashlib
+import os
 from functools import partial
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
@@ -32,6 +34,8 @@ __all__ = [
     "NotFoundError",
     "Store",
     "claim_of",
+    "folders_above",
+    "is_place_in",
     "leaves_claim",
     "local_path",
     "open_store",
@@ -67,6 +71,37 @@ def local_path(uri: str, field: str) -> Path | None:
     if scheme == "pvc":
         return PVC_MOUNT / place
     return expand_home(place).absolute() if scheme in ("", "file") else None
+
+
+def is_place_in(uri: str, folder: str, field: str) -> bool:
+    """Tell whether a place is ``folder`` or below it, by their names; on this machine links are followed.
+
+    Raises:
+        UserError: a URI names no place.
+
+    """
+    (scheme, place), (other, above) = _absolute(uri, field), _absolute(folder, field)
+    return scheme == other and place.is_relative_to(above)
+
+
+def folders_above(uri: str, field: str) -> builtins.list[tuple[str, str]]:
+    """Return the URIs of the folders that a place is in, innermost first, each with the next name towards the place.
+
+    Raises:
+        UserError: the URI names no place.
+
+    """
+    scheme, place = _absolute(uri, field)
+    prefix = f"{scheme}://" if scheme else ""
+    way = pairwise([place, *place.parents])
+    return [(f"{prefix}{above}", below.name) for below, above in way if above.name]
+
+
+def _absolute(uri: str, field: str) -> tuple[str, PurePosixPath]:
+    if local := local_path(uri, field):
+        return "", PurePosixPath(os.path.realpath(local))
+    scheme, place = _split(uri, field)
+    return scheme, PurePosixPath(place)
 
 
 def claim_of(path: Path) -> Path | None:

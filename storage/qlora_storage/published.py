@@ -12,14 +12,15 @@ manifest does not list is as bad as one that was changed.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_storage.errors import NotFoundError
+from qlora_storage.errors import JobError, NotFoundError
 from qlora_storage.local_paths import partial_name
-from qlora_storage.object_store import local_path
+from qlora_storage.object_store import folders_above, local_path, open_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from qlora_storage.object_store import Store
 
 ADAPTER, MERGED = "adapter", "merged"
+MANIFEST = "manifest.json"
+MOST_MANIFEST_BYTES = 16 << 20
+PATIENCE_SECONDS = 20.0
+"""For folders above a place, which need not be there."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,26 @@ def is_inside(path: str) -> bool:
 def short_path(path: str) -> str:
     """Path of a downloaded file: as published, without the attempt's folder."""
     return path.partition("/")[2] or path
+
+
+def enclosing_manifest(uri: str, field: str) -> str | None:
+    """Return the manifest of an adapter in whose folders a place is, where whatever is written damages the adapter.
+
+    A folder above the place that cannot be read is taken for one without a manifest.
+
+    Raises:
+        UserError: the URI names no place.
+
+    """
+    for folder, inner in folders_above(uri, field):
+        store = open_store(folder, field, PATIENCE_SECONDS)
+        try:
+            adapter = json.loads(store.read(MANIFEST, 0, MOST_MANIFEST_BYTES)[0])["adapter"]
+        except (JobError, ValueError, LookupError, TypeError, RecursionError):
+            continue
+        if isinstance(adapter, str) and inner in (adapter.partition("/")[0], ADAPTER, MERGED):
+            return store.uri(MANIFEST)
+    return None
 
 
 def differences(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.artifacts.storage import LocalFolder, StorageError, open_folder
+from qlora_cli.artifacts.storage import LocalFolder, StorageError, check_outside_adapters, open_folder
 from qlora_cli.jobs.job_view import read_run, view, view_run
 from qlora_cli.kube.errors import ApiError, ClusterError
 from qlora_cli.kube.names import core_path, is_name
@@ -141,6 +141,7 @@ def download(
         OSError: a file cannot be written.
 
     """
+    check_outside_adapters(str(target))
     count = copied = 0
     here = LocalFolder(target)
     if foreign := here.unlisted(published.files):

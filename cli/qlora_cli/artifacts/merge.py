@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_cli.artifacts import adapters
-from qlora_cli.artifacts.storage import LocalFolder
+from qlora_cli.artifacts.storage import LocalFolder, check_outside_adapters
 from qlora_cli.kube.errors import ClusterError
 from qlora_cli.local.trainer_process import cache_dir, environment, shell_code
 
@@ -75,6 +75,7 @@ def output_folder(out: Path) -> Iterator[Path]:
         OSError: it cannot be written.
 
     """
+    check_outside_adapters(str(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ClusterError(f"--out {out}: is there already and not empty")
     out.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from qlora_cli.kube.errors import ClusterError
 from qlora_storage.errors import JobError
 from qlora_storage.folders import FolderBackend
 from qlora_storage.object_store import BUCKET_SCHEMES, NotFoundError, Store, open_store
-from qlora_storage.published import PublishedFile, difference, differences, unlisted
+from qlora_storage.published import PublishedFile, difference, differences, enclosing_manifest, unlisted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -125,6 +125,19 @@ def open_folder(uri: str) -> Folder:
         return Folder(open_store(uri, "", PATIENCE_SECONDS))
 
 
+def check_outside_adapters(place: str) -> None:
+    """Refuse to write into a folder that is verified as a published adapter.
+
+    Raises:
+        StorageError: names the manifest.
+
+    """
+    with _errors():
+        outer = enclosing_manifest(place, "")
+    if outer:
+        raise StorageError(f"{place}: is in a folder of the adapter that {outer} lists; choose a folder outside of it")
+
+
 def upload(source: Path, target: str) -> list[str]:
     """Copy a file, or all files of a folder, into object storage; return the URIs.
 
@@ -146,6 +159,7 @@ def upload(source: Path, target: str) -> list[str]:
         files = {p.relative_to(source).as_posix(): p for p in sorted(source.rglob("*")) if p.is_file()}
     if not files:
         raise StorageError(f"{source}: holds no files")
+    check_outside_adapters(target)
     for name, path in files.items():
         folder.put(name, path)
     return [folder.uri(name) for name in files]

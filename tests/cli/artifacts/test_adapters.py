@@ -246,3 +246,27 @@ def test_the_trainers_verifier_and_the_command_lines_say_the_same(call, publishe
     assert main([f"{published}/manifest.json"]) == 1
     assert capsys.readouterr().out == told
     assert len(told.splitlines()) == 2
+
+
+@pytest.mark.parametrize("inside", ["3f2a-attempt-1/adapter", "3f2a-attempt-1/adapter/deep/er", "adapter", "link"])
+@pytest.mark.parametrize("command", ["download {source}/ --to {path}", "merge {source}/ --out {path}"])
+def test_nothing_is_written_into_a_published_adapter(call, published, tmp_path, command, inside):
+    (tmp_path / "out" / "link").symlink_to(published / "3f2a-attempt-1")
+    other = publish(tmp_path / "other")
+    result = call(*command.format(source=other, path=published / inside).split())
+    assert result.exit_code == 40
+    assert f"is in a folder of the adapter that {published}/manifest.json lists" in result.stderr
+    (tmp_path / "out" / "link").unlink()
+    assert call("verify", f"{published}/").exit_code == 0
+    assert call("download", f"{other}/", "--to", f"{published}/beside").exit_code == 0
+    assert call("verify", f"{published}/").exit_code == 0
+
+
+def test_nothing_is_uploaded_into_a_published_adapter(call, published, tmp_path, s3):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    assert call("upload", published, f"{s3}/folder").exit_code == 0
+    assert call("upload", published, f"{s3}/folder").exit_code == 0
+    result = call("upload", "rows.jsonl", f"{s3}/folder/3f2a-attempt-1/adapter/")
+    assert result.exit_code == 40
+    assert f"is in a folder of the adapter that {s3}/folder/manifest.json lists" in result.stderr
+    assert call("verify", f"{s3}/folder/").exit_code == 0

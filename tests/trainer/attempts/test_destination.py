@@ -12,7 +12,7 @@ from qlora_api.contract import ExitCode, JobRef
 from qlora_storage.destination_claim import FIELD, FOLDER, Claim, claim_destination, release_destination
 from qlora_storage.object_store import open_store
 from qlora_trainer import __main__ as worker
-from qlora_trainer.errors import TrainerError
+from qlora_trainer.errors import TrainerError, UserError
 from qlora_trainer.prepare import command
 from qlora_trainer.worker import launch
 from qlora_trainer.worker.stop import Stop
@@ -87,3 +87,17 @@ def is_held(config):
     store = open_store(config.spec.output.destination, FIELD)
     (claim,) = (Claim.model_validate_json(store.get(key)) for key, _ in store.list(FOLDER))
     return not claim.released
+
+
+@pytest.mark.parametrize("below", ["", "/", "/adapters/mine"])
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_a_destination_among_the_rows_is_refused_in_prepare(runner, below, split):
+    folder = runner.folder / "rows"
+    folder.mkdir()
+    shutil.copy(runner.rows, folder)
+    config = runner.config(dataset={split: {"source": str(folder)}}, output={"destination": f"{folder}{below}"})
+    with pytest.raises(
+        UserError, match=rf"^spec\.output\.destination: .* is the folder of spec\.dataset\.{split}\.source, "
+    ):
+        command.prepare(config)
+    assert [path.name for path in folder.iterdir()] == [runner.rows.name]

@@ -339,6 +339,18 @@ def test_a_destination_of_another_run_is_refused_before_and_after_the_training(
     check_destination(place, job.uid)
 
 
+@pytest.mark.parametrize("inside", ["3f2a9c01-attempt-1/adapter", "3f2a9c01-attempt-1", "adapter/of/mine", "merged"])
+def test_a_destination_inside_a_published_adapter_is_refused(place, tmp_path, make_adapter, make_facts, job, inside):
+    adapter = publish(place, job, 1, make_adapter(tmp_path / "out"), make_facts())
+    other = job.model_copy(update={"uid": "99999999-other"})
+    with pytest.raises(
+        UserError, match=r'^spec\.output\.destination: ".*" is in a folder of the adapter that .*manifest'
+    ):
+        check_destination(f"{place}/{inside}", other.uid)
+    assert verify_published(adapter.manifest_uri) == []
+    check_destination(f"{place}/beside", other.uid)
+
+
 def test_a_manifest_that_is_none_of_ours_is_left_alone(place, tmp_path, make_adapter, make_facts, job):
     open_store(place, "x").put("manifest.json", b'{"name": "a web app"}')
     for act in (

@@ -31,7 +31,7 @@ from qlora_trainer.prepare.plan_memory import Planned, plan_job
 from qlora_trainer.prepare.records import Record, Records, find
 from qlora_trainer.prepare.tolerance import check_tolerance
 from qlora_trainer.publish.destination_release import release_after, released_after_errors
-from qlora_trainer.publish.published_adapter import check_destination
+from qlora_trainer.publish.published_adapter import check_apart_from_rows, check_destination
 from qlora_trainer.python_process import forbid_inspection
 from qlora_trainer.reporting import termination_message
 from qlora_trainer.storage.authentication import Authenticator
@@ -56,6 +56,7 @@ def prepare(config: TrainerConfig) -> PrepareReceipt:
 
 def _again(config: TrainerConfig) -> Record | None:
     """Return what was found for the same content before; None where there is nothing, or it is damaged."""
+    check_apart_from_rows(config.spec)
     check_destination(config.spec.output.destination, config.job.uid, Authenticator.of(config))
     claim_destination(config.spec.output.destination, config.job)
     records = Records(config)

@@ -15,7 +15,15 @@ from pydantic import ValidationError
 from qlora_api.contract import ExitCode, TerminationMessage
 from qlora_api.status import Adapter, Progress, Reason
 from qlora_storage import published
-from qlora_storage.object_store import AlreadyExistsError, NotFoundError, Store, open_store, sha256_bytes, sha256_file
+from qlora_storage.object_store import (
+    AlreadyExistsError,
+    NotFoundError,
+    Store,
+    is_place_in,
+    open_store,
+    sha256_bytes,
+    sha256_file,
+)
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.publish.adapter_manifest import ADAPTER, MANIFEST, Manifest
 from qlora_trainer.storage.authentication import UNAUTHENTICATED, Authenticator
@@ -32,13 +40,20 @@ def check_destination(uri: str, run_uid: str, authenticator: Authenticator = UNA
     """Find out before the training whether its result can be published.
 
     Raises:
-        UserError: the destination cannot be written, has no create-only writes, or holds another run's adapter, or a
-            manifest that claims to be of this run and is not.
+        UserError: the destination cannot be written, has no create-only writes, is inside another run's adapter, or
+            holds one, or a manifest that claims to be of this run and is not.
         StorageError: it is out of reach, or full.
 
     """
     store = open_store(uri, FIELD)
     own_manifest(store, run_uid, authenticator)
+    if outer := published.enclosing_manifest(uri, FIELD):
+        raise UserError(
+            FIELD,
+            store.uri(),
+            f"is in a folder of the adapter that {outer} lists, which would no longer be what was published: choose "
+            "a folder outside of it",
+        )
     probe = f".write-check-{run_uid[:8]}"
     store.put(probe, b"")
     _check_create_only(store, probe)
@@ -46,6 +61,27 @@ def check_destination(uri: str, run_uid: str, authenticator: Authenticator = UNA
         store.delete(probe)
     except UserError as error:
         log.warning("%s stays behind, deleting is not allowed: %s", store.uri(probe), error)
+
+
+def check_apart_from_rows(spec: QLoRAJobSpec) -> None:
+    """Refuse a destination among the rows, where the next job would read what is published as rows.
+
+    Raises:
+        UserError: names the field with the rows.
+
+    """
+    sources = {"spec.dataset.train.source": spec.dataset.train.source}
+    if spec.dataset.eval and spec.dataset.eval.source:
+        sources["spec.dataset.eval.source"] = spec.dataset.eval.source
+    destination = spec.output.destination
+    for field, source in sources.items():
+        if is_place_in(destination, source, field):
+            raise UserError(
+                FIELD,
+                destination,
+                f"is the folder of {field}, or in it: what is published there would be read as rows. Choose a folder "
+                "outside of it, or name the file of the rows",
+            )
 
 
 def _check_create_only(store: Store, taken: str) -> None:
