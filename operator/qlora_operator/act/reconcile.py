@@ -30,7 +30,7 @@ from qlora_operator.decide.decision import Decision, Note
 from qlora_operator.decide.events import event_of
 from qlora_operator.decide.gang import cannot_start, choose_gang
 from qlora_operator.decide.plan import plan
-from qlora_operator.kube.client import TRANSIENT, Api, ApiError
+from qlora_operator.kube.client import TRANSIENT, Api, ApiError, Object
 from qlora_operator.serve.metrics import Metrics
 from qlora_operator.state.cache import Key, Known, ObjectCache
 from qlora_operator.state.observed import PREPARE, JobState, Observed, ObservedJob, PodSnapshot
@@ -100,11 +100,9 @@ class Reconciler:
         known = self._cache[key]
         stored = known.job
         if stored is None:
-            self._forget(key)
-            self._cache.forget(key)
-            await self.children.delete_unused_service(key[0])
+            await self._forget_deleted(key)
             return
-        if stored.uid in known.deleted:
+        if stored.uid in known.deleted:  # the watch has not reported it yet
             return
         if stored.is_quiescent and not any(_runs(child) for child in known.own_children()):
             self._forget(key)
@@ -118,6 +116,17 @@ class Reconciler:
             return
         gang = choose_gang(job.spec.scheduling, self._config.gang, self._gangs())
         observed = replace(await self._observe(known, job, gang), unknown_fields=unknown)
+        await self._decide_and_act(key, known, job, raw, observed, gang)
+
+    async def _decide_and_act(
+        self, key: Key, known: Known, job: QLoRAJob, raw: Object, observed: Observed, gang: Gang
+    ) -> None:
+        """Decide, and carry out the decision in this order: create, delete, write status, all else.
+
+        Raises:
+            ApiError: the API server refuses a child for a reason that may pass; all else is done.
+
+        """
         decision = self._plan(key, job, observed, gang)
         refusal = await self._create_children(key, decision)
         if refusal:
@@ -243,6 +252,11 @@ class Reconciler:
             known.report = None
         elif first := next((p for p in known.own_pods() if _is_first(p, after.attempts[-1].number)), None):
             self.polled[key] = first
+
+    async def _forget_deleted(self, key: Key) -> None:
+        self._forget(key)
+        self._cache.forget(key)
+        await self.children.delete_unused_service(key[0])
 
     def _forget(self, key: Key) -> None:
         """Forget what is only known of a job that goes on."""

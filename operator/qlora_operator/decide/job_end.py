@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Literal
@@ -29,11 +28,6 @@ def clean_up(context: Context, status: QLoRAJobStatus) -> Decision:
     return Decision(status, delete=running, delete_self=left <= 0, wake_after=max(left, 0) or None)
 
 
-def end_job(context: Context, status: QLoRAJobStatus, notes: Sequence[Note]) -> Decision:
-    """Return the decision in which a job ends."""
-    return replace(clean_up(context, status), notes=tuple(notes))
-
-
 def running_jobs(context: Context) -> tuple[ObservedJob, ...]:
     """Return the child Jobs that may have pods that run."""
     return tuple(
@@ -48,11 +42,11 @@ def has_pods(context: Context) -> bool:
     return bool(running_jobs(context)) or any(not p.ended and not is_lost(p, context.seen) for p in context.seen.living)
 
 
-def fail_by_deadline(context: Context, status: QLoRAJobStatus, notes: Sequence[Note]) -> Decision:
+def fail_by_deadline(context: Context, status: QLoRAJobStatus) -> Decision:
     """Return the decision in which a job fails by its deadline."""
     end = FinishJob(False, Reason.DEADLINE_EXCEEDED, deadline_words(context))
     note = Note("Warning", end.reason.value, end.message)
-    return end_job(context, with_finish(context, status, end), (*notes, note))
+    return replace(clean_up(context, with_finish(context, status, end)), notes=(note,))
 
 
 def deadline_words(context: Context) -> str:

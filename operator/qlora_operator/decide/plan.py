@@ -1,6 +1,6 @@
-"""Decide everything, touch nothing. ``plan(job, seen, …)`` says what to make, what to delete and what status says.
+"""Decide what to create, what to delete and what to write into the status of one job. Pure.
 
-It reads as a job lives: over already, told to stop, preparing, waiting, training, ended.
+The functions are in the order of a job's life: prepare, start an attempt, watch it run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from qlora_operator.decide.job_end import (
     clean_up,
     conclude_attempt,
     deadline_words,
-    end_job,
     fail_by_deadline,
     has_pods,
     running_jobs,
@@ -66,54 +65,63 @@ def plan(job: QLoRAJob, seen: Observed, config: OperatorConfig, gang: Gang) -> D
     if problem := profile_problem(job.spec.scheduling, config):
         seen = replace(seen, child_refused=problem)
     context = Context(job, seen, config, gang)
-    status = job.status or QLoRAJobStatus()
-    was_over = stop_cause(context, status) in (StopCause.DELETED, StopCause.FINISHED)
-    decision = _decide(context, status, was_over=was_over)
-    if was_over:
-        return decision
-    notes = (*decision.notes, *transitions(status, decision.status))
+    before = job.status or QLoRAJobStatus()
+    match _outcome(context, before):
+        case StopOutcome.LEAVE_TO_GARBAGE_COLLECTION:
+            return Decision(before)
+        case StopOutcome.CLEAN_UP:
+            return clean_up(context, _as_observed(context, before))
+    status, notes = conclude_attempt(context, with_clock_stopped(context, adopted(context, before)))
+    decision = _act(context, _as_observed(context, status))
+    notes = (*notes, *decision.notes, *transitions(before, decision.status))
     return replace(decision, status=with_summary(context, decision.status), notes=notes)
 
 
-def _decide(context: Context, status: QLoRAJobStatus, *, was_over: bool) -> Decision:
-    notes: tuple[Note, ...] = ()
-    if not was_over:
-        status = with_clock_stopped(context, adopted(context, status))
-        status, notes = conclude_attempt(context, status)
-    stop = stop_cause(context, status)
-    outcome = outcome_of(stop, attempt_state(status, None), pods=has_pods(context))
-    if outcome is StopOutcome.LEAVE_TO_GARBAGE_COLLECTION:
-        return Decision(status)
-    status = status.model_copy(update={"observed_generation": context.job.metadata.generation or 0})
-    if outcome is StopOutcome.CLEAN_UP:
-        return clean_up(context, status) if was_over else end_job(context, status, notes)
-    if outcome is StopOutcome.FAIL_BY_DEADLINE:
-        return fail_by_deadline(context, status, notes)
-    if outcome is StopOutcome.STOP_PODS and stop is StopCause.DEADLINE:
-        return replace(_leaving(context, status, f"{deadline_words(context)}: the ranks leave"), notes=notes)
-    decision = _next(context, status, stop, outcome)
-    # What ended by a decision (its node is lost, it found no room) may have a Job that would go on.
-    over = {a.number for a in decision.status.attempts if a.end_time}
+def _outcome(context: Context, status: QLoRAJobStatus) -> StopOutcome:
+    return outcome_of(stop_cause(context, status), attempt_state(status, None), pods=has_pods(context))
+
+
+def _as_observed(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
+    return status.model_copy(update={"observed_generation": context.job.metadata.generation or 0})
+
+
+def _act(context: Context, status: QLoRAJobStatus) -> Decision:
+    """Decide for a job whose attempt, if it has ended, is closed."""
+    match _outcome(context, status):
+        case StopOutcome.CLEAN_UP:
+            return clean_up(context, status)
+        case StopOutcome.FAIL_BY_DEADLINE:
+            return fail_by_deadline(context, status)
+        case StopOutcome.STOP_PODS:
+            return _leaving(context, status)
+        case StopOutcome.SUSPEND:
+            decision = _suspended(context, status)
+        case StopOutcome.CONTINUE:
+            decision = _continued(context, status)
+        case outcome:
+            raise AssertionError(f"{outcome} is for an attempt that has ended and is still open")
+    return _with_wake_up(context, _without_ended_jobs(context, decision))
+
+
+def _without_ended_jobs(context: Context, decision: Decision) -> Decision:
+    """Delete running Jobs of attempts that ended by a decision: their node is lost, or they were too large."""
+    ended = {a.number for a in decision.status.attempts if a.end_time}
     if decision.status.prepared or decision.status.attempts:
-        over.add(PREPARE)  # a container that is not the operator's keeps its pod from ending
-    stale = tuple(j for j in running_jobs(context) if j.attempt in over and j not in decision.delete)
+        ended.add(PREPARE)  # a container that is not the operator's keeps its pod from ending
+    running = tuple(j for j in running_jobs(context) if j.attempt in ended and j not in decision.delete)
+    return replace(decision, delete=(*decision.delete, *running))
+
+
+def _with_wake_up(context: Context, decision: Decision) -> Decision:
+    """Decide again at the deadline, which no event announces."""
     wake = min(decision.wake_after or math.inf, wake_after(context, decision.status))
-    return replace(
-        decision,
-        delete=(*decision.delete, *stale),
-        notes=(*notes, *decision.notes),
-        wake_after=None if wake == math.inf else wake,
-    )
+    return replace(decision, wake_after=None if wake == math.inf else wake)
 
 
 # -------------------------------------------------------------------------------------------------------- what is next
 
 
-def _next(context: Context, status: QLoRAJobStatus, stop: StopCause, outcome: StopOutcome) -> Decision:
-    if outcome is StopOutcome.STOP_PODS:
-        return _leaving(context, status, "the ranks write a checkpoint and leave")
-    if outcome is StopOutcome.SUSPEND:
-        return _suspended(context, status, stop)
+def _continued(context: Context, status: QLoRAJobStatus) -> Decision:
     if is_condition_true(status.conditions, ConditionType.SUSPENDED):
         status = with_condition(context, status, ConditionType.SUSPENDED, Reason.PENDING, "resumed", is_true=False)
     if context.config.prepare.enabled and status.prepared is None and not status.attempts:
@@ -124,8 +132,9 @@ def _next(context: Context, status: QLoRAJobStatus, stop: StopCause, outcome: St
     return _start(context, status)
 
 
-def _suspended(context: Context, status: QLoRAJobStatus, stop: StopCause) -> Decision:
+def _suspended(context: Context, status: QLoRAJobStatus) -> Decision:
     """The last pod is gone."""
+    stop = stop_cause(context, status)
     why, remedy = Reason.SUSPENDED, "set spec.suspend to false to go on"
     if stop is StopCause.BUDGET:
         hours = context.job.spec.policy.budget_gpu_hours
@@ -146,14 +155,17 @@ def _suspended(context: Context, status: QLoRAJobStatus, stop: StopCause) -> Dec
     return Decision(status.model_copy(update={"state": ConditionType.SUSPENDED, "reason": why, "eta": ""}))
 
 
-def _leaving(context: Context, status: QLoRAJobStatus, text: str) -> Decision:
+def _leaving(context: Context, status: QLoRAJobStatus) -> Decision:
+    text = "the ranks write a checkpoint and leave"
+    if stop_cause(context, status) is StopCause.DEADLINE:
+        text = f"{deadline_words(context)}: the ranks leave"
     status = with_condition(context, status, ConditionType.RUNNING, Reason.SUSPENDING, text, is_true=False)
     status = status.model_copy(update={"state": "Pending", "reason": Reason.SUSPENDING})
     return Decision(status, delete=running_jobs(context), wake_after=LOOK_AGAIN_SECONDS)
 
 
 def _prepare(context: Context, status: QLoRAJobStatus) -> Decision:
-    """Look at model and rows in a pod without GPUs; go on with what it found."""
+    """Check model and rows in a pod without GPUs, and continue with its result."""
     job = context.seen.jobs.get(PREPARE)
     status = status.model_copy(update={"start_time": status.start_time or context.now})
     wanted = partial(render.prepare, context.job, context.config, context.seen.memory_correction)
@@ -167,25 +179,27 @@ def _prepare(context: Context, status: QLoRAJobStatus) -> Decision:
         return _preparing(context, with_correction(context, status), make=made)
     if job.deleting:
         return _preparing(context, status)
-    pods = context.seen.pods_of(PREPARE)
-    if outdated and not any(pod.trainer_ready or pod.ended for pod in pods):
+    if outdated and not any(pod.trainer_ready or pod.ended for pod in context.seen.pods_of(PREPARE)):
         return _preparing(context, status, delete=(job,))
-    if any(pod.held for pod in pods):
-        ending = ending_of(PREPARE, 1, context.seen)
-        if ending is not None:
-            return _prepared_or_failed(context, status, ending)
-    hung = next((pod for pod in pods if pod.pod_reason == DEADLINE), None)
-    if hung is not None and job.state is not JobState.COMPLETE:
-        return _prepare_failed(context, status, Ending(Reason.DEADLINE_EXCEEDED, _hangs(context, hung), node=hung.node))
-    if job.state in (JobState.ACTIVE, JobState.SUSPENDED, JobState.FAILING):
-        return _preparing(context, status)
-    ending = ending_of(PREPARE, 1, context.seen)
+    ending = _prepare_ending(context, job)
     if ending is None:
-        return _preparing(context, status, wake_after=LOOK_AGAIN_SECONDS)
+        is_late = job.state in (JobState.COMPLETE, JobState.FAILED)
+        return _preparing(context, status, wake_after=LOOK_AGAIN_SECONDS if is_late else None)
     if job.state is JobState.COMPLETE and ending.reason is Reason.PREEMPTED:
-        # Its pod is gone, and with it what it said: all is in the cache.
+        # Its pod is gone, and with it its termination message. All results are in the cache.
         return _preparing(context, status, delete=(job,))
     return _prepared_or_failed(context, status, ending)
+
+
+def _prepare_ending(context: Context, job: ObservedJob) -> Ending | None:
+    """Return how Prepare ended; None while it runs, or until its termination message is known."""
+    pods, ending = context.seen.pods_of(PREPARE), ending_of(PREPARE, 1, context.seen)
+    if ending is not None and any(pod.held for pod in pods):
+        return ending
+    hung = next((pod for pod in pods if pod.pod_reason == DEADLINE), None)
+    if hung is not None and job.state is not JobState.COMPLETE:
+        return Ending(Reason.DEADLINE_EXCEEDED, _hangs(context, hung), node=hung.node)
+    return ending if job.state in (JobState.COMPLETE, JobState.FAILED) else None
 
 
 def _prepared_or_failed(context: Context, status: QLoRAJobStatus, ending: Ending) -> Decision:
@@ -200,7 +214,8 @@ def _prepared_or_failed(context: Context, status: QLoRAJobStatus, ending: Ending
 def _prepare_failed(context: Context, status: QLoRAJobStatus, ending: Ending) -> Decision:
     status = with_condition(context, status, ConditionType.PREPARED, ending.reason, ending.message, is_true=False)
     end = FinishJob(False, ending.reason, ending.message)
-    return end_job(context, with_finish(context, status, end), (Note("Warning", ending.reason.value, ending.message),))
+    note = Note("Warning", ending.reason.value, ending.message)
+    return replace(clean_up(context, with_finish(context, status, end)), notes=(note,))
 
 
 def _hangs(context: Context, pod: PodSnapshot) -> str:
@@ -238,7 +253,7 @@ def _start(context: Context, status: QLoRAJobStatus) -> Decision:
     if status.attempts:
         decision = after_attempt(context.job.spec.policy, status.attempts)
         if isinstance(decision, FinishJob):  # a limit was lowered while the job waited
-            return end_job(context, with_finish(context, status, decision), ())
+            return clean_up(context, with_finish(context, status, decision))
         batch = batch_for_world_size(context, status.attempts[-1], decision.batch)
         checkpointing = decision.gradient_checkpointing
         ended = status.attempts[-1].end_time or context.now
