@@ -16,6 +16,8 @@ from qlora_api.batch import BatchSplit
 from qlora_api.spec import LoRASpec, ParallelismSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.checkpoint import engine_state
 from qlora_trainer.engine.deepspeed_engine import accumulate, apply_update, wrap_deepspeed
+from qlora_trainer.engine.memory_use import gradient_bytes, optimizer_bytes
+from qlora_trainer.engine.seeding import seed_step
 from qlora_trainer.model.base_model import add_lora, enable_gradient_checkpointing, load_base
 from qlora_trainer.model.loss import NextTokenLoss, end_to_end, head_is_plain
 from qlora_trainer.ranks import Ranks
@@ -45,7 +47,7 @@ def steps(
     """Losses and gradient norms; step n has the same four rows however many ranks there are."""
     losses, norms = [], []
     for step in range(first, last):
-        engine_state.seed_step(1, step, ranks.rank)
+        seed_step(1, step, ranks.rank)
         rows = random_rows(30, 50, 20, 40, seed=step)
         share = len(rows) // (ranks.world_size * ACCUMULATION)
         targets = sum(len(r) - 1 for r in rows)
@@ -80,7 +82,7 @@ def run(case: dict[str, Any], model: Path, ranks: Ranks) -> dict[str, Any]:
         "resumed": resumed,
         "rehearsed": rehearsed,
         "files": {"adapter": sorted(adapter), "optimizer": sorted(optimizer)},
-        "optimizer_bytes": engine_state.optimizer_bytes(second),
+        "optimizer_bytes": optimizer_bytes(second),
     }
 
 
@@ -97,7 +99,7 @@ def leave_out_a_step(engine: Any, ranks: Ranks) -> dict[str, Any]:
     return {
         "norm_is_finite": math.isfinite(overflowed) or math.isfinite(infinite_loss),
         "changed": not same,
-        "gradient_bytes": engine_state.gradient_bytes(engine),
+        "gradient_bytes": gradient_bytes(engine),
     }
 
 

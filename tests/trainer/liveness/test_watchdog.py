@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from qlora_trainer.engine.evaluate import evaluate
+from qlora_trainer.engine.evaluate import Stopped, evaluate
 from qlora_trainer.liveness.heartbeat import Beat, Heartbeat, Section, file_of, prepare_files, read_all
 from qlora_trainer.liveness.watchdog import Limits, Watchdog, find_stuck, waited_for, words
 from qlora_trainer.reporting.pace import Pace
@@ -140,7 +140,7 @@ def test_an_evaluation_stops_before_the_next_batch():
             engine.seen = number
             yield None
 
-    assert evaluate(engine, batches(), _Alone(), lambda: True) is None
+    assert evaluate(engine, batches(), _Alone(), lambda: True) == Stopped()
     assert engine.seen == 0
     assert engine.training
 

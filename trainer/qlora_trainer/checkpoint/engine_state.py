@@ -2,7 +2,7 @@
 
 Under ZeRO every rank writes its partition of the fp32 weights and of the optimizer state. The full adapter is written
 once besides. The frozen base is in no checkpoint; DeepSpeed's own would hold it, and fails on NF4 under ZeRO-3. Random
-numbers follow from seed, step and rank (:func:`seed_step`), so that no state of theirs is kept.
+numbers follow from seed, step and rank (:mod:`qlora_trainer.engine.seeding`), so that no state of theirs is kept.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from qlora_trainer.checkpoint.checkpoint_store import pack_tensors, unpack_tensors
-from qlora_trainer.engine.deepspeed_engine import base_optimizer
+from qlora_trainer.engine.deepspeed_engine import base_optimizer, optimizer_parameters
 from qlora_trainer.engine.deepspeed_import import deepspeed
 from qlora_trainer.model.base_model import trainable
 
@@ -60,7 +59,7 @@ def optimizer_tensors(engine: Any) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, float] = {}
     adapter = {id(p) for p in engine.module.parameters()}
-    for place, parameter in _places(engine):
+    for place, parameter in optimizer_parameters(engine):
         if id(parameter) not in adapter:  # a ZeRO partition; without ZeRO it is in the adapter's file
             tensors[f"{place}.weight"] = parameter.detach().to("cpu", copy=True).contiguous()
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -75,7 +74,7 @@ def optimizer_tensors(engine: Any) -> dict[str, torch.Tensor]:
 def make_optimizer_state(engine: Any) -> None:
     """Have the optimizer make its state now, as far as it can before the first update."""
     optimizer = base_optimizer(engine)
-    for place, parameter in _places(engine):
+    for place, parameter in optimizer_parameters(engine):
         _state_of(optimizer, place, parameter)
 
 
@@ -84,7 +83,7 @@ def load_optimizer_tensors(engine: Any, tensors: Mapping[str, torch.Tensor]) -> 
     """Put back what :func:`optimizer_tensors` took from an engine of the same shape; nothing else stays."""
     optimizer = base_optimizer(engine)
     numbers = json.loads(bytes(tensors["numbers"].tolist()))
-    for place, parameter in _places(engine):
+    for place, parameter in optimizer_parameters(engine):
         if f"{place}.weight" in tensors:
             parameter.copy_(tensors[f"{place}.weight"])
         state = _state_of(optimizer, place, parameter)
@@ -114,15 +113,7 @@ def unchanged(engine: Any) -> Iterator[None]:
 
 def partition_sizes(engine: Any) -> dict[str, int]:
     """Elements of this rank's partition of each parameter group, by the names of :func:`optimizer_tensors`."""
-    return {place: parameter.numel() for place, parameter in _places(engine)}
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Set the random numbers of one rank in one step, dropout's: the same whatever was computed or stopped before.
-
-    Defined for any number of ranks, unlike a saved state. The other ranks', and the next step's, are independent of it.
-    """
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
+    return {place: parameter.numel() for place, parameter in optimizer_parameters(engine)}
 
 
 def _state_of(optimizer: Any, place: str, parameter: torch.Tensor) -> Any:
@@ -147,40 +138,5 @@ def _put(state: Any, key: str, saved: torch.Tensor, parameter: torch.Tensor) -> 
         state[key] = saved.to(parameter.device)
 
 
-def _places(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Return what the optimizer updates on this rank by ``group.index``: parameters, or ZeRO's flat partitions."""
-    if engine.zero_optimization_stage() == 3:
-        for index, partition in enumerate(engine.optimizer.fp32_partitioned_groups_flat):
-            yield f"{engine.optimizer.sub_group_to_group_id[index]}.{index}", partition
-        return
-    for g, group in enumerate(base_optimizer(engine).param_groups):
-        for p, parameter in enumerate(group["params"]):
-            yield f"{g}.{p}", parameter
-
-
 def _is_partitioned(parameters: dict[str, nn.Parameter]) -> bool:
     return any(hasattr(p, "ds_id") for p in parameters.values())
-
-
-def optimizer_bytes(engine: Any) -> int:
-    """Return bytes of this rank's optimizer state, and of its ZeRO partition of the fp32 weights where it is a copy."""
-    optimizer = base_optimizer(engine)
-    own = {p.data_ptr() for p in engine.module.parameters()}
-    size = 0
-    for _, parameter in _places(engine):
-        if optimizer is not engine.optimizer and parameter.data_ptr() not in own:
-            size += parameter.numel() * parameter.element_size()
-        size += sum(
-            v.numel() * v.element_size()
-            for v in optimizer.state.get(parameter, {}).values()
-            if isinstance(v, torch.Tensor)
-        )
-    return size
-
-
-def gradient_bytes(engine: Any) -> int:
-    """Return the bytes of the gradients this rank holds between backward and step, whole or its ZeRO partition."""
-    tensors = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    for group in (getattr(engine.optimizer, "averaged_gradients", None) or {}).values():
-        tensors += [t for t in group or () if isinstance(t, torch.Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors)

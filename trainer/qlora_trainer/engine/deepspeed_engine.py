@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -218,3 +219,14 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
     """Return the optimizer that holds the state: ZeRO's wrapper has it inside, without ZeRO it is the engine's own."""
     inner: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return inner
+
+
+def optimizer_parameters(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Return what the optimizer updates on this rank by ``group.index``: parameters, or ZeRO's flat partitions."""
+    if engine.zero_optimization_stage() == 3:
+        for index, partition in enumerate(engine.optimizer.fp32_partitioned_groups_flat):
+            yield f"{engine.optimizer.sub_group_to_group_id[index]}.{index}", partition
+        return
+    for g, group in enumerate(base_optimizer(engine).param_groups):
+        for p, parameter in enumerate(group["params"]):
+            yield f"{g}.{p}", parameter

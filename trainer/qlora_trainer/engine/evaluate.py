@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +14,16 @@ from qlora_trainer.model.loss import call_arguments
 from qlora_trainer.ranks import Ranks
 
 
+@dataclass(frozen=True)
+class Stopped:
+    """A rank was told to stop before the last batch: there is no result."""
+
+
 @torch.no_grad()
 def evaluate(
     engine: Any, batches: Iterable[MicroBatch], ranks: Ranks, stop_asked: Callable[[], bool] = lambda: False
-) -> float | None:
-    """Mean loss in nats over the target tokens of all ranks' batches. A collective.
+) -> float | Stopped:
+    """Return the mean loss in nats over the target tokens of all ranks' batches. A collective.
 
     Args:
         engine: with the model.
@@ -26,7 +32,7 @@ def evaluate(
         stop_asked: whether this rank was told to stop; asked before each batch.
 
     Returns:
-        None where a rank was told to stop: all stop before the same batch.
+        Stopped if a rank was told to stop: all ranks stop before the same batch.
 
     """
     engine.eval()
@@ -35,7 +41,7 @@ def evaluate(
     for batch in batches:
         if ranks.sum(stop_asked())[0]:
             engine.train()
-            return None
+            return Stopped()
         losses = engine(*call_arguments(batch, ranks.device))
         total += losses.double().sum()
         tokens += len(losses)

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import signal
 import time
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from qlora_api.contract import TrainerConfig
-from qlora_api.spec import ComputeType, QuantizationType
+from qlora_api.spec import ComputeType
 from qlora_trainer.checkpoint.checkpoint_store import Checkpoint, CheckpointStore
 from qlora_trainer.data.batches import Batches, Step
 from qlora_trainer.engine.deepspeed_engine import wrap_deepspeed
 from qlora_trainer.engine.loss_scale import LossScale
-from qlora_trainer.errors import TrainerError, UserError
+from qlora_trainer.errors import TrainerError
 from qlora_trainer.liveness.heartbeat import node_name
-from qlora_trainer.model.base_model import add_lora, enable_gradient_checkpointing, load_base, weight_bytes
-from qlora_trainer.model.coverage import coverage_of
 from qlora_trainer.model.device.compute_type import OF_OLD_CHECKPOINTS, slow_bf16_warning, with_compute_type
 from qlora_trainer.model.flops import flops_per_token
-from qlora_trainer.model.loading.loading_progress import counted_weights
-from qlora_trainer.model.loss import NextTokenLoss, head_is_plain, rows_are_apart
 from qlora_trainer.prepare.local_copy import Prepared
 from qlora_trainer.prepare.tokenize_rows import PreparedData, load_prepared
 from qlora_trainer.ranks import Ranks
@@ -31,8 +26,7 @@ from qlora_trainer.reporting.pace import Pace
 from qlora_trainer.reporting.training_history import TrainingHistory
 from qlora_trainer.storage.authentication import Authenticator
 from qlora_trainer.tracking.journal import journal_of_environment
-
-log = logging.getLogger(__name__)
+from qlora_trainer.training.load_model import load_model
 
 
 class StopFlag:
@@ -105,7 +99,7 @@ class RunState:
             known["loss_scale"] = LossScale(**known["loss_scale"])
         return cls(**known)
 
-    def record_step(self, step: Step) -> None:
+    def advance(self, step: Step) -> None:
         """Update the state after a finished step."""
         self.step += 1
         self.tokens += step.tokens
@@ -154,17 +148,12 @@ class TrainingContext:
 
 
 def build(config: TrainerConfig, ranks: Ranks, recorder: MetricsRecorder, stop: StopFlag) -> TrainingContext:
-    """Load the quantized base, add the adapter, wrap both in DeepSpeed, open data and checkpoints."""
-    spec = config.spec
-    prepared = Prepared.read(config)
-    if prepared is None:
-        raise TrainerError(
-            f"nothing was prepared for {config.job.name} in {config.cache_dir}: run qlora_trainer.prepare first"
-        )
+    """Load the base, add the adapter, wrap both in DeepSpeed, and open data and checkpoints."""
+    prepared = _read_prepared(config)
     checkpoints = CheckpointStore(
         config.checkpoint_uri,
         config.job.uid,
-        spec.checkpoint.keep,
+        config.spec.checkpoint.keep,
         config.attempt,
         authenticator=Authenticator.of(config),
     )
@@ -174,39 +163,11 @@ def build(config: TrainerConfig, ranks: Ranks, recorder: MetricsRecorder, stop: 
     recorder.update(compute_type=spec.quantization.compute_type)
     if ranks.is_first and (warning := slow_bf16_warning(spec.quantization, ranks.device)):
         recorder.warn(warning)
-    quantizes = spec.quantization.type is not QuantizationType.NONE
-    recorder.stage("loading and quantizing the weights" if quantizes else "loading the weights")
-    with counted_weights(recorder.count):
-        base = load_base(prepared.model_path, spec.quantization, ranks.device, spec.parallelism.zero_stage)
-    prepared.check_unchanged()
-    recorder.stage("adding the adapter")
-    model = add_lora(base, spec.lora, spec.training.seed, prepared.model_source)
-    if config.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    model.train()
-    recorder.memory(weight_bytes(model))
-    if ranks.is_first:
-        covered = coverage_of(model)
-        log.info("quantized: %s; adapted: %s", covered.held, covered.adapted)
-    recorder.stage("checking that packed rows are kept apart")
-    loss = NextTokenLoss(model, fused=head_is_plain(model))
-    loss.row_by_row = not rows_are_apart(loss, ranks.device)
-    if loss.row_by_row and ranks.is_first:
-        recorder.warn(
-            f'{prepared.model_source} is a "{base.config.model_type}" model, which mixes rows that lie end to end: '
-            "each row is computed by itself, which is exact and slower"
-        )
-    if loss.row_by_row and spec.parallelism.zero_stage == 3:
-        raise UserError(
-            "spec.parallelism.zeroStage",
-            spec.parallelism.zero_stage,
-            f'is not available for a "{base.config.model_type}" model, which mixes rows that lie end to end: each is '
-            "computed by itself, and ranks with other numbers of rows would wait for each other; set 0, 1 or 2",
-        )
+    loss = load_model(config, prepared, ranks, recorder)
     recorder.stage("setting up DeepSpeed")
     data = load_prepared(prepared.data_dir)
     receipt = data.receipt
-    cost = flops_per_token(model, data.train.lengths, receipt.train_target_tokens / max(1, receipt.train_tokens))
+    cost = flops_per_token(loss.model, data.train.lengths, receipt.train_target_tokens / max(1, receipt.train_tokens))
     if cost is not None:
         recorder.set("qlora_flops_per_token", cost)
     engine = wrap_deepspeed(loss, spec.training, spec.parallelism, config.batch, ranks.device)
@@ -219,6 +180,15 @@ def build(config: TrainerConfig, ranks: Ranks, recorder: MetricsRecorder, stop: 
     return TrainingContext(
         config, ranks, recorder, prepared, data, engine, batches, checkpoints, total_steps, stop, pace, resumes, history
     )
+
+
+def _read_prepared(config: TrainerConfig) -> Prepared:
+    prepared = Prepared.read(config)
+    if prepared is None:
+        raise TrainerError(
+            f"nothing was prepared for {config.job.name} in {config.cache_dir}: run qlora_trainer.prepare first"
+        )
+    return prepared
 
 
 def newest_checkpoint(store: CheckpointStore, ranks: Ranks) -> Checkpoint | None:

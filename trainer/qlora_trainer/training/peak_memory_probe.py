@@ -15,6 +15,7 @@ from qlora_api.status import MemoryComponent
 from qlora_trainer.checkpoint import engine_state
 from qlora_trainer.data.batches import IGNORED
 from qlora_trainer.engine.deepspeed_engine import accumulate, apply_update
+from qlora_trainer.engine.memory_use import gradient_bytes, optimizer_bytes
 from qlora_trainer.prepare.plan_memory import predicted
 from qlora_trainer.reporting.metrics import peak_bytes
 
@@ -48,13 +49,13 @@ def probe_peak_memory(trainer: TrainingContext) -> float:
         start = time.monotonic()
         accumulate(engine, step, trainer.ranks)
         seconds = time.monotonic() - start
-        gradients = engine_state.gradient_bytes(engine)
+        gradients = gradient_bytes(engine)
         apply_update(engine, float(trainer.config.spec.training.max_grad_norm), learning_rate=0.0)
     peak = peak_bytes(trainer.ranks.device)
     recorder.memory(
         {
             MemoryComponent.GRADIENTS.value: gradients,
-            MemoryComponent.OPTIMIZER_STATE.value: engine_state.optimizer_bytes(engine),
+            MemoryComponent.OPTIMIZER_STATE.value: optimizer_bytes(engine),
         }
         | peak
     )

@@ -1,4 +1,4 @@
-"""One attempt, read from top to bottom: load, add LoRA, wrap, resume or start, try the largest, loop, publish.
+"""One attempt, from top to bottom: build the model, resume or start, probe memory, loop, publish.
 
 Every rank runs this. What decides for all (the loss is finite, a stop was asked for, a checkpoint is due) is summed
 over the ranks first, so that no rank goes where the others do not.
@@ -15,12 +15,13 @@ from typing import NoReturn
 
 from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig
 from qlora_api.status import Memory, MemoryComponent, Reason
-from qlora_trainer.checkpoint import engine_state
 from qlora_trainer.data.batches import Step, eval_batches
 from qlora_trainer.engine.deepspeed_engine import accumulate, apply_update, join_ranks
-from qlora_trainer.engine.evaluate import evaluate, perplexity
+from qlora_trainer.engine.evaluate import Stopped, evaluate, perplexity
 from qlora_trainer.engine.loss_scale import LossScale
+from qlora_trainer.engine.memory_use import gradient_bytes, optimizer_bytes
 from qlora_trainer.engine.optim import learning_rate
+from qlora_trainer.engine.seeding import seed_step
 from qlora_trainer.errors import NonFiniteLossError, PausedError, PreemptedError
 from qlora_trainer.liveness.heartbeat import Section
 from qlora_trainer.liveness.watchdog import Limits
@@ -67,11 +68,11 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
     answer_before(trainer, run)
     steps = trainer.batches.steps(run.step, trainer.total_steps)
     while True:
-        evaluated = evaluation_due(trainer, run)
+        evaluated = is_evaluation_due(trainer, run)
         best = evaluated and take_evaluation(trainer, run)
-        if best or checkpoint_due(trainer, run):
+        if best or is_checkpoint_due(trainer, run):
             save(trainer, run, with_eval=evaluated)
-        if run.step == trainer.total_steps or out_of_patience(trainer, run):
+        if run.step == trainer.total_steps or is_out_of_patience(trainer, run):
             break
         if is_pause_due(trainer, run):
             preempt(trainer, run, PausedError, "paused")
@@ -125,19 +126,19 @@ def train_step(trainer: TrainingContext, run: RunState, steps: Iterator[Step]) -
         step = next(steps)
     waited = time.monotonic() - start
     trainer.recorder.add("qlora_data_wait_seconds", waited)
-    engine_state.seed_step(trainer.config.spec.training.seed, run.step, trainer.ranks.rank)
+    seed_step(trainer.config.spec.training.seed, run.step, trainer.ranks.rank)
     with trainer.ranks.heartbeat.during(Section.FORWARD):
         scale = run.loss_scale.scale if run.loss_scale else None
         loss_sum = accumulate(trainer.engine, step, trainer.ranks, scale)
-        due = trainer.ranks.is_first and run.clock.has_run(trainer.config.spec.checkpoint.every_minutes)
-        total, stopping, minutes, *own_seconds = trainer.ranks.sum(
-            loss_sum, trainer.stop.is_set, due, *trainer.pace.of_this_rank()
+        clock_due = trainer.ranks.is_first and run.clock.has_run(trainer.config.spec.checkpoint.every_minutes)
+        total, stopping, save_due, *own_seconds = trainer.ranks.sum(
+            loss_sum, trainer.stop.is_set, clock_due, *trainer.pace.of_this_rank()
         )
         trainer.recorder.update(slowest=trainer.pace.slowest(own_seconds))
         loss = total / step.target_tokens
         if run.loss_scale is None:
             check_finite("loss", loss, run)
-        gradients = {MemoryComponent.GRADIENTS.value: engine_state.gradient_bytes(trainer.engine)}
+        gradients = {MemoryComponent.GRADIENTS.value: gradient_bytes(trainer.engine)}
         rate = learning_rate(trainer.config.spec.training, run.step, trainer.total_steps)
         with trainer.ranks.heartbeat.during(Section.OPTIMIZER):
             norm = apply_update(trainer.engine, float(trainer.config.spec.training.max_grad_norm), rate, scale)
@@ -145,13 +146,13 @@ def train_step(trainer: TrainingContext, run: RunState, steps: Iterator[Step]) -
             check_finite("gradient norm", norm, run)
         else:
             run.loss_scale = next_loss_scale(run.loss_scale, loss, norm, run)
-    run.record_step(step)
+    run.advance(step)
     trainer.ranks.heartbeat.step = run.step
-    run.clock.is_due = bool(minutes)
-    record_step(trainer, run, step, StepMetrics(loss, rate, norm, time.monotonic() - start, waited))
+    run.clock.is_due = bool(save_due)
+    report_step(trainer, run, step, StepMetrics(loss, rate, norm, time.monotonic() - start, waited))
     trainer.recorder.memory(
         gradients
-        | {MemoryComponent.OPTIMIZER_STATE.value: engine_state.optimizer_bytes(trainer.engine)}
+        | {MemoryComponent.OPTIMIZER_STATE.value: optimizer_bytes(trainer.engine)}
         | peak_bytes(trainer.ranks.device)
     )
     return bool(stopping)
@@ -193,8 +194,8 @@ def next_loss_scale(before: LossScale, loss: float, norm: float, run: RunState) 
     return after
 
 
-def record_step(trainer: TrainingContext, run: RunState, step: Step, figures: StepMetrics) -> None:
-    """Record a step's metrics."""
+def report_step(trainer: TrainingContext, run: RunState, step: Step, figures: StepMetrics) -> None:
+    """Send a step's metrics to the recorder, the history and the log."""
     recorder, scaling = trainer.recorder, run.loss_scale
     recorder.step_took(figures.seconds)
     recorder.add("qlora_tokens", step.tokens)
@@ -250,8 +251,8 @@ def record_step(trainer: TrainingContext, run: RunState, step: Step, figures: St
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate_now(trainer: TrainingContext, run: RunState) -> float | None:
-    """Mean loss of the held-out rows, recorded as a metric; None where a stop was asked for. A collective."""
+def evaluate_now(trainer: TrainingContext, run: RunState) -> float | Stopped:
+    """Return the mean loss of the held-out rows, recorded as a metric. A collective."""
     data = trainer.data
     assert data.eval is not None
     assert data.eval_packs is not None
@@ -263,8 +264,8 @@ def evaluate_now(trainer: TrainingContext, run: RunState) -> float | None:
             micro_batches, -(-len(data.eval_packs) // (split.micro_batch_size * ranks.world_size)), "micro-batches"
         )
         loss = evaluate(trainer.engine, micro_batches, ranks, lambda: trainer.stop.is_set)
-    if loss is None:
-        return None
+    if isinstance(loss, Stopped):
+        return loss
     if not math.isfinite(loss):
         raise NonFiniteLossError(f"the evaluation loss at step {run.step} is {loss}")
     best = min(loss, run.best_eval_loss if run.best_eval_loss is not None else loss)
@@ -274,7 +275,7 @@ def evaluate_now(trainer: TrainingContext, run: RunState) -> float | None:
     return loss
 
 
-def evaluation_due(trainer: TrainingContext, run: RunState) -> bool:
+def is_evaluation_due(trainer: TrainingContext, run: RunState) -> bool:
     """Before the first step, every so many steps, and after the last; not twice at the same step."""
     if trainer.data.eval is None or run.evaluated_at == run.step:
         return False
@@ -284,7 +285,7 @@ def evaluation_due(trainer: TrainingContext, run: RunState) -> bool:
 def take_evaluation(trainer: TrainingContext, run: RunState) -> bool:
     """Evaluate; True when the adapter is the best so far. Before the first step it is the base that is evaluated."""
     loss = evaluate_now(trainer, run)
-    if loss is None:
+    if isinstance(loss, Stopped):
         preempt(trainer, run)  # the next attempt evaluates this step first
     trainer.history.evaluation(run.step, loss)
     run.evaluated_at = run.step
@@ -294,7 +295,7 @@ def take_evaluation(trainer: TrainingContext, run: RunState) -> bool:
     return run.record_evaluation(loss)
 
 
-def out_of_patience(trainer: TrainingContext, run: RunState) -> bool:
+def is_out_of_patience(trainer: TrainingContext, run: RunState) -> bool:
     patience = trainer.config.spec.training.evaluation.patience
     return patience is not None and run.evaluations_without_gain >= patience
 
@@ -302,7 +303,7 @@ def out_of_patience(trainer: TrainingContext, run: RunState) -> bool:
 # --------------------------------------------------------------------------------------------- checkpoints and the end
 
 
-def checkpoint_due(trainer: TrainingContext, run: RunState) -> bool:
+def is_checkpoint_due(trainer: TrainingContext, run: RunState) -> bool:
     """The same on all ranks: by steps, at the end, or when rank 0's clock said so (``train_step``)."""
     if run.step in (0, run.saved_at):
         return False

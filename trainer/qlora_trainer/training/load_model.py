@@ -1,0 +1,61 @@
+"""Load the model of an attempt: the quantized base, its adapter, and the loss over both."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from qlora_api.spec import QuantizationType
+from qlora_trainer.errors import UserError
+from qlora_trainer.model.base_model import add_lora, enable_gradient_checkpointing, load_base, weight_bytes
+from qlora_trainer.model.coverage import coverage_of
+from qlora_trainer.model.loading.loading_progress import counted_weights
+from qlora_trainer.model.loss import NextTokenLoss, head_is_plain, rows_are_apart
+
+if TYPE_CHECKING:
+    from qlora_api.contract import TrainerConfig
+    from qlora_trainer.prepare.local_copy import Prepared
+    from qlora_trainer.ranks import Ranks
+    from qlora_trainer.reporting.metrics import MetricsRecorder
+
+log = logging.getLogger(__name__)
+
+
+def load_model(config: TrainerConfig, prepared: Prepared, ranks: Ranks, recorder: MetricsRecorder) -> NextTokenLoss:
+    """Load the base, add the adapter, and find out whether the model keeps packed rows apart.
+
+    Raises:
+        UserError: it does not, and ZeRO 3 would need it to.
+
+    """
+    spec = config.spec
+    quantizes = spec.quantization.type is not QuantizationType.NONE
+    recorder.stage("loading and quantizing the weights" if quantizes else "loading the weights")
+    with counted_weights(recorder.count):
+        base = load_base(prepared.model_path, spec.quantization, ranks.device, spec.parallelism.zero_stage)
+    prepared.check_unchanged()
+    recorder.stage("adding the adapter")
+    model = add_lora(base, spec.lora, spec.training.seed, prepared.model_source)
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    model.train()
+    recorder.memory(weight_bytes(model))
+    if ranks.is_first:
+        covered = coverage_of(model)
+        log.info("quantized: %s; adapted: %s", covered.held, covered.adapted)
+    recorder.stage("checking that packed rows are kept apart")
+    loss = NextTokenLoss(model, fused=head_is_plain(model))
+    loss.row_by_row = not rows_are_apart(loss, ranks.device)
+    if loss.row_by_row and ranks.is_first:
+        recorder.warn(
+            f'{prepared.model_source} is a "{base.config.model_type}" model, which mixes rows that lie end to end: '
+            "each row is computed by itself, which is exact and slower"
+        )
+    if loss.row_by_row and spec.parallelism.zero_stage == 3:
+        raise UserError(
+            "spec.parallelism.zeroStage",
+            spec.parallelism.zero_stage,
+            f'is not available for a "{base.config.model_type}" model, which mixes rows that lie end to end: each is '
+            "computed by itself, and ranks with other numbers of rows would wait for each other; set 0, 1 or 2",
+        )
+    return loss
