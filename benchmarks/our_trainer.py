@@ -36,23 +36,23 @@ def main() -> None:
     config = TrainerConfig.model_validate_json(Path(sys.argv[1]).read_bytes())
     keep_freed_memory()
     ranks = join_ranks(config.device, config.spec.policy.stall_timeout_seconds)
-    board = MetricsRecorder(config, ranks)
-    trainer = build(config, ranks, board, StopFlag())
-    run = resume_or_start(trainer)
-    steps = trainer.batches.steps(0, trainer.total_steps)
+    recorder = MetricsRecorder(config, ranks)
+    context = build(config, ranks, recorder, StopFlag())
+    run = resume_or_start(context)
+    steps = context.batches.steps(0, context.total_steps)
     profile = cProfile.Profile() if len(sys.argv) > 3 and ranks.is_first else None
     seconds, cpu_seconds, faults, tokens, losses = [], [], [], [], []
-    for number in range(trainer.total_steps):
+    for number in range(context.total_steps):
         if profile and number == WARM_UP:
             profile.enable()
         start, cpu_start, before = time.monotonic(), time.process_time(), run.tokens
         faults_before = getrusage(RUSAGE_SELF).ru_minflt
-        train_step(trainer, run, steps)
+        train_step(context, run, steps)
         seconds.append(time.monotonic() - start)
         cpu_seconds.append(time.process_time() - cpu_start)
         faults.append(getrusage(RUSAGE_SELF).ru_minflt - faults_before)
         tokens.append(run.tokens - before)
-        losses.append(float(board.report.loss or "nan"))
+        losses.append(float(recorder.report.loss or "nan"))
     if profile:
         profile.disable()
         with Path(sys.argv[3]).open("w") as out:

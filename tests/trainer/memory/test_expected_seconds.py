@@ -16,11 +16,11 @@ from qlora_trainer.training.peak_memory_probe import expected_seconds
     ],
 )
 def test_time_for_what_is_left(done, eval_tokens, want):
-    trainer = SimpleNamespace(
+    context = SimpleNamespace(
         data=SimpleNamespace(receipt=SimpleNamespace(train_tokens=10_000, eval_tokens=eval_tokens)),
         total_steps=20,
         batches=SimpleNamespace(steps_per_epoch=10),
         steps_between_evaluations=5,
         ranks=SimpleNamespace(world_size=2),
     )
-    assert expected_seconds(trainer, done, 0.01) == want
+    assert expected_seconds(context, done, 0.01) == want

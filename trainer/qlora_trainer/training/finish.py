@@ -27,13 +27,13 @@ from qlora_trainer.training.context import RunState, TrainingContext
 from qlora_trainer.training.merged_loss import sample_loss
 
 
-def publish_run(trainer: TrainingContext, run: RunState) -> Adapter:
+def publish_run(context: TrainingContext, run: RunState) -> Adapter:
     """Publish the best checkpoint by eval loss, or the last one where nothing was evaluated. Rank 0 alone calls it."""
-    config, prepared = trainer.config, trainer.prepared
-    chosen = trainer.checkpoints.chosen()
+    config, prepared = context.config, context.prepared
+    chosen = context.checkpoints.chosen()
     if chosen is None:
         raise CheckpointError(f"no checkpoint to publish in {config.checkpoint_uri}")
-    if trainer.data.eval is None and chosen.step != run.step:
+    if context.data.eval is None and chosen.step != run.step:
         raise CheckpointError(
             f"the checkpoint at step {run.step}, the last one, is broken; step {chosen.step} is whole"
         )
@@ -41,17 +41,17 @@ def publish_run(trainer: TrainingContext, run: RunState) -> Adapter:
     with tempfile.TemporaryDirectory(prefix="qlora-publish-", dir=config.cache_dir) as name:
         folder = Path(name)
         tensors = unpack_tensors(chosen.read(engine_state.ADAPTER_FILE))
-        export_adapter(trainer.model, tensors, folder / "adapter", prepared.model_source, prepared.model_revision)
+        export_adapter(context.model, tensors, folder / "adapter", prepared.model_source, prepared.model_revision)
         tokenizer = load_tokenizer(prepared.model_path, config.spec.dataset.chat_template)
         tokenizer.save_pretrained(folder / "adapter")
-        covered = coverage_of(trainer.model)
-        receipt = trainer.data.receipt.model_dump(mode="json", by_alias=True)
+        covered = coverage_of(context.model)
+        receipt = context.data.receipt.model_dump(mode="json", by_alias=True)
         receipt["notes"] = [*receipt["notes"], *notes_of(prepared.model_path), *covered.notes]
-        memory = trainer.recorder.report.memory
-        trainer.history.end(receipt, memory.predicted, memory.measured)
-        (folder / "adapter" / PUBLISHED_FILE).write_bytes(trainer.history.to_bytes())
+        memory = context.recorder.report.memory
+        context.history.end(receipt, memory.predicted, memory.measured)
+        (folder / "adapter" / PUBLISHED_FILE).write_bytes(context.history.to_bytes())
         if config.spec.output.merge is Merge.BFLOAT16:
-            rows, beat = trainer.data.eval or trainer.data.train, trainer.ranks.heartbeat.beat
+            rows, beat = context.data.eval or context.data.train, context.ranks.heartbeat.beat
             loss_of = partial(sample_loss, rows=rows, beat=beat)
             merge(prepared.model_path, folder / "adapter", folder / "merged", loss_of)
             tokenizer.save_pretrained(folder / "merged")
@@ -59,7 +59,7 @@ def publish_run(trainer: TrainingContext, run: RunState) -> Adapter:
             spec=config.spec,
             base_revision=prepared.model_revision,
             step=chosen.step,
-            total_steps=trainer.total_steps,
+            total_steps=context.total_steps,
             tokens=run.tokens,
             base_eval_loss=run.base_eval_loss,
             eval_loss=chosen.eval_loss,
@@ -70,7 +70,7 @@ def publish_run(trainer: TrainingContext, run: RunState) -> Adapter:
         prepared.check_unchanged()
         skeleton = meta_model(prepared.model_path, whole=True)
         layers = [name for names in (skeleton.named_modules(), skeleton.named_parameters()) for name, _ in names]
-        place, beat = config.spec.output.destination, trainer.ranks.heartbeat.beat
+        place, beat = config.spec.output.destination, context.ranks.heartbeat.beat
         beat()
         return publish(
             place,

@@ -29,7 +29,7 @@ MIB = 1 << 20
 log = logging.getLogger(__name__)
 
 
-def probe_peak_memory(trainer: TrainingContext) -> float:
+def probe_peak_memory(context: TrainingContext) -> float:
     """Go through a step on this rank's largest micro-batch, and show what it took. A collective.
 
     Returns:
@@ -40,18 +40,18 @@ def probe_peak_memory(trainer: TrainingContext) -> float:
 
     """
     began = time.monotonic()
-    engine, recorder = trainer.engine, trainer.recorder
-    count = min(MICRO_BATCHES, trainer.config.batch.gradient_accumulation_steps)
-    step = trainer.batches.largest(count)
+    engine, recorder = context.engine, context.recorder
+    count = min(MICRO_BATCHES, context.config.batch.gradient_accumulation_steps)
+    step = context.batches.largest(count)
     largest = step.micro_batches[0]
-    predict(trainer, largest)
+    predict(context, largest)
     with engine_state.unchanged(engine):
         start = time.monotonic()
-        accumulate(engine, step, trainer.ranks)
+        accumulate(engine, step, context.ranks)
         seconds = time.monotonic() - start
         gradients = gradient_bytes(engine)
-        apply_update(engine, float(trainer.config.spec.training.max_grad_norm), learning_rate=0.0)
-    peak = peak_bytes(trainer.ranks.device)
+        apply_update(engine, float(context.config.spec.training.max_grad_norm), learning_rate=0.0)
+    peak = peak_bytes(context.ranks.device)
     recorder.memory(
         {
             MemoryComponent.GRADIENTS.value: gradients,
@@ -70,23 +70,23 @@ def probe_peak_memory(trainer: TrainingContext) -> float:
     return seconds / sum(batch.input_ids.numel() for batch in step.micro_batches)
 
 
-def expected_seconds(trainer: TrainingContext, done: int, seconds_per_token: float) -> int:
+def expected_seconds(context: TrainingContext, done: int, seconds_per_token: float) -> int:
     """Return about how long the steps after the first ``done`` and their evaluations take.
 
     A pass without a backward one takes a third of the time.
     """
-    receipt = trainer.data.receipt
-    steps = trainer.total_steps - done
-    tokens = steps * receipt.train_tokens / trainer.batches.steps_per_epoch
+    receipt = context.data.receipt
+    steps = context.total_steps - done
+    tokens = steps * receipt.train_tokens / context.batches.steps_per_epoch
     if receipt.eval_tokens:
-        evaluations = -(-steps // trainer.steps_between_evaluations) + (done == 0)
+        evaluations = -(-steps // context.steps_between_evaluations) + (done == 0)
         tokens += evaluations * receipt.eval_tokens / 3
-    return round(tokens * seconds_per_token / trainer.ranks.world_size)
+    return round(tokens * seconds_per_token / context.ranks.world_size)
 
 
-def predict(trainer: TrainingContext, largest: MicroBatch) -> None:
+def predict(context: TrainingContext, largest: MicroBatch) -> None:
     """Show what this very micro-batch should need."""
-    shape = trainer.prepared.shape
+    shape = context.prepared.shape
     if shape is not None:
         rows = tuple(largest.cu_seqlens.diff().tolist())
-        trainer.recorder.predict(predicted(trainer.config, shape, rows, int((largest.labels != IGNORED).sum())))
+        context.recorder.predict(predicted(context.config, shape, rows, int((largest.labels != IGNORED).sum())))

@@ -33,66 +33,66 @@ NEW_TOKENS = 64
 log = logging.getLogger(__name__)
 
 
-def answer_before(trainer: TrainingContext, run: RunState) -> None:
+def answer_before(context: TrainingContext, run: RunState) -> None:
     """Generate the base's answers: before the first step, the adapter changes nothing (B is zero). A collective."""
     if run.step == 0:
-        answer(trainer, "base")
+        answer(context, "base")
 
 
-def answer_after(trainer: TrainingContext, run: RunState) -> None:
+def answer_after(context: TrainingContext, run: RunState) -> None:
     """Load the adapter that will be published and generate its answers. A collective."""
-    if not trainer.config.spec.training.evaluation.prompts:
+    if not context.config.spec.training.evaluation.prompts:
         return
-    ranks, store = trainer.ranks, trainer.checkpoints
-    with trainer.ranks.heartbeat.during(Section.CHECKPOINT):
+    ranks, store = context.ranks, context.checkpoints
+    with context.ranks.heartbeat.during(Section.CHECKPOINT):
         chosen = store.chosen() if ranks.is_first else None
         step = ranks.gather(chosen.step if chosen else None)[0]
-        if step is not None and step != run.step and rank_computes(trainer):
+        if step is not None and step != run.step and rank_computes(context):
             weights = (chosen or store.at(step)).read(engine_state.ADAPTER_FILE)
-            engine_state.load_adapter_tensors(trainer.model, unpack_tensors(weights))
-    answer(trainer, "adapter")
+            engine_state.load_adapter_tensors(context.model, unpack_tensors(weights))
+    answer(context, "adapter")
 
 
-def all_ranks_compute(trainer: TrainingContext) -> bool:
+def all_ranks_compute(context: TrainingContext) -> bool:
     """Return whether the model is partitioned (ZeRO stage 3), so that every rank takes part in each forward pass."""
-    return trainer.config.spec.parallelism.zero_stage == 3
+    return context.config.spec.parallelism.zero_stage == 3
 
 
-def rank_computes(trainer: TrainingContext) -> bool:
+def rank_computes(context: TrainingContext) -> bool:
     """Return whether this rank runs the model; the other ranks only wait."""
-    return trainer.ranks.is_first or all_ranks_compute(trainer)
+    return context.ranks.is_first or all_ranks_compute(context)
 
 
-def answer(trainer: TrainingContext, who: str) -> None:
+def answer(context: TrainingContext, who: str) -> None:
     """Record the answer of ``who`` (``base`` or ``adapter``) to each prompt in the history. A collective."""
-    spec, began = trainer.config.spec, time.monotonic()
+    spec, began = context.config.spec, time.monotonic()
     prompts = spec.training.evaluation.prompts
     if not prompts:
         return
-    tokenizer = load_tokenizer(trainer.prepared.model_path, spec.dataset.chat_template)
-    encoder = Encoder(tokenizer, spec.dataset, conversations=trainer.data.receipt.conversations)
-    ends = end_tokens(trainer, tokenizer)
+    tokenizer = load_tokenizer(context.prepared.model_path, spec.dataset.chat_template)
+    encoder = Encoder(tokenizer, spec.dataset, conversations=context.data.receipt.conversations)
+    ends = end_tokens(context, tokenizer)
     texts: dict[str, str] = {}
-    with trainer.ranks.heartbeat.during(Section.EVALUATE):
-        for start in range(0, len(prompts), trainer.config.batch.micro_batch_size):
-            some = prompts[start : start + trainer.config.batch.micro_batch_size]
-            rows = continue_rows(trainer, [encoder.prompt(prompt) for prompt in some], ends, encoder.end)
+    with context.ranks.heartbeat.during(Section.EVALUATE):
+        for start in range(0, len(prompts), context.config.batch.micro_batch_size):
+            some = prompts[start : start + context.config.batch.micro_batch_size]
+            rows = continue_rows(context, [encoder.prompt(prompt) for prompt in some], ends, encoder.end)
             if rows is None:
                 return
             texts |= zip(some, (tokenizer.decode(row, skip_special_tokens=True) for row in rows), strict=True)
-    trainer.history.answers(who, texts)
+    context.history.answers(who, texts)
     log.info("the %s answered %d prompts in %.1f s", who, len(prompts), time.monotonic() - began)
 
 
-def end_tokens(trainer: TrainingContext, tokenizer: Any) -> set[int]:
+def end_tokens(context: TrainingContext, tokenizer: Any) -> set[int]:
     """Return the tokens that end an answer: the tokenizer's end token, and those of the model's own generation."""
-    named = trainer.model.generation_config.eos_token_id
+    named = context.model.generation_config.eos_token_id
     every = (tokenizer.eos_token_id, *(named if isinstance(named, list) else [named]))
     return {token for token in every if token is not None}
 
 
 def continue_rows(
-    trainer: TrainingContext, prompts: Sequence[list[int]], ends: Collection[int], learned_end: tuple[int, ...] = ()
+    context: TrainingContext, prompts: Sequence[list[int]], ends: Collection[int], learned_end: tuple[int, ...] = ()
 ) -> list[list[int]] | None:
     """Continue each row greedily until an end token or the maximum length, and return the new tokens.
 
@@ -100,30 +100,30 @@ def continue_rows(
 
     A collective. Return None on all ranks if one was told to stop, or if rank 0, computing alone, failed.
     """
-    ranks = trainer.ranks
+    ranks = context.ranks
     rows = [list(prompt) for prompt in prompts]
-    going = set(range(len(rows))) if rank_computes(trainer) else set()
-    trainer.engine.eval()
-    for _ in trainer.recorder.count(range(NEW_TOKENS), NEW_TOKENS, "tokens of each answer"):
+    going = set(range(len(rows))) if rank_computes(context) else set()
+    context.engine.eval()
+    for _ in context.recorder.count(range(NEW_TOKENS), NEW_TOKENS, "tokens of each answer"):
         failed = False
-        if going or all_ranks_compute(trainer):
+        if going or all_ranks_compute(context):
             try:
-                going -= _one_more(trainer, rows, going, ends, learned_end)
+                going -= _one_more(context, rows, going, ends, learned_end)
             except RuntimeError as error:  # out of memory among them
-                if all_ranks_compute(trainer):
+                if all_ranks_compute(context):
                     raise
                 log.warning("prompts are left unanswered: %s", error)
                 failed = True
-        still, over = ranks.sum(len(going), failed or trainer.stop.is_set)
+        still, over = ranks.sum(len(going), failed or context.stop.is_set)
         if over or not still:
             break
-    trainer.engine.train()
+    context.engine.train()
     return None if over else [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
 
 
 @torch.no_grad()
 def _one_more(
-    trainer: TrainingContext,
+    context: TrainingContext,
     rows: list[list[int]],
     going: Collection[int],
     ends: Collection[int],
@@ -131,11 +131,11 @@ def _one_more(
 ) -> set[int]:
     """Append the most likely token to each unfinished row; return the rows that are now finished."""
     batch = end_to_end([torch.tensor(row) for row in rows])
-    inputs, _, _ = call_arguments(batch, trainer.ranks.device)
-    last = (batch.cu_seqlens[1:] - 1).to(trainer.ranks.device)
+    inputs, _, _ = call_arguments(batch, context.ranks.device)
+    last = (batch.cu_seqlens[1:] - 1).to(context.ranks.device)
     over = set()
-    for number, token in enumerate(trainer.engine(inputs, last).argmax(dim=-1).tolist()):
-        if token in ends or len(rows[number]) == trainer.config.spec.dataset.max_length:
+    for number, token in enumerate(context.engine(inputs, last).argmax(dim=-1).tolist()):
+        if token in ends or len(rows[number]) == context.config.spec.dataset.max_length:
             over.add(number)
         elif number in going:
             rows[number].append(token)

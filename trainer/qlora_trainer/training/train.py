@@ -59,42 +59,42 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
     port = config.metrics_port + ranks.local_rank if config.metrics_port else 0
     serve(recorder, config.metrics_host, port, port_file)
 
-    trainer = build(config, ranks, recorder, stop)
-    run = resume_or_start(trainer)
-    if run.step < trainer.total_steps:
+    context = build(config, ranks, recorder, stop)
+    run = resume_or_start(context)
+    if run.step < context.total_steps:
         recorder.stage("measuring time and memory of the largest micro-batch")
-        recorder.update(expected_seconds=expected_seconds(trainer, run.step, probe_peak_memory(trainer)))
+        recorder.update(expected_seconds=expected_seconds(context, run.step, probe_peak_memory(context)))
     ranks.heartbeat.enter(Section.DATA)  # where a rank is between two sections, no more in Load
-    answer_before(trainer, run)
-    steps = trainer.batches.steps(run.step, trainer.total_steps)
+    answer_before(context, run)
+    steps = context.batches.steps(run.step, context.total_steps)
     while True:
-        evaluated = is_evaluation_due(trainer, run)
-        best = evaluated and take_evaluation(trainer, run)
-        if best or is_checkpoint_due(trainer, run):
-            save(trainer, run, with_eval=evaluated)
-        if run.step == trainer.total_steps or is_out_of_patience(trainer, run):
+        evaluated = is_evaluation_due(context, run)
+        best = evaluated and take_evaluation(context, run)
+        if best or is_checkpoint_due(context, run):
+            save(context, run, with_eval=evaluated)
+        if run.step == context.total_steps or is_out_of_patience(context, run):
             break
-        if is_pause_due(trainer, run):
-            preempt(trainer, run, PausedError, "paused")
-        stopping = train_step(trainer, run, steps)
-        if stopping and run.step < trainer.total_steps:  # before an evaluation: the grace period is short
-            preempt(trainer, run)
-    answer_after(trainer, run)
-    message = finished(trainer, run)
+        if is_pause_due(context, run):
+            preempt(context, run, PausedError, "paused")
+        stopping = train_step(context, run, steps)
+        if stopping and run.step < context.total_steps:  # before an evaluation: the grace period is short
+            preempt(context, run)
+    answer_after(context, run)
+    message = finished(context, run)
     if not ranks.is_first:
         return message  # no rank waits in a collective while the first one merges and uploads
     with ranks.heartbeat.during(Section.PUBLISH):
-        adapter = publish_run(trainer, run)
+        adapter = publish_run(context, run)
     return message.model_copy(update={"adapter": adapter})
 
 
-def is_pause_due(trainer: TrainingContext, run: RunState) -> bool:
-    pause = trainer.config.pause_at_step
+def is_pause_due(context: TrainingContext, run: RunState) -> bool:
+    pause = context.config.pause_at_step
     return pause is not None and run.step >= pause
 
 
 def preempt(
-    trainer: TrainingContext,
+    context: TrainingContext,
     run: RunState,
     error: type[PreemptedError] = PreemptedError,
     how: str = "stopped by SIGTERM",
@@ -106,15 +106,15 @@ def preempt(
 
     """
     if run.step not in (0, run.saved_at):
-        save(trainer, run, with_eval=run.evaluated_at == run.step)
+        save(context, run, with_eval=run.evaluated_at == run.step)
     kept = "a checkpoint is written" if run.step else "there is nothing to keep yet"
-    raise error(f"{how} at step {run.step} of {trainer.total_steps}; {kept}")
+    raise error(f"{how} at step {run.step} of {context.total_steps}; {kept}")
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 
-def train_step(trainer: TrainingContext, run: RunState, steps: Iterator[Step]) -> bool:
+def train_step(context: TrainingContext, run: RunState, steps: Iterator[Step]) -> bool:
     """One optimizer step over the global batch. Returns whether any rank was told to stop.
 
     Raises:
@@ -122,38 +122,38 @@ def train_step(trainer: TrainingContext, run: RunState, steps: Iterator[Step]) -
 
     """
     start = time.monotonic()
-    with trainer.ranks.heartbeat.during(Section.DATA):
+    with context.ranks.heartbeat.during(Section.DATA):
         step = next(steps)
     waited = time.monotonic() - start
-    trainer.recorder.add("qlora_data_wait_seconds", waited)
-    seed_step(trainer.config.spec.training.seed, run.step, trainer.ranks.rank)
-    with trainer.ranks.heartbeat.during(Section.FORWARD):
+    context.recorder.add("qlora_data_wait_seconds", waited)
+    seed_step(context.config.spec.training.seed, run.step, context.ranks.rank)
+    with context.ranks.heartbeat.during(Section.FORWARD):
         scale = run.loss_scale.scale if run.loss_scale else None
-        loss_sum = accumulate(trainer.engine, step, trainer.ranks, scale)
-        clock_due = trainer.ranks.is_first and run.clock.has_run(trainer.config.spec.checkpoint.every_minutes)
-        total, stopping, save_due, *own_seconds = trainer.ranks.sum(
-            loss_sum, trainer.stop.is_set, clock_due, *trainer.pace.of_this_rank()
+        loss_sum = accumulate(context.engine, step, context.ranks, scale)
+        clock_due = context.ranks.is_first and run.clock.has_run(context.config.spec.checkpoint.every_minutes)
+        total, stopping, save_due, *own_seconds = context.ranks.sum(
+            loss_sum, context.stop.is_set, clock_due, *context.pace.of_this_rank()
         )
-        trainer.recorder.update(slowest=trainer.pace.slowest(own_seconds))
+        context.recorder.update(slowest=context.pace.slowest(own_seconds))
         loss = total / step.target_tokens
         if run.loss_scale is None:
             check_finite("loss", loss, run)
-        gradients = {MemoryComponent.GRADIENTS.value: gradient_bytes(trainer.engine)}
-        rate = learning_rate(trainer.config.spec.training, run.step, trainer.total_steps)
-        with trainer.ranks.heartbeat.during(Section.OPTIMIZER):
-            norm = apply_update(trainer.engine, float(trainer.config.spec.training.max_grad_norm), rate, scale)
+        gradients = {MemoryComponent.GRADIENTS.value: gradient_bytes(context.engine)}
+        rate = learning_rate(context.config.spec.training, run.step, context.total_steps)
+        with context.ranks.heartbeat.during(Section.OPTIMIZER):
+            norm = apply_update(context.engine, float(context.config.spec.training.max_grad_norm), rate, scale)
         if run.loss_scale is None:
             check_finite("gradient norm", norm, run)
         else:
             run.loss_scale = next_loss_scale(run.loss_scale, loss, norm, run)
     run.advance(step)
-    trainer.ranks.heartbeat.step = run.step
+    context.ranks.heartbeat.step = run.step
     run.clock.is_due = bool(save_due)
-    report_step(trainer, run, step, StepMetrics(loss, rate, norm, time.monotonic() - start, waited))
-    trainer.recorder.memory(
+    report_step(context, run, step, StepMetrics(loss, rate, norm, time.monotonic() - start, waited))
+    context.recorder.memory(
         gradients
-        | {MemoryComponent.OPTIMIZER_STATE.value: optimizer_bytes(trainer.engine)}
-        | peak_bytes(trainer.ranks.device)
+        | {MemoryComponent.OPTIMIZER_STATE.value: optimizer_bytes(context.engine)}
+        | peak_bytes(context.ranks.device)
     )
     return bool(stopping)
 
@@ -194,9 +194,9 @@ def next_loss_scale(before: LossScale, loss: float, norm: float, run: RunState) 
     return after
 
 
-def report_step(trainer: TrainingContext, run: RunState, step: Step, figures: StepMetrics) -> None:
+def report_step(context: TrainingContext, run: RunState, step: Step, figures: StepMetrics) -> None:
     """Send a step's metrics to the recorder, the history and the log."""
-    recorder, scaling = trainer.recorder, run.loss_scale
+    recorder, scaling = context.recorder, run.loss_scale
     recorder.step_took(figures.seconds)
     recorder.add("qlora_tokens", step.tokens)
     report = recorder.report
@@ -204,8 +204,8 @@ def report_step(trainer: TrainingContext, run: RunState, step: Step, figures: St
     speed = step.tokens / figures.seconds
     # smoothed over about ten steps, so that the ETA stands still
     speed = speed if report.tokens_per_second is None else 0.9 * float(report.tokens_per_second) + 0.1 * speed
-    epoch = run.step / trainer.batches.steps_per_epoch
-    left = (trainer.total_steps - run.step) * trainer.data.receipt.train_tokens / trainer.batches.steps_per_epoch
+    epoch = run.step / context.batches.steps_per_epoch
+    left = (context.total_steps - run.step) * context.data.receipt.train_tokens / context.batches.steps_per_epoch
     for name, value in (
         ("qlora_step", run.step),
         ("qlora_epoch", epoch),
@@ -217,7 +217,7 @@ def report_step(trainer: TrainingContext, run: RunState, step: Step, figures: St
         *((("qlora_loss_scale", scaling.scale), ("qlora_skipped_steps", scaling.skipped_steps)) if scaling else ()),
     ):
         recorder.set(name, value)
-    trainer.history.step(
+    context.history.step(
         run.step,
         epoch=epoch,
         loss=figures.loss,
@@ -240,7 +240,7 @@ def report_step(trainer: TrainingContext, run: RunState, step: Step, figures: St
     log.info(
         "step %d/%d loss %.6f lr %.3g norm %.3f tokens/s %.0f",
         run.step,
-        trainer.total_steps,
+        context.total_steps,
         figures.loss,
         figures.learning_rate,
         figures.gradient_norm,
@@ -251,43 +251,43 @@ def report_step(trainer: TrainingContext, run: RunState, step: Step, figures: St
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate_now(trainer: TrainingContext, run: RunState) -> float | Stopped:
+def evaluate_now(context: TrainingContext, run: RunState) -> float | Stopped:
     """Return the mean loss of the held-out rows, recorded as a metric. A collective."""
-    data = trainer.data
+    data = context.data
     assert data.eval is not None
     assert data.eval_packs is not None
-    with trainer.ranks.heartbeat.during(Section.EVALUATE):
-        ranks = trainer.ranks
-        split = trainer.config.batch
+    with context.ranks.heartbeat.during(Section.EVALUATE):
+        ranks = context.ranks
+        split = context.config.batch
         micro_batches = eval_batches(data.eval, data.eval_packs, split.micro_batch_size, ranks.world_size, ranks.rank)
-        micro_batches = trainer.recorder.count(
+        micro_batches = context.recorder.count(
             micro_batches, -(-len(data.eval_packs) // (split.micro_batch_size * ranks.world_size)), "micro-batches"
         )
-        loss = evaluate(trainer.engine, micro_batches, ranks, lambda: trainer.stop.is_set)
+        loss = evaluate(context.engine, micro_batches, ranks, lambda: context.stop.is_set)
     if isinstance(loss, Stopped):
         return loss
     if not math.isfinite(loss):
         raise NonFiniteLossError(f"the evaluation loss at step {run.step} is {loss}")
     best = min(loss, run.best_eval_loss if run.best_eval_loss is not None else loss)
-    trainer.recorder.set("qlora_eval_loss", loss)
-    trainer.recorder.update(eval_loss=f"{loss:.6g}", best_eval_loss=f"{best:.6g}")
+    context.recorder.set("qlora_eval_loss", loss)
+    context.recorder.update(eval_loss=f"{loss:.6g}", best_eval_loss=f"{best:.6g}")
     log.info("step %d eval loss %.6f perplexity %.6g", run.step, loss, perplexity(loss))
     return loss
 
 
-def is_evaluation_due(trainer: TrainingContext, run: RunState) -> bool:
+def is_evaluation_due(context: TrainingContext, run: RunState) -> bool:
     """Before the first step, every so many steps, and after the last; not twice at the same step."""
-    if trainer.data.eval is None or run.evaluated_at == run.step:
+    if context.data.eval is None or run.evaluated_at == run.step:
         return False
-    return run.step % trainer.steps_between_evaluations == 0 or run.step == trainer.total_steps
+    return run.step % context.steps_between_evaluations == 0 or run.step == context.total_steps
 
 
-def take_evaluation(trainer: TrainingContext, run: RunState) -> bool:
+def take_evaluation(context: TrainingContext, run: RunState) -> bool:
     """Evaluate; True when the adapter is the best so far. Before the first step it is the base that is evaluated."""
-    loss = evaluate_now(trainer, run)
+    loss = evaluate_now(context, run)
     if isinstance(loss, Stopped):
-        preempt(trainer, run)  # the next attempt evaluates this step first
-    trainer.history.evaluation(run.step, loss)
+        preempt(context, run)  # the next attempt evaluates this step first
+    context.history.evaluation(run.step, loss)
     run.evaluated_at = run.step
     if run.step == 0:
         run.base_eval_loss = loss
@@ -295,31 +295,31 @@ def take_evaluation(trainer: TrainingContext, run: RunState) -> bool:
     return run.record_evaluation(loss)
 
 
-def is_out_of_patience(trainer: TrainingContext, run: RunState) -> bool:
-    patience = trainer.config.spec.training.evaluation.patience
+def is_out_of_patience(context: TrainingContext, run: RunState) -> bool:
+    patience = context.config.spec.training.evaluation.patience
     return patience is not None and run.evaluations_without_gain >= patience
 
 
 # --------------------------------------------------------------------------------------------- checkpoints and the end
 
 
-def is_checkpoint_due(trainer: TrainingContext, run: RunState) -> bool:
+def is_checkpoint_due(context: TrainingContext, run: RunState) -> bool:
     """The same on all ranks: by steps, at the end, or when rank 0's clock said so (``train_step``)."""
     if run.step in (0, run.saved_at):
         return False
-    return run.clock.is_due or run.step % trainer.steps_between_checkpoints == 0 or run.step == trainer.total_steps
+    return run.clock.is_due or run.step % context.steps_between_checkpoints == 0 or run.step == context.total_steps
 
 
-def finished(trainer: TrainingContext, run: RunState) -> TerminationMessage:
+def finished(context: TrainingContext, run: RunState) -> TerminationMessage:
     """Return the termination message of a job that succeeded, with the largest memory over the ranks. A collective."""
-    memory = trainer.recorder.report.memory
+    memory = context.recorder.report.memory
     measured = memory.measured
-    largest = trainer.ranks.max(*measured.values())
-    report = trainer.recorder.report
+    largest = context.ranks.max(*measured.values())
+    report = context.recorder.report
     return TerminationMessage(
         exit_code=ExitCode.DONE,
         reason=Reason.COMPLETED,
-        message=f"step {run.step} of {trainer.total_steps}"
+        message=f"step {run.step} of {context.total_steps}"
         + (
             f", eval loss {run.base_eval_loss:.5g} → {run.best_eval_loss:.5g}"
             if run.base_eval_loss is not None and run.best_eval_loss is not None
