@@ -87,7 +87,7 @@ def pod(attempt: int = 1, index: int = 0, code: int | None = None, word: str | N
     return PodSnapshot(attempt=attempt, index=index, exit_code=code, **{**values, **more})
 
 
-def seen(*things: ObservedJob | PodSnapshot, after: float = 0, **more: Any) -> Observed:
+def observed(*things: ObservedJob | PodSnapshot, after: float = 0, **more: Any) -> Observed:
     """Return an observation with what is there, ``after`` seconds from the builders' now."""
     jobs = {j.attempt: j for j in things if isinstance(j, ObservedJob)}
     pods = tuple(p for p in things if isinstance(p, PodSnapshot))
@@ -95,9 +95,9 @@ def seen(*things: ObservedJob | PodSnapshot, after: float = 0, **more: Any) -> O
 
 
 def decide(
-    a_job: QLoRAJob, what_is_seen: Observed, config: OperatorConfig = CONFIG, gang: Gang = Gang.NONE
+    a_job: QLoRAJob, what_is_observed: Observed, config: OperatorConfig = CONFIG, gang: Gang = Gang.NONE
 ) -> Decision:
-    return plan(a_job, what_is_seen, config, gang)
+    return plan(a_job, what_is_observed, config, gang)
 
 
 def running(*ended: str, **more: Any) -> QLoRAJobStatus:

@@ -66,7 +66,7 @@ def with_summary(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
         status = with_condition(context, status, ConditionType.FINISHED, status.reason, text, is_true=True)
     if is_finished(status) and not succeeded:
         status = with_condition(context, status, ConditionType.STALLED, status.reason, text, is_true=True)
-    if unknown := context.seen.unknown_fields:
+    if unknown := context.observed.unknown_fields:
         text = f"this version of the operator does not know, and leaves out: {', '.join(unknown)}"
         return with_condition(context, status, ConditionType.DEGRADED, Reason.NOT_UNDERSTOOD, text, is_true=True)
     if is_condition_true(status.conditions, ConditionType.DEGRADED):

@@ -44,14 +44,14 @@ class Context:
     """Values that stay the same over one decision."""
 
     job: QLoRAJob
-    seen: Observed
+    observed: Observed
     config: OperatorConfig
     gang: Gang
     """How the cluster's gangs start; never Auto."""
 
     @property
     def now(self) -> datetime:
-        return self.seen.now
+        return self.observed.now
 
     @property
     def world_size(self) -> int:

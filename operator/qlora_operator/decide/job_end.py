@@ -32,14 +32,16 @@ def running_jobs(context: Context) -> tuple[ObservedJob, ...]:
     """Return the child Jobs that may have pods that run."""
     return tuple(
         j
-        for j in context.seen.jobs.values()
+        for j in context.observed.jobs.values()
         if not j.deleting and j.state in (JobState.ACTIVE, JobState.SUSPENDED, JobState.FAILING)
     )
 
 
 def has_pods(context: Context) -> bool:
     """Return whether there are pods that have not ended, or a Job that may still make some."""
-    return bool(running_jobs(context)) or any(not p.ended and not is_lost(p, context.seen) for p in context.seen.living)
+    return bool(running_jobs(context)) or any(
+        not p.ended and not is_lost(p, context.observed) for p in context.observed.living
+    )
 
 
 def fail_by_deadline(context: Context, status: QLoRAJobStatus) -> Decision:
@@ -64,7 +66,7 @@ def conclude_attempt(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJob
     attempt = open_attempt(status)
     if attempt is None:
         return status, ()
-    ending = ending_of(attempt.number, context.workers(attempt), context.seen) or too_large(context, attempt)
+    ending = ending_of(attempt.number, context.workers(attempt), context.observed) or too_large(context, attempt)
     if ending is None:
         return status, ()
     stop = stop_cause(context, status)
@@ -75,7 +77,7 @@ def conclude_attempt(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJob
         ending = as_suspended(attempt, ending)
     elif outcome is StopOutcome.CLOSE_AS_DEADLINE_EXCEEDED:
         ending = replace(ending, reason=Reason.DEADLINE_EXCEEDED, message=deadline_words(context))
-    attempt = close(attempt, ending, context.seen)
+    attempt = close(attempt, ending, context.observed)
     status = with_end(context, status, attempt, ending)
     if outcome is StopOutcome.CLOSE_AS_DEADLINE_EXCEEDED:
         return status, ()

@@ -18,11 +18,14 @@ MOST_PODS = 3
 """Named in one message."""
 
 
-def pending_reason(spec: QLoRAJobSpec, attempt: int, workers: int, seen: Observed) -> tuple[Reason, str]:
+def pending_reason(spec: QLoRAJobSpec, attempt: int, workers: int, observed: Observed) -> tuple[Reason, str]:
     """Reason and message of a child Job whose pods are not all ready."""
-    job, pods = seen.jobs.get(attempt), [p for p in seen.pods_of(attempt) if not p.gone and p.deletion_due is None]
-    if seen.child_refused or (seen.pods_refused and len(pods) < workers):
-        return explain_refusal(seen.child_refused or seen.pods_refused)
+    job, pods = (
+        observed.jobs.get(attempt),
+        [p for p in observed.pods_of(attempt) if not p.gone and p.deletion_due is None],
+    )
+    if observed.child_refused or (observed.pods_refused and len(pods) < workers):
+        return explain_refusal(observed.child_refused or observed.pods_refused)
     if job is not None and job.state is JobState.SUSPENDED:
         return Reason.QUEUED, _queued(spec.scheduling.queue, workers, job)
     found = [waits for pod in pods if (waits := _pod_waits(pod))]

@@ -60,11 +60,11 @@ DEADLINE = "DeadlineExceeded"
 _ENDING = (JobState.COMPLETE, JobState.FAILED, JobState.FAILING)
 
 
-def plan(job: QLoRAJob, seen: Observed, config: OperatorConfig, gang: Gang) -> Decision:
-    """Decide what follows for one job; time comes in as ``seen.now``."""
+def plan(job: QLoRAJob, observed: Observed, config: OperatorConfig, gang: Gang) -> Decision:
+    """Decide what follows for one job; time comes in as ``observed.now``."""
     if problem := profile_problem(job.spec.scheduling, config):
-        seen = replace(seen, child_refused=problem)
-    context = Context(job, seen, config, gang)
+        observed = replace(observed, child_refused=problem)
+    context = Context(job, observed, config, gang)
     before = job.status or QLoRAJobStatus()
     match _outcome(context, before):
         case StopOutcome.LEAVE_TO_GARBAGE_COLLECTION:
@@ -148,7 +148,7 @@ def _suspended(context: Context, status: QLoRAJobStatus) -> Decision:
             f"spec.policy.pauseAtStep ({context.job.spec.policy.pause_at_step}) is reached; with a larger one, or none,"
             " it goes on"
         )
-    lost = next((p for p in context.seen.living if is_lost(p, context.seen)), None)
+    lost = next((p for p in context.observed.living if is_lost(p, context.observed)), None)
     text = f"no pod runs{f', as far as is known of node {lost.node}, which is lost' if lost else ''}; {remedy}"
     status = with_condition(context, status, ConditionType.RUNNING, why, text, is_true=False)
     status = with_condition(context, status, ConditionType.SUSPENDED, why, text, is_true=True)
@@ -166,20 +166,20 @@ def _leaving(context: Context, status: QLoRAJobStatus) -> Decision:
 
 def _prepare(context: Context, status: QLoRAJobStatus) -> Decision:
     """Check model and rows in a pod without GPUs, and continue with its result."""
-    job = context.seen.jobs.get(PREPARE)
+    job = context.observed.jobs.get(PREPARE)
     status = status.model_copy(update={"start_time": status.start_time or context.now})
-    wanted = partial(render.prepare, context.job, context.config, context.seen.memory_correction)
+    wanted = partial(render.prepare, context.job, context.config, context.observed.memory_correction)
     outdated = job is not None and is_outdated(context, job, wanted)
     if job is not None and outdated and is_contested(context, job):
         return Decision(status, contested=job)
-    if context.seen.child_refused:
+    if context.observed.child_refused:
         return _preparing(context, status, wake_after=REFUSED_SECONDS)
     if job is None:
         made = (render.key_secret(context.job), wanted())
         return _preparing(context, with_correction(context, status), make=made)
     if job.deleting:
         return _preparing(context, status)
-    if outdated and not any(pod.trainer_ready or pod.ended for pod in context.seen.pods_of(PREPARE)):
+    if outdated and not any(pod.trainer_ready or pod.ended for pod in context.observed.pods_of(PREPARE)):
         return _preparing(context, status, delete=(job,))
     ending = _prepare_ending(context, job)
     if ending is None:
@@ -193,7 +193,7 @@ def _prepare(context: Context, status: QLoRAJobStatus) -> Decision:
 
 def _prepare_ending(context: Context, job: ObservedJob) -> Ending | None:
     """Return how Prepare ended; None while it runs, or until its termination message is known."""
-    pods, ending = context.seen.pods_of(PREPARE), ending_of(PREPARE, 1, context.seen)
+    pods, ending = context.observed.pods_of(PREPARE), ending_of(PREPARE, 1, context.observed)
     if ending is not None and any(pod.held for pod in pods):
         return ending
     hung = next((pod for pod in pods if pod.pod_reason == DEADLINE), None)
@@ -235,7 +235,7 @@ def _preparing(
     delete: tuple[ObservedJob, ...] = (),
     wake_after: float | None = None,
 ) -> Decision:
-    reason, text = pending_reason(context.job.spec, PREPARE, 1, context.seen)
+    reason, text = pending_reason(context.job.spec, PREPARE, 1, context.observed)
     if reason is Reason.QUEUED:
         text = prepare_queued(prepare_of(context.job.spec, context.config).queue)
     if reason is Reason.STARTING:
@@ -261,22 +261,22 @@ def _start(context: Context, status: QLoRAJobStatus) -> Decision:
         if left > 0 and status.attempts[-1].reason not in (Reason.SUSPENDED, Reason.PAUSED):
             text = f"attempt {status.attempts[-1].number} ended: {status.attempts[-1].message}"
             return _pending(context, status, Reason.BACKING_OFF, text, wake_after=left)
-    if not status.attempts and status.prepared is None and not context.seen.child_refused:
+    if not status.attempts and status.prepared is None and not context.observed.child_refused:
         status = with_correction(context, status)
     return _make(context, status, _planned_attempt(context, status, batch, checkpointing=checkpointing))
 
 
 def _make(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decision:
     """Have an attempt's Job created."""
-    reason, text = pending_reason(context.job.spec, attempt.number, context.workers(attempt), context.seen)
-    if context.seen.child_refused:
+    reason, text = pending_reason(context.job.spec, attempt.number, context.workers(attempt), context.observed)
+    if context.observed.child_refused:
         return _pending(context, status, reason, text, wake_after=REFUSED_SECONDS)
     job = _rendered(context, status, attempt)
     return _pending(context, with_attempt(status, attempt), reason, text, make=job)
 
 
 def _rendered(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> tuple[dict[str, Any], ...]:
-    correction = context.seen.memory_correction
+    correction = context.observed.memory_correction
     return render.attempt(context.job, context.config, context.gang, attempt, status, correction)
 
 
@@ -307,19 +307,19 @@ def _planned_attempt(context: Context, status: QLoRAJobStatus, batch: BatchSplit
 
 def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decision:
     """The open attempt has not ended."""
-    job = context.seen.jobs.get(attempt.number)
-    if attempt.running_time is None and job is None and all(p.ended for p in context.seen.pods_of(attempt.number)):
+    job = context.observed.jobs.get(attempt.number)
+    if attempt.running_time is None and job is None and all(p.ended for p in context.observed.pods_of(attempt.number)):
         return _make_anew(context, status, attempt)
-    overdue = any(p.deletion_due for p in context.seen.pods_of(attempt.number) if not p.ended)
+    overdue = any(p.deletion_due for p in context.observed.pods_of(attempt.number) if not p.ended)
     wake = LOOK_AGAIN_SECONDS if overdue or (job and job.state in _ENDING) else None
-    if job is not None and is_cut_short(attempt.number, context.seen):
+    if job is not None and is_cut_short(attempt.number, context.observed):
         return Decision(status, delete=() if job.deleting else (job,), wake_after=LOOK_AGAIN_SECONDS)
     if job is not None and job.state is JobState.ACTIVE and _all_train(context, attempt, job):
-        nodes = sorted({p.node for p in context.seen.pods_of(attempt.number) if not p.gone and p.node})
+        nodes = sorted({p.node for p in context.observed.pods_of(attempt.number) if not p.gone and p.node})
         since = attempt.running_time or context.now
         attempt = attempt.model_copy(update={"node": ", ".join(nodes)[:4096], "running_time": since})
         status = with_attempt(status, attempt)
-        report = context.seen.report
+        report = context.observed.report
         if report:  # with the other figures, or a restart of the operator would write all running jobs anew
             status = status.model_copy(update={"gpu_seconds": gpu_seconds(status, context.now)})
         doing = f", {report.section}" if report and report.attempt == attempt.number else ""
@@ -338,7 +338,7 @@ def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decisi
             return Decision(status, wake_after=wake, contested=waiting_job)
         waiting = _pending(context, status, Reason.STARTING, _anew(attempt), wake_after=LOOK_AGAIN_SECONDS)
         return replace(waiting, delete=(waiting_job,))
-    reason, text = pending_reason(context.job.spec, attempt.number, context.workers(attempt), context.seen)
+    reason, text = pending_reason(context.job.spec, attempt.number, context.workers(attempt), context.observed)
     if reason is Reason.UNSCHEDULABLE and batch_for_fewer_workers(context, attempt):
         until = waiting_since(context, attempt) + timedelta(seconds=context.job.spec.policy.shrink_after_seconds)
         wake = min(wake or math.inf, max((until - context.now).total_seconds(), 1))
@@ -348,7 +348,7 @@ def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decisi
 def _all_train(context: Context, attempt: Attempt, job: ObservedJob) -> bool:
     """Return whether all trainers run: their pods are ready, but for containers that are not the operator's."""
     workers = context.workers(attempt)
-    training = [p for p in context.seen.pods_of(attempt.number) if p.trainer_ready and not p.gone]
+    training = [p for p in context.observed.pods_of(attempt.number) if p.trainer_ready and not p.gone]
     unready = sum(not p.ready for p in training)
     return job.ready >= workers or (unready > 0 and len(training) >= workers and job.ready + unready >= workers)
 

@@ -33,7 +33,7 @@ def is_for(context: Context, result: PrepareResult) -> bool:
 
 def with_correction(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
     """Note by what the one that plans, who is told now, multiplies its bytes."""
-    factor = context.seen.memory_correction
+    factor = context.observed.memory_correction
     return status.model_copy(update={"memory_correction": None if factor == 1 else f"{factor:.4f}"})
 
 

@@ -185,25 +185,27 @@ class ObjectCache:
     ) -> Key | None:
         key = key_of_child(body)
         try:
-            seen = see(body)
+            snapshot = see(body)
         except NotOwnedError:
             if key in self._known:
                 getattr(self[key], place).pop(body["metadata"]["uid"], None)  # it was released
             raise
         known = self[key]
-        if place == "pods" and known.job and known.job.is_finished and known.job.uid == seen.owner:
-            known.pods.pop(seen.uid, None)  # nobody asks for them any more
+        if place == "pods" and known.job and known.job.is_finished and known.job.uid == snapshot.owner:
+            known.pods.pop(snapshot.uid, None)  # nobody asks for them any more
             return None
         held: dict[str, Any] = getattr(known, place)
-        before = held.get(seen.uid)
-        if before and seen.version <= before.version:
+        before = held.get(snapshot.uid)
+        if before and snapshot.version <= before.version:
             return None
-        held[seen.uid] = seen
-        if isinstance(seen, ObservedJob):
-            known.made[seen.uid] = (seen.owner, seen.attempt)
+        held[snapshot.uid] = snapshot
+        if isinstance(snapshot, ObservedJob):
+            known.made[snapshot.uid] = (snapshot.owner, snapshot.attempt)
             if before is None:
                 known.pods_refused = ""  # said of an earlier attempt's
-        news = before != seen and (isinstance(seen, ObservedJob) or known.owns(seen))  # whatever their versions
+        news = before != snapshot and (
+            isinstance(snapshot, ObservedJob) or known.owns(snapshot)
+        )  # whatever their versions
         return key if news else None
 
     def drop_child(self, body: Mapping[str, Any]) -> Key:

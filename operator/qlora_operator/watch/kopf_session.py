@@ -100,5 +100,5 @@ def _cut(body: Mapping[str, Any], skipped: Skipped) -> Object | None:
     except (KeyError, TypeError, ValueError):
         skipped(PLURAL, UNREADABLE)
         return None
-    seen = {name: kept[name] for name in ("apiVersion", "kind", "metadata")}
-    return {**seen, _KEPT: json.dumps(kept, separators=(",", ":"))}
+    read = {name: kept[name] for name in ("apiVersion", "kind", "metadata")}
+    return {**read, _KEPT: json.dumps(kept, separators=(",", ":"))}

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from operator_builders import CONFIG, UID, attempt, child, decide, job, running, seen
+from operator_builders import CONFIG, UID, attempt, child, decide, job, observed, running
 from qlora_api.contract import TrainerConfig
 from qlora_api.status import QLoRAJobStatus
 from qlora_operator.act.children import collection_of, with_new_key
@@ -26,7 +26,7 @@ def config_of(planned: Decision) -> TrainerConfig:
 @pytest.mark.parametrize("prepares", [True, False])
 def test_the_key_is_made_before_the_first_pod_and_mounted_as_a_file(prepares):
     config = CONFIG.model_copy(update={"prepare": CONFIG.prepare.model_copy(update={"enabled": prepares})})
-    planned = decide(job(), seen(), config)
+    planned = decide(job(), observed(), config)
     secret, made = planned.make[0], planned.make[-1]
     assert (secret["kind"], secret["metadata"]["name"], secret["immutable"]) == ("Secret", NAME, True)
     (owner,) = secret["metadata"]["ownerReferences"]
@@ -51,28 +51,30 @@ def test_a_decision_has_no_key_and_each_create_another_one():
 
 
 def test_a_job_that_began_with_a_key_accepts_nothing_unsigned():
-    first = decide(job(), seen())
+    first = decide(job(), observed())
     begun = first.status.attempts[0]
     assert begun.key_secret == NAME
     assert config_of(first).accepts_unsigned is False
     ended = begun.model_copy(update={"end_time": begun.start_time, "reason": "Preempted"})
-    again = decide(job(QLoRAJobStatus(attempts=[ended], start_time=begun.start_time)), seen(after=3600))
+    again = decide(job(QLoRAJobStatus(attempts=[ended], start_time=begun.start_time)), observed(after=3600))
     assert again.status.attempts[-1].number == 2
     assert config_of(again).accepts_unsigned is False
 
 
 def test_a_job_that_began_before_there_were_keys_goes_on_as_before():
     began = QLoRAJobStatus(attempts=[attempt(1, "Preempted")], start_time=attempt(1).start_time)
-    second = decide(job(began), seen(after=3600))
+    second = decide(job(began), observed(after=3600))
     assert second.make[0]["kind"] == "Secret", "its workers need one to know each other"
     assert config_of(second).accepts_unsigned is True
     closed = second.status.attempts[-1].model_copy(update={"end_time": began.start_time, "reason": "Preempted"})
-    third = decide(job(second.status.model_copy(update={"attempts": [began.attempts[0], closed]})), seen(after=9000))
+    third = decide(
+        job(second.status.model_copy(update={"attempts": [began.attempts[0], closed]})), observed(after=9000)
+    )
     assert config_of(third).accepts_unsigned is True, "its checkpoints may still be those of its first attempt"
 
 
 def test_an_attempt_of_an_earlier_version_goes_on_untouched_through_an_upgrade():
-    planned = decide(job(running()), seen(child(ready=1)))
+    planned = decide(job(running()), observed(child(ready=1)))
     assert planned.make == ()
     assert planned.delete == ()
 
@@ -84,7 +86,7 @@ def test_the_workers_of_a_job_are_reached_by_its_own_pods_alone():
     assert policy["spec"]["podSelector"] == own
     assert peers == {"from": [{"podSelector": own}]}
     assert metrics == {"ports": [{"port": 9400, "endPort": 9400, "protocol": "TCP"}]}
-    pod = decide(job(workers=2), seen()).make[-1]["spec"]["template"]
+    pod = decide(job(workers=2), observed()).make[-1]["spec"]["template"]
     assert own["matchLabels"].items() <= pod["metadata"]["labels"].items()
 
 
@@ -98,5 +100,5 @@ def test_who_reads_metrics_is_the_charts_to_say_where_it_has_a_policy():
 @pytest.mark.parametrize(("workers", "enabled", "count"), [(1, True, 0), (2, True, 1), (2, False, 0)])
 def test_a_network_policy_is_made_where_workers_need_ports(workers, enabled, count):
     config = CONFIG.model_copy(update={"network_policy": CONFIG.network_policy.model_copy(update={"workers": enabled})})
-    kinds = [made["kind"] for made in decide(job(workers=workers), seen(), config).make]
+    kinds = [made["kind"] for made in decide(job(workers=workers), observed(), config).make]
     assert kinds.count("NetworkPolicy") == count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from operator_builders import child, job, pod, seen
+from operator_builders import child, job, observed, pod
 from qlora_operator.decide.pending_reason import pending_reason
 from qlora_operator.state.observed import JobState
 
@@ -33,7 +33,7 @@ QUOTA = 'pods "job-1-0" is forbidden: exceeded quota: team, requested: limits.me
     ],
 )
 def test_taints_are_mentioned_where_they_are_the_reason(said, words):
-    _, text = pending_reason(job().spec, 1, 1, seen(child(), pod(unschedulable=said, ready=False)))
+    _, text = pending_reason(job().spec, 1, 1, observed(child(), pod(unschedulable=said, ready=False)))
     remedy = text.replace(said, "")
     assert words in remedy if words else "taint" not in remedy
 
@@ -80,20 +80,20 @@ def test_taints_are_mentioned_where_they_are_the_reason(said, words):
     ],
 )
 def test_what_the_api_server_says_gets_a_remedy(said, reason, words):
-    found, text = pending_reason(job().spec, 1, 1, seen(child_refused=said))
+    found, text = pending_reason(job().spec, 1, 1, observed(child_refused=said))
     assert found == reason
     assert words in text
 
 
 def test_a_pod_that_is_held_back_by_a_gate_is_queued_and_not_unschedulable():
     held = pod(ready=False, node="", gates="kueue.x-k8s.io/topology")
-    reason, text = pending_reason(job().spec, 1, 1, seen(child(), held))
+    reason, text = pending_reason(job().spec, 1, 1, observed(child(), held))
     assert (reason, "job-1-0 is held back by scheduling gates: kueue" in text) == ("Queued", True)
 
 
 def test_what_a_person_must_mend_is_said_before_what_time_may():
     full, bad = pod(unschedulable=NO_GPU, ready=False), pod(index=1, waiting="ErrImagePull", ready=False)
-    reason, text = pending_reason(job().spec, 1, 2, seen(child(), full, bad))
+    reason, text = pending_reason(job().spec, 1, 2, observed(child(), full, bad))
     assert (reason, "job-1-1" in text) == ("ImageUnavailable", True)
 
 
@@ -101,31 +101,36 @@ def test_what_a_person_must_mend_is_said_before_what_time_may():
     ("what_is_seen", "reason", "words"),
     [
         pytest.param(
-            seen(child(), pod(unschedulable=NO_GPU, ready=False)),
+            observed(child(), pod(unschedulable=NO_GPU, ready=False)),
             "Unschedulable",
             "no node has as many free nvidia.com/gpu as spec.parallelism.gpusPerWorker",
             id="too-few-gpus",
         ),
         pytest.param(
-            seen(child(), pod(unschedulable="0/1 nodes are available: 1 Insufficient ephemeral-storage.", ready=False)),
+            observed(
+                child(), pod(unschedulable="0/1 nodes are available: 1 Insufficient ephemeral-storage.", ready=False)
+            ),
             "Unschedulable",
             "trainer.ephemeralStorage",
             id="too-little-disk",
         ),
         pytest.param(
-            seen(child(), pod(unschedulable=NO_MATCH, ready=False)), "Unschedulable", "nodeSelector", id="selector"
+            observed(child(), pod(unschedulable=NO_MATCH, ready=False)), "Unschedulable", "nodeSelector", id="selector"
         ),
         pytest.param(
-            seen(child(), pod(unschedulable=NO_CLAIM, ready=False)), "MissingReference", 'claim "models"', id="claim"
+            observed(child(), pod(unschedulable=NO_CLAIM, ready=False)),
+            "MissingReference",
+            'claim "models"',
+            id="claim",
         ),
         pytest.param(
-            seen(child(), pod(waiting="ErrImagePull", waiting_message="not found", ready=False)),
+            observed(child(), pod(waiting="ErrImagePull", waiting_message="not found", ready=False)),
             "ImageUnavailable",
             "trainer.image",
             id="image",
         ),
         pytest.param(
-            seen(
+            observed(
                 child(),
                 pod(waiting="CreateContainerConfigError", waiting_message='secret "s3" not found', ready=False),
             ),
@@ -134,21 +139,24 @@ def test_what_a_person_must_mend_is_said_before_what_time_may():
             id="secret",
         ),
         pytest.param(
-            seen(child(), pods_refused='pods "job-1-0" is forbidden: exceeded quota: gpus'),
+            observed(child(), pods_refused='pods "job-1-0" is forbidden: exceeded quota: gpus'),
             "QuotaExceeded",
             "fewer GPUs",
             id="quota",
         ),
         pytest.param(
-            seen(child(), pods_refused='pods "job-1-0" is forbidden: no PriorityClass with name top was found'),
+            observed(child(), pods_refused='pods "job-1-0" is forbidden: no PriorityClass with name top was found'),
             "MissingReference",
             "correct spec.scheduling.priorityClassName",
             id="priority-class",
         ),
         pytest.param(
-            seen(child(state=JobState.SUSPENDED)), "Queued", "set spec.scheduling.queue", id="queued-and-in-no-queue"
+            observed(child(state=JobState.SUSPENDED)),
+            "Queued",
+            "set spec.scheduling.queue",
+            id="queued-and-in-no-queue",
         ),
-        pytest.param(seen(child(), pod(ready=False)), "Starting", "0 of 1 pods are ready", id="starting"),
+        pytest.param(observed(child(), pod(ready=False)), "Starting", "0 of 1 pods are ready", id="starting"),
     ],
 )
 def test_what_a_job_waits_for(what_is_seen, reason, words):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from operator_builders import PREPARING, child, decide, job, pod, seen
+from operator_builders import PREPARING, child, decide, job, observed, pod
 from qlora_api.contract import ExitCode, TerminationMessage
 from qlora_api.errors import ManifestError, validate
 from qlora_api.status import ConditionType, PrepareResult, QLoRAJobStatus, Reason
@@ -30,7 +30,7 @@ def found(hours: str | None):
         }
     )
     word = TerminationMessage(exit_code=ExitCode.DONE, reason=Reason.COMPLETED, prepared=result).to_bytes().decode()
-    return seen(child(0, JobState.COMPLETE), pod(0, code=0, message=word))
+    return observed(child(0, JobState.COMPLETE), pod(0, code=0, message=word))
 
 
 def priced(**prices: float) -> OperatorConfig:
@@ -110,8 +110,8 @@ def test_a_price_of_a_gpu_that_nobody_knows_is_refused_with_those_that_are():
 
 
 def test_status_says_by_what_the_plan_was_corrected():
-    started = decide(job(), seen(memory_correction=1.025), PREPARING).status
+    started = decide(job(), observed(memory_correction=1.025), PREPARING).status
     assert started.memory_correction == "1.0250"
     later = decide(job(started), found(None), PREPARING).status  # by now something else is known
     assert later.memory_correction == "1.0250"
-    assert decide(job(), seen(), PREPARING).status.memory_correction is None
+    assert decide(job(), observed(), PREPARING).status.memory_correction is None

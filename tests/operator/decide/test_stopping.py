@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from operator_builders import NOW, attempt, child, decide, held, job, pod, running, seen
+from operator_builders import NOW, attempt, child, decide, held, job, observed, pod, running
 from qlora_api.contract import TerminationMessage
 from qlora_api.status import Condition, QLoRAJobStatus, Reason
 from qlora_operator.decide.stopping import RULES, AttemptState, StopCause, StopOutcome, outcome_of
@@ -69,7 +69,7 @@ RECORDED = {
 def test_an_attempt_is_closed_as_the_table_says(stop, state):
     open_attempt = running().attempts[0].model_copy(update={"running_time": NOW})
     status = running().model_copy(update={"attempts": [open_attempt]})
-    decision = decide(job(status, **STOPS[stop]), seen(*ENDS[state], after=LATE))
+    decision = decide(job(status, **STOPS[stop]), observed(*ENDS[state], after=LATE))
     outcome = outcome_of(stop, state, pods=True)
     assert decision.status.attempts[0].reason is RECORDED.get(outcome, SEEN[state])
 
@@ -111,7 +111,7 @@ JOBS = {
     ],
 )
 def test_a_job_without_an_open_attempt_stops_as_the_table_says(stop, there, state, deleted):
-    decision = decide(JOBS[stop], seen(*there))
+    decision = decide(JOBS[stop], observed(*there))
     assert decision.status.state == state
     assert [one.name for one in decision.delete] == deleted
     assert decision.make == ()
@@ -119,9 +119,9 @@ def test_a_job_without_an_open_attempt_stops_as_the_table_says(stop, there, stat
 
 @pytest.mark.parametrize("stop", STOPS)
 def test_the_generation_of_a_job_that_runs_is_observed_whatever_it_is_asked_to_do(stop):
-    decision = decide(job(held(), **STOPS[stop]), seen(child(ready=1), pod(), after=LATE))
+    decision = decide(job(held(), **STOPS[stop]), observed(child(ready=1), pod(), after=LATE))
     assert decision.status.observed_generation == 1
 
 
 def test_status_of_a_job_that_is_deleted_is_not_written_once_more():
-    assert decide(JOBS[StopCause.DELETED], seen(child(), pod())).status == running()
+    assert decide(JOBS[StopCause.DELETED], observed(child(), pod())).status == running()

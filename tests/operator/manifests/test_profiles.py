@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from operator_builders import CONFIG, attempt, child, decide, job, names, seen
+from operator_builders import CONFIG, attempt, child, decide, job, names, observed
 from qlora_api.errors import ManifestError, validate
 from qlora_api.job import QLoRAJob
 from qlora_api.spec import Gang
@@ -141,7 +141,7 @@ def test_kueue_queues_prepare_only_by_a_queue_of_its_own_and_everything_by_the_j
 @pytest.mark.parametrize(("queue", "said"), [(None, "have the chart's prepare.queue name"), ("cpu", 'queue "cpu"')])
 def test_prepare_that_kueue_suspends_says_what_for(queue, said):
     config = config_with(prepare={"queue": queue} if queue else {})
-    decision = decide(by(queue="main"), seen(child(PREPARE, JobState.SUSPENDED)), config)
+    decision = decide(by(queue="main"), observed(child(PREPARE, JobState.SUSPENDED)), config)
     assert decision.status.reason is Reason.QUEUED
     assert said in decision.status.conditions[0].message
 
@@ -223,7 +223,7 @@ def test_a_job_selects_no_other_nodes_than_the_default_profiles():
 def test_what_a_profile_does_not_allow_has_one_remedy():
     scheduling = {"nodeSelector": {"pool": "b"}}
     config = config_with({"default": {"nodeSelector": {"pool": "a"}}})
-    (prepared,) = [c for c in decide(by(**scheduling), seen(), config).status.conditions if c.type == "Prepared"]
+    (prepared,) = [c for c in decide(by(**scheduling), observed(), config).status.conditions if c.type == "Prepared"]
     assert prepared.message == profile_problem(by(**scheduling).spec.scheduling, config)
 
 
@@ -240,18 +240,18 @@ def test_a_named_profile_and_free_form_fields_exclude_each_other(field):
 @pytest.mark.parametrize("prepares", [True, False], ids=["before-prepare", "before-an-attempt"])
 def test_no_pod_is_made_by_a_profile_that_does_not_allow_it(scheduling, reason, prepares):
     config = config_with(prepare={"enabled": prepares})
-    decision = decide(by(**scheduling), seen(), config)
+    decision = decide(by(**scheduling), observed(), config)
     assert names(decision) == []
     assert (decision.status.state, decision.status.reason) == ("Pending", reason)
     assert decision.wake_after
-    corrected = decide(by(profile="efa").model_copy(update={"status": decision.status}), seen(), config)
+    corrected = decide(by(profile="efa").model_copy(update={"status": decision.status}), observed(), config)
     assert names(corrected)
 
 
 def test_an_attempt_that_runs_goes_on_when_its_profile_is_gone():
     status = QLoRAJobStatus(attempts=[attempt(1, worldSize=2)])
     running = by(profile="gone").model_copy(update={"status": status})
-    decision = decide(running, seen(child(ready=1)), CONFIG)
+    decision = decide(running, observed(child(ready=1)), CONFIG)
     assert (decision.delete, decision.make) == ((), ())
     assert decision.status.state == "Running"
 

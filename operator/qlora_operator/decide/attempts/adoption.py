@@ -17,8 +17,8 @@ from qlora_operator.state.observed import PREPARE, ObservedJob, planned
 def adopted(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
     """Take in attempts that were started and did not get into status, because the operator died in between."""
     newest = max((a.number for a in status.attempts), default=PREPARE)
-    for number in sorted(n for n in context.seen.jobs if n > newest):
-        job = context.seen.jobs[number]
+    for number in sorted(n for n in context.observed.jobs if n > newest):
+        job = context.observed.jobs[number]
         try:
             attempt = Attempt.model_validate({**planned(job), "number": number, "startTime": job.created})
         except ValidationError:
@@ -39,9 +39,9 @@ def _is_planned_for(context: Context, attempt: Attempt) -> bool:
 
 def _prepared_before(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
     """Return the result of Prepare that was acted on and not written down."""
-    if status.prepared or status.attempts or PREPARE not in context.seen.jobs:
+    if status.prepared or status.attempts or PREPARE not in context.observed.jobs:
         return status
-    ending = ending_of(PREPARE, 1, context.seen)
+    ending = ending_of(PREPARE, 1, context.observed)
     result = ending.termination_message.prepared if ending and ending.termination_message else None
     return with_prepared(context, status, result) if result and is_for(context, result) else status
 
@@ -51,6 +51,6 @@ def _closed_by_the_next(context: Context, status: QLoRAJobStatus, decision: Obse
     attempt = open_attempt(status)
     if attempt is None:
         return status
-    ending = ending_of(attempt.number, context.workers(attempt), context.seen)
+    ending = ending_of(attempt.number, context.workers(attempt), context.observed)
     ending = ending or Ending(Reason.PREEMPTED, f"attempt {decision.attempt} took its place")
-    return with_end(context, status, close(attempt, ending, replace(context.seen, now=decision.created)), ending)
+    return with_end(context, status, close(attempt, ending, replace(context.observed, now=decision.created)), ending)

@@ -61,10 +61,10 @@ def with_clock_stopped(context: Context, status: QLoRAJobStatus) -> QLoRAJobStat
     attempt = open_attempt(status)
     if attempt is None or attempt.running_time is None:
         return status
-    job = context.seen.jobs.get(attempt.number)
+    job = context.observed.jobs.get(attempt.number)
     if job is None or job.state is not JobState.SUSPENDED:
         return status
-    if any(not pod.ended for pod in context.seen.pods_of(attempt.number)):
+    if any(not pod.ended for pod in context.observed.pods_of(attempt.number)):
         return status
     earlier = status.earlier_gpu_seconds + _held([attempt], context.now)
     status = with_attempt(status, attempt.model_copy(update={"running_time": None, "node": ""}))
@@ -74,7 +74,7 @@ def with_clock_stopped(context: Context, status: QLoRAJobStatus) -> QLoRAJobStat
 
 def measured(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
     """Progress and memory as rank 0 last told."""
-    report, attempt = context.seen.report, open_attempt(status)
+    report, attempt = context.observed.report, open_attempt(status)
     if report is None or attempt is None or report.attempt != attempt.number:
         return status
     progress = Progress(**{name: getattr(report, name) for name in Progress.model_fields})

@@ -63,40 +63,40 @@ class Ending:
     """Its Job was deleted, and all pods have ended since."""
 
 
-def ending_of(attempt: int, workers: int, seen: Observed) -> Ending | None:
+def ending_of(attempt: int, workers: int, observed: Observed) -> Ending | None:
     """Say how an attempt ended; None while it goes on or its pods still end.
 
     Args:
         attempt: its number.
         workers: its pods.
-        seen: what there is.
+        observed: what there is.
 
     """
-    job, pods = seen.jobs.get(attempt), seen.pods_of(attempt)
+    job, pods = observed.jobs.get(attempt), observed.pods_of(attempt)
     if job is not None and job.state is JobState.COMPLETE:
-        return _completed(job, pods, seen)
-    if lost := _lost(pods, seen):
+        return _completed(job, pods, observed)
+    if lost := _lost(pods, observed):
         return lost
     if job is not None and job.state is JobState.FAILED:
-        if _words_are_on_their_way(job, pods, seen):
+        if _words_are_on_their_way(job, pods, observed):
             return None
-        return _won(pods) or _told(pods, workers, seen) or _from_job(job)
+        return _won(pods) or _told(pods, workers, observed) or _from_job(job)
     if job is not None and not job.deleting and not _all_held(pods, workers):
         return None
     if any(not p.ended for p in pods):
         return None
     if won := _won(pods):
         return won
-    told = _told(pods, workers, seen) or Ending(Reason.PREEMPTED, "its Job was deleted")
+    told = _told(pods, workers, observed) or Ending(Reason.PREEMPTED, "its Job was deleted")
     return replace(told, removed=job is None or job.deleting)
 
 
-def is_cut_short(attempt: int, seen: Observed) -> bool:
+def is_cut_short(attempt: int, observed: Observed) -> bool:
     """Return whether a trainer failed that its Job knows nothing of: another container keeps its pod from ending.
 
     Its peers would go on until they miss it. The Job controller ends them when a pod ends; here somebody else must.
     """
-    return any(pod.held and pod.exit_code for pod in seen.pods_of(attempt))
+    return any(pod.held and pod.exit_code for pod in observed.pods_of(attempt))
 
 
 def _all_held(pods: tuple[PodSnapshot, ...], workers: int) -> bool:
@@ -111,13 +111,13 @@ def _won(pods: tuple[PodSnapshot, ...]) -> Ending | None:
     return _of_pod(first, Reason.COMPLETED) if first else None
 
 
-def _words_are_on_their_way(job: ObservedJob, pods: tuple[PodSnapshot, ...], seen: Observed) -> bool:
+def _words_are_on_their_way(job: ObservedJob, pods: tuple[PodSnapshot, ...], observed: Observed) -> bool:
     """A Job has failed only when all its pods have ended: what is seen of them is old where it does not say so."""
-    late = seen.now >= (job.ended or job.created) + RESULT_PATIENCE
+    late = observed.now >= (job.ended or job.created) + RESULT_PATIENCE
     return not late and (not pods or any(not p.ended for p in pods))
 
 
-def _completed(job: ObservedJob, pods: tuple[PodSnapshot, ...], seen: Observed) -> Ending | None:
+def _completed(job: ObservedJob, pods: tuple[PodSnapshot, ...], observed: Observed) -> Ending | None:
     # A queue that took the attempt back and admitted it again has left pods of before, with words of their own.
     if won := _won(pods):
         return won
@@ -127,34 +127,34 @@ def _completed(job: ObservedJob, pods: tuple[PodSnapshot, ...], seen: Observed) 
             f"pod {mute.name} ended well but its termination message cannot be read; is trainer.image of this version?"
         )
         return Ending(Reason.CRASHED, text, 0, mute.node)
-    if job.ended is None or seen.now < job.ended + RESULT_PATIENCE:
+    if job.ended is None or observed.now < job.ended + RESULT_PATIENCE:
         return None
     return Ending(Reason.PREEMPTED, "it completed, but its pods were deleted before their result was read")
 
 
-def is_lost(pod: PodSnapshot, seen: Observed) -> bool:
+def is_lost(pod: PodSnapshot, observed: Observed) -> bool:
     """Return whether a pod was to end and does not, since its node is gone."""
     if pod.ended or pod.deletion_due is None:
         return False
-    return pod.node in seen.lost_nodes or seen.now > pod.deletion_due + OVERDUE
+    return pod.node in observed.lost_nodes or observed.now > pod.deletion_due + OVERDUE
 
 
-def _lost(pods: tuple[PodSnapshot, ...], seen: Observed) -> Ending | None:
+def _lost(pods: tuple[PodSnapshot, ...], observed: Observed) -> Ending | None:
     for pod in pods:
-        if is_lost(pod, seen):
+        if is_lost(pod, observed):
             text = f"node {pod.node} is lost: it is not ready, and pod {pod.name} on it does not end"
             return Ending(Reason.NODE_LOST, text, node=pod.node)
     return None
 
 
-def _told(pods: tuple[PodSnapshot, ...], workers: int, seen: Observed) -> Ending | None:
+def _told(pods: tuple[PodSnapshot, ...], workers: int, observed: Observed) -> Ending | None:
     """Return the most telling end of the pods; None where none says anything."""
     ends = [(weight, pod, reason) for pod in pods if (weighed := _weight(pod)) for weight, reason in (weighed,)]
     if not ends:
         return None
     _, pod, reason = min(ends, key=lambda end: (end[0], end[1].index))
     ending = _of_pod(pod, reason)
-    if reason in STUCK and (why := _never_placed(pods, workers, seen)):
+    if reason in STUCK and (why := _never_placed(pods, workers, observed)):
         return replace(ending, reason=Reason.UNSCHEDULABLE, message=f"{why}; the others waited: {ending.message}")
     if reason is Reason.PEER_LOST:
         missing = sorted(set(range(workers)) - {p.index for p in pods if p.exit_code is not None})
@@ -170,13 +170,13 @@ def _told(pods: tuple[PodSnapshot, ...], workers: int, seen: Observed) -> Ending
     return ending
 
 
-def _never_placed(pods: tuple[PodSnapshot, ...], workers: int, seen: Observed) -> str:
+def _never_placed(pods: tuple[PodSnapshot, ...], workers: int, observed: Observed) -> str:
     """Which pod the others waited for in vain, because no node took it or it could not be made; empty for none."""
     pod = next((p for p in pods if not p.node and p.exit_code is None), None)
     if pod is not None:
         return f"no node took pod {pod.name} ({pod.unschedulable or 'it was not scheduled'})"
-    if seen.pods_refused and len(pods) < workers:
-        return f"not all pods could be made ({seen.pods_refused})"
+    if observed.pods_refused and len(pods) < workers:
+        return f"not all pods could be made ({observed.pods_refused})"
     return ""
 
 
@@ -280,14 +280,14 @@ def as_suspended(attempt: Attempt, ending: Ending) -> Ending:
     return replace(ending, reason=Reason.SUSPENDED, message=ending.message if told else stopped)
 
 
-def close(attempt: Attempt, ending: Ending, seen: Observed) -> Attempt:
+def close(attempt: Attempt, ending: Ending, observed: Observed) -> Attempt:
     """Return the attempt with its end."""
     progress = ending.termination_message.progress if ending.termination_message else None
-    report = seen.report if seen.report and seen.report.attempt == attempt.number else None
+    report = observed.report if observed.report and observed.report.attempt == attempt.number else None
     last = progress.step if progress else report.step if report else attempt.last_step
     return attempt.model_copy(
         update={
-            "end_time": seen.now,
+            "end_time": observed.now,
             "reason": ending.reason,
             "message": ending.message[:4096],
             "exit_code": ending.exit_code,

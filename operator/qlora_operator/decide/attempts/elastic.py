@@ -14,19 +14,19 @@ from qlora_operator.decide.pending_reason import pending_reason
 
 def too_large(context: Context, attempt: Attempt) -> Ending | None:
     """With minWorkers: no node has taken the pods for long enough, and fewer can be tried."""
-    job = context.seen.jobs.get(attempt.number)
+    job = context.observed.jobs.get(attempt.number)
     patience = timedelta(seconds=context.job.spec.policy.shrink_after_seconds)
     if job is None or job.ready >= context.workers(attempt) or batch_for_fewer_workers(context, attempt) is None:
         return None
     if context.now < waiting_since(context, attempt) + patience:
         return None
-    reason, text = pending_reason(context.job.spec, attempt.number, context.workers(attempt), context.seen)
+    reason, text = pending_reason(context.job.spec, attempt.number, context.workers(attempt), context.observed)
     return Ending(reason, f"{text}; fewer workers are tried") if reason is Reason.UNSCHEDULABLE else None
 
 
 def waiting_since(context: Context, attempt: Attempt) -> datetime:
     """Return when the last of its pods was made: time in a queue before that is not time without room."""
-    return max((p.created for p in context.seen.pods_of(attempt.number)), default=attempt.start_time)
+    return max((p.created for p in context.observed.pods_of(attempt.number)), default=attempt.start_time)
 
 
 def batch_for_fewer_workers(context: Context, attempt: Attempt) -> BatchSplit | None:

@@ -24,7 +24,7 @@ UNIT_SECONDS = 10
 
 def with_grace(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
     """Note in status what a stop takes by rank 0's newest report, and if it is more than the operator's setting."""
-    report, attempt = context.seen.report, open_attempt(status)
+    report, attempt = context.observed.report, open_attempt(status)
     if report is None or attempt is None or report.attempt != attempt.number:
         return status
     if not report.longest_step_seconds:

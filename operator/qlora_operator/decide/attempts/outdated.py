@@ -17,7 +17,7 @@ def is_outdated(context: Context, job: ObservedJob, wanted: Callable[[], dict[st
     """
     if job.deleting or job.state not in (JobState.ACTIVE, JobState.SUSPENDED):
         return False
-    if context.seen.child_refused:
+    if context.observed.child_refused:
         return is_contested(context, job)
     return bool(job.template) and job.template != template_hash(wanted())
 
@@ -31,7 +31,7 @@ def is_contested(context: Context, job: ObservedJob) -> bool:
     """
     return (
         job.operator not in ("", context.config.release)
-        and job.uid not in context.seen.inherited
+        and job.uid not in context.observed.inherited
         and job.generation >= (context.job.metadata.generation or 0)
     )
 

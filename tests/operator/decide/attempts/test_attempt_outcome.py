@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from operator_builders import NOW, attempt, child, pod, seen
+from operator_builders import NOW, attempt, child, observed, pod
 from qlora_api.status import Reason
 from qlora_operator.decide.attempts.attempt_outcome import as_suspended, ending_of
 from qlora_operator.state.observed import JobState, observe_pod
@@ -119,14 +119,14 @@ FULL = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."
     ],
 )
 def test_the_most_telling_pod_says_how_an_attempt_ended(pods, reason, text):
-    ending = ending_of(1, len(pods), seen(FAILED, *pods))
+    ending = ending_of(1, len(pods), observed(FAILED, *pods))
     assert ending.reason == reason
     assert text in ending.message
 
 
 def test_pods_that_waited_for_one_a_quota_refused_did_not_stall():
     refused = 'pods "job-1-1" is forbidden: exceeded quota: gpus'
-    ending = ending_of(1, 2, seen(FAILED, pod(code=44, word="worker 1 did not come"), pods_refused=refused))
+    ending = ending_of(1, 2, observed(FAILED, pod(code=44, word="worker 1 did not come"), pods_refused=refused))
     assert (ending.reason, refused in ending.message) == (Reason.UNSCHEDULABLE, True)
 
 
@@ -140,22 +140,22 @@ def test_pods_that_waited_for_one_a_quota_refused_did_not_stall():
     ],
 )
 def test_without_pods_the_jobs_condition_says_it(message, reason):
-    assert ending_of(1, 1, seen(child(state=JobState.FAILED, message=message), after=31)).reason == reason
+    assert ending_of(1, 1, observed(child(state=JobState.FAILED, message=message), after=31)).reason == reason
 
 
 def test_a_failed_job_whose_pods_are_not_seen_to_have_ended_is_waited_for_since_they_say_more():
     suffers, causes = pod(index=1, code=49, word="rank 0 is gone"), pod(code=41, word="oom")
-    assert ending_of(1, 2, seen(FAILED)) is None
-    assert ending_of(1, 2, seen(FAILED, pod(), suffers)) is None
-    assert ending_of(1, 2, seen(FAILED, causes, suffers)).message == "oom"
-    assert ending_of(1, 2, seen(FAILED, pod(), suffers, after=31)).reason is Reason.NODE_LOST
+    assert ending_of(1, 2, observed(FAILED)) is None
+    assert ending_of(1, 2, observed(FAILED, pod(), suffers)) is None
+    assert ending_of(1, 2, observed(FAILED, causes, suffers)).message == "oom"
+    assert ending_of(1, 2, observed(FAILED, pod(), suffers, after=31)).reason is Reason.NODE_LOST
 
 
 def test_a_complete_job_without_its_result_is_waited_for_and_then_done_again():
     complete = child(state=JobState.COMPLETE)
-    assert ending_of(1, 1, seen(complete)) is None
-    assert ending_of(1, 1, seen(complete, pod(code=0, word="done"))).reason is Reason.COMPLETED
-    assert ending_of(1, 1, seen(complete, after=31)).reason is Reason.PREEMPTED
+    assert ending_of(1, 1, observed(complete)) is None
+    assert ending_of(1, 1, observed(complete, pod(code=0, word="done"))).reason is Reason.COMPLETED
+    assert ending_of(1, 1, observed(complete, after=31)).reason is Reason.PREEMPTED
 
 
 def test_what_is_said_of_a_pod_is_kept_apart_from_what_is_said_of_its_container():
@@ -169,35 +169,35 @@ def test_what_is_said_of_a_pod_is_kept_apart_from_what_is_said_of_its_container(
 
 
 def test_an_attempt_goes_on_while_its_job_does():
-    assert ending_of(1, 1, seen(child(), pod())) is None
-    assert ending_of(1, 1, seen(child(state=JobState.FAILING), pod(code=1))) is None
+    assert ending_of(1, 1, observed(child(), pod())) is None
+    assert ending_of(1, 1, observed(child(state=JobState.FAILING), pod(code=1))) is None
 
 
 def test_a_pod_that_outlasts_its_deletion_is_on_a_lost_node():
     due = NOW + timedelta(seconds=5)
     stuck = pod(deletion_due=due, disruption="DeletionByTaintManager")
-    assert ending_of(1, 1, seen(child(), stuck, after=14)) is None
-    assert ending_of(1, 1, seen(child(), stuck, after=16)).reason is Reason.NODE_LOST
-    assert ending_of(1, 1, seen(child(), stuck, lost_nodes=frozenset({"node-0"}))).reason is Reason.NODE_LOST
+    assert ending_of(1, 1, observed(child(), stuck, after=14)) is None
+    assert ending_of(1, 1, observed(child(), stuck, after=16)).reason is Reason.NODE_LOST
+    assert ending_of(1, 1, observed(child(), stuck, lost_nodes=frozenset({"node-0"}))).reason is Reason.NODE_LOST
 
 
 def test_a_job_that_is_gone_ends_the_attempt_once_its_pods_have():
-    assert ending_of(1, 1, seen(pod())) is None
-    assert ending_of(1, 1, seen()).reason is Reason.PREEMPTED
-    told_to_stop = ending_of(1, 1, seen(pod(code=43, word="stopped"), after=1))
+    assert ending_of(1, 1, observed(pod())) is None
+    assert ending_of(1, 1, observed()).reason is Reason.PREEMPTED
+    told_to_stop = ending_of(1, 1, observed(pod(code=43, word="stopped"), after=1))
     assert told_to_stop.removed
     assert as_suspended(attempt(1), told_to_stop).reason is Reason.SUSPENDED
     assert as_suspended(attempt(1), told_to_stop).message == "stopped"
 
 
 def test_an_attempt_that_never_ran_did_not_stop_at_a_checkpoint():
-    gone = ending_of(1, 1, seen())
+    gone = ending_of(1, 1, observed())
     assert as_suspended(attempt(1), gone).message == "stopped before all its pods ran"
     assert "checkpoint" in as_suspended(attempt(1, runningTime=NOW), gone).message
 
 
 def test_what_completed_before_it_was_told_to_stop_is_complete():
-    ending = ending_of(1, 1, seen(pod(code=0, word="done", gone=True)))
+    ending = ending_of(1, 1, observed(pod(code=0, word="done", gone=True)))
     assert (ending.reason, ending.removed) == (Reason.COMPLETED, False)
 
 
@@ -216,13 +216,13 @@ HELD = {"phase": "Running", "held": True}
     ],
 )
 def test_the_trainers_end_is_the_attempts_whatever_keeps_their_pods(pods, reason):
-    ending = ending_of(1, len(pods), seen(child(), *pods))
+    ending = ending_of(1, len(pods), observed(child(), *pods))
     assert (ending and ending.reason) == reason
 
 
 def test_a_container_of_somebody_elses_that_fails_takes_nothing_from_an_adapter_that_is_published():
     published = pod(code=0, word="ok", phase="Failed", other_failure='container "proxy" ended with exit code 1 (Error)')
-    assert ending_of(1, 1, seen(FAILED, published)).reason is Reason.COMPLETED
+    assert ending_of(1, 1, observed(FAILED, published)).reason is Reason.COMPLETED
 
 
 def test_a_container_that_fails_before_the_trainer_begins_is_named_and_counted():
@@ -244,6 +244,6 @@ def test_a_container_that_fails_before_the_trainer_begins_is_named_and_counted()
             "containerStatuses": [{"name": "trainer", "state": {"waiting": {"reason": "PodInitializing"}}}],
         },
     }
-    ending = ending_of(1, 1, seen(FAILED, observe_pod(body)))
+    ending = ending_of(1, 1, observed(FAILED, observe_pod(body)))
     assert ending.reason is Reason.CRASHED
     assert 'before its trainer began: container "istio-init" ended with exit code 255' in ending.message

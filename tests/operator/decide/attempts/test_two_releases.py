@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from operator_builders import CONFIG, PREPARING, child, decide, job, names, running, seen
+from operator_builders import CONFIG, PREPARING, child, decide, job, names, observed, running
 from qlora_api.status import QLoRAJobStatus
 
 OURS, THEIRS = CONFIG.release, "other/qlora"
@@ -40,7 +40,7 @@ def test_a_waiting_job_is_made_anew_or_left_to_its_release(row, attempt):
     there = child(attempt, template="other", operator=row.operator, generation=row.generation)
     inherited = frozenset([there.uid]) if row.inherited else frozenset()
     status, config = (running(), CONFIG) if attempt else (QLoRAJobStatus(), PREPARING)
-    decision = decide(job(status), seen(there, inherited=inherited, after=100), config)
+    decision = decide(job(status), observed(there, inherited=inherited, after=100), config)
     assert bool(decision.delete) == row.is_made_anew
     assert decision.contested == (None if row.is_made_anew else there)
     assert names(decision) == []
@@ -52,11 +52,11 @@ def test_what_only_the_other_release_could_make_is_left_to_it_with_its_status(at
     there = child(attempt, template="other", operator=THEIRS, generation=1)
     status, config = (running(state="Pending", reason="Starting"), CONFIG) if attempt else (QLoRAJobStatus(), PREPARING)
     a_job = job(status, scheduling={"profile": "theirs"})
-    decision = decide(a_job, seen(there, after=100), config)
+    decision = decide(a_job, observed(there, after=100), config)
     assert decision.contested == there
     assert decision.status.reason == status.reason
 
 
 def test_a_job_of_the_same_settings_is_nobodys_matter():
     made = child(1, operator=THEIRS, template="", generation=1)
-    assert decide(job(running()), seen(made)).contested is None
+    assert decide(job(running()), observed(made)).contested is None
