@@ -51,12 +51,12 @@ INITIAL_SYNC_RETRY_SECONDS = 2
 
 async def initial_sync(
     api: Api,
-    store: ObjectCache,
+    cache: ObjectCache,
     namespaces: Sequence[str],
     watches: Sequence[Watch],
     skipped: Callable[[str, str], None],
 ) -> tuple[frozenset[Gang], set[str]]:
-    """Ask for the cluster's capabilities and the namespaces that have the shared Service; the store gets all else.
+    """Ask for the cluster's capabilities and the namespaces that have the shared Service; the cache gets all else.
 
     Raises:
         ApiError: the operator may not look.
@@ -64,7 +64,7 @@ async def initial_sync(
     """
     while True:
         try:
-            gangs, services = await discover_gangs(api), await list_jobs(store, api, namespaces, skipped)
+            gangs, services = await discover_gangs(api), await list_jobs(cache, api, namespaces, skipped)
             await list_all(watches)
         except (ApiError, TooLargeError, *TRANSIENT) as error:
             if isinstance(error, ApiError) and error.status in (401, 403):
@@ -120,8 +120,8 @@ class Operator:
 
     def __init__(self, config: OperatorConfig) -> None:
         self.config = config
-        self.store = ObjectCache()
-        self.metrics = Metrics(self.store)
+        self.cache = ObjectCache()
+        self.metrics = Metrics(self.cache)
         for kind in kopf_handlers.WATCHED:
             self.metrics.show_kind(kind)
         self.watches = health.Watches(kopf_handlers.WATCHED, each=max(1, len(config.namespaces)))
@@ -130,14 +130,14 @@ class Operator:
         self.api = Api(load_credentials(), self.metrics.request, may_write=lambda: not self.standing_by())
         self.corrections = Corrections(self.api, config, self.metrics.corrected)
         self.gangs: frozenset[Gang] = frozenset()
-        self.reconciler = Reconciler(self.store, self.api, config, lambda: self.gangs, self.corrections, self.metrics)
+        self.reconciler = Reconciler(self.cache, self.api, config, lambda: self.gangs, self.corrections, self.metrics)
         self.wake = self.reconciler.queue.add
         self.poller = ProgressPoller(
-            self.store, self.reconciler.polled, self.wake, config.progress_seconds, self.metrics.report_rejected
+            self.cache, self.reconciler.polled, self.wake, config.progress_seconds, self.metrics.report_rejected
         )
         self.followed = [
             Watch(self.api, kind, namespace, self.wake, self.watches.note, self.metrics.skipped)
-            for kind in kinds_of(self.store, self.reconciler.children.services)
+            for kind in kinds_of(self.cache, self.reconciler.children.services)
             for namespace in config.namespaces or ("",)
         ]
         self.stop, self.looked = asyncio.Event(), asyncio.Event()
@@ -209,7 +209,7 @@ class Operator:
 
     def background_tasks(self) -> Iterator[BackgroundTask]:
         """Give what goes on side by side; the failure of one is none of the others'."""
-        resync = partial(resync_forever, self.store, self.api, self.wake, self.config.namespaces, self.listings)
+        resync = partial(resync_forever, self.cache, self.api, self.wake, self.config.namespaces, self.listings)
         tasks = (
             BackgroundTask("reconciler", self.reconciler.run),
             BackgroundTask("progress", self.poller.run),
@@ -227,12 +227,12 @@ class Operator:
     async def look(self) -> None:
         """Look at everything before the first decision: what was not seen would be taken for gone."""
         self.gangs, services = await initial_sync(
-            self.api, self.store, self.config.namespaces, self.followed, self.metrics.skipped
+            self.api, self.cache, self.config.namespaces, self.followed, self.metrics.skipped
         )
         self.reconciler.begin()
         await self.corrections.refresh()
         self.reconciler.children.services |= services
-        for key in (*dict(self.store), *((namespace, "") for namespace in self.reconciler.children.services)):
+        for key in (*dict(self.cache), *((namespace, "") for namespace in self.reconciler.children.services)):
             self.wake(key)
         self.metrics.operates = True
         self.looked.set()
@@ -240,7 +240,7 @@ class Operator:
     async def watch(self) -> None:
         """Have kopf watch the QLoRAJobs until cancelled."""
         works = await kopf.spawn_tasks(
-            registry=kopf_handlers.handlers(self.store, self.wake, self.looked, self.log_in),
+            registry=kopf_handlers.handlers(self.cache, self.wake, self.looked, self.log_in),
             standalone=True,
             clusterwide=not self.config.namespaces,
             namespaces=self.config.namespaces,

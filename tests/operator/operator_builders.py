@@ -126,4 +126,4 @@ def held(*earlier: Attempt) -> QLoRAJobStatus:
 
 def names(planned: Decision) -> list[str]:
     """Names of what is made, without the job's key, which comes before every Job."""
-    return [m["metadata"]["name"] for m in planned.make if m["kind"] != "Secret"]
+    return [m["metadata"]["name"] for m in planned.create if m["kind"] != "Secret"]

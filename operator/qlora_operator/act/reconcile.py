@@ -21,7 +21,7 @@ from qlora_api.status import QLoRAJobStatus
 from qlora_operator.act.children import Children, job_path
 from qlora_operator.act.contested_jobs import ContestedJobs
 from qlora_operator.act.correction_store import Corrections
-from qlora_operator.act.nodes import Nodes
+from qlora_operator.act.lost_nodes import LostNodes
 from qlora_operator.act.status_writer import StatusWriter
 from qlora_operator.act.work_queue import LONGEST_RETRY_SECONDS, WorkQueue
 from qlora_operator.config import OperatorConfig
@@ -68,7 +68,7 @@ class Reconciler:
         self.queue: WorkQueue[Key] = WorkQueue(metrics, _retry_after, self._failed)
         self.children = Children(cache, api)
         self._status = StatusWriter(cache, api, config.progress_seconds, self.queue.add_after)
-        self._nodes = Nodes(api)
+        self._lost_nodes = LostNodes(api)
         self.polled: dict[Key, PodSnapshot] = {}
         """Rank 0's pods of the jobs that train."""
         self._inherited: frozenset[str] = frozenset()
@@ -130,7 +130,7 @@ class Reconciler:
         decision = self._plan(key, job, observed, gang)
         refusal = await self._create_children(key, decision)
         if refusal:
-            decision = self._plan(key, job, replace(observed, child_refused=refusal.message), gang)
+            decision = self._plan(key, job, replace(observed, create_error=refusal.message), gang)
         if not await self._delete_children(key, known, job, decision.delete):
             return
         if await self._status.write(key, job, raw, decision):
@@ -159,7 +159,7 @@ class Reconciler:
                 jobs[child.attempt] = child
         pods = known.own_pods()
         stuck = {p.node for p in pods if p.deletion_due and not p.ended and p.disruption and p.node}
-        lost = [node for node in stuck if await self._nodes.is_lost(node)]
+        lost = [node for node in stuck if await self._lost_nodes.is_lost(node)]
         return Observed(
             now=self._api.clock.now().replace(microsecond=0),
             jobs=jobs,
@@ -167,7 +167,7 @@ class Reconciler:
             report=known.report,
             lost_nodes=frozenset(lost),
             pods_refused=known.pods_refused,
-            child_refused=cannot_start(job.spec.scheduling, gang, self._gangs()),
+            create_error=cannot_start(job.spec.scheduling, gang, self._gangs()),
             memory_correction=self._corrections.of(job.spec),
             inherited=self._inherited,
         )
@@ -191,7 +191,7 @@ class Reconciler:
 
         """
         try:
-            if await self.children.create(key, decision.make):
+            if await self.children.create(key, decision.create):
                 self.queue.add(key)
         except ApiError as error:
             if error.is_transient and self.queue.failures(key) < QUIET_FAILURES:
@@ -244,9 +244,9 @@ class Reconciler:
             if attempt.end_time and attempt.number not in ended and attempt.reason:
                 self._metrics.attempt_ended(attempt.reason.value)
         prepared = PREPARE if after.prepared or after.attempts or is_finished(after) else PREPARE - 1
-        concluded = max((a.number for a in after.attempts if a.end_time), default=prepared)
+        closed = max((a.number for a in after.attempts if a.end_time), default=prepared)
         if any(p.gone for p in known.pods.values()):
-            self._cache.clear_gone(key, concluded)
+            self._cache.clear_gone(key, closed)
         self.polled.pop(key, None)
         if not decision.watch_progress:
             known.report = None

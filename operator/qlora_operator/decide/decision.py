@@ -24,10 +24,10 @@ class Note:
 
 @dataclass(frozen=True)
 class Decision:
-    """Actions of one decision, in this order: make, delete, write status, post events."""
+    """Actions of one decision, in this order: create, delete, write status, post events."""
 
     status: QLoRAJobStatus
-    make: tuple[dict[str, Any], ...] = ()
+    create: tuple[dict[str, Any], ...] = ()
     delete: tuple[ObservedJob, ...] = ()
     notes: tuple[Note, ...] = ()
     wake_after: float | None = None

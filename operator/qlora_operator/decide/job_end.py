@@ -8,8 +8,8 @@ from typing import Literal
 
 from qlora_api.lifecycle import FinishJob, after_attempt
 from qlora_api.status import Attempt, ConditionType, QLoRAJobStatus, Reason
-from qlora_operator.decide.attempts.attempt_history import measured, open_attempt, with_end
-from qlora_operator.decide.attempts.attempt_outcome import as_suspended, close, ending_of, is_lost
+from qlora_operator.decide.attempts.attempt_history import measured, open_attempt, with_closed_attempt
+from qlora_operator.decide.attempts.attempt_outcome import as_suspended, closed, ending_of, is_lost
 from qlora_operator.decide.attempts.elastic import too_large
 from qlora_operator.decide.attempts.grace_period import with_grace
 from qlora_operator.decide.conditions import with_condition
@@ -60,7 +60,7 @@ def deadline_words(context: Context) -> str:
 # -------------------------------------------------------------------------------------------------- how attempts end
 
 
-def conclude_attempt(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus, tuple[Note, ...]]:
+def close_attempt(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJobStatus, tuple[Note, ...]]:
     """Close the open attempt if it ended, and the job if nothing can follow."""
     status = with_grace(context, measured(context, status))
     attempt = open_attempt(status)
@@ -77,8 +77,8 @@ def conclude_attempt(context: Context, status: QLoRAJobStatus) -> tuple[QLoRAJob
         ending = as_suspended(attempt, ending)
     elif outcome is StopOutcome.CLOSE_AS_DEADLINE_EXCEEDED:
         ending = replace(ending, reason=Reason.DEADLINE_EXCEEDED, message=deadline_words(context))
-    attempt = close(attempt, ending, context.observed)
-    status = with_end(context, status, attempt, ending)
+    attempt = closed(attempt, ending, context.observed)
+    status = with_closed_attempt(context, status, attempt, ending)
     if outcome is StopOutcome.CLOSE_AS_DEADLINE_EXCEEDED:
         return status, ()
     decision = after_attempt(context.job.spec.policy, status.attempts)

@@ -24,8 +24,8 @@ def pending_reason(spec: QLoRAJobSpec, attempt: int, workers: int, observed: Obs
         observed.jobs.get(attempt),
         [p for p in observed.pods_of(attempt) if not p.gone and p.deletion_due is None],
     )
-    if observed.child_refused or (observed.pods_refused and len(pods) < workers):
-        return explain_refusal(observed.child_refused or observed.pods_refused)
+    if observed.create_error or (observed.pods_refused and len(pods) < workers):
+        return explain_refusal(observed.create_error or observed.pods_refused)
     if job is not None and job.state is JobState.SUSPENDED:
         return Reason.QUEUED, _queued(spec.scheduling.queue, workers, job)
     found = [waits for pod in pods if (waits := _pod_waits(pod))]

@@ -34,7 +34,7 @@ from qlora_operator.decide.decision import Context, Decision, Note
 from qlora_operator.decide.events import transitions
 from qlora_operator.decide.job_end import (
     clean_up,
-    conclude_attempt,
+    close_attempt,
     deadline_words,
     fail_by_deadline,
     has_pods,
@@ -63,7 +63,7 @@ _ENDING = (JobState.COMPLETE, JobState.FAILED, JobState.FAILING)
 def plan(job: QLoRAJob, observed: Observed, config: OperatorConfig, gang: Gang) -> Decision:
     """Decide what follows for one job; time comes in as ``observed.now``."""
     if problem := profile_problem(job.spec.scheduling, config):
-        observed = replace(observed, child_refused=problem)
+        observed = replace(observed, create_error=problem)
     context = Context(job, observed, config, gang)
     before = job.status or QLoRAJobStatus()
     match _outcome(context, before):
@@ -71,7 +71,7 @@ def plan(job: QLoRAJob, observed: Observed, config: OperatorConfig, gang: Gang) 
             return Decision(before)
         case StopOutcome.CLEAN_UP:
             return clean_up(context, _as_observed(context, before))
-    status, notes = conclude_attempt(context, with_clock_stopped(context, adopted(context, before)))
+    status, notes = close_attempt(context, with_clock_stopped(context, adopted(context, before)))
     decision = _act(context, _as_observed(context, status))
     notes = (*notes, *decision.notes, *transitions(before, decision.status))
     return replace(decision, status=with_summary(context, decision.status), notes=notes)
@@ -172,11 +172,11 @@ def _prepare(context: Context, status: QLoRAJobStatus) -> Decision:
     outdated = job is not None and is_outdated(context, job, wanted)
     if job is not None and outdated and is_contested(context, job):
         return Decision(status, contested=job)
-    if context.observed.child_refused:
+    if context.observed.create_error:
         return _preparing(context, status, wake_after=REFUSED_SECONDS)
     if job is None:
-        made = (render.key_secret(context.job), wanted())
-        return _preparing(context, with_correction(context, status), make=made)
+        created = (render.key_secret(context.job), wanted())
+        return _preparing(context, with_correction(context, status), create=created)
     if job.deleting:
         return _preparing(context, status)
     if outdated and not any(pod.trainer_ready or pod.ended for pod in context.observed.pods_of(PREPARE)):
@@ -231,7 +231,7 @@ def _hangs(context: Context, pod: PodSnapshot) -> str:
 def _preparing(
     context: Context,
     status: QLoRAJobStatus,
-    make: tuple[dict[str, Any], ...] = (),
+    create: tuple[dict[str, Any], ...] = (),
     delete: tuple[ObservedJob, ...] = (),
     wake_after: float | None = None,
 ) -> Decision:
@@ -242,7 +242,7 @@ def _preparing(
         reason, text = Reason.PREPARING, "model and rows are checked before a GPU is held"
     status = with_condition(context, status, ConditionType.PREPARED, reason, text, is_true=False)
     return Decision(
-        status.model_copy(update={"state": "Pending", "reason": reason}), make, delete, wake_after=wake_after
+        status.model_copy(update={"state": "Pending", "reason": reason}), create, delete, wake_after=wake_after
     )
 
 
@@ -261,18 +261,18 @@ def _start(context: Context, status: QLoRAJobStatus) -> Decision:
         if left > 0 and status.attempts[-1].reason not in (Reason.SUSPENDED, Reason.PAUSED):
             text = f"attempt {status.attempts[-1].number} ended: {status.attempts[-1].message}"
             return _pending(context, status, Reason.BACKING_OFF, text, wake_after=left)
-    if not status.attempts and status.prepared is None and not context.observed.child_refused:
+    if not status.attempts and status.prepared is None and not context.observed.create_error:
         status = with_correction(context, status)
-    return _make(context, status, _planned_attempt(context, status, batch, checkpointing=checkpointing))
+    return _create(context, status, _planned_attempt(context, status, batch, checkpointing=checkpointing))
 
 
-def _make(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decision:
+def _create(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decision:
     """Have an attempt's Job created."""
     reason, text = pending_reason(context.job.spec, attempt.number, context.workers(attempt), context.observed)
-    if context.observed.child_refused:
+    if context.observed.create_error:
         return _pending(context, status, reason, text, wake_after=REFUSED_SECONDS)
     job = _rendered(context, status, attempt)
-    return _pending(context, with_attempt(status, attempt), reason, text, make=job)
+    return _pending(context, with_attempt(status, attempt), reason, text, create=job)
 
 
 def _rendered(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> tuple[dict[str, Any], ...]:
@@ -280,16 +280,16 @@ def _rendered(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> tup
     return render.attempt(context.job, context.config, context.gang, attempt, status, correction)
 
 
-def _make_anew(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decision:
-    """Create the Job of an attempt that never ran once more, now that it is gone, and not in a loop."""
+def _recreate(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decision:
+    """Create the Job of an attempt that never ran again, now that it is gone, and not in a loop."""
     left = (attempt.start_time + REMAKE_PAUSE - context.now).total_seconds()
     if left > 0:
-        return _pending(context, status, Reason.STARTING, _anew(attempt), wake_after=left)
-    return _make(context, status, attempt.model_copy(update={"start_time": context.now, "job_uid": None}))
+        return _pending(context, status, Reason.STARTING, _recreate_text(attempt), wake_after=left)
+    return _create(context, status, attempt.model_copy(update={"start_time": context.now, "job_uid": None}))
 
 
-def _anew(attempt: Attempt) -> str:
-    return f"attempt {attempt.number} has not run yet, and is made anew"
+def _recreate_text(attempt: Attempt) -> str:
+    return f"attempt {attempt.number} has not run yet, and is created again"
 
 
 def _planned_attempt(context: Context, status: QLoRAJobStatus, batch: BatchSplit, *, checkpointing: bool) -> Attempt:
@@ -309,7 +309,7 @@ def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decisi
     """The open attempt has not ended."""
     job = context.observed.jobs.get(attempt.number)
     if attempt.running_time is None and job is None and all(p.ended for p in context.observed.pods_of(attempt.number)):
-        return _make_anew(context, status, attempt)
+        return _recreate(context, status, attempt)
     overdue = any(p.deletion_due for p in context.observed.pods_of(attempt.number) if not p.ended)
     wake = LOOK_AGAIN_SECONDS if overdue or (job and job.state in _ENDING) else None
     if job is not None and is_cut_short(attempt.number, context.observed):
@@ -336,7 +336,7 @@ def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decisi
     if waiting_job and is_outdated(context, waiting_job, lambda: _rendered(context, status, attempt)[-1]):
         if is_contested(context, waiting_job):
             return Decision(status, wake_after=wake, contested=waiting_job)
-        waiting = _pending(context, status, Reason.STARTING, _anew(attempt), wake_after=LOOK_AGAIN_SECONDS)
+        waiting = _pending(context, status, Reason.STARTING, _recreate_text(attempt), wake_after=LOOK_AGAIN_SECONDS)
         return replace(waiting, delete=(waiting_job,))
     reason, text = pending_reason(context.job.spec, attempt.number, context.workers(attempt), context.observed)
     if reason is Reason.UNSCHEDULABLE and batch_for_fewer_workers(context, attempt):
@@ -359,10 +359,10 @@ def _pending(
     reason: Reason,
     text: str,
     *,
-    make: tuple[dict[str, Any], ...] = (),
+    create: tuple[dict[str, Any], ...] = (),
     wake_after: float | None = None,
 ) -> Decision:
     status = with_condition(context, status, ConditionType.RUNNING, reason, text, is_true=False)
     return Decision(
-        status.model_copy(update={"state": "Pending", "reason": reason, "eta": ""}), make, wake_after=wake_after
+        status.model_copy(update={"state": "Pending", "reason": reason, "eta": ""}), create, wake_after=wake_after
     )

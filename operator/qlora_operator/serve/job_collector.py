@@ -1,4 +1,4 @@
-"""Figures of all jobs, counted from the store when they are asked for, so that they cannot drift from what is known.
+"""Figures of all jobs, counted from the cache when they are asked for, so that they cannot drift from what is known.
 
 One pass over the jobs' JSON for each scrape: types are not checked here, the API server has done that. What is no
 number is left out, and its job is counted as such: no job takes the figures of the others away.
@@ -38,10 +38,10 @@ Json = dict[str, Any]
 
 
 class JobsCollector:
-    """Reads the store.
+    """Reads the cache.
 
     Args:
-        store: what is known.
+        cache: what is known.
         clock: seconds since 1970.
         corrections: of predicted memory, by GPU and quantization.
         operates: whether this process operates, and does not stand by.
@@ -50,24 +50,24 @@ class JobsCollector:
 
     def __init__(
         self,
-        store: ObjectCache,
+        cache: ObjectCache,
         clock: Callable[[], float] = time.time,
         corrections: Callable[[], Mapping[tuple[str, str], float]] = dict,
         operates: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._store, self._clock, self._corrections, self._operates = store, clock, corrections, operates
+        self._cache, self._clock, self._corrections, self._operates = cache, clock, corrections, operates
         self._used: dict[str, float] = {}
         """GPU-seconds of each job, by UID, when they were last added up."""
         self._total: defaultdict[str, float] = defaultdict(float)
         """GPU-seconds by namespace, since this process began."""
         self._first = True
-        """Until a scrape while this process operates: before, the store does not hold all jobs yet."""
+        """Until a scrape while this process operates: before, the cache does not hold all jobs yet."""
 
     def collect(self) -> Iterator[Metric]:
         families = _Families()
         now = self._clock()
         used: dict[str, float] = {}
-        for (namespace, name), known in self._store:
+        for (namespace, name), known in self._cache:
             if known.job is None:
                 continue
             uid, figures = known.job.uid, _Figures()
@@ -117,7 +117,7 @@ class _Figures:
 
 
 class _Families:
-    """One family for each gauge that is read from the store, and what is counted over several jobs."""
+    """One family for each gauge that is read from the cache, and what is counted over several jobs."""
 
     def __init__(self) -> None:
         self._families: dict[str, Any] = {

@@ -17,9 +17,9 @@ _KINDS: dict[MetricKind, Any] = {MetricKind.COUNTER: Counter, MetricKind.HISTOGR
 
 
 class Metrics:
-    """Metrics that the reconciler records, and those that are read from the store when it is scraped."""
+    """Metrics that the reconciler records, and those that are read from the cache when it is scraped."""
 
-    def __init__(self, store: ObjectCache) -> None:
+    def __init__(self, cache: ObjectCache) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # series of the library, which nobody reads
         self.registry = CollectorRegistry()
         self._reconcile = self._made("qlora_operator_reconcile_seconds")
@@ -37,7 +37,7 @@ class Metrics:
         self._corrections: Mapping[tuple[str, str], float] = {}
         self.operates = False
         """Whether this process operates, and does not stand by."""
-        collector = JobsCollector(store, corrections=lambda: self._corrections, operates=lambda: self.operates)
+        collector = JobsCollector(cache, corrections=lambda: self._corrections, operates=lambda: self.operates)
         self.registry.register(collector)
 
     def _made(self, name: str) -> Any:

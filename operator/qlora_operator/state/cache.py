@@ -236,7 +236,7 @@ class ObjectCache:
         self.forget(key)
 
     def clear_gone(self, key: Key, up_to_attempt: int) -> None:
-        """Forget deleted pods of attempts that are concluded."""
+        """Forget deleted pods of attempts that are closed."""
         known = self[key]
         known.pods = {u: p for u, p in known.pods.items() if not (p.gone and p.attempt <= up_to_attempt)}
         known.forget_made()

@@ -124,7 +124,7 @@ class PodSnapshot:
     deletion_due: datetime | None = None
     """When it must be gone: deletionTimestamp, which has the grace period in it."""
     gone: bool = False
-    """Deleted; kept until its attempt is concluded."""
+    """Deleted; kept until its attempt is closed."""
     controller: str = ""
     """UID of the Job that controls it."""
     trainer_ready: bool = False
@@ -164,8 +164,8 @@ class Observed:
     """Nodes that are not ready, of those whose pods do not end though they should have."""
     pods_refused: str = ""
     """Why the Job controller cannot make pods, in its words: a quota, an admission policy."""
-    child_refused: str = ""
-    """What the API server said when it just refused to make a child."""
+    create_error: str = ""
+    """Why no child can be created: its profile, the missing gang scheduler, or the API server's refusal just now."""
     unknown_fields: tuple[str, ...] = ()
     """Paths of the job's spec that this version does not know."""
     inherited: frozenset[str] = frozenset()

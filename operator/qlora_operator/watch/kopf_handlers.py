@@ -47,15 +47,15 @@ def configure(settings: kopf.OperatorSettings) -> None:
 
 
 def handlers(
-    store: ObjectCache,
+    cache: ObjectCache,
     wake: Callable[[Key], None],
     listed: asyncio.Event,
     login: Callable[[], Awaitable[kopf.AiohttpSession]],
 ) -> kopf.OperatorRegistry:
-    """Return kopf's handlers, which fill the store and wake jobs.
+    """Return kopf's handlers, which fill the cache and wake jobs.
 
     Args:
-        store: what is known.
+        cache: what is known.
         wake: told the key of each job that has changed.
         listed: set once everything was listed; nothing is watched before.
         login: returns a session with valid credentials, at the start and when the API server refuses those it has.
@@ -74,7 +74,7 @@ def handlers(
 
     @kopf.on.event(GROUP, VERSION, "qlorajobs", registry=registry, id="qlorajobs")
     async def changed(event: Mapping[str, Any], **_: Any) -> None:
-        key = (store.drop_job if event["type"] == "DELETED" else store.take_job)(kept_in(event["object"]))
+        key = (cache.drop_job if event["type"] == "DELETED" else cache.take_job)(kept_in(event["object"]))
         if key:
             wake(key)
 

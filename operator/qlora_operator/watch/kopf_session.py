@@ -1,4 +1,4 @@
-"""The HTTP session of kopf's watch of QLoRAJobs: kopf is given no more of an object than the store keeps.
+"""The HTTP session of kopf's watch of QLoRAJobs: kopf is given no more of an object than the cache keeps.
 
 kopf parses what comes as it is, keeps whole objects for a while, and ends its watch for good on one that it cannot
 parse. A list it holds whole before it tells of the first object: as texts, objects take a fifth of the memory.
@@ -49,7 +49,7 @@ def watching_session(info: kopf.ConnectionInfo, on_request: Callable[[str], None
 
 
 class TrimmedResponse(aiohttp.ClientResponse):
-    """An answer of the API server, in which QLoRAJobs are cut to what the store keeps."""
+    """An answer of the API server, in which QLoRAJobs are cut to what the cache keeps."""
 
     on_skipped: Skipped = staticmethod(lambda _plural, _reason: None)
 
@@ -88,7 +88,7 @@ class _TrimmedChanges:
 
 
 def kept_in(body: Mapping[str, Any]) -> Object:
-    """Return what the store keeps of an object that kopf tells of."""
+    """Return what the cache keeps of an object that kopf tells of."""
     kept: Object = json.loads(body[_KEPT])
     return kept
 

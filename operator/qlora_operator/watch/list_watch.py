@@ -44,7 +44,7 @@ class WatchedKind:
     identity: Literal["uid", "namespace"] = "uid"
 
 
-def kinds_of(store: ObjectCache, services: set[str]) -> tuple[WatchedKind, ...]:
+def kinds_of(cache: ObjectCache, services: set[str]) -> tuple[WatchedKind, ...]:
     """Return the kinds that belong to QLoRAJobs, owners first: what is listed later belongs to what is before."""
     ours = {"labelSelector": JOB_LABEL}
     # The Job controller says why it cannot make pods in Events, and nowhere else.
@@ -52,7 +52,7 @@ def kinds_of(store: ObjectCache, services: set[str]) -> tuple[WatchedKind, ...]:
     shared = {"labelSelector": f"{MANAGED_BY_LABEL}={FIELD_MANAGER}", "fieldSelector": f"metadata.name={SERVICE}"}
 
     def lose(kind: str) -> Callable[[Key, str], None]:
-        return lambda key, uid: store.drop(key, kind, uid)
+        return lambda key, uid: cache.drop(key, kind, uid)
 
     def held_services() -> list[tuple[Key, str]]:
         return [((namespace, ""), namespace) for namespace in services]
@@ -65,10 +65,10 @@ def kinds_of(store: ObjectCache, services: set[str]) -> tuple[WatchedKind, ...]:
 
     return (
         WatchedKind(
-            "/apis/batch/v1", "jobs", ours, store.take_child, store.drop_child, store.held_children, lose("child")
+            "/apis/batch/v1", "jobs", ours, cache.take_child, cache.drop_child, cache.held_children, lose("child")
         ),
-        WatchedKind("/api/v1", "pods", ours, store.take_pod, store.drop_pod, store.held_pods, lose("pod")),
-        WatchedKind("/api/v1", "events", refusals, store.take_refusal, lambda _: None),
+        WatchedKind("/api/v1", "pods", ours, cache.take_pod, cache.drop_pod, cache.held_pods, lose("pod")),
+        WatchedKind("/api/v1", "events", refusals, cache.take_refusal, lambda _: None),
         # The reconciler knows what it makes. A late word of it here could be of one that is gone again.
         WatchedKind("/api/v1", "services", shared, lambda _: None, unshared, held_services, lose_service, "namespace"),
     )

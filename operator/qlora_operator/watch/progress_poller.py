@@ -36,7 +36,7 @@ class ProgressPoller:
     """Asks all that train, again and again, and wakes those that have news.
 
     Args:
-        store: what is known.
+        cache: what is known.
         polled: the first pod of each job to ask. Jobs come and go while it is used.
         wake: told the key of each job that has news.
         every_seconds: between two rounds.
@@ -47,14 +47,14 @@ class ProgressPoller:
 
     def __init__(
         self,
-        store: ObjectCache,
+        cache: ObjectCache,
         polled: Mapping[Key, PodSnapshot],
         wake: Callable[[Key], None],
         every_seconds: float,
         rejected: Callable[[], None],
         port: int = METRICS_PORT,
     ) -> None:
-        self._store, self._polled, self._wake = store, polled, wake
+        self._cache, self._polled, self._wake = cache, polled, wake
         self._every, self._rejected, self._port = every_seconds, rejected, port
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._failures: Counter[str] = Counter()
@@ -104,7 +104,7 @@ class ProgressPoller:
         asked = self._polled.get(key)
         if asked is None or asked.uid != pod.uid or report.attempt != pod.attempt:
             return
-        known = self._store[key]
+        known = self._cache[key]
         news = known.report is None or report.step != known.report.step or report.section != known.report.section
         known.report = report
         if news:

@@ -1,7 +1,7 @@
 """Looks at what is really there: before the first decision, after each new listing of kopf's, and now and then.
 
 kopf's watch misses deletions: when the API server has forgotten where a watch was (410 Gone), kopf lists anew and tells
-what there is, not what is gone. Metadata of all objects is cheap to list; what the store has beyond it is dropped.
+what there is, not what is gone. Metadata of all objects is cheap to list; what the cache has beyond it is dropped.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class Listings:
 
 
 async def list_jobs(
-    store: ObjectCache, api: Api, namespaces: Sequence[str], skipped: Callable[[str, str], None]
+    cache: ObjectCache, api: Api, namespaces: Sequence[str], skipped: Callable[[str, str], None]
 ) -> set[str]:
-    """Fill the store with all QLoRAJobs; the namespaces that have the shared Service.
+    """Fill the cache with all QLoRAJobs; the namespaces that have the shared Service.
 
     Raises:
         ApiError, aiohttp.ClientError, TimeoutError: it is not all there yet.
@@ -63,7 +63,7 @@ async def list_jobs(
     """
     async for item in _items(api, *KINDS["job"][:2], namespaces, ""):
         try:
-            store.take_job(item)
+            cache.take_job(item)
         except (KeyError, TypeError, ValueError) as error:
             log.warning("a QLoRAJob is left out: %r", error)
             skipped(KINDS["job"][1], UNREADABLE)
@@ -77,7 +77,7 @@ async def list_jobs(
 
 
 async def resync_forever(
-    store: ObjectCache, api: Api, wake: Callable[[Key], None], namespaces: Sequence[str], listings: Listings
+    cache: ObjectCache, api: Api, wake: Callable[[Key], None], namespaces: Sequence[str], listings: Listings
 ) -> None:
     settle = 0.0  # the first listing follows the first look, and no watch that broke
     while True:
@@ -89,7 +89,7 @@ async def resync_forever(
             kinds = ("job",)  # of the others kopf knows nothing
         listings.news.clear()
         try:
-            for key in await resync(store, api, namespaces, kinds):
+            for key in await resync(cache, api, namespaces, kinds):
                 wake(key)
         except (ApiError, *TRANSIENT) as error:
             log.info("resync did not go through: %s", error)
@@ -97,9 +97,9 @@ async def resync_forever(
             listings.news.set()
 
 
-async def resync(store: ObjectCache, api: Api, namespaces: Sequence[str], kinds: Iterable[str] = KINDS) -> list[Key]:
+async def resync(cache: ObjectCache, api: Api, namespaces: Sequence[str], kinds: Iterable[str] = KINDS) -> list[Key]:
     """Drop what is not there any more of some kinds; the keys that had something dropped."""
-    before = {held for held in _held(store) if held[1] in kinds}  # what comes meanwhile is not judged by the lists
+    before = {held for held in _held(cache) if held[1] in kinds}  # what comes meanwhile is not judged by the lists
     there: set[str] = set()
     for base, plural, selector in (KINDS[kind] for kind in kinds):
         items = _items(api, base, plural, namespaces, selector, metadata_only=True)
@@ -108,14 +108,14 @@ async def resync(store: ObjectCache, api: Api, namespaces: Sequence[str], kinds:
     for key, kind, uid in before:
         if uid not in there:
             dropped.append(key)
-            store.drop(key, kind, uid)
+            cache.drop(key, kind, uid)
     if dropped:
         log.info("%d objects were deleted unseen", len(dropped))
     return dropped
 
 
-def _held(store: ObjectCache) -> Iterator[tuple[Key, str, str]]:
-    for key, known in store:
+def _held(cache: ObjectCache) -> Iterator[tuple[Key, str, str]]:
+    for key, known in cache:
         if known.job:
             yield key, "job", known.job.uid
         yield from ((key, "child", uid) for uid in known.children)

@@ -169,8 +169,8 @@ def test_a_config_map_out_of_reach_stops_nothing_and_is_written_later(error):
 def test_prepare_and_trainers_are_told():
     told = '"memoryCorrection":1.02'
     planned = decide(job(), observed(memory_correction=1.02))
-    assert told in planned.make[-1]["spec"]["template"]["metadata"]["annotations"]["qlora.dev/config"]
+    assert told in planned.create[-1]["spec"]["template"]["metadata"]["annotations"]["qlora.dev/config"]
     alone = prepare(job(), CONFIG, 1.02)
     assert told in alone["spec"]["template"]["metadata"]["annotations"]["qlora.dev/config"]
     again = decide(job(), observed(child(0, JobState.COMPLETE), memory_correction=1.02))
-    assert told in again.make[-1]["spec"]["template"]["metadata"]["annotations"]["qlora.dev/config"]
+    assert told in again.create[-1]["spec"]["template"]["metadata"]["annotations"]["qlora.dev/config"]

@@ -19,7 +19,7 @@ NAME = f"qlora-key-{UID}"
 
 
 def config_of(planned: Decision) -> TrainerConfig:
-    annotations = planned.make[-1]["spec"]["template"]["metadata"]["annotations"]
+    annotations = planned.create[-1]["spec"]["template"]["metadata"]["annotations"]
     return TrainerConfig.model_validate_json(annotations["qlora.dev/config"])
 
 
@@ -27,7 +27,7 @@ def config_of(planned: Decision) -> TrainerConfig:
 def test_the_key_is_made_before_the_first_pod_and_mounted_as_a_file(prepares):
     config = CONFIG.model_copy(update={"prepare": CONFIG.prepare.model_copy(update={"enabled": prepares})})
     planned = decide(job(), observed(), config)
-    secret, made = planned.make[0], planned.make[-1]
+    secret, made = planned.create[0], planned.create[-1]
     assert (secret["kind"], secret["metadata"]["name"], secret["immutable"]) == ("Secret", NAME, True)
     (owner,) = secret["metadata"]["ownerReferences"]
     assert (owner["kind"], owner["uid"]) == ("QLoRAJob", UID)
@@ -64,7 +64,7 @@ def test_a_job_that_began_with_a_key_accepts_nothing_unsigned():
 def test_a_job_that_began_before_there_were_keys_goes_on_as_before():
     began = QLoRAJobStatus(attempts=[attempt(1, "Preempted")], start_time=attempt(1).start_time)
     second = decide(job(began), observed(after=3600))
-    assert second.make[0]["kind"] == "Secret", "its workers need one to know each other"
+    assert second.create[0]["kind"] == "Secret", "its workers need one to know each other"
     assert config_of(second).accepts_unsigned is True
     closed = second.status.attempts[-1].model_copy(update={"end_time": began.start_time, "reason": "Preempted"})
     third = decide(
@@ -75,7 +75,7 @@ def test_a_job_that_began_before_there_were_keys_goes_on_as_before():
 
 def test_an_attempt_of_an_earlier_version_goes_on_untouched_through_an_upgrade():
     planned = decide(job(running()), observed(child(ready=1)))
-    assert planned.make == ()
+    assert planned.create == ()
     assert planned.delete == ()
 
 
@@ -86,7 +86,7 @@ def test_the_workers_of_a_job_are_reached_by_its_own_pods_alone():
     assert policy["spec"]["podSelector"] == own
     assert peers == {"from": [{"podSelector": own}]}
     assert metrics == {"ports": [{"port": 9400, "endPort": 9400, "protocol": "TCP"}]}
-    pod = decide(job(workers=2), observed()).make[-1]["spec"]["template"]
+    pod = decide(job(workers=2), observed()).create[-1]["spec"]["template"]
     assert own["matchLabels"].items() <= pod["metadata"]["labels"].items()
 
 
@@ -100,5 +100,5 @@ def test_who_reads_metrics_is_the_charts_to_say_where_it_has_a_policy():
 @pytest.mark.parametrize(("workers", "enabled", "count"), [(1, True, 0), (2, True, 1), (2, False, 0)])
 def test_a_network_policy_is_made_where_workers_need_ports(workers, enabled, count):
     config = CONFIG.model_copy(update={"network_policy": CONFIG.network_policy.model_copy(update={"workers": enabled})})
-    kinds = [made["kind"] for made in decide(job(workers=workers), observed(), config).make]
+    kinds = [made["kind"] for made in decide(job(workers=workers), observed(), config).create]
     assert kinds.count("NetworkPolicy") == count

@@ -155,7 +155,7 @@ def test_a_job_begins_to_stop_while_its_budget_still_pays_for_the_stop(step, sav
 
 
 def grace(planned) -> int:
-    return planned.make[-1]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    return planned.create[-1]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
 
 
 @pytest.mark.parametrize(

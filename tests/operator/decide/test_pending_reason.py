@@ -80,7 +80,7 @@ def test_taints_are_mentioned_where_they_are_the_reason(said, words):
     ],
 )
 def test_what_the_api_server_says_gets_a_remedy(said, reason, words):
-    found, text = pending_reason(job().spec, 1, 1, observed(child_refused=said))
+    found, text = pending_reason(job().spec, 1, 1, observed(create_error=said))
     assert found == reason
     assert words in text
 

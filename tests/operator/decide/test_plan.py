@@ -166,7 +166,7 @@ from qlora_operator.state.observed import JobState
         ),
         pytest.param(
             job(),
-            observed(child_refused='jobs.batch "job-1" is forbidden: exceeded quota: q'),
+            observed(create_error='jobs.batch "job-1" is forbidden: exceeded quota: q'),
             [],
             [],
             "Pending",
@@ -194,12 +194,12 @@ def test_what_follows(a_job, what_is_seen, makes, deletes, state, reason):
 def test_deciding_again_on_what_was_decided_changes_nothing():
     first = decide(job(), observed())
     again = decide(job(first.status), observed(child(attempt=1)))
-    assert (again.status, again.make, again.delete, again.notes) == (first.status, (), (), ())
+    assert (again.status, again.create, again.delete, again.notes) == (first.status, (), (), ())
 
 
 def test_a_job_that_is_being_deleted_is_left_to_the_garbage_collector():
     planned = decide(job(running(), deleted=True), observed(child()))
-    assert (planned.make, planned.delete, planned.notes) == ((), (), ())
+    assert (planned.create, planned.delete, planned.notes) == ((), (), ())
 
 
 def test_a_finished_job_stays_as_it_is_and_goes_when_its_time_has_come():
@@ -239,7 +239,7 @@ def test_an_attempt_whose_end_was_not_written_down_is_closed_as_the_one_that_fol
     attempts = decided.status.attempts
     assert [(a.number, a.reason, a.message) for a in attempts] == [(1, reason, message), (2, None, "")]
     assert attempts[0].end_time == attempts[1].start_time
-    assert decided.make == ()
+    assert decided.create == ()
 
 
 def test_progress_and_memory_get_into_status_with_words_for_kubectl():
@@ -284,7 +284,7 @@ def test_prepare_goes_first_and_its_result_is_what_the_trainers_get():
     assert then.status.attempts[0].micro_batch_size == 2
     assert (
         '"gradientCheckpointing":true'
-        in then.make[-1]["spec"]["template"]["metadata"]["annotations"]["qlora.dev/config"]
+        in then.create[-1]["spec"]["template"]["metadata"]["annotations"]["qlora.dev/config"]
     )
     adopted = decide(job(first.status), replace(prepared, jobs={**prepared.jobs, 1: child()}), PREPARING)
     assert (names(adopted), adopted.status.prepared) == ([], then.status.prepared)
@@ -294,11 +294,11 @@ def test_a_user_error_in_prepare_ends_the_job():
     failed = observed(child(attempt=0, state=JobState.FAILED), pod(attempt=0, code=40, word="no such column"))
     planned = decide(job(), failed, PREPARING)
     assert (planned.status.state, planned.status.reason) == ("Failed", "UserError")
-    assert planned.make == ()
+    assert planned.create == ()
 
 
 def test_a_prepare_that_hangs_ends_the_job_without_another_try():
-    made = decide(job(), observed(), PREPARING).make[-1]["spec"]["template"]["spec"]
+    made = decide(job(), observed(), PREPARING).create[-1]["spec"]["template"]["spec"]
     assert made["activeDeadlineSeconds"] == PREPARING.prepare.deadline_seconds
     hung = pod(attempt=0, phase="Failed", ready=False, pod_reason="DeadlineExceeded", message="reading rows")
     planned = decide(job(), observed(child(attempt=0), hung), PREPARING)
@@ -331,7 +331,7 @@ def test_with_min_workers_pods_that_find_no_room_give_way_to_fewer():
     planned = decide(a_job, replace(full, now=NOW + timedelta(seconds=120)))
     assert [c.name for c in planned.delete] == ["job-1"]
     assert [a.world_size for a in planned.status.attempts] == [4, 2]  # three do not divide the global batch
-    assert planned.make[-1]["spec"]["completions"] == 2
+    assert planned.create[-1]["spec"]["completions"] == 2
     assert planned.status.restarts == 0
 
 
@@ -339,7 +339,7 @@ def test_without_min_workers_pods_that_find_no_room_wait():
     waiting = running().model_copy(update={"attempts": [attempt(1, worldSize=4, microBatchSize=4)]})
     full = observed(child(), pod(unschedulable=FULL, ready=False), after=100_000)
     planned = decide(job(waiting, workers=4), full)
-    assert (planned.status.reason, planned.make, planned.delete) == (Reason.UNSCHEDULABLE, (), ())
+    assert (planned.status.reason, planned.create, planned.delete) == (Reason.UNSCHEDULABLE, (), ())
 
 
 def test_the_attempt_after_a_smaller_one_asks_for_all_workers_again():

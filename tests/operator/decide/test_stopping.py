@@ -114,7 +114,7 @@ def test_a_job_without_an_open_attempt_stops_as_the_table_says(stop, there, stat
     decision = decide(JOBS[stop], observed(*there))
     assert decision.status.state == state
     assert [one.name for one in decision.delete] == deleted
-    assert decision.make == ()
+    assert decision.create == ()
 
 
 @pytest.mark.parametrize("stop", STOPS)

@@ -252,7 +252,7 @@ def test_an_attempt_that_runs_goes_on_when_its_profile_is_gone():
     status = QLoRAJobStatus(attempts=[attempt(1, worldSize=2)])
     running = by(profile="gone").model_copy(update={"status": status})
     decision = decide(running, observed(child(ready=1)), CONFIG)
-    assert (decision.delete, decision.make) == ((), ())
+    assert (decision.delete, decision.create) == ((), ())
     assert decision.status.state == "Running"
 
 

@@ -15,18 +15,18 @@ NOON = datetime(2026, 1, 1, 12, tzinfo=UTC).timestamp()
 
 
 class Scraped:
-    """A store with jobs in it, and what is scraped of it at a time of day."""
+    """A cache with jobs in it, and what is scraped of it at a time of day."""
 
     def __init__(self) -> None:
-        self.store, self.now, self.operates = ObjectCache(), NOON, True
+        self.cache, self.now, self.operates = ObjectCache(), NOON, True
         self._registry = CollectorRegistry()
-        self._registry.register(JobsCollector(self.store, lambda: self.now, operates=lambda: self.operates))
+        self._registry.register(JobsCollector(self.cache, lambda: self.now, operates=lambda: self.operates))
         self._version = 0
 
     def job(self, name="one", status=None, namespace="team", **spec):
         """Put a job in, or in the place of the one of its name."""
         self._version += 1
-        self.store.take_job(
+        self.cache.take_job(
             {
                 "apiVersion": "qlora.dev/v1alpha1",
                 "kind": "QLoRAJob",
@@ -45,11 +45,11 @@ class Scraped:
     def pod(self, index, node="node", phase="Running", attempt=1, name="one"):
         """Put a pod in, and the Job that controls it."""
         job, child = ("qlora.dev/v1alpha1", "QLoRAJob", name, f"uid-{name}"), f"{name}-{attempt}"
-        self.store.take_child({"metadata": self._metadata(child, f"job-{child}", attempt, name, job), "spec": {}})
+        self.cache.take_child({"metadata": self._metadata(child, f"job-{child}", attempt, name, job), "spec": {}})
         metadata = self._metadata(
             f"{child}-{index}", f"pod-{child}-{index}", attempt, name, ("batch/v1", "Job", child, f"job-{child}")
         )
-        self.store.take_pod({"metadata": metadata, "spec": {"nodeName": node}, "status": {"phase": phase}})
+        self.cache.take_pod({"metadata": metadata, "spec": {"nodeName": node}, "status": {"phase": phase}})
 
     def _metadata(self, name, uid, attempt, job, controller):
         self._version += 1
@@ -116,7 +116,7 @@ def test_the_namespaces_counter_grows_by_what_was_used_and_never_falls(scraped):
     assert scraped.value("qlora_operator_gpu_seconds_total", namespace="team") == 0  # before this process began
     scraped.now += 60
     assert scraped.value("qlora_operator_gpu_seconds_total", namespace="team") == 16 * 60
-    scraped.store.drop(("team", "one"), "job", "uid-one")
+    scraped.cache.drop(("team", "one"), "job", "uid-one")
     assert scraped.value("qlora_operator_gpu_seconds_total", namespace="team") == 16 * 60
 
 
@@ -141,7 +141,7 @@ def test_the_longest_wait_speaks_for_its_reason(scraped):
     last = attempt(endTime="2026-01-01T11:58:00Z", reason="Preempted")
     scraped.job("again", status={"state": "Pending", "reason": "Queued", "attempts": [last]})
     assert scraped.value("qlora_operator_pending_seconds", reason="Queued") == 3600
-    scraped.store.drop(("team", "new"), "job", "uid-new")
+    scraped.cache.drop(("team", "new"), "job", "uid-new")
     assert scraped.value("qlora_operator_pending_seconds", reason="Queued") == 120
 
 

@@ -1,4 +1,4 @@
-"""Objects that the store takes for a job's own, and what it keeps of them."""
+"""Objects that the cache takes for a job's own, and what it keeps of them."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ def pod(*owners, name="pod", **more):
 
 
 @pytest.fixture
-def store():
+def cache():
     made = ObjectCache()
     made.take_job(qlora_job())
     made.take_child(child())
     return made
 
 
-def test_a_pod_that_a_job_of_the_jobs_controls_is_its_own(store):
-    assert store.take_pod(pod(CHILD)) == KEY
-    assert [p.name for p in store[KEY].own_pods()] == ["pod"]
+def test_a_pod_that_a_job_of_the_jobs_controls_is_its_own(cache):
+    assert cache.take_pod(pod(CHILD)) == KEY
+    assert [p.name for p in cache[KEY].own_pods()] == ["pod"]
 
 
 @pytest.mark.parametrize(
@@ -72,10 +72,10 @@ def test_a_pod_that_a_job_of_the_jobs_controls_is_its_own(store):
         pytest.param(pod(CHILD, **{"qlora.dev/attempt": "2"}), id="of-another-attempt"),
     ],
 )
-def test_a_pod_with_the_labels_alone_is_not(store, forged):
+def test_a_pod_with_the_labels_alone_is_not(cache, forged):
     with contextlib.suppress(NotOwnedError):
-        store.take_pod(forged)
-    assert store[KEY].own_pods() == ()
+        cache.take_pod(forged)
+    assert cache[KEY].own_pods() == ()
 
 
 @pytest.mark.parametrize(
@@ -88,25 +88,25 @@ def test_a_pod_with_the_labels_alone_is_not(store, forged):
     ],
 )
 def test_a_job_that_the_job_does_not_control_is_not_its_child(forged):
-    store = ObjectCache()
-    store.take_job(qlora_job())
+    cache = ObjectCache()
+    cache.take_job(qlora_job())
     with pytest.raises(NotOwnedError):
-        store.take_child(forged)
-    assert store[KEY].own_children() == ()
+        cache.take_child(forged)
+    assert cache[KEY].own_children() == ()
 
 
 def test_a_job_of_an_earlier_job_of_the_same_name_is_not_its_child():
-    store = ObjectCache()
-    store.take_job(qlora_job())
-    store.take_child(child({**QLORA_JOB, "uid": "uid-of-an-earlier-one"}))
-    assert store[KEY].own_children() == ()
+    cache = ObjectCache()
+    cache.take_job(qlora_job())
+    cache.take_child(child({**QLORA_JOB, "uid": "uid-of-an-earlier-one"}))
+    assert cache[KEY].own_children() == ()
 
 
-def test_pods_outlive_their_job_and_are_known_by_what_status_recorded_of_it(store):
-    store.take_pod(pod(CHILD))
-    store.drop_child(child())
-    store.take_job(qlora_job(2))
-    assert len(store[KEY].own_pods()) == 1
+def test_pods_outlive_their_job_and_are_known_by_what_status_recorded_of_it(cache):
+    cache.take_pod(pod(CHILD))
+    cache.drop_child(child())
+    cache.take_job(qlora_job(2))
+    assert len(cache[KEY].own_pods()) == 1
     begun = ObjectCache()  # an operator that starts when the Job is gone already
     begun.take_pod(pod(CHILD))
     begun.take_job(qlora_job())
@@ -115,20 +115,20 @@ def test_pods_outlive_their_job_and_are_known_by_what_status_recorded_of_it(stor
     assert len(begun[KEY].own_pods()) == 1
 
 
-def test_a_pod_that_its_job_released_is_not_its_own_any_more(store):
-    store.take_pod(pod(CHILD))
+def test_a_pod_that_its_job_released_is_not_its_own_any_more(cache):
+    cache.take_pod(pod(CHILD))
     with pytest.raises(NotOwnedError):
-        store.take_pod(pod(version=2))
-    assert store[KEY].own_pods() == ()
+        cache.take_pod(pod(version=2))
+    assert cache[KEY].own_pods() == ()
 
 
-def test_a_forged_pod_that_is_deleted_leaves_nothing_behind(store):
-    store.take_pod(pod({**CHILD, "uid": "uid-of-another"}))
-    store.drop_pod(pod({**CHILD, "uid": "uid-of-another"}))
-    assert store[KEY].pods == {}
+def test_a_forged_pod_that_is_deleted_leaves_nothing_behind(cache):
+    cache.take_pod(pod({**CHILD, "uid": "uid-of-another"}))
+    cache.drop_pod(pod({**CHILD, "uid": "uid-of-another"}))
+    assert cache[KEY].pods == {}
 
 
-def test_texts_of_pods_jobs_and_events_are_fit_to_be_shown(store):
+def test_texts_of_pods_jobs_and_events_are_fit_to_be_shown(cache):
     terminated = {"exitCode": 1, "reason": TERMINAL, "message": TERMINAL}
     status = {
         "reason": TERMINAL,
@@ -136,25 +136,25 @@ def test_texts_of_pods_jobs_and_events_are_fit_to_be_shown(store):
         "conditions": [{"type": "PodScheduled", "status": "False", "message": TERMINAL}],
         "containerStatuses": [{"name": "trainer", "state": {"terminated": terminated}}],
     }
-    store.take_pod({**pod(CHILD), "status": status})
+    cache.take_pod({**pod(CHILD), "status": status})
     conditions = [{"type": "Failed", "status": "True", "reason": TERMINAL, "message": TERMINAL}]
-    store.take_child({**child(version=2), "status": {"conditions": conditions}})
+    cache.take_child({**child(version=2), "status": {"conditions": conditions}})
     involved = {"namespace": "team", "name": "job-1", "uid": "uid-of-job-1"}
-    assert store.take_refusal({"involvedObject": involved, "message": f"no pods: {TERMINAL}"}) == KEY
-    (kept,), known = store[KEY].own_pods(), store[KEY]
+    assert cache.take_refusal({"involvedObject": involved, "message": f"no pods: {TERMINAL}"}) == KEY
+    (kept,), known = cache[KEY].own_pods(), cache[KEY]
     texts = [kept.message, kept.exit_reason, kept.pod_reason, kept.pod_message, kept.unschedulable, known.pods_refused]
     texts += [text for job in known.own_children() for text in (job.message, job.failed_reason)]
     assert len(texts) == 8
     assert all(is_printable(text) and text.endswith("end") for text in texts), texts
 
 
-def test_the_label_of_a_job_that_its_children_get_is_kept(store):
-    store.take_job(qlora_job(2, labels={"kueue.x-k8s.io/priority-class": "urgent", "team": "search"}))
-    assert json.loads(store[KEY].job.body)["metadata"]["labels"] == {"kueue.x-k8s.io/priority-class": "urgent"}
+def test_the_label_of_a_job_that_its_children_get_is_kept(cache):
+    cache.take_job(qlora_job(2, labels={"kueue.x-k8s.io/priority-class": "urgent", "team": "search"}))
+    assert json.loads(cache[KEY].job.body)["metadata"]["labels"] == {"kueue.x-k8s.io/priority-class": "urgent"}
 
 
-def test_of_an_object_no_more_is_kept_than_is_needed(store):
-    store.take_job(
+def test_of_an_object_no_more_is_kept_than_is_needed(cache):
+    cache.take_job(
         qlora_job(
             2,
             labels={f"label-{number}": "x" * 60 for number in range(15_000)},
@@ -163,9 +163,9 @@ def test_of_an_object_no_more_is_kept_than_is_needed(store):
             managedFields=[{"fieldsV1": {"f:x": {}}}],
         )
     )
-    assert len(store[KEY].job.body) < 1_000
+    assert len(cache[KEY].job.body) < 1_000
     large = pod(CHILD)
     large["status"] = {"message": "x" * 10**6, "reason": "y" * 10**6}
-    store.take_pod(large)
-    (kept,) = store[KEY].own_pods()
+    cache.take_pod(large)
+    (kept,) = cache[KEY].own_pods()
     assert len(kept.pod_message) + len(kept.pod_reason) < 10_000

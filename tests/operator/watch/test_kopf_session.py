@@ -1,4 +1,4 @@
-"""Input of kopf: no more than the store keeps, and nothing that it cannot parse."""
+"""Input of kopf: no more than the cache keeps, and nothing that it cannot parse."""
 
 from __future__ import annotations
 

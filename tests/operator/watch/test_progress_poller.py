@@ -97,17 +97,17 @@ def test_what_one_pod_answers_ends_no_round_and_the_others_are_heard():
     rejected, woken = [], []
 
     async def poll(polled, said, rounds):
-        poller = ProgressPoller(store, polled, woken.append, 0.001, lambda: rejected.append(1), said.port)
+        poller = ProgressPoller(cache, polled, woken.append, 0.001, lambda: rejected.append(1), said.port)
         running = asyncio.create_task(poller.run())
         await asyncio.to_thread(eventually, lambda: said.asked >= rounds or running.done(), 60)
         assert not running.done()
         running.cancel()
 
-    store = ObjectCache()
+    cache = ObjectCache()
     other = f"{ADDRESS[:-1]}6"
     with HostileRank(ADDRESS, 0, answers("127.0.0.1:1")[:60]) as bad, HostileRank(other, bad.port, [report()]) as good:
         asyncio.run(poll({hostile: pod(ip=ADDRESS), honest: pod(uid="other", ip=other)}, bad, 60))
         assert good.asked > bad.asked
-    assert store[honest].report.step == REPORT["step"]
+    assert cache[honest].report.step == REPORT["step"]
     assert honest in woken
     assert rejected

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pydantic import ValidationError
 
 from qlora_api.status import Attempt, QLoRAJobStatus, Reason
-from qlora_operator.decide.attempts.attempt_history import batch_of, open_attempt, with_attempt, with_end
-from qlora_operator.decide.attempts.attempt_outcome import Ending, close, ending_of
+from qlora_operator.decide.attempts.attempt_history import batch_of, open_attempt, with_attempt, with_closed_attempt
+from qlora_operator.decide.attempts.attempt_outcome import Ending, closed, ending_of
 from qlora_operator.decide.decision import Context
 from qlora_operator.decide.prepare_result import is_for, with_prepared
 from qlora_operator.state.observed import PREPARE, ObservedJob, planned
@@ -53,4 +53,6 @@ def _closed_by_the_next(context: Context, status: QLoRAJobStatus, decision: Obse
         return status
     ending = ending_of(attempt.number, context.workers(attempt), context.observed)
     ending = ending or Ending(Reason.PREEMPTED, f"attempt {decision.attempt} took its place")
-    return with_end(context, status, close(attempt, ending, replace(context.observed, now=decision.created)), ending)
+    return with_closed_attempt(
+        context, status, closed(attempt, ending, replace(context.observed, now=decision.created)), ending
+    )

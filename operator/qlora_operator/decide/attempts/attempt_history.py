@@ -94,7 +94,7 @@ def with_termination_message(status: QLoRAJobStatus, ending: Ending) -> QLoRAJob
     return status.model_copy(update={"adapter": termination.adapter or status.adapter, "eta": ""})
 
 
-def with_end(context: Context, status: QLoRAJobStatus, ended: Attempt, ending: Ending) -> QLoRAJobStatus:
+def with_closed_attempt(context: Context, status: QLoRAJobStatus, ended: Attempt, ending: Ending) -> QLoRAJobStatus:
     """Close an attempt in status, with what it used and said."""
     status = with_attempt(status, ended)
     status = status.model_copy(update={"gpu_seconds": gpu_seconds(status, context.now)})

@@ -280,7 +280,7 @@ def as_suspended(attempt: Attempt, ending: Ending) -> Ending:
     return replace(ending, reason=Reason.SUSPENDED, message=ending.message if told else stopped)
 
 
-def close(attempt: Attempt, ending: Ending, observed: Observed) -> Attempt:
+def closed(attempt: Attempt, ending: Ending, observed: Observed) -> Attempt:
     """Return the attempt with its end."""
     progress = ending.termination_message.progress if ending.termination_message else None
     report = observed.report if observed.report and observed.report.attempt == attempt.number else None

@@ -17,7 +17,7 @@ def is_outdated(context: Context, job: ObservedJob, wanted: Callable[[], dict[st
     """
     if job.deleting or job.state not in (JobState.ACTIVE, JobState.SUSPENDED):
         return False
-    if context.observed.child_refused:
+    if context.observed.create_error:
         return is_contested(context, job)
     return bool(job.template) and job.template != template_hash(wanted())
 

@@ -10,7 +10,7 @@ NODE_SECONDS = 5.0
 """How long what was learned about a node counts."""
 
 
-class Nodes:
+class LostNodes:
     """Looks at nodes, and keeps for a moment what it saw."""
 
     def __init__(self, api: Api) -> None:
