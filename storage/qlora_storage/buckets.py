@@ -16,7 +16,15 @@ from obstore.store import AzureStore, GCSStore, S3Store
 
 from qlora_storage.backend import CHUNK_BYTES, MIB, Entry, Fault
 from qlora_storage.bucket_faults import PanickedError, bucket_fault
-from qlora_storage.environment import SettingError, clean_environment, read_settings, store_urls
+from qlora_storage.environment import (
+    AWS_BUCKET_IN_ENDPOINT,
+    SettingError,
+    clean_environment,
+    is_on,
+    names_bucket,
+    read_settings,
+    store_urls,
+)
 from qlora_storage.metadata_addresses import REFUSED, leads_to_metadata
 from qlora_storage.retry_after import BUSY, requested_wait
 
@@ -80,6 +88,10 @@ class BucketBackend:
         for name, url in store_urls(scheme, os.environ, settings).items():
             if leads_to_metadata(url, os.environ):
                 raise SettingError(f"{name}: {REFUSED}")
+            if scheme == "s3" and names_bucket(url, bucket) and not is_on(os.environ, AWS_BUCKET_IN_ENDPOINT):
+                raise SettingError(
+                    f"{name}: must be the server alone, such as https://host:9000: the bucket is named by s3://{bucket}"
+                )
         self._settings = settings
         self._pace = 0
         self._request_seconds = request_seconds

@@ -13,6 +13,7 @@ from configparser import RawConfigParser
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
+from urllib.parse import urlsplit
 
 from qlora_api.environment import WORKLOAD_IDENTITY
 from qlora_storage.local_paths import expand_home
@@ -94,6 +95,8 @@ AZURE_KEYS = (
     "AZURE_CLIENT_SECRET",
 )
 _AZURE_SIGNERS = (*AZURE_KEYS, "AZURE_USE_AZURE_CLI", "AZURE_STORAGE_USE_EMULATOR")
+AWS_BUCKET_IN_ENDPOINT = "AWS_VIRTUAL_HOSTED_STYLE_REQUEST"
+"""Where this is on, the endpoint is the bucket's own."""
 AZURE_POD_TOKEN = "AZURE_FEDERATED_TOKEN_FILE"  # noqa: S105 a variable's name
 """obstore would take it before a SAS token."""
 
@@ -222,6 +225,17 @@ def is_url(value: str) -> bool:
     """Tell whether a value is the URL of a server."""
     found = _URL.fullmatch(value)
     return found is not None and int((found[2] or ":1")[1:]) < 1 << 16
+
+
+def names_bucket(url: str, bucket: str) -> bool:
+    """Tell whether a server's URL has a bucket in it, which would be named twice: the store adds its own.
+
+    A path of one name is a bucket's; a longer one may be where a server has its S3 interface.
+    """
+    server = urlsplit(url)
+    path, host = server.path.strip("/"), server.hostname or ""
+    in_path = bool(path) and path.rpartition("/")[2] in (path, bucket)
+    return in_path or host.startswith(f"{bucket}.s3")
 
 
 def is_on(environ: Mapping[str, str], name: str) -> bool:

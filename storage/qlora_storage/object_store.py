@@ -21,6 +21,7 @@ from qlora_storage.errors import AlreadyExistsError, NotFoundError, StorageError
 from qlora_storage.folders import FolderBackend
 from qlora_storage.local_paths import expand_home
 from qlora_storage.retry import PATIENCE_SECONDS, FaultError, call_patiently
+from qlora_storage.uris import uri_problem, without_password
 
 if TYPE_CHECKING:
     import builtins
@@ -122,6 +123,8 @@ def leaves_claim(path: Path, real: Path) -> bool:
 
 def _split(uri: str, field: str) -> tuple[str, str]:
     """Take a URI apart into its scheme, empty for a plain path, and what follows."""
+    if problem := uri_problem(uri):
+        raise UserError(field, without_password(uri), problem)
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme == "file":
         return ("file", rest) if separator else ("", uri)

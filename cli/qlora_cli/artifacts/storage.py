@@ -14,6 +14,7 @@ from qlora_storage.errors import JobError
 from qlora_storage.folders import FolderBackend
 from qlora_storage.object_store import BUCKET_SCHEMES, NotFoundError, Store, open_store
 from qlora_storage.published import PublishedFile, difference, differences, enclosing_manifest, unlisted
+from qlora_storage.uris import uri_problem, without_password
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -112,6 +113,8 @@ def open_folder(uri: str) -> Folder:
         StorageError: it cannot be reached from here.
 
     """
+    if problem := uri_problem(uri):
+        raise StorageError(f"{without_password(uri) or 'the URI'}: {problem}")
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme == "file":
         return LocalFolder(Path(rest if separator else uri))

@@ -16,8 +16,10 @@ from qlora_cli.kube.names import LONGEST_NAME, RETRY_ANNOTATION, jobs_path
 from qlora_cli.kube.target import get_job, program
 from qlora_cli.manifest import crd_schema, job_manifest
 from qlora_cli.manifest.job_manifest import Located, RefusedError
+from qlora_cli.manifest.local_paths import places
 from qlora_cli.text import kubernetes_yaml
 from qlora_storage.backend import BUCKET_SCHEMES
+from qlora_storage.uris import uri_problem, without_password
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from qlora_cli.kube.target import Cluster
     from qlora_cli.text.kubernetes_yaml import Document
 
-_PLACES = ("model.source", "dataset.train.source", "dataset.eval.source", "output.destination")
 _SERVER_SET = ("uid", "resourceVersion", "generation", "creationTimestamp", "managedFields", "ownerReferences")
 _RETRY = re.compile(r"(.*?)-r(\d+)")
 
@@ -111,20 +112,19 @@ def _body(document: Document, overrides: Sequence[job_manifest.Override]) -> Obj
 def _local_paths(spec: Object) -> Iterator[FieldError]:
     """Yield an error for each field that names a path on this machine, with the command that uploads it."""
     bucket = _bucket(spec)
-    for field in _PLACES:
-        value: Any = spec
-        for name in field.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        if not isinstance(value, str) or value.partition("://")[0] in REMOTE_SCHEMES:
+    for field, value in places(spec):
+        if problem := uri_problem(value):
+            yield FieldError(field, without_password(value), problem)
+        if problem or value.partition("://")[0] in REMOTE_SCHEMES:
             continue
         path = value.removeprefix("file://")
         target = f"{bucket}/{Path(path).name}"
-        if field == "output.destination":
+        if field == "spec.output.destination":
             remedy = f"name a folder in object storage, such as {bucket}/{Path(path).name}"
         else:
             remedy = f"upload it ({program()} upload {path} {target}) and name {target}"
         yield FieldError(
-            f"spec.{field}", value, f"is a path on this machine, where no pod can read it; {remedy}, or use 'qlora run'"
+            field, value, f"is a path on this machine, where no pod can read it; {remedy}, or use 'qlora run'"
         )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_api.errors import FieldError, ManifestError
 from qlora_api.spec import GradientCheckpointing, QLoRAJobSpec
 from qlora_storage.local_paths import expand_home
+from qlora_storage.uris import uri_problem, without_password
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +35,9 @@ def localize(spec: QLoRAJobSpec, cwd: Path) -> QLoRAJobSpec:
     errors: list[FieldError] = []
 
     def place(field: str, value: str, *, must_exist: bool) -> str:
+        if problem := uri_problem(value):
+            errors.append(FieldError(field, without_password(value), problem))
+            return value
         scheme, separator, _ = value.partition("://")
         if scheme == "pvc":
             errors.append(FieldError(field, value, "is a volume of a cluster; 'qlora run' takes a local path instead"))

@@ -1,14 +1,18 @@
-"""Find what a source names on this machine."""
+"""Find what a source names on this machine, and places of a manifest that cannot be meant."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from qlora_api.errors import FieldError
 from qlora_storage.local_paths import expand_home
+from qlora_storage.uris import uri_problem, without_password
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+PLACES = ("model.source", "dataset.train.source", "dataset.eval.source", "output.destination")
 
 
 def local_file(source: object) -> Path | None:
@@ -26,6 +30,23 @@ def local_folder(source: object) -> Path | None:
 def is_here(path: Path) -> bool:
     """Return whether there is anything at a path; not at one that the operating system refuses."""
     return _is(path.exists)
+
+
+def places(spec: object) -> Iterator[tuple[str, str]]:
+    """Yield each field of a job's spec that names a place, with the place."""
+    for field in PLACES:
+        value: Any = spec
+        for name in field.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if isinstance(value, str):
+            yield f"spec.{field}", value
+
+
+def place_errors(manifest: object) -> Iterator[FieldError]:
+    """Yield an error for each place that cannot be meant as it is written."""
+    for field, place in places(manifest.get("spec") if isinstance(manifest, dict) else None):
+        if problem := uri_problem(place):
+            yield FieldError(field, without_password(place), problem)
 
 
 def _local_path(source: object) -> Path | None:

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qlora_cli.manifest import job_manifest, local_model, local_rows, sweep_manifest
+from qlora_cli.manifest import job_manifest, local_model, local_paths, local_rows, sweep_manifest
 from qlora_cli.text import units
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def check_file(path: Path) -> ValidationReport:
             except job_manifest.RefusedError as error:
                 errors += error.errors
             continue
-        local = [*local_model.model_errors(document.value), *local_rows.row_errors(document.value)]
+        checks = (local_paths.place_errors, local_model.model_errors, local_rows.row_errors)
+        local = [error for check in checks for error in check(document.value)]
         errors += [job_manifest.located(document, error) for error in local]
         try:
             job = job_manifest.check(document)

@@ -85,6 +85,12 @@ def test_other_kinds_are_passed_over_and_named(write):
             id="destination",
         ),
         pytest.param(
+            ("s3://adapters/tune", "s3://$BUCKET/tune"),
+            'job.yaml:13: spec.output.destination: "s3://$BUCKET/tune" must not have variables: they are not replaced '
+            "here; write the value",
+            id="variable",
+        ),
+        pytest.param(
             ("epochs: 1", "epochs: 0"), "job.yaml:12: spec.training.epochs: 0 must be at least 1", id="bounds"
         ),
     ],

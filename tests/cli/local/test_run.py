@@ -372,3 +372,12 @@ def test_an_attempt_lost_with_the_machine_is_not_the_jobs_doing(workplace):
     time.sleep(0.2)
     assert workplace.run() == 0
     assert reasons(workplace.record()) == ["NodeLost", "Completed"]
+
+
+@pytest.mark.parametrize("place", ["s3:/bucket/x", "file:/tmp/x", "file://host/x", "$HOME/x", "s3://me:hunter2@b/x"])
+@pytest.mark.parametrize("field", ["output.destination", "dataset.train.source", "model.source"])
+def test_a_place_that_would_be_another_one_is_refused_at_once(workplace, field, place):
+    with pytest.raises(ManifestError, match=rf"^spec\.{field}: .*must ") as refused:
+        workplace.run(f"{field}={place}")
+    assert "hunter2" not in str(refused.value)
+    assert not (workplace.folder / "runs").exists()

@@ -92,11 +92,20 @@ def test_compressed_rows_that_cannot_be_read_are_left_to_prepare(validate, tmp_p
     assert validate(rows="rows.jsonl.gz")[0] == 0
 
 
+@pytest.mark.parametrize("place", ["file://~nosuchuser/x", "s3:/bucket/x", "$HOME/x", "s3://me:hunter2@bucket/x"])
+def test_a_place_that_would_be_another_one_is_an_error(place, validate):
+    code, said = validate(place, place)
+    assert code == 40
+    for field in ("spec.model.source", "spec.dataset.train.source"):
+        assert f"{field}: " in said
+    assert said.endswith("2 errors\n")
+    assert "hunter2" not in said
+
+
 @pytest.mark.parametrize(
     "source",
     [
         pytest.param("~nosuchuser/x", id="unknown-user"),
-        pytest.param("file://~nosuchuser/x", id="url-of-an-unknown-user"),
         pytest.param(f"./{'n' * 300}", id="long-name"),
         pytest.param(f"{'n' * 300}/x.jsonl", id="long-folder"),
         pytest.param("./\0", id="null-byte"),
