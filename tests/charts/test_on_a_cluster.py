@@ -19,9 +19,9 @@ from charts.installed import (
     running,
 )
 from cluster.api import ApiError
-from cluster.cluster_waits import wait_until_counted
 from cluster.control_plane import ControlPlane, KubectlError, Settings
 from cluster.scenarios.jobs import qlora_job, wait_until_served
+from cluster.waits import wait_until_counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

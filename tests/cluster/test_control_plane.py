@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from cluster.api import ApiError
-from cluster.cluster_waits import wait_until_ended
 from cluster.control_plane import ControlPlane, KubectlError, Settings
+from cluster.waits import wait_until_ended
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cluster.cluster_waits import wait_for_condition
 from cluster.kwok import PREFIX, find_node_again, finish_container, finish_pod, lose_node
+from cluster.waits import wait_for_condition
 
 if TYPE_CHECKING:
     from cluster.api import Object

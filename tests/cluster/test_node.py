@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from cluster.cluster_waits import wait_for_condition, wait_until_ended
 from cluster.control_plane import ControlPlane, KubectlError, Settings
 from cluster.leftovers import remove_leftovers
 from cluster.node import cgroups
 from cluster.node.images import BUSYBOX_IMAGE
 from cluster.node.node import require_node_tools
 from cluster.node.nodes import is_ready
-from cluster.waits import eventually
+from cluster.waits import eventually, wait_for_condition, wait_until_ended
 from fixtures import skip_unless_ci
 from qlora_operator.decide.attempts import attempt_outcome
 from services.binaries import ToolMissingError, find_or_build
@@ -148,7 +147,7 @@ def test_a_node_is_lost_comes_back_and_leaves_nothing(tmp_path: Path):
         second.stop()
         second.start()
         wait_for_phase(cluster, namespace, "served", "Failed")
-        bridge = cluster.slot.bridge
+        bridge = cluster.addresses.bridge
         pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _is_of(p, tmp_path)]
         assert len(pids) > 10
     assert wait_until_ended(pids, seconds=0) == []
@@ -162,7 +161,7 @@ def test_a_killed_harness_takes_its_containers_along(tmp_path: Path):
         "import pathlib, sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from cluster.control_plane import ControlPlane, Settings\n"
         "with ControlPlane(pathlib.Path(sys.argv[2]), Settings(real_nodes=True)) as c:\n"
-        "    c.add_node(); print(c.slot.bridge, flush=True); time.sleep(600)"
+        "    c.add_node(); print(c.addresses.bridge, flush=True); time.sleep(600)"
     )
     _skip_without_tools()
     folder = tmp_path / "cluster"

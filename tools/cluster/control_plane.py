@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 import httpx
 
+from cluster.addresses import claim_addresses
 from cluster.api import Api, ApiError
 from cluster.audit import read_audit_log
 from cluster.credentials import Authority, KeyPair, write_kubeconfig
@@ -23,7 +24,6 @@ from cluster.leftovers import remove_leftovers
 from cluster.network import Bridge
 from cluster.node.node import Node, require_node_tools
 from cluster.processes import ServerProcess
-from cluster.slots import claim_slot
 from services.binaries import find_or_build
 from services.tools import ETCD, KUBE_APISERVER, KUBE_CONTROLLER_MANAGER, KUBE_SCHEDULER, KUBECTL
 from testing.timeouts import PATIENCE_SECONDS
@@ -244,10 +244,10 @@ class ControlPlane:
     def _start(self) -> None:
         if self.settings.real_nodes:
             remove_leftovers()
-        slot = claim_slot()
-        self._owned.callback(slot.release)
-        self.slot, self.bridge = slot, Bridge(slot)
-        self.address = slot.gateway if self.settings.real_nodes else slot.loopback
+        addresses = claim_addresses()
+        self._owned.callback(addresses.release)
+        self.addresses, self.bridge = addresses, Bridge(addresses)
+        self.address = addresses.gateway if self.settings.real_nodes else addresses.loopback
         if self.settings.real_nodes:
             self._owned.callback(self.bridge.stop)
             self.bridge.start()
@@ -275,7 +275,7 @@ class ControlPlane:
     def _make_credentials(self) -> None:
         certificates = self.folder / "certificates"
         self.authority = Authority.create(certificates)
-        hosts = (*API_SERVER_NAMES, self.address, self.slot.api_service)
+        hosts = (*API_SERVER_NAMES, self.address, self.addresses.api_service)
         self._serving = self.authority.issue("kube-apiserver", ["system:masters"], hosts)
         self._account_key = self.authority.signing_key("service-accounts")
         tokens = {name: secrets.token_hex(16) for name in ("system:kube-controller-manager", "system:kube-scheduler")}
@@ -309,14 +309,14 @@ class ControlPlane:
 
     def _run_api_server(self) -> None:
         # The object of the Service `kubernetes` may not point at loopback; without one, the Service has no endpoint.
-        reconciler = "none" if self.address == self.slot.loopback else "lease"
+        reconciler = "none" if self.address == self.addresses.loopback else "lease"
         gang = ("--runtime-config=scheduling.k8s.io/v1alpha2=true",) if self.settings.gang_scheduling else ()
         eviction = self.settings.eviction_seconds
         self._run(
             "kube-apiserver",
             f"--etcd-servers=http://{self.address}:{ETCD_PORT}",
             *(f"--bind-address={self.address}", f"--advertise-address={self.address}", f"--secure-port={API_PORT}"),
-            *(f"--service-cluster-ip-range={self.slot.service_range}", f"--endpoint-reconciler-type={reconciler}"),
+            *(f"--service-cluster-ip-range={self.addresses.service_range}", f"--endpoint-reconciler-type={reconciler}"),
             *self._serving_flags("tls-cert-file", "tls-private-key-file"),
             *self._serving_flags("kubelet-client-certificate", "kubelet-client-key"),
             f"--client-ca-file={self.authority.certificate}",

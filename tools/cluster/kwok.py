@@ -52,7 +52,7 @@ class Kwok:
             "kwok",
             [
                 *(self._binary, f"--kubeconfig={kubeconfig}", f"--config={STAGES}"),
-                *(f"--cidr={cluster.slot.fake_pod_range}", f"--node-lease-duration-seconds={LEASE_SECONDS}"),
+                *(f"--cidr={cluster.addresses.fake_pod_range}", f"--node-lease-duration-seconds={LEASE_SECONDS}"),
                 f"--manage-nodes-with-annotation-selector={MANAGED}=fake",
             ],
             cluster.logs,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from cluster.addresses import try_claim
 from cluster.network import Bridge
 from cluster.node import cgroups
-from cluster.slots import try_claim
 
 
 def remove_leftovers() -> None:
@@ -16,11 +16,11 @@ def remove_leftovers() -> None:
     bridges = [path.name for path in Path("/sys/class/net").glob("qlora*")]
     found = {int(match[1]) for name in (*groups, *bridges) if (match := re.match(r"qlora(\d+)(-|$)", name))}
     for number in found:
-        slot = try_claim(number)
-        if slot is None:
+        addresses = try_claim(number)
+        if addresses is None:
             continue
-        Bridge(slot).stop()
+        Bridge(addresses).stop()
         for name in groups:
-            if name.startswith(f"{slot.bridge}-"):
+            if name.startswith(f"{addresses.bridge}-"):
                 cgroups.remove(name)
-        slot.release()
+        addresses.release()

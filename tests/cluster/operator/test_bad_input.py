@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cluster.api import ApiError
-from cluster.cluster_waits import wait_until_counted
 from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import condition, create_job, in_state, qlora_job
 from cluster.scenarios.script import pods_do
 from cluster.scenarios.whole_life import ADAPTER, ends
+from cluster.waits import wait_until_counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

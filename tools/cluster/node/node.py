@@ -51,10 +51,10 @@ class Node:
         self.name, self.gpus = name, gpus
         self._binaries = {tool.name: find_or_build(tool) for tool in NODE}
         self._cluster, self._index, self._labels = cluster, index, labels
-        self.address = cluster.slot.node_address(index)
+        self.address = cluster.addresses.node_address(index)
         self.folder = cluster.folder / name
         self._logs = cluster.logs / name
-        self._control_group = f"{cluster.slot.bridge}-{name}"
+        self._control_group = f"{cluster.addresses.bridge}-{name}"
         self._running = ExitStack()
         self._kubelet: ServerProcess | None = None
 
@@ -133,7 +133,7 @@ class Node:
             "kube-proxy",
             f"--kubeconfig={self._kubeconfig_of('system:kube-proxy')}",
             *("--proxy-mode=iptables", "--conntrack-max-per-core=0", f"--hostname-override={self.name}"),
-            f"--cluster-cidr={self._cluster.slot.pod_range(self._index)}",
+            f"--cluster-cidr={self._cluster.addresses.pod_range(self._index)}",
         )
         self.start_kubelet()
 
@@ -153,11 +153,11 @@ class Node:
         outer.wait(STOP_SECONDS)  # until the last process of the node has ended
 
     def _configure(self) -> None:
-        slot, authority = self._cluster.slot, self._cluster.authority
+        addresses, authority = self._cluster.addresses, self._cluster.authority
         serving = authority.issue(f"kubelet-{self.name}", hosts=[self.name, self.address])
         kubelet = kubelet_config(self.address, self._control_group, authority.certificate, serving)
         (self.folder / "kubelet.json").write_text(kubelet)
-        (self.folder / "cni" / "10-pods.conflist").write_text(cni_config(slot.pod_range(self._index)))
+        (self.folder / "cni" / "10-pods.conflist").write_text(cni_config(addresses.pod_range(self._index)))
         coredns = coredns_config(self.address, self._kubeconfig_of("coredns", "system:masters"))
         (self.folder / "Corefile").write_text(coredns)
         self._kubeconfig = self._kubeconfig_of(f"system:node:{self.name}", "system:nodes")

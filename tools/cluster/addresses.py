@@ -5,11 +5,11 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 
-SLOTS = 64
+CLUSTERS = 64
 
 
 @dataclass(frozen=True)
-class Slot:
+class ClusterAddresses:
     """One cluster's number and what follows from it. The number is free again when this process ends."""
 
     number: int
@@ -60,21 +60,21 @@ class Slot:
         self._claim.close()
 
 
-def claim_slot() -> Slot:
+def claim_addresses() -> ClusterAddresses:
     """Take the first free number.
 
     Raises:
         RuntimeError: all are taken.
 
     """
-    for number in range(SLOTS):
-        slot = try_claim(number)
-        if slot is not None:
-            return slot
-    raise RuntimeError(f"{SLOTS} test clusters run on this machine already")
+    for number in range(CLUSTERS):
+        addresses = try_claim(number)
+        if addresses is not None:
+            return addresses
+    raise RuntimeError(f"{CLUSTERS} test clusters run on this machine already")
 
 
-def try_claim(number: int) -> Slot | None:
+def try_claim(number: int) -> ClusterAddresses | None:
     """Take this number, if it is free. A bound abstract socket is the claim: atomic, and gone with the process."""
     claim = socket.socket(socket.AF_UNIX)
     try:
@@ -82,4 +82,4 @@ def try_claim(number: int) -> Slot | None:
     except OSError:
         claim.close()
         return None
-    return Slot(number, claim)
+    return ClusterAddresses(number, claim)
