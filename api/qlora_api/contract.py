@@ -230,7 +230,7 @@ class PrepareReceipt(Model):
     rows: int = 0
     """Rows as they were read; the other figures count the examples that they gave."""
     rows_with_tools: int = 0
-    """Rows that give the chat template tools."""
+    """Rows whose tools the chat template writes; the tools of others are counted as left out."""
     split_rows: int = 0
     """Rows that gave several examples, since the chat template rewrites earlier turns."""
     left_out: int = 0

@@ -18,7 +18,7 @@ from qlora_trainer.data.rows.conversation import read_conversation
 
 SMALL = ChildBounds(seconds=1, memory_bytes=512 << 20)
 RENDERING = "qlora_trainer.data.rendering.service:serve"
-SETUP = {"template": "{{ messages[0].content }}", "variables": {}, "tokens": [], "special": []}
+SETUP = {"template": "{{ messages[0].content }}", "variables": {}, "tool_template": None, "tokens": [], "special": []}
 CHAT = [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "Blue."}]
 
 BOMBS = [

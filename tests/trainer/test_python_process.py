@@ -48,7 +48,13 @@ def test_the_reader_of_binary_files_imports_nothing_of_the_working_directory(hos
 def test_a_bounded_child_imports_nothing_of_the_working_directory_and_has_no_credentials(hostile_folder, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("QLORA_SECRET_0_HF_TOKEN", "secret")
-    setup = {"template": "{{ messages[0].content }}", "variables": {}, "tokens": [], "special": []}
+    setup = {
+        "template": "{{ messages[0].content }}",
+        "variables": {},
+        "tool_template": None,
+        "tokens": [],
+        "special": [],
+    }
     child = BoundedChild("qlora_trainer.data.rendering.service:serve", setup, ChildBounds())
     assert child.call({"prompt": [{"role": "user", "content": "x"}]}) == {"text": "x"}
     assert not hostile_folder.exists()

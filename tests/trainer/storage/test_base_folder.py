@@ -112,18 +112,51 @@ def test_a_pipe_is_not_waited_for(tmp_path, base):
         fetch_model(str(base), tmp_path / "cache")
 
 
-def test_a_snapshot_of_the_hugging_face_cache_is_used(tmp_path, base):
-    blobs, snapshot = tmp_path / "models--org--base" / "blobs", tmp_path / "models--org--base" / "snapshots" / "c0ffee"
+def in_the_hugging_face_cache(base: Path, folder: Path) -> Path:
+    """Move a base's files there; the snapshot."""
+    blobs, snapshot = folder / "models--org--base" / "blobs", folder / "models--org--base" / "snapshots" / "c0ffee"
     blobs.mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    for number, file in enumerate(sorted(base.iterdir())):
+    for number, file in enumerate(sorted(path for path in base.rglob("*") if path.is_file())):
+        link = snapshot / file.relative_to(base)
+        link.parent.mkdir(parents=True, exist_ok=True)
         file.rename(blobs / f"{number:040x}")
-        (snapshot / file.name).symlink_to(f"../../blobs/{number:040x}")
+        link.symlink_to(os.path.relpath(blobs / f"{number:040x}", link.parent))
+    return snapshot
+
+
+def test_a_snapshot_of_the_hugging_face_cache_is_used(tmp_path, base):
+    snapshot = in_the_hugging_face_cache(base, tmp_path)
     fetched = fetch_model(str(snapshot), tmp_path / "cache")
-    assert (fetched.path / "model.safetensors").resolve().parent == blobs
+    assert (fetched.path / "model.safetensors").resolve().parent == tmp_path / "models--org--base" / "blobs"
     (snapshot / "vocab.txt").symlink_to("../../blobs/../../../secret")
     with pytest.raises(UserError, match=r"vocab\.txt that is a link to"):
         fetch_model(str(snapshot), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("layout", ["folder", "cache"])
+def test_a_second_template_for_tools_is_part_of_a_base(tmp_path, base, layout):
+    templates = base / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{{ tools }}")
+    (templates / "rag.jinja").write_text("{{ documents }}")
+    (base / "chat_template.jinja").write_text("plain")
+    if layout == "cache":
+        base = in_the_hugging_face_cache(base, tmp_path)
+    fetched = fetch_model(str(base), tmp_path / "cache")
+    assert load_tokenizer(fetched.path).chat_template == {"default": "plain", "tool_use": "{{ tools }}"}
+    templates = base / "additional_chat_templates"
+    (templates / "tool_use.jinja").unlink()
+    (templates / "tool_use.jinja").write_text("{{ tools | tojson }}")
+    changed = fetch_model(str(base), tmp_path / "cache")
+    assert changed.revision != fetched.revision
+    assert changed.tokenizer_hash != fetched.tokenizer_hash
+
+
+def test_a_second_template_in_a_folder_that_is_a_link_is_refused(tmp_path, base, elsewhere):
+    (elsewhere / "additional_chat_templates" / "tool_use.jinja").write_text("smuggled")
+    (base / "additional_chat_templates").symlink_to(elsewhere / "additional_chat_templates")
+    with pytest.raises(UserError, match=r"tool_use\.jinja in a folder that is a link; put the folder itself there"):
+        fetch_model(str(base), tmp_path / "cache")
 
 
 def test_a_base_does_not_lead_out_of_its_claim(tmp_path, base, monkeypatch):

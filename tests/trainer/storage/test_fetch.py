@@ -228,6 +228,20 @@ def as_files(folder):
     return {name: (folder / name).read_bytes() for name in names(folder)}
 
 
+@pytest.mark.parametrize("place", ["bucket", "hub"])
+def test_a_second_template_for_tools_is_fetched(tmp_path, make_model, s3, hub, place):
+    folder = make_model(tmp_path / "model")
+    template = "additional_chat_templates/tool_use.jinja"
+    (folder / template).parent.mkdir()
+    (folder / template).write_text("{{ tools }}")
+    if place == "hub":
+        hub.add("org/base", {**as_files(folder), template: b"{{ tools }}"})
+    source = "hf://org/base" if place == "hub" else upload(folder, f"{s3}/models/m")
+    fetched = fetch_model(source, tmp_path / "cache")
+    assert (fetched.path / template).read_text() == "{{ tools }}"
+    assert fetched.tokenizer_hash == fetch_model(str(folder), tmp_path / "cache").tokenizer_hash
+
+
 @pytest.mark.parametrize("revision", ["", "@main", "@v1", f"@{COMMIT}"])
 def test_a_model_on_the_hub_is_pinned_to_its_commit(tmp_path, make_model, hub, revision):
     files = as_files(make_model(tmp_path / "model", shards=2))

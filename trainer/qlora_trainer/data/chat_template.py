@@ -38,6 +38,8 @@ class RenderedRow:
     """Messages of which the template leaves something out."""
     empty: int = 0
     """Messages of the assistant of which nothing is written; they are not learned."""
+    tools: bool = False
+    """There are tools, and the template writes them."""
     templated: bool = True
     """A template wrote it, begin and end included."""
 
@@ -52,7 +54,7 @@ class ChatTemplate:
 
     @cached_property
     def source(self) -> str:
-        """The template that is used.
+        """The template that is used; of several that a tokenizer has, the one named ``default``.
 
         Raises:
             UserError: neither the manifest nor the tokenizer has one.
@@ -63,6 +65,13 @@ class ChatTemplate:
         try:
             template: str = self.tokenizer.get_chat_template()
         except ValueError:
+            if names := sorted(self._named):
+                raise UserError(
+                    TEMPLATE_FIELD,
+                    None,
+                    f"is needed: the model's tokenizer has several chat templates ({', '.join(names)}) and none of them"
+                    " is named default. Set the text of the one that is meant",
+                ) from None
             raise UserError(
                 TEMPLATE_FIELD,
                 None,
@@ -124,6 +133,17 @@ class ChatTemplate:
         return asked
 
     @property
+    def _named(self) -> dict[str, str]:
+        """The tokenizer's templates by name, where it has several."""
+        templates = self.tokenizer.chat_template
+        return templates if isinstance(templates, dict) else {}
+
+    @property
+    def _tool_source(self) -> str | None:
+        """Return what transformers renders rows with tools with, where that is another template."""
+        return self._named.get("tool_use") if self.override is None else None
+
+    @property
     def _whose(self) -> str:
         return "the model's own template" if self.override is None else "this template"
 
@@ -135,6 +155,7 @@ class ChatTemplate:
         }
         setup = {
             "template": self.source,
+            "tool_template": self._tool_source,
             "variables": variables,
             "tokens": list(self.tokenizer.get_added_vocab()),
             "special": [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special],
@@ -167,7 +188,7 @@ class ChatTemplate:
     def _row(self, answer: dict[str, Any], number: RowNumber) -> RenderedRow:
         self._check(answer, f"row {number}")
         examples = [[Piece(text, counts) for text, counts in example if text] for example in answer["examples"]]
-        return RenderedRow(examples, answer.get("left_out", 0), answer.get("empty", 0))
+        return RenderedRow(examples, answer["left_out"], answer["empty"], answer["tools"])
 
     def _one_by_one(
         self, rows: Sequence[Conversation], numbers: Sequence[RowNumber], *, everything: bool

@@ -97,7 +97,7 @@ class Tally:
 
     rows: int = 0
     with_tools: int = 0
-    """Rows that give the chat template tools."""
+    """Rows whose tools the chat template writes."""
     split: int = 0
     """Rows that gave several examples."""
     left_out: int = 0
@@ -116,6 +116,7 @@ class Tally:
         """Note one row."""
         self.remarks.add(row.remarks, place)
         self.rows += 1
+        self.with_tools += row.tools
         self.split += len(row.examples) > 1
         self.left_out += bool(row.left_out or row.empty)
         self.empty_turns += row.empty
@@ -146,7 +147,6 @@ def collect(encoder: Encoder, rows: Rows, where: str, side_of: Callable[[int], S
     tally = Tally()
     progress = _Progress(where, rows.source.size)
     for batch in rows.batches():
-        tally.with_tools += sum(bool(cells.get(dataset.columns.tools)) for cells in batch.rows)
         for place, row in zip(batch.places, _encoded(encoder, batch), strict=True):
             tally.count_row(row, place)
             for encoded in row.examples:

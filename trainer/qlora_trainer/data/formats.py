@@ -66,6 +66,8 @@ class EncodedRow:
     """Messages of which the chat template leaves something out."""
     empty: int = 0
     """Messages of the assistant of which nothing is written; they are not learned."""
+    tools: bool = False
+    """There are tools, and the chat template writes them."""
     remarks: tuple[str, ...] = ()
     """What a person should know of the row; see :mod:`qlora_trainer.data.remarks`."""
 
@@ -167,6 +169,7 @@ class Encoder:
                 ],
                 row.left_out,
                 row.empty,
+                row.tools,
                 self._remarks(conversation) if conversation else (),
             )
             for row, conversation in zip(rendered, conversations, strict=True)

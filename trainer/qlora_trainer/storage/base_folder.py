@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_storage.object_store import leaves_claim, sha256_bytes, sha256_file
 from qlora_trainer.storage.model_files import (
     CONFIGURATIONS,
+    TOOL_TEMPLATE,
     ModelFilesError,
     check_names,
     check_weights,
@@ -159,6 +160,7 @@ def _copy(source: Path, name: str, folder: Path) -> str:
         value = json_object(name, data)
         plain = without_file_names(value)
         kept = data if plain == value else json.dumps(plain, indent=2).encode()
+    (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(kept)
     return sha256_bytes(data)
 
@@ -185,7 +187,8 @@ def _put(made: Path, bases: Path, copied: Iterable[str], links: Mapping[str, lis
 
 def _names(folder: Path) -> list[str]:
     try:
-        return [entry.name for entry in os.scandir(folder) if entry.is_file() or entry.is_symlink()]
+        names = [entry.name for entry in os.scandir(folder) if entry.is_file() or entry.is_symlink()]
+        return [*names, TOOL_TEMPLATE] if os.path.lexists(folder / TOOL_TEMPLATE) else names
     except OSError as error:
         raise ModelFilesError(f"cannot be read: {error.strerror}") from error
 
@@ -236,7 +239,7 @@ def _own_folders(folder: Path) -> list[Path]:
 def _target(folder: Path, name: str) -> Path:
     """Return where a link leads, by one step; a plain file's own place."""
     path = folder / name
-    return Path(os.path.normpath(folder / path.readlink())) if path.is_symlink() else path
+    return Path(os.path.normpath(path.parent / path.readlink())) if path.is_symlink() else path
 
 
 def _identity(file: BufferedReader) -> list[int]:

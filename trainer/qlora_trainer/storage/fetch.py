@@ -29,6 +29,7 @@ from qlora_trainer.storage.model_files import (
     check_model,
     check_names,
     headers_revision,
+    is_in_place,
     is_side_file,
     max_bytes,
     weight_names,
@@ -169,7 +170,7 @@ def _model_from_hub(
 
     def fill(partial: Path) -> None:
         folder = hub.open_folder(at, commit)
-        names = [n for n in folder.names if "/" not in n]
+        names = [n for n in folder.names if is_in_place(n)]
         check_names(names)
         folder.download([n for n in names if is_side_file(n)], partial)
         weights = weight_names(names, lambda n: (partial / n).read_bytes())
@@ -218,7 +219,7 @@ def _bring_headers(names: list[str], read: Callable[[str, int, int], tuple[bytes
 
 
 def _model_objects(store: Store) -> list[Entry]:
-    there = {e.key: e for e in store.entries() if "/" not in e.key}
+    there = {e.key: e for e in store.entries() if is_in_place(e.key)}
     if not there:
         raise ModelFilesError("holds no files")
     check_names(there)

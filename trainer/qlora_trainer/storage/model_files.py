@@ -50,6 +50,8 @@ VOCABULARIES = (
     "vocab.txt",
     "tekken.json",
 )
+TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
+"""A second chat template, which transformers takes where there are tools; the only file that is not at the top."""
 TOKENIZER_FILES = (
     *VOCABULARIES,
     "merges.txt",
@@ -59,6 +61,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    TOOL_TEMPLATE,
 )
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """Of a base that takes images or sound: never read here, and published with a merged model."""
@@ -73,11 +76,16 @@ class ModelFilesError(ValueError):
 
 
 def is_side_file(name: str) -> bool:
-    """Tell whether a file beside the weights is wanted: of configuration, tokenizer or processor, at the folder's top.
+    """Tell whether a file beside the weights is wanted: of configuration, tokenizer or processor.
 
     A closed list: with the weights, these are all files of a base that a library ever sees.
     """
     return name in (CONFIG, GENERATION_CONFIG, WEIGHTS_INDEX, *PROCESSOR_FILES) or is_tokenizer_file(name)
+
+
+def is_in_place(name: str) -> bool:
+    """Tell whether a file lies where files of a model do."""
+    return "/" not in name or name == TOOL_TEMPLATE
 
 
 def max_bytes(name: str) -> int:

@@ -416,7 +416,7 @@ FAILING = {
 @pytest.mark.parametrize("quote", ["", "'", '"', "' has no attribute 'role"], ids=["no", "one", "two", "jinjas"])
 def test_no_error_of_a_template_has_text_of_the_row(failing, quote):
     template = "{% set said = messages[0].content %}" + failing
-    answer = serve({"template": template, "variables": {}, "tokens": [], "special": []})(
+    answer = serve({"template": template, "variables": {}, "tool_template": None, "tokens": [], "special": []})(
         {"prompt": [{"role": "user", "content": f"{ROW_TEXT}{quote}"}]}
     )
     assert answer == {"failed": f"{FAILING[failing]} (line 1 of the template)"}

@@ -122,7 +122,12 @@ def results() -> list[TemplateOutcome]:
     for name, source in published_templates().items():
         eos = "<|END_OF_TURN_TOKEN|>" if "END_OF_TURN_TOKEN" in source else "<EOS>"
         tokens = ["<BOS>", eos]
-        setup = {"template": source, "variables": {**SPECIAL, "eos_token": eos}, "tokens": tokens}
+        setup = {
+            "template": source,
+            "tool_template": None,
+            "variables": {**SPECIAL, "eos_token": eos},
+            "tokens": tokens,
+        }
         service = serve({**setup, "special": [*tokens, *CONTROL_TOKENS.findall(source)]})
         for conversation, (messages, tools) in CONVERSATIONS.items():
             row = {"messages": messages, "tools": tools, "learned": [True] * len(messages)}

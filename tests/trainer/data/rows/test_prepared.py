@@ -7,10 +7,12 @@ import re
 
 import pytest
 
+from qlora_api.spec import Tolerance
 from qlora_api.spec.learning import EvaluationSpec as Evaluation
 from qlora_trainer.data.collect import Identities, progress_line
 from qlora_trainer.errors import UserError
 from qlora_trainer.prepare.tokenize_rows import prepare_data
+from qlora_trainer.prepare.tolerance import check_tolerance
 
 PAIR = {"prompt": "return", "completion": " x"}
 
@@ -102,12 +104,24 @@ def test_prompts_of_a_job_whose_rows_are_conversations_are_measured_as_turns(cha
     assert not prepare_data(with_prompts, chat_tokenizer, "t1", texts, None, tmp_path / "cache").receipt.conversations
 
 
-def test_rows_with_tools_are_counted(chat_tokenizer, job, tmp_path):
+def test_rows_with_tools_are_counted(chat_tokenizer, chatml, job, tmp_path):
+    """Those whose tools the template writes; the others say what it leaves out."""
     messages = [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "7."}]
-    rows = [{"messages": messages, "tools": tools} for tools in ([{"name": "w"}], [], None)]
-    path = write(tmp_path / "rows.jsonl", rows)
-    receipt = prepare_data(job(format="Messages"), chat_tokenizer, "t1", path, None, tmp_path / "cache").receipt
-    assert (receipt.train_rows, receipt.rows_with_tools) == (3, 1)
+    path = write(
+        tmp_path / "rows.jsonl",
+        [{"messages": messages, "tools": tools} for tools in ([{"name": "weather"}], [], "[]", None)],
+    )
+    figures = []
+    for template in ("{{ tools | tojson if tools }}" + chatml, chatml):
+        spec = job(format="Messages", chat_template=template)
+        receipt = prepare_data(spec, chat_tokenizer, "t1", path, None, tmp_path / "cache").receipt
+        figures.append((receipt.rows, receipt.rows_with_tools, receipt.left_out, len(receipt.notes)))
+    assert figures == [(4, 1, 0, 0), (4, 0, 1, 1)]
+    assert receipt.notes == [
+        "the chat template leaves out tools of rows, or parts of them: these are counted as leftOut"
+    ]
+    with pytest.raises(UserError, match=r"leftOut: .*is exceeded: 1 of 4 \(25.0%\) rows say something that the chat"):
+        check_tolerance(Tolerance(left_out="0.2"), receipt)
 
 
 def test_rows_learn_from_the_assistant_however_its_role_is_spelled(chat_tokenizer, job, tmp_path):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ from qlora_trainer.data.rendering.message_texts import (
     says_anything,
     squeezed,
     texts_in,
+    tools_are_in,
     with_json_arguments,
     with_other_text,
 )
@@ -61,6 +63,8 @@ class Rendered:
     """Messages of which the template leaves something out."""
     empty: int = 0
     """Messages of the assistant of which nothing is written, so that nothing is learned."""
+    tools: bool = False
+    """There are tools, and the template writes them."""
 
 
 @dataclass
@@ -74,6 +78,8 @@ class Renderer:
     """Of conversations that were checked."""
     states: set[str] = field(default_factory=set)
     """Other than the default that turns were rendered in, as text."""
+    ignores_tools: bool = False
+    """It has not written some."""
 
     def render(self, messages: list[Message], tools: Any, learned: list[bool]) -> Rendered:
         """Return the examples of a conversation.
@@ -100,21 +106,23 @@ class Renderer:
         if self.dialect is None:
             self.dialect = find_dialect(self.reader, messages[: places[0]])
         messages, tools = self._adapted(messages), self._tools(tools)
-        turns = []
+        turns, state = [], dict[str, Any]()
         for place in places:
             if not says_anything(messages[place]):
                 done.empty += 1
                 continue
-            turn, state = self.turn(messages, place, tools)
+            turn, its_state = self.turn(messages, place, tools)
             said, missing = texts_in(messages[place], turn.written)
             done.left_out += bool(missing)
             if said:
+                state = its_state
                 self._check_shape(messages, turn, tools, state)
                 turns.append(turn)
             else:
                 done.empty += 1
         if turns:
             done.left_out += sum(is_missing(message, turns[-1].context) for message in messages[: turns[-1].message])
+            self._count_tools(done, messages[: turns[-1].message], tools, turns[-1].context, prompt=True, **state)
             done.examples = list(_joined(turns, self.end or ""))
         return done
 
@@ -145,12 +153,22 @@ class Renderer:
                 return self._ended(messages, place, tools, {}, context, written, answered), {}
         raise TemplateRefusedError(self._difference(messages, place, tools))
 
+    def _count_tools(self, done: Rendered, messages: list[Message], tools: Any, text: str, **options: Any) -> None:
+        """Note whether tools are in ``text``, rendered from these messages with these options."""
+        if not tools:
+            return
+        done.tools = tools_are_in(tools, text)
+        with suppress(Exception):  # a template may need tools
+            done.tools &= self.reader.template.render(messages, self._tools(None), **options) != text
+        done.left_out += not done.tools
+        self.ignores_tools |= not done.tools
+
     def prompt(self, messages: list[Message], tools: Any = None) -> str:
         """Return what the model is given to answer."""
         state = self.dialect.state if self.dialect else {}
         return self._text(self._adapted(messages), self._tools(tools), state, prompt=True)
 
-    def everything(self, messages: list[Message], tools: Any, learned: list[bool]) -> Example:
+    def everything(self, messages: list[Message], tools: Any, learned: list[bool]) -> Rendered:
         """Return the whole conversation, of which all counts but the messages that may not be learned.
 
         Raises:
@@ -173,7 +191,9 @@ class Renderer:
                 )
             example += [(whole[at : len(before)], True), (whole[len(before) : len(with_it)], False)]
             at = len(with_it)
-        return [*example, (whole[at:], True)]
+        done = Rendered([[*example, (whole[at:], True)]])
+        self._count_tools(done, messages, tools, whole)
+        return done
 
     @property
     def end(self) -> str | None:
@@ -187,6 +207,8 @@ class Renderer:
     def notes(self) -> list[str]:
         """Say what a person should know of how the rows were rendered."""
         found = [f"turns of the assistant are rendered with {state}" for state in sorted(self.states)]
+        if self.ignores_tools:
+            found.append("the chat template leaves out tools of rows, or parts of them: these are counted as leftOut")
         if "strftime_now" in self.reader.template.names:
             found.append(f"the chat template calls the clock, which stands at {CLOCK:%Y-%m-%d %H:%M}")
         if self.dialect and not self.dialect.style.end.strip():

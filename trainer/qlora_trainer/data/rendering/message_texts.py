@@ -93,6 +93,24 @@ def _is_in(leaf: str, text: str) -> bool:
     return squeezed(leaf) in squeezed(text)
 
 
+def tools_are_in(tools: list[dict[str, Any]], text: str) -> bool:
+    """Return whether names and descriptions of tools and of their parameters stand in ``text``, each line by itself."""
+    lines = (line.strip() for leaf in _tool_texts(tools) for line in leaf.splitlines())
+    return all(_is_in(line, text) for line in lines if not is_blank(line))
+
+
+def _tool_texts(value: Any) -> Iterator[str]:
+    if isinstance(value, list):
+        for inner in value:
+            yield from _tool_texts(inner)
+    elif isinstance(value, dict):
+        yield from (value[key] for key in ("name", "description") if isinstance(value.get(key), str))
+        if isinstance(properties := value.get("properties"), dict):
+            yield from properties
+        for inner in value.values():
+            yield from _tool_texts(inner)
+
+
 def is_missing(message: Message, text: str) -> bool:
     """Return whether the template leaves out what somebody else than the assistant says."""
     return message["role"] != "assistant" and bool(texts_in(message, text)[1])

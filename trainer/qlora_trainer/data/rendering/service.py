@@ -15,6 +15,8 @@ from qlora_trainer.data.rendering.turns import Reader, TemplateRefusedError, fin
 from qlora_trainer.data.rows.limits import MIB, MOST_ROW_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qlora_trainer.bounded_child import Service
 
 FIRST_SECONDS, ROW_SECONDS = 60, 1
@@ -24,11 +26,17 @@ _UNDEFINED = re.compile(r"'(?P<name>\w+)' is undefined|'(?:None|[\w.]+ object)' 
 
 
 class _Rows:
-    """The answers to requests, with the time that they took."""
+    """The answers to requests, with the time that they took.
 
-    def __init__(self, renderer: Renderer, words: TemplateWords) -> None:
+    Args:
+        renderer: of the template for rows without tools.
+        with_tools: of the one for rows with tools.
+
+    """
+
+    def __init__(self, renderer: Renderer, with_tools: Renderer) -> None:
         self.renderer = renderer
-        self.words = words
+        self.with_tools = with_tools
         self.count = 0
         self.began = time.process_time()
 
@@ -36,31 +44,31 @@ class _Rows:
         if "rows" in request:
             return {"rows": [self._row(row, everything=request["everything"]) for row in request["rows"]]}
         if "prompt" in request:
-            return self._caught(lambda: {"text": self.renderer.prompt(request["prompt"])})
-        return {"notes": self.renderer.notes(), "end": self.renderer.end}
+            return _caught(self.renderer, lambda: {"text": self.renderer.prompt(request["prompt"])})
+        notes = dict.fromkeys([*self.renderer.notes(), *self.with_tools.notes()])
+        return {"notes": list(notes), "end": self.renderer.end}
 
     def _row(self, row: dict[str, Any], *, everything: bool) -> dict[str, Any]:
         self.count += 1
         if time.process_time() - self.began > FIRST_SECONDS + ROW_SECONDS * self.count:
             return {"refused": f"takes more than {FIRST_SECONDS} s and {ROW_SECONDS} s for each row before it"}
-        if everything:
-            return self._caught(
-                lambda: {"examples": [self.renderer.everything(row["messages"], row["tools"], row["learned"])]}
-            )
-        return self._caught(lambda: vars(self.renderer.render(row["messages"], row["tools"], row["learned"])))
+        renderer = self.with_tools if row["tools"] else self.renderer
+        render = renderer.everything if everything else renderer.render
+        return _caught(renderer, lambda: vars(render(row["messages"], row["tools"], row["learned"])))
 
-    def _caught(self, render: Any) -> dict[str, Any]:
-        try:
-            answer: dict[str, Any] = render()
-        except TemplateRefusedError as error:
-            return {"refused": str(error)}
-        except MemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 whatever a template raises
-            return {"failed": describe_error(error, self.words)}
-        if _size(answer) > MOST_ROW_BYTES:
-            return {"refused": f"writes more than {MOST_ROW_BYTES // MIB} MiB, the most that a row may have"}
-        return answer
+
+def _caught(renderer: Renderer, render: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        answer = render()
+    except TemplateRefusedError as error:
+        return {"refused": str(error)}
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 whatever a template raises
+        return {"failed": describe_error(error, TemplateWords.of(renderer.reader.template))}
+    if _size(answer) > MOST_ROW_BYTES:
+        return {"refused": f"writes more than {MOST_ROW_BYTES // MIB} MiB, the most that a row may have"}
+    return answer
 
 
 def _size(answer: dict[str, Any]) -> int:
@@ -73,24 +81,29 @@ def serve(setup: dict[str, Any]) -> Service:
     """Compile a template and return the service that renders with it.
 
     Args:
-        setup: ``template``, its text; ``variables``, those of the tokenizer; ``tokens``, its added tokens; ``special``,
-            those that are no text.
+        setup: ``template``, its text; ``tool_template``, another one for rows with tools, or None; ``variables``, those
+            of the tokenizer; ``tokens``, its added tokens; ``special``, those that are no text.
 
     """
     try:
-        template = compile_template(setup["template"], setup["variables"])
+        renderer = _renderer(setup, setup["template"])
+        with_tools = _renderer(setup, setup["tool_template"]) if setup["tool_template"] else renderer
     except jinja2.TemplateSyntaxError as error:
         problem = {"syntax": f"{error.message} (line {error.lineno})"}
         return lambda _: problem
+    return _Rows(renderer, with_tools).answer
+
+
+def _renderer(setup: dict[str, Any], source: str) -> Renderer:
+    template = compile_template(source, setup["variables"])
     renderer = Renderer(Reader(template, setup["tokens"], setup["special"]))
-    rows = _Rows(renderer, TemplateWords.of(template))
     try:
         renderer.dialect = find_dialect(renderer.reader)
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001, S110 it does not like our conversation; those of the rows decide
         pass
-    return rows.answer
+    return renderer
 
 
 def describe_error(error: Exception, words: TemplateWords) -> str:
