@@ -39,18 +39,34 @@ ALLOWED = (
     " capitals or not, a folder of such files, or a folder written by datasets.save_to_disk"
 )
 NOTE_SUFFIXES = (".md", ".rst", ".py", ".yaml", ".yml")
-NOTE_NAMES = re.compile(r"(readme|license|licence|notice|copying|changelog)(\..*)?|dataset_infos?\.json")
-"""What people and hubs leave beside rows; with it, all that begins with a dot or an underscore (Spark's markers)."""
+NOTE_NAMES = re.compile(r"(readme|license|licence|notice|copying|changelog)(\..*)?")
+"""What people leave beside rows, unless its suffix is that of rows; with it, all that begins with a dot or an
+underscore (Spark's markers)."""
+HUB_NOTE = re.compile(r"dataset_infos?\.json")
 SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
+    "test": (
+        "test",
+        "testing",
+        "tests",
+        "eval",
+        "evals",
+        "evaluation",
+        "holdout",
+        "heldout",
+        "hold[-_ ]out",
+        "held[-_ ]out",
+    ),
 }
-"""As ``datasets`` finds splits in names."""
+"""As ``datasets`` finds splits in names, and more that people give to what must not be trained on."""
 SPLIT_PATTERN = re.compile(
-    rf"(?:^|[-._ ])({'|'.join(word for words in SPLIT_WORDS.values() for word in words)})(?:[-._ 0-9]|$)"
+    r"(?<![^\W\d_])(?:"
+    + "|".join(f"(?P<{split}>{'|'.join(words)})" for split, words in SPLIT_WORDS.items())
+    + r")(?:data|file|rows|set|split)?(?![^\W\d_])"
 )
-SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
+"""A word between what are no letters, as in ``split=test``, ``(test)`` and ``testset2``."""
+INNER_CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 MOST_FILES = 100_000
 SHOWN = 5
 STATE = "state.json"
@@ -152,9 +168,14 @@ def _of_split(names: list[str], *, evaluation: bool) -> tuple[list[str], list[st
         by_split.setdefault(split_of(name), []).append(name)
     unassigned = by_split.pop(None, [])
     known = {split: files for split, files in by_split.items() if split is not None}
-    if len(known) <= 1 and (not unassigned or not known or "train" in known):
+    if not known or [*known] == ["train"] or (evaluation and len(known) == 1 and not unassigned):
         return names, []
     wanted = _wanted_split(known, evaluation=evaluation)
+    if len(known) == 1 and not unassigned:
+        raise RowFilesError(
+            f"has files of the split {next(iter(known))} alone ({_shown(names)}), and rows to train on are wanted; if "
+            "they are meant, name the file, or give the files names without a split"
+        )
     if unassigned or wanted is None:
         found = "; ".join(f"{split}: {_shown(files)}" for split, files in sorted(known.items()))
         more = f"; of no split: {_shown(unassigned)}" if unassigned else ""
@@ -168,16 +189,18 @@ def _wanted_split(splits: dict[str, list[str]], *, evaluation: bool) -> str | No
 
 def split_of(name: str) -> str | None:
     """Tell which split a path names, the outermost folder first; None where it names none."""
-    for part in PurePosixPath(name.lower()).parts:
+    for part in PurePosixPath(INNER_CAPITAL.sub("-", name).lower()).parts:
         if found := SPLIT_PATTERN.search(part):
-            return SPLIT_OF[found.group(1)]
+            return found.lastgroup
     return None
 
 
 def _is_note(name: str) -> bool:
     path = PurePosixPath(name.lower())
     hidden = any(part.startswith((".", "_")) for part in path.parts)
-    return hidden or path.suffix in NOTE_SUFFIXES or NOTE_NAMES.fullmatch(path.name) is not None
+    if hidden or path.suffix in NOTE_SUFFIXES or HUB_NOTE.fullmatch(path.name):
+        return True
+    return NOTE_NAMES.fullmatch(path.name) is not None and kind_of(name) is None
 
 
 def _parent(name: str) -> str:

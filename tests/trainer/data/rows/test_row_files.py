@@ -58,9 +58,33 @@ def test_all_files_of_a_folder_are_read_and_notes_are_named():
             ["test.jsonl", "train.jsonl", "validation.jsonl"], ["train.jsonl"], ["validation.jsonl"], id="three-splits"
         ),
         pytest.param(["my_train.csv", "my_eval.csv"], ["my_train.csv"], ["my_eval.csv"], id="words-inside"),
-        pytest.param(["test.jsonl"], ["test.jsonl"], ["test.jsonl"], id="one-split-is-what-is-meant"),
+        pytest.param(
+            ["split=test/a.parquet", "split=train/a.parquet", "split=validation/a.parquet"],
+            ["split=train/a.parquet"],
+            ["split=validation/a.parquet"],
+            id="folders-of-hive",
+        ),
+        *(
+            pytest.param([held_out, "train.jsonl"], ["train.jsonl"], [held_out], id=held_out)
+            for held_out in (
+                *(
+                    "(test).jsonl",
+                    "Holdout.jsonl",
+                    "faq-held_out.jsonl",
+                    "tests.jsonl",
+                    "testData.jsonl",
+                    "QATest.jsonl",
+                ),
+                *("evals/a.jsonl", "heldout2024.jsonl", "data@test.jsonl", "testset.jsonl", "myEvalSplit.jsonl"),
+            )
+        ),
         pytest.param(["more.jsonl", "train.jsonl"], ["more.jsonl", "train.jsonl"], None, id="train-and-more"),
-        pytest.param(["contest.jsonl", "retrain.jsonl"], ["contest.jsonl", "retrain.jsonl"], None, id="parts-of-words"),
+        pytest.param(
+            ["contest.jsonl", "latest.jsonl", "protestset.jsonl", "retrain.jsonl"],
+            ["contest.jsonl", "latest.jsonl", "protestset.jsonl", "retrain.jsonl"],
+            None,
+            id="parts-of-words",
+        ),
     ],
 )
 def test_of_several_splits_the_one_that_is_meant_is_read_and_the_others_are_named(names, train, evaluation):
@@ -71,9 +95,28 @@ def test_of_several_splits_the_one_that_is_meant_is_read_and_the_others_are_name
         assert list(select(names, evaluation=True).rows) == evaluation
 
 
+@pytest.mark.parametrize("name", ["train-00000.parquet", "validation.jsonl", "test/a.jsonl"])
+def test_of_evaluation_rows_the_only_split_is_what_is_meant(name):
+    """datasets.push_to_hub calls the split of a set without splits "train"."""
+    assert select([name], evaluation=True).rows == (name,)
+
+
+@pytest.mark.parametrize(
+    "name", ["README.jsonl", "notice.csv", "changelog.ndjson.gz", "license.parquet", "Copying.json"]
+)
+def test_a_file_with_the_suffix_of_rows_is_read_however_it_is_named(name):
+    assert select([name, "README.md", "LICENSE", "notice.txt"], evaluation=False).rows == (name,)
+
+
 @pytest.mark.parametrize(
     ("names", "problem"),
     [
+        pytest.param(
+            ["test.jsonl"],
+            "has files of the split test alone (test.jsonl), and rows to train on are wanted; if they are meant, name",
+            id="test-alone",
+        ),
+        pytest.param(["split=dev/a.csv"], "has files of the split validation alone", id="validation-alone"),
         pytest.param([], "has no files in it; it must be a file that ends in .jsonl", id="empty"),
         pytest.param(["README.md"], "has no files in it", id="notes-only"),
         pytest.param(["a.jsonl", "b.txt", "c.zip"], "cannot be read as rows: b.txt, c.zip. The source", id="unknown"),
