@@ -148,3 +148,15 @@ def test_rows_with_other_roles_are_counted_unless_the_template_knows_them_or_all
         " does not name: these messages are context and not learned; the first is row 2 (rows.jsonl, line 2)"
     )
     assert notes == ([] if loss_on or template else [told])
+
+
+@pytest.mark.parametrize("loss_on", [None, "All"])
+def test_what_a_template_leaves_out_exceeds_the_tolerance_whatever_is_learned(loss_on, chat_tokenizer, job, tmp_path):
+    call = {"type": "function", "function": {"name": "w", "arguments": {"city": "Bern"}}}
+    said = {"role": "assistant", "content": "Wait.", "tool_calls": [call]}
+    path = write(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "Q"}, said]}] * 3)
+    spec = job(format="Messages", loss_on=loss_on, tolerance=Tolerance(left_out="0.5"))
+    receipt = prepare_data(spec, chat_tokenizer, "t1", path, None, tmp_path / "cache").receipt
+    assert (receipt.left_out, receipt.empty_turns) == (3, 0)
+    with pytest.raises(UserError, match=r"^spec\.dataset\.tolerance\.leftOut: .* is exceeded: 3 of 3"):
+        check_tolerance(spec.dataset.tolerance, receipt)

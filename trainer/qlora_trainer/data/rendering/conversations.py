@@ -24,15 +24,16 @@ from qlora_trainer.data.message_keys import REASONING_KEYS
 from qlora_trainer.data.rendering.compiled_template import CLOCK, MARK_START, MARK_STOP, Message
 from qlora_trainer.data.rendering.message_texts import (
     PLACEHOLDER,
+    count_written,
     hidden,
-    is_missing,
     says_anything,
     squeezed,
-    texts_in,
     tools_are_in,
     with_json_arguments,
     with_other_text,
+    without_thought,
 )
+from qlora_trainer.data.rendering.rendered import Example, Rendered
 from qlora_trainer.data.rendering.turns import (
     THOUGHTS,
     Dialect,
@@ -43,28 +44,13 @@ from qlora_trainer.data.rendering.turns import (
     find_dialect,
     has_reasoning,
 )
+from qlora_trainer.data.rendering.whole import render_whole
 
 MARKS = "{% generation %} … {% endgeneration %}"
 MOST_SHAPES = 256
 """Of conversations that are checked; one that came late is like those before."""
 QUOTED = 60
 """Characters of a template that an error shows."""
-
-Example = list[tuple[str, bool]]
-"""Texts to be tokenized apart, and whether they count."""
-
-
-@dataclass
-class Rendered:
-    """The examples of one row."""
-
-    examples: list[Example]
-    left_out: int = 0
-    """Messages of which the template leaves something out."""
-    empty: int = 0
-    """Messages of the assistant of which nothing is written, so that nothing is learned."""
-    tools: bool = False
-    """There are tools, and the template writes them."""
 
 
 @dataclass
@@ -106,14 +92,14 @@ class Renderer:
         if self.dialect is None:
             self.dialect = find_dialect(self.reader, messages[: places[0]])
         messages, tools = self._adapted(messages), self._tools(tools)
-        turns, state = [], dict[str, Any]()
+        turns, left_out, state = [], set[int](), dict[str, Any]()
         for place in places:
             if not says_anything(messages[place]):
                 done.empty += 1
                 continue
             turn, its_state = self.turn(messages, place, tools)
-            said, missing = texts_in(messages[place], turn.written)
-            done.left_out += bool(missing)
+            [(said, missing)] = count_written([messages[place]], turn.written)
+            left_out |= {place} if missing else set()
             if said:
                 state = its_state
                 self._check_shape(messages, turn, tools, state)
@@ -121,9 +107,12 @@ class Renderer:
             else:
                 done.empty += 1
         if turns:
-            done.left_out += sum(is_missing(message, turns[-1].context) for message in messages[: turns[-1].message])
+            before = [without_thought(message) for message in messages[: turns[-1].message]]
+            written = count_written(before, turns[-1].context)
+            left_out |= {place for place, (_, missing) in enumerate(written) if missing}
             self._count_tools(done, messages[: turns[-1].message], tools, turns[-1].context, prompt=True, **state)
             done.examples = list(_joined(turns, self.end or ""))
+        done.left_out += len(left_out)
         return done
 
     def turn(self, messages: list[Message], place: int, tools: Any) -> tuple[Turn, dict[str, Any]]:
@@ -169,30 +158,11 @@ class Renderer:
         return self._text(self._adapted(messages), self._tools(tools), state, prompt=True)
 
     def everything(self, messages: list[Message], tools: Any, learned: list[bool]) -> Rendered:
-        """Return the whole conversation, of which all counts but the messages that may not be learned.
-
-        Raises:
-            TemplateRefusedError: the text of one of these cannot be told from what follows.
-            Exception: what the template raises.
-
-        """
+        """Return the whole conversation as one example; see :func:`render_whole`."""
         messages, tools = self._adapted(messages), self._tools(tools)
-        whole, example, at = self._text(messages, tools, {}), [], 0
-        for place in (place for place, counts in enumerate(learned) if not counts):
-            before = self._text(messages[:place], tools, {}) if place else ""
-            with_it = self._text(messages[: place + 1], tools, {})
-            if not (whole.startswith(with_it) and with_it.startswith(before) and at <= len(before)) or any(
-                texts_in(messages[place], with_it[len(before) :])[1:]
-            ):
-                raise TemplateRefusedError(
-                    f"writes message {place + 1}, which has weight 0, otherwise once others follow, so that its text"
-                    " cannot be left out of what is learned: with lossOn All, leave weight away, or set lossOn to"
-                    " Assistant"
-                )
-            example += [(whole[at : len(before)], True), (whole[len(before) : len(with_it)], False)]
-            at = len(with_it)
-        done = Rendered([[*example, (whole[at:], True)]])
-        self._count_tools(done, messages, tools, whole)
+        done = render_whole(lambda some: self._text(some, tools, {}), messages, learned)
+        for example in done.examples:
+            self._count_tools(done, messages, tools, "".join(text for text, _ in example))
         return done
 
     @property

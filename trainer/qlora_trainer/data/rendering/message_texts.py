@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qlora_trainer.data.message_keys import REASONING_KEYS
@@ -14,6 +14,9 @@ from qlora_trainer.data.text_pieces import is_blank
 
 PLACEHOLDER = "…"
 """Stands for what a row says."""
+MOST_WORK = 10**9
+"""Characters to search for all texts of a conversation; beyond these each is only looked for once."""
+_GAP = "\0"
 _TAGS = re.compile("|".join(re.escape(tag) for pair in THOUGHTS for tag in pair))
 
 
@@ -47,8 +50,8 @@ def hidden(value: Any, key: str = "") -> Any:
     return PLACEHOLDER if isinstance(value, str) and key not in {"role", "type"} else value
 
 
-def _leaves(message: Message) -> Iterator[str]:
-    """The texts that a message says."""
+def _leaves(message: Message) -> Iterator[Any]:
+    """The texts, numbers and other plain values that a message says."""
     contents = message.get("content")
     for content in contents if isinstance(contents, list) else [contents]:
         text = content.get("text") if isinstance(content, dict) else content
@@ -60,31 +63,78 @@ def _leaves(message: Message) -> Iterator[str]:
     for call in message.get("tool_calls") or []:
         function = call.get("function", call) if isinstance(call, dict) else None
         if isinstance(function, dict):
-            yield from _texts(function.get("name"))
-            yield from _texts(function.get("arguments"))
+            yield from _values(function.get("name") or "")
+            arguments = function.get("arguments")
+            yield from _values(_arguments(arguments) if isinstance(arguments, str) else arguments or {})
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _texts(inner)
+def _arguments(text: str) -> Any:
+    """The arguments of a call as the template was given them: JSON text, or what it stands for."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _values(value: Any) -> Iterator[Any]:
+    """Keys and plain values."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from _values(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from _texts(inner)
+            yield from _values(inner)
+    else:
+        yield value
+
+
+def _forms(leaf: Any) -> Iterator[str]:
+    """The ways to write a value, without white space, the usual one first."""
+    if not isinstance(leaf, str):
+        yield json.dumps(leaf)
+        yield str(leaf)
+        return
+    leaf = leaf.strip()
+    yield squeezed(leaf)
+    escaped = json.dumps(leaf, ensure_ascii=False)[1:-1]
+    yield squeezed(escaped)
+    yield squeezed(json.dumps(leaf)[1:-1])
+    yield squeezed(json.dumps(escaped, ensure_ascii=False)[1:-1])
+    yield squeezed(repr(leaf)[1:-1])
 
 
 def says_anything(message: Message) -> bool:
-    """Return whether there is a text in the message."""
-    return not all(is_blank(leaf) for leaf in _leaves(message))
+    """Return whether there is a text or another value in the message."""
+    return any(not isinstance(leaf, str) or not is_blank(leaf) for leaf in _leaves(message))
 
 
-def texts_in(message: Message, text: str) -> tuple[int, int]:
-    """Count a message's texts that stand in ``text``, and those that do not."""
-    leaves = [leaf.strip() for leaf in _leaves(message) if not is_blank(leaf)]
-    found = sum(_is_in(leaf, text) for leaf in leaves)
-    return found, len(leaves) - found
+def count_written(messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+    """Count, for each message, what it says that stands in ``text``, and what does not.
+
+    What is said several times must stand there as often, and a longer text is looked for before those that may be a
+    part of it: a text that the template leaves out is not found in another message. White space does not matter.
+    """
+    text = squeezed(text)
+    said: dict[str, tuple[Any, list[int]]] = {}
+    for place, message in enumerate(messages):
+        for leaf in _leaves(message):
+            if not isinstance(leaf, str) or not is_blank(leaf):
+                said.setdefault(next(_forms(leaf)), (leaf, []))[1].append(place)
+    once_is_enough = len(said) * len(text) > MOST_WORK
+    counts = [[0, 0] for _ in messages]
+    for key in sorted(said, key=len, reverse=True):
+        leaf, places = said[key]
+        left = len(places)
+        for form in _forms(leaf):
+            found = min(left, left * (form in text) if once_is_enough else text.count(form))
+            left -= found
+            text = text if once_is_enough or not found else text.replace(form, _GAP, found)
+            if not left:
+                break
+        for number, place in enumerate(places):
+            counts[place][number < left] += 1
+    return [(found, missing) for found, missing in counts]
 
 
 def _is_in(leaf: str, text: str) -> bool:
@@ -111,6 +161,14 @@ def _tool_texts(value: Any) -> Iterator[str]:
             yield from _tool_texts(inner)
 
 
-def is_missing(message: Message, text: str) -> bool:
-    """Return whether the template leaves out what somebody else than the assistant says."""
-    return message["role"] != "assistant" and bool(texts_in(message, text)[1])
+def without_thought(message: Message) -> Message:
+    """Return what must stay of the assistant's message once others follow: its answer, or else its calls."""
+    if message["role"] != "assistant":
+        return message
+    message = {key: value for key, value in message.items() if key not in REASONING_KEYS}
+    if message.get("tool_calls"):
+        return {**message, "content": ""}
+    contents = message.get("content")
+    if isinstance(contents, str):
+        return {**message, "content": _TAGS.split(contents)[-1]}
+    return {**message, "content": [{**part, "text": _TAGS.split(part["text"])[-1]} for part in contents or []]}
