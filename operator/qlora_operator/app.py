@@ -69,7 +69,7 @@ async def initial_sync(
         except (ApiError, TooLargeError, *TRANSIENT) as error:
             if isinstance(error, ApiError) and error.status in (401, 403):
                 raise
-            log.warning("not everything can be seen yet: %s; again in %d s", error, INITIAL_SYNC_RETRY_SECONDS)
+            log.warning("the initial sync is not complete: %s; again in %d s", error, INITIAL_SYNC_RETRY_SECONDS)
             await asyncio.sleep(INITIAL_SYNC_RETRY_SECONDS)
         else:
             return gangs, services
@@ -94,7 +94,7 @@ async def refresh_capabilities(
         try:
             set_gang_modes(await discover_gangs(api))
         except (ApiError, *TRANSIENT) as error:
-            log.info("what the cluster offers cannot be seen: %s", error)
+            log.info("the capabilities of the cluster cannot be read: %s", error)
 
 
 def stop_on_signals(stop: asyncio.Event) -> None:
@@ -205,7 +205,7 @@ class Operator:
         """Return that this process stands by, and for whom; empty where it operates."""
         if self.election is None or self.election.leads:
             return ""
-        return f"stands by: {self.election.holder or 'nobody'} leads"
+        return f"on standby: {self.election.holder or 'nobody'} leads"
 
     def background_tasks(self) -> Iterator[BackgroundTask]:
         """Give what goes on side by side; the failure of one is none of the others'."""
@@ -287,7 +287,7 @@ def main() -> NoReturn:
     try:
         runner.run(run(config))
     except Exception:
-        log.exception("the operator ends; Kubernetes starts another one")
+        log.exception("the operator exits; Kubernetes restarts it")
         code = 1
     # Not runner.close(): some of the tasks that kopf leaves behind do not end. There is nothing to save.
     logging.shutdown()

@@ -220,5 +220,5 @@ class PodProfile(Placement):
         for what in ("name", "mount_path"):
             values = [getattr(volume, what).rstrip("/") for volume in self.volumes]
             if twice := next((value for value in values if values.count(value) > 1), None):
-                raise ValueError(f'volumes: "{twice}" is there twice')
+                raise ValueError(f'volumes: "{twice}" is listed twice')
         return self

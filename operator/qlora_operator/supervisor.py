@@ -43,7 +43,7 @@ async def supervise(task: BackgroundTask, failed: Callable[[str], None]) -> None
         failed(task.name)
         failures = 0 if time.monotonic() - started > STEADY_SECONDS else failures + 1
         wait = backoff(failures, FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS)
-        log.error("task %s ended; it is started again in %.1f s", task.name, wait, exc_info=error)
+        log.error("task %s ended; it is restarted in %.1f s", task.name, wait, exc_info=error)
         await asyncio.sleep(wait)
 
 

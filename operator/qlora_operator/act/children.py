@@ -154,9 +154,8 @@ class Children:
         name = body["metadata"]["name"]
         there = await self._api.get(f"{collection}/{name}")
         if not is_same_object(body, there):
-            text = (
-                f'a {body["kind"]} named "{name}" is there that is not this job\'s; it is waited for until it is gone'
-            )
-            raise ApiError(409, "Conflict", f"{text}: delete it, or give the job another name")
+            text = f'a {body["kind"]} named "{name}" exists that does not belong to this job'
+            remedy = "the operator waits until it is deleted: delete it, or give the job another name"
+            raise ApiError(409, "Conflict", f"{text}; {remedy}")
         there.setdefault("kind", body["kind"])
         return there

@@ -49,7 +49,7 @@ class Corrections:
             try:
                 found = read((await self._api.get(self._path)).get("data") or {})
             except (ApiError, *TRANSIENT) as error:
-                log.warning("what was learned of memory cannot be read: %s", error)
+                log.warning("the memory corrections cannot be read: %s", error)
                 return
             for place in found.keys() | self._written.keys():
                 if found.get(place) != self._written.get(place):
@@ -71,7 +71,7 @@ class Corrections:
             try:
                 await self._api.patch(self._path, {"data": {str(place): text}})
             except (ApiError, *TRANSIENT) as error:
-                log.warning("what was learned of memory cannot be written: %s", error)  # with the next job, then
+                log.warning("the memory corrections cannot be written: %s", error)  # with the next job, then
                 return
             self._learned |= read({str(place): text})
             self._written[place] = self._learned[place]

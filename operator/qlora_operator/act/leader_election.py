@@ -89,7 +89,7 @@ class LeaderElection:
             try:
                 await self._patch(self._seen.lease, {"holderIdentity": ""})
             except (ApiError, *TRANSIENT) as error:
-                log.info("the Lease is not given back, and ends by itself: %s", error)
+                log.info("the Lease is not released, and will expire: %s", error)
 
     async def close(self) -> None:
         await self._api.close()
@@ -102,7 +102,7 @@ class LeaderElection:
         except (ApiError, *TRANSIENT) as error:
             if isinstance(error, ApiError) and error.status == 409:
                 self._seen = None  # it has changed: look at it first
-            self._say(f"Lease {self._name} cannot be had: {error or type(error).__name__}")
+            self._say(f"Lease {self._name} cannot be acquired: {error or type(error).__name__}")
             return False
         if taken:
             self._leads_until, self._said = asked + RENEW_SECONDS, ""
@@ -118,7 +118,7 @@ class LeaderElection:
         lease = self._seen.lease
         if not is_free(self._seen, self._candidate, self._clock()):
             self._leads_until = -math.inf
-            self._say(f"{lease.holder} leads; this process stands by")
+            self._say(f"{lease.holder} leads; this process is on standby")
             return False
         await self._patch(lease, claim(self._candidate, lease, self._api.clock.now()))
         return True

@@ -177,7 +177,9 @@ class Reconciler:
         try:
             return plan(job, observed, self._config, gang)
         except Exception as error:
-            log.exception("%s: nothing can be decided on what its pods say; it is left out", "/".join(key))
+            log.exception(
+                "%s: no decision is possible with the reports of its pods; deciding without them", "/".join(key)
+            )
             self._metrics.reconcile_failed(type(error).__name__)
             return plan(job, observed.without_reports(), self._config, gang)
 
@@ -232,7 +234,7 @@ class Reconciler:
         try:
             await self._api.create(path, event_of(job, note, self._api.clock.now()))
         except (ApiError, *TRANSIENT) as error:
-            log.info("%s/%s: an event is lost: %s", job.metadata.namespace, job.metadata.name, error)
+            log.info("%s/%s: an Event could not be posted: %s", job.metadata.namespace, job.metadata.name, error)
 
     # ---------------------------------------------------------------------------------------------------- what is known
 

@@ -96,7 +96,7 @@ class StatusWriter:
         """Write that a job has a value that this operator does not know. Until it does, it leaves the job as it is."""
         status: Object = stored.get("status") or {}
         before = [c for c in status.get("conditions", ()) if c["type"] != ConditionType.DEGRADED]
-        text = f"this version of the operator leaves the job as it is: {error}"[:LONGEST_ERROR]
+        text = f"this version of the operator leaves the job unchanged: {error}"[:LONGEST_ERROR]
         if _is_degraded(status, text):
             return
         unsaid_and_said = 0, hash(text)
@@ -144,7 +144,7 @@ class StatusWriter:
                 kept = {name: value for name, value in kept.items() if name not in REPORTED_FIELDS}
             if kept == body["status"]:
                 raise
-            log.warning("%s: a part of status is refused: %s", "/".join(key), error)
+            log.warning("%s: the API server rejects a part of status: %s", "/".join(key), error)
             return await self._api.patch(path, {**body, "status": kept})
 
 

@@ -67,7 +67,7 @@ def with_summary(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
     if is_finished(status) and not succeeded:
         status = with_condition(context, status, ConditionType.STALLED, status.reason, text, is_true=True)
     if unknown := context.observed.unknown_fields:
-        text = f"this version of the operator does not know, and leaves out: {', '.join(unknown)}"
+        text = f"unknown to this version of the operator, and ignored: {', '.join(unknown)}"
         return with_condition(context, status, ConditionType.DEGRADED, Reason.NOT_UNDERSTOOD, text, is_true=True)
     if is_condition_true(status.conditions, ConditionType.DEGRADED):
         return with_condition(context, status, ConditionType.DEGRADED, Reason.UNDERSTOOD, "", is_true=False)

@@ -35,7 +35,7 @@ def transitions(before: QLoRAJobStatus, after: QLoRAJobStatus) -> Iterator[Note]
     if now.running_time is not None and not ran:
         yield _started(after, now)
     if now.running_time is None and ran:
-        yield Note("Warning", "Requeued", f"attempt {now.number}: its queue took its GPUs back")
+        yield Note("Warning", "Requeued", f"attempt {now.number}: its queue reclaimed its GPUs")
 
 
 def _of_tracking(before: QLoRAJobStatus, after: QLoRAJobStatus) -> Iterator[Note]:

@@ -54,7 +54,7 @@ def fail_by_deadline(context: Context, status: QLoRAJobStatus) -> Decision:
 def deadline_words(context: Context) -> str:
     """Return that the deadline has passed, in words."""
     limit = context.job.spec.policy.active_deadline_seconds
-    return f"its attempts ran for longer than spec.policy.activeDeadlineSeconds ({limit}) together"
+    return f"its attempts together ran longer than spec.policy.activeDeadlineSeconds ({limit})"
 
 
 # -------------------------------------------------------------------------------------------------- how attempts end

@@ -37,7 +37,7 @@ def pending_reason(spec: QLoRAJobSpec, attempt: int, workers: int, observed: Obs
 def _starting(pods: list[PodSnapshot], workers: int) -> str:
     text = f"{sum(p.ready for p in pods)} of {workers} pods are ready"
     waits = [f"{p.name} on {p.node or 'no node yet'}" for p in pods if not p.ready][:MOST_PODS]
-    return f"{text}; waits for {', '.join(waits)}" if waits else text
+    return f"{text}; waiting for {', '.join(waits)}" if waits else text
 
 
 def _queued(queue: str | None, workers: int, job: ObservedJob) -> str:
@@ -67,7 +67,7 @@ def _pod_waits(pod: PodSnapshot) -> tuple[Reason, str] | None:
         return _unschedulable(pod)
     if pod.waiting_container != CONTAINER and pod.waiting in (*_BAD_IMAGE, *_BAD_CONFIG, "CrashLoopBackOff"):
         text = f'pod {pod.name} waits for its container "{pod.waiting_container}"'
-        who = "it is not the operator's: who has it added to pods must mend it"
+        who = "the operator did not add it: whoever adds it to pods must fix it"
         return Reason.STARTING, f"{text} ({pod.waiting}: {pod.waiting_message}); {who}"
     if pod.waiting in _BAD_IMAGE:
         text = f"the image of pod {pod.name} cannot be pulled ({pod.waiting}): {pod.waiting_message}"
@@ -77,7 +77,7 @@ def _pod_waits(pod: PodSnapshot) -> tuple[Reason, str] | None:
         if "not found" in pod.waiting_message:
             remedy = "create it, or correct the job's credentials"
             return Reason.MISSING_REFERENCE, f"pod {pod.name}: {pod.waiting_message}; {remedy}"
-        remedy = "the node's kubelet refuses the container: look at the pod's events"
+        remedy = "the node's kubelet refuses the container: see the pod's events"
         return Reason.REFUSED, f"pod {pod.name}: {pod.waiting}: {pod.waiting_message}; {remedy}"
     return None
 

@@ -135,18 +135,16 @@ def _continued(context: Context, status: QLoRAJobStatus) -> Decision:
 def _suspended(context: Context, status: QLoRAJobStatus) -> Decision:
     """The last pod is gone."""
     stop = stop_cause(context, status)
-    why, remedy = Reason.SUSPENDED, "set spec.suspend to false to go on"
+    why, remedy = Reason.SUSPENDED, "set spec.suspend to false to resume"
     if stop is StopCause.BUDGET:
         hours = context.job.spec.policy.budget_gpu_hours
         why = Reason.BUDGET_REACHED
-        remedy = (
-            f"spec.policy.budgetGpuHours ({hours}) is used up, with what a stop takes; with a larger one it goes on"
-        )
+        remedy = f"spec.policy.budgetGpuHours ({hours}) is used up, including the time to stop; raise it to resume"
     if stop is StopCause.PAUSE:
         why = Reason.PAUSED
         remedy = (
-            f"spec.policy.pauseAtStep ({context.job.spec.policy.pause_at_step}) is reached; with a larger one, or none,"
-            " it goes on"
+            f"spec.policy.pauseAtStep ({context.job.spec.policy.pause_at_step}) is reached; raise or remove it to"
+            " resume"
         )
     lost = next((p for p in context.observed.living if is_lost(p, context.observed)), None)
     text = f"no pod runs{f', as far as is known of node {lost.node}, which is lost' if lost else ''}; {remedy}"
@@ -156,9 +154,9 @@ def _suspended(context: Context, status: QLoRAJobStatus) -> Decision:
 
 
 def _leaving(context: Context, status: QLoRAJobStatus) -> Decision:
-    text = "the ranks write a checkpoint and leave"
+    text = "the ranks save a checkpoint and exit"
     if stop_cause(context, status) is StopCause.DEADLINE:
-        text = f"{deadline_words(context)}: the ranks leave"
+        text = f"{deadline_words(context)}: the ranks exit"
     status = with_condition(context, status, ConditionType.RUNNING, Reason.SUSPENDING, text, is_true=False)
     status = status.model_copy(update={"state": "Pending", "reason": Reason.SUSPENDING})
     return Decision(status, delete=running_jobs(context), wake_after=LOOK_AGAIN_SECONDS)
@@ -221,8 +219,8 @@ def _prepare_failed(context: Context, status: QLoRAJobStatus, ending: Ending) ->
 def _hangs(context: Context, pod: PodSnapshot) -> str:
     limit = context.config.prepare.deadline_seconds
     text = (
-        f"Prepare was ended after {limit} s on node {pod.node} (prepare.deadlineSeconds, a value of the operator's "
-        "chart): a source does not answer, or there are more rows than it reads in that time"
+        f"Prepare was stopped after {limit} s on node {pod.node} (prepare.deadlineSeconds, a value of the operator's "
+        "chart): a source does not answer, or there are more rows than it can read in that time"
     )
     said = pod.termination_message.message if pod.termination_message else pod.message[-500:]
     return f"{text}; its termination message: {said}" if said else text
@@ -239,7 +237,7 @@ def _preparing(
     if reason is Reason.QUEUED:
         text = prepare_queued(prepare_of(context.job.spec, context.config).queue)
     if reason is Reason.STARTING:
-        reason, text = Reason.PREPARING, "model and rows are checked before a GPU is held"
+        reason, text = Reason.PREPARING, "model and rows are checked before GPUs are requested"
     status = with_condition(context, status, ConditionType.PREPARED, reason, text, is_true=False)
     return Decision(
         status.model_copy(update={"state": "Pending", "reason": reason}), create, delete, wake_after=wake_after

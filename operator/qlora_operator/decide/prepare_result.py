@@ -72,4 +72,4 @@ def _words(context: Context, result: PrepareResult, cost: str | None) -> Iterato
     yield f"about {float(hours):.3g} GPU-hours" + (f" for {cost}" if cost else "")
     budget = context.job.spec.policy.budget_gpu_hours
     if budget is not None and float(budget) < float(hours):
-        yield f"more than spec.policy.budgetGpuHours ({budget}): it will be suspended before its end"
+        yield f"more than spec.policy.budgetGpuHours ({budget}): the job will be suspended before it has finished"

@@ -14,7 +14,7 @@ _QUOTA = re.compile(
 _NOT_SAID = re.compile(r"failed quota: (?P<name>[^:\s]+): must specify (?P<what>.+)")
 _BY_RESOURCE = (
     (re.compile(r"^pods$"), "ask for fewer workers in spec.parallelism"),
-    (re.compile(r"^count/"), "delete jobs that are over"),
+    (re.compile(r"^count/"), "delete finished jobs"),
     (re.compile(r"/"), "ask for fewer GPUs in spec.parallelism"),
     (re.compile(r"^cpu$"), "lower trainer.cpu or prepare.cpu, values of the operator's chart"),
     (re.compile(r"^memory$"), "lower trainer.memory or prepare.memory, values of the operator's chart"),
@@ -26,13 +26,13 @@ _REMEDIES = (
     (
         "status unknown for quota",
         Reason.QUOTA_EXCEEDED,
-        "the quota is new and not counted yet; it is tried again",
+        "the quota is new and not counted yet; the operator retries",
     ),
     (UNKNOWN_PROFILE, Reason.MISSING_REFERENCE, ""),
     (
         "no PriorityClass with name",
         Reason.MISSING_REFERENCE,
-        "have it created, or correct spec.scheduling.priorityClassName",
+        "create it, or correct spec.scheduling.priorityClassName",
     ),
     (
         "serviceaccount",
@@ -62,7 +62,7 @@ _REMEDIES = (
     (
         "cannot create resource",
         Reason.REFUSED,
-        "the operator's role lacks this right: install the chart's roles (rbac.create)",
+        "the operator's role lacks this permission: install the chart's roles (rbac.create)",
     ),
 )
 """A part by which a message is known, its reason, and what helps; empty where the message says so itself."""
@@ -77,7 +77,7 @@ def explain_refusal(message: str) -> tuple[Reason, str]:
     if missing := _NOT_SAID.search(message):
         if "limits.cpu" in missing["what"]:
             return Reason.REFUSED, f"{message}; have trainer.limitCpu set to true, a value of the operator's chart"
-        text = f"ResourceQuota {missing['name']} wants {missing['what']} of every container"
+        text = f"ResourceQuota {missing['name']} requires {missing['what']} for every container"
         return Reason.REFUSED, f"{message}; {text}: add a LimitRange with defaults to the namespace"
     found = ((reason, remedy) for part, reason, remedy in _REMEDIES if part in message)
     reason, remedy = next(found, (Reason.REFUSED, ""))

@@ -73,7 +73,7 @@ def _is_plain(path: str) -> bool:
     except (OSError, ValueError, AttributeError, yaml.YAMLError):
         return False  # the official client says what is wrong
     if "tls-server-name" in keys:
-        raise kopf.LoginError(f"{path}: tls-server-name is not supported: have kubectl proxy in between")
+        raise kopf.LoginError(f"{path}: tls-server-name is not supported: use kubectl proxy")
     return keys <= PLAIN
 
 
@@ -94,5 +94,5 @@ class Credentials:
             try:
                 self.info = await asyncio.to_thread(load_credentials)
             except Exception as error:  # noqa: BLE001 of files, of another program, of the client
-                log.warning("credentials cannot be read again: %s", error)
+                log.warning("credentials cannot be reloaded: %s", error)
         return self.info.as_http_headers()

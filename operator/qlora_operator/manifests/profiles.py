@@ -10,7 +10,7 @@ from qlora_memory.gpus import GPU_PRODUCT, known_gpu
 from qlora_operator.config import OperatorConfig
 from qlora_operator.profile_types import AmountRange, PodProfile, PreparePod
 
-UNKNOWN_PROFILE = "is no profile of this cluster"
+UNKNOWN_PROFILE = "is not a profile of this cluster"
 
 
 def profile_of(spec: QLoRAJobSpec, config: OperatorConfig) -> PodProfile | None:

@@ -75,7 +75,7 @@ async def serve(
         return web.Response(text="ok\n")
 
     async def healthz(_: web.Request) -> web.Response:
-        return state(watches.stale(), "watches that do not move")
+        return state(watches.stale(), "watches without progress")
 
     async def readyz(_: web.Request) -> web.Response:
         return state(watches.missing(), "not watched yet")

@@ -190,6 +190,6 @@ class Watch:
             self._skipped(self._kind.plural, NOT_OWNED)
         except Exception as error:  # noqa: BLE001 one object must not end the watch of all
             meta = body.get("metadata") or {}
-            log.warning("%s %s/%s is left out: %r", self._kind.plural, meta.get("namespace"), meta.get("name"), error)
+            log.warning("%s %s/%s is skipped: %r", self._kind.plural, meta.get("namespace"), meta.get("name"), error)
             self._skipped(self._kind.plural, UNREADABLE)
         return None

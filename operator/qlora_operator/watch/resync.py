@@ -65,7 +65,7 @@ async def list_jobs(
         try:
             cache.take_job(item)
         except (KeyError, TypeError, ValueError) as error:
-            log.warning("a QLoRAJob is left out: %r", error)
+            log.warning("a QLoRAJob is skipped: %r", error)
             skipped(KINDS["job"][1], UNREADABLE)
     managed = f"{MANAGED_BY_LABEL}={FIELD_MANAGER}"
     found: set[str] = set()
@@ -92,7 +92,7 @@ async def resync_forever(
             for key in await resync(cache, api, namespaces, kinds):
                 wake(key)
         except (ApiError, *TRANSIENT) as error:
-            log.info("resync did not go through: %s", error)
+            log.info("resync failed: %s", error)
             await asyncio.sleep(RETRY_SECONDS)
             listings.news.set()
 
@@ -110,7 +110,7 @@ async def resync(cache: ObjectCache, api: Api, namespaces: Sequence[str], kinds:
             dropped.append(key)
             cache.drop(key, kind, uid)
     if dropped:
-        log.info("%d objects were deleted unseen", len(dropped))
+        log.info("the deletion of %d objects was missed", len(dropped))
     return dropped
 
 

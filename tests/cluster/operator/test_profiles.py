@@ -52,7 +52,7 @@ def test_a_profile_that_is_not_there_is_named_with_those_that_are_and_a_correcti
     job = api.wait_for(path, in_state("Pending", "MissingReference"))
     said = condition(job, "Running")["message"]
     assert said == (
-        'spec.scheduling.profile: "wiede" is no profile of this cluster; did you mean "wide"? Allowed: default, wide'
+        'spec.scheduling.profile: "wiede" is not a profile of this cluster; did you mean "wide"? Allowed: default, wide'
     )
     assert api.list(PODS.format(kwok_namespace)) == []
 

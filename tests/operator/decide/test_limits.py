@@ -107,9 +107,7 @@ def test_a_job_pauses_at_its_step_and_goes_on_when_that_is_raised_or_removed():
     assert (stopped.status.attempts[0].reason, stopped.status.restarts) == (Reason.PAUSED, 0)
     assert [(n.kind, n.reason) for n in stopped.notes] == [("Normal", "Paused")]
     (condition,) = [c for c in stopped.status.conditions if c.type == "Suspended"]
-    assert condition.message == (
-        "no pod runs; spec.policy.pauseAtStep (5) is reached; with a larger one, or none, it goes on"
-    )
+    assert condition.message == ("no pod runs; spec.policy.pauseAtStep (5) is reached; raise or remove it to resume")
     assert decide(job(stopped.status, **pause), observed(after=9000)).status == stopped.status
     for later in ({"policy": {"pauseAtStep": 6}}, {}):
         assert names(decide(job(stopped.status, **later), observed(after=60))) == ["job-2"]

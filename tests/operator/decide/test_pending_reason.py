@@ -56,7 +56,7 @@ def test_taints_are_mentioned_where_they_are_the_reason(said, words):
         pytest.param(
             'pods "x" is forbidden: status unknown for quota: team, resources: requests.nvidia.com/gpu',
             "QuotaExceeded",
-            "not counted yet; it is tried again",
+            "not counted yet; the operator retries",
             id="quota-that-is-new",
         ),
         pytest.param(

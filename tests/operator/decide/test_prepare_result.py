@@ -86,7 +86,8 @@ ROWS = "7 rows, 70 tokens, model revision 0123456789ab"
             PREPARING,
             {"policy": {"budgetGpuHours": "10"}},
             None,
-            ", about 12.5 GPU-hours, more than spec.policy.budgetGpuHours (10): it will be suspended before its end",
+            ", about 12.5 GPU-hours, more than spec.policy.budgetGpuHours (10): the job will be suspended before it "
+            "has finished",
             id="more-than-its-budget",
         ),
         pytest.param(

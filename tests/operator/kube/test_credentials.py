@@ -77,7 +77,7 @@ def test_a_file_named_in_a_kubeconfig_lies_beside_it(kubeconfig, tmp_path):
 
 def test_what_no_reader_heeds_is_refused_with_a_way_out(kubeconfig):
     kubeconfig({"token": "t"}, **{"tls-server-name": "inside"})
-    with pytest.raises(kopf.LoginError, match="tls-server-name is not supported: have kubectl proxy"):
+    with pytest.raises(kopf.LoginError, match="tls-server-name is not supported: use kubectl proxy"):
         load_credentials()
 
 

@@ -181,13 +181,13 @@ def test_a_job_changes_nothing_of_its_pods_but_cpu_and_memory(profile):
         (
             {"profile": "eaf"},
             (
-                'spec.scheduling.profile: "eaf" is no profile of this cluster; did you mean "efa"? '
+                'spec.scheduling.profile: "eaf" is not a profile of this cluster; did you mean "efa"? '
                 "Allowed: cpu, default, efa, mig, product"
             ),
         ),
         (
             {"profile": "zzz"},
-            'spec.scheduling.profile: "zzz" is no profile of this cluster; allowed: cpu, default, efa, mig, product',
+            'spec.scheduling.profile: "zzz" is not a profile of this cluster; allowed: cpu, default, efa, mig, product',
         ),
         (
             {"profile": "efa", "cpu": "17"},
@@ -290,7 +290,7 @@ def test_a_jobs_own_labels_and_annotations_replace_none_of_the_profiles():
         ({"volumes": [{"name": "a", "mountPath": "/tmp/x", "emptyDir": {}}]}, "the trainer's own /tmp"),
         (
             {"volumes": [{"name": n, "mountPath": "/a", "emptyDir": {}} for n in "ab"]},
-            'volumes: "/a" is there twice',
+            'volumes: "/a" is listed twice',
         ),
         ({"ephemeralStorage": "1Ti"}, "profiles.p.ephemeralStorage: 1Ti must not exceed"),
         ({"topologySpreadConstraints": [{"maxSkew": 1}]}, "topologyKey"),

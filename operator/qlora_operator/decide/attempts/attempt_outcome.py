@@ -123,9 +123,8 @@ def _completed(job: ObservedJob, pods: tuple[PodSnapshot, ...], observed: Observ
         return won
     mute = next((p for p in pods if p.index == 0 and p.exit_code == 0), None)
     if mute:
-        text = (
-            f"pod {mute.name} ended well but its termination message cannot be read; is trainer.image of this version?"
-        )
+        text = f"pod {mute.name} exited with code 0, but its termination message cannot be read"
+        text = f"{text}; does trainer.image have this version?"
         return Ending(Reason.CRASHED, text, 0, mute.node)
     if job.ended is None or observed.now < job.ended + RESULT_PATIENCE:
         return None
@@ -162,7 +161,7 @@ def _told(pods: tuple[PodSnapshot, ...], workers: int, observed: Observed) -> En
             names = ", ".join(str(index) for index in missing)
             return Ending(
                 Reason.NODE_LOST,
-                f"worker {names} went away without a word",
+                f"worker {names} ended without a termination message",
                 ending.exit_code,
                 "",
                 ending.termination_message,
@@ -176,7 +175,7 @@ def _never_placed(pods: tuple[PodSnapshot, ...], workers: int, observed: Observe
     if pod is not None:
         return f"no node took pod {pod.name} ({pod.unschedulable or 'it was not scheduled'})"
     if observed.pods_refused and len(pods) < workers:
-        return f"not all pods could be made ({observed.pods_refused})"
+        return f"not all pods could be created ({observed.pods_refused})"
     return ""
 
 
@@ -250,7 +249,7 @@ def _of_pod(pod: PodSnapshot, reason: Reason) -> Ending:
     elif termination is not None and termination.message:
         text = termination.message
     elif pod.exit_code is None and pod.other_failure and not (pod.disruption or pod.pod_reason):
-        text = f"pod {pod.name} failed before its trainer began: {pod.other_failure}"
+        text = f"pod {pod.name} failed before its trainer started: {pod.other_failure}"
     elif pod.exit_code is None:
         why = pod.disruption or pod.pod_reason or "deleted"
         text = f"pod {pod.name} was ended ({why}) {pod.pod_message[-500:]}".rstrip()
@@ -275,7 +274,7 @@ def _from_job(job: ObservedJob) -> Ending:
 def as_suspended(attempt: Attempt, ending: Ending) -> Ending:
     """Return the end of an attempt that was told to stop."""
     told = not ending.removed or ending.termination_message is not None
-    resumes = "stopped; it goes on from the last checkpoint"
+    resumes = "stopped; it resumes from the last checkpoint"
     stopped = resumes if attempt.running_time else "stopped before all its pods ran"
     return replace(ending, reason=Reason.SUSPENDED, message=ending.message if told else stopped)
 

@@ -21,7 +21,7 @@ def too_large(context: Context, attempt: Attempt) -> Ending | None:
     if context.now < waiting_since(context, attempt) + patience:
         return None
     reason, text = pending_reason(context.job.spec, attempt.number, context.workers(attempt), context.observed)
-    return Ending(reason, f"{text}; fewer workers are tried") if reason is Reason.UNSCHEDULABLE else None
+    return Ending(reason, f"{text}; the next attempt has fewer workers") if reason is Reason.UNSCHEDULABLE else None
 
 
 def waiting_since(context: Context, attempt: Attempt) -> datetime:

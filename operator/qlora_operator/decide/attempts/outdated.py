@@ -38,6 +38,6 @@ def is_contested(context: Context, job: ObservedJob) -> bool:
 
 def contested_note(job: ObservedJob) -> Note:
     """Say that a Job is left to another release."""
-    text = f'release "{job.operator}" of the operator serves this namespace, too, with other settings'
-    remedy = "have one release serve each namespace (namespaces, a value of the chart)"
-    return Note("Warning", "ServedTwice", f"Job {job.name} is left as it was made: {text}; {remedy}")
+    text = f'release "{job.operator}" of the operator also serves this namespace, with other settings'
+    remedy = "let only one release serve each namespace (namespaces, a value of the chart)"
+    return Note("Warning", "ServedTwice", f"Job {job.name} is left unchanged: {text}; {remedy}")

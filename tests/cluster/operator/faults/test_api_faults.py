@@ -259,7 +259,7 @@ def test_a_kind_that_cannot_be_listed_any_more_makes_the_liveness_probe_fail(
     with ForkedOperator(fork_server, tmp_path, proxy.kubeconfig, quick, namespaces=[kwok_namespace]) as operator:
         proxy.when(is_list("pods"), Refused(500), times=100)
         proxy.end_watches("pods")
-        assert eventually(lambda: operator.healthz() == (503, "watches that do not move: pods\n"))
+        assert eventually(lambda: operator.healthz() == (503, "watches without progress: pods\n"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- calls
@@ -364,7 +364,7 @@ def test_jobs_outlive_ten_seconds_without_an_api_server(own_cluster, fork_server
     operator = ForkedOperator(fork_server, tmp_path / "operator", own_cluster.kubeconfig)
     operator.spawn()
     try:
-        assert eventually(lambda: "not everything can be seen yet" in operator.log.read_text())
+        assert eventually(lambda: "the initial sync is not complete" in operator.log.read_text())
         serve_crd(own_cluster)
         operator.wait_until_ready()
         paths = [create_job(api, qlora_job(f"job-{number}", workers=2)) for number in range(4)]

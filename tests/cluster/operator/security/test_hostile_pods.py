@@ -380,7 +380,7 @@ def test_an_operator_outlives_ranks_that_answer_anything_and_enforces_what_their
         suspended = api.wait_for(paths["suspended"], in_state("Suspended", "Suspended"), seconds=LONG)
         assert last_attempt(suspended)["reason"] == "Suspended"
         late = api.wait_for(paths["late"], in_state("Failed", "DeadlineExceeded"), seconds=LONG)
-        assert last_attempt(late)["message"].startswith("its attempts ran for longer")
+        assert last_attempt(late)["message"].startswith("its attempts together ran longer")
         api.patch(paths["spent"], {"spec": {"policy": {"budgetGpuHours": "0.0001"}}})
         api.wait_for(paths["spent"], in_state("Suspended", "BudgetReached"), seconds=LONG)
         assert not [p for p in api.list(PODS.format(kwok_namespace)) if p["metadata"]["name"] != "foreign" and alive(p)]

@@ -246,4 +246,4 @@ def test_a_container_that_fails_before_the_trainer_begins_is_named_and_counted()
     }
     ending = ending_of(1, 1, observed(FAILED, observe_pod(body)))
     assert ending.reason is Reason.CRASHED
-    assert 'before its trainer began: container "istio-init" ended with exit code 255' in ending.message
+    assert 'before its trainer started: container "istio-init" ended with exit code 255' in ending.message
