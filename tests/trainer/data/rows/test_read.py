@@ -440,3 +440,52 @@ def test_a_batch_ends_with_its_bytes_too(tmp_path, open_rows):
     batches = list(open_rows(tmp_path / "a.jsonl").batches(most_bytes=3000))
     assert [len(batch.rows) for batch in batches] == [3, 3, 1]
     assert batches[-1].done == (tmp_path / "a.jsonl").stat().st_size
+
+
+def arrow_bytes(kind: str) -> tuple[bytes, int]:
+    """Rows in two batches, and where the second begins; -1 and 0 at the end look like the mark of the end."""
+    table = pa.table({"prompt": ["a", "b", "c"], "completion": ["x", "y", "z"], "n": pa.array([1, -1, 0], pa.int32())})
+    sink = pa.BufferOutputStream()
+    writer = (pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file)(sink, table.schema)
+    with writer:
+        writer.write_table(table.slice(0, 2).combine_chunks())
+        start = sink.tell()
+        writer.write_table(table.slice(2).combine_chunks())
+    return sink.getvalue().to_pybytes(), start
+
+
+def test_an_arrow_stream_that_is_cut_anywhere_is_refused(tmp_path, read_rows):
+    whole, second = arrow_bytes("stream")
+    path = tmp_path / "rows.arrow"
+    path.write_bytes(whole)
+    assert len(read_rows(path)) == 3
+    for end in (second, len(whole) - 8, len(whole) - 4, second + 40, second - 8):
+        path.write_bytes(whole[:end])
+        with pytest.raises(UserError, match=r"cannot be read as Arrow: rows\.arrow: is (cut off|damaged)"):
+            read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"), [("stream", "has more after its end"), ("file", "has more than its footer lists")]
+)
+def test_arrow_files_one_after_another_are_refused(tmp_path, read_rows, kind, problem):
+    whole, _ = arrow_bytes(kind)
+    path = tmp_path / "rows.arrow"
+    path.write_bytes(whole)
+    assert len(read_rows(path)) == 3
+    path.write_bytes(whole * 2)
+    with pytest.raises(UserError, match=problem):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("batches", [0, 1])
+@pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_arrow_with_dictionaries_compression_or_nothing_in_it_is_read_to_its_end(tmp_path, read_rows, new, batches):
+    texts = pa.array(["a", "b", "a"]).dictionary_encode()
+    table = pa.table({"prompt": texts, "completion": texts})
+    with new(tmp_path / "a.arrow", table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as file:
+        for _ in range(batches):
+            file.write_table(table)
+    with new(tmp_path / "b.arrow", table.schema) as file:
+        file.write_table(table)
+    assert len(read_rows(tmp_path)) == 3 + 3 * batches

@@ -30,6 +30,10 @@ MOST_ROW_VALUES = MOST_ROW_BYTES // 2
 """Each takes two characters of JSON at least."""
 PAGE_BUFFER_BYTES = 1 << 20
 FILE_MAGIC = b"ARROW1"
+FILE_HEADER_BYTES = 8
+FOOTER_LENGTH_BYTES = 4
+TRAILER_BYTES = FOOTER_LENGTH_BYTES + len(FILE_MAGIC)
+END_MARK_BYTES = 8
 KNOWN_PROBLEMS = (
     "Parquet magic bytes not found in footer",
     "Couldn't deserialize thrift",
@@ -133,10 +137,36 @@ def _parquet_batches(parquet: Any, wanted: list[str], file: Any) -> Iterator[tup
 def _arrow_batches(reader: Any, wanted: list[str], mapped: Any) -> Iterator[tuple[Any, int]]:
     stream = isinstance(reader, pa.ipc.RecordBatchStreamReader)
     batches = reader if stream else (reader.get_batch(i) for i in range(reader.num_record_batches))
+    end = mapped.tell()
     for batch in batches:
+        end = mapped.tell()
         chosen = batch.select(wanted)
         chosen.validate(full=True)  # offsets are what the file says
-        yield chosen, mapped.tell()
+        yield chosen, end
+    if stream:
+        _check_stream_end(mapped, end)
+    else:
+        _check_one_file(mapped, reader.num_record_batches)
+
+
+def _check_stream_end(mapped: Any, end_of_batches: int) -> None:
+    """Find out that the reader has come to the end mark, and that this is the end: it takes an end without one, too."""
+    if mapped.tell() == end_of_batches:
+        raise _RowProblemError(None, "is cut off, or its writer was not closed: it has no end mark")
+    if mapped.tell() < mapped.size():
+        raise _RowProblemError(None, "has more after its end; several streams must be in a file each")
+
+
+def _check_one_file(mapped: Any, batches: int) -> None:
+    """Find out that all that is before the footer is what it lists: of files one after another, one would be read."""
+    footer_length = int.from_bytes(mapped.read_at(FOOTER_LENGTH_BYTES, mapped.size() - TRAILER_BYTES), "little")
+    mapped.seek(FILE_HEADER_BYTES)
+    messages = pa.ipc.MessageReader.open_stream(mapped)
+    messages.read_next_message()  # the schema
+    while batches:
+        batches -= messages.read_next_message().type == "record batch"
+    if mapped.tell() + END_MARK_BYTES < mapped.size() - TRAILER_BYTES - footer_length:
+        raise _RowProblemError(None, "has more than its footer lists; several Arrow files must be in a file each")
 
 
 def _rows(batch: Any, before: int) -> Iterator[dict[str, Any]]:
