@@ -15,8 +15,14 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 from qlora_api.spec import Columns, DatasetFormat, DatasetSpec, LongRows, LossOn
 from qlora_trainer.data.chat_template import ChatTemplate, RenderedRow
-from qlora_trainer.data.remarks import OTHER_ROLES
-from qlora_trainer.data.rows.conversation import Conversation, json_type, read_conversation, read_exchange
+from qlora_trainer.data.remarks import HALF_AN_EXCHANGE, OTHER_ROLES
+from qlora_trainer.data.rows.conversation import (
+    Conversation,
+    is_json_messages,
+    json_type,
+    read_conversation,
+    read_exchange,
+)
 from qlora_trainer.data.rows.roles import other_roles
 from qlora_trainer.data.text_pieces import Piece, is_blank
 from qlora_trainer.errors import UserError
@@ -113,8 +119,9 @@ class Encoder:
 
     tokenizer: PreTrainedTokenizerBase
     dataset: DatasetSpec
-    conversations: bool = False
-    """PromptCompletion: the rows are conversations, so that a prompt is a turn of the user."""
+    conversations: bool | None = None
+    """PromptCompletion: all rows are conversations, so that a prompt is a turn of the user; or none is. None if each
+    row may be either."""
 
     def __post_init__(self) -> None:
         if self.dataset.format is DatasetFormat.MESSAGES:
@@ -170,9 +177,9 @@ class Encoder:
                 row.left_out,
                 row.empty,
                 row.tools,
-                self._remarks(conversation) if conversation else (),
+                self._remarks(given, conversation),
             )
-            for row, conversation in zip(rendered, conversations, strict=True)
+            for row, given, conversation in zip(rendered, rows, conversations, strict=True)
         ]
 
     def prompt(self, text: str) -> list[int]:
@@ -209,7 +216,7 @@ class Encoder:
 
     @property
     def _is_chat(self) -> bool:
-        return self.conversations or self.dataset.format is DatasetFormat.MESSAGES
+        return bool(self.conversations) or self.dataset.format is DatasetFormat.MESSAGES
 
     @cached_property
     def _chat(self) -> ChatTemplate:
@@ -255,14 +262,32 @@ class Encoder:
         tools = row.get(columns.tools)
         if self.dataset.format is DatasetFormat.MESSAGES:
             return read_conversation(row.get(columns.messages), tools, number, "spec.dataset.columns.messages")
-        if self.dataset.format is DatasetFormat.PROMPT_COMPLETION and is_exchange(row, columns):
+        if self.dataset.format is DatasetFormat.PROMPT_COMPLETION and self._is_exchange(row, number):
             fields = ("spec.dataset.columns.prompt", "spec.dataset.columns.completion")
             return read_exchange(row.get(columns.prompt), row.get(columns.completion), tools, number, fields)
         return None
 
-    def _remarks(self, conversation: Conversation) -> tuple[str, ...]:
-        learns_answers = not self._everything
-        return (OTHER_ROLES,) if learns_answers and other_roles(conversation.messages, self._chat.source) else ()
+    def _is_exchange(self, row: Mapping[str, Any], number: RowNumber) -> bool:
+        found = is_exchange(row, self.dataset.columns)
+        if self.conversations is None or found is self.conversations:
+            return found
+        kinds = "messages", "text"
+        this, first = kinds if found else reversed(kinds)
+        raise UserError(
+            "spec.dataset.columns.prompt",
+            self.dataset.columns.prompt,
+            f"and {self.dataset.columns.completion} must hold texts in all rows, or lists of messages in all; row"
+            f" {number} holds {this}, where the first row holds {first}",
+        )
+
+    def _remarks(self, row: Mapping[str, Any], conversation: Conversation | None) -> tuple[str, ...]:
+        columns = self.dataset.columns
+        if conversation is None:
+            pair = [row.get(columns.prompt), row.get(columns.completion)]
+            half = self.dataset.format is DatasetFormat.PROMPT_COMPLETION and any(map(is_json_messages, pair))
+            return (HALF_AN_EXCHANGE,) if half else ()
+        other = not self._everything and other_roles(conversation.messages, self._chat.source)
+        return (OTHER_ROLES,) if other else ()
 
     def _pieces(self, row: Mapping[str, Any], number: RowNumber) -> list[Piece]:
         columns = self.dataset.columns
@@ -337,8 +362,11 @@ class Encoder:
 
 
 def is_exchange(row: Mapping[str, Any], columns: Columns) -> bool:
-    """Return whether prompt and completion are lists of messages rather than texts."""
-    return isinstance(row.get(columns.prompt), list) and isinstance(row.get(columns.completion), list)
+    """Return whether prompt and completion are lists of messages, or the same as JSON text, rather than texts."""
+    return all(
+        isinstance(cell, (list, dict)) or is_json_messages(cell)
+        for cell in (row.get(columns.prompt), row.get(columns.completion))
+    )
 
 
 def _text(row: Mapping[str, Any], columns: Columns, name: str, number: RowNumber) -> str:

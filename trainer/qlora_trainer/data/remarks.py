@@ -11,14 +11,17 @@ if TYPE_CHECKING:
     from qlora_trainer.data.rows.place import RowPlace
 
 OTHER_ROLES = (
-    "have messages of a role other than assistant, developer, system, tool and user, which the chat template does not"
-    " name: these messages are context and not learned"
+    "messages of a role other than assistant, developer, system, tool and user, which the chat template does not name,"
+    " are context and not learned"
+)
+HALF_AN_EXCHANGE = (
+    "messages as JSON text in only one of prompt and completion are given to the model as the text that they are"
 )
 
 
 @dataclass
 class Remarks:
-    """Remarks about the rows of one source. Each completes "N rows …"."""
+    """Remarks about the rows of one source. Each is about something in them, in the plural."""
 
     found: dict[str, tuple[int, RowPlace]] = field(default_factory=dict)
     """Remark → number of rows, and the first of them."""
@@ -32,6 +35,6 @@ class Remarks:
     def notes(self) -> list[str]:
         """Return a sentence for each remark."""
         return [
-            f"{count} {'row' if count == 1 else 'rows'} {remark}; the first is row {first}"
+            f"{remark} (rows with them: {count}, the first is row {first})"
             for remark, (count, first) in sorted(self.found.items())
         ]

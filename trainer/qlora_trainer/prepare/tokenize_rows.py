@@ -107,9 +107,9 @@ def prepare_data(
     folder = cache_dir / "data" / name
     if folder.exists():
         prepared = load_prepared(folder)
-        _check_prompts(spec, _asking(encoder, conversations=prepared.receipt.conversations))
+        _check_prompts(spec, replace(encoder, conversations=prepared.receipt.conversations))
         return prepared
-    encoder = _asking(encoder, conversations=_are_conversations(train_source, spec.dataset))
+    encoder = replace(encoder, conversations=_are_conversations(train_source, spec.dataset))
     _check_prompts(spec, encoder)
     partial = folder.with_name(f".{name}-{uuid4().hex[:8]}")
     try:
@@ -133,10 +133,6 @@ def _check_prompts(spec: QLoRAJobSpec, encoder: Encoder) -> None:
                 prompt,
                 f"has {length} tokens; there must be some, and fewer than dataset.maxLength, {most}",
             )
-
-
-def _asking(encoder: Encoder, *, conversations: bool) -> Encoder:
-    return replace(encoder, conversations=True) if conversations else encoder
 
 
 def _are_conversations(source: SourceFiles, dataset: DatasetSpec) -> bool:
@@ -229,7 +225,7 @@ def _receipt(name: str, folder: Path, encoder: Encoder, done: _Tokenized) -> Pre
         left_out=sum(t.left_out for t in done.tallies),
         empty_turns=sum(t.empty_turns for t in done.tallies),
         notes=[*encoder.notes(), *(note for t in done.tallies for note in t.remarks.notes())],
-        conversations=encoder.conversations,
+        conversations=bool(encoder.conversations),
         duplicates=done.train.duplicates,
         eval_in_train=done.evaluation.also_in(done.train) if done.evaluation else 0,
         eval_prompts_in_train=done.evaluation.prompts_also_in(done.train) if done.evaluation else 0,

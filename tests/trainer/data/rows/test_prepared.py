@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 
@@ -144,8 +145,8 @@ def test_rows_with_other_roles_are_counted_unless_the_template_knows_them_or_all
     spec = job(format="Messages", loss_on=loss_on, chat_template=chatml + template)
     notes = prepare_data(spec, chat_tokenizer, "t1", path, None, tmp_path / "cache").receipt.notes
     told = (
-        "2 rows have messages of a role other than assistant, developer, system, tool and user, which the chat template"
-        " does not name: these messages are context and not learned; the first is row 2 (rows.jsonl, line 2)"
+        "messages of a role other than assistant, developer, system, tool and user, which the chat template does not"
+        " name, are context and not learned (rows with them: 2, the first is row 2 (rows.jsonl, line 2))"
     )
     assert notes == ([] if loss_on or template else [told])
 
@@ -160,3 +161,62 @@ def test_what_a_template_leaves_out_exceeds_the_tolerance_whatever_is_learned(lo
     assert (receipt.left_out, receipt.empty_turns) == (3, 0)
     with pytest.raises(UserError, match=r"^spec\.dataset\.tolerance\.leftOut: .* is exceeded: 3 of 3"):
         check_tolerance(spec.dataset.tolerance, receipt)
+
+
+ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Q"}]
+ANSWERED = [{"role": "assistant", "content": "A"}]
+
+
+def test_conversations_as_json_text_in_a_csv_file_are_those_of_lists(chat_tokenizer, job, tmp_path):
+    def prepared(path):
+        return prepare_data(
+            job(format="PromptCompletion"), chat_tokenizer, "t1", path, None, tmp_path / "cache"
+        ).receipt
+
+    cells = tmp_path / "rows.csv"
+    with cells.open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [("prompt", "completion", "tools"), *[(json.dumps(ASKED), json.dumps(ANSWERED), "")] * 2]
+        )
+    lists = write(tmp_path / "rows.jsonl", [{"prompt": ASKED, "completion": ANSWERED}] * 2)
+    wanted, found = prepared(lists), prepared(cells)
+    assert found.model_copy(update={"data_hash": wanted.data_hash}) == wanted
+    assert found.conversations
+    assert "⟦A<|im_end|>⟧" in found.samples[0]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize(
+    ("first", "this", "before"), [(PAIR, "messages", "text"), (None, "text", "messages")], ids=["text", "messages"]
+)
+def test_texts_and_conversations_are_not_mixed(first, this, before, as_text, chat_tokenizer, job, tmp_path):
+    exchange = {"prompt": ASKED, "completion": ANSWERED}
+    if as_text:
+        exchange = {name: json.dumps(cell) for name, cell in exchange.items()}
+    rows = [PAIR, PAIR, exchange] if first else [exchange, exchange, PAIR]
+    path = write(tmp_path / "rows.jsonl", rows)
+    wanted = (
+        'spec.dataset.columns.prompt: "prompt" and completion must hold texts in all rows, or lists of messages in all;'
+        f" row 3 (rows.jsonl, line 3) holds {this}, where the first row holds {before}"
+    )
+    with pytest.raises(UserError, match=re.escape(wanted)):
+        prepare_data(job(format="PromptCompletion"), chat_tokenizer, "t1", path, None, tmp_path / "cache")
+    other = write(tmp_path / "eval.jsonl", rows[2:])
+    path = write(tmp_path / "rows.jsonl", rows[:2])
+    with pytest.raises(
+        UserError, match=rf"row 1 \(eval.jsonl, line 1\) holds {this}, where the first row holds {before}"
+    ):
+        prepare_data(
+            job(format="PromptCompletion", eval_source="eval"), chat_tokenizer, "t1", path, other, tmp_path / "cache"
+        )
+
+
+def test_a_prompt_of_messages_as_json_text_with_a_text_as_completion_is_told(prepare, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [PAIR, {**PAIR, "prompt": json.dumps(ASKED)}, {**PAIR, "prompt": "[1]"}])
+    receipt = prepare(path).receipt
+    assert (receipt.train_rows, receipt.conversations) == (3, False)
+    [note] = receipt.notes
+    assert note == (
+        "messages as JSON text in only one of prompt and completion are given to the model as the text that they are"
+        " (rows with them: 1, the first is row 2 (rows.jsonl, line 2))"
+    )

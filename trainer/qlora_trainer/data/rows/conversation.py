@@ -91,6 +91,17 @@ def read_exchange(prompt: Any, completion: Any, tools: Any, number: RowNumber, f
     return Conversation(messages, weights, given.tools, given=len(given.messages))
 
 
+def is_json_messages(text: Any) -> bool:
+    """Return whether something is a text that is the JSON of a list of messages."""
+    if not isinstance(text, str) or not text.lstrip().startswith("["):
+        return False
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return bool(found) and all(isinstance(m, dict) and ("role" in m or {"from", "value"} <= m.keys()) for m in found)
+
+
 def _messages(value: Any) -> list[tuple[Message, bool]]:
     value = _decoded(value, "text that is not JSON") if isinstance(value, str) else value
     if isinstance(value, dict):
@@ -121,7 +132,7 @@ def _message(value: Any, place: int) -> tuple[Message, bool]:
     for key in REASONING_KEYS:
         if not isinstance(message.get(key, ""), str):
             raise _ShapeError(f"a message {place} whose {key} is {json_type(message[key])}, not a text")
-    if message["role"] in CALL_ROLES and "tool_calls" not in message:
+    if message["role"] in CALL_ROLES and not message.get("tool_calls"):
         message["tool_calls"] = _calls_of(message.pop("content", None), place)
     elif called := _call_alone(message, place):
         message["tool_calls"] = [called]
