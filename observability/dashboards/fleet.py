@@ -30,8 +30,8 @@ STATES = {
     "/^Succeeded/": "blue",
 }
 EFFECTIVE = (
-    "Of the GPU time that is paid for, the share in which ranks trained. The rest is loading, waiting for rows, "
-    "evaluation, checkpoints, publishing and what stands still."
+    "Share of the paid GPU time in which ranks trained. The rest is loading, waiting for "
+    "rows, evaluation, checkpoints, publishing and idle time."
 )
 
 
@@ -54,18 +54,18 @@ def _now(made: dashboard.Dashboard) -> None:
     jobs = f"qlora_operator_jobs{{{NAMESPACE},state="
     longest = f"max(qlora_operator_pending_seconds{{{NAMESPACE}}})"
     for panel in (
-        figure("GPUs held", "By pods on nodes.", "short", Query(f'sum({gpus}"Held"}})')),
+        figure("GPUs held", "GPUs requested by pods on nodes.", "short", Query(f'sum({gpus}"Held"}})')),
         figure(
-            "GPUs waited for",
-            "Of attempts whose pods have no node yet.",
+            "GPUs waiting",
+            "GPUs of attempts whose pods are not scheduled yet.",
             "short",
             Query(f'sum({gpus}"Waiting"}})'),
             steps=((1, "yellow"),),
         ),
-        figure("Jobs that train", "All ranks of an attempt are at work.", "short", Query(f'sum({jobs}"Running"}})')),
+        figure("Running jobs", "Jobs in state Running.", "short", Query(f'sum({jobs}"Running"}})')),
         figure(
             "Longest wait",
-            "Since the job that waits longest was created, or last ran.",
+            "Longest time since a waiting job was created or last ran.",
             "s",
             Query(longest),
             steps=((900, "yellow"), (3600, "red")),
@@ -79,7 +79,7 @@ def _now(made: dashboard.Dashboard) -> None:
         ),
         figure(
             "Cost",
-            "GPU time in the range that is shown, at the price above.",
+            "GPU time in the selected range, at the price above.",
             "currencyUSD",
             Query(f"sum(increase({GPU_TIME}[$__range])) / 3600 * $price"),
         ),
@@ -89,9 +89,11 @@ def _now(made: dashboard.Dashboard) -> None:
     steps, planned = f"max {key} (qlora_step{{{NAMESPACE}}})", f"max {key} (qlora_steps_planned{{{NAMESPACE}}})"
     made.with_panel(
         rows(
-            "Jobs that are not over",
-            "How each stands, how far it is, how fast, and how full its fullest GPU is. Trainers that are not scraped "
-            "show no figures.",
+            "Unfinished jobs",
+            (
+                "State, progress, speed and highest GPU memory of each job. Trainers that are not scraped "
+                "show no figures."
+            ),
             (("namespace", "Namespace"), ("job", "Job"), ("state", "State"), ("reason", "Reason")),
             f'max by (namespace, job, state, reason) (qlora_job_state{{{NAMESPACE},state!~"Succeeded|Failed"}})',
             (
@@ -110,8 +112,8 @@ def _queue(made: dashboard.Dashboard) -> None:
     made.with_row(dashboard.Row("Queue"))
     made.with_panel(
         lines(
-            "GPUs held and waited for",
-            "Held by pods on nodes, and those that attempts still wait for.",
+            "GPUs held and waiting",
+            "GPUs requested by pods on nodes, and GPUs that attempts wait for.",
             "short",
             Query(f"sum by (state) (qlora_operator_gpus{{{NAMESPACE}}})", "{{state}}"),
             stacked=True,
@@ -122,8 +124,10 @@ def _queue(made: dashboard.Dashboard) -> None:
     made.with_panel(
         lines(
             "Longest wait by reason",
-            "Of jobs that wait now: Unschedulable (no node has room), Queued (not admitted), QuotaExceeded, "
-            "Starting and others.",
+            (
+                "Longest time of the jobs that wait now: Unschedulable (no node has room), Queued (not "
+                "admitted), QuotaExceeded, Starting and others."
+            ),
             "s",
             Query(f"max by (reason) (qlora_operator_pending_seconds{{{NAMESPACE}}})", "{{reason}}"),
             min=0,
@@ -132,7 +136,7 @@ def _queue(made: dashboard.Dashboard) -> None:
     made.with_panel(
         lines(
             "Jobs by state and reason",
-            "Every QLoRAJob that exists.",
+            "All QLoRAJobs.",
             "short",
             Query(f"sum by (state, reason) (qlora_operator_jobs{{{NAMESPACE}}})", "{{state}} · {{reason}}"),
             stacked=True,
@@ -144,11 +148,11 @@ def _queue(made: dashboard.Dashboard) -> None:
 
 
 def _failures(made: dashboard.Dashboard) -> None:
-    made.with_row(dashboard.Row("What ends attempts"))
+    made.with_row(dashboard.Row("Ends of attempts"))
     made.with_panel(
         lines(
             "Attempts that ended",
-            "In the hour before each point, by reason, over all namespaces. Preempted and NodeLost resume and do not "
+            "Ended attempts in the hour before each point, by reason, in all namespaces. Preempted and NodeLost do not "
             "count against a job's restarts.",
             "short",
             Query(f"sum by (reason) (increase({ATTEMPTS}[1h])) > 0", "{{reason}}"),
@@ -161,7 +165,7 @@ def _failures(made: dashboard.Dashboard) -> None:
     made.with_panel(
         lines(
             "Out of memory and stalled",
-            "Share of the attempts that ended in the six hours before each point.",
+            "Share of these reasons in the attempts that ended in the six hours before each point.",
             PERCENT,
             Query(share.format(OUT_OF_MEMORY), "out of memory"),
             Query(share.format(STALLED), "stalled"),
@@ -172,17 +176,22 @@ def _failures(made: dashboard.Dashboard) -> None:
 
 
 def _cost(made: dashboard.Dashboard) -> None:
-    made.with_row(dashboard.Row("What it costs"))
+    made.with_row(dashboard.Row("Cost by namespace"))
     used = f"sum by (namespace) (increase({GPU_TIME}[$__range])) / 3600"
     made.with_panel(
         totals(
-            "GPU-hours", "By namespace, in the range that is shown.", "h", Query(used, "{{namespace}}"), span=6, min=0
+            "GPU-hours",
+            "GPU-hours by namespace in the selected range.",
+            "h",
+            Query(used, "{{namespace}}"),
+            span=6,
+            min=0,
         )
     )
     made.with_panel(
         totals(
             "Cost",
-            "GPU-hours at the price above, by namespace, in the range that is shown.",
+            "GPU-hours at the price above, by namespace, in the selected range.",
             "currencyUSD",
             Query(f"{used} * $price", "{{namespace}}"),
             span=6,
@@ -209,7 +218,7 @@ def _operator(made: dashboard.Dashboard) -> None:
     made.with_panel(
         lines(
             "Reconciles",
-            "How long one takes, and how long a job waits for its turn.",
+            "Duration of a reconcile, and time that a job waits in the work queue.",
             "s",
             Query(late.format("0.5", reconcile), "reconcile, median"),
             Query(late.format("0.99", reconcile), "reconcile, 99%"),
@@ -221,7 +230,7 @@ def _operator(made: dashboard.Dashboard) -> None:
     made.with_panel(
         lines(
             "Requests to the API server",
-            "By verb and status code; 0 is no answer.",
+            "Requests by verb and status code; 0 means no answer.",
             "reqps",
             Query(
                 "sum by (verb, code) (rate(qlora_operator_api_requests_total[$__rate_interval]))", "{{verb}} {{code}}"
@@ -235,7 +244,7 @@ def _operator(made: dashboard.Dashboard) -> None:
     made.with_panel(
         lines(
             "Reconciles and those that failed",
-            "What failed is tried again, later and later. A few conflicts are normal.",
+            "Failed reconciles are retried with growing delays. A few conflicts are normal.",
             "ops",
             Query(f"sum(rate({reconcile}_count[$__rate_interval]))", "all"),
             Query(errors, "{{kind}}"),
@@ -245,8 +254,11 @@ def _operator(made: dashboard.Dashboard) -> None:
     )
     made.with_panel(
         lines(
-            "Set aside",
-            "What the operator left out or began anew, so that one object or pod does not concern the others.",
+            "Skipped and restarted",
+            (
+                "Objects that were skipped and tasks that were restarted, so that one object or pod does "
+                "not affect the others."
+            ),
             "short",
             Query("sum by (task) (increase(qlora_operator_task_failures_total[5m]))", "task {{task}} failed"),
             Query(

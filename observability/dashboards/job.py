@@ -29,8 +29,9 @@ OF_PEAK = (
     f" / sum {EACH_JOB} (qlora_device_peak_flops_per_second{{{JOB}}})"
 )
 PEAK_TEXT = (
-    "Arithmetic of the tokens trained on, forward and backward without recomputation, over what the cards do at their "
-    "best (dense BF16, by data sheet). No card, or one that is not known: nothing."
+    "Model FLOPS utilization: arithmetic of the trained tokens, forward and backward without "
+    "recomputation, divided by the GPUs' peak (dense BF16, from the data sheet). Empty "
+    "without a GPU or for an unknown one."
 )
 
 
@@ -65,34 +66,39 @@ def _ends(before: str = "") -> str:
 def _now(made: dashboard.Dashboard) -> None:
     done = f"max {EACH_JOB} (qlora_step{{{JOB}}}) / max {EACH_JOB} (qlora_steps_planned{{{JOB}}})"
     for panel in (
-        figure("Done", "Optimizer steps, of those planned.", PERCENT, Query(done), max=1),
-        figure("Time left", "Steps left times the time of the last ones.", "s", Query(f"{LEFT} * ({MEAN_STEP})")),
+        figure("Done", "Completed share of the planned optimizer steps.", PERCENT, Query(done), max=1),
+        figure(
+            "Time left",
+            "Remaining steps, multiplied by the time of the last ones.",
+            "s",
+            Query(f"{LEFT} * ({MEAN_STEP})"),
+        ),
         figure(
             "Loss",
-            "Of the last step's target tokens.",
+            "Mean loss of the last step's target tokens.",
             "none",
             Query(f"max {EACH_JOB} (qlora_loss{{{JOB}}})"),
             decimals=3,
         ),
         figure(
             "Eval loss",
-            "Of the evaluation rows' target tokens, the newest.",
+            "Mean loss of the evaluation rows' target tokens, from the newest evaluation.",
             "none",
             Query(f"max {EACH_JOB} (qlora_eval_loss{{{JOB}}})"),
             decimals=3,
         ),
         figure("Share of peak", PEAK_TEXT, PERCENT, Query(OF_PEAK), decimals=1).no_value(NO_GPU),
-        figure("Attempt", "The number of the one at work.", "none", Query(f"max {EACH_JOB} (qlora_attempt{{{JOB}}})")),
+        figure("Attempt", "Number of the current attempt.", "none", Query(f"max {EACH_JOB} (qlora_attempt{{{JOB}}})")),
     ):
         made.with_panel(panel)
 
 
 def _learning(made: dashboard.Dashboard) -> None:
-    made.with_row(dashboard.Row("Does it learn"))
+    made.with_row(dashboard.Row("Learning"))
     made.with_panel(
         lines(
             "Loss",
-            "Nats a token. Lines mark attempts: a resumed one goes on where its checkpoint was.",
+            "Loss in nats per token. Vertical lines mark attempts; an attempt resumes from its checkpoint.",
             "none",
             Query(f"max {EACH_JOB} (qlora_loss{{{JOB}}})", "training"),
             Query(f"max {EACH_JOB} (qlora_eval_loss{{{JOB}}})", "evaluation"),
@@ -101,7 +107,7 @@ def _learning(made: dashboard.Dashboard) -> None:
     made.with_panel(
         lines(
             "Gradient norm",
-            "L2 over all that learns, before clipping. A rise that stays comes before a loss that is not finite.",
+            "Global L2 norm before clipping. A lasting rise often precedes a loss that is not finite.",
             "none",
             Query(f"max {EACH_JOB} (qlora_gradient_norm{{{JOB}}})", "norm"),
             min=0,
@@ -110,7 +116,7 @@ def _learning(made: dashboard.Dashboard) -> None:
     made.with_panel(
         lines(
             "Learning rate",
-            "As the schedule has it.",
+            "Learning rate of each step, from the schedule.",
             "sci",
             Query(f"max {EACH_JOB} (qlora_learning_rate{{{JOB}}})", "learning rate"),
             min=0,
@@ -119,7 +125,7 @@ def _learning(made: dashboard.Dashboard) -> None:
     made.with_panel(
         lines(
             "Steps",
-            "Done, and planned. Steps that fall back were repeated from a checkpoint.",
+            "Completed and planned steps. A drop means that steps were repeated from a checkpoint.",
             "none",
             Query(f"max {EACH_JOB} (qlora_step{{{JOB}}})", "done"),
             Query(f"max {EACH_JOB} (qlora_steps_planned{{{JOB}}})", "planned", dashed=True),
@@ -129,12 +135,15 @@ def _learning(made: dashboard.Dashboard) -> None:
     for title, text, metric in (
         (
             "Loss scale",
-            "Only in Float16: what losses are multiplied by. It halves at an overflow, and doubles after 2,000 steps.",
+            (
+                "Float16 only: factor by which losses are multiplied. It is halved after an overflow and "
+                "doubled after 2,000 steps without one."
+            ),
             "qlora_loss_scale",
         ),
         (
             "Skipped updates",
-            "Only in Float16: steps whose update was left out because the loss or a gradient overflowed.",
+            "Float16 only: steps whose update was skipped because the loss or a gradient overflowed.",
             "qlora_skipped_steps",
         ),
     ):
@@ -142,25 +151,28 @@ def _learning(made: dashboard.Dashboard) -> None:
 
 
 def _speed(made: dashboard.Dashboard) -> None:
-    made.with_row(dashboard.Row("How fast, and where the time goes"))
+    made.with_row(dashboard.Row("Speed and time"))
     tokens = f'max {EACH_JOB} (rate(qlora_tokens_total{{{JOB},rank="0"}}[$__rate_interval]))'
     made.with_panel(
         lines(
             "Tokens per second",
-            "Real tokens, no padding, over all ranks: of steps alone, and of all time with evaluation and checkpoints.",
+            (
+                "Tokens of all ranks without padding: during steps, and over the whole time with "
+                "evaluation and checkpoints."
+            ),
             "short",
             Query(SPEED, "while it trains"),
             Query(tokens, "over all"),
             min=0,
         )
     )
-    share = lines("Share of the cards' peak", PEAK_TEXT, PERCENT, Query(OF_PEAK, "share"), min=0, max=1)
+    share = lines("Share of the GPUs' peak", PEAK_TEXT, PERCENT, Query(OF_PEAK, "share"), min=0, max=1)
     made.with_panel(share.no_value(NO_GPU))
     sections = f"avg by (section) (rate(qlora_section_seconds_total{{{JOB}}}[$__rate_interval]))"
     made.with_panel(
         lines(
             "Time by section",
-            "Of each second, what a rank spends it on, in the mean over the ranks.",
+            "Share of time by section, as the mean over the ranks.",
             PERCENT,
             Query(sections, "{{section}}"),
             stacked=True,
@@ -172,7 +184,7 @@ def _speed(made: dashboard.Dashboard) -> None:
     made.with_panel(
         lines(
             "Time of a step",
-            "Rows, forward, backward and update.",
+            "Time for rows, forward, backward and update.",
             "s",
             Query(MEAN_STEP, "mean"),
             Query(f"histogram_quantile(0.99, {buckets})", "99%"),
@@ -187,7 +199,7 @@ def _ranks(made: dashboard.Dashboard) -> None:
     made.with_panel(
         lines(
             "Waiting for rows",
-            "Share of a rank's time. Above a few percent the GPU stands still for data.",
+            "Share of a rank's time spent waiting for rows. Above a few percent, the GPU is idle because of data.",
             PERCENT,
             Query(f"max {by_rank} (rate(qlora_data_wait_seconds_total{{{JOB}}}[$__rate_interval]))", "rank {{rank}}"),
             min=0,
@@ -195,9 +207,11 @@ def _ranks(made: dashboard.Dashboard) -> None:
     )
     made.with_panel(
         lines(
-            "Silence",
-            "Since each rank last gave a sign of life: a section begun, a step, a batch or a file done. One that "
-            "hangs rises without end.",
+            "Time since the last heartbeat",
+            (
+                "Time since the last heartbeat of each rank: a section began, or a step, a batch or a "
+                "file was finished. It keeps rising if a rank hangs."
+            ),
             "s",
             Query(f"max {by_rank} (time() - qlora_heartbeat_timestamp_seconds{{{JOB}}})", "rank {{rank}}"),
             min=0,
@@ -207,8 +221,10 @@ def _ranks(made: dashboard.Dashboard) -> None:
     made.with_panel(
         lines(
             "GPU utilization",
-            "Where the exporter is scraped: the share of time in which some kernel ran. Busy is not fast: "
-            "the share of the peak says how much of it is of use.",
+            (
+                "Share of time in which any kernel ran, if DCGM's exporter is scraped. A busy GPU is not "
+                "always efficient; see the share of the peak."
+            ),
             PERCENT,
             Query(of_job("DCGM_FI_DEV_GPU_UTIL", "gpu") + " / 100", "{{pod}} GPU {{gpu}}"),
             min=0,
@@ -218,7 +234,7 @@ def _ranks(made: dashboard.Dashboard) -> None:
     made.with_panel(
         lines(
             "Power",
-            "A card well under its limit that trains is waiting for memory or for rows.",
+            "A GPU that trains well below its power limit waits for memory or for rows.",
             "watt",
             Query(of_job("DCGM_FI_DEV_POWER_USAGE", "gpu"), "{{pod}} GPU {{gpu}}"),
             min=0,

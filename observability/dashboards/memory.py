@@ -41,19 +41,28 @@ def memory() -> dashboard.Dashboard:
 
 def _now(made: dashboard.Dashboard) -> None:
     for panel in (
-        figure("Measured peak", "Of the rank that has most. On a CPU: of the whole process.", "bytes", Query(PEAK)),
-        figure("Predicted peak", "By the plan that was made before a GPU was held.", "bytes", Query(PLANNED_PEAK)),
+        figure(
+            "Measured peak",
+            "Peak of the rank with the most memory; on a CPU, of the whole process.",
+            "bytes",
+            Query(PEAK),
+        ),
+        figure(
+            "Predicted peak", "Peak predicted by Prepare, before GPUs were requested.", "bytes", Query(PLANNED_PEAK)
+        ),
         figure(
             "Prediction",
-            "Predicted over measured peak: above 100% room was left unused, below it the plan was too hopeful.",
+            "Predicted divided by measured peak. Above 100%, memory was left unused; below, the plan was too low.",
             PERCENT,
             Query(f"{PLANNED_PEAK} / {PEAK}"),
             decimals=1,
         ),
-        figure("Card", "Memory of the smallest card.", "bytes", Query(f"min {EACH_JOB} ({TOTAL})")).no_value(NO_GPU),
+        figure("GPU memory", "Memory of the smallest GPU.", "bytes", Query(f"min {EACH_JOB} ({TOTAL})")).no_value(
+            NO_GPU
+        ),
         figure(
             "Headroom now",
-            "Free on the fullest card, of its memory, by NVML: other processes count too.",
+            "Free share of the fullest GPU's memory, by NVML, which includes other processes.",
             PERCENT,
             Query(f"min {EACH_JOB} ({FREE} / {TOTAL})"),
             decimals=1,
@@ -61,7 +70,10 @@ def _now(made: dashboard.Dashboard) -> None:
         ).no_value(NO_GPU),
         figure(
             "Headroom at the peak",
-            "What PyTorch never took at once on the fullest card. Under 5%: a longer row may end in out of memory.",
+            (
+                "Share of the fullest GPU's memory that PyTorch never used. Below 5%, a longer row may "
+                "run out of memory."
+            ),
             PERCENT,
             Query(f"min {EACH_JOB} (1 - {GPU}_peak_bytes{{{JOB}}} / {TOTAL})"),
             decimals=1,
@@ -77,8 +89,10 @@ def _components(made: dashboard.Dashboard) -> None:
     made.with_panel(
         side_by_side(
             "Predicted and measured",
-            "Of the rank that has most. What only one side knows has one bar: activations and workspaces are "
-            "predicted, and are part of the measured peak.",
+            (
+                "Components of the rank with the most memory. Activations and workspaces are only "
+                "predicted; they are part of the measured peak."
+            ),
             "bytes",
             "component",
             Query(f"max by (component) ({PREDICTED}{no_peak})", "predicted"),
@@ -88,7 +102,7 @@ def _components(made: dashboard.Dashboard) -> None:
     made.with_panel(
         lines(
             "Measured",
-            "Of the rank that has most, stacked; the dashed lines are the peaks.",
+            "Components of the rank with the most memory, stacked; dashed lines are the peaks.",
             "bytes",
             Query(f"max by (component) ({COMPONENT}{no_peak})", "{{component}}"),
             Query(PEAK, "measured peak", dashed=True),
@@ -104,8 +118,11 @@ def _learned(made: dashboard.Dashboard) -> None:
     made.with_panel(
         lines(
             "Learned correction",
-            "Measured over predicted peak by card and quantization, from jobs that succeeded. Plans of later jobs are "
-            "multiplied by it. Within 0.95 and 1.15: at an edge for long, the formulas miss something.",
+            (
+                "Measured over predicted peak by GPU and quantization, from successful jobs. Predictions "
+                "for later jobs are multiplied by it. It is limited to 0.95 to 1.15; if it stays at a "
+                "limit, the formulas miss something."
+            ),
             PERCENT,
             Query("max by (gpu, quantization) (qlora_operator_memory_correction)", "{{gpu}}, {{quantization}}"),
             span=WIDTH,
@@ -118,7 +135,7 @@ def _ranks(made: dashboard.Dashboard) -> None:
     made.with_panel(
         lines(
             "Held by tensors",
-            "GPU memory of PyTorch's tensors, and the highest it was in this attempt.",
+            "GPU memory of PyTorch's tensors, and its maximum in this attempt.",
             "bytes",
             Query(f"max by (rank) ({GPU}_allocated_bytes{{{JOB}}})", "rank {{rank}}"),
             Query(f"max by (rank) ({GPU}_peak_bytes{{{JOB}}})", "rank {{rank}}, peak", dashed=True),
@@ -128,8 +145,8 @@ def _ranks(made: dashboard.Dashboard) -> None:
     kept = f"max by (rank) ({GPU}_reserved_bytes{{{JOB}}} - {GPU}_allocated_bytes{{{JOB}}})"
     made.with_panel(
         lines(
-            "Kept by the allocator",
-            "Reserved by PyTorch beyond its tensors: cached blocks, and gaps between them that no tensor fits into.",
+            "Reserved by the allocator",
+            "Memory that PyTorch reserves beyond its tensors: cached blocks, and gaps that no tensor fits into.",
             "bytes",
             Query(kept, "rank {{rank}}"),
             min=0,
@@ -137,8 +154,8 @@ def _ranks(made: dashboard.Dashboard) -> None:
     )
     made.with_panel(
         lines(
-            "Free on the card",
-            "By NVML. Below what the next allocation asks for, the attempt ends in out of memory.",
+            "Free GPU memory",
+            "Free GPU memory, by NVML. If the next allocation needs more, the attempt runs out of memory.",
             "bytes",
             Query(f"min by (rank) ({FREE})", "rank {{rank}}"),
             min=0,
@@ -147,8 +164,11 @@ def _ranks(made: dashboard.Dashboard) -> None:
     made.with_panel(
         lines(
             "PCIe traffic",
-            "By NVML, just before each scrape. With a paged optimizer, traffic at every update means that its state "
-            "does not stay on the card; offload and checkpoints show here too.",
+            (
+                "PCIe traffic just before each scrape, by NVML. With a paged optimizer, traffic at every "
+                "update means that its state does not fit on the GPU. Offload and checkpoints also cause "
+                "traffic."
+            ),
             "Bps",
             Query(
                 f"max by (rank, direction) (qlora_gpu_pcie_bytes_per_second{{{JOB}}})", "rank {{rank}}, {{direction}}"
@@ -159,7 +179,7 @@ def _ranks(made: dashboard.Dashboard) -> None:
     made.with_panel(
         lines(
             "Host memory of each rank",
-            "Resident. Offloaded and paged optimizer state is here.",
+            "Resident memory, including offloaded and paged optimizer state.",
             "bytes",
             Query(f"max by (rank) (qlora_host_memory_resident_bytes{{{JOB}}})", "rank {{rank}}"),
             min=0,
@@ -167,8 +187,8 @@ def _ranks(made: dashboard.Dashboard) -> None:
     )
     made.with_panel(
         lines(
-            "Left on the host",
-            "What a node can still give: the smallest over its ranks.",
+            "Available host memory",
+            "Available memory of each node: the minimum over its ranks.",
             "bytes",
             Query(f"min {EACH_JOB} (qlora_host_memory_available_bytes{{{JOB}}})", "available"),
             min=0,

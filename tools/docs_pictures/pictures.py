@@ -45,10 +45,10 @@ POINTS = 80
 """Of a curve."""
 SHOWN: dict[str, tuple[str, ...]] = {
     "fleet": (
-        *("Now", "GPUs held", "GPUs waited for", "Jobs that train", "Longest wait", "Effective GPU time", "Cost"),
-        *("Jobs that are not over", "Queue", "GPUs held and waited for", "Longest wait by reason"),
-        *("Jobs by state and reason", "What ends attempts", "Attempts that ended", "Out of memory and stalled"),
-        *("What it costs", "GPU-hours"),
+        *("Now", "GPUs held", "GPUs waiting", "Running jobs", "Longest wait", "Effective GPU time", "Cost"),
+        *("Unfinished jobs", "Queue", "GPUs held and waiting", "Longest wait by reason"),
+        *("Jobs by state and reason", "Ends of attempts", "Attempts that ended", "Out of memory and stalled"),
+        *("Cost by namespace", "GPU-hours"),
     ),
     "job": (
         *("Done", "Time left", "Loss", "Eval loss", "Attempt", "Gradient norm", "Tokens per second"),
