@@ -81,9 +81,9 @@ ALERTS: Sequence[Alert] = (
         f" or {_recently(chr(34) + 'Stalled' + chr(34))}",
         "0m",
         "critical",
-        f"{WHO}{{{{ with $labels.rank }}}}, rank {{{{ . }}}},{{{{ end }}}} stands still",
-        "A rank gave no sign of life for ten minutes, or an attempt was ended because of it. GPUs are held for "
-        "nothing: look for a node whose network or GPU is broken.",
+        f"{WHO}{{{{ with $labels.rank }}}}, rank {{{{ . }}}},{{{{ end }}}} makes no progress",
+        "A rank sent no heartbeat for ten minutes, or an attempt was ended because of it. Its GPUs "
+        "are idle: look for a node with a broken network or GPU.",
     ),
     Alert(
         "QLoRAJobOutOfMemoryLoop",
@@ -91,8 +91,8 @@ ALERTS: Sequence[Alert] = (
         "0m",
         "warning",
         f"{WHO} ran out of memory {{{{ $value }}}} times",
-        "Smaller micro-batches were tried and did not help, or host memory is what runs out. Look which, and at how "
-        "much was predicted.",
+        "Smaller micro-batches did not help, or the host runs out of memory. Find out which memory "
+        "ran out, and compare it with the prediction.",
     ),
     Alert(
         "QLoRAJobLossNotFinite",
@@ -102,8 +102,8 @@ ALERTS: Sequence[Alert] = (
         "0m",
         "critical",
         f"The loss or gradient of {WHO} is not finite",
-        "The update was not applied where the loss was the cause. A smaller learning rate, or Float32 as compute "
-        "type, is the usual remedy.",
+        "If the loss was the cause, the update was not applied. The usual remedy is a smaller "
+        "learning rate, or Float32 as compute type.",
     ),
     Alert(
         "QLoRAJobNoProgress",
@@ -111,7 +111,7 @@ ALERTS: Sequence[Alert] = (
         "10m",
         "warning",
         f"{WHO} is at step {{{{ $value }}}} as it was half an hour ago",
-        "Attempts run and come no further than the ones before: something ends each of them before its first "
+        "Attempts run without getting further than earlier ones: each ends before its first "
         "checkpoint, or evaluation takes all the time.",
     ),
     Alert(
@@ -120,16 +120,16 @@ ALERTS: Sequence[Alert] = (
         "15m",
         "warning",
         f"Ranks of {WHO} wait for rows {{{{ $value | humanizePercentage }}}} of the time",
-        "GPUs stand still while rows are read. Look at the disk that the cache is on.",
+        "GPUs are idle while rows are read. Check the disk of the cache.",
     ),
     Alert(
         "QLoRAPublishFailing",
         _recently('"StorageFailed|AdapterRejected"'),
         "0m",
         "critical",
-        f"{WHO} cannot leave its result: {{{{ $labels.reason }}}}",
-        "Object storage is out of reach or full, or the gate refuses the adapter. The training is not lost: "
-        "checkpoints that were written stay.",
+        f"{WHO} cannot publish its result: {{{{ $labels.reason }}}}",
+        "Object storage cannot be reached or is full, or the publish gate rejects the adapter. The "
+        "training is not lost: checkpoints are kept.",
     ),
     Alert(
         "QLoRAJobBudgetNear",
@@ -137,43 +137,42 @@ ALERTS: Sequence[Alert] = (
         "0m",
         "warning",
         f"{WHO} has used {{{{ $value | humanizePercentage }}}} of its GPU-hours",
-        "Once they are used up it is suspended with a checkpoint. A larger policy.budgetGpuHours lets it go on.",
+        "When they are used up, the job saves a checkpoint and is suspended. Raise policy.budgetGpuHours to continue.",
     ),
     Alert(
         "QLoRAJobDeadlineNear",
         f"max {_JOB} (qlora_job_deadline_timestamp_seconds) - time() < on (namespace, job) {_LEFT}",
         "10m",
         "warning",
-        f"{WHO} will not be done before its deadline, in {{{{ $value | humanizeDuration }}}}",
-        "At its present speed the steps that are left take longer than policy.activeDeadlineSeconds leaves, and then "
-        "the job fails.",
+        f"{WHO} will not finish before its deadline in {{{{ $value | humanizeDuration }}}}",
+        "At the current speed, the remaining steps take longer than policy.activeDeadlineSeconds "
+        "allows. The job fails at the deadline.",
     ),
     Alert(
         "QLoRAOperatorDown",
         "absent(qlora_operator_leading == 1)",
         "5m",
         "critical",
-        "Nobody serves QLoRAJobs",
-        "The operator is not there or is not scraped, or none of its replicas leads. Trainings that run go on; none "
-        "starts, resumes or is published in status.",
+        "No operator serves QLoRAJobs",
+        "The operator does not run or is not scraped, or none of its replicas leads. Running "
+        "trainings continue; no job starts or resumes, and status is not updated.",
     ),
     Alert(
         "QLoRAOperatorNotReconciling",
         f"{_ERRORS} > 0.5 * {_RECONCILES} or {_QUEUE} > {QUEUE_SECONDS}",
         "10m",
         "critical",
-        "The operator does not come through with its work",
-        "Most of its reconciles fail, or jobs wait a minute for their turn. Look at the kinds of errors and at "
-        "the API server.",
+        "The operator falls behind",
+        "Most reconciles fail, or jobs wait a minute in the work queue. Check the kinds of errors and the API server.",
     ),
     Alert(
         "QLoRAOperatorTaskFailing",
         f"sum by (task) (increase(qlora_operator_task_failures_total[15m])) > {TASK_FAILURES}",
         "0m",
         "critical",
-        "The operator's task {{ $labels.task }} fails again and again",
-        "It is started again each time, and the other tasks go on. What it does for jobs is late or missing: its "
-        "error is in the operator's log.",
+        "The operator's task {{ $labels.task }} fails repeatedly",
+        "It is restarted each time, and the other tasks continue. Its work for jobs is late or "
+        "missing; the operator's log has the error.",
     ),
 )
 

@@ -320,11 +320,16 @@ def test_every_alert_fires_and_is_quiet_in_a_test():
     assert {case.values[0] for case in QUIET} == set(ALERTS)
 
 
+@pytest.mark.parametrize("name", [name for name in ALERTS if not name.startswith("QLoRAOperator")])
+def test_an_alert_about_a_job_names_it(name):
+    assert "{{ $labels.namespace }}/{{ $labels.job }}" in ALERTS[name]["annotations"]["summary"]
+
+
 def test_an_alert_says_who_and_what(tmp_path):
     rows = [*QUIET_RANK, working("Train", "1")]
-    with pytest.raises(PromtoolError, match=r"team/one, rank 1, stands still"):
+    with pytest.raises(PromtoolError, match=r"team/one, rank 1, makes no progress"):
         promtool_on_the_real_file(tmp_path, rows, "QLoRAJobStalled", "20m")
-    with pytest.raises(PromtoolError, match=r"team/one stands still"):
+    with pytest.raises(PromtoolError, match=r"team/one makes no progress"):
         promtool_on_the_real_file(tmp_path, [ended("Stalled", 600)], "QLoRAJobStalled", "20m")
 
 
