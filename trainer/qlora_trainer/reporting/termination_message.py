@@ -1,7 +1,7 @@
-"""The termination message: one for each worker, and of several that want to write it the one that tells most.
+"""Read and write the termination message of a worker; of several processes, the one that knows the cause writes it.
 
-What follows a failure is not its cause: the first word stands, unless it only says that somebody else went away.
-The file is written in place, since in a pod it is a mount of its own that nothing can be renamed onto.
+The first failure is usually the cause of later ones. So its message is kept, unless it only says that a peer is lost.
+The file is written in place, because in a pod it is a mount of its own, onto which no file can be renamed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TELLS_NOTHING = frozenset({ExitCode.DONE, ExitCode.PEER_LOST})
-"""Codes of words that any failure replaces: what Prepare found, and that a peer went away."""
+"""Exit codes whose message any failure replaces: the result of Prepare, and the loss of a peer."""
 
 
 def read(path: Path) -> TerminationMessage | None:
@@ -28,18 +28,18 @@ def read(path: Path) -> TerminationMessage | None:
 
 
 def write(path: Path, termination: TerminationMessage) -> None:
-    """Put a word in the place of any other."""
+    """Write a message, and replace any other."""
     path.write_bytes(termination.to_bytes())
 
 
 def write_unless_told(path: Path, termination: TerminationMessage) -> None:
-    """Put a failure's word there, unless one that tells more is there already."""
+    """Write the message of a failure, unless an earlier one names a cause."""
     there = read(path)
     if there is None or (there.exit_code in TELLS_NOTHING and termination.exit_code != ExitCode.PEER_LOST):
         write(path, termination)
 
 
 def clear(path: Path) -> None:
-    """Leave nothing for a later reader to take for this process's word."""
+    """Delete the content, so that nobody takes it for the message of this process."""
     if path.exists():
         path.write_bytes(b"")
