@@ -142,7 +142,7 @@ def test_a_template_that_writes_what_others_say_into_the_answer_is_refused(learn
         TURN + "{{ m.content }}{% if m.role == 'assistant' %} ({{ messages[0].content }}){% endif %}<|im_end|>\n"
         "{% endfor %}" + ASK
     )
-    with pytest.raises(UserError, match=r"writes what other messages say into message 2, which the assistant is to"):
+    with pytest.raises(UserError, match=r"writes what other messages or the row's tools say into message 2, which the"):
         learned(CHAT, template)
 
 

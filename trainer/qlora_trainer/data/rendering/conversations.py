@@ -18,10 +18,12 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from qlora_trainer.data.message_keys import REASONING_KEYS
-from qlora_trainer.data.rendering.compiled_template import CLOCK, MARK_START, MARK_STOP, Message
+from qlora_trainer.data.rendering import echoes
+from qlora_trainer.data.rendering.compiled_template import CLOCK, MARK_START, MARK_STOP, Message, TemplateWords
 from qlora_trainer.data.rendering.message_texts import (
     PLACEHOLDER,
     count_written,
@@ -30,7 +32,6 @@ from qlora_trainer.data.rendering.message_texts import (
     squeezed,
     tools_are_in,
     with_json_arguments,
-    with_other_text,
     without_thought,
 )
 from qlora_trainer.data.rendering.rendered import Example, Rendered
@@ -259,16 +260,26 @@ class Renderer:
         if shape in self.shapes or len(self.shapes) >= MOST_SHAPES:
             return
         self.shapes.add(shape)
-        try:
-            again, _ = self.turn([*map(with_other_text, known[:-1]), known[-1]], turn.message, tools)
-        except Exception:  # noqa: BLE001 a template may look for something in a text
-            again = turn
-        if again.written != turn.written:
+        if self._has_echoes(known, turn, tools):
             raise TemplateRefusedError(
-                f"writes what other messages say into message {turn.message + 1}, which the assistant is to learn"
+                f"writes what other messages or the row's tools say into message {turn.message + 1}, which the"
+                " assistant is to learn"
             )
         if "endgeneration" in self.reader.template.source:
             self._check_marks(known, turn, tools, state)
+
+    def _has_echoes(self, messages: list[Message], turn: Turn, tools: Any) -> bool:
+        """Return whether a turn's text changes with what others say."""
+        for others, other_tools in echoes.variants(messages[:-1], tools, self._literals):
+            with suppress(Exception):  # a template may look for something in a text
+                again, _ = self.turn([*others, messages[-1]], turn.message, other_tools)
+                if echoes.is_echo(turn.written, again.written):
+                    return True
+        return False
+
+    @cached_property
+    def _literals(self) -> re.Pattern[str]:
+        return echoes.literals_pattern(TemplateWords.of(self.reader.template).literals)
 
     def _check_marks(self, messages: list[Message], turn: Turn, tools: Any, state: dict[str, Any]) -> None:
         """Compare marks with the text that was found without them, but for white space."""

@@ -33,14 +33,6 @@ def with_json_arguments(call: Any) -> Any:
     return {**call, "function": {**function, "arguments": json.dumps(function.get("arguments"), ensure_ascii=False)}}
 
 
-def with_other_text(message: Message) -> Message:
-    """Let a message say something else, unless it is the assistant's."""
-    content = message.get("content")
-    if message["role"] == "assistant" or not isinstance(content, str):
-        return message
-    return {**message, "content": f"{content}qzx"}
-
-
 def hidden(value: Any, key: str = "") -> Any:
     """The same with a placeholder for every text that a row may have."""
     if isinstance(value, dict):
