@@ -202,13 +202,13 @@ class Operator:
         return not self.stop.is_set()
 
     def standing_by(self) -> str:
-        """Return that this process stands by, and for whom; empty where it operates."""
+        """Return the name of the leader, if this process is on standby; empty if it operates."""
         if self.election is None or self.election.leads:
             return ""
         return f"on standby: {self.election.holder or 'nobody'} leads"
 
     def background_tasks(self) -> Iterator[BackgroundTask]:
-        """Give what goes on side by side; the failure of one is none of the others'."""
+        """Return the concurrent tasks; the failure of one does not stop the others."""
         resync = partial(resync_forever, self.cache, self.api, self.wake, self.config.namespaces, self.listings)
         tasks = (
             BackgroundTask("reconciler", self.reconciler.run),

@@ -21,7 +21,7 @@ STEADY_SECONDS = 120
 
 @dataclass(frozen=True)
 class BackgroundTask:
-    """One of the things that go on side by side."""
+    """One concurrent task."""
 
     name: str
     """Label of the metric: from a closed list."""

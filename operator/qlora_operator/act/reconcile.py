@@ -210,7 +210,7 @@ class Reconciler:
         return True
 
     async def _is_as_decided(self, key: Key, job: QLoRAJob) -> bool:
-        """Return whether a job is still as it was when decided on; if it has changed, it is decided on anew.
+        """Return whether a job has not changed since the decision; if it has, it is queued again.
 
         Of two operators for a moment, one that has not seen yet that a job was resumed would delete what the other
         one made.
@@ -261,7 +261,7 @@ class Reconciler:
         await self.children.delete_unused_service(key[0])
 
     def _forget(self, key: Key) -> None:
-        """Forget what is only known of a job that goes on."""
+        """Forget what is only kept for a job that is not finished."""
         self.polled.pop(key, None)
         self._status.forget(key)
         self._contested.forget(key)

@@ -1,4 +1,4 @@
-"""Space out writes of a job's status that say the same again, or change nothing but figures and words. No I/O.
+"""Space out writes of a job's status that repeat an earlier one, or change only figures and messages. No I/O.
 
 Of two programs that replace each other's status, neither would ever stop. And words about pods that start are written
 once they no longer change: on a busy cluster they would be many of the writes, each true for a moment.
@@ -43,7 +43,7 @@ class _History:
     """Fingerprint of what the API server stored of the last one: less than was written, by an older definition."""
     repeats: int = 0
     words: int = 0
-    """Hash of the words that are not written yet."""
+    """Hash of the message that is not written yet."""
     words_since: float = 0.0
 
 

@@ -1,4 +1,4 @@
-"""Conditions and the words of ``kubectl get``. Pure. Conditions as in the Kubernetes API conventions."""
+"""Set conditions, as in the Kubernetes API conventions, and the texts of ``kubectl get``. Pure."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def is_late(context: Context, status: QLoRAJobStatus) -> bool:
 
 
 def wake_after(context: Context, status: QLoRAJobStatus) -> float:
-    """Seconds until the deadline comes by itself, which no event announces; infinity while the clock stands still."""
+    """Return the seconds until the deadline, which no event announces; infinity while no attempt runs."""
     attempt = open_attempt(status)
     return seconds_left(context, status) if attempt and attempt.running_time else math.inf
 

@@ -52,7 +52,7 @@ def fail_by_deadline(context: Context, status: QLoRAJobStatus) -> Decision:
 
 
 def deadline_words(context: Context) -> str:
-    """Return that the deadline has passed, in words."""
+    """Return the message of a job whose deadline has passed."""
     limit = context.job.spec.policy.active_deadline_seconds
     return f"its attempts together ran longer than spec.policy.activeDeadlineSeconds ({limit})"
 

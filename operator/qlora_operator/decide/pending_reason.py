@@ -1,4 +1,4 @@
-"""Decide why an attempt that exists does not run yet, in words a person can act on. Pure."""
+"""Decide why an attempt does not run yet, with a message that names a remedy. Pure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_PODS = 3
 
 
 def pending_reason(spec: QLoRAJobSpec, attempt: int, workers: int, observed: Observed) -> tuple[Reason, str]:
-    """Reason and message of a child Job whose pods are not all ready."""
+    """Return the reason and message of a child Job whose pods are not all ready."""
     job, pods = (
         observed.jobs.get(attempt),
         [p for p in observed.pods_of(attempt) if not p.gone and p.deletion_due is None],
@@ -50,7 +50,7 @@ def _queued(queue: str | None, workers: int, job: ObservedJob) -> str:
 
 
 def prepare_queued(queue: str | None) -> str:
-    """Return why Prepare is suspended, in words."""
+    """Return the message of a suspended Prepare."""
     if queue:
         return f'Prepare waits for queue "{queue}" (prepare.queue, a value of the operator\'s chart) to admit it'
     return (

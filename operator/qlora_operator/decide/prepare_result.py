@@ -1,4 +1,4 @@
-"""Turn Prepare's result into status and words: rows, memory, hours and money. Pure."""
+"""Write Prepare's result into status, with a message: rows, memory, hours and cost. Pure."""
 
 from __future__ import annotations
 

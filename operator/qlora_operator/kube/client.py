@@ -33,7 +33,7 @@ TIMEOUT = aiohttp.ClientTimeout(total=30)
 WATCH_SECONDS = 120
 """The API server ends a watch after this long, and kopf asks for the next one."""
 SILENCE_SECONDS = 70
-"""A watch from which nothing comes for so long is asked for anew; the API server sends a bookmark each minute."""
+"""A watch without an event for so long is restarted; the API server sends a bookmark each minute."""
 CONNECT_SECONDS = 10
 PAGE = 50
 """Objects of one answer at most: a pod is 10 KB as text, and three to ten times that when it is parsed. Of 1,000 jobs'

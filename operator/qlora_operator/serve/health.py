@@ -61,7 +61,7 @@ class Watches:
 async def serve(
     registry: CollectorRegistry, watches: Watches, port: int, standby: Callable[[], str] = str
 ) -> web.AppRunner:
-    """Serve until ``cleanup``; port 0 takes any free one. A process that stands by, as the text says, is well."""
+    """Serve until ``cleanup``; port 0 takes any free one. A process on standby is healthy."""
 
     async def metrics(request: web.Request) -> web.Response:
         encode, kind = choose_encoder(request.headers.get("Accept", ""))

@@ -88,7 +88,7 @@ class JobsCollector:
         yield from families.all()
 
     def _count(self, namespace: str, uid: str, used: float) -> None:
-        """Add what a job used since the last time; what it had used before this process began is not counted anew."""
+        """Add the GPU time of a job since the last call; time before this process began is not counted again."""
         before = self._used.get(uid, used if self._first else 0.0)
         self._total[namespace] += max(0.0, used - before)
 

@@ -163,7 +163,7 @@ class Observed:
     lost_nodes: frozenset[str] = frozenset()
     """Nodes that are not ready, of those whose pods do not end though they should have."""
     pods_refused: str = ""
-    """Why the Job controller cannot make pods, in its words: a quota, an admission policy."""
+    """The Job controller's message if it cannot create pods: a quota, an admission policy."""
     create_error: str = ""
     """Why no child can be created: its profile, the missing gang scheduler, or the API server's refusal just now."""
     unknown_fields: tuple[str, ...] = ()
@@ -174,7 +174,7 @@ class Observed:
     """What this cluster has learned of predicted memory on the GPU that the job gets."""
 
     def pods_of(self, attempt: int) -> tuple[PodSnapshot, ...]:
-        """Return the pods of an attempt; where its Job was made anew, those of the Job that is there."""
+        """Return the pods of an attempt; if its Job was recreated, only those of the current Job."""
         job = self.jobs.get(attempt)
         pods = (p for p in self.pods if p.attempt == attempt and (job is None or p.controller == job.uid))
         return tuple(sorted(pods, key=lambda p: p.index))

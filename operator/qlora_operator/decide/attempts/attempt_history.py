@@ -158,7 +158,7 @@ def differ_in_figures(before: QLoRAJobStatus, after: QLoRAJobStatus) -> bool:
 
 
 def without_figures(status: QLoRAJobStatus) -> QLoRAJobStatus:
-    """Return a status without progress, memory and the words around them."""
+    """Return a status without progress, memory and the messages about them."""
     attempts = [a.model_copy(update={"first_step": None, "last_step": None}) for a in status.attempts]
     conditions = [c.model_copy(update={"message": "", "observed_generation": 0}) for c in status.conditions]
     update: dict[str, Any] = {"progress": None, "memory": None, "peak_memory": "", "eta": "", "gpu_seconds": 0}

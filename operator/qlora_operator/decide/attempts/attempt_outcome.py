@@ -1,4 +1,4 @@
-"""Decide how an attempt ended: what its Job and its pods say, weighed against each other. Pure.
+"""Decide how an attempt ended, from the states of its Job and its pods. Pure.
 
 The pods of one attempt seldom agree. One runs out of memory, and its peers see a connection close; one node goes
 away, and the others crash. The most telling end counts, in the order of :func:`_weight`.
@@ -64,7 +64,7 @@ class Ending:
 
 
 def ending_of(attempt: int, workers: int, observed: Observed) -> Ending | None:
-    """Say how an attempt ended; None while it goes on or its pods still end.
+    """Return how an attempt ended; None while it runs or its pods are ending.
 
     Args:
         attempt: its number.

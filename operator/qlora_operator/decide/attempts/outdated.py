@@ -1,4 +1,4 @@
-"""Tell Jobs that wait and are made of something else than is wanted now, and whose they are to make anew. Pure."""
+"""Find waiting Jobs whose template is outdated, and decide which release of the operator recreates them. Pure."""
 
 from __future__ import annotations
 
