@@ -84,7 +84,7 @@ def local_folder(uri: str, option: str, cache_dir: Path) -> Path:
 
 def answers(arguments: argparse.Namespace) -> list[dict[str, str]]:
     """For every prompt what base, adapter and merged model say, as far as they were named."""
-    base_path = fetch_model(arguments.base, arguments.cache_dir).path
+    base_path = fetch_model(arguments.base, arguments.cache_dir, arguments.revision).path
     tokenizer = load_tokenizer(base_path, arguments.dataset.chat_template if arguments.dataset else None)
     torch.manual_seed(0)
 
@@ -111,6 +111,7 @@ def answers(arguments: argparse.Namespace) -> list[dict[str, str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m qlora_trainer.generate", description=__doc__)
     parser.add_argument("--base", required=True, help="source of the base model, as in spec.model.source")
+    parser.add_argument("--revision", help="of the base; default: whatever is there")
     parser.add_argument("--cache-dir", type=Path, default=default_cache(), help="for a base that must be fetched")
     parser.add_argument("--adapter", help="folder of an adapter in PEFT's layout, here or in object storage")
     parser.add_argument("--merged", help="folder of a merged model, here or in object storage")

@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from rich.panel import Panel
@@ -19,6 +19,7 @@ from qlora_cli.local.trainer_process import environment, shell_code, tail
 from qlora_cli.report import training_history
 from qlora_cli.report.answers import AnswerLine, keep
 from qlora_cli.report.facts import MANIFEST
+from qlora_storage.published import ADAPTER, short_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -41,6 +42,8 @@ class Models:
     merged: str | None = None
     dataset: str | None = None
     """``spec.dataset`` of the job as JSON, where it is known: prompts are put as in training."""
+    revision: str = ""
+    """Of the base, which the adapter was trained on; empty where that is not known, or another base is given."""
     conversations: bool = False
     """By Prepare's receipt, the rows' prompts are lists of messages."""
 
@@ -106,16 +109,23 @@ def models_of_run(runs_dir: Path, name: str, base: str | None, merged: str | Non
     merged = merged or (str(beside) if beside.is_dir() else None)
     dataset = json.dumps(record.spec.to_json_dict()["dataset"])
     conversations = record.receipt is not None and record.receipt.conversations
-    return Models(base or record.spec.model.source, uri, merged, dataset, conversations)
+    revision = record.prepared.model_revision if record.prepared and not base else ""
+    return Models(base or record.spec.model.source, uri, merged, dataset, revision, conversations)
 
 
 def models_of_adapter(adapter: str, base: str | None, merged: str | None) -> Models:
-    """Return an adapter, and the base that its own config names.
+    """Return an adapter, and the base that its manifest names, or else its own config.
 
     Raises:
         GenerateError: the base is not given and cannot be read from the adapter.
 
     """
+    manifest = _manifest_of(Path(adapter))
+    revision = ""
+    if base is None:
+        named = manifest.get("base")
+        named = named if isinstance(named, dict) else {}
+        base, revision = named.get("source"), str(named.get("revision") or "")
     if base is None:
         try:
             config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
@@ -126,14 +136,28 @@ def models_of_adapter(adapter: str, base: str | None, merged: str | None) -> Mod
             ) from None
     if not base:
         raise GenerateError(f"{adapter}: its adapter_config.json names no base; name it with --base")
-    return Models(base, adapter, merged, _dataset_of(Path(adapter)), _has_conversations(Path(adapter)))
+    return Models(base, adapter, merged, _dataset_of(manifest), revision, _has_conversations(Path(adapter)))
 
 
-def _dataset_of(adapter: Path) -> str | None:
-    """Return the dataset of an adapter, if its manifest lies where the trainer put it."""
+def _manifest_of(adapter: Path) -> dict[str, Any]:
+    """Return the manifest of an adapter where the trainer or 'qlora download' put it; empty where there is none."""
+    real = adapter.resolve()
+    for folder in (real.parent, real.parent.parent):
+        try:
+            body = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            published = str(body.get("adapter", ADAPTER))
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue
+        if real in (folder / published, folder / short_path(published)):
+            return dict(body)
+    return {}
+
+
+def _dataset_of(manifest: dict[str, Any]) -> str | None:
+    """Return the dataset that a manifest names."""
     try:
-        return json.dumps(json.loads((adapter.parent / MANIFEST).read_text(encoding="utf-8"))["config"]["dataset"])
-    except (OSError, ValueError, LookupError, TypeError):
+        return json.dumps(manifest["config"]["dataset"])
+    except (LookupError, TypeError):
         return None
 
 
@@ -149,6 +173,7 @@ def _has_conversations(adapter: Path) -> bool:
 def command(start: Sequence[str], models: Models, options: GenerateOptions) -> list[str]:
     """Return the process that answers; ``--option=value``, so that a prompt may begin with dashes."""
     words = [*start, f"--base={models.base}", f"--adapter={models.adapter}"]
+    words += [f"--revision={models.revision}"] if models.revision else []
     if models.dataset and not options.raw:
         words.append(f"--dataset={models.dataset}")
         words += ["--conversations"] if models.conversations else []

@@ -20,6 +20,14 @@ for word in sys.argv[1:]:
         print(json.dumps({"prompt": word[9:], "base": "I do not know [/b].", "adapter": " ".join(sys.argv[1:])}))
 sys.exit(0)
 """
+PREPARED = {
+    "dataHash": "d",
+    "trainRows": 1,
+    "trainTokens": 1,
+    "trainSequences": 1,
+    "gradientCheckpointing": False,
+    "batch": {"worldSize": 2, "microBatchSize": 4, "gradientAccumulationSteps": 2},
+}
 TWO_MODELS = Models("base", "adapter")
 FAILS = "import sys; print('ValueError: no such folder', file=sys.stderr); sys.exit(3)"
 
@@ -83,6 +91,33 @@ def test_an_adapter_names_its_base(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/models/b"}))
     assert asking.choose_models(str(tmp_path), None, tmp_path, None, None).base == "/models/b"
     assert asking.choose_models(str(tmp_path), None, tmp_path, "/other", None).base == "/other"
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_an_adapter_with_a_manifest_is_asked_on_the_base_it_was_trained_on(tmp_path, published):
+    adapter = tmp_path / "3f2a-attempt-1" / "adapter" if published else tmp_path / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    named = {"source": "hf://org/base@main", "revision": "c" * 40}
+    manifest = {"adapter": "3f2a-attempt-1/adapter", "base": named, "config": {"dataset": {"format": "Text"}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    models = asking.choose_models(str(adapter), None, tmp_path, None, None)
+    assert (models.base, models.revision, models.dataset) == ("hf://org/base@main", "c" * 40, '{"format": "Text"}')
+    options = GenerateOptions(("Hello",), 9, sample=False)
+    assert f"--revision={'c' * 40}" in asking.command(["ask"], models, options)
+    other = asking.choose_models(str(adapter), None, tmp_path, "/other", None)
+    assert (other.base, other.revision) == ("/other", "")
+    assert not any(word.startswith("--revision") for word in asking.command(["ask"], other, options))
+
+
+def test_a_run_is_asked_on_the_base_it_was_trained_on(workplace):
+    workplace.run()
+    record = workplace.record()
+    record["prepared"] = {**PREPARED, "modelRevision": "c" * 40}
+    (workplace.run_folder / "run.json").write_text(json.dumps(record))
+    models = asking.choose_models(None, "quick", workplace.folder / "runs", None, None)
+    assert models.revision == "c" * 40
+    assert asking.choose_models(None, "quick", workplace.folder / "runs", "/other", None).revision == ""
 
 
 def test_an_adapter_beside_its_manifest_is_asked_as_it_was_taught(tmp_path):

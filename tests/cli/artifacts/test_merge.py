@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -86,6 +88,31 @@ def test_the_merged_model_is_base_plus_update(base, published, tmp_path, monkeyp
     assert (tmp_path / "merged" / "tokenizer.json").exists()
     again = CliRunner().invoke(app.app, ["merge", f"{published}/", "--out", "merged"])
     assert (again.exit_code, again.stderr) == (40, "--out merged: is there already and not empty\n")
+
+
+@pytest.mark.parametrize("command", ["merge {out}/ --out merged", "generate --adapter {adapter} --prompt a"])
+def test_a_base_that_is_no_longer_what_the_adapter_was_trained_on_is_refused(
+    base, published, tmp_path, monkeypatch, capfd, command
+):
+    from qlora_trainer.storage.fetch import fetch_model
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    changed = shutil.copytree(base, tmp_path / "base")
+    revision = fetch_model(str(changed), tmp_path / "cache").revision
+    body = json.loads((published / "manifest.json").read_text())
+    body["base"] = {"source": str(changed), "revision": revision}
+    (published / "manifest.json").write_text(json.dumps(body))
+    weights = changed / "model.safetensors"
+    times = weights.stat()
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    words = command.format(out=published, adapter=published / "u-attempt-1" / "adapter").split()
+    done = CliRunner().invoke(app.app, words)
+    assert done.exit_code == 40
+    assert f"and the run began on {revision}" in done.output + capfd.readouterr().err
 
 
 def test_a_full_disk_leaves_nothing_of_a_merged_model(published, tmpfs, capfd):
