@@ -301,7 +301,7 @@ class PrepareResult(Model):
     expected_gpu_hours: Decimal | None = None
     """Estimated GPU-hours of the training, within a factor of 1.5. Not set if the GPU is unknown."""
     seconds: Decimal = "0"
-    """Time that Prepare took, in seconds; near zero if the results of an earlier job were found."""
+    """Time that Prepare took, in seconds; near zero if the results of an earlier job were reused."""
 
 
 class Adapter(Model):
@@ -319,9 +319,9 @@ class TrackedRun(Model):
     """The job's run in a tracking tool."""
 
     type: SinkType
-    """Of spec.tracking."""
+    """Type of the tool, as in spec.tracking."""
     url: Annotated[str, StringConstraints(max_length=512)] = ""
-    """Where to see the run; empty until it is created."""
+    """URL of the run; empty until it is created."""
     message: Annotated[str, StringConstraints(max_length=256)] = ""
     """Why the tool does not have the newest steps; empty while it has them."""
 
@@ -336,7 +336,7 @@ class QLoRAJobStatus(Model):
     reason: Reason = Reason.PENDING
     conditions: list[Condition] = Field([], max_length=16, json_schema_extra=_map_by("type"))
     attempts: list[Attempt] = Field([], max_length=MAX_ATTEMPTS, json_schema_extra=_map_by("number"))
-    """The newest attempts. Where there are too many, those that count against no limit are dropped first."""
+    """The newest attempts. If there are too many, those that count against no limit are dropped first."""
     restarts: Count = 0
     """Attempts that count against policy.maxRestarts."""
     total_restarts: Count = 0
@@ -344,7 +344,7 @@ class QLoRAJobStatus(Model):
     gpu_seconds: Count = 0
     """GPU-seconds of all attempts; waiting does not count."""
     earlier_gpu_seconds: Count = 0
-    """GPU-seconds of attempts that are not listed any more, and of the current one before a queue took its GPUs."""
+    """GPU-seconds of attempts that are no longer listed, and of the current one before a queue reclaimed its GPUs."""
     grace_seconds: Count | None = None
     """terminationGracePeriodSeconds of the next attempt's pods, estimated from the longest step and checkpoint so far.
     Set only if it is more than the operator's setting (trainer.graceSeconds); at most 900."""

@@ -107,23 +107,23 @@ class Tolerance(Model):
     truncated: decimal(0, 1) | None = None  # type: ignore[valid-type]
     """Share of rows that longRows Truncate may shorten."""
     dropped: decimal(0, 1) | None = None  # type: ignore[valid-type]
-    """Rows left out as too long, with longRows Drop."""
+    """Share of rows that longRows Drop may leave out because they are too long."""
     fully_masked: decimal(0, 1) | None = None  # type: ignore[valid-type]
-    """Rows left out because none of their tokens counts."""
+    """Share of rows that may be left out because none of their tokens counts."""
     left_out: decimal(0, 1) | None = None  # type: ignore[valid-type]
     """Rows of which the chat template leaves a text out, or in which the assistant says nothing. Such answers are not
     learned."""
     duplicates: decimal(0, 1) | None = None  # type: ignore[valid-type]
-    """Training rows that repeat an earlier one token by token."""
+    """Share of training rows that have the same tokens as an earlier one."""
     eval_in_train: decimal(0, 1) | None = None  # type: ignore[valid-type]
-    """Evaluation rows that are training rows too."""
+    """Share of evaluation rows that are also training rows."""
 
 
 class DatasetSpec(Model):
-    """Rows to learn from, and the tokens of them that count in the loss."""
+    """Training and evaluation rows, and the tokens that count in the loss."""
 
     train: DatasetSource
-    """The rows to learn from."""
+    """The training rows."""
     eval: EvaluationData | None = None
     """Evaluation rows. Without them there is no eval loss and no early stopping."""
     format: DatasetFormat

@@ -138,7 +138,8 @@ class EvaluationSpec(Model):
     """Evaluation on held-out rows: how often, and what follows from it."""
 
     every_steps: int | None = Field(None, ge=1, le=1_000_000)
-    """Steps between evaluations. Default: once an epoch. There is one before the first step and one after the last."""
+    """Steps between evaluations. Default: once an epoch. Evaluation also runs before the first step and after the
+    last."""
     patience: int | None = Field(None, ge=1, le=1000)
     """Stop after this many evaluations in a row without a better loss. Default: never."""
     prompts: list[Prompt] = Field([], max_length=8)

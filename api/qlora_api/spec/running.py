@@ -30,7 +30,7 @@ class ParallelismSpec(Model):
     number: the same global batch and the same order of rows, on fewer ranks. Each next attempt asks for all workers
     again. Default: wait until there is room."""
     gpus_per_worker: int = Field(1, ge=1, le=16)
-    """GPUs, and so ranks, of each pod."""
+    """GPUs of each pod. Each GPU has one rank."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(check_no_boolean)] = 0
     """What is partitioned across ranks: 0 nothing; 1 optimizer state; 2 optimizer state and gradients; 3 optimizer
     state, gradients and parameters. LoRA's states are small: 0 is the fastest and fits nearly always. Even with 3 the
@@ -60,14 +60,14 @@ class ParallelismSpec(Model):
 
 
 class CheckpointSpec(Model):
-    """Resume points: adapter, optimizer, schedule, RNG and data position; never the frozen base."""
+    """Checkpoints hold adapter, optimizer, schedule, RNG and data position, but not the frozen base."""
 
     every_steps: int | None = Field(None, ge=1, le=1_000_000)
     """Steps between checkpoints. Default: once an epoch."""
     every_minutes: int = Field(15, ge=1, le=1440)
     """Longest time between checkpoints, so that a lost node costs no more than this."""
     keep: int = Field(3, ge=1, le=100)
-    """Newest checkpoints kept; the best by eval loss is kept besides."""
+    """Number of newest checkpoints to keep. The best one by eval loss is kept in addition."""
 
 
 class Merge(StrEnum):
@@ -179,7 +179,7 @@ def _keys_rule(field: str) -> Rule:
 
 
 class SchedulingSpec(Model):
-    """Which nodes, and in which queue. Not used by 'qlora run'."""
+    """Nodes, queue and resources of the pods. Not used by 'qlora run'."""
 
     gang: Gang = Gang.AUTO
     """Start all pods or none: by Kubernetes itself (Native), Kueue, Volcano, or not at all (None). Auto uses the first
