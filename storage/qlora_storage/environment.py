@@ -49,6 +49,10 @@ _REGION = re.compile(r"[A-Za-z0-9-]+")
 _ACCOUNT = re.compile(r"[A-Za-z0-9-]+")
 """A name in Azure's URLs; with a slash it would name another server."""
 _QUOTED = re.compile(r"""(["']).*\1""", re.DOTALL)
+_PLACEHOLDER = re.compile(r"none|null|nil|undefined|\$\([^)]*\)|\$\{[^}]*\}|\{\{.*\}\}|<.*>", re.IGNORECASE)
+"""What scripts and templates leave where they had no value."""
+_SCHEME = re.compile(r"(bearer|token|basic)\s", re.IGNORECASE)
+"""Of an Authorization header, which is made here."""
 _SWITCHES = (
     "AWS_ALLOW_HTTP",
     "AWS_DISABLE_BULK_DELETE",
@@ -173,6 +177,10 @@ def check_variables(environ: Mapping[str, str]) -> None:
             continue
         if name not in MANY_LINES and not value.isprintable():
             raise SettingError(f"{name}: has a line break or another control character inside")
+        if _PLACEHOLDER.fullmatch(value):
+            raise SettingError(f"{name}: has a placeholder that was not replaced, such as None or $(NAME)")
+        if _SCHEME.match(value):
+            raise SettingError(f"{name}: must be the token alone, without the word before it")
         if _QUOTED.fullmatch(value):
             raise SettingError(f"{name}: has quotation marks around it, which would be part of the value")
         if name in _URLS and not is_url(value):

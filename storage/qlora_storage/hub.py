@@ -30,7 +30,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported wi
 )
 
 from qlora_storage.backend import Fault, FaultKind
-from qlora_storage.environment import PLAIN_URL, is_url
+from qlora_storage.environment import PLAIN_URL, SettingError, check_variables, is_url
 from qlora_storage.errors import NotFoundError, StorageError, UserError
 from qlora_storage.metadata_addresses import REFUSED, leads_to_metadata
 from qlora_storage.retry import PATIENCE_SECONDS, FaultError, call_patiently
@@ -268,6 +268,12 @@ def _asked(source: HubSource, call: Callable[[], T]) -> T:
     if not (token.isascii() and token.isprintable()):
         allowed = f"cannot be asked for: HF_TOKEN has a character that no token has; check it in {_secret(source)}"
         raise UserError(source.field, source.source, allowed)
+    try:
+        check_variables({"HF_TOKEN": token})
+    except SettingError as error:
+        raise UserError(
+            source.field, source.source, f"cannot be asked for: {error}; check it in {_secret(source)}"
+        ) from None
     patience = PATIENCE_SECONDS if source.patience_seconds is None else source.patience_seconds
     try:
         return call_patiently(call, _fault_of, f"fetch {source.source}", patience)

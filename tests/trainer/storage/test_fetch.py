@@ -276,6 +276,17 @@ def test_what_the_hub_does_not_give_is_the_users_to_mend(tmp_path, make_model, h
     assert str(caught.value).startswith(f'spec.model.source: "{source}"')
 
 
+@pytest.mark.parametrize("token", ["Bearer hf_hunter2", "$(HUNTER2)", "None", "'hunter2'"])
+def test_a_token_that_cannot_be_meant_is_named_and_not_shown(tmp_path, make_model, hub, monkeypatch, token):
+    make_model(hub / "org" / "base")
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(
+        UserError, match=r'^spec\.model\.source: "hf://org/base" cannot be asked for: HF_TOKEN: '
+    ) as caught:
+        fetch_model("hf://org/base", tmp_path / "cache")
+    assert "hunter2" not in str(caught.value).lower()
+
+
 @pytest.mark.parametrize("token", ["hf_ключ", "hf_\x01", "hf_a\x7f"])
 def test_a_token_that_no_request_can_carry_is_named_and_not_shown(tmp_path, make_model, hub, monkeypatch, token):
     hub.add("org/base", as_files(make_model(tmp_path / "model")))

@@ -489,3 +489,52 @@ def test_arrow_with_dictionaries_compression_or_nothing_in_it_is_read_to_its_end
     with new(tmp_path / "b.arrow", table.schema) as file:
         file.write_table(table)
     assert len(read_rows(tmp_path)) == 3 + 3 * batches
+
+
+def test_rows_of_tsv_whose_cells_begin_with_a_quotation_mark_are_not_joined(tmp_path, read_rows):
+    path = tmp_path / "rows.tsv"
+    path.write_text('prompt\tcompletion\n"To be\tx\nor not\ty\nto be"\tz\n')
+    with pytest.raises(UserError, match=r"rows\.tsv, line 2: has a cell that begins with .*, which ends 2 lines below"):
+        read_rows(path)
+    path.write_text('prompt\tcompletion\n"To be\nor not"\tx\ny\t"a\n\nb"\n"a\tb"\t"c\td\ne"\n')
+    assert [row["prompt"] for row in read_rows(path)] == ["To be\nor not", "y", "a\tb"]
+
+
+def test_quoted_cells_of_the_only_column_may_have_several_lines(tmp_path, read_rows):
+    path = tmp_path / "rows.tsv"
+    path.write_text('text\n"one\ntwo"\ntext\n')
+    assert [row["text"] for row in read_rows(path, {"text": FIELD})] == ["one\ntwo", "text"]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("tsv", "\t")])
+def test_files_of_csv_one_after_another_are_refused(tmp_path, read_rows, suffix, delimiter, mark):
+    one = f"{mark}prompt{delimiter}completion\na{delimiter}b\n"
+    path = tmp_path / f"rows.{suffix}"
+    path.write_text(one)
+    assert len(read_rows(path)) == 1
+    path.write_text(one * 2)
+    with pytest.raises(UserError, match=rf"rows\.{suffix}, line 3: is the beginning of another file"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("more", [b"garbage", bz2.compress(b"{}")[:-1], bz2.compress(b"{}")[4:]])
+def test_what_follows_a_compressed_stream_and_is_none_is_refused(tmp_path, read_rows, more):
+    streams = [bz2.compress(lines(rows).encode()) for rows in (ROWS[:3], ROWS[3:])]
+    path = tmp_path / "rows.jsonl.bz2"
+    path.write_bytes(b"".join(streams))
+    assert read_rows(path) == WANTED
+    path.write_bytes(b"".join(streams) + more)
+    with pytest.raises(UserError, match=r"rows\.jsonl\.bz2: is (damaged|cut off), or no bzip2 file"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "zst"])
+def test_compressed_rows_that_are_cut_or_followed_by_something_else_are_refused(tmp_path, read_rows, suffix):
+    compress = {"gz": gzip.compress, "bz2": bz2.compress, "zst": lambda data: pa.compress(data, "zstd", asbytes=True)}
+    whole = compress[suffix](lines(ROWS).encode())
+    path = tmp_path / f"rows.jsonl.{suffix}"
+    for data in (whole[:-1], whole[: len(whole) // 2], whole + b"garbage", b""):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=rf"rows\.jsonl\.{suffix}"):
+            read_rows(path)

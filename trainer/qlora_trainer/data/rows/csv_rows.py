@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from qlora_trainer.data.rows.json_rows import JsonRow
     from qlora_trainer.data.rows.source import SourceFile
 
+BYTE_ORDER_MARK = "\ufeff"
+
 
 def read_csv(file: SourceFile) -> Iterator[JsonRow]:
     """Read the rows of one file; the first line is the header.
@@ -26,7 +28,8 @@ def read_csv(file: SourceFile) -> Iterator[JsonRow]:
     csv.field_size_limit(MOST_ROW_BYTES)  # of the process; its default is shorter than long documents
     with open_text(file) as stream:
         lines = _Lines(stream)
-        reader = csv.reader(lines, delimiter="\t" if ".tsv" in file.name.lower() else ",", strict=True)
+        tabs = ".tsv" in file.name.lower()
+        reader = csv.reader(lines, delimiter="\t" if tabs else ",", strict=True)
         header = _next(reader, lines)
         if header is None:
             return
@@ -35,7 +38,26 @@ def read_csv(file: SourceFile) -> Iterator[JsonRow]:
         while (cells := _next(reader, lines)) is not None:
             if len(cells) != len(header):
                 raise RowsError(f"{lines.where}: Expected {len(header)} columns, got {len(cells)}")
+            _check_one_file(cells, header, lines)
+            if tabs:
+                _check_one_row(header, lines)
             yield f"line {lines.first}", dict(zip(header, cells, strict=True)), lines.size, stream.consumed
+
+
+def _check_one_file(cells: list[str], header: list[str], lines: _Lines) -> None:
+    """Refuse what stands between files that were put one after another: a byte order mark, or the header again."""
+    if cells[0].startswith(BYTE_ORDER_MARK) or (len(header) > 1 and cells == header):
+        raise RowsError(f"{lines.where}: is the beginning of another file; put each file there by itself")
+
+
+def _check_one_row(header: list[str], lines: _Lines) -> None:
+    """Refuse a quoted cell over several lines each of which has all columns: most TSV is written without quotes."""
+    if len(lines.tabs) > 1 and len(header) > 1 and set(lines.tabs) == {len(header) - 1}:
+        raise RowsError(
+            f"{lines.where}: has a cell that begins with a quotation mark, which ends {len(lines.tabs) - 1} lines "
+            "below, and each of these lines has all columns. If they are rows, put such cells in quotation marks, and "
+            'write those inside twice (""); or write JSON Lines'
+        )
 
 
 def _next(reader: Iterator[list[str]], lines: _Lines) -> list[str] | None:
@@ -60,6 +82,8 @@ class _Lines:
         """Number of the line in which the row begins."""
         self.size = 0
         """Bytes of the row so far."""
+        self.tabs: list[int] = []
+        """How many there are in each line of the row."""
 
     @property
     def where(self) -> str:
@@ -68,6 +92,7 @@ class _Lines:
     def begin_row(self) -> None:
         self.first = self._number + 1
         self.size = 0
+        self.tabs = []
 
     def __iter__(self) -> _Lines:
         return self
@@ -80,6 +105,7 @@ class _Lines:
             raise StopIteration
         if self.size > MOST_ROW_BYTES:
             raise RowsError(f"{self.where}: {too_large()}")
+        self.tabs.append(line.count(b"\t"))
         try:
             return line.decode()
         except UnicodeDecodeError:

@@ -126,7 +126,7 @@ class _Decompressed(_Readable):
             case ".gz":
                 self._source = gzip.GzipFile(fileobj=raw)
             case ".bz2":
-                self._source = bz2.BZ2File(raw)
+                self._source = _Bzip2(raw)
             case ".zst":  # its window is bounded by libzstd: 128 MiB
                 self._source = pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd")
         self._most = most_bytes(file.size) if suffix else file.size
@@ -142,6 +142,33 @@ class _Decompressed(_Readable):
         self._given += len(piece)
         if self._given > self._most and self._compression:
             raise RowsError(f"{self._file.name}: {too_expanded(self._file.size)}")
+        return piece
+
+
+class _Bzip2:
+    """The streams of a bzip2 file. The standard library's reader takes what is no stream for the end of the file."""
+
+    def __init__(self, raw: io.BufferedReader) -> None:
+        self._raw = raw
+        self._stream = bz2.BZ2Decompressor()
+
+    def read(self, size: int) -> bytes:
+        """Read at most ``size`` bytes; none at the end.
+
+        Raises:
+            OSError, EOFError: the file is damaged, or cut off.
+
+        """
+        piece = b""
+        while not piece:
+            data = b""
+            if self._stream.eof:
+                if not (data := self._stream.unused_data or self._raw.read(BUFFER_BYTES)):
+                    return b""
+                self._stream = bz2.BZ2Decompressor()
+            elif self._stream.needs_input and not (data := self._raw.read(BUFFER_BYTES)):
+                raise EOFError
+            piece = self._stream.decompress(data, size)
         return piece
 
 
