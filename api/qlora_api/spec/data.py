@@ -62,6 +62,9 @@ class Columns(Model):
     tools: Column = "tools"
     """Messages, and PromptCompletion of conversations: the tools that the chat template is given; the column may be
     missing."""
+    system: Column = "system"
+    """Messages, and PromptCompletion of conversations: a text that is put first as the system message, unless the
+    conversation has one; the column may be missing."""
     prompt: Column = "prompt"
     """PromptCompletion: the prompt, a text or a list of messages."""
     completion: Column = "completion"

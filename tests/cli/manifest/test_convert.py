@@ -75,7 +75,8 @@ def test_axolotl_with_conversations_in_8_bits():
 def test_llama_factory_with_its_description_of_the_rows():
     spec, notes = converted("llama-factory.yaml")
     assert spec["dataset"]["train"]["source"] == str(CONFIGURATIONS / "data" / "support.json")
-    assert (spec["dataset"]["format"], spec["dataset"]["columns"]) == ("Messages", {"messages": "conversations"})
+    columns = {"messages": "conversations", "system": "rules"}
+    assert (spec["dataset"]["format"], spec["dataset"]["columns"]) == ("Messages", columns)
     assert spec["dataset"]["packing"] is False
     assert spec["lora"] == {"rank": 8, "alpha": 16}, "LLaMA-Factory's alpha is twice the rank"
     assert spec["quantization"] == {"type": "NF4", "computeType": "BFloat16"}

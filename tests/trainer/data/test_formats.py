@@ -149,7 +149,7 @@ def test_columns_are_those_of_the_manifest(tokenizer, dataset):
     spec = dataset(format="PromptCompletion", columns=Columns(prompt="q", completion="a"))
     assert needed_columns(spec) == (
         {"q": "spec.dataset.columns.prompt", "a": "spec.dataset.columns.completion"},
-        ("tools",),
+        ("tools", "system", "functions"),
     )
     assert counted(Encoder(tokenizer, spec).encode({"q": "x", "a": "y"}), tokenizer) == "y<eos>"
 

@@ -6,6 +6,7 @@ A template comes with a model, from somebody else, and is a program: a child wit
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,6 +81,11 @@ class ChatTemplate:
                 " PromptCompletion or Text",
             ) from None
         return template
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The words in the text of the template, those of messages' keys that it reads among them."""
+        return frozenset(re.findall(r"\w+", f"{self.source} {self._tool_source}"))
 
     @cached_property
     def end(self) -> str | None:

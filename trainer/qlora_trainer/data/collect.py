@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora_api.spec import DatasetFormat, DatasetSpec, LongRows
-from qlora_trainer.data.remarks import Remarks
 from qlora_trainer.data.rows.errors import unexpected_problem
+from qlora_trainer.data.rows.remarks import Remarks
 from qlora_trainer.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 REPORT_SECONDS = 10.0
 TOKEN_BYTES = np.dtype(np.int32).itemsize
+MEDIA = {name: f"<{kind}>" for kind in ("image", "video", "audio") for name in (kind, f"{kind}s")}
+"""Columns of what is no text → the placeholder for it in the text (LLaMA-Factory, ms-swift)."""
 log = logging.getLogger(__name__)
 
 
@@ -111,6 +113,8 @@ class Tally:
     longest_row: RowPlace | None = None
     too_long: int = 0
     remarks: Remarks = field(default_factory=Remarks)
+    unread: frozenset[str] = frozenset()
+    """Columns that are not read."""
 
     def count_row(self, row: EncodedRow, place: RowPlace) -> None:
         """Note one row."""
@@ -147,6 +151,9 @@ def collect(encoder: Encoder, rows: Rows, where: str, side_of: Callable[[int], S
     tally = Tally()
     progress = _Progress(where, rows.source.size)
     for batch in rows.batches():
+        tally.unread = batch.unread
+        if media := MEDIA.keys() & batch.unread:
+            _check_placeholders(batch, media, dataset)
         for place, row in zip(batch.places, _encoded(encoder, batch), strict=True):
             tally.count_row(row, place)
             for encoded in row.examples:
@@ -159,6 +166,26 @@ def collect(encoder: Encoder, rows: Rows, where: str, side_of: Callable[[int], S
     if tally.too_long and dataset.long_rows is LongRows.FAIL:
         raise _too_long(dataset, tally, where)
     return tally
+
+
+def _check_placeholders(batch: Batch, media: Iterable[str], dataset: DatasetSpec) -> None:
+    """Refuse rows that speak of what is in a column of images and the like: a model would learn to make it up.
+
+    Raises:
+        UserError: names the first row.
+
+    """
+    for place, cells in zip(batch.places, batch.rows, strict=True):
+        text = str(cells)
+        for column in media:
+            if (placeholder := MEDIA[column]) in text:
+                first = dataset.required_columns
+                raise UserError(
+                    next(iter(first.values())),
+                    next(iter(first)),
+                    f"must hold text alone; row {place} has the placeholder {placeholder} for what is in the column"
+                    f" {column}, and models are trained on text: leave such rows or that column out",
+                )
 
 
 def _encoded(encoder: Encoder, batch: Batch) -> list[EncodedRow]:

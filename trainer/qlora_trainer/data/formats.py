@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 from qlora_api.spec import Columns, DatasetFormat, DatasetSpec, LongRows, LossOn
 from qlora_trainer.data.chat_template import ChatTemplate, RenderedRow
-from qlora_trainer.data.remarks import HALF_AN_EXCHANGE, OTHER_ROLES
 from qlora_trainer.data.rows.conversation import (
     Conversation,
     is_json_messages,
@@ -23,7 +22,8 @@ from qlora_trainer.data.rows.conversation import (
     read_conversation,
     read_exchange,
 )
-from qlora_trainer.data.rows.roles import other_roles
+from qlora_trainer.data.rows.remarks import HALF_AN_EXCHANGE, OTHER_ROLES, SYSTEM_UNUSED, UNREAD_KEY
+from qlora_trainer.data.rows.roles import other_roles, unread_keys
 from qlora_trainer.data.text_pieces import Piece, is_blank
 from qlora_trainer.errors import UserError
 
@@ -46,6 +46,8 @@ INSTRUCTION_ALONE = (
 """Taori et al. 2023 (Stanford Alpaca), ``train.py``; the output follows directly, then the end token."""
 
 
+FUNCTIONS = "functions"
+"""Column of OpenAI's rows before there were tools."""
 ANCHORS = ("\n", "a", "=", "0")
 """Texts to put before one that is not the first, so that a tokenizer does not take it for the first."""
 
@@ -75,14 +77,14 @@ class EncodedRow:
     tools: bool = False
     """There are tools, and the chat template writes them."""
     remarks: tuple[str, ...] = ()
-    """What a person should know of the row; see :mod:`qlora_trainer.data.remarks`."""
+    """What a person should know of the row; see :mod:`qlora_trainer.data.rows.remarks`."""
 
 
 def needed_columns(dataset: DatasetSpec) -> tuple[dict[str, str], tuple[str, ...]]:
     """List (column → the manifest's field that names it, columns that may be missing) of the dataset's format."""
     optional = {
-        DatasetFormat.MESSAGES: (dataset.columns.tools,),
-        DatasetFormat.PROMPT_COMPLETION: (dataset.columns.tools,),
+        DatasetFormat.MESSAGES: (dataset.columns.tools, dataset.columns.system, FUNCTIONS),
+        DatasetFormat.PROMPT_COMPLETION: (dataset.columns.tools, dataset.columns.system, FUNCTIONS),
         DatasetFormat.INSTRUCTION: (dataset.columns.input,),
     }.get(dataset.format, ())
     return dataset.required_columns, optional
@@ -261,11 +263,14 @@ class Encoder:
         columns = self.dataset.columns
         tools = row.get(columns.tools)
         if self.dataset.format is DatasetFormat.MESSAGES:
-            return read_conversation(row.get(columns.messages), tools, number, "spec.dataset.columns.messages")
-        if self.dataset.format is DatasetFormat.PROMPT_COMPLETION and self._is_exchange(row, number):
+            found = read_conversation(row.get(columns.messages), tools, number, "spec.dataset.columns.messages")
+        elif self.dataset.format is DatasetFormat.PROMPT_COMPLETION and self._is_exchange(row, number):
             fields = ("spec.dataset.columns.prompt", "spec.dataset.columns.completion")
-            return read_exchange(row.get(columns.prompt), row.get(columns.completion), tools, number, fields)
-        return None
+            found = read_exchange(row.get(columns.prompt), row.get(columns.completion), tools, number, fields)
+        else:
+            return None
+        found = found if columns.tools == FUNCTIONS else found.with_functions(row.get(FUNCTIONS))
+        return found.with_system(row.get(columns.system), columns.system)
 
     def _is_exchange(self, row: Mapping[str, Any], number: RowNumber) -> bool:
         found = is_exchange(row, self.dataset.columns)
@@ -283,11 +288,18 @@ class Encoder:
     def _remarks(self, row: Mapping[str, Any], conversation: Conversation | None) -> tuple[str, ...]:
         columns = self.dataset.columns
         if conversation is None:
-            pair = [row.get(columns.prompt), row.get(columns.completion)]
-            half = self.dataset.format is DatasetFormat.PROMPT_COMPLETION and any(map(is_json_messages, pair))
-            return (HALF_AN_EXCHANGE,) if half else ()
+            if self.dataset.format is not DatasetFormat.PROMPT_COMPLETION:
+                return ()
+            half = any(is_json_messages(row.get(column)) for column in (columns.prompt, columns.completion))
+            unused = [SYSTEM_UNUSED.format(column=columns.system)] if row.get(columns.system) else []
+            return (*([HALF_AN_EXCHANGE] if half else []), *unused)
+        keys = unread_keys(conversation.messages, self._chat.names)
         other = not self._everything and other_roles(conversation.messages, self._chat.source)
-        return (OTHER_ROLES,) if other else ()
+        return (
+            *conversation.remarks,
+            *([OTHER_ROLES] if other else []),
+            *(UNREAD_KEY.format(key=key) for key in keys),
+        )
 
     def _pieces(self, row: Mapping[str, Any], number: RowNumber) -> list[Piece]:
         columns = self.dataset.columns

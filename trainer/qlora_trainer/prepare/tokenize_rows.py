@@ -25,6 +25,7 @@ from qlora_trainer.data.collect import Split, Tally, collect, require_rows
 from qlora_trainer.data.formats import Encoder, is_exchange, needed_columns
 from qlora_trainer.data.order import permutation
 from qlora_trainer.data.packing import Sequences, pack, unpacked
+from qlora_trainer.data.rows.errors import shown_columns
 from qlora_trainer.data.rows.read import Rows
 from qlora_trainer.data.rows.source import find_source
 from qlora_trainer.data.tokenized_rows import RowWriter, TokenizedRows, load_sequences, save_sequences
@@ -224,7 +225,7 @@ def _receipt(name: str, folder: Path, encoder: Encoder, done: _Tokenized) -> Pre
         split_rows=sum(t.split for t in done.tallies),
         left_out=sum(t.left_out for t in done.tallies),
         empty_turns=sum(t.empty_turns for t in done.tallies),
-        notes=[*encoder.notes(), *(note for t in done.tallies for note in t.remarks.notes())],
+        notes=_notes(encoder, done.tallies),
         conversations=bool(encoder.conversations),
         duplicates=done.train.duplicates,
         eval_in_train=done.evaluation.also_in(done.train) if done.evaluation else 0,
@@ -234,6 +235,15 @@ def _receipt(name: str, folder: Path, encoder: Encoder, done: _Tokenized) -> Pre
         packing_efficiency=tokens / (len(packs) * dataset.max_length),
         samples=samples(train, encoder.tokenizer),
     )
+
+
+def _notes(encoder: Encoder, tallies: list[Tally]) -> list[str]:
+    unread = frozenset[str]().union(*(tally.unread for tally in tallies))
+    return [
+        *encoder.notes(),
+        *(note for tally in tallies for note in tally.remarks.notes()),
+        *([f"columns that are not read: {shown_columns(unread)}"] if unread else []),
+    ]
 
 
 def histogram(lengths: NDArray[np.int64]) -> dict[int, int]:

@@ -95,7 +95,7 @@ def _source(into: Conversion, name: str, described: dict[str, Any] | None, stage
         if described.get(key):
             into.note(f"dataset: {name}: {key}: {described[key]}: has no counterpart")
     columns = described.get("columns") or {}
-    columns = columns if isinstance(columns, dict) else {}
+    columns = dict(columns) if isinstance(columns, dict) else {}
     if stage == "pt":
         into.put("dataset.format", "Text")
         into.put("dataset.columns.text", columns.get("prompt") or "text")
@@ -104,6 +104,7 @@ def _source(into: Conversion, name: str, described: dict[str, Any] | None, stage
         into.put("dataset.format", "Messages")
         into.put("dataset.columns.messages", columns.get("messages") or "conversations")
         into.put("dataset.columns.tools", columns.get("tools") or "tools")
+        into.put("dataset.columns.system", columns.pop("system", None) or "system")
     else:
         into.put("dataset.format", "Instruction")
         for ours, theirs in (("instruction", "prompt"), ("input", "query"), ("output", "response")):

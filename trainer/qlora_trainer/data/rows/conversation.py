@@ -11,11 +11,12 @@ Errors name row, message and key, and no text of the row.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_trainer.data.message_keys import REASONING_KEYS
-from qlora_trainer.data.rows.roles import CALL_ROLES, SHAREGPT_ROLES, as_switch, known_role
+from qlora_trainer.data.rows.remarks import FUNCTIONS_UNUSED, SYSTEM_COLUMN, SYSTEM_UNUSED
+from qlora_trainer.data.rows.roles import CALL_ROLES, SHAREGPT_ROLES, SYSTEM_ROLES, as_switch, known_role
 from qlora_trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,6 +43,39 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     given: int = 0
     """The first messages that are a prompt, and count only where lossOn is All."""
+
+    remarks: tuple[str, ...] = ()
+    """See :mod:`qlora_trainer.data.rows.remarks`."""
+
+    def with_system(self, text: Any, column: str) -> Conversation:
+        """Put the text of a column first as the system message, unless there is one, as axolotl does."""
+        if text is None or (isinstance(text, str) and not text.strip()):
+            return self
+        first = self.messages[0]
+        if isinstance(text, str) and first["role"] not in SYSTEM_ROLES:
+            return replace(
+                self,
+                messages=[{"role": "system", "content": text}, *self.messages],
+                weights=(True, *self.weights),
+                given=self.given and self.given + 1,
+                remarks=(*self.remarks, SYSTEM_COLUMN.format(column=column)),
+            )
+        if first.get("content") == text:
+            return self
+        return replace(self, remarks=(*self.remarks, SYSTEM_UNUSED.format(column=column)))
+
+    def with_functions(self, cell: Any) -> Conversation:
+        """Take descriptions of functions (OpenAI before tools) for tools, where there are none."""
+        try:
+            functions = json.loads(cell) if isinstance(cell, str) and cell.strip() else cell
+        except (ValueError, RecursionError):
+            functions = cell
+        if not functions:
+            return self
+        is_list = isinstance(functions, list)
+        if self.tools or not is_list or not all(isinstance(f, dict) and "name" in f for f in functions):
+            return replace(self, remarks=(*self.remarks, FUNCTIONS_UNUSED))
+        return replace(self, tools=[{"type": "function", "function": function} for function in functions])
 
     @property
     def learned(self) -> tuple[bool, ...]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from qlora_trainer.data.rows.source import SourceFile, SourceFiles
 
 Row = dict[str, Any]
+MOST_NAMES = 1000
+"""Of columns that are remembered; each object of JSON may have its own."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Batch:
     places: list[RowPlace]
     done: int
     """Bytes of the source that were read so far."""
+    unread: frozenset[str] = frozenset()
+    """Columns of the rows so far that are not wanted."""
 
 
 @dataclass(frozen=True)
@@ -83,40 +87,47 @@ class Rows:
         wanted = (*self.needed, *self.optional)
         rows: list[Row] = []
         places: list[RowPlace] = []
+        names: set[str] = set()
         size = number = done = 0
-        for file, (where, cells, row_bytes, file_done), before in self._located():
+        for file, (where, cells, row_bytes, file_done), before in self._located(names):
             number += 1
             rows.append({name: cells.get(name) for name in wanted})
             places.append(RowPlace(number, file.name, where))
             size += row_bytes
             done = before + file_done
             if len(rows) == most_rows or size >= most_bytes:
-                yield Batch(rows, places, done)
+                yield Batch(rows, places, done, frozenset(names.difference(wanted)))
                 rows, places, size = [], [], 0
         if rows:
-            yield Batch(rows, places, done)
+            yield Batch(rows, places, done, frozenset(names.difference(wanted)))
         if not number:
             raise UserError(self.source.field, self.source.path, "has no rows; at least one is needed")
 
-    def _located(self) -> Iterator[tuple[SourceFile, JsonRow, int]]:
-        """(file, row, bytes of the files before)."""
+    def _located(self, names: set[str]) -> Iterator[tuple[SourceFile, JsonRow, int]]:
+        """(file, row, bytes of the files before); the names of columns are put into ``names``."""
         last: SourceFile | None = None
         before = 0
-        for file, row in self._read():
+        for file, row in self._read(names):
             if file is not last:
                 before += last.size if last else 0
                 last = file
             yield file, row, before
 
-    def _read(self) -> Iterator[tuple[SourceFile, JsonRow]]:
+    def _read(self, names: set[str]) -> Iterator[tuple[SourceFile, JsonRow]]:
+        def require(file: SourceFile, found: list[str]) -> None:
+            self._require(file, found)
+            names.update(found)
+
         if self.source.kind not in (Kind.JSON, Kind.CSV):
-            yield from read_arrow(self.source.files, [*self.needed, *self.optional], self._require)
+            yield from read_arrow(self.source.files, list(dict.fromkeys([*self.needed, *self.optional])), require)
             return
         read = read_json if self.source.kind is Kind.JSON else read_csv
         for file in self.source.files:
             for number, row in enumerate(read(file)):
                 if number == 0:
                     self._require(file, row[1])
+                if len(names) < MOST_NAMES:
+                    names.update(row[1])
                 yield file, row
 
     def _require(self, file: SourceFile, names: Mapping[str, Any] | list[str]) -> None:

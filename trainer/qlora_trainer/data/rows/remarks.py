@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from qlora_trainer.data.rows.place import RowPlace
 
+MOST_REMARKS = 32
 OTHER_ROLES = (
     "messages of a role other than assistant, developer, system, tool and user, which the chat template does not name,"
     " are context and not learned"
@@ -17,6 +18,13 @@ OTHER_ROLES = (
 HALF_AN_EXCHANGE = (
     "messages as JSON text in only one of prompt and completion are given to the model as the text that they are"
 )
+SYSTEM_COLUMN = "texts in the column {column} are given as the system message"
+SYSTEM_UNUSED = (
+    "cells of the column {column} are not used: they hold no text, or the messages begin with another system message,"
+    " or the row has no messages"
+)
+FUNCTIONS_UNUSED = "cells of the column functions are not used: they hold no functions with names, or the row has tools"
+UNREAD_KEY = "keys {key} of messages, which the chat template does not name, have no effect"
 
 
 @dataclass
@@ -29,6 +37,8 @@ class Remarks:
     def add(self, remarks: Iterable[str], place: RowPlace) -> None:
         """Count one row."""
         for remark in remarks:
+            if remark not in self.found and len(self.found) >= MOST_REMARKS:
+                continue
             count, first = self.found.get(remark, (0, place))
             self.found[remark] = (count + 1, first)
 
