@@ -17,8 +17,8 @@ by PEFT {peft} onto the 16-bit base, and merged, with the trainer's own function
 - *Weights*, *adapter*: bytes that are planned, as a share of those measured, less one.
 - *Rows*: packed end to end in one sequence, or one by one where the type mixes them; in brackets the largest difference
   of a token's loss from that of its row alone, in nats.
-- *Reload*, *merge*: distance of the logits of PEFT's model and of the merged model from the trained one's, as a share
-  of their deviation (median token); *effect*: the trained model's from the base's.
+- *Reload*: distance of the logits of PEFT's model from the trained one's, as a share of their deviation (median token);
+  *merge*: of the merged model from what PEFT merges, rounded to bf16; *effect*: of the trained model from the base.
 
 A type that is refused ends in Prepare, with the sentence beside it. A base of a type that is not here, since
 it is newer, takes the same way: layers, experts and routers are found by structure.

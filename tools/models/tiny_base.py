@@ -21,10 +21,10 @@ from transformers.models.auto.modeling_auto import (
     AutoModelForMultimodalLM,
 )
 
-from models.tiny_config import VOCABULARY, tiny_config
+from models.tiny_config import tiny_config
+from qlora_trainer.model.trial.shrink import VOCABULARY
+from qlora_trainer.model.trial.toy import randomize
 
-DEVIATION = 0.15
-"""Of the weights: wider than the usual 0.02, so that attention and routers are far from uniform."""
 MODULE = "pathlib"
 ROWS = 24
 
@@ -53,10 +53,7 @@ def write_base(model_type: str, folder: Path, tokenizer: Path | None = None) -> 
     """Write bf16 safetensors of a toy of a model type, and copy a tokenizer beside them."""
     torch.manual_seed(0)
     model = auto_class(model_type).from_config(tiny_config(model_type), dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1 or not parameter.any():  # what begins with zeros would keep gradients from others
-                parameter.normal_(std=DEVIATION)
+    randomize(model)
     model.generation_config = GenerationConfig()
     model.save_pretrained(folder)
     if tokenizer is not None:

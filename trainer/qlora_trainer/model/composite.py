@@ -54,10 +54,15 @@ def trained_class(config: Any) -> Any:
 
 def meta_model_of(config: Any, *, whole: bool = False, dtype: torch.dtype | None = None) -> Any:
     """Return the architecture without weights, as it is trained or as it was published."""
+    with torch.device("meta"):
+        return new_model(config, whole=whole, dtype=dtype)
+
+
+def new_model(config: Any, *, whole: bool = False, dtype: torch.dtype | None = None) -> Any:
+    """Return a model with the weights that its class begins with, as it is trained or as it was published."""
     kind = _auto_class(config) if whole else trained_class(config)
     build = kind.from_config if hasattr(kind, "_model_mapping") else kind._from_config  # noqa: SLF001
-    with torch.device("meta"):
-        return build(config) if dtype is None else build(config, dtype=dtype)
+    return build(config) if dtype is None else build(config, dtype=dtype)
 
 
 def without_towers(kind: Any) -> Any:
@@ -65,6 +70,8 @@ def without_towers(kind: Any) -> Any:
 
     def build(self: Any, config: Any, *more: Any, **named: Any) -> None:
         kind.__init__(self, config, *more, **named)
+        if self.get_output_embeddings() is None and (owner := _owner_of_head(self)) is not None:
+            self.get_output_embeddings = owner.get_output_embeddings  # which everybody asks
         remove_towers(self)
 
     return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
@@ -81,6 +88,14 @@ def output_head_names(model: nn.Module) -> list[str]:
     """Return the name of the output head; nothing where a model has none."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     return [name for name, module in model.named_modules() if module is head]
+
+
+def _owner_of_head(model: nn.Module) -> Any:
+    """Return the module around the language model that has the output head of a class that names none."""
+    path = language_model(model)[0].split(".")
+    around: list[Any] = [model.get_submodule(".".join(path[:depth])) for depth in range(1, len(path))]
+    heads = [m for m in around if hasattr(m, "get_output_embeddings") and m.get_output_embeddings() is not None]
+    return next(iter(heads), None)
 
 
 def tower_names(model: nn.Module) -> list[str]:

@@ -9,17 +9,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.fx.experimental import _config as fx_config  # torch's message of nonzero on the meta device names it
 from transformers.pytorch_utils import Conv1D
 
 from qlora_trainer.errors import UserError
 from qlora_trainer.model.experts.forward import use_own_forward
 from qlora_trainer.model.layer_use import LayerUse
 
+if TYPE_CHECKING:
+    from qlora_api.spec import LoRASpec
+
 TOKENS = 8
+_nonzero_is_known = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
+"""Indices of what is chosen by values are those of all: a gradient then reaches what it can reach."""
 log = logging.getLogger(__name__)
 
 
@@ -100,6 +106,30 @@ def adapters_without_gradient(model: Any) -> list[str]:
     return sorted(n.removeprefix("base_model.model.") for n in lost)
 
 
+def idle_layers_error(names: list[str], lora: LoRASpec, model_name: str) -> UserError:
+    """Return the error of a job whose adapter is on layers that would not learn."""
+    kinds = ", ".join(sorted({".".join(name.rsplit(".", 2)[-2:]) for name in names}))
+    named = ", ".join(lora.target_modules or ()) or None
+    return UserError(
+        "spec.lora.targetModules",
+        named,
+        f"would adapt layers of {model_name} that no gradient reaches: {kinds}; name the others",
+    )
+
+
+def check_takes_text(whole: Any) -> None:
+    """Find out whether the class that serves a base computes logits of text alone.
+
+    Args:
+        whole: the base on the meta device with all its towers; of no other use afterwards.
+
+    Raises:
+        UserError: it wants images or sound.
+
+    """
+    _try(whole)
+
+
 def _try(model: Any) -> bool:
     """Go forward and backward; return whether that is possible without values.
 
@@ -138,7 +168,7 @@ def _lacks_values(error: Exception) -> bool:
 def _run(model: Any, **extra: Any) -> None:
     for parameter in model.parameters():
         parameter.grad = None
-    with torch.device("meta"):
+    with _nonzero_is_known, torch.device("meta"):
         ids = torch.zeros(1, TOKENS, dtype=torch.int64)
         logits = model(input_ids=ids, use_cache=False, **extra).logits
         if logits.shape[:2] != ids.shape:

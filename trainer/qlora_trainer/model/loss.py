@@ -17,8 +17,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from qlora_trainer.data.batches import IGNORED, MicroBatch
+from qlora_trainer.errors import UserError
 from qlora_trainer.model.composite import has_no_towers, language_model
-from qlora_trainer.model.device.attention import PACKED
+from qlora_trainer.model.device.attention import is_packed
 
 log = logging.getLogger(__name__)
 LOGITS_PER_CHUNK = 1 << 25
@@ -201,7 +202,7 @@ def head_is_plain(model: Any) -> bool:
     ids = torch.arange(4).unsqueeze(0)
     inputs: dict[str, Any] = {name: ids.to(head.weight.device) for name in ("input_ids", "position_ids")}
     inputs["use_cache"] = False
-    if getattr(model.config, "_attn_implementation", None) == PACKED:  # others may refuse what tells rows apart
+    if is_packed(model.config):  # others may refuse what tells rows apart
         starts = torch.tensor([0, 4], dtype=torch.int32, device=head.weight.device)
         inputs |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 4, "max_length_k": 4}
     was_training = model.training
@@ -267,6 +268,22 @@ def _are_apart(module: NextTokenLoss, device: torch.device) -> bool:
         for rows in ([other, middle, last], [first, middle, other])
     )
     return not leak > max(LEAK_NATS, LEAK_TIMES * rounding)
+
+
+def check_rows_alone(zero_stage: int, model_type: str) -> None:
+    """Refuse what a model that computes each row by itself cannot be trained with.
+
+    Raises:
+        UserError: ZeRO-3.
+
+    """
+    if zero_stage == 3:
+        raise UserError(
+            "spec.parallelism.zeroStage",
+            zero_stage,
+            f'is not available for a "{model_type}" model, which mixes rows that lie end to end: each is computed by '
+            "itself, and ranks with other numbers of rows would wait for each other; set 0, 1 or 2",
+        )
 
 
 def end_to_end(rows: list[torch.Tensor]) -> MicroBatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +13,22 @@ import torch
 from qlora_api.errors import FieldError
 from qlora_memory import check_skip_modules
 from qlora_trainer.errors import AdapterRejectedError, UserError
-from qlora_trainer.model.base_model import add_lora, check_base, meta_model, trainable
-from qlora_trainer.model.composite import text_config
+from qlora_trainer.model.base_model import add_lora, causal_config, check_base, meta_model, trainable
+from qlora_trainer.model.composite import has_no_towers, text_config
 from qlora_trainer.model.device.compute_type import DTYPES, device_problem
-from qlora_trainer.model.dry_run import adapters_without_gradient, find_layer_use
+from qlora_trainer.model.dry_run import (
+    adapters_without_gradient,
+    check_takes_text,
+    find_layer_use,
+    idle_layers_error,
+)
 from qlora_trainer.model.experts.structure import expert_parameters
 from qlora_trainer.model.experts.targets import linear_layers, name_text_alone
 from qlora_trainer.model.layer_use import note_layer_use
 from qlora_trainer.model.loading.read_weights import notes_of
+from qlora_trainer.model.loss import check_rows_alone
 from qlora_trainer.model.tokenizer import load_bounded_tokenizer
+from qlora_trainer.model.trial.try_training import try_training
 from qlora_trainer.model.weight_counts import count_weights
 from qlora_trainer.prepare.plan_memory import agreed_shape, shape_of
 from qlora_trainer.prepare.records import Record, job_key, pinned_revision
@@ -34,6 +42,8 @@ if TYPE_CHECKING:
     from qlora_api.contract import TrainerConfig
     from qlora_memory import WeightCounts
 
+ROW_KERNELS = ("causal_conv1d", "fla")
+"""Packages whose kernels keep rows apart in models with a recurrent state."""
 log = logging.getLogger(__name__)
 
 
@@ -59,6 +69,8 @@ def prepare_from_scratch(config: TrainerConfig, began: Record | None) -> Record:
     )
     log.info("stage: checking model and adapter")
     vocabulary, counts = check_architecture(config, model)
+    log.info("stage: trying a toy of the model")
+    tried = try_base(config, model)
     log.info("stage: fetching the rows")
     train_rows = fetch_rows(spec.dataset.train.source, "spec.dataset.train.source", cache)
     own_eval = spec.dataset.eval.source if spec.dataset.eval else None
@@ -71,9 +83,27 @@ def prepare_from_scratch(config: TrainerConfig, began: Record | None) -> Record:
         key=job_key(spec, model.revision),
         model_source=model.source,
         model_revision=model.revision,
-        receipt=data.receipt.model_copy(update={"notes": [*data.receipt.notes, *notes_of(model.path)]}),
+        receipt=data.receipt.model_copy(update={"notes": [*data.receipt.notes, *notes_of(model.path), *tried]}),
         shape=agreed_shape(model.path, shape_of(model.path, model.source), counts, spec),
     )
+
+
+def try_base(config: TrainerConfig, model: FetchedModel) -> list[str]:
+    """Train a toy of the base for two steps; return what is worth saying of it.
+
+    Kernels that keep rows apart on a GPU may be installed, which this machine cannot try: then the ranks find it out.
+
+    Raises:
+        UserError: the ranks would fail.
+
+    """
+    trial = try_training(model.path, config.spec, model.source)
+    has_kernels = config.device == "CUDA" and any(find_spec(name) is not None for name in ROW_KERNELS)
+    if trial is None or not trial.mixes_rows or has_kernels:
+        return []
+    model_type = causal_config(model.path).model_type
+    check_rows_alone(config.spec.parallelism.zero_stage, model_type)
+    return [f'a "{model_type}" model mixes rows that lie end to end: each is computed by itself, exact and slower']
 
 
 def check_tokens(data: PreparedData, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
@@ -110,6 +140,8 @@ def check_architecture(config: TrainerConfig, model: FetchedModel) -> tuple[int,
     base = check_base(model.path, config.spec.quantization, model.source)
     skeleton = meta_model(model.path)
     _check_causal(skeleton)
+    if has_no_towers(skeleton):
+        check_takes_text(meta_model(model.path, whole=True))
     _check_skip_modules(skeleton, config, on_disk=hasattr(base, "quantization_config"))
     use = find_layer_use(meta_model(model.path))
     note_layer_use(skeleton, use)
@@ -183,10 +215,4 @@ def _check_gradient(adapted: Any, config: TrainerConfig, model_name: str) -> Non
 
     """
     if lost := adapters_without_gradient(adapted):
-        kinds = ", ".join(sorted({".".join(name.rsplit(".", 2)[-2:]) for name in lost}))
-        named = ", ".join(config.spec.lora.target_modules or ()) or None
-        raise UserError(
-            "spec.lora.targetModules",
-            named,
-            f"would adapt layers of {model_name} that no gradient reaches: {kinds}; name the others",
-        )
+        raise idle_layers_error(lost, config.spec.lora, model_name)

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from qlora_api.spec import QLoRAJobSpec
     from qlora_storage.object_store import Store
 
-PREPARE_VERSION = 3
+PREPARE_VERSION = 4
 """Counts up when Prepare comes to refuse what it took before."""
 FIELD = "spec.output.destination"
 """Whose credentials open the shared cache."""

@@ -6,11 +6,10 @@ import logging
 from typing import TYPE_CHECKING
 
 from qlora_api.spec import QuantizationType
-from qlora_trainer.errors import UserError
 from qlora_trainer.model.base_model import add_lora, enable_gradient_checkpointing, load_base, weight_bytes
 from qlora_trainer.model.coverage import coverage_of
 from qlora_trainer.model.loading.loading_progress import counted_weights
-from qlora_trainer.model.loss import NextTokenLoss, head_is_plain, rows_are_apart
+from qlora_trainer.model.loss import NextTokenLoss, check_rows_alone, head_is_plain, rows_are_apart
 
 if TYPE_CHECKING:
     from qlora_api.contract import TrainerConfig
@@ -46,16 +45,11 @@ def load_model(config: TrainerConfig, prepared: Prepared, ranks: Ranks, recorder
     recorder.stage("checking that packed rows are kept apart")
     loss = NextTokenLoss(model, fused=head_is_plain(model))
     loss.row_by_row = not rows_are_apart(loss, ranks.device)
+    if loss.row_by_row:
+        check_rows_alone(spec.parallelism.zero_stage, base.config.model_type)
     if loss.row_by_row and ranks.is_first:
         recorder.warn(
             f'{prepared.model_source} is a "{base.config.model_type}" model, which mixes rows that lie end to end: '
             "each row is computed by itself, which is exact and slower"
-        )
-    if loss.row_by_row and spec.parallelism.zero_stage == 3:
-        raise UserError(
-            "spec.parallelism.zeroStage",
-            spec.parallelism.zero_stage,
-            f'is not available for a "{base.config.model_type}" model, which mixes rows that lie end to end: each is '
-            "computed by itself, and ranks with other numbers of rows would wait for each other; set 0, 1 or 2",
         )
     return loss

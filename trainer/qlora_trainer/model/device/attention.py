@@ -31,13 +31,24 @@ def register() -> None:
     AttentionMaskInterface.register(PACKED, _no_mask)
 
 
-def choose_attention(model_class: Any, config: Any) -> str:
+def choose_attention(model_class: Any, config: Any) -> str | dict[str, str]:
     """The attention implementation for a model: packed where the architecture allows it, else transformers' own masks.
 
     With transformers' own, rows are told apart by position ids that restart (``transformers.masking_utils``): the same
-    result through a [T, T] mask.
+    result through a [T, T] mask. Some classes of towers know no implementation but their own: of a class with towers
+    that of the language model alone is chosen.
     """
-    config = text_config(config)
+    chosen = _choose(model_class, text_config(config))
+    inside = [name for name in config.sub_configs if getattr(config, name, None) is text_config(config)]
+    return dict.fromkeys(inside, chosen) if chosen == PACKED and inside else chosen
+
+
+def is_packed(config: Any) -> bool:
+    """Return whether a model of this configuration computes attention by :func:`packed_attention`."""
+    return getattr(text_config(config), "_attn_implementation", None) == PACKED
+
+
+def _choose(model_class: Any, config: Any) -> str:
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "eager"  # soft-capped scores are in neither kernel
     if config.model_type not in PROVEN:

@@ -65,11 +65,11 @@ def check_targets(model: Any, lora: LoRASpec, model_name: str) -> None:
     names += output_head_names(model)
     routers = router_names(model)
     for target in lora.target_modules or ():
-        if any(_is_named(n, target) for n in names):
+        if any(is_target(n, target) for n in names):
             continue
-        if any(_is_named(n, target) for n in routers):
+        if any(is_target(n, target) for n in routers):
             raise UserError(FIELD, target, f"is a router of {model_name}: routers are not adapted")
-        if any(_is_named(n, target) for n in tower_layers(model)):
+        if any(is_target(n, target) for n in tower_layers(model)):
             raise UserError(
                 FIELD, target, f"is in a tower of {model_name} for images or sound: its text alone is trained"
             )
@@ -194,9 +194,9 @@ def _is_taken_for_experts(model: Any, module: str) -> bool:
 
 def _named(names: Iterable[str], targets: Iterable[str] | None) -> list[str]:
     """Return the names that a target names; all without targets."""
-    return [n for n in names if targets is None or any(_is_named(n, t) for t in targets)]
+    return [n for n in names if targets is None or any(is_target(n, t) for t in targets)]
 
 
-def _is_named(name: str, target: str) -> bool:
+def is_target(name: str, target: str) -> bool:
     """Return whether a target is a full name or its dotted end."""
     return name == target or name.endswith(f".{target}")

@@ -1,0 +1,97 @@
+"""A toy of a base is trained in Prepare: what works passes, and what would fail in each attempt is refused."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoConfig
+
+from composites import COMPOSITES
+from mixtures import MIXTURES
+from models.tiny_base import write_base
+from qlora_api import QLoRAJobSpec
+from qlora_trainer.errors import UserError
+from qlora_trainer.model.composite import meta_model_of
+from qlora_trainer.model.trial.toy import LARGEST, toy_config
+from qlora_trainer.model.trial.try_training import Trial, try_training
+from tiny_models import CONFIGS
+
+REFUSED = {
+    "paligemma": r"computes other logits for a text without its other inputs \(by \d+% of their deviation\)",
+    "recurrent_gemma": r'type "recurrent_gemma", which cannot be trained .*: Trying to backward through the graph',
+    "rwkv": r'type "rwkv", which cannot be trained here: .* ends in KeyError: .*\(modeling_rwkv.py:\d+ ',
+}
+"""What is said of model types that have a class, and a toy that the class computes with."""
+MIXED = frozenset({"gpt_oss", "qwen3_5", "qwen3_5_moe", "qwen3_next"})
+"""Types of the fixtures whose rows influence each other on a CPU."""
+LARGE = (
+    "deepseek_v3",
+    "gemma3",
+    "granitemoehybrid",
+    "jamba",
+    "llama4",
+    "mistral4",
+    "nemotron_h",
+    "qwen3_5_moe",
+    "qwen3_moe",
+    "zamba2",
+)
+"""Types whose default configuration is that of a large base, with layers of all its kinds."""
+
+
+def spec_of(**more):
+    return QLoRAJobSpec.model_validate(
+        {
+            "model": {"source": "s3://models/base"},
+            "dataset": {"train": {"source": "s3://rows/rows.jsonl"}, "format": "Text"},
+            "training": {"maxSteps": 1},
+            "output": {"destination": "s3://out/adapter"},
+            **more,
+        }
+    )
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *MIXTURES, *COMPOSITES])
+def test_what_can_be_trained_passes(name, tiny_models, mixtures, composites):
+    folder = {**tiny_models, **mixtures, **composites}[name]
+    assert try_training(folder, spec_of(), "base") == Trial(mixes_rows=name in MIXED)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_fail_in_each_attempt_is_refused(name, tmp_path):
+    write_base(name, tmp_path)
+    with pytest.raises(UserError, match=f'^spec.model.source: "base" is of (a class that|the) {REFUSED[name]}'):
+        try_training(tmp_path, spec_of(), "base")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param({"quantization": {"type": "INT8"}}, id="INT8"),
+        pytest.param({"quantization": {"type": "None", "computeType": "Float32"}}, id="no-quantization"),
+        pytest.param({"quantization": {"computeType": "Float16"}}, id="Float16"),
+        pytest.param({"lora": {"dora": True}}, id="DoRA"),
+        pytest.param({"lora": {"targetModules": ["q_proj", "lm_head"], "dropout": "0.1"}}, id="head"),
+        pytest.param({"lora": {"targetModules": ["model.layers.77.self_attn.q_proj"]}}, id="layer-that-a-toy-lacks"),
+    ],
+)
+def test_settings_of_the_job_are_tried(more, tiny_models):
+    assert try_training(tiny_models["llama"], spec_of(**more), "base") == Trial(mixes_rows=False)
+
+
+def test_a_base_whose_class_fails_by_itself_is_not_judged(tiny_models, tmp_path, caplog):
+    caplog.set_level("INFO")
+    config = AutoConfig.from_pretrained(tiny_models["llama"], num_key_value_heads=3)  # of 4 heads
+    config.save_pretrained(tmp_path)
+    assert try_training(tmp_path, spec_of(), "base") is None
+    assert "the base cannot be tried at toy size: " in caplog.text
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_base_is_tried_by_a_toy_of_its_class(name, tmp_path):
+    config = AutoConfig.for_model(name)
+    toy = toy_config(config)
+    model = meta_model_of(toy, whole=True)
+    assert type(toy) is type(config)
+    assert sum(p.numel() for p in model.parameters()) < LARGEST
+    kinds = {type(module).__name__ for module in meta_model_of(config, whole=True).modules()}
+    assert {type(module).__name__ for module in model.modules()} == kinds

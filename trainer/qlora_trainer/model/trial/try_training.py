@@ -1,0 +1,175 @@
+"""Do with a toy on the CPU what a rank does with the base: load, adapt, compare, train.
+
+What fails there would fail in each attempt. A toy that its own class cannot compute with shows nothing of the base, and
+neither does a kernel that a CPU lacks: the base then goes on without a trial.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qlora_api.spec import ComputeType, LoRASpec, QuantizationSpec, QuantizationType
+from qlora_trainer.errors import UserError
+from qlora_trainer.model.base_model import add_lora, causal_config, load_base, meta_model, trainable
+from qlora_trainer.model.dry_run import idle_layers_error
+from qlora_trainer.model.experts.targets import is_target
+from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end, head_is_plain, rows_are_apart
+from qlora_trainer.model.trial.toy import write_toy
+
+if TYPE_CHECKING:
+    from qlora_api.spec import QLoRAJobSpec
+
+CPU = torch.device("cpu")
+EXACT = QuantizationSpec(type=QuantizationType.NONE, compute_type=ComputeType.FLOAT32)
+TOKENS = 24
+STEPS, MICRO_BATCHES = 2, 2
+"""A class that keeps something of one forward pass fails in the next."""
+STEP_SIZE = 1e-3
+SAME_LOGITS = 1e-2
+"""Largest distance of logits from those of the base's own class, as a share of their deviation (median token)."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a trial found."""
+
+    mixes_rows: bool
+    """Rows that lie end to end influence each other on this machine."""
+
+
+def try_training(base: Path, spec: QLoRAJobSpec, source: str) -> Trial | None:
+    """Try with a toy whether a base can be trained as the job says; return None where that cannot be told.
+
+    Args:
+        base: folder of the base.
+        spec: of the job.
+        source: of the base, by which errors name it.
+
+    Raises:
+        UserError: it cannot.
+
+    """
+    config = causal_config(base)
+    with TemporaryDirectory(prefix="toy-") as name, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        folder = Path(name)
+        try:
+            wanted = _logits_of_class(write_toy(config, folder))
+        except Exception as error:  # noqa: BLE001 each class refuses sizes in its own way
+            log.info("the base cannot be tried at toy size: %s: %s", type(error).__name__, error)
+            return None
+        lora = _targets_in(folder, spec.lora)
+        try:
+            return _try(folder, spec.quantization, lora, wanted, source)
+        except UserError:
+            raise
+        except Exception as error:
+            if isinstance(error, MemoryError) or "not implemented for" in str(error):
+                log.info("the base cannot be tried on a CPU: %s: %s", type(error).__name__, error)
+                return None
+            raise UserError("spec.model.source", source, _sentence(config.model_type, error)) from error
+
+
+def _row(step: int = 7) -> torch.Tensor:
+    return torch.arange(TOKENS) * step % 97
+
+
+def _logits_of_class(model: Any) -> torch.Tensor:
+    """Return the logits of a row as the base's own class computes them, where a gradient gets through it, too."""
+    ids = _row()[None]
+    model.train()
+    model(input_ids=ids, use_cache=False).logits.float().sum().backward()
+    model.eval()
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    return found
+
+
+def _targets_in(folder: Path, lora: LoRASpec) -> LoRASpec:
+    """Return an adapter for the toy: of layers that the job names those that are in it."""
+    toy = meta_model(folder)
+    names = [name for name, _ in (*toy.named_modules(), *toy.named_parameters())]
+    found = [t for t in lora.target_modules or () if any(is_target(n, t) for n in names)]
+    return lora.model_copy(update={"target_modules": found or None})
+
+
+def _try(folder: Path, quantization: QuantizationSpec, lora: LoRASpec, wanted: torch.Tensor, source: str) -> Trial:
+    exact = _module(folder, EXACT, lora, source).eval()
+    exact.row_by_row = mixes = not rows_are_apart(exact, CPU)
+    rows = call_arguments(end_to_end([_row()]), CPU)
+    with torch.no_grad():
+        found = exact(*rows[:2])
+    if (apart := _distance(found, wanted)) > SAME_LOGITS:
+        raise UserError(
+            "spec.model.source",
+            source,
+            f"is of a class that computes other logits for a text without its other inputs (by {apart:.0%} of their "
+            "deviation): an adapter that is trained here would not be the one that is served",
+        )
+    del exact
+    half = quantization.compute_type is not ComputeType.FLOAT32
+    kind = quantization.model_copy(update={"compute_type": ComputeType.BFLOAT16 if half else ComputeType.FLOAT32})
+    if idle := _train(_module(folder, kind, lora, source), row_by_row=mixes):
+        raise idle_layers_error(idle, lora, source)
+    return Trial(mixes)
+
+
+def _module(folder: Path, quantization: QuantizationSpec, lora: LoRASpec, source: str) -> NextTokenLoss:
+    model = add_lora(load_base(folder, quantization, CPU), lora, seed=1, model_name=source)
+    return NextTokenLoss(model, fused=head_is_plain(model))
+
+
+def _train(module: NextTokenLoss, *, row_by_row: bool) -> list[str]:
+    """Take a few steps of two micro-batches, each followed by an evaluation; return layers that learn nothing.
+
+    Only those whose like learns nothing in any layer: no token may have come to an expert.
+    """
+    module.row_by_row = row_by_row
+    batch = call_arguments(end_to_end([_row(step)[:length] for step, length in ((7, 24), (5, 9), (3, 17))]), CPU)
+    learning = trainable(module.model)
+    last = {name.split(".lora_")[0]: p for name, p in learning.items() if ".lora_B." in name}  # others begin with zeros
+    reached: set[str] = set()
+    for _ in range(STEPS):
+        module.train()
+        for _ in range(MICRO_BATCHES):
+            module(*batch).mean().backward()
+        reached |= {_without_numbers(n) for n, p in last.items() if p.grad is not None and p.grad.any()}
+        with torch.no_grad():
+            for parameter in learning.values():
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=STEP_SIZE)
+                    parameter.grad = None
+            module.eval()
+            module(*batch)
+    return sorted(n.removeprefix("base_model.model.") for n in last if _without_numbers(n) not in reached)
+
+
+def _without_numbers(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Return how far logits are apart, as a share of their deviation: of the median token.
+
+    Rounding sends a few tokens to other experts, and those are far apart.
+    """
+    size = wanted.std().clamp(min=torch.finfo(wanted.dtype).tiny)
+    return float((found - wanted).norm(dim=-1).median() / (size * wanted.shape[-1] ** 0.5))
+
+
+def _sentence(model_type: str, error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    last = next((f for f in reversed(frames) if "modeling_" in f.filename), frames[-1])
+    words = " ".join(str(error).split())[:300]
+    return (
+        f'is of the type "{model_type}", which cannot be trained here: a trial at toy size ends in '
+        f"{type(error).__name__}: {words} ({Path(last.filename).name}:{last.lineno} {last.name})"
+    )
