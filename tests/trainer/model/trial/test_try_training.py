@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoConfig
 
 from composites import COMPOSITES
@@ -84,6 +86,18 @@ def test_a_base_whose_class_fails_by_itself_is_not_judged(tiny_models, tmp_path,
     config.save_pretrained(tmp_path)
     assert try_training(tmp_path, spec_of(), "base") is None
     assert "the base cannot be tried at toy size: " in caplog.text
+
+
+def test_a_trial_takes_one_thread_and_leaves_the_number_of_threads_as_it_was(tiny_models):
+    before, used = torch.get_num_threads(), set()
+    hook = register_module_forward_pre_hook(lambda *_: used.add(torch.get_num_threads()))
+    torch.set_num_threads(2)
+    try:
+        try_training(tiny_models["llama"], spec_of(), "base")
+        assert (used, torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(before)
+        hook.remove()
 
 
 @pytest.mark.parametrize("name", LARGE)

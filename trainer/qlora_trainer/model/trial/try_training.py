@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,7 +60,7 @@ def try_training(base: Path, spec: QLoRAJobSpec, source: str) -> Trial | None:
 
     """
     config = causal_config(base)
-    with TemporaryDirectory(prefix="toy-") as name, torch.random.fork_rng(devices=[]):
+    with TemporaryDirectory(prefix="toy-") as name, torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(0)
         folder = Path(name)
         try:
@@ -76,6 +78,17 @@ def try_training(base: Path, spec: QLoRAJobSpec, source: str) -> Trial | None:
                 log.info("the base cannot be tried on a CPU: %s: %s", type(error).__name__, error)
                 return None
             raise UserError("spec.model.source", source, _sentence(config.model_type, error)) from error
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute in one thread: with matrices of this size more would spend their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _row(step: int = 7) -> torch.Tensor:
