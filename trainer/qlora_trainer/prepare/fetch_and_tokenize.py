@@ -32,6 +32,7 @@ from qlora_trainer.model.trial.try_training import try_training
 from qlora_trainer.model.weight_counts import count_weights
 from qlora_trainer.prepare.plan_memory import agreed_shape, shape_of
 from qlora_trainer.prepare.records import Record, job_key, pinned_revision
+from qlora_trainer.prepare.stages import Stage, bounded_stage, stage_of_end
 from qlora_trainer.prepare.tokenize_rows import PreparedData, prepare_data
 from qlora_trainer.publish.gate import check_loads
 from qlora_trainer.storage.fetch import FetchedModel, fetch_model, fetch_rows
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 ROW_KERNELS = ("causal_conv1d", "fla")
 """Packages whose kernels keep rows apart in models with a recurrent state."""
+UNTRIED = "a model of the base's class and few layers could not be tried on a CPU, since it ends the process"
 log = logging.getLogger(__name__)
 
 
@@ -60,6 +62,7 @@ def prepare_from_scratch(config: TrainerConfig, began: Record | None) -> Record:
 
     """
     spec, cache = config.spec, Path(config.cache_dir)
+    ends_the_process = stage_of_end(config) is Stage.TRIAL
     log.info("stage: fetching the model")
     model = fetch_model(
         spec.model.source,
@@ -68,9 +71,13 @@ def prepare_from_scratch(config: TrainerConfig, began: Record | None) -> Record:
         headers_only=config.shared_cache_uri is not None,  # this pod trains nothing; without it the ranks are here
     )
     log.info("stage: checking model and adapter")
-    vocabulary, counts = check_architecture(config, model)
-    log.info("stage: trying a toy of the model")
-    tried = try_base(config, model)
+    with bounded_stage(config, Stage.MODEL):
+        vocabulary, counts = check_architecture(config, model)
+    tried = [UNTRIED]
+    if not ends_the_process:
+        log.info("stage: trying a toy of the model")
+        with bounded_stage(config, Stage.TRIAL):
+            tried = try_base(config, model)
     log.info("stage: fetching the rows")
     train_rows = fetch_rows(spec.dataset.train.source, "spec.dataset.train.source", cache)
     own_eval = spec.dataset.eval.source if spec.dataset.eval else None

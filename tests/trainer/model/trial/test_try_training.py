@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoConfig
+from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3RMSNorm
 
 from composites import COMPOSITES
 from mixtures import MIXTURES
@@ -13,6 +14,9 @@ from models.tiny_base import write_base
 from qlora_api import QLoRAJobSpec
 from qlora_trainer.errors import UserError
 from qlora_trainer.model.composite import meta_model_of
+from qlora_trainer.model.loss import FrozenHead
+from qlora_trainer.model.trial import try_training as try_training_module
+from qlora_trainer.model.trial.shrink import MOST_LAYERS, shrunk
 from qlora_trainer.model.trial.toy import LARGEST, toy_config
 from qlora_trainer.model.trial.try_training import Trial, try_training
 from tiny_models import CONFIGS
@@ -85,7 +89,66 @@ def test_a_base_whose_class_fails_by_itself_is_not_judged(tiny_models, tmp_path,
     config = AutoConfig.from_pretrained(tiny_models["llama"], num_key_value_heads=3)  # of 4 heads
     config.save_pretrained(tmp_path)
     assert try_training(tmp_path, spec_of(), "base") is None
-    assert "the base cannot be tried at toy size: " in caplog.text
+    assert "the base cannot be tried: at toy size: " in caplog.text
+
+
+def broken(method, exists):
+    """Return a method that fails for the inputs for which there is no kernel."""
+
+    def call(self, inputs, *more, **named):
+        if not exists(inputs):
+            raise RuntimeError("no kernel is registered for these arguments")
+        return method(self, inputs, *more, **named)
+
+    return call
+
+
+def test_a_class_that_this_machine_cannot_compute_in_bf16_is_not_judged(tiny_models, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    there = broken(Qwen3RMSNorm.forward, lambda inputs: inputs.dtype is torch.float32)
+    monkeypatch.setattr(Qwen3RMSNorm, "forward", there)
+    assert try_training(tiny_models["qwen3"], spec_of(), "base") is None
+    assert "its own class fails in bf16 on a CPU: RuntimeError: no kernel" in caplog.text
+
+
+def test_a_machine_that_cannot_train_a_plain_llama_judges_no_base(tiny_models, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(FrozenHead, "forward", broken(FrozenHead.forward, lambda inputs: not inputs.requires_grad))
+    assert try_training(tiny_models["qwen3"], spec_of(), "base") is None
+    assert "on this machine: a plain Llama fails, too: RuntimeError: no kernel" in caplog.text
+
+
+def test_a_toy_that_its_class_reads_otherwise_than_it_wrote_is_not_judged(tiny_models, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    save = Qwen3ForCausalLM.save_pretrained
+
+    @torch.no_grad()
+    def save_negated(self, folder):
+        self.model.norm.weight.neg_()
+        save(self, folder)
+        self.model.norm.weight.neg_()
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "save_pretrained", save_negated)
+    assert try_training(tiny_models["qwen3"], spec_of(), "base") is None
+    assert "its class does not read what it wrote" in caplog.text
+
+
+def test_layers_that_cannot_be_looked_for_in_a_toy_say_nothing_of_the_base(tiny_models, monkeypatch, caplog):
+    caplog.set_level("INFO")
+
+    def is_target(*_):
+        raise KeyError("no such layer")
+
+    monkeypatch.setattr(try_training_module, "is_target", is_target)
+    spec = spec_of(lora={"targetModules": ["q_proj"]})
+    assert try_training(tiny_models["qwen3"], spec, "base") is None
+    assert "the base cannot be tried: at toy size: KeyError" in caplog.text
+
+
+def test_layers_of_ever_more_kinds_are_few_in_a_toy():
+    layers = 400
+    config = {"num_hidden_layers": layers, "num_key_value_heads": [n // 3 for n in range(layers)]}
+    assert shrunk(config)["num_hidden_layers"] == MOST_LAYERS
 
 
 def test_a_trial_takes_one_thread_and_leaves_the_number_of_threads_as_it_was(tiny_models):
@@ -103,9 +166,9 @@ def test_a_trial_takes_one_thread_and_leaves_the_number_of_threads_as_it_was(tin
 @pytest.mark.parametrize("name", LARGE)
 def test_a_large_base_is_tried_by_a_toy_of_its_class(name, tmp_path):
     config = AutoConfig.for_model(name)
-    toy = toy_config(config)
-    model = meta_model_of(toy, whole=True)
-    assert type(toy) is type(config)
+    tiny = toy_config(config)
+    model = meta_model_of(tiny, whole=True)
+    assert type(tiny) is type(config)
     assert sum(p.numel() for p in model.parameters()) < LARGEST
     kinds = {type(module).__name__ for module in meta_model_of(config, whole=True).modules()}
     assert {type(module).__name__ for module in model.modules()} == kinds

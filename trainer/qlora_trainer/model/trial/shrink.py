@@ -12,6 +12,8 @@ EMBEDDINGS = 640
 HIDDEN, HEADS, HEAD_DIM = 64, 4, 16
 LAYERS = 2
 LAYERS_OF_MANY_KINDS = 4
+MOST_LAYERS = 16
+"""Of a model whose layers are of more kinds than any that is known."""
 
 SIZES: tuple[tuple[str, int], ...] = (
     (r"(hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|hidden_dim|model_dim|word_embed_proj_dim)", HIDDEN),
@@ -52,7 +54,7 @@ SIZES: tuple[tuple[str, int], ...] = (
 )
 """Keys by what they mean, as a pattern of the whole key, and the size in a toy."""
 LAYER_COUNT = re.compile(
-    r"num_hidden_layers|n_layers?|num_layers|depth|(encoder|decoder)_layers|num_(en|de)coder_layers"
+    r"num_hidden_layers|n_layers?|num_layers(_per_stack)?|depth|(encoder|decoder)_layers|num_(en|de)coder_layers"
 )
 FEW = re.compile(r"(num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts|experts_per_token|moe_top_k)")
 PAIRS = re.compile(r"(num_key_value_heads|num_kv_heads|n_head_kv|\w+_num_key_value_heads)")
@@ -127,7 +129,9 @@ def _chosen(lists: list[list[Any]], layers: int) -> list[int]:
     if len(kinds) == len(lists):
         return list(range(LAYERS))
     found: list[int] = []
-    while missing := kinds - {(n, str(values[i])) for n, values in enumerate(lists) for i in found}:
+    while len(found) < MOST_LAYERS and (
+        missing := kinds - {(n, str(values[i])) for n, values in enumerate(lists) for i in found}
+    ):
         found.append(max(range(layers), key=lambda i: sum((n, str(v[i])) in missing for n, v in enumerate(lists))))
     rest = [i for i in range(layers) if i not in found]
     return sorted(found + rest[: max(0, LAYERS_OF_MANY_KINDS - len(found))])

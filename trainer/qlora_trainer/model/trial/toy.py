@@ -6,9 +6,9 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
-from qlora_trainer.model.composite import meta_model_of, new_model
+from qlora_trainer.model.composite import meta_model_of, model_class, new_model
 from qlora_trainer.model.trial.shrink import shrunk
 
 if TYPE_CHECKING:
@@ -61,6 +61,12 @@ def write_toy(config: Any, folder: Path) -> Any:
     model.generation_config = GenerationConfig()
     model.save_pretrained(folder)
     return model
+
+
+def read_toy(folder: Path, dtype: torch.dtype) -> Any:
+    """Return a toy as its own class reads it."""
+    config = AutoConfig.from_pretrained(folder)
+    return model_class(config).from_pretrained(folder, dtype=dtype)
 
 
 @torch.no_grad()

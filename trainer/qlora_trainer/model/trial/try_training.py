@@ -1,7 +1,8 @@
 """Do with a toy on the CPU what a rank does with the base: load, adapt, compare, train.
 
-What fails there would fail in each attempt. A toy that its own class cannot compute with shows nothing of the base, and
-neither does a kernel that a CPU lacks: the base then goes on without a trial.
+What fails there would fail in each attempt, unless the fault is the toy's or this machine's. A toy shows nothing of the
+base where its own class does not read it as it was written, or cannot compute with it; nothing is shown either where a
+kernel is missing on a CPU, or where a plain Llama fails, too. The base then goes on without a trial.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import LlamaConfig
 
 from qlora_api.spec import ComputeType, LoRASpec, QuantizationSpec, QuantizationType
 from qlora_trainer.errors import UserError
@@ -23,7 +25,7 @@ from qlora_trainer.model.base_model import add_lora, causal_config, load_base, m
 from qlora_trainer.model.dry_run import idle_layers_error
 from qlora_trainer.model.experts.targets import is_target
 from qlora_trainer.model.loss import NextTokenLoss, call_arguments, end_to_end, head_is_plain, rows_are_apart
-from qlora_trainer.model.trial.toy import write_toy
+from qlora_trainer.model.trial.toy import NoToyError, read_toy, write_toy
 
 if TYPE_CHECKING:
     from qlora_api.spec import QLoRAJobSpec
@@ -36,6 +38,16 @@ STEPS, MICRO_BATCHES = 2, 2
 STEP_SIZE = 1e-3
 SAME_LOGITS = 1e-2
 """Largest distance of logits from those of the base's own class, as a share of their deviation (median token)."""
+PLAIN = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+"""A model that any machine can train which can train at all."""
+LACKS_OF_A_MACHINE = ("not implemented for", "can't allocate memory")
+"""Words of errors that are of no model."""
 log = logging.getLogger(__name__)
 
 
@@ -45,6 +57,19 @@ class Trial:
 
     mixes_rows: bool
     """Rows that lie end to end influence each other on this machine."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    mixes_rows: bool
+    apart: float
+    """Distance of the logits from those of the base's own class."""
+    idle: tuple[str, ...]
+    """Adapted layers that learn nothing."""
+
+
+class _NothingShownError(Exception):
+    """The trial says nothing of the base."""
 
 
 def try_training(base: Path, spec: QLoRAJobSpec, source: str) -> Trial | None:
@@ -60,24 +85,91 @@ def try_training(base: Path, spec: QLoRAJobSpec, source: str) -> Trial | None:
 
     """
     config = causal_config(base)
-    with TemporaryDirectory(prefix="toy-") as name, torch.random.fork_rng(devices=[]), _one_thread():
+    with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(0)
+        try:
+            found = _try(config, spec)
+            if (problem := _problem(found, spec.lora, source)) is None:
+                return Trial(found.mixes_rows)
+        except _NothingShownError as error:
+            log.info("the base cannot be tried: %s", error)
+            return None
+        except Exception as error:  # noqa: BLE001 each class fails in its own way
+            problem = UserError("spec.model.source", source, _sentence(config.model_type, error))
+            problem.__cause__ = error
+        if (reason := _fault_of_this_machine(spec)) is not None:
+            log.info("the base cannot be tried on this machine: a plain Llama fails, too: %s; %s", reason, problem)
+            return None
+        raise problem
+
+
+def _try(config: Any, spec: QLoRAJobSpec) -> _Found:
+    """Train a toy of a configuration.
+
+    Raises:
+        _NothingShownError: this shows nothing of the base.
+        Exception: training fails.
+
+    """
+    with TemporaryDirectory(prefix="toy-") as name:
         folder = Path(name)
         try:
-            wanted = _logits_of_class(write_toy(config, folder))
-        except Exception as error:  # noqa: BLE001 each class refuses sizes in its own way
-            log.info("the base cannot be tried at toy size: %s: %s", type(error).__name__, error)
-            return None
-        lora = _targets_in(folder, spec.lora)
-        try:
-            return _try(folder, spec.quantization, lora, wanted, source)
-        except UserError:
-            raise
+            wanted = _write_and_compute(config, folder)
+            lora = _targets_in(folder, spec.lora)
         except Exception as error:
-            if isinstance(error, MemoryError) or "not implemented for" in str(error):
-                log.info("the base cannot be tried on a CPU: %s: %s", type(error).__name__, error)
-                return None
-            raise UserError("spec.model.source", source, _sentence(config.model_type, error)) from error
+            raise _NothingShownError(f"at toy size: {type(error).__name__}: {error}") from error
+        try:
+            return _train_toy(folder, spec.quantization, lora, wanted)
+        except Exception as error:
+            if isinstance(error, MemoryError) or any(words in str(error) for words in LACKS_OF_A_MACHINE):
+                raise _NothingShownError(f"on this machine: {type(error).__name__}: {error}") from error
+            if _is_fp32(spec.quantization) or (own := _fault_of_class(folder)) is None:
+                raise
+            raise _NothingShownError(f"its own class fails in bf16 on a CPU: {own}") from error
+
+
+def _write_and_compute(config: Any, folder: Path) -> torch.Tensor:
+    """Write a toy, and return the logits that its own class computes with it.
+
+    Raises:
+        NoToyError: the class reads another model than it wrote.
+        Exception: what the class raises.
+
+    """
+    wanted = _logits_of_class(write_toy(config, folder))
+    if (apart := _distance(_logits_of_class(read_toy(folder, torch.float32)), wanted)) > SAME_LOGITS:
+        raise NoToyError(f"its class does not read what it wrote: logits differ by {apart:.0%} of their deviation")
+    return wanted
+
+
+def _fault_of_class(folder: Path) -> str | None:
+    """Return how a toy's own class fails with it in bf16, without quantization and adapter; None where it does not."""
+    try:
+        _logits_of_class(read_toy(folder, torch.bfloat16))
+    except Exception as error:  # noqa: BLE001 each class fails in its own way
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _fault_of_this_machine(spec: QLoRAJobSpec) -> str | None:
+    """Return how a plain Llama fails here with the job's settings; None where it can be trained."""
+    plain = spec.model_copy(update={"lora": spec.lora.model_copy(update={"target_modules": None})})
+    try:
+        problem = _problem(_try(LlamaConfig(**PLAIN), plain), plain.lora, "a plain Llama")
+    except Exception as error:  # noqa: BLE001 whatever it is
+        return f"{type(error).__name__}: {error}"
+    return None if problem is None else str(problem)
+
+
+def _problem(found: _Found, lora: LoRASpec, source: str) -> UserError | None:
+    if found.apart > SAME_LOGITS:
+        return UserError(
+            "spec.model.source",
+            source,
+            f"is of a class that computes other logits for a text without its other inputs (by {found.apart:.0%} of "
+            "their deviation): an adapter that is trained here would not be the one that is served",
+        )
+    return idle_layers_error([*found.idle], lora, source) if found.idle else None
 
 
 @contextmanager
@@ -114,29 +206,26 @@ def _targets_in(folder: Path, lora: LoRASpec) -> LoRASpec:
     return lora.model_copy(update={"target_modules": found or None})
 
 
-def _try(folder: Path, quantization: QuantizationSpec, lora: LoRASpec, wanted: torch.Tensor, source: str) -> Trial:
-    exact = _module(folder, EXACT, lora, source).eval()
+def _is_fp32(quantization: QuantizationSpec) -> bool:
+    return quantization.compute_type is ComputeType.FLOAT32
+
+
+def _train_toy(folder: Path, quantization: QuantizationSpec, lora: LoRASpec, wanted: torch.Tensor) -> _Found:
+    exact = _module(folder, EXACT, lora).eval()
     exact.row_by_row = mixes = not rows_are_apart(exact, CPU)
     rows = call_arguments(end_to_end([_row()]), CPU)
     with torch.no_grad():
-        found = exact(*rows[:2])
-    if (apart := _distance(found, wanted)) > SAME_LOGITS:
-        raise UserError(
-            "spec.model.source",
-            source,
-            f"is of a class that computes other logits for a text without its other inputs (by {apart:.0%} of their "
-            "deviation): an adapter that is trained here would not be the one that is served",
-        )
+        apart = _distance(exact(*rows[:2]), wanted)
     del exact
-    half = quantization.compute_type is not ComputeType.FLOAT32
-    kind = quantization.model_copy(update={"compute_type": ComputeType.BFLOAT16 if half else ComputeType.FLOAT32})
-    if idle := _train(_module(folder, kind, lora, source), row_by_row=mixes):
-        raise idle_layers_error(idle, lora, source)
-    return Trial(mixes)
+    if apart > SAME_LOGITS:
+        return _Found(mixes, apart, ())
+    kind = ComputeType.FLOAT32 if _is_fp32(quantization) else ComputeType.BFLOAT16
+    module = _module(folder, quantization.model_copy(update={"compute_type": kind}), lora)
+    return _Found(mixes, apart, tuple(_train(module, row_by_row=mixes)))
 
 
-def _module(folder: Path, quantization: QuantizationSpec, lora: LoRASpec, source: str) -> NextTokenLoss:
-    model = add_lora(load_base(folder, quantization, CPU), lora, seed=1, model_name=source)
+def _module(folder: Path, quantization: QuantizationSpec, lora: LoRASpec) -> NextTokenLoss:
+    model = add_lora(load_base(folder, quantization, CPU), lora, seed=1)
     return NextTokenLoss(model, fused=head_is_plain(model))
 
 
