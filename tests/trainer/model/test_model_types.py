@@ -18,12 +18,9 @@ TYPES = {
     "falcon": "linear layers of a class of its own",
     "gemma3n_text": "layers in lists, and weights that the model itself changes",
     "gpt2": "layers whose weights are stored the other way round",
-    "jamba": "Mamba, attention and experts",
     "mamba": "a recurrent state, and weights that kernels read",
     "qwen3": "a dense decoder",
-    "nemotron_h_omni": "an output head that the class itself does not name",
-    "deepseek_vl_hybrid": "a tower that knows no attention but its own",
-    "paligemma": "prefixes that see all of themselves, where a class is told what they are",
+    "nemotron_h_omni": "Mamba, attention, experts, towers, and an output head that the class itself does not name",
     "bert": "an encoder",
 }
 """Model types, and what is special about them."""
@@ -33,13 +30,6 @@ REFUSED_TYPES = {
         (
             "spec.model.source: is an encoder, whose tokens see the ones that follow "
             '(is_decoder is false in its config.json): no causal language model, although "bert" can be one'
-        ),
-    ),
-    "paligemma": (
-        REFUSED,
-        (
-            'spec.model.source: "the base" is of a class that computes other logits for a text without its other '
-            "inputs (by 68% of their deviation): an adapter that is trained here would not be the one that is served"
         ),
     ),
 }

@@ -62,6 +62,11 @@ def test_what_can_be_trained_passes(name, tiny_models, mixtures, composites):
     assert try_training(folder, spec_of(), "base") == Trial(mixes_rows=name in MIXED)
 
 
+def test_a_tower_that_knows_no_attention_but_its_own_is_no_hindrance(tmp_path):
+    write_base("deepseek_vl_hybrid", tmp_path)
+    assert try_training(tmp_path, spec_of(), "base") == Trial(mixes_rows=False)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_fail_in_each_attempt_is_refused(name, tmp_path):
     write_base(name, tmp_path)
