@@ -18,7 +18,7 @@ from qlora_trainer.model.loss import FrozenHead
 from qlora_trainer.model.trial import try_training as try_training_module
 from qlora_trainer.model.trial.shrink import MOST_LAYERS, shrunk
 from qlora_trainer.model.trial.toy import LARGEST, toy_config
-from qlora_trainer.model.trial.try_training import Trial, try_training
+from qlora_trainer.model.trial.try_training import TrialResult, try_training
 from tiny_models import CONFIGS
 
 REFUSED = {
@@ -59,12 +59,12 @@ def spec_of(**more):
 @pytest.mark.parametrize("name", [*CONFIGS, *MIXTURES, *COMPOSITES])
 def test_what_can_be_trained_passes(name, tiny_models, mixtures, composites):
     folder = {**tiny_models, **mixtures, **composites}[name]
-    assert try_training(folder, spec_of(), "base") == Trial(mixes_rows=name in MIXED)
+    assert try_training(folder, spec_of(), "base") == TrialResult(mixes_rows=name in MIXED)
 
 
 def test_a_tower_that_knows_no_attention_but_its_own_is_no_hindrance(tmp_path):
     write_base("deepseek_vl_hybrid", tmp_path)
-    assert try_training(tmp_path, spec_of(), "base") == Trial(mixes_rows=False)
+    assert try_training(tmp_path, spec_of(), "base") == TrialResult(mixes_rows=False)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -86,7 +86,7 @@ def test_what_would_fail_in_each_attempt_is_refused(name, tmp_path):
     ],
 )
 def test_settings_of_the_job_are_tried(more, tiny_models):
-    assert try_training(tiny_models["llama"], spec_of(**more), "base") == Trial(mixes_rows=False)
+    assert try_training(tiny_models["llama"], spec_of(**more), "base") == TrialResult(mixes_rows=False)
 
 
 def test_a_base_whose_class_fails_by_itself_is_not_judged(tiny_models, tmp_path, caplog):

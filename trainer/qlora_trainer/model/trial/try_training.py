@@ -52,8 +52,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What a trial found."""
+class TrialResult:
+    """The findings of a trial."""
 
     mixes_rows: bool
     """Rows that lie end to end influence each other on this machine."""
@@ -72,7 +72,7 @@ class _NothingShownError(Exception):
     """The trial says nothing of the base."""
 
 
-def try_training(base: Path, spec: QLoRAJobSpec, source: str) -> Trial | None:
+def try_training(base: Path, spec: QLoRAJobSpec, source: str) -> TrialResult | None:
     """Try with a toy whether a base can be trained as the job says; return None where that cannot be told.
 
     Args:
@@ -90,7 +90,7 @@ def try_training(base: Path, spec: QLoRAJobSpec, source: str) -> Trial | None:
         try:
             found = _try(config, spec)
             if (problem := _problem(found, spec.lora, source)) is None:
-                return Trial(found.mixes_rows)
+                return TrialResult(found.mixes_rows)
         except _NothingShownError as error:
             log.info("the base cannot be tried: %s", error)
             return None
