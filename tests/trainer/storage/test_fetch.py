@@ -278,7 +278,7 @@ def test_what_the_hub_does_not_give_is_the_users_to_mend(tmp_path, make_model, h
 
 @pytest.mark.parametrize("token", ["Bearer hf_hunter2", "$(HUNTER2)", "None", "'hunter2'"])
 def test_a_token_that_cannot_be_meant_is_named_and_not_shown(tmp_path, make_model, hub, monkeypatch, token):
-    make_model(hub / "org" / "base")
+    hub.add("org/base", as_files(make_model(tmp_path / "model")))
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(
         UserError, match=r'^spec\.model\.source: "hf://org/base" cannot be asked for: HF_TOKEN: '
