@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from qlora_cli.commands import options as o
-from qlora_cli.commands.exit_codes import NO
+from qlora_cli.commands.exit_codes import CHECK_FAILED
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, connect, program
-from qlora_cli.text.choices import Form
+from qlora_cli.text.choices import OutputFormat
 from qlora_cli.text.printable import write
 
 
@@ -20,7 +20,7 @@ def doctor(
         list[Path] | None, typer.Argument(metavar="JOB.yaml", help="Also check these manifests before you submit them.")
     ] = None,
     *,
-    output: o.Output = Form.TEXT,
+    output: o.Output = OutputFormat.TEXT,
     namespace: o.Namespace = None,
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
@@ -47,9 +47,9 @@ def doctor(
         with connect(Target(kubeconfig, context, namespace)) as cluster:
             findings = run_checks(read_cluster(cluster, bodies), version("qlora-operator"))
         bad = any(finding.level is said.Level.FAULT for finding in findings)
-        if output in (Form.JSON, Form.YAML):
+        if output in (OutputFormat.JSON, OutputFormat.YAML):
             out.write_plain([finding.to_json_dict() for finding in findings], output)
-        elif output is Form.NAME:
+        elif output is OutputFormat.NAME:
             write("".join(f"{f.check}\n" for f in findings if f.level is said.Level.FAULT))
         else:
             screen = out.console()
@@ -58,4 +58,4 @@ def doctor(
             out.note(said.summary(findings))
             if not bad:
                 out.say_next(f"{program()} submit JOB.yaml")
-    raise typer.Exit(NO if bad else 0)
+    raise typer.Exit(CHECK_FAILED if bad else 0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-NO = 1
+CHECK_FAILED = 1
 """The check failed: a watched job failed, an adapter is not what was published, the doctor found a fault."""
 UNREACHABLE = 3
 """No cluster answers, or it does not know who asks."""
@@ -30,7 +30,7 @@ _CLUSTER = _LOCAL | {
     USER_ERROR: "invalid manifest, name or value, or missing permission",
 }
 _TRAINER = {
-    NO: "the trainer crashed",
+    CHECK_FAILED: "the trainer crashed",
     STORAGE_FAILED: "a disk is full or fails, or object storage failed",
 }
 _ATTEMPT = _TRAINER | {
@@ -49,7 +49,7 @@ _CODES: Mapping[str, Mapping[int, str]] = {
     "run": _LOCAL | _ATTEMPT | {INTERRUPTED: "Ctrl-C; the same command resumes the run"},
     "sweep": _LOCAL
     | {
-        NO: "no trial succeeded, or more failed than spec.maxFailedTrials",
+        CHECK_FAILED: "no trial succeeded, or more failed than spec.maxFailedTrials",
         43: "the budget is used up; with a larger one the same command resumes the sweep",
         INTERRUPTED: "Ctrl-C; the same command resumes the sweep",
     },
@@ -61,16 +61,16 @@ _CODES: Mapping[str, Mapping[int, str]] = {
     "generate": _LOCAL | _TRAINER,
     "report": _LOCAL,
     "init": _LOCAL,
-    "submit": _CLUSTER | {NO: "the question was answered with no, or a watched job failed"},
-    "watch": _CLUSTER | {NO: "a watched job failed"},
-    "cancel": _CLUSTER | {NO: "the question was answered with no"},
-    "verify": _CLUSTER | {NO: "a file differs from what was published"},
+    "submit": _CLUSTER | {CHECK_FAILED: "the question was answered with no, or a watched job failed"},
+    "watch": _CLUSTER | {CHECK_FAILED: "a watched job failed"},
+    "cancel": _CLUSTER | {CHECK_FAILED: "the question was answered with no"},
+    "verify": _CLUSTER | {CHECK_FAILED: "a file differs from what was published"},
     "merge": _CLUSTER | _TRAINER | {48: "the merged model did not pass its checks"},
     "upload": _LOCAL,
-    "doctor": _CLUSTER | {NO: "a check found a fault"},
+    "doctor": _CLUSTER | {CHECK_FAILED: "a check found a fault"},
 }
 """Of the commands whose codes are not those of any command that asks a cluster."""
-_ALL = _CLUSTER | {NO: "a watched job failed, a check found a fault, or the question was answered with no"}
+_ALL = _CLUSTER | {CHECK_FAILED: "a watched job failed, a check found a fault, or the question was answered with no"}
 _OF_THE_TRAINER = {"41-49": "the trainer ended early: see 'qlora run --help'; 43 of 'qlora sweep': budget used up"}
 
 

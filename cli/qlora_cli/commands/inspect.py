@@ -9,7 +9,7 @@ import typer
 
 from qlora_cli.commands import options as o
 from qlora_cli.commands.options import exit_on_user_error
-from qlora_cli.text.choices import PlainForm
+from qlora_cli.text.choices import PlainOutputFormat
 from qlora_cli.text.printable import as_json, write_line
 
 Model = Annotated[
@@ -26,7 +26,7 @@ Skip = Annotated[int, typer.Option("--skip", min=0, metavar="N", help="Number of
 Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write an HTML page to this file.")]
 
 
-def inspect(model: Model, *, skip: Skip = 3, html: Html = None, output: o.PlainOutput = PlainForm.TEXT) -> None:
+def inspect(model: Model, *, skip: Skip = 3, html: Html = None, output: o.PlainOutput = PlainOutputFormat.TEXT) -> None:
     """Measure the quantization error of each layer of a base model.
 
     Compares NF4, FP4 and INT8, without data, and prints the layers with the largest errors as skipModules to paste
@@ -49,7 +49,7 @@ def inspect(model: Model, *, skip: Skip = 3, html: Html = None, output: o.PlainO
         if html is not None:
             html.parent.mkdir(parents=True, exist_ok=True)
             write_whole(html, page(found, skip))
-        if output is PlainForm.JSON:
+        if output is PlainOutputFormat.JSON:
             write_line(as_json(view.as_dict(found, skip)))
         else:
             out.console().print(view.show(found, skip))

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.commands.exit_codes import UNREACHABLE, USER_ERROR
-from qlora_cli.text.choices import Form, PlainForm
+from qlora_cli.text.choices import OutputFormat, PlainOutputFormat
 from qlora_cli.text.printable import write_line
 
 
@@ -48,8 +48,8 @@ Kubeconfig = Annotated[
     Path | None,
     typer.Option("--kubeconfig", metavar="FILE", help="Kubeconfig; default: $KUBECONFIG, then ~/.kube/config."),
 ]
-Output = Annotated[Form, typer.Option("-o", "--output", help="Output format.")]
-PlainOutput = Annotated[PlainForm, typer.Option("-o", "--output", help="Output format.")]
+Output = Annotated[OutputFormat, typer.Option("-o", "--output", help="Output format.")]
+PlainOutput = Annotated[PlainOutputFormat, typer.Option("-o", "--output", help="Output format.")]
 Everywhere = Annotated[bool, typer.Option("-A", "--all-namespaces", help="Include all namespaces.")]
 Selector = Annotated[
     str | None, typer.Option("-l", "--selector", metavar="LABELS", help="Label selector, as in kubectl.")

@@ -138,7 +138,7 @@ class LocalRun:
         step.begin(self._config(step, choice).model_dump_json(by_alias=True, exclude_none=True))
         self._keep(self.record.with_attempt(attempt).model_copy(update={"failure": ""}))
         ended = self._train(attempt.number, step)
-        attempt = conclude(attempt, ended, step.log, run_folder.now(), self._pause_at_step)
+        attempt = close_attempt(attempt, ended, step.log, run_folder.now(), self._pause_at_step)
         record = self.record.with_attempt(attempt)
         if attempt.reason is Reason.COMPLETED:
             termination = ended.termination_message or TerminationMessage(
@@ -295,7 +295,7 @@ def next_choice(setting: AttemptSettings, record: RunRecord) -> Choice:
     return Choice(batch, last.gradient_checkpointing)
 
 
-def conclude(
+def close_attempt(
     attempt: Attempt, ended: ProcessEnd, log: Path, now: datetime, pause_at_step: int | None = None
 ) -> Attempt:
     """Return the attempt with its end."""

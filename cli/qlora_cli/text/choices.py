@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 
-class Form(StrEnum):
+class OutputFormat(StrEnum):
     """``-o``."""
 
     TEXT = "text"
@@ -14,7 +14,7 @@ class Form(StrEnum):
     NAME = "name"
 
 
-class PlainForm(StrEnum):
+class PlainOutputFormat(StrEnum):
     """``-o`` of commands that need no cluster."""
 
     TEXT = "text"

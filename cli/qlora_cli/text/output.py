@@ -14,7 +14,7 @@ from rich.text import Text
 
 from qlora_api.untrusted.printable import is_printable, printable
 from qlora_cli.kube.names import API_VERSION, KIND
-from qlora_cli.text.choices import Form
+from qlora_cli.text.choices import OutputFormat
 from qlora_cli.text.printable import as_json, write
 
 if TYPE_CHECKING:
@@ -161,18 +161,20 @@ JOB = (API_VERSION, KIND)
 EVENT = ("v1", "Event")
 
 
-def write_objects(objects: Sequence[Object], form: Form, *, one: bool = False, kind: tuple[str, str] = JOB) -> None:
+def write_objects(
+    objects: Sequence[Object], form: OutputFormat, *, one: bool = False, kind: tuple[str, str] = JOB
+) -> None:
     """JSON, YAML or names. ``one``: the object itself, not a list of one."""
-    if form is Form.NAME:
+    if form is OutputFormat.NAME:
         write("".join(f"{name_of(o, kind)}\n" for o in objects))
         return
     shown = [_as_kubectl(o, kind) for o in objects]
     write_plain(shown[0] if one and len(shown) == 1 else {"apiVersion": "v1", "kind": "List", "items": shown}, form)
 
 
-def write_plain(value: Any, form: Form) -> None:
+def write_plain(value: Any, form: OutputFormat) -> None:
     """Any plain value, as YAML or JSON."""
-    if form is Form.YAML:
+    if form is OutputFormat.YAML:
         from qlora_cli.text import kubernetes_yaml  # noqa: PLC0415
 
         sys.stdout.write(kubernetes_yaml.dump(value))

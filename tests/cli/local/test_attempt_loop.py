@@ -7,7 +7,7 @@ import pytest
 
 from qlora_api.contract import ExitCode, TerminationMessage
 from qlora_api.status import Attempt, Progress, Reason
-from qlora_cli.local.attempt_loop import ProcessEnd, conclude
+from qlora_cli.local.attempt_loop import ProcessEnd, close_attempt
 from qlora_cli.local.trainer_process import StopSignal
 
 BEGAN, ENDED = (datetime(2026, 1, 1, hour, tzinfo=UTC) for hour in (1, 2))
@@ -30,5 +30,5 @@ def test_only_an_attempt_that_saved_its_checkpoint_at_the_pause_is_suspended(sto
         exit_code=ExitCode.PREEMPTED, reason=Reason.PREEMPTED, message="told to stop", progress=Progress(step=step)
     )
     ended = ProcessEnd(int(ExitCode.PREEMPTED), stopped, message, None)
-    found = conclude(ATTEMPT, ended, Path("log.txt"), ENDED, PAUSE)
+    found = close_attempt(ATTEMPT, ended, Path("log.txt"), ENDED, PAUSE)
     assert (found.reason, found.last_step, found.end_time) == (reason, step, ENDED)

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from qlora_api.untrusted.printable import printable
 from qlora_cli.text import kubernetes_yaml, output
-from qlora_cli.text.choices import Form
+from qlora_cli.text.choices import OutputFormat
 from qlora_cli.text.printable import as_json, write, write_line
 
 CLI = Path(__file__).parents[3] / "cli" / "qlora_cli"
@@ -94,14 +94,14 @@ def test_colours_of_logs_are_taken_out():
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-@pytest.mark.parametrize("form", [Form.JSON, Form.YAML])
+@pytest.mark.parametrize("form", [OutputFormat.JSON, OutputFormat.YAML])
 def test_objects_are_escaped_and_mean_what_they_meant(text, form, capsys):
-    if form is Form.YAML and text == "\udce9":
+    if form is OutputFormat.YAML and text == "\udce9":
         pytest.skip("YAML has no lone surrogates")
     output.write_plain({"message": text}, form)
     shown = capsys.readouterr().out
     assert not dangers(shown)
-    assert (json.loads(shown) if form is Form.JSON else yaml.safe_load(shown)) == {"message": text}
+    assert (json.loads(shown) if form is OutputFormat.JSON else yaml.safe_load(shown)) == {"message": text}
 
 
 def test_json_of_plain_text_stays_readable():

@@ -9,7 +9,7 @@ import typer
 from qlora_cli.commands import options as o
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, program
-from qlora_cli.text.choices import Form
+from qlora_cli.text.choices import OutputFormat
 from qlora_cli.text.printable import write
 
 
@@ -17,7 +17,7 @@ def compare(
     jobs: o.References,
     *,
     every: Annotated[bool, typer.Option("--all", help="Compare policy and scheduling, too.")] = False,
-    output: o.Output = Form.TEXT,
+    output: o.Output = OutputFormat.TEXT,
     namespace: o.Namespace = None,
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
@@ -35,11 +35,11 @@ def compare(
         if len(jobs) < 2:
             raise ClusterError("JOB: give at least two, names of jobs or folders of local runs (runs/NAME)")
         found = lookup.find(Target(kubeconfig, context, namespace), jobs)
-        if output is Form.NAME:
+        if output is OutputFormat.NAME:
             write("".join(f"{out.name_of(each.body)}\n" for each in found))
             return
         columns = [comparing.ComparedJob(each.view, each.body.get("spec") or {}) for each in found]
-        if output is not Form.TEXT:
+        if output is not OutputFormat.TEXT:
             out.write_plain(comparing.as_plain(columns, every=every), output)
             return
         screen = out.console()

@@ -6,10 +6,10 @@ import typer
 
 from qlora_cli.commands import options as o
 from qlora_cli.commands.artifacts.download import find_published
-from qlora_cli.commands.exit_codes import NO
+from qlora_cli.commands.exit_codes import CHECK_FAILED
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, program
-from qlora_cli.text.choices import Form
+from qlora_cli.text.choices import OutputFormat
 from qlora_cli.text.printable import write_line
 
 
@@ -17,7 +17,7 @@ def verify(
     what: o.Published,
     *,
     secret: o.Secret = False,
-    output: o.Output = Form.TEXT,
+    output: o.Output = OutputFormat.TEXT,
     namespace: o.Namespace = None,
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
@@ -34,7 +34,7 @@ def verify(
         with out.console(stderr=True).status("reading …") as status:
             problems = adapters.verify(published, status.update)
         manifest = published.folder.uri(adapters.MANIFEST)
-        if output in (Form.JSON, Form.YAML):
+        if output in (OutputFormat.JSON, OutputFormat.YAML):
             plain = {
                 "manifest": manifest,
                 "files": len(published.files),
@@ -42,10 +42,10 @@ def verify(
                 "problems": problems,
             }
             out.write_plain(plain, output)
-        elif output is Form.NAME:
+        elif output is OutputFormat.NAME:
             write_line(manifest)
         else:
             write_line("\n".join(problems) or f"{manifest}: all {len(published.files)} files are what was published")
             if not problems:
                 out.say_next(f"{program()} merge {what} --out merged{Target(kubeconfig, context, namespace).flags()}")
-    raise typer.Exit(NO if problems else 0)
+    raise typer.Exit(CHECK_FAILED if problems else 0)

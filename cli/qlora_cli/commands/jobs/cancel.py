@@ -5,18 +5,18 @@ from __future__ import annotations
 import typer
 
 from qlora_cli.commands import options as o
-from qlora_cli.commands.exit_codes import NO
+from qlora_cli.commands.exit_codes import CHECK_FAILED
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.commands.result_output import print_done
 from qlora_cli.kube.target import Target, connect, program
-from qlora_cli.text.choices import Form
+from qlora_cli.text.choices import OutputFormat
 
 
 def cancel(
     jobs: o.Names,
     *,
     yes: o.Yes = False,
-    output: o.Output = Form.TEXT,
+    output: o.Output = OutputFormat.TEXT,
     namespace: o.Namespace = None,
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
@@ -36,9 +36,9 @@ def cancel(
                 for job in found:
                     out.note(actions.describe(job))
             if not actions.confirm(f"Delete {'it' if len(found) == 1 else f'these {len(found)}'}?", yes=yes):
-                raise typer.Exit(NO)
+                raise typer.Exit(CHECK_FAILED)
             for job in found:
                 actions.delete(cluster, job)
         print_done(found, output, "deleted")
-        if output is Form.TEXT:
+        if output is OutputFormat.TEXT:
             out.say_next(f"{program()} list{target.flags()}")

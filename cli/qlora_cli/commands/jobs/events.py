@@ -9,14 +9,14 @@ import typer
 from qlora_cli.commands import options as o
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, connect, program
-from qlora_cli.text.choices import Form
+from qlora_cli.text.choices import OutputFormat
 
 
 def events(
     job: o.Name,
     *,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Print new events until Ctrl-C.")] = False,
-    output: o.Output = Form.TEXT,
+    output: o.Output = OutputFormat.TEXT,
     namespace: o.Namespace = None,
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
@@ -38,7 +38,7 @@ def events(
                     screen.print(happened.line(event), soft_wrap=True)
                 return
             bodies = happened.events_of(cluster, family)
-        if output is not Form.TEXT:
+        if output is not OutputFormat.TEXT:
             out.write_objects(bodies, output, kind=out.EVENT)
             return
         rows = happened.rows([happened.see(body) for body in bodies], datetime.now(UTC))

@@ -10,7 +10,7 @@ import typer
 from qlora_cli.commands import options as o
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, connect, program
-from qlora_cli.text.choices import Form
+from qlora_cli.text.choices import OutputFormat
 
 
 def list_jobs(
@@ -19,7 +19,7 @@ def list_jobs(
     selector: o.Selector = None,
     local: Annotated[bool, typer.Option("--local", help="List local runs.")] = False,
     runs_dir: o.RunsDir = Path("runs"),
-    output: o.Output = Form.TEXT,
+    output: o.Output = OutputFormat.TEXT,
     namespace: o.Namespace = None,
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
@@ -45,7 +45,7 @@ def list_jobs(
                 objects = job_list.jobs_of(cluster, everywhere=everywhere, selector=selector)
                 where = "the cluster" if everywhere else f"namespace {cluster.namespace}"
             views = job_list.views_of(objects)
-        if output is not Form.TEXT:
+        if output is not OutputFormat.TEXT:
             out.write_objects(objects, output)
             return
         if not views:

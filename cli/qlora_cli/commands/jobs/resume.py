@@ -5,13 +5,13 @@ from __future__ import annotations
 from qlora_cli.commands import options as o
 from qlora_cli.commands.jobs.suspend import set_suspend
 from qlora_cli.kube.target import Target
-from qlora_cli.text.choices import Form
+from qlora_cli.text.choices import OutputFormat
 
 
 def resume(
     jobs: o.Names,
     *,
-    output: o.Output = Form.TEXT,
+    output: o.Output = OutputFormat.TEXT,
     namespace: o.Namespace = None,
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,

@@ -10,7 +10,7 @@ from qlora_cli.commands import options as o
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.commands.result_output import print_done
 from qlora_cli.kube.target import Target, connect, program
-from qlora_cli.text.choices import DryRun, Form
+from qlora_cli.text.choices import DryRun, OutputFormat
 
 
 def retry(
@@ -23,7 +23,7 @@ def retry(
     dry_run: Annotated[
         DryRun, typer.Option(help="Create nothing; validate here (client) or on the API server (server).")
     ] = DryRun.NONE,
-    output: o.Output = Form.TEXT,
+    output: o.Output = OutputFormat.TEXT,
     namespace: o.Namespace = None,
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
@@ -44,5 +44,5 @@ def retry(
                 submission = submitting.Submission(body, f"retry of {job}")
                 body = submitting.send(cluster, submission, dry_run=dry_run is DryRun.SERVER)
         print_done([body], output, "created" if dry_run is DryRun.NONE else f"valid (dry run by the {dry_run})")
-        if output is Form.TEXT and dry_run is DryRun.NONE:
+        if output is OutputFormat.TEXT and dry_run is DryRun.NONE:
             out.say_next(f"{program()} watch {body['metadata']['name']}{target.flags()}")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from qlora_cli.commands import options as o
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target
-from qlora_cli.text.choices import Form
+from qlora_cli.text.choices import OutputFormat
 
 
 def show(
     job: o.Reference,
     *,
-    output: o.Output = Form.TEXT,
+    output: o.Output = OutputFormat.TEXT,
     namespace: o.Namespace = None,
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
@@ -29,7 +29,7 @@ def show(
 
         target = Target(kubeconfig, context, namespace)
         found = lookup.find(target, [job])[0]
-        if output is not Form.TEXT:
+        if output is not OutputFormat.TEXT:
             out.write_objects([found.body], output, one=True)
             return
         screen = out.console()

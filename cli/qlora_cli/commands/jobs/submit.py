@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlora_cli.commands import options as o
-from qlora_cli.commands.exit_codes import NO
+from qlora_cli.commands.exit_codes import CHECK_FAILED
 from qlora_cli.commands.jobs.watch import watch_jobs
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.commands.result_output import print_done
 from qlora_cli.kube.target import Target, connect, program
-from qlora_cli.text.choices import DryRun, Form
+from qlora_cli.text.choices import DryRun, OutputFormat
 
 if TYPE_CHECKING:
     from qlora_cli.jobs.submit import Submission
@@ -46,7 +46,7 @@ def submit(
         ),
     ] = None,
     yes: o.Yes = False,
-    output: o.Output = Form.TEXT,
+    output: o.Output = OutputFormat.TEXT,
     namespace: o.Namespace = None,
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
@@ -76,7 +76,7 @@ def submit(
         else:
             with connect(target) as cluster:
                 if on_terminal and not yes and not _confirmed(cluster, submissions, gpu):
-                    raise typer.Exit(NO)
+                    raise typer.Exit(CHECK_FAILED)
                 created = [submitting.send(cluster, s, dry_run=dry_run is DryRun.SERVER) for s in submissions]
         print_done(created, output, "created" if dry_run is DryRun.NONE else f"valid (dry run by the {dry_run})")
         names = [job["metadata"]["name"] for job in created]
@@ -84,12 +84,12 @@ def submit(
             files_again = " ".join(str(path) for path in manifests)
             out.say_next(f"{program()} submit {files_again}{target.flags()}")
             return
-        if on_terminal and output is Form.TEXT if watching is None else watching:
+        if on_terminal and output is OutputFormat.TEXT if watching is None else watching:
             namespaces = {job["metadata"]["namespace"] for job in created}
             target = replace(target, namespace=namespaces.pop()) if len(namespaces) == 1 else target
             watch_jobs(target, tuple(names), None, everywhere=False, until_over=True)
             return
-        if output is Form.TEXT:
+        if output is OutputFormat.TEXT:
             where = _where(target, created[0]["metadata"]["namespace"])
             out.say_next(f"{program()} watch {' '.join(names)}{where}", f"{program()} logs {names[0]} --follow{where}")
 

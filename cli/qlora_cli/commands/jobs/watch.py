@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from qlora_cli.commands import options as o
-from qlora_cli.commands.exit_codes import NO
+from qlora_cli.commands.exit_codes import CHECK_FAILED
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, connect
 
@@ -53,4 +53,4 @@ def watch_jobs(
     jobs = list(board.jobs.values())
     if len(names) == 1 and jobs:
         out.say_next(*lookup.next_commands(jobs[0], target))
-    raise typer.Exit(NO if board.any_failed else 0)
+    raise typer.Exit(CHECK_FAILED if board.any_failed else 0)

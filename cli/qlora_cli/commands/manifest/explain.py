@@ -8,7 +8,7 @@ import typer
 
 from qlora_cli.commands import options as o
 from qlora_cli.commands.options import exit_on_user_error
-from qlora_cli.text.choices import PlainForm
+from qlora_cli.text.choices import PlainOutputFormat
 from qlora_cli.text.printable import write_line
 
 FieldPath = Annotated[
@@ -16,7 +16,7 @@ FieldPath = Annotated[
 ]
 
 
-def explain(field: FieldPath = "", output: o.PlainOutput = PlainForm.TEXT) -> None:
+def explain(field: FieldPath = "", output: o.PlainOutput = PlainOutputFormat.TEXT) -> None:
     """Explain a field of a QLoRAJob.
 
     Prints its type, default, bounds and meaning, whether it can be changed, and the rules that apply to it.
@@ -26,7 +26,7 @@ def explain(field: FieldPath = "", output: o.PlainOutput = PlainForm.TEXT) -> No
         from qlora_cli.text.output import console
 
         entry = explaining.describe(field)
-        if output is PlainForm.JSON:
+        if output is PlainOutputFormat.JSON:
             write_line(explaining.as_json(entry))
         else:
             console().print(explaining.show(entry))

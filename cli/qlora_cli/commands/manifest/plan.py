@@ -10,7 +10,7 @@ import typer
 from qlora_cli.commands import options as o
 from qlora_cli.commands.exit_codes import USER_ERROR
 from qlora_cli.commands.options import exit_on_user_error
-from qlora_cli.text.choices import PlainForm
+from qlora_cli.text.choices import PlainOutputFormat
 from qlora_cli.text.printable import as_json, write_line
 
 GpuName = Annotated[
@@ -64,7 +64,7 @@ def plan(
     model_config: ModelConfig = None,
     profiles: Profiles = None,
     overrides: o.Set = None,
-    output: o.PlainOutput = PlainForm.TEXT,
+    output: o.PlainOutput = PlainOutputFormat.TEXT,
 ) -> None:
     """Predict the memory and time of a job.
 
@@ -75,7 +75,7 @@ def plan(
 
         asked = planning.PlanOptions(gpu, gpus, price, tokens, what_if, model_config, profiles)
         answered = planning.answer(job, asked, tuple(overrides or ()))
-        if output is PlainForm.JSON:
+        if output is PlainOutputFormat.JSON:
             write_line(as_json(planning.as_dict(answered)))
         else:
             from qlora_cli.memory_plan import plan_view
