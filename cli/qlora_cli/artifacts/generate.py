@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ def models_of_adapter(adapter: str, base: str | None, merged: str | None) -> Mod
 
 def _manifest_of(adapter: Path) -> dict[str, Any]:
     """Return the manifest of an adapter where the trainer or 'qlora download' put it; empty where there is none."""
-    real = adapter.resolve()
+    real = Path(os.path.realpath(adapter))  # before Python 3.13, resolve() fails on a loop of links
     for folder in (real.parent, real.parent.parent):
         try:
             body = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
