@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import ClassVar
 
 from qlora_storage.backend import CHUNK_BYTES, MIB, Entry, Fault, FaultKind
+from qlora_storage.local_paths import open_regular
 
 _temporary = count()
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
-_LOCAL_USER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_LOCAL_USER = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    errno.EINVAL,  # of open_regular
+)
 _LOCAL_TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 """What network file systems raise while their server is away."""
 
@@ -66,7 +70,7 @@ class FolderBackend:
         return entry, self.read(entry, 0, min(entry.size, CHUNK_BYTES))
 
     def read(self, entry: Entry, start: int, end: int) -> bytes:
-        with self._path(entry.key, follow=True).open("rb") as file:
+        with open_regular(self._path(entry.key, follow=True)) as file:
             file.seek(start)
             return file.read(end - start)
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+MOST_BYTES = 64 << 20
+"""Of a record or a manifest. A larger file is something else, and would fill the memory."""
 
 
 def expand_home(path: str) -> Path:
@@ -20,6 +24,34 @@ def expand_home(path: str) -> Path:
 def partial_name(name: str) -> str:
     """Return the name of a file for as long as it is not complete; a process that is killed leaves it."""
     return f".{name}.partial"
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a regular file for reading. A named pipe, which would be opened when somebody writes to it, is refused.
+
+    Raises:
+        OSError: the file cannot be opened, or is not a regular one.
+
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 returned
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return file
+
+
+def read_regular(path: Path, most: int = MOST_BYTES) -> bytes:
+    """Read a regular file as a whole, unless it is larger than ``most`` bytes.
+
+    Raises:
+        OSError: the file cannot be read, is not a regular one, or is too large.
+
+    """
+    with open_regular(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"Larger than {most} bytes", str(path))
+    return data
 
 
 @contextmanager

@@ -12,8 +12,12 @@ FILES = {
 }
 
 
-def manifest(files=FILES, **more):
-    listed = [{"path": p, "size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for p, d in files.items()]
+def manifest(files=FILES, listed=None, **more):
+    listed = (
+        listed
+        if listed is not None
+        else [{"path": p, "size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for p, d in files.items()]
+    )
     body = {"schema": "qlora.dev/manifest/v1", "job": "tune", "adapter": "3f2a-attempt-1/adapter", "files": listed}
     return json.dumps({**body, "base": {"source": "/models/base", "revision": "r1"}, **more}).encode()
 

@@ -19,10 +19,10 @@ from qlora_cli.kube.errors import ApiError, ClusterError
 from qlora_cli.kube.names import core_path, is_name
 from qlora_cli.kube.target import program
 from qlora_storage.local_paths import whole_file
-from qlora_storage.published import PublishedFile, is_inside, short_path
+from qlora_storage.published import ADAPTER, MERGED, PublishedFile, is_inside, short_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from qlora_cli.artifacts.storage import Folder
     from qlora_cli.jobs.job_view import JobView
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 SCHEMA = "qlora.dev/manifest/v1"
-PARTS = ("adapter", "merged")
-"""Folders of what is published, below that of the attempt."""
+REQUIRED = ("adapter_config.json", "adapter_model.safetensors")
+"""Files that every adapter has."""
 ELSEWHERE = "download into an empty folder, or delete it"
 MOST_MANIFEST_BYTES = 16 << 20
 
@@ -100,24 +100,52 @@ def read(source: Source) -> PublishedAdapter:
             f"{where}: is not the manifest that the job published: its SHA-256 is {digest[:12]}…, "
             f"and status.adapter says {source.sha256[:12]}…"
         )
+    body = _parsed(where, data)
+    files = tuple(PublishedFile(file["path"], file["size"], file["sha256"]) for file in body["files"])
+    if problem := _problem_of_layout(body["adapter"], files):
+        raise StorageError(f"{where}: {problem}")
+    return PublishedAdapter(folder, data, body, files)
+
+
+def _parsed(where: str, data: bytes) -> Object:
+    """Return a manifest of the schema and form that this version reads.
+
+    Raises:
+        StorageError: it is another one.
+
+    """
+    from qlora_api.errors import ManifestError, validate  # noqa: PLC0415 other commands of a cluster need no pydantic
+    from qlora_cli.records.adapter_manifest import RecordedManifest  # noqa: PLC0415
+
     try:
-        body = json.loads(data)
+        body: Object = json.loads(data)
         schema = body["schema"]
-        listed = body["files"] if schema == SCHEMA else []
-        files = tuple(PublishedFile(str(f["path"]), int(f["size"]), str(f["sha256"])) for f in listed)
-        adapter = body["adapter"] if schema == SCHEMA else ""
+        if schema == SCHEMA:
+            validate(RecordedManifest, body)
+    except ManifestError as error:
+        raise StorageError(f"{where}: is no manifest of this operator: {error.errors[0]}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise StorageError(f"{where}: is no manifest of this operator") from None
     if schema != SCHEMA:
         raise StorageError(f'{where}: schema "{schema}" is not known here; this version reads {SCHEMA}')
-    if not isinstance(adapter, str) or not is_inside(adapter):
-        raise StorageError(f'{where}: adapter must be a folder beside it, not "{adapter}"')
+    return body
+
+
+def _problem_of_layout(adapter: str, files: Sequence[PublishedFile]) -> str:
+    """Say where the files of a manifest are not an adapter, and perhaps a merged model, in one attempt's folder."""
+    if not is_inside(adapter) or short_path(adapter) != ADAPTER:
+        return f'adapter must be the folder "{ADAPTER}" of an attempt beside it, not "{adapter}"'
+    attempt = adapter.removesuffix(ADAPTER)
     for file in files:
         if not is_inside(file.path):
-            raise StorageError(f'{where}: names "{file.path}", which leaves its folder')
-        if short_path(file.path).partition("/")[0] not in PARTS:
-            raise StorageError(f'{where}: names "{file.path}", which is in neither of {", ".join(PARTS)}')
-    return PublishedAdapter(folder, data, body, files)
+            return f'names "{file.path}", which leaves its folder'
+        if not file.path.startswith((f"{adapter}/", f"{attempt}{MERGED}/")):
+            return f'names "{file.path}", which is in neither of {adapter}, {attempt}{MERGED}'
+    paths = [file.path for file in files]
+    if twice := next((path for path in paths if paths.count(path) > 1), ""):
+        return f'names "{twice}" twice'
+    lacks = next((name for name in REQUIRED if f"{adapter}/{name}" not in paths), "")
+    return f"names no {adapter}/{lacks}, without which there is no adapter" if lacks else ""
 
 
 # ------------------------------------------------------------------------------------------------------------ verifying

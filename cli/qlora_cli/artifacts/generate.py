@@ -20,6 +20,7 @@ from qlora_cli.local.trainer_process import environment, shell_code, tail
 from qlora_cli.report import training_history
 from qlora_cli.report.answers import AnswerLine, keep
 from qlora_cli.report.facts import MANIFEST
+from qlora_storage.local_paths import read_regular
 from qlora_storage.published import ADAPTER, short_path
 
 if TYPE_CHECKING:
@@ -82,9 +83,11 @@ def prompts(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
     from_file: list[str] = []
     if file is not None:
         try:
-            from_file = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            from_file = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except OSError as error:
             raise GenerateError(f"{file}: cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise GenerateError(f"{file}: must be UTF-8, and is not at byte {error.start}") from None
     every = (*given, *from_file)
     if not every:
         raise GenerateError("give a prompt with --prompt TEXT or --prompts-file FILE")
@@ -129,13 +132,15 @@ def models_of_adapter(adapter: str, base: str | None, merged: str | None) -> Mod
         base, revision = named.get("source"), str(named.get("revision") or "")
     if base is None:
         try:
-            config = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))
-            base = config.get("base_model_name_or_path")
-        except (OSError, ValueError) as error:
+            config = json.loads(read_regular(Path(adapter) / "adapter_config.json"))
+            base = config["base_model_name_or_path"] or ""
+        except KeyError:
+            base = ""
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise GenerateError(
                 f"{adapter}: its adapter_config.json cannot be read ({error}); name the base with --base"
             ) from None
-    if not base:
+    if not base or not isinstance(base, str):
         raise GenerateError(f"{adapter}: its adapter_config.json names no base; name it with --base")
     return Models(base, adapter, merged, _dataset_of(manifest), revision, _has_conversations(Path(adapter)))
 
@@ -145,7 +150,7 @@ def _manifest_of(adapter: Path) -> dict[str, Any]:
     real = Path(os.path.realpath(adapter))  # before Python 3.13, resolve() fails on a loop of links
     for folder in (real.parent, real.parent.parent):
         try:
-            body = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            body = json.loads(read_regular(folder / MANIFEST))
             published = str(body.get("adapter", ADAPTER))
         except (OSError, ValueError, AttributeError, RecursionError):
             continue

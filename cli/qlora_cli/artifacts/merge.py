@@ -38,14 +38,17 @@ def plan(published: PublishedAdapter, base: str | None) -> MergeRequest:
     """Return the base that the manifest names, at its revision, unless another is given.
 
     Raises:
-        ClusterError: the base is where this machine cannot reach.
+        ClusterError: the manifest names no base, or one that this machine cannot reach.
 
     """
     named = published.body.get("base") or {}
-    source = base or str(named.get("source", ""))
+    source = base or str(named.get("source") or "")
+    if not source:
+        where = published.folder.uri(adapters.MANIFEST)
+        raise ClusterError(f"{where}: base.source names no model; name it with --base")
     if source.startswith("pvc://"):
         raise ClusterError(f"{source}: the base is on a claim; name a copy of it with --base")
-    return MergeRequest(source, "" if base else str(named.get("revision", "")))
+    return MergeRequest(source, "" if base else str(named.get("revision") or ""))
 
 
 def fetch(published: PublishedAdapter, tell: Callable[[str], None]) -> Path:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.kube.errors import ClusterError
 from qlora_cli.local.processes import is_alive
+from qlora_storage.local_paths import read_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -22,6 +23,8 @@ UNCOUNTED = ("Preempted", "Suspended", "Paused", "NodeLost", "PeerLost")
 NEEDS_A_HAND = frozenset({"Unschedulable", "QuotaExceeded", "MissingReference", "ImageUnavailable", "Refused"})
 """Reasons of a waiting job that do not go away by waiting."""
 
+LOCK_BYTES = 64
+"""Of a lock, which names two processes at most."""
 UNSEEN = "no operator has processed the job yet"
 
 
@@ -172,11 +175,12 @@ def _attempt(attempt: Mapping[str, Any]) -> AttemptView:
 
 
 def time(text: str | None) -> datetime | None:
-    """A timestamp of the API's; None where there is none or it is none."""
+    """A timestamp of the API's, in UTC where it has no time zone; None where there is none or it is none."""
     try:
-        return datetime.fromisoformat(text) if text else None
+        found = datetime.fromisoformat(text) if text else None
     except ValueError:
         return None
+    return found.replace(tzinfo=UTC) if found and found.tzinfo is None else found
 
 
 # ----------------------------------------------------------------------------------------------------------- local runs
@@ -189,19 +193,23 @@ def read_run(folder: Path) -> Object:
         ClusterError: there is no run, or its record is damaged.
 
     """
+    from qlora_api.errors import ManifestError, validate  # noqa: PLC0415 a cluster's jobs need no pydantic
+    from qlora_cli.records.run_record import RecordedRun  # noqa: PLC0415
+
     path = folder / "run.json"
     try:
-        record = json.loads(path.read_bytes())
+        record: Object = json.loads(read_regular(path))
+        validate(RecordedRun, record)
     except (FileNotFoundError, NotADirectoryError):
         beside = sorted(str(p.parent) for p in folder.parent.glob("*/run.json"))
         there = f"; there are {', '.join(beside)}" if beside else ""
         raise ClusterError(f"{folder}: is no folder of a local run{there}") from None
     except OSError as error:
         raise ClusterError(f"{path}: cannot be read: {error.strerror}") from None
+    except ManifestError as error:
+        raise ClusterError(f"{path}: {error.errors[0]}") from None
     except (ValueError, RecursionError):
-        raise ClusterError(f"{path}: cannot be understood") from None
-    if not isinstance(record, dict) or not isinstance(record.get("name"), str):
-        raise ClusterError(f"{path}: is no record of a run")
+        raise ClusterError(f"{path}: is no JSON") from None
     return record
 
 
@@ -210,26 +218,13 @@ def local_runs(runs_dir: Path) -> list[Path]:
     return sorted(path.parent for path in runs_dir.glob("*/run.json") if ".old-" not in path.parent.name)
 
 
-def view_run(folder: Path, record: Object) -> JobView:
-    """A local run, in the words of a job's status.
-
-    Raises:
-        ClusterError: its record holds what no version of 'qlora run' has written.
-
-    """
-    try:
-        return _view_run(folder, record)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise ClusterError(f"{folder / 'run.json'}: is no record of a run that this version can read") from None
-
-
 def view_damaged_run(folder: Path, error: ClusterError) -> JobView:
     """A local run whose record cannot be read, so that it is seen beside the others."""
-    view = _view_run(folder, {"name": folder.name})
-    return replace(view, state="Unknown", reason="Damaged", message=str(error))
+    return replace(view_run(folder, {"name": folder.name}), state="Unknown", reason="Damaged", message=str(error))
 
 
-def _view_run(folder: Path, record: Object) -> JobView:
+def view_run(folder: Path, record: Object) -> JobView:
+    """A local run, in the words of a job's status."""
     result = record.get("result") or {}
     attempts = tuple(_attempt(a) for a in record.get("attempts") or ())
     last = attempts[-1] if attempts else None
@@ -276,10 +271,10 @@ def _local_state(folder: Path, result: Mapping[str, Any], last: AttemptView | No
 def _prepare_state(folder: Path) -> tuple[str, str, str]:
     """State of a run without an attempt, by what its Prepare left when it ended."""
     try:
-        left = json.loads((folder / "prepare" / "termination.json").read_bytes())
+        left = json.loads(read_regular(folder / "prepare" / "termination.json"))
         failed = bool(left["exitCode"])
         reason, message = str(left["reason"]), str(left.get("message") or "")
-    except (OSError, KeyError, TypeError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError, RecursionError):
         return "Pending", "Pending", "no attempt yet"
     return ("Failed", reason, message) if failed else ("Pending", "Prepared", "no attempt yet")
 
@@ -287,7 +282,7 @@ def _prepare_state(folder: Path) -> tuple[str, str, str]:
 def in_use(folder: Path) -> bool:
     """Return whether a 'qlora run' or its trainer lives. The lock is not tried: that could turn a run away."""
     try:
-        holders = (folder.parent / f".{folder.name}.lock").read_text().split()
+        holders = read_regular(folder.parent / f".{folder.name}.lock", LOCK_BYTES).decode().split()
     except (OSError, UnicodeDecodeError):
         return False
     return any(pid.isdecimal() and is_alive(int(pid)) for pid in holders)

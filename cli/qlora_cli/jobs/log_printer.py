@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +15,18 @@ from qlora_cli.jobs.logs import prefix
 from qlora_cli.kube.errors import ClusterError
 from qlora_cli.text.output import console
 from qlora_cli.text.printable import write
+from qlora_storage.local_paths import open_regular
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from qlora_cli.jobs.logs import Line
 
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "bright_cyan", "bright_green", "bright_magenta")
 LOOK_SECONDS = 0.5
 """Between two looks at a local log that is followed."""
+MOST_AT_ONCE = 1 << 20
+"""Bytes of a log that are read before they are printed."""
 _SINCE = re.compile(r"(\d+)([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -77,13 +83,15 @@ def print_local(folder: Path, attempt: int | None, *, prepare: bool, tail: int |
     step = "prepare" if prepare or not numbers else f"attempt-{attempt or numbers[-1]}"
     path = folder / step / "log.txt"
     try:
-        log = path.open("rb")
+        log = open_regular(path)
     except OSError:
         there = ", ".join(sorted(p.parent.name for p in folder.glob("*/log.txt"))) or "none"
         raise ClusterError(f"{path}: is not there; logs are there of {there}") from None
     with log:
-        lines = log.readlines()
-        _put(lines if tail is None else lines[max(len(lines) - tail, 0) :])
+        if tail is not None:
+            _put(deque(log, maxlen=tail))
+        while lines := log.readlines(MOST_AT_ONCE):
+            _put(lines)
         while follow:
             lives = in_use(folder)  # asked before reading: what it wrote last is read
             _put(log.readlines())
@@ -92,5 +100,5 @@ def print_local(folder: Path, attempt: int | None, *, prepare: bool, tail: int |
             time.sleep(LOOK_SECONDS)
 
 
-def _put(lines: list[bytes]) -> None:
+def _put(lines: Iterable[bytes]) -> None:
     write(b"".join(lines).decode(errors="replace"))

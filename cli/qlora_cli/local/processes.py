@@ -9,7 +9,7 @@ def is_alive(pid: int) -> bool:
     """Return whether there is a process of this number, whoever owns it."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

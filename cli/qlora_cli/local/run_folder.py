@@ -31,7 +31,7 @@ from qlora_api.contract import PrepareReceipt, TerminationMessage
 from qlora_api.spec import ComputeType, QLoRAJobSpec
 from qlora_api.status import Attempt, Count, Decimal, PrepareResult, Reason, Text
 from qlora_cli.local.processes import is_alive
-from qlora_storage.local_paths import write_whole
+from qlora_storage.local_paths import open_regular, read_regular, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -96,10 +96,11 @@ def read_record_file(path: Path, kind: type[RecordT]) -> RecordT | None:
 
     Raises:
         RunError: the record is damaged.
+        OSError: the file cannot be read, or is no record by its kind or size.
 
     """
     try:
-        return kind.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(read_regular(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValidationError as error:
@@ -209,17 +210,17 @@ class ProcessFiles:
     def termination_message(self) -> TerminationMessage | None:
         """Return the termination message; None where the process left none that can be read."""
         try:
-            return TerminationMessage.model_validate_json(self.termination.read_bytes())
-        except (FileNotFoundError, ValidationError):
+            return TerminationMessage.model_validate_json(read_regular(self.termination))
+        except (OSError, ValidationError):
             return None
 
     def log_tail(self, lines: int) -> list[str]:
         """Return the last lines of the log, from its last 64 KiB."""
         try:
-            with self.log.open("rb") as log:
+            with open_regular(self.log) as log:
                 log.seek(max(0, self.log.stat().st_size - 65536))
                 return log.read().decode(errors="replace").splitlines()[-lines:]
-        except FileNotFoundError:
+        except OSError:
             return []
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from qlora_storage.local_paths import write_whole
+from qlora_storage.local_paths import read_regular, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,7 +30,7 @@ class AnswerLine(BaseModel):
 def kept(folder: Path) -> list[AnswerLine]:
     """Return the answers of a run, each prompt once, the oldest first. What cannot be read is left out."""
     try:
-        lines = (folder / FILE).read_text(encoding="utf-8").splitlines()
+        lines = read_regular(folder / FILE).decode(errors="replace").splitlines()
     except OSError:
         return []
     found = []

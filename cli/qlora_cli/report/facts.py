@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from qlora_api.contract import PrepareReceipt
+from qlora_api.errors import validate
 from qlora_cli.local import run_folder
+from qlora_cli.records.adapter_manifest import RecordedManifest
 from qlora_cli.report import training_history
 from qlora_cli.report.answers import AnswerLine, kept
 from qlora_cli.report.training_history import MergedHistory
+from qlora_storage.local_paths import read_regular
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,24 +104,42 @@ def of_run(folder: run_folder.RunFolder, record: RunRecord) -> Facts:
 def of_adapter(manifest: Path) -> Facts:
     """A published adapter, copied here or made here: what its manifest and its history say."""
     try:
-        found = json.loads(manifest.read_text("utf-8"))
+        found = _read_manifest(manifest)
         history = training_history.of_file(manifest.parent / found["adapter"] / training_history.PUBLISHED_FILE)
         return Facts(
-            name=found["job"],
-            uid=found["runUid"],
+            name=str(found["job"]),
+            uid=str(found["runUid"]),
             created=datetime.fromisoformat(found["created"]),
             spec=found["config"],
             history=history,
             receipt=_receipt(history.end.get("receipt")),
-            predicted=history.end.get("predicted", {}),
-            measured=history.end.get("measured", {}),
-            tokens=int(found["metrics"].get("tokens") or 0),
+            predicted=_sizes(history.end.get("predicted")),
+            measured=_sizes(history.end.get("measured")),
+            tokens=found["metrics"].get("tokens") or 0,
             device=next((a.device for a in reversed(history.attempts.values()) if a.device), None) or "",
             manifest=found,
             trainer_answers=trainer_answers(history),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise run_folder.RunError(f"{manifest} is no manifest of an adapter ({error})") from None
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Read the manifest of an adapter.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError, RecursionError: it is none.
+
+    """
+    found: dict[str, Any] = json.loads(read_regular(path))
+    validate(RecordedManifest, found)
+    return found
+
+
+def _sizes(found: Any) -> dict[str, int]:
+    """Return bytes by component; empty where there are none."""
+    return {str(name): int(size) for name, size in found.items()} if isinstance(found, dict) else {}
 
 
 def trainer_answers(history: MergedHistory) -> list[AnswerLine]:
@@ -132,10 +153,9 @@ def _local_manifest(termination: TerminationMessage | None) -> dict[str, Any] | 
     if adapter is None or "://" in adapter.manifest_uri.removeprefix("file://"):
         return None
     try:
-        found = json.loads(Path(adapter.manifest_uri.removeprefix("file://")).read_text("utf-8"))
-    except (OSError, ValueError):
+        return _read_manifest(Path(adapter.manifest_uri.removeprefix("file://")))
+    except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
 
 
 def _receipt(numbers: Any) -> PrepareReceipt | None:

@@ -12,8 +12,11 @@ if TYPE_CHECKING:
 
 
 def document(title: str, head: str, sections: Iterable[str]) -> str:
-    """Return a whole page; ``head`` and the sections are HTML, of which empty ones are left out."""
-    return (
+    """Return a whole page; ``head`` and the sections are HTML, of which empty ones are left out.
+
+    Characters that UTF-8 has no bytes for are replaced.
+    """
+    text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
@@ -21,6 +24,7 @@ def document(title: str, head: str, sections: Iterable[str]) -> str:
         + "\n".join(filter(None, sections))
         + "\n</main></body></html>\n"
     )
+    return text.encode(errors="replace").decode()
 
 
 def section(title: str, body: str, kind: str = "") -> str:

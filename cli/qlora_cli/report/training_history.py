@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from qlora_storage.local_paths import open_regular, read_regular
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
 CHECKPOINT_FILE, PUBLISHED_FILE = "history.jsonl", "training_history.jsonl"
 """As ``qlora_trainer.reporting.training_history`` names them; a test holds them together."""
 MARKER = "COMPLETE.json"
 """Of a whole checkpoint."""
+LARGEST = 2**53
+"""Of whole numbers; a larger one is no step."""
 _STEP = re.compile(
-    r"INFO step (?P<step>\d+)/\d+ loss (?P<loss>\S+) lr (?P<rate>\S+) norm (?P<norm>\S+)"
+    r"INFO step (?P<step>\d{1,15})/\d+ loss (?P<loss>\S+) lr (?P<rate>\S+) norm (?P<norm>\S+)"
     r" tokens/s (?P<speed>\S+)"
 )
-_EVALUATION = re.compile(r"INFO step (?P<step>\d+) eval loss (?P<loss>\S+)")
+_EVALUATION = re.compile(r"INFO step (?P<step>\d{1,15}) eval loss (?P<loss>\S+)")
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,8 @@ def of_run(folder: Path, adapter: Path | None = None) -> MergedHistory:
 def _vouched_for(marker: Path) -> Path:
     """Return where the history of a checkpoint is: among the files of the attempt that its marker speaks of."""
     try:
-        attempt = json.loads(marker.read_bytes())["checkpoint"]["attempt"]
-    except (ValueError, LookupError, TypeError):
+        attempt = json.loads(read_regular(marker))["checkpoint"]["attempt"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         attempt = None
     inside = marker.parent if attempt is None else marker.parent / f"attempt-{attempt}"
     return inside / CHECKPOINT_FILE
@@ -97,7 +102,13 @@ def _vouched_for(marker: Path) -> Path:
 
 def of_file(path: Path | None) -> MergedHistory:
     """Read a file of the trainer's; nothing where there is none."""
-    return parse(path.read_text("utf-8").splitlines()) if path is not None and path.exists() else MergedHistory()
+    return parse(_lines(path)) if path is not None and path.exists() else MergedHistory()
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with open_regular(path) as file:
+        for line in file:
+            yield line.decode(errors="replace")
 
 
 def parse(lines: Iterable[str]) -> MergedHistory:
@@ -107,7 +118,7 @@ def parse(lines: Iterable[str]) -> MergedHistory:
         try:
             line = json.loads(text)
             _take(found, line)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             continue
     return found
 
@@ -118,34 +129,38 @@ def _take(found: MergedHistory, line: dict[str, Any]) -> None:
     elif "answers" in line:
         found.answers[str(line["answers"])] = {str(prompt): str(text) for prompt, text in line["texts"].items()}
     elif "sections" in line:
-        found.sections[int(line["attempt"])] = {str(k): float(v) for k, v in line["sections"].items()}
+        found.sections[_whole(line["attempt"])] = {str(k): _finite(v) or 0.0 for k, v in line["sections"].items()}
     elif "fromStep" in line:
-        found.attempts[int(line["attempt"])] = AttemptFacts(
-            number=int(line["attempt"]),
-            from_step=int(line["fromStep"]),
+        found.attempts[_whole(line["attempt"])] = AttemptFacts(
+            number=_whole(line["attempt"]),
+            from_step=_whole(line["fromStep"]),
             time=float(line["time"]),
             world_size=line.get("worldSize"),
             micro_batch_size=line.get("microBatchSize"),
             accumulation=line.get("gradientAccumulationSteps"),
             checkpointing=line.get("gradientCheckpointing"),
-            compute_type=line.get("computeType"),
-            device=line.get("device"),
+            compute_type=_text(line.get("computeType")),
+            device=_text(line.get("device")),
             environment={str(name): str(value) for name, value in line.get("environment", {}).items()},
         )
     elif "evalLoss" in line:
-        if line["evalLoss"] is not None:
-            found.evaluations[int(line["step"])] = float(line["evalLoss"])
+        if (loss := _finite(line["evalLoss"])) is not None:
+            found.evaluations[_whole(line["step"])] = loss
     elif "loss" in line:
-        tokens, seconds = line.get("tokens"), line.get("seconds")
-        found.steps[int(line["step"])] = StepFacts(
-            step=int(line["step"]),
-            loss=line["loss"],
-            learning_rate=line.get("learningRate"),
-            gradient_norm=line.get("gradientNorm"),
+        tokens, seconds = _finite(line.get("tokens")), _finite(line.get("seconds"))
+        found.steps[_whole(line["step"])] = StepFacts(
+            step=_whole(line["step"]),
+            loss=_finite(line["loss"]),
+            learning_rate=_finite(line.get("learningRate")),
+            gradient_norm=_finite(line.get("gradientNorm")),
             tokens_per_second=tokens / seconds if tokens and seconds else None,
             seconds=seconds,
-            data_seconds=line.get("dataSeconds"),
+            data_seconds=_finite(line.get("dataSeconds")),
         )
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
 
 
 def with_logs(known: MergedHistory, logs: Iterable[Path]) -> MergedHistory:
@@ -153,19 +168,19 @@ def with_logs(known: MergedHistory, logs: Iterable[Path]) -> MergedHistory:
     steps, evaluations = dict(known.steps), dict(known.evaluations)
     newest = max(known.steps, default=0)
     for log in logs:
-        for line in log.read_text("utf-8", errors="replace").splitlines():
+        for line in _lines(log):
             if match := _STEP.search(line):
-                number = int(match["step"])
+                number = _whole(match["step"])
                 if number > newest:
                     steps[number] = _from_log(match)
-            elif match := _EVALUATION.search(line):
-                evaluations.setdefault(int(match["step"]), float(match["loss"]))
+            elif (match := _EVALUATION.search(line)) and (loss := _finite(match["loss"])) is not None:
+                evaluations.setdefault(_whole(match["step"]), loss)
     return replace(known, steps=dict(sorted(steps.items())), evaluations=dict(sorted(evaluations.items())))
 
 
 def _from_log(match: re.Match[str]) -> StepFacts:
     return StepFacts(
-        step=int(match["step"]),
+        step=_whole(match["step"]),
         loss=_finite(match["loss"]),
         learning_rate=_finite(match["rate"]),
         gradient_norm=_finite(match["norm"]),
@@ -173,9 +188,26 @@ def _from_log(match: re.Match[str]) -> StepFacts:
     )
 
 
-def _finite(text: str) -> float | None:
-    value = float(text)
-    return value if abs(value) < float("inf") else None
+def _finite(value: str | float | None) -> float | None:
+    """Return a number; None where there is none, or one that is not finite."""
+    try:
+        number = math.nan if value is None else float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _whole(value: str | float) -> int:
+    """Return a whole number that a chart has room for.
+
+    Raises:
+        ValueError: it is larger.
+
+    """
+    number = int(value)
+    if abs(number) > LARGEST:
+        raise ValueError(value)
+    return number
 
 
 def _number(log: Path) -> int:

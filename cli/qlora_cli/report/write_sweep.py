@@ -15,7 +15,7 @@ from qlora_cli.report.sweep_figures import TrialHistory, sweep_figures
 from qlora_cli.report.sweep_page import PARAMETER_HEADS, comparison, parameter_rows, sweep_page
 from qlora_cli.sweeps import sweep_view
 from qlora_cli.sweeps.sweep_folder import SweepFolder, last_message, trial_of, values_by_step
-from qlora_storage.local_paths import write_whole
+from qlora_storage.local_paths import read_regular, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -92,7 +92,7 @@ def _figures_path(out: Path) -> Path:
 def _read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; empty where there is none."""
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -73,6 +73,9 @@ def test_what_differs_is_never_laid_down(call, published, tmp_path):
     assert [p.name for p in (tmp_path / "here").rglob("*") if p.is_file()] == ["adapter_config.json"]
 
 
+CONFIG = "3f2a-attempt-1/adapter/adapter_config.json"
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -80,11 +83,23 @@ def test_what_differs_is_never_laid_down(call, published, tmp_path):
         (b'{"schema": "other/v9", "files": []}', 'schema "other/v9" is not known here'),
         (manifest({"a/../../evil": b""}), "leaves its folder"),
         (manifest({"/etc/evil": b""}), "leaves its folder"),
-        (manifest({"a/.git/hooks/post-commit": b""}), "which is in neither of adapter, merged"),
-        (manifest({"a/json.py": b""}), "which is in neither of adapter, merged"),
-        (manifest(adapter="../evil"), "adapter must be a folder beside it"),
-        (manifest(adapter=3), "adapter must be a folder beside it"),
-        (json.dumps({"schema": adapters.SCHEMA, "files": []}).encode(), "is no manifest of this operator"),
+        (
+            manifest({"a/.git/hooks/post-commit": b""}),
+            "which is in neither of 3f2a-attempt-1/adapter, 3f2a-attempt-1/merged",
+        ),
+        (manifest({"a/json.py": b""}), "which is in neither of 3f2a-attempt-1/adapter, 3f2a-attempt-1/merged"),
+        (manifest(adapter="../evil"), 'adapter must be the folder "adapter" of an attempt'),
+        (manifest(adapter="3f2a-attempt-1/merged"), 'adapter must be the folder "adapter" of an attempt'),
+        (manifest(adapter=3), "adapter: 3 must be a text"),
+        (json.dumps({"schema": adapters.SCHEMA, "files": []}).encode(), "adapter: is required"),
+        (manifest({}), "names no 3f2a-attempt-1/adapter/adapter_config.json, without which there is no adapter"),
+        (manifest({CONFIG: b"{}"}), "names no 3f2a-attempt-1/adapter/adapter_model.safetensors"),
+        (manifest(adapter="b-attempt-2/adapter"), "which is in neither of b-attempt-2/adapter, b-attempt-2/merged"),
+        (manifest(listed=[{"path": CONFIG, "size": 2, "sha256": "ab"}] * 2), f'names "{CONFIG}" twice'),
+        (manifest(listed=[{"path": CONFIG, "size": -1, "sha256": "ab"}]), r"files\[0\].size: -1 must be at least 0"),
+        (manifest(listed=[{"path": CONFIG, "size": "2", "sha256": "ab"}]), r"files\[0\].size: \"2\" must be a whole"),
+        (manifest(base="x"), 'base: "x" must be a group of fields'),
+        (manifest(listed="x"), 'files: "x" is not allowed'),
         (b"[" * 2_000_000, "is no manifest of this operator"),
     ],
 )
@@ -92,6 +107,16 @@ def test_a_manifest_that_is_none_is_refused(tmp_path, data, message):
     (tmp_path / "manifest.json").write_bytes(data)
     with pytest.raises(storage.StorageError, match=message):
         adapters.read(adapters.Source(str(tmp_path)))
+
+
+@pytest.mark.parametrize("command", ["verify", "download", "merge --out merged"])
+@pytest.mark.parametrize("data", [manifest({}), manifest({CONFIG: b"{}"})], ids=["no files", "no weights"])
+def test_a_manifest_without_an_adapter_is_neither_verified_nor_used(call, tmp_path, command, data):
+    (tmp_path / "manifest.json").write_bytes(data)
+    name, *options = command.split()
+    result = call(name, f"{tmp_path}/", *options)
+    assert (result.exit_code, result.stdout) == (40, "")
+    assert "without which there is no adapter" in result.stderr
 
 
 def test_a_manifest_that_is_not_the_jobs_is_refused(published):

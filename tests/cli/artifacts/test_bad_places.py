@@ -182,6 +182,7 @@ def test_of_a_merge_that_fails_no_file_is_left(place):
 def test_an_adapter_stays_where_another_was_to_be_laid(place, published):
     assert qlora(f"download {published}/ --to {place}").code == 0
     before = files_of(place)
-    publish(place.parent / "other", {"b-attempt-1/adapter/adapter_config.json": b"[]"}, manifest({}))
+    other = {f"b-attempt-1/adapter/{name}": b"[]" for name in adapters.REQUIRED}
+    publish(place.parent / "other", other, manifest(other, adapter="b-attempt-1/adapter"))
     check_refused(qlora(f"download {place.parent}/other/ --to {place}"), USER_ERROR, f"{adapters.ELSEWHERE}")
     assert files_of(place) == before

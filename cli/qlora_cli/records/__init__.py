@@ -1,0 +1,1 @@
+"""Forms of the files that commands show, whatever version or person wrote them."""
