@@ -13,14 +13,19 @@ from qlora_cli.app import app
 from testing.plain_process import run_plainly
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from testing.plain_process import ProcessResult
 
 
-def qlora(line: str, stdout: int | None = None, **environment: str) -> ProcessResult:
-    """Run a command line; ``stdout`` is a file descriptor in place of the output that is returned."""
+def qlora(line: str, stdout: int | None = None, closed: Sequence[int] = (), **environment: str) -> ProcessResult:
+    """Run a command line; ``stdout`` is a file descriptor in place of the output that is returned.
+
+    The standard streams of the numbers ``closed`` are closed.
+    """
     _import_all()
     environment = {"TERM": "xterm-256color", "PATH": os.environ["PATH"], **environment}
-    return run_plainly(lambda words: app(list(words), prog_name="qlora"), line.split(), environment, stdout)
+    return run_plainly(lambda words: app(list(words), prog_name="qlora"), line.split(), environment, stdout, closed)
 
 
 @cache

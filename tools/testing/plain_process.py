@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -49,6 +50,7 @@ def run_plainly(
     words: Sequence[object],
     environment: Mapping[str, str] | None = None,
     stdout: int | None = None,
+    closed: Sequence[int] = (),
 ) -> ProcessResult:
     """Fork, and run ``call`` on the words as a program that is started anew with them would.
 
@@ -57,6 +59,7 @@ def run_plainly(
         words: arguments.
         environment: put over this process's own.
         stdout: a file descriptor in place of the one whose content is returned.
+        closed: numbers of the standard streams that the process does not have.
 
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -66,7 +69,7 @@ def run_plainly(
         if not pid:
             os.dup2(out.fileno() if stdout is None else stdout, 1)
             os.dup2(err.fileno(), 2)
-            _be(call, [str(word) for word in words], environment or {})
+            _be(call, [str(word) for word in words], environment or {}, closed)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         return ProcessResult(code, _text(out), _text(err))
 
@@ -76,12 +79,23 @@ def _text(file: IO[bytes]) -> str:
     return file.read().decode(errors="replace")
 
 
-def _be(call: Callable[[Sequence[str]], object], words: Sequence[str], environment: Mapping[str, str]) -> None:
+def _be(
+    call: Callable[[Sequence[str]], object],
+    words: Sequence[str],
+    environment: Mapping[str, str],
+    closed: Sequence[int],
+) -> None:
     code = 70
     try:
         os.environ.update(environment)
         sys.stdin = Path(os.devnull).open()  # noqa: SIM115 for as long as the process lives
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
+        sys.stdout = os.fdopen(1, "w", encoding=encoding)
+        sys.stderr = os.fdopen(2, "w", encoding=encoding, errors="backslashreplace")
+        for number in closed:  # as Python's start finds them
+            setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+            with suppress(OSError):
+                os.close(number)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python's start does
         obey_permissions()
         call(words)
@@ -91,10 +105,10 @@ def _be(call: Callable[[Sequence[str]], object], words: Sequence[str], environme
     except BaseException:  # noqa: BLE001 nothing may get out of a fork
         traceback.print_exc()
     finally:
-        try:
-            sys.stdout.flush()  # as Python's end does
-        except OSError:
-            traceback.print_exc()
-            code = 120
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
+                stream.flush()  # as Python's end does
+            except OSError:
+                traceback.print_exc()
+                code = 120
         os._exit(code)

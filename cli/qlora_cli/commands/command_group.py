@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from qlora_cli.commands.exit_codes import STORAGE_FAILED, USER_ERROR, exit_codes
+from qlora_cli.commands.standard_streams import prepare_streams
 from qlora_cli.text.printable import write_line
 
 _LIST = ("list", "show JOB")
@@ -72,6 +73,7 @@ class CommandGroup(TyperGroup):
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run the program; an error of the system ends it with a sentence on standard error and an exit code."""
+        prepare_streams()
         try:
             return super().main(*args, **options)
         except OSError as error:

@@ -58,7 +58,7 @@ def documents(path: Path) -> list[Document]:
 
     """
     try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
+        text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode("utf-8-sig")
         found = kubernetes_yaml.read(text, str(path))
     except OSError as error:
         raise RefusedError(f"{path}: cannot be read: {error.strerror}") from None

@@ -8,8 +8,8 @@ from pydantic import ConfigDict, Field
 
 from qlora_api.base import DECIMAL_PATTERN, Model
 
-Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Size = Annotated[int, Field(ge=0, lt=2**63)]
+Integer = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Size = Annotated[int, Field(ge=0, le=2**63 - 1)]
 """Bytes."""
 DecimalText = Annotated[str, Field(pattern=f"{DECIMAL_PATTERN}|^$")]
 Group = dict[str, Any]

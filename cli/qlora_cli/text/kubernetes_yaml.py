@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import yaml
@@ -118,10 +119,10 @@ def scalar(text: str) -> object:
     return int(value) if value.is_integer() and abs(value) < 1e21 else value  # as JSON writes it: 16.0 is 16
 
 
-def dump(value: object) -> str:
-    """YAML that Kubernetes reads back as the same values."""
+def dump(value: object, is_writable: Callable[[str], bool] = is_printable) -> str:
+    """YAML that Kubernetes reads back as the same values, in ASCII where ``is_writable`` says no of the text."""
     text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
-    if is_printable(text):
+    if is_printable(text) and is_writable(text):
         return text
     return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=False))
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from qlora_api.untrusted.printable import is_printable, printable
 from qlora_cli.kube.names import API_VERSION, KIND
 from qlora_cli.text.choices import OutputFormat
-from qlora_cli.text.printable import as_json, write
+from qlora_cli.text.printable import as_json, is_encodable, write
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -177,7 +177,7 @@ def write_plain(value: Any, form: OutputFormat) -> None:
     if form is OutputFormat.YAML:
         from qlora_cli.text import kubernetes_yaml  # noqa: PLC0415
 
-        sys.stdout.write(kubernetes_yaml.dump(value))
+        sys.stdout.write(kubernetes_yaml.dump(value, is_encodable))
     else:
         sys.stdout.write(as_json(value) + "\n")
 

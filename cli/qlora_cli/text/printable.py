@@ -20,11 +20,21 @@ def write_line(text: object, *, error: bool = False) -> None:
     write(f"{text}\n", error=error)
 
 
+def is_encodable(text: str) -> bool:
+    """Return whether the encoding of standard output has all characters of a text."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def as_json(value: Any, indent: int | None = 2) -> str:
-    """Return JSON in which such characters are escaped, so that the values are what they were."""
+    """Return JSON in which such characters are escaped, and those that standard output lacks, so that values stay."""
     import json  # noqa: PLC0415 not for --help
 
     text = json.dumps(value, indent=indent, ensure_ascii=False)
+    text = text if is_encodable(text) else json.dumps(value, indent=indent)
     return UNSAFE.sub(lambda found: _escaped(ord(found[0])), text)
 
 

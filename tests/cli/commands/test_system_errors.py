@@ -12,9 +12,11 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cli_builders import run_record
 from plain_qlora import qlora
+from published_folders import publish
 
 CLUSTER_COMMANDS = (
     *("list", "show quick", "watch", "logs quick", "events quick", "suspend quick", "resume quick", "cancel quick -y"),
@@ -156,6 +158,42 @@ def test_whoever_reads_a_pipe_may_go(here, command):
     os.close(writer)
     assert ended.err.partition("Next:")[0] == "", ended.err
     assert ended.code in (0, 1, 40)
+
+
+STREAM_USERS = (*PRINTERS, "verify out/", "download out/ --to copy", "report quick", "validate -", "no-such-command")
+
+
+@pytest.fixture
+def with_adapter(here):
+    publish(here / "out")
+    return here
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)], ids=["stdout", "stderr", "all"])
+@pytest.mark.parametrize("command", STREAM_USERS)
+def test_a_stream_that_is_closed_ends_no_command(with_adapter, command, closed):
+    """As with ``>&-``; no file of the command's own gets what was to be written there."""
+    whole = qlora(command)
+    ended = qlora(command, closed=closed)
+    assert ended.code == whole.code, ended.err
+    assert "Traceback" not in ended.err
+    assert bool(ended.out) == (1 not in closed and bool(whole.out))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-16"])
+@pytest.mark.parametrize("command", STREAM_USERS)
+def test_an_encoding_that_lacks_characters_ends_no_command(with_adapter, command, encoding):
+    ended = qlora(command, PYTHONIOENCODING=encoding)
+    assert ended.code == qlora(command).code, ended.err
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("form", ["json", "yaml"])
+def test_values_for_programs_stay_whatever_the_encoding(here, form):
+    record = {**run_record("quick"), "spec": {"model": {"source": "/models/größe→\U0001f600"}}}
+    (here / "runs" / "quick" / "run.json").write_text(json.dumps(record))
+    written = qlora(f"show runs/quick -o {form}", PYTHONIOENCODING="ascii").out
+    assert (json.loads if form == "json" else yaml.safe_load)(written)["spec"] == record["spec"]
 
 
 @pytest.mark.parametrize("command", PRINTERS)

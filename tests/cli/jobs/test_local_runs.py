@@ -126,6 +126,65 @@ def test_a_damaged_record_hides_no_other_run(runs, tmp_path, text):
     assert shown.stderr.startswith("runs/quick/run.json: ")
 
 
+WRONG_FIELDS = (
+    ("created", 7, "created: 7 must be a text"),
+    ("spec.dataset.train", "x", 'spec.dataset.train: "x" must be a group of fields'),
+    ("spec.lora", [8], "spec.lora: must be a group of fields"),
+    ("attempts.0.number", "1", 'attempts[0].number: "1" must be a whole number'),
+    ("attempts.0.startTime", 5, "attempts[0].startTime: 5 must be a text"),
+    ("result.progress.loss", "low", 'result.progress.loss: "low" must match'),
+    ("result.progress.step", 10**30, "result.progress.step: 1000000000000000000000000000000 must be at most"),
+    ("result.memory.measured.peak", "1Gi", 'result.memory.measured.peak: "1Gi" must be a whole number'),
+    ("result.adapter", "out", 'result.adapter: "out" must be a group of fields'),
+    ("receipt", {"trainRows": "5"}, 'receipt.trainRows: "5" must be a whole number'),
+)
+
+
+@pytest.mark.parametrize(("path", "value", "said"), WRONG_FIELDS, ids=[path for path, _, _ in WRONG_FIELDS])
+def test_a_field_that_cannot_be_shown_is_named(runs, tmp_path, path, value, said):
+    runs("other")
+    file = runs("quick") / "run.json"
+    record = json.loads(file.read_text())
+    *parents, last = (int(part) if part.isdecimal() else part for part in path.split("."))
+    at = record
+    for part in parents:
+        at = at[part]
+    at[last] = value
+    file.write_text(json.dumps(record))
+    listed = call("list", "--local", "-o", "json")
+    assert listed.exit_code == 0, listed.output
+    assert {row.split()[0]: row.split()[1] for row in call("list", "--local").stdout.splitlines()[1:]} == {
+        "runs/other": "Succeeded",
+        "runs/quick": "Unknown",
+    }
+    for command in (["show", "runs/quick"], ["compare", "runs/quick", "runs/other"], ["logs", "runs/quick"]):
+        shown = call(*command)
+        assert (shown.exit_code, shown.stdout) == (40, "")
+        assert shown.stderr.startswith(f"runs/quick/run.json: {said}"), shown.stderr
+
+
+def test_a_time_without_a_zone_is_one_of_utc(runs):
+    runs("quick", created="2026-01-02T09:59:00")
+    naive = {**FAILED, "startTime": "2026-01-02T10:00:00"}
+    runs("wrong", result=None, attempts=[naive])
+    assert call("list", "--local", "-o", "name").stdout == "runs/quick\nruns/wrong\n"
+    assert call("list", "--local").exit_code == 0
+    assert "created" in call("show", "runs/wrong").stdout
+
+
+@pytest.mark.parametrize("file", ["run.json", "attempt-1/log.txt", "prepare/termination.json"])
+def test_no_command_waits_for_a_pipe(runs, tmp_path, file):
+    runs("other")
+    folder = runs("quick", result=None, attempts=[]) if "prepare" in file else runs("quick")
+    path = folder / file
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    assert "runs/other  Succeeded" in call("list", "--local").stdout
+    for command in (["show", "runs/quick"], ["logs", "runs/quick"], ["report", "quick"], ["verify", "runs/quick"]):
+        assert call(*command).exit_code in (0, 40)
+
+
 def test_a_record_that_is_a_folder_is_named(runs, tmp_path):
     runs("quick")
     (tmp_path / "runs" / "quick" / "run.json").unlink()
