@@ -38,6 +38,26 @@ def test_of_a_blank_answer_nothing_is_learned(tokenizer, dataset, form, answer):
     assert not any(Encoder(tokenizer, dataset(format=form)).encode(row).targets)
 
 
+@pytest.mark.parametrize("blank", ["", "  ", "\n\n", "\u200b"])
+def test_a_blank_text_is_not_learned(blank, begin_tokenizer, tokenizer, dataset):
+    for each in (begin_tokenizer, tokenizer):
+        [row] = Encoder(each, dataset(format="Text")).encode_batch([{"text": blank}])
+        assert not any(row.examples[0].targets)
+        assert row.empty == 1
+
+
+@pytest.mark.parametrize("blank", ["", "  ", "\n\n", "\u200b"])
+@pytest.mark.parametrize("form", ["PromptCompletion", "Instruction"])
+def test_of_a_blank_answer_neither_it_nor_its_end_is_learned_where_all_is(blank, form, tokenizer, dataset):
+    row = {"prompt": "return", "completion": blank, "instruction": "Add.", "output": blank}
+    encoder = Encoder(tokenizer, dataset(format=form, loss_on="All"))
+    [encoded] = encoder.encode_batch([row])
+    assert counted(encoded.examples[0], tokenizer) == tokenizer.decode(
+        encoder.prompt(row["prompt" if form[0] == "P" else "instruction"])
+    )
+    assert encoded.empty == 1
+
+
 def test_all_of_a_pair_counts_on_request(tokenizer, dataset):
     encoder = Encoder(tokenizer, dataset(format="PromptCompletion", loss_on="All"))
     assert all(encoder.encode({"prompt": "return", "completion": " x"}).targets)

@@ -254,7 +254,7 @@ class Encoder:
             else ()
         )
         return [
-            RenderedRow([self._pieces(row, number)], templated=False) if conversation is None else next(templated)
+            self._rendered(row, number) if conversation is None else next(templated)
             for row, number, conversation in zip(rows, numbers, conversations, strict=True)
         ]
 
@@ -301,11 +301,16 @@ class Encoder:
             *(UNREAD_KEY.format(key=key) for key in keys),
         )
 
+    def _rendered(self, row: Mapping[str, Any], number: RowNumber) -> RenderedRow:
+        pieces = self._pieces(row, number)
+        return RenderedRow([pieces], empty=int(not pieces[-1].counts), templated=False)
+
     def _pieces(self, row: Mapping[str, Any], number: RowNumber) -> list[Piece]:
         columns = self.dataset.columns
         match self.dataset.format:
             case DatasetFormat.TEXT:
-                return [Piece(_text(row, columns, "text", number), counts=True)]
+                text = _text(row, columns, "text", number)
+                return [Piece(text, counts=not is_blank(text))]
             case DatasetFormat.PROMPT_COMPLETION:
                 prompt = _text(row, columns, "prompt", number)
                 completion = _text(row, columns, "completion", number)
@@ -363,10 +368,10 @@ class Encoder:
         targets = [counts for tokens, counts in pieces for _ in tokens]
         if not templated:  # a chat template writes its own begin and end
             begun = self._begun(ids)
-            ids, targets = begun, [self._everything] * (len(begun) - len(ids)) + targets
+            ids, targets = begun, [self._everything and any(targets)] * (len(begun) - len(ids)) + targets
             if ids[-1:] != [self.tokenizer.eos_token_id]:
                 # a blank completion is no lesson: it and its end would teach the model to be silent
-                ids, targets = [*ids, self.tokenizer.eos_token_id], [*targets, any(targets)]
+                ids, targets = [*ids, self.tokenizer.eos_token_id], [*targets, pieces[-1][1]]
         length, most = len(ids), self.dataset.max_length
         if length > most and self.dataset.long_rows is LongRows.TRUNCATE:
             return Encoded(ids[:most], targets[:most], truncated=True, full_length=length)

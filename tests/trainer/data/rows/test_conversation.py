@@ -348,6 +348,35 @@ def test_what_is_not_a_conversation_is_named_without_its_text(messages, found):
     assert MARKER not in str(caught.value)
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_numbers_that_json_has_not_are_refused_in_calls_and_tools(number, as_text):
+    value = {"deep": [float(number.replace("1e999", "inf"))]}
+    arguments = f'{{"deep": [{number}]}}' if as_text else value
+    wanted = "with NaN, Infinity or a number beyond"
+    with pytest.raises(UserError, match=rf"row 2 holds a message 2 .*tool_calls\[0\].function.arguments {wanted}"):
+        read([CHAT[0], {"role": "assistant", "tool_calls": [call(arguments)]}])
+    with pytest.raises(UserError, match=rf"row 2 holds tools {wanted}"):
+        read(CHAT, f"[{arguments}]" if as_text else [value])
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        json.dumps([{"role": "user", "content": "a\ud800"}, CHAT[1]]),
+        [CHAT[0], {"role": "assistant", "tool_calls": [call('{"city": "\\udc00 Bern"}')]}],
+        json.dumps([CHAT[0], {"role": "assistant", "tool_calls": [call('{"city": "\\ud83d"}')]}]),
+    ],
+    ids=["messages", "arguments", "arguments-in-messages"],
+)
+def test_half_of_a_surrogate_pair_inside_json_text_is_named_with_its_row(messages, chat_tokenizer, dataset):
+    encoder = Encoder(chat_tokenizer, dataset(format="Messages"))
+    with pytest.raises(UserError, match=r"row 1 holds JSON text that has half of a surrogate pair"):
+        encoder.encode_batch([{"messages": messages}])
+    whole = json.dumps([{"role": "user", "content": "\U0001f600"}, CHAT[1]])
+    assert read(whole).messages[0]["content"] == "\U0001f600"
+
+
 @pytest.mark.parametrize("tools", [MARKER, {"a": MARKER}, [MARKER]])
 def test_tools_that_are_none_are_named_without_their_text(tools):
     with pytest.raises(UserError, match=r"row 2 holds .*tools") as caught:

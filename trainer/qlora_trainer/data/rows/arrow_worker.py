@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pa_parquet
 
+from qlora_trainer.data.rows.errors import SURROGATE_PROBLEM
 from qlora_trainer.data.rows.limits import MOST_ROW_BYTES, READER_MEMORY_BYTES, most_bytes, too_expanded, too_large
 
 if TYPE_CHECKING:
@@ -113,7 +114,10 @@ def _send_row(row: int, done: int, cells: dict[str, Any]) -> int:
         raise _RowProblemError(row, "is nested too deep") from None
     if len(text) > MOST_ROW_BYTES:
         raise _RowProblemError(row, too_large())
-    return sys.stdout.write(f"{text}\n")
+    try:
+        return sys.stdout.write(f"{text}\n")
+    except UnicodeEncodeError:  # of a column of JSON
+        raise _RowProblemError(row, SURROGATE_PROBLEM) from None
 
 
 def _open(descriptor: int) -> tuple[list[str], Any]:
@@ -214,11 +218,7 @@ def _entries(column: Any) -> Any:
 
 def _plain(column: Any) -> list[Any]:
     values: list[Any] = column.to_pylist(maps_as_pydicts="strict")
-    return (
-        values
-        if not pa.types.is_nested(column.type) and not _is_json(column.type)
-        else [_without_padding(value, column.type) for value in values]
-    )
+    return values if not _may_hold_structs(column.type) else [_without_padding(value, column.type) for value in values]
 
 
 def _without_padding(value: Any, kind: Any) -> Any:
@@ -232,9 +232,18 @@ def _without_padding(value: Any, kind: Any) -> Any:
         return {key: _without_padding(inner, kinds[key]) for key, inner in value.items() if inner is not None}
     if pa.types.is_map(kind):
         return {key: _without_padding(inner, kind.item_type) for key, inner in value.items()}
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if isinstance(kind, (pa.DictionaryType, pa.RunEndEncodedType)):
+        return _without_padding(value, kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType):
+        return _without_padding(value, kind.storage_type)
+    if isinstance(value, list):  # of any kind, views included
         return [_without_padding(inner, kind.value_type) for inner in value]
     return value
+
+
+def _may_hold_structs(kind: Any) -> bool:
+    encoded = (pa.DictionaryType, pa.RunEndEncodedType, pa.BaseExtensionType)
+    return pa.types.is_nested(kind) or isinstance(kind, encoded)
 
 
 def _is_json(kind: Any) -> bool:
@@ -250,6 +259,8 @@ def _problem(error: BaseException) -> str:
         )
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
+    if isinstance(error, UnicodeEncodeError):
+        return SURROGATE_PROBLEM
     if isinstance(error, UnicodeDecodeError):
         return "has text that is no UTF-8"
     if isinstance(error, RecursionError):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_trainer.data.message_keys import REASONING_KEYS
+from qlora_trainer.data.rows.errors import SURROGATE, SURROGATE_PROBLEM
 from qlora_trainer.data.rows.remarks import FUNCTIONS_UNUSED, SYSTEM_COLUMN, SYSTEM_UNUSED
 from qlora_trainer.data.rows.roles import CALL_ROLES, SHAREGPT_ROLES, SYSTEM_ROLES, as_switch, known_role
 from qlora_trainer.errors import UserError
@@ -31,6 +32,7 @@ MEASURED = "loss"
 """Of these, the one that may hold a loss that was measured, which says nothing."""
 PART_WEIGHTS = ("train_detail", "training_detail")
 """Weights of parts of a message (axolotl)."""
+NO_NUMBER = "NaN, Infinity or a number beyond 1.8e308, which JSON has not"
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,13 @@ class Conversation:
     def with_functions(self, cell: Any) -> Conversation:
         """Take descriptions of functions (OpenAI before tools) for tools, where there are none."""
         try:
-            functions = json.loads(cell) if isinstance(cell, str) and cell.strip() else cell
-        except (ValueError, RecursionError):
+            functions = _decoded(cell, "") if isinstance(cell, str) and cell.strip() else cell
+        except _ShapeError:
             functions = cell
         if not functions:
             return self
         is_list = isinstance(functions, list)
-        if self.tools or not is_list or not all(isinstance(f, dict) and "name" in f for f in functions):
+        if self.tools or not is_list or not all(isinstance(f, dict) and "name" in f and _is_json(f) for f in functions):
             return replace(self, remarks=(*self.remarks, FUNCTIONS_UNUSED))
         return replace(self, tools=[{"type": "function", "function": function} for function in functions])
 
@@ -273,6 +275,8 @@ def _tool_call(value: Any, what: str) -> Message:
         call["arguments"] = _decoded(text or "{}", f"{what}.arguments is text that is not JSON")
     if not isinstance(call.get("arguments", {}), dict):
         raise _ShapeError(f"{what}.arguments is {json_type(call['arguments'])}, not an object or JSON text of one")
+    if not _is_json(call.get("arguments")):
+        raise _ShapeError(f"{what}.arguments with {NO_NUMBER}")
     return call
 
 
@@ -285,6 +289,8 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
     for tool in value:
         if not isinstance(tool, dict):
             raise _ShapeError(f"{json_type(tool)} among its tools; each must be an object")
+    if not _is_json(value):
+        raise _ShapeError(f"tools with {NO_NUMBER}")
     return value
 
 
@@ -298,9 +304,24 @@ def _transposed(columns: dict[str, Any]) -> list[Message]:
 
 def _decoded(text: str, otherwise: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         raise _ShapeError(otherwise) from None
+    if SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise _ShapeError(f"JSON text that {SURROGATE_PROBLEM}") from None
+    return value
+
+
+def _is_json(value: Any) -> bool:
+    """Return whether all numbers are such as JSON has: neither NaN nor too large, as Python reads them."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def json_type(value: object) -> str:

@@ -14,8 +14,8 @@ log = logging.getLogger(__name__)
 
 MOST_SHOWN = 20
 NAME = re.compile(r"[A-Za-z_][\w.:/-]{0,63}")
-
-
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""In JSON: may be half of a surrogate pair."""
 SURROGATE_PROBLEM = "has half of a surrogate pair (\\ud800 to \\udfff), which no text has"
 
 

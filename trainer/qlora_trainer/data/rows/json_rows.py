@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import codecs
 import json
-import re
 from typing import TYPE_CHECKING, Any
 
 from qlora_trainer.data.rows.conversation import json_type
-from qlora_trainer.data.rows.errors import SURROGATE_PROBLEM, RowsError
+from qlora_trainer.data.rows.errors import SURROGATE, SURROGATE_PROBLEM, RowsError
 from qlora_trainer.data.rows.limits import MOST_ROW_BYTES, too_large
 from qlora_trainer.data.rows.text_stream import TextStream, open_text
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
     from qlora_trainer.data.rows.source import SourceFile
 
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 PIECE_BYTES = 1 << 16
 SPACE = " \t\r\n"
 
