@@ -16,7 +16,7 @@ def unknown_profile(name: str, known: Collection[str], sentence: str) -> str | N
     Args:
         name: as the job has it.
         known: names of the profiles that are defined.
-        sentence: beginning of the answer, such as ``is no profile of this cluster``.
+        sentence: beginning of the answer, such as ``is not a profile of this cluster``.
 
     """
     if name == DEFAULT_PROFILE or name in known:

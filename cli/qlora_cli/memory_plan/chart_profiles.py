@@ -26,7 +26,7 @@ def gpu_of_profile(scheduling: SchedulingSpec, path: Path) -> str:
     """
     values = _read(path)
     profiles, name = values.get("profiles") or {}, scheduling.profile or DEFAULT_PROFILE
-    if problem := unknown_profile(name, profiles, f"is no profile of {path}"):
+    if problem := unknown_profile(name, profiles, f"is not a profile of {path}"):
         raise FieldError("spec.scheduling.profile", name, problem)
     found = _gpu(profiles.get(name) or {}, values, scheduling.node_selector.get(GPU_PRODUCT))
     if not found:
