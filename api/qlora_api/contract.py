@@ -234,7 +234,7 @@ class PrepareReceipt(Model):
     split_rows: int = 0
     """Rows that gave several examples, since the chat template rewrites earlier turns."""
     left_out: int = 0
-    """Rows of which the chat template leaves something out, or in which the assistant says nothing."""
+    """Rows of which the chat template or the tokenizer leaves something out, or in which the assistant says nothing."""
     empty_turns: int = 0
     """Messages of the assistant of which nothing is written. They are not learned."""
     notes: list[str] = []

@@ -114,8 +114,8 @@ class Tolerance(Model):
     fully_masked: decimal(0, 1) | None = None  # type: ignore[valid-type]
     """Share of rows that may be left out because none of their tokens counts."""
     left_out: decimal(0, 1) | None = None  # type: ignore[valid-type]
-    """Rows of which the chat template leaves a text out, or in which the assistant says nothing. Such answers are not
-    learned."""
+    """Rows of which the chat template or the tokenizer leaves a text out, or in which the assistant says nothing. Such
+    answers are not learned."""
     duplicates: decimal(0, 1) | None = None  # type: ignore[valid-type]
     """Share of training rows that have the same tokens as an earlier one."""
     eval_in_train: decimal(0, 1) | None = None  # type: ignore[valid-type]

@@ -153,7 +153,10 @@ def receipt(found: PrepareReceipt, prepared: PrepareResult | None) -> Renderable
     if found.left_out:
         empty = f"; {units.number(found.empty_turns)} empty answers are not learned" if found.empty_turns else ""
         rows.append(
-            ("Left out", f"{units.number(found.left_out)} rows say what the chat template does not write{empty}")
+            (
+                "Left out",
+                f"{units.number(found.left_out)} rows say what the chat template or tokenizer leaves out{empty}",
+            )
         )
     rows += [("Note", note) for note in found.notes]
     if found.duplicates:

@@ -68,7 +68,11 @@ def _metaspace() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=["<unk>", *SPECIAL], show_progress=False, max_token_length=12
+        vocab_size=1000,
+        special_tokens=["<unk>", *SPECIAL],
+        initial_alphabet=["\n"],
+        show_progress=False,
+        max_token_length=12,
     )
     tokenizer.train_from_iterator((line for text in _corpus() for line in text.splitlines()), trainer)
     begin = tokenizer.token_to_id("<bos>")

@@ -22,13 +22,14 @@ from qlora_trainer.data.rows.conversation import (
     read_conversation,
     read_exchange,
 )
-from qlora_trainer.data.rows.remarks import HALF_AN_EXCHANGE, OTHER_ROLES, SYSTEM_UNUSED, UNREAD_KEY
+from qlora_trainer.data.rows.remarks import HALF_AN_EXCHANGE, OTHER_ROLES, SYSTEM_UNUSED, UNREAD_KEY, UNWRITTEN
 from qlora_trainer.data.rows.roles import other_roles, unread_keys
 from qlora_trainer.data.text_pieces import Piece, is_blank
+from qlora_trainer.data.vocabulary_gaps import VocabularyGaps
 from qlora_trainer.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -171,18 +172,27 @@ class Encoder:
             )
         )
         return [
-            EncodedRow(
-                [
-                    self._assemble([(next(ids), piece.counts) for piece in example], templated=row.templated)
-                    for example in row.examples
-                ],
-                row.left_out,
-                row.empty,
-                row.tools,
-                self._remarks(given, conversation),
-            )
+            self._encoded_row(row, ids, self._remarks(given, conversation))
             for row, given, conversation in zip(rendered, rows, conversations, strict=True)
         ]
+
+    def _encoded_row(self, row: RenderedRow, ids: Iterator[list[int]], remarks: tuple[str, ...]) -> EncodedRow:
+        """Make a row of its examples' texts, whose tokens come next from ``ids``."""
+        encoded, gaps, silent = [], False, 0
+        for example in row.examples:
+            pieces = [next(ids) for _ in example]
+            targets = self._gaps.targets(example, pieces)
+            encoded.append(self._assemble(pieces, targets.of_pieces, templated=row.templated))
+            gaps, silent = gaps or targets.gaps, silent + targets.silent
+        if gaps:
+            remarks = (*remarks, UNWRITTEN)
+        return EncodedRow(encoded, row.left_out + gaps, row.empty + silent, row.tools, remarks)
+
+    @cached_property
+    def _gaps(self) -> VocabularyGaps:
+        token = self.tokenizer.unk_token_id
+        unknown = None if token is None else (token, str(self.tokenizer.unk_token))
+        return VocabularyGaps(self._plain_ids, self.tokenizer.decode, unknown, list(self.tokenizer.get_added_vocab()))
 
     def prompt(self, text: str) -> list[int]:
         """Return the prompt for ``text``, in the form that was taught: a turn, an instruction, a prompt, a beginning.
@@ -349,7 +359,7 @@ class Encoder:
         """Return a text to put before one that is not the first; empty where that makes no difference."""
         for anchor in ANCHORS:
             alone, text, both = self._plain_ids([anchor, "b", f"{anchor}b"])
-            if both[: len(alone)] == alone:
+            if both[: len(alone)] == alone and len(both) > len(alone):
                 return anchor if both[len(alone) :] != text else ""
         return ""
 
@@ -363,15 +373,15 @@ class Encoder:
                 return ids[len(alone) :]
         return self._plain_ids([text])[0]
 
-    def _assemble(self, pieces: Sequence[tuple[list[int], bool]], *, templated: bool) -> Encoded:
-        ids = [token for tokens, _ in pieces for token in tokens]
-        targets = [counts for tokens, counts in pieces for _ in tokens]
+    def _assemble(self, pieces: list[list[int]], of_pieces: list[list[bool]], *, templated: bool) -> Encoded:
+        ids = [token for tokens in pieces for token in tokens]
+        targets = [counts for of_piece in of_pieces for counts in of_piece]
         if not templated:  # a chat template writes its own begin and end
             begun = self._begun(ids)
             ids, targets = begun, [self._everything and any(targets)] * (len(begun) - len(ids)) + targets
             if ids[-1:] != [self.tokenizer.eos_token_id]:
                 # a blank completion is no lesson: it and its end would teach the model to be silent
-                ids, targets = [*ids, self.tokenizer.eos_token_id], [*targets, pieces[-1][1]]
+                ids, targets = [*ids, self.tokenizer.eos_token_id], [*targets, any(of_pieces[-1])]
         length, most = len(ids), self.dataset.max_length
         if length > most and self.dataset.long_rows is LongRows.TRUNCATE:
             return Encoded(ids[:most], targets[:most], truncated=True, full_length=length)

@@ -36,7 +36,10 @@ def check_tolerance(tolerance: Tolerance, receipt: PrepareReceipt) -> None:
             tolerance.left_out,
             receipt.left_out,
             receipt.rows,
-            "rows say something that the chat template leaves out, or have an empty answer: look at chatTemplate",
+            (
+                "rows say something that the chat template or the tokenizer leaves out, or have an empty answer: look"
+                " at chatTemplate and the receipt's notes"
+            ),
         ),
         (
             "duplicates",

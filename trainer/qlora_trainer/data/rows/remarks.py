@@ -25,6 +25,7 @@ SYSTEM_UNUSED = (
 )
 FUNCTIONS_UNUSED = "cells of the column functions are not used: they hold no functions with names, or the row has tools"
 UNREAD_KEY = "keys {key} of messages, which the chat template does not name, have no effect"
+UNWRITTEN = "characters for which the tokenizer has no token are neither read nor learned (counted as leftOut)"
 
 
 @dataclass
