@@ -75,7 +75,7 @@ def _lengthen(f):
 
 
 def _with_code(f):
-    (f / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tokenization_x.Tokenizer", null]}}')
+    (f / "generation_config.json").write_text('{"auto_map": {"AutoX": "generation_x.Generation"}}')
 
 
 def _pickled(f):
@@ -95,7 +95,7 @@ BAD_MODELS = [
     pytest.param(_adapter, "this is an adapter, name its base", id="an-adapter"),
     pytest.param(lambda f: (f / "config.json").write_text("{"), "config.json that is not JSON", id="config-unreadable"),
     pytest.param(lambda f: (f / "config.json").write_text("[]"), "not a JSON object", id="config-no-object"),
-    pytest.param(_with_code, r"brings its own code .*tokenization_x\.Tokenizer", id="auto-map"),
+    pytest.param(_with_code, r"brings its own code .*generation_x\.Generation", id="auto-map"),
     pytest.param(_pickled, r"only pickled weights \(pytorch_model\.bin\).*save_pretrained", id="pickled-weights"),
     pytest.param(lambda f: (f / "model.safetensors").unlink(), r"has neither model\.safetensors", id="no-weights"),
     pytest.param(

@@ -12,6 +12,7 @@ import torch
 
 from qlora_api.errors import FieldError
 from qlora_memory import check_skip_modules
+from qlora_trainer.data.formats import Encoder
 from qlora_trainer.errors import AdapterRejectedError, UserError
 from qlora_trainer.model.base_model import add_lora, causal_config, check_base, meta_model, trainable
 from qlora_trainer.model.composite import has_no_towers, text_config
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qlora_api.contract import TrainerConfig
+    from qlora_api.spec import QLoRAJobSpec
     from qlora_memory import WeightCounts
 
 ROW_KERNELS = ("causal_conv1d", "fla")
@@ -86,6 +88,7 @@ def prepare_from_scratch(config: TrainerConfig, began: Record | None) -> Record:
     tokenizer = load_bounded_tokenizer(model.path, spec.dataset.chat_template)
     data = prepare_data(spec, tokenizer, model.tokenizer_hash, train_rows, eval_rows, cache)
     check_tokens(data, tokenizer, vocabulary)
+    check_prompts(spec, Encoder(tokenizer, spec.dataset, conversations=data.receipt.conversations), vocabulary)
     return Record(
         key=job_key(spec, model.revision),
         model_source=model.source,
@@ -129,6 +132,24 @@ def check_tokens(data: PreparedData, tokenizer: PreTrainedTokenizerBase, vocabul
                 f"has {vocabulary} embeddings and a tokenizer of {len(tokenizer)} tokens: the rows hold the token"
                 f" {tokenizer.convert_ids_to_tokens(largest)!r}, number {largest}, which has none. Use the tokenizer"
                 " that goes with the model, or a chatTemplate without that token",
+            )
+
+
+def check_prompts(spec: QLoRAJobSpec, encoder: Encoder, vocabulary: int) -> None:
+    """Refuse prompts with a token that the model has no embedding for.
+
+    Raises:
+        UserError: names the prompt and the token.
+
+    """
+    for prompt in spec.training.evaluation.prompts:
+        largest = max(encoder.prompt(prompt))
+        if largest >= vocabulary:
+            raise UserError(
+                "spec.training.evaluation.prompts",
+                prompt,
+                f"holds the token {encoder.tokenizer.convert_ids_to_tokens(largest)!r}, number {largest}, and"
+                f" {spec.model.source} has {vocabulary} embeddings: name tokens that it has",
             )
 
 

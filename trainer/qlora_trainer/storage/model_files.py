@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 SINGLE_WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 16 << 20
@@ -34,7 +35,7 @@ MAX_JSON_BYTES = 16 << 20
 MAX_TOKENIZER_BYTES = 64 << 20
 """Of a tokenizer's file; the largest published ones have about 40 MB."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-CONFIGURATIONS = (CONFIG, GENERATION_CONFIG, "tokenizer_config.json", "special_tokens_map.json", "chat_template.json")
+CONFIGURATIONS = (CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.json")
 """What transformers takes arguments from, by their names."""
 OTHER_WEIGHTS = "transformers_weights"
 """A key of config.json: the file that transformers loads in place of the usual ones, pickled or not."""
@@ -56,7 +57,7 @@ TOKENIZER_FILES = (
     *VOCABULARIES,
     "merges.txt",
     "bpe.codes",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
@@ -161,14 +162,14 @@ def check_code(name: str, content: bytes) -> None:
     """Refuse a JSON file that cannot be read, asks for the repository's code, or sends the loader to other weights.
 
     Raises:
-        ModelFilesError: not a JSON object, or it has ``transformers_weights``, or an ``auto_map`` and is not
-            ``config.json``: of that, ``qlora_trainer.model.base_model.causal_config`` finds out whether transformers
-            has the class itself.
+        ModelFilesError: not a JSON object, or it has ``transformers_weights``, or an ``auto_map`` and is neither that
+            of the model nor of its tokenizer: whether transformers has these classes itself is found out by
+            ``qlora_trainer.model.base_model.causal_config`` and ``qlora_trainer.model.tokenizer.load_tokenizer``.
 
     """
     value = json_object(name, content)
     references = value.get("auto_map")
-    if references and name != CONFIG:
+    if references and name not in (CONFIG, TOKENIZER_CONFIG):
         raise ModelFilesError(
             f"brings its own code (auto_map in {name}: {json.dumps(references)}), which is never run; delete auto_map "
             "if transformers has the class itself"
