@@ -64,16 +64,17 @@ def test_a_token_without_an_embedding_ends_prepare_where_rows_or_prompts_hold_it
     model = larger_tokenizer(runner)
     rows = runner.folder / "extra.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b <|extra|>"}\n' * 8)
-    for changes, parts in (
+    cases = (
         ({"dataset": {"train": {"source": str(rows)}}}, ["spec.model.source: ", "512 embeddings", "513 tokens"]),
         (
             {"training": {"evaluation": {"prompts": ["a", "say <|extra|>"]}}},
             ['spec.training.evaluation.prompts: "say <|extra|>" holds', "512 embeddings"],
         ),
-    ):
-        config = runner.config(ranks=1, model=model, **changes)
+    )
+    for attempt, (changes, parts) in enumerate(cases, start=1):
+        config = runner.config(attempt, ranks=1, model=model, **changes)
         code = runner.prepare(config)
         assert code == ExitCode.USER_ERROR
         said = runner.ended(config, code).text
         assert all(part in said for part in [*parts, "'<|extra|>', number 512"]), said
-    assert runner.prepare(runner.config(ranks=1, model=model)) == 0, "a token that nothing holds does no harm"
+    assert runner.prepare(runner.config(3, ranks=1, model=model)) == 0, "a token that nothing holds does no harm"
