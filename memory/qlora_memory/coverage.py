@@ -29,14 +29,20 @@ class Coverage:
     groups: int
     """Layers with experts."""
     adapted_groups: int
+    tokens: int = 0
+    """Tokens whose embeddings are trained."""
 
     @property
     def adapted(self) -> str:
         """Return what has an adapter, in words."""
-        layers = f"{self.adapted_layers} of {self.layers} linear layers"
-        if not self.groups:
-            return layers
-        return f"{layers}, the experts of {self.adapted_groups} of {self.groups} layers"
+        parts = [f"{self.adapted_layers} of {self.layers} linear layers"]
+        if self.groups:
+            parts.append(f"the experts of {self.adapted_groups} of {self.groups} layers")
+        if self.tokens:
+            parts.append(
+                f"the embedding{'s' if self.tokens > 1 else ''} of {self.tokens} token{'s' if self.tokens > 1 else ''}"
+            )
+        return ", ".join(parts)
 
     @property
     def notes(self) -> tuple[str, str]:
@@ -61,6 +67,7 @@ def planned_coverage(shape: ModelShape, lora: LoRASpec, quantization: Quantizati
         adapted_layers=len(adapted - experts),
         groups=len(groups),
         adapted_groups=sum(bool(group & adapted) for group in groups),
+        tokens=len(lora.train_tokens),
     )
 
 

@@ -179,9 +179,10 @@ class AdapterShape:
 
     @cached_property
     def vectors(self) -> tuple[int, ...]:
-        """Elements of each vector that learns: DoRA's magnitudes [outputs], and biases."""
+        """Elements of each tensor without weight decay: embeddings of tokens, DoRA's magnitudes [outputs], biases."""
+        tokens = len(self.lora.train_tokens) * self.shape.head.linear.inputs
         found = [layer.outputs for layer in self.layers] if self.lora.dora else []
-        return (*found, *self._biases)
+        return (*((tokens,) if tokens else ()), *found, *self._biases)
 
     @cached_property
     def _biases(self) -> tuple[int, ...]:

@@ -53,6 +53,8 @@ def _structural(value, node, path):
         yield f"{path}: does not match"
     if not node.get("minimum", value) <= value <= node.get("maximum", value) if kind is int else False:
         yield f"{path}: out of bounds"
+    if node.get("x-kubernetes-list-type") == "set" and len({repr(item) for item in value}) < len(value):
+        yield f"{path}: duplicate value"
     for shortest, longest in (("minLength", "maxLength"), ("minItems", "maxItems"), ("minProperties", "maxProperties")):
         if (shortest in node or longest in node) and not (
             node.get(shortest, 0) <= len(value) <= node.get(longest, len(value))

@@ -212,4 +212,5 @@ def test_what_a_resume_depends_on_is_immutable_and_the_rest_is_not():
     (rule,) = [r["rule"] for r in rules if "oldSelf.lora" in r["rule"]]
     old = VALID["spec"] | {"lora": {"rank": 8}}
     assert cel.evaluate(rule, {"self": old, "oldSelf": old})
-    assert not cel.evaluate(rule, {"self": old | {"lora": {"rank": 9}}, "oldSelf": old})
+    for changed in ({"rank": 9}, {"rank": 8, "trainTokens": ["<|im_end|>"]}):
+        assert not cel.evaluate(rule, {"self": old | {"lora": changed}, "oldSelf": old})

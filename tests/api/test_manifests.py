@@ -135,6 +135,18 @@ def test_what_is_written_is_read_back_the_same():
             id="layers-to-skip-where-none-is-quantized",
         ),
         pytest.param(
+            {"lora__trainTokens": ["<|im_start|>", "a", "<|im_start|>"]},
+            "spec.lora.trainTokens: must name each token once",
+            id="token-twice",
+        ),
+        pytest.param(
+            {"lora__trainTokens": [str(number) for number in range(10_000)]},
+            "spec.lora.trainTokens: is not allowed: list should have at most 512 items",
+            id="too-many-tokens",
+        ),
+        pytest.param({"lora__trainTokens": ["a", ""]}, "spec.lora.trainTokens[1]: ", id="empty-token"),
+        pytest.param({"lora__trainTokens": ["x" * 129]}, "spec.lora.trainTokens[0]: ", id="long-token"),
+        pytest.param(
             {"parallelism__zeroStage": 3, "quantization__type": "INT8"},
             "spec.parallelism.zeroStage: 3: quantization.type INT8 cannot be partitioned",
             id="int8-under-zero-3",

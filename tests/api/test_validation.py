@@ -22,6 +22,7 @@ FULL = manifest(
     dataset__columns={"messages": "turns"},
     dataset__tolerance={"dropped": "0.5"},
     lora__targetModules=["q_proj"],
+    lora__trainTokens=["<|im_start|>", " a\n"],
     training__evaluation={"everySteps": 10, "patience": 2, "prompts": ["Why?"]},
     parallelism={"workers": 4, "minWorkers": 2, "zeroStage": 2},
     scheduling={

@@ -6,10 +6,10 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar, assert_never
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, field_validator
 
 from qlora_api.base import Model, Rule, decimal
-from qlora_api.spec.values import Prompt
+from qlora_api.spec.values import Prompt, Token
 
 
 class QuantizationType(StrEnum):
@@ -113,6 +113,17 @@ class LoRASpec(Model):
     """Scale by alpha / sqrt(rank) instead. Kalajdzievski 2023."""
     dora: bool = False
     """DoRA: train magnitude and direction of the weights separately. Liu et al. 2024. Not available for experts."""
+    train_tokens: list[Token] = Field([], max_length=512, json_schema_extra={"x-kubernetes-list-type": "set"})
+    """Tokens whose embeddings are trained too, such as <|im_start|> where the base has never seen it: names in the
+    tokenizer's vocabulary, or texts that are one token of it. An output head that shares the embeddings learns with
+    them. vLLM does not load such an adapter by itself: serve the merged model."""
+
+    @field_validator("train_tokens")
+    @classmethod
+    def _check_repeated(cls, tokens: list[str]) -> list[str]:
+        if len(set(tokens)) < len(tokens):
+            raise ValueError("must name each token once")
+        return tokens
 
 
 class Schedule(StrEnum):
@@ -171,7 +182,7 @@ class TrainingSpec(Model):
     """Optimizer. The paged ones can move their state to host memory when GPU memory is short; without CUDA, the
     non-paged variant is used."""
     weight_decay: decimal(0, 1) = "0"  # type: ignore[valid-type]
-    """Decoupled weight decay on A and B; never on biases and magnitudes."""
+    """Decoupled weight decay on A and B; never on biases, magnitudes and embeddings."""
     max_grad_norm: decimal(0, 1000) = "0.3"  # type: ignore[valid-type]
     """Clip the global gradient norm to this; 0 switches clipping off. QLoRA, appendix B.2."""
     gradient_checkpointing: GradientCheckpointing = GradientCheckpointing.AUTO

@@ -53,6 +53,7 @@ Destination = Annotated[
 Name = Annotated[str, StringConstraints(max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
 Column = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=2000)]
+Token = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 Label = Annotated[str, StringConstraints(max_length=317)]
 Quantity = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?([EPTGM]i?|[kKm]|Ki)?$", max_length=32)]
 """As Kubernetes writes amounts: 500m, 4, 16Gi."""

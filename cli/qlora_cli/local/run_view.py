@@ -102,7 +102,11 @@ def _adapter(spec: QLoRAJobSpec) -> str:
     kind = "DoRA" if lora.dora else "LoRA"
     layers = ", ".join(lora.target_modules) if lora.target_modules else "all linear layers but the head, and experts"
     stabilized = ", rank-stabilized" if lora.rank_stabilized else ""
-    return f"{kind} of rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout}{stabilized}, on {layers}"
+    count = len(lora.train_tokens)
+    tokens = (
+        f", and the embedding{'s' if count > 1 else ''} of {count} token{'s' if count > 1 else ''}" if count else ""
+    )
+    return f"{kind} of rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout}{stabilized}, on {layers}{tokens}"
 
 
 def _schedule(spec: QLoRAJobSpec) -> str:

@@ -36,7 +36,7 @@ def mutants() -> list[Mutation]:
             "lossOn": "Assistant",
         },
         model={"credentials": "hub"},
-        lora={"targetModules": ["q_proj", "v_proj"]},
+        lora={"targetModules": ["q_proj", "v_proj"], "trainTokens": ["<|im_start|>"]},
         training={"microBatchSize": 4, "evaluation": {"everySteps": 5, "patience": 2}},
         checkpoint={"everySteps": 5},
         policy={"activeDeadlineSeconds": 600},

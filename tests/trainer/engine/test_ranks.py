@@ -8,6 +8,7 @@ from torchrun import torchrun, torchrun_once
 
 WORKER = "ranks_worker.py"
 FLOAT16 = {"quantization": {"computeType": "Float16"}, "lossScale": 4096.0}
+TOKENS = {"tokens": {f"<|{number}|>": number for number in range(40, 80)}}
 DROPOUT = {"lora": {"dropout": "0.1"}}
 
 CASES = {
@@ -28,6 +29,9 @@ CASES = {
     "int8": {"quantization": {"type": "INT8"}},
     "16-bit": {"quantization": {"type": "None"}},
     **{f"float16-zero-{stage}": {**FLOAT16, "parallelism": {"zeroStage": stage}} for stage in range(4)},
+    **{f"tokens-zero-{stage}": {**TOKENS, "parallelism": {"zeroStage": stage}} for stage in (0, 2, 3)},
+    "tokens-of-a-tied-head-zero-2": {**TOKENS, "model": "opt", "parallelism": {"zeroStage": 2}},
+    "tokens-of-a-tied-head-zero-3": {**TOKENS, "model": "opt", "parallelism": {"zeroStage": 3}},
     "float16-offload": {**FLOAT16, "parallelism": {"zeroStage": 2, "offload": "Optimizer"}},
 }
 SCALED = [name for name, case in CASES.items() if "lossScale" in case]
@@ -68,6 +72,16 @@ def test_sharing_and_saving_memory_do_not_change_the_training(case, on_two_ranks
     reference, seen = on_two_ranks["zero-0"], on_two_ranks[case]
     assert seen["losses"] == pytest.approx(reference["losses"], rel=1e-3)
     assert seen["norms"] == pytest.approx(reference["norms"], rel=2e-2)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", [2, 3])
+def test_embeddings_of_tokens_are_trained_alike_in_every_stage(stage, on_two_ranks):
+    reference, seen = on_two_ranks["tokens-zero-0"], on_two_ranks[f"tokens-zero-{stage}"]
+    assert seen["losses"] == pytest.approx(reference["losses"], rel=1e-3)
+    assert seen["norms"] == pytest.approx(reference["norms"], rel=2e-2)
+    tied, other = (on_two_ranks[f"tokens-of-a-tied-head-zero-{n}"] for n in (2, 3))
+    assert tied["losses"] == pytest.approx(other["losses"], rel=1e-3)
 
 
 @pytest.mark.ranks

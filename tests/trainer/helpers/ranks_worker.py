@@ -31,8 +31,8 @@ def build(case: dict[str, Any], model: Path, ranks: Ranks) -> Any:
     quantization = QuantizationSpec.model_validate(case.get("quantization", {}))
     parallelism = ParallelismSpec.model_validate(case.get("parallelism", {}))
     training = TrainingSpec.model_validate({"maxSteps": 6, **case.get("training", {})})
-    base = load_base(model, quantization, ranks.device, parallelism.zero_stage)
-    adapted = add_lora(base, LoRASpec.model_validate(case.get("lora", {})), seed=1)
+    base = load_base(model.with_name(case.get("model", model.name)), quantization, ranks.device, parallelism.zero_stage)
+    adapted = add_lora(base, LoRASpec.model_validate(case.get("lora", {})), seed=1, tokens=case.get("tokens", {}))
     adapted.train()
     if case.get("checkpointing"):
         enable_gradient_checkpointing(adapted)

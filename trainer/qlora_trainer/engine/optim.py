@@ -11,6 +11,7 @@ import bitsandbytes as bnb
 import torch
 
 from qlora_api.spec import Offload, Optimizer, Schedule, TrainingSpec
+from qlora_trainer.model.trained_tokens import TRAINED_ROWS
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +23,11 @@ _BITSANDBYTES = {
 
 
 def parameter_groups(parameters: Mapping[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases and magnitudes (one dimension) do not. Empty groups are left out."""
-    matrices = [p for p in parameters.values() if p.ndim >= 2]
-    vectors = [p for p in parameters.values() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    """Matrices decay; biases and magnitudes (one dimension) and embeddings do not. Empty groups are left out."""
+    decays = {name: p.ndim >= 2 and TRAINED_ROWS not in name for name, p in parameters.items()}
+    matrices = [p for name, p in parameters.items() if decays[name]]
+    others = [p for name, p in parameters.items() if not decays[name]]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [g for g in groups if g["params"]]
 
 

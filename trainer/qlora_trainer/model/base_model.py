@@ -7,8 +7,9 @@ on an 8B model), and the adapter alone is held in fp32, because it alone learns.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, assert_never
 
 import torch
@@ -35,6 +36,7 @@ from qlora_trainer.model.layer_use import note_layer_use
 from qlora_trainer.model.loading.hf_quantizers import EightBitConfig, FourBitConfig
 from qlora_trainer.model.loading.plain_linear import unify_linear_layers
 from qlora_trainer.model.loading.read_weights import load_weights, method_on_disk
+from qlora_trainer.model.trained_tokens import check_trained_tokens, use_trained_rows
 from qlora_trainer.storage.model_files import CONFIG
 
 _BIAS = {LoRABias.NONE: "none", LoRABias.ALL: "all", LoRABias.LORA_ONLY: "lora_only"}
@@ -204,14 +206,29 @@ def causal_config(path: Path) -> Any:
     return config
 
 
-def add_lora(model: Any, lora: LoRASpec, seed: int, model_name: str = "the base model") -> PeftModel:
+def add_lora(
+    model: Any,
+    lora: LoRASpec,
+    seed: int,
+    model_name: str = "the base model",
+    tokens: Mapping[str, int] = MappingProxyType({}),
+) -> PeftModel:
     """Put the adapter on the base: A random (from ``seed``), B zero, in fp32; everything else stays frozen.
 
+    Args:
+        model: the base.
+        lora: of the job.
+        seed: of A.
+        model_name: by which errors name the base.
+        tokens: the numbers of those whose embeddings are trained, by their names.
+
     Raises:
-        UserError: a target matches no linear layer.
+        UserError: a target matches no linear layer, or the embeddings of tokens cannot be trained.
 
     """
     check_targets(model, lora, model_name)
+    if tokens:
+        check_trained_tokens(model, lora, tokens, model_name)
     config = lora_config(
         model,
         lora,
@@ -222,6 +239,7 @@ def add_lora(model: Any, lora: LoRASpec, seed: int, model_name: str = "the base 
         bias=_BIAS[lora.bias],
         use_rslora=lora.rank_stabilized,
         use_dora=lora.dora,
+        trainable_token_indices=list(tokens.values()) or None,
     )
     torch.manual_seed(seed)
     try:
@@ -231,6 +249,7 @@ def add_lora(model: Any, lora: LoRASpec, seed: int, model_name: str = "the base 
         raise UserError("spec.lora.targetModules", targets, f"cannot be adapted: {error}") from error
     hold_trainable_in_fp32(peft_model, model.dtype)
     fuse_adapters(peft_model)
+    use_trained_rows(peft_model, model_name)
     return peft_model
 
 
@@ -255,7 +274,8 @@ def hold_trainable_in_fp32(model: nn.Module, dtype: torch.dtype) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-                if dtype is not torch.float32:
+                # A layer gathers its own weight under ZeRO-3; a list of parameters is not called, its cast is.
+                if dtype is not torch.float32 or isinstance(module, nn.ParameterDict):
                     parametrize.register_parametrization(module, name, _Cast(dtype), unsafe=True)
 
 

@@ -12,6 +12,7 @@ from qlora_trainer.model.base_model import is_quantized
 from qlora_trainer.model.experts.adapter import ExpertAdapter
 from qlora_trainer.model.experts.structure import expert_groups
 from qlora_trainer.model.experts.targets import linear_layers
+from qlora_trainer.model.trained_tokens import trained_count
 
 
 def coverage_of(model: Any) -> Coverage:
@@ -26,6 +27,7 @@ def coverage_of(model: Any) -> Coverage:
         adapted_layers=sum(isinstance(m, LoraLayer) and not isinstance(m, ExpertAdapter) for m in model.modules()),
         groups=len(groups),
         adapted_groups=sum(id(group) in wrapped for group in groups.values()),
+        tokens=trained_count(model),
     )
 
 

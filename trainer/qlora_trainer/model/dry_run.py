@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_trainer.errors import UserError
 from qlora_trainer.model.experts.forward import use_own_forward
 from qlora_trainer.model.layer_use import LayerUse
+from qlora_trainer.model.trained_tokens import TRAINED_ROWS
 
 if TYPE_CHECKING:
     from qlora_api.spec import LoRASpec
@@ -102,7 +103,8 @@ def adapters_without_gradient(model: Any) -> list[str]:
     use_own_forward(model.get_base_model())
     if not _try(model):
         return []
-    lost = {n.split(".lora_")[0] for n, p in model.named_parameters() if ".lora_B." in n and p.grad is None}
+    idle = [n for n, p in model.named_parameters() if p.grad is None]
+    lost = {n.split(end)[0] for end in (".lora_B.", f"{TRAINED_ROWS}.") for n in idle if end in n}
     return sorted(n.removeprefix("base_model.model.") for n in lost)
 
 

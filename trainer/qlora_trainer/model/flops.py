@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from qlora_trainer.model.composite import text_config
+from qlora_trainer.model.trained_tokens import plain_head
 
 FROZEN, LEARNS = 4, 6
 """FLOP for each weight and token: 2 forward, 2 for the gradient of the input, 2 for that of a weight that learns."""
@@ -30,7 +31,7 @@ def flops_per_token(model: Any, lengths: NDArray[np.int64], target_share: float)
         return None
     if not all(isinstance(getattr(config, name, None), int) for name in ("hidden_size", "num_hidden_layers")):
         return None
-    head = model.get_output_embeddings()
+    head = plain_head(model)
     weights = sum(
         (LEARNS if module.weight.requires_grad else FROZEN)
         * module.in_features

@@ -2,7 +2,8 @@
 
 The head is frozen, so only the gradient of its input is needed, and that can be computed while the logits of a chunk
 are at hand: memory is one chunk of logits, whatever the vocabulary and the length. The idea is that of Liger's fused
-linear cross-entropy (Hsu et al. 2024, section 3.2); here without a weight gradient, over target tokens only.
+linear cross-entropy (Hsu et al. 2024, section 3.2); here over target tokens only, and without a weight gradient but for
+the rows of tokens whose embeddings are trained, where the head shares these.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from qlora_trainer.data.batches import IGNORED, MicroBatch
 from qlora_trainer.errors import UserError
 from qlora_trainer.model.composite import has_no_towers, language_model
 from qlora_trainer.model.device.attention import is_packed
+from qlora_trainer.model.trained_tokens import plain_head, trained_rows
 
 log = logging.getLogger(__name__)
 LOGITS_PER_CHUNK = 1 << 25
@@ -29,44 +31,66 @@ LOGITS_PER_CHUNK = 1 << 25
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        trained: torch.Tensor | None,
+        numbers: torch.Tensor | None,
     ) -> torch.Tensor:
         need_gradient = ctx.needs_input_grad[0]
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if need_gradient else None
+        shares = None if trained is None or gradient is None else hidden.new_empty(len(hidden), len(trained))
         chunk = max(1, LOGITS_PER_CHUNK // weight.shape[0])
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             logits = functional.linear(hidden[part], weight, bias).float()
+            if trained is not None and numbers is not None:
+                logits.index_copy_(1, numbers, functional.linear(hidden[part], trained).float())
             index = labels[part].unsqueeze(1)
             log_sum = logits.logsumexp(dim=1, keepdim=True)
             losses[part] = (log_sum - logits.gather(1, index)).squeeze(1)
             if gradient is not None:
                 logits.sub_(log_sum).exp_()  # now probabilities
                 logits.scatter_add_(1, index, torch.full_like(log_sum, -1.0))
+                if trained is not None and numbers is not None and shares is not None:
+                    shares[part] = logits[:, numbers]
+                    logits.index_fill_(1, numbers, 0.0)
                 gradient[part] = logits.to(weight.dtype) @ weight
+                if trained is not None and shares is not None:
+                    gradient[part] += shares[part] @ trained
             del logits  # else this chunk's would be there while the next one's are made
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(gradient, shares, None if shares is None else hidden)
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradient, shares, hidden = ctx.saved_tensors
         if gradient is None:
-            return None, None, None, None
-        return gradient * grads[0].unsqueeze(1).to(gradient.dtype), None, None, None
+            return (None,) * 6
+        outer = grads[0].unsqueeze(1).to(gradient.dtype)
+        rows = None if shares is None else (shares * outer).t() @ hidden
+        return gradient * outer, None, None, None, rows, None
 
 
 class FrozenHead(nn.Module):
     """A frozen output head that answers with losses instead of logits where it is told what was right.
 
     It holds the head's own parameters, so that ZeRO-3 gathers them around its forward.
+
+    Args:
+        head: the head itself.
+        trained: rows of it that are trained, and their tokens, where it shares embeddings of which some are.
+
     """
 
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, head: nn.Linear, trained: tuple[nn.ParameterDict, torch.Tensor] | None = None) -> None:
         super().__init__()
         self.weight = head.weight
         self.bias = head.bias
+        self.trained = trained
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """Loss of each token.
@@ -79,10 +103,17 @@ class FrozenHead(nn.Module):
             [N] fp32, in nats; without labels [N, vocabulary] logits.
 
         """
-        if labels is None:
-            return functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
-        losses: torch.Tensor = _LinearCrossEntropy.apply(hidden.to(self.weight.dtype), self.weight, self.bias, labels)
-        return losses
+        hidden = hidden.to(self.weight.dtype)
+        rows, numbers = (None, None)
+        if self.trained is not None:
+            (rows,), numbers = self.trained[0].values(), self.trained[1]
+        if labels is not None:
+            losses: torch.Tensor = _LinearCrossEntropy.apply(hidden, self.weight, self.bias, labels, rows, numbers)
+            return losses
+        logits = functional.linear(hidden, self.weight, self.bias)
+        if rows is None or numbers is None:
+            return logits
+        return logits.index_copy(1, numbers, functional.linear(hidden, rows))
 
 
 class NextTokenLoss(nn.Module):
@@ -99,7 +130,7 @@ class NextTokenLoss(nn.Module):
         super().__init__()
         self.model = model
         self.row_by_row = row_by_row
-        self.head = FrozenHead(model.get_output_embeddings()) if fused else None
+        self.head = FrozenHead(plain_head(model), trained_rows(model.get_output_embeddings())) if fused else None
 
     def forward(
         self, inputs: dict[str, Any], targets: torch.Tensor, labels: torch.Tensor | None = None
@@ -190,8 +221,8 @@ def head_is_plain(model: Any) -> bool:
     Found out by trying on four tokens, with the head's output made 64 times larger on the way, so that a scale or a
     soft cap behind it (Cohere, Granite, Gemma 2) shows. False for a head that is adapted.
     """
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or any(p.requires_grad for p in head.parameters()):
+    head, plain = model.get_output_embeddings(), plain_head(model)
+    if type(plain) is not nn.Linear or any(p.requires_grad for p in plain.parameters()):
         return False
     seen: list[torch.Tensor] = []
 
@@ -200,10 +231,10 @@ def head_is_plain(model: Any) -> bool:
         return seen[1]
 
     ids = torch.arange(4).unsqueeze(0)
-    inputs: dict[str, Any] = {name: ids.to(head.weight.device) for name in ("input_ids", "position_ids")}
+    inputs: dict[str, Any] = {name: ids.to(plain.weight.device) for name in ("input_ids", "position_ids")}
     inputs["use_cache"] = False
     if is_packed(model.config):  # others may refuse what tells rows apart
-        starts = torch.tensor([0, 4], dtype=torch.int32, device=head.weight.device)
+        starts = torch.tensor([0, 4], dtype=torch.int32, device=plain.weight.device)
         inputs |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 4, "max_length_k": 4}
     was_training = model.training
     model.eval()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from qlora_api.errors import FieldError
@@ -29,6 +31,7 @@ from qlora_trainer.model.layer_use import note_layer_use
 from qlora_trainer.model.loading.read_weights import notes_of
 from qlora_trainer.model.loss import check_rows_alone
 from qlora_trainer.model.tokenizer import load_bounded_tokenizer
+from qlora_trainer.model.trained_tokens import find_trained_tokens
 from qlora_trainer.model.trial.try_training import try_training
 from qlora_trainer.model.weight_counts import count_weights
 from qlora_trainer.prepare.plan_memory import agreed_shape, shape_of
@@ -39,6 +42,8 @@ from qlora_trainer.publish.gate import check_loads
 from qlora_trainer.storage.fetch import FetchedModel, fetch_model, fetch_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedTokenizerBase
 
     from qlora_api.contract import TrainerConfig
@@ -48,6 +53,8 @@ if TYPE_CHECKING:
 ROW_KERNELS = ("causal_conv1d", "fla")
 """Packages whose kernels keep rows apart in models with a recurrent state."""
 UNTRIED = "a model of the base's class and few layers could not be tried on a CPU, since it ends the process"
+SHOWN_TOKENS = 8
+TOKENS_AT_ONCE = 1 << 24
 log = logging.getLogger(__name__)
 
 
@@ -73,8 +80,9 @@ def prepare_from_scratch(config: TrainerConfig, began: Record | None) -> Record:
         headers_only=config.shared_cache_uri is not None,  # this pod trains nothing; without it the ranks are here
     )
     log.info("stage: checking model and adapter")
+    tokens = find_trained_tokens(model.path, spec.lora, model.source, load_bounded_tokenizer)
     with bounded_stage(config, Stage.MODEL):
-        vocabulary, counts = check_architecture(config, model)
+        vocabulary, counts = check_architecture(config, model, tokens)
     tried = [UNTRIED]
     if not ends_the_process:
         log.info("stage: trying a toy of the model")
@@ -89,11 +97,12 @@ def prepare_from_scratch(config: TrainerConfig, began: Record | None) -> Record:
     data = prepare_data(spec, tokenizer, model.tokenizer_hash, train_rows, eval_rows, cache)
     check_tokens(data, tokenizer, vocabulary)
     check_prompts(spec, Encoder(tokenizer, spec.dataset, conversations=data.receipt.conversations), vocabulary)
+    notes = [*tried, *notes_on_tokens(data, tokens)]
     return Record(
         key=job_key(spec, model.revision),
         model_source=model.source,
         model_revision=model.revision,
-        receipt=data.receipt.model_copy(update={"notes": [*data.receipt.notes, *notes_of(model.path), *tried]}),
+        receipt=data.receipt.model_copy(update={"notes": [*data.receipt.notes, *notes_of(model.path), *notes]}),
         shape=agreed_shape(model.path, shape_of(model.path, model.source), counts, spec),
     )
 
@@ -153,8 +162,32 @@ def check_prompts(spec: QLoRAJobSpec, encoder: Encoder, vocabulary: int) -> None
             )
 
 
-def check_architecture(config: TrainerConfig, model: FetchedModel) -> tuple[int, WeightCounts]:
+def notes_on_tokens(data: PreparedData, tokens: Mapping[str, int]) -> list[str]:
+    """Return what is worth saying of tokens whose embeddings are trained."""
+    if not tokens:
+        return []
+    notes = ["vLLM does not load trained embeddings of tokens with an adapter: serve the merged model"]
+    rows, numbers = data.train.tokens, np.fromiter(tokens.values(), dtype=np.int64)
+    seen: set[int] = set()
+    for start in range(0, len(rows), TOKENS_AT_ONCE):
+        part = rows[start : start + TOKENS_AT_ONCE]
+        seen.update(np.unique(part[np.isin(part, numbers)]).tolist())
+    absent = [json.dumps(token, ensure_ascii=False) for token, number in tokens.items() if number not in seen]
+    if absent:
+        more = f" and {len(absent) - SHOWN_TOKENS} more" if len(absent) > SHOWN_TOKENS else ""
+        notes.append(f"trained tokens that no training row holds: {', '.join(absent[:SHOWN_TOKENS])}{more}")
+    return notes
+
+
+def check_architecture(
+    config: TrainerConfig, model: FetchedModel, tokens: Mapping[str, int]
+) -> tuple[int, WeightCounts]:
     """Build the architecture without weights, and look for the adapter's targets and room for the positions.
+
+    Args:
+        config: of the job.
+        model: its base.
+        tokens: the numbers of those whose embeddings are trained, by their names.
 
     Returns:
         How many tokens it has embeddings for, and its weights.
@@ -174,7 +207,7 @@ def check_architecture(config: TrainerConfig, model: FetchedModel) -> tuple[int,
     use = find_layer_use(meta_model(model.path))
     note_layer_use(skeleton, use)
     embeddings: int = skeleton.get_input_embeddings().weight.shape[0]
-    adapted = add_lora(skeleton, config.spec.lora, config.spec.training.seed, model.source)
+    adapted = add_lora(skeleton, config.spec.lora, config.spec.training.seed, model.source, tokens)
     _check_gradient(adapted, config, model.source)
     _check_loads(adapted, config, model)
     positions = getattr(text_config(skeleton.config), "max_position_embeddings", None)

@@ -273,7 +273,7 @@ def job_key(spec: QLoRAJobSpec, revision: str) -> str:
         "train": _identity(spec.dataset.train.source, "spec.dataset.train.source"),
         "eval": _identity(own_eval, "spec.dataset.eval.source") if own_eval else None,
         "quantization": {k: v for k, v in plain["quantization"].items() if v != []},
-        "lora": plain["lora"],
+        "lora": {k: v for k, v in plain["lora"].items() if v != []},
         **({"prompts": prompts} if (prompts := spec.training.evaluation.prompts) else {}),
     }
     return sha256_bytes(json.dumps(facts, sort_keys=True).encode())

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from qlora_trainer.errors import AdapterRejectedError
+from qlora_trainer.model.trained_tokens import TRAINED_ROWS
 from qlora_trainer.publish.vllm_rules import misplaced_layer, vllm_problem
 from qlora_trainer.storage.model_files import ModelFilesError, check_weights, is_tokenizer_file, safetensors_header
 
@@ -60,6 +61,7 @@ def verify_adapter(folder: Path, base_names: Iterable[str] | None = None, lora: 
     except (ModelFilesError, SafetensorError) as error:
         raise AdapterRejectedError(f"the adapter {error}") from error
     _check_pairs(sides, config)
+    _check_tokens(folder / WEIGHTS, config, lora)
     names = None if base_names is None else set(base_names)
     if problem := misplaced_layer(sides.keys(), names or ()):
         raise AdapterRejectedError(f"vLLM would not apply the adapter: {problem}")
@@ -213,6 +215,17 @@ def _check_pairs(sides: dict[str, dict[str, tuple[int, ...]]], config: Any) -> N
         # The pairs of all experts of a layer are one pair, of as many ranks.
         if pair["A"][0] != rank and (pair["A"][0] % rank or not config.target_parameters):
             raise AdapterRejectedError(f"{module} has rank {pair['A'][0]}, and the adapter's {CONFIG} says {rank}")
+
+
+def _check_tokens(path: Path, config: Any, lora: LoRASpec | None) -> None:
+    """Compare the trained embeddings of tokens with what the configuration, and the job, name."""
+    found = [tuple(t["shape"]) for name, t in safetensors_header(path).items() if name.endswith(TRAINED_ROWS)]
+    wanted = len(config.trainable_token_indices or ())
+    if lora is not None and wanted != len(lora.train_tokens):
+        raise AdapterRejectedError(f"the adapter trains {wanted} tokens, and the job names {len(lora.train_tokens)}")
+    if [shape[0] for shape in found] != [wanted] * bool(wanted):
+        shown = ", ".join(map(str, found)) or "none"
+        raise AdapterRejectedError(f"the adapter names {wanted} trained tokens, and its embeddings are {shown}")
 
 
 def _wrapped_modules(base_names: set[str], endings: tuple[str, ...]) -> set[str]:

@@ -6,11 +6,13 @@ import json
 from typing import TYPE_CHECKING
 
 from qlora_api.spec import LoRABias, QLoRAJobSpec, QuantizationType
+from qlora_api.untrusted.printable import printable
 
 if TYPE_CHECKING:
     from qlora_api.contract import JobRef
     from qlora_trainer.publish.adapter_manifest import PublishFacts
 
+SHOWN_TOKENS = 16
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM takes for --max-lora-rank (vllm/config/lora.py, MaxLoRARanks)."""
 
@@ -81,6 +83,7 @@ def summary(job: JobRef, attempt: int, facts: PublishFacts) -> list[tuple[str, s
         ("Longest sequence", f"{spec.dataset.max_length} tokens{', packed' if spec.dataset.packing else ''}"),
         ("LoRA", f"rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout}{''.join(f', {v}' for v in variants)}"),
         ("Adapted layers", ": ".join(filter(None, (targets, facts.adapted)))),
+        *([("Trained tokens", _in_a_cell(lora.train_tokens))] if lora.train_tokens else []),
         ("Optimizer", f"{training.optimizer}, weight decay {training.weight_decay}"),
         ("Learning rate", f"{training.learning_rate}, {training.schedule}, {training.warmup_steps} warmup steps"),
         ("Global batch", f"{training.global_batch_size} sequences"),
@@ -99,6 +102,13 @@ def _held_as(spec: QLoRAJobSpec) -> str:
     double = quantization.double_quantization and quantization.type.is_four_bit
     skipped = f" but for {', '.join(quantization.skip_modules)}" if quantization.skip_modules else ""
     return f"in {quantization.type}{', double-quantized' if double else ''}{skipped}"
+
+
+def _in_a_cell(tokens: list[str]) -> str:
+    """Write tokens for a cell of a table: as code, without what would end one or the other."""
+    shown = [printable(json.dumps(token, ensure_ascii=False)) for token in tokens[:SHOWN_TOKENS]]
+    named = [f"``{text}``".replace("|", "\\|") for text in shown]
+    return ", ".join([*named, *([f"and {len(tokens) - SHOWN_TOKENS} more"] if len(tokens) > SHOWN_TOKENS else [])])
 
 
 def _loss(value: float | None) -> str:
@@ -127,6 +137,7 @@ def _vllm_lines(job: JobRef, facts: PublishFacts, base: str) -> list[str]:
             ("it uses DoRA", lora.dora),
             ("it has trained biases", lora.bias is not LoRABias.NONE),
             ("it adapts experts", facts.adapts_experts),
+            ("it has trained embeddings of tokens", bool(lora.train_tokens)),
             (f"its rank {lora.rank} is above {VLLM_RANKS[-1]}", rank is None),
         )
         if holds

@@ -11,6 +11,8 @@ The rules, as of vLLM 0.11 (``vllm/lora/peft_helper.py``: ``from_dict``, ``_vali
   targets;
 - experts are adapted as PEFT's ``target_parameters``, which that version does not know: like DoRA, such an adapter is
   served merged, and the model card says so;
+- trained embeddings of tokens (PEFT's ``trainable_token_indices``) are unsupported weights (``utils.py``, vllm#36501):
+  such an adapter is served merged, too;
 - weights come as safetensors, without vocabulary of their own (``new_embeddings``).
 
 Of a class that wraps a language model, vLLM 0.33 looks for layers under the name that its own class has. Names that no
@@ -42,6 +44,7 @@ _WEIGHT = re.compile(r"^base_model\.model\.(?P<layer>.+)\.lora_[AB]\.weight$")
 _WRAPPED = re.compile(r"(\.base_layer)+$")
 """What PEFT adds to a module's name for each further parameter of it."""
 _MAGNITUDE = re.compile(r"\.lora_magnitude_vector(\.weight)?$")
+_TOKENS = re.compile(r"\.token_adapter\.trainable_tokens_delta$")
 _BIAS = re.compile(r"^base_model\.model\..+\.bias$")
 
 
@@ -97,8 +100,10 @@ def _name_problem(config: Mapping[str, Any], names: Collection[str], lora: LoRAS
     for name in sorted(names):
         match = _WEIGHT.match(name)
         if match is None:
-            asked_for = (lora.dora and _MAGNITUDE.search(name)) or (
-                lora.bias is not LoRABias.NONE and _BIAS.match(name)
+            asked_for = (
+                (lora.dora and _MAGNITUDE.search(name))
+                or (lora.train_tokens and _TOKENS.search(name))
+                or (lora.bias is not LoRABias.NONE and _BIAS.match(name))
             )
             if not asked_for:
                 return f"it holds {name}, which is no LoRA weight"

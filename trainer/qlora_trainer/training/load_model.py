@@ -10,6 +10,7 @@ from qlora_trainer.model.base_model import add_lora, enable_gradient_checkpointi
 from qlora_trainer.model.coverage import coverage_of
 from qlora_trainer.model.loading.loading_progress import counted_weights
 from qlora_trainer.model.loss import NextTokenLoss, check_rows_alone, head_is_plain, rows_are_apart
+from qlora_trainer.model.trained_tokens import find_trained_tokens
 
 if TYPE_CHECKING:
     from qlora_api.contract import TrainerConfig
@@ -34,7 +35,8 @@ def load_model(config: TrainerConfig, prepared: Prepared, ranks: Ranks, recorder
         base = load_base(prepared.model_path, spec.quantization, ranks.device, spec.parallelism.zero_stage)
     prepared.check_unchanged()
     recorder.stage("adding the adapter")
-    model = add_lora(base, spec.lora, spec.training.seed, prepared.model_source)
+    tokens = find_trained_tokens(prepared.model_path, spec.lora, prepared.model_source)
+    model = add_lora(base, spec.lora, spec.training.seed, prepared.model_source, tokens)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     model.train()

@@ -20,6 +20,7 @@ from qlora_trainer.model.composite import output_head_names, tower_layers
 from qlora_trainer.model.experts.adapter import ExpertAdapter
 from qlora_trainer.model.experts.structure import expert_groups, expert_parameters, router_names
 from qlora_trainer.model.layer_use import known_layer_use
+from qlora_trainer.model.trained_tokens import plain_head
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,7 +36,7 @@ def linear_layers(model: Any) -> dict[str, nn.Module]:
 
     A subclass of a linear layer with a forward pass of its own, such as a router that returns a tuple, is none.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = plain_head(model) if hasattr(model, "get_output_embeddings") else None
     routers = router_names(model)
     return {n: m for n, m in model.named_modules() if type(m) in _LINEAR and m is not head and n not in routers}
 
