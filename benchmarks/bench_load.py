@@ -1,0 +1,128 @@
+"""Measure the host memory that loading a base takes which is FP8 or MXFP4 on disk: ``python benchmarks/bench_load.py``
+
+Writes a mixture of experts of random weights in each, loads it in NF4 as a rank does, and compares the most anonymous
+memory that the process takes for it with what it holds afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlora_api.spec import ComputeType, QuantizationSpec
+from qlora_trainer.model.base_model import load_base, weight_bytes
+
+HIDDEN, INNER, EXPERTS, LAYERS = 2048, 6144, 8, 2
+BLOCK = 128
+"""Of FP8, in both directions, as DeepSeek and Qwen publish it."""
+SAMPLE_SECONDS = 0.005
+SIZES = {
+    "vocab_size": 1024,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "num_experts_per_tok": 2,
+}
+BASES = {
+    "fp8": ("qwen3_moe", {"num_experts": EXPERTS, "moe_intermediate_size": INNER}),
+    "mxfp4": ("gpt_oss", {"num_local_experts": EXPERTS, "intermediate_size": INNER}),
+}
+QUANTIZATION = {
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]},
+    "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+}
+TWO_EXPERTS = 2 * 2 * 3 * HIDDEN * INNER
+"""Bytes of two experts in 16 bits, each of three matrices."""
+COLUMNS = ("on disk", "read, MB", "in 4 bits, MB", "two experts in 16 bits, MB", "peak, MB", "peak over 4 bits, MB")
+
+
+def write_base(folder: Path, kind: str) -> None:
+    """Write a base of random weights."""
+    model_type, sizes = BASES[kind]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **SIZES, **sizes)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="100GB")
+    path, convert = folder / "model.safetensors", {"fp8": _to_fp8, "mxfp4": _to_mxfp4}[kind]
+    made = {n: t for name, tensor in load_file(path).items() for n, t in convert(name, tensor).items()}
+    save_file(made, path, metadata={"format": "pt"})
+    values = json.loads((folder / "config.json").read_bytes())
+    (folder / "config.json").write_text(json.dumps({**values, "quantization_config": QUANTIZATION[kind]}))
+
+
+def _to_fp8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    if "_proj.weight" not in name:
+        return {name: weight}
+    scales = torch.full((-(-weight.shape[0] // BLOCK), -(-weight.shape[1] // BLOCK)), 1e-3)
+    return {name: (weight.float() * 1e3).clamp(-448, 448).to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
+
+
+def _to_mxfp4(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        return {name: weight}
+    experts, inputs, outputs = weight.shape
+    shape = experts, outputs, inputs // 32
+    blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+    return {f"{name}_blocks": blocks, f"{name}_scales": torch.full(shape, 120, dtype=torch.uint8)}
+
+
+def anonymous() -> int:
+    """Return the bytes of this process that no file stands behind."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+def load(folder: Path) -> tuple[int, int]:
+    """Load a base; return the bytes that it holds, and the most that loading took."""
+    torch.set_num_threads(1)
+    before, peak, done = anonymous(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(SAMPLE_SECONDS):
+            peak[0] = max(peak[0], anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = load_base(folder, QuantizationSpec(compute_type=ComputeType.BFLOAT16), torch.device("cpu"))
+    done.set()
+    watcher.join()
+    return sum(weight_bytes(model).values()), peak[0] - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", nargs=2, metavar=("FOLDER", "KIND"), help=argparse.SUPPRESS)
+    parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.write:
+        write_base(Path(arguments.write[0]), arguments.write[1])
+        return
+    if arguments.load:
+        print(*load(arguments.load))
+        return
+    print(f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}", sep="\n")
+    for kind in BASES:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name) / "base"
+            subprocess.run([sys.executable, __file__, "--write", str(folder), kind], check=True)
+            disk = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            done = subprocess.run(
+                [sys.executable, __file__, "--load", str(folder)], check=True, stdout=subprocess.PIPE, text=True
+            )
+        held, peak = map(int, done.stdout.split()[-2:])
+        figures = " | ".join(f"{size / 1e6:,.0f}" for size in (disk, held, TWO_EXPERTS, peak, peak - held))
+        print(f"| {kind} | {figures} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
