@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, StringConstraints
 from qlora_api.base import Model
 from qlora_api.batch import BatchSplit
 from qlora_api.spec import ComputeType, QLoRAJobSpec
-from qlora_api.status import Adapter, Memory, PrepareResult, Progress, Reason, TrackedRun
+from qlora_api.status import Adapter, Count, Memory, PrepareResult, Progress, Reason, TrackedRun
 
 TERMINATION_MESSAGE_BYTES = 4096
 """Kubernetes keeps no more of /dev/termination-log."""
@@ -128,6 +128,8 @@ class TerminationMessage(Model):
     rank: int | None = None
     progress: Progress | None = None
     memory: Memory | None = None
+    tokens: Count | None = None
+    """Real tokens that the adapter was trained on, over all ranks and attempts; not set where it has none yet."""
     adapter: Adapter | None = None
     compute_type: ComputeType | None = None
     """In which the base computed."""

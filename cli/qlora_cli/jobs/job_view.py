@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_cli.kube.errors import ClusterError
-from qlora_cli.local.processes import is_alive
+from qlora_cli.local.processes import in_use
 from qlora_storage.local_paths import read_regular
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ UNCOUNTED = ("Preempted", "Suspended", "Paused", "NodeLost", "PeerLost")
 NEEDS_A_HAND = frozenset({"Unschedulable", "QuotaExceeded", "MissingReference", "ImageUnavailable", "Refused"})
 """Reasons of a waiting job that do not go away by waiting."""
 
-LOCK_BYTES = 64
-"""Of a lock, which names two processes at most."""
 UNSEEN = "no operator has processed the job yet"
 
 
@@ -277,15 +275,6 @@ def _prepare_state(folder: Path) -> tuple[str, str, str]:
     except (OSError, KeyError, TypeError, ValueError, RecursionError):
         return "Pending", "Pending", "no attempt yet"
     return ("Failed", reason, message) if failed else ("Pending", "Prepared", "no attempt yet")
-
-
-def in_use(folder: Path) -> bool:
-    """Return whether a 'qlora run' or its trainer lives. The lock is not tried: that could turn a run away."""
-    try:
-        holders = read_regular(folder.parent / f".{folder.name}.lock", LOCK_BYTES).decode().split()
-    except (OSError, UnicodeDecodeError):
-        return False
-    return any(pid.isdecimal() and is_alive(int(pid)) for pid in holders)
 
 
 # -------------------------------------------------------------------------------------------------------------- several

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from qlora_cli.jobs.job_view import in_use, read_run
+from qlora_cli.jobs.job_view import read_run
 from qlora_cli.jobs.logs import prefix
 from qlora_cli.kube.errors import ClusterError
+from qlora_cli.local.processes import in_use
 from qlora_cli.text.output import console
 from qlora_cli.text.printable import write
 from qlora_storage.local_paths import open_regular

@@ -69,7 +69,7 @@ class RunRecord(Model):
     first_eval_loss: Decimal | None = None
     """Before the first step."""
     tokens: dict[int, Count] = Field({})
-    """Real tokens of each attempt, over all ranks, as last heard."""
+    """Real tokens of each attempt, over all ranks, as last heard: of a short one, those of its first steps."""
     section_seconds: dict[int, dict[str, float]] = {}
     """Time of rank 0 in each attempt by section, as last heard."""
     result: TerminationMessage | None = None
@@ -84,6 +84,12 @@ class RunRecord(Model):
     @property
     def finished(self) -> bool:
         return self.result is not None
+
+    @property
+    def tokens_trained(self) -> int:
+        """As the end of the run reports them, with the adapter; before, as each attempt was last heard."""
+        known = self.result.tokens if self.result else None
+        return sum(self.tokens.values()) if known is None else known
 
     def with_attempt(self, attempt: Attempt) -> RunRecord:
         """Add an attempt, or put it in the place of the one with its number."""
@@ -381,6 +387,10 @@ class Lock:
         os.ftruncate(self.descriptor, 0)
         os.pwrite(self.descriptor, " ".join(str(pid) for pid in pids).encode(), 0)
 
+    def holders(self) -> list[int]:
+        """Return the processes that are named."""
+        return [int(pid) for pid in os.pread(self.descriptor, 64, 0).split() if pid.isdigit()]
+
 
 @contextmanager
 def locked(runs: Path, name: str) -> Iterator[Lock]:
@@ -399,7 +409,10 @@ def locked(runs: Path, name: str) -> Iterator[Lock]:
             raise RunError(_in_use(runs / name, os.pread(descriptor, 64, 0).decode(errors="replace"))) from None
         lock = Lock(descriptor)
         lock.name_holders(os.getpid())
-        yield lock
+        try:
+            yield lock
+        finally:
+            lock.name_holders(*(pid for pid in lock.holders() if pid != os.getpid()))
     finally:
         os.close(descriptor)
 

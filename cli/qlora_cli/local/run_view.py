@@ -285,9 +285,8 @@ def _results(record: RunRecord) -> Iterator[tuple[str, str]]:
     yield "Time", f"{units.duration(wall)}, {ranks:.3g} {kind}"
     if record.section_seconds:
         yield "Time by part", ", ".join(f"{part} {units.duration(s)}" for part, s in parts(record, wall).items())
-    tokens = sum(record.tokens.values())
-    if tokens:
-        yield "Tokens trained on", units.number(tokens)
+    if record.tokens_trained:
+        yield "Tokens trained on", units.number(record.tokens_trained)
 
 
 def parts(record: RunRecord, attempts_seconds: float) -> dict[str, float]:

@@ -89,7 +89,7 @@ def of_run(folder: run_folder.RunFolder, record: RunRecord) -> Facts:
         spec=record.spec.to_json_dict(),
         history=history,
         attempts=record.attempts,
-        tokens=sum(record.tokens.values()),
+        tokens=record.tokens_trained,
         device=device or record.device,
         termination_message=termination,
         receipt=record.receipt,

@@ -10,6 +10,8 @@ from rich.console import Group
 from rich.table import Table
 
 from qlora_api.sweep.result import RESULT_FILE, RESULT_SCHEMA
+from qlora_api.sweep.trials import TrialState
+from qlora_cli.local.processes import in_use
 from qlora_cli.local.run_folder import RUN_RECORD, SWEEP_RECORD, RunError
 from qlora_cli.report.sweep_figures import TrialHistory, sweep_figures
 from qlora_cli.report.sweep_page import PARAMETER_HEADS, comparison, parameter_rows, sweep_page
@@ -101,6 +103,8 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _histories(runs: Iterable[tuple[int, RunFolder, RunRecord]], record: SweepRecord) -> Iterator[TrialHistory]:
     for number, run, found in runs:
         trial = trial_of(number, found, record.spec, last_message(run, found))
+        if trial.state is TrialState.SUSPENDED and in_use(run.path):
+            trial = trial.model_copy(update={"state": TrialState.RUNNING})
         yield TrialHistory(trial, values_by_step(run, found, record.spec.objective.metric))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -39,6 +40,12 @@ def test_a_run_says_what_it_will_do_and_what_came_of_it(workplace):
     ):
         assert expected in workplace.said, workplace.said
     assert "\x1b" not in workplace.said
+
+
+def test_tokens_are_those_of_all_steps_not_of_the_last_progress_report(workplace):
+    workplace.run()
+    assert re.search("Tokens trained on +12,345", workplace.said)
+    assert workplace.record()["tokens"] == {"1": 5000}
 
 
 def test_the_trainer_gets_a_resolved_config(workplace):

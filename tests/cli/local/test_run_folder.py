@@ -6,7 +6,8 @@ import pytest
 
 from qlora_api import QLoRAJobSpec
 from qlora_api.spec import ComputeType
-from qlora_cli.local.run_folder import Refuse, ResumeRun, new_record, now, opening
+from qlora_cli.local.processes import in_use
+from qlora_cli.local.run_folder import Refuse, ResumeRun, locked, new_record, now, opening
 
 
 def spec(**quantization):
@@ -34,3 +35,10 @@ def test_another_compute_type_than_the_one_that_was_trained_in_is_refused():
     found = opening(began, spec(computeType="Float32"), trained=True)
     assert isinstance(found, Refuse)
     assert [change.field for change in found.changes] == ["spec.quantization.computeType"]
+
+
+def test_a_lock_names_its_process_for_as_long_as_it_is_held(tmp_path):
+    """A sweep holds the lock of one trial after the other."""
+    with locked(tmp_path, "job"):
+        assert in_use(tmp_path / "job")
+    assert not in_use(tmp_path / "job")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import pytest
 from typer.testing import CliRunner
@@ -142,6 +143,26 @@ def test_the_command_writes_page_and_figures_and_prints_the_tables(sweep_place):
     assert page.count("<polyline") == 4
     assert page.count("<circle") == 8
     assert "<script" not in page
+
+
+def test_the_trial_that_a_process_trains_is_running_and_one_that_waits_is_suspended(sweep_place):
+    sweep_place.write(earlyStopping={"minSteps": 4, "reductionFactor": 2})
+    assert sweep_place.run() == 0, sweep_place.said
+    for number in (0, 3):
+        file = sweep_place.runs / "trials" / f"search-{number}" / "run.json"
+        record = json.loads(file.read_text())
+        record.pop("result", None)
+        (file.parent / f"attempt-{len(record['attempts'])}" / "termination.json").unlink()
+        for name in ("endTime", "reason"):
+            record["attempts"][-1].pop(name, None)
+        file.write_text(json.dumps(record))
+    (sweep_place.runs / "trials" / ".search-3.lock").write_text(str(os.getpid()))
+    done = CliRunner(env={"COLUMNS": "160"}).invoke(app.app, ["report", "search"])
+    assert done.exit_code == 0, done.output
+    states = {
+        trial["name"]: trial["state"] for trial in json.loads((sweep_place.runs / "report.json").read_text())["trials"]
+    }
+    assert (states["search-0"], states["search-3"]) == ("Suspended", "Running")
 
 
 @pytest.mark.parametrize("name", ["sweep.html", "page.json", "trials/search-0/run.html", "trials/search-9/run.html"])

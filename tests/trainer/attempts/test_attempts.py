@@ -32,6 +32,7 @@ def test_a_job_learns_and_ends_with_a_verified_adapter_that_plain_peft_loads(run
     assert verify_published(message.adapter.manifest_uri) == []
     manifest = json.loads(Path(message.adapter.manifest_uri).read_text())
     assert manifest["metrics"]["baseEvalLoss"] > manifest["metrics"]["evalLoss"]
+    assert message.tokens == manifest["metrics"]["tokens"] > 0
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(runner.model), message.adapter.uri)
     merged = AutoModelForCausalLM.from_pretrained(Path(message.adapter.uri).parent / "merged")
     ids = torch.arange(20)[None]

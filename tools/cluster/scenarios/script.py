@@ -119,13 +119,13 @@ def _in_force(
     """
     name = policy["metadata"]["name"]
     api.create(policy)
-    api.create(_binding(name, namespace_labels))
-    deadline = time.monotonic() + TAKE_UP_SECONDS
-    while not holds(api.post(path, probe, dryRun="All")):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{name} is not in force at {path}: {policy['spec']['mutations']}")
-        time.sleep(0.1)
     try:
+        api.create(_binding(name, namespace_labels))
+        deadline = time.monotonic() + TAKE_UP_SECONDS
+        while not holds(api.post(path, probe, dryRun="All")):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{name} is not in force at {path}: {policy['spec']['mutations']}")
+            time.sleep(0.1)
         yield
     finally:
         for plural in ("mutatingadmissionpolicybindings", "mutatingadmissionpolicies"):

@@ -126,13 +126,14 @@ def finished_run(config: TrainerConfig) -> TerminationMessage | None:
     adapter = verified(store, *there)
     check_gate(store, there[0], config.spec)
     metrics = there[0].metrics
-    step, total = (int(metrics.get(name) or 0) for name in ("step", "totalSteps"))
+    step, total, tokens = (int(metrics.get(name) or 0) for name in ("step", "totalSteps", "tokens"))
     loss = metrics.get("evalLoss")
     return TerminationMessage(
         exit_code=ExitCode.DONE,
         reason=Reason.COMPLETED,
         message=f"published by attempt {there[0].attempt} already: step {step} of {total}",
         progress=Progress(step=step, total_steps=total, best_eval_loss=None if loss is None else f"{loss:.6g}"),
+        tokens=tokens,
         adapter=adapter,
     )
 

@@ -327,5 +327,6 @@ def finished(context: TrainingContext, run: RunState) -> TerminationMessage:
         ),
         progress=progress_of(report),
         compute_type=report.compute_type,
+        tokens=run.tokens,
         memory=Memory(predicted=memory.predicted, measured={k: int(v) for k, v in zip(measured, largest, strict=True)}),
     )
