@@ -177,7 +177,7 @@ def check_variables(environ: Mapping[str, str]) -> None:
             continue
         if name not in MANY_LINES and not value.isprintable():
             raise SettingError(f"{name}: has a line break or another control character inside")
-        if _PLACEHOLDER.fullmatch(value):
+        if not name.endswith("_PROFILE") and _PLACEHOLDER.fullmatch(value):
             raise SettingError(f"{name}: has a placeholder that was not replaced, such as None or $(NAME)")
         if _SCHEME.match(value):
             raise SettingError(f"{name}: must be the token alone, without the word before it")

@@ -1,9 +1,10 @@
-"""Paths on this machine, as users write them, and files that take their place as a whole."""
+"""Paths and URIs as users write them, and files that take their place as a whole."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 64 << 20
 """Of a record or a manifest. A larger file is something else, and would fill the memory."""
+SCHEMES = ("s3", "gs", "az", "hf", "pvc", "file")
+BUCKET = {"s3": r"[A-Za-z0-9._-]+", "gs": r"[A-Za-z0-9._-]+", "az": r"[A-Za-z0-9-]+|\$(root|web|logs)"}
+"""Names of buckets, by scheme; those of Azure are containers, some of them the server's own."""
+_WITHOUT_SLASHES = re.compile(rf"({'|'.join(SCHEMES)}):|([A-Za-z][A-Za-z0-9+.-]*):(/|$)", re.IGNORECASE)
+_VARIABLE = re.compile(r"(^|/)\$[A-Za-z_]|\$[({]")
+_QUERY = re.compile(r"\?[\w.-]+=")
 
 
 def expand_home(path: str) -> Path:
@@ -92,3 +99,37 @@ def write_whole(path: Path, text: str, mode: int = 0o666) -> None:
     """Write a text file as a whole or not at all."""
     with whole_file(path, mode) as file:
         file.write(text.encode())
+
+
+def uri_problem(uri: str) -> str | None:
+    """Say why a URI or a local path cannot be meant as it is written, and what to write; None where it can.
+
+    The words complete a sentence about the URI and do not repeat it: it may hold a password.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        if found := _WITHOUT_SLASHES.match(uri):
+            name = found[1] or found[2]
+            example = "file:///folder/name" if name.lower() == "file" else f"{name}://name/folder"
+            return f"must be written as {example}; a local folder of that name is ./{name}:…"
+        rest = uri
+    elif scheme == "file" and not rest.startswith("/"):
+        return "must have an absolute path after file://, such as file:///folder/name"
+    bucket, slash, key = rest.lstrip("/").partition("/")
+    if separator and bucket and scheme in BUCKET:
+        if not re.fullmatch(BUCKET[scheme], bucket) and not _VARIABLE.search(bucket):
+            return (
+                f"must have nothing but the name between {scheme}:// and the next slash: credentials and servers"
+                " are read from the environment"
+            )
+        if _QUERY.search(key):
+            return "must not have a query: versions and options of objects are not read"
+        rest = f"{slash}{key}" if bucket.startswith("$") and re.fullmatch(BUCKET[scheme], bucket) else rest
+    if _VARIABLE.search(rest):
+        return "must not have variables: they are not replaced here; write the value"
+    return None
+
+
+def without_password(uri: str) -> str | None:
+    """Return a URI as it may be repeated in an error; None where a password may be in it."""
+    return None if "@" in uri.partition("://")[2].partition("/")[0] else uri

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, TypeVar
 from qlora_storage.backend import BUCKET_SCHEMES, CHUNK_BYTES, Backend, Entry, Fault, FaultKind
 from qlora_storage.errors import AlreadyExistsError, NotFoundError, StorageError, UserError
 from qlora_storage.folders import FolderBackend
-from qlora_storage.local_paths import expand_home
+from qlora_storage.local_paths import expand_home, uri_problem, without_password
 from qlora_storage.retry import PATIENCE_SECONDS, FaultError, call_patiently
-from qlora_storage.uris import uri_problem, without_password
 
 if TYPE_CHECKING:
     import builtins

@@ -3,8 +3,8 @@
 import pytest
 
 from qlora_storage.errors import UserError
+from qlora_storage.local_paths import uri_problem
 from qlora_storage.object_store import local_path, open_store
-from qlora_storage.uris import uri_problem
 
 FIELD = "spec.output.destination"
 ELSEWHERE = {

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from qlora_cli.kube.errors import ClusterError
 from qlora_storage.errors import JobError
 from qlora_storage.folders import FolderBackend
+from qlora_storage.local_paths import uri_problem, without_password
 from qlora_storage.object_store import BUCKET_SCHEMES, NotFoundError, Store, open_store
 from qlora_storage.published import PublishedFile, difference, differences, enclosing_manifest, unlisted
-from qlora_storage.uris import uri_problem, without_password
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -19,7 +19,7 @@ from qlora_cli.manifest.job_manifest import Located, RefusedError
 from qlora_cli.manifest.local_paths import places
 from qlora_cli.text import kubernetes_yaml
 from qlora_storage.backend import BUCKET_SCHEMES
-from qlora_storage.uris import uri_problem, without_password
+from qlora_storage.local_paths import uri_problem, without_password
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

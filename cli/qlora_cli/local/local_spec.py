@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_api.errors import FieldError, ManifestError
 from qlora_api.spec import GradientCheckpointing, QLoRAJobSpec
-from qlora_storage.local_paths import expand_home
-from qlora_storage.uris import uri_problem, without_password
+from qlora_storage.local_paths import expand_home, uri_problem, without_password
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qlora_api.errors import FieldError
-from qlora_storage.local_paths import expand_home
-from qlora_storage.uris import uri_problem, without_password
+from qlora_storage.local_paths import expand_home, uri_problem, without_password
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
