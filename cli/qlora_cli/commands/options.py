@@ -34,6 +34,15 @@ def _namespaces(incomplete: str) -> list[str]:
     return namespaces(incomplete)
 
 
+def to_path(written: str | Path) -> Path:
+    """Return the path that a user names, in which ``~`` is a home, also where no shell has expanded it."""
+    from qlora_storage.local_paths import expand_home
+
+    if not str(written):
+        raise typer.BadParameter("is empty; name a file or folder")
+    return expand_home(str(written))
+
+
 Namespace = Annotated[
     str | None,
     typer.Option(
@@ -46,7 +55,9 @@ Context = Annotated[
 ]
 Kubeconfig = Annotated[
     Path | None,
-    typer.Option("--kubeconfig", metavar="FILE", help="Kubeconfig; default: $KUBECONFIG, then ~/.kube/config."),
+    typer.Option(
+        "--kubeconfig", metavar="FILE", help="Kubeconfig; default: $KUBECONFIG, then ~/.kube/config.", parser=to_path
+    ),
 ]
 Output = Annotated[OutputFormat, typer.Option("-o", "--output", help="Output format.")]
 PlainOutput = Annotated[PlainOutputFormat, typer.Option("-o", "--output", help="Output format.")]
@@ -75,7 +86,7 @@ Published = Annotated[
     ),
 ]
 Yes = Annotated[bool, typer.Option("-y", "--yes", help="Do not ask for confirmation.")]
-RunsDir = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the local runs.")]
+RunsDir = Annotated[Path, typer.Option(metavar="DIR", help="Folder of the local runs.", parser=to_path)]
 Set = Annotated[
     list[str] | None,
     typer.Option(

@@ -60,6 +60,20 @@ def test_a_download_is_the_adapter_without_the_attempts_folder_and_verifies(call
     assert "0 files" in call("download", f"{published}/manifest.json", "--to", "here").stdout
 
 
+@pytest.mark.parametrize("command", ["download {0}/ --to", "merge {0}/ --out", "report {0}/ --out", "list --runs-dir"])
+def test_an_empty_path_is_none(call, published, tmp_path, command):
+    result = call(*command.format(published).split(), "")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "is empty; name a file or folder" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_home_that_no_shell_has_expanded_is_the_users(call, published, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert call("download", f"{published}/", "--to=~/mine").exit_code == 0
+    assert (tmp_path / "home" / "mine" / "manifest.json").exists()
+
+
 def test_a_download_may_leave_the_merged_model(call, published, tmp_path):
     assert call("download", f"{published}/", "--adapter-only").exit_code == 0
     assert sorted(p.name for p in (tmp_path / "tune").iterdir()) == ["adapter", "manifest.json"]

@@ -20,7 +20,8 @@ def download(
     what: o.Published,
     *,
     to: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder to write; default: the name of the job.", readable=False)
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder to write; default: the name of the job.", parser=o.to_path),
     ] = None,
     adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Do not download the merged model.")] = False,
     secret: o.Secret = False,

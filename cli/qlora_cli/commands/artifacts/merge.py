@@ -18,7 +18,7 @@ def merge(
     what: o.Published,
     *,
     to: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Folder for the merged model; new or empty.", readable=False)
+        Path, typer.Option("--out", metavar="DIR", help="Folder for the merged model; new or empty.", parser=o.to_path)
     ],
     base: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Base model; default: the one that the manifest names.")

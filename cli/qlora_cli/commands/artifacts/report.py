@@ -18,7 +18,13 @@ ReportOf = Annotated[
 
 ReportFile = Annotated[
     Path | None,
-    typer.Option("-o", "--out", metavar="FILE", help="File to write; default: report.html in the folder of the run."),
+    typer.Option(
+        "-o",
+        "--out",
+        metavar="FILE",
+        help="File to write; default: report.html in the folder of the run.",
+        parser=o.to_path,
+    ),
 ]
 
 
