@@ -13,7 +13,7 @@ from qlora_trainer.data.tokenized_rows import TokenizedRows
 from qlora_trainer.errors import AdapterRejectedError
 from qlora_trainer.publish import merge_adapter
 from qlora_trainer.publish.gate import verify_gain, verify_merged_loss
-from qlora_trainer.publish.merge_adapter import load_adapter, load_unquantized, merge
+from qlora_trainer.publish.merge_adapter import load_adapter, load_unquantized, merge, merge_in_fp32
 from qlora_trainer.training.merged_loss import sample_loss
 from testing.opened_files import opened_files
 
@@ -58,6 +58,16 @@ def test_an_adapter_of_adapters_elsewhere_is_not_loaded(adapter):
 
 
 # --------------------------------------------------------------------------------------------------------------- merged
+
+
+def test_a_merged_weight_is_rounded_once(adapter):
+    model = load_adapter(small_base().bfloat16(), adapter)
+    layers = {n: m for n, m in model.get_base_model().named_modules() if n.endswith(("q_proj", "v_proj"))}
+    sums = {n: (m.base_layer.weight.float() + m.get_delta_weight("default")).bfloat16() for n, m in layers.items()}
+    rounded_twice = [m.base_layer.weight + m.get_delta_weight("default").bfloat16() for m in layers.values()]
+    merged = merge_in_fp32(model)
+    assert all(torch.equal(merged.get_submodule(name).weight, weight) for name, weight in sums.items())
+    assert not all(map(torch.equal, sums.values(), rounded_twice))
 
 
 def loss_of(model):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
 from qlora_trainer.errors import AdapterRejectedError
 from qlora_trainer.model.base_model import causal_config
@@ -76,13 +77,29 @@ def merge(base: Path, adapter: Path, folder: Path, loss_of: Callable[[Any], floa
     model = load_adapter(load_unquantized(base), adapter)
     untie_adapted_head(model)
     expected = loss_of(model) if loss_of else None
-    model = model.merge_and_unload(safe_merge=True)
+    model = merge_in_fp32(model)
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     if has_no_towers(model):
         copy_towers(base, folder)
     del model  # before there is another of its size
     if loss_of is not None and expected is not None:
         verify_merged_loss(expected, loss_of(load_unquantized(folder)))
+
+
+def merge_in_fp32(model: Any) -> Any:
+    """Return the base with the adapter in its weights, each a sum in fp32 that is rounded once.
+
+    PEFT rounds what it adds before the sum as well. Needs memory for one layer in fp32, three times.
+    """
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        weight = layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
+        dtype = weight.dtype
+        weight.data = weight.data.float()
+        layer.merge(safe_merge=True)
+        weight.data = weight.data.to(dtype)
+    return model.unload()
 
 
 def untie_adapted_head(model: Any) -> None:
