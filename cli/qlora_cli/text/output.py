@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
@@ -15,7 +15,7 @@ from rich.text import Text
 from qlora_api.untrusted.printable import is_printable, printable
 from qlora_cli.kube.names import API_VERSION, KIND
 from qlora_cli.text.choices import OutputFormat
-from qlora_cli.text.printable import as_json, is_encodable, write
+from qlora_cli.text.printable import as_json, is_encodable, one_line, write
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -100,7 +100,8 @@ def aligned(
     lines that are longer are cut; before that, and before the last column has less than ``ROOM``, the columns named
     ``spare`` are given up, one after the other.
     """
-    cells = [[c if isinstance(c, Cell) else Cell(c) for c in row] for row in rows]
+    styled = [[c if isinstance(c, Cell) else Cell(c) for c in row] for row in rows]
+    cells = [[replace(c, text=one_line(c.text)) for c in row] for row in styled]
     full = [row for row in cells if len(row) == len(head)]
     short = [len(row) - 1 for row in cells if len(row) < len(head)]
     kept = [i for i in range(len(head)) if not full or any(row[i].text for row in full) or any(i < n for n in short)]
@@ -185,7 +186,7 @@ def write_plain(value: Any, form: OutputFormat) -> None:
 def name_of(body: Object, kind: tuple[str, str] = JOB) -> str:
     """As ``kubectl -o name``; of a local run its folder."""
     if "metadata" not in body:
-        return str(body["folder"])
+        return one_line(str(body["folder"]))
     group, slash, _ = kind[0].partition("/")
     return f"{kind[1].lower()}{f'.{group}' if slash else ''}/{body['metadata']['name']}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from qlora_api.untrusted.printable import UNSAFE, printable
+from qlora_api.untrusted.printable import REPLACEMENT, UNSAFE, printable
 
 
 def write(text: str, *, error: bool = False) -> None:
@@ -18,6 +18,11 @@ def write(text: str, *, error: bool = False) -> None:
 def write_line(text: object, *, error: bool = False) -> None:
     """Write a text and the end of its line."""
     write(f"{text}\n", error=error)
+
+
+def one_line(text: str) -> str:
+    """Return a name, such as that of a folder, in which no character ends the line: what follows would be another."""
+    return text.replace("\n", REPLACEMENT).replace("\r", REPLACEMENT)
 
 
 def is_encodable(text: str) -> bool:

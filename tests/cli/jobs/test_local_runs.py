@@ -185,6 +185,13 @@ def test_no_command_waits_for_a_pipe(runs, tmp_path, file):
         assert call(*command).exit_code in (0, 40)
 
 
+@pytest.mark.parametrize("options", [[], ["-o", "name"]], ids=["table", "names"])
+def test_a_folder_whose_name_has_lines_is_one_row(runs, options):
+    runs("a\nruns/forged")
+    rows = call("list", "--local", *options).stdout.splitlines()
+    assert [row for row in rows if row.startswith("runs/forged")] == []
+
+
 def test_a_record_that_is_a_folder_is_named(runs, tmp_path):
     runs("quick")
     (tmp_path / "runs" / "quick" / "run.json").unlink()

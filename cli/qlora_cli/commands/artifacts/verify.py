@@ -10,7 +10,7 @@ from qlora_cli.commands.exit_codes import CHECK_FAILED
 from qlora_cli.commands.options import exit_with_code
 from qlora_cli.kube.target import Target, program
 from qlora_cli.text.choices import OutputFormat
-from qlora_cli.text.printable import write_line
+from qlora_cli.text.printable import one_line, write_line
 
 
 def verify(
@@ -45,7 +45,10 @@ def verify(
         elif output is OutputFormat.NAME:
             write_line(manifest)
         else:
-            write_line("\n".join(problems) or f"{manifest}: all {len(published.files)} files are what was published")
+            write_line(
+                "\n".join(map(one_line, problems))
+                or f"{manifest}: all {len(published.files)} files are what was published"
+            )
             if not problems:
                 out.say_next(f"{program()} merge {what} --out merged{Target(kubeconfig, context, namespace).flags()}")
     raise typer.Exit(CHECK_FAILED if problems else 0)
