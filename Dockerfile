@@ -58,7 +58,9 @@ ARG UV_TORCH_BACKEND
 # Empty: without the clients of MLflow, Weights & Biases and TensorBoard (spec.tracking).
 ARG TRACKING="--extra tracking"
 COPY pyproject.toml ./
+# Without the databases that Optuna can keep a study in: the operator keeps none (docs/decisions/0028).
 RUN /opt/uv/bin/uv pip compile --quiet --no-header --no-annotate --group operator --output-file operator.txt \
+       --no-emit-package alembic --no-emit-package mako --no-emit-package sqlalchemy \
     && /opt/uv/bin/uv pip compile --quiet --no-header --no-annotate --extra trainer $TRACKING pyproject.toml \
        --output-file trainer.txt
 
@@ -72,10 +74,11 @@ ARG UV_INDEX
 ARG UV_FIND_LINKS
 COPY --from=requirements /src/operator.txt .
 RUN /opt/uv/bin/uv pip install --quiet --no-deps --require-hashes --requirements operator.txt \
-    && python -m compileall -q -j 0 --invalidation-mode unchecked-hash -x '/client/(models|api)/' /opt/venv
+    && python -m compileall -q -j 0 --invalidation-mode unchecked-hash -x '/client/(models|api)/|/numpy/.*/tests/' /opt/venv
 COPY api/qlora_api /opt/qlora/qlora_api
 COPY memory/qlora_memory /opt/qlora/qlora_memory
 COPY operator/qlora_operator /opt/qlora/qlora_operator
+COPY sweep/qlora_sweep /opt/qlora/qlora_sweep
 RUN python -m compileall -q --invalidation-mode unchecked-hash /opt/qlora
 
 FROM build AS trainer-build

@@ -12,7 +12,7 @@ WORKERS ?= 2
 CLUSTER_WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
-CRD := crds/qlora.dev_qlorajobs.yaml
+CRDS := qlorajobs qlorasweeps
 STEP := .ci/step
 
 .PHONY: help
@@ -137,15 +137,18 @@ check: $(VENV)/.all-installed  ## Lint, format, imports, generated CRD, dashboar
 	@$(STEP) lint $(BIN)/ruff check
 	@$(STEP) format $(BIN)/ruff format --check
 	@$(STEP) imports $(BIN)/lint-imports
-	@$(STEP) crds bash -c '$(BIN)/qlora crds | diff -u $(CRD) - || { echo "$(CRD) is stale: make crds"; exit 1; }'
+	@$(STEP) crds bash -c 'for kind in $(CRDS); do $(BIN)/qlora crds $$kind | diff -u crds/qlora.dev_$$kind.yaml - \
+	  || { echo "crds/qlora.dev_$$kind.yaml is stale: make crds"; exit 1; }; done'
 	@$(STEP) chart $(BIN)/python charts/generate.py --check
 	@$(STEP) dashboards $(BIN)/python -m observability.generate --check
 	@$(STEP) reference $(BIN)/python docs/generate.py --check
 	@$(STEP) types $(BIN)/mypy
 
 .PHONY: crds
-crds: $(VENV)/.all-installed  ## Generate the CustomResourceDefinition from the types
-	$(BIN)/qlora crds > $(CRD).new && mv $(CRD).new $(CRD)
+crds: $(VENV)/.all-installed  ## Generate the CustomResourceDefinitions from the types
+	for kind in $(CRDS); do \
+	  $(BIN)/qlora crds $$kind > crds/$$kind.new && mv crds/$$kind.new crds/qlora.dev_$$kind.yaml || exit 1; \
+	done
 
 .PHONY: chart
 chart: crds  ## The chart's copy of the CRD, and the table of values in its README

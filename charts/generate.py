@@ -1,4 +1,4 @@
-"""Write what the chart repeats of other files: its copy of the CRD, and the table of values in its README.
+"""Write what the chart repeats of other files: its copies of the CRDs, and the table of values in its README.
 
 python charts/generate.py          writes
 python charts/generate.py --check  says what is stale, and fails
@@ -32,6 +32,7 @@ def generated() -> dict[Path, str]:
     table = "\n".join(values_table((CHART / "values.yaml").read_text()))
     return {
         CHART / "files" / "crd.yaml": (REPOSITORY / "crds" / "qlora.dev_qlorajobs.yaml").read_text(),
+        CHART / "files" / "sweep-crd.yaml": (REPOSITORY / "crds" / "qlora.dev_qlorasweeps.yaml").read_text(),
         readme: TABLE.sub(lambda _: f"{table}\n\n", readme.read_text()),
     }
 

@@ -1,4 +1,4 @@
-"""The reference of QLoRAJobs, from the types: fields, conditions, reasons, exit codes.
+"""The reference of QLoRAJobs and QLoRASweeps, from the types: fields, conditions, reasons, exit codes.
 
 python docs/generate.py          writes
 python docs/generate.py --check  says what is stale, and fails
@@ -24,12 +24,13 @@ from generated import write_or_check
 from qlora_api import status
 from qlora_api.base import DECIMAL_PATTERN
 from qlora_api.contract import REASONS, ExitCode
-from qlora_api.crd import PRINTER_COLUMNS, structural
+from qlora_api.crd import PRINTER_COLUMNS, SWEEP_PRINTER_COLUMNS, structural
 from qlora_api.lifecycle import STUCK, STUCK_ATTEMPTS, FinishJob, after_attempt
 from qlora_api.spec import PolicySpec
-from qlora_api.status import Attempt, ConditionType, MemoryComponent, Reason
+from qlora_api.status import NAME_PATTERN, Attempt, ConditionType, MemoryComponent, Reason
 from qlora_api.sweep.parameters import VARIABLE_FIELDS
 from qlora_api.sweep.spec import QLoRASweepSpec
+from qlora_api.sweep.status import QLoRASweepStatus
 from qlora_cli.manifest.explain import FieldEntry, describe
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -43,7 +44,8 @@ BEGINNING = (
     "rejects changes to immutable fields.",
 )
 SWEEP_BEGINNING = (
-    "`apiVersion: qlora.dev/v1alpha1`, `kind: QLoRASweep`: a search for the settings of a job by `qlora sweep`;",
+    "`apiVersion: qlora.dev/v1alpha1`, `kind: QLoRASweep`, short name `qls`: a search for the settings of a job, on a",
+    "cluster or by `qlora sweep`;",
     "[how to](../guides/search-settings.md). `metadata.name` has at most 48 characters: it begins those of trials.",
 )
 ENDS = (
@@ -170,9 +172,10 @@ def _cell(text: str) -> str:
 
 
 def _sweep() -> Iterator[str]:
-    yield WRITTEN.format(source="api/qlora_api/sweep/spec.py and parameters.py")
+    yield WRITTEN.format(source="api/qlora_api/sweep/spec.py, parameters.py and status.py")
     yield from ("", "# QLoRASweep", "", *SWEEP_BEGINNING)
-    for path, group in _sweep_groups("spec", structural(QLoRASweepSpec)):
+    groups = (("spec", structural(QLoRASweepSpec)), ("status", structural(QLoRASweepStatus)))
+    for path, group in (each for name, schema in groups for each in _sweep_groups(name, schema)):
         yield from ("", f"## {path}", "", group["description"], "")
         yield from ("| field | type | default | meaning |", "| --- | --- | --- | --- |")
         for name, field in group["properties"].items():
@@ -181,6 +184,9 @@ def _sweep() -> Iterator[str]:
             yield f"| {' | '.join(_cell(cell) for cell in cells)} |"
         if rules := [rule["message"] for rule in group.get("x-kubernetes-validations", ())]:
             yield from ("", *(f"- {rule}" for rule in rules))
+    yield from ("", "## What kubectl get shows", "", "| column | field |", "| --- | --- |")
+    for name, _, path, wide, _ in SWEEP_PRINTER_COLUMNS:
+        yield f"| {name.upper()}{' (with `-o wide`)' if wide else ''} | `{path.lstrip('.')}` |"
     yield from ("", "## Fields that may vary", "", *(f"- `{path}`" for path in VARIABLE_FIELDS))
 
 
@@ -189,7 +195,7 @@ def _sweep_groups(path: str, schema: dict[str, Any]) -> Iterator[tuple[str, dict
     yield path, schema
     for name, field in schema["properties"].items():
         inner = field.get("items", field)
-        if "properties" in inner and name != "spec":
+        if "properties" in inner and name not in ("spec", "conditions", "adapter"):
             yield from _sweep_groups(f"{path}.{name}{'[]' if 'items' in field else ''}", inner)
 
 
@@ -199,13 +205,19 @@ def _sweep_type(field: dict[str, Any]) -> str:
     if field.get("pattern") == DECIMAL_PATTERN:
         return "decimal in quotes"
     if field["type"] == "integer":
-        return f"whole number, {field['minimum']} to {field['maximum']}"
-    return {"array": "list", "object": "group", "string": "text"}[field["type"]]
+        return f"whole number, {field['minimum']} to {field['maximum']}" if "maximum" in field else "whole number"
+    if field.get("format") == "date-time":
+        return "time"
+    if field.get("pattern") == NAME_PATTERN:
+        return "a [condition or reason](conditions.md)"
+    return {"array": "list", "object": "group", "string": "text", "boolean": "`true`, `false`"}[field["type"]]
 
 
 def _sweep_default(field: dict[str, Any]) -> str:
     default = field.get("default")
-    return "" if default is None or isinstance(default, dict) else f"`{default}`"
+    if default in (None, "", []) or isinstance(default, dict):
+        return ""
+    return f"`{default if isinstance(default, str) else json.dumps(default)}`"
 
 
 # ------------------------------------------------------------------------------------ conditions, reasons, exit codes

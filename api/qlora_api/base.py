@@ -19,6 +19,7 @@ class Rule:
     """
 
     cel: str
+    """Empty: the schema says it in another way, as CEL cannot see the fields."""
     message: str
     """Says what is allowed, names the fields. Shown as it is by the API server and by ``qlora validate``."""
     field: str

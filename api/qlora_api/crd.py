@@ -1,4 +1,4 @@
-"""The CustomResourceDefinition, generated from the types: structural schema, CEL rules, printer columns.
+"""The CustomResourceDefinitions, generated from the types: structural schema, CEL rules, printer columns.
 
 https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions/
 """
@@ -6,6 +6,7 @@ https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resou
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
@@ -15,6 +16,9 @@ from qlora_api.errors import field_types, fields_of
 from qlora_api.job import GROUP, KIND, VERSION, QLoRAJob
 from qlora_api.spec import QLoRAJobSpec
 from qlora_api.status import QLoRAJobStatus
+from qlora_api.sweep.spec import MAX_TRIALS_TRANSITION, QLoRASweepSpec
+from qlora_api.sweep.status import QLoRASweepStatus
+from qlora_api.sweep.sweep import SWEEP_KIND, QLoRASweep
 
 PRINTER_COLUMNS = (
     ("State", "string", ".status.state", 0, "The condition that speaks for the job, or Pending."),
@@ -32,23 +36,91 @@ PRINTER_COLUMNS = (
 SELECTABLE_FIELDS = (".status.state", ".status.reason", ".spec.scheduling.queue")
 """For ``kubectl get qlorajobs --field-selector``."""
 
+SWEEP_PRINTER_COLUMNS = (
+    ("State", "string", ".status.state", 0, "The condition that speaks for the sweep, or Pending."),
+    ("Reason", "string", ".status.reason", 0, "Why it is in this state."),
+    ("Finished", "string", ".status.finished", 0, "Trials that have succeeded or failed, of all."),
+    ("Running", "integer", ".status.trials.running", 0, "Trials that run, or wait for GPUs."),
+    ("Failed", "integer", ".status.trials.failed", 0, "Trials that ended without an adapter."),
+    ("Best", "string", ".status.best.name", 0, "The best trial that has succeeded."),
+    ("Value", "string", ".status.best.value", 0, "Its value of the objective's metric."),
+    ("GPU-Hours", "string", ".status.gpuHours", 0, "GPU-hours of all trials together."),
+    ("Age", "date", ".metadata.creationTimestamp", 0, "Time since the sweep was created."),
+    ("Metric", "string", ".spec.objective.metric", 1, "The objective's metric."),
+    ("Adapter", "string", ".status.best.adapter.uri", 1, "Address of the best trial's adapter."),
+)
+SWEEP_SELECTABLE_FIELDS = (".status.state", ".status.reason")
+
 _NOT_STRUCTURAL = ("title", "$defs", "additionalProperties", "const", "anyOf", "$ref", "allOf")
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """One kind of object that the API server is to serve."""
+
+    kind: str
+    short_name: str
+    columns: tuple[tuple[str, str, str, int, str], ...]
+    selectable: tuple[str, ...]
+    description: str | None
+    name: dict[str, Any]
+    spec: dict[str, Any]
+    status: dict[str, Any]
+
+
+def definitions() -> dict[str, dict[str, Any]]:
+    """Return the CustomResourceDefinitions by the plural names of their kinds."""
+    return {each["spec"]["names"]["plural"]: each for each in (crd(), sweep_crd())}
+
+
 def crd() -> dict[str, Any]:
-    """Return the whole CustomResourceDefinition as plain data."""
+    """Return the CustomResourceDefinition of QLoRAJobs as plain data."""
+    return _definition(
+        _Kind(
+            KIND,
+            "qlj",
+            PRINTER_COLUMNS,
+            SELECTABLE_FIELDS,
+            QLoRAJob.__doc__,
+            _name_schema(QLoRAJob, "ObjectMeta"),
+            structural(QLoRAJobSpec),
+            structural(QLoRAJobStatus),
+        )
+    )
+
+
+def sweep_crd() -> dict[str, Any]:
+    """Return the CustomResourceDefinition of QLoRASweeps as plain data."""
+    spec = structural(QLoRASweepSpec)
+    spec["x-kubernetes-validations"].append(MAX_TRIALS_TRANSITION)
+    return _definition(
+        _Kind(
+            SWEEP_KIND,
+            "qls",
+            SWEEP_PRINTER_COLUMNS,
+            SWEEP_SELECTABLE_FIELDS,
+            QLoRASweep.__doc__,
+            _name_schema(QLoRASweep, "SweepMeta"),
+            spec,
+            structural(QLoRASweepStatus),
+        )
+    )
+
+
+def _definition(kind: _Kind) -> dict[str, Any]:
+    singular = kind.kind.lower()
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"qlorajobs.{GROUP}"},
+        "metadata": {"name": f"{singular}s.{GROUP}"},
         "spec": {
             "group": GROUP,
             "names": {
-                "kind": KIND,
-                "listKind": f"{KIND}List",
-                "plural": "qlorajobs",
-                "singular": "qlorajob",
-                "shortNames": ["qlj"],
+                "kind": kind.kind,
+                "listKind": f"{kind.kind}List",
+                "plural": f"{singular}s",
+                "singular": singular,
+                "shortNames": [kind.short_name],
                 "categories": ["all", "training"],
             },
             "scope": "Namespaced",
@@ -58,30 +130,30 @@ def crd() -> dict[str, Any]:
                     "served": True,
                     "storage": True,
                     "subresources": {"status": {}},
-                    "selectableFields": [{"jsonPath": path} for path in SELECTABLE_FIELDS],
+                    "selectableFields": [{"jsonPath": path} for path in kind.selectable],
                     "additionalPrinterColumns": [
                         {
                             "name": name,
-                            "type": kind,
+                            "type": type_,
                             "jsonPath": path,
                             "description": description,
                             **({"priority": 1} if priority else {}),
                         }
-                        for name, kind, path, priority, description in PRINTER_COLUMNS
+                        for name, type_, path, priority, description in kind.columns
                     ],
                     "schema": {
                         "openAPIV3Schema": {
                             "type": "object",
-                            "description": _words(QLoRAJob.__doc__),
+                            "description": _words(kind.description),
                             "required": ["spec"],
                             "properties": {
                                 "apiVersion": {"type": "string"},
                                 "kind": {"type": "string"},
-                                "metadata": {"type": "object", "properties": {"name": _name_schema()}},
-                                "spec": structural(QLoRAJobSpec),
-                                # A job that no operator has seen has observedGeneration 0, which is not its own: for
-                                # kstatus it is in progress. Without a status it would be as good as done.
-                                "status": {**structural(QLoRAJobStatus), "default": {}},
+                                "metadata": {"type": "object", "properties": {"name": kind.name}},
+                                "spec": kind.spec,
+                                # An object that no operator has seen has observedGeneration 0, which is not its own:
+                                # for kstatus it is in progress. Without a status it would be as good as done.
+                                "status": {**kind.status, "default": {}},
                             },
                         }
                     },
@@ -91,8 +163,8 @@ def crd() -> dict[str, Any]:
     }
 
 
-def _name_schema() -> dict[str, Any]:
-    schema = QLoRAJob.model_json_schema(by_alias=True)["$defs"]["ObjectMeta"]["properties"]["name"]
+def _name_schema(model: type[BaseModel], metadata: str) -> dict[str, Any]:
+    schema = model.model_json_schema(by_alias=True)["$defs"][metadata]["properties"]["name"]
     return {key: schema[key] for key in ("type", "maxLength", "pattern")}
 
 
@@ -148,10 +220,10 @@ def _with_rules(schema: dict[str, Any], model: type[BaseModel]) -> dict[str, Any
             place = schema["properties"][name]
             _with_rules(place.get("items", place), inner)
     if issubclass(model, Model):
-        validations = [{"rule": r.cel, "message": r.message, "fieldPath": f".{r.field}"} for r in model.rules]
+        validations = [{"rule": r.cel, "message": r.message, "fieldPath": f".{r.field}"} for r in model.rules if r.cel]
         validations += [
             {
-                "rule": " && ".join(unchanged(name, field_types(model)[name])),
+                "rule": " && ".join(unchanged(name, field_types(model)[name], plain=_is_plain(model, name))),
                 "message": f"{name} is immutable: {why}",
                 "fieldPath": f".{name}",
             }
@@ -162,8 +234,18 @@ def _with_rules(schema: dict[str, Any], model: type[BaseModel]) -> dict[str, Any
     return schema
 
 
-def unchanged(path: str, kind: type[BaseModel] | None) -> Iterator[str]:
-    """Give CEL that holds where a field is as it was, but for what is exchangeable below it."""
+def unchanged(path: str, kind: type[BaseModel] | None, *, plain: bool = True) -> Iterator[str]:
+    """Give CEL that holds where a field is as it was, but for what is exchangeable below it.
+
+    Args:
+        path: of the field.
+        kind: its type.
+        plain: it is always there.
+
+    """
+    if not plain:
+        yield f"has(self.{path}) == has(oldSelf.{path}) && (!has(self.{path}) || self.{path} == oldSelf.{path})"
+        return
     if kind is None or not issubclass(kind, Model) or not _has_exchangeable(kind):
         yield f"self.{path} == oldSelf.{path}"
         return
@@ -171,11 +253,7 @@ def unchanged(path: str, kind: type[BaseModel] | None) -> Iterator[str]:
         field = f"{path}.{name}"
         if name in kind.exchangeable:
             continue
-        if _is_plain(kind, name):
-            yield from unchanged(field, inner)
-        else:
-            same = f"!has(self.{field}) || self.{field} == oldSelf.{field}"
-            yield f"has(self.{field}) == has(oldSelf.{field}) && ({same})"
+        yield from unchanged(field, inner, plain=_is_plain(kind, name))
 
 
 def _has_exchangeable(kind: type[BaseModel] | None) -> bool:

@@ -58,6 +58,7 @@ class Metric:
 RANK = ("job", "namespace", "rank")
 """Of all that a trainer exports. ``job`` and ``namespace`` are the QLoRAJob's; a scrape adds ``pod``."""
 JOB = ("job", "namespace")
+SWEEP = ("sweep", "namespace")
 STEP_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 CALL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 QUEUE_BUCKETS = (0.001, 0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 120)
@@ -252,6 +253,26 @@ _OPERATOR = (
         "Highest measured memory of a rank of a finished job, by component",
         *JOB,
         "component",
+    ),
+    # Sweeps.
+    _operator("qlora_operator_sweeps", _G, "sweeps", "Sweeps by state and reason", "namespace", "state", "reason"),
+    _operator("qlora_sweep_trials", _G, "trials", "Trials of a sweep that is not over, by state", *SWEEP, "state"),
+    _operator(
+        "qlora_sweep_gpu_seconds", _G, "GPU-seconds", "GPU time of all trials of a sweep that is not over", *SWEEP
+    ),
+    _operator(
+        "qlora_sweep_budget_gpu_seconds",
+        _G,
+        "GPU-seconds",
+        "budgetGpuHours of a sweep that is not over; absent without a budget",
+        *SWEEP,
+    ),
+    _operator(
+        "qlora_sweep_best_value",
+        _G,
+        "as the objective's metric",
+        "Best value of the objective's metric so far, of trials that have succeeded; absent before the first",
+        *SWEEP,
     ),
     # The operator itself.
     _operator("qlora_operator_leading", _G, "", "1 while this replica is active, 0 while it is on standby"),

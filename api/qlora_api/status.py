@@ -23,7 +23,7 @@ NAME_PATTERN = r"^[A-Za-z]([A-Za-z0-9_]*[A-Za-z0-9])?$"
 """Pattern of a reason in metav1.Condition."""
 
 
-def _map_by(key: str) -> dict[str, Any]:
+def map_by(key: str) -> dict[str, Any]:
     """Have the API server take a list as a map: server-side apply then changes single entries."""
     return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
 
@@ -105,6 +105,10 @@ class Reason(OpenEnum):
     """policy.budgetGpuHours is used up; raise it to resume the job."""
     PAUSED = "Paused"
     """policy.pauseAtStep is reached, and a checkpoint of that step is saved; raise or remove it to resume the job."""
+    SEARCHING = "Searching"
+    """Of a sweep: trials are created, run, or wait for GPUs."""
+    TRIALS_FAILED = "TrialsFailed"
+    """Of a sweep: more trials than spec.maxFailedTrials have failed, or none has succeeded."""
     USER_ERROR = "UserError"
     """The manifest, the model or the rows must change. No further attempt is made."""
     OUT_OF_DEVICE_MEMORY = "OutOfDeviceMemory"
@@ -334,8 +338,8 @@ class QLoRAJobStatus(Model):
     state: ConditionType | Literal["Pending"] = "Pending"
     """Pending, or the condition that summarizes the job: Running, Suspended, Succeeded or Failed."""
     reason: Reason = Reason.PENDING
-    conditions: list[Condition] = Field([], max_length=16, json_schema_extra=_map_by("type"))
-    attempts: list[Attempt] = Field([], max_length=MAX_ATTEMPTS, json_schema_extra=_map_by("number"))
+    conditions: list[Condition] = Field([], max_length=16, json_schema_extra=map_by("type"))
+    attempts: list[Attempt] = Field([], max_length=MAX_ATTEMPTS, json_schema_extra=map_by("number"))
     """The newest attempts. If there are too many, those that count against no limit are dropped first."""
     restarts: Count = 0
     """Attempts that count against policy.maxRestarts."""
@@ -368,5 +372,5 @@ class QLoRAJobStatus(Model):
     peak_memory: Annotated[str, StringConstraints(max_length=16)] = ""
     """Measured peak memory as text, for ``kubectl get``."""
     adapter: Adapter | None = None
-    tracking: list[TrackedRun] = Field([], max_length=3, json_schema_extra=_map_by("type"))
+    tracking: list[TrackedRun] = Field([], max_length=3, json_schema_extra=map_by("type"))
     """The run in each tool of spec.tracking, as last reported."""

@@ -22,6 +22,7 @@ from qlora_operator.act.correction_store import Corrections
 from qlora_operator.act.gang_scheduling import discover_gangs
 from qlora_operator.act.leader_election import LeaderElection
 from qlora_operator.act.reconcile import Reconciler
+from qlora_operator.act.sweeps.reconcile_sweeps import SweepReconciler
 from qlora_operator.config import OperatorConfig
 from qlora_operator.kube.bounded_reads import TooLargeError
 from qlora_operator.kube.client import TRANSIENT, Api, ApiError
@@ -30,11 +31,12 @@ from qlora_operator.kube.kopf_import import kopf
 from qlora_operator.log_format import set_up_logs
 from qlora_operator.serve import health
 from qlora_operator.serve.metrics import Metrics
-from qlora_operator.state.cache import ObjectCache
+from qlora_operator.state.cache import Key, ObjectCache
+from qlora_operator.state.sweep_cache import SweepCache
 from qlora_operator.supervisor import BackgroundTask, supervise
 from qlora_operator.watch import kopf_handlers
 from qlora_operator.watch.kopf_session import PLURAL, watching_session
-from qlora_operator.watch.list_watch import Watch, kinds_of
+from qlora_operator.watch.list_watch import Watch, kinds_of, sweeps_kind
 from qlora_operator.watch.progress_poller import ProgressPoller
 from qlora_operator.watch.resync import Listings, list_jobs, resync_forever
 
@@ -120,8 +122,9 @@ class Operator:
 
     def __init__(self, config: OperatorConfig) -> None:
         self.config = config
-        self.cache = ObjectCache()
-        self.metrics = Metrics(self.cache)
+        self.sweeps = SweepCache()
+        self.cache = ObjectCache(self.wake_sweep)
+        self.metrics = Metrics(self.cache, self.sweeps)
         for kind in kopf_handlers.WATCHED:
             self.metrics.show_kind(kind)
         self.watches = health.Watches(kopf_handlers.WATCHED, each=max(1, len(config.namespaces)))
@@ -132,12 +135,24 @@ class Operator:
         self.gangs: frozenset[Gang] = frozenset()
         self.reconciler = Reconciler(self.cache, self.api, config, lambda: self.gangs, self.corrections, self.metrics)
         self.wake = self.reconciler.queue.add
+        self.sweep_reconciler = SweepReconciler(self.sweeps, self.cache, self.api, config, self.metrics, self.wake)
         self.poller = ProgressPoller(
             self.cache, self.reconciler.polled, self.wake, config.progress_seconds, self.metrics.report_rejected
         )
         self.followed = [
             Watch(self.api, kind, namespace, self.wake, self.watches.note, self.metrics.skipped)
             for kind in kinds_of(self.cache, self.reconciler.children.services)
+            for namespace in config.namespaces or ("",)
+        ]
+        self.followed += [
+            Watch(
+                self.api,
+                sweeps_kind(self.sweeps),
+                namespace,
+                self.sweep_reconciler.queue.add,
+                self.watches.note,
+                self.metrics.skipped,
+            )
             for namespace in config.namespaces or ("",)
         ]
         self.stop, self.looked = asyncio.Event(), asyncio.Event()
@@ -212,6 +227,7 @@ class Operator:
         resync = partial(resync_forever, self.cache, self.api, self.wake, self.config.namespaces, self.listings)
         tasks = (
             BackgroundTask("reconciler", self.reconciler.run),
+            BackgroundTask("sweeps", partial(self.sweep_reconciler.run, self.looked)),
             BackgroundTask("progress", self.poller.run),
             BackgroundTask("resync", resync),
             BackgroundTask(
@@ -234,6 +250,8 @@ class Operator:
         self.reconciler.children.services |= services
         for key in (*dict(self.cache), *((namespace, "") for namespace in self.reconciler.children.services)):
             self.wake(key)
+        for key, _ in self.sweeps:
+            self.sweep_reconciler.queue.add(key)
         self.metrics.operates = True
         self.looked.set()
 
@@ -254,6 +272,10 @@ class Operator:
         current = await asyncio.to_thread(load_credentials)
         session = watching_session(current, self.note, self.metrics.skipped)
         return kopf.AiohttpSession(server=current.server, aiohttp_session=session)
+
+    def wake_sweep(self, key: Key) -> None:
+        """Have a sweep decided on: one of its trials has changed."""
+        self.sweep_reconciler.queue.add(key)
 
     def note(self, path: str) -> None:
         """Take in that kopf asks for a path."""

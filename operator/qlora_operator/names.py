@@ -14,6 +14,8 @@ ATTEMPT_LABEL = f"{GROUP}/attempt"
 COMPONENT_LABEL = "app.kubernetes.io/component"
 MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 MANAGED_BY = {MANAGED_BY_LABEL: FIELD_MANAGER}
+SWEEP_LABEL = f"{GROUP}/sweep"
+"""On a QLoRAJob that is a trial: the name of its QLoRASweep. Which sweep controls it says its owner reference alone."""
 CONFIG_ANNOTATION = f"{GROUP}/config"
 """On pods: the trainer's whole config, which the pod reads from a downward API file."""
 PLAN_ANNOTATION = f"{GROUP}/plan"

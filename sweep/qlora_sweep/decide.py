@@ -10,9 +10,9 @@ from qlora_api.status import Reason
 from qlora_api.sweep.check import grid_size
 from qlora_api.sweep.spec import AlgorithmType, QLoRASweepSpec
 from qlora_api.sweep.trials import Trial, TrialState
+from qlora_sweep.grid import Suggest, texts_of
 from qlora_sweep.halving import first_pause, promotions
 from qlora_sweep.results import Result, best_of, has_result, used_gpu_hours, value_of
-from qlora_sweep.suggest import suggest, texts_of
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def total_trials(spec: QLoRASweepSpec) -> int:
     return grid_size(spec) if spec.algorithm.type is AlgorithmType.GRID else spec.max_trials
 
 
-def decide(spec: QLoRASweepSpec, trials: Sequence[Trial], *, suspended: bool = False) -> Decision:
-    """Return what follows from the state of all trials.
+def decide(spec: QLoRASweepSpec, trials: Sequence[Trial], suggest: Suggest, *, suspended: bool = False) -> Decision:
+    """Return what follows from the state of all trials; ``suggest`` gives the parameters of new ones.
 
     The same spec and trials give the same decision, and trials do not depend on timing: TPE draws trial n from the
     results of those before n - parallelTrials + 1, for which it waits, and counts later ones as running.
@@ -90,7 +90,7 @@ def decide(spec: QLoRASweepSpec, trials: Sequence[Trial], *, suspended: bool = F
         return Hold(Reason.BUDGET_REACHED, message, running)
     free = max(0, spec.parallel_trials - len(running))
     actions: list[Create | Resume] = [*waiting[:free]]
-    while len(actions) < free and (created := _next_trial(spec, trials, actions)) is not None:
+    while len(actions) < free and (created := _next_trial(spec, trials, actions, suggest)) is not None:
         actions.append(created)
     return Proceed(tuple(actions))
 
@@ -114,7 +114,9 @@ def _next_number(spec: QLoRASweepSpec, trials: Sequence[Trial], more: Sequence[i
     return next((number for number in range(total_trials(spec)) if number not in taken), None)
 
 
-def _next_trial(spec: QLoRASweepSpec, trials: Sequence[Trial], actions: Sequence[Create | Resume]) -> Create | None:
+def _next_trial(
+    spec: QLoRASweepSpec, trials: Sequence[Trial], actions: Sequence[Create | Resume], suggest: Suggest
+) -> Create | None:
     """Return the next new trial; None where there is none, or TPE waits for a result."""
     new = {action.number: action for action in actions if isinstance(action, Create)}
     number = _next_number(spec, trials, tuple(new))

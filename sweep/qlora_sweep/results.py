@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from qlora_api.status import Memory, MemoryComponent, Progress
 from qlora_api.sweep.spec import ObjectiveMetric
 from qlora_api.sweep.trials import Trial, TrialState
 
@@ -18,6 +19,20 @@ class Result:
     value: float | None
     """None: it has none yet."""
     failed: bool = False
+
+
+def objective_value(metric: ObjectiveMetric, progress: Progress | None, memory: Memory | None) -> str | None:
+    """Return the value of an objective's metric, as a trial's progress and memory have it."""
+    if metric is ObjectiveMetric.PEAK_MEMORY:
+        peak = memory.measured.get(MemoryComponent.PEAK) if memory else None
+        return None if peak is None else str(peak)
+    if progress is None:
+        return None
+    return {
+        ObjectiveMetric.EVAL_LOSS: progress.best_eval_loss,
+        ObjectiveMetric.TRAINING_LOSS: progress.loss,
+        ObjectiveMetric.TOKENS_PER_SECOND: progress.tokens_per_second,
+    }[metric]
 
 
 def value_of(trial: Trial) -> float | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import islice, product
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from qlora_api.sweep.parameters import Parameter, Scale, ValueKind, text_of
 from qlora_api.sweep.spec import AlgorithmType, QLoRASweepSpec
+from qlora_sweep.grid import combination, texts_of
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -44,11 +45,6 @@ def suggest(spec: QLoRASweepSpec, number: int, earlier: Sequence[Result]) -> dic
     return _first_other(spec.parameters, taken) or values
 
 
-def texts_of(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return values as a trial records them."""
-    return {path: text_of(value) for path, value in values.items()}
-
-
 def _first_other(parameters: Sequence[Parameter], taken: Sequence[Mapping[str, str]]) -> dict[str, Any] | None:
     """Return the first combination of choices that no trial has; None where there are ranges, or no such one."""
     if any(parameter.choices is None for parameter in parameters):
@@ -56,12 +52,6 @@ def _first_other(parameters: Sequence[Parameter], taken: Sequence[Mapping[str, s
     paths = [parameter.path for parameter in parameters]
     every = (dict(zip(paths, each, strict=True)) for each in product(*(p.choices or () for p in parameters)))
     return next((values for values in every if texts_of(values) not in taken), None)
-
-
-def combination(parameters: Sequence[Parameter], number: int) -> dict[str, Any]:
-    """Return a combination of the grid; the last parameter varies fastest."""
-    values = next(islice(product(*(p.choices or () for p in parameters)), number, None))
-    return dict(zip((p.path for p in parameters), values, strict=True))
 
 
 def _ask(spec: QLoRASweepSpec, number: int, draw: int, earlier: Sequence[Result]) -> dict[str, Any]:

@@ -47,6 +47,8 @@ def _structural(value, node, path):
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         yield f"{path}: must be of type {node['type']}"
         return
+    if "oneOf" in node and sum(set(one["required"]) <= value.keys() for one in node["oneOf"]) != 1:
+        yield f"{path}: must validate one and only one schema (oneOf)"
     if "enum" in node and value not in node["enum"]:
         yield f"{path}: unsupported value"
     if "pattern" in node and not re.search(node["pattern"].replace("$", r"\Z"), value):

@@ -109,16 +109,37 @@ BY_SCHEMA = {
             "trials"
         ),
     ),
+    "path-twice": (
+        {"parameters": [RANK, RANK]},
+        "spec.parameters: parameters must not have a path twice",
+    ),
+    "pause-in-the-template": (
+        {"job": {"policy": {"pauseAtStep": 5}}},
+        (
+            "spec.template.spec.policy.pauseAtStep: 5: template.spec.policy.pauseAtStep must not be set: the sweep "
+            "says when a trial pauses"
+        ),
+    ),
+    "budget-in-the-template": (
+        {"job": {"policy": {"budgetGpuHours": "5"}}},
+        (
+            'spec.template.spec.policy.budgetGpuHours: "5": template.spec.policy.budgetGpuHours must not be set: the '
+            "budget is the sweep's, spec.budgetGpuHours"
+        ),
+    ),
+    "time-to-live-in-the-template": (
+        {"job": {"policy": {"ttlSecondsAfterFinished": 5}}},
+        (
+            "spec.template.spec.policy.ttlSecondsAfterFinished: 5: template.spec.policy.ttlSecondsAfterFinished must "
+            "not be set: a trial that is deleted would be trained again; set spec.ttlSecondsAfterFinished"
+        ),
+    ),
     "error-in-the-template": (
         {"job": {"lora": {"rank": 0}}},
         "spec.template.spec.lora.rank: 0 must be at least 1",
     ),
 }
 BY_CHECK = {
-    "path-twice": (
-        {"parameters": [RANK, RANK]},
-        'spec.parameters[1].path: "lora.rank" must not occur twice',
-    ),
     "choice-twice": (
         {"parameters": one(path="lora.rank", choices=[8, 16, 8])},
         'spec.parameters[0].choices[2]: "8" must not occur twice',

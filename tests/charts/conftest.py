@@ -10,7 +10,7 @@ import pytest
 from charts.helm import Helm
 from charts.kubernetes_schemas import LOCATION, close, kubernetes_schemas
 from fixtures import skip_unless_ci
-from qlora_api.crd import crd
+from qlora_api.crd import definitions
 from qlora_api.job import GROUP, VERSION
 from services.binaries import ToolMissingError, find_or_build
 from services.tools import HELM, KUBECONFORM
@@ -33,10 +33,12 @@ def conform(tmp_path_factory):
         binary, schemas = find_or_build(KUBECONFORM), kubernetes_schemas()
     except ToolMissingError as error:
         skip_unless_ci(str(error))
-    own, version = tmp_path_factory.mktemp("schemas"), crd()["spec"]["versions"][0]
-    schema = close(version["schema"]["openAPIV3Schema"])
-    schema["properties"]["metadata"] = {"type": "object"}
-    (own / f"{GROUP}-{VERSION}-qlorajob.json").write_text(json.dumps(schema))
+    own = tmp_path_factory.mktemp("schemas")
+    for definition in definitions().values():
+        schema = close(definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
+        schema["properties"]["metadata"] = {"type": "object"}
+        singular = definition["spec"]["names"]["singular"]
+        (own / f"{GROUP}-{VERSION}-{singular}.json").write_text(json.dumps(schema))
     locations = [f"--schema-location={folder}/{LOCATION}" for folder in (schemas, own)]
 
     def check(text: str) -> str:

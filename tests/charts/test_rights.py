@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from charts.helm import REPOSITORY, one
 from charts.test_manifests import CASES, values_of
-from qlora_api.crd import crd
+from qlora_api.crd import crd, definitions
 from qlora_api.errors import field_types
 from qlora_api.spec import ParallelismSpec, QLoRAJobSpec
 from qlora_operator.config import OperatorConfig
@@ -18,8 +18,10 @@ from qlora_operator.names import KEY_SECRET_PREFIX, METRICS_PORT
 OPERATOR_GOLDEN = REPOSITORY / "tests" / "operator" / "manifests" / "golden"
 READ = ("get", "list", "watch")
 IN_NAMESPACES = {
-    ("qlora.dev", "qlorajobs"): {*READ, "delete"},
+    ("qlora.dev", "qlorajobs"): {*READ, "create", "patch", "delete"},
     ("qlora.dev", "qlorajobs/status"): {"patch"},
+    ("qlora.dev", "qlorasweeps"): {*READ, "delete"},
+    ("qlora.dev", "qlorasweeps/status"): {"patch"},
     ("batch", "jobs"): {*READ, "create", "delete"},
     ("", "pods"): {"list", "watch"},
     ("", "services"): {*READ, "create", "delete"},
@@ -253,5 +255,5 @@ def test_the_policy_is_bound_and_refuses_when_in_doubt(rendered):
         assert binding["spec"]["validationActions"] == ["Deny"]
         (rule,) = policy["spec"]["matchConstraints"]["resourceRules"]
         if rule["resources"] != ["secrets"]:
-            names = crd()["spec"]
-            assert (rule["apiGroups"], rule["resources"]) == ([names["group"]], [names["names"]["plural"]])
+            (resource,) = rule["resources"]
+            assert (rule["apiGroups"], resource in definitions()) == ([crd()["spec"]["group"]], True)

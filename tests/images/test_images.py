@@ -111,7 +111,7 @@ def test_writes_nothing_where_the_root_file_system_is_read_only(either):
 
 
 def test_operator_image_is_small_and_has_no_torch(operator):
-    assert operator.image.bytes_above_base < 200 * MEGABYTE
+    assert operator.image.bytes_above_base < 280 * MEGABYTE  # NumPy, for Optuna, is 80 of it
     done = operator.python(
         "import importlib.util as u; print([n for n in ('torch', 'qlora_trainer') if u.find_spec(n)])"
     )
@@ -119,7 +119,7 @@ def test_operator_image_is_small_and_has_no_torch(operator):
 
 
 def test_operator_image_has_all_the_operator_imports(operator):
-    done = operator.python(IMPORT_ALL.format(package="qlora_operator"))
+    done = operator.python(f"{IMPORT_ALL.format(package='qlora_operator')}\nimport optuna, qlora_sweep.suggest")
     assert done.code == 0, done.output
     assert operator.run(*operator.config["Entrypoint"], "--help").code == 0
 

@@ -11,6 +11,7 @@ from qlora_api.sweep.parameters import text_of
 from qlora_api.sweep.sweep import QLoRASweep
 from qlora_api.sweep.trials import Trial, TrialState, trial_name
 from qlora_sweep.decide import Create, Finish, Hold, Proceed, Resume, decide
+from qlora_sweep.suggest import suggest
 
 STEPS = 90
 SECONDS_A_STEP = 10
@@ -97,7 +98,7 @@ class Simulation:
     def run(self, crash_after=lambda _: None) -> Finish | Hold:
         """Drive the sweep to its end; ``crash_after`` gives how many actions of a decision are done before a crash."""
         while True:
-            decision = decide(self.spec, [*self.trials.values()])
+            decision = decide(self.spec, [*self.trials.values()], suggest)
             if not isinstance(decision, Proceed):
                 return decision
             for action in decision.actions[: crash_after(len(decision.actions))]:

@@ -9,6 +9,7 @@ import pytest
 from qlora_api.status import Reason
 from qlora_api.sweep.trials import TrialState
 from qlora_sweep.decide import Create, Finish, Hold, Proceed, decide
+from qlora_sweep.suggest import suggest
 
 from .builders import RANK, RATE, RATES, SECONDS_A_STEP, STEPS, Simulation, loss, sweep_spec
 
@@ -98,14 +99,14 @@ def test_no_trial_is_repeated(algorithm):
 def test_tpe_waits_for_the_results_that_a_trial_is_drawn_from():
     spec = SPECS["tpe"]
     machine = Simulation(spec)
-    for action in decide(spec, []).actions:
+    for action in decide(spec, [], suggest).actions:
         machine.do(action)
     assert [*machine.trials] == [0, 1, 2]
     done = {"state": TrialState.SUCCEEDED, "step": STEPS, "value": "1.5"}
     machine.trials[2] = machine.trials[2].model_copy(update=done)  # trial 3 is drawn from the result of trial 0
-    assert decide(spec, [*machine.trials.values()]) == Proceed(())
+    assert decide(spec, [*machine.trials.values()], suggest) == Proceed(())
     machine.trials[0] = machine.trials[0].model_copy(update=done)
-    assert [action.number for action in decide(spec, [*machine.trials.values()]).actions] == [3]
+    assert [action.number for action in decide(spec, [*machine.trials.values()], suggest).actions] == [3]
 
 
 def test_the_budget_stops_the_sweep_and_more_of_it_goes_on():
@@ -127,12 +128,12 @@ def test_the_budget_stops_the_sweep_and_more_of_it_goes_on():
 
 def test_a_suspended_sweep_suspends_its_trials_and_a_finished_one_is_finished():
     machine = Simulation(SPECS["grid"])
-    for action in decide(machine.spec, []).actions:
+    for action in decide(machine.spec, [], suggest).actions:
         machine.do(action)
-    held = decide(machine.spec, [*machine.trials.values()], suspended=True)
+    held = decide(machine.spec, [*machine.trials.values()], suggest, suspended=True)
     assert held == Hold(Reason.SUSPENDED, "spec.suspend is true", (0, 1))
     end = machine.run()
-    assert decide(machine.spec, [*machine.trials.values()], suspended=True) == end
+    assert decide(machine.spec, [*machine.trials.values()], suggest, suspended=True) == end
 
 
 def test_more_failures_than_allowed_end_the_sweep():
@@ -153,7 +154,7 @@ def test_a_trial_that_was_deleted_is_made_anew_with_the_same_parameters():
     machine = Simulation(SPECS["tpe"])
     machine.run()
     gone = machine.trials.pop(7)
-    (action,) = decide(machine.spec, [*machine.trials.values()]).actions
+    (action,) = decide(machine.spec, [*machine.trials.values()], suggest).actions
     assert isinstance(action, Create)
     machine.do(action)
     assert machine.trials[7].parameters == gone.parameters

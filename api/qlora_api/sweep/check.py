@@ -20,7 +20,7 @@ MAX_COMBINATIONS = 1024
 
 def sweep_errors(spec: QLoRASweepSpec) -> list[FieldError]:
     """Return the errors of a sweep's parameters, with paths from ``spec`` on."""
-    errors = [*_repeated_paths(spec), *_invalid_ranges(spec)]
+    errors = [*_repeated_choices(spec), *_invalid_ranges(spec)]
     if not errors and (together := [*_invalid_combination(spec)]):
         errors += [*_invalid_values(spec)] or together
     return errors or [*_trials_and_combinations(spec)]
@@ -44,12 +44,8 @@ def _trials_and_combinations(spec: QLoRASweepSpec) -> Iterator[FieldError]:
         yield FieldError("spec.maxTrials", most, allowed)
 
 
-def _repeated_paths(spec: QLoRASweepSpec) -> Iterator[FieldError]:
-    seen: set[str] = set()
+def _repeated_choices(spec: QLoRASweepSpec) -> Iterator[FieldError]:
     for index, parameter in enumerate(spec.parameters):
-        if parameter.path in seen:
-            yield FieldError(f"spec.parameters[{index}].path", parameter.path, "must not occur twice")
-        seen.add(parameter.path)
         earlier: list[float | str] = []
         for number, choice in enumerate(parameter.choices or ()):
             if (value := parameter.comparable(choice)) in earlier:

@@ -7,7 +7,7 @@ import re
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, get_args
 
-from pydantic import AfterValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema
 from pydantic.fields import FieldInfo
 
 from qlora_api.base import DECIMAL_PATTERN, Model, Rule, decimal
@@ -98,6 +98,10 @@ class Range(Model):
 class Parameter(Model):
     """One field of the template's spec that varies over the trials."""
 
+    model_config = ConfigDict(
+        # CEL does not see choices, whose items may be of any type.
+        json_schema_extra={"oneOf": [{"required": ["choices"]}, {"required": ["range"]}]}
+    )
     path: VariablePath
     """Path below spec, such as lora.rank or training.learningRate."""
     choices: list[Any] | None = Field(
@@ -111,7 +115,7 @@ class Parameter(Model):
     """Numbers between two bounds; of whole numbers only whole ones are drawn."""
     rules: ClassVar = (
         Rule(
-            "has(self.choices) != has(self.range)",
+            "",
             "set exactly one of choices and range",
             "choices",
             lambda p: (p.choices is None) != (p.range is None),

@@ -76,16 +76,32 @@ class TrialTemplate(Model):
     OUTPUT.DESTINATION/trials/NAME."""
 
 
+_COMPARED = "trials of other settings cannot be compared; create a new QLoRASweep instead"
+_SWEEPS_OWN = {
+    "pauseAtStep": "the sweep says when a trial pauses",
+    "budgetGpuHours": "the budget is the sweep's, spec.budgetGpuHours",
+    "ttlSecondsAfterFinished": "a trial that is deleted would be trained again; set spec.ttlSecondsAfterFinished",
+}
+"""Fields of the template's policy that a sweep has itself, each with the reason."""
+MAX_TRIALS_TRANSITION = {
+    "rule": "!has(self.earlyStopping) || self.maxTrials == oldSelf.maxTrials",
+    "message": "maxTrials is immutable with earlyStopping: how many trials go on depends on how many there are",
+    "fieldPath": ".maxTrials",
+}
+"""A rule of changes, which only the API server can hold."""
+
+
+def _must_not_be_set(field: str, why: str) -> Rule:
+    place = f"template.spec.policy.{field}"
+    return Rule(f"!has(self.{place})", f"{place} must not be set: {why}", place, lambda s: s.at(place) is None)
+
+
 class QLoRASweepSpec(Model):
     """Specification of a sweep."""
 
     template: TrialTemplate
-    parameters: list[Parameter] = Field(
-        min_length=1,
-        max_length=MAX_PARAMETERS,
-        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["path"]},
-    )
-    """Fields that vary, each once."""
+    parameters: list[Parameter] = Field(min_length=1, max_length=MAX_PARAMETERS)
+    """Fields that vary, each once. The last one of a grid varies fastest."""
     algorithm: AlgorithmSpec = AlgorithmSpec()
     objective: ObjectiveSpec = ObjectiveSpec()
     early_stopping: EarlyStoppingSpec | None = None
@@ -100,9 +116,26 @@ class QLoRASweepSpec(Model):
     budget_gpu_hours: decimal(0, 1e9, low_included=False) | None = None  # type: ignore[valid-type]
     """GPU-hours of all trials together; waiting does not count. When they are used up, running trials save a checkpoint
     and the sweep stops. Raise the value to resume it. On a machine without GPUs, hours of CPU ranks."""
+    suspend: bool = False
+    """true: running trials save a checkpoint and free their GPUs, and no trial is created. false: resume. Not used by
+    'qlora sweep'."""
+    ttl_seconds_after_finished: int | None = Field(None, ge=0, le=31536000)
+    """Delete the finished sweep with its trials after this time; adapters are kept. Default: never. Not used by 'qlora
+    sweep'."""
+
+    immutable: ClassVar = dict.fromkeys(
+        ("template", "parameters", "algorithm", "objective", "earlyStopping"), _COMPARED
+    )
     rules: ClassVar = (
         Rule(
-            "self.algorithm.type != 'Grid' || self.parameters.all(p, has(p.choices))",
+            "self.parameters.all(p, self.parameters.exists_one(q, q.path == p.path))",
+            "parameters must not have a path twice",
+            "parameters",
+            lambda s: len({p.path for p in s.parameters}) == len(s.parameters),
+        ),
+        *(_must_not_be_set(field, why) for field, why in _SWEEPS_OWN.items()),
+        Rule(
+            "self.algorithm.type != 'Grid' || self.parameters.all(p, !has(p.range))",
             "algorithm Grid needs choices for every parameter; Random and TPE take ranges too",
             "algorithm.type",
             lambda s: s.algorithm.type is not AlgorithmType.GRID or all(p.choices is not None for p in s.parameters),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import StringConstraints
+from pydantic import StringConstraints, ValidationError
 
 from qlora_api.base import Model
 from qlora_api.errors import ManifestError, validate
-from qlora_api.job import API_VERSION, ObjectMeta
+from qlora_api.job import API_VERSION, ObjectMeta, unknown_fields
 from qlora_api.sweep.check import sweep_errors
 from qlora_api.sweep.spec import QLoRASweepSpec
+from qlora_api.sweep.status import QLoRASweepStatus
 
 SWEEP_KIND: Final = "QLoRASweep"
 
@@ -27,6 +28,21 @@ class QLoRASweep(Model):
     kind: Literal["QLoRASweep"] = SWEEP_KIND
     metadata: SweepMeta
     spec: QLoRASweepSpec
+    status: QLoRASweepStatus | None = None
+
+    @classmethod
+    def read(cls, stored: Any) -> tuple[QLoRASweep, tuple[str, ...]]:
+        """Read what the API server has, of any version; return it with the paths of spec that are not known here.
+
+        Raises:
+            pydantic.ValidationError: a known field has a value that is not known here.
+
+        """
+        try:
+            return cls.model_validate(stored), ()
+        except ValidationError:
+            unknown = tuple(unknown_fields(QLoRASweepSpec, stored["spec"], "spec"))
+            return cls.model_validate(stored, extra="ignore"), unknown
 
     @classmethod
     def from_manifest(cls, manifest: Any) -> QLoRASweep:

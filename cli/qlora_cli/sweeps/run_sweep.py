@@ -40,6 +40,7 @@ from qlora_storage.errors import JobError, NotFoundError
 from qlora_storage.object_store import open_store
 from qlora_sweep.decide import Create, Finish, Hold, decide, total_trials
 from qlora_sweep.results import used_gpu_hours
+from qlora_sweep.suggest import suggest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -179,7 +180,7 @@ class _LocalSweep:
         setting = self._setting
         while True:
             trials = read_trials(setting.folder, setting.spec)
-            decision = decide(setting.spec, trials)
+            decision = decide(setting.spec, trials, suggest)
             if isinstance(decision, Finish):
                 return self._finish(decision, trials)
             if isinstance(decision, Hold) or self._stop.over_budget:

@@ -20,20 +20,22 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from qlora_api.base import Model
-from qlora_api.status import MemoryComponent, Reason
+from qlora_api.status import Reason
 from qlora_api.sweep.parameters import text_of
-from qlora_api.sweep.spec import ObjectiveMetric, QLoRASweepSpec
+from qlora_api.sweep.spec import QLoRASweepSpec
 from qlora_api.sweep.trials import TRIALS_FOLDER, Trial, TrialState, trial_name
 from qlora_cli.local import run_folder
 from qlora_cli.local.run import read_record
 from qlora_cli.local.run_folder import RunError, RunFolder, RunRecord, read_record_file
 from qlora_storage.local_paths import write_whole
+from qlora_sweep.results import objective_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from qlora_api.contract import TerminationMessage
+    from qlora_api.sweep.spec import ObjectiveMetric
 
 NUMBER = re.compile(r"0|[1-9][0-9]*")
 """Number of a trial in the name of its folder: demo-01 is no second folder of demo-1."""
@@ -133,7 +135,7 @@ def values_by_step(run: RunFolder, record: RunRecord, metric: ObjectiveMetric) -
     found = {}
     for attempt in record.attempts:
         message = run.attempt(attempt.number).termination_message()
-        value = objective_value(metric, message)
+        value = _value(metric, message)
         if value is not None and message and message.progress:
             found[message.progress.step] = float(value)
     return found
@@ -153,7 +155,7 @@ def trial_of(number: int, record: RunRecord, spec: QLoRASweepSpec, message: Term
         state=TrialState.SUCCEEDED if record.finished else state,
         pause_at_step=record.pause_at_step,
         step=step,
-        value=objective_value(spec.objective.metric, message),
+        value=_value(spec.objective.metric, message),
         gpu_seconds=gpu_seconds(record),
         message=record.failure[:4096],
         adapter=record.result.adapter if record.result else None,
@@ -165,16 +167,5 @@ def gpu_seconds(record: RunRecord) -> int:
     return round(sum(run_folder.seconds_of(attempt) * attempt.world_size for attempt in record.attempts))
 
 
-def objective_value(metric: ObjectiveMetric, message: TerminationMessage | None) -> str | None:
-    """Return the value of an objective's metric as a termination message has it."""
-    progress, memory = (message.progress, message.memory) if message else (None, None)
-    if metric is ObjectiveMetric.PEAK_MEMORY:
-        peak = memory.measured.get(MemoryComponent.PEAK) if memory else None
-        return None if peak is None else str(peak)
-    if progress is None:
-        return None
-    return {
-        ObjectiveMetric.EVAL_LOSS: progress.best_eval_loss,
-        ObjectiveMetric.TRAINING_LOSS: progress.loss,
-        ObjectiveMetric.TOKENS_PER_SECOND: progress.tokens_per_second,
-    }[metric]
+def _value(metric: ObjectiveMetric, message: TerminationMessage | None) -> str | None:
+    return objective_value(metric, message.progress, message.memory) if message else None

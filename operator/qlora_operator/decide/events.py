@@ -8,6 +8,7 @@ from typing import Any
 
 from qlora_api.job import GROUP, QLoRAJob
 from qlora_api.status import Attempt, ConditionType, QLoRAJobStatus, Reason
+from qlora_api.sweep.sweep import QLoRASweep
 from qlora_operator.decide.conditions import is_condition_true, reason_message
 from qlora_operator.decide.decision import Note
 from qlora_operator.decide.micro_time import micro_time
@@ -65,9 +66,9 @@ def _newest(status: QLoRAJobStatus) -> Attempt | None:
     return status.attempts[-1] if status.attempts else None
 
 
-def event_of(job: QLoRAJob, note: Note, now: datetime) -> dict[str, Any]:
-    """The Event that says a note of a job."""
-    meta = job.metadata
+def event_of(regarding: QLoRAJob | QLoRASweep, note: Note, now: datetime) -> dict[str, Any]:
+    """Return the Event that says a note of a job or sweep."""
+    meta = regarding.metadata
     return {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
@@ -78,8 +79,8 @@ def event_of(job: QLoRAJob, note: Note, now: datetime) -> dict[str, Any]:
         "action": "Reconcile",
         "note": note.message[:LONGEST_NOTE],
         "regarding": {
-            "apiVersion": job.api_version,
-            "kind": job.kind,
+            "apiVersion": regarding.api_version,
+            "kind": regarding.kind,
             "name": meta.name,
             "namespace": meta.namespace,
             "uid": meta.uid,

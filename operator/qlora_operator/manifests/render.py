@@ -17,6 +17,7 @@ from qlora_operator.config import OperatorConfig
 from qlora_operator.manifests.pod_template import KEY_FOLDER, pod_template
 from qlora_operator.manifests.profiles import device_of, gpu_of, prepare_of
 from qlora_operator.manifests.template_hash import with_template_hash
+from qlora_operator.manifests.trial import shared_destination
 from qlora_operator.names import (
     ATTEMPT_LABEL,
     COMPONENT_LABEL,
@@ -199,6 +200,7 @@ def trainer_config(
         gradient_accumulation_steps=attempt.gradient_accumulation_steps,
     )
     workers = attempt.world_size // spec.parallelism.gpus_per_worker
+    shared = shared_destination(meta.name, meta.labels, spec.output.destination)
     host = f"{attempt_name(meta.name, attempt.number)}-0.{SERVICE}.{meta.namespace}.svc:{RENDEZVOUS_PORT}"
     return TrainerConfig(
         job=JobRef(name=meta.name, namespace=meta.namespace, uid=meta.uid or ""),
@@ -216,7 +218,7 @@ def trainer_config(
         pause_at_step=spec.policy.pause_at_step,
         checkpoint_uri=f"{spec.output.destination.rstrip('/')}/.checkpoints/{meta.uid}",
         cache_dir=CACHE_FOLDER,
-        shared_cache_uri=config.shared_cache_uri or f"{spec.output.destination.rstrip('/')}/.prepared",
+        shared_cache_uri=config.shared_cache_uri or f"{shared}/.prepared",
         termination_message_path="/dev/termination-log",
         metrics_port=METRICS_PORT,
         gpu=gpu_of(spec, config),

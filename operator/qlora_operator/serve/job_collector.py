@@ -19,6 +19,7 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from qlora_api.metrics_catalogue import OPERATOR, MetricKind
+from qlora_operator.serve.sweep_collector import COUNTED, OF_EACH
 from qlora_operator.state.cache import Known, ObjectCache
 from qlora_operator.state.observed import PodSnapshot
 
@@ -31,6 +32,7 @@ FINAL = {
     "qlora_job_final_tokens_per_second": "tokensPerSecond",
 }
 """Name, and the field of status.progress it comes from."""
+SWEEPS = (COUNTED, *OF_EACH)
 HOUR = 3600
 SHOWN_SECONDS = 24 * HOUR
 """How long a job that is over has series of its own: Prometheus has kept them by then."""
@@ -125,7 +127,7 @@ class _Families:
                 name, metric.meaning, labels=metric.labels
             )
             for name, metric in OPERATOR.items()
-            if metric.kind is MetricKind.GAUGE or name == "qlora_operator_gpu_seconds"
+            if name not in SWEEPS and (metric.kind is MetricKind.GAUGE or name == "qlora_operator_gpu_seconds")
         }
         self._total = _Figures()
         self.uncounted: Tally[tuple[str, ...]] = Tally()

@@ -10,8 +10,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 from qlora_api.metrics_catalogue import OPERATOR, MetricKind
 from qlora_api.status import Reason
 from qlora_operator.serve.job_collector import JobsCollector
+from qlora_operator.serve.sweep_collector import SweepsCollector
 from qlora_operator.state.cache import ObjectCache
 from qlora_operator.state.skip_reasons import NOT_OWNED, UNREADABLE
+from qlora_operator.state.sweep_cache import SweepCache
 
 _KINDS: dict[MetricKind, Any] = {MetricKind.COUNTER: Counter, MetricKind.HISTOGRAM: Histogram}
 
@@ -19,7 +21,7 @@ _KINDS: dict[MetricKind, Any] = {MetricKind.COUNTER: Counter, MetricKind.HISTOGR
 class Metrics:
     """Metrics that the reconciler records, and those that are read from the cache when it is scraped."""
 
-    def __init__(self, cache: ObjectCache) -> None:
+    def __init__(self, cache: ObjectCache, sweeps: SweepCache | None = None) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # series of the library, which nobody reads
         self.registry = CollectorRegistry()
         self._reconcile = self._made("qlora_operator_reconcile_seconds")
@@ -39,6 +41,7 @@ class Metrics:
         """Whether this process operates, and does not stand by."""
         collector = JobsCollector(cache, corrections=lambda: self._corrections, operates=lambda: self.operates)
         self.registry.register(collector)
+        self.registry.register(SweepsCollector(sweeps or SweepCache()))
 
     def _made(self, name: str) -> Any:
         metric = OPERATOR[name]

@@ -7,6 +7,7 @@ decision never falls behind what this process itself has done.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -15,9 +16,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from qlora_api.contract import ProgressReport
-from qlora_api.job import QLoRAJob
+from qlora_api.job import GROUP, QLoRAJob
+from qlora_api.sweep.sweep import SWEEP_KIND
 from qlora_api.untrusted.printable import printable
-from qlora_operator.names import JOB_LABEL, KUEUE_PRIORITY_LABEL
+from qlora_operator.names import JOB_LABEL, KUEUE_PRIORITY_LABEL, SWEEP_LABEL
 from qlora_operator.state.observed import (
     LONGEST_TEXT,
     NotOwnedError,
@@ -30,7 +32,16 @@ from qlora_operator.state.observed import (
 Key = tuple[str, str]
 """Namespace and name of a QLoRAJob."""
 _KEPT_META = ("name", "namespace", "uid", "generation", "resourceVersion", "creationTimestamp", "deletionTimestamp")
-_KEPT_LABELS = (KUEUE_PRIORITY_LABEL,)
+_KEPT_LABELS = (KUEUE_PRIORITY_LABEL, SWEEP_LABEL)
+_KEPT_OWNER = ("apiVersion", "kind", "name", "uid", "controller")
+
+
+@dataclass(frozen=True, slots=True)
+class SweepRef:
+    """Name and UID of a QLoRASweep."""
+
+    name: str
+    uid: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +57,8 @@ class StoredJob:
     """It is over, does not go by itself, and its status is of its generation."""
     attempts: frozenset[str] = frozenset()
     """UIDs of the Jobs of its attempts, as status has them."""
+    sweep: SweepRef | None = None
+    """The QLoRASweep that controls it."""
 
     def parse(self) -> tuple[QLoRAJob, tuple[str, ...]]:
         """Return the job, with the paths of spec that this version does not know.
@@ -96,10 +109,34 @@ class Known:
 
 
 class ObjectCache:
-    """Everything known, by QLoRAJob."""
+    """Everything known, by QLoRAJob.
 
-    def __init__(self) -> None:
+    Args:
+        wake_sweep: told the key of a QLoRASweep when one of its trials has changed or is gone.
+
+    """
+
+    def __init__(self, wake_sweep: Callable[[Key], None] = lambda _: None) -> None:
         self._known: dict[Key, Known] = {}
+        self._trials: defaultdict[str, set[Key]] = defaultdict(set)
+        """QLoRAJobs by the UID of the QLoRASweep that controls them."""
+        self._wake_sweep = wake_sweep
+
+    def trials_of(self, sweep: str) -> list[tuple[str, StoredJob]]:
+        """Return names and QLoRAJobs that a QLoRASweep controls, by its UID."""
+        found = ((key[1], self._known[key].job) for key in self._trials.get(sweep, ()) if key in self._known)
+        return [(name, job) for name, job in found if job and job.sweep and job.sweep.uid == sweep]
+
+    def _index_trial(self, key: Key, before: StoredJob | None, after: StoredJob | None) -> None:
+        """Note which sweep controls a job, and tell those that it concerns."""
+        for sweep in {job.sweep for job in (before, after) if job and job.sweep}:
+            if after and after.sweep == sweep:
+                self._trials[sweep.uid].add(key)
+            else:
+                self._trials[sweep.uid].discard(key)
+                if not self._trials[sweep.uid]:
+                    del self._trials[sweep.uid]
+            self._wake_sweep((key[0], sweep.name))
 
     def __iter__(self) -> Iterator[tuple[Key, Known]]:
         return iter(self._known.items())
@@ -151,7 +188,11 @@ class ObjectCache:
         is_quiescent = is_finished and _is_observed(body) and _is_kept(body)
         text = json.dumps(kept_of(body), separators=(",", ":")).encode()
         attempts = {a["jobUid"]: a["number"] for a in (body.get("status") or {}).get("attempts") or () if "jobUid" in a}
-        known.job = StoredJob(meta["uid"], version, text, is_finished, is_quiescent, frozenset(attempts))
+        before = known.job
+        known.job = StoredJob(
+            meta["uid"], version, text, is_finished, is_quiescent, frozenset(attempts), _sweep_of(meta)
+        )
+        self._index_trial(key, before, known.job)
         known.made |= {uid: (meta["uid"], number) for uid, number in attempts.items()}
         known.forget_made()
         return key
@@ -232,7 +273,8 @@ class ObjectCache:
         if kind != "job":
             (known.children if kind == "child" else known.pods).pop(uid, None)
         elif known.job and known.job.uid == uid:
-            known.job = None
+            before, known.job = known.job, None
+            self._index_trial(key, before, None)
         self.forget(key)
 
     def clear_gone(self, key: Key, up_to_attempt: int) -> None:
@@ -240,6 +282,17 @@ class ObjectCache:
         known = self[key]
         known.pods = {u: p for u, p in known.pods.items() if not (p.gone and p.attempt <= up_to_attempt)}
         known.forget_made()
+
+
+def _sweep_of(meta: Mapping[str, Any]) -> SweepRef | None:
+    """Return the QLoRASweep that controls an object, by its owner reference."""
+    owner = _controller(meta)
+    is_sweep = owner and owner["kind"] == SWEEP_KIND and owner["apiVersion"].partition("/")[0] == GROUP
+    return SweepRef(owner["name"], owner["uid"]) if owner and is_sweep else None
+
+
+def _controller(meta: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    return next((owner for owner in meta.get("ownerReferences") or () if owner.get("controller")), None)
 
 
 def _is_finished(job: Mapping[str, Any]) -> bool:
@@ -264,6 +317,7 @@ def kept_of(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return a QLoRAJob without what nobody here reads: labels, finalizers and managed fields can be megabytes."""
     meta = body["metadata"]
     labels = meta.get("labels") or {}
+    owner = _controller(meta)
     kept_labels = {name: labels[name] for name in _KEPT_LABELS if name in labels}
     return {
         "apiVersion": body["apiVersion"],
@@ -271,6 +325,7 @@ def kept_of(body: Mapping[str, Any]) -> dict[str, Any]:
         "metadata": {
             **{name: meta[name] for name in _KEPT_META if name in meta},
             **({"labels": kept_labels} if kept_labels else {}),
+            **({"ownerReferences": [{name: owner[name] for name in _KEPT_OWNER}]} if owner else {}),
         },
         "spec": body["spec"],
         **({"status": body["status"]} if body.get("status") else {}),

@@ -12,7 +12,7 @@ from qlora_operator.kube.kopf_import import kopf
 from qlora_operator.state.cache import Key, ObjectCache
 from qlora_operator.watch.kopf_session import kept_in
 
-WATCHED = ("qlorajobs", "jobs", "pods", "events", "services")
+WATCHED = ("qlorajobs", "qlorasweeps", "jobs", "pods", "events", "services")
 """By kopf, and by ``list_watch.py``."""
 LIST_CHUNK = 20
 """kopf reads a page at once, and each job may be as large as etcd takes it."""

@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from qlora_api.job import GROUP, VERSION
 from qlora_operator.kube.client import TRANSIENT, WATCH_SECONDS, Api, ApiError, Object
 from qlora_operator.names import FIELD_MANAGER, JOB_LABEL, MANAGED_BY_LABEL, SERVICE
 from qlora_operator.state.cache import Key, ObjectCache
 from qlora_operator.state.observed import NotOwnedError
 from qlora_operator.state.skip_reasons import NOT_OWNED, UNREADABLE
+from qlora_operator.state.sweep_cache import SweepCache
 from qlora_operator.supervisor import backoff
 
 log = logging.getLogger(__name__)
@@ -71,6 +73,13 @@ def kinds_of(cache: ObjectCache, services: set[str]) -> tuple[WatchedKind, ...]:
         WatchedKind("/api/v1", "events", refusals, cache.take_refusal, lambda _: None),
         # The reconciler knows what it makes. A late word of it here could be of one that is gone again.
         WatchedKind("/api/v1", "services", shared, lambda _: None, unshared, held_services, lose_service, "namespace"),
+    )
+
+
+def sweeps_kind(sweeps: SweepCache) -> WatchedKind:
+    """Return the kind of QLoRASweeps."""
+    return WatchedKind(
+        f"/apis/{GROUP}/{VERSION}", "qlorasweeps", {}, sweeps.take, sweeps.drop, sweeps.held, sweeps.lose
     )
 
 

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from cluster.api import Object
     from cluster.control_plane import ControlPlane
 
-COLLECTIONS = {"qlorajobs": f"{GROUP}/qlorajobs", "jobs": "/apis/batch/v1/jobs", "pods": "/api/v1/pods"}
+COLLECTIONS = {
+    "qlorajobs": f"{GROUP}/qlorajobs",
+    "qlorasweeps": f"{GROUP}/qlorasweeps",
+    "jobs": "/apis/batch/v1/jobs",
+    "pods": "/api/v1/pods",
+}
 
 WATCH_SECONDS, PAUSE_SECONDS = 3, 0.05
 """Of one watch, and before the next."""

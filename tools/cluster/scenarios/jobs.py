@@ -9,20 +9,22 @@ if TYPE_CHECKING:
     from cluster.api import Api, Object
     from cluster.control_plane import ControlPlane
 
-CRD = Path(__file__).parents[3] / "crds" / "qlora.dev_qlorajobs.yaml"
+CRDS = Path(__file__).parents[3] / "crds"
+CRD = CRDS / "qlora.dev_qlorajobs.yaml"
 GROUP = "/apis/qlora.dev/v1alpha1"
 
 
 def serve_crd(cluster: ControlPlane) -> None:
-    """Apply the CustomResourceDefinition, and wait until it is served: a moment after ``Established``."""
-    cluster.kubectl("apply", "-f", CRD)
+    """Apply the CustomResourceDefinitions, and wait until they are served: a moment after ``Established``."""
+    cluster.kubectl("apply", "-f", CRDS)
     wait_until_served(cluster.api)
 
 
 def wait_until_served(api: Api) -> None:
-    """Wait until QLoRAJobs are handled and discovered."""
-    api.wait_for(f"{GROUP}/qlorajobs", bool, what="QLoRAJobs are served")
-    api.wait_for(GROUP, lambda found: found["resources"], what="QLoRAJobs are discovered")
+    """Wait until QLoRAJobs and QLoRASweeps are handled and discovered."""
+    for plural in ("qlorajobs", "qlorasweeps"):
+        api.wait_for(f"{GROUP}/{plural}", bool, what=f"{plural} are served")
+    api.wait_for(GROUP, lambda found: len({r["kind"] for r in found["resources"]}) == 2, what="both are discovered")
 
 
 def qlora_job(name: str = "job", namespace: str = "default", workers: int = 1, **groups: Any) -> Object:

@@ -20,6 +20,8 @@ from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.history import History
 from cluster.scenarios.jobs import create_job, in_state, last_attempt, qlora_job
 from cluster.scenarios.script import pods_do
+from cluster.scenarios.sweeps import EXPECTED as SWEEP_OUTCOME
+from cluster.scenarios.sweeps import live_sweep, qlora_sweep, sweep_outcome, trials_live
 from cluster.scenarios.whole_life import (
     ADAPTER,
     EXPECTED,
@@ -48,6 +50,11 @@ FOR_OTHER_LIVES = {
     ("get", "services"): "the answer to a create was lost: test_crash_matrix",
     ("get", "nodes"): "a pod does not end: below",
     ("patch", "configmaps"): "something was learned: below",
+    ("create", "qlorajobs"): "trials of a sweep: below",
+    ("patch", "qlorajobs"): "trials of a sweep: below",
+    ("patch", "qlorasweeps/status"): "a sweep: below",
+    ("delete", "qlorasweeps"): "a sweep whose time to live is over: below",
+    ("get", "qlorasweeps"): "somebody changed a sweep between a decision and its write: test_sweep_crash_matrix",
     ("create", "podgroups"): "Volcano, which is not on this cluster",
     ("get", "podgroups"): "Volcano, which is not on this cluster",
 }
@@ -184,6 +191,21 @@ def test_a_whole_life_needs_no_right_that_the_chart_does_not_give(installed, his
     assert unused == set(), "rights that no call needs"
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_whole_sweep_needs_no_right_that_the_chart_does_not_give(installed, history, fork_server, tmp_path):
+    """With the chart's policies, which leave its trials to the operator and nothing else."""
+    cluster, mark = installed.cluster, installed.cluster.audit_mark()
+    settings = installed.settings | {"prepare": {"enabled": False}}
+    with (
+        trials_live(cluster.api, installed.served, everywhere=NAMESPACE_LABELS),
+        ForkedOperator(fork_server, tmp_path, installed.kubeconfig, **settings),
+    ):
+        live_sweep(cluster.api, installed.served)
+    assert sweep_outcome(history, installed.served) == SWEEP_OUTCOME
+    asked = [r for r in cluster.requests_since(mark) if r.user == installed.account]
+    assert [(r.verb, r.resource, r.namespace) for r in asked if r.code == 403] == []
+
+
 def test_a_lost_node_is_looked_at_with_the_rights_of_the_chart(cluster_wide, fork_server, tmp_path):
     cluster, api = cluster_wide.cluster, cluster_wide.cluster.api
     namespace, mark = cluster.create_namespace(), cluster.audit_mark()
@@ -288,6 +310,38 @@ def test_an_operator_that_was_taken_over_creates_no_secret_but_keys(name, kind, 
     assert allowed or "the operator creates no Secrets but those" in said
 
 
+def test_an_operator_that_was_taken_over_creates_and_changes_no_job_but_trials(cluster_wide, tenant):
+    job = qlora_job("made", tenant.namespace, suspend=True)
+    operator = Tenant(tenant.cluster, tenant.namespace, cluster_wide.kubeconfig)
+    assert "the operator creates and changes no QLoRAJobs but the trials" in operator.create(job)
+    tenant.cluster.api.create(job)
+    suspend = ("patch", "qlorajob", "made", "--type=merge", "-p", '{"spec": {"suspend": false}}')
+    with pytest.raises(KubectlError, match="the operator creates and changes no QLoRAJobs but the trials"):
+        tenant.cluster.kubectl(*suspend, "-n", tenant.namespace, kubeconfig=cluster_wide.kubeconfig)
+    sweep = tenant.cluster.api.create(qlora_sweep(tenant.namespace, suspend=True))["metadata"]["uid"]
+    assert operator.create(as_trial(qlora_job("search-8", tenant.namespace, suspend=True), sweep)) == ""
+    more = '{"spec": {"output": {"credentials": "of-others"}}}'
+    with pytest.raises(KubectlError, match="changes nothing of a trial but"):
+        tenant.cluster.kubectl(
+            *("patch", "qlorajob", "search-8", "--type=merge", "-p", more, "-n", tenant.namespace),
+            kubeconfig=cluster_wide.kubeconfig,
+        )
+
+
+def test_nobody_else_makes_a_trial_of_a_sweep(tenant):
+    job = qlora_job("search-9", tenant.namespace, suspend=True)
+    assert "only the operator creates trials" in tenant.create(as_trial(job))
+    assert tenant.create(job) == ""
+    assert "only the operator creates trials" in tenant.apply(as_trial(job))
+
+
+def as_trial(job: dict[str, Any], sweep: str = "a-uid") -> dict[str, Any]:
+    """A job that says a sweep controls it."""
+    owner: dict[str, Any] = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRASweep", "name": "search", "uid": sweep}
+    owner["controller"] = True
+    return job | {"metadata": job["metadata"] | {"ownerReferences": [owner]}}
+
+
 def test_nobody_else_puts_a_key_where_the_operator_would_find_it(tenant):
     """Who may create Secrets, and read none, would otherwise know a job's key before its first pod."""
     rules = [{"apiGroups": [""], "resources": ["secrets"], "verbs": ["create"]}]
@@ -325,8 +379,15 @@ class Tenant:
 
     def apply(self, manifest: dict[str, Any]) -> str:
         """Apply as kubectl does; why it was refused, empty if it was not."""
+        return self._do("apply", manifest)
+
+    def create(self, manifest: dict[str, Any]) -> str:
+        """Create it; why it was refused, empty if it was not."""
+        return self._do("create", manifest)
+
+    def _do(self, verb: str, manifest: dict[str, Any]) -> str:
         try:
-            self.cluster.kubectl("apply", "-f", "-", stdin=json.dumps(manifest), kubeconfig=self.kubeconfig)
+            self.cluster.kubectl(verb, "-f", "-", stdin=json.dumps(manifest), kubeconfig=self.kubeconfig)
         except KubectlError as error:
             return str(error)
         return ""
@@ -338,7 +399,7 @@ def tenant(cluster_wide) -> Tenant:
     for name in ("own", "of-others"):
         cluster.kubectl("create", "secret", "generic", name, "--from-literal=TOKEN=x", "-n", namespace)
     rules = [
-        {"apiGroups": ["qlora.dev"], "resources": ["qlorajobs"], "verbs": ["create", "get", "patch"]},
+        {"apiGroups": ["qlora.dev"], "resources": ["qlorajobs", "qlorasweeps"], "verbs": ["create", "get", "patch"]},
         {"apiGroups": [""], "resources": ["secrets"], "resourceNames": ["own"], "verbs": ["get"]},
     ]
     role = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "metadata": {"name": "jane"}, "rules": rules}
@@ -364,6 +425,21 @@ def test_a_tenant_gains_no_secret_through_a_job(tenant, group):
     assert "jane may not get this Secret" in tenant.apply(naming(tenant, group, "of-others"))
     assert "jane may not get this Secret" in tenant.apply(naming(tenant, group, "not-there"))
     assert tenant.apply(naming(tenant, group, "own", f"job-{group.replace('.', '-')}")) == ""
+
+
+@pytest.mark.parametrize("group", ["model", "dataset.train", "output"])
+def test_a_tenant_gains_no_secret_through_a_sweep(tenant, group):
+    def naming_in_template(secret: str, name: str = "sweep") -> dict[str, Any]:
+        made = qlora_sweep(tenant.namespace, name, suspend=True)
+        place = made["spec"]["template"]["spec"]
+        for key in group.split("."):
+            place = place[key]
+        place["credentials"] = secret
+        return made
+
+    said = tenant.apply(naming_in_template("of-others"))
+    assert f'spec.template.spec.{group}.credentials: "of-others" – jane may not get this Secret' in said
+    assert tenant.apply(naming_in_template("own", f"sweep-{group.replace('.', '-')}")) == ""
 
 
 def test_a_tenant_gains_no_secret_by_changing_a_job_later(tenant):

@@ -1,0 +1,1 @@
+"""Reconcile QLoRASweeps: create and change their trials, and write their status."""

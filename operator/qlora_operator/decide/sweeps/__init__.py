@@ -1,0 +1,1 @@
+"""Decisions on QLoRASweeps: which trials to create, suspend and resume, and what status says. Pure."""
