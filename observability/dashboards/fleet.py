@@ -42,6 +42,7 @@ def fleet() -> dashboard.Dashboard:
     made.with_variable(dashboard.TextBoxVariable("price").label("USD per GPU-hour").default_value("2.50"))
     _now(made)
     _queue(made)
+    _sweeps(made)
     _failures(made)
     _cost(made)
     _operator(made)
@@ -103,6 +104,40 @@ def _now(made: dashboard.Dashboard) -> None:
                 Column("Attempt", f"max {key} (qlora_attempt{{{NAMESPACE}}})", "none"),
                 Column("GPU time", f"max {key} (qlora_job_gpu_seconds{{{NAMESPACE}}})", "s"),
                 Column("Expected", f"max {key} (qlora_job_expected_gpu_seconds{{{NAMESPACE}}})", "s"),
+            ),
+        )
+    )
+
+
+def _sweeps(made: dashboard.Dashboard) -> None:
+    made.with_row(dashboard.Row("Sweeps"))
+    made.with_panel(
+        lines(
+            "Sweeps by state",
+            "QLoRASweeps by state, those that are over included.",
+            "short",
+            Query(f"sum by (state) (qlora_operator_sweeps{{{NAMESPACE}}})", "{{state}}"),
+            stacked=True,
+            colours=STATES,
+            min=0,
+        )
+    )
+    key = "by (namespace, sweep)"
+    trials = f"max {key} (qlora_sweep_trials{{{NAMESPACE},state"
+    made.with_panel(
+        rows(
+            "Unfinished sweeps",
+            "Trials, GPU time and the best value so far of each sweep. GPU time of all trials counts against its budget.",
+            (("namespace", "Namespace"), ("sweep", "Sweep")),
+            f'max {key} (qlora_sweep_trials{{{NAMESPACE},state="Running"}})',
+            (
+                Column("Running", f'{trials}="Running"}})', "none"),
+                Column("Suspended", f'{trials}="Suspended"}})', "none"),
+                Column("Succeeded", f'{trials}="Succeeded"}})', "none"),
+                Column("Failed", f'{trials}="Failed"}})', "none"),
+                Column("Best value", f"max {key} (qlora_sweep_best_value{{{NAMESPACE}}})", "short"),
+                Column("GPU time", f"max {key} (qlora_sweep_gpu_seconds{{{NAMESPACE}}})", "s"),
+                Column("Budget", f"max {key} (qlora_sweep_budget_gpu_seconds{{{NAMESPACE}}})", "s"),
             ),
         )
     )

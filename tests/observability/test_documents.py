@@ -80,6 +80,7 @@ def test_trainers_name_job_namespace_and_rank_and_nobody_names_free_text():
         "uuid",
         "gpu",
         "quantization",
+        "sweep",
         "task",
     }
     assert {label for metric in CATALOGUE for label in metric.labels} <= {*RANK, *closed}

@@ -21,6 +21,7 @@ from cluster.control_plane import ControlPlane
 from cluster.scenarios.jobs import create_job, in_state, job_path, qlora_job, serve_crd
 from cluster.scenarios.operator import OperatorProcess
 from cluster.scenarios.script import pods_do
+from cluster.scenarios.sweeps import SWEEP, create_sweep, qlora_sweep
 from cluster.scenarios.whole_life import PREPARED
 from demo.material import make_material
 from qlora_api.batch import split_batch
@@ -186,6 +187,10 @@ class LiveMetrics:
                     scripts.enter_context(pods_do(self.api, OTHERS, does, job=name, attempt=attempt))
             for name in OTHER_JOBS:
                 create_job(self.api, qlora_job(name, OTHERS, **GROUPS.get(name, {})))
+            # One trial succeeds, and the next one trains as long as all this lives.
+            scripts.enter_context(pods_do(self.api, OTHERS, ends(0, "Completed"), job=f"{SWEEP}-0"))
+            sweep = create_sweep(self.api, qlora_sweep(OTHERS, parallelTrials=1, budgetGpuHours="8"))
+            self.api.wait_for(sweep, lambda found: "best" in found.get("status", {}), seconds=WAIT_SECONDS)
             self.api.wait_for(job_path(OTHERS, "done"), in_state("Succeeded"))
             self.api.wait_for(job_path(OTHERS, "waits"), in_state("Pending", "Unschedulable"))
             if self._gpus:

@@ -38,7 +38,7 @@ class SweepView:
 
 @dataclass(frozen=True)
 class _Summary:
-    """What conditions say of a sweep."""
+    """State of a sweep, its reason and a message for people."""
 
     state: ConditionType | Literal["Pending"]
     reason: Reason

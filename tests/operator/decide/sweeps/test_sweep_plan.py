@@ -1,4 +1,4 @@
-"""What is created and changed for a sweep, and when it is decided on again."""
+"""Trials that are created and changed for a sweep, and the time at which it is decided on again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a QLoRAJob says of its trial."""
+"""State of a trial, as its QLoRAJob has it."""
 
 from __future__ import annotations
 
