@@ -127,7 +127,7 @@ def _sweeps(made: dashboard.Dashboard) -> None:
     made.with_panel(
         rows(
             "Unfinished sweeps",
-            "Trials, GPU time and the best value so far of each sweep. GPU time of all trials counts against its budget.",
+            "Trials, GPU time and the best value so far of each sweep. The budget is that of all trials together.",
             (("namespace", "Namespace"), ("sweep", "Sweep")),
             f'max {key} (qlora_sweep_trials{{{NAMESPACE},state="Running"}})',
             (
