@@ -118,6 +118,7 @@ def _sweeps(made: dashboard.Dashboard) -> None:
             "short",
             Query(f"sum by (state) (qlora_operator_sweeps{{{NAMESPACE}}})", "{{state}}"),
             stacked=True,
+            span=24,
             colours=STATES,
             min=0,
         )
