@@ -18,6 +18,7 @@ from qlora_trainer.errors import TrainerError, UserError
 from qlora_trainer.model.base_model import add_lora, check_base, load_base, trainable, weight_bytes
 from qlora_trainer.model.experts.packed import FrozenExperts
 from qlora_trainer.model.experts.structure import expert_parameters
+from qlora_trainer.model.loading import disk_tensors
 from qlora_trainer.model.loading.disk_tensors import DiskTensors, dequantized_fp8
 from qlora_trainer.model.loading.read_weights import notes_of
 from qlora_trainer.model.loss import call_arguments, end_to_end
@@ -44,13 +45,34 @@ def weights_of(model):
     return dict(model.named_parameters())
 
 
-def test_mxfp4_is_what_transformers_makes_of_it(mxfp4):
+@pytest.mark.parametrize("at_once", [disk_tensors.ELEMENTS_AT_ONCE, 96], ids=["at-once", "three-groups-at-a-time"])
+def test_mxfp4_is_what_transformers_makes_of_it(at_once, mxfp4, monkeypatch):
+    monkeypatch.setattr(disk_tensors, "ELEMENTS_AT_ONCE", at_once)
     found = weights_of(load_base(mxfp4, PLAIN, CPU))
     wanted = AutoModelForCausalLM.from_pretrained(
         mxfp4, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.bfloat16
     )
     for name, parameter in wanted.named_parameters():
         assert torch.equal(found[name], parameter), name
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (18, 11), (3, 18, 11)], ids=["whole-blocks", "cut-blocks", "experts"])
+def test_a_large_weight_is_dequantized_some_rows_at_a_time(shape, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator).to(torch.float8_e4m3fn)
+    scales = torch.rand(*shape[:-2], 5, 3, generator=generator)
+    at_once = dequantized_fp8(weight, scales, torch.bfloat16, (4, 4))
+    most, plain = [], disk_tensors.Fp8Dequantize._dequantize_one
+
+    def note(self, part, *more, **named):
+        most.append(part.numel())
+        return plain(self, part, *more, **named)
+
+    monkeypatch.setattr(disk_tensors.Fp8Dequantize, "_dequantize_one", note)
+    monkeypatch.setattr(disk_tensors, "ELEMENTS_AT_ONCE", 2 * 4 * 12)
+    assert torch.equal(dequantized_fp8(weight, scales, torch.bfloat16, (4, 4)), at_once)
+    assert len(most) == 3
+    assert max(most) < weight.numel()
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "deepseek_v3"])

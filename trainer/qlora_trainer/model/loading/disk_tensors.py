@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 
+ELEMENTS_AT_ONCE = 1 << 21
+"""Of a weight: on the way, values in FP8 and their products with the scales are fp32, and those in MXFP4 int64."""
+MXFP4_GROUP = 32
+"""Elements that share a scale."""
+
+
 class DiskTensors:
     """The tensors of a base by name, each a slice: read when it is indexed.
 
@@ -101,7 +107,9 @@ class _Mxfp4:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         index = slice(None) if index is Ellipsis else index
-        made: torch.Tensor = convert_moe_packed_tensors(self._blocks[index], self._scales[index], dtype=self._dtype)
+        made: torch.Tensor = convert_moe_packed_tensors(
+            self._blocks[index], self._scales[index], dtype=self._dtype, rows_per_chunk=ELEMENTS_AT_ONCE // MXFP4_GROUP
+        )
         return made
 
 
@@ -119,11 +127,20 @@ def dequantized_fp8(
     """
     rows, columns = weight.shape[-2:]
     blocks = -(-rows // block[0]), -(-columns // block[1])
-    if tuple(scales.shape[-2:]) == blocks and (rows % block[0] or columns % block[1]):  # the last blocks are cut
+    has_blocks = tuple(scales.shape[-2:]) == blocks
+    at_once = max(1, ELEMENTS_AT_ONCE // (block[0] * columns))  # rows of blocks
+    if has_blocks and blocks[0] > at_once:
+        made = torch.empty(weight.shape, dtype=dtype)
+        for start in range(0, blocks[0], at_once):
+            part = slice(start * block[0], (start + at_once) * block[0])
+            own = scales[..., start : start + at_once, :]
+            made[..., part, :] = dequantized_fp8(weight[..., part, :], own, dtype, block)
+        return made
+    if has_blocks and (rows % block[0] or columns % block[1]):  # the last blocks are cut
         padded = torch.zeros(
             *weight.shape[:-2], scales.shape[-2] * block[0], scales.shape[-1] * block[1], dtype=weight.dtype
         )
         padded[..., :rows, :columns] = weight
         return dequantized_fp8(padded, scales, dtype, block)[..., :rows, :columns].contiguous()
-    made: torch.Tensor = Fp8Dequantize(None)._dequantize_one(weight, scales, output_dtype=dtype)  # noqa: SLF001 its only name
-    return made
+    whole: torch.Tensor = Fp8Dequantize(None)._dequantize_one(weight, scales, output_dtype=dtype)  # noqa: SLF001 its only name
+    return whole
