@@ -42,7 +42,7 @@ from bench_operator_measure import (
 from bench_operator_report import tables
 from cluster.api import Object
 from cluster.control_plane import ControlPlane, Settings
-from cluster.scenarios.jobs import CRD, qlora_job
+from cluster.scenarios.jobs import CRDS, qlora_job
 from cluster.scenarios.operator import OperatorProcess
 from cluster.scenarios.script import pods_do
 
@@ -229,7 +229,7 @@ def bench(folder: Path, *, prepare: bool = False, gang: bool = False) -> Iterato
     settings = Settings(gang_scheduling=gang, api_server_flags=(f"--audit-log-maxsize={AUDIT_LOG_MB}",))
     with ExitStack() as stack:
         cluster = stack.enter_context(ControlPlane(folder / "cluster", settings))
-        cluster.kubectl("apply", "-f", CRD)
+        cluster.kubectl("apply", "-f", CRDS)
         # Not by "kubectl wait", which fails on a CustomResourceDefinition that has no status yet.
         cluster.api.wait_for(CRD_PATH, _is_established, what="QLoRAJobs are served")
         cluster.add_kwok_nodes(NODES, gpus=GPUS)

@@ -27,7 +27,8 @@ def test_an_upgrade_changes_the_definition_and_an_uninstall_keeps_it(helm, tmp_p
 
         objects = release.objects()
         release.uninstall()
-        assert release.left(objects) == [("CustomResourceDefinition", "qlorajobs.qlora.dev")]
+        definitions = [("CustomResourceDefinition", f"{plural}.qlora.dev") for plural in ("qlorajobs", "qlorasweeps")]
+        assert sorted(release.left(objects)) == definitions
         assert cluster.api.get("/apis/qlora.dev/v1alpha1/namespaces/default/qlorajobs/kept")
 
         release.upgrade(crds={"keep": False})  # installed again, over the definition that was kept
