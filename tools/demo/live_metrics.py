@@ -179,6 +179,10 @@ class LiveMetrics:
     def play(self, before_the_end: Callable[[], None] = lambda: None) -> None:
         """Have jobs of every kind, and the training until enough of it was seen, and something else before it ends."""
         with ExitStack() as scripts:
+            # Before all else, as counts of a sweep are written late: one trial succeeds, and the next one trains.
+            scripts.enter_context(pods_do(self.api, OTHERS, ends(0, "Completed"), job=f"{SWEEP}-0"))
+            sweep = create_sweep(self.api, qlora_sweep(OTHERS, parallelTrials=1, budgetGpuHours="8"))
+            self.api.wait_for(sweep, lambda found: "best" in found.get("status", {}), seconds=WAIT_SECONDS)
             scripts.enter_context(pods_do(self.api, TEAM, {"pod-ip": ADDRESS}, job=NAME))
             create_job(self.api, qlora_job(NAME, TEAM, **self.training.groups))
             self.training.start()
@@ -187,10 +191,6 @@ class LiveMetrics:
                     scripts.enter_context(pods_do(self.api, OTHERS, does, job=name, attempt=attempt))
             for name in OTHER_JOBS:
                 create_job(self.api, qlora_job(name, OTHERS, **GROUPS.get(name, {})))
-            # One trial succeeds, and the next one trains as long as all this lives.
-            scripts.enter_context(pods_do(self.api, OTHERS, ends(0, "Completed"), job=f"{SWEEP}-0"))
-            sweep = create_sweep(self.api, qlora_sweep(OTHERS, parallelTrials=1, budgetGpuHours="8"))
-            self.api.wait_for(sweep, lambda found: "best" in found.get("status", {}), seconds=WAIT_SECONDS)
             self.api.wait_for(job_path(OTHERS, "done"), in_state("Succeeded"))
             self.api.wait_for(job_path(OTHERS, "waits"), in_state("Pending", "Unschedulable"))
             if self._gpus:
