@@ -68,6 +68,8 @@ class JobRef(Model):
     namespace: str = "default"
     uid: str
     """Names the run: checkpoints and the published manifest carry it."""
+    cluster: str = ""
+    """Identity of the cluster that the job is an object of; empty: of none, or it is not known."""
 
 
 class TrainerConfig(Model):

@@ -26,7 +26,7 @@ from qlora_operator.act.sweeps.reconcile_sweeps import SweepReconciler
 from qlora_operator.config import OperatorConfig
 from qlora_operator.kube.bounded_reads import TooLargeError
 from qlora_operator.kube.client import TRANSIENT, Api, ApiError
-from qlora_operator.kube.credentials import load_credentials
+from qlora_operator.kube.credentials import cluster_identity, load_credentials
 from qlora_operator.kube.kopf_import import kopf
 from qlora_operator.log_format import set_up_logs
 from qlora_operator.serve import health
@@ -121,6 +121,8 @@ class Operator:
     """All parts, put together; :meth:`run` has them work."""
 
     def __init__(self, config: OperatorConfig) -> None:
+        credentials = load_credentials()
+        config = config.model_copy(update={"cluster": config.cluster or cluster_identity(credentials)})
         self.config = config
         self.sweeps = SweepCache()
         self.cache = ObjectCache(self.wake_sweep)
@@ -130,7 +132,7 @@ class Operator:
         self.watches = health.Watches(kopf_handlers.WATCHED, each=max(1, len(config.namespaces)))
         self.listings = Listings()
         self.election = self.candidate() if config.lease else None
-        self.api = Api(load_credentials(), self.metrics.request, may_write=lambda: not self.standing_by())
+        self.api = Api(credentials, self.metrics.request, may_write=lambda: not self.standing_by())
         self.corrections = Corrections(self.api, config, self.metrics.corrected)
         self.gangs: frozenset[Gang] = frozenset()
         self.reconciler = Reconciler(self.cache, self.api, config, lambda: self.gangs, self.corrections, self.metrics)

@@ -102,6 +102,8 @@ class OperatorConfig(Model):
     """Empty: all."""
     release: Annotated[str, StringConstraints(min_length=1, max_length=253)] = "qlora-operator"
     """Tells this operator from others that serve the same namespaces; the chart has ``namespace/name``."""
+    cluster: Annotated[str, StringConstraints(max_length=253)] = ""
+    """Identity of the cluster, in the claims of destinations. Empty: a hash of its API server's CA certificate."""
     lease: Annotated[str, StringConstraints(pattern=r"^([-a-z0-9]+/[-a-z0-9.]+)?$")] = ""
     """``namespace/name`` of the Lease whose holder operates. Empty: there is one replica, which needs none."""
     gang: Gang = Gang.AUTO

@@ -1,9 +1,11 @@
 """Claim a destination, so that of two jobs that name one the second ends in Prepare and not after its training.
 
-A claim is of one run, by its uid: jobs of one name are in other clusters, namespaces and folders too. It is given up
-when its job ends by an error of the user's or is put aside on its machine, and expires when no attempt of the job has
-begun for LIFETIME: a job that is deleted tells nobody. One that trains for longer in one attempt may lose its claim,
-not its adapter: the manifest too is created under a name that must be free.
+A claim is of one run, by its uid: jobs of one name are in other clusters, namespaces and folders too. Where both are
+objects of one cluster, namespace and name are enough: a second object of that name means that the first was deleted.
+
+A claim is given up when its job ends by an error of the user's or is put aside on its machine, and expires when no
+attempt of the job has begun for LIFETIME: a job that is deleted tells nobody. One that trains for longer in one attempt
+may lose its claim, not its adapter: the manifest too is created under a name that must be free.
 
 A claim is never changed: ``.claims/00000001.json`` is followed by ``00000002.json``, and the last one counts. Each is
 created under a name that must be free. So exactly one of several that take over at once succeeds, on every store that
@@ -40,10 +42,16 @@ class Claim(Model):
     run_uid: str
     namespace: str
     job: str
+    cluster: str = ""
+    """Of the job; empty for a local run, and in claims of earlier versions: these are of their uid alone."""
     time: datetime
     """When it was made or renewed: an attempt of the job began."""
     released: bool = False
     """Whoever held the destination does not need it any more."""
+
+    def to_bytes(self) -> bytes:
+        """Return it as JSON; versions that know no clusters still read one without."""
+        return self.model_dump_json(by_alias=True, exclude_defaults=True).encode()
 
     @property
     def age(self) -> timedelta:
@@ -51,11 +59,17 @@ class Claim(Model):
 
     def is_of(self, job: JobRef) -> bool:
         """Tell whether ``job`` may go on with this claim or in its place."""
-        return self.run_uid == job.uid or self.released or self.age > LIFETIME
+        return self.run_uid == job.uid or self.released or self.age > LIFETIME or self.is_of_predecessor(job)
+
+    def is_of_predecessor(self, job: JobRef) -> bool:
+        """Tell whether the claim's run was the same object of the same cluster, before it was created anew."""
+        same_object = (self.cluster, self.namespace, self.job) == (job.cluster, job.namespace, job.name)
+        return bool(job.cluster) and same_object and self.run_uid != job.uid
 
     def is_current(self, job: JobRef) -> bool:
         """Tell whether the claim is this run's and need not be renewed."""
-        return self.run_uid == job.uid and not self.released and self.age < RENEWED_AFTER
+        mine = (self.run_uid, self.cluster) == (job.uid, job.cluster)
+        return mine and not self.released and self.age < RENEWED_AFTER
 
 
 def claim_destination(uri: str, job: JobRef) -> None:
@@ -83,8 +97,10 @@ def claim_destination(uri: str, job: JobRef) -> None:
             return
         if claim and not claim.released and claim.run_uid != job.uid:
             log.warning(
-                "the claim of job %s/%s (run %s) on %s has expired: its last attempt began %s ago",
-                *(claim.namespace, claim.job, claim.run_uid, store.uri(), _days(claim.age)),
+                "the claim of job %s/%s (run %s) on %s %s: its last attempt began %s ago",
+                *(claim.namespace, claim.job, claim.run_uid, store.uri()),
+                "passes to this job, which is in its place" if claim.is_of_predecessor(job) else "has expired",
+                _days(claim.age),
             )
         if _follow(store, number, _claim_of(job)):
             return
@@ -109,7 +125,7 @@ def _days(age: timedelta) -> str:
 
 
 def _claim_of(job: JobRef) -> Claim:
-    return Claim(run_uid=job.uid, namespace=job.namespace, job=job.name, time=_now())
+    return Claim(run_uid=job.uid, namespace=job.namespace, job=job.name, cluster=job.cluster, time=_now())
 
 
 def _now() -> datetime:
@@ -134,7 +150,7 @@ def _follow(store: Store, number: int, claim: Claim) -> bool:
     """Create the claim that follows ``number``; False where another was faster."""
     key = _key(number + 1)
     try:
-        store.create(key, claim.model_dump_json(by_alias=True).encode())
+        store.create(key, claim.to_bytes())
     except AlreadyExistsError:
         return False  # or it is this very claim, whose answer was lost: the next look tells
     _check_refusal(store, key, claim)
@@ -165,7 +181,7 @@ def _check_refusal(store: Store, key: str, claim: Claim) -> None:
 
     """
     try:
-        store.create(key, claim.model_dump_json(by_alias=True).encode())
+        store.create(key, claim.to_bytes())
     except AlreadyExistsError:
         return
     raise UserError(

@@ -1,5 +1,6 @@
 """A destination is for one job: the second is told before it trains, on a folder and on a real S3 server."""
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -42,6 +43,58 @@ def test_another_run_under_the_same_name_is_another_job(place, job):
     assert claims(place) == [".claims/00000001.json"]
 
 
+IN_CLUSTER = JobRef(name="tune", namespace="team", uid="3f2a9c01-tune", cluster="c1")
+RECREATED = IN_CLUSTER.model_copy(update={"uid": "1111-recreated"})
+
+
+def test_a_job_that_is_created_anew_in_its_cluster_takes_the_claim_over(place, caplog):
+    claim_destination(place, IN_CLUSTER)
+    claim_destination(place, RECREATED)
+    assert claims(place) == [".claims/00000002.json"]
+    assert "(run 3f2a9c01-tune) on" in caplog.text
+    assert "passes to this job, which is in its place" in caplog.text
+    release_destination(place, IN_CLUSTER.uid)  # the pod of the deleted job may end later than it
+    with pytest.raises(UserError, match=r"is claimed by job team/tune \(run 1111-recreated"):
+        claim_destination(place, OTHER)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        RECREATED.model_copy(update={"cluster": "c2"}),
+        RECREATED.model_copy(update={"cluster": ""}),
+        RECREATED.model_copy(update={"namespace": "other"}),
+        RECREATED.model_copy(update={"name": "other"}),
+    ],
+    ids=["another-cluster", "a-local-run", "another-namespace", "another-name"],
+)
+def test_no_other_job_takes_the_claim_of_a_clusters_job_over(place, other):
+    claim_destination(place, IN_CLUSTER)
+    with pytest.raises(UserError, match=r"is claimed by job team/tune \(run 3f2a"):
+        claim_destination(place, other)
+    release_destination(place, IN_CLUSTER.uid)
+    claim_destination(place, other)
+    with pytest.raises(UserError, match="is claimed by job"):
+        claim_destination(place, IN_CLUSTER)
+
+
+def test_a_claim_of_version_0_1_is_of_its_run_alone_until_an_attempt_names_the_cluster(place, job):
+    time = datetime.now(UTC).isoformat()
+    old = {"runUid": job.uid, "namespace": "team", "job": "tune", "time": time, "released": False}
+    open_store(place, FIELD).put(".claims/00000001.json", json.dumps(old).encode())
+    with pytest.raises(UserError, match=r"or delete .*\.claims if that job is gone"):
+        claim_destination(place, RECREATED)
+    claim_destination(place, IN_CLUSTER)
+    claim_destination(place, RECREATED)
+    assert claims(place) == [".claims/00000003.json"]
+
+
+def test_a_claim_of_a_local_run_is_read_by_version_0_1(place, job):
+    claim_destination(place, job)
+    claim = json.loads(open_store(place, FIELD).get(".claims/00000001.json"))
+    assert claim.keys() == {"runUid", "namespace", "job", "time"}
+
+
 def test_what_is_released_is_free(place, job):
     claim_destination(place, job)
     release_destination(place, OTHER.uid)
@@ -56,7 +109,7 @@ def test_what_is_released_is_free(place, job):
 def claim_of(place, job, **ago):
     """Claim the destination as if it had been some time ago."""
     time = datetime.now(UTC) - timedelta(**ago)
-    claim = Claim(run_uid=job.uid, namespace=job.namespace, job=job.name, time=time)
+    claim = Claim(run_uid=job.uid, namespace=job.namespace, job=job.name, cluster=job.cluster, time=time)
     open_store(place, FIELD).put(".claims/00000001.json", claim.model_dump_json(by_alias=True).encode())
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import logging
 import os
 import time
@@ -55,6 +57,21 @@ def load_credentials() -> kopf.ConnectionInfo:
     if not found:
         raise kopf.LoginError("no way to a cluster is configured: neither a pod's account nor a kubeconfig")
     return found
+
+
+def cluster_identity(info: kopf.ConnectionInfo) -> str:
+    """Return a hash of the CA certificates of the API server: what tells clusters apart and needs no right.
+
+    Empty where there are none, or they cannot be read: then nothing is known to be in the same cluster.
+    """
+    try:
+        data: str | bytes = Path(os.fsdecode(info.ca_path)).read_bytes() if info.ca_path else info.ca_data or b""
+        text = data.encode() if isinstance(data, str) else data
+        pem = text if b"-----BEGIN" in text else base64.b64decode(text)
+    except (OSError, ValueError) as error:
+        log.warning("the CA certificate of the API server cannot be read: %s", error)
+        return ""
+    return hashlib.sha256(b"".join(pem.split())).hexdigest()[:32] if pem.strip() else ""
 
 
 def _is_plain(path: str) -> bool:

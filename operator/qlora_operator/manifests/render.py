@@ -203,7 +203,7 @@ def trainer_config(
     shared = shared_destination(meta.name, meta.labels, spec.output.destination)
     host = f"{attempt_name(meta.name, attempt.number)}-0.{SERVICE}.{meta.namespace}.svc:{RENDEZVOUS_PORT}"
     return TrainerConfig(
-        job=JobRef(name=meta.name, namespace=meta.namespace, uid=meta.uid or ""),
+        job=JobRef(name=meta.name, namespace=meta.namespace, uid=meta.uid or "", cluster=config.cluster),
         spec=spec,
         attempt=attempt.number,
         restarts=restarts(status.attempts),

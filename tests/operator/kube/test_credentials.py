@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from aiohttp import web
 
 from qlora_operator.kube import credentials
 from qlora_operator.kube.client import Api
-from qlora_operator.kube.credentials import load_credentials
+from qlora_operator.kube.credentials import cluster_identity, load_credentials
 from qlora_operator.kube.kopf_import import kopf
 
 
@@ -73,6 +74,26 @@ def test_a_file_named_in_a_kubeconfig_lies_beside_it(kubeconfig, tmp_path):
     script = "from qlora_operator.kube.credentials import load_credentials as load; print(load().ca_path)"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert ran.stdout == f"{tmp_path / 'ca.crt'}\n", ran.stderr
+
+
+PEM = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
+
+
+def test_a_cluster_is_known_by_the_certificate_of_its_ca_however_that_is_given(kubeconfig, tmp_path):
+    kubeconfig({"token": "t"}, **{"certificate-authority-data": base64.b64encode(PEM.encode()).decode()})
+    inline = cluster_identity(load_credentials())
+    (tmp_path / "ca.crt").write_text(PEM.rstrip())
+    in_file = cluster_identity(kopf.ConnectionInfo(server="https://10.0.0.1", ca_path=str(tmp_path / "ca.crt")))
+    assert inline == in_file
+    assert len(inline) == 32
+    other = kopf.ConnectionInfo(server="https://10.0.0.1", ca_data=PEM.replace("MIIB", "MIIC"))
+    assert cluster_identity(other) != inline
+
+
+def test_a_cluster_without_a_certificate_that_can_be_read_is_not_known(tmp_path, caplog):
+    assert cluster_identity(kopf.ConnectionInfo(server="http://10.0.0.1")) == ""
+    assert cluster_identity(kopf.ConnectionInfo(server="http://10.0.0.1", ca_path=str(tmp_path / "none"))) == ""
+    assert "the CA certificate of the API server cannot be read" in caplog.text
 
 
 def test_what_no_reader_heeds_is_refused_with_a_way_out(kubeconfig):

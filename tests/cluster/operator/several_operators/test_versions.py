@@ -78,7 +78,9 @@ def test_what_a_newer_definition_has_ends_no_job_and_is_named(api, forked, kwok_
         assert "spec.policy.later" in degraded["message"]
         assert "spec.laterGroup" in degraded["message"]
         (pod,) = api.list(PODS.format(kwok_namespace))
-        assert "later" not in json.dumps(json.loads(pod["metadata"]["annotations"]["qlora.dev/config"])["spec"])
+        config = json.loads(pod["metadata"]["annotations"]["qlora.dev/config"])
+        assert "later" not in json.dumps(config["spec"])
+        assert config["job"]["cluster"], "the claims of jobs do not say in which cluster they are"
 
         forked.kill()  # a newer one works meanwhile
         said = running["status"]
