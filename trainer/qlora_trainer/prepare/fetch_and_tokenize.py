@@ -28,6 +28,7 @@ from qlora_trainer.model.dry_run import (
 from qlora_trainer.model.experts.structure import expert_parameters
 from qlora_trainer.model.experts.targets import linear_layers, name_text_alone
 from qlora_trainer.model.layer_use import note_layer_use
+from qlora_trainer.model.loading.missing_weights import missing_matrices
 from qlora_trainer.model.loading.read_weights import notes_of
 from qlora_trainer.model.loss import check_rows_alone
 from qlora_trainer.model.tokenizer import load_bounded_tokenizer
@@ -203,6 +204,8 @@ def check_architecture(
     _check_causal(skeleton)
     if has_no_towers(skeleton):
         check_takes_text(meta_model(model.path, whole=True))
+    if not hasattr(base, "quantization_config"):
+        _check_weights(base, model)
     _check_skip_modules(skeleton, config, on_disk=hasattr(base, "quantization_config"))
     use = find_layer_use(meta_model(model.path))
     note_layer_use(skeleton, use)
@@ -217,6 +220,22 @@ def check_architecture(
     counted = meta_model(model.path, dtype=DTYPES.get(config.spec.quantization.compute_type, torch.bfloat16))
     note_layer_use(counted, use)
     return embeddings, count_weights(counted)
+
+
+def _check_weights(base: Any, model: FetchedModel) -> None:
+    """Refuse a base whose files lack layers of its class, which would have random weights.
+
+    Raises:
+        UserError: it names one.
+
+    """
+    if missing := missing_matrices(model.path, base):
+        raise UserError(
+            "spec.model.source",
+            model.source,
+            f'has files that lack {len(missing)} of the weights of a "{base.model_type}" model, or have them in other '
+            f"shapes, such as {missing[0]}: use files that were saved for this architecture",
+        )
 
 
 def _check_skip_modules(skeleton: Any, config: TrainerConfig, *, on_disk: bool) -> None:

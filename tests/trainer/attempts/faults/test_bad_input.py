@@ -111,6 +111,11 @@ def broken_template(runner):
             lambda w: {"model": {"source": str(w.folder / "nothing-here")}}, ["spec.model.source"], id="no-model-folder"
         ),
         pytest.param(truncated, ["spec.model.source", "model.safetensors"], id="unreadable-weights"),
+        pytest.param(
+            lambda w: {"model": {"source": str(model_copy(w, num_hidden_layers=9))}},
+            ["spec.model.source", "lack", "model.layers.2.mlp.down_proj.weight"],
+            id="layers-without-weights",
+        ),
         pytest.param(pickled, ["spec.model.source", "pytorch_model.bin"], id="pickle-weights"),
         pytest.param(
             lambda w: {"model": {"source": str(model_copy(w, model_type="t5"))}},
