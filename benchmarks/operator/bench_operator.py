@@ -19,7 +19,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -45,6 +45,8 @@ from cluster.control_plane import ControlPlane, Settings
 from cluster.scenarios.jobs import CRDS, qlora_job
 from cluster.scenarios.operator import OperatorProcess
 from cluster.scenarios.script import pods_do
+from cluster.scenarios.sweeps import qlora_sweep
+from qlora_api.sweep.trials import trial_name
 
 CRD_PATH = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/qlorajobs.qlora.dev"
 CLIENTS = 10
@@ -111,6 +113,10 @@ PREPARED = {
 }
 
 
+TRIALS = 20
+"""Of a sweep, two at a time."""
+
+
 @dataclass
 class Load:
     """Figures of one load of jobs, from their creation until all have succeeded and the operator is quiet."""
@@ -169,11 +175,27 @@ class Bench:
 
     def load(self, name: str, count: int, per_second: float = 0) -> Load:
         """Create jobs, as fast as the clients can or at a steady rate, and measure until all is done."""
+        names = [f"job-{self._there + number:05d}" for number in range(count)]
+        return self._measured(name, names, lambda: self._create(names, per_second))
+
+    def sweeps(self, name: str, count: int) -> Load:
+        """Create sweeps and measure until all of their trials, which the operator creates, are done."""
+        names = [trial_name(f"sweep-{sweep}", number) for sweep in range(count) for number in range(TRIALS)]
+
+        def create() -> None:
+            choices = {"path": "lora.alpha", "choices": list(range(1, TRIALS + 1))}
+            for sweep in range(count):
+                manifest = qlora_sweep(self.namespace, f"sweep-{sweep}", parameters=[choices], maxTrials=TRIALS)
+                self.cluster.api.create(manifest)
+
+        return self._measured(name, names, create)
+
+    def _measured(self, name: str, names: list[str], create: Callable[[], None]) -> Load:
+        count = len(names)
         pids = {**self.cluster.pids, "operator": self.operator.pid, "clients": os.getpid()}
         mark, cpu, (used, _) = self.cluster.audit_mark(), cpu_of(pids), machine_cpu()
-        names = [f"job-{self._there + number:05d}" for number in range(count)]
         started = time.monotonic()
-        self._create(names, per_second)
+        create()
         ended = self._finished.wait(set(names), LIMIT_SECONDS)
         wait_quiet(self.operator.pid)
         took = {name: after - cpu[name] for name, after in cpu_of(pids).items()}
@@ -280,12 +302,18 @@ def scale(folder: Path, report: BenchmarkReport, arguments: argparse.Namespace) 
                 report.restarts.append(one.restart())
 
 
+def sweeps(folder: Path, report: BenchmarkReport, arguments: argparse.Namespace) -> None:
+    with bench(folder) as one:
+        report.loads.append(one.sweeps(f"{arguments.sweeps} sweeps of {TRIALS} trials", arguments.sweeps))
+
+
 SCENARIOS = {
     "burst-100": burst_100,
     "prepare-100": prepare_100,
     "gang-100": gang_100,
     "steady": steady,
     "scale": scale,
+    "sweeps": sweeps,
 }
 
 
@@ -294,6 +322,7 @@ def main() -> int:
     parser.add_argument("--only", choices=SCENARIOS, action="append", help="leave the other scenarios out")
     parser.add_argument("--repeats", type=int, default=1, help="of each scenario")
     parser.add_argument("--jobs", type=int, default=5000, help="in all, of the scenario 'scale'; thousands")
+    parser.add_argument("--sweeps", type=int, default=100, help="of the scenario 'sweeps'")
     parser.add_argument("--out", type=Path, default=Path("build/bench-operator.json"), help="for the figures as JSON")
     arguments = parser.parse_args()
     # The operator finds its bytecode, as it does in its image, whatever the environment of this process says.
