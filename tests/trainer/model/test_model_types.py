@@ -19,7 +19,6 @@ TYPES = {
     "gemma3n_text": "layers in lists, and weights that the model itself changes",
     "gpt2": "layers whose weights are stored the other way round",
     "mamba": "a recurrent state, and weights that kernels read",
-    "qwen3": "a dense decoder",
     "nemotron_h_omni": "Mamba, attention, experts, towers, and an output head that the class itself does not name",
     "bert": "an encoder",
 }
