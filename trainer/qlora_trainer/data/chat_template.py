@@ -185,6 +185,7 @@ class ChatTemplate:
                 "messages": row.messages,
                 "tools": row.tools,
                 "learned": row.weights if everything else row.learned,
+                "continued": row.given if row.continues else 0,
             }
             for row in rows
         ]

@@ -67,6 +67,46 @@ def test_a_turn_without_end_token_is_refused(messages, template, special, counte
     )
 
 
+LINES = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+ASK_LINE = "{% if add_generation_prompt %}assistant: {% endif %}"
+
+
+@pytest.mark.parametrize("loss_on", ["Assistant", "All"])
+def test_an_answer_that_contains_the_blank_end_of_its_template_is_refused(loss_on, chat_tokenizer, dataset):
+    settings = dataset(format="Messages", chat_template=LINES + ASK_LINE, loss_on=loss_on)
+    encoder = Encoder(chat_tokenizer, settings)
+    rows = [{"messages": [USER, {"role": "assistant", "content": text}]} for text in ("One.", "One.\nTwo.")]
+    assert chat_tokenizer.decode(encoder.encode(rows[0]).input_ids).endswith("assistant: One.\n")
+    with pytest.raises(UserError) as caught:
+        encoder.encode_batch(rows)
+    assert str(caught.value) == (
+        'spec.dataset.chatTemplate: this template, given row 2, ends an answer with "\\n" alone, which message 2'
+        " contains, so the model would not learn where to stop: write an end token there, such as {{ eos_token }}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "noted"),
+    [(LINES.replace("\n", "<|im_end|>"), ["assistant: "]), (LINES.replace("\n", "<|im_end|>") + ASK_LINE, [])],
+)
+def test_a_beginning_of_the_turn_that_is_learned_is_told(template, noted, chat_tokenizer, dataset):
+    encoder = Encoder(chat_tokenizer, dataset(format="Messages", chat_template=template))
+    encoder.encode({"messages": [USER, {"role": "assistant", "content": "One."}]})
+    assert encoder.notes() == [
+        f"the chat template adds nothing for add_generation_prompt: what begins the assistant's turn, {opening!r}, is"
+        " learned with each answer"
+        for opening in noted
+    ]
+
+
+def test_a_template_without_a_beginning_of_the_turn_has_nothing_to_tell(chat_tokenizer, dataset):
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    assert Encoder(chat_tokenizer, dataset(format="Messages", chat_template=template)).notes() == []
+
+
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", "<|eom_id|>\n"])
 def test_a_turn_of_tool_calls_may_end_with_another_special_token(end, counted):
     """As Llama 3.1's ``<|eom_id|>`` and gpt-oss's ``<|call|>``."""

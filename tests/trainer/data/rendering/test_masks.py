@@ -381,6 +381,15 @@ def test_a_template_that_calls_the_clock_gives_the_same_tokens_on_any_day(learne
     assert notes == [f"the chat template calls the clock, which stands at {CLOCK:%Y-%m-%d %H:%M}"]
 
 
+def test_a_template_that_draws_at_random_gives_the_same_tokens_each_time(learned, chat_tokenizer, dataset):
+    template = "{{ range(9999) | random }}" + TURN + "{{ m.content }}<|im_end|>\n{% endfor %}" + ASK
+    assert learned(CHAT, template)[0] == [f"0{PLAIN}"]
+    notes = Encoder(chat_tokenizer, dataset(format="Messages", chat_template=template)).notes()
+    assert notes == ["the chat template draws at random: it always gets the first of what it draws from"]
+    with pytest.raises(UserError, match="'lipsum' is undefined"):
+        learned(CHAT, template.replace("range(9999) | random", "lipsum(1)"))
+
+
 def test_what_a_template_raises_is_told_without_the_rows_text(learned):
     template = "{% for m in messages %}{% if m.content == 'Q2' %}{{ raise_exception('bad: ' + m.content) }}{% endif %}"
     with pytest.raises(UserError, match=r"fails on row 1: TemplateError: bad: … \(line 1 of the template\)"):

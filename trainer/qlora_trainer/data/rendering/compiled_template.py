@@ -1,7 +1,8 @@
 """Compile and render a chat template as transformers' ``apply_chat_template`` does, without importing transformers.
 
-Differences, each on purpose: the clock stands still, and ``{% generation %}`` writes a mark before and after its body,
-so that macros, filters and blocks cannot move what is marked. Light to import: this runs in a child.
+Differences, each on purpose: the clock stands still, nothing is drawn at random, and ``{% generation %}`` writes a mark
+before and after its body, so that macros, filters and blocks cannot move what is marked. Runs in a child; light to
+import.
 """
 
 from __future__ import annotations
@@ -93,6 +94,8 @@ class CompiledTemplate:
     names: frozenset[str]
     """Variables that it asks for."""
     variables: dict[str, Any]
+    draws: bool = False
+    """It asks for something at random, and gets the first."""
 
     def render(
         self, messages: list[Message], tools: Any = None, *, prompt: bool = False, marks: bool = False, **state: Any
@@ -155,15 +158,18 @@ def compile_template(source: str, variables: dict[str, Any]) -> CompiledTemplate
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    names = jinja2.meta.find_undeclared_variables(environment.parse(source))  # with globals, which come next
-    environment.filters["tojson"] = _tojson
+    tree = environment.parse(source)
+    names = jinja2.meta.find_undeclared_variables(tree)  # with globals, which come next
+    draws = any(node.name == "random" for node in tree.find_all(jinja2.nodes.Filter))
+    environment.filters |= {"tojson": _tojson, "random": environment.filters["first"]}
+    del environment.globals["lipsum"]  # random words
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": CLOCK.strftime,
         "dict": _Dict(),
         "namespace": _Namespace,
     }
-    return CompiledTemplate(source, environment.from_string(source), frozenset(names), variables)
+    return CompiledTemplate(source, environment.from_string(source), frozenset(names), variables, draws)
 
 
 def _with_reasoning(message: Message) -> Message:

@@ -24,6 +24,7 @@ from typing import Any
 from qlora_trainer.data.message_keys import REASONING_KEYS
 from qlora_trainer.data.rendering import echoes
 from qlora_trainer.data.rendering.compiled_template import CLOCK, MARK_START, MARK_STOP, Message, TemplateWords
+from qlora_trainer.data.rendering.continued import Continued
 from qlora_trainer.data.rendering.message_texts import (
     PLACEHOLDER,
     count_written,
@@ -68,19 +69,23 @@ class Renderer:
     ignores_tools: bool = False
     """It has not written some."""
 
-    def render(self, messages: list[Message], tools: Any, learned: list[bool]) -> Rendered:
+    def render(self, messages: list[Message], tools: Any, learned: list[bool], continued: int = 0) -> Rendered:
         """Return the examples of a conversation.
 
         Args:
             messages: with their roles.
             tools: JSON schemas, or None.
             learned: whether a message may be learned, for each message; only the assistant's are.
+            continued: place of the message that goes on with the one before; 0: none does.
 
         Raises:
             TemplateRefusedError: the assistant's text cannot be found, or marks differ from it.
             Exception: what the template raises.
 
         """
+        joined = Continued.of(messages, learned, continued)
+        if joined:
+            messages, learned = joined.messages, joined.learned
         places = [i for i, message in enumerate(messages) if message["role"] == "assistant" and learned[i]]
         done = Rendered([])
         if not places:
@@ -104,7 +109,8 @@ class Renderer:
             if said:
                 state = its_state
                 self._check_shape(messages, turn, tools, state)
-                turns.append(turn)
+                turns.append(joined.cut(turn) if joined else turn)
+                self._check_end(turns[-1].written, place)
             else:
                 done.empty += 1
         if turns:
@@ -158,8 +164,18 @@ class Renderer:
         state = self.dialect.state if self.dialect else {}
         return self._text(self._adapted(messages), self._tools(tools), state, prompt=True)
 
-    def everything(self, messages: list[Message], tools: Any, learned: list[bool]) -> Rendered:
+    def everything(self, messages: list[Message], tools: Any, learned: list[bool], continued: int = 0) -> Rendered:
         """Return the whole conversation as one example; see :func:`render_whole`."""
+        if joined := Continued.of(messages, learned, continued):
+            if learned[continued - 1] != learned[continued]:
+                raise TemplateRefusedError(
+                    f"has one message {continued} to write of which a part has weight 0: with lossOn All, give the last"
+                    " message of the prompt the same weight as the first of the completion"
+                )
+            messages, learned = joined.messages, joined.learned
+        for place, message in enumerate(messages):
+            if message["role"] == "assistant" and learned[place] and isinstance(message.get("content"), str):
+                self._check_end(message["content"].strip(), place)
         messages, tools = self._adapted(messages), self._tools(tools)
         done = render_whole(lambda some: self._text(some, tools, {}), messages, learned)
         for example in done.examples:
@@ -182,9 +198,31 @@ class Renderer:
             found.append("the chat template leaves out tools of rows, or parts of them: these are counted as leftOut")
         if "strftime_now" in self.reader.template.names:
             found.append(f"the chat template calls the clock, which stands at {CLOCK:%Y-%m-%d %H:%M}")
+        if self.reader.template.draws:
+            found.append("the chat template draws at random: it always gets the first of what it draws from")
+        if self.dialect and self.dialect.opening:
+            found.append(
+                "the chat template adds nothing for add_generation_prompt: what begins the assistant's turn,"
+                f" {self.dialect.opening!r}, is learned with each answer"
+            )
         if self.dialect and not self.dialect.style.end.strip():
             found.append(f"the chat template writes no end token: an answer ends with {self.dialect.style.end!r}")
         return found
+
+    def _check_end(self, written: str, place: int) -> None:
+        """Check that an answer does not contain what ends it, where that is white space alone.
+
+        Raises:
+            TemplateRefusedError: it does.
+
+        """
+        if self.dialect is None or (end := self.dialect.style.end).strip():
+            return
+        if end in written.removesuffix(end).removeprefix(self.dialect.opening):
+            raise TemplateRefusedError(
+                f"ends an answer with {self._shown(end)} alone, which message {place + 1} contains, so the model would"
+                " not learn where to stop: write an end token there, such as {{ eos_token }}"
+            )
 
     def _text(self, messages: list[Message], tools: Any, state: dict[str, Any], *, prompt: bool = False) -> str:
         return self.reader.template.render(messages, tools, prompt=prompt, **state)

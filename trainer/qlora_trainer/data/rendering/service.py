@@ -54,7 +54,9 @@ class _Rows:
             return {"refused": f"takes more than {FIRST_SECONDS} s and {ROW_SECONDS} s for each row before it"}
         renderer = self.with_tools if row["tools"] else self.renderer
         render = renderer.everything if everything else renderer.render
-        return _caught(renderer, lambda: vars(render(row["messages"], row["tools"], row["learned"])))
+        return _caught(
+            renderer, lambda: vars(render(row["messages"], row["tools"], row["learned"], row.get("continued", 0)))
+        )
 
 
 def _caught(renderer: Renderer, render: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -82,6 +82,8 @@ class Dialect:
     state: dict[str, Any]
     """In which it is made for answers without reasoning."""
     style: EndStyle
+    opening: str = ""
+    """It writes this before an answer, and its prompt for the assistant does not."""
     parts: bool = False
     """Content must be a list of parts."""
     empty_tools: bool = False
@@ -246,7 +248,9 @@ def find_dialect(reader: Reader, before: list[Message] | None = None) -> Dialect
             # With none, the prompt opens a thought that plain answers do not close; reasoning may do.
             state = states[0] if states else {}
             style = reader.end_style(state, said, answer, tools)
-            return Dialect(state, style, parts, empty_tools, **_tool_call_needs(reader.template, said, tools))
+            opening = "" if reader.header(said, tools, state) else _opening(reader, state, said, answer, tools)
+            needs = _tool_call_needs(reader.template, said, tools)
+            return Dialect(state, style, opening, parts, empty_tools, **needs)
         except Exception as error:  # noqa: BLE001 whatever a template raises: it may like the next one
             failure = failure or error
             if isinstance(error, TemplateRefusedError) and not isinstance(error, LeftOutError):
@@ -260,6 +264,15 @@ def _fits(reader: Reader, state: dict[str, Any], before: list[Message], answer: 
     answered = reader.template.render([*before, answer], tools, **state)
     written = reader.written(before, tools, state, context, answered)
     return written is not None and _ANSWER in written
+
+
+def _opening(reader: Reader, state: dict[str, Any], before: list[Message], answer: Message, tools: Any) -> str:
+    """Return what the template writes between a prompt that it adds nothing to, and an answer."""
+    context = reader.template.render(before, tools, prompt=True, **state)
+    answered = reader.template.render([*before, answer], tools, **state)
+    written = reader.written(before, tools, state, context, answered) or ""
+    opening = written.partition(_ANSWER)[0]
+    return opening if opening.strip() else ""
 
 
 def _tool_call_needs(template: CompiledTemplate, before: list[Message], tools: Any) -> dict[str, bool]:

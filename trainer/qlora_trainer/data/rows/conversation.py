@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_trainer.data.message_keys import REASONING_KEYS
 from qlora_trainer.data.rows.errors import SURROGATE, SURROGATE_PROBLEM
-from qlora_trainer.data.rows.remarks import FUNCTIONS_UNUSED, SYSTEM_COLUMN, SYSTEM_UNUSED
+from qlora_trainer.data.rows.remarks import CONTINUED, FUNCTIONS_UNUSED, NOT_CONTINUED, SYSTEM_COLUMN, SYSTEM_UNUSED
 from qlora_trainer.data.rows.roles import CALL_ROLES, SHAREGPT_ROLES, SYSTEM_ROLES, as_switch, known_role
 from qlora_trainer.errors import UserError
 
@@ -45,7 +45,8 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     given: int = 0
     """The first messages that are a prompt, and count only where lossOn is All."""
-
+    continues: bool = False
+    """The first message after the prompt goes on with the last one of the prompt."""
     remarks: tuple[str, ...] = ()
     """See :mod:`qlora_trainer.data.rows.remarks`."""
 
@@ -117,6 +118,9 @@ def read_conversation(messages: Any, tools: Any, number: RowNumber, field: str) 
 def read_exchange(prompt: Any, completion: Any, tools: Any, number: RowNumber, fields: tuple[str, str]) -> Conversation:
     """Read a prompt and a completion that are conversations (TRL's conversational format); the prompt is not learned.
 
+    A completion goes on with the message of the assistant that ends the prompt, as generation does with
+    ``continue_final_message``.
+
     Raises:
         UserError: one of them is no conversation.
 
@@ -124,7 +128,18 @@ def read_exchange(prompt: Any, completion: Any, tools: Any, number: RowNumber, f
     given = read_conversation(prompt, tools, number, fields[0])
     answer = read_conversation(completion, None, number, fields[1])
     messages, weights = given.messages + answer.messages, given.weights + answer.weights
-    return Conversation(messages, weights, given.tools, given=len(given.messages))
+    last, first = given.messages[-1], answer.messages[0]
+    remarks: tuple[str, ...] = ()
+    continues = len(given.messages) > 1 and _continues(last, first)
+    if last["role"] == first["role"] == "assistant":
+        remarks = (CONTINUED,) if continues else (NOT_CONTINUED,)
+    return Conversation(messages, weights, given.tools, len(given.messages), continues, remarks)
+
+
+def _continues(last: Message, first: Message) -> bool:
+    """Return whether the first message of a completion can be the rest of the last one of its prompt."""
+    of_assistant = last["role"] == first["role"] == "assistant"
+    return of_assistant and "tool_calls" not in last and not any(first.get(key) for key in REASONING_KEYS)
 
 
 def is_json_messages(text: Any) -> bool:

@@ -18,6 +18,11 @@ OTHER_ROLES = (
 HALF_AN_EXCHANGE = (
     "messages as JSON text in only one of prompt and completion are given to the model as the text that they are"
 )
+CONTINUED = "completions go on with the message of the assistant that ends the prompt: its text is context"
+NOT_CONTINUED = (
+    "messages of the assistant that end a prompt are closed, and the completion begins another one: they are the only"
+    " message, or call tools, or the completion begins with reasoning"
+)
 SYSTEM_COLUMN = "texts in the column {column} are given as the system message"
 SYSTEM_UNUSED = (
     "cells of the column {column} are not used: they hold no text, or the messages begin with another system message,"
