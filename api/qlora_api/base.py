@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, WithJsonSchema, model_validator
@@ -72,6 +73,13 @@ class Model(BaseModel):
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
+def in_utc(time: datetime) -> datetime:
+    """Return a time as one of UTC where it has no time zone."""
+    return time.replace(tzinfo=UTC) if time.tzinfo is None else time
+
+
+Timestamp = Annotated[datetime, AfterValidator(in_utc)]
+"""Times of one type can be compared, whoever wrote them."""
 DECIMAL_PATTERN = r"^[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?$"
 
 

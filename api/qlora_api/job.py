@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
-from qlora_api.base import Model
+from qlora_api.base import Model, Timestamp
 from qlora_api.errors import field_types, validate
 from qlora_api.spec import QLoRAJobSpec
 from qlora_api.status import QLoRAJobStatus
@@ -30,8 +29,8 @@ class ObjectMeta(Model):
     uid: str | None = None
     generation: int | None = None
     resource_version: str | None = None
-    creation_timestamp: datetime | None = None
-    deletion_timestamp: datetime | None = None
+    creation_timestamp: Timestamp | None = None
+    deletion_timestamp: Timestamp | None = None
     labels: dict[str, str] = {}
     annotations: dict[str, str] = {}
 

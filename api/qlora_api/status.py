@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, GetJsonSchemaHandler, StringConstraints
 from pydantic_core import CoreSchema
 
-from qlora_api.base import Model
+from qlora_api.base import Model, Timestamp
 from qlora_api.batch import BatchSplit
 from qlora_api.spec.learning import ComputeType
 from qlora_api.spec.tracking import SinkType
@@ -152,7 +151,7 @@ class Condition(Model):
     reason: Reason
     message: Text = ""
     """Human-readable: what happened, and what to do."""
-    last_transition_time: datetime
+    last_transition_time: Timestamp
     """Last time that status changed."""
     observed_generation: Count = 0
     """metadata.generation that this condition was set for."""
@@ -177,12 +176,12 @@ class Attempt(Model):
     """terminationGracePeriodSeconds of its pods, if it differs from the operator's setting."""
     key_secret: Text = ""
     """Secret with the key that signs its checkpoints and adapter manifest; empty for attempts of earlier versions."""
-    start_time: datetime
+    start_time: Timestamp
     """Time at which the operator decided to start it."""
-    running_time: datetime | None = None
+    running_time: Timestamp | None = None
     """Time at which all its pods were ready; GPU time counts from then. Set again if a queue took the GPUs back and
     readmitted the attempt."""
-    end_time: datetime | None = None
+    end_time: Timestamp | None = None
     """Time at which its end was observed; not set while it runs."""
     reason: Reason | None = None
     message: Text = ""
@@ -355,9 +354,9 @@ class QLoRAJobStatus(Model):
     stop_seconds: Count | None = None
     """Time that the newest attempt needs to checkpoint and exit, estimated from its longest step and checkpoint. The
     stop signal is sent this long before policy.budgetGpuHours is used up."""
-    start_time: datetime | None = None
+    start_time: Timestamp | None = None
     """Start of the first attempt, or of Prepare."""
-    completion_time: datetime | None = None
+    completion_time: Timestamp | None = None
     """Time at which the job succeeded or failed."""
     prepared: PrepareResult | None = None
     expected_cost: Decimal | None = None

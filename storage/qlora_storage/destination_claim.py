@@ -20,7 +20,7 @@ from pathlib import PurePosixPath
 
 from pydantic import ValidationError
 
-from qlora_api.base import Model
+from qlora_api.base import Model, Timestamp
 from qlora_api.contract import JobRef
 from qlora_storage.errors import AlreadyExistsError, JobError, NotFoundError, StorageError, UserError
 from qlora_storage.object_store import Store, open_store
@@ -44,7 +44,7 @@ class Claim(Model):
     job: str
     cluster: str = ""
     """Of the job; empty for a local run, and in claims of earlier versions: these are of their uid alone."""
-    time: datetime
+    time: Timestamp
     """When it was made or renewed: an attempt of the job began."""
     released: bool = False
     """Whoever held the destination does not need it any more."""

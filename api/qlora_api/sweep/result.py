@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Final, Literal
 
 from pydantic import Field
 
-from qlora_api.base import Model
+from qlora_api.base import Model, Timestamp
 from qlora_api.sweep.spec import QLoRASweepSpec
 from qlora_api.sweep.trials import Trial
 
@@ -21,8 +20,8 @@ class SweepResult(Model):
     schema_version: Literal["qlora.dev/sweep/v1"] = Field(RESULT_SCHEMA, alias="schema")
     sweep: str
     uid: str
-    created: datetime
-    finished: datetime
+    created: Timestamp
+    finished: Timestamp
     best: Trial
     """The best trial, with the address of its adapter and the hash of that adapter's manifest."""
     trials: list[Trial]

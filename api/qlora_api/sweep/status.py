@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Literal
 
 from pydantic import Field
 
-from qlora_api.base import Model
+from qlora_api.base import Model, Timestamp
 from qlora_api.status import Adapter, Condition, ConditionType, Count, Decimal, Reason, Text, map_by
 
 
@@ -60,7 +59,7 @@ class QLoRASweepStatus(Model):
     """GPU-seconds of all trials; waiting does not count."""
     gpu_hours: Decimal = "0"
     """The same in hours, as text."""
-    start_time: datetime | None = None
+    start_time: Timestamp | None = None
     """Time at which the first trial was created."""
-    completion_time: datetime | None = None
+    completion_time: Timestamp | None = None
     """Time at which the sweep succeeded or failed."""

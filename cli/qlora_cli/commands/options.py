@@ -120,7 +120,7 @@ def _exit(code_of: Callable[[ValueError], int | None]) -> Iterator[None]:
         code = code_of(error)
         if code is None:
             raise
-        write_line(error, error=True)
+        write_line("; ".join([str(error), *getattr(error, "__notes__", ())]), error=True)
         raise typer.Exit(code) from None
 
 

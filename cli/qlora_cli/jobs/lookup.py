@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_cli.jobs.job_view import JobView, read_run, view, view_run
-from qlora_cli.kube.target import Cluster, Target, connect, get_job, is_local, program
+from qlora_cli.kube.target import Cluster, Target, connect, folder_hint, get_job, is_local, program
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,7 @@ def find(target: Target, references: Sequence[str]) -> list[LookupResult]:
     """
     if all(is_local(reference) for reference in references):
         return [_run(Path(reference)) for reference in references]
-    with connect(target) as cluster:
+    with folder_hint(references), connect(target) as cluster:
         return find_in(cluster, references)
 
 

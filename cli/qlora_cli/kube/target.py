@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from qlora_cli.kube.errors import ApiError, ClusterError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from qlora_cli.kube.api_client import ApiClient, Object
 
@@ -69,6 +69,23 @@ def program() -> str:
 def is_local(reference: str) -> bool:
     """Return whether a reference names a local run: a path. Names of jobs have no slash."""
     return "/" in reference or reference in (".", "..")
+
+
+@contextmanager
+def folder_hint(references: Iterable[str]) -> Iterator[None]:
+    """Add to an error of the cluster how to name a folder of this machine that is called like a job.
+
+    Raises:
+        ClusterError: the error.
+
+    """
+    try:
+        yield
+    except ClusterError as error:
+        for name in references:
+            if not is_local(name) and Path(name).is_dir():
+                error.add_note(f'"{name}" names a job; the folder here is ./{name}')
+        raise
 
 
 def get_job(cluster: Cluster, name: str) -> Object:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from qlora_api.base import Model
+from qlora_api.base import Model, Timestamp
 from qlora_api.contract import PrepareReceipt, TerminationMessage
 from qlora_api.spec import ComputeType, QLoRAJobSpec
 from qlora_api.status import Attempt, Count, Decimal, PrepareResult, Reason, Text
@@ -57,7 +57,7 @@ class RunRecord(Model):
 
     name: str
     uid: str
-    created: datetime
+    created: Timestamp
     spec: QLoRAJobSpec
     immutable_hash: str
     device: Literal["CUDA", "CPU"] = "CPU"

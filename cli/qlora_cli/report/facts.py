@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from qlora_api.base import in_utc
 from qlora_api.contract import PrepareReceipt
 from qlora_api.errors import validate
 from qlora_cli.local import run_folder
@@ -109,7 +110,7 @@ def of_adapter(manifest: Path) -> Facts:
         return Facts(
             name=str(found["job"]),
             uid=str(found["runUid"]),
-            created=datetime.fromisoformat(found["created"]),
+            created=in_utc(datetime.fromisoformat(found["created"])),
             spec=found["config"],
             history=history,
             receipt=_receipt(history.end.get("receipt")),

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from qlora_api.base import Model
+from qlora_api.base import Model, Timestamp
 from qlora_api.status import Reason
 from qlora_api.sweep.parameters import text_of
 from qlora_api.sweep.spec import QLoRASweepSpec
@@ -48,7 +48,7 @@ class SweepRecord(Model):
 
     name: str
     uid: str
-    created: datetime
+    created: Timestamp
     spec: QLoRASweepSpec
     """With the paths of this machine."""
 

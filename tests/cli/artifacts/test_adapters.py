@@ -8,9 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 from cli_builders import job, run_record, succeeded
+from fake_server import FakeServer
 from published_folders import FILES, manifest, publish
 from qlora_cli import app
 from qlora_cli.artifacts import adapters, storage
+from qlora_cli.commands.exit_codes import UNREACHABLE, USER_ERROR
 from qlora_cli.kube.errors import ClusterError
 
 
@@ -157,6 +159,28 @@ def test_a_local_run_is_named_by_its_folder(call, published, tmp_path):
     record["result"]["adapter"] = {"uri": "", "manifestUri": f"{published}/manifest.json", "manifestSha256": ""}
     (run / "run.json").write_text(json.dumps(record))
     assert call("verify", "runs/quick").exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["verify", "download", "show", "logs", "compare other"])
+def test_a_folder_that_is_named_like_a_job_is_told(call, tmp_path, command):
+    publish(tmp_path / "quick")
+    result = call(*command.split(), "quick")
+    assert (result.exit_code, result.stdout) == (UNREACHABLE, "")
+    assert result.stderr.startswith("no cluster is configured: ")
+    assert result.stderr.endswith('; "quick" names a job; the folder here is ./quick\n')
+    assert "names a job" not in call(*command.split(), "slow").stderr
+
+
+def test_a_folder_that_is_named_like_a_job_that_is_not_there_is_told(call, tmp_path):
+    publish(tmp_path / "quick")
+    missing = {"reason": "NotFound", "message": 'qlorajobs.qlora.dev "quick" not found', "details": {"name": "quick"}}
+    with FakeServer((404, missing), (200, {"metadata": {}, "items": []})) as server:
+        (tmp_path / "kubeconfig").write_text(server.kubeconfig())
+        result = call("verify", "quick", "--kubeconfig", "kubeconfig")
+    assert result.exit_code == USER_ERROR
+    assert result.stderr.startswith('no job "quick" in namespace default; ')
+    assert result.stderr.endswith('; "quick" names a job; the folder here is ./quick\n')
+    assert call("verify", "./quick").exit_code == 0
 
 
 def test_a_job_without_an_adapter_says_where_to_look():

@@ -229,6 +229,20 @@ def test_a_published_adapter_has_a_page_of_its_own(workplace, report):
     assert report("copied/manifest.json") == page
 
 
+def test_times_without_a_zone_are_of_utc_to_a_run_that_goes_on_and_to_its_report(workplace, report):
+    workplace.plan("silent", "silent")
+    workplace.run("policy.maxRestarts=0")
+    path = workplace.run_folder / "run.json"
+    record = json.loads(path.read_text())
+    record["created"] = record["created"].removesuffix("Z")
+    record["attempts"][0]["startTime"] = record["attempts"][0]["startTime"].removesuffix("Z")
+    path.write_text(json.dumps(record))
+    assert "quick" in report("runs/quick")
+    workplace.plan("done")
+    assert workplace.run() == 0
+    assert workplace.record()["attempts"][0]["startTime"].endswith("Z")
+
+
 @pytest.mark.parametrize("content", ["{}", "no JSON", '{"job": 1}'])
 def test_a_file_that_is_no_manifest_is_said_to_be_none(workplace, content):
     (workplace.folder / "manifest.json").write_text(content)

@@ -6,12 +6,11 @@ import importlib.metadata
 import platform
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-from qlora_api.base import Model
+from qlora_api.base import Model, Timestamp
 from qlora_api.spec import QLoRAJobSpec
 from qlora_trainer.storage.authentication import Authenticator
 
@@ -78,7 +77,7 @@ class Manifest(Model):
     namespace: str
     run_uid: str
     attempt: int
-    created: datetime
+    created: Timestamp
     base: BaseModelRef
     adapter: str
     """Folder in PEFT's layout, relative to the manifest's folder."""

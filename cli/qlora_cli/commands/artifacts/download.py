@@ -52,11 +52,11 @@ def download(
 def find_published(what: str, target: Target, *, secret: bool) -> adapters.PublishedAdapter:
     """Return the manifest that a reference names."""
     from qlora_cli.artifacts import adapters
-    from qlora_cli.kube.target import get_job
+    from qlora_cli.kube.target import folder_hint, get_job
 
     if is_local(what) or what.endswith(adapters.MANIFEST):
         return adapters.read(adapters.source_of(what, None))
-    with connect(target) as cluster:
+    with folder_hint([what]), connect(target) as cluster:
         job = get_job(cluster, what)
         if secret:
             adapters.use_secret(cluster, job)

@@ -9,7 +9,7 @@ import typer
 
 from qlora_cli.commands import options as o
 from qlora_cli.commands.options import exit_with_code
-from qlora_cli.kube.target import Target, connect, is_local
+from qlora_cli.kube.target import Target, connect, folder_hint, is_local
 
 Attempt = Annotated[
     int | None, typer.Option("--attempt", min=1, metavar="N", help="Number of the attempt; default: the newest.")
@@ -58,7 +58,7 @@ def logs(
             since_seconds=parse_since(since),
             timestamps=timestamps,
         )
-        with connect(Target(kubeconfig, context, namespace)) as cluster:
+        with folder_hint([job]), connect(Target(kubeconfig, context, namespace)) as cluster:
             lines = tailing.Follower(cluster, job, wanted).lines(note) if follow else tailing.read(cluster, job, wanted)
             printer = Printer(timestamps=timestamps)
             for line in lines:
