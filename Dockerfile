@@ -57,11 +57,13 @@ ARG UV_FIND_LINKS
 ARG UV_TORCH_BACKEND
 # Empty: without the clients of MLflow, Weights & Biases and TensorBoard (spec.tracking).
 ARG TRACKING="--extra tracking"
+# Empty: without lm-evaluation-harness (spec.evaluate).
+ARG EVALUATE="--extra evaluate"
 COPY pyproject.toml ./
 # Without the databases that Optuna can keep a study in: the operator keeps none (docs/decisions/0028).
 RUN /opt/uv/bin/uv pip compile --quiet --no-header --no-annotate --group operator --output-file operator.txt \
        --no-emit-package alembic --no-emit-package mako --no-emit-package sqlalchemy \
-    && /opt/uv/bin/uv pip compile --quiet --no-header --no-annotate --extra trainer $TRACKING pyproject.toml \
+    && /opt/uv/bin/uv pip compile --quiet --no-header --no-annotate --extra trainer $TRACKING $EVALUATE pyproject.toml \
        --output-file trainer.txt
 
 # Compiled once, here; 'unchecked': a start looks at no source again. The generated classes of the Kubernetes client are

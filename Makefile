@@ -27,7 +27,7 @@ $(VENV)/.run-installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.all-installed: pyproject.toml constraints.txt
-	@.ci/install "$(PYTHON)" "$(VENV)" --extra trainer --extra sweep --extra tracking --group dev --group docs --group operator
+	@.ci/install "$(PYTHON)" "$(VENV)" --extra trainer --extra sweep --extra tracking --extra evaluate --group dev --group docs --group operator
 	@touch $@ $(VENV)/.run-installed
 
 .PHONY: venv

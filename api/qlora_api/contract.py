@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, StringConstraints
 from qlora_api.base import Model
 from qlora_api.batch import BatchSplit
 from qlora_api.spec import ComputeType, QLoRAJobSpec
-from qlora_api.status import Adapter, Count, Memory, PrepareResult, Progress, Reason, TrackedRun
+from qlora_api.status import Adapter, Count, Memory, PrepareResult, Progress, Reason, TaskResult, TrackedRun
 
 TERMINATION_MESSAGE_BYTES = 4096
 """Kubernetes keeps no more of /dev/termination-log."""
@@ -137,6 +137,8 @@ class TerminationMessage(Model):
     """In which the base computed."""
     prepared: PrepareResult | None = None
     """Of Prepare alone."""
+    tasks: list[TaskResult] = Field([], max_length=8)
+    """Results of spec.evaluate."""
     tracking: list[TrackedRun] = Field([], max_length=3)
     """The run in each tool of spec.tracking; of worker 0."""
 

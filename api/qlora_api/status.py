@@ -318,6 +318,23 @@ class Adapter(Model):
     """SHA-256 of the adapter manifest."""
 
 
+class TaskResult(Model):
+    """Result of a task of spec.evaluate, of the base and of the adapter."""
+
+    name: Annotated[str, StringConstraints(max_length=128)]
+    """Name of the task."""
+    metric: Annotated[str, StringConstraints(max_length=64)]
+    """Metric of the values."""
+    base: Decimal | None = None
+    """Value of the base, in the trained quantization, before the first step."""
+    adapter: Decimal | None = None
+    """Value of the adapter that is published."""
+    standard_error: Decimal | None = None
+    """Standard error of the adapter's value."""
+    examples: Count = 0
+    """Examples that were asked."""
+
+
 class TrackedRun(Model):
     """The job's run in a tracking tool."""
 
@@ -371,5 +388,7 @@ class QLoRAJobStatus(Model):
     peak_memory: Annotated[str, StringConstraints(max_length=16)] = ""
     """Measured peak memory as text, for ``kubectl get``."""
     adapter: Adapter | None = None
+    tasks: list[TaskResult] = Field([], max_length=8, json_schema_extra=map_by("name"))
+    """Results of spec.evaluate."""
     tracking: list[TrackedRun] = Field([], max_length=3, json_schema_extra=map_by("type"))
     """The run in each tool of spec.tracking, as last reported."""

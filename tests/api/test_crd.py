@@ -206,7 +206,7 @@ def test_a_local_path_is_refused_by_the_api_server_alone(source, valid):
 def test_what_a_resume_depends_on_is_immutable_and_the_rest_is_not():
     rules = schema()["properties"]["spec"]["x-kubernetes-validations"]
     fixed = {r["fieldPath"].removeprefix(".") for r in rules if "oldSelf" in r["rule"]}
-    assert fixed == {"model", "dataset", "quantization", "lora", "training", "parallelism"}
+    assert fixed == {"model", "dataset", "quantization", "lora", "training", "parallelism", "evaluate"}
     (output,) = schema()["properties"]["spec"]["properties"]["output"]["x-kubernetes-validations"]
     assert (output["rule"], output["fieldPath"]) == ("self.destination == oldSelf.destination", ".destination")
     (rule,) = [r["rule"] for r in rules if "oldSelf.lora" in r["rule"]]
@@ -214,3 +214,13 @@ def test_what_a_resume_depends_on_is_immutable_and_the_rest_is_not():
     assert cel.evaluate(rule, {"self": old, "oldSelf": old})
     for changed in ({"rank": 9}, {"rank": 8, "trainTokens": ["<|im_end|>"]}):
         assert not cel.evaluate(rule, {"self": old | {"lora": changed}, "oldSelf": old})
+
+
+def test_an_immutable_field_that_may_be_absent_is_neither_added_nor_taken_away():
+    rules = schema()["properties"]["spec"]["x-kubernetes-validations"]
+    (rule,) = [r["rule"] for r in rules if "oldSelf.evaluate" in r["rule"]]
+    without, with_tasks = VALID["spec"], VALID["spec"] | {"evaluate": {"tasks": [{"name": "arc_easy"}]}}
+    assert cel.evaluate(rule, {"self": without, "oldSelf": without})
+    assert cel.evaluate(rule, {"self": with_tasks, "oldSelf": with_tasks})
+    assert not cel.evaluate(rule, {"self": with_tasks, "oldSelf": without})
+    assert not cel.evaluate(rule, {"self": without, "oldSelf": with_tasks})

@@ -30,6 +30,11 @@ FULL = manifest(
         "nodeSelector": {"gpu": "a"},
         "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
     },
+    evaluate={
+        "tasks": [{"name": "arc_easy", "minimum": "0.5", "maximum": "1"}],
+        "folder": "s3://b/tasks",
+        "limit": 100,
+    },
     tracking=[{"type": "WandB", "server": "https://wandb.example.com", "project": "support", "entity": "team"}],
 )
 ABSENT = object()

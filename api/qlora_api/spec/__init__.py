@@ -1,8 +1,8 @@
 """``QLoRAJob.spec``: every field, default, bound and reason. The CRD and ``qlora explain`` are generated from here.
 
 Read in the order of a manifest: model and dataset (``data.py``), quantization, lora and training (``learning.py``),
-parallelism, checkpoint, output, policy and scheduling (``running.py``), tracking (``tracking.py``); what holds between
-them stands here.
+parallelism, checkpoint, output, policy and scheduling (``running.py``), evaluate (``evaluate.py``), tracking
+(``tracking.py``); what holds between them stands here.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from qlora_api.spec.data import (
     ModelSpec,
     Tolerance,
 )
+from qlora_api.spec.evaluate import EvaluateSpec, EvaluationTask
 from qlora_api.spec.learning import (
     ComputeType,
     EvaluationSpec,
@@ -62,8 +63,10 @@ __all__ = [
     "DatasetFormat",
     "DatasetSource",
     "DatasetSpec",
+    "EvaluateSpec",
     "EvaluationData",
     "EvaluationSpec",
+    "EvaluationTask",
     "Gang",
     "GradientCheckpointing",
     "LoRABias",
@@ -105,6 +108,7 @@ class QLoRAJobSpec(Model):
     parallelism: ParallelismSpec = ParallelismSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
     output: OutputSpec
+    evaluate: EvaluateSpec | None = None
     policy: PolicySpec = PolicySpec()
     scheduling: SchedulingSpec = SchedulingSpec()
     tracking: list[TrackingSink] = Field([], max_length=3)
@@ -115,7 +119,7 @@ class QLoRAJobSpec(Model):
     """true: save a checkpoint, free the GPUs and wait. false: resume."""
 
     immutable: ClassVar = dict.fromkeys(
-        ("model", "dataset", "quantization", "lora", "training", "parallelism"), _RESUME
+        ("model", "dataset", "quantization", "lora", "training", "parallelism", "evaluate"), _RESUME
     )
     rules: ClassVar = (
         Rule(

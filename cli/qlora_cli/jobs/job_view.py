@@ -73,6 +73,8 @@ class JobView:
     attempts: tuple[AttemptView, ...]
     adapter: Mapping[str, str]
     """uri, manifestUri, manifestSha256; empty: none yet."""
+    tasks: tuple[Mapping[str, Any], ...]
+    """name, metric, base, adapter, standardError, examples of each task of spec.evaluate."""
     tracking: tuple[Mapping[str, str], ...]
     """type, url, message of the run in each tracking tool."""
     suspend: bool
@@ -121,10 +123,16 @@ def view(job: Object) -> JobView:
         ended=time(status.get("completionTime")),
         attempts=tuple(_attempt(a) for a in status.get("attempts") or ()),
         adapter=status.get("adapter") or {},
+        tasks=_tasks(status),
         tracking=tuple(status.get("tracking") or ()),
         suspend=bool(spec.get("suspend")),
         deleting="deletionTimestamp" in meta,
     )
+
+
+def _tasks(found: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    tasks = found.get("tasks")
+    return tuple(task for task in tasks if isinstance(task, dict)) if isinstance(tasks, list) else ()
 
 
 def is_seen(job: Object) -> bool:
@@ -246,6 +254,7 @@ def view_run(folder: Path, record: Object) -> JobView:
         ended=last.ended if last and state in OVER else None,
         attempts=attempts,
         adapter=result.get("adapter") or {},
+        tasks=_tasks(result),
         tracking=tuple(result.get("tracking") or ()),
         suspend=False,
         deleting=False,

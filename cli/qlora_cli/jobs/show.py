@@ -121,6 +121,8 @@ def _result(job: JobView) -> Iterator[tuple[str, str]]:
         yield "Adapter", job.adapter.get("uri", "")
         yield "Manifest", job.adapter.get("manifestUri", "")
         yield "SHA-256", job.adapter.get("manifestSha256", "")
+    for task in job.tasks:
+        yield f"{task.get('name')}", figures.task_result(task)
     for run in job.tracking:
         problem = f" (without the newest steps: {run['message']})" if run.get("message") else ""
         yield run.get("type", ""), run.get("url", "") + problem

@@ -53,6 +53,10 @@ def localize(spec: QLoRAJobSpec, cwd: Path) -> QLoRAJobSpec:
     if held_out is not None and held_out.source is not None:
         source = place("spec.dataset.eval.source", held_out.source, must_exist=True)
         held_out = held_out.model_copy(update={"source": source})
+    evaluate = spec.evaluate
+    if evaluate is not None and evaluate.folder is not None:
+        definitions = place("spec.evaluate.folder", evaluate.folder, must_exist=True)
+        evaluate = evaluate.model_copy(update={"folder": definitions})
     output = place("spec.output.destination", spec.output.destination, must_exist=False)
     tracking = [
         sink.model_copy(update={"folder": place(f"spec.tracking[{number}].folder", sink.folder, must_exist=False)})
@@ -68,6 +72,7 @@ def localize(spec: QLoRAJobSpec, cwd: Path) -> QLoRAJobSpec:
             "model": spec.model.model_copy(update={"source": model}),
             "dataset": spec.dataset.model_copy(update={"train": rows, "eval": held_out}),
             "output": spec.output.model_copy(update={"destination": output}),
+            "evaluate": evaluate,
             "tracking": tracking,
         }
     )

@@ -12,7 +12,7 @@ from rich.text import Text
 from qlora_api.spec import ComputeType, LossOn, QLoRAJobSpec, QuantizationSpec, QuantizationType
 from qlora_api.status import Memory, MemoryComponent
 from qlora_cli.local import local_spec
-from qlora_cli.text import units
+from qlora_cli.text import figures, units
 from qlora_cli.text.memory_rows import memory_rows
 from qlora_cli.text.paragraphs import LabelledLines, Paragraph
 
@@ -262,6 +262,8 @@ def _results(record: RunRecord) -> Iterator[tuple[str, str]]:
     if termination and termination.adapter:
         yield "Adapter", termination.adapter.uri
         yield "Manifest", f"{termination.adapter.manifest_uri} (sha256 {termination.adapter.manifest_sha256[:12]}…)"
+    for task in termination.tasks if termination else ():
+        yield task.name, figures.task_result(task.to_json_dict())
     for run in termination.tracking if termination else ():
         yield run.type.value, run.url + (f" (without the last steps: {run.message})" if run.message else "")
     progress = termination.progress if termination else None

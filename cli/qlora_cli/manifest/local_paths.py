@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-PLACES = ("model.source", "dataset.train.source", "dataset.eval.source", "output.destination")
+PLACES = ("model.source", "dataset.train.source", "dataset.eval.source", "evaluate.folder", "output.destination")
 
 
 def local_file(source: object) -> Path | None:

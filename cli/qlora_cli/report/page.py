@@ -13,7 +13,7 @@ from qlora_cli.report.html import document, section, table
 from qlora_cli.text import kubernetes_yaml, units
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from typing import Any
 
     from qlora_api.contract import PrepareReceipt
@@ -43,6 +43,7 @@ def page(facts: Facts) -> str:
         section("Attempts", _attempts(facts)),
         section("Data", _data(facts.receipt) if facts.receipt else ""),
         section("Samples", _samples(facts.receipt.samples) if facts.receipt else ""),
+        section("Tasks", _tasks(facts.history.tasks)),
         section("Base and adapter", _answers(facts)),
         section("What was published", _published(facts)),
         section("Configuration", f'<pre class="config">{escape(kubernetes_yaml.dump(facts.spec))}</pre>'),
@@ -274,6 +275,14 @@ def _samples(samples: Sequence[str]) -> str:
         return ""
     shown = "".join(f"<pre class=sample>{MARKED.sub(_mark, escape(sample))}</pre>" for sample in samples[:MOST_SAMPLES])
     return f"<p>Rows as the model reads them. Loss is taken over <mark>these</mark> tokens.</p>{shown}"
+
+
+def _tasks(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return what base and adapter reached in the tasks of spec.evaluate."""
+    names = ("name", "metric", "base", "adapter", "standardError", "examples")
+    rows = [[escape(str(result.get(name, ""))) for name in names] for result in results]
+    head = ["Task", "Metric", "Base", "Adapter", "Standard error", "Examples"]
+    return table(head, rows, frozenset({2, 3, 4, 5})) if rows else ""
 
 
 def _answers(facts: Facts) -> str:

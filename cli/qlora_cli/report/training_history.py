@@ -68,6 +68,8 @@ class MergedHistory:
     """Seconds of rank 0 by attempt and section, up to its newest checkpoint."""
     answers: dict[str, dict[str, str]] = field(default_factory=dict)
     """By who gave them, ``base`` or ``adapter``, and prompt."""
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+    """Results of the tasks of spec.evaluate."""
     end: dict[str, Any] = field(default_factory=dict)
     """Of what is published: numbers of the rows, and memory predicted and measured."""
 
@@ -128,6 +130,8 @@ def _take(found: MergedHistory, line: dict[str, Any]) -> None:
         found.end.update(line)
     elif "answers" in line:
         found.answers[str(line["answers"])] = {str(prompt): str(text) for prompt, text in line["texts"].items()}
+    elif "tasks" in line:
+        found.tasks[:] = [dict(result) for result in line["tasks"]]
     elif "sections" in line:
         found.sections[_whole(line["attempt"])] = {str(k): _finite(v) or 0.0 for k, v in line["sections"].items()}
     elif "fromStep" in line:

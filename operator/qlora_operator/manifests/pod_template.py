@@ -254,7 +254,8 @@ def _claims(job: QLoRAJob, config: OperatorConfig) -> Iterator[tuple[str, bool]]
     """Claims that the job's URIs name, and whether they are only read."""
     spec = job.spec
     held_out = spec.dataset.eval.source if spec.dataset.eval else None
-    for uri in (spec.model.source, spec.dataset.train.source, held_out):
+    definitions = spec.evaluate.folder if spec.evaluate else None
+    for uri in (spec.model.source, spec.dataset.train.source, held_out, definitions):
         if claim := _claim(uri):
             yield claim, True
     # Last: a claim that is written is not read-only.

@@ -17,11 +17,13 @@ from pydantic_core import from_json
 
 from qlora_api.contract import ProgressReport, TerminationMessage
 from qlora_api.spec import SinkType
-from qlora_api.status import Memory, MemoryComponent, PrepareResult, Progress, TrackedRun
+from qlora_api.status import Memory, MemoryComponent, PrepareResult, Progress, TaskResult, TrackedRun
 from qlora_api.untrusted.printable import printable
 
 MOST = 2**53 - 1
 """Largest count that is taken: what JSON holds exactly, and an int64 of the API server's in any case."""
+MOST_TASKS = 8
+"""As many as spec.evaluate has."""
 COMPONENTS = frozenset(component.value for component in MemoryComponent)
 _READ_FIELDS = frozenset(
     {
@@ -72,6 +74,7 @@ def read_termination_message(text: str) -> TerminationMessage | None:
         figures = {"progress": _progress(found.pop("progress", None)), "memory": found.pop("memory", None)}
         prepared = _prepared(found.pop("prepared", None))
         found["tracking"] = _tracking(found.get("tracking"))
+        found["tasks"] = _tasks(found.get("tasks"))
         message = TerminationMessage.model_validate(found)
     except (ReportError, ValidationError):
         return None
@@ -126,6 +129,18 @@ def _tracking(found: Any) -> list[TrackedRun]:
             run = TrackedRun.model_validate(each)
             runs.setdefault(run.type, run)
     return list(runs.values())
+
+
+def _tasks(found: Any) -> list[TaskResult]:
+    """Return the results that can be read and whose values are numbers, the first of each task."""
+    results: dict[str, TaskResult] = {}
+    for each in found[:MOST_TASKS] if isinstance(found, list) else ():
+        with suppress(ValidationError):
+            result = TaskResult.model_validate(each)
+            values = (result.base, result.adapter, result.standard_error)
+            if result.examples <= MOST and all(value is None or is_number(value) for value in values):
+                results.setdefault(result.name, result)
+    return list(results.values())
 
 
 def _progress(found: Any) -> Progress | None:

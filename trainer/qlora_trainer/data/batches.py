@@ -153,11 +153,17 @@ def eval_batches(
     Over all ranks every sequence comes once; every rank gets the same number of micro-batches, the last one perhaps
     a dummy.
     """
-    everything = np.arange(len(sequences), dtype=np.int64)
+    for chosen in eval_sequences(len(sequences), micro_batch_size, world_size, rank):
+        yield _micro_batch(rows, sequences, chosen)
+
+
+def eval_sequences(count: int, micro_batch_size: int, world_size: int, rank: int) -> Iterator[NDArray[np.int64]]:
+    """Yield the numbers of the sequences in each micro-batch of :func:`eval_batches`; of a dummy, none."""
+    everything = np.arange(count, dtype=np.int64)
     stride = micro_batch_size * world_size
-    for start in range(0, len(sequences), stride):
+    for start in range(0, count, stride):
         first = start + rank * micro_batch_size
-        yield _micro_batch(rows, sequences, everything[first : first + micro_batch_size])
+        yield everything[first : first + micro_batch_size]
 
 
 def _micro_batch(rows: TokenizedRows, sequences: Sequences, chosen: NDArray[np.int64]) -> MicroBatch:

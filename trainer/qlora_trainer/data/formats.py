@@ -209,6 +209,10 @@ class Encoder:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids if self._is_chat else self._begun(ids)
 
+    def beginnings(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of texts, whatever the dataset's format, with those that stand first."""
+        return [self._begun(ids) for ids in self._plain_ids(texts)]
+
     @property
     def chat_template(self) -> str:
         """The template that Messages are rendered with: the manifest's, else the tokenizer's."""

@@ -75,6 +75,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return gradient * outer, None, None, None, rows, None
 
 
+def _greedy_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[N, 2] fp32 from [N, vocabulary]: the loss of each label in nats, and 1 where it is the most likely token."""
+    losses = functional.cross_entropy(logits.float(), labels, reduction="none")
+    return torch.stack((losses, (logits.argmax(dim=-1) == labels).float()), dim=-1)
+
+
 class FrozenHead(nn.Module):
     """A frozen output head that answers with losses instead of logits where it is told what was right.
 
@@ -92,28 +98,41 @@ class FrozenHead(nn.Module):
         self.bias = head.bias
         self.trained = trained
 
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None, *, greedy: bool = False) -> torch.Tensor:
         """Loss of each token.
 
         Args:
             hidden: [N, hidden].
             labels: [N] int64, each a token to predict.
+            greedy: also tell whether each label is the most likely token; without a gradient.
 
         Returns:
-            [N] fp32, in nats; without labels [N, vocabulary] logits.
+            [N] fp32, in nats; without labels [N, vocabulary] logits; with ``greedy`` [N, 2]: loss, and 1 or 0.
 
         """
         hidden = hidden.to(self.weight.dtype)
-        rows, numbers = (None, None)
-        if self.trained is not None:
-            (rows,), numbers = self.trained[0].values(), self.trained[1]
-        if labels is not None:
-            losses: torch.Tensor = _LinearCrossEntropy.apply(hidden, self.weight, self.bias, labels, rows, numbers)
-            return losses
+        if labels is None:
+            return self._logits(hidden)
+        if greedy:
+            chunk = max(1, LOGITS_PER_CHUNK // self.weight.shape[0])
+            parts = zip(torch.split(hidden, chunk), torch.split(labels, chunk), strict=True)
+            return torch.cat([_greedy_losses(self._logits(part), label) for part, label in parts])
+        rows, numbers = self._trained_rows()
+        losses: torch.Tensor = _LinearCrossEntropy.apply(hidden, self.weight, self.bias, labels, rows, numbers)
+        return losses
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, vocabulary] from [N, hidden]."""
         logits = functional.linear(hidden, self.weight, self.bias)
-        if rows is None or numbers is None:
-            return logits
-        return logits.index_copy(1, numbers, functional.linear(hidden, rows))
+        rows, numbers = self._trained_rows()
+        return logits if numbers is None else logits.index_copy(1, numbers, functional.linear(hidden, rows))
+
+    def _trained_rows(self) -> tuple[Any, torch.Tensor | None]:
+        """Return the rows that are trained, [rows, hidden], and their tokens, [rows]; (None, None) where none are."""
+        if self.trained is None:
+            return None, None
+        (rows,), numbers = self.trained[0].values(), self.trained[1]
+        return rows, numbers
 
 
 class NextTokenLoss(nn.Module):
@@ -133,7 +152,12 @@ class NextTokenLoss(nn.Module):
         self.head = FrozenHead(plain_head(model), trained_rows(model.get_output_embeddings())) if fused else None
 
     def forward(
-        self, inputs: dict[str, Any], targets: torch.Tensor, labels: torch.Tensor | None = None
+        self,
+        inputs: dict[str, Any],
+        targets: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        *,
+        greedy: bool = False,
     ) -> torch.Tensor:
         """Loss of each target token.
 
@@ -141,30 +165,40 @@ class NextTokenLoss(nn.Module):
             inputs: what the model is called with: input_ids and position_ids [1, T], rows by cu_seq_lens.
             targets: [N] positions whose next token counts.
             labels: [N] those next tokens.
+            greedy: also tell whether each label is the most likely token.
 
         Returns:
-            [N] fp32, in nats; without labels [N, vocabulary] logits.
+            [N] fp32, in nats; without labels [N, vocabulary] logits; with ``greedy`` [N, 2]: loss, and 1 or 0.
 
         """
         if not self.row_by_row:
-            return self._losses(inputs, targets, labels)
-        return self.losses_by_row(inputs, targets, labels)
+            return self._losses(inputs, targets, labels, greedy)
+        return self.losses_by_row(inputs, targets, labels, greedy=greedy)
 
     def losses_by_row(
-        self, inputs: dict[str, Any], targets: torch.Tensor, labels: torch.Tensor | None = None
+        self,
+        inputs: dict[str, Any],
+        targets: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        *,
+        greedy: bool = False,
     ) -> torch.Tensor:
         """Return what :meth:`forward` does, from a call for each row."""
-        return torch.cat([self._losses(*row) for row in _rows(inputs, targets, labels)])
+        return torch.cat([self._losses(*row, greedy) for row in _rows(inputs, targets, labels)])
 
-    def _losses(self, inputs: dict[str, Any], targets: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    def _losses(
+        self, inputs: dict[str, Any], targets: torch.Tensor, labels: torch.Tensor | None, greedy: bool
+    ) -> torch.Tensor:
         if self.head is None:
             logits: torch.Tensor = self.model(**inputs, use_cache=False, logits_to_keep=targets).logits[0]
             if len(logits) != len(targets):  # a class that computes them all
                 logits = logits[targets]
             logits = logits.float()
+            if greedy and labels is not None:
+                return _greedy_losses(logits, labels)
             return logits if labels is None else functional.cross_entropy(logits, labels, reduction="none")
         hidden = _backbone(self.model)(**inputs, use_cache=False).last_hidden_state
-        losses: torch.Tensor = self.head(hidden[0, targets], labels)
+        losses: torch.Tensor = self.head(hidden[0, targets], labels, greedy=greedy)
         return losses
 
 

@@ -40,7 +40,9 @@ from qlora_trainer.prepare.records import Record, job_key, pinned_revision
 from qlora_trainer.prepare.stages import Stage, bounded_stage, stage_of_end
 from qlora_trainer.prepare.tokenize_rows import PreparedData, prepare_data
 from qlora_trainer.publish.gate import check_loads
+from qlora_trainer.storage.definitions import fetch_definitions
 from qlora_trainer.storage.fetch import FetchedModel, fetch_model, fetch_rows
+from qlora_trainer.tasks.prepare_tasks import TasksPrepared, prepare_tasks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -99,11 +101,14 @@ def prepare_from_scratch(config: TrainerConfig, began: Record | None) -> Record:
     check_tokens(data, tokenizer, vocabulary)
     check_prompts(spec, Encoder(tokenizer, spec.dataset, conversations=data.receipt.conversations), vocabulary)
     notes = [*tried, *notes_on_tokens(data, tokens)]
+    tasks = _prepared_tasks(spec, Encoder(tokenizer, spec.dataset), cache) if spec.evaluate else None
+    notes += tasks.notes if tasks else ()
     return Record(
         key=job_key(spec, model.revision),
         model_source=model.source,
         model_revision=model.revision,
         receipt=data.receipt.model_copy(update={"notes": [*data.receipt.notes, *notes_of(model.path), *notes]}),
+        tasks_hash=tasks.name if tasks else None,
         shape=agreed_shape(model.path, shape_of(model.path, model.source), counts, spec),
     )
 
@@ -124,6 +129,13 @@ def try_base(config: TrainerConfig, model: FetchedModel) -> list[str]:
     model_type = causal_config(model.path).model_type
     check_rows_alone(config.spec.parallelism.zero_stage, model_type)
     return [f'a "{model_type}" model mixes rows that lie end to end: each is computed by itself, exact and slower']
+
+
+def _prepared_tasks(spec: QLoRAJobSpec, encoder: Encoder, cache: Path) -> TasksPrepared:
+    assert spec.evaluate is not None
+    log.info("stage: preparing the tasks of spec.evaluate")
+    folder = spec.evaluate.folder
+    return prepare_tasks(spec.evaluate, fetch_definitions(folder, cache) if folder else None, encoder, cache)
 
 
 def check_tokens(data: PreparedData, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:

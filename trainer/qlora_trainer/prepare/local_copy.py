@@ -31,6 +31,8 @@ class Prepared:
     data_dir: Path
     shape: ModelShape | None
     """Of the base, as it was planned; None where it could not be made out."""
+    tasks_dir: Path | None = None
+    """Of the tasks of spec.evaluate; None without them."""
 
     @staticmethod
     def path(config: TrainerConfig) -> Path:
@@ -45,7 +47,8 @@ class Prepared:
             return None
         # An older version had its ranks load from the source itself.
         is_private = prepared.model_path.parent == Path(config.cache_dir) / BASES
-        return prepared if is_private and prepared.model_path.exists() and prepared.data_dir.exists() else None
+        folders = (prepared.model_path, prepared.data_dir, prepared.tasks_dir)
+        return prepared if is_private and all(folder is None or folder.exists() for folder in folders) else None
 
     @property
     def stays(self) -> bool:
@@ -83,7 +86,7 @@ def bring_inputs(config: TrainerConfig, record: Record, records: Records) -> Pre
     """Bring here what the run began with: that revision of the model, those rows. What is here is not fetched again.
 
     Returns:
-        None where the rows are damaged, and have to be made anew.
+        None where the rows or the tasks are damaged, and have to be made anew.
 
     Raises:
         UserError: the model cannot be used, or is another one by now.
@@ -92,8 +95,9 @@ def bring_inputs(config: TrainerConfig, record: Record, records: Records) -> Pre
     """
     model = fetch_model(config.spec.model.source, Path(config.cache_dir), record.model_revision)
     rows = records.bring_rows(record)
-    if rows is None:
+    tasks = records.bring_tasks(record)
+    if rows is None or (record.tasks_hash and tasks is None):
         return None
-    prepared = Prepared(model.path, model.source, model.revision, rows, record.shape)
+    prepared = Prepared(model.path, model.source, model.revision, rows, record.shape, tasks)
     prepared.write(config)
     return prepared

@@ -39,6 +39,7 @@ from qlora_trainer.data.rows.source import contents, find_source
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.prepare.format_version import FORMAT_VERSION
 from qlora_trainer.storage.authentication import Authenticator
+from qlora_trainer.storage.definitions import definitions_identity
 from qlora_trainer.storage.fetch import HUB, model_revision, rows_identity, take_name
 from qlora_trainer.storage.model_files import ModelFilesError
 
@@ -69,6 +70,10 @@ class Record(Model):
     """Of the base: what the plan of a job on another GPU, or on more of them, is made from."""
     files_sha256: Hex | None = None
     """Of the list of the rows' files in a shared cache: these rows, and no others of their name."""
+    tasks_hash: Hex | None = None
+    """Name of the prepared tasks of spec.evaluate, beside the rows."""
+    tasks_files_sha256: Hex | None = None
+    """As files_sha256, of the tasks."""
     signature: Hex | None = None
     """HMAC-SHA256 over all other fields with the key of the run that began with it, or made it."""
 
@@ -85,7 +90,7 @@ class Record(Model):
 
 
 class DataFile(Model):
-    path: Annotated[str, Field(pattern=r"^([a-z_]+/)*[a-z_]+\.(npy|json)$")]
+    path: Annotated[str, Field(pattern=r"^([a-z0-9_]+/)*[a-z0-9_]+\.(npy|json|parquet)$")]
     size: int
     sha256: Hex
 
@@ -130,7 +135,9 @@ class Records:
         return record
 
     def has_rows(self, record: Record) -> bool:
-        name = record.receipt.data_hash
+        return all(self._has(name) for name in (record.receipt.data_hash, record.tasks_hash) if name)
+
+    def _has(self, name: str) -> bool:
         if self.is_shared:
             return self._store.stat(f"data/{name}/{FILES}") is not None
         return (self._local / name).exists()
@@ -143,7 +150,12 @@ class Records:
 
         """
         if self.is_shared:
-            record = record.model_copy(update={"files_sha256": self._upload(record.receipt.data_hash)})
+            record = record.model_copy(
+                update={
+                    "files_sha256": self._upload(record.receipt.data_hash),
+                    "tasks_files_sha256": self._upload(record.tasks_hash) if record.tasks_hash else None,
+                }
+            )
         data = record.signed(self._authenticator).model_dump_json(by_alias=True).encode()
         self._store.put(f"prepared/{record.key}.json", data)
         return self.begin(record)
@@ -176,17 +188,23 @@ class Records:
             StorageError: the shared cache is out of reach, or this machine's is full.
 
         """
-        name = record.receipt.data_hash
+        return self._bring(record.receipt.data_hash, record.files_sha256)
+
+    def bring_tasks(self, record: Record) -> Path | None:
+        """The folder of the record's tasks, as :meth:`bring_rows` says of its rows; None also where it has none."""
+        return self._bring(record.tasks_hash, record.tasks_files_sha256) if record.tasks_hash else None
+
+    def _bring(self, name: str, files_sha256: str | None) -> Path | None:
         folder = self._local / name
         if folder.exists() or not self.is_shared:
             return folder if folder.exists() else None
         partial = folder.with_name(f".{name}-{uuid4().hex[:8]}")
         try:
-            if not self._download(record, partial):
+            if not self._download(name, files_sha256, partial):
                 return None
             take_name(partial, folder)
         except OSError as error:
-            raise StorageError(f"cannot put the tokenized rows into {folder}: {error}") from error
+            raise StorageError(f"cannot put what Prepare made into {folder}: {error}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return folder
@@ -213,13 +231,12 @@ class Records:
             self._store.put(f"data/{name}/{FILES}", listed)
         return sha256_bytes(listed)
 
-    def _download(self, record: Record, folder: Path) -> bool:
-        """Copy the rows; False, and the shared copy deleted, where they are not what was written."""
-        name = record.receipt.data_hash
+    def _download(self, name: str, files_sha256: str | None, folder: Path) -> bool:
+        """Copy rows or tasks; False, and the shared copy deleted, where they are not what was written."""
         try:
             listed = self._store.get(f"data/{name}/{FILES}")
             files = _FILES.validate_json(listed)
-            changed = [FILES] if record.files_sha256 not in (None, sha256_bytes(listed)) else []
+            changed = [FILES] if files_sha256 not in (None, sha256_bytes(listed)) else []
             for file in () if changed else files:
                 self._store.download_file(f"data/{name}/{file.path}", folder / file.path)
                 if sha256_file(folder / file.path) != file.sha256:
@@ -228,7 +245,7 @@ class Records:
             changed = [str(error)]
         if changed:
             place = self._store.uri(f"data/{name}")
-            log.warning("the tokenized rows at %s are not what was written (%s): deleted", place, changed[0])
+            log.warning("what Prepare left at %s is not what was written (%s): deleted", place, changed[0])
             self._store.delete(f"data/{name}/{FILES}")
         return not changed
 
@@ -274,9 +291,21 @@ def job_key(spec: QLoRAJobSpec, revision: str) -> str:
         "eval": _identity(own_eval, "spec.dataset.eval.source") if own_eval else None,
         "quantization": {k: v for k, v in plain["quantization"].items() if v != []},
         "lora": {k: v for k, v in plain["lora"].items() if v != []},
+        **({"evaluate": _tasks_identity(spec)} if spec.evaluate else {}),
         **({"prompts": prompts} if (prompts := spec.training.evaluation.prompts) else {}),
     }
     return sha256_bytes(json.dumps(facts, sort_keys=True).encode())
+
+
+def _tasks_identity(spec: QLoRAJobSpec) -> dict[str, Any]:
+    """Name what the tasks follow from; datasets of the Hub, which change seldom, stay those of the first Prepare."""
+    assert spec.evaluate is not None
+    folder = spec.evaluate.folder
+    return {
+        "spec": spec.evaluate.to_json_dict(),
+        "folder": definitions_identity(folder) if folder else None,
+        "tokens": [spec.dataset.max_length, spec.dataset.packing],
+    }
 
 
 def _identity(source: str, field: str) -> str:

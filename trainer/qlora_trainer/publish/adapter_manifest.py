@@ -12,6 +12,7 @@ from pydantic import Field
 
 from qlora_api.base import Model, Timestamp
 from qlora_api.spec import QLoRAJobSpec
+from qlora_api.status import TaskResult
 from qlora_trainer.storage.authentication import Authenticator
 
 MANIFEST = "manifest.json"
@@ -52,6 +53,8 @@ class PublishFacts:
     adapted: str = ""
     """Which layers have an adapter, in words."""
     adapts_experts: bool = False
+    tasks: tuple[TaskResult, ...] = ()
+    """What base and adapter reached in the tasks of spec.evaluate."""
 
 
 class BaseModelRef(Model):
@@ -116,6 +119,12 @@ def metrics_of(facts: PublishFacts) -> dict[str, int | float | None]:
         "tokens": facts.tokens,
         "baseEvalLoss": facts.base_eval_loss,
         "evalLoss": facts.eval_loss,
+        **{
+            f"{who}:{task.name}:{task.metric}": float(value)
+            for task in facts.tasks
+            for who, value in (("base", task.base), ("adapter", task.adapter))
+            if value is not None
+        },
     }
 
 

@@ -10,6 +10,7 @@ from qlora_api.untrusted.printable import printable
 
 if TYPE_CHECKING:
     from qlora_api.contract import JobRef
+    from qlora_api.status import TaskResult
     from qlora_trainer.publish.adapter_manifest import PublishFacts
 
 SHOWN_TOKENS = 16
@@ -90,6 +91,7 @@ def summary(job: JobRef, attempt: int, facts: PublishFacts) -> list[tuple[str, s
         ("Steps", f"{facts.step} published of {facts.total_steps}"),
         ("Tokens", f"{facts.tokens:,}"),
         ("Eval loss", f"{_loss(facts.base_eval_loss)} → {_loss(facts.eval_loss)}"),
+        *((f"{task.name} ({task.metric})", _reached(task)) for task in facts.tasks),
         ("Seed", str(training.seed)),
         ("Run", f"`{job.namespace}/{job.name}` `{job.uid}`, attempt {attempt}"),
     ]
@@ -113,6 +115,11 @@ def _in_a_cell(tokens: list[str]) -> str:
 
 def _loss(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4f}"
+
+
+def _reached(task: TaskResult) -> str:
+    error = f" ± {task.standard_error}" if task.standard_error else ""
+    return f"{task.base or 'not measured'} → {task.adapter}{error}, {task.examples:,} examples"
 
 
 def _peft_lines(facts: PublishFacts, base: str) -> list[str]:

@@ -7,6 +7,7 @@ One line for each attempt, step, evaluation, checkpoint and round of answers, to
     {"step": 1, "evalLoss": 4.9}
     {"step": 1, "attempt": 1, "sections": {"Load": 9.1, …}}
     {"answers": "base", "time": …, "texts": {"prompt": "what it said", …}}          and so of the adapter
+    {"tasks": [{"name": "arc_easy", "metric": "acc", "base": "0.61", "adapter": "0.72", …}], "time": …}
     {"receipt": {…}, "predicted": {"gradients": 81788928, …}, "measured": {…}}      last, of what is published
 
 A checkpoint holds the lines up to its step, so that a resumed run has each step once.
@@ -21,7 +22,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from qlora_trainer.tracking.journal import Journal
 
@@ -73,6 +74,12 @@ class TrainingHistory:
         """Note what ``base`` or ``adapter`` said to each prompt; what it said before is forgotten."""
         self._lines = [line for line in self._lines if line.get("answers") != who]
         self._lines.append({"answers": who, "time": _now(), "texts": dict(texts)})
+
+    def tasks(self, results: Sequence[Mapping[str, Any]]) -> None:
+        """Note what base and adapter reached in the tasks of spec.evaluate; what was noted before is forgotten."""
+        self._lines = [line for line in self._lines if "tasks" not in line]
+        if results:
+            self._lines.append({"tasks": [dict(result) for result in results], "time": _now()})
 
     def end(self, receipt: Mapping[str, Any], predicted: Mapping[str, int], measured: Mapping[str, int]) -> None:
         """Note what else a report tells; of the rows only numbers: not everybody may read them."""

@@ -187,21 +187,21 @@ def _model_from_hub(
 def _model_from_store(source: str, field: str, cache_dir: Path, headers_only: bool) -> tuple[Path, str]:
     store = open_store(source, field)
     wanted = _model_objects(store)
-    name = _hash_of(store.uri(), wanted)
+    name = hash_of(store.uri(), wanted)
 
     def fill(partial: Path) -> None:
         weights = [e.key for e in wanted if not is_side_file(e.key)] if headers_only else []
         _bring_headers(weights, store.read, partial)
-        _download(store, [e.key for e in wanted if e.key not in weights], partial)
+        download(store, [e.key for e in wanted if e.key not in weights], partial)
 
-    return _model_folder(cache_dir, name, fill, headers_only), _hash_of("", wanted)
+    return _model_folder(cache_dir, name, fill, headers_only), hash_of("", wanted)
 
 
 def _model_folder(cache_dir: Path, name: str, fill: Callable[[Path], None], headers_only: bool) -> Path:
     """Return the model's place in the cache; one with holes is kept apart from what ranks load."""
     whole = cache_dir / "models" / name
     place = cache_dir / "headers" / name if headers_only and not whole.exists() else whole
-    return _cached(place, fill, check_model)
+    return cached(place, fill, check_model)
 
 
 def _bring_headers(names: list[str], read: Callable[[str, int, int], tuple[bytes, int]], folder: Path) -> None:
@@ -250,15 +250,14 @@ def _rows_from_hub(source: str, field: str, cache_dir: Path) -> Path:
 
     split = "evaluation" if field == EVAL_FIELD else "training"
     place = sha256_bytes(f"{at.repo} {commit} {at.path} {split}".encode())[:32]
-    return _cached(cache_dir / "rows" / place, fill) / at.path
+    return cached(cache_dir / "rows" / place, fill) / at.path
 
 
 def _rows_from_store(source: str, field: str, cache_dir: Path) -> Path:
     store, entries, single = _row_objects(source, field)
-    place = _hash_of(store.uri(), entries)[:32]
+    place = hash_of(store.uri(), entries)[:32]
     return (
-        _cached(cache_dir / "rows" / place, lambda partial: _download(store, [e.key for e in entries], partial))
-        / single
+        cached(cache_dir / "rows" / place, lambda partial: download(store, [e.key for e in entries], partial)) / single
     )
 
 
@@ -306,7 +305,7 @@ def model_revision(source: str, cache_dir: Path) -> str:
         return hub.commit_of(hub.parse(source, MODEL_FIELD, "model"))
     if local := local_path(source, MODEL_FIELD):
         return private_folder(local, cache_dir).revision
-    return _hash_of("", _model_objects(open_store(source, MODEL_FIELD)))
+    return hash_of("", _model_objects(open_store(source, MODEL_FIELD)))
 
 
 def rows_identity(source: str, field: str) -> str:
@@ -322,13 +321,13 @@ def rows_identity(source: str, field: str) -> str:
         at = hub.parse(source, field, "dataset")
         return f"{at.repo} {hub.commit_of(at)} {at.path}"
     store, entries, single = _row_objects(source, field)
-    return f"{_hash_of(store.uri(), entries)} {single}"
+    return f"{hash_of(store.uri(), entries)} {single}"
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
 
 
-def _cached(final: Path, fill: Callable[[Path], None], check: Callable[[Path], None] = lambda _: None) -> Path:
+def cached(final: Path, fill: Callable[[Path], None], check: Callable[[Path], None] = lambda _: None) -> Path:
     """Make ``final`` by filling a folder beside it and renaming; what an earlier try left is there for ``fill``.
 
     Args:
@@ -376,7 +375,7 @@ def _alone(path: Path) -> Iterator[None]:
         yield
 
 
-def _download(store: Store, keys: list[str], folder: Path) -> None:
+def download(store: Store, keys: list[str], folder: Path) -> None:
     """Fetch each object that is not there yet; a file under its own name is whole."""
     for key in keys:
         target = folder / key
@@ -386,6 +385,6 @@ def _download(store: Store, keys: list[str], folder: Path) -> None:
             unfinished.rename(target)
 
 
-def _hash_of(uri: str, entries: list[Entry]) -> str:
+def hash_of(uri: str, entries: list[Entry]) -> str:
     lines = [f"{e.key} {e.size} {e.etag}" for e in sorted(entries, key=lambda e: e.key)]
     return sha256_bytes("\n".join([uri, *lines]).encode())

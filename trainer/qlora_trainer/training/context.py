@@ -85,6 +85,8 @@ class RunState:
     """Hash over the rows of all steps so far, in their order: equal where the same rows were seen in the same order."""
     loss_scale: LossScale | None = None
     """Where the base computes in float16."""
+    base_tasks: list[dict[str, Any]] = field(default_factory=list)
+    """What the base reached in the tasks of spec.evaluate: the fields of TaskOutcome."""
     clock: CheckpointClock = field(default_factory=CheckpointClock, compare=False)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from qlora_api.spec import Merge
-from qlora_api.status import Adapter
+from qlora_api.status import Adapter, TaskResult
 from qlora_trainer.checkpoint import engine_state
 from qlora_trainer.checkpoint.checkpoint_store import unpack_tensors
 from qlora_trainer.errors import CheckpointError
@@ -27,7 +28,7 @@ from qlora_trainer.training.context import RunState, TrainingContext
 from qlora_trainer.training.merged_loss import sample_loss
 
 
-def publish_run(context: TrainingContext, run: RunState) -> Adapter:
+def publish_run(context: TrainingContext, run: RunState, tasks: Sequence[TaskResult]) -> Adapter:
     """Publish the best checkpoint by eval loss, or the last one where nothing was evaluated. Rank 0 alone calls it."""
     config, prepared = context.config, context.prepared
     chosen = context.checkpoints.chosen()
@@ -66,6 +67,7 @@ def publish_run(context: TrainingContext, run: RunState) -> Adapter:
             quantized=covered.held,
             adapted=covered.adapted,
             adapts_experts=covered.adapted_groups > 0,
+            tasks=tuple(tasks),
         )
         prepared.check_unchanged()
         skeleton = meta_model(prepared.model_path, whole=True)

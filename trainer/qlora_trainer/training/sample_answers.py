@@ -39,18 +39,23 @@ def answer_before(context: TrainingContext, run: RunState) -> None:
         answer(context, "base")
 
 
-def answer_after(context: TrainingContext, run: RunState) -> None:
-    """Load the adapter that will be published and generate its answers. A collective."""
-    if not context.config.spec.training.evaluation.prompts:
+def answer_after(context: TrainingContext) -> None:
+    """Generate the answers of the adapter that is loaded. A collective."""
+    answer(context, "adapter")
+
+
+def load_chosen_adapter(context: TrainingContext, run: RunState) -> None:
+    """Load the adapter that will be published, where prompts or tasks need it. A collective."""
+    spec = context.config.spec
+    if not spec.training.evaluation.prompts and spec.evaluate is None:
         return
     ranks, store = context.ranks, context.checkpoints
     with context.ranks.heartbeat.during(Section.CHECKPOINT):
         chosen = store.chosen() if ranks.is_first else None
         step = ranks.gather(chosen.step if chosen else None)[0]
-        if step is not None and step != run.step and rank_computes(context):
+        if step is not None and step != run.step:
             weights = (chosen or store.at(step)).read(engine_state.ADAPTER_FILE)
             engine_state.load_adapter_tensors(context.model, unpack_tensors(weights))
-    answer(context, "adapter")
 
 
 def all_ranks_compute(context: TrainingContext) -> bool:

@@ -29,9 +29,10 @@ from qlora_trainer.reporting.metrics import MetricsRecorder, peak_bytes, serve
 from qlora_trainer.reporting.rank_exit import LastSeen, progress_of
 from qlora_trainer.training.context import RunState, StepMetrics, StopFlag, TrainingContext, build
 from qlora_trainer.training.finish import publish_run
+from qlora_trainer.training.measure_tasks import measure_adapter, measure_base
 from qlora_trainer.training.peak_memory_probe import expected_seconds, probe_peak_memory
 from qlora_trainer.training.resume import resume_or_start, save
-from qlora_trainer.training.sample_answers import answer_after, answer_before
+from qlora_trainer.training.sample_answers import answer_after, answer_before, load_chosen_adapter
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,8 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
         recorder.update(expected_seconds=expected_seconds(context, run.step, probe_peak_memory(context)))
     ranks.heartbeat.enter(Section.DATA)  # where a rank is between two sections, no more in Load
     answer_before(context, run)
+    if not measure_base(context, run):
+        preempt(context, run)
     steps = context.batches.steps(run.step, context.total_steps)
     while True:
         evaluated = is_evaluation_due(context, run)
@@ -79,12 +82,16 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
         stopping = train_step(context, run, steps)
         if stopping and run.step < context.total_steps:  # before an evaluation: the grace period is short
             preempt(context, run)
-    answer_after(context, run)
-    message = finished(context, run)
+    load_chosen_adapter(context, run)
+    answer_after(context)
+    tasks = measure_adapter(context, run)
+    if tasks is None:
+        preempt(context, run)
+    message = finished(context, run).model_copy(update={"tasks": tasks})
     if not ranks.is_first:
         return message  # no rank waits in a collective while the first one merges and uploads
     with ranks.heartbeat.during(Section.PUBLISH):
-        adapter = publish_run(context, run)
+        adapter = publish_run(context, run, tasks)
     return message.model_copy(update={"adapter": adapter})
 
 

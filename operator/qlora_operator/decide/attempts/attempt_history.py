@@ -91,7 +91,8 @@ def with_termination_message(status: QLoRAJobStatus, ending: Ending) -> QLoRAJob
     status = _with_tracking(status, termination.tracking)
     if status.attempts and termination.compute_type is not None:
         status = with_attempt(status, status.attempts[-1].model_copy(update={"compute_type": termination.compute_type}))
-    return status.model_copy(update={"adapter": termination.adapter or status.adapter, "eta": ""})
+    update = {"adapter": termination.adapter or status.adapter, "tasks": termination.tasks or status.tasks, "eta": ""}
+    return status.model_copy(update=update)
 
 
 def with_closed_attempt(context: Context, status: QLoRAJobStatus, ended: Attempt, ending: Ending) -> QLoRAJobStatus:

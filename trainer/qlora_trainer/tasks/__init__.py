@@ -1,0 +1,1 @@
+"""The tasks of spec.evaluate: asked and scored by lm-evaluation-harness, answered by the ranks."""
