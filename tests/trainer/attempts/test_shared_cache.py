@@ -39,6 +39,11 @@ def on(runner, shared, machine="a", **changes):
     return config.model_copy(update={"shared_cache_uri": shared, "cache_dir": str(runner.folder / machine)})
 
 
+def another_job(runner):
+    """Return what tells another job with the same content."""
+    return {"uid": "another-job", "output": {"destination": str(runner.folder / "another")}}
+
+
 def lightly(runner, config):
     """Prepare in a process that may import nothing large."""
     path, _ = runner.write(config)
@@ -61,7 +66,7 @@ def test_trainers_on_another_machine_take_the_rows_from_the_shared_cache(runner,
 
 def test_a_second_prepare_of_the_same_content_imports_nothing_large(runner, shared):
     first = prepare(on(runner, shared))
-    again = on(runner, shared, machine="b", uid="another-job", attempt=2)
+    again = on(runner, shared, machine="b", attempt=2, **another_job(runner))
     done = lightly(runner, again)
     assert done.returncode == 0, done.stderr
     word = runner.ended(again, 0).message
@@ -70,9 +75,35 @@ def test_a_second_prepare_of_the_same_content_imports_nothing_large(runner, shar
     assert not (runner.folder / "b" / "models").exists()
 
 
+def test_trainers_on_another_machine_take_the_tasks_from_the_shared_cache(runner, shared, tmp_path):
+    (tmp_path / "quiz.jsonl").write_text('{"q": "def read(self):", "label": 1}\n' * 2)
+    definition = {
+        "task": "quiz",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "quiz.jsonl"}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "label",
+        "doc_to_choice": ["no", "yes"],
+    }
+    (tmp_path / "quiz.yaml").write_text(json.dumps(definition))
+    evaluate = {"folder": str(tmp_path), "tasks": [{"name": "quiz"}]}
+    prepare(on(runner, shared, evaluate=evaluate))
+    moved = on(runner, shared, machine="b", evaluate=evaluate)
+    path, _ = runner.write(moved)
+    assert ready(moved, path) == ExitCode.DONE
+    there, here = (Prepared.read(on(runner, shared, machine=name, evaluate=evaluate)) for name in "ab")
+    assert there is None  # the pod of Prepare trains nothing
+    asked = json.loads((here.tasks_dir / "requests.json").read_text())
+    assert asked == [["def read(self):", " no"], ["def read(self):", " yes"]]
+    order = json.loads((here.tasks_dir / "order.json").read_text())
+    assert str(tmp_path) not in json.dumps(order)
+
+
 def test_without_a_shared_cache_a_second_prepare_finds_it_on_this_machine(runner):
     prepare(runner.config())
-    again = runner.config(uid="another-job")
+    again = runner.config(**another_job(runner))
     assert lightly(runner, again).returncode == 0
     assert Prepared.read(again) == Prepared.read(runner.config())
 
@@ -198,7 +229,7 @@ def test_rows_that_somebody_exchanged_with_their_list_are_not_trained_on(runner,
 def test_in_a_cache_for_all_another_jobs_record_is_taken_and_signed_by_the_run_that_begins_with_it(runner, shared):
     prepare(on(runner, shared))
     (runner.folder / "key").unlink()  # the next job has a key of its own
-    other = on(runner, shared, machine="b", uid="another-job")
+    other = on(runner, shared, machine="b", **another_job(runner))
     prepare(other)
     assert Records(other).of_run() is not None
     assert not (runner.folder / "b" / "models").exists()
