@@ -13,6 +13,7 @@ from docs.commands import NoCommandError, check, simple_commands
 from qlora_api.job import QLoRAJob
 from qlora_api.sweep.sweep import QLoRASweep
 from qlora_cli.app import app
+from qlora_trainer.tasks.definitions import read_definition
 
 LANGUAGES = {"", "json", "promql", "python", "sh", "yaml"}
 SHELL = all_blocks("sh")
@@ -67,7 +68,7 @@ def test_the_demo_says_what_it_does(capsys):
 
 
 @pytest.mark.parametrize("block", all_blocks("yaml"), ids=name)
-def test_yaml_is_a_job_a_part_of_its_spec_or_values_of_the_chart(block):
+def test_yaml_is_a_job_a_part_of_its_spec_a_task_or_values_of_the_chart(block, tmp_path):
     body = yaml.safe_load(block.text)
     if body.get("kind") == "QLoRAJob":
         QLoRAJob.from_manifest(body)
@@ -75,6 +76,11 @@ def test_yaml_is_a_job_a_part_of_its_spec_or_values_of_the_chart(block):
         QLoRASweep.from_manifest(body)
     elif body.get("kind") == "ConfigMap":  # of another tool
         assert all(isinstance(text, str) for text in body["data"].values())
+    elif "task" in body:
+        (tmp_path / "task.yaml").write_text(block.text)
+        for file in body["dataset_kwargs"]["data_files"].values():
+            (tmp_path / file).touch()
+        assert read_definition(tmp_path, body["task"]) is not None
     elif set(body) == {"spec"}:
         groups = {
             group: {**A_JOB["spec"].get(group, {}), **fields} if isinstance(fields, dict) else fields
