@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -72,16 +74,21 @@ ASK_LINE = "{% if add_generation_prompt %}assistant: {% endif %}"
 
 
 @pytest.mark.parametrize("loss_on", ["Assistant", "All"])
-def test_an_answer_that_contains_the_blank_end_of_its_template_is_refused(loss_on, chat_tokenizer, dataset):
-    settings = dataset(format="Messages", chat_template=LINES + ASK_LINE, loss_on=loss_on)
+@pytest.mark.parametrize("end", ["\n", "\n###\n"])
+def test_an_answer_that_contains_its_end_is_refused_where_that_is_a_text_like_others(
+    end, loss_on, chat_tokenizer, dataset
+):
+    settings = dataset(format="Messages", chat_template=LINES.replace("\n", end) + ASK_LINE, loss_on=loss_on)
     encoder = Encoder(chat_tokenizer, settings)
-    rows = [{"messages": [USER, {"role": "assistant", "content": text}]} for text in ("One.", "One.\nTwo.")]
-    assert chat_tokenizer.decode(encoder.encode(rows[0]).input_ids).endswith("assistant: One.\n")
+    texts = ("One.", f"One.{end}", f"One.{end}Two.")
+    rows = [{"messages": [USER, {"role": "assistant", "content": text}]} for text in texts]
+    assert chat_tokenizer.decode(encoder.encode(rows[0]).input_ids).endswith(f"assistant: One.{end}")
     with pytest.raises(UserError) as caught:
         encoder.encode_batch(rows)
     assert str(caught.value) == (
-        'spec.dataset.chatTemplate: this template, given row 2, ends an answer with "\\n" alone, which message 2'
-        " contains, so the model would not learn where to stop: write an end token there, such as {{ eos_token }}"
+        f"spec.dataset.chatTemplate: this template, given row 3, ends an answer with {json.dumps(end.rstrip() or end)},"
+        " which is no special token, and message 2 contains that, so the model would not learn where to stop: write an"
+        " end token there, such as {{ eos_token }}"
     )
 
 

@@ -175,7 +175,7 @@ class Renderer:
             messages, learned = joined.messages, joined.learned
         for place, message in enumerate(messages):
             if message["role"] == "assistant" and learned[place] and isinstance(message.get("content"), str):
-                self._check_end(message["content"].strip(), place)
+                self._check_end(message["content"], place)
         messages, tools = self._adapted(messages), self._tools(tools)
         done = render_whole(lambda some: self._text(some, tools, {}), messages, learned)
         for example in done.examples:
@@ -210,18 +210,22 @@ class Renderer:
         return found
 
     def _check_end(self, written: str, place: int) -> None:
-        """Check that an answer does not contain what ends it, where that is white space alone.
+        """Check that an answer does not contain what ends it, where that is a text like others.
 
         Raises:
             TemplateRefusedError: it does.
 
         """
-        if self.dialect is None or (end := self.dialect.style.end).strip():
+        end = self.end or ""
+        if self.dialect is None or any(token in end for token in self.reader.ends):
             return
-        if end in written.removesuffix(end).removeprefix(self.dialect.opening):
+        said, plain = written.removeprefix(self.dialect.opening).rstrip(), end.strip()
+        while plain and said.endswith(plain):  # to stop at the first of several is right
+            said = said.removesuffix(plain).rstrip()
+        if end in said:
             raise TemplateRefusedError(
-                f"ends an answer with {self._shown(end)} alone, which message {place + 1} contains, so the model would"
-                " not learn where to stop: write an end token there, such as {{ eos_token }}"
+                f"ends an answer with {self._shown(end)}, which is no special token, and message {place + 1} contains"
+                " that, so the model would not learn where to stop: write an end token there, such as {{ eos_token }}"
             )
 
     def _text(self, messages: list[Message], tools: Any, state: dict[str, Any], *, prompt: bool = False) -> str:
