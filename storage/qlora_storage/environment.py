@@ -179,7 +179,7 @@ def check_variables(environ: Mapping[str, str]) -> None:
             raise SettingError(f"{name}: has a line break or another control character inside")
         if not name.endswith("_PROFILE") and _PLACEHOLDER.fullmatch(value):
             raise SettingError(f"{name}: has a placeholder that was not replaced, such as None or $(NAME)")
-        if _SCHEME.match(value):
+        if name != "AWS_CONTAINER_AUTHORIZATION_TOKEN" and _SCHEME.match(value):  # that one is the whole header
             raise SettingError(f"{name}: must be the token alone, without the word before it")
         if _QUOTED.fullmatch(value):
             raise SettingError(f"{name}: has quotation marks around it, which would be part of the value")

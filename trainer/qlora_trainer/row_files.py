@@ -87,13 +87,13 @@ class Selection:
     notes: tuple[str, ...] = ()
     """Not read: no rows."""
     other_splits: tuple[str, ...] = ()
-    """Not read: rows of another split."""
+    """Not read: rows of another split, or of none where others name the wanted one."""
     folder: str = ""
     """Of ``SAVED``, the dataset's."""
 
     def unread(self) -> str:
         """Name the files that are not read and why; empty where all are."""
-        parts = [("of another split", self.other_splits), ("without rows", self.notes)]
+        parts = [("of another split or of none", self.other_splits), ("without rows", self.notes)]
         return "; ".join(f"{what}: {_shown(list(names))}" for what, names in parts if names)
 
 
@@ -168,8 +168,10 @@ def _of_split(names: list[str], *, evaluation: bool) -> tuple[list[str], list[st
         by_split.setdefault(split_of(name), []).append(name)
     unassigned = by_split.pop(None, [])
     known = {split: files for split, files in by_split.items() if split is not None}
-    if not known or [*known] == ["train"] or (evaluation and len(known) == 1 and not unassigned):
+    if not known or (len(known) == 1 and (evaluation or (not unassigned and "train" in known))):
         return names, []
+    if [*known] == ["train"]:  # as ``datasets`` does: the others may be rows to test with, whatever they are called
+        return known["train"], unassigned
     wanted = _wanted_split(known, evaluation=evaluation)
     if len(known) == 1 and not unassigned:
         raise RowFilesError(

@@ -152,8 +152,8 @@ def collect(encoder: Encoder, rows: Rows, where: str, side_of: Callable[[int], S
     progress = _Progress(where, rows.source.size)
     for batch in rows.batches():
         tally.unread = batch.unread
-        if media := MEDIA.keys() & batch.unread:
-            _check_placeholders(batch, media, dataset)
+        if MEDIA.keys() & batch.unread:
+            _check_placeholders(batch, dataset)
         for place, row in zip(batch.places, _encoded(encoder, batch), strict=True):
             tally.count_row(row, place)
             for encoded in row.examples:
@@ -168,16 +168,16 @@ def collect(encoder: Encoder, rows: Rows, where: str, side_of: Callable[[int], S
     return tally
 
 
-def _check_placeholders(batch: Batch, media: Iterable[str], dataset: DatasetSpec) -> None:
-    """Refuse rows that speak of what is in a column of images and the like: a model would learn to make it up.
+def _check_placeholders(batch: Batch, dataset: DatasetSpec) -> None:
+    """Refuse rows that speak of what is in their cell of images and the like: a model would learn to make it up.
 
     Raises:
         UserError: names the first row.
 
     """
-    for place, cells in zip(batch.places, batch.rows, strict=True):
+    for place, cells, filled in zip(batch.places, batch.rows, batch.filled, strict=True):
         text = str(cells)
-        for column in media:
+        for column in sorted(MEDIA.keys() & filled):
             if (placeholder := MEDIA[column]) in text:
                 first = dataset.required_columns
                 raise UserError(

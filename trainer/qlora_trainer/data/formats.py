@@ -22,7 +22,7 @@ from qlora_trainer.data.rows.conversation import (
     read_conversation,
     read_exchange,
 )
-from qlora_trainer.data.rows.remarks import HALF_AN_EXCHANGE, OTHER_ROLES, SYSTEM_UNUSED, UNREAD_KEY, UNWRITTEN
+from qlora_trainer.data.rows.remarks import HALF_AN_EXCHANGE, OTHER_ROLES, SYSTEM_UNUSED, TOOLS_UNUSED, UNREAD_KEY, UNWRITTEN
 from qlora_trainer.data.rows.roles import other_roles, unread_keys
 from qlora_trainer.data.text_pieces import Piece, is_blank
 from qlora_trainer.data.vocabulary_gaps import VocabularyGaps
@@ -305,8 +305,9 @@ class Encoder:
             if self.dataset.format is not DatasetFormat.PROMPT_COMPLETION:
                 return ()
             half = any(is_json_messages(row.get(column)) for column in (columns.prompt, columns.completion))
+            tools = [TOOLS_UNUSED.format(column=name) for name in (columns.tools, FUNCTIONS) if row.get(name)]
             unused = [SYSTEM_UNUSED.format(column=columns.system)] if row.get(columns.system) else []
-            return (*([HALF_AN_EXCHANGE] if half else []), *unused)
+            return (*([HALF_AN_EXCHANGE] if half else []), *unused, *tools)
         keys = unread_keys(conversation.messages, self._chat.names)
         other = not self._everything and other_roles(conversation.messages, self._chat.source)
         return (

@@ -100,7 +100,7 @@ def prepare_from_scratch(config: TrainerConfig, began: Record | None) -> Record:
     data = prepare_data(spec, tokenizer, model.tokenizer_hash, train_rows, eval_rows, cache)
     check_tokens(data, tokenizer, vocabulary)
     check_prompts(spec, Encoder(tokenizer, spec.dataset, conversations=data.receipt.conversations), vocabulary)
-    notes = [*tried, *notes_on_tokens(data, tokens)]
+    notes = [*data.unread_files, *tried, *notes_on_tokens(data, tokens)]
     tasks = _prepared_tasks(spec, Encoder(tokenizer, spec.dataset), cache) if spec.evaluate else None
     notes += tasks.notes if tasks else ()
     return Record(

@@ -64,6 +64,8 @@ class PreparedData:
     train_packs: Sequences
     eval_packs: Sequences | None
     receipt: PrepareReceipt
+    unread_files: tuple[str, ...] = ()
+    """Sentences about files of the sources that are not read."""
 
 
 @dataclass(frozen=True)
@@ -101,15 +103,18 @@ def prepare_data(
     encoder = Encoder(tokenizer, spec.dataset)
     train_source = find_source(train_path, TRAIN_FIELD)
     eval_source = find_source(eval_path, EVAL_FIELD) if eval_path else None
-    for source in (train_source, *([eval_source] if eval_source else [])):
-        if source.selection and (unread := source.selection.unread()):
-            log.info("not read of %s: %s", source.path, unread)
+    sources = (train_source, *([eval_source] if eval_source else []))
+    unread = tuple(
+        f"files of {source.path} that are not read: {files}"
+        for source in sources
+        if source.selection and (files := source.selection.unread())
+    )
     name = data_hash(spec, encoder, tokenizer_hash, train_source, eval_source)
     folder = cache_dir / "data" / name
     if folder.exists():
         prepared = load_prepared(folder)
         _check_prompts(spec, replace(encoder, conversations=prepared.receipt.conversations))
-        return prepared
+        return replace(prepared, unread_files=unread)
     encoder = replace(encoder, conversations=_are_conversations(train_source, spec.dataset))
     _check_prompts(spec, encoder)
     partial = folder.with_name(f".{name}-{uuid4().hex[:8]}")
@@ -122,7 +127,7 @@ def prepare_data(
         raise StorageError(f"cannot put the tokenized rows into {folder}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return load_prepared(folder)
+    return replace(load_prepared(folder), unread_files=unread)
 
 
 def _check_prompts(spec: QLoRAJobSpec, encoder: Encoder) -> None:

@@ -276,7 +276,10 @@ def _opening(reader: Reader, state: dict[str, Any], before: list[Message], answe
 
 
 def _tool_call_needs(template: CompiledTemplate, before: list[Message], tools: Any) -> dict[str, bool]:
-    """Find out how a template takes tool calls; the first way is that of the field."""
+    """Find out how a template takes tool calls; the first way is that of the field.
+
+    A template that writes arguments as they are, which Python would quote in its own way, gets them as JSON text.
+    """
     harmless: dict[str, bool] = {}
     for json_arguments, text_content in ((False, False), (False, True), (True, False), (True, True)):
         function = {"name": "zqname", "arguments": '{"zqkey": "zqvalue"}' if json_arguments else {"zqkey": "zqvalue"}}
@@ -284,7 +287,8 @@ def _tool_call_needs(template: CompiledTemplate, before: list[Message], tools: A
         message = {"role": "assistant", "content": "" if text_content else None, "tool_calls": [call]}
         needs = {"json_arguments": json_arguments, "text_content": text_content}
         try:
-            if "zqname" in template.render([*before, message], tools):
+            written = template.render([*before, message], tools)
+            if "zqname" in written and "'zqkey'" not in written:
                 return needs
             harmless = harmless or needs
         except Exception:  # noqa: BLE001, S110 whatever a template raises: it may like the next one

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qlora_trainer.data.rows.source import SourceFile, SourceFiles
 
 Row = dict[str, Any]
+_EMPTY = (None, "", [], {})
 MOST_NAMES = 1000
 """Of columns that are remembered; each object of JSON may have its own."""
 
@@ -36,6 +37,8 @@ class Batch:
     """Bytes of the source that were read so far."""
     unread: frozenset[str] = frozenset()
     """Columns of the rows so far that are not wanted."""
+    filled: tuple[frozenset[str], ...] = ()
+    """Those of each row that hold something; of binary files, whose other columns stay on the disk, those there are."""
 
 
 @dataclass(frozen=True)
@@ -88,18 +91,21 @@ class Rows:
         rows: list[Row] = []
         places: list[RowPlace] = []
         names: set[str] = set()
+        filled: list[frozenset[str]] = []
         size = number = done = 0
         for file, (where, cells, row_bytes, file_done), before in self._located(names):
             number += 1
             rows.append({name: cells.get(name) for name in wanted})
             places.append(RowPlace(number, file.name, where))
+            given = (name for name, cell in cells.items() if cell not in _EMPTY) if self._is_text else names
+            filled.append(frozenset(given).difference(wanted))
             size += row_bytes
             done = before + file_done
             if len(rows) == most_rows or size >= most_bytes:
-                yield Batch(rows, places, done, frozenset(names.difference(wanted)))
-                rows, places, size = [], [], 0
+                yield Batch(rows, places, done, frozenset(names.difference(wanted)), tuple(filled))
+                rows, places, filled, size = [], [], [], 0
         if rows:
-            yield Batch(rows, places, done, frozenset(names.difference(wanted)))
+            yield Batch(rows, places, done, frozenset(names.difference(wanted)), tuple(filled))
         if not number:
             raise UserError(self.source.field, self.source.path, "has no rows; at least one is needed")
 
@@ -118,7 +124,7 @@ class Rows:
             self._require(file, found)
             names.update(found)
 
-        if self.source.kind not in (Kind.JSON, Kind.CSV):
+        if not self._is_text:
             yield from read_arrow(self.source.files, list(dict.fromkeys([*self.needed, *self.optional])), require)
             return
         read = read_json if self.source.kind is Kind.JSON else read_csv
@@ -129,6 +135,10 @@ class Rows:
                 if len(names) < MOST_NAMES:
                     names.update(row[1])
                 yield file, row
+
+    @property
+    def _is_text(self) -> bool:
+        return self.source.kind in (Kind.JSON, Kind.CSV)
 
     def _require(self, file: SourceFile, names: Mapping[str, Any] | list[str]) -> None:
         missing = next((column for column in self.needed if column not in names), None)

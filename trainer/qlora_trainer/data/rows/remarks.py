@@ -29,6 +29,7 @@ SYSTEM_UNUSED = (
     " or the row has no messages"
 )
 FUNCTIONS_UNUSED = "cells of the column functions are not used: they hold no functions with names, or the row has tools"
+TOOLS_UNUSED = "cells of the column {column} are not used: the row has no messages"
 UNREAD_KEY = "keys {key} of messages, which the chat template does not name, have no effect"
 UNWRITTEN = "characters for which the tokenizer has no token are neither read nor learned (counted as leftOut)"
 
