@@ -167,6 +167,10 @@ def test_what_cannot_be_meant_is_refused_by_name(name, value):
         check_variables({name: value})
 
 
+def test_a_token_that_is_a_whole_header_is_taken():
+    check_variables({"AWS_CONTAINER_AUTHORIZATION_TOKEN": "Basic YWJj"})
+
+
 def test_secrets_are_not_repeated():
     with pytest.raises(SettingError) as refused:
         check_variables({"AWS_SECRET_ACCESS_KEY": "top\nsecret"})

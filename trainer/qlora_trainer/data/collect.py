@@ -16,7 +16,7 @@ from qlora_trainer.data.rows.remarks import Remarks
 from qlora_trainer.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from numpy.typing import NDArray
 

@@ -22,7 +22,14 @@ from qlora_trainer.data.rows.conversation import (
     read_conversation,
     read_exchange,
 )
-from qlora_trainer.data.rows.remarks import HALF_AN_EXCHANGE, OTHER_ROLES, SYSTEM_UNUSED, TOOLS_UNUSED, UNREAD_KEY, UNWRITTEN
+from qlora_trainer.data.rows.remarks import (
+    HALF_AN_EXCHANGE,
+    OTHER_ROLES,
+    SYSTEM_UNUSED,
+    TOOLS_UNUSED,
+    UNREAD_KEY,
+    UNWRITTEN,
+)
 from qlora_trainer.data.rows.roles import other_roles, unread_keys
 from qlora_trainer.data.text_pieces import Piece, is_blank
 from qlora_trainer.data.vocabulary_gaps import VocabularyGaps

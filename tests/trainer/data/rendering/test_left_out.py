@@ -33,6 +33,20 @@ LAST_ANSWER += "{{ m.content }}<|im_end|>\n{% endfor %}"
 TWICE = [USER, {"role": "assistant", "content": "Q"}, CHAT[2], CHAT[3]]
 
 
+@pytest.mark.parametrize(
+    "arguments", [{"city": "Bern", "ok": True, "z": None}, '{"city": "Bern", "ok": true, "z": null}']
+)
+@pytest.mark.parametrize("written", ["{{ f.arguments }}", "{{ f.name ~ f.arguments }}", "{{ f.arguments | tojson }}"])
+def test_arguments_are_learned_as_json_however_a_template_writes_them(written, arguments, chat_tokenizer, dataset):
+    if "tojson" in written and isinstance(arguments, str):
+        pytest.skip("the template would quote the text")
+    template = CALLS.replace("WRITTEN", "{{ f.name }} " + written)
+    encoder = Encoder(chat_tokenizer, dataset(format="Messages", chat_template=template))
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    [row] = encoder.encode_batch([{"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}])
+    assert '{"city": "Bern", "ok": true, "z": null}' in marked(row.examples[0], chat_tokenizer)
+
+
 @pytest.mark.parametrize("loss_on", ["Assistant", "All"])
 @pytest.mark.parametrize(
     ("messages", "template", "left_out"),

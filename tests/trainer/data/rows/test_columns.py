@@ -132,6 +132,19 @@ def test_a_placeholder_for_what_is_no_text_is_refused(kind, prepare):
     )
 
 
+@pytest.mark.parametrize("empty", [[], None, "", {}])
+def test_a_row_without_images_may_speak_of_them_beside_rows_of_a_mixed_set(empty, prepare):
+    asked = [{"role": "user", "content": "What does <image> do in HTML?"}, CHAT[1]]
+    rows = [{"messages": asked, "images": empty}, {"messages": CHAT, "images": ["a.png"]}]
+    assert prepare(rows).notes == ["columns that are not read: images"]
+
+
+def test_tools_beside_a_prompt_that_is_text_are_told(prepare):
+    row = {"prompt": "return", "completion": " x", "tools": [{"name": "f"}]}
+    (note,) = prepare([row], format="PromptCompletion").notes
+    assert note.startswith("cells of the column tools are not used: the row has no messages (rows with them: 1")
+
+
 def test_keys_of_messages_that_nothing_reads_are_named(prepare, chatml):
     messages = [{**CHAT[0], "mood": "sad", "tool_call_id": "1"}, {**CHAT[1], "loss_mask": 0, "is a patient": "x"}]
     notes = prepare([{"messages": messages}] * 2).notes

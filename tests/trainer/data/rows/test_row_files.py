@@ -78,7 +78,10 @@ def test_all_files_of_a_folder_are_read_and_notes_are_named():
                 *("evals/a.jsonl", "heldout2024.jsonl", "data@test.jsonl", "testset.jsonl", "myEvalSplit.jsonl"),
             )
         ),
-        pytest.param(["more.jsonl", "train.jsonl"], ["train.jsonl"], None, id="train-and-more"),
+        *(
+            pytest.param(sorted([other, "train.jsonl"]), ["train.jsonl"], None, id=f"train-and-{other}")
+            for other in ("more.jsonl", "testv2.jsonl", "validate.jsonl", "tst.csv", "x_te.jsonl")
+        ),
         pytest.param(
             ["contest.jsonl", "latest.jsonl", "protestset.jsonl", "retrain.jsonl"],
             ["contest.jsonl", "latest.jsonl", "protestset.jsonl", "retrain.jsonl"],

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qlora_trainer.data.rows.source import SourceFile, SourceFiles
 
 Row = dict[str, Any]
-_EMPTY = (None, "", [], {})
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
 MOST_NAMES = 1000
 """Of columns that are remembered; each object of JSON may have its own."""
 
