@@ -15,7 +15,7 @@ from qlora_cli.local.trainer_process import Commands, cache_dir, stop_on_signals
 from qlora_cli.manifest import job_manifest as manifest
 from qlora_storage.destination_claim import release_destination
 from qlora_storage.errors import JobError, NotFoundError
-from qlora_storage.object_store import open_store
+from qlora_storage.object_store import local_path, open_store
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -110,6 +110,7 @@ def _open(folder: RunFolder, job: QLoRAJob, console: Console, *, fresh: bool) ->
     name, spec = job.metadata.name, job.spec
     folder.require_not(run_folder.SWEEP_RECORD, "a sweep")
     if fresh:
+        check_destination(folder, spec)
         put_manifest_aside(folder, spec.output.destination, console)
     record = None if fresh else read_record(folder)
     trained = run_folder.trained(record) or folder.has_checkpoints()
@@ -123,12 +124,28 @@ def _open(folder: RunFolder, job: QLoRAJob, console: Console, *, fresh: bool) ->
         case run_folder.ResumeRun(found) | run_folder.AlreadyFinished(found):
             return found
         case run_folder.StartNew():
+            check_destination(folder, spec)
             if folder.path.exists():
                 release_claim(folder)
                 console.print(
                     f"The folder of an earlier run is now {folder.move_aside(run_folder.now())}", soft_wrap=True
                 )
             return run_folder.new_record(name, spec, run_folder.now())
+
+
+def check_destination(folder: RunFolder, spec: QLoRAJobSpec) -> None:
+    """Refuse to publish into the run's own folder, which moves as a whole when the run starts anew.
+
+    Raises:
+        RunError: the destination is in it.
+
+    """
+    place = local_path(spec.output.destination, "spec.output.destination")
+    if place is not None and place.resolve().is_relative_to(folder.path.resolve()):
+        raise run_folder.RunError(
+            f'spec.output.destination: "{spec.output.destination}" must not be in the run\'s own folder, {folder.path},'
+            " which is put aside as a whole when the run starts anew; choose a folder beside it"
+        )
 
 
 def put_manifest_aside(folder: RunFolder, destination: str, console: Console) -> None:

@@ -193,6 +193,13 @@ def test_fresh_puts_the_old_run_aside(workplace):
     assert old in (aside / "run.json").read_text()
 
 
+@pytest.mark.parametrize("inside", ["", "/adapter", "/../quick/out"])
+def test_nothing_is_published_into_the_runs_own_folder_which_is_put_aside(workplace, inside):
+    with pytest.raises(RunError, match="must not be in the run's own folder"):
+        workplace.run(f"output.destination={workplace.run_folder}{inside}")
+    assert not (workplace.run_folder / "run.json").exists()
+
+
 def test_fresh_says_what_it_replaces_at_the_destination(workplace):
     workplace.run()
     old, manifest = workplace.record()["uid"], Path(workplace.record()["result"]["adapter"]["manifestUri"])
