@@ -65,7 +65,7 @@ def facts_of(answered: PlanResult) -> list[tuple[str, str]]:
     covered = planned_coverage(shape, request.spec.lora, request.spec.quantization)
     rows = [
         ("Job", answered.job),
-        ("Model", f"{shape.model_type}, {shape.parameters / 1e9:.2f} billion weights ({answered.place})"),
+        ("Model", f"{shape.model_type}, {units.large_number(shape.parameters)} weights ({answered.place})"),
         ("GPU", f"{count} × {gpu.name}, {units.size(gpu.memory_bytes)} each"),
         ("Quantized", covered.held),
         *_skipped(request.spec, shape),

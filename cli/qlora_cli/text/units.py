@@ -38,6 +38,11 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
+def large_number(count: int) -> str:
+    """``8.03 billion``, ``4.26 million``."""
+    return f"{count / 1e9:.2f} billion" if count >= 1e8 else f"{count / 1e6:.2f} million"
+
+
 def spaced(camel: str) -> str:
     """``quantizedWeights`` as ``quantized weights``."""
     return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in camel)

@@ -237,7 +237,11 @@ def test_nothing_there_yet_suggests_a_beginning(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     empty = call("list")
     assert (empty.exit_code, empty.stdout) == (0, "")
-    assert empty.stderr.splitlines()[:2] == ["No runs in runs.", "Next: qlora init"]
+    assert empty.stderr.splitlines()[:2] == [
+        "No runs in folder runs, and no cluster is configured.",
+        "Next: qlora init",
+    ]
+    assert call("list", "--local").stderr.startswith("No runs in folder runs.\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------- init

@@ -36,10 +36,11 @@ def list_jobs(
         from qlora_cli.text import output as out
 
         target = Target(kubeconfig, context, namespace)
-        local = local or not (kubeconfig or context or config.is_configured())
+        unconfigured = not (local or kubeconfig or context or config.is_configured())
+        local = local or unconfigured
         if local:
             found = job_list.runs_of(runs_dir)
-            objects, views, where = [record for record, _ in found], [view for _, view in found], str(runs_dir)
+            objects, views, where = [record for record, _ in found], [view for _, view in found], f"folder {runs_dir}"
         else:
             with connect(target) as cluster:
                 objects = job_list.jobs_of(cluster, everywhere=everywhere, selector=selector)
@@ -49,7 +50,8 @@ def list_jobs(
             out.write_objects(objects, output)
             return
         if not views:
-            out.note(f"No {'runs' if local else 'jobs'} in {where}.")
+            reason = ", and no cluster is configured" if unconfigured else ""
+            out.note(f"No {'runs' if local else 'jobs'} in {where}{reason}.")
             out.say_next(f"{program()} init", f"{program()} {'run' if local else 'submit'} JOB.yaml{target.flags()}")
             return
         head, rows = job_list.table(views, datetime.now(UTC), everywhere=everywhere, local=local)
