@@ -48,6 +48,14 @@ def place_errors(manifest: object) -> Iterator[FieldError]:
             yield FieldError(field, without_password(place), problem)
 
 
+def missing_paths(manifest: object) -> Iterator[FieldError]:
+    """Yield an error for each local path that is read from and is not there."""
+    for field, place in places(manifest.get("spec") if isinstance(manifest, dict) else None):
+        path = _local_path(place)
+        if field != "spec.output.destination" and path and not is_here(path):
+            yield FieldError(field, place, "is not on this machine")
+
+
 def _local_path(source: object) -> Path | None:
     place = source.removeprefix("file://") if isinstance(source, str) else "://"
     return None if "://" in place else expand_home(place)

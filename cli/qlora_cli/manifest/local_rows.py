@@ -1,4 +1,4 @@
-"""Compare what a manifest says of its rows with a file of rows on this machine."""
+"""Compare what a manifest says of its rows with the rows on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING
 from qlora_api.errors import FieldError, ManifestError, closest, validate
 from qlora_api.spec import REQUIRED_COLUMNS, DatasetSpec
 from qlora_cli.manifest import crd_schema
-from qlora_cli.manifest.local_paths import local_file
+from qlora_cli.manifest.local_paths import local_file, local_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,12 +28,15 @@ ALLOWED = (
 SPLITS = {"train": "spec.dataset.train.source", "eval": "spec.dataset.eval.source"}
 MOST_BYTES = 1 << 20
 """Of the first row; Prepare reads the rest."""
+MOST_FILES = 100
+"""Of a folder; larger ones are left to Prepare."""
 
 
 def row_errors(manifest: object) -> Iterator[FieldError]:
     """Yield an error for each local file of another kind and each column that is not there, in the words of Prepare.
 
-    A dataset with errors of its own, and a file that cannot be read, are left to others.
+    A dataset with errors of its own, and a file that cannot be read, are left to others; so is a column that not all
+    files of a folder have.
     """
     spec = manifest.get("spec") if isinstance(manifest, dict) else None
     group = spec.get("dataset") if isinstance(spec, dict) else None
@@ -45,14 +48,14 @@ def row_errors(manifest: object) -> Iterator[FieldError]:
     sources = {"train": dataset.train.source, "eval": dataset.eval.source if dataset.eval else None}
     checked: set[str] = set()
     for split, source in sources.items():
-        path = local_file(source) if source else None
-        if path is None or source is None or source in checked:
+        if source is None or source in checked:
             continue
         checked.add(source)
-        if not _plain_name(path).endswith(SUFFIXES):
+        path = local_file(source)
+        if path and not _plain_name(path).endswith(SUFFIXES):
             yield FieldError(SPLITS[split], source, ALLOWED)
             continue
-        columns = columns_of(path)
+        columns = columns_of(source)
         for column, field in dataset.required_columns.items() if columns else ():
             if column not in columns:
                 close = closest(column, columns)
@@ -62,7 +65,32 @@ def row_errors(manifest: object) -> Iterator[FieldError]:
                 )
 
 
-def columns_of(path: Path) -> list[str]:
+def columns_of(source: str) -> list[str]:
+    """Return the columns of a local file, or of all files of a local folder; empty where not all can be read here."""
+    if path := local_file(source):
+        return _columns_of_file(path)
+    folder = local_folder(source)
+    found = [_columns_of_file(path) for path in _row_files(folder)] if folder else []
+    return list(dict.fromkeys(column for columns in found for column in columns)) if all(found) else []
+
+
+def recognized_format(source: str) -> str | None:
+    """Return the format that the columns of local rows are those of; None where that cannot be told."""
+    columns = columns_of(source)
+    return next((form.value for form, needed in REQUIRED_COLUMNS.items() if columns and {*needed} <= {*columns}), None)
+
+
+def _row_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that may have rows; none where they are too many to look into."""
+    try:
+        files = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "_")))
+    except OSError:
+        return []
+    rows = [path for path in files if _plain_name(path).endswith(SUFFIXES)]
+    return rows if len(rows) <= MOST_FILES else []
+
+
+def _columns_of_file(path: Path) -> list[str]:
     """Return the columns of the first row; empty where there is none that can be read here."""
     name = _plain_name(path)
     try:
@@ -75,13 +103,6 @@ def columns_of(path: Path) -> list[str]:
     except (OSError, EOFError, zlib.error, ValueError, RecursionError, csv.Error):
         return []
     return list(row) if isinstance(row, dict) else []
-
-
-def recognized_format(source: str) -> str | None:
-    """Return the format that the columns of a local file are those of; None where that cannot be told."""
-    path = local_file(source)
-    columns = columns_of(path) if path else []
-    return next((form.value for form, needed in REQUIRED_COLUMNS.items() if columns and {*needed} <= {*columns}), None)
 
 
 def _plain_name(path: Path) -> str:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from qlora_api.errors import FieldError
     from qlora_cli.manifest.job_manifest import Located
 
 
@@ -51,8 +52,7 @@ def check_file(path: Path) -> ValidationReport:
             except job_manifest.RefusedError as error:
                 errors += error.errors
             continue
-        checks = (local_paths.place_errors, local_model.model_errors, local_rows.row_errors)
-        local = [error for check in checks for error in check(document.value)]
+        local = [*local_paths.place_errors(document.value), *content_errors(document.value)]
         errors += [job_manifest.located(document, error) for error in local]
         try:
             job = job_manifest.check(document)
@@ -63,6 +63,11 @@ def check_file(path: Path) -> ValidationReport:
     if not jobs and not errors:
         errors.append(f"{path}: holds no QLoRAJob, only {units.listing(passed_over)}")
     return ValidationReport(str(path), tuple(jobs), tuple(passed_over), tuple(errors))
+
+
+def content_errors(manifest: object) -> list[FieldError]:
+    """Return the errors of a manifest that its model folder and its rows on this machine show."""
+    return [*local_model.model_errors(manifest), *local_rows.row_errors(manifest)]
 
 
 def as_text(reports: Sequence[ValidationReport]) -> str:

@@ -148,6 +148,57 @@ def test_init_proposes_what_rows_and_model_have(tmp_path, monkeypatch, base, col
     assert yaml.safe_load(asked.stdout)["spec"]["dataset"]["format"] == "Text"
 
 
+def init(*options):
+    done = CliRunner().invoke(app.app, ["init", "--model", "./base", "--destination", "out", *options])
+    assert done.exit_code == 0
+    return done.stderr
+
+
+def test_init_proposes_the_format_of_a_folder_of_rows(tmp_path, monkeypatch, base):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "README.md").write_text("text")
+    (tmp_path / "rows" / "a.jsonl").write_text('{"prompt": "", "completion": ""}\n')
+    assert init("--data", "rows").startswith("Next: qlora run job.yaml\n")
+    assert yaml.safe_load((tmp_path / "job.yaml").read_text())["spec"]["dataset"]["format"] == "PromptCompletion"
+
+
+def test_init_says_what_model_and_rows_here_do_not_suit(tmp_path, monkeypatch, base):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").write_text("question,answer\n")
+    said = init("--data", "rows.csv")
+    assert "note: spec.dataset.chatTemplate: is needed: " in said
+    assert (
+        'note: spec.dataset.columns.messages: "messages" is not a column of rows.csv; its columns are question' in said
+    )
+    assert "Next: qlora validate job.yaml\n" in said
+
+
+def test_init_says_which_paths_are_not_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = init("--data", "rows.csv", "--format", "Text")
+    assert said.startswith(
+        'note: spec.model.source: "./base" is not on this machine\n'
+        'note: spec.dataset.train.source: "rows.csv" is not on this machine\n'
+        "Next: qlora run job.yaml\n"
+    )
+
+
+def test_a_column_that_no_file_of_a_folder_has_is_named(validate, tmp_path):
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "a.jsonl").write_text('{"body": 1}\n')
+    (rows / "b.jsonl").write_text('{"title": 1}\n')
+    code, said = validate(rows="./rows")
+    assert code == 40
+    assert '"text" is not a column of ./rows; its columns are body, title' in said
+    assert validate(rows="./rows", columns={"text": "title"})[0] == 0
+    (rows / "_SUCCESS.jsonl").write_text('{"text": 1}\n')
+    assert validate(rows="./rows")[0] == 40
+    (rows / "c.parquet").write_bytes(b"PAR1")
+    assert validate(rows="./rows")[0] == 0, "a file that cannot be read here may have it"
+
+
 @pytest.mark.parametrize(
     ("config", "positions"),
     [

@@ -16,6 +16,8 @@ from qlora_cli.text.printable import write, write_line
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from qlora_api.errors import FieldError
+
 
 def init(
     *,
@@ -53,7 +55,8 @@ def init(
 ) -> None:
     """Write a manifest from three answers: model, data, destination.
 
-    Optional fields are included as comments, with their defaults and descriptions.
+    Optional fields are included as comments, with their defaults and descriptions. Notes name what does not
+    suit the model folder and the rows, if they are on this machine.
     """
     with exit_with_code():
         from qlora_cli.kube.errors import ClusterError
@@ -76,8 +79,22 @@ def init(
             return
         write_whole(file, text)
         write_line(f"{file} written")
+        missing, unsuitable = _local_errors(text)
+        for error in (*missing, *unsuitable):
+            write_line(f"note: {error}", error=True)
         here = any("://" not in place for place in places)
-        out.say_next(f"{program()} {'run' if here else 'submit'} {file}", f"{program()} explain spec")
+        next_command = "validate" if unsuitable else "run" if here else "submit"
+        out.say_next(f"{program()} {next_command} {file}", f"{program()} explain spec")
+
+
+def _local_errors(text: str) -> tuple[list[FieldError], list[FieldError]]:
+    """Return the paths that are not here, and the fields that the local model and rows do not suit."""
+    from qlora_cli.manifest import local_paths, validate
+    from qlora_cli.text import kubernetes_yaml
+
+    manifests = [document.value for document in kubernetes_yaml.read(text, "the manifest")]
+    missing = [error for manifest in manifests for error in local_paths.missing_paths(manifest)]
+    return missing, [error for manifest in manifests for error in validate.content_errors(manifest)]
 
 
 def _manifest(given: dict[str, str | None], source: Path | None, gpus: int) -> tuple[str, Sequence[str]]:
