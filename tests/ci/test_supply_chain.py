@@ -15,6 +15,7 @@ import pytest
 
 from fixtures import skip_unless_ci
 from services.binaries import ToolMissingError, find_or_build
+from services.images import SOURCES
 from services.tools import ACTIONLINT
 
 REPOSITORY = Path(__file__).parents[2]
@@ -84,6 +85,12 @@ def test_the_images_are_built_on_a_base_named_by_its_digest_and_from_files_with_
     assert len(installs) == 3
     assert all("--require-hashes" in install for install in installs[:2])  # uv itself, the operator
     assert "UV_REQUIRE_HASHES=1" in dockerfile  # the trainer, but for another build of torch
+
+
+def test_every_folder_that_an_image_copies_is_sent_to_the_build():
+    copied = {*re.findall(r"^COPY (\w+/\w+) ", (REPOSITORY / "Dockerfile").read_text(), re.MULTILINE)}
+    sent = {line.removeprefix("!") for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if "/" in line}
+    assert copied == sent - {"**/__pycache__"} == {folder for folders in SOURCES.values() for folder in folders}
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)

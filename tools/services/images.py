@@ -43,7 +43,7 @@ MIRROR = "http://deb.debian.org/debian"
 """Where this machine's own apt knows no other for the suite."""
 BASE_PACKAGES = "ca-certificates"
 SOURCES: dict[Target, tuple[str, ...]] = {
-    "operator": ("api/qlora_api", "memory/qlora_memory", "operator/qlora_operator"),
+    "operator": ("api/qlora_api", "memory/qlora_memory", "operator/qlora_operator", "sweep/qlora_sweep"),
     "trainer": ("api/qlora_api", "memory/qlora_memory", "storage/qlora_storage", "trainer/qlora_trainer"),
 }
 STAND_INS = Path(cuda_stand_ins.__file__)
