@@ -21,13 +21,16 @@ def client(crd_cluster, served_namespace, monkeypatch):
 
 def test_from_submit_to_the_adapter(client, api, tmp_path):
     adapter = b"{}"
-    file = {"path": "x-attempt-1/adapter/adapter_config.json", "size": 2, "sha256": hashlib.sha256(adapter).hexdigest()}
-    manifest = json.dumps(
-        {"schema": "qlora.dev/manifest/v1", "adapter": "x-attempt-1/adapter", "files": [file]}
-    ).encode()
     published = tmp_path / "published" / "x-attempt-1" / "adapter"
     published.mkdir(parents=True)
-    (published / "adapter_config.json").write_bytes(adapter)
+    files = []
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (published / name).write_bytes(adapter)
+        path, sha256 = f"x-attempt-1/adapter/{name}", hashlib.sha256(adapter).hexdigest()
+        files.append({"path": path, "size": len(adapter), "sha256": sha256})
+    manifest = json.dumps(
+        {"schema": "qlora.dev/manifest/v1", "adapter": "x-attempt-1/adapter", "files": files}
+    ).encode()
     (tmp_path / "published" / "manifest.json").write_bytes(manifest)
     where = {
         "uri": str(published),

@@ -86,11 +86,13 @@ class ReaderCluster:
         destination = Path(self.s3.folder_of(self.s3.bucket(BUCKET).removeprefix("s3://"))) / "adapters" / JOB
         adapter = destination / "0a1b2c3d-attempt-1" / "adapter"
         adapter.mkdir(parents=True)
-        content = b"weights"
-        (adapter / "adapter_model.safetensors").write_bytes(content)
-        path = (adapter / "adapter_model.safetensors").relative_to(destination).as_posix()
-        file = {"path": path, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        manifest = {"schema": "qlora.dev/manifest/v1", "job": JOB, "adapter": path.rpartition("/")[0], "files": [file]}
+        files = []
+        for name, content in (("adapter_config.json", b"{}"), ("adapter_model.safetensors", b"weights")):
+            (adapter / name).write_bytes(content)
+            path = (adapter / name).relative_to(destination).as_posix()
+            files.append({"path": path, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()})
+        folder = adapter.relative_to(destination).as_posix()
+        manifest = {"schema": "qlora.dev/manifest/v1", "job": JOB, "adapter": folder, "files": files}
         (destination / "manifest.json").write_text(json.dumps(manifest))
         self.adapter = {
             "uri": f"s3://{BUCKET}/adapters/{JOB}/{manifest['adapter']}",
@@ -114,7 +116,7 @@ class ReaderCluster:
         for line in self.shell("helm list --all-namespaces --output json").stdout.splitlines():
             for release in json.loads(line):
                 self.shell(f"helm uninstall {release['name']} --namespace {release['namespace']} --wait")
-        self.shell("kubectl delete crd qlorajobs.qlora.dev --ignore-not-found")
+        self.shell("kubectl delete crd qlorajobs.qlora.dev qlorasweeps.qlora.dev --ignore-not-found")
 
     def operator_begins(self) -> None:
         """As its pod would, if its node were no fake."""

@@ -282,8 +282,8 @@ def test_a_task_that_raises_is_counted_and_started_again_and_the_others_go_on(
     api, crd_cluster, kwok_namespace, tmp_path
 ):
     failures = 'qlora_operator_task_failures_total{{task="{}"}}'
-    kinds = ("qlorajobs", "jobs", "pods", "events", "services")
-    tasks = ("reconciler", "progress", "resync", "capabilities", *(f"watch-{kind}" for kind in kinds))
+    kinds = ("qlorajobs", "qlorasweeps", "jobs", "pods", "events", "services")
+    tasks = ("reconciler", "sweeps", "progress", "resync", "capabilities", *(f"watch-{kind}" for kind in kinds))
     expected = {failures.format(task): FaultyOperator.FAILURES for task in tasks}
 
     def failed(operator: OperatorProcess) -> dict[str, float]:
