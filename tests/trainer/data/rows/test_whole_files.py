@@ -7,6 +7,7 @@ import gzip
 import json
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from qlora_trainer.errors import UserError
@@ -54,6 +55,21 @@ def test_arrow_files_one_after_another_are_refused(tmp_path, read_rows, kind, pr
     path.write_bytes(whole * 2)
     with pytest.raises(UserError, match=problem):
         read_rows(path)
+
+
+@pytest.mark.parametrize("indexes", [False, True])
+def test_parquet_files_one_after_another_are_refused(tmp_path, read_rows, indexes):
+    parts = []
+    for number, rows in enumerate((ROWS[:2], ROWS)):
+        path = tmp_path / f"{number}.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path, write_page_index=indexes, row_group_size=2)
+        parts.append(path.read_bytes())
+        assert read_rows(path) == rows
+    joined = tmp_path / "joined.parquet"
+    for first, second in (parts, parts[::-1]):
+        joined.write_bytes(first + second)
+        with pytest.raises(UserError, match="several Parquet files must be in a file each"):
+            read_rows(joined)
 
 
 @pytest.mark.parametrize("batches", [0, 1])

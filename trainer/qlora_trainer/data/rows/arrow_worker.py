@@ -8,6 +8,7 @@ writes lines of JSON, each a list of: what it is (a :class:`WorkerLine`), and wh
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import resource
 import sys
@@ -35,6 +36,8 @@ FILE_HEADER_BYTES = 8
 FOOTER_LENGTH_BYTES = 4
 TRAILER_BYTES = FOOTER_LENGTH_BYTES + len(FILE_MAGIC)
 END_MARK_BYTES = 8
+PARQUET_MAGIC = b"PAR1"
+PARQUET_TRAILER_BYTES = 4 + len(PARQUET_MAGIC)
 KNOWN_PROBLEMS = (
     "Parquet magic bytes not found in footer",
     "Couldn't deserialize thrift",
@@ -125,12 +128,30 @@ def _open(descriptor: int) -> tuple[list[str], Any]:
     file = os.fdopen(descriptor, "rb", closefd=False)
     magic = file.read(len(FILE_MAGIC))
     file.seek(0)
-    if magic[:4] == b"PAR1":
+    if magic[: len(PARQUET_MAGIC)] == PARQUET_MAGIC:
         parquet = pa_parquet.ParquetFile(file, buffer_size=PAGE_BUFFER_BYTES, pre_buffer=False)
+        _check_one_parquet(parquet.metadata, descriptor)
         return parquet.schema_arrow.names, lambda wanted: _parquet_batches(parquet, wanted, file)
     mapped = pa.memory_map(f"/proc/self/fd/{descriptor}")
     reader = pa.ipc.open_file(mapped) if magic == FILE_MAGIC else pa.ipc.open_stream(mapped)
     return reader.schema.names, lambda wanted: _arrow_batches(reader, wanted, mapped)
+
+
+def _check_one_parquet(metadata: Any, descriptor: int) -> None:
+    """Find out that there is one file: of files one after another, the last footer's would be read from the first."""
+    chunks = [
+        metadata.row_group(group).column(column)
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+    ]
+    starts = [min(filter(None, (c.dictionary_page_offset, c.data_page_offset)), default=0) for c in chunks]
+    end = max((start + c.total_compressed_size for start, c in zip(starts, chunks, strict=True)), default=0)
+    if end + metadata.serialized_size + PARQUET_TRAILER_BYTES >= os.fstat(descriptor).st_size:
+        return
+    # Indexes of pages lie between rows and footer, too: only where there is more than rows is the file searched.
+    with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as whole:
+        if whole.find(PARQUET_MAGIC * 2) >= 0:
+            raise _RowProblemError(None, "has more than its footer lists; several Parquet files must be in a file each")
 
 
 def _parquet_batches(parquet: Any, wanted: list[str], file: Any) -> Iterator[tuple[Any, int]]:
