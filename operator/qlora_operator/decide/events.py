@@ -53,8 +53,13 @@ _ADMITTED = (Reason.STARTING, Reason.UNSCHEDULABLE, Reason.PREPARING, Reason.TRA
 """Reasons of a job that has left its queue."""
 
 
+def ranks(count: int) -> str:
+    """``1 rank``, ``8 ranks``."""
+    return f"{count} rank" if count == 1 else f"{count} ranks"
+
+
 def _started(status: QLoRAJobStatus, attempt: Attempt) -> Note:
-    text = f"attempt {attempt.number} trains: {attempt.world_size} ranks on {attempt.node or 'their nodes'}"
+    text = f"attempt {attempt.number} trains: {ranks(attempt.world_size)} on {attempt.node or 'their nodes'}"
     last = status.attempts[-2] if len(status.attempts) > 1 else None
     if last is None:
         return Note("Normal", "Started", text)

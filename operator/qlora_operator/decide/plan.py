@@ -31,7 +31,7 @@ from qlora_operator.decide.attempts.outdated import is_contested, is_outdated
 from qlora_operator.decide.conditions import is_condition_true, with_condition, with_summary
 from qlora_operator.decide.deadline import wake_after
 from qlora_operator.decide.decision import Context, Decision, Note
-from qlora_operator.decide.events import transitions
+from qlora_operator.decide.events import ranks, transitions
 from qlora_operator.decide.job_end import (
     clean_up,
     close_attempt,
@@ -321,7 +321,7 @@ def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decisi
         if report:  # with the other figures, or a restart of the operator would write all running jobs anew
             status = status.model_copy(update={"gpu_seconds": gpu_seconds(status, context.now)})
         doing = f", {report.section}" if report and report.attempt == attempt.number else ""
-        text = f"attempt {attempt.number}: {attempt.world_size} ranks on {', '.join(nodes) or 'their nodes'}{doing}"
+        text = f"attempt {attempt.number}: {ranks(attempt.world_size)} on {', '.join(nodes) or 'their nodes'}{doing}"
         if (left := budget_left(context, status)) is not None:
             wake = min(wake or math.inf, max(left / attempt.world_size, 1))
         status = with_condition(context, status, ConditionType.RUNNING, Reason.TRAINING, text, is_true=True)

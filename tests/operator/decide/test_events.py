@@ -3,7 +3,7 @@ from __future__ import annotations
 from qlora_api.spec import SinkType
 from qlora_api.status import QLoRAJobStatus, TrackedRun
 from qlora_operator.decide.attempts.attempt_history import differ_in_figures
-from qlora_operator.decide.events import transitions
+from qlora_operator.decide.events import ranks, transitions
 
 
 def status(message):
@@ -26,3 +26,7 @@ def test_a_tracking_tool_that_lags_behind_is_told_of_once_and_when_it_has_caught
     assert [*transitions(behind, other)] == []
     (note,) = transitions(other, well)
     assert (note.kind, note.reason) == ("Normal", "TrackingRecovered")
+
+
+def test_one_rank_is_no_plural():
+    assert [ranks(1), ranks(8)] == ["1 rank", "8 ranks"]
