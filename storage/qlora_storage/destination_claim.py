@@ -119,8 +119,10 @@ def release_destination(uri: str, run_uid: str, patience_seconds: float = PATIEN
 
 
 def _days(age: timedelta) -> str:
+    if age < timedelta(hours=1):
+        return "less than an hour"
     if age < timedelta(days=1):
-        return f"{max(age, timedelta(0)).seconds // 3600} hours"
+        return f"{age.seconds // 3600} hours"
     return f"{age.days} days"
 
 

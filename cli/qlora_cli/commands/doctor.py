@@ -44,7 +44,8 @@ def doctor(
             from qlora_cli.jobs import submit
 
             bodies = [submission.body for path in manifests for submission in submit.read_manifest(path).jobs]
-        with connect(Target(kubeconfig, context, namespace)) as cluster:
+        target = Target(kubeconfig, context, namespace)
+        with connect(target) as cluster:
             findings = run_checks(read_cluster(cluster, bodies), version("qlora-operator"))
         bad = any(finding.level is said.Level.FAULT for finding in findings)
         if output in (OutputFormat.JSON, OutputFormat.YAML):
@@ -57,5 +58,6 @@ def doctor(
                 screen.print(line, soft_wrap=True)
             out.note(said.summary(findings))
             if not bad:
-                out.say_next(f"{program()} submit JOB.yaml")
+                files = " ".join(map(str, manifests or ())) or "JOB.yaml"
+                out.say_next(f"{program()} submit {files}{target.flags()}")
     raise typer.Exit(CHECK_FAILED if bad else 0)

@@ -8,7 +8,7 @@ from qlora_cli.jobs.job_view import JobView, local_runs, read_run, view, view_da
 from qlora_cli.kube.errors import ClusterError
 from qlora_cli.kube.names import jobs_path
 from qlora_cli.text import figures
-from qlora_cli.text.output import ROOM, Cell, aligned, state_cell
+from qlora_cli.text.output import Cell, aligned, state_cell
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +26,8 @@ SPARE = ("GPU-MEM", "RESTARTS", "EVAL")
 NARROW_SPARE = (*SPARE, "ETA", "AGE", "REASON", "LOSS")
 """Columns that are given up where messages stand below their rows."""
 MESSAGE = 160
+MESSAGE_ROOM = 52
+"""Least letters of a longer message beside its row; fewer are often a field and half of its value."""
 
 
 def jobs_of(cluster: Cluster, *, everywhere: bool, selector: str | None) -> list[Object]:
@@ -67,7 +69,8 @@ def lines(head: Sequence[str], rows: Sequence[Sequence[str | Cell]], width: int)
         for name, *column in zip(head[:-1], *(row[:-1] for row in rows), strict=True)
         if name not in SPARE and any(column)
     )
-    if width - least >= ROOM or not any(row[-1] for row in rows):
+    longest = max(len(cell.text if isinstance(cell, Cell) else cell) for *_, cell in rows)
+    if width - least >= min(longest, MESSAGE_ROOM):
         return aligned(head, rows, width, right=NUMBERS, spare=SPARE)
     folded: list[Sequence[str | Cell]] = []
     for *row, message in rows:

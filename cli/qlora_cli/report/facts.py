@@ -72,7 +72,10 @@ def gather(run: str, runs_dir: Path) -> tuple[Facts, Path]:
         return of_adapter(manifest), manifest.parent
     known = sorted(p.parent.name for p in runs_dir.glob("*/run.json") if ".old-" not in p.parent.name)
     there = f"; there are {', '.join(known)}" if known else ""
-    raise run_folder.RunError(f"{run}: no run of this name in {runs_dir}{there}, and no folder with a {MANIFEST}")
+    raise run_folder.RunError(
+        f"{run}: no run of this name in {runs_dir}{there}, and no folder with a {MANIFEST}; the report of a job in a "
+        "cluster needs its adapter here: qlora download JOB"
+    )
 
 
 def of_run(folder: run_folder.RunFolder, record: RunRecord) -> Facts:

@@ -164,7 +164,7 @@ JOBS = "/apis/qlora.dev/v1alpha1/namespaces/default/qlorajobs"
 def test_on_a_terminal_the_plan_is_shown_and_nothing_is_created_without_a_yes(on_terminal):
     code, screen, asked = on_terminal("n\n")
     assert (code, asked) == (1, [("GET", "/api/v1/nodes")])
-    for part in ("pvc://models/base", "not planned", "Create it in namespace default of here? [y/N]"):
+    for part in ("pvc://models/base", "not planned", "Create it in namespace default, context here? [y/N]"):
         assert part in screen
 
 

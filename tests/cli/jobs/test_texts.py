@@ -49,6 +49,13 @@ def test_a_list_gives_columns_up_before_its_messages():
     assert [line.plain for line in narrow if line.plain.startswith("  no node has as many free nvidia.com/gpu as ")]
 
 
+def test_a_message_that_would_be_cut_to_a_few_letters_stands_below_its_row():
+    body = failed("job")
+    body["status"]["conditions"][-1]["message"] = 'spec.output.destination: "s3://bucket/adapters" is claimed by a job'
+    lines = [line.plain for line in job_list.lines(*job_list.table([view(body)], NOW), 80)]
+    assert lines[-1] == '  spec.output.destination: "s3://bucket/adapters" is claimed by a job'
+
+
 @pytest.mark.parametrize("body", [running(), succeeded(), failed(), waiting()], ids=lambda b: b["status"]["state"])
 def test_show(golden, body):
     golden(f"show-{body['status']['state'].lower()}.txt", text(show.page(view(body), body, NOW, 100)))

@@ -112,7 +112,7 @@ def _confirmed(cluster: Cluster, submissions: Sequence[Submission], gpu: str | N
         screen.print()
     where = submissions[0].body["metadata"].get("namespace") or cluster.namespace
     what = "it" if len(submissions) == 1 else f"these {len(submissions)} jobs"
-    context = f" of {cluster.context}" if cluster.context else ""
+    context = f", context {cluster.context}" if cluster.context else ""
     return confirm(f"Create {what} in namespace {where}{context}?", yes=False)
 
 
