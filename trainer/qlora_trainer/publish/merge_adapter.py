@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 
 from qlora_trainer.errors import AdapterRejectedError
 from qlora_trainer.model.base_model import causal_config
@@ -89,9 +90,12 @@ def merge(base: Path, adapter: Path, folder: Path, loss_of: Callable[[Any], floa
 def merge_in_fp32(model: Any) -> Any:
     """Return the base with the adapter in its weights, each a sum in fp32 that is rounded once.
 
-    PEFT rounds what it adds before the sum as well. Needs memory for one layer in fp32, three times.
+    Rows of trained tokens take the place of the base's. PEFT rounds what it adds before the sum as well. Needs memory
+    for one layer in fp32, three times.
     """
     for layer in model.modules():
+        if isinstance(layer, TrainableTokensLayer):
+            layer.merge()
         if not isinstance(layer, LoraLayer):
             continue
         weight = layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
