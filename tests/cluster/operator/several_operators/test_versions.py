@@ -69,10 +69,15 @@ def _has_probe(api):
     return PROBE in api.post(f"{GROUP}/namespaces/default/qlorajobs", probe, dryRun="All")["spec"]
 
 
+def is_running_and_degraded(job):
+    return in_state("Running")(job) and "status" in condition(job, "Degraded")
+
+
 def test_what_a_newer_definition_has_ends_no_job_and_is_named(api, forked, kwok_namespace):
     with definition(api, newer), pods_do(api, kwok_namespace, ends(adapter=ADAPTER), attempt=2):
         path = create_job(api, qlora_job(namespace=kwok_namespace, laterGroup={"field": "x"}))
-        running = api.wait_for(path, in_state("Running"), seconds=LONG)
+        assert "laterGroup" in api.get(path)["spec"]
+        running = api.wait_for(path, is_running_and_degraded, seconds=LONG)
         degraded = condition(running, "Degraded")
         assert (degraded["status"], degraded["reason"]) == ("True", "NotUnderstood")
         assert "spec.policy.later" in degraded["message"]
