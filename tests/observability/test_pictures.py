@@ -26,7 +26,7 @@ class FixedAnswers:
         self.reasons = reasons
 
     def labels(self, reason):
-        same = ("job", "namespace", "rank", "component", "section", "verb", "kind", "pod")
+        same = ("job", "namespace", "rank", "component", "section", "verb", "kind", "pod", "sweep", "trial")
         return {"state": "Failed", "reason": reason, **dict.fromkeys(same, reason)}
 
     def now(self, expression):

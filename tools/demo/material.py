@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -60,10 +61,12 @@ def make_large_base(folder: Path, small: Path) -> None:
     shutil.copytree(small, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     (folder / "config.json").write_text(json.dumps(LLAMA_70B))
     tensors, end = {}, 0
-    for linear in model_shape(LLAMA_70B).linears:
-        start, end = end, end + 2 * linear.elements
-        shape = [linear.outputs, linear.inputs]
-        tensors[f"{linear.name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    shapes = {linear.name: [linear.outputs, linear.inputs] for linear in model_shape(LLAMA_70B).linears}
+    table = [LLAMA_70B["vocab_size"], LLAMA_70B["hidden_size"]]
+    shapes |= {"model.embed_tokens": table, "lm_head": table}
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        tensors[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
     header = json.dumps(tensors).encode()
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)

@@ -96,4 +96,4 @@ def test_weights_that_contradict_the_configuration_are_refused(runner, prepare):
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": config["intermediate_size"] * 2}))
     (word,) = prepare(runner.config(model={"source": str(folder)}))
     assert word.exit_code == ExitCode.USER_ERROR
-    assert "but the weights have" in word.message
+    assert "or have them in other shapes, such as model.layers.0.mlp.down_proj.weight" in word.message

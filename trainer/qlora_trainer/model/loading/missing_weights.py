@@ -23,7 +23,7 @@ def missing_matrices(path: Path, config: Any) -> list[str]:
     Transformers gives such a matrix random values, with a warning; one of another shape it refuses. A vector may be
     what its class begins with. A class that does more with weights than to name and stack them is not judged.
     """
-    tensors = disk_tensors(path, torch.bfloat16)
+    tensors = disk_tensors(path, torch.bfloat16, shapes_only=True)
     found = {name: torch.empty(tensors[name].get_shape(), device="meta") for name in tensors}
     try:
         model, loaded = trained_class(config).from_pretrained(
