@@ -176,8 +176,8 @@ def _check_placeholders(batch: Batch, dataset: DatasetSpec) -> None:
 
     """
     for place, cells, filled in zip(batch.places, batch.rows, batch.filled, strict=True):
-        text = str(cells)
-        for column in sorted(MEDIA.keys() & filled):
+        text = str(cells) if filled else ""
+        for column in sorted(filled):
             if (placeholder := MEDIA[column]) in text:
                 first = dataset.required_columns
                 raise UserError(

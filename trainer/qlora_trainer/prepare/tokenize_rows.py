@@ -21,7 +21,7 @@ import numpy as np
 
 from qlora_api.contract import PrepareReceipt
 from qlora_api.spec import DatasetFormat
-from qlora_trainer.data.collect import Split, Tally, collect, require_rows
+from qlora_trainer.data.collect import MEDIA, Split, Tally, collect, require_rows
 from qlora_trainer.data.formats import Encoder, is_exchange, needed_columns
 from qlora_trainer.data.order import permutation
 from qlora_trainer.data.packing import Sequences, pack, unpacked
@@ -168,8 +168,8 @@ def _tokenize(
     """Write the rows of both sides below ``folder``."""
     dataset = spec.dataset
     needed, optional = needed_columns(dataset)
-    rows = Rows(train_source, needed, optional)
-    own_rows = Rows(eval_source, needed, optional) if eval_source else None
+    rows = Rows(train_source, needed, optional, frozenset(MEDIA))
+    own_rows = replace(rows, source=eval_source) if eval_source else None
     held_out = _held_out(rows, spec)
     with ExitStack() as files:
         train = Split("training", files.enter_context(RowWriter(folder / "train")))

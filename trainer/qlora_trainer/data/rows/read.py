@@ -38,7 +38,8 @@ class Batch:
     unread: frozenset[str] = frozenset()
     """Columns of the rows so far that are not wanted."""
     filled: tuple[frozenset[str], ...] = ()
-    """Those of each row that hold something; of binary files, whose other columns stay on the disk, those there are."""
+    """For each row, the watched columns that hold something; of binary files, whose other columns stay on the disk,
+    those there are."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Rows:
     """Column → the manifest's field that names it, such as ``spec.dataset.columns.prompt``."""
     optional: Sequence[str] = ()
     """Columns that are read if they are there."""
+    watched: frozenset[str] = frozenset()
+    """Columns of which each row tells, where they are not read, whether they hold something."""
 
     def count(self) -> int:
         """Read all rows to know how many there are."""
@@ -88,6 +91,7 @@ class Rows:
 
     def _batches(self, most_rows: int, most_bytes: int) -> Iterator[Batch]:
         wanted = (*self.needed, *self.optional)
+        watched = self.watched.difference(wanted)
         rows: list[Row] = []
         places: list[RowPlace] = []
         names: set[str] = set()
@@ -97,8 +101,8 @@ class Rows:
             number += 1
             rows.append({name: cells.get(name) for name in wanted})
             places.append(RowPlace(number, file.name, where))
-            given = (name for name, cell in cells.items() if cell not in _EMPTY) if self._is_text else names
-            filled.append(frozenset(given).difference(wanted))
+            there = watched & (cells.keys() if self._is_text else names)
+            filled.append(frozenset(name for name in there if cells.get(name, ...) not in _EMPTY))
             size += row_bytes
             done = before + file_done
             if len(rows) == most_rows or size >= most_bytes:
