@@ -32,6 +32,7 @@ from qlora_trainer.data.rows.remarks import (
 )
 from qlora_trainer.data.rows.roles import other_roles, unread_keys
 from qlora_trainer.data.text_pieces import Piece, is_blank
+from qlora_trainer.data.text_tokens import TextTokens
 from qlora_trainer.data.vocabulary_gaps import VocabularyGaps
 from qlora_trainer.errors import UserError
 
@@ -56,8 +57,6 @@ INSTRUCTION_ALONE = (
 
 FUNCTIONS = "functions"
 """Column of OpenAI's rows before there were tools."""
-ANCHORS = ("\n", "a", "=", "0")
-"""Texts to put before one that is not the first, so that a tokenizer does not take it for the first."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ class Encoder:
         conversations = [self._conversation(row, number) for row, number in zip(rows, numbers, strict=True)]
         rendered = self._render(rows, numbers, conversations)
         ids = iter(
-            self._ids(
+            self._tokens.of_pieces(
                 [
                     (piece.text, at == 0)
                     for row in rendered
@@ -196,10 +195,16 @@ class Encoder:
         return EncodedRow(encoded, row.left_out + gaps, row.empty + silent, row.tools, remarks)
 
     @cached_property
+    def _tokens(self) -> TextTokens:
+        return TextTokens(self.tokenizer)
+
+    @cached_property
     def _gaps(self) -> VocabularyGaps:
         token = self.tokenizer.unk_token_id
         unknown = None if token is None else (token, str(self.tokenizer.unk_token))
-        return VocabularyGaps(self._plain_ids, self.tokenizer.decode, unknown, list(self.tokenizer.get_added_vocab()))
+        return VocabularyGaps(
+            self._tokens.of_texts, self.tokenizer.decode, unknown, list(self.tokenizer.get_added_vocab())
+        )
 
     def prompt(self, text: str) -> list[int]:
         """Return the prompt for ``text``, in the form that was taught: a turn, an instruction, a prompt, a beginning.
@@ -213,12 +218,12 @@ class Encoder:
         elif self.dataset.format is DatasetFormat.INSTRUCTION:
             columns = self.dataset.columns
             text = render_instruction({columns.instruction: text}, columns)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids if self._is_chat else self._begun(ids)
+        [ids] = self._tokens.of_texts([text])
+        return ids if self._is_chat else self._tokens.begun(ids)
 
     def beginnings(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of texts, whatever the dataset's format, with those that stand first."""
-        return [self._begun(ids) for ids in self._plain_ids(texts)]
+        return [self._tokens.begun(ids) for ids in self._tokens.of_texts(texts)]
 
     @property
     def chat_template(self) -> str:
@@ -229,7 +234,7 @@ class Encoder:
     def end(self) -> tuple[int, ...]:
         """The tokens that an answer ends with, as they are learned."""
         if self._is_chat and (text := self._chat.end):
-            return tuple(self._ids([(text, False)])[0])
+            return tuple(self._tokens.of_pieces([(text, False)])[0])
         end = self.tokenizer.eos_token_id
         return () if end is None else (end,)
 
@@ -244,18 +249,6 @@ class Encoder:
     @cached_property
     def _chat(self) -> ChatTemplate:
         return ChatTemplate(self.tokenizer, self.dataset.chat_template)
-
-    @cached_property
-    def _begin(self) -> list[int]:
-        """The tokens that the tokenizer itself puts before a text: a begin token, or what else the model is used to."""
-        text: list[int] = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        whole: list[int] = self.tokenizer("a")["input_ids"]
-        starts = (at for at in range(len(whole)) if whole[at : at + len(text)] == text)
-        return whole[: next(starts, 0)]
-
-    def _begun(self, ids: list[int]) -> list[int]:
-        """The tokens with those that stand first; rows that bring them as text do not get them twice."""
-        return ids if ids[: len(self._begin)] == self._begin else self._begin + ids
 
     @property
     def _everything(self) -> bool:
@@ -345,51 +338,11 @@ class Encoder:
                 assert_never(self.dataset.format)
         return [Piece(prompt, self._everything), Piece(completion, counts=not is_blank(completion))]
 
-    def _ids(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
-        """Tokens of texts, each with whether it is the first of its example."""
-        tokens = self._plain_ids([text if first else self._anchor + text for text, first in texts])
-        if not self._anchor:
-            return tokens
-        return [
-            ids if first else self._without_anchor(ids, text) for ids, (text, first) in zip(tokens, texts, strict=True)
-        ]
-
-    def _plain_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        ids: list[list[int]] = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # of rows longer than the model: maxLength is what counts here
-        )["input_ids"]
-        return ids
-
-    @cached_property
-    def _anchor(self) -> str:
-        """Return a text to put before one that is not the first; empty where that makes no difference."""
-        for anchor in ANCHORS:
-            alone, text, both = self._plain_ids([anchor, "b", f"{anchor}b"])
-            if both[: len(alone)] == alone and len(both) > len(alone):
-                return anchor if both[len(alone) :] != text else ""
-        return ""
-
-    def _without_anchor(self, ids: list[int], text: str) -> list[int]:
-        """The tokens of a text in the midst of another, given those with the usual anchor before it."""
-        for anchor in (self._anchor, *ANCHORS):
-            if anchor != self._anchor:  # the text begins with what merges with the usual one
-                ids = self._plain_ids([anchor + text])[0]
-            alone = self._plain_ids([anchor])[0]
-            if ids[: len(alone)] == alone:
-                return ids[len(alone) :]
-        return self._plain_ids([text])[0]
-
     def _assemble(self, pieces: list[list[int]], of_pieces: list[list[bool]], *, templated: bool) -> Encoded:
         ids = [token for tokens in pieces for token in tokens]
         targets = [counts for of_piece in of_pieces for counts in of_piece]
         if not templated:  # a chat template writes its own begin and end
-            begun = self._begun(ids)
+            begun = self._tokens.begun(ids)
             ids, targets = begun, [self._everything and any(targets)] * (len(begun) - len(ids)) + targets
             if ids[-1:] != [self.tokenizer.eos_token_id]:
                 # a blank completion is no lesson: it and its end would teach the model to be silent
