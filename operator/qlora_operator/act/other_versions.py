@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from typing import Any
 
 from pydantic import BaseModel
 
 from qlora_api.errors import field_types
+from qlora_api.status import ConditionType, Reason
 from qlora_operator.kube.client import Object
 
+LONGEST_ERROR = 2000
+"""Characters of an error that get into status."""
 _KEYS = ("number", "type")
 """By which entries of a list are the same ones."""
 _REFUSED = re.compile(r"status\.conditions\[(\d+)\]\.(?:type|reason)")
@@ -50,3 +54,28 @@ def for_older_definition(status: Object, said: str) -> Object:
     if "status.reason: Unsupported value" in said:
         kept["reason"] = "Pending"
     return kept
+
+
+def not_understood_message(what: str, error: Exception) -> str:
+    """Return the message of a ``job`` or ``sweep`` that has a value unknown to this version."""
+    return f"this version of the operator leaves the {what} unchanged: {error}"[:LONGEST_ERROR]
+
+
+def is_not_understood(status: Object, message: str) -> bool:
+    """Return whether a stored status says that its object is degraded, with this message."""
+    said = {(c["type"], c["status"], c.get("message")) for c in status.get("conditions", ())}
+    return (ConditionType.DEGRADED, "True", message) in said
+
+
+def with_not_understood(stored: Object, message: str, now: datetime) -> list[Object]:
+    """Return the conditions of a stored object, with one that says that it is not understood."""
+    conditions = (stored.get("status") or {}).get("conditions", ())
+    degraded = {
+        "type": ConditionType.DEGRADED,
+        "status": "True",
+        "reason": Reason.NOT_UNDERSTOOD,
+        "message": message,
+        "lastTransitionTime": now.replace(microsecond=0).isoformat(),
+        "observedGeneration": stored["metadata"].get("generation", 0),
+    }
+    return [*(c for c in conditions if c["type"] != ConditionType.DEGRADED), degraded]

@@ -11,10 +11,16 @@ import logging
 from collections.abc import Callable
 
 from qlora_api.job import QLoRAJob
-from qlora_api.status import ConditionType, QLoRAJobStatus, Reason
+from qlora_api.status import QLoRAJobStatus, Reason
 from qlora_operator.act.children import job_path
 from qlora_operator.act.merge_patch import merge_patch
-from qlora_operator.act.other_versions import for_older_definition, with_unknown_fields
+from qlora_operator.act.other_versions import (
+    for_older_definition,
+    is_not_understood,
+    not_understood_message,
+    with_not_understood,
+    with_unknown_fields,
+)
 from qlora_operator.act.repeated_writes import RepeatedWrites, fingerprint
 from qlora_operator.decide.attempts.attempt_history import REPORTED_FIELDS, differ_in_figures, with_job_uids
 from qlora_operator.decide.decision import Decision
@@ -22,9 +28,6 @@ from qlora_operator.kube.client import Api, ApiError, Object
 from qlora_operator.state.cache import Key, ObjectCache
 
 log = logging.getLogger(__name__)
-
-LONGEST_ERROR = 2000
-"""Characters of an error that get into status."""
 
 REPLACED = (
     "%s: another program replaces what this one writes into %s of status; it is written again in %.0f s, or later;"
@@ -95,27 +98,18 @@ class StatusWriter:
     async def write_not_understood(self, key: Key, stored: Object, error: Exception) -> None:
         """Write that a job has a value that this operator does not know. Until it does, it leaves the job as it is."""
         status: Object = stored.get("status") or {}
-        before = [c for c in status.get("conditions", ()) if c["type"] != ConditionType.DEGRADED]
-        text = f"this version of the operator leaves the job unchanged: {error}"[:LONGEST_ERROR]
-        if _is_degraded(status, text):
+        text = not_understood_message("job", error)
+        if is_not_understood(status, text):
             return
         unsaid_and_said = 0, hash(text)
         if self._is_held_back(key, *unsaid_and_said):
             return
-        degraded = {
-            "type": ConditionType.DEGRADED,
-            "status": "True",
-            "reason": Reason.NOT_UNDERSTOOD,
-            "message": text,
-            "lastTransitionTime": self._api.clock.now().replace(microsecond=0).isoformat(),
-            "observedGeneration": stored["metadata"].get("generation", 0),
-        }
-        change: Object = {"conditions": [*before, degraded]}
+        change: Object = {"conditions": with_not_understood(stored, text, self._api.clock.now())}
         if not status.get("attempts") and status.get("state") in (None, "Pending"):
             change |= {"state": "Pending", "reason": Reason.NOT_UNDERSTOOD}
         body = {"metadata": {"resourceVersion": stored["metadata"]["resourceVersion"]}, "status": change}
         written = await self._patch(key, body)
-        answered = hash(text) if _is_degraded(written.get("status") or {}, text) else 0
+        answered = hash(text) if is_not_understood(written.get("status") or {}, text) else 0
         self._record(key, *unsaid_and_said, answered, change)
         self._cache.take_job(written)
 
@@ -146,9 +140,3 @@ class StatusWriter:
                 raise
             log.warning("%s: the API server rejects a part of status: %s", "/".join(key), error)
             return await self._api.patch(path, {**body, "status": kept})
-
-
-def _is_degraded(status: Object, text: str) -> bool:
-    """Return whether a stored status says that the job is degraded, and why."""
-    said = {(c["type"], c["status"], c.get("message")) for c in status.get("conditions", ())}
-    return (ConditionType.DEGRADED, "True", text) in said

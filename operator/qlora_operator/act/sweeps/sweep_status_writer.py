@@ -6,11 +6,15 @@ import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from qlora_api.status import ConditionType, Reason
 from qlora_api.sweep.status import QLoRASweepStatus, TrialCounts
 from qlora_api.sweep.sweep import QLoRASweep
 from qlora_operator.act.merge_patch import merge_patch
-from qlora_operator.act.other_versions import with_unknown_fields
+from qlora_operator.act.other_versions import (
+    is_not_understood,
+    not_understood_message,
+    with_not_understood,
+    with_unknown_fields,
+)
 from qlora_operator.act.repeated_writes import RepeatedWrites
 from qlora_operator.act.sweeps.sweep_paths import sweep_path
 from qlora_operator.kube.client import Api, ApiError, Object
@@ -21,7 +25,6 @@ log = logging.getLogger(__name__)
 
 COUNTS_FACTOR = 4
 """Times ``progressSeconds``: so far apart are writes that change nothing but counts, times and the best so far."""
-LONGEST_ERROR = 2000
 _NO_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -64,27 +67,24 @@ class SweepStatusWriter:
             if left > 0:
                 self._wake_later(key, left)
                 return True
-        return await self._write(key, stored, patch, _fingerprint(old), _fingerprint(status))
+        return await self._write(key, stored, patch, _fingerprint(old), _fingerprint(status), _fingerprint_of_stored)
 
     async def write_not_understood(self, key: Key, stored: Object, error: Exception) -> None:
         """Write that a sweep has a value that this operator does not know. Until it does, it leaves the sweep alone."""
         status: Object = stored.get("status") or {}
-        text = f"this version of the operator leaves the sweep as it is: {error}"[:LONGEST_ERROR]
-        conditions = status.get("conditions") or []
-        if any(c["type"] == ConditionType.DEGRADED and c.get("message") == text for c in conditions):
+        text = not_understood_message("sweep", error)
+        if is_not_understood(status, text):
             return
-        degraded = {
-            "type": ConditionType.DEGRADED,
-            "status": "True",
-            "reason": Reason.NOT_UNDERSTOOD,
-            "message": text,
-            "lastTransitionTime": self._api.clock.now().replace(microsecond=0).isoformat(),
-            "observedGeneration": stored["metadata"].get("generation", 0),
-        }
-        others = [c for c in conditions if c["type"] != ConditionType.DEGRADED]
-        await self._write(key, stored, {"conditions": [*others, degraded]}, 0, hash(text))
 
-    async def _write(self, key: Key, stored: Object, patch: Object, before: int, wanted: int) -> bool:
+        def said(answer: Object) -> int:
+            return hash(text) if is_not_understood(answer, text) else 0
+
+        conditions = with_not_understood(stored, text, self._api.clock.now())
+        await self._write(key, stored, {"conditions": conditions}, 0, hash(text), said)
+
+    async def _write(
+        self, key: Key, stored: Object, patch: Object, before: int, wanted: int, hash_of: Callable[[Object], int]
+    ) -> bool:
         left = self._writes.seconds_left(key, before, wanted)
         if left > 0:  # another program replaces it
             self._wake_later(key, left)
@@ -98,8 +98,7 @@ class SweepStatusWriter:
             if error.status == 409:
                 self._cache.take(await self._api.get(sweep_path(key)))
             raise
-        answered = QLoRASweepStatus.model_validate(written.get("status") or {}, extra="ignore")
-        if pause := self._writes.record(key, before, wanted, _fingerprint(answered)):
+        if pause := self._writes.record(key, before, wanted, hash_of(written.get("status") or {})):
             log.warning("%s: another program replaces its status; it is written again in %.0f s", "/".join(key), pause)
         self._cache.take(written)
         return True
@@ -116,3 +115,7 @@ def _fingerprint(status: QLoRASweepStatus) -> int:
     """Return a hash of a status without the times of transitions."""
     conditions = [c.model_copy(update={"last_transition_time": _NO_TIME}) for c in status.conditions]
     return hash(status.model_copy(update={"conditions": conditions}).model_dump_json())
+
+
+def _fingerprint_of_stored(status: Object) -> int:
+    return _fingerprint(QLoRASweepStatus.model_validate(status, extra="ignore"))
