@@ -30,7 +30,7 @@ from qlora_operator.decide.decision import Decision, Note
 from qlora_operator.decide.events import event_of
 from qlora_operator.decide.gang import cannot_start, choose_gang
 from qlora_operator.decide.plan import plan
-from qlora_operator.kube.client import TRANSIENT, Api, ApiError, Object
+from qlora_operator.kube.client import TRANSIENT, Api, ApiError, Object, retry_after
 from qlora_operator.serve.metrics import Metrics
 from qlora_operator.state.cache import Key, Known, ObjectCache
 from qlora_operator.state.observed import PREPARE, JobState, Observed, ObservedJob, PodSnapshot
@@ -65,7 +65,7 @@ class Reconciler:
     ) -> None:
         self._cache, self._api, self._config, self._gangs, self._metrics = cache, api, config, gangs, metrics
         self._corrections = corrections
-        self.queue: WorkQueue[Key] = WorkQueue(metrics, _retry_after, self._failed)
+        self.queue: WorkQueue[Key] = WorkQueue(metrics, retry_after, self._failed)
         self.children = Children(cache, api)
         self._status = StatusWriter(cache, api, config.progress_seconds, self.queue.add_after)
         self._lost_nodes = LostNodes(api)
@@ -272,11 +272,6 @@ def _keep_what_a_restart_finds(known: Known) -> None:
     """Forget what a new process would not find of a job that is over: the last report, and its pods."""
     known.report = None
     known.pods = {uid: pod for uid, pod in known.pods.items() if known.job and pod.owner != known.job.uid}
-
-
-def _retry_after(error: Exception) -> float:
-    """Return for how many seconds the API server asks not to be asked again; 0: it does not say."""
-    return error.retry_after or 0.0 if isinstance(error, ApiError) and error.is_transient else 0.0
 
 
 def _runs(child: ObservedJob) -> bool:

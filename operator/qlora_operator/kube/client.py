@@ -57,6 +57,11 @@ class ApiError(Exception):
         return self.status in (408, 409, 429) or self.status >= 500
 
 
+def retry_after(error: Exception) -> float:
+    """Return for how many seconds the API server asks not to be asked again; 0: it does not say."""
+    return error.retry_after or 0.0 if isinstance(error, ApiError) and error.is_transient else 0.0
+
+
 class NotLeadingError(Exception):
     """Another replica may lead by now: nothing is written."""
 

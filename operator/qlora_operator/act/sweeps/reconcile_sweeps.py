@@ -32,7 +32,7 @@ from qlora_operator.decide.sweeps import sweep_status
 from qlora_operator.decide.sweeps.sweep_plan import Trials, actions_of, budget_wake
 from qlora_operator.decide.sweeps.sweep_status import SweepView
 from qlora_operator.decide.sweeps.trial_state import ObservedTrial, observe_trial, trial_number
-from qlora_operator.kube.client import TRANSIENT, Api, ApiError, Object
+from qlora_operator.kube.client import TRANSIENT, Api, ApiError, Object, retry_after
 from qlora_operator.serve.metrics import Metrics
 from qlora_operator.state.cache import Key, ObjectCache, StoredJob
 from qlora_operator.state.sweep_cache import StoredSweep, SweepCache
@@ -70,7 +70,7 @@ class SweepReconciler:
         wake_job: Callable[[Key], None],
     ) -> None:
         self._sweeps, self._jobs, self._api, self._metrics = sweeps, jobs, api, metrics
-        self.queue: WorkQueue[Key] = WorkQueue(metrics, _retry_after, self._failed)
+        self.queue: WorkQueue[Key] = WorkQueue(metrics, retry_after, self._failed)
         self._trials, self._draws = TrialWriter(jobs, api, wake_job), Draws()
         self._status = SweepStatusWriter(sweeps, api, config.progress_seconds, self.queue.add_after)
         self._valid: dict[Key, str] = {}
@@ -210,8 +210,3 @@ class SweepReconciler:
         self._valid.pop(key, None)
         for _, job in self._jobs.trials_of(stored.uid) if stored else ():
             self._settled.pop(job.uid, None)
-
-
-def _retry_after(error: Exception) -> float:
-    """Return for how many seconds the API server asks not to be asked again; 0: it does not say."""
-    return error.retry_after or 0.0 if isinstance(error, ApiError) and error.is_transient else 0.0
