@@ -22,12 +22,12 @@ from qlora_operator.act.children import Children, job_path
 from qlora_operator.act.contested_jobs import ContestedJobs
 from qlora_operator.act.correction_store import Corrections
 from qlora_operator.act.lost_nodes import LostNodes
+from qlora_operator.act.post_event import post_event
 from qlora_operator.act.status_writer import StatusWriter
 from qlora_operator.act.work_queue import LONGEST_RETRY_SECONDS, WorkQueue
 from qlora_operator.config import OperatorConfig
 from qlora_operator.decide.conditions import is_finished
-from qlora_operator.decide.decision import Decision, Note
-from qlora_operator.decide.events import event_of
+from qlora_operator.decide.decision import Decision
 from qlora_operator.decide.gang import cannot_start, choose_gang
 from qlora_operator.decide.plan import plan
 from qlora_operator.kube.client import TRANSIENT, Api, ApiError, Object, retry_after
@@ -145,7 +145,7 @@ class Reconciler:
         if is_finished(decision.status) and not (job.status and is_finished(job.status)):
             await self._corrections.take(job.spec, decision.status)
         for note in (*decision.notes, *self._contested.take(key, decision.contested)):
-            await self._post(job, note)
+            await post_event(self._api, job, note)
         self._record(key, known, job, decision)
         if decision.delete_self and await self._is_as_decided(key, job):
             await self.children.delete_once(known, job_path(key), job.metadata.uid or "")
@@ -227,14 +227,6 @@ class Reconciler:
         self._cache.take_job(there)
         self.queue.add(key)
         return False
-
-    async def _post(self, job: QLoRAJob, note: Note) -> None:
-        """Post an Event. Losing one loses nothing that status does not say."""
-        path = f"/apis/events.k8s.io/v1/namespaces/{job.metadata.namespace}/events"
-        try:
-            await self._api.create(path, event_of(job, note, self._api.clock.now()))
-        except (ApiError, *TRANSIENT) as error:
-            log.info("%s/%s: an Event could not be posted: %s", job.metadata.namespace, job.metadata.name, error)
 
     # ---------------------------------------------------------------------------------------------------- what is known
 

@@ -20,14 +20,13 @@ from qlora_api.sweep.spec import QLoRASweepSpec
 from qlora_api.sweep.status import QLoRASweepStatus
 from qlora_api.sweep.sweep import QLoRASweep
 from qlora_api.sweep.trials import TrialState
+from qlora_operator.act.post_event import post_event
 from qlora_operator.act.sweeps.draws import DrawError, Draws
 from qlora_operator.act.sweeps.sweep_paths import sweep_path
 from qlora_operator.act.sweeps.sweep_status_writer import SweepStatusWriter
 from qlora_operator.act.sweeps.trial_writer import NotATrialError, TrialWriter
 from qlora_operator.act.work_queue import WorkQueue
 from qlora_operator.config import OperatorConfig
-from qlora_operator.decide.decision import Note
-from qlora_operator.decide.events import event_of
 from qlora_operator.decide.sweeps import sweep_status
 from qlora_operator.decide.sweeps.sweep_plan import Trials, actions_of, budget_wake
 from qlora_operator.decide.sweeps.sweep_status import SweepView
@@ -194,15 +193,7 @@ class SweepReconciler:
             self.queue.add_after(key, ttl)
         if await self._status.write(key, view.sweep, raw, status):
             for note in sweep_status.transitions(view.before, status):
-                await self._post(view.sweep, note)
-
-    async def _post(self, sweep: QLoRASweep, note: Note) -> None:
-        """Post an Event. Losing one loses nothing that status does not say."""
-        path = f"/apis/events.k8s.io/v1/namespaces/{sweep.metadata.namespace}/events"
-        try:
-            await self._api.create(path, event_of(sweep, note, self._api.clock.now()))
-        except (ApiError, *TRANSIENT) as error:
-            log.info("%s/%s: an event is lost: %s", sweep.metadata.namespace, sweep.metadata.name, error)
+                await post_event(self._api, view.sweep, note)
 
     def _forget(self, key: Key, stored: StoredSweep | None) -> None:
         """Forget what is only known of a sweep that goes on."""
