@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from qlora_api.job import GROUP, VERSION
 from qlora_operator.kube.client import Api, ApiError, Object
 from qlora_operator.manifests.render import service
 from qlora_operator.names import KEY_ENTRY, SERVICE
@@ -27,11 +26,6 @@ _PLURALS = {
     "Secret": "secrets",
     "Service": "services",
 }
-
-
-def job_path(key: Key) -> str:
-    """Return the path of a QLoRAJob."""
-    return f"/apis/{GROUP}/{VERSION}/namespaces/{key[0]}/qlorajobs/{key[1]}"
 
 
 def collection_of(body: dict[str, Any], namespace: str) -> str:

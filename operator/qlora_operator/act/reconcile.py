@@ -18,10 +18,11 @@ from qlora_api.errors import ManifestError
 from qlora_api.job import QLoRAJob
 from qlora_api.spec import Gang
 from qlora_api.status import QLoRAJobStatus
-from qlora_operator.act.children import Children, job_path
+from qlora_operator.act.children import Children
 from qlora_operator.act.contested_jobs import ContestedJobs
 from qlora_operator.act.correction_store import Corrections
 from qlora_operator.act.lost_nodes import LostNodes
+from qlora_operator.act.object_paths import job_path
 from qlora_operator.act.post_event import post_event
 from qlora_operator.act.status_writer import StatusWriter
 from qlora_operator.act.work_queue import LONGEST_RETRY_SECONDS, WorkQueue

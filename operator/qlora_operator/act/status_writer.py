@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from qlora_api.job import QLoRAJob
 from qlora_api.status import QLoRAJobStatus, Reason
-from qlora_operator.act.children import job_path
 from qlora_operator.act.merge_patch import merge_patch
+from qlora_operator.act.object_paths import job_path
 from qlora_operator.act.other_versions import (
     for_older_definition,
     is_not_understood,

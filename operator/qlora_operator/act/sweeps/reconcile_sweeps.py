@@ -20,9 +20,9 @@ from qlora_api.sweep.spec import QLoRASweepSpec
 from qlora_api.sweep.status import QLoRASweepStatus
 from qlora_api.sweep.sweep import QLoRASweep
 from qlora_api.sweep.trials import TrialState
+from qlora_operator.act.object_paths import sweep_path
 from qlora_operator.act.post_event import post_event
 from qlora_operator.act.sweeps.draws import DrawError, Draws
-from qlora_operator.act.sweeps.sweep_paths import sweep_path
 from qlora_operator.act.sweeps.sweep_status_writer import SweepStatusWriter
 from qlora_operator.act.sweeps.trial_writer import NotATrialError, TrialWriter
 from qlora_operator.act.work_queue import WorkQueue

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from qlora_api.sweep.status import QLoRASweepStatus, TrialCounts
 from qlora_api.sweep.sweep import QLoRASweep
 from qlora_operator.act.merge_patch import merge_patch
+from qlora_operator.act.object_paths import sweep_path
 from qlora_operator.act.other_versions import (
     is_not_understood,
     not_understood_message,
@@ -16,7 +17,6 @@ from qlora_operator.act.other_versions import (
     with_unknown_fields,
 )
 from qlora_operator.act.repeated_writes import RepeatedWrites
-from qlora_operator.act.sweeps.sweep_paths import sweep_path
 from qlora_operator.kube.client import Api, ApiError, Object
 from qlora_operator.state.cache import Key
 from qlora_operator.state.sweep_cache import SweepCache

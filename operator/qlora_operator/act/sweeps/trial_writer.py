@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qlora_operator.act.sweeps.sweep_paths import jobs_path
+from qlora_operator.act.object_paths import job_path, jobs_path
 from qlora_operator.decide.sweeps.sweep_plan import SweepActions, TrialPatch
 from qlora_operator.kube.client import Api, ApiError, Object
 from qlora_operator.state.cache import Key, ObjectCache
@@ -54,7 +54,7 @@ class TrialWriter:
             await self._create(key, body)
 
     async def _change(self, key: Key, patch: TrialPatch) -> None:
-        path = f"{jobs_path(key[0])}/{patch.name}"
+        path = job_path((key[0], patch.name))
         try:
             self._take(await self._api.patch(path, patch.body))
         except ApiError as error:
@@ -74,7 +74,7 @@ class TrialWriter:
     async def _existing(self, key: Key, body: Object) -> Object:
         """Return the QLoRAJob under a trial's name, if this sweep controls it."""
         name = body["metadata"]["name"]
-        there = await self._api.get(f"{jobs_path(key[0])}/{name}")
+        there = await self._api.get(job_path((key[0], name)))
         if not is_same_object(body, there):
             raise NotATrialError(name)
         return there
