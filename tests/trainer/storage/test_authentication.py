@@ -148,7 +148,7 @@ def test_the_gate_looks_at_what_is_adopted(place, tmp_path, make_adapter, make_f
     store.put(weights.path, b"junk")
     junk = weights.model_copy(update={"size": 4, "sha256": sha256_bytes(b"junk")})
     others = tuple(f for f in manifest.files if f.path != weights.path)
-    spoiled = manifest.model_copy(update={"files": (*others, junk)}).signed(OWN)
+    spoiled = OWN.signed("manifest", manifest.model_copy(update={"files": (*others, junk)}))
     store.put("manifest.json", spoiled.to_bytes())
     with pytest.raises(AdapterRejectedError):
         publish(place, job, 2, make_adapter(tmp_path / "again"), make_facts(), authenticator=OWN)

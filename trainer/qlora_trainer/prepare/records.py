@@ -46,7 +46,6 @@ from qlora_trainer.storage.model_files import ModelFilesError
 if TYPE_CHECKING:
     from qlora_api.contract import TrainerConfig
     from qlora_api.spec import QLoRAJobSpec
-    from qlora_storage.object_store import Store
 
 PREPARE_VERSION = 4
 """Counts up when Prepare comes to refuse what it took before."""
@@ -76,17 +75,6 @@ class Record(Model):
     """As files_sha256, of the tasks."""
     signature: Hex | None = None
     """HMAC-SHA256 over all other fields with the key of the run that began with it, or made it."""
-
-    def signed(self, authenticator: Authenticator) -> Record:
-        """Return it with the run's signature."""
-        return self.model_copy(update={"signature": authenticator.sign(SIGNATURE_PURPOSE, self._body())})
-
-    def signature_problem(self, authenticator: Authenticator) -> str | None:
-        """Say why it does not count as written by this run; None where it does."""
-        return authenticator.problem(SIGNATURE_PURPOSE, self._body(), self.signature)
-
-    def _body(self) -> dict[str, Any]:
-        return self.model_dump(mode="json", by_alias=True, exclude={"signature"})
 
 
 class DataFile(Model):
@@ -118,21 +106,30 @@ class Records:
 
     def of_run(self) -> Record | None:
         """The record this run began with."""
-        return self._own(self._run_key)
+        return self._read(self._run_key, own=True)
 
     def by_key(self, key: str) -> Record | None:
         """The record of a job with the same content, if its rows are still there."""
-        name = f"prepared/{key}.json"
-        record = self._own(name) if self._is_own else _read(self._store, name)
+        record = self._read(f"prepared/{key}.json", own=self._is_own)
         return record if record and self.has_rows(record) else None
 
-    def _own(self, key: str) -> Record | None:
-        """A record that this run has signed."""
-        record = _read(self._store, key)
-        if record and (problem := record.signature_problem(self._authenticator)):
+    def _read(self, key: str, *, own: bool) -> Record | None:
+        """Return a record; with ``own`` only one that this run has signed."""
+        try:
+            data = self._store.get(key)
+            record = Record.model_validate_json(data)
+        except NotFoundError:
+            return None
+        except ValidationError as error:  # another version's
+            log.debug("%s: %s", self._store.uri(key), error)
+            return None
+        if own and (problem := self._authenticator.problem_of_file(SIGNATURE_PURPOSE, data)):
             log.warning("%s is not used, since it was not written by this run: %s", self._store.uri(key), problem)
             return None
         return record
+
+    def _signed(self, record: Record) -> Record:
+        return self._authenticator.signed(SIGNATURE_PURPOSE, record)
 
     def has_rows(self, record: Record) -> bool:
         return all(self._has(name) for name in (record.receipt.data_hash, record.tasks_hash) if name)
@@ -156,7 +153,7 @@ class Records:
                     "tasks_files_sha256": self._upload(record.tasks_hash) if record.tasks_hash else None,
                 }
             )
-        data = record.signed(self._authenticator).model_dump_json(by_alias=True).encode()
+        data = self._signed(record).model_dump_json(by_alias=True).encode()
         self._store.put(f"prepared/{record.key}.json", data)
         return self.begin(record)
 
@@ -165,7 +162,7 @@ class Records:
         if self.is_shared and record.files_sha256 is None:  # of a version that did not name them
             listed = self._store.get(f"data/{record.receipt.data_hash}/{FILES}")
             record = record.model_copy(update={"files_sha256": sha256_bytes(listed)})
-        record = record.signed(self._authenticator)
+        record = self._signed(record)
         data = record.model_dump_json(by_alias=True).encode()
         began = self.of_run()
         if began == record:
@@ -315,13 +312,3 @@ def _identity(source: str, field: str) -> str:
         return rows_identity(source, field)
     found = find_source(local, field)
     return "\n".join([*(file.name for file in found.files), *contents(found)])
-
-
-def _read(store: Store, key: str) -> Record | None:
-    try:
-        return Record.model_validate_json(store.get(key))
-    except NotFoundError:
-        return None
-    except ValidationError as error:  # another version's
-        log.debug("%s: %s", store.uri(key), error)
-        return None

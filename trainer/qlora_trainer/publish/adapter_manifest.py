@@ -13,7 +13,6 @@ from pydantic import Field
 from qlora_api.base import Model, Timestamp
 from qlora_api.spec import QLoRAJobSpec
 from qlora_api.status import TaskResult
-from qlora_trainer.storage.authentication import Authenticator
 
 MANIFEST = "manifest.json"
 ADAPTER = "adapter"
@@ -98,17 +97,6 @@ class Manifest(Model):
     def to_bytes(self) -> bytes:
         left_out = {"signature"} if self.signature is None else None
         return self.model_dump_json(by_alias=True, indent=2, exclude=left_out).encode() + b"\n"
-
-    def signed(self, authenticator: Authenticator) -> Manifest:
-        """Return it with the run's signature."""
-        return self.model_copy(update={"signature": authenticator.sign(SIGNATURE_PURPOSE, self._body())})
-
-    def signature_problem(self, authenticator: Authenticator) -> str | None:
-        """Say why it does not count as written by this run; None where it does."""
-        return authenticator.problem(SIGNATURE_PURPOSE, self._body(), self.signature)
-
-    def _body(self) -> dict[str, Any]:
-        return self.model_dump(mode="json", by_alias=True, exclude={"signature"})
 
 
 def metrics_of(facts: PublishFacts) -> dict[str, int | float | None]:

@@ -25,7 +25,7 @@ from qlora_storage.object_store import (
     sha256_file,
 )
 from qlora_trainer.errors import StorageError, UserError
-from qlora_trainer.publish.adapter_manifest import ADAPTER, MANIFEST, Manifest
+from qlora_trainer.publish.adapter_manifest import ADAPTER, MANIFEST, SIGNATURE_PURPOSE, Manifest
 from qlora_trainer.storage.authentication import UNAUTHENTICATED, Authenticator
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def own_manifest(
             f"already holds the adapter of run {manifest.run_uid} ({manifest.namespace}/{manifest.job}); "
             "choose another destination",
         )
-    if problem := manifest.signature_problem(authenticator):
+    if problem := authenticator.problem_of_file(SIGNATURE_PURPOSE, data):
         raise UserError(
             store.field,
             store.uri(MANIFEST),

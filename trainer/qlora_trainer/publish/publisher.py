@@ -21,6 +21,7 @@ from qlora_trainer.publish.adapter_manifest import (
     ADAPTER,
     MANIFEST,
     MERGED,
+    SIGNATURE_PURPOSE,
     BaseModelRef,
     Manifest,
     PublishedFile,
@@ -106,7 +107,7 @@ def publish(
         verify_merged(folder / MERGED)
     (folder / ADAPTER / "README.md").write_text(model_card(job, attempt, facts))
     place = f"{job.uid[:8]}-attempt-{attempt}"
-    manifest = _manifest(job, attempt, folder, place, facts).signed(authenticator)
+    manifest = authenticator.signed(SIGNATURE_PURPOSE, _manifest(job, attempt, folder, place, facts))
     _upload(store, folder, place, manifest, beat)
     data = manifest.to_bytes()
     declared = _declare(store, manifest, data, authenticator)

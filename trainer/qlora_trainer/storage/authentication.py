@@ -11,8 +11,9 @@ import hmac
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from qlora_api.base import Model
 from qlora_trainer.errors import TrainerError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 MINIMUM_BYTES = 32
 """Of a key: as long as SHA-256's output (RFC 2104, section 3)."""
 MAXIMUM_BYTES = 4096
+M = TypeVar("M", bound=Model)
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,16 @@ class Authenticator:
     def sign(self, purpose: str, body: dict[str, Any]) -> str | None:
         """Return the signature of a JSON object in hexadecimal; None without a key."""
         return None if self.key is None else hmac.digest(self.derive(purpose), canonical(body), "sha256").hex()
+
+    def signed(self, purpose: str, model: M) -> M:
+        """Return a model whose field ``signature`` signs all others."""
+        body = model.model_dump(mode="json", by_alias=True, exclude={"signature"})
+        return model.model_copy(update={"signature": self.sign(purpose, body)})
+
+    def problem_of_file(self, purpose: str, data: bytes) -> str | None:
+        """Return what :meth:`problem` does of a file with a signed model: an earlier version's has fewer fields."""
+        body = json.loads(data)
+        return self.problem(purpose, body, body.pop("signature", None))
 
     def problem(self, purpose: str, body: dict[str, Any], signature: object) -> str | None:
         """Say why ``body`` does not count as written by this run; None where it does."""
