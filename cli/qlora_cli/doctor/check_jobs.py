@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qlora_api.pod_reasons import IMAGE_REASONS
 from qlora_cli.doctor.findings import Finding, fault, note, ok, unknown
 from qlora_cli.doctor.references import missing_keys
 from qlora_cli.jobs.job_view import is_seen, view
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 UNSEEN_SECONDS = 30
 """An operator that runs takes up a job within one."""
-_BAD_IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 _TRAINER = {"app.kubernetes.io/managed-by": "qlora-operator", "app.kubernetes.io/component": "trainer"}
 
 
@@ -86,7 +86,7 @@ def images(seen: ClusterSnapshot) -> Iterator[Finding]:
     for pod in seen.pods.items:
         for container in (pod.get("status") or {}).get("containerStatuses") or ():
             waiting = (container.get("state") or {}).get("waiting") or {}
-            if waiting.get("reason") in _BAD_IMAGE:
+            if waiting.get("reason") in IMAGE_REASONS:
                 told[container.get("image", "")] = f"{waiting['reason']}: {waiting.get('message', '')}".rstrip(": ")
     for event in seen.events.items:
         message = event.get("message") or ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
+from qlora_api.pod_reasons import IMAGE_REASONS
 from qlora_cli.doctor import check_crd, check_jobs, check_profiles
 from qlora_cli.doctor.cluster_snapshot import RIGHTS, ClusterSnapshot
 from qlora_cli.doctor.findings import Finding, fault, note, ok, unknown
@@ -19,7 +20,6 @@ OLDEST = (1, 31)
 """Kubernetes. podFailurePolicy is stable from here on."""
 INSTALL = f"helm upgrade --install qlora {CHART} -n qlora-system --create-namespace"
 GANGS = {"Kueue": "kueue.x-k8s.io", "Volcano": "scheduling.volcano.sh"}
-_BAD_IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 
 
 def run_checks(seen: ClusterSnapshot, version: str) -> list[Finding]:
@@ -143,7 +143,7 @@ def _unavailable(seen: ClusterSnapshot, place: str, namespace: str) -> Finding:
             waiting = (container.get("state") or {}).get("waiting") or {}
             ended = (container.get("lastState") or {}).get("terminated") or {}
             name = pod["metadata"]["name"]
-            if waiting.get("reason") in _BAD_IMAGE:
+            if waiting.get("reason") in IMAGE_REASONS:
                 text = f"{place} cannot start: {waiting['reason']}: {waiting.get('message', '')}".rstrip(": ")
                 return fault(
                     "operator", text, "correct the chart's values image.repository, image.tag and image.pullSecrets"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 
+from qlora_api.pod_reasons import IMAGE_REASONS
 from qlora_api.spec import QLoRAJobSpec
 from qlora_api.status import Reason
 from qlora_operator.decide.refusal import explain_refusal
 from qlora_operator.names import CONTAINER
 from qlora_operator.state.observed import JobState, Observed, ObservedJob, PodSnapshot
 
-_BAD_IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
 _BAD_CONFIG = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 _NODE_TAINTS = re.compile(r"\{(?:[^{}/]*\.)?(?:kubernetes\.io|k8s\.io)/|\{(?:ToBeDeleted|DeletionCandidate)")
 """Taints that say how a node is, or that it is the control plane's: no job is to tolerate them."""
@@ -65,11 +65,11 @@ def _pod_waits(pod: PodSnapshot) -> tuple[Reason, str] | None:
         return Reason.QUEUED, f"pod {pod.name} is held back by scheduling gates: {pod.gates}"
     if pod.unschedulable:
         return _unschedulable(pod)
-    if pod.waiting_container != CONTAINER and pod.waiting in (*_BAD_IMAGE, *_BAD_CONFIG, "CrashLoopBackOff"):
+    if pod.waiting_container != CONTAINER and pod.waiting in (*IMAGE_REASONS, *_BAD_CONFIG, "CrashLoopBackOff"):
         text = f'pod {pod.name} waits for its container "{pod.waiting_container}"'
         who = "the operator did not add it: whoever adds it to pods must fix it"
         return Reason.STARTING, f"{text} ({pod.waiting}: {pod.waiting_message}); {who}"
-    if pod.waiting in _BAD_IMAGE:
+    if pod.waiting in IMAGE_REASONS:
         text = f"the image of pod {pod.name} cannot be pulled ({pod.waiting}): {pod.waiting_message}"
         remedy = "correct the operator's trainer.image, or create the pull secret in this namespace"
         return Reason.IMAGE_UNAVAILABLE, f"{text}; {remedy}"

@@ -99,6 +99,7 @@ def test_nothing_is_wrong():
 UNAVAILABLE = Answer([deployment(status={})])
 DEFAULT_STATUS = {"observedGeneration": 0, "state": "Pending", "reason": "Pending", "conditions": [], "attempts": []}
 PULL = {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}
+INSPECT = {"reason": "ImageInspectError", "message": "Failed to inspect image"}
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,12 @@ PULL = {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}
             "operator",
             "sys/op cannot start: ImagePullBackOff: Back-off pulling image",
             id="operator-image",
+        ),
+        pytest.param(
+            {"deployments": UNAVAILABLE, "operator_pods": Answer([pod(INSPECT)])},
+            "operator",
+            "sys/op cannot start: ImageInspectError: Failed to inspect image",
+            id="operator-image-that-cannot-be-inspected",
         ),
         pytest.param({"deployments": UNAVAILABLE}, "operator", "sys/op is not available", id="no-reason-seen"),
         pytest.param(
@@ -158,6 +165,12 @@ PULL = {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}
             "image",
             "the image registry/trainer:1 cannot be pulled (ImagePullBackOff: Back-off pulling image)",
             id="trainer-image",
+        ),
+        pytest.param(
+            {"pods": Answer([pod(INSPECT)])},
+            "image",
+            "the image registry/trainer:1 cannot be pulled (ImageInspectError: Failed to inspect image)",
+            id="trainer-image-that-cannot-be-inspected",
         ),
         pytest.param(
             {"jobs": Answer([waiting()])},
