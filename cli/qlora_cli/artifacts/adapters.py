@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from qlora_cli.kube.errors import ApiError, ClusterError
 from qlora_cli.kube.names import core_path, is_name
 from qlora_cli.kube.target import program
 from qlora_storage.local_paths import whole_file
-from qlora_storage.published import ADAPTER, MERGED, PublishedFile, is_inside, short_path
+from qlora_storage.published import ADAPTER, MERGED, MOST_MANIFEST_BYTES, PublishedFile, is_inside, short_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,6 @@ SCHEMA = "qlora.dev/manifest/v1"
 REQUIRED = ("adapter_config.json", "adapter_model.safetensors")
 """Files that every adapter has."""
 ELSEWHERE = "download into an empty folder, or delete it"
-MOST_MANIFEST_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _problem_of_layout(adapter: str, files: Sequence[PublishedFile]) -> str:
         if not file.path.startswith((f"{adapter}/", f"{attempt}{MERGED}/")):
             return f'names "{file.path}", which is in neither of {adapter}, {attempt}{MERGED}'
     paths = [file.path for file in files]
-    if twice := next((path for path in paths if paths.count(path) > 1), ""):
+    if twice := next((path for path, count in Counter(paths).items() if count > 1), ""):
         return f'names "{twice}" twice'
     lacks = next((name for name in REQUIRED if f"{adapter}/{name}" not in paths), "")
     return f"names no {adapter}/{lacks}, without which there is no adapter" if lacks else ""
