@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """128 + SIGINT, as shells count."""
 PAUSED = int(ExitCode.PREEMPTED)
+"""The run has reached the step at which its job, or a sweep, suspends it."""
 PAUSE_HINT = "With a larger spec.policy.pauseAtStep, or none, the same command resumes this run."
-"""The run has reached the step at which a sweep suspends it."""
 
 
 @dataclass(frozen=True)
