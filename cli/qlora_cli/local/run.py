@@ -15,7 +15,7 @@ from qlora_cli.local.trainer_process import Commands, cache_dir, stop_on_signals
 from qlora_cli.manifest import job_manifest as manifest
 from qlora_storage.destination_claim import release_destination
 from qlora_storage.errors import JobError, NotFoundError
-from qlora_storage.object_store import local_path, open_store
+from qlora_storage.object_store import is_place_in, open_store
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -140,8 +140,7 @@ def check_destination(folder: RunFolder, spec: QLoRAJobSpec) -> None:
         RunError: the destination is in it.
 
     """
-    place = local_path(spec.output.destination, "spec.output.destination")
-    if place is not None and place.resolve().is_relative_to(folder.path.resolve()):
+    if is_place_in(spec.output.destination, str(folder.path), "spec.output.destination"):
         raise run_folder.RunError(
             f'spec.output.destination: "{spec.output.destination}" must not be in the run\'s own folder, {folder.path},'
             " which is put aside as a whole when the run starts anew; choose a folder beside it"

@@ -37,7 +37,7 @@ from qlora_cli.manifest import sweep_manifest
 from qlora_cli.sweeps import sweep_view
 from qlora_cli.sweeps.sweep_folder import SweepFolder, new_record, read_trials, resumed, trial_of
 from qlora_storage.errors import JobError, NotFoundError
-from qlora_storage.object_store import open_store
+from qlora_storage.object_store import is_place_in, open_store
 from qlora_sweep.decide import Create, Finish, Hold, decide, total_trials
 from qlora_sweep.results import used_gpu_hours
 from qlora_sweep.suggest import suggest
@@ -291,10 +291,7 @@ def _require_destination_elsewhere(spec: QLoRASweepSpec, folder: SweepFolder) ->
 
     """
     destination = spec.template.spec.output.destination
-    if "://" in destination.removeprefix("file://"):
-        return
-    path = Path(destination.removeprefix("file://")).resolve()
-    if path.is_relative_to(folder.path.resolve()):
+    if is_place_in(destination, str(folder.path), DESTINATION):
         raise FieldError(DESTINATION, destination, f"must not be in {folder.path}, the folder of the sweep itself")
 
 
