@@ -154,8 +154,9 @@ class Renderer:
         if not tools:
             return
         done.tools = tools_are_in(tools, text)
-        with suppress(Exception):  # a template may need tools
-            done.tools &= self.reader.template.render(messages, self._tools(None), **options) != text
+        if done.tools:  # they may stand there whatever the tools are
+            with suppress(Exception):  # a template may need tools
+                done.tools = self.reader.template.render(messages, self._tools(None), **options) != text
         done.left_out += not done.tools
         self.ignores_tools |= not done.tools
 
