@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING
@@ -14,7 +16,7 @@ from services.binaries import ToolMissingError
 from services.versitygw import VersityGateway
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 _bucket_numbers = count()
@@ -33,6 +35,29 @@ def check_golden(path: Path, text: str) -> None:
         assert os.environ.get("CI", "").lower() != "true", "golden files are looked at by a person"
         path.write_text(text)
     assert text == path.read_text()
+
+
+def winners_at_once(count: int, attempt: Callable[[int], object], lost: type[Exception]) -> list[int]:
+    """Attempt something in threads that begin together; return the numbers of those in which nothing was raised.
+
+    Args:
+        count: of the threads.
+        attempt: called with the number of each.
+        lost: what it raises where another was faster.
+
+    """
+    together = threading.Barrier(count)
+
+    def wins(number: int) -> bool:
+        together.wait()
+        try:
+            attempt(number)
+        except lost:
+            return False
+        return True
+
+    with ThreadPoolExecutor(count) as pool:
+        return [number for number, won in enumerate(pool.map(wins, range(count))) if won]
 
 
 @pytest.fixture(scope="session")

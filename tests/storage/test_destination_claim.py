@@ -1,13 +1,11 @@
 """A destination is for one job: the second is told before it trains, on a folder and on a real S3 server."""
 
 import json
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from fixtures import use_s3
+from fixtures import use_s3, winners_at_once
 from qlora_api.contract import JobRef
 from qlora_storage.destination_claim import FIELD, Claim, claim_destination, release_destination
 from qlora_storage.errors import UserError
@@ -142,18 +140,11 @@ def test_an_attempt_renews_the_claim_of_its_job(place, job):
 def test_of_jobs_that_claim_at_once_exactly_one_succeeds(place, job):
     claim_destination(place, job)
     release_destination(place, job.uid)
-    together = threading.Barrier(JOBS)
 
     def claim(number):
-        together.wait()
-        try:
-            claim_destination(place, JobRef(name=f"job-{number}", namespace="team", uid=f"uid-{number}"))
-        except UserError:
-            return None
-        return number
+        claim_destination(place, JobRef(name=f"job-{number}", namespace="team", uid=f"uid-{number}"))
 
-    with ThreadPoolExecutor(JOBS) as pool:
-        winners = [number for number in pool.map(claim, range(JOBS)) if number is not None]
+    winners = winners_at_once(JOBS, claim, UserError)
     assert len(winners) == 1
     with pytest.raises(UserError, match=f"job team/job-{winners[0]} "):
         claim_destination(place, OTHER)

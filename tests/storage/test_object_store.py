@@ -3,13 +3,12 @@
 import logging
 import os
 import subprocess
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from fixtures import use_s3
+from fixtures import use_s3, winners_at_once
 from qlora_storage import object_store
 from qlora_storage.backend import CHUNK_BYTES
 from qlora_storage.buckets import BucketBackend
@@ -103,36 +102,21 @@ def test_create_refuses_a_name_that_is_taken(store):
 
 
 def test_of_writers_that_create_at_once_exactly_one_wins(place):
-    together = threading.Barrier(WRITERS)
+    stores = [open_store(place, FIELD) for _ in range(WRITERS)]
 
     def create(number):
-        store = open_store(place, FIELD)
-        together.wait()
-        try:
-            store.create("manifest.json", b"writer %d" % number)
-        except AlreadyExistsError:
-            return None
-        return number
+        stores[number].create("manifest.json", b"writer %d" % number)
 
-    with ThreadPoolExecutor(WRITERS) as pool:
-        winners = [n for n in pool.map(create, range(WRITERS)) if n is not None]
+    winners = winners_at_once(WRITERS, create, AlreadyExistsError)
     assert len(winners) == 1
     assert open_store(place, FIELD).get("manifest.json") == b"writer %d" % winners[0]
 
 
 def test_without_hard_links_still_exactly_one_creates(tmp_path):
-    together = threading.Barrier(WRITERS)
-
     def create(number):
-        together.wait()
-        try:
-            create_without_links(tmp_path / "manifest.json", b"%d" % number)
-        except FileExistsError:
-            return None
-        return number
+        create_without_links(tmp_path / "manifest.json", b"%d" % number)
 
-    with ThreadPoolExecutor(WRITERS) as pool:
-        winners = [n for n in pool.map(create, range(WRITERS)) if n is not None]
+    winners = winners_at_once(WRITERS, create, FileExistsError)
     assert len(winners) == 1
     assert (tmp_path / "manifest.json").read_bytes() == b"%d" % winners[0]
 
