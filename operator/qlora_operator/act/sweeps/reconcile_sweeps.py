@@ -33,7 +33,7 @@ from qlora_operator.decide.sweeps.sweep_status import SweepView
 from qlora_operator.decide.sweeps.trial_state import ObservedTrial, observe_trial, trial_number
 from qlora_operator.kube.client import TRANSIENT, Api, ApiError, Object, retry_after
 from qlora_operator.serve.metrics import Metrics
-from qlora_operator.state.cache import Key, ObjectCache, StoredJob
+from qlora_operator.state.cache import Key, ObjectCache
 from qlora_operator.state.sweep_cache import StoredSweep, SweepCache
 from qlora_sweep.decide import Decision, Finish, Proceed, decide
 from qlora_sweep.grid import UndrawnError, of_grid
@@ -74,8 +74,8 @@ class SweepReconciler:
         self._status = SweepStatusWriter(sweeps, api, config.progress_seconds, self.queue.add_after)
         self._valid: dict[Key, str] = {}
         """UIDs of the sweeps that were found valid."""
-        self._settled: dict[str, tuple[int, ObservedTrial]] = {}
-        """Version and trial, by UID, of QLoRAJobs that do not run: they say the same at any time."""
+        self._settled: dict[Key, dict[str, tuple[int, ObservedTrial]]] = {}
+        """Version and trial, by UID, of each sweep's QLoRAJobs that do not run: they say the same at any time."""
 
     async def run(self, listed: asyncio.Event) -> None:
         """Reconcile the keys of the queue until cancelled, once everything was listed: what is not seen is no trial."""
@@ -94,7 +94,7 @@ class SweepReconciler:
     async def _reconcile(self, key: Key) -> None:
         stored = self._sweeps.get(key)
         if stored is None or stored.is_quiescent:
-            self._forget(key, stored)
+            self._forget(key)
             return
         raw: Object = json.loads(stored.body)
         try:
@@ -114,7 +114,7 @@ class SweepReconciler:
 
     async def _search(self, key: Key, view: SweepView, raw: Object) -> None:
         """Do what follows from the trials, and say so."""
-        sweep, trials = view.sweep, self._observe(view.sweep, view.now)
+        sweep, trials = view.sweep, self._observe(key, view.sweep, view.now)
         decision: Decision = Proceed(())
         refused = ""
         try:
@@ -125,7 +125,7 @@ class SweepReconciler:
                 raise
             refused = error.message if isinstance(error, ApiError) else str(error)
             self.queue.add_after(key, REFUSED_SECONDS)
-        trials = self._observe(sweep, view.now)
+        trials = self._observe(key, sweep, view.now)
         await self._write(key, view, raw, sweep_status.status_of(view, trials, decision, refused))
         wake = None if isinstance(decision, Finish) else budget_wake(sweep.spec, trials)
         if wake is not None:
@@ -145,22 +145,23 @@ class SweepReconciler:
             drawn = await self._draws.draw(spec, known)
             return decide(spec, known, lambda _spec, number, _earlier: drawn[number], suspended=spec.suspend)
 
-    def _observe(self, sweep: QLoRASweep, now: datetime) -> dict[int, ObservedTrial]:
+    def _observe(self, key: Key, sweep: QLoRASweep, now: datetime) -> dict[int, ObservedTrial]:
         """Return the QLoRAJobs that the sweep controls, under names of its trials."""
+        before = self._settled.get(key, {})
         found: dict[int, ObservedTrial] = {}
+        settled: dict[str, tuple[int, ObservedTrial]] = {}
         for name, job in self._jobs.trials_of(sweep.metadata.uid or ""):
             number = trial_number(sweep.metadata.name, name)
-            if number is not None:
-                found[number] = self._observed(number, job, sweep.spec, now)
-        return found
-
-    def _observed(self, number: int, job: StoredJob, spec: QLoRASweepSpec, now: datetime) -> ObservedTrial:
-        version, trial = self._settled.get(job.uid, (0, None))
-        if trial is None or version != job.version:
-            trial = observe_trial(number, job.parse()[0], spec, now)
+            if number is None:
+                continue
+            version, trial = before.get(job.uid, (0, None))
+            if trial is None or version != job.version:
+                trial = observe_trial(number, job.parse()[0], sweep.spec, now)
+            found[number] = trial
             if trial.trial.state is not TrialState.RUNNING:
-                self._settled[job.uid] = job.version, trial
-        return trial
+                settled[job.uid] = job.version, trial
+        self._settled[key] = settled
+        return found
 
     async def _errors(self, key: Key, stored: StoredSweep, spec: QLoRASweepSpec) -> list[FieldError]:
         """Return what keeps a sweep without trials from being run: what no schema can say.
@@ -195,9 +196,8 @@ class SweepReconciler:
             for note in sweep_status.transitions(view.before, status):
                 await post_event(self._api, view.sweep, note)
 
-    def _forget(self, key: Key, stored: StoredSweep | None) -> None:
+    def _forget(self, key: Key) -> None:
         """Forget what is only known of a sweep that goes on."""
         self._status.forget(key)
         self._valid.pop(key, None)
-        for _, job in self._jobs.trials_of(stored.uid) if stored else ():
-            self._settled.pop(job.uid, None)
+        self._settled.pop(key, None)

@@ -7,8 +7,7 @@ from qlora_api.status import Reason
 from qlora_operator.decide.sweeps.sweep_plan import actions_of, budget_wake
 from qlora_sweep.decide import Create, Finish, Hold, Proceed, Resume, decide
 from qlora_sweep.grid import of_grid
-
-from .sweep_builders import UID, attempt, observed, says, sweep, trial_job
+from sweep_builders import UID, attempt, observed, says, sweep, trial_job
 
 RUNS = {"conditions": [says("Running", "Training")]}
 SUSPENDED = {"conditions": [says("Suspended", "Suspended")]}

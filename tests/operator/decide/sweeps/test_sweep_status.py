@@ -12,8 +12,7 @@ from qlora_api.status import Reason
 from qlora_api.sweep.status import QLoRASweepStatus
 from qlora_operator.decide.sweeps.sweep_status import SweepView, invalid, is_finished, status_of, transitions
 from qlora_sweep.decide import Finish, Hold, Proceed
-
-from .sweep_builders import observed, says, sweep, trial_job
+from sweep_builders import observed, says, sweep, trial_job
 
 GO_ON = Proceed(())
 RUNS = trial_job(0, conditions=[says("Running", "Training")])

@@ -9,8 +9,7 @@ import pytest
 from operator_builders import NOW
 from qlora_api.sweep.trials import TrialState
 from qlora_operator.decide.sweeps.trial_state import gpu_hours, observe_trial, trial_number
-
-from .sweep_builders import attempt, observed, says, sweep, trial_job
+from sweep_builders import attempt, observed, says, sweep, trial_job
 
 PROGRESS = {"step": 4, "totalSteps": 10, "bestEvalLoss": "1.25", "loss": "1.5"}
 
