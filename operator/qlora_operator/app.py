@@ -141,20 +141,11 @@ class Operator:
         self.poller = ProgressPoller(
             self.cache, self.reconciler.polled, self.wake, config.progress_seconds, self.metrics.report_rejected
         )
+        woken = [(kind, self.wake) for kind in kinds_of(self.cache, self.reconciler.children.services)]
+        woken.append((sweeps_kind(self.sweeps), self.wake_sweep))
         self.followed = [
-            Watch(self.api, kind, namespace, self.wake, self.watches.note, self.metrics.skipped)
-            for kind in kinds_of(self.cache, self.reconciler.children.services)
-            for namespace in config.namespaces or ("",)
-        ]
-        self.followed += [
-            Watch(
-                self.api,
-                sweeps_kind(self.sweeps),
-                namespace,
-                self.sweep_reconciler.queue.add,
-                self.watches.note,
-                self.metrics.skipped,
-            )
+            Watch(self.api, kind, namespace, wake, self.watches.note, self.metrics.skipped)
+            for kind, wake in woken
             for namespace in config.namespaces or ("",)
         ]
         self.stop, self.looked = asyncio.Event(), asyncio.Event()
@@ -253,7 +244,7 @@ class Operator:
         for key in (*dict(self.cache), *((namespace, "") for namespace in self.reconciler.children.services)):
             self.wake(key)
         for key, _ in self.sweeps:
-            self.sweep_reconciler.queue.add(key)
+            self.wake_sweep(key)
         self.metrics.operates = True
         self.looked.set()
 
@@ -276,7 +267,7 @@ class Operator:
         return kopf.AiohttpSession(server=current.server, aiohttp_session=session)
 
     def wake_sweep(self, key: Key) -> None:
-        """Have a sweep decided on: one of its trials has changed."""
+        """Have a sweep decided on: it or one of its trials has changed."""
         self.sweep_reconciler.queue.add(key)
 
     def note(self, path: str) -> None:
