@@ -71,8 +71,7 @@ def live_through(scripted, fork_server, history, tmp_path):
             live_sweep(scripted.api, namespace)
             assert proxy.pending_faults == 0, f"there was no {LIFE[place]}"
             assert not mishap.startswith("killed") or risen.wait(READY_SECONDS)
-            samples = operator.metrics().items()
-            failed = sum(v for n, v in samples if n.startswith("qlora_operator_reconcile_errors_total"))
+            failed = operator.metric_sum("qlora_operator_reconcile_errors_total")
             moments = [text for call in proxy.calls if call.number and (text := sweep_moment(call))]
         where = f"{mishap} {LIFE[place]}: {moments}"
         assert sweep_outcome(history, namespace) == EXPECTED, where
