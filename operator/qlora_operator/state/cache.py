@@ -31,7 +31,7 @@ from qlora_operator.state.observed import (
 
 Key = tuple[str, str]
 """Namespace and name of a QLoRAJob."""
-_KEPT_META = ("name", "namespace", "uid", "generation", "resourceVersion", "creationTimestamp", "deletionTimestamp")
+KEPT_META = ("name", "namespace", "uid", "generation", "resourceVersion", "creationTimestamp", "deletionTimestamp")
 _KEPT_LABELS = (KUEUE_PRIORITY_LABEL, SWEEP_LABEL)
 _KEPT_OWNER = ("apiVersion", "kind", "name", "uid", "controller")
 
@@ -185,7 +185,7 @@ class ObjectCache:
         if known.job and known.job.uid != meta["uid"]:
             known.report, known.pods_refused = None, ""
         is_finished = _is_finished(body)
-        is_quiescent = is_finished and _is_observed(body) and _is_kept(body)
+        is_quiescent = is_finished and is_observed(body) and _is_kept(body)
         text = json.dumps(kept_of(body), separators=(",", ":")).encode()
         attempts = {a["jobUid"]: a["number"] for a in (body.get("status") or {}).get("attempts") or () if "jobUid" in a}
         before = known.job
@@ -300,8 +300,9 @@ def _is_finished(job: Mapping[str, Any]) -> bool:
     return any(c["type"] in ("Succeeded", "Failed") and c["status"] == "True" for c in conditions)
 
 
-def _is_observed(job: Mapping[str, Any]) -> bool:
-    return bool(job["status"].get("observedGeneration") == job["metadata"].get("generation"))
+def is_observed(body: Mapping[str, Any]) -> bool:
+    """Return whether the status of a QLoRAJob or QLoRASweep is of its generation."""
+    return bool(body["status"].get("observedGeneration") == body["metadata"].get("generation"))
 
 
 def _is_kept(job: Mapping[str, Any]) -> bool:
@@ -323,7 +324,7 @@ def kept_of(body: Mapping[str, Any]) -> dict[str, Any]:
         "apiVersion": body["apiVersion"],
         "kind": body["kind"],
         "metadata": {
-            **{name: meta[name] for name in _KEPT_META if name in meta},
+            **{name: meta[name] for name in KEPT_META if name in meta},
             **({"labels": kept_labels} if kept_labels else {}),
             **({"ownerReferences": [{name: owner[name] for name in _KEPT_OWNER}]} if owner else {}),
         },

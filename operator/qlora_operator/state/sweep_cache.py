@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_api.job import API_VERSION
+from qlora_api.sweep.sweep import SWEEP_KIND
 from qlora_operator.names import KUEUE_PRIORITY_LABEL
-from qlora_operator.state.cache import Key
-
-_KEPT_META = ("name", "namespace", "uid", "generation", "resourceVersion", "creationTimestamp", "deletionTimestamp")
+from qlora_operator.state.cache import KEPT_META, Key, is_observed
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,9 @@ class SweepCache:
             return None
         labels = {k: v for k, v in (meta.get("labels") or {}).items() if k == KUEUE_PRIORITY_LABEL}
         kept = {
-            "apiVersion": body.get("apiVersion", "qlora.dev/v1alpha1"),  # lists leave both out
-            "kind": body.get("kind", "QLoRASweep"),
-            "metadata": {**{name: meta[name] for name in _KEPT_META if name in meta}, "labels": labels},
+            "apiVersion": body.get("apiVersion", API_VERSION),  # lists leave both out
+            "kind": body.get("kind", SWEEP_KIND),
+            "metadata": {**{name: meta[name] for name in KEPT_META if name in meta}, "labels": labels},
             "spec": body["spec"],
             **({"status": body["status"]} if body.get("status") else {}),
         }
@@ -76,5 +76,4 @@ class SweepCache:
 def _is_quiescent(body: Mapping[str, Any]) -> bool:
     status = body.get("status") or {}
     is_over = any(c["type"] == "Finished" and c["status"] == "True" for c in status.get("conditions", ()))
-    is_observed = status.get("observedGeneration") == body["metadata"].get("generation")
-    return bool(is_over and is_observed and body["spec"].get("ttlSecondsAfterFinished") is None)
+    return bool(is_over and is_observed(body) and body["spec"].get("ttlSecondsAfterFinished") is None)
