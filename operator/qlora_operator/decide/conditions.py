@@ -67,11 +67,16 @@ def with_summary(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
     if is_finished(status) and not succeeded:
         status = with_condition(context, status, ConditionType.STALLED, status.reason, text, is_true=True)
     if unknown := context.observed.unknown_fields:
-        text = f"unknown to this version of the operator, and ignored: {', '.join(unknown)}"
+        text = unknown_fields_message(unknown)
         return with_condition(context, status, ConditionType.DEGRADED, Reason.NOT_UNDERSTOOD, text, is_true=True)
     if is_condition_true(status.conditions, ConditionType.DEGRADED):
         return with_condition(context, status, ConditionType.DEGRADED, Reason.UNDERSTOOD, "", is_true=False)
     return status
+
+
+def unknown_fields_message(paths: Iterable[str]) -> str:
+    """Return the message of an object that has fields unknown to this version."""
+    return f"unknown to this version of the operator, and ignored: {', '.join(paths)}"
 
 
 def reason_message(status: QLoRAJobStatus) -> str:

@@ -1,4 +1,4 @@
-"""Metrics of QLoRASweeps, read from the store when they are scraped."""
+"""Metrics of QLoRASweeps, read from the cache when they are scraped."""
 
 from __future__ import annotations
 

@@ -12,14 +12,13 @@ from qlora_api.status import Condition, ConditionType, Reason
 from qlora_api.sweep.status import BestTrial, QLoRASweepStatus, TrialCounts
 from qlora_api.sweep.sweep import QLoRASweep
 from qlora_api.sweep.trials import Trial, TrialState
-from qlora_operator.decide.conditions import is_condition_true, set_condition
+from qlora_operator.decide.conditions import is_condition_true, set_condition, unknown_fields_message
 from qlora_operator.decide.decision import Note
 from qlora_operator.decide.sweeps.sweep_plan import Trials
 from qlora_operator.decide.sweeps.trial_state import gpu_hours
 from qlora_sweep.decide import Decision, Finish, Hold, total_trials
 from qlora_sweep.results import best_of, value_of
 
-LONGEST_MESSAGE = 4096
 _ENDED = (TrialState.SUCCEEDED, TrialState.FAILED)
 
 
@@ -58,9 +57,7 @@ def status_of(view: SweepView, trials: Trials, decision: Decision, refused: str 
 def invalid(view: SweepView, errors: Iterable[FieldError]) -> QLoRASweepStatus:
     """Return the status of a sweep that cannot be run: none of its trials is created."""
     text = "; ".join(map(str, errors))
-    return _with_summary(
-        view, _with_trials(view, {}), _Summary(ConditionType.FAILED, Reason.USER_ERROR, text[:LONGEST_MESSAGE])
-    )
+    return _with_summary(view, _with_trials(view, {}), _Summary(ConditionType.FAILED, Reason.USER_ERROR, text))
 
 
 def observed(view: SweepView) -> QLoRASweepStatus:
@@ -118,11 +115,11 @@ def _best(trial: Trial) -> BestTrial:
 def _summary(view: SweepView, trials: Trials, decision: Decision, refused: str) -> _Summary:
     states = [each.trial.state for each in trials.values()]
     if refused:
-        return _Summary("Pending", Reason.REFUSED, refused[:LONGEST_MESSAGE])
+        return _Summary("Pending", Reason.REFUSED, refused)
     if isinstance(decision, Finish):
         kind = ConditionType.SUCCEEDED if decision.succeeded else ConditionType.FAILED
         reason = Reason.COMPLETED if decision.succeeded else Reason.TRIALS_FAILED
-        return _Summary(kind, reason, decision.message[:LONGEST_MESSAGE])
+        return _Summary(kind, reason, decision.message)
     if isinstance(decision, Hold):
         if TrialState.RUNNING in states:
             return _Summary("Pending", Reason.SUSPENDING, f"{decision.message}; running trials write checkpoints")
@@ -165,7 +162,7 @@ def _with_summary(view: SweepView, status: QLoRASweepStatus, summary: _Summary) 
     if summary.state == ConditionType.FAILED:
         set_to(ConditionType.STALLED, is_true=True)
     if view.unknown_fields:
-        text = f"this version of the operator does not know, and leaves out: {', '.join(view.unknown_fields)}"
+        text = unknown_fields_message(view.unknown_fields)
         set_to(ConditionType.DEGRADED, is_true=True, reason=Reason.NOT_UNDERSTOOD, text=text)
     elif is_condition_true(conditions, ConditionType.DEGRADED):
         set_to(ConditionType.DEGRADED, is_true=False, reason=Reason.UNDERSTOOD, text="")
