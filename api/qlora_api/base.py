@@ -28,6 +28,17 @@ class Rule:
     holds: Callable[[Any], bool]
 
 
+def each_once(field: str, key: str, message: str, *, may_be_absent: bool = False) -> Rule:
+    """Return the rule that no two items of a list have the same value of one field."""
+    cel = f"self.{field}.all(a, self.{field}.exists_one(b, a.{key} == b.{key}))"
+    return Rule(
+        f"!has(self.{field}) || {cel}" if may_be_absent else cel,
+        message,
+        field,
+        lambda m: len({getattr(item, key) for item in getattr(m, field)}) == len(getattr(m, field)),
+    )
+
+
 class RuleBrokenError(ValueError):
     """A cross-field rule that does not hold; carries the field to change."""
 

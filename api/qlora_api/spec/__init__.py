@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from qlora_api.base import Model, Rule
+from qlora_api.base import Model, Rule, each_once
 from qlora_api.spec.data import (
     REQUIRED_COLUMNS,
     Columns,
@@ -175,10 +175,5 @@ class QLoRAJobSpec(Model):
             "lora.dora",
             lambda s: s.quantization.type is not QuantizationType.INT8 or not s.lora.dora,
         ),
-        Rule(
-            "!has(self.tracking) || self.tracking.all(a, self.tracking.exists_one(b, a.type == b.type))",
-            "tracking must have at most one entry of each type",
-            "tracking",
-            lambda s: len({sink.type for sink in s.tracking}) == len(s.tracking),
-        ),
+        each_once("tracking", "type", "tracking must have at most one entry of each type", may_be_absent=True),
     )

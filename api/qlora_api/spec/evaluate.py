@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field, StringConstraints
 
-from qlora_api.base import Model, Rule, decimal
+from qlora_api.base import Model, Rule, decimal, each_once
 from qlora_api.spec.values import Source
 
 TaskName = Annotated[str, StringConstraints(max_length=128, pattern=r"^[A-Za-z0-9]([A-Za-z0-9_.,+-]*[A-Za-z0-9+])?$")]
@@ -50,11 +50,4 @@ class EvaluateSpec(Model):
     credentials of dataset.train. Definitions that name Python code are refused."""
     limit: int | None = Field(None, ge=1, le=1_000_000)
     """Only the first so many examples of each task. Default: all."""
-    rules: ClassVar = (
-        Rule(
-            "self.tasks.all(a, self.tasks.exists_one(b, a.name == b.name))",
-            "tasks must name each task once",
-            "tasks",
-            lambda s: len({task.name for task in s.tasks}) == len(s.tasks),
-        ),
-    )
+    rules: ClassVar = (each_once("tasks", "name", "tasks must name each task once"),)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from qlora_api.base import Model, Rule, decimal
+from qlora_api.base import Model, Rule, decimal, each_once
 from qlora_api.spec import QLoRAJobSpec
 from qlora_api.sweep.parameters import Parameter
 
@@ -127,12 +127,7 @@ class QLoRASweepSpec(Model):
         ("template", "parameters", "algorithm", "objective", "earlyStopping"), _COMPARED
     )
     rules: ClassVar = (
-        Rule(
-            "self.parameters.all(p, self.parameters.exists_one(q, q.path == p.path))",
-            "parameters must not have a path twice",
-            "parameters",
-            lambda s: len({p.path for p in s.parameters}) == len(s.parameters),
-        ),
+        each_once("parameters", "path", "parameters must not have a path twice"),
         *(_must_not_be_set(field, why) for field, why in _SWEEPS_OWN.items()),
         Rule(
             "self.algorithm.type != 'Grid' || self.parameters.all(p, !has(p.range))",
