@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
@@ -47,17 +47,11 @@ def unknown_fields(model: type[BaseModel], value: Any, path: str) -> Iterator[st
                 yield from unknown_fields(inner, part, f"{path}.{name}")
 
 
-class QLoRAJob(Model):
-    """One QLoRA fine-tuning: from a base model and rows to a verified adapter."""
-
-    api_version: Literal["qlora.dev/v1alpha1"] = API_VERSION
-    kind: Literal["QLoRAJob"] = KIND
-    metadata: ObjectMeta
-    spec: QLoRAJobSpec
-    status: QLoRAJobStatus | None = None
+class KubernetesObject(Model):
+    """An object with metadata, spec and status that the API server has."""
 
     @classmethod
-    def read(cls, stored: Any) -> tuple[QLoRAJob, tuple[str, ...]]:
+    def read(cls, stored: Any) -> tuple[Self, tuple[str, ...]]:
         """Read what the API server has, of any version; return it with the paths of spec that are not known here.
 
         Raises:
@@ -67,9 +61,19 @@ class QLoRAJob(Model):
         try:
             return cls.model_validate(stored), ()
         except ValidationError:
-            return cls.model_validate(stored, extra="ignore"), tuple(
-                unknown_fields(QLoRAJobSpec, stored["spec"], "spec")
-            )
+            spec = field_types(cls)["spec"]
+            assert spec is not None
+            return cls.model_validate(stored, extra="ignore"), tuple(unknown_fields(spec, stored["spec"], "spec"))
+
+
+class QLoRAJob(KubernetesObject):
+    """One QLoRA fine-tuning: from a base model and rows to a verified adapter."""
+
+    api_version: Literal["qlora.dev/v1alpha1"] = API_VERSION
+    kind: Literal["QLoRAJob"] = KIND
+    metadata: ObjectMeta
+    spec: QLoRAJobSpec
+    status: QLoRAJobStatus | None = None
 
     @classmethod
     def from_manifest(cls, manifest: Any) -> QLoRAJob:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import StringConstraints, ValidationError
+from pydantic import StringConstraints
 
-from qlora_api.base import Model
 from qlora_api.errors import ManifestError, validate
-from qlora_api.job import API_VERSION, ObjectMeta, unknown_fields
+from qlora_api.job import API_VERSION, KubernetesObject, ObjectMeta
 from qlora_api.sweep.check import sweep_errors
 from qlora_api.sweep.spec import QLoRASweepSpec
 from qlora_api.sweep.status import QLoRASweepStatus
@@ -21,7 +20,7 @@ class SweepMeta(ObjectMeta):
     """At most 48 characters, so that names of trials, with a number appended, are valid names of jobs."""
 
 
-class QLoRASweep(Model):
+class QLoRASweep(KubernetesObject):
     """A search for the best settings of a QLoRAJob."""
 
     api_version: Literal["qlora.dev/v1alpha1"] = API_VERSION
@@ -29,20 +28,6 @@ class QLoRASweep(Model):
     metadata: SweepMeta
     spec: QLoRASweepSpec
     status: QLoRASweepStatus | None = None
-
-    @classmethod
-    def read(cls, stored: Any) -> tuple[QLoRASweep, tuple[str, ...]]:
-        """Read what the API server has, of any version; return it with the paths of spec that are not known here.
-
-        Raises:
-            pydantic.ValidationError: a known field has a value that is not known here.
-
-        """
-        try:
-            return cls.model_validate(stored), ()
-        except ValidationError:
-            unknown = tuple(unknown_fields(QLoRASweepSpec, stored["spec"], "spec"))
-            return cls.model_validate(stored, extra="ignore"), unknown
 
     @classmethod
     def from_manifest(cls, manifest: Any) -> QLoRASweep:
