@@ -101,7 +101,7 @@ def dequantized(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | N
     """Return tensors by the names, shapes and types that they have once they are read.
 
     Raises:
-        FieldError: one is in FP8 and has no scales.
+        FieldError: one is in FP8 or MXFP4 and has no scales.
 
     """
     if tensors is None or method_of(config) is None:
@@ -110,7 +110,10 @@ def dequantized(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | N
     for name, tensor in tensors.items():
         if name.endswith(BLOCKS) and len(tensor.shape) == 4:
             experts, outputs, groups, size = tensor.shape
-            found[name.removesuffix(BLOCKS)] = TensorInfo("BF16", (experts, groups * size * 2, outputs))
+            plain = name.removesuffix(BLOCKS)
+            found[plain] = TensorInfo("BF16", (experts, groups * size * 2, outputs))
+            if f"{plain}{SCALES}" not in tensors:
+                raise FieldError(SOURCE, None, f"has {plain} in MXFP4 without scales: copy the model again")
         elif not (is_scale(name, tensors) or name.endswith(UNUSED)):
             found[name] = TensorInfo("BF16", tensor.shape) if tensor.dtype.startswith(FP8) else tensor
             if found[name] is not tensor and scales_of(name, tensors) is None:

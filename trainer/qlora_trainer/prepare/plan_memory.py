@@ -26,12 +26,11 @@ from qlora_memory import (
     model_shape,
     plan,
     run_of,
-    tensor_infos,
 )
 from qlora_memory.shape.on_disk import dequantized, on_disk
 from qlora_memory.shape.read_shape import is_known
 from qlora_trainer.errors import UserError
-from qlora_trainer.storage.model_files import CONFIG, safetensors_header, weight_files
+from qlora_trainer.storage.model_files import CONFIG, weight_infos
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,7 +65,7 @@ def shape_of(folder: Path, source: str | None = None) -> ModelShape | None:
 
     """
     config = json.loads((folder / CONFIG).read_bytes())
-    tensors = {k: v for path in weight_files(folder) for k, v in tensor_infos(safetensors_header(path)).items()}
+    tensors = weight_infos(folder)
     try:
         dequantized(config, tensors)  # of any kind of model: what cannot be read ends here
     except FieldError as error:

@@ -16,8 +16,10 @@ from qlora_memory.shape.safetensors_headers import (
     MAX_HEADER_BYTES,
     MAX_INDEX_BYTES,
     HeaderError,
+    TensorInfo,
     parse_json,
     read_header,
+    tensor_infos,
 )
 from qlora_storage.object_store import sha256_bytes, sha256_file
 
@@ -254,6 +256,18 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
     if size > wanted:
         raise ModelFilesError(f"has a {path.name} of {size} bytes where its header says {wanted}; copy it again")
     return header
+
+
+def weight_infos(folder: Path) -> dict[str, TensorInfo]:
+    """Return types and shapes of the weights in all files that transformers will read, as these have them.
+
+    Raises:
+        ModelFilesError: as :func:`weight_names` and :func:`safetensors_header`.
+
+    """
+    return {
+        name: info for path in weight_files(folder) for name, info in tensor_infos(safetensors_header(path)).items()
+    }
 
 
 def headers_revision(folder: Path) -> str:

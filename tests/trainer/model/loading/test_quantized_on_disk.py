@@ -15,11 +15,12 @@ from qlora_api.errors import FieldError
 from qlora_api.spec import ComputeType, LoRASpec, QuantizationSpec, QuantizationType
 from qlora_memory import model_shape, tensor_infos
 from qlora_trainer.errors import TrainerError, UserError
-from qlora_trainer.model.base_model import add_lora, check_base, load_base, trainable, weight_bytes
+from qlora_trainer.model.base_model import add_lora, causal_config, check_base, load_base, trainable, weight_bytes
 from qlora_trainer.model.experts.packed import FrozenExperts
 from qlora_trainer.model.experts.structure import expert_parameters
 from qlora_trainer.model.loading import disk_tensors
 from qlora_trainer.model.loading.disk_tensors import DiskTensors, dequantized_fp8
+from qlora_trainer.model.loading.missing_weights import missing_matrices
 from qlora_trainer.model.loading.read_weights import notes_of
 from qlora_trainer.model.loss import call_arguments, end_to_end
 from qlora_trainer.prepare.plan_memory import shape_of
@@ -188,10 +189,26 @@ def test_fp8_without_scales_is_found(tmp_path):
     path = tmp_path / "model.safetensors"
     kept = {n: t for n, t in load_file(path).items() if "layers.0.mlp.up_proj.weight_scale" not in n}
     save_file(kept, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"has .*up_proj\.weight in FP8 without scales"):
-        shape_of(tmp_path)
+    for find in (shape_of, lambda folder: missing_matrices(folder, causal_config(folder))):
+        with pytest.raises(UserError, match=r"has .*up_proj\.weight in FP8 without scales"):
+            find(tmp_path)
     with pytest.raises(TrainerError, match=r"up_proj\.weight is in FP8 and has no scales"):
         load_base(tmp_path, PLAIN, CPU)
+
+
+def test_mxfp4_without_scales_is_found(mxfp4):
+    path = mxfp4 / "model.safetensors"
+    kept = {n: t for n, t in load_file(path).items() if not n.endswith("layers.0.mlp.experts.down_proj_scales")}
+    save_file(kept, path, metadata={"format": "pt"})
+    for find in (shape_of, lambda folder: missing_matrices(folder, causal_config(folder))):
+        with pytest.raises(UserError, match=r"has .*experts\.down_proj in MXFP4 without scales"):
+            find(mxfp4)
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama", "mixtral"])
+def test_a_base_in_mxfp4_or_fp8_lacks_nothing(kind, tmp_path):
+    folder = quantized_base(tmp_path / "base", kind)
+    assert missing_matrices(folder, causal_config(folder)) == []
 
 
 def test_the_receipt_says_how_a_base_is_on_disk(mxfp4, tmp_path):

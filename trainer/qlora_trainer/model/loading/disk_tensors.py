@@ -33,20 +33,13 @@ class DiskTensors:
         paths: of its safetensors files.
         dtype: of what is dequantized.
         block: rows and columns of FP8 weights that share a scale.
-        shapes_only: no value is read. PyTorch maps files as memory of the process, which counts against its limits.
 
     """
 
     def __init__(
-        self,
-        paths: Iterable[str],
-        dtype: torch.dtype = torch.bfloat16,
-        block: tuple[int, int] = (128, 128),
-        *,
-        shapes_only: bool = False,
+        self, paths: Iterable[str], dtype: torch.dtype = torch.bfloat16, block: tuple[int, int] = (128, 128)
     ) -> None:
-        framework = "np" if shapes_only else "pt"
-        self._files = [safe_open(path, framework=framework) for path in paths]
+        self._files = [safe_open(path, framework="pt") for path in paths]
         self._file_of = {name: file for file in self._files for name in file.keys()}  # type: ignore[no-untyped-call] # noqa: SIM118 it is no dictionary
         self._dtype, self._block = dtype, block
 

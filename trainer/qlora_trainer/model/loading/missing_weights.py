@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlora_api.errors import FieldError
+from qlora_memory.shape.on_disk import dequantized
+from qlora_trainer.errors import UserError
 from qlora_trainer.model.composite import trained_class
-from qlora_trainer.model.loading.read_weights import disk_tensors
+from qlora_trainer.storage.model_files import CONFIG, weight_infos
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,9 +26,16 @@ def missing_matrices(path: Path, config: Any) -> list[str]:
 
     Transformers gives such a matrix random values, with a warning; one of another shape it refuses. A vector may be
     what its class begins with. A class that does more with weights than to name and stack them is not judged.
+
+    Raises:
+        UserError: a weight cannot be dequantized.
+
     """
-    tensors = disk_tensors(path, torch.bfloat16, shapes_only=True)
-    found = {name: torch.empty(tensors[name].get_shape(), device="meta") for name in tensors}
+    try:
+        tensors = dequantized(json.loads((path / CONFIG).read_bytes()), weight_infos(path)) or {}
+    except FieldError as error:
+        raise UserError(error.field, None, error.allowed) from None
+    found = {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()}
     try:
         model, loaded = trained_class(config).from_pretrained(
             None,

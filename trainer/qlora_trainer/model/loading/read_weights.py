@@ -29,11 +29,11 @@ def notes_of(path: Path) -> list[str]:
     return [] if method is None else [f"the base is in {method} on disk: its weights are dequantized as they are read"]
 
 
-def disk_tensors(path: Path, dtype: torch.dtype, *, shapes_only: bool = False) -> DiskTensors:
-    """Return the tensors of a base, as they are read; or for their names and shapes alone."""
+def disk_tensors(path: Path, dtype: torch.dtype) -> DiskTensors:
+    """Return the tensors of a base, as they are read."""
     found = json.loads((path / CONFIG).read_bytes()).get("quantization_config") or {}
     block = tuple(found.get("weight_block_size") or (128, 128))
-    return DiskTensors([str(file) for file in weight_files(path)], dtype, block, shapes_only=shapes_only)
+    return DiskTensors([str(file) for file in weight_files(path)], dtype, block)
 
 
 def load_weights(path: Path, config: Any, dtype: torch.dtype | None, device: torch.device | str, **options: Any) -> Any:
