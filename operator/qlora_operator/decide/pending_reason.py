@@ -20,10 +20,8 @@ MOST_PODS = 3
 
 def pending_reason(spec: QLoRAJobSpec, attempt: int, workers: int, observed: Observed) -> tuple[Reason, str]:
     """Return the reason and message of a child Job whose pods are not all ready."""
-    job, pods = (
-        observed.jobs.get(attempt),
-        [p for p in observed.pods_of(attempt) if not p.gone and p.deletion_due is None],
-    )
+    job = observed.jobs.get(attempt)
+    pods = [p for p in observed.pods_of(attempt) if not p.gone and p.deletion_due is None]
     if observed.create_error or (observed.pods_refused and len(pods) < workers):
         return explain_refusal(observed.create_error or observed.pods_refused)
     if job is not None and job.state is JobState.SUSPENDED:
