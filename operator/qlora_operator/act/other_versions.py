@@ -14,7 +14,7 @@ from qlora_operator.kube.client import Object
 
 LONGEST_ERROR = 2000
 """Characters of an error that get into status."""
-_KEYS = ("number", "type")
+_KEYS = ("number", "type", "name")
 """By which entries of a list are the same ones."""
 _REFUSED = re.compile(r"status\.conditions\[(\d+)\]\.(?:type|reason)")
 
@@ -37,7 +37,7 @@ def _merged(stored: Any, written: Any, kind: type[BaseModel]) -> Any:
         return with_unknown_fields(stored, written, kind)
     if not (isinstance(stored, list) and isinstance(written, list)):
         return written
-    before = {_key(entry): entry for entry in stored}
+    before: dict[tuple[str, Any] | None, Object] = {key: entry for entry in stored if (key := _key(entry))}
     return [with_unknown_fields(before.get(_key(entry), {}), entry, kind) for entry in written]
 
 
