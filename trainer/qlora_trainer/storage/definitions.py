@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from qlora_storage.object_store import local_path, open_store, sha256_bytes, sha256_file
+from qlora_storage.object_store import leaves_claim, local_path, open_store, sha256_bytes, sha256_file
 from qlora_trainer.errors import UserError
 from qlora_trainer.row_files import COMPRESSIONS, KINDS
 from qlora_trainer.storage.fetch import HUB, cached, download, hash_of
@@ -44,7 +44,7 @@ def fetch_definitions(source: str, cache_dir: Path) -> Path:
     if local is not None:
         if not local.is_dir():
             raise UserError(FIELD, source, "must be a folder that exists")
-        _wanted(_local_names(local), source)
+        _wanted_in(local, source)
         return local
     store = open_store(source, FIELD)
     entries = {entry.key: entry for entry in store.entries()}
@@ -67,7 +67,7 @@ def definitions_identity(source: str) -> str:
         return f"{at.repo} {hub.commit_of(at)} {at.path}"
     local = local_path(source, FIELD)
     if local is not None:
-        return "\n".join(f"{name} {sha256_file(local / name)}" for name in _wanted(_local_names(local), source))
+        return "\n".join(f"{name} {sha256_file(local / name)}" for name in _wanted_in(local, source))
     store = open_store(source, FIELD)
     entries = {entry.key: entry for entry in store.entries()}
     return hash_of(store.uri(), [entries[name] for name in _wanted(entries, source)])
@@ -77,8 +77,16 @@ def _place(text: str) -> str:
     return sha256_bytes(f"{text} definitions".encode())[:32]
 
 
-def _local_names(folder: Path) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+def _wanted_in(folder: Path, source: str) -> list[str]:
+    """Return what :func:`_wanted` does of a local folder, whose links must not lead out of it or its claim."""
+    real = folder.resolve()
+    if leaves_claim(folder, real):
+        raise UserError(FIELD, source, "leads out of its claim by a link")
+    names = _wanted([path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()], source)
+    for name in names:
+        if not (folder / name).resolve().is_relative_to(real):
+            raise UserError(FIELD, source, f"has a link that leads out of it: {name}. Put the file itself there")
+    return names
 
 
 def _wanted(names: Iterable[str], source: str) -> list[str]:
