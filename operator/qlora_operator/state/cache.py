@@ -124,8 +124,7 @@ class ObjectCache:
 
     def trials_of(self, sweep: str) -> list[tuple[str, StoredJob]]:
         """Return names and QLoRAJobs that a QLoRASweep controls, by its UID."""
-        found = ((key[1], self._known[key].job) for key in self._trials.get(sweep, ()) if key in self._known)
-        return [(name, job) for name, job in found if job and job.sweep and job.sweep.uid == sweep]
+        return [(key[1], job) for key in self._trials.get(sweep, ()) if (job := self._known[key].job)]
 
     def _index_trial(self, key: Key, before: StoredJob | None, after: StoredJob | None) -> None:
         """Note which sweep controls a job, and tell those that it concerns."""
@@ -244,10 +243,8 @@ class ObjectCache:
             known.made[snapshot.uid] = (snapshot.owner, snapshot.attempt)
             if before is None:
                 known.pods_refused = ""  # said of an earlier attempt's
-        news = before != snapshot and (
-            isinstance(snapshot, ObservedJob) or known.owns(snapshot)
-        )  # whatever their versions
-        return key if news else None
+        is_own = isinstance(snapshot, ObservedJob) or known.owns(snapshot)
+        return key if is_own and before != snapshot else None  # whatever their versions
 
     def drop_child(self, body: Mapping[str, Any]) -> Key:
         key = key_of_child(body)
