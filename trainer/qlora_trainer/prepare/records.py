@@ -298,11 +298,7 @@ def _tasks_identity(spec: QLoRAJobSpec) -> dict[str, Any]:
     """Name what the tasks follow from; datasets of the Hub, which change seldom, stay those of the first Prepare."""
     assert spec.evaluate is not None
     folder = spec.evaluate.folder
-    return {
-        "spec": spec.evaluate.to_json_dict(),
-        "folder": definitions_identity(folder) if folder else None,
-        "tokens": [spec.dataset.max_length, spec.dataset.packing],
-    }
+    return {"spec": spec.evaluate.to_json_dict(), "folder": definitions_identity(folder) if folder else None}
 
 
 def _identity(source: str, field: str) -> str:
