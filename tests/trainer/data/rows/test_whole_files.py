@@ -72,6 +72,15 @@ def test_parquet_files_one_after_another_are_refused(tmp_path, read_rows, indexe
             read_rows(joined)
 
 
+def test_of_several_files_the_one_that_is_damaged_is_named(tmp_path, read_rows):
+    for name in ("a", "b", "c"):
+        pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / f"{name}.parquet")
+    whole = (tmp_path / "b.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(whole[:-6])
+    with pytest.raises(UserError, match=r"Parquet: b\.parquet: is damaged"):
+        read_rows(tmp_path)
+
+
 @pytest.mark.parametrize("batches", [0, 1])
 @pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
 def test_arrow_with_dictionaries_compression_or_nothing_in_it_is_read_to_its_end(tmp_path, read_rows, new, batches):

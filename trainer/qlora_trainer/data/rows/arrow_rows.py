@@ -47,7 +47,9 @@ def read_arrow(
         while line := lines.readline(LINE_BYTES):
             what, *rest = _parsed(line, file)
             if what == "problem":
-                row, problem = rest
+                number, row, problem = rest
+                file = files[number]
+                _check(file)  # what has changed meanwhile may look damaged
                 where = f"{file.name}, row {row}" if row else file.name
                 raise RowsError(f"{where}: {problem}")
             if what == "file":

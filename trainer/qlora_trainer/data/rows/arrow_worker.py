@@ -58,7 +58,7 @@ class WorkerLine(StrEnum):
     ROW = "row"
     """number of the row in the file from 1, bytes of the file read so far, cells by column"""
     PROBLEM = "problem"
-    """number of the row or None, what is wrong"""
+    """number of the file from 0, number of the row or None, what is wrong"""
 
 
 class _RowProblemError(Exception):
@@ -69,13 +69,15 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_DATA, (READER_MEMORY_BYTES, READER_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     request = json.loads(sys.stdin.buffer.read())
-    try:
-        for number, (path, device, inode, size) in enumerate(request["files"]):
+    for number, (path, device, inode, size) in enumerate(request["files"]):
+        try:
             _send_file(number, path, (device, inode), size, request["columns"])
-    except _RowProblemError as error:
-        _send(WorkerLine.PROBLEM, *error.args)
-    except Exception as error:  # noqa: BLE001 whatever it is, it is told without the text of a row
-        _send(WorkerLine.PROBLEM, None, _problem(error))
+        except _RowProblemError as error:
+            _send(WorkerLine.PROBLEM, number, *error.args)
+            break
+        except Exception as error:  # noqa: BLE001 whatever it is, it is told without the text of a row
+            _send(WorkerLine.PROBLEM, number, None, _problem(error))
+            break
     sys.stdout.flush()
     return 0
 
