@@ -41,13 +41,13 @@ class Measured:
     base_bytes: int
     hash_seconds: float
     again_seconds: float
-    """Of the second time, when the hashes are remembered."""
+    """Seconds of hashing the same files a second time, with their hashes remembered."""
     merge_seconds: float
     merge_cpu_seconds: float
     peak_bytes: int
     """Resident memory, mapped weight files included."""
     anonymous_bytes: int
-    """Of that at most, what no file stands behind."""
+    """Largest anonymous memory: the part of the resident memory that is not a mapped file."""
     merged_bytes: int
 
     def cells(self) -> list[str]:

@@ -24,7 +24,7 @@ from qlora_trainer.model.dry_run import find_layer_use
 
 HIDDEN, INNER, EXPERTS, LAYERS = 2048, 6144, 8, 2
 BLOCK = 128
-"""Of FP8, in both directions, as DeepSeek and Qwen publish it."""
+"""Block size of FP8 weights in both directions, as DeepSeek and Qwen publish them."""
 SAMPLE_SECONDS = 0.005
 SIZES = {
     "vocab_size": 1024,

@@ -51,7 +51,8 @@ class VariantRun:
     tokens_per_second: float
     """Over all ranks, warm-up left out."""
     tokens_per_cpu_second: float
-    """Of rank 0's processor time, which others on the machine do not lengthen; waiting for other ranks is not in it."""
+    """Tokens per second of rank 0's processor time: neither other processes on the machine nor the wait for other ranks
+    counts."""
 
 
 Runs = dict[str, list[VariantRun]]

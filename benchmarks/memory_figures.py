@@ -37,7 +37,8 @@ from memory_gpu_cases import change_of
 from memory_gpu_cases import run_of as run_of_case
 
 MEASURED = Path(__file__).parent / "measured" / "h200-memory.json"
-"""What ``gpu/bench_memory_gpu.py`` saw: of each case PyTorch's peak, and what the GPU had given."""
+"""Measurements of ``gpu/bench_memory_gpu.py``: for each case PyTorch's peak and the memory that the GPU had
+allocated."""
 PAGE = Path(__file__).parent.parent / "docs" / "explanation" / "memory.md"
 
 LLAMA_8B: dict[str, Any] = {

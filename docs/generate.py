@@ -64,7 +64,7 @@ DECIDED = {
     Reason.SUSPENDED: "another attempt once the job is resumed; not counted",
     Reason.DEADLINE_EXCEEDED: "the job fails",
 }
-"""What follows ends that have no exit code, because the operator decides them."""
+"""Consequences of the ends that the operator decides, which have no exit code."""
 
 
 def generated() -> dict[Path, str]:

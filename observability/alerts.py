@@ -13,7 +13,7 @@ from typing import Any, Literal
 SILENT_SECONDS = 600
 """A batch that takes longer than this is no batch."""
 RECENT_SECONDS = 3600
-"""How long an end is worth an alert."""
+"""Age up to which the end of an attempt raises an alert."""
 STARVED = 0.2
 """Share of time that ranks wait for rows."""
 NEAR = 0.9
@@ -34,12 +34,12 @@ class Alert:
     name: str
     expr: str
     lasts: str
-    """How long it must hold, as Prometheus writes durations."""
+    """Time for which the expression must hold before the alert fires, as a Prometheus duration."""
     severity: Literal["critical", "warning"]
     summary: str
-    """Which job, what; with Prometheus' templates."""
+    """Sentence that names the job and the problem, with Prometheus' templates."""
     description: str
-    """What it means in one sentence, and the first thing to do."""
+    """Meaning of the alert in one sentence, and the first thing to do."""
 
     def rule(self) -> dict[str, Any]:
         return {

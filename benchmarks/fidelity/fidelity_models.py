@@ -137,7 +137,7 @@ class Packing:
     largest: float
     mean: float
     mean_with_leak: float
-    """What the mean would be if rows saw each other."""
+    """Mean difference if rows could attend to each other, for comparison."""
 
 
 def packing_difference(base: Path, compute: str, checkpoint: Path, data: PreparedData) -> Packing:

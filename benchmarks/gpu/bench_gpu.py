@@ -27,7 +27,7 @@ from qlora_memory import AdapterShape, Gpu, flop_per_token, gpu_of_device, model
 
 LENGTH = 4096
 TOKENS = 8192
-"""Of a step: enough to hide the dequantization."""
+"""Tokens of a step: enough that the time of the dequantization does not show."""
 WARM_UP, STEPS = 2, 5
 SEED = 42
 LLAMA_8B: dict[str, Any] = {

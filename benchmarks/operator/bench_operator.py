@@ -114,7 +114,7 @@ PREPARED = {
 
 
 TRIALS = 20
-"""Of a sweep, two at a time."""
+"""Trials of the sweep, of which two run at a time."""
 
 
 @dataclass
@@ -138,7 +138,7 @@ class Load:
     others_cpu: float
     """CPU seconds of everything else on the machine."""
     memory_peak_mb: float
-    """Of the operator, since it started."""
+    """Peak memory of the operator since it started."""
     memory_after_mb: float
 
 

@@ -36,9 +36,9 @@ class Recipe:
     length: int = 256
     warmup: int = 20
     matrix_rate: float = 0.04
-    """Of Muon, for the layers' matrices."""
+    """Learning rate of Muon, which trains the layers' matrices."""
     embedding_rate: float = 5e-3
-    """Of AdamW, for the embedding and the norms."""
+    """Learning rate of AdamW, which trains the embedding and the norms."""
     seed: int = 0
 
 

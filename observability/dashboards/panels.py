@@ -36,7 +36,7 @@ class Query:
     expr: str
     legend: str = ""
     dashed: bool = False
-    """What is predicted or allowed, beside what is measured."""
+    """True for a predicted or allowed value, which is drawn beside the measured one."""
 
 
 def lines(

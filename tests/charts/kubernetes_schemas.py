@@ -17,13 +17,14 @@ from services.tools import KUBE_APISERVER
 
 Schema = dict[str, Any]
 LOCATION = "{{.Group}}-{{.ResourceAPIVersion}}-{{.ResourceKind}}.json"
-"""How kubeconform finds a schema. Kinds are in lower case; the core group has no name and gets the version's."""
+"""Template by which kubeconform finds a schema. Kinds are in lower case; the core group has no name and gets the
+version's."""
 REFERENCE = "#/definitions/"
 NUMBERS_TOO = {
     "io.k8s.apimachinery.pkg.util.intstr.IntOrString": "integer",
     "io.k8s.apimachinery.pkg.api.resource.Quantity": "number",
 }
-"""What the document calls a string, and what else the API server takes."""
+"""Types that the OpenAPI document calls strings, with the other JSON type that the API server accepts for each."""
 
 
 def kubernetes_schemas() -> Path:

@@ -46,7 +46,7 @@ ENDS = {
 PROGRESS = ("step", "totalSteps", "epoch", "loss", "evalLoss", "bestEvalLoss")
 STEPS = 20
 TOKENS = 12345
-"""Of all steps, which no progress report has told."""
+"""Tokens of all steps: a number that no progress report contains."""
 MEMORY = {"measured": {"peak": 3 << 30, "quantizedWeights": 1 << 30, "adapterWeights": 20 << 20}}
 
 

@@ -34,7 +34,7 @@ class Block:
     line: int
     language: str
     words: tuple[str, ...]
-    """Of the info string, behind the language."""
+    """Words of the info string after the language."""
     text: str
 
     @property

@@ -18,7 +18,7 @@ RUN_SECONDS = PATIENCE_SECONDS
 class Outcome:
     code: int
     output: str
-    """Of stdout and stderr together."""
+    """Text of stdout and stderr together."""
 
 
 def run(root: Path, environment: list[str], command: list[str], bundle: Path) -> Outcome:

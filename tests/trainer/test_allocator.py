@@ -29,7 +29,7 @@ def churn():
 PAGES_OF_ONE_STEP = 3 * (48 << 20) // os.sysconf("SC_PAGE_SIZE")
 
 PAGES_OF_LOGITS = 8 * 256 * 4096 * 4 // os.sysconf("SC_PAGE_SIZE")
-"""Of a step of the quickstart's base."""
+"""Memory pages of the logits in one step of the quickstart's base."""
 
 
 def faults(code, *arguments, **environment):

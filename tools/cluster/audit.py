@@ -28,7 +28,7 @@ class Request:
     code: int
     """HTTP status of the answer."""
     at: datetime
-    """When it arrived."""
+    """Time at which the request arrived."""
 
     @property
     def is_write(self) -> bool:

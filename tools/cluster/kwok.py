@@ -37,7 +37,7 @@ PREFIX = "test.qlora.dev/"
 LEASE_SECONDS = 40
 """As a kubelet's."""
 CPUS, MEMORY, DISK, PODS = "128", "1Ti", "10Ti", "110"
-"""Of a fake node, as an 8-GPU machine's."""
+"""Capacity of a fake node, which is that of an 8-GPU machine."""
 
 
 class Kwok:

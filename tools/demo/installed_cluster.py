@@ -48,7 +48,8 @@ TRAINER = {
     "ephemeralStorage": "1Gi",
     "env": [{"name": "OMP_NUM_THREADS", "value": "1"}],
 }
-"""Of a rank on this machine: two of them and Prepare share two cores, and threads that spin would take them all."""
+"""Resources of a rank on this machine: two ranks and Prepare share two cores, and threads that spin would take all of
+both."""
 
 
 class InstalledCluster:

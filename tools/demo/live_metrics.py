@@ -39,13 +39,14 @@ RULES = REPOSITORY / "charts" / "qlora-operator" / "files" / "alerts.yaml"
 NAME, TEAM, OTHERS = "answers", "team-a", "team-b"
 POD = f"{NAME}-1-0"
 ADDRESS = f"127.{os.getpid() % 200 + 10}.9.4"
-"""Of the job's pod: where the training serves, so that the operator reads its progress as it reads a pod's."""
+"""Address of the job's pod, on which the training serves its progress, so that the operator reads it as from a real
+pod."""
 LEARNED = "learned-memory"
 STEPS = 240
 EVALUATION_STEPS = 8
 SCRAPE_SECONDS = 1
 SEEN_SECONDS = 25
-"""Of steps that are scraped: rates over 15 s have something to say then."""
+"""Seconds of steps that are scraped: enough for rates over 15 s."""
 WAIT_SECONDS = PATIENCE_SECONDS
 GIB = 1 << 30
 GPU_SERIES = {
@@ -57,7 +58,7 @@ GPU_SERIES = {
     "qlora_gpu_memory_total_bytes": 79.1 * GIB,
     'qlora_memory_predicted_bytes{component="peak"}': 22.7 * GIB,
 }
-"""What a rank on a GPU would say besides."""
+"""Metrics that only a rank on a GPU has."""
 
 
 def word(code: int, reason: str, message: str, **more: object) -> str:
@@ -83,7 +84,7 @@ OTHER_JOBS: Mapping[str, tuple[dict[str, object], int | None]] = {
     "rejected": (ends(48, "AdapterRejected", "B is all zero"), None),
     "waits": ({}, None),
 }
-"""What pods of each job do, and in which attempt (None: in all)."""
+"""Behaviour of each job's pods, and the attempt in which they show it (None: all attempts)."""
 GROUPS: Mapping[str, dict[str, Any]] = {
     "waits": {"parallelism": {"gpusPerWorker": 16}},
     "large": {"policy": {"maxRestarts": 8, "activeDeadlineSeconds": 7200}},
@@ -234,7 +235,7 @@ class _Training:
             "checkpoint": {"everySteps": EVALUATION_STEPS},
             "parallelism": {"gpusPerWorker": 2},
         }
-        """Of its spec, as far as the QLoRAJob in the cluster has them too."""
+        """Groups of the training's spec that are also in the QLoRAJob in the cluster."""
         self._ports = folder / "ports"
         self._process: subprocess.Popen[bytes] | None = None
         self._last = 0.0

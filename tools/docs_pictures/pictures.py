@@ -38,11 +38,11 @@ DASHBOARDS = REPOSITORY / "charts" / "qlora-operator" / "dashboards"
 PROGRAMS = Path(sys.executable).parent
 SEEN_SECONDS = 150
 STEPS = 1500
-"""Of a training that takes longer than that."""
+"""Steps of the training, which takes longer than ``SEEN_SECONDS``."""
 A4 = 688
 """Pixels of a page between its margins."""
 POINTS = 80
-"""Of a curve."""
+"""Number of points on a curve."""
 SHOWN: dict[str, tuple[str, ...]] = {
     "fleet": (
         *("Now", "GPUs held", "GPUs waiting", "Running jobs", "Longest wait", "Effective GPU time", "Cost"),
@@ -59,7 +59,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
 """Dashboards, and the panels and rows of each."""
 WIDTH = re.compile(r'<svg[^>]* width="([0-9.]+)"')
 PAGES = ("index", "tutorials/first-run", "guides/monitoring", "reference/command-line")
-"""Of the site."""
+"""Pages of the documentation site of which pictures are taken."""
 PROMPTS = ("def read_text(self, encoding):", "def is_valid(self, name):", "class ServerError(Exception):")
 
 

@@ -12,7 +12,7 @@ from docs_pictures.grafana_units import in_words
 
 COLOURS = 8
 MOST_LEGEND = 0.4
-"""Of an area's height."""
+"""Largest share of a plot's height that its legend may take."""
 AXIS, TIMES, LINE, LETTER = 56, 18, 16, 6.9
 """Pixels: the axis' texts, the times below, a line of the legend, one letter."""
 TIME_APART = 84

@@ -43,7 +43,7 @@ font-size: {char_height}px; line-height: {line_height}px}}
 </svg>
 """
 _LAST_SCREEN = "\x1b[?1049l"
-"""How a full-screen program gives the terminal back."""
+"""Control sequence with which a full-screen program leaves the alternate screen."""
 _MOVES = re.compile(r"\x1b\[[0-9;?]*[A-LN-Za-ln-z]")
 """All that a terminal is told but colours."""
 

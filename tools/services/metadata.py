@@ -26,7 +26,7 @@ class MetadataService:
     asked: list[str] = field(default_factory=list)
     """Paths of requests for credentials."""
     signed: list[bool] = field(default_factory=list)
-    """Of each request for an object: whether it had an Authorization header."""
+    """For each request for an object: True if it had an Authorization header."""
 
     def answer(self, path: str) -> tuple[int, str]:
         keys = {"AccessKeyId": self.access_key, "SecretAccessKey": self.secret_key, "Expiration": EXPIRES}

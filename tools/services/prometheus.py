@@ -24,7 +24,7 @@ READY_SECONDS = PATIENCE_SECONDS
 PROMTOOL_SECONDS = PATIENCE_SECONDS
 POLL_SECONDS = 0.05
 SCRAPE_INTERVAL = "200ms"
-"""Where a scrape configuration names none, and between evaluations of rules."""
+"""Interval of scrapes for which the configuration sets none, and of the evaluation of rules."""
 
 
 class PromtoolError(Exception):

@@ -18,7 +18,7 @@ KEPT_BLOCK_BYTES = (1 << 30, 32 << 20)
 Activations and chunks of logits (128 MiB) are smaller. glibc before 2.35 takes no more than 32 MiB."""
 THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
 NEVER = -1
-"""Of M_TRIM_THRESHOLD: the end of the heap is not given back."""
+"""Value of M_TRIM_THRESHOLD with which the end of the heap is never given back."""
 
 
 def keep_freed_memory() -> bool:

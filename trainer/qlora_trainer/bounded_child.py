@@ -32,9 +32,9 @@ class ChildBounds:
     """The limits of a child."""
 
     seconds: int = 10
-    """Of processor time for each call, starting the child included."""
+    """Processor time of each call, including the start of the child."""
     memory_bytes: int = 1 << 30
-    """Of address space."""
+    """Size of the address space."""
 
 
 class BoundExceededError(Exception):

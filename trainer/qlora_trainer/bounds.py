@@ -13,7 +13,7 @@ from pathlib import Path
 from qlora_trainer.liveness.cgroup import MemoryCgroup
 
 RESERVE_BYTES = 512 << 20
-"""Of what the container may have, for everything else that grows meanwhile."""
+"""Memory of the container that is kept free for everything else that grows meanwhile."""
 LEAST_BYTES = 512 << 20
 """Given in any case: threads' stacks count before they are used."""
 
@@ -23,7 +23,7 @@ class Bounds:
     """Limits of one call of a tokenizer, or of another piece of work; the system ends a process that takes more."""
 
     seconds: float = 300.0
-    """Of processor time, of all threads. A batch of rows of a MiB takes seconds, the largest row a minute."""
+    """Processor time of all threads. A batch of rows of a MiB takes seconds, the largest row a minute."""
     memory_bytes: int = 8 << 30
     """Beyond what the process has, and no more than its container has left. A tokenizer takes a hundred times the
     text's size; a row has 16 MiB at most."""

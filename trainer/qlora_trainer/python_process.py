@@ -7,7 +7,7 @@ import os
 import sys
 
 KEPT_VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "HOME", "TMPDIR", "LANG")
-"""Of the environment, for a process without credentials."""
+"""Environment variables that a process without credentials keeps."""
 _PR_SET_DUMPABLE = 4
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from qlora_trainer.liveness.heartbeat import Heartbeat, Section
 
 GATHER_BYTES = 2**20
-"""Of one rank's value."""
+"""Maximum size of the value that each rank contributes to :meth:`Ranks.gather`."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Ranks:
     world_size: int
     device: torch.device
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
-    """Where this process says what it does."""
+    """Heartbeat on which this process reports its current section."""
 
     @property
     def is_first(self) -> bool:

@@ -40,8 +40,8 @@ ALLOWED = (
 )
 NOTE_SUFFIXES = (".md", ".rst", ".py", ".yaml", ".yml")
 NOTE_NAMES = re.compile(r"(readme|license|licence|notice|copying|changelog)(\..*)?")
-"""What people leave beside rows, unless its suffix is that of rows; with it, all that begins with a dot or an
-underscore (Spark's markers)."""
+"""Names of files without rows that people leave beside rows, unless their suffix is that of rows. Names that begin with
+a dot or an underscore (Spark's markers) count as such notes too."""
 HUB_NOTE = re.compile(r"dataset_infos?\.json")
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -83,13 +83,13 @@ class Selection:
 
     kind: Kind
     rows: tuple[str, ...]
-    """Of ``SAVED``, all files that may hold rows, and those that say which do."""
+    """Files with rows; for ``SAVED`` all files that may have rows, and those that say which do."""
     notes: tuple[str, ...] = ()
     """Not read: no rows."""
     other_splits: tuple[str, ...] = ()
     """Not read: rows of another split, or of none where others name the wanted one."""
     folder: str = ""
-    """Of ``SAVED``, the dataset's."""
+    """Folder of the dataset, for ``SAVED``."""
 
     def unread(self) -> str:
         """Name the files that are not read and why; empty where all are."""

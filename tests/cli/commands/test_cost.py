@@ -18,7 +18,7 @@ JOBS, MINUTE = 200, 60
 EVENTS = JOBS * MINUTE // 15
 """In a minute: the operator writes a running job's status every 15 s."""
 CALLS = 6_000_000
-"""Of Python and C functions; 4.2 million were counted."""
+"""Maximum number of calls of Python and C functions; 4.2 million were counted."""
 
 
 def test_a_minute_of_watching_200_jobs_takes_a_bounded_number_of_calls():

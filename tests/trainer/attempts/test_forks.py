@@ -38,7 +38,7 @@ tasks = [task for task in Path(f"/proc/{server}/task").iterdir() if task.name !=
 print("torch" in sys.modules, "peft" in sys.modules, {(task / "comm").read_text().strip() for task in tasks})
 """
 HARMLESS_THREADS = {"jemalloc_bg_thd"}
-"""Of pyarrow's allocator, which prepares for forks by itself."""
+"""Threads of pyarrow's allocator, which prepares for forks by itself."""
 SLEEPS = "import signal; print('ready', flush=True); signal.pause()"
 FAILS = "raise OSError('no more')"
 

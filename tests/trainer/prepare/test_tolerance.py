@@ -39,7 +39,7 @@ SHARES = {
     "eval_in_train": 0.5,
     "left_out": 0.3,
 }
-"""Of 50 rows read, which gave 100 examples, 80 for training, 10 for evaluation."""
+"""Shares of RECEIPT: 50 rows were read and gave 100 examples, 80 for training and 10 for evaluation."""
 
 
 @pytest.mark.parametrize(("name", "share"), SHARES.items())

@@ -76,7 +76,7 @@ def loss_of(model):
 
 
 TIED = pytest.mark.filterwarnings("ignore:Model (has|with) .tie_word_embeddings:UserWarning")
-"""What PEFT says of an adapted head that is tied; merging unties it."""
+"""Filter for PEFT's warning about an adapter on a tied head; merging unties the head."""
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ COLLECTIONS = {
 }
 
 WATCH_SECONDS, PAUSE_SECONDS = 3, 0.05
-"""Of one watch, and before the next."""
+"""Duration of one watch, and the pause before the next one."""
 
 
 class History:

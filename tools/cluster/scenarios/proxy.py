@@ -58,13 +58,13 @@ class Call:
     """One request of the client's."""
 
     number: int
-    """Of the mutating calls, from 1; 0 for reads."""
+    """Number of this call among the mutating ones, from 1; 0 for reads."""
     method: str
     path: str
     """Without the query."""
     user_agent: str
     at: float
-    """When it arrived, by ``time.monotonic``."""
+    """Time at which the call arrived, by ``time.monotonic``."""
     watch: bool = False
     body: dict[str, Any] = field(default_factory=dict)
 

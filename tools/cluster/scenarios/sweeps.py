@@ -101,7 +101,7 @@ def trials_pause_first(api: Api, namespace: str, everywhere: Mapping[str, str] |
 # --------------------------------------------------------------------------------------------------------- a whole life
 
 LIFE_LABELS = {"test.qlora.dev/script": "whole-sweep"}
-"""Of namespaces in which pods do what this life needs."""
+"""Labels of namespaces in which pods play the parts that this scenario needs."""
 STEP_SECONDS = 60
 
 

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from cluster.scenarios.proxy import Call
 
 NAMESPACE_LABELS = {"test.qlora.dev/script": "whole-life"}
-"""Of namespaces in which pods do what this life needs."""
+"""Labels of namespaces in which pods play the parts that this scenario needs."""
 SETTINGS = {"prepare": {"enabled": True}}
-"""Of the operator."""
+"""Settings of the operator."""
 WORKERS = 2
 STEP_SECONDS = 60
 ADAPTER = {

@@ -30,7 +30,8 @@ IGNORED = -100
 """The label that torch's and liger's cross entropy leave out by default."""
 
 DUMMY_TOKENS = 16
-"""Of the row that fills an empty slot; more than one, since bitsandbytes takes another path for a single token."""
+"""Tokens of the row that fills an empty slot; more than one, since bitsandbytes takes another path for a single
+token."""
 
 
 @dataclass(frozen=True)

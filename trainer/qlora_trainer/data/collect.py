@@ -66,7 +66,7 @@ class Split:
     writer: RowWriter
     seen: Identities = field(default_factory=Identities)
     prompts: Identities = field(default_factory=Identities)
-    """What stands before the first token that counts, where anything does."""
+    """Tokens before the first target token of each row that has such a prompt."""
 
     @property
     def duplicates(self) -> int:

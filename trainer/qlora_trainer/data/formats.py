@@ -84,7 +84,7 @@ class EncodedRow:
     tools: bool = False
     """There are tools, and the chat template writes them."""
     remarks: tuple[str, ...] = ()
-    """What a person should know of the row; see :mod:`qlora_trainer.data.rows.remarks`."""
+    """Remarks on the row for its author; see :mod:`qlora_trainer.data.rows.remarks`."""
 
 
 def needed_columns(dataset: DatasetSpec) -> tuple[dict[str, str], tuple[str, ...]]:

@@ -42,7 +42,7 @@ class CodeFinder:
     table: torch.Tensor
     """Codes in [-1, 1], ascending."""
     middles: torch.Tensor
-    """Of neighbouring codes, and infinity."""
+    """Midpoints between neighbouring codes, then infinity."""
     first: torch.Tensor
     """For each step of a grid over [-1, 1] the first code that can be the nearest one there; it or the next is."""
 

@@ -75,7 +75,7 @@ class Beat:
     """``time.monotonic()``, which the processes of one machine share."""
     section: Section
     around: Section
-    """Of a collective: what the rank did when it came to it. Else the section itself."""
+    """For a collective, the section that the rank was in when it began; otherwise the section itself."""
     pid: int
     """0 before the rank's process has begun."""
     step: int
@@ -103,13 +103,13 @@ class Heartbeat:
     def __init__(self, path: Path | None = None) -> None:
         self.step = 0
         self.wall = time.time()
-        """When the last sign was given, in seconds since 1970."""
+        """Time of the last heartbeat, in seconds since 1970."""
         self.section = self._around = Section.LOAD
         self._since = time.monotonic()
         self._spent: dict[tuple[Section, Section], float] = {}
         """Seconds by section and the section around it, before this one."""
         self._lock = Lock()
-        """Of the clock: a reader never sees a section's time go back."""
+        """Guards the clock, so that no reader sees the time of a section decrease."""
         self._page: mmap.mmap | bytearray = bytearray(_FORMAT.size)
         if path is not None:
             with path.open("r+b") as file:

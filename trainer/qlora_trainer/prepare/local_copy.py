@@ -30,9 +30,9 @@ class Prepared:
     model_revision: str
     data_dir: Path
     shape: ModelShape | None
-    """Of the base, as it was planned; None where it could not be made out."""
+    """Shape of the base for which memory was planned; None where it could not be determined."""
     tasks_dir: Path | None = None
-    """Of the tasks of spec.evaluate; None without them."""
+    """Folder of the tasks of spec.evaluate; None without tasks."""
 
     @staticmethod
     def path(config: TrainerConfig) -> Path:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 SAMPLES = 3
 SAMPLE_TOKENS = 512
-"""Of a longer row only the beginning and the end are shown, half of this each."""
+"""Tokens of a sample row: of a longer row the receipt shows the beginning and the end, half of the tokens each."""
 
 COUNTED = "⟦", "⟧"
 

@@ -66,9 +66,10 @@ class Record(Model):
     model_revision: str
     receipt: PrepareReceipt
     shape: ModelShape | None
-    """Of the base: what the plan of a job on another GPU, or on more of them, is made from."""
+    """Shape of the base, from which the memory of a job on another GPU, or on more of them, is planned."""
     files_sha256: Hex | None = None
-    """Of the list of the rows' files in a shared cache: these rows, and no others of their name."""
+    """Hash of the list of the rows' files in a shared cache, so that other rows under the same name are not
+    accepted."""
     tasks_hash: Hex | None = None
     """Name of the prepared tasks of spec.evaluate, beside the rows."""
     tasks_files_sha256: Hex | None = None
@@ -97,7 +98,8 @@ class Records:
         shared = config.shared_cache_uri
         destination = config.spec.output.destination.rstrip("/")
         self._is_own = shared is not None and shared.startswith(f"{destination}/")
-        """Whether no other job is meant to use the cache, so that a record of another's making is nobody's."""
+        """True if the shared cache is inside the job's destination: no other job should use it, so a record must be
+        signed with this run's key."""
         self._store = open_store(shared, FIELD) if shared else open_store(config.cache_dir, "the cache")
 
     @property

@@ -29,7 +29,7 @@ class Stage(StrEnum):
 
 
 BOUNDS = {Stage.MODEL: Bounds(seconds=600.0), Stage.TRIAL: Bounds(seconds=60.0, memory_bytes=2 << 30)}
-"""Of each stage. A large base is built in seconds; a toy takes one or two seconds and 200 MiB."""
+"""Bounds of each stage. A large base is built in seconds; a toy takes one or two seconds and 200 MiB."""
 
 
 @contextmanager

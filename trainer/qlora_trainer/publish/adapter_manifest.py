@@ -44,16 +44,16 @@ class PublishFacts:
     tokens: int
     """Real tokens trained on, over all ranks and attempts."""
     base_eval_loss: float | None
-    """Of the base, before the first step. Nats per token."""
+    """Evaluation loss of the base, before the first step, in nats per token."""
     eval_loss: float | None
-    """Of what is published."""
+    """Evaluation loss of the published adapter, in nats per token."""
     quantized: str = ""
-    """How much of the base is quantized, in words; empty where it was not counted."""
+    """Part of the base that is quantized, as text; empty where it was not counted."""
     adapted: str = ""
     """Which layers have an adapter, in words."""
     adapts_experts: bool = False
     tasks: tuple[TaskResult, ...] = ()
-    """What base and adapter reached in the tasks of spec.evaluate."""
+    """Results of the base and of the adapter in the tasks of spec.evaluate."""
 
 
 class BaseModelRef(Model):

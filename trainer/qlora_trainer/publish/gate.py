@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 MERGED_SHARE, MERGED_NATS = 0.01, 0.01
-"""How much larger a merged model's loss may be. Rounding made 0.001 % of it (docs/fidelity.md)."""
+"""Allowed increase of a merged model's loss, relative and in nats. Rounding increased it by 0.001 %
+(docs/fidelity.md)."""
 _PART = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(\.weight)?$")
 
 

@@ -35,14 +35,14 @@ WRAPPED = {
     "language_model.model.": "language_model.model.",
     "model.text_model.": "model.text_model.",
 }
-"""Where transformers' classes have the language model, and vLLM's: ``gemma3_mm.py``, ``gemma3n_mm.py``,
-``gemma4_mm.py``, ``glm4_1v.py``, ``llava.py``, ``mistral3.py``, ``qwen2_vl.py``, ``qwen2_5_vl.py`` and ``qwen3_vl.py``
-(with Qwen 3.5) for the first; ``mllama4.py``; ``idefics3.py``."""
+"""Prefix of the language model's modules in transformers, with vLLM's. The first is in ``gemma3_mm.py``,
+``gemma3n_mm.py``, ``gemma4_mm.py``, ``glm4_1v.py``, ``llava.py``, ``mistral3.py``, ``qwen2_vl.py``, ``qwen2_5_vl.py``
+and ``qwen3_vl.py`` (with Qwen 3.5); the second in ``mllama4.py``; the third in ``idefics3.py``."""
 HEAD = "lm_head"
 REQUIRED = ("r", "lora_alpha", "target_modules")
 _WEIGHT = re.compile(r"^base_model\.model\.(?P<layer>.+)\.lora_[AB]\.weight$")
 _WRAPPED = re.compile(r"(\.base_layer)+$")
-"""What PEFT adds to a module's name for each further parameter of it."""
+"""Suffix that PEFT adds to a module's name for each further parameter of that module."""
 _MAGNITUDE = re.compile(r"\.lora_magnitude_vector(\.weight)?$")
 _TOKENS = re.compile(r"\.token_adapter\.trainable_tokens_delta$")
 _BIAS = re.compile(r"^base_model\.model\..+\.bias$")

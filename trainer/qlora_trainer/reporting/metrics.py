@@ -59,7 +59,7 @@ class MetricsRecorder:
         self._labels = (config.job.name, config.job.namespace, str(ranks.rank))
         on_gpu = ranks.device.type == "cuda"
         self.device = torch.cuda.get_device_name(ranks.device) if on_gpu else "CPU"
-        """What the rank computes on, as the driver calls it."""
+        """Name of the rank's device, as the driver gives it."""
         self._metrics = {
             m.name: _make(m, self.registry) for m in TRAINER.values() if m.name != _SECTIONS and (on_gpu or not m.gpu)
         }

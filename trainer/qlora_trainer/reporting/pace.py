@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from qlora_trainer.ranks import Ranks
 
 OWN = (Section.DATA, Section.FORWARD, Section.BACKWARD, Section.OPTIMIZER)
-"""What a rank does by itself in a step. On a GPU its kernels' time is not in it: the host only hands them over."""
+"""Sections of a step in which a rank works on its own. On a GPU the time of its kernels is not included, since the host
+only launches them."""
 
 
 class Pace:

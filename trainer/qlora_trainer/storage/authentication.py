@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qlora_api.contract import TrainerConfig
 
 MINIMUM_BYTES = 32
-"""Of a key: as long as SHA-256's output (RFC 2104, section 3)."""
+"""Minimum size of a key: that of SHA-256's output (RFC 2104, section 3)."""
 MAXIMUM_BYTES = 4096
 M = TypeVar("M", bound=Model)
 
@@ -32,7 +32,7 @@ class Authenticator:
     key: bytes | None = field(repr=False)
     """None: the run was started without one; nothing is signed, and nothing can be checked."""
     accepts_unsigned: bool = False
-    """Whether data without a signature counts: of a run that began before runs had keys."""
+    """True if data without a signature is accepted, as for a run that began before runs had keys."""
 
     @classmethod
     def of(cls, config: TrainerConfig) -> Authenticator:
@@ -87,7 +87,7 @@ class Authenticator:
 
 
 UNAUTHENTICATED = Authenticator(None, accepts_unsigned=True)
-"""Of a run without a key."""
+"""Authenticator of a run without a key."""
 
 
 def canonical(body: dict[str, Any]) -> bytes:

@@ -53,7 +53,7 @@ NAMES_A_FILE = re.compile(r"(^|_)(files?|dir|directory|path|spm)$|^(vocab|merges
 NAMES_CODE = re.compile(r"^_?(attn|experts)_implementation(_internal)?$|^(fusion_config|kernel_config|use_kernels)$")
 """Keys that choose what a base is computed with, kernels of the Hub among it: that is for the trainer to choose."""
 NO_FILE = re.compile(r"name_or_path$")
-"""Where a model came from, in words. transformers replaces it by the folder."""
+"""Keys that say where a model came from, as text for people. transformers replaces their value by the folder."""
 HASHES_AT_ONCE = 8
 """Files; of one, SHA-256 takes 0.5 to 2 GB/s."""
 LONG_BYTES = 1 << 30

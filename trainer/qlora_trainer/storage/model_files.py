@@ -33,12 +33,13 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 SINGLE_WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 16 << 20
-"""Of a configuration; those of published models have less than 1 MB, mostly in a list of special tokens."""
+"""Maximum size of a configuration; those of published models have less than 1 MB, mostly in a list of special
+tokens."""
 MAX_TOKENIZER_BYTES = 64 << 20
-"""Of a tokenizer's file; the largest published ones have about 40 MB."""
+"""Maximum size of a tokenizer's file; the largest published ones have about 40 MB."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 CONFIGURATIONS = (CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.json")
-"""What transformers takes arguments from, by their names."""
+"""Files from which transformers takes arguments by name."""
 OTHER_WEIGHTS = "transformers_weights"
 """A key of config.json: the file that transformers loads in place of the usual ones, pickled or not."""
 VOCABULARIES = (
@@ -67,7 +68,7 @@ TOKENIZER_FILES = (
     TOOL_TEMPLATE,
 )
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-"""Of a base that takes images or sound: never read here, and published with a merged model."""
+"""Files of a base that takes images or sound: never read here, and published with a merged model."""
 CONVERT = (
     "convert it once with AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), and the tokenizer "
     "likewise"

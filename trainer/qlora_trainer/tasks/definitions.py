@@ -14,7 +14,7 @@ import yaml
 from qlora_trainer.tasks.order import ANSWER_TYPES
 
 MOST_BYTES = 1 << 20
-"""Of one definition."""
+"""Maximum size of one definition."""
 FILE_FORMATS = ("json", "csv", "parquet", "arrow", "text")
 """Values of ``dataset_path`` for rows in the folder; others name a dataset of the Hub."""
 SETTINGS = frozenset(

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 PROCESSOR_SECONDS = 3600
 MOST_DOCUMENT_BYTES = 256 << 20
-"""Of the rows of one task."""
+"""Maximum size of the rows of one task."""
 MOST_REQUESTS = 1_000_000
 BOOTSTRAP_ITERATIONS = 1000
 """For standard errors of metrics that have no formula of their own."""

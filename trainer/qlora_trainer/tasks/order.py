@@ -53,4 +53,4 @@ class HarnessResult(BaseModel):
     """(context, continuation), each once: how likely is the second after the first?"""
     task: str = ""
     problem: str = ""
-    """Why ``task`` cannot be asked, as the end of a sentence about it; empty where all is well."""
+    """Reason for which ``task`` cannot be evaluated, as the end of a sentence about it; empty if there is none."""

@@ -46,9 +46,9 @@ class TasksPrepared:
     """The prepared tasks."""
 
     name: str
-    """Of their folder: a hash of its content."""
+    """Name of the folder of the tasks: a hash of its content."""
     notes: list[str]
-    """What a person should know of them."""
+    """Notes on the tasks for the author of the job."""
 
 
 def prepare_tasks(spec: EvaluateSpec, folder: Path | None, encoder: Encoder, cache_dir: Path) -> TasksPrepared:

@@ -23,7 +23,7 @@ NETWORK_VARIABLES = (
     *("HF_ENDPOINT", "HF_HUB_OFFLINE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"),
     *(name for upper in ("HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY") for name in (upper, upper.lower())),
 )
-"""How the Hub is reached, where the datasets of public tasks are; no token."""
+"""Environment variables for reaching the Hub, which has the datasets of public tasks; no token."""
 PROGRAM = "qlora_trainer.tasks.harness"
 
 

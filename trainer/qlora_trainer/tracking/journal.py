@@ -93,7 +93,7 @@ class RowReader:
 
     path: Path
     exit_code: int | None = None
-    """Of the attempt, once it has ended."""
+    """Exit code of the attempt; None until it has ended."""
     adapter: str = ""
     """Published by the attempt."""
     attempts: list[Mapping[str, Any]] = field(default_factory=list)

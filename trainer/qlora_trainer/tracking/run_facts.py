@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from qlora_trainer.tracking.journal import StepRow
 
 TRACKED_GROUPS = ("model", "dataset", "quantization", "lora", "training", "parallelism", "output")
-"""Of spec: what may not change while the job runs, and so stays true of all steps."""
+"""Groups of the spec that may not change while the job runs, and so stay true of all steps."""
 ATTEMPT_FIELDS = ("worldSize", "microBatchSize", "gradientAccumulationSteps", "computeType", "device")
-"""Of an attempt's line in the history."""
+"""Fields of an attempt's line in the history."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class RunFacts:
     attempt: int
     sink: TrackingSink
     field: str
-    """Of the sink in the manifest, for messages."""
+    """Path of the sink in the manifest, for messages."""
 
     @classmethod
     def of(cls, config: TrainerConfig, number: int) -> RunFacts:

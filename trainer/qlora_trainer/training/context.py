@@ -63,7 +63,7 @@ class StepMetrics:
     gradient_norm: float
     seconds: float
     data_seconds: float
-    """Of these, waiting for the next rows."""
+    """Part of ``seconds`` spent waiting for the next rows."""
 
 
 @dataclass
@@ -73,7 +73,7 @@ class RunState:
     step: int = 0
     tokens: int = 0
     base_eval_loss: float | None = None
-    """Of the untouched base: B is zero before the first step."""
+    """Loss of the base alone: before the first step B is zero."""
     eval_loss: float | None = None
     best_eval_loss: float | None = None
     evaluations_without_gain: int = 0
@@ -84,9 +84,9 @@ class RunState:
     rows_sha256: str = ""
     """Hash over the rows of all steps so far, in their order: equal where the same rows were seen in the same order."""
     loss_scale: LossScale | None = None
-    """Where the base computes in float16."""
+    """Loss scale, for a base that computes in float16."""
     base_tasks: list[dict[str, Any]] = field(default_factory=list)
-    """What the base reached in the tasks of spec.evaluate: the fields of TaskOutcome."""
+    """Results of the base in the tasks of spec.evaluate, each as the fields of TaskOutcome."""
     clock: CheckpointClock = field(default_factory=CheckpointClock, compare=False)
 
     @property
@@ -132,7 +132,7 @@ class TrainingContext:
     stop: StopFlag
     pace: Pace
     resumes: Checkpoint | None
-    """What the attempt goes on from."""
+    """Checkpoint from which the attempt resumes; None for a fresh start."""
     history: TrainingHistory
 
     @property

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 4
 MOST_TOKENS = 256
-"""Of a row. Merged models are evaluated on the CPU: an 8B model takes about a minute for all rows."""
+"""Maximum number of tokens of a row. Merged models are evaluated on the CPU: an 8B model takes about a minute for all
+rows."""
 
 
 @torch.no_grad()

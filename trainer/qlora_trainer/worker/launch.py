@@ -30,7 +30,7 @@ from qlora_trainer.worker.stop import Stop
 from qlora_trainer.worker.tracking_processes import TrackingProcesses, environment_with, tracking_processes
 
 PEER_SECONDS = 30
-"""When a rank or a worker has failed, the ranks that depend on it get this long to notice before they are killed."""
+"""Time that ranks have to notice the failure of a rank or worker they depend on, before they are killed."""
 WATCH_SECONDS = 1.0
 CACHED_PRIMITIVES = 256
 """oneDNN keeps 1,024 of them, each with memory of its own. The sequences of each step have lengths of their own: memory

@@ -48,7 +48,7 @@ ANSWER_SECONDS = 30
 SILENT_SECONDS = 90.0
 """A launcher does nothing but count and wait: one that does not count for so long is gone, or its node is."""
 LINGER_SECONDS = 10.0
-"""How long worker 0, which holds the store, stays after a failure for the others to read why."""
+"""Time for which worker 0, which holds the store, stays after a failure so that the others can read the cause."""
 log = logging.getLogger(__name__)
 
 
@@ -91,7 +91,7 @@ class Rendezvous:
         self.store_port = store_port
         """On 127.0.0.1, for the ranks of this worker."""
         self._held = held
-        """What serves the store: it is gone when this object is."""
+        """Objects that serve the store, which lives as long as this object."""
         self._others = [i for i in range(place.workers) if i != place.index]
         self._counts: dict[int, tuple[bytes, float]] = {}
         self._count = 0

@@ -39,7 +39,7 @@ MAXIMUM_PENDING = 64
 """Connections at once that have not finished the handshake."""
 CONNECT_SECONDS = 5.0
 DIAL_SECONDS = 30.0
-"""How long a rank's connection is held while worker 0 does not answer."""
+"""Time for which a rank's connection is held while worker 0 does not answer."""
 RETRY_SECONDS = 0.5
 NONCE_BYTES, MAC_BYTES, INDEX_BYTES = 32, 32, 2
 CHUNK_BYTES = 65536

@@ -17,10 +17,11 @@ EVENTS = "/apis/events.k8s.io/v1/namespaces/{}/events"
 LONG = 60
 CONTESTED = "qlora_operator_contested_jobs_total"
 NO_PAUSE = {"qlora_operator.decide.plan.LOOK_AGAIN_SECONDS": 0.5}
-"""Of the operator, so that a loop would show at once."""
+"""Patch of the operators' modules: they look again after half a second, so that a loop would show at once."""
 IMAGES = ("one:1", "other:1")
 MOST_WRITES = 40
-"""Of both, until one has paused for 1, 2 and 4 seconds. Without pauses there are hundreds in that time."""
+"""Maximum writes of both operators until one has paused for 1, 2 and 4 seconds. Without pauses there are hundreds in
+that time."""
 
 
 @pytest.fixture

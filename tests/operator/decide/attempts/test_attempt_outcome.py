@@ -202,7 +202,7 @@ def test_what_completed_before_it_was_told_to_stop_is_complete():
 
 
 HELD = {"phase": "Running", "held": True}
-"""Of a pod whose trainer has ended, and that another container keeps."""
+"""State of a pod whose trainer has ended while another container keeps the pod running."""
 
 
 @pytest.mark.parametrize(

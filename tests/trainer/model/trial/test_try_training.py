@@ -26,7 +26,7 @@ REFUSED = {
     "recurrent_gemma": r'type "recurrent_gemma", which cannot be trained .*: Trying to backward through the graph',
     "rwkv": r'type "rwkv", which cannot be trained here: .* ends in KeyError: .*\(modeling_rwkv.py:\d+ ',
 }
-"""What is said of model types that have a class, and a toy that the class computes with."""
+"""Errors for model types that have a class, and whose toy that class can compute."""
 MIXED = frozenset({"gpt_oss", "qwen3_5", "qwen3_5_moe", "qwen3_next"})
 """Types of the fixtures whose rows influence each other on a CPU."""
 LARGE = (

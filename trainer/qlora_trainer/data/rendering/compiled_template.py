@@ -27,7 +27,7 @@ from qlora_trainer.data.message_keys import REASONING_KEYS
 MARK_START, MARK_STOP = "\ue0f0", "\ue0f1"
 """Characters for private use that stand around what ``{% generation %}`` marks."""
 CLOCK = datetime(2025, 1, 1, 12)  # noqa: DTZ001 templates format it, and most write a date alone
-"""What ``strftime_now`` formats, so that the same rows give the same tokens on any day."""
+"""Time that ``strftime_now`` formats, so that the same rows give the same tokens on any day."""
 
 Message = dict[str, Any]
 
@@ -128,7 +128,7 @@ class TemplateWords:
     """The words that stand in a template's source."""
 
     names: frozenset[str]
-    """Of variables, attributes and keys."""
+    """Names of variables, attributes and keys."""
     literals: tuple[str, ...]
     """Texts of its expressions, the longest first."""
 

@@ -16,7 +16,7 @@ class Continued:
     messages: list[Message]
     learned: list[bool]
     place: int
-    """Of that message."""
+    """Index of the shared message in ``messages``."""
     beginning: str
     """Its text in the prompt."""
     text: str

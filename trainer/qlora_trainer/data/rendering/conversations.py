@@ -50,7 +50,7 @@ from qlora_trainer.data.rendering.whole import render_whole
 
 MARKS = "{% generation %} … {% endgeneration %}"
 MOST_SHAPES = 256
-"""Of conversations that are checked; one that came late is like those before."""
+"""Maximum number of shapes of conversations that are checked; later ones are like those before."""
 QUOTED = 60
 """Characters of a template that an error shows."""
 
@@ -63,7 +63,7 @@ class Renderer:
     dialect: Dialect | None = None
     """Found with a conversation of ours, else with the first of the rows."""
     shapes: set[Any] = field(default_factory=set)
-    """Of conversations that were checked."""
+    """Shapes of the conversations that were checked."""
     states: set[str] = field(default_factory=set)
     """Other than the default that turns were rendered in, as text."""
     ignores_tools: bool = False

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from qlora_trainer.bounded_child import Service
 
 FIRST_SECONDS, ROW_SECONDS = 60, 1
-"""Of processor time for all rows together: the first, and the second for each row."""
+"""Processor time for all rows together: the first once, and the second for each row."""
 _UNDEFINED = re.compile(r"'(?P<name>\w+)' is undefined|'(?:None|[\w.]+ object)' has no attribute '(?P<attribute>\w+)'")
-"""What jinja says of something undefined, where it is a name."""
+"""Jinja's messages about an undefined variable or attribute, with its name."""
 
 
 class _Rows:

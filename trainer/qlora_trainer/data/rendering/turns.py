@@ -17,7 +17,7 @@ from qlora_trainer.data.message_keys import REASONING_KEYS
 from qlora_trainer.data.rendering.compiled_template import CompiledTemplate, Message
 
 MARKER = r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,40}\]|\[e~\["
-"""What a template's control tokens look like, where the tokenizer does not know them."""
+"""Pattern of a template's control tokens that the tokenizer does not know."""
 THOUGHTS = (
     ("<think>", "</think>"),
     ("<seed:think>", "</seed:think>"),
@@ -58,9 +58,9 @@ class Turn:
     """Its place in the conversation."""
     context: str
     written: str
-    """What the model has to write, with the end."""
+    """Text that the model has to write, including the end of its turn."""
     rest: str
-    """What the template writes after the end of a last message."""
+    """Text that the template writes after the end of the last message."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ WEIGHT = "weight"
 SWITCHES = ("loss", "train", "training")
 """Other names of a weight: of ms-swift and of axolotl."""
 MEASURED = "loss"
-"""Of these, the one that may hold a loss that was measured, which says nothing."""
+"""The one of ``SWITCHES`` that may also hold a measured loss, which is no weight and is ignored."""
 PART_WEIGHTS = ("train_detail", "training_detail")
 """Weights of parts of a message (axolotl)."""
 NO_NUMBER = "NaN, Infinity or a number beyond 1.8e308, which JSON has not"

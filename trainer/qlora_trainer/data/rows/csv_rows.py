@@ -83,7 +83,7 @@ class _Lines:
         self.size = 0
         """Bytes of the row so far."""
         self.tabs: list[int] = []
-        """How many there are in each line of the row."""
+        """Number of tabs in each line of the row."""
 
     @property
     def where(self) -> str:

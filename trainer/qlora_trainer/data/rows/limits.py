@@ -6,12 +6,12 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 MOST_ROW_BYTES = 16 * MIB
-"""Of one row as text: several times what the longest ``maxLength`` can hold."""
+"""Maximum size of one row as text: several times what the longest ``maxLength`` can hold."""
 MOST_EXPANSION = 200
 """Bytes of rows for each byte of a compressed file, beyond the first GiB: text shrinks to a tenth or so."""
 ALWAYS_ALLOWED_BYTES = GIB
 READER_MEMORY_BYTES = GIB
-"""Of the process that reads Parquet and Arrow files, whose sizes are whatever the file says."""
+"""Memory of the process that reads Parquet and Arrow files, in which a file chooses the sizes of its buffers."""
 BATCH_ROWS = 512
 """Given to the tokenizer at once: enough for all cores."""
 BATCH_BYTES = MIB

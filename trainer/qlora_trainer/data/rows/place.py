@@ -10,11 +10,11 @@ class RowPlace:
     """``str()`` completes "row …": ``16 (part-1.jsonl, line 6)``."""
 
     number: int
-    """Of the row in its source, from 1."""
+    """Number of the row in its source, from 1."""
     file: str
     """Path inside the source."""
     within: str
-    """Where in the file, such as ``line 6``."""
+    """Position in the file, such as ``line 6``."""
 
     def __str__(self) -> str:
         return f"{self.number} ({self.file}, {self.within})"

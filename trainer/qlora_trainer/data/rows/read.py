@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 MOST_NAMES = 1000
-"""Of columns that are remembered; each object of JSON may have its own."""
+"""Maximum number of column names that are remembered; each object of JSON may have its own."""
 
 
 @dataclass(frozen=True)

@@ -81,13 +81,13 @@ class SourceFiles:
     """The files of a source. ``files`` is all that is read, in the order of the rows."""
 
     field: str
-    """Of the manifest; errors in the files are reported there."""
+    """Field of the manifest that names the source; errors in its files are reported for it."""
     path: Path
     """As it was named."""
     kind: Kind
     files: tuple[SourceFile, ...]
     selection: Selection | None = None
-    """Of a folder: what else is in it."""
+    """Choice among the files of a folder, including those that are not read; None for a single file."""
 
     @property
     def size(self) -> int:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 ELEMENTS_AT_ONCE = 1 << 21
-"""Of a weight: on the way, values in FP8 and their products with the scales are fp32, and those in MXFP4 int64."""
+"""Elements of a weight that are dequantized at a time: meanwhile FP8 values and their products with the scales are
+fp32, and MXFP4 values are int64."""
 MXFP4_GROUP = 32
 """Elements that share a scale."""
 

@@ -39,7 +39,8 @@ class FourBitConfig(BitsAndBytesConfig):  # type: ignore[misc]
         super().__init__(load_in_4bit=True, **options)
         self.quant_method = METHOD
         self.tensors: DiskTensors | None = None
-        """Of a base that is dequantized as it is read; else the quantizer is told of its files."""
+        """Files of a base that is dequantized as it is read; for others the quantizer receives the names of the
+        files."""
         if METHOD not in AUTO_QUANTIZER_MAPPING:
             register_quantizer(METHOD)(FourBitQuantizer)
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers.utils.logging import set_tqdm_hook
 
 LOADING = "Loading weights"
-"""How transformers names the progress bar of a model's weights, each of which it also quantizes."""
+"""Title of transformers' progress bar for reading a model's weights, each of which it also quantizes."""
 
 
 @contextmanager

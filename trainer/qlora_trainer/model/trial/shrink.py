@@ -13,7 +13,7 @@ HIDDEN, HEADS, HEAD_DIM = 64, 4, 16
 LAYERS = 2
 LAYERS_OF_MANY_KINDS = 4
 MOST_LAYERS = 16
-"""Of a model whose layers are of more kinds than any that is known."""
+"""Maximum number of layers of a toy, for a model with more kinds of layers than any known one."""
 
 SIZES: tuple[tuple[str, int], ...] = (
     (r"(hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|hidden_dim|model_dim|word_embed_proj_dim)", HIDDEN),

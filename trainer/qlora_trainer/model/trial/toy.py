@@ -19,7 +19,7 @@ SMALL = 1 << 22
 LARGEST = 1 << 24
 """Elements of a toy. A configuration with more has sizes of its own that were not shrunk."""
 DEVIATION = 0.15
-"""Of the weights: wider than the usual 0.02, so that attention and routers are far from uniform."""
+"""Standard deviation of the weights: larger than the usual 0.02, so that attention and routers are far from uniform."""
 
 
 class NoToyError(Exception):
