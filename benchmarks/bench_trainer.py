@@ -64,6 +64,7 @@ def trainer_config(model: Path, data: Path, work: Path, *, packing: bool, comput
     from qlora_api.contract import JobRef, TrainerConfig  # noqa: PLC0415
     from qlora_api.spec import QLoRAJobSpec  # noqa: PLC0415
 
+    name = f"bench-{'packed' if packing else 'unpacked'}"
     spec = {
         "model": {"source": str(model)},
         "dataset": {
@@ -81,10 +82,10 @@ def trainer_config(model: Path, data: Path, work: Path, *, packing: bool, comput
             "microBatchSize": MICRO_BATCH,
             "seed": SEED,
         },
-        "output": {"destination": str(work / "out")},
+        "output": {"destination": str(work / "out" / name)},
     }
     return TrainerConfig(
-        job=JobRef(name="bench", uid=f"bench-{'packed' if packing else 'unpacked'}"),
+        job=JobRef(name=name, uid=name),
         spec=QLoRAJobSpec.model_validate(spec),
         batch=BatchSplit(world_size=RANKS, micro_batch_size=MICRO_BATCH, gradient_accumulation_steps=ACCUMULATION),
         device="CPU",
