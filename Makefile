@@ -132,6 +132,13 @@ test-e2e: $(VENV)/.all-installed  ## From helm install to a verified adapter, on
 soak-storage: $(VENV)/.all-installed  ## Whole runs over object storage that fails in every way, a run for each fault
 	@SOAK_STORAGE=1 $(PYTEST) tests/trainer/attempts/faults/test_storage_faults.py $(PYTEST_ARGS)
 
+.PHONY: soak-sweep
+soak-sweep: $(VENV)/.all-installed  ## A sweep of the quickstart, 12 trials in real pods, halved, and on this machine; needs root
+	@$(STEP) system-packages .ci/system-packages
+	@$(STEP) tools $(BIN)/python tools/services/tools.py
+	@$(STEP) images $(BIN)/python tools/services/images.py
+	@SOAK_SWEEP=1 $(PYTEST) tests/e2e/test_sweep.py $(PYTEST_ARGS)
+
 .PHONY: check
 check: $(VENV)/.all-installed  ## Lint, format, imports, generated CRD, dashboards and reference, types
 	@$(STEP) lint $(BIN)/ruff check

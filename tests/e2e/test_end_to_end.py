@@ -6,9 +6,6 @@ What may happen on the way is done to the job for real: pods deleted, the operat
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cluster.scenarios.jobs import condition, create_job, in_state, job_path
+from demo.check_adapter import check_adapter
 from demo.installed_cluster import HOSTILE_KEYS
 from demo.material import make_large_base
 from services.prometheus import Prometheus, scrape
@@ -31,14 +29,6 @@ if TYPE_CHECKING:
 
 JOB_SECONDS = PATIENCE_SECONDS
 METRICS_PORT = 9400
-LOADS = """
-import sys
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-base, adapter = sys.argv[1:]
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
-assert any("lora_B" in n and p.abs().sum() > 0 for n, p in model.named_parameters())
-"""
 
 
 def step_of(job: Object) -> int:
@@ -78,25 +68,11 @@ class RunningJob:
     def succeeded(self) -> Object:
         """Wait until it has, and hold the adapter against its manifest and its base."""
         done = self.wait(in_state("Succeeded", "Completed"))
-        check_adapter(self.installed, done)
+        check_adapter(self.installed, done["status"]["adapter"])
         return done
 
     def reasons(self, job: Object) -> list[str]:
         return [a["reason"] for a in job["status"]["attempts"]]
-
-
-def check_adapter(installed: InstalledCluster, job: Object) -> None:
-    """The adapter is what its manifest says, and PEFT puts it on the base. Torch stays in other processes."""
-    adapter = job["status"]["adapter"]
-    environment = {**os.environ, **installed.s3.environment}
-    verify = [sys.executable, "-m", "qlora_trainer.verify", adapter["manifestUri"]]
-    done = subprocess.run(verify, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    files = installed.s3.folder_of(adapter["uri"].removeprefix("s3://").partition("/")[0])
-    local = files / adapter["uri"].removeprefix("s3://").partition("/")[2]
-    loads = [sys.executable, "-c", LOADS, files / "base", local]
-    done = subprocess.run(loads, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 @contextmanager
