@@ -129,6 +129,8 @@ class TerminationMessage(Model):
     """One paragraph: field, value, what is allowed; or what happened and where."""
     rank: int | None = None
     progress: Progress | None = None
+    first_step: Count | None = None
+    """Step at which the attempt started: 0, or the step of a checkpoint."""
     memory: Memory | None = None
     tokens: Count | None = None
     """Real tokens that the adapter was trained on, over all ranks and attempts; not set where it has none yet."""

@@ -101,7 +101,8 @@ class Trainer:
 
     def leave(self, code, reason, message, **more):
         progress = {k: v for k, v in self.report.items() if k in PROGRESS}
-        word = {"exitCode": code, "reason": reason, "message": message, "progress": progress, "memory": MEMORY, **more}
+        word = {"exitCode": code, "reason": reason, "message": message, "progress": progress, "memory": MEMORY}
+        word |= {"firstStep": self.resumed_from, **more}
         Path(self.config["terminationMessagePath"]).write_text(json.dumps(word))
         sys.exit(code)
 

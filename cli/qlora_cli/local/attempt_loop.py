@@ -315,6 +315,7 @@ def close_attempt(
     if reason is Reason.PREEMPTED and saved and pause_at_step is not None and saved.step >= pause_at_step:
         reason = Reason.SUSPENDED
     progress = termination.progress if termination and termination.progress else report
+    first = report.first_step if report else None
     return attempt.model_copy(
         update={
             "end_time": now,
@@ -322,7 +323,7 @@ def close_attempt(
             "message": message if reason is not Reason.COMPLETED or termination else "",
             "exit_code": code,
             "compute_type": (termination and termination.compute_type) or (report and report.compute_type),
-            "first_step": report.first_step if report else None,
+            "first_step": first if termination is None or termination.first_step is None else termination.first_step,
             "last_step": progress.step if progress else None,
         }
     )

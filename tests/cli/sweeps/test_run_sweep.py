@@ -82,7 +82,10 @@ def test_trials_are_suspended_and_the_best_resume_from_their_checkpoints(place):
         [*range(1, 5)],
         [*range(1, 21)],
     ]
-    assert [attempt["reason"] for attempt in place.trial(3)["attempts"]] == ["Suspended", "Suspended", "Completed"]
+    attempts = place.trial(3)["attempts"]
+    assert [attempt["reason"] for attempt in attempts] == ["Suspended", "Suspended", "Completed"]
+    # none of them lived long enough to be asked for its progress
+    assert [(attempt["firstStep"], attempt["lastStep"]) for attempt in attempts] == [(0, 4), (4, 8), (8, 20)]
     assert [trial["state"] for trial in place.result()["trials"]] == ["Suspended"] * 3 + ["Succeeded"]
     assert "from step 4 to step 8" in place.said
     assert "from step 8 to the end" in place.said

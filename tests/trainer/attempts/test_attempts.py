@@ -89,12 +89,14 @@ def test_a_run_paused_twice_goes_on_as_if_it_had_not_been(runner):
         "training": {"epochs": None, "maxSteps": 12, "evaluation": {"everySteps": 2}},
         "checkpoint": {"everySteps": 5},
     }
-    paused, losses, reasons = [], {}, []
+    paused, losses, reasons, first_steps = [], {}, [], []
     for attempt, pause in ((1, 4), (2, 8), (3, 12)):  # at the last step there is no pause
         ended = runner.run(runner.config(attempt=attempt, pause=pause, **changes))
         paused.append((ended.code, ended.message.progress.step, ended.message.progress.best_eval_loss))
         losses |= ended.losses
         reasons.append(ended.message.reason)
+        first_steps.append(ended.message.first_step)
+    assert first_steps == [0, 4, 8]
     assert reasons == [Reason.PAUSED, Reason.PAUSED, Reason.COMPLETED]
     assert [each[:2] for each in paused] == [(ExitCode.PREEMPTED, 4), (ExitCode.PREEMPTED, 8), (ExitCode.DONE, 12)]
     assert "paused at step 4 of 12; a checkpoint is written" in (runner.folder / "log-1.txt").read_text()

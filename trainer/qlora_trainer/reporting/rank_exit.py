@@ -159,6 +159,7 @@ def _leave(
         message=text,
         rank=int(rank),
         progress=progress_of(report) if report else None,
+        first_step=report.first_step if report else None,
         compute_type=report.compute_type if report else None,
         memory=Memory(predicted=report.memory.predicted, measured=measured) if report and measured else None,
     )

@@ -333,6 +333,7 @@ def finished(context: TrainingContext, run: RunState) -> TerminationMessage:
             else ""
         ),
         progress=progress_of(report),
+        first_step=report.first_step,
         compute_type=report.compute_type,
         tokens=run.tokens,
         memory=Memory(predicted=memory.predicted, measured={k: int(v) for k, v in zip(measured, largest, strict=True)}),

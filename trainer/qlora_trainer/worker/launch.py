@@ -275,7 +275,8 @@ def _first_end(
             peers = termination_message.read(path)
             termination = TerminationMessage(exit_code=end, reason=reason_of(end), message=text, rank=rank)
             if peers is not None:  # what the others knew of the step and of memory
-                termination = termination.model_copy(update={"progress": peers.progress, "memory": peers.memory})
+                known = {name: getattr(peers, name) for name in ("progress", "first_step", "memory")}
+                termination = termination.model_copy(update=known)
             termination_message.write(path, termination)
             return end
     first = next(iter(exit_codes.values()))

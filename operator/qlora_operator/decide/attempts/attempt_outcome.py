@@ -281,8 +281,10 @@ def as_suspended(attempt: Attempt, ending: Ending) -> Ending:
 
 def closed(attempt: Attempt, ending: Ending, observed: Observed) -> Attempt:
     """Return the attempt with its end."""
-    progress = ending.termination_message.progress if ending.termination_message else None
+    termination = ending.termination_message
+    progress = termination.progress if termination else None
     report = observed.report if observed.report and observed.report.attempt == attempt.number else None
+    first = report.first_step if report else attempt.first_step
     last = progress.step if progress else report.step if report else attempt.last_step
     return attempt.model_copy(
         update={
@@ -291,7 +293,7 @@ def closed(attempt: Attempt, ending: Ending, observed: Observed) -> Attempt:
             "message": ending.message[:4096],
             "exit_code": ending.exit_code,
             "node": ending.node or attempt.node,
-            "first_step": report.first_step if report else attempt.first_step,
+            "first_step": first if termination is None or termination.first_step is None else termination.first_step,
             "last_step": last,
         }
     )

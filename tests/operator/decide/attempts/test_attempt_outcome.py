@@ -7,8 +7,9 @@ from datetime import timedelta
 import pytest
 
 from operator_builders import NOW, attempt, child, observed, pod
-from qlora_api.status import Reason
-from qlora_operator.decide.attempts.attempt_outcome import as_suspended, ending_of
+from qlora_api.contract import ProgressReport, TerminationMessage
+from qlora_api.status import Memory, Progress, Reason
+from qlora_operator.decide.attempts.attempt_outcome import as_suspended, closed, ending_of
 from qlora_operator.state.observed import JobState, observe_pod
 
 FAILED = child(state=JobState.FAILED)
@@ -247,3 +248,20 @@ def test_a_container_that_fails_before_the_trainer_begins_is_named_and_counted()
     ending = ending_of(1, 1, observed(FAILED, observe_pod(body)))
     assert ending.reason is Reason.CRASHED
     assert 'before its trainer started: container "istio-init" ended with exit code 255' in ending.message
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        pytest.param(None, id="never-asked"),
+        pytest.param(
+            ProgressReport(job="job", attempt=2, section="Load", memory=Memory()), id="asked-before-it-resumed"
+        ),
+    ],
+)
+def test_an_attempt_too_short_to_be_asked_for_its_progress_starts_where_its_message_says(report):
+    message = TerminationMessage(exit_code=0, reason=Reason.COMPLETED, progress=Progress(step=24), first_step=4)
+    ended = pod(2, code=0, message=message.to_bytes().decode())
+    seen = observed(child(2, state=JobState.COMPLETE), ended, report=report)
+    done = closed(attempt(2), ending_of(2, 1, seen), seen)
+    assert (done.first_step, done.last_step) == (4, 24)
