@@ -93,7 +93,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest --duratio
 CLUSTER_TESTS := tests/charts tests/cluster tests/images tests/observability/live
 E2E_TESTS := tests/e2e
 # From apply to adapter; what may happen on the way (pods, nodes, S3 and the operator taken away) is test-e2e's.
-E2E_MAIN := two_workers or missing or bad_rows or no_gpu_holds
+E2E_MAIN := two_workers or halved or missing or bad_rows or no_gpu_holds
 CLOSING := build/pytest-unit.log build/pytest-cluster.log build/pytest-e2e.log
 
 # What has to be built for the cluster (Kubernetes, images) is built while the unit tests run, and waited for after them.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -173,14 +174,15 @@ def test_trials_in_pods_are_halved_and_the_best_resumes_to_an_adapter_that_loads
 
 
 @pytest.fixture(scope="module")
-def quickstart(installed: InstalledCluster) -> str:
+def quickstart(installed: InstalledCluster, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the address of a bucket with the quickstart's base and rows, and fewer of its held-out rows."""
+    data = tmp_path_factory.mktemp("quickstart") / "data"
+    prepare = [sys.executable, EXAMPLES / "quickstart" / "prepare.py", "--out", data]
+    subprocess.run(prepare, check=True, timeout=SOAK_SECONDS)
+    rows = (data / "eval.jsonl").read_text().splitlines(keepends=True)
+    (data / "eval.jsonl").write_text("".join(rows[:EVAL_ROWS]))
     address = installed.s3.bucket(BUCKET)
-    folder = installed.s3.folder_of(BUCKET)
-    prepare = [sys.executable, EXAMPLES / "quickstart" / "prepare.py", "--out", folder]
-    subprocess.run(prepare, check=True, timeout=SOAK_SECONDS, capture_output=True)
-    rows = (folder / "eval.jsonl").read_text().splitlines(keepends=True)
-    (folder / "eval.jsonl").write_text("".join(rows[:EVAL_ROWS]))
+    shutil.copytree(data, installed.s3.folder_of(BUCKET), dirs_exist_ok=True)
     return address
 
 
