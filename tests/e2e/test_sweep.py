@@ -134,6 +134,12 @@ def sweep_here(installed: InstalledCluster, manifest: Object, folder: Path) -> S
 # ----------------------------------------------------------------------------------------------------- a few toy trials
 
 
+@pytest.fixture(scope="module", autouse=True)
+def operator(installed: InstalledCluster) -> None:
+    """Install the operator with the settings of conftest.py: tests of other files change and uninstall it."""
+    installed.install()
+
+
 def test_trials_in_pods_are_halved_and_the_best_resumes_to_an_adapter_that_loads(installed, team, bucket):
     rates = ["5e-5", "5e-4", "5e-3"]
     template = installed.s3_job(
