@@ -45,7 +45,7 @@ soak = pytest.mark.skipif(os.environ.get("SOAK_SWEEP") != "1", reason="takes hal
 
 
 @dataclass(frozen=True)
-class TrialRecord:
+class TrialOutcome:
     """Trial of a finished sweep, wherever it ran."""
 
     parameters: dict[str, str]
@@ -55,12 +55,12 @@ class TrialRecord:
 
 
 @dataclass(frozen=True)
-class SweepRecord:
+class SweepOutcome:
     """Outcome of a sweep, wherever it ran."""
 
     best: str
     gpu_hours: float
-    trials: dict[str, TrialRecord]
+    trials: dict[str, TrialOutcome]
 
     @property
     def best_value(self) -> float:
@@ -97,19 +97,19 @@ def trials_of(installed: InstalledCluster, team: str, sweep: Object) -> dict[str
     return {job["metadata"]["name"]: job for job in jobs}
 
 
-def record_of_cluster(installed: InstalledCluster, team: str, sweep: Object) -> SweepRecord:
+def outcome_on_cluster(installed: InstalledCluster, team: str, sweep: Object) -> SweepOutcome:
     """Read the outcome from status of the sweep and of its trials."""
     paths = [parameter["path"] for parameter in sweep["spec"]["parameters"]]
     trials = {}
     for name, job in trials_of(installed, team, sweep).items():
         values = {path: str(job["spec"][path.partition(".")[0]][path.partition(".")[2]]) for path in paths}
         progress = job["status"]["progress"]
-        trials[name] = TrialRecord(values, progress["bestEvalLoss"], progress["step"])
+        trials[name] = TrialOutcome(values, progress["bestEvalLoss"], progress["step"])
     status = sweep["status"]
-    return SweepRecord(status["best"]["name"], float(status["gpuHours"]), trials)
+    return SweepOutcome(status["best"]["name"], float(status["gpuHours"]), trials)
 
 
-def sweep_here(installed: InstalledCluster, manifest: Object, folder: Path) -> SweepRecord:
+def sweep_here(installed: InstalledCluster, manifest: Object, folder: Path) -> SweepOutcome:
     """Run a sweep with 'qlora sweep', with the objects of the cluster's buckets, and read its result."""
     path = folder / "sweep.json"
     path.write_text(json.dumps(manifest))  # JSON is YAML
@@ -127,8 +127,8 @@ def sweep_here(installed: InstalledCluster, manifest: Object, folder: Path) -> S
     assert done.returncode == 0, done.stdout + done.stderr
     bucket, _, place = manifest["spec"]["template"]["spec"]["output"]["destination"][len("s3://") :].partition("/")
     result = json.loads((installed.s3.folder_of(bucket) / place / "sweep.json").read_text())
-    trials = {t["name"]: TrialRecord(t["parameters"], t["value"], t["step"]) for t in result["trials"]}
-    return SweepRecord(result["best"]["name"], sum(t["gpuSeconds"] for t in result["trials"]) / 3600, trials)
+    trials = {t["name"]: TrialOutcome(t["parameters"], t["value"], t["step"]) for t in result["trials"]}
+    return SweepOutcome(result["best"]["name"], sum(t["gpuSeconds"] for t in result["trials"]) / 3600, trials)
 
 
 # ----------------------------------------------------------------------------------------------------- a few toy trials
@@ -164,7 +164,7 @@ def test_trials_in_pods_are_halved_and_the_best_resumes_to_an_adapter_that_loads
         },
     }
     done = sweep_on_cluster(installed, team, manifest, 2 * PATIENCE_SECONDS)
-    found = record_of_cluster(installed, team, done)
+    found = outcome_on_cluster(installed, team, done)
     assert found.best == "search-2"
     assert [trial.step for trial in found.trials.values()] == [PAUSE, PAUSE, STEPS]
     jobs = trials_of(installed, team, done)
@@ -222,16 +222,16 @@ def quickstart_sweep(bucket: str, destination: str, **spec: Any) -> Object:
 
 
 @pytest.fixture(scope="module")
-def grid(installed: InstalledCluster, quickstart: str) -> Iterator[SweepRecord]:
+def grid(installed: InstalledCluster, quickstart: str) -> Iterator[SweepOutcome]:
     """Give the outcome of the whole grid on the cluster."""
     team = installed.tenant()
     done = sweep_on_cluster(installed, team, quickstart_sweep(quickstart, "grid"), SOAK_SECONDS)
     check_adapter(installed, done["status"]["best"]["adapter"])
-    yield recorded("grid-on-cluster", record_of_cluster(installed, team, done))
+    yield written("grid-on-cluster", outcome_on_cluster(installed, team, done))
     installed.cluster.delete_namespace(team)
 
 
-def recorded(name: str, found: SweepRecord) -> SweepRecord:
+def written(name: str, found: SweepOutcome) -> SweepOutcome:
     """Write an outcome into FIGURES, for the documents, and return it."""
     FIGURES.mkdir(parents=True, exist_ok=True)
     (FIGURES / f"{name}.json").write_text(json.dumps(asdict(found), indent=1))
@@ -241,7 +241,7 @@ def recorded(name: str, found: SweepRecord) -> SweepRecord:
 @soak
 @pytest.mark.timeout(3 * SOAK_SECONDS)
 def test_a_grid_of_twelve_in_pods_and_here_has_the_same_trials_and_the_same_best(installed, grid, quickstart, tmp_path):
-    here = recorded("grid-here", sweep_here(installed, quickstart_sweep(quickstart, "here"), tmp_path))
+    here = written("grid-here", sweep_here(installed, quickstart_sweep(quickstart, "here"), tmp_path))
     assert len(grid.trials) == 12
     assert {n: t.parameters for n, t in grid.trials.items()} == {n: t.parameters for n, t in here.trials.items()}
     assert {t.step for t in (*grid.trials.values(), *here.trials.values())} == {STEPS}
@@ -259,7 +259,7 @@ def test_halving_takes_at_most_half_the_steps_of_the_grid_and_comes_within_one_p
 ):
     manifest = quickstart_sweep(quickstart, "halving", earlyStopping={"minSteps": PAUSE, "reductionFactor": 3})
     done = sweep_on_cluster(installed, team, manifest, SOAK_SECONDS)
-    found = recorded("halving-on-cluster", record_of_cluster(installed, team, done))
+    found = written("halving-on-cluster", outcome_on_cluster(installed, team, done))
     assert {n: t.parameters for n, t in found.trials.items()} == {n: t.parameters for n, t in grid.trials.items()}
     assert found.steps <= grid.steps / 2
     assert found.best_value <= CLOSE * grid.best_value
