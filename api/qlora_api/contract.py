@@ -115,7 +115,7 @@ class TrainerConfig(Model):
     metrics_host: str = ""
     """Empty: all addresses, of IPv4 and IPv6."""
     ports_dir: str | None = None
-    """Where each rank leaves a file ``rank-N.port``, for whoever started it with port 0."""
+    """Folder in which each rank writes its port to ``rank-N.port``, for the process that started it with port 0."""
 
 
 class TerminationMessage(Model):
@@ -138,7 +138,7 @@ class TerminationMessage(Model):
     compute_type: ComputeType | None = None
     """In which the base computed."""
     prepared: PrepareResult | None = None
-    """Of Prepare alone."""
+    """Result of Prepare; None from a process that trains."""
     tasks: list[TaskResult] = Field([], max_length=8)
     """Results of spec.evaluate."""
     tracking: list[TrackedRun] = Field([], max_length=3)
@@ -166,14 +166,14 @@ class RankActivity(Model):
     seconds: float
     """In this section up to now; of the slowest rank, of the last step by itself, waits for others left out."""
     median_seconds: float | None = None
-    """Of all ranks, beside the slowest."""
+    """Median over all ranks, to compare with the slowest."""
 
 
 class SectionProgress(Model):
     """Progress of a rank within its section."""
 
     unit: str
-    """What is counted: ``weights``, ``micro-batches``."""
+    """Unit that is counted: ``weights``, ``micro-batches``."""
     done: int
     total: int
     seconds: float
@@ -188,11 +188,11 @@ class ProgressReport(Progress):
     job: str
     attempt: int
     section: Literal["Load", "Data", "Train", "Evaluate", "Checkpoint", "Publish", "Done"]
-    """What the rank does now."""
+    """Part of the work that the rank is in."""
     stage: Annotated[str, StringConstraints(max_length=128)] | None = None
     """Part of a Load that is done now, such as ``quantizing``; None in other sections."""
     section_progress: SectionProgress | None = None
-    """Of a section whose length is known: a Load or an Evaluate."""
+    """Progress within a section whose length is known: Load or Evaluate."""
     section_seconds: dict[str, float] = {}
     """Time of rank 0 in this attempt by section, the one at work up to now."""
     expected_seconds: int | None = None
@@ -201,7 +201,7 @@ class ProgressReport(Progress):
     compute_type: ComputeType | None = None
     """In which the base computes: as the job says, or what Auto means on the device of this run."""
     warnings: list[Annotated[str, StringConstraints(max_length=512)]] = Field([], max_length=8)
-    """What a person who waits for this attempt should know, each once."""
+    """Warnings for the user about this attempt, each once."""
     tracking: list[TrackedRun] = Field([], max_length=3)
     """The run in each tool of spec.tracking."""
     first_step: int = 0
@@ -209,7 +209,8 @@ class ProgressReport(Progress):
     tokens: int = 0
     """Real tokens trained on in this attempt, over all ranks."""
     longest_step_seconds: float = 0
-    """Of this attempt so far. With the longest save it is the time that a SIGTERM needs at most."""
+    """Longest step of this attempt so far. Together with the longest save it bounds the time between SIGTERM and
+    exit."""
     longest_save_seconds: float = 0
     slowest: RankActivity | None = None
     """The rank that took longest by itself in the last step, and where. Shown, never ended for it."""
@@ -246,7 +247,7 @@ class PrepareReceipt(Model):
     empty_turns: int = 0
     """Messages of the assistant of which nothing is written. They are not learned."""
     notes: list[str] = []
-    """What a person should know of how the rows were rendered."""
+    """Notes for the user on how the rows were rendered."""
     conversations: bool = False
     """PromptCompletion: the rows are conversations, and so a prompt is a turn of the user."""
     duplicates: int

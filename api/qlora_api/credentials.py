@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 TRACKING_KEYS = frozenset(
     {"MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "WANDB_API_KEY"}
 )
-"""Of tracking tools: only the process that writes to such a tool gets them, no rank."""
+"""Credentials of tracking tools. Only the process that writes to such a tool gets them; ranks do not."""
 KEYS = TRACKING_KEYS | frozenset(
     {
         "AWS_ACCESS_KEY_ID",

@@ -32,7 +32,7 @@ NOTHING_SMALLER = {
     "from rank 256 on, spec.parallelism.zeroStage 2 ('qlora plan' says what fits)",
     Reason.OUT_OF_HOST_MEMORY: "its pods need more memory: the operator's trainer.memory",
 }
-"""What helps after the last fallback step. ZeRO and offload are none: docs/decisions/0017."""
+"""Remedies after the last fallback step. ZeRO and offload are not among them: docs/decisions/0017."""
 BACKOFF_SECONDS = (1, 10, 30, 60, 120, 300)
 
 

@@ -28,9 +28,9 @@ class FallbackStep:
 
     choice: Choice
     change: str
-    """What differs, in words."""
+    """Description of the difference."""
     resumes: bool
-    """Whether a checkpoint of the choice before can be taken up: not where ZeRO divides the optimizer's state anew."""
+    """True if a checkpoint of the previous choice can be resumed: not if ZeRO partitions the optimizer state anew."""
 
 
 def next_smaller(choice: Choice, needed: Callable[[Choice], int] | None = None) -> FallbackStep | None:

@@ -30,7 +30,7 @@ class Metric:
     """One family of series."""
 
     name: str
-    """Of the family, as client libraries take it; a counter's series have ``_total`` behind it."""
+    """Name of the family, as client libraries take it; the series of a counter end with ``_total``."""
     kind: MetricKind
     unit: str
     """In words; ``""`` for what has none."""
@@ -39,7 +39,7 @@ class Metric:
     labels: tuple[str, ...]
     exporter: Exporter
     buckets: tuple[float, ...] = ()
-    """Of a histogram."""
+    """Upper bounds of a histogram's buckets; empty for other types."""
     gpu: bool = False
     """Only where the rank has a GPU."""
 
@@ -56,7 +56,7 @@ class Metric:
 
 
 RANK = ("job", "namespace", "rank")
-"""Of all that a trainer exports. ``job`` and ``namespace`` are the QLoRAJob's; a scrape adds ``pod``."""
+"""Labels of every metric of a trainer. ``job`` and ``namespace`` are the QLoRAJob's; a scrape adds ``pod``."""
 JOB = ("job", "namespace")
 SWEEP = ("sweep", "namespace")
 STEP_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from qlora_api.errors import closest
 
 DEFAULT_PROFILE = "default"
-"""Of jobs that name none; it is there even where nobody has defined it."""
+"""Profile of jobs that name none. It exists even if nobody has defined it."""
 
 
 def unknown_profile(name: str, known: Collection[str], sentence: str) -> str | None:

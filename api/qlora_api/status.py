@@ -105,9 +105,9 @@ class Reason(OpenEnum):
     PAUSED = "Paused"
     """policy.pauseAtStep is reached, and a checkpoint of that step is saved; raise or remove it to resume the job."""
     SEARCHING = "Searching"
-    """Of a sweep: trials are created, run, or wait for GPUs."""
+    """A sweep's trials are created, running, or waiting for GPUs."""
     TRIALS_FAILED = "TrialsFailed"
-    """Of a sweep: more trials than spec.maxFailedTrials have failed, or none has succeeded."""
+    """More trials of a sweep than spec.maxFailedTrials have failed, or none has succeeded."""
     USER_ERROR = "UserError"
     """The manifest, the model or the rows must change. No further attempt is made."""
     OUT_OF_DEVICE_MEMORY = "OutOfDeviceMemory"
@@ -296,7 +296,7 @@ class PrepareResult(Model):
     gradient_checkpointing: bool
     """True if the first attempt recomputes activations, as planned or as the job says."""
     quantized: Text = ""
-    """How much of the base is quantized, as a sentence; empty if unknown."""
+    """Share of the base that is quantized, as a sentence; empty if unknown."""
     adapted: Text = ""
     """Which of the base's linear layers and experts get an adapter, as a sentence; empty if unknown."""
     memory: dict[str, Count] = Field({}, max_length=32)
@@ -343,7 +343,7 @@ class TrackedRun(Model):
     url: Annotated[str, StringConstraints(max_length=512)] = ""
     """URL of the run; empty until it is created."""
     message: Annotated[str, StringConstraints(max_length=256)] = ""
-    """Why the tool does not have the newest steps; empty while it has them."""
+    """Reason why the tool does not have the newest steps; empty while it has them."""
 
 
 class QLoRAJobStatus(Model):

@@ -21,7 +21,7 @@ class Coverage:
     weights: int
     """Elements of the base."""
     quantized: int
-    """Of them, those in 4 or 8 bits."""
+    """Weights among them that are in 4 or 8 bits."""
     layers: int
     """Linear layers besides the head and routers."""
     adapted_layers: int

@@ -31,7 +31,8 @@ CONTEXT_BYTES = 720 * MIB
 """CUDA context (619 MiB), cuBLAS (66) and kernels that are loaded when they are first used: measured on an H200. Not in
 PyTorch's own count."""
 NCCL_BYTES = (490 * MIB, 688 * MIB)
-"""Of one communicator with one rank, measured on an H200, and with more than two on NVLink (NVIDIA/nccl#964). Not in
+"""Memory of one communicator with one rank, measured on an H200, and with more than two on NVLink (NVIDIA/nccl#964).
+Not in
 PyTorch's own count."""
 COMMUNICATORS = 2
 """The trainer's own collectives, and DeepSpeed's."""
@@ -80,7 +81,7 @@ class MemoryEstimate:
     """Predicted bytes of one rank on a GPU."""
 
     moments: dict[Moment, dict[MemoryComponent, int]]
-    """What PyTorch allocates, by component."""
+    """Bytes that PyTorch allocates at each moment, by component."""
     context_bytes: int
     """CUDA context and NCCL."""
     fragmentation_bytes: int

@@ -16,7 +16,7 @@ from qlora_api.spec import ComputeType, QuantizationSpec, QuantizationType
 GPU_PRODUCT = "nvidia.com/gpu.product"
 """Label of a node with the name of its GPU, as NVIDIA's GPU feature discovery sets it."""
 CUBLAS_BYTES = 8_519_680
-"""Of one cuBLAS handle before Hopper."""
+"""Workspace of one cuBLAS handle before Hopper."""
 OLDEST = 7.0
 """Compute capability from which the trainer works: the first with tensor cores (Volta)."""
 AMPERE = 8.0
@@ -33,7 +33,7 @@ class Gpu:
 
     name: str
     memory_bytes: int
-    """What a process can have."""
+    """Memory that one process can allocate."""
     tflops: float
     """Dense bf16 (fp16 where there is no bf16), fp32 accumulation, 10¹² a second."""
     bandwidth: float

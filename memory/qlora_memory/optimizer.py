@@ -46,9 +46,9 @@ class TrainingState:
     """The part of ``optimizer`` that may move to host memory under pressure. CUDA manages it: PyTorch's own count does
     not show it."""
     backward_buffers: int
-    """Of collectives, while gradients are made."""
+    """Buffers of collectives during the backward pass."""
     step_buffers: int
-    """Of collectives and copies, around the update, when activations are gone."""
+    """Buffers of collectives and copies during the optimizer step, when activations are freed."""
     host: int
     """In host memory, with offload."""
 

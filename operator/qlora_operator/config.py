@@ -18,7 +18,7 @@ from qlora_operator.quantities import add, to_bytes
 
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 LOGS = "1Gi"
-"""Of a container, before the kubelet rotates them, with room to spare."""
+"""Disk for the logs of one container until the kubelet rotates them, with room to spare."""
 DEFAULT = "default"
 """Key of the price of GPUs that have none of their own."""
 
@@ -47,7 +47,7 @@ class TrainerPodConfig(Model):
     service_account_name: str = "default"
     runtime_class_name: str | None = None
     device: Literal["CUDA", "CPU"] | None = None
-    """What trains. Default: CUDA where a GPU resource is requested, else the CPU."""
+    """Device to train on. Default: CUDA where a GPU resource is requested, else the CPU."""
     gpu: str | None = None
     """Which GPU a rank gets, where a job's nodes do not say it: a name of ``qlora plan``'s table."""
     cpu: Quantity = "4"
@@ -60,7 +60,7 @@ class TrainerPodConfig(Model):
     tmp_size_limit: Quantity = "20Gi"
     """The publish gate holds the adapter twice: 3.3 GB each at rank 64 for 70 billion parameters. The rest: kernels."""
     ephemeral_storage: Quantity | None = "10Gi"
-    """Of a node's disk, requested by Prepare and trainers. None: neither requested nor limited."""
+    """Disk of the node that Prepare and trainers request. None: neither requested nor limited."""
     node_lost_seconds: int = Field(60, ge=1)
     grace_seconds: int = Field(120, ge=30, le=900)
     """Between SIGTERM and SIGKILL, until a job's own steps and saves are known to need more."""
@@ -68,7 +68,8 @@ class TrainerPodConfig(Model):
     """Sign with the cloud identity of the pod or its node where a job names no credentials."""
     env: tuple[EnvVar, ...] = ()
     pod_labels: dict[str, str] = {}
-    """Of all pods, as are the annotations; a job's own win, and the operator's over both."""
+    """Labels of all pods, beside pod_annotations. A job's own labels override these, and the operator's override
+    both."""
     pod_annotations: dict[str, str] = {}
 
     @property
@@ -92,7 +93,8 @@ class NetworkPolicyConfig(Model):
     workers: bool = True
     """Make a NetworkPolicy for each job of several workers: none but its own pods reach their ports."""
     restricted_namespaces: tuple[str, ...] = ()
-    """Where the chart's own policy says who may read metrics. Elsewhere all may, as without any policy."""
+    """Namespaces in which the chart's own NetworkPolicy says who may read metrics. In others all may, as without a
+    policy."""
 
 
 class OperatorConfig(Model):

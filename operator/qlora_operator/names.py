@@ -29,7 +29,7 @@ GENERATION_ANNOTATION = f"{GROUP}/generation"
 
 KUEUE_QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 KUEUE_PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
-"""Of a QLoRAJob, whose child Jobs get it too."""
+"""Label of a QLoRAJob that its child Jobs get too."""
 
 CONTAINER = "trainer"
 CACHE_VOLUME = "cache"
@@ -37,7 +37,8 @@ TMP_VOLUME = "tmp"
 SERVICE = "qlora-trainers"
 """Headless Service through which the workers of all jobs of a namespace find each other."""
 KEY_SECRET_PREFIX = "qlora-key-"  # noqa: S105 a name
-"""Of Secrets with jobs' keys. The chart's admission policy lets nobody but the operator create one of these names."""
+"""Prefix of Secrets that hold jobs' keys. The chart's admission policy lets nobody but the operator create one of these
+names."""
 KEY_ENTRY = "key"
 RENDEZVOUS_PORT = 29500
 METRICS_PORT = 9400

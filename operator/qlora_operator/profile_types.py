@@ -24,7 +24,7 @@ Object = dict[str, Any]
 
 CACHE_FOLDER = "/cache"
 OWN_FOLDERS = ("/dev/shm", "/etc/qlora", "/etc/qlora-key", "/mnt/pvc", "/opt", "/proc", "/sys", "/tmp")  # noqa: S108
-"""Where a profile mounts nothing: the trainer's own volumes, its code, and the kernel's."""
+"""Paths at which a profile may mount nothing: the trainer's own volumes, its code, and the kernel's."""
 OWN_KEYS = ("app.kubernetes.io/", "batch.kubernetes.io/", "qlora.dev/")
 """Prefixes of labels and annotations by which the operator knows its pods."""
 AFFINITIES = ("nodeAffinity", "podAffinity", "podAntiAffinity")
@@ -168,9 +168,9 @@ class Placement(Model):
     tolerations: tuple[PodToleration, ...] = ()
     scheduler_name: str | None = None
     runtime_class_name: str | None = None
-    """Of trainers, not set: the operator's own."""
+    """Runtime class of trainers. Not set: the operator's own."""
     annotations: Annotated[dict[str, str], AfterValidator(_of_others)] = {}
-    """Of the pods, such as Multus' networks."""
+    """Annotations of the pods, such as Multus' networks."""
 
 
 class PreparePod(Placement):
@@ -197,7 +197,7 @@ class PodProfile(Placement):
     resources_per_pod: dict[ResourceName, Quantity] = {}
     """Further resources of a pod, such as rdma/hca_shared."""
     ephemeral_storage: Quantity | None = None
-    """Of a node's disk, requested by each pod."""
+    """Disk of the node that each pod requests."""
     cpu: AmountRange | None = None
     memory: AmountRange | None = None
     shared_memory: Quantity | None = None
@@ -208,7 +208,7 @@ class PodProfile(Placement):
     env: tuple[EnvVar, ...] = ()
     """Wins over the operator's own of the same name."""
     capabilities: tuple[Literal["IPC_LOCK", "NET_RAW", "SYS_NICE", "SYS_RESOURCE"], ...] = ()
-    """Of the trainer's container; all others are dropped."""
+    """Capabilities of the trainer's container; all others are dropped."""
     arbitrary_user: bool = False
     """The cluster chooses user and groups, as OpenShift does; else they are the image's."""
     volumes: tuple[ProfileVolume, ...] = ()

@@ -37,7 +37,7 @@ class Fault:
     kind: FaultKind
     words: str
     status: int = 0
-    """Of the HTTP answer; 0: there was none."""
+    """Status of the HTTP answer; 0 if there was none."""
     denied: bool = False
     """Credentials are missing, or do not give the right."""
     timed_out: bool = False

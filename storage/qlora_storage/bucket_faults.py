@@ -14,7 +14,7 @@ _STATUS = re.compile(r"status code: (\d{3})")
 _BUCKET_CODES = ("NoSuchBucket", "ContainerNotFound")
 _OBJECT_CODES = ("", "NoSuchKey", "BlobNotFound")
 _CREDENTIAL_SERVICES = ("/latest/api/token", "/latest/meta-data/iam", "/computeMetadata/", "/metadata/identity/")
-"""Where the clouds' own machines get credentials: asked last, when the environment has none."""
+"""Paths at which machines of the clouds get credentials: asked last, if the environment has none."""
 _TRANSIENT_CODES = (
     "BadDigest",
     "ConditionalRequestConflict",

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 MAX_PARTS = 9_000
 """S3 takes 10,000 parts an upload."""
 REQUEST_SECONDS = 120
-"""How long a request may be without progress: one that reads, until the next bytes come; one that writes, until all is
+"""Longest time without progress of a request: one that reads, until the next bytes come; one that writes, until all is
 sent and answered, since its client cannot tell how much of it went out."""
 READ_SECONDS = 3600
 """For a whole read, in pieces of 16 MiB at most: what comes, however slowly, is progress."""

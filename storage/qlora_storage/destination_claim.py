@@ -43,9 +43,10 @@ class Claim(Model):
     namespace: str
     job: str
     cluster: str = ""
-    """Of the job; empty for a local run, and in claims of earlier versions: these are of their uid alone."""
+    """Cluster of the job; empty for a local run, and in claims of earlier versions, which are known by their uid
+    alone."""
     time: Timestamp
-    """When it was made or renewed: an attempt of the job began."""
+    """Time at which it was made or renewed: the start of an attempt of the job."""
     released: bool = False
     """Whoever held the destination does not need it any more."""
 

@@ -28,7 +28,7 @@ MANY_LINES = ("GOOGLE_SERVICE_ACCOUNT_KEY",)
 """JSON, which may be written on several lines."""
 AWS_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 ENDPOINTS = (*AWS_ENDPOINTS, "AZURE_STORAGE_ENDPOINT")
-"""Of object storage itself."""
+"""Variables that name an endpoint of object storage itself."""
 _URLS = (
     *ENDPOINTS,
     "AWS_STS_ENDPOINT",
@@ -50,9 +50,9 @@ _ACCOUNT = re.compile(r"[A-Za-z0-9-]+")
 """A name in Azure's URLs; with a slash it would name another server."""
 _QUOTED = re.compile(r"""(["']).*\1""", re.DOTALL)
 _PLACEHOLDER = re.compile(r"none|null|nil|undefined|\$\([^)]*\)|\$\{[^}]*\}|\{\{.*\}\}|<.*>", re.IGNORECASE)
-"""What scripts and templates leave where they had no value."""
+"""Text that scripts and templates leave in place of a missing value."""
 _SCHEME = re.compile(r"(bearer|token|basic)\s", re.IGNORECASE)
-"""Of an Authorization header, which is made here."""
+"""Scheme of an Authorization header, which is added here."""
 _SWITCHES = (
     "AWS_ALLOW_HTTP",
     "AWS_DISABLE_BULK_DELETE",
@@ -100,7 +100,7 @@ AZURE_KEYS = (
 )
 _AZURE_SIGNERS = (*AZURE_KEYS, "AZURE_USE_AZURE_CLI", "AZURE_STORAGE_USE_EMULATOR")
 AWS_BUCKET_IN_ENDPOINT = "AWS_VIRTUAL_HOSTED_STYLE_REQUEST"
-"""Where this is on, the endpoint is the bucket's own."""
+"""Setting with which the endpoint is the bucket's own."""
 AZURE_POD_TOKEN = "AZURE_FEDERATED_TOKEN_FILE"  # noqa: S105 a variable's name
 """obstore would take it before a SAS token."""
 
@@ -114,7 +114,7 @@ class StoreSettings:
     """Settings to reach buckets of one scheme."""
 
     config: dict[str, str | bool] = field(default_factory=dict)
-    """Of obstore's store, beside what it reads of the environment by itself."""
+    """Configuration of obstore's store, beside what obstore reads from the environment itself."""
     allow_http: bool = False
     certificate: bytes | None = None
     """Authorities that are trusted, PEM."""

@@ -22,7 +22,7 @@ _LOCAL_USER = (
     errno.EINVAL,  # of open_regular
 )
 _LOCAL_TRANSIENT = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
-"""What network file systems raise while their server is away."""
+"""Errors that network file systems raise while their server is unreachable."""
 
 
 class FolderBackend:

@@ -62,7 +62,7 @@ class HubSource:
     revision: str
     path: str
     patience_seconds: float | None = None
-    """How long the Hub may be away; None: PATIENCE_SECONDS."""
+    """Longest time for which the Hub may be unreachable; None: PATIENCE_SECONDS."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MOST_BYTES = 64 << 20
-"""Of a record or a manifest. A larger file is something else, and would fill the memory."""
+"""Largest record or manifest. A larger file is something else, and would fill the memory."""
 SCHEMES = ("s3", "gs", "az", "hf", "pvc", "file")
 BUCKET = {"s3": r"[A-Za-z0-9._-]+", "gs": r"[A-Za-z0-9._-]+", "az": r"[A-Za-z0-9-]+|\$(root|web|logs)"}
 """Names of buckets, by scheme; those of Azure are containers, some of them the server's own."""

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PATIENCE_SECONDS = 180.0
-"""How long a server may be away. Restarts of MinIO and versitygw and failovers of Ceph's gateways take less."""
+"""Longest time for which a server may be unreachable. Restarts of MinIO and versitygw and failovers of Ceph's gateways
+take less."""
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 15.0
 LEAST_TIMEOUTS = 3

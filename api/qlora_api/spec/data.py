@@ -15,7 +15,7 @@ class ModelSpec(Model):
     """The base model. It is frozen: only the adapter learns."""
 
     source: Source
-    """Where the base model is: hf://org/name@revision, s3://bucket/key, gs://…, az://…, pvc://claim/path, or a local
+    """Location of the base model: hf://org/name@revision, s3://bucket/key, gs://…, az://…, pvc://claim/path, or a local
     folder with 'qlora run'. Safetensors only; repositories that bring code are refused."""
     credentials: Name | None = None
     """Secret in the job's namespace with the source's credentials under their usual names (AWS_…, HF_TOKEN …). All

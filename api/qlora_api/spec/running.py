@@ -32,7 +32,8 @@ class ParallelismSpec(Model):
     gpus_per_worker: int = Field(1, ge=1, le=16)
     """GPUs of each pod. Each GPU has one rank."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(check_no_boolean)] = 0
-    """What is partitioned across ranks: 0 nothing; 1 optimizer state; 2 optimizer state and gradients; 3 optimizer
+    """ZeRO stage, which says what is partitioned across ranks: 0 nothing; 1 optimizer state; 2 optimizer state and
+    gradients; 3 optimizer
     state, gradients and parameters. LoRA's states are small: 0 is the fastest and fits nearly always. Even with 3 the
     whole quantized base must fit each GPU while it loads."""
     offload: Offload = Offload.NONE
@@ -162,7 +163,7 @@ class Toleration(Model):
 
 
 RESERVED_DOMAINS = ("azure.workload.identity", "k8s.io", "kubernetes.io", "qlora.dev")
-"""Of labels and annotations that have a meaning to Kubernetes, to a cloud or to the operator."""
+"""Domains of labels and annotations that mean something to Kubernetes, a cloud provider or the operator."""
 _RESERVED = rf"^([^/]*\.)?({'|'.join(map(re.escape, RESERVED_DOMAINS))})/"
 LabelValue = Annotated[str, StringConstraints(max_length=63, pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$")]
 AnnotationValue = Annotated[str, StringConstraints(max_length=1024)]

@@ -54,7 +54,7 @@ class QLoRASweepStatus(Model):
     finished: Text = ""
     """Trials that have succeeded or failed, of all, as text."""
     best: BestTrial | None = None
-    """Of the trials that have succeeded so far; once the sweep has succeeded, its result."""
+    """Best of the trials that have succeeded so far; once the sweep has succeeded, its result."""
     gpu_seconds: Count = 0
     """GPU-seconds of all trials; waiting does not count."""
     gpu_hours: Decimal = "0"

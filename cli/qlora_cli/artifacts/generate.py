@@ -45,7 +45,7 @@ class Models:
     dataset: str | None = None
     """``spec.dataset`` of the job as JSON, where it is known: prompts are put as in training."""
     revision: str = ""
-    """Of the base, which the adapter was trained on; empty where that is not known, or another base is given."""
+    """Revision of the base that the adapter was trained on; empty if it is unknown or another base is given."""
     conversations: bool = False
     """By Prepare's receipt, the rows' prompts are lists of messages."""
 

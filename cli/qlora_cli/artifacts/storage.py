@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 PATIENCE_SECONDS = 60.0
-"""How long a person waits for a server that is away."""
+"""Longest time for which a command retries while a server is unreachable."""
 
 
 class StorageError(ClusterError):

@@ -69,7 +69,7 @@ _CODES: Mapping[str, Mapping[int, str]] = {
     "upload": _LOCAL,
     "doctor": _CLUSTER | {CHECK_FAILED: "a check found a fault"},
 }
-"""Of the commands whose codes are not those of any command that asks a cluster."""
+"""Exit codes of the commands that have more than those of every command that asks a cluster."""
 _ALL = _CLUSTER | {CHECK_FAILED: "a watched job failed, a check found a fault, or the question was answered with no"}
 _OF_THE_TRAINER = {"41-49": "the trainer ended early: see 'qlora run --help'; 43 of 'qlora sweep': budget used up"}
 

@@ -60,11 +60,11 @@ class ClusterSnapshot:
     """Resources of the API group, for whom the CustomResourceDefinition itself is not to be seen."""
     groups: Answer = MISSING
     gang_resources: Answer = MISSING
-    """Of scheduling.k8s.io."""
+    """Resources of the API group scheduling.k8s.io."""
     deployments: Answer = MISSING
-    """Of operators, one that serves the namespace first."""
+    """Deployments of operators; one that serves the namespace comes first."""
     operator_pods: Answer = MISSING
-    """Of the first operator."""
+    """Pods of the first of these operators."""
     config: Answer = MISSING
     """Configuration of the first operator, parsed."""
     configs: tuple[Answer, ...] = ()
@@ -76,7 +76,7 @@ class ClusterSnapshot:
     manifests: tuple[Object, ...] = ()
     """Jobs that are not submitted yet."""
     pods: Answer = MISSING
-    """Of trainers and Prepare, in the namespace."""
+    """Pods of trainers and of Prepare in the namespace."""
     events: Answer = MISSING
     network_policies: Answer = MISSING
     monitors: Answer = MISSING
@@ -84,7 +84,7 @@ class ClusterSnapshot:
     named: tuple[tuple[ReferencedObject, Answer], ...] = ()
     """Secrets, claims and the like that jobs name, each as it was found."""
     endpoints: tuple[tuple[str, str, str], ...] = ()
-    """Of object storage: URL, who names it, and what is wrong with it, if anything."""
+    """Endpoints of object storage: URL, the object that names it, and what is wrong with it, or ""."""
 
 
 def read_cluster(cluster: Cluster, manifests: Sequence[Object] = ()) -> ClusterSnapshot:

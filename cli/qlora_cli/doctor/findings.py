@@ -32,7 +32,7 @@ class Finding:
     check: str
     text: str
     remedy: str = ""
-    """What to do; never empty for a fault."""
+    """Remedy; never empty for a fault."""
 
     def to_json_dict(self) -> dict[str, Any]:
         return {"level": self.level.value, "check": self.check, "text": self.text, "remedy": self.remedy}

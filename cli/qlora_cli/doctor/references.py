@@ -29,7 +29,7 @@ NEEDED_KEYS = {
     "MLflow": (("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME"),),
     "WandB": (("WANDB_API_KEY",),),
 }
-"""What a Secret must hold for a scheme, or for a tracking tool: of each group one."""
+"""Keys that a Secret must hold for a URI scheme or a tracking tool: one of each group."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ReferencedObject:
     field: str
     """Below spec."""
     scheme: str = ""
-    """Of the URI that a Secret's credentials are for, or the type of a tracking tool."""
+    """Scheme of the URI that a Secret's credentials are for, or the type of a tracking tool."""
 
 
 def of_jobs(jobs: Sequence[Object], namespace: str) -> list[ReferencedObject]:

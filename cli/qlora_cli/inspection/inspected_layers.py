@@ -93,7 +93,7 @@ class MeasuredFormat:
     error: float
     bytes: int
     bits: float
-    """Of a weight, constants included."""
+    """Bits per weight, quantization constants included."""
     saved_bytes: int
     """Compared with 16 bits."""
 

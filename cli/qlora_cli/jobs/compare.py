@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _NO_MATTER = ("policy", "scheduling", "suspend")
 """Groups that change nothing in what is learned; shown with --all."""
 LONGEST_VALUE = 48
-"""Of a value that is not a single word: paths are shown whole."""
+"""Longest value, in characters, that is shown whole if it has several words. Paths are always shown whole."""
 
 
 @dataclass(frozen=True)

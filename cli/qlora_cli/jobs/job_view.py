@@ -51,11 +51,11 @@ class JobView:
     namespace: str
     """Empty for a local run."""
     place: str
-    """How a command names it: the name, or the folder of a local run."""
+    """Argument that names the job in a command: its name, or the folder of a local run."""
     state: str
     reason: str
     message: str
-    """Of the condition that speaks for the job."""
+    """Message of the condition that explains the job's state."""
     step: int | None
     total_steps: int | None
     epoch: str

@@ -55,7 +55,7 @@ class WatchedJobs:
     jobs: dict[tuple[str, str], JobView] = field(default_factory=dict)
     losses: dict[tuple[str, str], deque[float]] = field(default_factory=dict)
     lost: str = ""
-    """Why nothing new comes in."""
+    """Reason why no updates arrive; empty while they do."""
     body: Object = field(default_factory=dict)
     """The newest job as it came; of use where one was named."""
 

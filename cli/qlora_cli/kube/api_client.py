@@ -24,7 +24,8 @@ CONNECT_SECONDS = 10
 PAGE = 500
 WATCH_SECONDS = 290
 SILENCE_SECONDS = 150
-"""Of a watch: the API server sends a bookmark about once a minute, so a connection this still is dead."""
+"""Longest time without an event on a watch. The API server sends a bookmark about once a minute, so a connection that
+is silent for longer is dead."""
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 30.0
 GONE = 410
 

@@ -16,7 +16,7 @@ from qlora_cli.kube.errors import ConfigError
 from qlora_storage.local_paths import expand_home
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-"""Where a pod finds its own credentials."""
+"""Folder in which a pod finds the credentials of its service account."""
 
 Section = dict[str, Any]
 

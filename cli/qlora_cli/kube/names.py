@@ -22,7 +22,7 @@ CONTAINER = "trainer"
 FIELD_MANAGER = "qlora-cli"
 
 CHART = "charts/qlora-operator"
-"""What installs the operator, for remedies."""
+"""Chart that installs the operator, as remedies name it."""
 LONGEST_NAME = 52
 NAME_PATTERN = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 

@@ -28,7 +28,7 @@ class Machine:
 
     gpus: tuple[LocalGpu, ...] = ()
     note: str = ""
-    """Why there are none, where that is not plain."""
+    """Reason why there are no GPUs, if it is not obvious."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class PrepareProgress:
 
     stage: str = "starting"
     rows: str | None = None
-    """How far the rows are; None where the stage has said nothing of them."""
+    """Progress over the rows; None if the stage does not report it."""
 
 
 class PrepareLog:

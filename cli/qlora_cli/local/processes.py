@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LOCK_BYTES = 64
-"""Of a lock, which names two processes at most."""
+"""Size of a lock file, which names at most two processes."""
 
 
 def is_alive(pid: int) -> bool:

@@ -38,7 +38,7 @@ STRAGGLER = 1.5
 LONG_WAIT_SECONDS = 5.0
 BAR = 40
 LONG_RUN_SECONDS = 60
-"""What is expected to take longer is said beforehand."""
+"""Shortest expected duration of a run that is announced before it starts."""
 STARTING = "starting: the ranks import PyTorch and meet"
 DOING = {
     "Load": "loading the model",

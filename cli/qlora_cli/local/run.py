@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 PATIENCE_SECONDS = 20.0
-"""How long a person waits for object storage that is away."""
+"""Longest time for which a command retries while object storage is unreachable."""
 
 
 @dataclass(frozen=True)

@@ -61,11 +61,11 @@ class RunRecord(Model):
     spec: QLoRAJobSpec
     immutable_hash: str
     device: Literal["CUDA", "CPU"] = "CPU"
-    """What the newest attempt ran on."""
+    """Device of the newest attempt."""
     attempts: list[Attempt] = []
     receipt: PrepareReceipt | None = None
     prepared: PrepareResult | None = None
-    """What the newest Prepare decided: how an attempt starts before which nothing was trained."""
+    """Result of the newest Prepare: settings of an attempt that starts without a checkpoint."""
     first_eval_loss: Decimal | None = None
     """Before the first step."""
     tokens: dict[int, Count] = Field({})
@@ -77,9 +77,10 @@ class RunRecord(Model):
     pause_at_step: int | None = None
     """Step at which a sweep suspends the run, to compare it with others."""
     failure: Text = ""
-    """Why the newest call ended without an adapter; empty while another call can go on, and where it was stopped."""
+    """Reason why the newest call ended without an adapter; empty if another call can resume it, or if it was
+    stopped."""
     signed: bool = False
-    """Whether the run had a key from its first attempt on. Not so: runs of earlier versions."""
+    """True if the run has had a key since its first attempt; runs of earlier versions have not."""
 
     @property
     def finished(self) -> bool:

@@ -101,7 +101,7 @@ class StopRequests:
     asked: bool = False
     insisted: bool = False
     over_budget: bool = False
-    """Whether the time is used up that processes may take."""
+    """True if the time that processes may take is used up."""
     _asked_at: float = 0
 
     def note(self, signum: int, at: float) -> None:

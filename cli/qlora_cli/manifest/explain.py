@@ -45,7 +45,7 @@ class FieldEntry:
     bounds: tuple[str, ...] = ()
     allowed: tuple[object, ...] = ()
     immutable: str = ""
-    """Why the field may not change after creation; empty: it may."""
+    """Reason why the field is immutable after creation; empty if it may change."""
     rules: tuple[str, ...] = ()
     """Rules that cross fields, in words."""
     fields: tuple[FieldEntry, ...] = ()

@@ -27,9 +27,9 @@ ALLOWED = (
 )
 SPLITS = {"train": "spec.dataset.train.source", "eval": "spec.dataset.eval.source"}
 MOST_BYTES = 1 << 20
-"""Of the first row; Prepare reads the rest."""
+"""Largest first row that is read here; Prepare reads the rest."""
 MOST_FILES = 100
-"""Of a folder; larger ones are left to Prepare."""
+"""Most files of a folder that are looked at here; Prepare looks at all."""
 
 
 def row_errors(manifest: object) -> Iterator[FieldError]:

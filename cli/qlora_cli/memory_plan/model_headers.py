@@ -26,10 +26,10 @@ CONFIG = "config.json"
 FIRST_READ = 128 * 1024
 """Bytes asked for at once: most headers are shorter, so that one request does."""
 MOST_BYTES = 64 << 20
-"""Of config.json or of an index."""
+"""Largest config.json or index that is read."""
 AT_ONCE = 8
 PATIENCE_SECONDS = 20.0
-"""How long a plan waits for a server that is away."""
+"""Longest time for which a plan retries while a server is unreachable."""
 ELSEWHERE = ". Offline? Pass a downloaded configuration: --model-config config.json"
 
 
@@ -41,7 +41,7 @@ class ModelFiles:
     tensors: dict[str, TensorInfo] | None
     """None: the configuration alone is known."""
     place: str
-    """Where it was read, in words."""
+    """Description of the place that it was read from."""
 
 
 class ModelSource(Protocol):

@@ -79,11 +79,11 @@ class PlanResult:
     job: str
     request: PlanRequest
     place: str
-    """Where the base was read."""
+    """Description of the place that the base was read from."""
     outcome: Plan | NoFit
     cost: Cost | None
     tokens: int | None
-    """Of the whole training, over all epochs."""
+    """Tokens of the whole training, over all epochs; None if unknown."""
     price: float | None
     variations: tuple[Variation, ...]
 

@@ -14,7 +14,7 @@ WIDTH, HEIGHT = 560, 240
 COLUMNS_HEIGHT = 170
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 34
 MOST_POINTS = 400
-"""Of one curve; longer ones are drawn as means of neighbours."""
+"""Most points of one curve; longer ones are drawn as means of neighbouring points."""
 TICKS = 5
 SERIES = 6
 """Colours that the style has."""

@@ -50,7 +50,7 @@ class Facts:
     manifest: dict[str, Any] | None = None
     """As published, where it can be read here."""
     trainer_answers: Sequence[AnswerLine] = ()
-    """Of base and adapter, before the first step and after the last."""
+    """Answers of base and adapter, before the first step and after the last."""
     answers: Sequence[AnswerLine] = ()
     """As far as they were asked later."""
 

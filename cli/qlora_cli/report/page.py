@@ -28,7 +28,7 @@ MOST_SAMPLES = 5
 MOST_ANSWERS = 8
 BATCH = '<p class="keys">Batch: micro-batch × accumulation × ranks</p>'
 MACHINE = (("driver", "Driver"), ("cuda", "CUDA"), ("system", "System"), ("python", "Python"))
-"""Of an environment, what is no package, and how it is called."""
+"""Entries of an environment that are not packages, with their labels."""
 HELD = "&nbsp;"
 """A space at which no line ends."""
 MARKED = re.compile("⟦(.*?)⟧", re.DOTALL)

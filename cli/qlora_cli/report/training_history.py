@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 CHECKPOINT_FILE, PUBLISHED_FILE = "history.jsonl", "training_history.jsonl"
 """As ``qlora_trainer.reporting.training_history`` names them; a test holds them together."""
 MARKER = "COMPLETE.json"
-"""Of a whole checkpoint."""
+"""File that only a complete checkpoint has."""
 LARGEST = 2**53
-"""Of whole numbers; a larger one is no step."""
+"""Largest whole number that is read as a step."""
 _STEP = re.compile(
     r"INFO step (?P<step>\d{1,15})/\d+ loss (?P<loss>\S+) lr (?P<rate>\S+) norm (?P<norm>\S+)"
     r" tokens/s (?P<speed>\S+)"
@@ -71,7 +71,7 @@ class MergedHistory:
     tasks: list[dict[str, Any]] = field(default_factory=list)
     """Results of the tasks of spec.evaluate."""
     end: dict[str, Any] = field(default_factory=dict)
-    """Of what is published: numbers of the rows, and memory predicted and measured."""
+    """Summary of a published run: counts of rows, and memory predicted and measured."""
 
     @property
     def section_seconds(self) -> dict[str, float]:

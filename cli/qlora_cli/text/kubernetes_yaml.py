@@ -49,7 +49,7 @@ class Document:
     lines: dict[str, int] = field(repr=False)
     """Line of each field, by path such as ``spec.lora.targetModules[0]``."""
     errors: tuple[FieldError, ...] = ()
-    """What YAML allows and Kubernetes does not."""
+    """Errors for what YAML allows and Kubernetes does not."""
 
     def line_of(self, path: str) -> int:
         """Return the line of a field, or of the nearest group around a field that is not there."""

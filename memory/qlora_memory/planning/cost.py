@@ -17,7 +17,8 @@ EFFICIENCY = (0.35, 0.5, 0.75)
 """Share of the peak: least, expected, most. Published runs reach 41% (NeMo AutoModel, LoRA, H100), 43 to 61% (PEFT
 with bitsandbytes, A100), 64% (fms-acceleration, A100) and 71% (torchtune, RTX 4090), recomputation counted."""
 SCALING = 0.95
-"""Of one GPU's speed that each of several keeps: 0.98 measured for 2 and 4 (fms-acceleration), less for waiting."""
+"""Share of one GPU's speed that each of several keeps: 0.98 measured for 2 and 4 (fms-acceleration), less for
+waiting."""
 DEQUANTIZATION = 4.0
 """Times longer than reading and writing at full bandwidth: 20 ms for 7·10⁹ weights on an H100, 17.5 GB moved."""
 

@@ -31,7 +31,7 @@ class PlanRequest:
     longest: int | None = None
     """Tokens of the longest sequence, where the rows are known; None: ``spec.dataset.maxLength``."""
     correction: float = 1.0
-    """What needed bytes are multiplied by: measured over predicted, as learned on this GPU."""
+    """Factor on the needed bytes: measured over predicted, as learned on this GPU."""
 
     @property
     def row(self) -> int:
@@ -59,7 +59,7 @@ class Plan:
     """As resolved for the GPU."""
     quantization: QuantizationType
     correction: float = 1.0
-    """Of the request."""
+    """Correction factor of the request."""
 
     @property
     def needed_bytes(self) -> int:

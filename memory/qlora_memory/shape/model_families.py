@@ -39,9 +39,9 @@ class ModelFamily:
     feed_forward: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     """Names of gate, up and down; without a gate two; ``gate_up_proj`` is both."""
     inside: str = "mlp."
-    """Where the feed-forward layers are, within the decoder layer."""
+    """Prefix of the feed-forward layers within the decoder layer."""
     body: str = "model"
-    """Where the decoder layers are."""
+    """Prefix of the decoder layers."""
     biased: tuple[str, ...] = ()
     """Attention layers with a bias whatever the configuration says."""
     bias_key: str = ""

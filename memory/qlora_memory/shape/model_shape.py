@@ -24,7 +24,7 @@ class Linear:
     outputs: int
     bias: bool = False
     experts: int = 1
-    """How many such matrices lie stacked in one parameter."""
+    """Number of such matrices stacked in one parameter."""
     learns: bool = True
     """An adapter is on it by default (``qlora_trainer.model.experts.targets.left_alone``)."""
     quantizable: bool = True
@@ -69,7 +69,7 @@ class Attention:
     head_dim: int
     kind: AttentionKind
     dropout: float = 0.0
-    """Of the scores."""
+    """Dropout probability of the attention scores."""
     rotary_dim: int = 0
     """Dimensions of a head that are rotated; 0: learned positions."""
     query_key_norm: bool = False
@@ -113,7 +113,7 @@ class Experts:
     fp32_weights: bool
     """The routing weights stay in fp32 (Mixtral)."""
     weights: tuple[Linear, ...]
-    """What the experts multiply with first and last: gate and up in one, and down."""
+    """Stacked matrices of the experts: gate and up in one, and down."""
     shared: FeedForward | None = None
     """An expert for every token (Qwen 2 MoE) …"""
     shared_gate: Linear | None = None
@@ -131,7 +131,7 @@ class Layer:
     """2: before attention and before the feed-forward part; 4: after each as well (Gemma 2 and 3); 1: one for both,
     which run side by side (Phi)."""
     dropout: float = 0.0
-    """Of what attention and feed-forward part add to the residual stream."""
+    """Dropout probability of what attention and feed-forward part add to the residual stream."""
     others: tuple[Linear, ...] = ()
     """Linear layers whose place is not known here."""
 
@@ -201,7 +201,7 @@ class ModelShape:
     counted: bool = False
     """The weights were counted on the model itself, which Prepare builds without them; else they follow from names."""
     fixed: int = 0
-    """Of all elements those whose type does not follow the compute type, such as routers that stay in fp32 …"""
+    """Number of all elements whose type does not follow the compute type, such as routers that stay in fp32 …"""
     fixed_bytes: int = 0
     """… and their bytes."""
 

@@ -18,7 +18,7 @@ SOURCE = "spec.model.source"
 DEQUANTIZED = {"mxfp4": "MXFP4", "fp8": "FP8"}
 """Methods, as ``quantization_config`` names them, of bases that are dequantized as they are read."""
 FP8 = "F8_E"
-"""How the types of FP8 weights begin in safetensors' headers."""
+"""Prefix of the types of FP8 weights in headers of safetensors."""
 BLOCKS, SCALES = "_blocks", "_scales"
 """Ends of the names of MXFP4: 16 bytes of two weights each, and the exponent that these share. gpt-oss."""
 FP8_SCALES = (("_scale_inv", ""), (".qscale_weight", ".weight"), (".scale", ".weight"))

@@ -14,9 +14,9 @@ from typing import Any
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 32 << 20
-"""Of a header's JSON. A tensor takes about 100 bytes of it; published files have a few thousand at most."""
+"""Largest JSON of a header. A tensor takes about 100 bytes of it; published files have a few thousand at most."""
 MAX_INDEX_BYTES = 64 << 20
-"""Of the JSON that names the file of each tensor; the index of a model of 10¹² parameters has 15 MB."""
+"""Largest JSON that names the file of each tensor; the index of a model of 10¹² parameters has 15 MB."""
 MAX_VALUES = 4_000_000
 """Commas and opening brackets of one JSON text. Python parses as many in some seconds, into less than 1 GB."""
 DTYPE_BITS = {

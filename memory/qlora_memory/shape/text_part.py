@@ -27,7 +27,7 @@ class TextPart:
     """The language model of a base."""
 
     config: Mapping[str, Any]
-    """Of the language model; what it leaves out is taken from the whole."""
+    """Configuration of the language model; what it leaves out is taken from the whole."""
     tensors: Mapping[str, TensorInfo] | None
     """By the names that transformers gives them."""
     body: str | None

@@ -45,7 +45,7 @@ _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _PAIRS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 _PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token", "top_k")
 _HEAD_DIM = 64
-"""Of models whose configuration has no heads, such as Mamba."""
+"""Head size of models whose configuration has no heads, such as Mamba."""
 _ROLES = {
     "query": ("q_proj", "query", "wq"),
     "key": ("k_proj", "key", "wk"),
@@ -78,7 +78,7 @@ class WeightCounts:
     routers: int
     fixed: int = 0
     fixed_bytes: int = 0
-    """Of all elements those whose type does not follow the compute type, and their bytes."""
+    """Bytes of all elements whose type does not follow the compute type."""
 
 
 def shape_of_tensors(

@@ -24,7 +24,7 @@ from qlora_operator.kube.client import TRANSIENT, Api, ApiError
 log = logging.getLogger(__name__)
 
 CALL_SECONDS = RENEW_SECONDS / 2
-"""Of one call, so that a renewal is tried more than once."""
+"""Timeout of one call, short enough that a renewal is tried more than once."""
 GROUP = "coordination.k8s.io/v1"
 
 

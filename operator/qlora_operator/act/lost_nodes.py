@@ -7,7 +7,7 @@ import time
 from qlora_operator.kube.client import Api, ApiError
 
 NODE_SECONDS = 5.0
-"""How long what was learned about a node counts."""
+"""Time for which a node's state, once read, is reused."""
 
 
 class LostNodes:

@@ -47,7 +47,7 @@ class Context:
     observed: Observed
     config: OperatorConfig
     gang: Gang
-    """How the cluster's gangs start; never Auto."""
+    """Gang scheduling that the cluster uses; never Auto."""
 
     @property
     def now(self) -> datetime:

@@ -22,10 +22,11 @@ from qlora_operator.manifests.profiles import gpu_of
 log = logging.getLogger(__name__)
 
 LEAST, MOST = 0.95, 1.15
-"""Of the factor, and of what one job may say: the formulas hold within 3% (docs/explanation/memory.md); what is further
+"""Bounds of the factor, and of what one job may report: the formulas hold within 3% (docs/explanation/memory.md); what
+is further
 off than this is another error than theirs."""
 WEIGHT = 0.2
-"""Of a new job, against all before it: the last ten make up nine tenths."""
+"""Weight of a new job against all before it: the last ten make up nine tenths."""
 WORTH_WRITING = 0.005
 """Smallest relative change of the factor that is written down."""
 

@@ -20,7 +20,7 @@ _BY_RESOURCE = (
     (re.compile(r"^memory$"), "lower trainer.memory or prepare.memory, values of the operator's chart"),
     (re.compile(r"^ephemeral-storage$"), "lower trainer.ephemeralStorage or cacheSizeLimit, values of the chart"),
 )
-"""What else helps where a quota has too little of a resource."""
+"""Further remedies, by the resource that a quota has too little of."""
 _LIMITS = "a LimitRange of this namespace must allow trainer.cpu and trainer.memory, values of the operator's chart"
 _REMEDIES = (
     (

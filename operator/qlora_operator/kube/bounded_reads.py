@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 import aiohttp
 
 LARGEST_BYTES = 2**24
-"""Of one object, or of one page of a list."""
+"""Largest answer for one object, or for one page of a list."""
 
 
 class TooLargeError(Exception):

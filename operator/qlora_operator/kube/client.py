@@ -89,7 +89,7 @@ class Api:
         self._credentials = Credentials(info)
         self._count, self._may_write = count, may_write
         self.clock = ServerClock()
-        """Of the API server."""
+        """Clock of the API server."""
         self._slots = asyncio.Semaphore(concurrency)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ssl=info.as_ssl_context()),

@@ -33,7 +33,7 @@ PLAIN = frozenset(
         "password",
     }
 )
-"""Of a kubeconfig's clusters and users: what kopf reads as kubectl does."""
+"""Fields of a kubeconfig's clusters and users that kopf reads as kubectl does."""
 
 
 def load_credentials() -> kopf.ConnectionInfo:

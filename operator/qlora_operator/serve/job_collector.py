@@ -35,7 +35,7 @@ FINAL = {
 SWEEPS = (COUNTED, *OF_EACH)
 HOUR = 3600
 SHOWN_SECONDS = 24 * HOUR
-"""How long a job that is over has series of its own: Prometheus has kept them by then."""
+"""Time for which a finished job keeps its own series; by then Prometheus has scraped them."""
 Json = dict[str, Any]
 
 
@@ -101,7 +101,7 @@ class _Figures:
     def __init__(self) -> None:
         self.samples: list[tuple[str, tuple[str, ...], float]] = []
         self.complete = True
-        """Whether nothing had to be left out."""
+        """True if nothing had to be left out."""
         self.jobs: Tally[tuple[str, str, str]] = Tally()
         self.gpus: Tally[tuple[str, str]] = Tally()
         self.waits: dict[tuple[str, str], float] = {}

@@ -38,7 +38,7 @@ class Metrics:
             self._attempts.labels(reason.value)  # from 0 on: a rate sees no series that begins at 1
         self._corrections: Mapping[tuple[str, str], float] = {}
         self.operates = False
-        """Whether this process operates, and does not stand by."""
+        """True if this process is the leader, and not a standby."""
         collector = JobsCollector(cache, corrections=lambda: self._corrections, operates=lambda: self.operates)
         self.registry.register(collector)
         self.registry.register(SweepsCollector(sweeps or SweepCache()))

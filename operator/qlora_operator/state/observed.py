@@ -72,20 +72,20 @@ class ObservedJob:
     """Pods that are ready."""
     deleting: bool
     message: str
-    """Of the condition that says how it failed, or why it makes no pods."""
+    """Message of the condition that says how it failed, or why it creates no pods."""
     failed_reason: str
-    """Of that condition: PodFailurePolicy, BackoffLimitExceeded, DeadlineExceeded …"""
+    """Reason of that condition: PodFailurePolicy, BackoffLimitExceeded, DeadlineExceeded …"""
     plan: str
     """JSON of the planned attempt."""
     created: datetime
     ended: datetime | None = None
-    """When it completed or failed."""
+    """Time at which it completed or failed; None while it runs."""
     template: str = ""
     """Hash of what its pods are made of; empty in those of earlier versions."""
     operator: str = ""
     """Release of the operator that made it; empty in those of earlier versions."""
     generation: int = 0
-    """Of the QLoRAJob that it was made for."""
+    """Generation of the QLoRAJob that it was created for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class PodSnapshot:
     ready: bool
     """The pod is ready, with all that others have added to it."""
     waiting: str
-    """Why a container waits: ImagePullBackOff, CreateContainerConfigError …"""
+    """Reason why a container waits: ImagePullBackOff, CreateContainerConfigError …"""
     waiting_message: str
     unschedulable: str
     """The scheduler's message, where no node was found."""
@@ -119,10 +119,10 @@ class PodSnapshot:
     message: str = ""
     """The termination message as written; see :meth:`word`."""
     pod_reason: str = ""
-    """Why the kubelet refused or ended the whole pod: Evicted, UnexpectedAdmissionError, OutOfcpu …"""
+    """Reason why the kubelet refused or ended the whole pod: Evicted, UnexpectedAdmissionError, OutOfcpu …"""
     pod_message: str = ""
     deletion_due: datetime | None = None
-    """When it must be gone: deletionTimestamp, which has the grace period in it."""
+    """Time by which it must be gone: deletionTimestamp, which includes the grace period."""
     gone: bool = False
     """Deleted; kept until its attempt is closed."""
     controller: str = ""
@@ -134,7 +134,7 @@ class PodSnapshot:
     waiting_container: str = CONTAINER
     """Name of the container that waits."""
     other_ip: str = ""
-    """Of the other family, in a cluster with IPv4 and IPv6."""
+    """Address of the other family, in a dual-stack cluster."""
     other_failure: str = ""
     """Which other container failed, and how."""
     gates: str = ""
@@ -165,13 +165,14 @@ class Observed:
     pods_refused: str = ""
     """The Job controller's message if it cannot create pods: a quota, an admission policy."""
     create_error: str = ""
-    """Why no child can be created: its profile, the missing gang scheduler, or the API server's refusal just now."""
+    """Reason why no child can be created: its profile, the missing gang scheduler, or the API server's refusal just
+    now."""
     unknown_fields: tuple[str, ...] = ()
     """Paths of the job's spec that this version does not know."""
     inherited: frozenset[str] = frozenset()
     """UIDs of Jobs that other releases of the operator had made when this process began."""
     memory_correction: float = 1.0
-    """What this cluster has learned of predicted memory on the GPU that the job gets."""
+    """Factor on predicted memory that this cluster has learned for the GPU that the job gets."""
 
     def pods_of(self, attempt: int) -> tuple[PodSnapshot, ...]:
         """Return the pods of an attempt; if its Job was recreated, only those of the current Job."""

@@ -6,7 +6,7 @@ from typing import Any
 
 Object = dict[str, Any]
 SERVICE_FIELDS = ("clusterIP", "selector", "publishNotReadyAddresses", "externalName", "externalIPs")
-"""Of a Service without an owner: where it leads."""
+"""Fields that decide where a Service without an owner leads."""
 
 
 def is_same_object(wanted: Object, there: Object) -> bool:

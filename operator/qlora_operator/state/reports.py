@@ -31,7 +31,7 @@ _READ_FIELDS = frozenset(
         *(to_camel(name) for name in Progress.model_fields),
     }
 )
-"""Of a progress report: what the operator acts on or writes into status. The rest is for people, and is not kept."""
+"""Fields of a progress report that the operator acts on or writes into status. The rest is not kept."""
 _DECIMAL = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _FIGURES = ("loss", "eval_loss", "best_eval_loss", "learning_rate", "tokens_per_second")
 

@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 NOT_OWNED, UNREADABLE = "NotOwned", "Unreadable"
-"""Why an object is left out: it has the operator's labels and not its controller; it is larger or other than can be."""
+"""Reasons why an object is ignored: it has the operator's labels but another controller; it cannot be read."""

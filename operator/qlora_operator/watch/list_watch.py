@@ -110,7 +110,7 @@ class Watch:
         where = f"/namespaces/{namespace}" if namespace else ""
         self.path = f"{kind.base}{where}/{kind.plural}"
         self._version = ""
-        """Of the last that was seen; empty: nothing was listed yet, or the API server has forgotten it."""
+        """Newest resourceVersion; empty if nothing was listed yet, or if it has expired."""
 
     @property
     def plural(self) -> str:

@@ -54,7 +54,7 @@ class Names:
     schedule_default: str = "linear"
     optimizer: str = "optim"
     fraction: str = ""
-    """Of the rows that are held out; empty: the tool has no such setting."""
+    """Argument for the fraction of rows held out for evaluation; empty if the tool has none."""
 
 
 @dataclass(frozen=True)

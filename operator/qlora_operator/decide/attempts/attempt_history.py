@@ -16,7 +16,7 @@ from qlora_operator.state.observed import JobState, ObservedJob
 from qlora_operator.state.reports import known_components
 
 REPORTED_FIELDS = ("progress", "memory", "eta", "peakMemory", "stopSeconds", "graceSeconds", "tracking")
-"""Of status: figures that pods tell of, which no decision but the time to stop depends on."""
+"""Fields of status that pods report. Only the decision on the time to stop depends on them."""
 
 
 def open_attempt(status: QLoRAJobStatus) -> Attempt | None:

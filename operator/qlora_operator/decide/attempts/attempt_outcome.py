@@ -19,10 +19,11 @@ from qlora_operator.state.observed import JobState, Observed, ObservedJob, PodSn
 OVERDUE = timedelta(seconds=10)
 """A pod this long past its deletionTimestamp has no kubelet that could end it."""
 RESULT_PATIENCE = timedelta(seconds=30)
-"""How long the last pod of a Job that is over may take to be seen: Jobs and pods come by watches of their own."""
+"""Longest wait for the last pod of a finished Job to be observed: Jobs and pods arrive by separate watches."""
 POD_GC = "DeletionByPodGC"
 TAINT_MANAGER = "DeletionByTaintManager"
-"""Of a node that is not ready, or that somebody has given a NoExecute taint: then the pod ends by itself."""
+"""Reason of a pod's deletion if its node is not ready or has a NoExecute taint; in the second case the pod ends by
+itself."""
 
 _DECISIVE = frozenset(
     {
@@ -35,7 +36,7 @@ _DECISIVE = frozenset(
         ExitCode.STORAGE_FAILED,
     }
 )
-"""What a pod says of itself that nothing else explains."""
+"""Reasons reported by a pod that nothing else explains."""
 _KILLED = 137
 """128 + SIGKILL: the kernel's for memory only where the kubelet says so. docs/decisions/0016."""
 _OVERFULL = re.compile(r'Usage of EmptyDir volume "([^"]+)" exceeds the limit "([^"]+)"')
