@@ -201,9 +201,9 @@ class ModelShape:
     counted: bool = False
     """The weights were counted on the model itself, which Prepare builds without them; else they follow from names."""
     fixed: int = 0
-    """Number of all elements whose type does not follow the compute type, such as routers that stay in fp32 …"""
+    """Number of elements whose type does not follow the compute type, such as routers that stay in fp32."""
     fixed_bytes: int = 0
-    """… and their bytes."""
+    """Bytes of these elements."""
 
     @cached_property
     def linears(self) -> tuple[Linear, ...]:

@@ -78,7 +78,7 @@ class WeightCounts:
     routers: int
     fixed: int = 0
     fixed_bytes: int = 0
-    """Bytes of all elements whose type does not follow the compute type."""
+    """Bytes of the elements whose type does not follow the compute type."""
 
 
 def shape_of_tensors(
