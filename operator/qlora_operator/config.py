@@ -116,7 +116,7 @@ class OperatorConfig(Model):
     metrics_port: int = Field(9090, ge=0, le=65535)
     log_format: str = "text"
     price_per_gpu_hour: Annotated[dict[str, Price], AfterValidator(_known_gpus)] = {}
-    """By name of ``qlora plan``'s table, or ``default``; in whatever currency. Empty: no money is spoken of."""
+    """Price of a GPU-hour in any currency, by GPU name or ``default``. Empty: costs are not shown."""
     memory_config_map: Annotated[str, StringConstraints(pattern=r"^([-a-z0-9]+/[-a-z0-9.]+)?$")] = ""
     """``namespace/name`` of the ConfigMap with what was learned of memory. Empty: nothing is learned."""
     network_policy: NetworkPolicyConfig = NetworkPolicyConfig()

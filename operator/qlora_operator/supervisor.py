@@ -1,7 +1,7 @@
-"""Keep the operator's background tasks going: what one of them raises is its own matter.
+"""Run the operator's background tasks and restart each that fails, independently of the others.
 
-A task that ends is logged, counted and started again, later and later. One that keeps failing shows in
-``qlora_operator_task_failures_total`` and, where it is a watch, in ``/healthz``.
+A task that ends is logged, counted and restarted with exponential backoff. One that keeps failing shows in
+``qlora_operator_task_failures_total`` and, if it is a watch, in ``/healthz``.
 """
 
 from __future__ import annotations

@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 SHOWN = 4
 
 
-def crd(seen: ClusterSnapshot, install: str) -> Iterator[Finding]:
+def crd(snapshot: ClusterSnapshot, install: str) -> Iterator[Finding]:
     """There, served, and with the same fields."""
-    if seen.crd.denied:
-        kinds = [r.get("kind") for r in (seen.served.value or {}).get("resources") or ()]
+    if snapshot.crd.denied:
+        kinds = [r.get("kind") for r in (snapshot.served.value or {}).get("resources") or ()]
         if KIND in kinds:
             yield ok("crd", "QLoRAJobs are served; you may not read their definition, so its version is not compared")
         else:
             yield fault("crd", "this cluster serves no QLoRAJobs", f"install the operator: {install}")
         return
-    if not seen.crd.there:
+    if not snapshot.crd.there:
         yield fault("crd", f"the CustomResourceDefinition {CRD} is missing", f"install it with the operator: {install}")
         return
-    body = seen.crd.value
+    body = snapshot.crd.value
     bad = [
         c
         for c in (body.get("status") or {}).get("conditions") or ()

@@ -22,23 +22,23 @@ UNSEEN_SECONDS = 30
 _TRAINER = {"app.kubernetes.io/managed-by": "qlora-operator", "app.kubernetes.io/component": "trainer"}
 
 
-def references(seen: ClusterSnapshot) -> Iterator[Finding]:
+def references(snapshot: ClusterSnapshot) -> Iterator[Finding]:
     """Secrets, claims, queues and priority classes that jobs name."""
-    if not seen.named:
+    if not snapshot.named:
         yield ok("references", "no unfinished job names a Secret, claim, queue or priority class")
         return
     good = 0
-    for named, answer in seen.named:
+    for named, answer in snapshot.named:
         who = f'job "{named.job}" names it in spec.{named.field}'
         if answer.denied:
             yield unknown("references", f"you may not get {named.kind} {named.name} ({who})")
         elif answer.missing:
             yield fault(
                 "references",
-                f"{named.kind} {named.name} is not in namespace {seen.namespace}, and {who}"
+                f"{named.kind} {named.name} is not in namespace {snapshot.namespace}, and {who}"
                 if named.kind != "PriorityClass"
                 else f"PriorityClass {named.name} is not there, and {who}",
-                _create(named.kind, named.name, seen.namespace, named.scheme),
+                _create(named.kind, named.name, snapshot.namespace, named.scheme),
             )
         elif named.kind == "Secret" and (keys := missing_keys(answer.value, named.scheme)):
             yield fault(
@@ -48,7 +48,7 @@ def references(seen: ClusterSnapshot) -> Iterator[Finding]:
             )
         else:
             good += 1
-    if good == len(seen.named):
+    if good == len(snapshot.named):
         yield ok("references", f"all {good} objects that unfinished jobs name are there")
 
 
@@ -64,9 +64,9 @@ def _create(kind: str, name: str, namespace: str, scheme: str) -> str:
     return f"create the {kind}, or take it out of the job's spec.scheduling"
 
 
-def storage(seen: ClusterSnapshot) -> Iterator[Finding]:
+def storage(snapshot: ClusterSnapshot) -> Iterator[Finding]:
     """Endpoints of object storage that Secrets name."""
-    for url, secret, trouble in seen.endpoints:
+    for url, secret, trouble in snapshot.endpoints:
         if not trouble:
             yield ok("storage", f"{url} (Secret {secret}) is there")
         else:
@@ -77,18 +77,18 @@ def storage(seen: ClusterSnapshot) -> Iterator[Finding]:
             )
 
 
-def images(seen: ClusterSnapshot) -> Iterator[Finding]:
+def images(snapshot: ClusterSnapshot) -> Iterator[Finding]:
     """Trainer images that cannot be pulled, by pods' own status and by events of pods that are gone."""
-    if seen.pods.denied and seen.events.denied:
+    if snapshot.pods.denied and snapshot.events.denied:
         yield unknown("image", "you may not list pods and events")
         return
     told: dict[str, str] = {}
-    for pod in seen.pods.items:
+    for pod in snapshot.pods.items:
         for container in (pod.get("status") or {}).get("containerStatuses") or ():
             waiting = (container.get("state") or {}).get("waiting") or {}
             if waiting.get("reason") in IMAGE_REASONS:
                 told[container.get("image", "")] = f"{waiting['reason']}: {waiting.get('message', '')}".rstrip(": ")
-    for event in seen.events.items:
+    for event in snapshot.events.items:
         message = event.get("message") or ""
         about = event.get("involvedObject") or {}
         if (
@@ -110,24 +110,24 @@ def images(seen: ClusterSnapshot) -> Iterator[Finding]:
         yield ok("image", "no trainer waits for its image")
 
 
-def network(seen: ClusterSnapshot) -> Iterator[Finding]:
+def network(snapshot: ClusterSnapshot) -> Iterator[Finding]:
     """Policies that cut trainers off from each other, from storage, or from the operator."""
-    if seen.network_policies.denied:
+    if snapshot.network_policies.denied:
         yield unknown("network", "you may not list NetworkPolicies")
         return
-    ours = [p for p in seen.network_policies.items if _is_ours(p)]
+    ours = [p for p in snapshot.network_policies.items if _is_ours(p)]
     if ours:
         yield ok("network", f"NetworkPolicy {ours[0]['metadata']['name']} restricts trainers to what they need")
         return
-    policies = [p for p in seen.network_policies.items if _selects_trainers(p)]
-    value = f"add {seen.namespace} to the chart's value networkPolicy.trainers.namespaces"
+    policies = [p for p in snapshot.network_policies.items if _selects_trainers(p)]
+    value = f"add {snapshot.namespace} to the chart's value networkPolicy.trainers.namespaces"
     if shut := [way for way in ("Ingress", "Egress") if _is_shut(policies, way)]:
         name = next(p["metadata"]["name"] for p in policies if _rules(p, shut[0]) == [])
         effect = "storage is out of reach" if "Egress" in shut else "progress is not seen"
         text = f"NetworkPolicy {name} cuts trainers off ({', '.join(shut)}): workers cannot meet, {effect}"
         yield fault("network", text, f"{value}, which allows what trainers need")
     else:
-        text = f"no NetworkPolicy of the operator restricts trainers in namespace {seen.namespace}"
+        text = f"no NetworkPolicy of the operator restricts trainers in namespace {snapshot.namespace}"
         yield note("network", text, f"{value}, if the cluster enforces policies")
 
 
@@ -154,9 +154,9 @@ def _rules(policy: Object, way: str) -> list[Any] | None:
     return list(spec.get(way.lower()) or ()) if way in kinds else None
 
 
-def quotas(seen: ClusterSnapshot) -> Iterator[Finding]:
+def quotas(snapshot: ClusterSnapshot) -> Iterator[Finding]:
     """Quotas of GPUs that are used up."""
-    for quota in seen.quotas.items:
+    for quota in snapshot.quotas.items:
         status = quota.get("status") or {}
         hard, used = status.get("hard") or {}, status.get("used") or {}
         for resource, most in hard.items():
@@ -169,9 +169,9 @@ def quotas(seen: ClusterSnapshot) -> Iterator[Finding]:
                     yield ok("quota", f"{left} of {most} {resource} are left")
 
 
-def too_wide(seen: ClusterSnapshot, most: int) -> Iterator[Finding]:
+def too_wide(snapshot: ClusterSnapshot, most: int) -> Iterator[Finding]:
     """Jobs whose pods want more GPUs than any node has."""
-    for job in seen.jobs.items:
+    for job in snapshot.jobs.items:
         wanted = ((job.get("spec") or {}).get("parallelism") or {}).get("gpusPerWorker") or 1
         if wanted > most and not view(job).is_finished:
             yield fault(
@@ -181,19 +181,21 @@ def too_wide(seen: ClusterSnapshot, most: int) -> Iterator[Finding]:
             )
 
 
-def _is_old(job: JobView, seen: ClusterSnapshot) -> bool:
-    return job.created is not None and (seen.now - job.created).total_seconds() > UNSEEN_SECONDS
+def _is_old(job: JobView, snapshot: ClusterSnapshot) -> bool:
+    return job.created is not None and (snapshot.now - job.created).total_seconds() > UNSEEN_SECONDS
 
 
-def jobs(seen: ClusterSnapshot) -> Iterator[Finding]:
+def jobs(snapshot: ClusterSnapshot) -> Iterator[Finding]:
     """Jobs that wait for a hand, and jobs that nobody has looked at."""
-    if seen.jobs.denied:
-        yield unknown("jobs", f"you may not list jobs in namespace {seen.namespace}")
+    if snapshot.jobs.denied:
+        yield unknown("jobs", f"you may not list jobs in namespace {snapshot.namespace}")
         return
-    if not seen.jobs.there:
+    if not snapshot.jobs.there:
         return
-    waiting = [view(job) for job in seen.jobs.items]
-    unseen = [v.name for v, job in zip(waiting, seen.jobs.items, strict=True) if not is_seen(job) and _is_old(v, seen)]
+    waiting = [view(job) for job in snapshot.jobs.items]
+    unseen = [
+        v.name for v, job in zip(waiting, snapshot.jobs.items, strict=True) if not is_seen(job) and _is_old(v, snapshot)
+    ]
     if unseen:
         yield fault(
             "jobs",
@@ -204,4 +206,4 @@ def jobs(seen: ClusterSnapshot) -> Iterator[Finding]:
     for job in stuck:
         yield fault("jobs", f'job "{job.name}" waits ({job.reason}): {job.message}', f"qlora show {job.name}")
     if not stuck and not unseen:
-        yield ok("jobs", f"none of {len(waiting)} jobs in namespace {seen.namespace} waits for a hand")
+        yield ok("jobs", f"none of {len(waiting)} jobs in namespace {snapshot.namespace} waits for a hand")

@@ -15,34 +15,34 @@ if TYPE_CHECKING:
     from qlora_cli.kube.api_client import Object
 
 
-def profiles(seen: ClusterSnapshot) -> Iterator[Finding]:
+def profiles(snapshot: ClusterSnapshot) -> Iterator[Finding]:
     """Give the profiles that jobs may name, those without a node, and jobs that name another."""
-    if not seen.config.there:
+    if not snapshot.config.there:
         return
-    known: Mapping[str, Any] = seen.config.value.get("profiles") or {}
-    bad = list(_jobs(seen, {DEFAULT_PROFILE, *known}))
+    known: Mapping[str, Any] = snapshot.config.value.get("profiles") or {}
+    bad = list(_jobs(snapshot, {DEFAULT_PROFILE, *known}))
     yield from bad
     if not known:
         return
     lacking = (
         []
-        if seen.nodes.denied
-        else [n for n, p in known.items() if not any(_fits(node, p, seen) for node in seen.nodes.items)]
+        if snapshot.nodes.denied
+        else [n for n, p in known.items() if not any(_fits(node, p, snapshot) for node in snapshot.nodes.items)]
     )
     for name in lacking:
         yield note(
             "profiles",
-            f"no node has the labels and GPUs of profile {name} ({_asked(known[name], seen)})",
+            f"no node has the labels and GPUs of profile {name} ({_asked(known[name], snapshot)})",
             "its jobs wait until there is one, as an autoscaler may bring; or correct the profile in the chart",
         )
-    if seen.nodes.denied:
+    if snapshot.nodes.denied:
         yield unknown("profiles", f"you may not list nodes; jobs may name {_list(known)}")
     elif not bad and not lacking:
         yield ok("profiles", f"jobs may name {_list(known)}")
 
 
-def _jobs(seen: ClusterSnapshot, known: set[str]) -> Iterator[Finding]:
-    for job in (*seen.manifests, *seen.jobs.items):
+def _jobs(snapshot: ClusterSnapshot, known: set[str]) -> Iterator[Finding]:
+    for job in (*snapshot.manifests, *snapshot.jobs.items):
         name = ((job.get("spec") or {}).get("scheduling") or {}).get("profile")
         if name is not None and name not in known and not view(job).is_finished:
             yield fault(
@@ -58,19 +58,19 @@ def _list(known: Mapping[str, Any]) -> str:
     )
 
 
-def _resource(profile: Mapping[str, Any], seen: ClusterSnapshot) -> str:
+def _resource(profile: Mapping[str, Any], snapshot: ClusterSnapshot) -> str:
     own = profile.get("gpuResource")
-    return str((seen.config.value.get("gpuResource") or "") if own is None else own)
+    return str((snapshot.config.value.get("gpuResource") or "") if own is None else own)
 
 
-def _asked(profile: Mapping[str, Any], seen: ClusterSnapshot) -> str:
+def _asked(profile: Mapping[str, Any], snapshot: ClusterSnapshot) -> str:
     labels = [f"{key}={value}" for key, value in (profile.get("nodeSelector") or {}).items()]
-    return ", ".join(filter(None, [*labels, _resource(profile, seen)]))
+    return ", ".join(filter(None, [*labels, _resource(profile, snapshot)]))
 
 
-def _fits(node: Object, profile: Mapping[str, Any], seen: ClusterSnapshot) -> bool:
+def _fits(node: Object, profile: Mapping[str, Any], snapshot: ClusterSnapshot) -> bool:
     """Return whether a node has the labels of a profile, and any of its GPUs."""
     labels = node["metadata"].get("labels") or {}
-    wanted, resource = profile.get("nodeSelector") or {}, _resource(profile, seen)
+    wanted, resource = profile.get("nodeSelector") or {}, _resource(profile, snapshot)
     offered = (node.get("status") or {}).get("allocatable") or {}
     return wanted.items() <= labels.items() and (not resource or str(offered.get(resource, "0")) != "0")

@@ -1,4 +1,4 @@
-"""From what was read to findings. Pure: no clock, nothing is asked."""
+"""Derive findings from a snapshot of the cluster, without I/O."""
 
 from __future__ import annotations
 
@@ -17,76 +17,76 @@ if TYPE_CHECKING:
     from qlora_cli.kube.api_client import Object
 
 OLDEST = (1, 31)
-"""Kubernetes. podFailurePolicy is stable from here on."""
+"""Oldest supported version of Kubernetes: the first in which podFailurePolicy is stable."""
 INSTALL = f"helm upgrade --install qlora {CHART} -n qlora-system --create-namespace"
 GANGS = {"Kueue": "kueue.x-k8s.io", "Volcano": "scheduling.volcano.sh"}
 
 
-def run_checks(seen: ClusterSnapshot, version: str) -> list[Finding]:
-    """Everything, in the order in which one would mend it. ``version``: this command line's."""
+def run_checks(snapshot: ClusterSnapshot, version: str) -> list[Finding]:
+    """Run all checks, in the order in which faults should be fixed. ``version`` is that of this command line."""
     return [
-        *_cluster(seen),
-        *_rights(seen),
-        *check_crd.crd(seen, INSTALL),
-        *_operator(seen, version),
-        *_admission(seen),
-        *_gpus(seen),
-        *check_profiles.profiles(seen),
-        *_gang(seen),
-        *check_jobs.references(seen),
-        *check_jobs.storage(seen),
-        *check_jobs.images(seen),
-        *check_jobs.network(seen),
-        *_monitors(seen),
-        *check_jobs.quotas(seen),
-        *check_jobs.jobs(seen),
+        *_cluster(snapshot),
+        *_rights(snapshot),
+        *check_crd.crd(snapshot, INSTALL),
+        *_operator(snapshot, version),
+        *_admission(snapshot),
+        *_gpus(snapshot),
+        *check_profiles.profiles(snapshot),
+        *_gang(snapshot),
+        *check_jobs.references(snapshot),
+        *check_jobs.storage(snapshot),
+        *check_jobs.images(snapshot),
+        *check_jobs.network(snapshot),
+        *_monitors(snapshot),
+        *check_jobs.quotas(snapshot),
+        *check_jobs.jobs(snapshot),
     ]
 
 
-def _cluster(seen: ClusterSnapshot) -> Iterator[Finding]:
-    numbers = seen.version.removeprefix("v").split(".")
+def _cluster(snapshot: ClusterSnapshot) -> Iterator[Finding]:
+    numbers = snapshot.version.removeprefix("v").split(".")
     known = len(numbers) > 1 and numbers[0].isdecimal() and numbers[1].isdecimal()
     if known and (int(numbers[0]), int(numbers[1])) < OLDEST:
         wanted = ".".join(map(str, OLDEST))
-        text = f"Kubernetes {seen.version} is older than {wanted}"
+        text = f"Kubernetes {snapshot.version} is older than {wanted}"
         yield fault("cluster", text, f"upgrade the cluster to {wanted} or newer")
         return
-    who = f", you are {seen.user}" if seen.user else ""
-    yield ok("cluster", f"{seen.server} answers, Kubernetes {seen.version}{who}")
+    who = f", you are {snapshot.user}" if snapshot.user else ""
+    yield ok("cluster", f"{snapshot.server} answers, Kubernetes {snapshot.version}{who}")
 
 
-def _rights(seen: ClusterSnapshot) -> Iterator[Finding]:
-    lacking = [(verb, what, use) for verb, _, what, use in RIGHTS if seen.rights.get((verb, what)) is False]
-    if not seen.rights:
+def _rights(snapshot: ClusterSnapshot) -> Iterator[Finding]:
+    lacking = [(verb, what, use) for verb, _, what, use in RIGHTS if snapshot.rights.get((verb, what)) is False]
+    if not snapshot.rights:
         yield unknown("rights", "the cluster does not say what you may do")
     elif lacking:
         verbs = ", ".join(f"{verb} {what}" for verb, what, _ in lacking)
         uses = ", ".join(dict.fromkeys(use for _, _, use in lacking))
         reads = all(verb in ("get", "list", "watch") for verb, _, _ in lacking)
         role = "view" if reads else "edit"
-        who = seen.user or "YOU"
+        who = snapshot.user or "YOU"
         yield fault(
             "rights",
-            f"you may not {verbs} in namespace {seen.namespace}: {uses} will be refused",
+            f"you may not {verbs} in namespace {snapshot.namespace}: {uses} will be refused",
             f"have an administrator run: kubectl create rolebinding qlora-{role} --clusterrole={role} "
-            f"--user={who} -n {seen.namespace}",
+            f"--user={who} -n {snapshot.namespace}",
         )
     else:
-        yield ok("rights", f"all that this command line does is allowed you in namespace {seen.namespace}")
+        yield ok("rights", f"you have all permissions that this command line needs in namespace {snapshot.namespace}")
 
 
 # --------------------------------------------------------------------------------------------------------- the operator
 
 
-def _operator(seen: ClusterSnapshot, version: str) -> Iterator[Finding]:
-    if seen.deployments.denied:
+def _operator(snapshot: ClusterSnapshot, version: str) -> Iterator[Finding]:
+    if snapshot.deployments.denied:
         yield unknown("operator", "you may not list Deployments of other namespaces; jobs below show whether it works")
         return
-    if not seen.deployments.items:
+    if not snapshot.deployments.items:
         yield fault("operator", "there is no Deployment of the operator in this cluster", f"install it: {INSTALL}")
         return
-    yield from _several_operators(seen)
-    deployment = seen.deployments.items[0]
+    yield from _several_operators(snapshot)
+    deployment = snapshot.deployments.items[0]
     meta, status = deployment["metadata"], deployment.get("status") or {}
     place = _place(deployment)
     if deployment["spec"].get("replicas", 1) == 0:
@@ -94,7 +94,7 @@ def _operator(seen: ClusterSnapshot, version: str) -> Iterator[Finding]:
         yield fault("operator", f"{place} is scaled to 0", command)
         return
     if not status.get("availableReplicas"):
-        yield _unavailable(seen, place, meta["namespace"])
+        yield _unavailable(snapshot, place, meta["namespace"])
         return
     theirs = (meta.get("labels") or {}).get("app.kubernetes.io/version", "")
     if theirs and version and theirs != version:
@@ -105,12 +105,12 @@ def _operator(seen: ClusterSnapshot, version: str) -> Iterator[Finding]:
         )
     else:
         yield ok("operator", f"{place} is available{f', version {theirs}' if theirs else ''}")
-    served = (seen.config.value or {}).get("namespaces") or []
-    if served and seen.namespace not in served:
+    served = (snapshot.config.value or {}).get("namespaces") or []
+    if served and snapshot.namespace not in served:
         yield fault(
             "operator",
-            f"it serves only namespaces {', '.join(served)}, and not {seen.namespace}",
-            f"add {seen.namespace} to the chart's value namespaces, or use another namespace",
+            f"it serves only namespaces {', '.join(served)}, and not {snapshot.namespace}",
+            f"add {snapshot.namespace} to the chart's value namespaces, or use another namespace",
         )
 
 
@@ -118,9 +118,9 @@ def _place(deployment: Object) -> str:
     return f"{deployment['metadata']['namespace']}/{deployment['metadata']['name']}"
 
 
-def _several_operators(seen: ClusterSnapshot) -> Iterator[Finding]:
-    """Give the operators that serve a namespace together. Each of its own namespaces may have one."""
-    known = zip(seen.deployments.items, seen.configs, strict=False)
+def _several_operators(snapshot: ClusterSnapshot) -> Iterator[Finding]:
+    """Yield pairs of operators that serve the same namespace."""
+    known = zip(snapshot.deployments.items, snapshot.configs, strict=False)
     served = [(_place(d), frozenset(c.value.get("namespaces") or ())) for d, c in known if c.there]
     for (first, its), (second, others) in combinations(served, 2):
         shared = its & others if its and others else its | others
@@ -131,14 +131,14 @@ def _several_operators(seen: ClusterSnapshot) -> Iterator[Finding]:
                 f"{first} and {second} both serve {where}; each replaces what the other one writes",
                 "uninstall one, or give each its own namespaces by the chart's value namespaces",
             )
-    if len(seen.deployments.items) > max(len(served), 1):
-        places = ", ".join(map(_place, seen.deployments.items))
+    if len(snapshot.deployments.items) > max(len(served), 1):
+        places = ", ".join(map(_place, snapshot.deployments.items))
         yield unknown("operator", f"there are several: {places}; you may not read which namespaces each of them serves")
 
 
-def _unavailable(seen: ClusterSnapshot, place: str, namespace: str) -> Finding:
-    """Return why the operator's pod does not run, in its own words."""
-    for pod in seen.operator_pods.items:
+def _unavailable(snapshot: ClusterSnapshot, place: str, namespace: str) -> Finding:
+    """Return the reason why the operator's pod does not run, as its status gives it."""
+    for pod in snapshot.operator_pods.items:
         for container in (pod.get("status") or {}).get("containerStatuses") or ():
             waiting = (container.get("state") or {}).get("waiting") or {}
             ended = (container.get("lastState") or {}).get("terminated") or {}
@@ -159,12 +159,12 @@ def _unavailable(seen: ClusterSnapshot, place: str, namespace: str) -> Finding:
     return fault("operator", f"{place} is not available", f"kubectl describe pods -n {namespace} says why")
 
 
-def _admission(seen: ClusterSnapshot) -> Iterator[Finding]:
-    if seen.policies.denied or seen.bindings.denied:
+def _admission(snapshot: ClusterSnapshot) -> Iterator[Finding]:
+    if snapshot.policies.denied or snapshot.bindings.denied:
         yield unknown("admission", "you may not list ValidatingAdmissionPolicies")
         return
-    names = [policy["metadata"]["name"] for policy in seen.policies.items]
-    bound = {binding["spec"]["policyName"] for binding in seen.bindings.items}
+    names = [policy["metadata"]["name"] for policy in snapshot.policies.items]
+    bound = {binding["spec"]["policyName"] for binding in snapshot.bindings.items}
     unbound = [name for name in names if name not in bound]
     if names and not unbound:
         yield ok("admission", f"policy {names[0]} is bound")
@@ -180,16 +180,16 @@ def _admission(seen: ClusterSnapshot) -> Iterator[Finding]:
 # ------------------------------------------------------------------------------------------------------------- hardware
 
 
-def _gpus(seen: ClusterSnapshot) -> Iterator[Finding]:
-    config = seen.config.value or {}
+def _gpus(snapshot: ClusterSnapshot) -> Iterator[Finding]:
+    config = snapshot.config.value or {}
     resource = config.get("gpuResource") if config else "nvidia.com/gpu"
     if not resource:
         yield ok("gpus", "the operator is configured to train on CPUs")
         return
-    if seen.nodes.denied:
+    if snapshot.nodes.denied:
         yield unknown("gpus", f"you may not list nodes; whether they have {resource} shows when a job waits")
         return
-    counts = {node["metadata"]["name"]: _count(node, resource) for node in seen.nodes.items}
+    counts = {node["metadata"]["name"]: _count(node, resource) for node in snapshot.nodes.items}
     having = {name: count for name, count in counts.items() if count}
     if not having:
         yield fault(
@@ -198,7 +198,7 @@ def _gpus(seen: ClusterSnapshot) -> Iterator[Finding]:
             "install the device plugin (or GPU operator) of your hardware, or set the chart's gpuResource otherwise",
         )
         return
-    usable = {n["metadata"]["name"] for n in seen.nodes.items if _is_usable(n)} & having.keys()
+    usable = {n["metadata"]["name"] for n in snapshot.nodes.items if _is_usable(n)} & having.keys()
     if not usable:
         yield fault(
             "gpus",
@@ -208,7 +208,7 @@ def _gpus(seen: ClusterSnapshot) -> Iterator[Finding]:
         return
     total, most = sum(having[name] for name in usable), max(having[name] for name in usable)
     yield ok("gpus", f"{total} {resource} on {len(usable)} ready nodes, up to {most} on one")
-    yield from check_jobs.too_wide(seen, most)
+    yield from check_jobs.too_wide(snapshot, most)
 
 
 def _count(node: Object, resource: str) -> int:
@@ -222,16 +222,16 @@ def _is_usable(node: Object) -> bool:
     return ready and not (node.get("spec") or {}).get("unschedulable")
 
 
-def _gang(seen: ClusterSnapshot) -> Iterator[Finding]:
+def _gang(snapshot: ClusterSnapshot) -> Iterator[Finding]:
     """Check what starts all pods of a job at once, and whether what is configured is there."""
-    if not seen.groups.there:
+    if not snapshot.groups.there:
         yield unknown("gang", "the API groups cannot be listed")
         return
-    names = {group["name"] for group in seen.groups.items}
+    names = {group["name"] for group in snapshot.groups.items}
     offered = [gang for gang, group in GANGS.items() if group in names]
-    if any(r["name"] == "podgroups" for r in seen.gang_resources.items):
+    if any(r["name"] == "podgroups" for r in snapshot.gang_resources.items):
         offered.insert(0, "Native")
-    wanted: Any = (seen.config.value or {}).get("gang", "Auto")
+    wanted: Any = (snapshot.config.value or {}).get("gang", "Auto")
     if wanted not in ("Auto", "None") and wanted not in offered:
         yield fault(
             "gang",
@@ -249,16 +249,16 @@ def _gang(seen: ClusterSnapshot) -> Iterator[Finding]:
         )
 
 
-def _monitors(seen: ClusterSnapshot) -> Iterator[Finding]:
-    names = {group["name"] for group in seen.groups.items}
+def _monitors(snapshot: ClusterSnapshot) -> Iterator[Finding]:
+    names = {group["name"] for group in snapshot.groups.items}
     if "monitoring.coreos.com" not in names:
         yield note(
             "monitoring", "the Prometheus operator's API is not served; metrics are there to be scraped all the same"
         )
-    elif seen.monitors.denied:
+    elif snapshot.monitors.denied:
         yield unknown("monitoring", "you may not list PodMonitors of all namespaces")
-    elif seen.monitors.items:
-        yield ok("monitoring", f"PodMonitor {seen.monitors.items[0]['metadata']['name']} scrapes all ranks")
+    elif snapshot.monitors.items:
+        yield ok("monitoring", f"PodMonitor {snapshot.monitors.items[0]['metadata']['name']} scrapes all ranks")
     else:
         yield note(
             "monitoring",

@@ -57,7 +57,7 @@ class ClusterSnapshot:
     """By verb and resource."""
     crd: Answer = MISSING
     served: Answer = MISSING
-    """Resources of the API group, for whom the CustomResourceDefinition itself is not to be seen."""
+    """Resources of the API group, for whom the CustomResourceDefinition itself is not to be snapshot."""
     groups: Answer = MISSING
     gang_resources: Answer = MISSING
     """Resources of the API group scheduling.k8s.io."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 OVER = ("Succeeded", "Failed")
 UNCOUNTED = ("Preempted", "Suspended", "Paused", "NodeLost", "PeerLost")
 """Reasons of attempts that stopped without a failure of their own."""
-NEEDS_A_HAND = frozenset({"Unschedulable", "QuotaExceeded", "MissingReference", "ImageUnavailable", "Refused"})
+NEEDS_ATTENTION = frozenset({"Unschedulable", "QuotaExceeded", "MissingReference", "ImageUnavailable", "Refused"})
 """Reasons of a waiting job that do not go away by waiting."""
 
 UNSEEN = "no operator has processed the job yet"
@@ -86,7 +86,7 @@ class JobView:
 
     @property
     def needs_a_hand(self) -> bool:
-        return not self.is_finished and self.reason in NEEDS_A_HAND
+        return not self.is_finished and self.reason in NEEDS_ATTENTION
 
     @property
     def seconds(self) -> float | None:

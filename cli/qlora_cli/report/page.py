@@ -290,17 +290,17 @@ def _answers(facts: Facts) -> str:
     parts = []
     if facts.trainer_answers:
         parts.append("<p>To the prompts of the manifest, before the first step and after the last:</p>")
-        parts.append(_said(facts.trainer_answers))
+        parts.append(_answers_table(facts.trainer_answers))
     if facts.answers:
         parts.append("<p>To <code>qlora generate</code>:</p>")
-        parts.append(_said(facts.answers[-MOST_ANSWERS:]))
+        parts.append(_answers_table(facts.answers[-MOST_ANSWERS:]))
     if not parts and facts.published and facts.attempts:
         ask = f"<code>qlora generate --run {escape(facts.name)} --prompt …</code>"
         parts.append(f"<p>Not asked yet: {ask} keeps their answers for this page.</p>")
     return "".join(parts)
 
 
-def _said(answers: Sequence[AnswerLine]) -> str:
+def _answers_table(answers: Sequence[AnswerLine]) -> str:
     names = ["base", "adapter", *(["merged"] if any(answer.merged for answer in answers) else [])]
     rows = [
         [f"<div class=said>{escape((text or '').strip() or '(nothing)')}</div>" for text in texts]

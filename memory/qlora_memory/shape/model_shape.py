@@ -115,9 +115,9 @@ class Experts:
     weights: tuple[Linear, ...]
     """Stacked matrices of the experts: gate and up in one, and down."""
     shared: FeedForward | None = None
-    """An expert for every token (Qwen 2 MoE) …"""
+    """Expert that every token visits (Qwen 2 MoE)."""
     shared_gate: Linear | None = None
-    """… and its weight."""
+    """Gate of that expert."""
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,19 @@ MOST_RELEASES = 100
 
 
 class ContestedJobs:
-    """Remembers what was said."""
+    """Keeps the jobs for which an Event was written."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._said: dict[Key, str] = {}
+        self._reported: dict[Key, str] = {}
         """UID of the newest Job of each QLoRAJob that was said to be contested."""
         self._releases: set[str] = set()
 
     def take(self, key: Key, job: ObservedJob | None) -> Iterator[Note]:
         """Count a contested Job that is news, and give the Event that says so."""
-        if job is None or self._said.get(key) == job.uid:
+        if job is None or self._reported.get(key) == job.uid:
             return
-        self._said[key] = job.uid
+        self._reported[key] = job.uid
         self._metrics.job_contested()
         note = contested_note(job)
         if job.operator not in self._releases and len(self._releases) < MOST_RELEASES:
@@ -39,4 +39,4 @@ class ContestedJobs:
 
     def forget(self, key: Key) -> None:
         """Forget a QLoRAJob that is gone."""
-        self._said.pop(key, None)
+        self._reported.pop(key, None)

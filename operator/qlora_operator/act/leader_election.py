@@ -49,7 +49,7 @@ class LeaderElection:
         self._collection = f"/apis/{GROUP}/namespaces/{namespace}/leases"
         self._seen: Sighting | None = None
         self._leads_until = -math.inf
-        self._said = ""
+        self._last_logged = ""
 
     @property
     def leads(self) -> bool:
@@ -102,10 +102,10 @@ class LeaderElection:
         except (ApiError, *TRANSIENT) as error:
             if isinstance(error, ApiError) and error.status == 409:
                 self._seen = None  # it has changed: look at it first
-            self._say(f"Lease {self._name} cannot be acquired: {error or type(error).__name__}")
+            self._log_change(f"Lease {self._name} cannot be acquired: {error or type(error).__name__}")
             return False
         if taken:
-            self._leads_until, self._said = asked + RENEW_SECONDS, ""
+            self._leads_until, self._last_logged = asked + RENEW_SECONDS, ""
         return taken
 
     async def _take(self) -> bool:
@@ -118,7 +118,7 @@ class LeaderElection:
         lease = self._seen.lease
         if not is_free(self._seen, self._candidate, self._clock()):
             self._leads_until = -math.inf
-            self._say(f"{lease.holder} leads; this process is on standby")
+            self._log_change(f"{lease.holder} leads; this process is on standby")
             return False
         await self._patch(lease, claim(self._candidate, lease, self._api.clock.now()))
         return True
@@ -147,8 +147,8 @@ class LeaderElection:
     def _note(self, answer: dict[str, object]) -> None:
         self._seen = Sighting(read_lease(answer), self._clock())
 
-    def _say(self, text: str) -> None:
-        """Log what is news."""
-        if text != self._said:
+    def _log_change(self, text: str) -> None:
+        """Log a text if it differs from the last one."""
+        if text != self._last_logged:
             log.info("%s", text)
-        self._said = text
+        self._last_logged = text

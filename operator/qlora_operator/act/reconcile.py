@@ -39,11 +39,11 @@ from qlora_operator.state.observed import PREPARE, JobState, Observed, ObservedJ
 log = logging.getLogger(__name__)
 
 QUIET_FAILURES = 2
-"""So often a child may be refused for a passing reason before status says so."""
+"""Number of refusals of a child for a transient reason before status says so."""
 
 
 class Reconciler:
-    """Does for each key of its queue what the plan says.
+    """Carries out the plan for each job in its queue.
 
     Args:
         cache: what is known.

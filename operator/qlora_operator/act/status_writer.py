@@ -101,8 +101,8 @@ class StatusWriter:
         text = not_understood_message("job", error)
         if is_not_understood(status, text):
             return
-        unsaid_and_said = 0, hash(text)
-        if self._is_held_back(key, *unsaid_and_said):
+        before_and_after = 0, hash(text)
+        if self._is_held_back(key, *before_and_after):
             return
         change: Object = {"conditions": with_not_understood(stored, text, self._api.clock.now())}
         if not status.get("attempts") and status.get("state") in (None, "Pending"):
@@ -110,7 +110,7 @@ class StatusWriter:
         body = {"metadata": {"resourceVersion": stored["metadata"]["resourceVersion"]}, "status": change}
         written = await self._patch(key, body)
         answered = hash(text) if is_not_understood(written.get("status") or {}, text) else 0
-        self._record(key, *unsaid_and_said, answered, change)
+        self._record(key, *before_and_after, answered, change)
         self._cache.take_job(written)
 
     def _is_held_back(self, key: Key, stored: int, wanted: int) -> bool:

@@ -51,7 +51,7 @@ def with_condition(
     return status.model_copy(update={"conditions": conditions})
 
 
-_SPEAKING = (
+_STATE_CONDITIONS = (
     *(ConditionType.SUCCEEDED, ConditionType.FAILED, ConditionType.SUSPENDED),
     *(ConditionType.RUNNING, ConditionType.PREPARED),
 )
@@ -82,7 +82,7 @@ def unknown_fields_message(paths: Iterable[str]) -> str:
 def reason_message(status: QLoRAJobStatus) -> str:
     """Return the message of the condition that has the status's reason; empty: none has."""
     by_type = {c.type: c for c in status.conditions}
-    own = [by_type[kind] for kind in _SPEAKING if kind in by_type]
+    own = [by_type[kind] for kind in _STATE_CONDITIONS if kind in by_type]
     return next((c.message for c in own if c.reason is status.reason), "")
 
 

@@ -50,7 +50,7 @@ from qlora_operator.names import key_secret_name
 from qlora_operator.state.observed import PREPARE, JobState, Observed, ObservedJob, PodSnapshot
 
 REFUSED_SECONDS = 15.0
-"""Until what the API server refused is tried again."""
+"""Delay before a request that the API server refused is tried again."""
 LOOK_AGAIN_SECONDS = 5.0
 """For what no event announces: a pod that outlasts its deletion, a result that is late."""
 REMAKE_PAUSE = timedelta(seconds=5)
@@ -72,7 +72,7 @@ def plan(job: QLoRAJob, observed: Observed, config: OperatorConfig, gang: Gang) 
         case StopOutcome.CLEAN_UP:
             return clean_up(context, _as_observed(context, before))
     status, notes = close_attempt(context, with_clock_stopped(context, adopted(context, before)))
-    decision = _act(context, _as_observed(context, status))
+    decision = _decide(context, _as_observed(context, status))
     notes = (*notes, *decision.notes, *transitions(before, decision.status))
     return replace(decision, status=with_summary(context, decision.status), notes=notes)
 
@@ -85,7 +85,7 @@ def _as_observed(context: Context, status: QLoRAJobStatus) -> QLoRAJobStatus:
     return status.model_copy(update={"observed_generation": context.job.metadata.generation or 0})
 
 
-def _act(context: Context, status: QLoRAJobStatus) -> Decision:
+def _decide(context: Context, status: QLoRAJobStatus) -> Decision:
     """Decide for a job whose attempt, if it has ended, is closed."""
     match _outcome(context, status):
         case StopOutcome.CLEAN_UP:
@@ -93,11 +93,11 @@ def _act(context: Context, status: QLoRAJobStatus) -> Decision:
         case StopOutcome.FAIL_BY_DEADLINE:
             return fail_by_deadline(context, status)
         case StopOutcome.STOP_PODS:
-            return _leaving(context, status)
+            return _stop_pods(context, status)
         case StopOutcome.SUSPEND:
-            decision = _suspended(context, status)
+            decision = _suspend(context, status)
         case StopOutcome.CONTINUE:
-            decision = _continued(context, status)
+            decision = _continue_job(context, status)
         case outcome:
             raise AssertionError(f"{outcome} is for an attempt that has ended and is still open")
     return _with_wake_up(context, _without_ended_jobs(context, decision))
@@ -121,18 +121,18 @@ def _with_wake_up(context: Context, decision: Decision) -> Decision:
 # -------------------------------------------------------------------------------------------------------- what is next
 
 
-def _continued(context: Context, status: QLoRAJobStatus) -> Decision:
+def _continue_job(context: Context, status: QLoRAJobStatus) -> Decision:
     if is_condition_true(status.conditions, ConditionType.SUSPENDED):
         status = with_condition(context, status, ConditionType.SUSPENDED, Reason.PENDING, "resumed", is_true=False)
     if context.config.prepare.enabled and status.prepared is None and not status.attempts:
         return _prepare(context, status)
     attempt = open_attempt(status)
     if attempt is not None:
-        return _go_on(context, status, attempt)
+        return _continue_attempt(context, status, attempt)
     return _start(context, status)
 
 
-def _suspended(context: Context, status: QLoRAJobStatus) -> Decision:
+def _suspend(context: Context, status: QLoRAJobStatus) -> Decision:
     """The last pod is gone."""
     stop = stop_cause(context, status)
     why, remedy = Reason.SUSPENDED, "set spec.suspend to false to resume"
@@ -153,7 +153,7 @@ def _suspended(context: Context, status: QLoRAJobStatus) -> Decision:
     return Decision(status.model_copy(update={"state": ConditionType.SUSPENDED, "reason": why, "eta": ""}))
 
 
-def _leaving(context: Context, status: QLoRAJobStatus) -> Decision:
+def _stop_pods(context: Context, status: QLoRAJobStatus) -> Decision:
     text = "the ranks save a checkpoint and exit"
     if stop_cause(context, status) is StopCause.DEADLINE:
         text = f"{deadline_words(context)}: the ranks exit"
@@ -171,21 +171,21 @@ def _prepare(context: Context, status: QLoRAJobStatus) -> Decision:
     if job is not None and outdated and is_contested(context, job):
         return Decision(status, contested=job)
     if context.observed.create_error:
-        return _preparing(context, status, wake_after=REFUSED_SECONDS)
+        return _wait_for_prepare(context, status, wake_after=REFUSED_SECONDS)
     if job is None:
         created = (render.key_secret(context.job), wanted())
-        return _preparing(context, with_correction(context, status), create=created)
+        return _wait_for_prepare(context, with_correction(context, status), create=created)
     if job.deleting:
-        return _preparing(context, status)
+        return _wait_for_prepare(context, status)
     if outdated and not any(pod.trainer_ready or pod.ended for pod in context.observed.pods_of(PREPARE)):
-        return _preparing(context, status, delete=(job,))
+        return _wait_for_prepare(context, status, delete=(job,))
     ending = _prepare_ending(context, job)
     if ending is None:
         is_late = job.state in (JobState.COMPLETE, JobState.FAILED)
-        return _preparing(context, status, wake_after=LOOK_AGAIN_SECONDS if is_late else None)
+        return _wait_for_prepare(context, status, wake_after=LOOK_AGAIN_SECONDS if is_late else None)
     if job.state is JobState.COMPLETE and ending.reason is Reason.PREEMPTED:
         # Its pod is gone, and with it its termination message. All results are in the cache.
-        return _preparing(context, status, delete=(job,))
+        return _wait_for_prepare(context, status, delete=(job,))
     return _prepared_or_failed(context, status, ending)
 
 
@@ -196,7 +196,7 @@ def _prepare_ending(context: Context, job: ObservedJob) -> Ending | None:
         return ending
     hung = next((pod for pod in pods if pod.pod_reason == DEADLINE), None)
     if hung is not None and job.state is not JobState.COMPLETE:
-        return Ending(Reason.DEADLINE_EXCEEDED, _hangs(context, hung), node=hung.node)
+        return Ending(Reason.DEADLINE_EXCEEDED, _deadline_message(context, hung), node=hung.node)
     return ending if job.state in (JobState.COMPLETE, JobState.FAILED) else None
 
 
@@ -216,7 +216,7 @@ def _prepare_failed(context: Context, status: QLoRAJobStatus, ending: Ending) ->
     return replace(clean_up(context, with_finish(context, status, end)), notes=(note,))
 
 
-def _hangs(context: Context, pod: PodSnapshot) -> str:
+def _deadline_message(context: Context, pod: PodSnapshot) -> str:
     limit = context.config.prepare.deadline_seconds
     text = (
         f"Prepare was stopped after {limit} s on node {pod.node} (prepare.deadlineSeconds, a value of the operator's "
@@ -226,7 +226,7 @@ def _hangs(context: Context, pod: PodSnapshot) -> str:
     return f"{text}; its termination message: {said}" if said else text
 
 
-def _preparing(
+def _wait_for_prepare(
     context: Context,
     status: QLoRAJobStatus,
     create: tuple[dict[str, Any], ...] = (),
@@ -279,7 +279,7 @@ def _rendered(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> tup
 
 
 def _recreate(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decision:
-    """Create the Job of an attempt that never ran again, now that it is gone, and not in a loop."""
+    """Create the Job of an attempt anew if it was deleted before it ran, with a limit on repeats."""
     left = (attempt.start_time + REMAKE_PAUSE - context.now).total_seconds()
     if left > 0:
         return _pending(context, status, Reason.STARTING, _recreate_text(attempt), wake_after=left)
@@ -303,7 +303,7 @@ def _planned_attempt(context: Context, status: QLoRAJobStatus, batch: BatchSplit
     )
 
 
-def _go_on(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decision:
+def _continue_attempt(context: Context, status: QLoRAJobStatus, attempt: Attempt) -> Decision:
     """The open attempt has not ended."""
     job = context.observed.jobs.get(attempt.number)
     if attempt.running_time is None and job is None and all(p.ended for p in context.observed.pods_of(attempt.number)):

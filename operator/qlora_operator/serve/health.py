@@ -53,7 +53,7 @@ class Watches:
         return [*(place if self._each > 1 else place.rpartition("/")[2] for place in late), *never]
 
     def missing(self) -> list[str]:
-        """Watches that never were."""
+        """Watches that were never established."""
         there = Counter(place.rpartition("/")[2] for place in self._asked)
         return [name for name in self._resources if there[name] < self._each]
 

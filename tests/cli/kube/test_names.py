@@ -37,6 +37,6 @@ def test_what_the_trainer_publishes():
 
 def test_reasons_that_need_a_hand():
     from qlora_api.status import Reason
-    from qlora_cli.jobs.job_view import NEEDS_A_HAND
+    from qlora_cli.jobs.job_view import NEEDS_ATTENTION
 
-    assert {Reason(reason).value for reason in NEEDS_A_HAND} == NEEDS_A_HAND
+    assert {Reason(reason).value for reason in NEEDS_ATTENTION} == NEEDS_ATTENTION

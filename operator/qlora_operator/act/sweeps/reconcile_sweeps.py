@@ -41,13 +41,13 @@ from qlora_sweep.grid import UndrawnError, of_grid
 log = logging.getLogger(__name__)
 
 REFUSED_SECONDS = 15.0
-"""Until what the API server refused is tried again."""
+"""Delay before a request that the API server refused is tried again."""
 QUIET_FAILURES = 2
 """So often a call may be refused for a passing reason before status says so."""
 
 
 class SweepReconciler:
-    """Does for each key of its queue what was decided.
+    """Carries out the decision for each sweep in its queue.
 
     Args:
         sweeps: all QLoRASweeps.

@@ -76,11 +76,11 @@ class SweepStatusWriter:
         if is_not_understood(status, text):
             return
 
-        def said(answer: Object) -> int:
+        def hash_of_stored(answer: Object) -> int:
             return hash(text) if is_not_understood(answer, text) else 0
 
         conditions = with_not_understood(stored, text, self._api.clock.now())
-        await self._write(key, stored, {"conditions": conditions}, 0, hash(text), said)
+        await self._write(key, stored, {"conditions": conditions}, 0, hash(text), hash_of_stored)
 
     async def _write(
         self, key: Key, stored: Object, patch: Object, before: int, wanted: int, hash_of: Callable[[Object], int]

@@ -1,7 +1,7 @@
 """Decide how an attempt ended, from the states of its Job and its pods. Pure.
 
 The pods of one attempt seldom agree. One runs out of memory, and its peers see a connection close; one node goes
-away, and the others crash. The most telling end counts, in the order of :func:`_weight`.
+away, and the others crash. The outcome that explains most counts, in the order of :func:`_weight`.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _lost(pods: tuple[PodSnapshot, ...], observed: Observed) -> Ending | None:
 
 
 def _told(pods: tuple[PodSnapshot, ...], workers: int, observed: Observed) -> Ending | None:
-    """Return the most telling end of the pods; None where none says anything."""
+    """Return the pods' outcome that explains most; None if no pod reports one."""
     ends = [(weight, pod, reason) for pod in pods if (weighed := _weight(pod)) for weight, reason in (weighed,)]
     if not ends:
         return None
