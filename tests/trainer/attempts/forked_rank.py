@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 EMULATED_FLOAT16 = "TEST_INITIAL_LOSS_SCALE"
 """Set to an initial loss scale, it has this CPU's slow float16 taken for hardware's."""
+
+STOP_BEFORE_ADAPTER_TASKS = "TEST_STOP_BEFORE_ADAPTER_TASKS"
+"""Set, it has each rank receive SIGTERM when the measurement of its adapter begins."""
 
 
 def emulate_float16(initial_scale: float) -> None:
@@ -18,6 +22,18 @@ def emulate_float16(initial_scale: float) -> None:
 
     compute_type.fp16_in_hardware = lambda _: True
     resume.LossScale = partial(loss_scale.LossScale, scale=initial_scale)
+
+
+def stop_before_adapter_tasks() -> None:
+    from qlora_trainer.training import train
+
+    measure = train.measure_adapter
+
+    def stop_and_measure(*arguments: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*arguments)
+
+    train.measure_adapter = stop_and_measure
 
 
 def run_rank(config_path: str, log_path: str, environment: dict[str, str], rank: int, world_size: int) -> None:
@@ -33,5 +49,7 @@ def run_rank(config_path: str, log_path: str, environment: dict[str, str], rank:
 
     if initial := environment.get(EMULATED_FLOAT16):
         emulate_float16(float(initial))
+    if environment.get(STOP_BEFORE_ADAPTER_TASKS):
+        stop_before_adapter_tasks()
     config = TrainerConfig.model_validate_json(Path(config_path).read_bytes())
     os._exit(run_with_exit_code(config, lambda seen: train(config, seen)))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
+from forked_rank import STOP_BEFORE_ADAPTER_TASKS
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -133,6 +135,37 @@ def test_a_resumed_run_keeps_what_the_base_reached(runner, definitions):
     assert paused.log.count("the base reaches") == 1
     assert "the base reaches" not in ended.log
     assert ended.message.tasks[0].base is not None
+
+
+@pytest.mark.ranks
+def test_stopping_while_the_best_adapter_is_measured_keeps_the_weights_of_the_last_step(
+    runner, definitions, monkeypatch
+):
+    changes = {
+        "evaluate": evaluate(definitions, "docstrings"),
+        "training": {
+            "epochs": None,
+            "maxSteps": 40,
+            "learningRate": "0.3",
+            "evaluation": {"everySteps": 1, "patience": 2},
+        },
+        "output": {"allowWorseEval": True},
+        **PLAIN,
+    }
+    monkeypatch.setenv(STOP_BEFORE_ADAPTER_TASKS, "1")
+    stopped = runner.run(runner.config(ranks=1, **changes))
+    assert stopped.code == ExitCode.PREEMPTED, stopped.log[-3000:]
+    folders = {int(path.name.removeprefix("step-")): path for path in (runner.folder / "checkpoints").iterdir()}
+    last = max(stopped.losses)
+    assert max(folders) == last < 40
+    adapters = {sha256(next(path.glob("*/adapter.safetensors")).read_bytes()).digest() for path in folders.values()}
+    assert len(adapters) == len(folders) > 1
+    monkeypatch.delenv(STOP_BEFORE_ADAPTER_TASKS)
+    ended = runner.run(runner.config(attempt=2, ranks=1, **changes))
+    assert ended.code == ExitCode.DONE, ended.log[-3000:]
+    assert not ended.losses
+    manifest = json.loads((runner.folder / "out" / "manifest.json").read_text())
+    assert manifest["metrics"]["step"] < last
 
 
 @pytest.mark.parametrize(

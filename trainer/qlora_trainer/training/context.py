@@ -61,6 +61,7 @@ class StepMetrics:
     loss: float
     learning_rate: float
     gradient_norm: float
+    tokens: int
     seconds: float
     data_seconds: float
     """Part of ``seconds`` spent waiting for the next rows."""

@@ -1,7 +1,7 @@
-"""One attempt, from top to bottom: build the model, resume or start, probe memory, loop, publish.
+"""Run one attempt of the training: build the model, resume or start, probe memory, train, evaluate, publish.
 
-Every rank runs this. What decides for all (the loss is finite, a stop was asked for, a checkpoint is due) is summed
-over the ranks first, so that no rank goes where the others do not.
+Every rank runs this code. Before a decision that concerns all of them (stop, save by time, a loss that is not finite)
+its inputs are summed over the ranks, so that all ranks take the same branch and each collective has all its members.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from qlora_trainer.training.measure_tasks import measure_adapter, measure_base
 from qlora_trainer.training.peak_memory_probe import expected_seconds, probe_peak_memory
 from qlora_trainer.training.resume import resume_or_start, save
 from qlora_trainer.training.sample_answers import answer_after, answer_before, load_chosen_adapter
+from qlora_trainer.training.step_report import report_step
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +42,14 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
     """Run one attempt on this rank.
 
     Args:
-        config: of the attempt.
-        seen: told where to look when the attempt fails.
+        config: configuration of the attempt.
+        seen: state for the termination message of a failure; gets the progress report here.
 
     Returns:
-        The message of a finished job; the adapter is named on rank 0, which alone publishes.
+        The termination message of a completed job. Only rank 0 publishes, so only its message names the adapter.
 
     Raises:
-        TrainerError: with the exit code that the contract gives its kind.
+        TrainerError: the attempt failed or was stopped; the error's type determines the exit code.
 
     """
     stop = StopFlag()
@@ -65,7 +66,7 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
     if run.step < context.total_steps:
         recorder.stage("measuring time and memory of the largest micro-batch")
         recorder.update(expected_seconds=expected_seconds(context, run.step, probe_peak_memory(context)))
-    ranks.heartbeat.enter(Section.DATA)  # where a rank is between two sections, no more in Load
+    ranks.heartbeat.enter(Section.DATA)  # loading is over; Data is also the section between two others
     answer_before(context, run)
     if not measure_base(context, run):
         preempt(context, run)
@@ -75,7 +76,7 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
         best = evaluated and take_evaluation(context, run)
         if best or is_checkpoint_due(context, run):
             save(context, run, with_eval=evaluated)
-        if run.step == context.total_steps or is_out_of_patience(context, run):
+        if is_training_complete(context, run):
             break
         if is_pause_due(context, run):
             preempt(context, run, PausedError, "paused")
@@ -87,15 +88,23 @@ def train(config: TrainerConfig, seen: LastSeen) -> TerminationMessage:
     tasks = measure_adapter(context, run)
     if tasks is None:
         preempt(context, run)
-    message = finished(context, run).model_copy(update={"tasks": tasks})
+    message = completion_message(context, run).model_copy(update={"tasks": tasks})
     if not ranks.is_first:
-        return message  # no rank waits in a collective while the first one merges and uploads
+        return message  # rank 0 merges and uploads alone, so no other rank waits for it in a collective
     with ranks.heartbeat.during(Section.PUBLISH):
         adapter = publish_run(context, run, tasks)
     return message.model_copy(update={"adapter": adapter})
 
 
+def is_training_complete(context: TrainingContext, run: RunState) -> bool:
+    """Return whether all steps are done, or evaluations have stopped improving (``evaluation.patience``)."""
+    patience = context.config.spec.training.evaluation.patience
+    is_out_of_patience = patience is not None and run.evaluations_without_gain >= patience
+    return run.step == context.total_steps or is_out_of_patience
+
+
 def is_pause_due(context: TrainingContext, run: RunState) -> bool:
+    """Return whether the run has reached ``policy.pauseAtStep``."""
     pause = context.config.pause_at_step
     return pause is not None and run.step >= pause
 
@@ -106,10 +115,10 @@ def preempt(
     error: type[PreemptedError] = PreemptedError,
     how: str = "stopped by SIGTERM",
 ) -> NoReturn:
-    """End the attempt as was asked for, with a checkpoint of where it stands. A collective.
+    """Save a checkpoint of this step unless there is one, and end the attempt. A collective.
 
     Raises:
-        PreemptedError, or the error given: always.
+        PreemptedError: always; ``error`` is its subclass for another cause.
 
     """
     if run.step not in (0, run.saved_at):
@@ -118,14 +127,17 @@ def preempt(
     raise error(f"{how} at step {run.step} of {context.total_steps}; {kept}")
 
 
-# ------------------------------------------------------------------------------------------------------------ the loop
+# ------------------------------------------------------------------------------------------------------------ the step
 
 
 def train_step(context: TrainingContext, run: RunState, steps: Iterator[Step]) -> bool:
-    """One optimizer step over the global batch. Returns whether any rank was told to stop.
+    """Run one optimizer step over the global batch. A collective.
+
+    Returns:
+        True if any rank has received SIGTERM.
 
     Raises:
-        NonFiniteLossError: on all ranks; of a loss or a gradient that is not finite no update is applied.
+        NonFiniteLossError: on all ranks: the loss or the gradient norm is not finite, and no update was applied.
 
     """
     start = time.monotonic()
@@ -156,7 +168,7 @@ def train_step(context: TrainingContext, run: RunState, steps: Iterator[Step]) -
     run.advance(step)
     context.ranks.heartbeat.step = run.step
     run.clock.is_due = bool(save_due)
-    report_step(context, run, step, StepMetrics(loss, rate, norm, time.monotonic() - start, waited))
+    report_step(context, run, StepMetrics(loss, rate, norm, step.tokens, time.monotonic() - start, waited))
     context.recorder.memory(
         gradients
         | {MemoryComponent.OPTIMIZER_STATE.value: optimizer_bytes(context.engine)}
@@ -165,25 +177,27 @@ def train_step(context: TrainingContext, run: RunState, steps: Iterator[Step]) -
     return bool(stopping)
 
 
-def check_finite(what: str, value: float, run: RunState) -> None:
-    """End the attempt where a value that all ranks have the same is not finite.
+def check_finite(name: str, value: float, run: RunState) -> None:
+    """Check a value that is the same on all ranks.
 
     Raises:
-        NonFiniteLossError: it is not.
+        NonFiniteLossError: the value is infinite or NaN.
 
     """
     if not math.isfinite(value):
         raise NonFiniteLossError(
-            f"the {what} of step {run.step + 1} is {value}: the update was not applied. A smaller "
+            f"the {name} of step {run.step + 1} is {value}: the update was not applied. A smaller "
             "spec.training.learningRate, or Float32 as spec.quantization.computeType, is the usual remedy"
         )
 
 
 def next_loss_scale(before: LossScale, loss: float, norm: float, run: RunState) -> LossScale:
-    """Return the loss scale after a float16 step; an overflow, whose update was left out, is counted and halves it.
+    """Return the loss scale for the step after this one in float16.
+
+    If the gradients overflowed, the update was skipped; the skip is counted and the scale halved.
 
     Raises:
-        NonFiniteLossError: there is nothing left to halve, or the loss overflowed and the gradients did not.
+        NonFiniteLossError: the scale is already the smallest, or the loss overflowed although the gradients did not.
 
     """
     finite = math.isfinite(norm)
@@ -201,65 +215,11 @@ def next_loss_scale(before: LossScale, loss: float, norm: float, run: RunState) 
     return after
 
 
-def report_step(context: TrainingContext, run: RunState, step: Step, figures: StepMetrics) -> None:
-    """Send a step's metrics to the recorder, the history and the log."""
-    recorder, scaling = context.recorder, run.loss_scale
-    recorder.step_took(figures.seconds)
-    recorder.add("qlora_tokens", step.tokens)
-    report = recorder.report
-    tokens = report.tokens + step.tokens
-    speed = step.tokens / figures.seconds
-    # smoothed over about ten steps, so that the ETA stands still
-    speed = speed if report.tokens_per_second is None else 0.9 * float(report.tokens_per_second) + 0.1 * speed
-    epoch = run.step / context.batches.steps_per_epoch
-    left = (context.total_steps - run.step) * context.data.receipt.train_tokens / context.batches.steps_per_epoch
-    for name, value in (
-        ("qlora_step", run.step),
-        ("qlora_epoch", epoch),
-        *((("qlora_loss", figures.loss),) if math.isfinite(figures.loss) else ()),
-        ("qlora_learning_rate", figures.learning_rate),
-        # a skipped step is no alarm
-        *((("qlora_gradient_norm", figures.gradient_norm),) if math.isfinite(figures.gradient_norm) else ()),
-        ("qlora_tokens_per_second", speed),
-        *((("qlora_loss_scale", scaling.scale), ("qlora_skipped_steps", scaling.skipped_steps)) if scaling else ()),
-    ):
-        recorder.set(name, value)
-    context.history.step(
-        run.step,
-        epoch=epoch,
-        loss=figures.loss,
-        learningRate=figures.learning_rate,
-        gradientNorm=figures.gradient_norm,
-        tokens=step.tokens,
-        seconds=figures.seconds,
-        dataSeconds=figures.data_seconds,
-        **({"lossScale": scaling.scale, "skippedSteps": scaling.skipped_steps} if scaling else {}),
-    )
-    recorder.update(
-        step=run.step,
-        epoch=f"{epoch:.2f}",
-        loss=f"{figures.loss:.6g}" if math.isfinite(figures.loss) else report.loss,
-        learning_rate=f"{figures.learning_rate:.4g}",
-        tokens_per_second=f"{speed:.1f}",
-        eta_seconds=round(left / speed),
-        tokens=tokens,
-    )
-    log.info(
-        "step %d/%d loss %.6f lr %.3g norm %.3f tokens/s %.0f",
-        run.step,
-        context.total_steps,
-        figures.loss,
-        figures.learning_rate,
-        figures.gradient_norm,
-        speed,
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
 def evaluate_now(context: TrainingContext, run: RunState) -> float | Stopped:
-    """Return the mean loss of the held-out rows, recorded as a metric. A collective."""
+    """Report and return the mean loss of the evaluation rows; Stopped if a rank received SIGTERM. A collective."""
     data = context.data
     assert data.eval is not None
     assert data.eval_packs is not None
@@ -283,14 +243,14 @@ def evaluate_now(context: TrainingContext, run: RunState) -> float | Stopped:
 
 
 def is_evaluation_due(context: TrainingContext, run: RunState) -> bool:
-    """Before the first step, every so many steps, and after the last; not twice at the same step."""
+    """Return whether to evaluate now: before the first step, at every interval and after the last step, each once."""
     if context.data.eval is None or run.evaluated_at == run.step:
         return False
     return run.step % context.steps_between_evaluations == 0 or run.step == context.total_steps
 
 
 def take_evaluation(context: TrainingContext, run: RunState) -> bool:
-    """Evaluate; True when the adapter is the best so far. Before the first step it is the base that is evaluated."""
+    """Evaluate, and return whether the adapter is the best so far; at step 0 it still equals the base. A collective."""
     loss = evaluate_now(context, run)
     if isinstance(loss, Stopped):
         preempt(context, run)  # the next attempt evaluates this step first
@@ -302,23 +262,22 @@ def take_evaluation(context: TrainingContext, run: RunState) -> bool:
     return run.record_evaluation(loss)
 
 
-def is_out_of_patience(context: TrainingContext, run: RunState) -> bool:
-    patience = context.config.spec.training.evaluation.patience
-    return patience is not None and run.evaluations_without_gain >= patience
-
-
 # --------------------------------------------------------------------------------------------- checkpoints and the end
 
 
 def is_checkpoint_due(context: TrainingContext, run: RunState) -> bool:
-    """The same on all ranks: by steps, at the end, or when rank 0's clock said so (``train_step``)."""
+    """Return whether to save now: by time, by steps, or at the end. The result is the same on all ranks.
+
+    At the end, because what follows replaces the weights by those of the best checkpoint (:func:`load_chosen_adapter`).
+    """
     if run.step in (0, run.saved_at):
         return False
-    return run.clock.is_due or run.step % context.steps_between_checkpoints == 0 or run.step == context.total_steps
+    is_interval_over = run.clock.is_due or run.step % context.steps_between_checkpoints == 0
+    return is_interval_over or is_training_complete(context, run)
 
 
-def finished(context: TrainingContext, run: RunState) -> TerminationMessage:
-    """Return the termination message of a job that succeeded, with the largest memory over the ranks. A collective."""
+def completion_message(context: TrainingContext, run: RunState) -> TerminationMessage:
+    """Return the termination message of a completed job, with the peak memory of any rank. A collective."""
     memory = context.recorder.report.memory
     measured = memory.measured
     largest = context.ranks.max(*measured.values())
