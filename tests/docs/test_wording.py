@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -40,14 +41,29 @@ def tracked(*patterns: str) -> list[Path]:
     return [ROOT / name for name in names if ROOT / name != Path(__file__).resolve() and (ROOT / name).is_file()]
 
 
+def docstrings(node: ast.AST) -> list[str]:
+    """Return the docstring of a module, class or function, and those under the assignments in its body."""
+    if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        return []
+    documented = [
+        statement.value.value
+        for before, statement in pairwise(node.body)
+        if isinstance(before, ast.Assign | ast.AnnAssign)
+        and isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    ]
+    return [ast.get_docstring(node) or "", *documented]
+
+
 def test_no_docstring_begins_with_a_question_word():
-    found = []
-    for path in tracked("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = ast.get_docstring(node) or ""
-                if QUESTION.match(text):
-                    found.append(f"{path.relative_to(ROOT)}: {text.splitlines()[0]}")
+    found = [
+        f"{path.relative_to(ROOT)}: {text.splitlines()[0]}"
+        for path in tracked("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for text in docstrings(node)
+        if QUESTION.match(text)
+    ]
     assert not found, "\n".join(found)
 
 
