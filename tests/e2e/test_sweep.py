@@ -41,7 +41,7 @@ EVAL_ROWS = 200
 CLOSE = 1.01
 """Factor within which halving must come to the best value of the grid."""
 
-soak = pytest.mark.skipif(os.environ.get("SOAK_SWEEP") != "1", reason="takes half an hour: make soak-sweep")
+soak = pytest.mark.skipif(os.environ.get("SOAK_SWEEP") != "1", reason="takes 25 minutes: make soak-sweep")
 
 
 @dataclass(frozen=True)
