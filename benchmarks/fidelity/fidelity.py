@@ -24,8 +24,8 @@ import experts_base
 import fidelity_models as models
 from experts_base import make_experts_base
 from fidelity_jobs import AttemptLog, SizedData, TrainerRun, checkpoint_files, head, job, tensor_names
-from qlora_trainer.prepare.local_copy import Prepared
-from qlora_trainer.prepare.tokenize_rows import PreparedData, load_prepared
+from qlora_trainer.prepare.local_copy import PreparedInputs
+from qlora_trainer.prepare.tokenize_rows import PreparedData, load_prepared_data
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "fidelity.md"
@@ -77,9 +77,9 @@ def worst(one: AttemptLog, other: AttemptLog) -> float:
 
 def rows_of(done: TrainerRun) -> PreparedData:
     """The tokenized rows of a run."""
-    prepared = Prepared.read(done.config)
+    prepared = PreparedInputs.read(done.config)
     assert prepared is not None
-    return load_prepared(prepared.data_dir)
+    return load_prepared_data(prepared.data_dir)
 
 
 # ----------------------------------------------------------------------------------------------------------- the parts

@@ -175,7 +175,7 @@ def test_a_place_that_does_not_let_us_in_is_the_users_to_mend(s3, monkeypatch, c
     for name, value in changes.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
     with pytest.raises(UserError, match=said) as caught:
-        _act(open_store(bucket or s3, FIELD), action)
+        _call(open_store(bucket or s3, FIELD), action)
     assert "spec.output.credentials" in str(caught.value)
     assert "AWS_ACCESS_KEY_ID" in str(caught.value)
     assert "next try in" not in caplog.text, "there was nothing to wait for"
@@ -213,7 +213,7 @@ def test_the_evaluation_rows_credentials_are_those_of_the_training_rows(s3, monk
         open_store(s3, "spec.dataset.eval.source").list()
 
 
-def _act(store, action):
+def _call(store, action):
     arguments = {"put": ("k", b"1"), "create": ("k", b"1"), "get": ("k",), "list": (), "delete": ("k",)}[action]
     getattr(store, action)(*arguments)
 

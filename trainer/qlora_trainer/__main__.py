@@ -16,7 +16,7 @@ from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig, reas
 from qlora_storage.destination_claim import claim_destination
 from qlora_trainer.configuration import read_config
 from qlora_trainer.errors import StorageError, TrainerError, system_errors
-from qlora_trainer.prepare.local_copy import Prepared, bring_inputs
+from qlora_trainer.prepare.local_copy import PreparedInputs, bring_inputs
 from qlora_trainer.prepare.records import Records
 from qlora_trainer.publish.destination_release import release_after, released_after_errors
 from qlora_trainer.publish.published_adapter import finished_run
@@ -67,7 +67,7 @@ def ready(config: TrainerConfig, path: Path) -> int:
         UserError, StorageError: what Prepare left cannot be brought here, or a local base was changed since.
 
     """
-    if (prepared := Prepared.read(config)) is not None and prepared.stays:
+    if (prepared := PreparedInputs.read(config)) is not None and prepared.stays:
         return ExitCode.DONE
     records = Records(config)
     began = records.of_run()
@@ -78,7 +78,7 @@ def ready(config: TrainerConfig, path: Path) -> int:
         return code if code > 0 else 128 - code
     termination_message.clear(Path(config.termination_message_path))  # Prepare's
     began = records.of_run()
-    if began is None or (Prepared.read(config) or bring_inputs(config, began, records)) is None:
+    if began is None or (PreparedInputs.read(config) or bring_inputs(config, began, records)) is None:
         raise StorageError(f"what Prepare has just left in {config.shared_cache_uri or config.cache_dir} is not there")
     return ExitCode.DONE
 

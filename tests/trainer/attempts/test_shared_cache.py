@@ -14,7 +14,7 @@ from qlora_storage.object_store import open_store, sha256_bytes
 from qlora_trainer.__main__ import ready
 from qlora_trainer.errors import UserError
 from qlora_trainer.prepare.command import prepare
-from qlora_trainer.prepare.local_copy import Prepared
+from qlora_trainer.prepare.local_copy import PreparedInputs
 from qlora_trainer.prepare.records import Records, find
 
 SHORT = {"training": {"epochs": None, "maxSteps": 2}}
@@ -59,7 +59,7 @@ def test_trainers_on_another_machine_take_the_rows_from_the_shared_cache(runner,
     config = on(runner, shared, machine="b", **SHORT, **began)  # rows.jsonl is not on this machine
     path, _ = runner.write(config)
     assert ready(config, path) == ExitCode.DONE
-    assert Prepared.read(config).data_dir == runner.folder / "b" / "data" / receipt.data_hash
+    assert PreparedInputs.read(config).data_dir == runner.folder / "b" / "data" / receipt.data_hash
     ended = runner.train(config)
     assert ended.code == ExitCode.DONE, ended.log[-2000:]
 
@@ -93,7 +93,7 @@ def test_trainers_on_another_machine_take_the_tasks_from_the_shared_cache(runner
     moved = on(runner, shared, machine="b", evaluate=evaluate)
     path, _ = runner.write(moved)
     assert ready(moved, path) == ExitCode.DONE
-    there, here = (Prepared.read(on(runner, shared, machine=name, evaluate=evaluate)) for name in "ab")
+    there, here = (PreparedInputs.read(on(runner, shared, machine=name, evaluate=evaluate)) for name in "ab")
     assert there is None  # the pod of Prepare trains nothing
     asked = json.loads((here.tasks_dir / "requests.json").read_text())
     assert asked == [["def read(self):", " no"], ["def read(self):", " yes"]]
@@ -105,7 +105,7 @@ def test_without_a_shared_cache_a_second_prepare_finds_it_on_this_machine(runner
     prepare(runner.config())
     again = runner.config(**another_job(runner))
     assert lightly(runner, again).returncode == 0
-    assert Prepared.read(again) == Prepared.read(runner.config())
+    assert PreparedInputs.read(again) == PreparedInputs.read(runner.config())
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_damaged_rows_in_the_shared_cache_are_made_anew(runner):
     path, _ = runner.write(config)
     assert ready(config, path) == ExitCode.DONE
     good = (shared / "data" / first.data_hash / "train" / "tokens.npy").read_bytes()
-    assert good == (Prepared.read(config).data_dir / "train" / "tokens.npy").read_bytes()
+    assert good == (PreparedInputs.read(config).data_dir / "train" / "tokens.npy").read_bytes()
 
 
 def test_a_model_that_is_another_one_on_the_trainers_machine_is_refused(runner):
@@ -222,7 +222,7 @@ def test_rows_that_somebody_exchanged_with_their_list_are_not_trained_on(runner,
     assert records.bring_rows(records.of_run()) is None
     path, _ = runner.write(later)
     assert ready(later, path) == ExitCode.DONE
-    rows = Prepared.read(later).data_dir / tokens["path"]
+    rows = PreparedInputs.read(later).data_dir / tokens["path"]
     assert rows.read_bytes() != planted
 
 

@@ -15,7 +15,7 @@ from qlora_api.spec import Columns
 from qlora_trainer.data.batches import Batches
 from qlora_trainer.data.formats import Encoder
 from qlora_trainer.errors import StorageError, UserError
-from qlora_trainer.prepare.tokenize_rows import load_prepared, prepare_data
+from qlora_trainer.prepare.tokenize_rows import load_prepared_data, prepare_data
 from qlora_trainer.storage.fetch import take_name
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def test_the_tokenizers_own_template_is_part_of_the_name(prepared, chat_tokenize
 
 def test_ranks_load_the_folder_without_a_tokenizer(prepared, pairs):
     data = prepared(pairs, fraction="0.25")
-    again = load_prepared(data.folder)
+    again = load_prepared_data(data.folder)
     assert contents(again.train) == contents(data.train)
     assert contents(again.eval) == contents(data.eval)
     assert again.train_packs.members.tolist() == data.train_packs.members.tolist()
@@ -353,7 +353,7 @@ def test_a_missing_evaluation_source_is_reported_at_its_field(job, tokenizer, js
 
 def test_the_data_order_can_be_prepared_and_run_end_to_end(prepared, pairs):
     """Prepare, load, and walk an epoch, as training does."""
-    data = load_prepared(prepared(pairs, max_length=256).folder)
+    data = load_prepared_data(prepared(pairs, max_length=256).folder)
     split = BatchSplit(world_size=2, micro_batch_size=1, gradient_accumulation_steps=2)
     batches = Batches(data.train, data.train_packs, split, 0, 1)
     steps = list(batches.steps(0, batches.steps_per_epoch))

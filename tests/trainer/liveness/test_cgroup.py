@@ -68,7 +68,7 @@ for what in ("os.kill(os.getpid(), 9)", "b'x' * (200 << 20)"):
     watch = OomWatch(MemoryCgroup.of_this_process())
     code = subprocess.run([sys.executable, "-c", f"import os; {what}"]).returncode
     print(code, watch.oom_killed())
-print(watch.words())
+print(watch.describe())
 """
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, preexec_fn=cgroup.enter

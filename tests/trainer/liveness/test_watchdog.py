@@ -9,7 +9,7 @@ import pytest
 
 from qlora_trainer.engine.evaluate import Stopped, evaluate
 from qlora_trainer.liveness.heartbeat import Beat, Heartbeat, Section, file_of, prepare_files, read_all
-from qlora_trainer.liveness.watchdog import Limits, Watchdog, find_stuck, waited_for, words
+from qlora_trainer.liveness.watchdog import Limits, Watchdog, describe_stuck, find_stuck, waited_for
 from qlora_trainer.reporting.pace import Pace
 
 LIMITS = Limits.of(60)
@@ -70,7 +70,7 @@ def test_each_sign_starts_the_time_anew():
 
 def test_the_last_word_names_rank_node_section_and_limit():
     stuck = find_stuck([FORWARD], [61.2], LIMITS, "T")
-    said = words(stuck, 12, "node-b", 60)
+    said = describe_stuck(stuck, 12, "node-b", 60)
     for part in ("rank 12 on node-b", "in Forward", "61 s", "limit there is 60 s", "stallTimeoutSeconds", "stopped"):
         assert part in said
 

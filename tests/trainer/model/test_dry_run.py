@@ -71,7 +71,7 @@ def test_layers_that_no_gradient_reaches_are_found(tiny_models):
 @pytest.mark.parametrize("name", [*CONFIGS])
 def test_layers_of_a_dense_base_are_used_as_layers_are(name, tiny_models):
     found = find_layer_use(meta_model(tiny_models[name]))
-    assert found.left_alone == frozenset()
+    assert found.without_adapter == frozenset()
 
 
 def test_a_base_that_cannot_run_on_text_alone_is_refused(tiny_models):

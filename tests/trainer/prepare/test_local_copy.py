@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from qlora_api.contract import TrainerConfig
-from qlora_trainer.prepare.local_copy import Prepared
+from qlora_trainer.prepare.local_copy import PreparedInputs
 from qlora_trainer.storage.base_folder import BASES
 
 WRITERS, TIMES = 8, 200
@@ -35,12 +35,12 @@ def test_workers_that_leave_it_at_once_do_not_disturb_each_other(tmp_path):
     model, rows = tmp_path / BASES / "model", tmp_path / "data"
     model.mkdir(parents=True)
     rows.mkdir()
-    prepared = Prepared(model, "s3://b/model", "revision", rows, None)
+    prepared = PreparedInputs(model, "s3://b/model", "revision", rows, None)
 
     def write(_: int) -> None:
         for _ in range(TIMES):
             prepared.write(config)
-            assert Prepared.read(config) == prepared
+            assert PreparedInputs.read(config) == prepared
 
     with ThreadPoolExecutor(WRITERS) as pool:
         list(pool.map(write, range(WRITERS)))

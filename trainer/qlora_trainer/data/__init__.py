@@ -8,6 +8,6 @@
                                                   sequence)     step n)
     └──────────────── prepare: once, before any GPU is held ┘
 
-Ranks start at :func:`qlora_trainer.prepare.tokenize_rows.load_prepared`; they never tokenize, because the others would
-sit in a collective meanwhile and run into its timeout (LlamaFactory#2424, accelerate#2528).
+Ranks start at :func:`qlora_trainer.prepare.tokenize_rows.load_prepared_data`. They never tokenize: the others would
+wait in a collective meanwhile, until its timeout (LlamaFactory#2424, accelerate#2528).
 """

@@ -106,8 +106,8 @@ class OomWatch:
     def oom_killed(self) -> bool:
         return self._cgroup is not None and self._cgroup.oom_kills() > self._before
 
-    def words(self) -> str:
-        """Return how much memory there was, for a message."""
+    def describe(self) -> str:
+        """Describe the memory limit and the peak, for a message."""
         limit = self._cgroup.limit_bytes() if self._cgroup else None
         peak = self._cgroup.peak_bytes() if self._cgroup else None
         if limit is None:

@@ -134,8 +134,8 @@ def process_state(pid: int) -> str:
         return ""
 
 
-def words(stuck: Stuck, rank: int, node: str, stall: float) -> str:
-    """Return one paragraph for a person."""
+def describe_stuck(stuck: Stuck, rank: int, node: str, stall: float) -> str:
+    """Describe a stuck rank in one paragraph for the user."""
     cause = " Its process was stopped by a signal (SIGSTOP or a debugger)." if stuck.stopped else ""
     doing = "waiting for other ranks" if stuck.section is Section.COLLECTIVE else f"in {stuck.section.title}"
     return (

@@ -18,8 +18,8 @@ class LayerUse:
     """They are not called, or no gradient reaches their output: an adapter would learn nothing."""
 
     @property
-    def left_alone(self) -> frozenset[str]:
-        """Return what gets no adapter unless it is named."""
+    def without_adapter(self) -> frozenset[str]:
+        """Return the layers that get no adapter unless the job names them."""
         return self.read | self.idle
 
 

@@ -117,8 +117,8 @@ def check_trained_tokens(model: Any, lora: LoRASpec, numbers: Mapping[str, int],
             )
 
 
-def _unavailable(why: str, model_name: str) -> UserError:
-    return UserError(FIELD, None, f"is not available for {model_name}, {why}")
+def _unavailable(reason: str, model_name: str) -> UserError:
+    return UserError(FIELD, None, f"is not available for {model_name}, {reason}")
 
 
 def use_trained_rows(model: Any, model_name: str) -> None:

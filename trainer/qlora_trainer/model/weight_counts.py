@@ -16,7 +16,7 @@ from qlora_memory.shape.model_shape import Linear
 from qlora_trainer.model.base_model import saved_buffers, skipped_modules
 from qlora_trainer.model.composite import output_head_names
 from qlora_trainer.model.experts.structure import expert_parameters, router_names
-from qlora_trainer.model.experts.targets import left_alone, linear_layers
+from qlora_trainer.model.experts.targets import layers_without_adapter, linear_layers
 from qlora_trainer.model.layer_use import known_layer_use
 from qlora_trainer.model.loading.hf_quantizers import FourBitConfig, FourBitQuantizer
 
@@ -34,7 +34,7 @@ def count_weights(skeleton: Any) -> WeightCounts:
     """
     layers, experts, routers = linear_layers(skeleton), expert_parameters(skeleton), router_names(skeleton)
     sizes = {name: _sizes(layer) for name, layer in layers.items()}
-    left = frozenset(left_alone(skeleton))
+    left = frozenset(layers_without_adapter(skeleton))
     head, embeddings = skeleton.get_output_embeddings(), skeleton.get_input_embeddings()
     head_name = next(iter(output_head_names(skeleton)), "lm_head")
     weight = getattr(head, "weight", None)

@@ -42,7 +42,7 @@ from qlora_trainer.prepare.tokenize_rows import PreparedData, prepare_data
 from qlora_trainer.publish.gate import check_loads
 from qlora_trainer.storage.definitions import fetch_definitions
 from qlora_trainer.storage.fetch import FetchedModel, fetch_model, fetch_rows
-from qlora_trainer.tasks.prepare_tasks import TasksPrepared, prepare_tasks
+from qlora_trainer.tasks.prepare_tasks import PreparedTasks, prepare_tasks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -131,7 +131,7 @@ def try_base(config: TrainerConfig, model: FetchedModel) -> list[str]:
     return [f'a "{model_type}" model mixes rows that lie end to end: each is computed by itself, exact and slower']
 
 
-def _prepared_tasks(spec: QLoRAJobSpec, encoder: Encoder, cache: Path) -> TasksPrepared:
+def _prepared_tasks(spec: QLoRAJobSpec, encoder: Encoder, cache: Path) -> PreparedTasks:
     assert spec.evaluate is not None
     log.info("stage: preparing the tasks of spec.evaluate")
     folder = spec.evaluate.folder

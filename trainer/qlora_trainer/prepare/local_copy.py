@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedInputs:
     """Paths and values that the ranks need from Prepare."""
 
     model_path: Path
@@ -39,7 +39,7 @@ class Prepared:
         return Path(config.cache_dir) / "prepared" / f"{config.job.uid}.json"
 
     @classmethod
-    def read(cls, config: TrainerConfig) -> Prepared | None:
+    def read(cls, config: TrainerConfig) -> PreparedInputs | None:
         """Read what was left for this job on this machine; None where nothing was, or it is gone from the cache."""
         try:
             prepared = _FORMAT.validate_json(cls.path(config).read_bytes())
@@ -79,10 +79,10 @@ class Prepared:
         Path(partial.name).rename(path)
 
 
-_FORMAT = TypeAdapter(Prepared)
+_FORMAT = TypeAdapter(PreparedInputs)
 
 
-def bring_inputs(config: TrainerConfig, record: Record, records: Records) -> Prepared | None:
+def bring_inputs(config: TrainerConfig, record: Record, records: Records) -> PreparedInputs | None:
     """Bring here what the run began with: that revision of the model, those rows. What is here is not fetched again.
 
     Returns:
@@ -98,6 +98,6 @@ def bring_inputs(config: TrainerConfig, record: Record, records: Records) -> Pre
     tasks = records.bring_tasks(record)
     if rows is None or (record.tasks_hash and tasks is None):
         return None
-    prepared = Prepared(model.path, model.source, model.revision, rows, record.shape, tasks)
+    prepared = PreparedInputs(model.path, model.source, model.revision, rows, record.shape, tasks)
     prepared.write(config)
     return prepared

@@ -58,7 +58,7 @@ class PreparedData:
     """All that training needs to know of the rows."""
 
     folder: Path
-    """Give this to :func:`load_prepared` in every rank."""
+    """Give this to :func:`load_prepared_data` in every rank."""
     train: TokenizedRows
     eval: TokenizedRows | None
     train_packs: Sequences
@@ -112,7 +112,7 @@ def prepare_data(
     name = data_hash(spec, encoder, tokenizer_hash, train_source, eval_source)
     folder = cache_dir / "data" / name
     if folder.exists():
-        prepared = load_prepared(folder)
+        prepared = load_prepared_data(folder)
         _check_prompts(spec, replace(encoder, conversations=prepared.receipt.conversations))
         return replace(prepared, unread_files=unread)
     encoder = replace(encoder, conversations=_are_conversations(train_source, spec.dataset))
@@ -127,7 +127,7 @@ def prepare_data(
         raise StorageError(f"cannot put the tokenized rows into {folder}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return replace(load_prepared(folder), unread_files=unread)
+    return replace(load_prepared_data(folder), unread_files=unread)
 
 
 def _check_prompts(spec: QLoRAJobSpec, encoder: Encoder) -> None:
@@ -149,7 +149,7 @@ def _are_conversations(source: SourceFiles, dataset: DatasetSpec) -> bool:
     return is_exchange(first.rows[0], dataset.columns)
 
 
-def load_prepared(folder: Path) -> PreparedData:
+def load_prepared_data(folder: Path) -> PreparedData:
     """Map what :func:`prepare_data` left in ``folder``; takes milliseconds, and the pages are shared by all ranks."""
     held_out = folder / "eval"
     return PreparedData(

@@ -103,8 +103,8 @@ def check_loads(config: Any, tensors: dict[str, torch.Tensor], skeleton: Any) ->
     try:
         left = set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
     except (RuntimeError, ValueError, KeyError) as error:
-        words = " ".join(str(error).split())
-        raise AdapterRejectedError(f"the adapter cannot be loaded onto its base: {words}") from error
+        text = " ".join(str(error).split())
+        raise AdapterRejectedError(f"the adapter cannot be loaded onto its base: {text}") from error
     missing = [name for name in left.missing_keys if "lora_" in name]
     for what, names in (("has no weights for", missing), ("has weights that belong nowhere:", left.unexpected_keys)):
         if names:

@@ -150,9 +150,9 @@ def _vllm_lines(job: JobRef, facts: PublishFacts, base: str) -> list[str]:
         if holds
     ]
     if reasons:
-        why = " and ".join(reasons)
+        cause = " and ".join(reasons)
         merge = "Merge it into its base (`spec.output.merge: BFloat16`) and serve the merged model."
-        return [f"vLLM does not serve this adapter by itself, since {why}. {merge}"]
+        return [f"vLLM does not serve this adapter by itself, since {cause}. {merge}"]
     return [
         "```sh",
         f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {job.name}=./adapter",

@@ -79,15 +79,15 @@ def run_with_exit_code(config: TrainerConfig, work: Callable[[LastSeen], Termina
         code = ExitCode.CRASHED
         if memory := _out_of_memory(error):
             log.exception("out of memory")
-            return _leave(config, memory, _memory_words(memory, error, seen), rank, seen)
+            return _leave(config, memory, _memory_message(memory, error, seen), rank, seen)
         if isinstance(full := of_system(error), StorageError):
             log.exception("a disk failed")
             return _leave(config, ExitCode(full.exit_code), str(full), rank, seen)
         if _is_stall(error):
             code = ExitCode.STALLED
         log.exception("the attempt ended")
-        if code is ExitCode.CRASHED and (words := _lost_peer(error)):
-            return _leave(config, ExitCode.PEER_LOST, f"another rank is gone: {words}", rank, seen)
+        if code is ExitCode.CRASHED and (cause := _lost_peer(error)):
+            return _leave(config, ExitCode.PEER_LOST, f"another rank is gone: {cause}", rank, seen)
         return _leave(config, code, f"{type(error).__name__}: {error}", rank, seen)
     if message is not None and rank == "0":
         termination_message.write(Path(config.termination_message_path), message)
@@ -101,7 +101,7 @@ def progress_of(report: ProgressReport) -> Progress:
 
 
 def _out_of_memory(error: Exception) -> ExitCode | None:
-    """Which memory an allocation failed in; None where that is not what happened.
+    """Return the exit code for the memory that an allocation failed in; None for other errors.
 
     Allocations fail in PyTorch, in cuBLAS and in bitsandbytes, on the device and on the host, each with its own words.
     """
@@ -114,8 +114,8 @@ def _out_of_memory(error: Exception) -> ExitCode | None:
     return ExitCode.OUT_OF_DEVICE_MEMORY if device or "out of memory" in text.lower() else None
 
 
-def _memory_words(code: ExitCode, error: Exception, seen: LastSeen) -> str:
-    """Return where the memory ran out, and how much was in use at most."""
+def _memory_message(code: ExitCode, error: Exception, seen: LastSeen) -> str:
+    """Describe where the memory ran out, and the peak of this rank."""
     kind = "device" if code is ExitCode.OUT_OF_DEVICE_MEMORY else "host"
     peak = seen.peak_bytes() / 2**30
     where = activity(seen.heartbeat.section, seen.heartbeat.step)

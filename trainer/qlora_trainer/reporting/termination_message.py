@@ -15,7 +15,7 @@ from qlora_api.contract import ExitCode, TerminationMessage
 if TYPE_CHECKING:
     from pathlib import Path
 
-TELLS_NOTHING = frozenset({ExitCode.DONE, ExitCode.PEER_LOST})
+REPLACEABLE_EXIT_CODES = frozenset({ExitCode.DONE, ExitCode.PEER_LOST})
 """Exit codes whose message any failure replaces: the result of Prepare, and the loss of a peer."""
 
 
@@ -35,7 +35,7 @@ def write(path: Path, termination: TerminationMessage) -> None:
 def write_unless_told(path: Path, termination: TerminationMessage) -> None:
     """Write the message of a failure, unless an earlier one names a cause."""
     there = read(path)
-    if there is None or (there.exit_code in TELLS_NOTHING and termination.exit_code != ExitCode.PEER_LOST):
+    if there is None or (there.exit_code in REPLACEABLE_EXIT_CODES and termination.exit_code != ExitCode.PEER_LOST):
         write(path, termination)
 
 

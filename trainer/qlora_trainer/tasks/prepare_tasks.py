@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TasksPrepared:
+class PreparedTasks:
     """The prepared tasks."""
 
     name: str
@@ -51,7 +51,7 @@ class TasksPrepared:
     """Notes on the tasks for the author of the job."""
 
 
-def prepare_tasks(spec: EvaluateSpec, folder: Path | None, encoder: Encoder, cache_dir: Path) -> TasksPrepared:
+def prepare_tasks(spec: EvaluateSpec, folder: Path | None, encoder: Encoder, cache_dir: Path) -> PreparedTasks:
     """Ask lm-evaluation-harness what the tasks ask, tokenize it, and leave both in the cache.
 
     Args:
@@ -82,7 +82,7 @@ def prepare_tasks(spec: EvaluateSpec, folder: Path | None, encoder: Encoder, cac
             take_name(kept, cache_dir / "data" / name)
     except OSError as error:
         raise StorageError(f"cannot put the tasks of spec.evaluate into {cache_dir}: {error}") from error
-    return TasksPrepared(name, _notes(outcome, cut, encoder.dataset.max_length))
+    return PreparedTasks(name, _notes(outcome, cut, encoder.dataset.max_length))
 
 
 def _ordered(task: EvaluationTask, folder: Path | None) -> OrderedTask:

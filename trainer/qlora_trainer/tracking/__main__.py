@@ -148,8 +148,8 @@ def keep_following(facts: RunFacts, journal: Path, waits: Input, report: Callabl
 
 def sentence(error: Exception) -> str:
     """Return an error in one line that fits the status."""
-    words = " ".join(str(error).split()) or type(error).__name__
-    return words if len(words) <= MESSAGE_LENGTH else f"{words[: MESSAGE_LENGTH - 2]} …"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MESSAGE_LENGTH else f"{text[: MESSAGE_LENGTH - 2]} …"
 
 
 def main() -> int:

@@ -166,13 +166,13 @@ def translated(facts: RunFacts) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        words = " ".join(str(error).split())
+        text = " ".join(str(error).split())
         server = facts.sink.server
         match error.get_http_status_code():
             case 401 | 403:
                 given = facts.sink.credentials
-                allowed = f"are not taken by {server}, or may not write there: {words}"
+                allowed = f"are not taken by {server}, or may not write there: {text}"
                 raise UserError(f"{facts.field}.credentials", given, allowed) from error
             case status if status < 500 and status not in LATER:
-                raise UserError(f"{facts.field}.server", server, f"refuses the run: {words}") from error
-        raise StorageError(f"{facts.field}.server: {server} does not take the run: {words}") from error
+                raise UserError(f"{facts.field}.server", server, f"refuses the run: {text}") from error
+        raise StorageError(f"{facts.field}.server: {server} does not take the run: {text}") from error

@@ -142,16 +142,16 @@ def translated(facts: RunFacts) -> Iterator[None]:
     try:
         yield
     except Error as error:
-        words, server = " ".join(str(error).split()), server_of(facts)
+        text, server = " ".join(str(error).split()), server_of(facts)
         if isinstance(error, UsageError):
             raise UserError(
-                f"{facts.field}.credentials", facts.sink.credentials, f"must give WANDB_API_KEY for {server}: {words}"
+                f"{facts.field}.credentials", facts.sink.credentials, f"must give WANDB_API_KEY for {server}: {text}"
             ) from error
         response = getattr(error.__cause__ or error.__context__, "response", None)
         if isinstance(error, AuthenticationError) and response is not None and 400 <= response.http_status < 500:
             raise UserError(
-                f"{facts.field}.credentials", facts.sink.credentials, f"are not taken by {server}: {words}"
+                f"{facts.field}.credentials", facts.sink.credentials, f"are not taken by {server}: {text}"
             ) from error
         if isinstance(error, CommError):
-            raise StorageError(f"{facts.field}: {server} does not take the run: {words}") from error
+            raise StorageError(f"{facts.field}: {server} does not take the run: {text}") from error
         raise

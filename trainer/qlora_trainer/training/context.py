@@ -18,8 +18,8 @@ from qlora_trainer.errors import TrainerError
 from qlora_trainer.liveness.heartbeat import node_name
 from qlora_trainer.model.device.compute_type import OF_OLD_CHECKPOINTS, slow_bf16_warning, with_compute_type
 from qlora_trainer.model.flops import flops_per_token
-from qlora_trainer.prepare.local_copy import Prepared
-from qlora_trainer.prepare.tokenize_rows import PreparedData, load_prepared
+from qlora_trainer.prepare.local_copy import PreparedInputs
+from qlora_trainer.prepare.tokenize_rows import PreparedData, load_prepared_data
 from qlora_trainer.ranks import Ranks
 from qlora_trainer.reporting.metrics import MetricsRecorder
 from qlora_trainer.reporting.pace import Pace
@@ -124,7 +124,7 @@ class TrainingContext:
     config: TrainerConfig
     ranks: Ranks
     recorder: MetricsRecorder
-    prepared: Prepared
+    prepared: PreparedInputs
     data: PreparedData
     engine: Any
     batches: Batches
@@ -168,7 +168,7 @@ def build(config: TrainerConfig, ranks: Ranks, recorder: MetricsRecorder, stop: 
         recorder.warn(warning)
     loss = load_model(config, prepared, ranks, recorder)
     recorder.stage("setting up DeepSpeed")
-    data = load_prepared(prepared.data_dir)
+    data = load_prepared_data(prepared.data_dir)
     receipt = data.receipt
     cost = flops_per_token(loss.model, data.train.lengths, receipt.train_target_tokens / max(1, receipt.train_tokens))
     if cost is not None:
@@ -185,8 +185,8 @@ def build(config: TrainerConfig, ranks: Ranks, recorder: MetricsRecorder, stop: 
     )
 
 
-def _read_prepared(config: TrainerConfig) -> Prepared:
-    prepared = Prepared.read(config)
+def _read_prepared(config: TrainerConfig) -> PreparedInputs:
+    prepared = PreparedInputs.read(config)
     if prepared is None:
         raise TrainerError(
             f"nothing was prepared for {config.job.name} in {config.cache_dir}: run qlora_trainer.prepare first"

@@ -14,14 +14,16 @@ from qlora_trainer.model.trained_tokens import find_trained_tokens
 
 if TYPE_CHECKING:
     from qlora_api.contract import TrainerConfig
-    from qlora_trainer.prepare.local_copy import Prepared
+    from qlora_trainer.prepare.local_copy import PreparedInputs
     from qlora_trainer.ranks import Ranks
     from qlora_trainer.reporting.metrics import MetricsRecorder
 
 log = logging.getLogger(__name__)
 
 
-def load_model(config: TrainerConfig, prepared: Prepared, ranks: Ranks, recorder: MetricsRecorder) -> NextTokenLoss:
+def load_model(
+    config: TrainerConfig, prepared: PreparedInputs, ranks: Ranks, recorder: MetricsRecorder
+) -> NextTokenLoss:
     """Load the base, add the adapter, and find out whether the model keeps packed rows apart.
 
     Raises:

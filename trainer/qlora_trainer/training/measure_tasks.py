@@ -96,15 +96,15 @@ def as_result(outcome: TaskOutcome, base: TaskOutcome | None) -> TaskResult:
 
 def limit_problem(task: EvaluationTask, outcome: TaskOutcome, base: TaskOutcome | None) -> str | None:
     """Say which limit of a task the adapter does not reach; None where it reaches all."""
-    said = f"{outcome.metric} of {task.name} is {outcome.value:.4g}"
+    result = f"{outcome.metric} of {task.name} is {outcome.value:.4g}"
     if task.minimum is not None and not outcome.value >= float(task.minimum):
-        return f"{said}, below the minimum, {task.minimum}"
+        return f"{result}, below the minimum, {task.minimum}"
     if task.maximum is not None and not outcome.value <= float(task.maximum):
-        return f"{said}, above the maximum, {task.maximum}"
+        return f"{result}, above the maximum, {task.maximum}"
     if task.not_worse and base is not None:
         as_good = outcome.value >= base.value if outcome.higher_is_better else outcome.value <= base.value
         if not as_good:
-            return f"{said}, worse than the base's {base.value:.4g}"
+            return f"{result}, worse than the base's {base.value:.4g}"
     return None
 
 

@@ -20,7 +20,7 @@ from qlora_api.contract import ExitCode, TerminationMessage, TrainerConfig, reas
 from qlora_trainer.errors import TrainerError
 from qlora_trainer.liveness import heartbeat
 from qlora_trainer.liveness.cgroup import MemoryCgroup, OomWatch
-from qlora_trainer.liveness.watchdog import Limits, Watchdog, process_state, words
+from qlora_trainer.liveness.watchdog import Limits, Watchdog, describe_stuck, process_state
 from qlora_trainer.python_process import python_command
 from qlora_trainer.reporting import termination_message
 from qlora_trainer.storage.authentication import Authenticator
@@ -86,15 +86,15 @@ def launch(config: TrainerConfig, config_path: Path, stop: Stop) -> int:
 
 
 def _with_cause(config: TrainerConfig, meeting: Rendezvous, code: int) -> int:
-    """Tell the other workers how this one ended; where it only lost one of them, say what that one said."""
+    """Tell the other workers how this one ended; if it only lost a peer, report that peer's message."""
     path = Path(config.termination_message_path)
     # NCCL's watchdog aborts a rank whose peer is gone.
     cause = meeting.find_cause() if code in (ExitCode.PEER_LOST, 128 + signal.SIGABRT) else None
     termination = termination_message.read(path)
     if cause is not None:
         code = ExitCode.PEER_LOST
-        said = termination.message if termination else ""
-        text = said if cause in said else f"{cause}; here: {said}"
+        own = termination.message if termination else ""
+        text = own if cause in own else f"{cause}; here: {own}"
         termination = TerminationMessage(exit_code=code, reason=reason_of(code)) if termination is None else termination
         termination = termination.model_copy(update={"exit_code": code, "reason": reason_of(code), "message": text})
         termination_message.write(path, termination)
@@ -229,12 +229,12 @@ class _StallWatch:
         if stuck is None:
             return None
         rank = self._place.index * self._ranks + stuck.local_rank
-        return Verdict(ExitCode.STALLED, words(stuck, rank, self._place.node, self._stall), rank)
+        return Verdict(ExitCode.STALLED, describe_stuck(stuck, rank, self._place.node, self._stall), rank)
 
 
 def _lost(meeting: Rendezvous) -> Verdict | None:
-    said = meeting.lost()
-    return Verdict(ExitCode.PEER_LOST, said, grace_seconds=PEER_SECONDS) if said else None
+    cause = meeting.lost()
+    return Verdict(ExitCode.PEER_LOST, cause, grace_seconds=PEER_SECONDS) if cause else None
 
 
 def _end_ranks(message_path: Path, stop: Stop, verdict: Verdict) -> None:
@@ -268,7 +268,7 @@ def _first_end(
             name = signal.Signals(-code).name
             if -code == signal.SIGKILL and oom.oom_killed():
                 end = int(ExitCode.OUT_OF_HOST_MEMORY)
-                text = f"rank {rank} was killed in {activity} by the kernel, out of host memory: {oom.words()}"
+                text = f"rank {rank} was killed in {activity} by the kernel, out of host memory: {oom.describe()}"
             else:
                 end = ExitCode.CRASHED if -code == signal.SIGKILL else 128 - code
                 text = f"rank {rank} on {place.node} was killed by {name} in {activity}; the kernel's log may say why"

@@ -124,15 +124,15 @@ class Rendezvous:
         return away
 
     def lost(self) -> str | None:
-        """Say that the ranks here wait for nobody, and whose fault that is; None while all is well.
+        """Return why the ranks of this worker cannot continue, naming the worker at fault; None while all is well.
 
         A worker that ended well, or was told to stop, ended together with this one's ranks.
         """
         self._count += 1
         try:
             self._store.set(f"alive/{self._place.index}", str(self._count))
-            if said := self.cause() or self._follower():
-                return said
+            if cause := self.cause() or self._follower():
+                return cause
             keys = [f"alive/{i}" for i in self._others]
             now = time.monotonic()
             for index, key in zip(self._others, keys, strict=True):
@@ -146,7 +146,7 @@ class Rendezvous:
         return None
 
     def cause(self) -> str | None:
-        """Return what a worker that failed by itself said."""
+        """Return the exit message of a worker that failed by itself; None if there is none."""
         for index, record in self._exit_records().items():
             if record.exit_code not in (ExitCode.DONE, ExitCode.PREEMPTED, ExitCode.PEER_LOST):
                 return _ended(index, record)
@@ -160,11 +160,11 @@ class Rendezvous:
         """As :meth:`cause`, with the time that a worker takes to end its ranks and say so."""
         until = time.monotonic() + LINGER_SECONDS
         try:
-            while (said := self.cause()) is None and time.monotonic() < until:
+            while (cause := self.cause()) is None and time.monotonic() < until:
                 time.sleep(POLL_SECONDS)
         except DistError:
             return None
-        return said
+        return cause
 
     def leave(self, exit_code: int, text: str) -> None:
         """Tell the others how this worker ended. After a failure worker 0 stays until all have read it."""
@@ -289,8 +289,8 @@ def _reach_store(place: WorkerIdentity, key: bytes, clock: _Patience) -> tuple[i
         try:
             client.check()
         except OSError as error:
-            why = "its name does not exist yet" if isinstance(error, socket.gaierror) else _line(error)
-            clock.wait(f"waiting for {where}: {why}", f"{where} ({why}) did not come")
+            problem = "its name does not exist yet" if isinstance(error, socket.gaierror) else _line(error)
+            clock.wait(f"waiting for {where}: {problem}", f"{where} ({problem}) did not come")
         else:
             return client.port, client
 

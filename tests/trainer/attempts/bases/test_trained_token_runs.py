@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qlora_api.contract import ExitCode
-from qlora_trainer.prepare.local_copy import Prepared
+from qlora_trainer.prepare.local_copy import PreparedInputs
 from qlora_trainer.prepare.records import Records
 
 pytestmark = pytest.mark.ranks
@@ -85,7 +85,7 @@ def test_tokens_are_trained_resumed_published_and_merged(runner, base):
         "vLLM does not load trained embeddings of tokens with an adapter: serve the merged model",
         'trained tokens that no training row holds: "<|never|>"',
     ]
-    assert Prepared.read(first).shape.head.tied
+    assert PreparedInputs.read(first).shape.head.tied
 
 
 @pytest.mark.parametrize("token", ["<|im_start|>", "  \n\t ", "終わり🙂"], ids=["unknown", "spaces", "unicode"])

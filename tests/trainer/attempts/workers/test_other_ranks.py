@@ -10,8 +10,8 @@ import pytest
 from qlora_api.batch import BatchSplit
 from qlora_api.contract import ExitCode
 from qlora_trainer.data.batches import Batches
-from qlora_trainer.prepare.local_copy import Prepared
-from qlora_trainer.prepare.tokenize_rows import load_prepared
+from qlora_trainer.prepare.local_copy import PreparedInputs
+from qlora_trainer.prepare.tokenize_rows import load_prepared_data
 
 pytestmark = pytest.mark.ranks
 
@@ -37,7 +37,7 @@ def seen_rows(runner):
 
 def rows_in_order(config, steps):
     """The same, from the order of the data itself."""
-    data = load_prepared(Prepared.read(config).data_dir)
+    data = load_prepared_data(PreparedInputs.read(config).data_dir)
     split = BatchSplit(world_size=1, micro_batch_size=12, gradient_accumulation_steps=1)
     batches = Batches(data.train, data.train_packs, split, 0, config.spec.training.seed)
     chain, hashes = "", {}

@@ -136,7 +136,7 @@ class Renderer:
             answered = self._text(messages[: place + 1], tools, state)
             written = self.reader.written(messages[:place], tools, state, context, answered)
             if written is None and not state:
-                written = self._continued(message, context, answered)
+                written = self._continue_thought(message, context, answered)
             if written is not None:
                 return self._ended(messages, place, tools, state, context, written, answered), state
         if not reasons:
@@ -248,7 +248,7 @@ class Renderer:
     def _tools(self, tools: Any) -> Any:
         return [] if tools is None and self.dialect and self.dialect.empty_tools else tools
 
-    def _continued(self, message: Message, context: str, answered: str) -> str | None:
+    def _continue_thought(self, message: Message, context: str, answered: str) -> str | None:
         """Return the text after a prompt that opens a thought, for a message whose thought the template leaves out."""
         pair = next((pair for pair in THOUGHTS if context.rstrip().endswith(pair[0])), None)
         if pair is None or not isinstance(message.get("content"), str):

@@ -136,9 +136,9 @@ class _Decompressed(_Readable):
         try:
             piece: bytes = self._source.read(size)
         except (OSError, EOFError, ValueError, zlib.error) as error:
-            why = "is cut off" if isinstance(error, EOFError) else "is damaged"
-            words = f"{why}, or no {self._compression} file" if self._compression else "cannot be read"
-            raise RowsError(f"{self._file.name}: {words}") from error
+            problem = "is cut off" if isinstance(error, EOFError) else "is damaged"
+            text = f"{problem}, or no {self._compression} file" if self._compression else "cannot be read"
+            raise RowsError(f"{self._file.name}: {text}") from error
         self._given += len(piece)
         if self._given > self._most and self._compression:
             raise RowsError(f"{self._file.name}: {too_expanded(self._file.size)}")

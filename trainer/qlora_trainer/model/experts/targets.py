@@ -88,7 +88,7 @@ def choose_targets(model: Any, lora: LoRASpec) -> Targets:
     """Return what the job names, or else all linear layers and experts that an adapter can be on."""
     named = lora.target_modules
     layers = linear_layers(model)
-    left = [] if named else left_alone(model)
+    left = [] if named else layers_without_adapter(model)
     modules = list(named or sorted({kind_of(n) for n in layers.keys() - left}))
     parameters = sorted({".".join(n.rsplit(".", 2)[1:]) for n in _named(expert_parameters(model), named)})
     excluded = _endings([n for n in left if _named([n], modules)], layers.keys() - left)
@@ -100,9 +100,9 @@ def choose_targets(model: Any, lora: LoRASpec) -> Targets:
     return Targets(tuple(modules), tuple(parameters), tuple(sorted({*routers, *excluded})))
 
 
-def left_alone(model: Any) -> list[str]:
+def layers_without_adapter(model: Any) -> list[str]:
     """Return the linear layers that get no adapter by default: none would learn there, or PEFT allows none."""
-    idle = known_layer_use(model).left_alone
+    idle = known_layer_use(model).without_adapter
     return sorted(n for n in linear_layers(model) if n in idle or _is_refused(model, n.rpartition(".")[2]))
 
 

@@ -270,8 +270,8 @@ def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def _sentence(model_type: str, error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     last = next((f for f in reversed(frames) if "modeling_" in f.filename), frames[-1])
-    words = " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())[:300]
     return (
         f'is of the type "{model_type}", which cannot be trained here: a trial at toy size ends in '
-        f"{type(error).__name__}: {words} ({Path(last.filename).name}:{last.lineno} {last.name})"
+        f"{type(error).__name__}: {text} ({Path(last.filename).name}:{last.lineno} {last.name})"
     )
