@@ -57,7 +57,7 @@ ENDS = (
     "without a new step end the job.",
 )
 KILLED = 137
-"""128 + SIGKILL. Whether the pod ran out of memory, only the kubelet's reason tells."""
+"""128 + SIGKILL. Only the kubelet's reason says that the pod ran out of memory."""
 DECIDED = {
     Reason.UNSCHEDULABLE: "another attempt with fewer workers if `minWorkers` allows it; not counted",
     Reason.PAUSED: "another attempt once `policy.pauseAtStep` is raised or removed; not counted",
@@ -227,10 +227,16 @@ def _conditions() -> Iterator[str]:
     yield WRITTEN.format(source="api/qlora_api/status.py, contract.py and lifecycle.py")
     yield from ("", "# Conditions, reasons, exit codes", "", "## Conditions", "")
     yield "`status.state` is `Pending`, `Running`, `Suspended`, `Succeeded` or `Failed`; `status.reason` is its reason."
-    yield from ("", "| condition | holds when |", "| --- | --- |")
+    yield from ("", "| condition | true when |", "| --- | --- |")
     for condition in ConditionType:
         yield f"| `{condition}` | {_cell(_meanings(ConditionType)[condition])} |"
-    yield from ("", "## Reasons", "", "For conditions and for the ends of attempts. Later versions may have more.", "")
+    yield from (
+        "",
+        "## Reasons",
+        "",
+        "For conditions and ended attempts. Later versions may have more.",
+        "",
+    )
     yield from ("| reason | meaning |", "| --- | --- |")
     for reason in Reason:
         yield f"| `{reason}` | {_cell(_meanings(Reason)[reason])} |"
@@ -244,10 +250,10 @@ def _conditions() -> Iterator[str]:
         if codes or reason is Reason.NODE_LOST or reason in DECIDED:
             spelled = ", ".join(f"{code} with `OOMKilled`" if code == KILLED else str(code) for code in codes)
             spelled += " and any other" if reason is Reason.CRASHED else ""
-            yield f"| `{reason}` | {spelled} | {DECIDED.get(reason) or _following(reason)} |"
+            yield f"| `{reason}` | {spelled} | {DECIDED.get(reason) or _decision_after(reason)} |"
 
 
-def _following(reason: Reason) -> str:
+def _decision_after(reason: Reason) -> str:
     """Return what the decision function does after an attempt with this reason."""
     ended = Attempt(
         number=1,
@@ -264,7 +270,7 @@ def _following(reason: Reason) -> str:
     if after.batch.micro_batch_size < ended.micro_batch_size:
         return "another attempt with half the micro-batch, then with recomputed activations; not counted"
     if reason is Reason.CHECKPOINT_UNREADABLE:
-        return "another attempt, which looks for an older checkpoint that is whole; counted"
+        return "another attempt, which looks for an older intact checkpoint; counted"
     return f"another attempt from the last checkpoint; {'counted' if after.counted else 'not counted'}"
 
 
