@@ -196,6 +196,10 @@ class Attempt(Model):
     """Step at which it started: 0, or the step of a checkpoint."""
     last_step: Count | None = None
     """Last step that was reported."""
+    loss: Decimal | None = None
+    """Training loss of the last step, once the attempt has ended with a termination message."""
+    best_eval_loss: Decimal | None = None
+    """Lowest evaluation loss of the job at that time."""
 
 
 class Progress(Model):

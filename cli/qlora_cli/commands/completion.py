@@ -22,6 +22,13 @@ def job_names(incomplete: str) -> list[str]:
     return _names(jobs_path, incomplete)
 
 
+def sweep_names(incomplete: str) -> list[str]:
+    """Names of sweeps in the context's namespace."""
+    from qlora_cli.kube.names import sweeps_path
+
+    return _names(sweeps_path, incomplete)
+
+
 def namespaces(incomplete: str) -> list[str]:
     return _names(lambda _: "/api/v1/namespaces", incomplete)
 

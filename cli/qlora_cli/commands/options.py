@@ -22,6 +22,12 @@ def _names(incomplete: str) -> list[str]:
     return job_names(incomplete)
 
 
+def _names_of_sweeps_too(incomplete: str) -> list[str]:
+    from qlora_cli.commands.completion import job_names, sweep_names
+
+    return [*job_names(incomplete), *sweep_names(incomplete)]
+
+
 def _contexts(incomplete: str) -> list[str]:
     from qlora_cli.kube import kubeconfig
 
@@ -68,10 +74,25 @@ Selector = Annotated[
 Manifest = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="Manifest of one QLoRAJob; - for standard input.")]
 Name = Annotated[str, typer.Argument(metavar="JOB", help="Name of a job.", autocompletion=_names)]
 Names = Annotated[list[str], typer.Argument(metavar="JOB", help="Names of jobs.", autocompletion=_names)]
-SomeNames = Annotated[list[str] | None, typer.Argument(metavar="JOB", help="Names of jobs.", autocompletion=_names)]
+NamesOfSweepsToo = Annotated[
+    list[str],
+    typer.Argument(metavar="JOB", help="Names of jobs or sweeps.", autocompletion=_names_of_sweeps_too),
+]
+SomeNames = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="JOB", help="Names of jobs, or of one sweep.", autocompletion=_names_of_sweeps_too),
+]
 Reference = Annotated[
     str,
     typer.Argument(metavar="JOB", help="Name of a job, or folder of a local run (runs/NAME).", autocompletion=_names),
+]
+ReferenceOfSweepToo = Annotated[
+    str,
+    typer.Argument(
+        metavar="JOB",
+        help="Name of a job or sweep, or folder of a local run (runs/NAME).",
+        autocompletion=_names_of_sweeps_too,
+    ),
 ]
 References = Annotated[
     list[str],

@@ -1,4 +1,4 @@
-"""Suspend, resume and cancel: the few things one changes in a job that is there."""
+"""Suspend, resume and cancel: the few things one changes in a job or sweep that is there."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from qlora_cli.jobs.job_view import view
 from qlora_cli.kube.errors import ClusterError
-from qlora_cli.kube.names import jobs_path
-from qlora_cli.kube.target import get_job, program
+from qlora_cli.kube.names import SWEEP_KIND, jobs_path, sweeps_path
+from qlora_cli.kube.target import get_job_or_sweep, is_sweep, program
 from qlora_cli.text.printable import write
 
 if TYPE_CHECKING:
@@ -19,40 +19,63 @@ if TYPE_CHECKING:
 
 
 def set_suspend(cluster: Cluster, name: str, *, suspend: bool) -> tuple[Object, bool]:
-    """Set ``spec.suspend``; the job, and whether that changed anything.
+    """Set ``spec.suspend``; the job or sweep, and whether that changed anything.
 
     Raises:
-        ClusterError: no such job, or it is over.
+        ClusterError: there is none, it is over, or it is a trial, which its sweep suspends and resumes.
 
     """
-    job = get_job(cluster, name)
-    seen = view(job)
+    body = get_job_or_sweep(cluster, name)
+    seen, kind = view(body), "sweep" if is_sweep(body) else "job"
     if seen.is_finished:
-        then = f"'{program()} retry {name}' makes a new one" if seen.state == "Failed" else "there is nothing to do"
-        raise ClusterError(f'job "{name}" is over ({seen.state}); {then}')
+        again = seen.state == "Failed" and kind == "job"
+        then = f"'{program()} retry {name}' makes a new one" if again else "there is nothing to do"
+        raise ClusterError(f'{kind} "{seen.name}" is over ({seen.state}); {then}')
+    if sweep := _sweep_of(body):
+        raise ClusterError(
+            f'job "{name}" is a trial of sweep "{sweep}", which suspends and resumes it; '
+            f"'{program()} {'suspend' if suspend else 'resume'} qlorasweep/{sweep}' is for all its trials"
+        )
     if seen.suspend == suspend:
-        return job, False
-    return cluster.api.merge(jobs_path(cluster.namespace, name), {"spec": {"suspend": suspend}}), True
+        return body, False
+    return cluster.api.merge(_path(body), {"spec": {"suspend": suspend}}), True
+
+
+def _sweep_of(job: Object) -> str:
+    """Return the name of the sweep that controls a job; empty where none does."""
+    owners = job["metadata"].get("ownerReferences") or ()
+    return next((o["name"] for o in owners if o.get("controller") and o.get("kind") == SWEEP_KIND), "")
+
+
+def _path(body: Object) -> str:
+    meta = body["metadata"]
+    return (sweeps_path if is_sweep(body) else jobs_path)(meta["namespace"], meta["name"])
 
 
 def jobs_to_delete(cluster: Cluster, names: Sequence[str]) -> list[Object]:
-    """Return the jobs to be deleted.
+    """Return the jobs and sweeps to be deleted.
 
     Raises:
         ClusterError: one of them is not there; nothing was deleted.
 
     """
-    return [get_job(cluster, name) for name in dict.fromkeys(names)]
+    return [get_job_or_sweep(cluster, name) for name in dict.fromkeys(names)]
 
 
 def describe(job: Object) -> str:
-    """Describe what is lost with a job, in a line."""
+    """Describe what is lost with a job or sweep, in a line."""
     seen = view(job)
+    if is_sweep(job):
+        running = (job.get("status") or {}).get("trials", {}).get("running", 0)
+        trials = f"its trials are deleted with it{f', {running} of them run' if running else ''}"
+        return f"{seen.namespace}/{seen.name}  sweep, {seen.state}; {trials}; published adapters stay"
     at = f" at step {seen.step} of {seen.total_steps}" if seen.step and not seen.is_finished else ""
     kept = {
         "Succeeded": f"its adapter stays at {seen.adapter.get('uri', 'its destination')}",
         "Failed": "its checkpoints stay at its destination, but no other job resumes from them",
     }.get(seen.state, "its GPUs are freed after a last checkpoint; no other job resumes from it")
+    if sweep := _sweep_of(job):
+        kept = f"it is a trial of sweep {sweep}, which creates it again"
     return f"{seen.namespace}/{seen.name}  {seen.state}{at}; {kept}"
 
 
@@ -73,5 +96,4 @@ def confirm(question: str, *, yes: bool) -> bool:
 
 def delete(cluster: Cluster, job: Object) -> None:
     """Delete it; its pods end with a checkpoint."""
-    meta = job["metadata"]
-    cluster.api.delete(jobs_path(meta["namespace"], meta["name"]))
+    cluster.api.delete(_path(job))

@@ -31,7 +31,7 @@ def find(target: Target, references: Sequence[str]) -> list[LookupResult]:
 
     """
     if all(is_local(reference) for reference in references):
-        return [_run(Path(reference)) for reference in references]
+        return [local_run(Path(reference)) for reference in references]
     with folder_hint(references), connect(target) as cluster:
         return find_in(cluster, references)
 
@@ -44,10 +44,20 @@ def find_in(cluster: Cluster, references: Sequence[str]) -> list[LookupResult]:
 
     """
     bodies = {name: get_job(cluster, name) for name in dict.fromkeys(references) if not is_local(name)}
-    return [_run(Path(r)) if is_local(r) else LookupResult(bodies[r], view(bodies[r])) for r in references]
+    return [local_run(Path(r)) if is_local(r) else found_job(bodies[r]) for r in references]
 
 
-def _run(folder: Path) -> LookupResult:
+def found_job(body: Object) -> LookupResult:
+    return LookupResult(body, view(body))
+
+
+def local_run(folder: Path) -> LookupResult:
+    """Return a local run.
+
+    Raises:
+        ClusterError: there is none, or its record is damaged.
+
+    """
     record = read_run(folder)
     return LookupResult({"folder": str(folder), **record}, view_run(folder, record))
 

@@ -1,4 +1,4 @@
-"""Check the jobs of a manifest and create them in a cluster."""
+"""Check the jobs and sweeps of a manifest and create them in a cluster."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from qlora_api.errors import FieldError
 from qlora_api.spec import REMOTE_SCHEMES
 from qlora_cli.jobs.job_view import view
 from qlora_cli.kube.errors import ApiError, ClusterError
-from qlora_cli.kube.names import LONGEST_NAME, RETRY_ANNOTATION, jobs_path
-from qlora_cli.kube.target import get_job, program
-from qlora_cli.manifest import crd_schema, job_manifest
+from qlora_cli.kube.names import LONGEST_NAME, RETRY_ANNOTATION, jobs_path, sweeps_path
+from qlora_cli.kube.target import get_job, is_sweep, program
+from qlora_cli.manifest import crd_schema, job_manifest, sweep_manifest
 from qlora_cli.manifest.job_manifest import Located, RefusedError
 from qlora_cli.manifest.local_paths import places
 from qlora_cli.text import kubernetes_yaml
@@ -22,7 +22,7 @@ from qlora_storage.backend import BUCKET_SCHEMES
 from qlora_storage.local_paths import uri_problem, without_password
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from qlora_cli.kube.api_client import Object
     from qlora_cli.kube.target import Cluster
@@ -34,7 +34,7 @@ _RETRY = re.compile(r"(.*?)-r(\d+)")
 
 @dataclass(frozen=True)
 class Submission:
-    """One job of a file, checked."""
+    """One job or sweep of a file, checked."""
 
     body: Object
     origin: str
@@ -43,14 +43,15 @@ class Submission:
 
 @dataclass(frozen=True)
 class ManifestJobs:
-    """Jobs of a manifest, and the documents that are ignored: those of other kinds."""
+    """Jobs and sweeps of a manifest, and the documents that are ignored: those of other kinds."""
 
     jobs: tuple[Submission, ...]
     ignored: tuple[str, ...]
+    sweeps: tuple[Submission, ...] = ()
 
 
 def read_manifest(path: Path, assignments: Sequence[str] = ()) -> ManifestJobs:
-    """Check all jobs of a file as the API server would, and that they name no local path.
+    """Check all jobs and sweeps of a file as the API server would, and that they name no local path.
 
     Raises:
         RefusedError: every error, with file and line.
@@ -60,7 +61,7 @@ def read_manifest(path: Path, assignments: Sequence[str] = ()) -> ManifestJobs:
 
 
 def read_manifest_text(text: str, source: str, assignments: Sequence[str] = ()) -> ManifestJobs:
-    """Check all jobs of a text; ``source`` names it in messages.
+    """Check all jobs and sweeps of a text; ``source`` names it in messages.
 
     Raises:
         RefusedError: every error, with its line.
@@ -70,8 +71,8 @@ def read_manifest_text(text: str, source: str, assignments: Sequence[str] = ()) 
 
 
 def _read_documents(documents: Sequence[Document], source: str, assignments: Sequence[str]) -> ManifestJobs:
-    overrides = [job_manifest.parse_override(text) for text in assignments]
     jobs: list[Submission] = []
+    sweeps: list[Submission] = []
     ignored: list[str] = []
     errors: list[Located | str] = []
     for document in documents:
@@ -79,19 +80,56 @@ def _read_documents(documents: Sequence[Document], source: str, assignments: Seq
             ignored.append(_title(document))
             continue
         try:
-            job_manifest.check(document, overrides)
-            body = _body(document, overrides)
+            if sweep_manifest.is_sweep(document):
+                sweeps.append(_sweep(document, assignments))
+            else:
+                jobs.append(_job(document, assignments))
         except RefusedError as error:
             errors += error.errors
-            continue
-        local = [*_local_paths(body["spec"])]
-        errors += [Located(f"{document.source}:{document.line_of(m.field)}", m) for m in local]
-        jobs.append(Submission(body, f"{document.source}:{document.line}"))
-    if not jobs and not errors:
+    if not (jobs or sweeps or errors):
         errors.append(f"{source}: holds no QLoRAJob, only {', '.join(ignored)}")
     if errors:
         raise RefusedError(*errors)
-    return ManifestJobs(tuple(jobs), tuple(ignored))
+    return ManifestJobs(tuple(jobs), tuple(ignored), tuple(sweeps))
+
+
+def _job(document: Document, assignments: Sequence[str]) -> Submission:
+    """Check a job.
+
+    Raises:
+        RefusedError: every error, with its line.
+
+    """
+    overrides = [job_manifest.parse_override(text) for text in assignments]
+    job_manifest.check(document, overrides)
+    body = _body(document, overrides, crd_schema.root())
+    return _without_local_paths(document, body, _local_paths(body["spec"]))
+
+
+def _sweep(document: Document, assignments: Sequence[str]) -> Submission:
+    """Check a sweep.
+
+    Raises:
+        RefusedError: every error, with its line.
+
+    """
+    overrides = [sweep_manifest.parse_override(text) for text in assignments]
+    sweep_manifest.check(document, overrides)
+    body = _body(document, overrides, crd_schema.sweep_root())
+    job = sweep_manifest.template_job(body)
+    return _without_local_paths(document, body, sweep_manifest.in_template(_local_paths(job["spec"])))
+
+
+def _without_local_paths(document: Document, body: Object, local: Iterable[FieldError]) -> Submission:
+    """Return what is sent.
+
+    Raises:
+        RefusedError: it names paths on this machine.
+
+    """
+    if errors := [Located(f"{document.source}:{document.line_of(error.field)}", error) for error in local]:
+        raise RefusedError(*errors)
+    return Submission(body, f"{document.source}:{document.line}")
 
 
 def _title(document: Document) -> str:
@@ -100,9 +138,10 @@ def _title(document: Document) -> str:
     return f"{value['kind']} {name}".rstrip()
 
 
-def _body(document: Document, overrides: Sequence[job_manifest.Override]) -> Object:
+def _body(document: Document, overrides: Sequence[job_manifest.Override], schema: crd_schema.Schema) -> Object:
     """Return the manifest as written, without defaults: the API server sets those."""
-    body: Object = crd_schema.without_nulls(job_manifest.overridden(document.value, overrides))  # type: ignore[arg-type]
+    written = job_manifest.overridden(document.value, overrides)  # type: ignore[arg-type]
+    body: Object = crd_schema.without_nulls(written, schema)
     body.pop("status", None)
     for name in _SERVER_SET:
         body["metadata"].pop(name, None)
@@ -154,17 +193,20 @@ def require_one_namespace(submissions: Sequence[Submission], flag: str | None) -
 
 
 def send(cluster: Cluster, submission: Submission, *, dry_run: bool) -> Object:
-    """Create the job.
+    """Create a job or a sweep.
 
     Raises:
-        ClusterError: the job exists already, or the API server refuses it; each cause with the file's line.
+        ClusterError: it exists already, or the API server refuses it; each cause with the file's line.
 
     """
     meta = submission.body["metadata"]
     namespace = meta.get("namespace") or cluster.namespace
+    path = sweeps_path if is_sweep(submission.body) else jobs_path
     try:
-        return cluster.api.create(jobs_path(namespace), submission.body, dry_run=dry_run)
+        return cluster.api.create(path(namespace), submission.body, dry_run=dry_run)
     except ApiError as error:
+        if error.reason == "AlreadyExists" and is_sweep(submission.body):
+            raise ClusterError(_sweep_exists(namespace, meta["name"])) from None
         if error.reason == "AlreadyExists":
             raise ClusterError(_exists(cluster, namespace, meta["name"])) from None
         lines = "\n".join(f"{submission.origin}: {line}" for line in str(error).splitlines())
@@ -181,6 +223,15 @@ def _exists(cluster: Cluster, namespace: str, name: str) -> str:
         f'metadata.name: "{name}" is taken in namespace {namespace} by a job that is {state}; take another name '
         f"(--set metadata.name={next_name(name)}), or '{program()} cancel {name}{flag}' first. What may change in a "
         "job that is there (policy, scheduling), kubectl apply changes"
+    )
+
+
+def _sweep_exists(namespace: str, name: str) -> str:
+    flag = f" -n {namespace}" if namespace != "default" else ""
+    return (
+        f'metadata.name: "{name}" is taken in namespace {namespace} by a sweep; take another name '
+        f"(--set metadata.name=NAME), or '{program()} cancel qlorasweep/{name}{flag}' first. What may change in a "
+        "sweep that is there (limits, suspend), kubectl apply changes"
     )
 
 

@@ -24,7 +24,7 @@ from qlora_cli.text import figures
 from qlora_cli.text.output import ROOM, STATE_STYLES, Cell, aligned, state_cell
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from rich.console import Console
 
@@ -58,6 +58,10 @@ class WatchedJobs:
     """Reason why no updates arrive; empty while they do."""
     body: Object = field(default_factory=dict)
     """The newest job as it came; of use where one was named."""
+    listed: bool = False
+    """All jobs there are have come once."""
+    news: list[str] = field(default_factory=list)
+    """Lines about other than jobs that are not printed yet, where there is no terminal."""
 
     def take(self, event: Event) -> list[JobView]:
         """Take an event in; the jobs that it changed."""
@@ -67,6 +71,7 @@ class WatchedJobs:
         self.lost = ""
         views = [view(body) for body in event.items if not self.names or body["metadata"]["name"] in self.names]
         if event.kind == "LISTED":
+            self.listed = True
             there = {_key(job) for job in views}
             for key in self.jobs.keys() - there:
                 del self.jobs[key]
@@ -91,13 +96,17 @@ class WatchedJobs:
             seen.append(value)
 
     @property
-    def all_finished(self) -> bool:
+    def is_over(self) -> bool:
         """Return whether every job asked for is finished, deleted ones too."""
-        return all(job.is_finished for job in self.jobs.values())
+        return self.listed and all(job.is_finished for job in self.jobs.values())
 
     @property
     def any_failed(self) -> bool:
         return any(job.state == "Failed" for job in self.jobs.values())
+
+    def heading(self) -> list[Text]:
+        """Return what is to be read above the jobs."""
+        return []
 
 
 def _key(job: JobView) -> tuple[str, str]:
@@ -118,16 +127,21 @@ def start(cluster: Cluster, request: WatchRequest) -> queue.SimpleQueue[Event | 
     path = jobs_path(None if request.everywhere else cluster.namespace)
     fields = f"metadata.name={request.names[0]}" if len(request.names) == 1 else None
     events: queue.SimpleQueue[Event | Exception] = queue.SimpleQueue()
+    follow_to(events, cluster.api.follow(path, labelSelector=request.selector, fieldSelector=fields))
+    return events
+
+
+def follow_to(events: queue.SimpleQueue[Event | Exception], found: Iterable[Event]) -> None:
+    """Put events into a queue as they come, in a thread of its own, and in the end the error that ended it."""
 
     def work() -> None:
         try:
-            for event in cluster.api.follow(path, labelSelector=request.selector, fieldSelector=fields):
+            for event in found:
                 events.put(event)
         except Exception as error:  # noqa: BLE001 whatever it is, it is raised where somebody sees it
             events.put(error)
 
     threading.Thread(target=work, daemon=True).start()
-    return events
 
 
 def watch(
@@ -167,17 +181,17 @@ def _live(
 ) -> None:
     from rich.live import Live  # noqa: PLC0415
 
-    drawn, changed, heard = 0.0, True, False
+    drawn, changed = 0.0, True
     size = (0, 0)
     with (
         _last_page(screen, board, title),
         Live(Text("waiting for the API server …"), console=screen, screen=True, auto_refresh=False) as live,
     ):
         live.refresh()
-        while not (heard and until_over and board.all_finished):
+        while not (until_over and board.is_over):
             for event in _next(events, DRAW_SECONDS):
                 board.take(event)
-                changed, heard = True, heard or event.kind == "LISTED"
+                changed = True
             now = time.monotonic()
             stale = now - drawn > CLOCK_SECONDS or size != screen.size
             if (changed and now - drawn >= DRAW_SECONDS) or stale:
@@ -211,7 +225,7 @@ def page(board: WatchedJobs, title: str, now: datetime, width: int, height: int 
     ]
     if board.lost:
         lines.append(Text(f"connection lost, trying again: {first_sentence(board.lost)}", style="bold red"))
-    lines.append(Text())
+    lines += [*board.heading(), Text()]
     if single:
         return lines + _single(jobs[0], board, now, width)
     below = width - _start_of_messages(jobs, now) < ROOM
@@ -340,11 +354,9 @@ def _plain(
     screen: Console, events: queue.SimpleQueue[Event | Exception], board: WatchedJobs, *, until_over: bool
 ) -> None:
     told: dict[tuple[str, str], _LastPrinted] = {}
-    heard = False
-    while not (heard and until_over and board.all_finished):
+    while not (until_over and board.is_over):
         for event in _next(events, DRAW_SECONDS):
             changed = board.take(event)
-            heard = heard or event.kind == "LISTED"
             if event.kind == "LOST":
                 screen.print(Text(f"connection lost, trying again: {first_sentence(event.text)}"), soft_wrap=True)
             for job in changed:
@@ -352,6 +364,9 @@ def _plain(
                     screen.print(Text(f"{_label(job, board)}  deleted"), soft_wrap=True)
                 elif _worth_a_line(told.setdefault(_key(job), _LastPrinted()), job):
                     screen.print(Text(plain_line(job, board)), soft_wrap=True)
+            for line in board.news:
+                screen.print(Text(line), soft_wrap=True)
+            board.news.clear()
 
 
 def _worth_a_line(told: _LastPrinted, job: JobView) -> bool:

@@ -9,10 +9,14 @@ API_VERSION = "qlora.dev/v1alpha1"
 KIND = "QLoRAJob"
 PLURAL = "qlorajobs"
 CRD = f"{PLURAL}.{GROUP}"
+SWEEP_KIND = "QLoRASweep"
+SWEEP_PLURAL = "qlorasweeps"
+SWEEP_CRD = f"{SWEEP_PLURAL}.{GROUP}"
 
 JOB_LABEL = f"{GROUP}/job"
 ATTEMPT_LABEL = f"{GROUP}/attempt"
 COMPONENT_LABEL = "app.kubernetes.io/component"
+SWEEP_LABEL = f"{GROUP}/sweep"
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 PART_OF_OPERATOR = "app.kubernetes.io/part-of=qlora-operator"
 OPERATOR_SELECTOR = f"{PART_OF_OPERATOR},{COMPONENT_LABEL}=operator"
@@ -36,6 +40,12 @@ def jobs_path(namespace: str | None = None, name: str = "") -> str:
     """Path of a job, of a namespace's jobs, or of all jobs."""
     where = f"/namespaces/{namespace}" if namespace else ""
     return f"/apis/{API_VERSION}{where}/{PLURAL}" + (f"/{name}" if name else "")
+
+
+def sweeps_path(namespace: str | None = None, name: str = "") -> str:
+    """Path of a sweep, of a namespace's sweeps, or of all sweeps."""
+    where = f"/namespaces/{namespace}" if namespace else ""
+    return f"/apis/{API_VERSION}{where}/{SWEEP_PLURAL}" + (f"/{name}" if name else "")
 
 
 def core_path(namespace: str, plural: str, name: str = "") -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 from qlora_cli.kube.errors import ApiError, ClusterError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from qlora_cli.kube.api_client import ApiClient, Object
 
 PROGRAM, PLUGIN = "qlora", "kubectl-qlora"
+SWEEP_REFERENCES = ("qlorasweep/", "qlorasweep.qlora.dev/")
+"""Before the name of a sweep that is meant and no job, as kubectl reads and writes it."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def program() -> str:
 
 def is_local(reference: str) -> bool:
     """Return whether a reference names a local run: a path. Names of jobs have no slash."""
-    return "/" in reference or reference in (".", "..")
+    return ("/" in reference or reference in (".", "..")) and not reference.startswith(SWEEP_REFERENCES)
 
 
 @contextmanager
@@ -97,24 +99,74 @@ def get_job(cluster: Cluster, name: str) -> Object:
     """
     from qlora_cli.kube.names import jobs_path  # noqa: PLC0415
 
+    found = _find(cluster, jobs_path(cluster.namespace, name), name)
+    if found is None:
+        raise ClusterError(_not_there(cluster, name, {"job": jobs_path(cluster.namespace)}))
+    return found
+
+
+def get_job_or_sweep(cluster: Cluster, reference: str) -> Object:
+    """Return the job of a name, or the sweep where there is no such job; of ``qlorasweep/NAME`` the sweep.
+
+    Raises:
+        ClusterError: there is neither, and these are there.
+
+    """
+    from qlora_cli.kube.names import jobs_path, sweeps_path  # noqa: PLC0415
+
+    if reference.startswith(SWEEP_REFERENCES):
+        return get_sweep(cluster, reference)
+    jobs, sweeps = jobs_path(cluster.namespace), sweeps_path(cluster.namespace)
+    found = _find(cluster, f"{jobs}/{reference}", reference)
+    if found is None:
+        with suppress(ApiError):  # a chart without sweeps, or a role that may not read them
+            found = _find(cluster, f"{sweeps}/{reference}", reference)
+    if found is None:
+        raise ClusterError(_not_there(cluster, reference, {"job": jobs, "sweep": sweeps}))
+    return found
+
+
+def get_sweep(cluster: Cluster, reference: str) -> Object:
+    """Return one sweep, by its name or as ``qlorasweep/NAME``.
+
+    Raises:
+        ClusterError: there is none of this name, and these are there.
+
+    """
+    from qlora_cli.kube.names import sweeps_path  # noqa: PLC0415
+
+    name = reference.rpartition("/")[2]
+    found = _find(cluster, sweeps_path(cluster.namespace, name), name)
+    if found is None:
+        raise ClusterError(_not_there(cluster, name, {"sweep": sweeps_path(cluster.namespace)}))
+    return found
+
+
+def is_sweep(body: Object) -> bool:
+    """Return whether an object that was asked for by its name is a QLoRASweep."""
+    from qlora_cli.kube.names import SWEEP_KIND  # noqa: PLC0415
+
+    return body.get("kind") == SWEEP_KIND
+
+
+def _find(cluster: Cluster, path: str, name: str) -> Object | None:
+    """Return an object; None where there is none of its name."""
     try:
-        return cluster.api.get(jobs_path(cluster.namespace, name))
+        return cluster.api.get(path)
     except ApiError as error:
         if error.not_found and error.said and f'"{name}" not found' in error.said:
-            raise ClusterError(no_such_job(cluster, name)) from None
+            return None
         raise
 
 
-def no_such_job(cluster: Cluster, name: str) -> str:
+def _not_there(cluster: Cluster, name: str, paths: Mapping[str, str]) -> str:
     """Name the closest ones."""
     import difflib  # noqa: PLC0415
 
-    from qlora_cli.kube.names import jobs_path  # noqa: PLC0415
-
-    try:
-        there = [item["metadata"]["name"] for item in cluster.api.list(jobs_path(cluster.namespace))[0]]
-    except ClusterError:
-        there = []
+    there: list[str] = []
+    for path in paths.values():
+        with suppress(ClusterError):
+            there += [item["metadata"]["name"] for item in cluster.api.list(path)[0]]
     close = difflib.get_close_matches(name, there, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else f"'{program()} list -A' shows all there are"
-    return f'no job "{name}" in namespace {cluster.namespace}; {hint}'
+    return f'no {" or ".join(paths)} "{name}" in namespace {cluster.namespace}; {hint}'

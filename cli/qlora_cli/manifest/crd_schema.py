@@ -6,7 +6,7 @@ import difflib
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from qlora_api.crd import crd
+from qlora_api.crd import crd, sweep_crd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,6 +21,13 @@ def root() -> Schema:
     return schema
 
 
+@cache
+def sweep_root() -> Schema:
+    """Return the schema of a whole QLoRASweep."""
+    schema: Schema = sweep_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    return schema
+
+
 def fields_of(schema: Schema) -> dict[str, Schema]:
     """Return the fields of a group, or of the groups in a list; none for anything else."""
     inner: Schema = schema.get("items", schema)
@@ -28,13 +35,13 @@ def fields_of(schema: Schema) -> dict[str, Schema]:
     return fields
 
 
-def way_to(path: str) -> tuple[str, list[Schema]] | None:
+def way_to(path: str, schema: Schema | None = None) -> tuple[str, list[Schema]] | None:
     """Return the full path of a field and the schemas from the root to it, both ends included.
 
     ``lora.rank`` is taken for ``spec.lora.rank``, since most of what one asks about is in spec.
     """
     for full in (path, f"spec.{path}"):
-        schemas = [root()]
+        schemas = [schema or root()]
         for name in full.split("."):
             inner = fields_of(schemas[-1]).get(name.partition("[")[0])
             if inner is None:

@@ -127,10 +127,11 @@ def one_job(path: Path, assignments: Sequence[str] = ()) -> QLoRAJob:
     return check(ours[0], overrides)
 
 
-def parse_override(text: str) -> Override:
+def parse_override(text: str, schema: crd_schema.Schema | None = None) -> Override:
     """``training.maxSteps=10`` → path and value; null takes a field away.
 
-    A field that holds a text takes the text as it is, so that decimals need no second pair of quotes.
+    A field that holds a text takes the text as it is, so that decimals need no second pair of quotes. ``schema`` is
+    that of the kind, if it is no QLoRAJob.
 
     Raises:
         RefusedError: no ``=``, or a value that is not YAML.
@@ -140,9 +141,9 @@ def parse_override(text: str) -> Override:
     path = path.strip()
     if not separator or not re.fullmatch(r"[A-Za-z]+(\.[A-Za-z]+)*", path):
         raise RefusedError(f'--set "{text}": must read path=value, such as training.maxSteps=10')
-    found = crd_schema.way_to(path)
+    found = crd_schema.way_to(path, schema)
     if found is None:  # validation names the field and what is known there
-        outside_spec = path.split(".")[0] in (*crd_schema.root()["properties"], "metadata")
+        outside_spec = path.split(".")[0] in (*(schema or crd_schema.root())["properties"], "metadata")
         full, kind = path if outside_spec else f"spec.{path}", "string"
     else:
         full, kind = found[0], found[1][-1].get("type", "object")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from qlora_api.errors import FieldError
     from qlora_cli.manifest.job_manifest import Located
+    from qlora_cli.text.kubernetes_yaml import Document
 
 
 @dataclass(frozen=True)
@@ -46,23 +47,26 @@ def check_file(path: Path) -> ValidationReport:
         if job_manifest.is_foreign(document):
             passed_over.append(f"{document.value['kind']} (line {document.line})")  # type: ignore[index]
             continue
-        if sweep_manifest.is_sweep(document):
-            try:
-                jobs.append(sweep_manifest.check(document).metadata.name)
-            except job_manifest.RefusedError as error:
-                errors += error.errors
-            continue
-        local = [*local_paths.place_errors(document.value), *content_errors(document.value)]
+        local = _local_errors(document)
         errors += [job_manifest.located(document, error) for error in local]
+        check = sweep_manifest.check if sweep_manifest.is_sweep(document) else job_manifest.check
         try:
-            job = job_manifest.check(document)
+            name = check(document).metadata.name
         except job_manifest.RefusedError as error:
             errors += error.errors
         else:
-            jobs += [] if local else [job.metadata.name]
+            jobs += [] if local else [name]
     if not jobs and not errors:
         errors.append(f"{path}: holds no QLoRAJob, only {units.listing(passed_over)}")
     return ValidationReport(str(path), tuple(jobs), tuple(passed_over), tuple(errors))
+
+
+def _local_errors(document: Document) -> list[FieldError]:
+    """Return the errors of a manifest's places, and those that this machine shows."""
+    if sweep_manifest.is_sweep(document):
+        job = sweep_manifest.template_job(document.value)
+        return [*sweep_manifest.in_template([*local_paths.place_errors(job), *content_errors(job)])]
+    return [*local_paths.place_errors(document.value), *content_errors(document.value)]
 
 
 def content_errors(manifest: object) -> list[FieldError]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qlora_api.job import QLoRAJob
 from qlora_cli.kube.errors import ClusterError
 from qlora_cli.memory_plan import plan_view
 from qlora_cli.memory_plan.plan_job import PlanOptions, plan_of
@@ -13,7 +14,7 @@ from qlora_memory.gpus import GPU_PRODUCT, known_gpu
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from qlora_api.job import QLoRAJob
+    from qlora_cli.kube.api_client import Object
     from qlora_cli.kube.target import Cluster
 
     Labels = Mapping[str, str]
@@ -47,8 +48,14 @@ def gpu_of_nodes(labels: Iterable[Labels], job: QLoRAJob) -> str | None:
     return min(known, key=lambda gpu: gpu.memory_bytes).name if known else None
 
 
+def job_summary(body: Object, gpu: str | None, labels: Iterable[Labels]) -> list[tuple[str, str]]:
+    """Return what will be created of a job's manifest, as labels and values."""
+    job = QLoRAJob.from_manifest(body)
+    return summary(job, gpu or gpu_of_nodes(labels, job))
+
+
 def summary(job: QLoRAJob, gpu: str | None) -> list[tuple[str, str]]:
-    """Return what will be created, as labels and values; without a plan it says why there is none."""
+    """Return a job and its plan, as labels and values; without a plan it says why there is none."""
     spec = job.spec
     rows = [
         ("Job", job.metadata.name),

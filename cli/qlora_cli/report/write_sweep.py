@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+    from qlora_api.sweep.spec import QLoRASweepSpec
     from qlora_cli.local.run_folder import RunFolder, RunRecord
     from qlora_cli.report.sweep_figures import SweepFigures
     from qlora_cli.sweeps.sweep_folder import SweepRecord
@@ -63,15 +64,25 @@ def write_sweep(folder: SweepFolder, out: Path) -> tuple[Path, RenderableType]:
     """
     record = folder.read()
     assert record is not None
-    figures_path = _figures_path(out)
     runs = [*folder.runs()]
     histories = [*_histories(runs, record)]
     figures = sweep_figures(record.name, record.uid, record.spec, histories)
     hours = "GPU-hours" if any(run.device == "CUDA" for _, _, run in runs) else "CPU-rank-hours"
+    return write_figures(figures, record.spec, hours, out)
+
+
+def write_figures(figures: SweepFigures, spec: QLoRASweepSpec, hours: str, out: Path) -> tuple[Path, RenderableType]:
+    """Write the page of a sweep's figures, and them beside it as JSON; ``hours`` names the unit of time.
+
+    Raises:
+        RunError: the figures would take the place of the page or of another file.
+
+    """
+    figures_path = _figures_path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, sweep_page(figures, record.spec, hours))
+    write_whole(out, sweep_page(figures, spec, hours))
     write_whole(figures_path, figures.model_dump_json(by_alias=True, indent=2) + "\n")
-    return figures_path, _summary(figures, record, hours)
+    return figures_path, _summary(figures, spec, hours)
 
 
 def _figures_path(out: Path) -> Path:
@@ -108,11 +119,11 @@ def _histories(runs: Iterable[tuple[int, RunFolder, RunRecord]], record: SweepRe
         yield TrialHistory(trial, values_by_step(run, found, record.spec.objective.metric))
 
 
-def _summary(figures: SweepFigures, record: SweepRecord, hours: str) -> RenderableType:
+def _summary(figures: SweepFigures, spec: QLoRASweepSpec, hours: str) -> RenderableType:
     best = next((trial.number for trial in figures.trials if trial.name == figures.best), None)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for head in PARAMETER_HEADS:
         table.add_column(head, justify="left" if head in ("Parameter", "Value") else "right")
     for row in parameter_rows(figures):
         table.add_row(*row)
-    return Group(sweep_view.trials(figures.trials, record.spec, best), "", table, "", comparison(figures, hours))
+    return Group(sweep_view.trials(figures.trials, spec, best), "", table, "", comparison(figures, hours))

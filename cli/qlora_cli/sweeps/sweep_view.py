@@ -1,4 +1,4 @@
-"""Tables and paragraphs that 'qlora sweep' prints. No decisions, no I/O."""
+"""Tables and paragraphs of a sweep, on this machine or in a cluster. No decisions, no I/O."""
 
 from __future__ import annotations
 
@@ -32,15 +32,22 @@ def plan(record: SweepRecord, world: World, folder: Path) -> LabelledLines:
     rows = [
         ("Sweep", f"{record.name} ({record.uid[:8]}), at most {total_trials(spec)} trials, one after the other"),
         ("Model", spec.template.spec.model.source),
-        ("Parameters", "; ".join(_values(parameter) for parameter in spec.parameters)),
-        ("Algorithm", _algorithm(spec)),
-        ("Objective", f"{'highest' if spec.objective.metric.is_maximized else 'lowest'} {spec.objective.metric}"),
+        *settings(spec),
         ("Budget", f"{spec.budget_gpu_hours} {gpu_hours(world)}" if spec.budget_gpu_hours else ""),
         ("Machine", world.words),
         ("Trials", str(folder)),
         ("Output", spec.template.spec.output.destination),
     ]
     return LabelledLines([row for row in rows if row[1]])
+
+
+def settings(spec: QLoRASweepSpec) -> list[tuple[str, str]]:
+    """Return what is searched for and how, as labels and values."""
+    return [
+        ("Parameters", "; ".join(_values(parameter) for parameter in spec.parameters)),
+        ("Algorithm", _algorithm(spec)),
+        ("Objective", f"{'highest' if spec.objective.metric.is_maximized else 'lowest'} {spec.objective.metric}"),
+    ]
 
 
 def gpu_hours(world: World) -> str:

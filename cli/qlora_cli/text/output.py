@@ -187,8 +187,8 @@ def name_of(body: Object, kind: tuple[str, str] = JOB) -> str:
     """As ``kubectl -o name``; of a local run its folder."""
     if "metadata" not in body:
         return one_line(str(body["folder"]))
-    group, slash, _ = kind[0].partition("/")
-    return f"{kind[1].lower()}{f'.{group}' if slash else ''}/{body['metadata']['name']}"
+    group, slash, _ = str(body.get("apiVersion", kind[0])).partition("/")
+    return f"{body.get('kind', kind[1]).lower()}{f'.{group}' if slash else ''}/{body['metadata']['name']}"
 
 
 def _as_kubectl(body: Object, kind: tuple[str, str]) -> Object:

@@ -1,8 +1,9 @@
 """Names that are written down twice, so that a command starts quickly, are the same."""
 
-from qlora_api import job
+from qlora_api import crd, job
 from qlora_api.contract import ExitCode
 from qlora_api.spec import DatasetFormat
+from qlora_api.sweep.sweep import SWEEP_KIND
 from qlora_cli.commands import exit_codes
 from qlora_cli.kube import names
 from qlora_cli.manifest import init
@@ -21,10 +22,18 @@ def test_the_api(monkeypatch):
     assert set(choices.RowFormat) == set(DatasetFormat) == set(init.FORMATS)
 
 
+def test_the_kinds_and_their_definitions():
+    definitions = crd.definitions()
+    assert [*definitions] == [names.PLURAL, names.SWEEP_PLURAL]
+    assert [each["metadata"]["name"] for each in definitions.values()] == [names.CRD, names.SWEEP_CRD]
+    assert [each["spec"]["names"]["kind"] for each in definitions.values()] == [names.KIND, names.SWEEP_KIND]
+    assert names.SWEEP_KIND == SWEEP_KIND
+
+
 def test_what_the_operator_makes():
     from qlora_operator import names as operators
 
-    for name in ("JOB_LABEL", "ATTEMPT_LABEL", "COMPONENT_LABEL", "INDEX_LABEL", "CONTAINER"):
+    for name in ("JOB_LABEL", "ATTEMPT_LABEL", "COMPONENT_LABEL", "INDEX_LABEL", "SWEEP_LABEL", "CONTAINER"):
         assert getattr(names, name) == getattr(operators, name)
 
 

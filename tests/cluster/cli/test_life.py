@@ -175,21 +175,13 @@ def test_what_the_api_server_refuses_is_a_line_with_the_files_place(qlora, manif
 
 
 def test_a_job_that_is_not_there(qlora):
-    for command in (
-        ("show",),
-        ("watch",),
-        ("logs",),
-        ("logs", "-f"),
-        ("events",),
-        ("suspend",),
-        ("cancel", "--yes"),
-        ("retry",),
-        ("download",),
-    ):
-        said = qlora(*command, "nobody")
-        assert (said.code, said.err.partition(";")[0]) == (40, f'no job "nobody" in namespace {qlora.namespace}'), (
-            command
-        )
+    of_jobs = (("logs",), ("logs", "-f"), ("events",), ("retry",), ("download",))
+    of_both = (("show",), ("watch",), ("suspend",), ("cancel", "--yes"))
+    for kinds, commands in (("job", of_jobs), ("job or sweep", of_both)):
+        for command in commands:
+            said = qlora(*command, "nobody")
+            expected = f'no {kinds} "nobody" in namespace {qlora.namespace}'
+            assert (said.code, said.err.partition(";")[0]) == (40, expected), command
 
 
 def test_rights_that_are_missing_are_named(qlora, crd_cluster):

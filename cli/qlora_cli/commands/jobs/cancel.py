@@ -13,7 +13,7 @@ from qlora_cli.text.choices import OutputFormat
 
 
 def cancel(
-    jobs: o.Names,
+    jobs: o.NamesOfSweepsToo,
     *,
     yes: o.Yes = False,
     output: o.Output = OutputFormat.TEXT,
@@ -21,9 +21,10 @@ def cancel(
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
 ) -> None:
-    """Delete jobs and their pods.
+    """Delete jobs and their pods, or sweeps and their trials.
 
-    Published adapters are kept. To continue a job later, suspend it instead.
+    Published adapters are kept. To continue a job or sweep later, suspend it instead. A job's name comes first;
+    qlorasweep/NAME is a sweep.
     """
     with exit_with_code():
         from qlora_cli.jobs import actions

@@ -9,12 +9,15 @@ from qlora_cli.text.choices import OutputFormat
 
 
 def resume(
-    jobs: o.Names,
+    jobs: o.NamesOfSweepsToo,
     *,
     output: o.Output = OutputFormat.TEXT,
     namespace: o.Namespace = None,
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
 ) -> None:
-    """Resume suspended jobs from their checkpoints."""
+    """Resume suspended jobs or sweeps from their checkpoints.
+
+    A job's name comes first; qlorasweep/NAME is a sweep.
+    """
     set_suspend(Target(kubeconfig, context, namespace), jobs, output, suspend=False)

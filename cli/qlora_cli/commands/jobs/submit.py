@@ -20,9 +20,12 @@ from qlora_cli.text.choices import DryRun, OutputFormat
 
 if TYPE_CHECKING:
     from qlora_cli.jobs.submit import Submission
+    from qlora_cli.kube.api_client import Object
     from qlora_cli.kube.target import Cluster
 
-Manifests = Annotated[list[Path], typer.Argument(metavar="JOB.yaml", help="Manifests; - for standard input.")]
+Manifests = Annotated[
+    list[Path], typer.Argument(metavar="JOB.yaml", help="Manifests of jobs and sweeps; - for standard input.")
+]
 
 
 def submit(
@@ -35,7 +38,9 @@ def submit(
     watching: Annotated[
         bool | None,
         typer.Option(
-            "--watch/--no-watch", help="Watch the jobs until they finish; default: on a terminal.", show_default=False
+            "--watch/--no-watch",
+            help="Watch the jobs, or the sweep, until they finish; default: on a terminal.",
+            show_default=False,
         ),
     ] = None,
     gpu: Annotated[
@@ -51,10 +56,11 @@ def submit(
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
 ) -> None:
-    """Create QLoRAJobs in a cluster.
+    """Create QLoRAJobs and QLoRASweeps in a cluster.
 
-    Validates the manifests first. On a terminal, shows the memory plan, asks for confirmation, and then watches the
-    jobs. If a manifest names a path on this machine, the error shows the command that uploads it.
+    Validates the manifests first. On a terminal, shows the memory plan, of a sweep also its trials and budget, asks for
+    confirmation, and then watches the jobs or the sweep. If a manifest names a path on this machine, the error shows
+    the command that uploads it.
     """
     with exit_with_code():
         from qlora_cli.jobs import submit as submitting
@@ -66,7 +72,10 @@ def submit(
             gpu_named(gpu)
         target = Target(kubeconfig, context, namespace)
         files = [submitting.read_manifest(path, overrides or ()) for path in manifests]
-        submissions = [submission for file in files for submission in file.jobs]
+        submissions = [submission for file in files for submission in (*file.jobs, *file.sweeps)]
+        has_sweeps = any(file.sweeps for file in files)
+        if watching and has_sweeps and len(submissions) > 1:
+            raise typer.BadParameter("--watch follows jobs, or one sweep: submit sweeps one by one")
         submitting.require_one_namespace(submissions, namespace)
         for kind in (kind for file in files for kind in file.ignored):
             out.note(f"ignored: {kind}; kubectl apply creates it")
@@ -79,41 +88,64 @@ def submit(
                     raise typer.Exit(CHECK_FAILED)
                 created = [submitting.send(cluster, s, dry_run=dry_run is DryRun.SERVER) for s in submissions]
         print_done(created, output, "created" if dry_run is DryRun.NONE else f"valid (dry run by the {dry_run})")
-        names = [job["metadata"]["name"] for job in created]
         if dry_run is not DryRun.NONE:
             files_again = " ".join(str(path) for path in manifests)
             out.say_next(f"{program()} submit {files_again}{target.flags()}")
             return
-        if on_terminal and output is OutputFormat.TEXT if watching is None else watching:
-            namespaces = {job["metadata"]["namespace"] for job in created}
-            target = replace(target, namespace=namespaces.pop()) if len(namespaces) == 1 else target
-            watch_jobs(target, tuple(names), None, everywhere=False, until_over=True)
-            return
-        if output is OutputFormat.TEXT:
-            where = _where(target, created[0]["metadata"]["namespace"])
-            out.say_next(f"{program()} watch {' '.join(names)}{where}", f"{program()} logs {names[0]} --follow{where}")
+        if watching is None:
+            watching = on_terminal and output is OutputFormat.TEXT and not (has_sweeps and len(created) > 1)
+        _watch_or_say(created, target, output, watching=watching)
+
+
+def _watch_or_say(created: Sequence[Object], target: Target, output: OutputFormat, *, watching: bool) -> None:
+    """Watch what was created, or say how to."""
+    from qlora_cli.kube.target import is_sweep
+    from qlora_cli.text import output as out
+
+    names = [_reference(body) for body in created]
+    if watching:
+        namespaces = {body["metadata"]["namespace"] for body in created}
+        target = replace(target, namespace=namespaces.pop()) if len(namespaces) == 1 else target
+        watch_jobs(target, tuple(names), None, everywhere=False, until_over=True)
+        return
+    if output is not OutputFormat.TEXT:
+        return
+    where = _where(target, created[0]["metadata"]["namespace"])
+    has_sweeps = any(map(is_sweep, created))
+    watch = names if has_sweeps else [" ".join(names)]
+    logs = [] if has_sweeps else [f"{program()} logs {names[0]} --follow{where}"]
+    out.say_next(*(f"{program()} watch {each}{where}" for each in watch), *logs)
 
 
 def _confirmed(cluster: Cluster, submissions: Sequence[Submission], gpu: str | None) -> bool:
     """Show what will be created and ask for it, on standard error."""
-    from qlora_api.job import QLoRAJob
+    from qlora_cli.cluster_sweeps.plan_sweep import sweep_summary
     from qlora_cli.jobs.actions import confirm
-    from qlora_cli.memory_plan.cluster_plan import gpu_of_nodes, node_labels, summary
+    from qlora_cli.kube.target import is_sweep
+    from qlora_cli.memory_plan.cluster_plan import job_summary, node_labels
     from qlora_cli.text import output as out
     from qlora_cli.text.paragraphs import LabelledLines
 
     screen = out.console(stderr=True)
     labels = [] if gpu else node_labels(cluster)
     for submission in submissions:
-        job = QLoRAJob.from_manifest(submission.body)
+        summary = sweep_summary if is_sweep(submission.body) else job_summary
         with screen.status("planning …"):
-            rows = summary(job, gpu or gpu_of_nodes(labels, job))
+            rows = summary(submission.body, gpu, labels)
         screen.print(LabelledLines(rows), crop=False)
         screen.print()
     where = submissions[0].body["metadata"].get("namespace") or cluster.namespace
-    what = "it" if len(submissions) == 1 else f"these {len(submissions)} jobs"
+    what = "it" if len(submissions) == 1 else f"all {len(submissions)}"
     context = f", context {cluster.context}" if cluster.context else ""
     return confirm(f"Create {what} in namespace {where}{context}?", yes=False)
+
+
+def _reference(body: Object) -> str:
+    """Return how 'qlora watch' names what was created."""
+    from qlora_cli.kube.target import SWEEP_REFERENCES, is_sweep
+
+    name = str(body["metadata"]["name"])
+    return f"{SWEEP_REFERENCES[0]}{name}" if is_sweep(body) else name
 
 
 def _where(target: Target, namespace: str) -> str:

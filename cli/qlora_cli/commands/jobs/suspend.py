@@ -10,14 +10,17 @@ from qlora_cli.text.choices import OutputFormat
 
 
 def suspend(
-    jobs: o.Names,
+    jobs: o.NamesOfSweepsToo,
     *,
     output: o.Output = OutputFormat.TEXT,
     namespace: o.Namespace = None,
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
 ) -> None:
-    """Suspend jobs: save a checkpoint and release the GPUs."""
+    """Suspend jobs or sweeps: save a checkpoint and release the GPUs.
+
+    A job's name comes first; qlorasweep/NAME is a sweep.
+    """
     set_suspend(Target(kubeconfig, context, namespace), jobs, output, suspend=True)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from qlora_cli.commands import options as o
 from qlora_cli.commands.exit_codes import CHECK_FAILED
 from qlora_cli.commands.options import exit_with_code
-from qlora_cli.kube.target import Target, connect
+from qlora_cli.kube.target import Target, connect, program
+
+if TYPE_CHECKING:
+    from qlora_cli.kube.api_client import Object
+    from qlora_cli.kube.target import Cluster
 
 
 def watch(
@@ -24,9 +28,10 @@ def watch(
     context: o.Context = None,
     kubeconfig: o.Kubeconfig = None,
 ) -> None:
-    """Watch jobs live.
+    """Watch jobs or a sweep live.
 
-    With names, watches these jobs until they finish. Without names, watches all jobs of the namespace until Ctrl-C.
+    With names, watches these jobs, or this sweep and its trials, until they finish. Without names, watches all jobs of
+    the namespace until Ctrl-C.
     """
     with exit_with_code():
         names = tuple(dict.fromkeys(jobs or ()))
@@ -39,12 +44,14 @@ def watch_jobs(
 ) -> None:
     from qlora_cli.jobs import lookup
     from qlora_cli.jobs import watch as watching
-    from qlora_cli.kube.target import get_job
+    from qlora_cli.kube.target import get_job, get_job_or_sweep, is_sweep
     from qlora_cli.text import output as out
 
     with connect(target) as cluster:
-        for name in names:
-            get_job(cluster, name)
+        find = get_job_or_sweep if len(names) == 1 else get_job
+        for body in [find(cluster, name) for name in names]:
+            if is_sweep(body):
+                _watch_sweep(cluster, body, target, until_over=until_over)
         events = watching.start(cluster, watching.WatchRequest(names, selector, everywhere))
         board = watching.WatchedJobs(frozenset(names))
         place = "all namespaces" if everywhere else f"namespace {cluster.namespace}"
@@ -53,4 +60,20 @@ def watch_jobs(
     jobs = list(board.jobs.values())
     if len(names) == 1 and jobs:
         out.say_next(*lookup.next_commands(jobs[0], target))
+    raise typer.Exit(CHECK_FAILED if board.any_failed else 0)
+
+
+def _watch_sweep(cluster: Cluster, body: Object, target: Target, *, until_over: bool) -> NoReturn:
+    """Watch a sweep and its trials."""
+    from qlora_cli.cluster_sweeps import show_sweep, watch_sweep
+    from qlora_cli.cluster_sweeps.cluster_sweep import cluster_sweep
+    from qlora_cli.jobs import watch as watching
+    from qlora_cli.text import output as out
+
+    sweep = cluster_sweep(body)
+    events = watch_sweep.start(cluster, sweep)
+    board = watch_sweep.WatchedSweep(sweep=sweep, news=[watch_sweep.line(sweep)])
+    title = f"namespace {sweep.namespace}{f' · {cluster.context}' if cluster.context else ''}"
+    watching.watch(out.console(), events, board, title, until_over=until_over)
+    out.say_next(*show_sweep.next_commands(board.sweep, program(), target))
     raise typer.Exit(CHECK_FAILED if board.any_failed else 0)

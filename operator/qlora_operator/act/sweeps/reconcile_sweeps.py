@@ -30,13 +30,14 @@ from qlora_operator.config import OperatorConfig
 from qlora_operator.decide.sweeps import sweep_status
 from qlora_operator.decide.sweeps.sweep_plan import Trials, actions_of, budget_wake
 from qlora_operator.decide.sweeps.sweep_status import SweepView
-from qlora_operator.decide.sweeps.trial_state import ObservedTrial, observe_trial, trial_number
+from qlora_operator.decide.sweeps.trial_state import ObservedTrial, observe_trial
 from qlora_operator.kube.client import TRANSIENT, Api, ApiError, Object, retry_after
 from qlora_operator.serve.metrics import Metrics
 from qlora_operator.state.cache import Key, ObjectCache
 from qlora_operator.state.sweep_cache import StoredSweep, SweepCache
 from qlora_sweep.decide import Decision, Finish, Proceed, decide
 from qlora_sweep.grid import UndrawnError, of_grid
+from qlora_sweep.trial_jobs import trial_number
 
 log = logging.getLogger(__name__)
 

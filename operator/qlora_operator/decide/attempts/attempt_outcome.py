@@ -296,5 +296,7 @@ def closed(attempt: Attempt, ending: Ending, observed: Observed) -> Attempt:
             "node": ending.node or attempt.node,
             "first_step": first if termination is None or termination.first_step is None else termination.first_step,
             "last_step": last,
+            "loss": progress.loss if progress else None,
+            "best_eval_loss": progress.best_eval_loss if progress else None,
         }
     )

@@ -8,7 +8,8 @@ import pytest
 
 from operator_builders import NOW
 from qlora_api.sweep.trials import TrialState
-from qlora_operator.decide.sweeps.trial_state import gpu_hours, observe_trial, trial_number
+from qlora_operator.decide.sweeps.trial_state import gpu_hours, observe_trial
+from qlora_sweep.trial_jobs import trial_number
 from sweep_builders import attempt, observed, says, sweep, trial_job
 
 PROGRESS = {"step": 4, "totalSteps": 10, "bestEvalLoss": "1.25", "loss": "1.5"}
