@@ -24,6 +24,7 @@ TASK_FAILURES = 3
 RUNBOOKS = "docs/runbooks/"
 """The chart puts the address of the repository before it."""
 _JOB = "by (namespace, job)"
+_SWEEP = "by (namespace, sweep)"
 _ENDED = "max by (namespace, job, reason) (qlora_job_attempt_end_timestamp_seconds{{reason=~{}}})"
 
 
@@ -147,6 +148,15 @@ ALERTS: Sequence[Alert] = (
         f"{WHO} will not finish before its deadline in {{{{ $value | humanizeDuration }}}}",
         "At the current speed, the remaining steps take longer than policy.activeDeadlineSeconds "
         "allows. The job fails at the deadline.",
+    ),
+    Alert(
+        "QLoRASweepBudgetNear",
+        f"max {_SWEEP} (qlora_sweep_gpu_seconds) / max {_SWEEP} (qlora_sweep_budget_gpu_seconds) > {NEAR}",
+        "0m",
+        "warning",
+        "{{ $labels.namespace }}/{{ $labels.sweep }} has used {{ $value | humanizePercentage }} of its GPU-hours",
+        "When they are used up, running trials save checkpoints and the sweep is suspended. Raise spec.budgetGpuHours "
+        "to continue.",
     ),
     Alert(
         "QLoRAOperatorDown",

@@ -30,6 +30,10 @@ def alone(name, values, **labels):
     return {"series": f"{name}{{{pairs}}}", "values": values}
 
 
+def of_sweep(name, values):
+    return alone(name, values, namespace="team", sweep="search")
+
+
 def ended(reason, at, **labels):
     """A job's newest end for a reason, as the operator exports it from then on; ``at`` in seconds."""
     minutes = at // 60
@@ -200,6 +204,13 @@ FIRES = [
         [WHO],
         id="three-hours-of-steps-and-ninety-minutes-left",
     ),
+    pytest.param(
+        "QLoRASweepBudgetNear",
+        [of_sweep("qlora_sweep_gpu_seconds", "0+480x60"), of_sweep("qlora_sweep_budget_gpu_seconds", "28800x60")],
+        "56m",
+        [{"namespace": "team", "sweep": "search"}],
+        id="nine-tenths-of-a-sweeps-gpu-hours-are-used",
+    ),
     pytest.param("QLoRAOperatorDown", [], "6m", [{}], id="no-operator-is-scraped"),
     pytest.param("QLoRAOperatorDown", [alone("qlora_operator_leading", "0x9")], "6m", [{}], id="no-operator-leads"),
     pytest.param(
@@ -286,6 +297,9 @@ QUIET = [
         "30m",
         id="there-is-time",
     ),
+    pytest.param(
+        "QLoRASweepBudgetNear", [of_sweep("qlora_sweep_gpu_seconds", "0+480x60")], "56m", id="a-sweep-without-a-budget"
+    ),
     pytest.param("QLoRAOperatorDown", OPERATOR, "30m", id="an-operator"),
     pytest.param(
         "QLoRAOperatorNotReconciling", [alone("qlora_operator_reconcile_seconds_count", "7x120")], "30m", id="idle"
@@ -320,7 +334,7 @@ def test_every_alert_fires_and_is_quiet_in_a_test():
     assert {case.values[0] for case in QUIET} == set(ALERTS)
 
 
-@pytest.mark.parametrize("name", [name for name in ALERTS if not name.startswith("QLoRAOperator")])
+@pytest.mark.parametrize("name", [name for name in ALERTS if name.startswith(("QLoRAJob", "QLoRAPublish"))])
 def test_an_alert_about_a_job_names_it(name):
     assert "{{ $labels.namespace }}/{{ $labels.job }}" in ALERTS[name]["annotations"]["summary"]
 
