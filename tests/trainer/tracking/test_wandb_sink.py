@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import pytest
 import wandb
 
@@ -65,3 +68,38 @@ def test_a_server_that_is_not_there_is_named(monkeypatch):
     sink = {"type": "WandB", "server": f"http://127.0.0.1:{free_port()}"}
     with pytest.raises(StorageError, match=r"spec.tracking\[0\]: http://127.0.0.1:\d+ does not take the run"):
         WandBSink.check(facts_of(sink))
+
+
+class _RefusingHandler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b'{"errors": [{"message": "permission denied"}]}'
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        self.do_GET()
+
+    def log_message(self, *_):
+        """Print nothing."""
+
+
+@pytest.fixture
+def refusing_server():
+    """Return the address of a server that answers every request with 403."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _RefusingHandler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.usefixtures("_online")
+def test_a_server_that_refuses_is_named_before_and_during_a_run(monkeypatch, refusing_server):
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    facts = facts_of({"type": "WandB", "server": refusing_server})
+    with pytest.raises(UserError, match=rf"spec.tracking\[0\].credentials: are not taken by {refusing_server}"):
+        WandBSink.check(facts)
+    with pytest.raises(StorageError, match=rf"spec.tracking\[0\]: {refusing_server} does not take the run: .*403"):
+        WandBSink(facts)
