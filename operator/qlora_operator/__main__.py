@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from qlora_operator.app import main
+import gc
+
+gc.disable()  # nothing that is imported is garbage; main() enables it
+
+from qlora_operator.app import main  # noqa: E402
 
 if __name__ == "__main__":
     main()

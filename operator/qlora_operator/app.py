@@ -298,6 +298,7 @@ def main() -> NoReturn:
     # through thousands of jobs again and again.
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
+    gc.enable()
     runner, code = asyncio.Runner(), 0
     try:
         runner.run(run(config))

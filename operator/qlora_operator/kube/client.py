@@ -35,9 +35,10 @@ WATCH_SECONDS = 120
 SILENCE_SECONDS = 70
 """A watch without an event for so long is restarted; the API server sends a bookmark each minute."""
 CONNECT_SECONDS = 10
-PAGE = 50
-"""Objects of one answer at most: a pod is 10 KB as text, and three to ten times that when it is parsed. Of 1,000 jobs'
-lists, pages of 50 take 20 MB less at the peak than pages of 200 (docs/scale.md)."""
+PAGE = 80
+"""Most objects of one answer: a pod is 10 KB as text, and three to ten times that when it is parsed. Smaller pages take
+less memory and more time: with 1,000 jobs, pages of 100 take 10 MB more than pages of 50, and pages of 200 take 25 MB
+more (docs/scale.md)."""
 METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 """A list of metadata alone, a fraction of the whole objects' size."""
 MERGE_PATCH = "application/merge-patch+json"
