@@ -2,7 +2,7 @@
 
 In: one resolved, immutable :class:`TrainerConfig`, and in a pod of several workers the pod's index in
 ``JOB_COMPLETION_INDEX``. Out: an exit code, and a :class:`TerminationMessage` in the file that the config names. While
-it runs: ``GET /progress`` (:class:`qlora_api.status.Progress` and more) and ``/metrics``.
+it runs: ``GET /progress`` (:class:`qlora_api.status.Progress` and more), and of a rank ``/metrics``.
 """
 
 from __future__ import annotations
@@ -180,17 +180,33 @@ class SectionProgress(Model):
     """Since the first of them."""
 
 
+Section = Literal["Prepare", "Load", "Data", "Train", "Evaluate", "Checkpoint", "Publish", "Done"]
+TRAINING = "training"
+_DOING: dict[Section, str] = {
+    "Prepare": "checking model and rows",
+    "Load": "loading the model",
+    "Data": TRAINING,
+    "Train": TRAINING,
+    "Evaluate": "evaluating",
+    "Checkpoint": "saving a checkpoint",
+    "Publish": "checking and publishing the adapter",
+    "Done": "done",
+}
+
+
 class ProgressReport(Progress):
-    """The answer of ``GET /progress`` on rank 0."""
+    """The answer of ``GET /progress`` on rank 0, or of Prepare."""
 
     model_config = ConfigDict(extra="ignore")
 
     job: str
     attempt: int
-    section: Literal["Load", "Data", "Train", "Evaluate", "Checkpoint", "Publish", "Done"]
-    """Part of the work that the rank is in."""
+    section: Section
+    """Part of the work that the rank is in; ``Prepare``, with attempt 0, in the report of Prepare itself."""
     stage: Annotated[str, StringConstraints(max_length=128)] | None = None
-    """Part of a Load that is done now, such as ``quantizing``; None in other sections."""
+    """Part of a Prepare or Load that is done now, such as ``quantizing``; None in other sections."""
+    stage_seconds: float = 0
+    """Time in the stage, or in a section without stages, so far."""
     section_progress: SectionProgress | None = None
     """Progress within a section whose length is known: Load or Evaluate."""
     section_seconds: dict[str, float] = {}
@@ -216,6 +232,11 @@ class ProgressReport(Progress):
     """The rank that took longest by itself in the last step, and where. Shown, never ended for it."""
     waiting_for: RankActivity | None = None
     """The rank of rank 0's pod that the others wait for at this moment."""
+
+    @property
+    def doing(self) -> str:
+        """Return the stage, or the section in words."""
+        return self.stage or _DOING[self.section]
 
 
 class PrepareReceipt(Model):

@@ -27,7 +27,7 @@ PRINTER_COLUMNS = (
     ("Loss", "string", ".status.progress.loss", 0, "Mean training loss of the last step."),
     ("ETA", "string", ".status.eta", 0, "Time left, by the steps so far."),
     ("Restarts", "integer", ".status.totalRestarts", 0, "Attempts after the first, whatever ended the ones before."),
-    ("GPU-Mem", "string", ".status.peakMemory", 0, "Highest memory of a rank that was measured."),
+    ("Memory", "string", ".status.peakMemory", 0, "Highest memory of a rank: of the GPU, or of the process on a CPU."),
     ("Age", "date", ".metadata.creationTimestamp", 0, "Time since the job was created."),
     ("Steps", "integer", ".status.progress.totalSteps", 1, "Optimizer steps of the whole job."),
     ("Adapter", "string", ".status.adapter.uri", 1, "Address of the published adapter."),

@@ -89,11 +89,11 @@ class Reason(OpenEnum):
     BACKING_OFF = "BackingOff"
     """The next attempt starts after a delay."""
     PREPARING = "Preparing"
-    """Model and rows are being checked, in a pod without a GPU."""
+    """Model and rows are being checked, in a pod without a GPU. The message names the stage once the pod runs."""
     PREPARED = "Prepared"
     """Model and rows are valid; see status.prepared."""
     TRAINING = "Training"
-    """All pods of the attempt are ready. The message has the section that the ranks are in."""
+    """All pods of the attempt are ready. The message says what the ranks do."""
     COMPLETED = "Completed"
     """The adapter is verified and published."""
     SUSPENDING = "Suspending"
@@ -223,6 +223,15 @@ class Progress(Model):
     """Tokens per second over all ranks, padding not counted."""
     eta_seconds: Count | None = None
     """Estimated time left, from the steps so far."""
+
+
+class JobStage(Model):
+    """What a job does that is no training step, and may take minutes."""
+
+    name: Annotated[str, StringConstraints(max_length=128)]
+    """Name of the stage, such as ``tokenizing the rows``."""
+    start_time: Timestamp
+    """Time at which it began."""
 
 
 class MemoryComponent(StrEnum):
@@ -382,6 +391,8 @@ class QLoRAJobStatus(Model):
     prepared: PrepareResult | None = None
     expected_cost: Decimal | None = None
     """Cost of prepared.expectedGpuHours at the operator's pricePerGpuHour, in its currency."""
+    stage: JobStage | None = None
+    """What Prepare, or an attempt that loads, evaluates, saves or publishes, does now; not set while it trains."""
     progress: Progress | None = None
     memory: Memory | None = None
     memory_correction: Decimal | None = None

@@ -139,7 +139,12 @@ class Operator:
         self.wake = self.reconciler.queue.add
         self.sweep_reconciler = SweepReconciler(self.sweeps, self.cache, self.api, config, self.metrics, self.wake)
         self.poller = ProgressPoller(
-            self.cache, self.reconciler.polled, self.wake, config.progress_seconds, self.metrics.report_rejected
+            self.cache,
+            self.reconciler.polled,
+            self.wake,
+            config.progress_seconds,
+            self.metrics.report_rejected,
+            self.api.clock.now,
         )
         woken = [(kind, self.wake) for kind in kinds_of(self.cache, self.reconciler.children.services)]
         woken.append((sweeps_kind(self.sweeps), self.wake_sweep))

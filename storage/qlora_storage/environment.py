@@ -99,6 +99,13 @@ AZURE_KEYS = (
     "AZURE_CLIENT_SECRET",
 )
 _AZURE_SIGNERS = (*AZURE_KEYS, "AZURE_USE_AZURE_CLI", "AZURE_STORAGE_USE_EMULATOR")
+_AZURE_UNREAD = {
+    "AZURE_STORAGE_CONNECTION_STRING": (
+        "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, its AccountName and AccountKey"
+    ),
+    "AZURE_STORAGE_KEY": "AZURE_STORAGE_ACCOUNT_KEY",
+}
+"""Credentials of Azure's own tools that obstore does not read, and the variables to set instead."""
 AWS_BUCKET_IN_ENDPOINT = "AWS_VIRTUAL_HOSTED_STYLE_REQUEST"
 """Setting with which the endpoint is the bucket's own."""
 AZURE_POD_TOKEN = "AZURE_FEDERATED_TOKEN_FILE"  # noqa: S105 a variable's name
@@ -345,6 +352,8 @@ def _read_google(environ: Mapping[str, str], home: Path, *, identity: bool) -> S
 
 def _read_azure(environ: Mapping[str, str], *, identity: bool) -> StoreSettings:
     signed = any(name in environ for name in _AZURE_SIGNERS) or identity
+    if not signed and (unread := next((name for name in _AZURE_UNREAD if name in environ), None)):
+        raise SettingError(f"{unread}: is not read here; set {_AZURE_UNREAD[unread]}")
     return StoreSettings(
         config={} if signed else {"skip_signature": True},
         allow_http=is_on(environ, "AZURE_ALLOW_HTTP"),

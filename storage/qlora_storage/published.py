@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_storage.errors import JobError, NotFoundError
+from qlora_storage.errors import JobError, NotFoundError, StorageError
 from qlora_storage.local_paths import partial_name
 from qlora_storage.object_store import folders_above, local_path, open_store
 
@@ -57,16 +57,19 @@ def short_path(path: str) -> str:
 def enclosing_manifest(uri: str, field: str) -> str | None:
     """Return the manifest of an adapter in whose folders a place is, where whatever is written damages the adapter.
 
-    A folder above the place that cannot be read is taken for one without a manifest.
+    A folder above the place that may not be read is taken for one without a manifest.
 
     Raises:
         UserError: the URI names no place.
+        StorageError: a folder is out of reach; the others are then, too, and each would be waited for.
 
     """
     for folder, inner in folders_above(uri, field):
         store = open_store(folder, field, PATIENCE_SECONDS)
         try:
             adapter = json.loads(store.read(MANIFEST, 0, MOST_MANIFEST_BYTES)[0])["adapter"]
+        except StorageError:
+            raise
         except (JobError, ValueError, LookupError, TypeError, RecursionError):
             continue
         if isinstance(adapter, str) and inner in (adapter.partition("/")[0], ADAPTER, MERGED):

@@ -85,7 +85,7 @@ def test_columns_read_as_the_architecture_says():
         "LOSS",
         "ETA",
         "RESTARTS",
-        "GPU-MEM",
+        "MEMORY",
         "AGE",
     ]
     paths = {path for path, _ in nodes(schema())} | {".metadata.creationTimestamp"}

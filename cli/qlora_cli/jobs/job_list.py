@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from qlora_cli.kube.api_client import Object
     from qlora_cli.kube.target import Cluster
 
-NUMBERS = ("LOSS", "EVAL", "ETA", "RESTARTS", "GPU-MEM", "AGE")
-SPARE = ("GPU-MEM", "RESTARTS", "EVAL")
+NUMBERS = ("LOSS", "EVAL", "ETA", "RESTARTS", "MEMORY", "AGE")
+SPARE = ("MEMORY", "RESTARTS", "EVAL")
 """Columns that give their room to a message, one after the other."""
 NARROW_SPARE = (*SPARE, "ETA", "AGE", "REASON", "LOSS")
 """Columns that are given up where messages stand below their rows."""
@@ -54,7 +54,7 @@ def table(
     views: Sequence[JobView], now: datetime, *, everywhere: bool = False, local: bool = False
 ) -> tuple[list[str], list[list[str | Cell]]]:
     """Head and rows, as ``kubectl get`` has them, with the reason in words for what does not run."""
-    head = ["NAME", "STATE", "REASON", "STEP", "LOSS", "EVAL", "ETA", "RESTARTS", "GPU-MEM", "AGE", "MESSAGE"]
+    head = ["NAME", "STATE", "REASON", "STEP", "LOSS", "EVAL", "ETA", "RESTARTS", "MEMORY", "AGE", "MESSAGE"]
     rows = [_row(job, now, local=local) for job in views]
     if everywhere:
         head = ["NAMESPACE", *head]
@@ -91,7 +91,9 @@ def next_command(views: Sequence[JobView], call: str, flags: str) -> str:
 
 
 def _row(job: JobView, now: datetime, *, local: bool) -> list[str | Cell]:
-    wants_words = job.needs_a_hand or job.state == "Failed"
+    words = Cell(stage_in_words(job, now))
+    if job.needs_a_hand or job.state == "Failed":
+        words = Cell(first_sentence(job.message), "red" if job.state == "Failed" else "yellow")
     state = "Deleting" if job.deleting else job.state
     return [
         job.place if local else job.name,
@@ -104,8 +106,14 @@ def _row(job: JobView, now: datetime, *, local: bool) -> list[str | Cell]:
         str(job.restarts),
         figures.memory(job.peak_bytes),
         figures.age(job.created, now),
-        Cell(first_sentence(job.message), "red" if job.state == "Failed" else "yellow") if wants_words else "",
+        words if words.text else "",
     ]
+
+
+def stage_in_words(job: JobView, now: datetime) -> str:
+    """Return the stage and the time in it; empty: the job is in none."""
+    spent = figures.age(job.stage_start, now)
+    return f"{job.stage}, {spent}" if job.stage and spent else job.stage
 
 
 def first_sentence(text: str, most: int = MESSAGE) -> str:

@@ -56,6 +56,9 @@ class JobView:
     reason: str
     message: str
     """Message of the condition that explains the job's state."""
+    stage: str
+    """Stage of Prepare or of an attempt, apart from training steps; empty while it trains, waits, or is over."""
+    stage_start: datetime | None
     step: int | None
     total_steps: int | None
     epoch: str
@@ -114,6 +117,7 @@ def view(job: Object) -> JobView:
         state=state,
         reason=status.get("reason") or "Pending",
         message=_message(status, state) if is_seen(job) else UNSEEN,
+        **_stage(status),
         **_progress(progress),
         restarts=status.get("totalRestarts") or status.get("restarts") or 0,
         ranks=(parallelism.get("workers") or 1) * (parallelism.get("gpusPerWorker") or 1),
@@ -147,6 +151,11 @@ def _message(status: Mapping[str, Any], state: str) -> str:
     if state == "Pending":
         own = [c.get("message", "") for c in conditions if c.get("reason") == status.get("reason")]
     return next((text for text in reversed(own) if text), "")
+
+
+def _stage(status: Mapping[str, Any]) -> dict[str, Any]:
+    stage = status.get("stage") or {}
+    return {"stage": stage.get("name") or "", "stage_start": time(stage.get("startTime"))}
 
 
 def _progress(progress: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,6 +254,7 @@ def view_run(folder: Path, record: Object) -> JobView:
         state=state,
         reason=reason,
         message=message,
+        **_stage({}),
         **progress,
         restarts=sum(1 for a in attempts[:-1] if a.reason not in UNCOUNTED),
         ranks=last.ranks if last else 1,

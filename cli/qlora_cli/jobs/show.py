@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from qlora_cli.jobs.job_list import stage_in_words
 from qlora_cli.text import figures, units
-from qlora_cli.text.memory_rows import memory_rows
+from qlora_cli.text.memory_rows import is_of_process, memory_rows
 from qlora_cli.text.output import STATE_STYLES, Cell, aligned
 from qlora_cli.text.paragraphs import LEAST_ROOM, LabelledLines, folded, held
 
@@ -50,6 +51,7 @@ def _title(job: JobView) -> Text:
 
 def _standing(job: JobView, now: datetime) -> Iterator[tuple[str, str]]:
     yield "Message", job.message
+    yield "Stage", stage_in_words(job, now)
     if job.step is not None:
         bar = figures.bar(job.step, job.total_steps, BAR)
         share = f"  {job.step / job.total_steps:.0%}" if job.total_steps else ""
@@ -95,7 +97,10 @@ def _ranks(job: JobView, body: Object) -> Iterator[tuple[str, str]]:
     workers, gpus = parallelism.get("workers") or 1, parallelism.get("gpusPerWorker") or 1
     queue = f", queue {scheduling['queue']}" if scheduling.get("queue") else ""
     least = f" (at least {parallelism['minWorkers']})" if parallelism.get("minWorkers") else ""
-    pods = f"{figures.plural(workers, 'worker')}{least} of {figures.plural(gpus, 'GPU')}"
+    status = body.get("status") or {}
+    predicted = (status.get("memory") or {}).get("predicted") or (status.get("prepared") or {}).get("memory") or {}
+    each = f"{figures.plural(gpus, 'rank')} on CPUs" if is_of_process(predicted) else figures.plural(gpus, "GPU")
+    pods = f"{figures.plural(workers, 'worker')}{least} of {each}"
     yield "Ranks", f"{workers * gpus}, in {pods}, ZeRO stage {parallelism.get('zeroStage')}{queue}"
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from qlora_cli.jobs.job_list import first_sentence
+from qlora_cli.jobs.job_list import first_sentence, stage_in_words
 from qlora_cli.jobs.job_view import JobView, counted, in_order, view
 from qlora_cli.kube.names import jobs_path
 from qlora_cli.text import figures
@@ -279,7 +279,8 @@ def table(jobs: Sequence[JobView], board: WatchedJobs, now: datetime, width: int
         if not _has_message(job):
             rows.append([*beginning, *_figures(job, board, trend=width >= WIDE)])
             continue
-        message, style = first_sentence(job.message), "red" if job.state == "Failed" else "yellow"
+        message = first_sentence(stage_in_words(job, now) or job.message)
+        style = "red" if job.state == "Failed" else "yellow"
         rows += [[*beginning, ""], [Cell(f"  {message}", style)]] if below else [[*beginning, Cell(message, style)]]
     return aligned(head, rows, width, right=NUMBERS, spare=SPARE)
 

@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from qlora_api.contract import ProgressReport
+from qlora_api.contract import TRAINING, ProgressReport
 from qlora_cli.text import units
 from qlora_cli.text.memory_rows import memory_words
 from qlora_cli.text.paragraphs import folded, held
@@ -40,16 +40,6 @@ BAR = 40
 LONG_RUN_SECONDS = 60
 """Shortest expected duration of a run that is announced before it starts."""
 STARTING = "starting: the ranks import PyTorch and meet"
-DOING = {
-    "Load": "loading the model",
-    "Data": "training",
-    "Train": "training",
-    "Evaluate": "evaluating",
-    "Checkpoint": "checkpoint",
-    "Publish": "checking and publishing the adapter",
-    "Done": "done",
-}
-"""By section of the report."""
 
 
 class Poller:
@@ -165,25 +155,20 @@ class StageTimer:
 
     def words(self, report: ProgressReport) -> str:
         """Return the stage, how far it is where that is known, and its time."""
-        name = doing(report)
+        name = report.doing
         if name != self._name:
             self._name, self._began = name, self._clock()
         spent = self._clock() - self._began
-        parts = [within_section(report), *([units.duration(spent)] if spent >= 1 and name != DOING["Train"] else [])]
+        parts = [within_section(report), *([units.duration(spent)] if spent >= 1 and name != TRAINING else [])]
         return ", ".join(parts)
-
-
-def doing(report: ProgressReport) -> str:
-    """Return what the trainer does, in words."""
-    return report.stage or DOING[report.section]
 
 
 def within_section(report: ProgressReport) -> str:
     """Return the stage, and how far it is where that is known: ``evaluating: 12 of 86 micro-batches, 3.1/s``."""
     progress = report.section_progress
     if progress is None:
-        return doing(report)
-    known = f"{doing(report)}: {units.number(progress.done)} of {units.number(progress.total)} {progress.unit}"
+        return report.doing
+    known = f"{report.doing}: {units.number(progress.done)} of {units.number(progress.total)} {progress.unit}"
     if not progress.done or not progress.seconds:
         return known
     return f"{known}, {units.number(progress.done / progress.seconds)}/s"
@@ -248,10 +233,10 @@ class PlainDisplay:
                 self.say(f"Attempt {self._attempt}: {STARTING}, {units.duration(now - self._began)}")
             return
         stage = self._stage.words(report)
-        new = doing(report) not in self._stages or report.eval_loss != self._eval_loss
+        new = report.doing not in self._stages or report.eval_loss != self._eval_loss
         if not new and now < self._next:
             return
-        self._stages.add(doing(report))
+        self._stages.add(report.doing)
         self._eval_loss = report.eval_loss
         self._next = now + LINE_SECONDS
         self.say(plain_line(report, stage))

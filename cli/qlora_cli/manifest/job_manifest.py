@@ -16,7 +16,7 @@ from qlora_cli.manifest.hub_names import bare_hub_names
 from qlora_cli.text import kubernetes_yaml
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from qlora_cli.text.kubernetes_yaml import Document
@@ -29,17 +29,24 @@ class Located:
     place: str
     """``file:line``, or the option that set the field."""
     error: FieldError
+    line: int = 0
+    """0 for an option."""
 
     def __str__(self) -> str:
         return f"{self.place}: {self.error}"
 
 
 class RefusedError(ValueError):
-    """A manifest that cannot be used; ``str()`` has a line for each error."""
+    """A manifest that cannot be used; ``str()`` has a line for each error, in the order of the manifest."""
 
     def __init__(self, *errors: Located | str) -> None:
-        self.errors = errors
-        super().__init__("\n".join(str(m) for m in errors))
+        self.errors = in_order(errors)
+        super().__init__("\n".join(str(m) for m in self.errors))
+
+
+def in_order(errors: Iterable[Located | str]) -> tuple[Located | str, ...]:
+    """Return the errors of one file by line; first those of no line."""
+    return tuple(sorted(errors, key=lambda error: error.line if isinstance(error, Located) else 0))
 
 
 @dataclass(frozen=True)
@@ -178,4 +185,5 @@ def located(document: Document, error: FieldError, overrides: Sequence[Override]
     for override in overrides:
         if error.field == override.path or error.field.startswith((f"{override.path}.", f"{override.path}[")):
             return Located("--set", error)
-    return Located(f"{document.source}:{document.line_of(error.field)}", error)
+    line = document.line_of(error.field)
+    return Located(f"{document.source}:{line}", error, line)

@@ -58,7 +58,7 @@ def check_file(path: Path) -> ValidationReport:
             jobs += [] if local else [name]
     if not jobs and not errors:
         errors.append(f"{path}: holds no QLoRAJob, only {units.listing(passed_over)}")
-    return ValidationReport(str(path), tuple(jobs), tuple(passed_over), tuple(errors))
+    return ValidationReport(str(path), tuple(jobs), tuple(passed_over), job_manifest.in_order(errors))
 
 
 def _local_errors(document: Document) -> list[FieldError]:

@@ -71,7 +71,7 @@ class Reconciler:
         self._status = StatusWriter(cache, api, config.progress_seconds, self.queue.add_after)
         self._lost_nodes = LostNodes(api)
         self.polled: dict[Key, PodSnapshot] = {}
-        """Rank 0's pods of the jobs that train."""
+        """Rank 0's pods of the jobs that train, and the pods of Prepare that work."""
         self._inherited: frozenset[str] = frozenset()
         self._contested = ContestedJobs(metrics)
 
@@ -166,6 +166,7 @@ class Reconciler:
             jobs=jobs,
             pods=pods,
             report=known.report,
+            stage_start=known.stage_start,
             lost_nodes=frozenset(lost),
             pods_refused=known.pods_refused,
             create_error=cannot_start(job.spec.scheduling, gang, self._gangs()),
@@ -243,9 +244,10 @@ class Reconciler:
         if any(p.gone for p in known.pods.values()):
             self._cache.clear_gone(key, closed)
         self.polled.pop(key, None)
+        asked = after.attempts[-1].number if after.attempts else PREPARE
         if not decision.watch_progress:
-            known.report = None
-        elif first := next((p for p in known.own_pods() if _is_first(p, after.attempts[-1].number)), None):
+            known.forget_report()
+        elif first := next((p for p in known.own_pods() if _is_first(p, asked)), None):
             self.polled[key] = first
 
     async def _forget_deleted(self, key: Key) -> None:
@@ -263,7 +265,7 @@ class Reconciler:
 
 def _keep_what_a_restart_finds(known: Known) -> None:
     """Forget what a new process would not find of a job that is over: the last report, and its pods."""
-    known.report = None
+    known.forget_report()
     known.pods = {uid: pod for uid, pod in known.pods.items() if known.job and pod.owner != known.job.uid}
 
 

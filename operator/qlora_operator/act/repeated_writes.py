@@ -1,7 +1,8 @@
 """Space out writes of a job's status that repeat an earlier one, or change only figures and messages. No I/O.
 
-Of two programs that replace each other's status, neither would ever stop. And words about pods that start are written
-once they no longer change: on a busy cluster they would be many of the writes, each true for a moment.
+Of two programs that replace each other's status, neither would ever stop. And words about pods that start, and about
+the stages of Prepare, are written once they no longer change: on a busy cluster they would be many of the writes, each
+true for a moment.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 300.0
 KEPT = 4
 """Statuses of one job that are remembered: what another program writes may alternate, too."""
 UNCHANGED_FACTOR, LONGEST_FACTOR = 2, 8
-"""Times ``progressSeconds``: for so long words of a job that starts are unchanged, or its status unwritten, before they
+"""Times ``progressSeconds``: for so long words of a job that starts or prepares are unchanged, or its status unwritten, before they
 are written."""
 _NO_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -67,7 +68,7 @@ class RepeatedWrites:
         return self.clock() - self._jobs[key].at if key in self._jobs else float("inf")
 
     def words_left(self, key: Key, words: int, progress_seconds: float) -> float:
-        """Return for how long words of a job that starts, by their hash, have to wait; 0: they may be written."""
+        """Return for how long words of a job that starts or prepares, by their hash, have to wait; 0: they may be written."""
         history, now = self._jobs.get(key), self.clock()
         if history is None:
             return 0.0

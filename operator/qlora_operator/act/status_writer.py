@@ -73,7 +73,7 @@ class StatusWriter:
             return True
         if job.status is not None and differ_in_figures(job.status, status):
             left = self._progress_seconds - self._writes.seconds_since(key)
-            if status.reason is Reason.STARTING:
+            if status.reason in (Reason.STARTING, Reason.PREPARING):
                 left = self._writes.words_left(key, hash(json.dumps(patch, sort_keys=True)), self._progress_seconds)
             if left > 0:
                 self._wake_later(key, left)

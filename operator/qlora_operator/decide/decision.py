@@ -33,7 +33,7 @@ class Decision:
     wake_after: float | None = None
     """Seconds until the next decision, should nothing happen before."""
     watch_progress: bool = False
-    """Rank 0 trains: ask it how far it is."""
+    """Rank 0 trains, or Prepare works: ask it how far it is."""
     delete_self: bool = False
     contested: ObservedJob | None = None
     """A Job that another release of the operator made, and that this one would make otherwise."""

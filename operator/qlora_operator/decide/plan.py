@@ -26,6 +26,7 @@ from qlora_operator.decide.attempts.attempt_history import (
     with_clock_stopped,
 )
 from qlora_operator.decide.attempts.attempt_outcome import Ending, ending_of, is_cut_short, is_lost
+from qlora_operator.decide.attempts.current_stage import doing, with_stage, without_past_stage
 from qlora_operator.decide.attempts.elastic import batch_for_fewer_workers, batch_for_world_size, waiting_since
 from qlora_operator.decide.attempts.outdated import is_contested, is_outdated
 from qlora_operator.decide.conditions import is_condition_true, with_condition, with_summary
@@ -74,7 +75,7 @@ def plan(job: QLoRAJob, observed: Observed, config: OperatorConfig, gang: Gang) 
     status, notes = close_attempt(context, with_clock_stopped(context, adopted(context, before)))
     decision = _decide(context, _as_observed(context, status))
     notes = (*notes, *decision.notes, *transitions(before, decision.status))
-    return replace(decision, status=with_summary(context, decision.status), notes=notes)
+    return replace(decision, status=with_summary(context, without_past_stage(decision.status)), notes=notes)
 
 
 def _outcome(context: Context, status: QLoRAJobStatus) -> StopOutcome:
@@ -236,12 +237,15 @@ def _wait_for_prepare(
     reason, text = pending_reason(context.job.spec, PREPARE, 1, context.observed)
     if reason is Reason.QUEUED:
         text = prepare_queued(prepare_of(context.job.spec, context.config).queue)
+    works = False
     if reason is Reason.STARTING:
         reason, text = Reason.PREPARING, "model and rows are checked before GPUs are requested"
+        works = any(pod.trainer_ready for pod in context.observed.pods_of(PREPARE))
+        status = with_stage(context, status, PREPARE if works else None)
+        text = f"{status.stage.name}: {text}" if status.stage else text
     status = with_condition(context, status, ConditionType.PREPARED, reason, text, is_true=False)
-    return Decision(
-        status.model_copy(update={"state": "Pending", "reason": reason}), create, delete, wake_after=wake_after
-    )
+    status = status.model_copy(update={"state": "Pending", "reason": reason})
+    return Decision(status, create, delete, wake_after=wake_after, watch_progress=works)
 
 
 def _start(context: Context, status: QLoRAJobStatus) -> Decision:
@@ -320,8 +324,8 @@ def _continue_attempt(context: Context, status: QLoRAJobStatus, attempt: Attempt
         report = context.observed.report
         if report:  # with the other figures, or a restart of the operator would write all running jobs anew
             status = status.model_copy(update={"gpu_seconds": gpu_seconds(status, context.now)})
-        doing = f", {report.section}" if report and report.attempt == attempt.number else ""
-        text = f"attempt {attempt.number}: {ranks(attempt.world_size)} on {', '.join(nodes) or 'their nodes'}{doing}"
+        status, does = with_stage(context, status, attempt.number), doing(context, attempt.number)
+        text = f"attempt {attempt.number}: {ranks(attempt.world_size)} on {', '.join(nodes) or 'their nodes'}{does}"
         if (left := budget_left(context, status)) is not None:
             wake = min(wake or math.inf, max(left / attempt.world_size, 1))
         status = with_condition(context, status, ConditionType.RUNNING, Reason.TRAINING, text, is_true=True)

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
 from pydantic import ValidationError
@@ -84,11 +85,17 @@ class Known:
     pods: dict[str, PodSnapshot] = field(default_factory=dict)
     """By UID."""
     report: ProgressReport | None = None
+    stage_start: datetime | None = None
+    """When the stage began that the report tells of."""
     pods_refused: str = ""
     deleted: frozenset[str] = frozenset()
     """UIDs of what this process has had deleted. A watch says so later, maybe after one that wakes the job."""
     made: dict[str, tuple[str, int]] = field(default_factory=dict)
     """Owner and attempt of each child Job that was ever seen, by UID: pods outlive their Job."""
+
+    def forget_report(self) -> None:
+        """Forget what a pod told last."""
+        self.report = self.stage_start = None
 
     def own_children(self) -> tuple[ObservedJob, ...]:
         """Child Jobs that the QLoRAJob controls."""
@@ -182,7 +189,8 @@ class ObjectCache:
         if known.job and known.job.uid == meta["uid"] and version <= known.job.version:
             return None
         if known.job and known.job.uid != meta["uid"]:
-            known.report, known.pods_refused = None, ""
+            known.forget_report()
+            known.pods_refused = ""
         is_finished = _is_finished(body)
         is_quiescent = is_finished and is_observed(body) and _is_kept(body)
         text = json.dumps(kept_of(body), separators=(",", ":")).encode()

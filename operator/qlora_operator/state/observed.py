@@ -159,7 +159,9 @@ class Observed:
     """Child Jobs by attempt."""
     pods: tuple[PodSnapshot, ...] = ()
     report: ProgressReport | None = None
-    """The newest answer of the running attempt's rank 0."""
+    """The newest answer of the running attempt's rank 0, or of Prepare."""
+    stage_start: datetime | None = None
+    """When the stage began that this answer tells of."""
     lost_nodes: frozenset[str] = frozenset()
     """Nodes that are not ready, of those whose pods do not end though they should have."""
     pods_refused: str = ""
@@ -182,7 +184,7 @@ class Observed:
 
     def without_reports(self) -> Observed:
         """Return the same without what pods say of themselves."""
-        return replace(self, report=None, pods=tuple(replace(pod, message="") for pod in self.pods))
+        return replace(self, report=None, stage_start=None, pods=tuple(replace(pod, message="") for pod in self.pods))
 
     @cached_property
     def living(self) -> tuple[PodSnapshot, ...]:

@@ -22,12 +22,17 @@ from qlora_api.untrusted.printable import printable
 
 MOST = 2**53 - 1
 """Largest count that is taken: what JSON holds exactly, and an int64 of the API server's in any case."""
+MOST_STAGE_SECONDS = 10**9
+"""Longest time in a stage that is taken, some thirty years."""
+LONGEST_STAGE = 128
+"""Characters of a stage's name that are kept."""
 MOST_TASKS = 8
 """As many as spec.evaluate has."""
 COMPONENTS = frozenset(component.value for component in MemoryComponent)
 _READ_FIELDS = frozenset(
     {
-        *("job", "attempt", "section", "memory", "firstStep", "longestStepSeconds", "longestSaveSeconds", "tracking"),
+        *("job", "attempt", "section", "stage", "stageSeconds", "memory", "tracking"),
+        *("firstStep", "longestStepSeconds", "longestSaveSeconds"),
         *(to_camel(name) for name in Progress.model_fields),
     }
 )
@@ -50,6 +55,8 @@ def read_report(text: bytes) -> ProgressReport:
     found = _mapping(text)
     found["memory"] = _memory(found.get("memory"))
     found["tracking"] = _tracking(found.get("tracking"))
+    stage = found.get("stage")
+    found["stage"] = stage[:LONGEST_STAGE] or None if isinstance(stage, str) else None
     try:
         report = ProgressReport.model_validate({name: value for name, value in found.items() if name in _READ_FIELDS})
     except ValidationError as error:
@@ -61,7 +68,7 @@ def read_report(text: bytes) -> ProgressReport:
         report.longest_step_seconds,
         report.longest_save_seconds,
     )
-    if not all(0 <= count <= MOST for count in counts):
+    if not all(0 <= count <= MOST for count in counts) or not 0 <= report.stage_seconds <= MOST_STAGE_SECONDS:
         raise ReportError("a count of a progress report is out of bounds")
     _check_counts(report)
     return report.model_copy(update=_figures(report))

@@ -1,4 +1,4 @@
-"""Asking the first rank of each running attempt how far it is.
+"""Asking the first rank of each running attempt, and each Prepare, how far it is.
 
 Whoever runs a pod decides on what it answers, and how slowly. Nothing but the pod's own address is connected to, and
 what comes of an answer is one job's matter.
@@ -11,6 +11,7 @@ import ipaddress
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
 
 import aiohttp
 
@@ -33,7 +34,7 @@ UNREADABLE = (aiohttp.ClientResponseError, ReportError, TooLargeError)
 
 
 class ProgressPoller:
-    """Asks all that train, again and again, and wakes those that have news.
+    """Asks all that train or prepare, again and again, and wakes those that have news.
 
     Args:
         cache: what is known.
@@ -41,6 +42,7 @@ class ProgressPoller:
         wake: told the key of each job that has news.
         every_seconds: between two rounds.
         rejected: told of each answer that is no progress report.
+        now: the API server's time.
         port: of the pods.
 
     """
@@ -52,10 +54,11 @@ class ProgressPoller:
         wake: Callable[[Key], None],
         every_seconds: float,
         rejected: Callable[[], None],
+        now: Callable[[], datetime],
         port: int = METRICS_PORT,
     ) -> None:
         self._cache, self._polled, self._wake = cache, polled, wake
-        self._every, self._rejected, self._port = every_seconds, rejected, port
+        self._every, self._rejected, self._now, self._port = every_seconds, rejected, now, port
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._failures: Counter[str] = Counter()
         """Rounds in a row in which a pod, by UID, did not answer with a report."""
@@ -105,9 +108,11 @@ class ProgressPoller:
         if asked is None or asked.uid != pod.uid or report.attempt != pod.attempt:
             return
         known = self._cache[key]
-        news = known.report is None or report.step != known.report.step or report.section != known.report.section
-        known.report = report
-        if news:
+        before, known.report = known.report, report
+        is_same = before is not None and (report.section, report.stage) == (before.section, before.stage)
+        if not is_same:
+            known.stage_start = self._now().replace(microsecond=0) - timedelta(seconds=round(report.stage_seconds))
+        if not is_same or before is None or report.step != before.step:
             self._wake(key)
 
 

@@ -6,12 +6,12 @@ from collections import deque
 
 import pytest
 
-from cli_builders import NOW, failed, run_record, running, succeeded, waiting
+from cli_builders import GIB, NOW, failed, job, run_record, running, succeeded, waiting
 from qlora_cli.jobs import compare, events, job_list, show, watch
-from qlora_cli.jobs.job_view import view, view_run
+from qlora_cli.jobs.job_view import time, view, view_run
 from qlora_cli.kube.api_client import Event
 from qlora_cli.manifest import init
-from qlora_cli.text import output
+from qlora_cli.text import figures, output
 
 ALL = [waiting(), running(), running("support-2"), failed(), succeeded()]
 
@@ -283,3 +283,27 @@ def test_init_quotes_what_yaml_would_take_for_something_else(value):
     from qlora_cli.text import kubernetes_yaml
 
     assert kubernetes_yaml.read(f"x: {init._scalar(value)}", "-")[0].value == {"x": value}
+
+
+STAGE = {"name": "tokenizing the rows", "startTime": "2026-01-02T10:58:00Z"}
+
+
+def test_a_job_that_prepares_says_its_stage_and_the_time_in_it():
+    message = "tokenizing the rows: model and rows are checked before GPUs are requested"
+    body = job("new", "Pending", "Preparing", message, stage=STAGE)
+    spent = f"tokenizing the rows, {figures.age(time(STAGE['startTime']), NOW)}"
+    assert f"Stage         {spent}" in text(show.page(view(body), body, NOW, 120))
+    for width in (80, 160):
+        assert spent in text(job_list.lines(*job_list.table([view(body)], NOW), width))
+    assert spent in text(watch.page(board_of(body, running()), "team", NOW, 120, None))
+
+
+def test_a_job_that_trains_is_in_no_stage():
+    assert "Stage" not in text(show.page(view(running()), running(), NOW, 120))
+
+
+def test_on_a_cluster_without_gpus_none_is_spoken_of():
+    body = running(memory={"predicted": {"adapterWeights": GIB}, "measured": {"peak": 2 * GIB}})
+    page = text(show.page(view(body), body, NOW, 120))
+    assert "in 2 workers of 4 ranks on CPUs" in page
+    assert "GPU" not in page

@@ -47,7 +47,7 @@ def test_kubectl_get_reads_well(api, operator, crd_cluster, kwok_namespace):
     with pods_do(api, kwok_namespace, does):
         api.wait_for(create_job(api, qlora_job(namespace=kwok_namespace)), in_state("Succeeded"))
     header, row = crd_cluster.kubectl("get", "qlorajobs", "-n", kwok_namespace).splitlines()
-    assert header.split() == ["NAME", "STATE", "REASON", "STEP", "LOSS", "ETA", "RESTARTS", "GPU-MEM", "AGE"]
+    assert header.split() == ["NAME", "STATE", "REASON", "STEP", "LOSS", "ETA", "RESTARTS", "MEMORY", "AGE"]
     assert re.fullmatch(r"job\s+Succeeded\s+Completed\s+10\s+1\.234\s+0\s+24\.0Gi\s+\d+s", row)
 
 

@@ -86,6 +86,28 @@ def written(server, write, *, between=lambda: None):
     return asyncio.run(run())
 
 
+def preparing(stages):
+    """Return a write of a job that prepares; each call has the next stage."""
+
+    def write(writer, parsed, stored):
+        text = f"{next(stages)}: model and rows are checked"
+        prepared = Condition(
+            type="Prepared", status="False", reason="Preparing", last_transition_time=NOW, message=text
+        )
+        return writer.write(KEY, parsed, stored, Decision(QLoRAJobStatus(reason="Preparing", conditions=[prepared])))
+
+    return write
+
+
+def test_stages_of_prepare_are_written_once_they_last():
+    server = OlderServer("nothing")
+    results, held = written(server, preparing(iter("abcde")))
+    assert results == [True] * WRITES
+    assert server.body["status"]["conditions"][0]["message"].startswith("a: ")
+    assert all(29 < seconds <= 30 for seconds in held)
+    assert len(held) == WRITES - 1
+
+
 def status(writer, parsed, stored):
     return writer.write(KEY, parsed, stored, Decision(WANTED))
 

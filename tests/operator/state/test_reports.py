@@ -49,6 +49,17 @@ def test_a_count_out_of_bounds_is_no_report(name, value):
         report(**{name: value})
 
 
+@pytest.mark.parametrize("seconds", [-1, 2**40, "long", []], ids=str)
+def test_a_time_in_a_stage_out_of_bounds_is_no_report(seconds):
+    with pytest.raises(ReportError):
+        report(stageSeconds=seconds)
+
+
+@pytest.mark.parametrize(("stage", "read"), [("s" * 5000, "s" * 128), ("", None), (7, None), (["a"], None)])
+def test_a_name_of_a_stage_is_cut_or_none(stage, read):
+    assert report(stage=stage).stage == read
+
+
 @pytest.mark.parametrize("value", NOT_A_VALUE)
 def test_what_is_no_value_raises_no_other_error_gives_no_figure_and_changes_no_other_field(value):
     honest = report()

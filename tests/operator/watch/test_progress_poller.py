@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+from datetime import timedelta
 
 import pytest
 
 from cluster.waits import eventually
-from operator_builders import pod
+from operator_builders import NOW, pod
 from qlora_operator.kube.bounded_reads import TooLargeError
 from qlora_operator.state.cache import ObjectCache
 from qlora_operator.state.reports import ReportError
 from qlora_operator.watch.progress_poller import ProgressPoller, ask_progress, progress_session
 from services.hostile_rank import REPORT, HostileRank, answers, http, report
 
+STAGES = [("reading", 7.2), ("reading", 8.9), ("quantizing", 0.1)]
 ADDRESS = f"127.{os.getpid() % 200 + 10}.9.5"
 
 
@@ -62,7 +64,7 @@ def test_a_pod_that_listens_on_its_other_family_alone_is_asked_there(first):
     """A trainer of IPv4 alone in a cluster whose first family is IPv6, and an operator without a way to the first."""
 
     async def ask(port):
-        poller = ProgressPoller(ObjectCache(), {}, lambda _: None, 1, lambda: None, port)
+        poller = ProgressPoller(ObjectCache(), {}, lambda _: None, 1, lambda: None, lambda: NOW, port)
         async with progress_session() as session:
             return await poller._ask_either(session, pod(ip=first, other_ip=ADDRESS))
 
@@ -97,7 +99,7 @@ def test_what_one_pod_answers_ends_no_round_and_the_others_are_heard():
     rejected, woken = [], []
 
     async def poll(polled, said, rounds):
-        poller = ProgressPoller(cache, polled, woken.append, 0.001, lambda: rejected.append(1), said.port)
+        poller = ProgressPoller(cache, polled, woken.append, 0.001, lambda: rejected.append(1), lambda: NOW, said.port)
         running = asyncio.create_task(poller.run())
         await asyncio.to_thread(eventually, lambda: said.asked >= rounds or running.done(), 60)
         assert not running.done()
@@ -111,3 +113,25 @@ def test_what_one_pod_answers_ends_no_round_and_the_others_are_heard():
     assert cache[honest].report.step == REPORT["step"]
     assert honest in woken
     assert rejected
+
+
+def test_a_job_is_woken_at_the_beginning_of_each_stage_and_knows_when_that_was():
+    key, woken, starts = ("team", "job"), [], []
+    said = [report(section="Load", stage=name, stageSeconds=spent) for name, spent in STAGES]
+
+    async def poll(rank):
+        poller = ProgressPoller(cache, {key: pod(ip=ADDRESS)}, woken.append, 1, lambda: None, clock, rank.port)
+        async with progress_session() as session:
+            for _ in said:
+                await poller._ask_all(session, poller._polled)
+                starts.append(cache[key].stage_start)
+
+    def clock():
+        return NOW + timedelta(seconds=len(starts))
+
+    cache = ObjectCache()
+    with HostileRank(ADDRESS, 0, said) as rank:
+        asyncio.run(poll(rank))
+    began = NOW - timedelta(seconds=7)
+    assert starts == [began, began, NOW + timedelta(seconds=2)]
+    assert woken == [key, key]

@@ -25,7 +25,7 @@ from qlora_api.spec import QLoRAJobSpec
 from qlora_trainer.liveness.heartbeat import Heartbeat, Section
 from qlora_trainer.model.flops import flops_per_token
 from qlora_trainer.model.loading.loading_progress import counted_weights
-from qlora_trainer.reporting import metrics, training_history
+from qlora_trainer.reporting import http_server, metrics, training_history
 from qlora_trainer.reporting.phase_collector import PhaseCollector
 from qlora_trainer.reporting.training_history import TrainingHistory
 from testing.timeouts import PATIENCE_SECONDS
@@ -333,18 +333,18 @@ def test_without_a_host_both_families_are_served(address):
 
 
 def test_connections_on_which_nothing_is_said_keep_nobody_out(served):
-    silent = [socket.create_connection(served.server_address, 5) for _ in range(4 * metrics.MAXIMUM_CONNECTIONS)]
+    silent = [socket.create_connection(served.server_address, 5) for _ in range(4 * http_server.MAXIMUM_CONNECTIONS)]
     try:
         with urlopen(f"http://127.0.0.1:{served.server_port}/healthz", timeout=PATIENCE_SECONDS) as answer:
             assert answer.read() == b"ok\n"
-        assert len(served._open) <= metrics.MAXIMUM_CONNECTIONS
+        assert len(served._open) <= http_server.MAXIMUM_CONNECTIONS
     finally:
         for stranger in silent:
             stranger.close()
 
 
 def test_a_silent_connection_is_closed_in_time(monkeypatch, served):
-    monkeypatch.setattr(metrics._Handler, "timeout", 0.5)
+    monkeypatch.setattr(http_server._Handler, "timeout", 0.5)
     with socket.create_connection(served.server_address, PATIENCE_SECONDS) as stranger:
         assert stranger.recv(1) == b""
 

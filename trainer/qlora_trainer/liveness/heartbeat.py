@@ -105,7 +105,7 @@ class Heartbeat:
         self.wall = time.time()
         """Time of the last heartbeat, in seconds since 1970."""
         self.section = self._around = Section.LOAD
-        self._since = time.monotonic()
+        self._since = self._phase_since = time.monotonic()
         self._spent: dict[tuple[Section, Section], float] = {}
         """Seconds by section and the section around it, before this one."""
         self._lock = Lock()
@@ -126,6 +126,11 @@ class Heartbeat:
     def phase(self) -> str:
         """Return what the rank does now, for people: waiting for other ranks belongs to what it is done for."""
         return self._around.phase
+
+    @property
+    def seconds_in_phase(self) -> float:
+        """Return for how long the rank has been in its phase."""
+        return time.monotonic() - self._phase_since
 
     def section_seconds(self) -> dict[Section, float]:
         """Return the time in each section up to now."""
@@ -164,6 +169,8 @@ class Heartbeat:
         with self._lock:
             now, here = time.monotonic(), (self.section, self._around)
             self._spent[here] = self._spent.get(here, 0.0) + now - self._since
+            if (around or section).phase != self._around.phase:
+                self._phase_since = now
             self.section, self._around, self._since = section, around or section, now
         self.beat()
 

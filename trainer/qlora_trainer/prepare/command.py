@@ -29,9 +29,10 @@ from qlora_trainer.errors import TrainerError, UserError, system_errors
 from qlora_trainer.prepare.local_copy import bring_inputs
 from qlora_trainer.prepare.plan_memory import Planned, plan_job
 from qlora_trainer.prepare.records import Record, Records, find
+from qlora_trainer.prepare.stage_progress import begin_stage, served_progress
 from qlora_trainer.prepare.tolerance import check_tolerance
 from qlora_trainer.publish.destination_release import release_after, released_after_errors
-from qlora_trainer.publish.published_adapter import check_apart_from_rows, check_destination
+from qlora_trainer.publish.published_adapter import check_apart_from_inputs, check_destination
 from qlora_trainer.python_process import forbid_inspection
 from qlora_trainer.reporting import termination_message
 from qlora_trainer.storage.authentication import Authenticator
@@ -56,7 +57,7 @@ def prepare(config: TrainerConfig) -> PrepareReceipt:
 
 def _again(config: TrainerConfig) -> Record | None:
     """Return what was found for the same content before; None where there is nothing, or it is damaged."""
-    check_apart_from_rows(config.spec)
+    check_apart_from_inputs(config.spec)
     check_destination(config.spec.output.destination, config.job.uid, Authenticator.of(config))
     claim_destination(config.spec.output.destination, config.job)
     records = Records(config)
@@ -70,7 +71,7 @@ def _again(config: TrainerConfig) -> Record | None:
 
 
 def _anew(config: TrainerConfig) -> Record:
-    log.info("stage: importing PyTorch and Transformers")
+    begin_stage("importing PyTorch and Transformers")
     from qlora_trainer.prepare.fetch_and_tokenize import prepare_from_scratch  # noqa: PLC0415 ten seconds of imports
 
     records = Records(config)
@@ -180,9 +181,14 @@ def main(anew: Callable[[TrainerConfig, Path], int] = run_in_process) -> int:
         forbid_inspection()
     path = Path(sys.argv[1])
     config = read_config(path)
+    keep_freed_memory()
+    with served_progress(config):
+        return _run(config, path, anew)
+
+
+def _run(config: TrainerConfig, path: Path, anew: Callable[[TrainerConfig, Path], int]) -> int:
     destination = config.spec.output.destination
     termination = Path(config.termination_message_path)
-    keep_freed_memory()
     try:
         take_credentials(config.spec, os.environ)
         with released_after_errors(destination, config.job):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +57,6 @@ ROW_KERNELS = ("causal_conv1d", "fla")
 UNTRIED = "a model of the base's class and few layers could not be tried on a CPU, since it ends the process"
 SHOWN_TOKENS = 8
 TOKENS_AT_ONCE = 1 << 24
-log = logging.getLogger(__name__)
 
 
 def prepare_from_scratch(config: TrainerConfig, began: Record | None) -> Record:
@@ -75,27 +73,27 @@ def prepare_from_scratch(config: TrainerConfig, began: Record | None) -> Record:
     """
     spec, cache = config.spec, Path(config.cache_dir)
     ends_the_process = stage_of_end(config) is Stage.TRIAL
-    log.info("stage: fetching the model")
+    begin_stage("fetching the model")
     model = fetch_model(
         spec.model.source,
         cache,
         pinned_revision(spec, began),
         headers_only=config.shared_cache_uri is not None,  # this pod trains nothing; without it the ranks are here
     )
-    log.info("stage: checking model and adapter")
+    begin_stage("checking model and adapter")
     tokens = find_trained_tokens(model.path, spec.lora, model.source, load_bounded_tokenizer)
     with bounded_stage(config, Stage.MODEL):
         vocabulary, counts = check_architecture(config, model, tokens)
     tried = [UNTRIED]
     if not ends_the_process:
-        log.info("stage: trying a toy of the model")
+        begin_stage("trying a toy of the model")
         with bounded_stage(config, Stage.TRIAL):
             tried = try_base(config, model)
-    log.info("stage: fetching the rows")
+    begin_stage("fetching the rows")
     train_rows = fetch_rows(spec.dataset.train.source, "spec.dataset.train.source", cache)
     own_eval = spec.dataset.eval.source if spec.dataset.eval else None
     eval_rows = fetch_rows(own_eval, "spec.dataset.eval.source", cache) if own_eval else None
-    log.info("stage: tokenizing the rows")
+    begin_stage("tokenizing the rows")
     tokenizer = load_bounded_tokenizer(model.path, spec.dataset.chat_template)
     data = prepare_data(spec, tokenizer, model.tokenizer_hash, train_rows, eval_rows, cache)
     check_tokens(data, tokenizer, vocabulary)
@@ -133,7 +131,7 @@ def try_base(config: TrainerConfig, model: FetchedModel) -> list[str]:
 
 def _prepared_tasks(spec: QLoRAJobSpec, encoder: Encoder, cache: Path) -> PreparedTasks:
     assert spec.evaluate is not None
-    log.info("stage: preparing the tasks of spec.evaluate")
+    begin_stage("preparing the tasks of spec.evaluate")
     folder = spec.evaluate.folder
     return prepare_tasks(spec.evaluate, fetch_definitions(folder, cache) if folder else None, encoder, cache)
 

@@ -63,17 +63,21 @@ def check_destination(uri: str, run_uid: str, authenticator: Authenticator = UNA
         log.warning("%s stays behind, deleting is not allowed: %s", store.uri(probe), error)
 
 
-def check_apart_from_rows(spec: QLoRAJobSpec) -> None:
-    """Refuse a destination among the rows, where the next job would read what is published as rows.
+def check_apart_from_inputs(spec: QLoRAJobSpec) -> None:
+    """Refuse a destination that is the base's folder, or among the rows, where it would be read as rows.
+
+    Of a base, what lies in folders below its own is never read.
 
     Raises:
-        UserError: names the field with the rows.
+        UserError: names the field with the base or the rows.
 
     """
+    destination, base = spec.output.destination, "spec.model.source"
+    if is_place_in(destination, spec.model.source, base) and is_place_in(spec.model.source, destination, FIELD):
+        raise UserError(FIELD, destination, f"is the folder of {base}: choose a folder of the adapter's own")
     sources = {"spec.dataset.train.source": spec.dataset.train.source}
     if spec.dataset.eval and spec.dataset.eval.source:
         sources["spec.dataset.eval.source"] = spec.dataset.eval.source
-    destination = spec.output.destination
     for field, source in sources.items():
         if is_place_in(destination, source, field):
             raise UserError(

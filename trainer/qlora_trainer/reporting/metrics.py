@@ -9,17 +9,13 @@ from __future__ import annotations
 import logging
 import math
 import os
-import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from socketserver import ThreadingMixIn
 from typing import Any, TypeVar
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.simple_server import WSGIServer
 
 import psutil
 import pynvml
@@ -30,18 +26,15 @@ from qlora_api.contract import ProgressReport, RankActivity, SectionProgress, Tr
 from qlora_api.metrics_catalogue import TRAINER, Metric, MetricKind
 from qlora_api.status import Memory, MemoryComponent
 from qlora_memory.gpus import known_gpu
-from qlora_trainer.listening import listen_everywhere
 from qlora_trainer.liveness import heartbeat
 from qlora_trainer.liveness.heartbeat import node_name
 from qlora_trainer.liveness.watchdog import waited_for
 from qlora_trainer.ranks import Ranks
+from qlora_trainer.reporting.http_server import start_server
 from qlora_trainer.reporting.phase_collector import PhaseCollector
 from qlora_trainer.tracking.journal import tracking_folder
 from qlora_trainer.tracking.tracked_runs import read_runs
 
-REQUEST_SECONDS = 5.0
-"""A connection on which nothing is said for so long is closed."""
-MAXIMUM_CONNECTIONS = 32
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -68,6 +61,7 @@ class MetricsRecorder:
         self._read("qlora_heartbeat_timestamp_seconds", lambda: ranks.heartbeat.wall)
         self._watch_memory(ranks.device)
         self._lock = threading.Lock()
+        self._stage_since = time.monotonic()
         self._report = ProgressReport(
             job=config.job.name, attempt=config.attempt, section="Load", memory=Memory(), first_step=0
         )
@@ -113,6 +107,7 @@ class MetricsRecorder:
         """Log a part of Load that begins, and show it to whoever watches the attempt."""
         if self._ranks.is_first:
             log.info("stage: %s", name)
+        self._stage_since = time.monotonic()
         self.update(stage=name)
 
     def count(self, items: Iterable[T], total: int, unit: str) -> Iterator[T]:
@@ -148,11 +143,13 @@ class MetricsRecorder:
         with self._lock:
             report = self._report
         seconds = self._ranks.heartbeat.phase_seconds()
-        section = self._ranks.heartbeat.phase
+        section, in_section = self._ranks.heartbeat.phase, self._ranks.heartbeat.seconds_in_phase
+        stage = report.stage if section == "Load" else None
         return report.model_copy(
             update={
                 "section": section,
-                "stage": report.stage if section == "Load" else None,
+                "stage": stage,
+                "stage_seconds": round(time.monotonic() - self._stage_since if stage else in_section, 1),
                 "elapsed_seconds": round(sum(seconds.values()), 1),
                 "section_seconds": {phase: round(spent, 1) for phase, spent in seconds.items()},
             }
@@ -212,57 +209,6 @@ def peak_bytes(device: torch.device) -> dict[str, int]:
     return {MemoryComponent.PEAK.value: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-class _Handler(WSGIRequestHandler):
-    timeout = REQUEST_SECONDS
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 the base class names it so
-        """Scrapes are not worth a line each."""
-
-
-class _Server(ThreadingMixIn, WSGIServer):
-    """A thread for each connection, and of too many at once the oldest is closed: nobody can keep others out."""
-
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._open: dict[socket.socket, None] = {}
-        self._lock = threading.Lock()
-
-    def server_bind(self) -> None:
-        """Bind the address; without a host, all of both families."""
-        host, port = self.server_address[:2]
-        if host:
-            super().server_bind()
-            return
-        self.socket.close()
-        self.socket = listen_everywhere(int(port), self.request_queue_size)
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = socket.gethostname(), self.server_address[1]
-        self.setup_environ()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        with self._lock:
-            self._open[request] = None
-            oldest = next(iter(self._open)) if len(self._open) > MAXIMUM_CONNECTIONS else None
-            if oldest is not None:
-                del self._open[oldest]
-        if oldest is not None:
-            with suppress(OSError):  # it has just been closed
-                oldest.shutdown(socket.SHUT_RDWR)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        with self._lock:
-            self._open.pop(request, None)
-        super().shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 the base class has it
-        """Note a connection that broke, or was no HTTP, without a trace in the log."""
-        log.debug("a request from %s failed: %s", client_address, sys.exception())
-
-
 def serve(recorder: MetricsRecorder, host: str, port: int, port_file: Path | None) -> WSGIServer:
     """Serve ``/metrics``, ``/progress`` and ``/healthz`` from a daemon thread; port 0 takes any free one.
 
@@ -297,8 +243,7 @@ def serve(recorder: MetricsRecorder, host: str, port: int, port_file: Path | Non
                 start_response("404 Not Found", [("Content-Type", "text/plain")])
                 return [b"there are /metrics, /progress and /healthz\n"]
 
-    server = make_server(host, port, app, _Server, _Handler)
-    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+    server = start_server(app, host, port)
     if port_file is not None:
         port_file.parent.mkdir(parents=True, exist_ok=True)
         partial = port_file.with_suffix(".partial")

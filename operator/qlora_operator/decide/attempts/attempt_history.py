@@ -15,7 +15,7 @@ from qlora_operator.decide.decision import Context
 from qlora_operator.state.observed import JobState, ObservedJob
 from qlora_operator.state.reports import known_components
 
-REPORTED_FIELDS = ("progress", "memory", "eta", "peakMemory", "stopSeconds", "graceSeconds", "tracking")
+REPORTED_FIELDS = ("stage", "progress", "memory", "eta", "peakMemory", "stopSeconds", "graceSeconds", "tracking")
 """Fields of status that pods report. Only the decision on the time to stop depends on them."""
 
 
@@ -154,15 +154,15 @@ def batch_of(attempt: Attempt) -> BatchSplit:
 
 
 def differ_in_figures(before: QLoRAJobStatus, after: QLoRAJobStatus) -> bool:
-    """Return whether nothing but progress, memory and words around them differ: that can wait for the next write."""
+    """Return whether nothing but stage, progress, memory and words around them differ: these wait for the next write."""
     return without_figures(before) == without_figures(after)
 
 
 def without_figures(status: QLoRAJobStatus) -> QLoRAJobStatus:
-    """Return a status without progress, memory and the messages about them."""
+    """Return a status without stage, progress, memory and the messages about them."""
     attempts = [a.model_copy(update={"first_step": None, "last_step": None}) for a in status.attempts]
     conditions = [c.model_copy(update={"message": "", "observed_generation": 0}) for c in status.conditions]
     update: dict[str, Any] = {"progress": None, "memory": None, "peak_memory": "", "eta": "", "gpu_seconds": 0}
-    update |= {"grace_seconds": None, "stop_seconds": None}
+    update |= {"stage": None, "grace_seconds": None, "stop_seconds": None}
     update["tracking"] = [TrackedRun(type=run.type, message="behind") for run in status.tracking if run.message]
     return status.model_copy(update={**update, "attempts": attempts, "conditions": conditions})

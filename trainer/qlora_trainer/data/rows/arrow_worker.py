@@ -97,6 +97,8 @@ def _send_file(number: int, path: str, identity: tuple[int, int], size: int, col
     if (found.st_dev, found.st_ino) != identity or Path(f"/proc/self/fd/{descriptor}").readlink() != Path(path):
         raise _RowProblemError(None, "changed while it was read")
     names, batches = _open(descriptor)
+    if len(names) > len(set(names)):
+        raise _RowProblemError(None, "has a column twice")
     wanted = [name for name in columns if name in names]
     _send(WorkerLine.FILE, number, names)
     row, sent = 0, 0

@@ -252,7 +252,7 @@ def _call_alone(message: Message, place: int) -> Message | None:
     """Take ``function_call`` out of a message, as a tool call."""
     value = message.pop("function_call", None)
     if isinstance(value, str):
-        value = _decoded(value or "{}", f"a message {place} whose function_call is text that is not JSON")
+        value = _decoded(value.strip() or "{}", f"a message {place} whose function_call is text that is not JSON")
     if not value:
         return None
     if not isinstance(value, dict):
@@ -274,7 +274,8 @@ def _calls_of(content: Any, place: int) -> list[Message]:
 
 def _tool_calls(value: Any, place: int) -> list[Message]:
     if isinstance(value, str):
-        value = _decoded(value or "[]", f"a message {place} whose tool_calls are text that is not JSON")
+        value = _decoded(value.strip() or "null", f"a message {place} whose tool_calls are text that is not JSON")
+        value = [] if value is None else value
     if not isinstance(value, list):
         raise _ShapeError(f"a message {place} whose tool_calls are {json_type(value)}, not a list")
     return [_tool_call(call, f"a message {place} whose tool_calls[{at}]") for at, call in enumerate(value)]
@@ -287,7 +288,8 @@ def _tool_call(value: Any, what: str) -> Message:
     if "function" in call:
         return {**call, "function": _tool_call(call["function"], f"{what}.function")}
     if isinstance(text := call.get("arguments"), str):
-        call["arguments"] = _decoded(text or "{}", f"{what}.arguments is text that is not JSON")
+        decoded = _decoded(text.strip() or "null", f"{what}.arguments is text that is not JSON")
+        call["arguments"] = {} if decoded is None else decoded
     if not isinstance(call.get("arguments", {}), dict):
         raise _ShapeError(f"{what}.arguments is {json_type(call['arguments'])}, not an object or JSON text of one")
     if not _is_json(call.get("arguments")):
@@ -296,7 +298,8 @@ def _tool_call(value: Any, what: str) -> Message:
 
 
 def _tools(value: Any) -> list[dict[str, Any]] | None:
-    value = _decoded(value, "tools that are text but not JSON") if isinstance(value, str) and value else value
+    if isinstance(value, str):
+        value = _decoded(value.strip() or "null", "tools that are text but not JSON")
     if not value:
         return None
     if not isinstance(value, list):

@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 
 BUFFER_BYTES = 1 << 20
 NAMES = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2"}
+PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    **{b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)},
+    b"PK\x03\x04": "ZIP",
+    b"PAR1": "Parquet",
+    b"ARROW1\0\0": "Arrow",
+}
+"""First bytes of files that are no text."""
 WIDE = {b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32"}
 
 
@@ -77,7 +86,10 @@ class TextStream:
         return self._stream.read1(size)
 
     def _decoded(self, stream: io.BufferedReader[Any]) -> io.BufferedReader[Any]:
-        start = stream.peek(4)[:4]
+        head = stream.peek(4)
+        if packed := next((kind for first, kind in PACKED.items() if head.startswith(first)), None):
+            raise RowsError(f"{self.name}: is no text, but a {packed} file; give it a name of such files, or unpack it")
+        start = head[:4]
         if start[:3] == codecs.BOM_UTF8:
             stream.read(3)
         elif wide := WIDE.get(start):
