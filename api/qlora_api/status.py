@@ -226,7 +226,7 @@ class Progress(Model):
 
 
 class JobStage(Model):
-    """What a job does that is no training step, and may take minutes."""
+    """Stage of a job that is not a training step and may take minutes."""
 
     name: Annotated[str, StringConstraints(max_length=128)]
     """Name of the stage, such as ``tokenizing the rows``."""
@@ -392,7 +392,7 @@ class QLoRAJobStatus(Model):
     expected_cost: Decimal | None = None
     """Cost of prepared.expectedGpuHours at the operator's pricePerGpuHour, in its currency."""
     stage: JobStage | None = None
-    """What Prepare, or an attempt that loads, evaluates, saves or publishes, does now; not set while it trains."""
+    """Current stage of Prepare, or of an attempt that loads, evaluates, saves or publishes; not set while it trains."""
     progress: Progress | None = None
     memory: Memory | None = None
     memory_correction: Decimal | None = None

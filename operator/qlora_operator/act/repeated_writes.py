@@ -21,8 +21,8 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 300.0
 KEPT = 4
 """Statuses of one job that are remembered: what another program writes may alternate, too."""
 UNCHANGED_FACTOR, LONGEST_FACTOR = 2, 8
-"""Times ``progressSeconds``: for so long words of a job that starts or prepares are unchanged, or its status unwritten, before they
-are written."""
+"""Multiples of ``progressSeconds``: the message of a job that starts or prepares is written once it is unchanged for the
+first, or once its status is unwritten for the second."""
 _NO_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -68,7 +68,7 @@ class RepeatedWrites:
         return self.clock() - self._jobs[key].at if key in self._jobs else float("inf")
 
     def words_left(self, key: Key, words: int, progress_seconds: float) -> float:
-        """Return for how long words of a job that starts or prepares, by their hash, have to wait; 0: they may be written."""
+        """Return the time until the message of a job that starts or prepares, by its hash, may be written; 0: now."""
         history, now = self._jobs.get(key), self.clock()
         if history is None:
             return 0.0

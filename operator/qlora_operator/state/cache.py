@@ -86,7 +86,7 @@ class Known:
     """By UID."""
     report: ProgressReport | None = None
     stage_start: datetime | None = None
-    """When the stage began that the report tells of."""
+    """Start of the stage in the report."""
     pods_refused: str = ""
     deleted: frozenset[str] = frozenset()
     """UIDs of what this process has had deleted. A watch says so later, maybe after one that wakes the job."""

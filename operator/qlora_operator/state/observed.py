@@ -161,7 +161,7 @@ class Observed:
     report: ProgressReport | None = None
     """The newest answer of the running attempt's rank 0, or of Prepare."""
     stage_start: datetime | None = None
-    """When the stage began that this answer tells of."""
+    """Start of the stage in this answer."""
     lost_nodes: frozenset[str] = frozenset()
     """Nodes that are not ready, of those whose pods do not end though they should have."""
     pods_refused: str = ""

@@ -36,6 +36,7 @@ from qlora_trainer.model.trial.try_training import try_training
 from qlora_trainer.model.weight_counts import count_weights
 from qlora_trainer.prepare.plan_memory import agreed_shape, shape_of
 from qlora_trainer.prepare.records import Record, job_key, pinned_revision
+from qlora_trainer.prepare.stage_progress import begin_stage
 from qlora_trainer.prepare.stages import Stage, bounded_stage, stage_of_end
 from qlora_trainer.prepare.tokenize_rows import PreparedData, prepare_data
 from qlora_trainer.publish.gate import check_loads

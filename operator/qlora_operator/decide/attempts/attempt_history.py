@@ -154,7 +154,7 @@ def batch_of(attempt: Attempt) -> BatchSplit:
 
 
 def differ_in_figures(before: QLoRAJobStatus, after: QLoRAJobStatus) -> bool:
-    """Return whether nothing but stage, progress, memory and words around them differ: these wait for the next write."""
+    """Return whether only stage, progress, memory and their messages differ: these wait for the next write."""
     return without_figures(before) == without_figures(after)
 
 
