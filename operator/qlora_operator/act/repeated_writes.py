@@ -21,7 +21,7 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 300.0
 KEPT = 4
 """Statuses of one job that are remembered: what another program writes may alternate, too."""
 UNCHANGED_FACTOR, LONGEST_FACTOR = 2, 8
-"""Multiples of ``progressSeconds``: the message of a job that starts or prepares is written once it is unchanged for the
+"""Multiples of ``progressSeconds``: a message of a job that starts or prepares is written once it is unchanged for the
 first, or once its status is unwritten for the second."""
 _NO_TIME = datetime(1970, 1, 1, tzinfo=UTC)
 

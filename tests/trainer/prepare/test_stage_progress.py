@@ -1,4 +1,4 @@
-"""What the process that began Prepare answers to whoever asks how far it is."""
+"""The process that began Prepare serves the stage that Prepare is in."""
 
 from __future__ import annotations
 
