@@ -1,7 +1,9 @@
-"""Measure the host memory that loading a base takes which is FP8 or MXFP4 on disk: ``python benchmarks/bench_load.py``
+"""Measure the host memory for loading a mixture of experts, by its format on disk: ``python benchmarks/bench_load.py``
 
-Writes a mixture of experts of random weights in each, loads it in NF4 as a rank does, and compares the most anonymous
-memory that the process takes for it with what it holds afterwards.
+Writes one of random weights in FP8, MXFP4 and 16 bits each, loads it in NF4 as a rank does, and compares the most
+anonymous memory that the process takes for it with what it holds afterwards. The first base that a process loads takes
+memory for imports, thread pools and kernels, whatever its size: a tiny base of the same kind is loaded first and shows
+this part.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from qlora_trainer.model.base_model import load_base, meta_model, weight_bytes
 from qlora_trainer.model.dry_run import find_layer_use
 
 HIDDEN, INNER, EXPERTS, LAYERS = 2048, 6144, 8, 2
+TINY = 8
+"""Divisor of both widths of the tiny base."""
 BLOCK = 128
 """Block size of FP8 weights in both directions, as DeepSeek and Qwen publish them."""
 SAMPLE_SECONDS = 0.005
@@ -37,6 +41,7 @@ SIZES = {
 }
 BASES = {
     "fp8": ("qwen3_moe", {"num_experts": EXPERTS, "moe_intermediate_size": INNER}),
+    "bf16": ("qwen3_moe", {"num_experts": EXPERTS, "moe_intermediate_size": INNER}),
     "mxfp4": ("gpt_oss", {"num_local_experts": EXPERTS, "intermediate_size": INNER}),
 }
 QUANTIZATION = {
@@ -45,15 +50,21 @@ QUANTIZATION = {
 }
 TWO_EXPERTS = 2 * 2 * 3 * HIDDEN * INNER
 """Bytes of two experts in 16 bits, each of three matrices."""
-COLUMNS = ("on disk", "read, MB", "in 4 bits, MB", "two experts in 16 bits, MB", "peak, MB", "peak over 4 bits, MB")
+COLUMNS = (
+    *("on disk", "read, MB", "in 4 bits, MB", "two experts in 16 bits, MB", "peak, MB", "peak over 4 bits, MB"),
+    "peak of the tiny base, loaded before, MB",
+)
 
 
-def write_base(folder: Path, kind: str) -> None:
-    """Write a base of random weights."""
+def write_base(folder: Path, kind: str, divisor: int = 1) -> None:
+    """Write a base of random weights, of widths divided by a number."""
     model_type, sizes = BASES[kind]
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **SIZES, **sizes)
+    narrow = {name: size // divisor for name, size in (SIZES | sizes).items() if size in (HIDDEN, INNER)}
+    config = AutoConfig.for_model(model_type, **(SIZES | sizes | narrow))
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="100GB")
+    if kind not in QUANTIZATION:
+        return
     path, convert = folder / "model.safetensors", {"fp8": _to_fp8, "mxfp4": _to_mxfp4}[kind]
     made = {n: t for name, tensor in load_file(path).items() for n, t in convert(name, tensor).items()}
     save_file(made, path, metadata={"format": "pt"})
@@ -105,25 +116,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kinds", nargs="+", choices=BASES, default=list(BASES), help="of bases")
     parser.add_argument("--write", nargs=2, metavar=("FOLDER", "KIND"), help=argparse.SUPPRESS)
-    parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--load", nargs=2, type=Path, metavar=("TINY", "BASE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.write:
-        write_base(Path(arguments.write[0]), arguments.write[1])
+        folder, kind = arguments.write
+        write_base(Path(folder) / "tiny", kind, TINY)
+        write_base(Path(folder) / "base", kind)
         return
     if arguments.load:
-        print(*load(arguments.load))
+        for folder in arguments.load:
+            print(*load(folder))
         return
     print(f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}", sep="\n")
     for kind in arguments.kinds:
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name) / "base"
-            subprocess.run([sys.executable, __file__, "--write", str(folder), kind], check=True)
-            disk = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-            done = subprocess.run(
-                [sys.executable, __file__, "--load", str(folder)], check=True, stdout=subprocess.PIPE, text=True
-            )
-        held, peak = map(int, done.stdout.split()[-2:])
-        figures = " | ".join(f"{size / 1e6:,.0f}" for size in (disk, held, TWO_EXPERTS, peak, peak - held))
+            tiny, base = Path(name) / "tiny", Path(name) / "base"
+            subprocess.run([sys.executable, __file__, "--write", name, kind], check=True)
+            disk = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+            command = [sys.executable, __file__, "--load", str(tiny), str(base)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        fixed, held, peak = map(int, done.stdout.split()[-3:])
+        figures = " | ".join(f"{size / 1e6:,.0f}" for size in (disk, held, TWO_EXPERTS, peak, peak - held, fixed))
         print(f"| {kind} | {figures} |", flush=True)
 
 

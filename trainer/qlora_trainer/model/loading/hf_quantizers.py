@@ -117,6 +117,7 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
                     f"{name}: expert {index} is {list(weight.shape)} on disk, not {list(wanted.shape[1:])}"
                 )
             packer.put(index, weight)
+            del weight  # or it would be there beside the next one
         return packer.parameter()
 
 
