@@ -46,7 +46,7 @@ BEGINNING = (
 SWEEP_BEGINNING = (
     "`apiVersion: qlora.dev/v1alpha1`, `kind: QLoRASweep`, short name `qls`: a search for the settings of a job, on a",
     "cluster or by `qlora sweep`;",
-    "[how to](../guides/search-settings.md). `metadata.name` has at most 48 characters: it begins those of trials.",
+    "[how to](../guides/search-settings.md). `metadata.name` has at most 48 characters: trials are named after it.",
 )
 ENDS = (
     "The trainer sets the exit code; Kubernetes reports disruptions of the pod or node. *Counted* means counted",

@@ -238,7 +238,7 @@ class MemoryComponent(StrEnum):
     """Component of memory; the same name in predictions, measurements and metrics."""
 
     QUANTIZED_WEIGHTS = "quantizedWeights"
-    """The base's linear layers but the head, and with NF4 and FP4 its experts, as bitsandbytes packs them."""
+    """The base's linear layers except the head, and with NF4 and FP4 its experts, as packed by bitsandbytes."""
     QUANTIZATION_CONSTANTS = "quantizationConstants"
     """absmax of each block of weights, and code tables."""
     UNQUANTIZED_WEIGHTS = "unquantizedWeights"
@@ -300,7 +300,7 @@ class PrepareResult(Model):
     dropped: Count = 0
     """Rows left out because they are too long."""
     fully_masked: Count = 0
-    """Rows left out because none of their tokens counts."""
+    """Rows left out because none of their tokens count in the loss."""
     duplicates: Count = 0
     """Training rows with the same tokens as an earlier row; they are kept."""
     packing_efficiency: Decimal = "1"
@@ -345,7 +345,7 @@ class TaskResult(Model):
     standard_error: Decimal | None = None
     """Standard error of the adapter's value."""
     examples: Count = 0
-    """Examples that were asked."""
+    """Number of examples evaluated."""
 
 
 class TrackedRun(Model):

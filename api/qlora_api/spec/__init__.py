@@ -112,9 +112,9 @@ class QLoRAJobSpec(Model):
     policy: PolicySpec = PolicySpec()
     scheduling: SchedulingSpec = SchedulingSpec()
     tracking: list[TrackingSink] = Field([], max_length=3)
-    """Tracking tools that get the run's parameters, metrics and artifacts, one of each type. A tool that cannot be
-    reached does not hold up the training, and gets what it missed when it answers again. May be changed while the job
-    runs: the next attempt takes the new list."""
+    """Tracking tools that get the run's parameters, metrics and artifacts, at most one of each type. A tool that cannot
+    be reached does not delay training; it gets the missing data once it can be reached again. May be changed while the
+    job runs: the next attempt takes the new list."""
     suspend: bool = False
     """true: save a checkpoint, free the GPUs and wait. false: resume."""
 

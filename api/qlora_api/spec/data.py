@@ -112,9 +112,9 @@ class Tolerance(Model):
     dropped: decimal(0, 1) | None = None  # type: ignore[valid-type]
     """Share of rows that longRows Drop may leave out because they are too long."""
     fully_masked: decimal(0, 1) | None = None  # type: ignore[valid-type]
-    """Share of rows that may be left out because none of their tokens counts."""
+    """Share of rows that may be left out because none of their tokens count in the loss."""
     left_out: decimal(0, 1) | None = None  # type: ignore[valid-type]
-    """Rows of which the chat template or the tokenizer leaves a text out, or in which the assistant says nothing. Such
+    """Share of rows in which the chat template or the tokenizer drops a text, or the assistant's answer is empty. Such
     answers are not learned."""
     duplicates: decimal(0, 1) | None = None  # type: ignore[valid-type]
     """Share of training rows that have the same tokens as an earlier one."""

@@ -18,12 +18,11 @@ class EvaluationTask(Model):
     """A task of EleutherAI's lm-evaluation-harness, and what the adapter must reach in it."""
 
     name: TaskName
-    """Name of the task, such as arc_easy. Its answers must be compared by their likelihood, as those of multiple-choice
-    tasks are."""
+    """Name of the task, such as arc_easy. The task must score answers by likelihood, as multiple-choice tasks do."""
     few_shot: int | None = Field(None, ge=0, le=64)
     """Examples with answers before each question. Default: the task's own number."""
     metric: MetricName | None = None
-    """Metric that is reported, and that the limits below are for, such as acc_norm. Default: the task's first."""
+    """Metric to report and to apply the limits below to, such as acc_norm. Default: the task's first."""
     minimum: Bound | None = None  # type: ignore[valid-type]
     """The adapter is not published if its value is below this."""
     maximum: Bound | None = None  # type: ignore[valid-type]
@@ -41,13 +40,13 @@ class EvaluationTask(Model):
 
 
 class EvaluateSpec(Model):
-    """Tasks that the base and the adapter are measured with, in the trained quantization."""
+    """Tasks that base and adapter are evaluated on, in the trained quantization."""
 
     tasks: list[EvaluationTask] = Field(min_length=1, max_length=8)
     """The tasks. The base is measured before the first step, the adapter before it is published."""
     folder: Source | None = None
-    """Folder with definitions of your own tasks as lm-evaluation-harness has them (YAML), and their rows. Read with the
+    """Folder with your own task definitions for lm-evaluation-harness (YAML) and their rows. Read with the
     credentials of dataset.train. Definitions that name Python code are refused."""
     limit: int | None = Field(None, ge=1, le=1_000_000)
-    """Only the first so many examples of each task. Default: all."""
+    """Maximum number of examples of each task; the first ones are used. Default: all."""
     rules: ClassVar = (each_once("tasks", "name", "tasks must name each task once"),)

@@ -53,7 +53,7 @@ class QuantizationSpec(Model):
     double_quantization: bool = True
     """Also quantize the absmax constants of NF4 and FP4. They then take 0.127 instead of 0.5 bits per parameter."""
     compute_type: ComputeType = ComputeType.AUTO
-    """Type in which the base computes. Auto chooses by the device of the first attempt, and later attempts keep it:
+    """Compute type of the base. Auto chooses by the device of the first attempt, and later attempts keep it:
     BFloat16 on GPUs of compute capability 8.0 or higher and on CPUs with bf16 instructions, Float16 with dynamic loss
     scaling on GPUs of capability 7.x (T4, V100), Float32 on other CPUs. Float16 is not available with type INT8."""
     skip_modules: list[
@@ -114,9 +114,9 @@ class LoRASpec(Model):
     dora: bool = False
     """DoRA: train magnitude and direction of the weights separately. Liu et al. 2024. Not available for experts."""
     train_tokens: list[Token] = Field([], max_length=512, json_schema_extra={"x-kubernetes-list-type": "set"})
-    """Tokens whose embeddings are trained too, such as <|im_start|> where the base has never seen it: names in the
-    tokenizer's vocabulary, or texts that are one token of it. An output head that shares the embeddings learns with
-    them. vLLM does not load such an adapter by itself: serve the merged model."""
+    """Tokens whose embeddings are trained too, such as <|im_start|> if the base was not trained on it: entries of the
+    tokenizer's vocabulary, or texts that it encodes as one token. An output head that is tied to the embeddings is
+    trained with them. vLLM does not load such an adapter: serve the merged model."""
 
     @field_validator("train_tokens")
     @classmethod
@@ -146,7 +146,7 @@ class GradientCheckpointing(StrEnum):
 
 
 class EvaluationSpec(Model):
-    """Evaluation on held-out rows: how often, and what follows from it."""
+    """Evaluation on held-out rows: interval, early stopping and sample prompts."""
 
     every_steps: int | None = Field(None, ge=1, le=1_000_000)
     """Steps between evaluations. Default: once an epoch. Evaluation also runs before the first step and after the

@@ -27,7 +27,7 @@ class ParallelismSpec(Model):
     """Pods. 'qlora run' uses this machine instead: all its GPUs, or two CPU processes."""
     min_workers: int | None = Field(None, ge=1, le=256)
     """Minimum number of pods. If there are not enough nodes for all workers, the job continues with fewer, down to this
-    number: the same global batch and the same order of rows, on fewer ranks. Each next attempt asks for all workers
+    number: the same global batch and the same order of rows, on fewer ranks. Each new attempt asks for all workers
     again. Default: wait until there is room."""
     gpus_per_worker: int = Field(1, ge=1, le=16)
     """GPUs of each pod. Each GPU has one rank."""
@@ -108,7 +108,7 @@ class PolicySpec(Model):
     running out of memory do not count. Three attempts in a row that end as Stalled or PeerLost without a new step end
     the job."""
     on_out_of_memory: OnOutOfMemory = OnOutOfMemory.RECOVER
-    """Recover: resume from the last checkpoint with half the micro-batch, and at last with recomputed activations; the
+    """Recover: resume from the last checkpoint with half the micro-batch, and finally with recomputed activations; the
     global batch stays the same. Fail: end the job."""
     stall_timeout_seconds: int = Field(1800, ge=30, le=86400)
     """If a rank sends no heartbeat for this long, the attempt is ended, the message names the rank, and the job resumes
@@ -125,8 +125,8 @@ class PolicySpec(Model):
     """GPU-hours of all attempts together; waiting does not count. Before they are used up, the job saves a checkpoint
     and is suspended. Raise the value to resume it."""
     pause_at_step: int | None = Field(None, ge=1, le=1_000_000)
-    """Optimizer step after which the job evaluates where that is due, saves a checkpoint and is suspended, unless it is
-    the last one. Raise it, or remove it, to resume. A running attempt keeps the value that it started with."""
+    """Optimizer step after which the job evaluates if an evaluation is due, saves a checkpoint and is suspended, unless
+    it is the last step. Raise it, or remove it, to resume. A running attempt keeps the value that it started with."""
     ttl_seconds_after_finished: int | None = Field(None, ge=0, le=31536000)
     """Delete the finished job after this time. Default: never."""
 
@@ -151,7 +151,7 @@ class Toleration(Model):
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
     """Effect of the taint. Default: any."""
     toleration_seconds: int | None = Field(None, ge=0, le=31536000)
-    """With effect NoExecute: how long pods stay on a node that gets the taint. Not set: as long as they run."""
+    """With effect NoExecute: how long pods stay on a node that gets the taint. Default: no limit."""
     rules: ClassVar = (
         Rule(
             "has(self.key) && self.key != ''",

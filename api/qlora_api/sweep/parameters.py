@@ -110,9 +110,9 @@ class Parameter(Model):
         max_length=MAX_CHOICES,
         json_schema_extra={"items": {"x-kubernetes-preserve-unknown-fields": True}},
     )
-    """Values to choose from, each as the field itself is written: [8, 16, 32], ["1e-4", "3e-4"], [NF4, INT8]."""
+    """Values to choose from, written as in the field itself: [8, 16, 32], ["1e-4", "3e-4"], [NF4, INT8]."""
     range: Range | None = None
-    """Numbers between two bounds; of whole numbers only whole ones are drawn."""
+    """Numbers between two bounds. For a field of whole numbers, only whole numbers are drawn."""
     rules: ClassVar = (
         Rule(
             "",

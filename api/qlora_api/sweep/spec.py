@@ -47,7 +47,7 @@ class ObjectiveMetric(StrEnum):
 
 
 class ObjectiveSpec(Model):
-    """Measure by which trials are compared."""
+    """Metric by which trials are compared."""
 
     metric: ObjectiveMetric = ObjectiveMetric.EVAL_LOSS
     """EvalLoss (lowest evaluation loss), TrainingLoss (last step), PeakMemory: lower is better. TokensPerSecond: higher
@@ -65,7 +65,7 @@ class EarlyStoppingSpec(Model):
     """Optimizer steps after which trials are compared for the first time. With the metric EvalLoss a multiple of
     training.evaluation.everySteps."""
     reduction_factor: int = Field(3, ge=2, le=16)
-    """One in so many trials goes on after each comparison, at least one."""
+    """After each comparison, 1/reductionFactor of the trials continue, and at least one."""
 
 
 class TrialTemplate(Model):
@@ -101,7 +101,7 @@ class QLoRASweepSpec(Model):
 
     template: TrialTemplate
     parameters: list[Parameter] = Field(min_length=1, max_length=MAX_PARAMETERS)
-    """Fields that vary, each once. The last one of a grid varies fastest."""
+    """Fields that vary, each once. In a grid, the last one varies fastest."""
     algorithm: AlgorithmSpec = AlgorithmSpec()
     objective: ObjectiveSpec = ObjectiveSpec()
     early_stopping: EarlyStoppingSpec | None = None

@@ -14,7 +14,7 @@ class TrialCounts(Model):
     """Number of trials by state."""
 
     total: Count = 0
-    """Trials that the sweep will have: of a grid its combinations, else maxTrials."""
+    """Trials that the sweep will have: the combinations of a grid, or maxTrials."""
     created: Count = 0
     """Trials that exist."""
     running: Count = 0
@@ -31,7 +31,7 @@ class BestTrial(Model):
     """The best trial that has succeeded."""
 
     name: Text
-    """Name of its QLoRAJob."""
+    """Name of the trial's QLoRAJob."""
     value: Decimal
     """Value of the objective's metric."""
     parameters: dict[str, Text] = Field({}, max_length=16)
@@ -52,13 +52,13 @@ class QLoRASweepStatus(Model):
     """Conditions, as those of jobs: Running, Suspended, Succeeded, Failed, Finished, Ready, Stalled, Degraded."""
     trials: TrialCounts = TrialCounts()
     finished: Text = ""
-    """Trials that have succeeded or failed, of all, as text."""
+    """Number of finished trials and of all trials, as text."""
     best: BestTrial | None = None
     """Best of the trials that have succeeded so far; once the sweep has succeeded, its result."""
     gpu_seconds: Count = 0
     """GPU-seconds of all trials; waiting does not count."""
     gpu_hours: Decimal = "0"
-    """The same in hours, as text."""
+    """GPU-hours of all trials, as text."""
     start_time: Timestamp | None = None
     """Time at which the first trial was created."""
     completion_time: Timestamp | None = None

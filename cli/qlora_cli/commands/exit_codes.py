@@ -71,7 +71,7 @@ _CODES: Mapping[str, Mapping[int, str]] = {
 }
 """Exit codes of the commands that have more than those of every command that asks a cluster."""
 _ALL = _CLUSTER | {CHECK_FAILED: "a watched job failed, a check found a fault, or the question was answered with no"}
-_OF_THE_TRAINER = {"41-49": "the trainer ended early: see 'qlora run --help'; 43 of 'qlora sweep': budget used up"}
+_OF_THE_TRAINER = {"41-49": "the trainer ended early: see 'qlora run --help'; 43 from 'qlora sweep': budget used up"}
 
 
 def exit_codes(command: str | None = None) -> dict[str, str]:

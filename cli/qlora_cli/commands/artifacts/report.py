@@ -49,7 +49,8 @@ def report(
 
     Shows loss curves, memory, data, attempts and configuration. RUN is a local run, finished or not, or a published
     adapter. For a sweep it shows trials, important parameters and cost, prints these tables, and also writes the
-    figures as JSON. A name that is none of this machine is that of a sweep in the cluster; so is qlorasweep/NAME.
+    figures as JSON. A name without a run on this machine is that of a sweep in the cluster; qlorasweep/NAME is always
+    one.
     """
     with exit_on_user_error():
         from qlora_cli.report.write import PAGE, write

@@ -23,8 +23,8 @@ def cancel(
 ) -> None:
     """Delete jobs and their pods, or sweeps and their trials.
 
-    Published adapters are kept. To continue a job or sweep later, suspend it instead. A job's name comes first;
-    qlorasweep/NAME is a sweep.
+    Published adapters are kept. To continue a job or sweep later, suspend it instead. A name is that of a job if there
+    is one, else of a sweep; qlorasweep/NAME is always a sweep.
     """
     with exit_with_code():
         from qlora_cli.jobs import actions

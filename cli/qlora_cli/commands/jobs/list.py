@@ -28,7 +28,7 @@ def list_jobs(
     *,
     everywhere: o.Everywhere = False,
     selector: o.Selector = None,
-    sweeps: Annotated[bool, typer.Option("--sweeps", help="List sweeps alone.")] = False,
+    sweeps: Annotated[bool, typer.Option("--sweeps", help="List only sweeps.")] = False,
     local: Annotated[bool, typer.Option("--local", help="List local runs.")] = False,
     runs_dir: o.RunsDir = Path("runs"),
     output: o.Output = OutputFormat.TEXT,
@@ -38,8 +38,8 @@ def list_jobs(
 ) -> None:
     """List jobs and sweeps, or local runs.
 
-    Without a configured cluster, or with --local, lists the runs of this machine. JSON, YAML and names are of the jobs
-    or, with --sweeps, of the sweeps.
+    Without a configured cluster, or with --local, lists the runs of this machine. The formats json, yaml and name list
+    jobs only or, with --sweeps, sweeps only.
     """
     with exit_with_code():
         from qlora_cli.kube import kubeconfig as config

@@ -18,6 +18,6 @@ def resume(
 ) -> None:
     """Resume suspended jobs or sweeps from their checkpoints.
 
-    A job's name comes first; qlorasweep/NAME is a sweep.
+    A name is that of a job if there is one, else of a sweep; qlorasweep/NAME is always a sweep.
     """
     set_suspend(Target(kubeconfig, context, namespace), jobs, output, suspend=False)

@@ -25,8 +25,9 @@ def show(
 ) -> None:
     """Show the details of a job, a sweep or a local run.
 
-    Prints settings, progress, attempts and how they ended, memory by component, and the adapter. Of a sweep, prints
-    what it searches, where it stands, and its trials. A job's name comes first; qlorasweep/NAME is a sweep.
+    Prints settings, progress, attempts and how they ended, memory by component, and the adapter. For a sweep, prints
+    its parameters, state and trials. A name is that of a job if there is one, else of a sweep; qlorasweep/NAME is
+    always a sweep.
     """
     with exit_with_code():
         from pathlib import Path

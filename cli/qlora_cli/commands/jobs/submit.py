@@ -58,9 +58,9 @@ def submit(
 ) -> None:
     """Create QLoRAJobs and QLoRASweeps in a cluster.
 
-    Validates the manifests first. On a terminal, shows the memory plan, of a sweep also its trials and budget, asks for
-    confirmation, and then watches the jobs or the sweep. If a manifest names a path on this machine, the error shows
-    the command that uploads it.
+    Validates the manifests first. On a terminal, shows the memory plan, for a sweep also its trials and budget, asks
+    for confirmation, and then watches the jobs or the sweep. If a manifest names a path on this machine, the error
+    shows the command that uploads it.
     """
     with exit_with_code():
         from qlora_cli.jobs import submit as submitting

@@ -19,7 +19,7 @@ def suspend(
 ) -> None:
     """Suspend jobs or sweeps: save a checkpoint and release the GPUs.
 
-    A job's name comes first; qlorasweep/NAME is a sweep.
+    A name is that of a job if there is one, else of a sweep; qlorasweep/NAME is always a sweep.
     """
     set_suspend(Target(kubeconfig, context, namespace), jobs, output, suspend=True)
 
