@@ -1,67 +1,100 @@
-"""Check whether the cluster's QLoRAJob is this command line's."""
+"""Check whether the cluster's QLoRAJob and QLoRASweep are of this command line's version."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_cli.doctor.findings import Finding, fault, note, ok
-from qlora_cli.kube.names import CRD, KIND
+from qlora_cli.kube.names import CRD, KIND, SWEEP_CRD, SWEEP_KIND
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from typing import Any
 
+    from qlora_cli.doctor.answer import Answer
     from qlora_cli.doctor.cluster_snapshot import ClusterSnapshot
 
 SHOWN = 4
 
 
-def crd(snapshot: ClusterSnapshot, install: str) -> Iterator[Finding]:
-    """There, served, and with the same fields."""
-    if snapshot.crd.denied:
-        kinds = [r.get("kind") for r in (snapshot.served.value or {}).get("resources") or ()]
-        if KIND in kinds:
-            yield ok("crd", "QLoRAJobs are served; you may not read their definition, so its version is not compared")
+@dataclass(frozen=True)
+class _Definition:
+    """A CustomResourceDefinition of the operator."""
+
+    check: str
+    """Name of the check in the report."""
+    name: str
+    kind: str
+    found: Answer
+    schema: Callable[[], Mapping[str, Any]]
+    """Returns the schema that this command line has."""
+    missing: Callable[[str, str, str], Finding]
+    """Makes the finding if the cluster does not have it."""
+
+
+def crds(snapshot: ClusterSnapshot, install: str) -> Iterator[Finding]:
+    """Check that each definition is there, served, and has the same fields. Without that of sweeps jobs still run."""
+    yield from _check(_Definition("crd", CRD, KIND, snapshot.crd, own, fault), snapshot, install)
+    sweeps = _Definition("sweeps", SWEEP_CRD, SWEEP_KIND, snapshot.sweep_crd, own_sweep, note)
+    yield from _check(sweeps, snapshot, install)
+
+
+def _check(definition: _Definition, snapshot: ClusterSnapshot, install: str) -> Iterator[Finding]:
+    check, name, kinds = definition.check, definition.name, f"{definition.kind}s"
+    if definition.found.denied:
+        served = [r.get("kind") for r in (snapshot.served.value or {}).get("resources") or ()]
+        if definition.kind in served:
+            yield ok(check, f"{kinds} are served; you may not read their definition, so its version is not compared")
         else:
-            yield fault("crd", "this cluster serves no QLoRAJobs", f"install the operator: {install}")
+            yield definition.missing(check, f"this cluster serves no {kinds}", f"install the operator: {install}")
         return
-    if not snapshot.crd.there:
-        yield fault("crd", f"the CustomResourceDefinition {CRD} is missing", f"install it with the operator: {install}")
+    if not definition.found.there:
+        text = f"the CustomResourceDefinition {name} is missing"
+        yield definition.missing(check, text, f"install it with the operator: {install}")
         return
-    body = snapshot.crd.value
+    body = definition.found.value
     bad = [
         c
         for c in (body.get("status") or {}).get("conditions") or ()
         if c["type"] == "Established" and c["status"] != "True"
     ]
     if bad:
-        yield fault("crd", f"{CRD} is not established: {bad[0].get('message', '')}", f"kubectl describe crd {CRD}")
+        text = f"{name} is not established: {bad[0].get('message', '')}"
+        yield fault(check, text, f"kubectl describe crd {name}")
         return
     theirs = _schema(body)
-    lacking, foreign, changed = compare(own(), theirs)
+    lacking, foreign, changed = compare(definition.schema(), theirs)
     if lacking or changed:
         what = [f"lacks {_some(lacking)}"] if lacking else []
         what += [f"has other rules for {_some(changed)}"] if changed else []
         yield fault(
-            "crd",
-            f"the cluster's {CRD} is another version's: it {' and '.join(what)}",
+            check,
+            f"the cluster's {name} is another version's: it {' and '.join(what)}",
             f"upgrade chart and command line to the same version: {install}",
         )
     elif foreign:
         yield note(
-            "crd",
-            f"the cluster's {CRD} is newer: this command line does not know {_some(foreign)}",
+            check,
+            f"the cluster's {name} is newer: this command line does not know {_some(foreign)}",
             "upgrade the command line",
         )
     else:
-        yield ok("crd", f"{CRD} is established and of this version")
+        yield ok(check, f"{name} is established and of this version")
 
 
 def own() -> Mapping[str, Any]:
-    """This command line's schema."""
+    """Return this command line's schema of a QLoRAJob."""
     from qlora_cli.manifest import crd_schema  # noqa: PLC0415 all API types
 
     return crd_schema.root()
+
+
+def own_sweep() -> Mapping[str, Any]:
+    """Return this command line's schema of a QLoRASweep."""
+    from qlora_cli.manifest import crd_schema  # noqa: PLC0415 all API types
+
+    return crd_schema.sweep_root()
 
 
 def _schema(body: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -27,7 +27,7 @@ def run_checks(snapshot: ClusterSnapshot, version: str) -> list[Finding]:
     return [
         *_cluster(snapshot),
         *_rights(snapshot),
-        *check_crd.crd(snapshot, INSTALL),
+        *check_crd.crds(snapshot, INSTALL),
         *_operator(snapshot, version),
         *_admission(snapshot),
         *_gpus(snapshot),

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 from qlora_cli.doctor import references
 from qlora_cli.doctor.answer import Answer
 from qlora_cli.kube.errors import ApiError, UnreachableError
-from qlora_cli.kube.names import CRD, GROUP, OPERATOR_SELECTOR, PART_OF_OPERATOR, PLURAL, core_path, jobs_path
+from qlora_cli.kube.names import (
+    CRD,
+    GROUP,
+    OPERATOR_SELECTOR,
+    PART_OF_OPERATOR,
+    PLURAL,
+    SWEEP_CRD,
+    SWEEP_PLURAL,
+    core_path,
+    jobs_path,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,6 +44,11 @@ RIGHTS: tuple[tuple[str, str, str, str], ...] = (
     ("watch", GROUP, PLURAL, "watch"),
     ("patch", GROUP, PLURAL, "suspend, resume"),
     ("delete", GROUP, PLURAL, "cancel"),
+    ("create", GROUP, SWEEP_PLURAL, "submit of a sweep"),
+    ("get", GROUP, SWEEP_PLURAL, "report"),
+    ("list", GROUP, SWEEP_PLURAL, "list"),
+    ("patch", GROUP, SWEEP_PLURAL, "suspend, resume"),
+    ("delete", GROUP, SWEEP_PLURAL, "cancel"),
     ("list", "", "pods", "logs"),
     ("watch", "", "pods", "logs"),
     ("get", "", "pods/log", "logs"),
@@ -56,8 +71,9 @@ class ClusterSnapshot:
     rights: dict[tuple[str, str], bool] = field(default_factory=dict)
     """By verb and resource."""
     crd: Answer = MISSING
+    sweep_crd: Answer = MISSING
     served: Answer = MISSING
-    """Resources of the API group, for whom the CustomResourceDefinition itself is not to be snapshot."""
+    """Resources of the API group, for users who may not read its CustomResourceDefinitions."""
     groups: Answer = MISSING
     gang_resources: Answer = MISSING
     """Resources of the API group scheduling.k8s.io."""
@@ -96,13 +112,14 @@ def read_cluster(cluster: Cluster, manifests: Sequence[Object] = ()) -> ClusterS
     """
     api, namespace = cluster.api, cluster.namespace
     version = api.get("/version").get("gitVersion", "")
-    crd_path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{CRD}"
+    definitions = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
     admission = "/apis/admissionregistration.k8s.io/v1"
     with ThreadPoolExecutor(WORKERS) as pool:
         asked: dict[str, Future[Any]] = {
             "user": pool.submit(_user, api),
             "rights": pool.submit(_rights, api, namespace),
-            "crd": pool.submit(_get, api, crd_path),
+            "crd": pool.submit(_get, api, f"{definitions}/{CRD}"),
+            "sweep_crd": pool.submit(_get, api, f"{definitions}/{SWEEP_CRD}"),
             "served": pool.submit(_get, api, f"/apis/{GROUP}/v1alpha1"),
             "groups": pool.submit(_group_names, api),
             "gang_resources": pool.submit(_gang_resources, api),

@@ -38,8 +38,8 @@ def node(name="n", gpus="8", *, ready=True, cordoned=False):
     return {"metadata": {"name": name}, "spec": {"unschedulable": cordoned}, "status": status}
 
 
-def crd():
-    version = {"name": "v1alpha1", "served": True, "schema": {"openAPIV3Schema": check_crd.own()}}
+def crd(schema=check_crd.own):
+    version = {"name": "v1alpha1", "served": True, "schema": {"openAPIV3Schema": schema()}}
     return {"spec": {"versions": [version]}, "status": {"conditions": [{"type": "Established", "status": "True"}]}}
 
 
@@ -51,6 +51,7 @@ def seen(**more):
         "version": "v1.36.3",
         "rights": {(verb, what): True for verb, _, what, _ in RIGHTS},
         "crd": Answer(crd()),
+        "sweep_crd": Answer(crd(check_crd.own_sweep)),
         "groups": Answer([{"name": "kueue.x-k8s.io"}]),
         "deployments": Answer([deployment()]),
         "operator_pods": Answer([]),
@@ -290,6 +291,26 @@ def test_a_newer_definition_is_no_fault_and_other_bounds_are():
     assert levels(crd=Answer(newer))["crd"] is Level.NOTE
     fields["lora"]["properties"]["rank"]["maximum"] = 7
     assert "has other rules for spec.lora.rank" in faults(crd=Answer(newer))["crd"]
+
+
+def test_without_the_definition_of_sweeps_jobs_run_and_another_version_of_it_is_a_fault():
+    import copy
+
+    assert faults(sweep_crd=Answer(missing=True)) == {}
+    assert levels(sweep_crd=Answer(missing=True))["sweeps"] is Level.NOTE
+    older = copy.deepcopy(crd(check_crd.own_sweep))
+    fields = older["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
+    del fields["budgetGpuHours"]
+    assert "lacks spec.budgetGpuHours" in faults(sweep_crd=Answer(older))["sweeps"]
+
+
+def test_who_may_not_read_definitions_learns_whether_sweeps_are_served():
+    jobs = Answer({"resources": [{"kind": "QLoRAJob"}]})
+    found = levels(crd=DENIED, sweep_crd=DENIED, served=jobs)
+    assert found["crd"] is Level.OK
+    assert found["sweeps"] is Level.NOTE
+    both = Answer({"resources": [{"kind": "QLoRAJob"}, {"kind": "QLoRASweep"}]})
+    assert levels(crd=DENIED, sweep_crd=DENIED, served=both)["sweeps"] is Level.OK
 
 
 PROFILES = {
