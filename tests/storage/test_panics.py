@@ -167,6 +167,15 @@ def test_what_cannot_be_meant_is_refused_by_name(name, value):
         check_variables({name: value})
 
 
+@pytest.mark.parametrize("name", ["AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_KEY"])
+def test_credentials_of_azures_tools_that_are_not_read_are_named_with_those_that_are(tmp_path, name):
+    given = {"AZURE_STORAGE_ACCOUNT_NAME": "account", name: "hunter2"}
+    with pytest.raises(SettingError, match=f"^{name}: is not read here; set .*AZURE_STORAGE_ACCOUNT_KEY") as refused:
+        read_settings("az", given, tmp_path)
+    assert "hunter2" not in str(refused.value)
+    assert not read_settings("az", {**given, "AZURE_STORAGE_ACCOUNT_KEY": "a2V5"}, tmp_path).anonymous
+
+
 def test_a_token_that_is_a_whole_header_is_taken():
     check_variables({"AWS_CONTAINER_AUTHORIZATION_TOKEN": "Basic YWJj"})
 

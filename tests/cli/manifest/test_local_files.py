@@ -217,3 +217,33 @@ def test_the_default_length_of_rows_is_compared_with_the_positions(validate, bas
     code, said = validate("./base")
     assert code == 40
     assert "spec.dataset.maxLength: 2048 is more than the 1024 positions of ./base" in said
+
+
+def test_errors_are_told_in_the_order_of_the_files_lines(tmp_path, base, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"message": 1}\n')
+    (tmp_path / "job.yaml").write_text(IN_DISORDER)
+    lines = CliRunner().invoke(app.app, ["validate", "job.yaml"]).stdout.splitlines()
+    numbers = [int(line.split(":")[1]) for line in lines[:-1]]
+    assert numbers == sorted(numbers)
+    assert {6, 8, 9, 16} <= set(numbers)
+
+
+IN_DISORDER = """\
+apiVersion: qlora.dev/v1alpha1
+kind: QLoRAJob
+metadata: {name: tune}
+spec:
+  training:
+    epoch: 1
+  model: {source: ./base}
+  dataset:
+    maxLength: 2048
+    format: Messages
+    train: {source: rows.jsonl}
+  output: {destination: "s3://bucket/out"}
+  lora:
+    rank: 8
+  policy:
+    maxRestarts: many
+"""

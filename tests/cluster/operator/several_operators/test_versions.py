@@ -115,7 +115,9 @@ def test_a_value_that_is_not_known_leaves_the_job_and_its_pods_as_they_are(api, 
         path = create_job(api, qlora_job(namespace=kwok_namespace))
         api.wait_for(path, in_state("Running"), seconds=LONG)
         api.patch(path, {"spec": {"policy": {"onOutOfMemory": "Later"}}})
-        left = api.wait_for(path, lambda job: "onOutOfMemory" in condition(job, "Degraded")["message"], seconds=LONG)
+        left = api.wait_for(
+            path, lambda job: "onOutOfMemory" in condition(job, "Degraded").get("message", ""), seconds=LONG
+        )
         assert left["status"]["state"] == "Running"
         create_job(api, qlora_job("waits", kwok_namespace, policy={"onOutOfMemory": "Later"}))
         api.wait_for(job_path(kwok_namespace, "waits"), in_state("Pending", "NotUnderstood"), seconds=LONG)

@@ -377,6 +377,23 @@ def test_half_of_a_surrogate_pair_inside_json_text_is_named_with_its_row(message
     assert read(whole).messages[0]["content"] == "\U0001f600"
 
 
+@pytest.mark.parametrize("cell", ["", " ", "\n", "null", None])
+def test_a_cell_of_tools_with_nothing_in_it_is_none(cell):
+    assert read(CHAT, cell).tools is None
+
+
+@pytest.mark.parametrize("cell", ["", " ", "null", "{}"])
+def test_a_call_without_arguments_has_none(cell):
+    call = {"type": "function", "function": {"name": "now", "arguments": cell}}
+    said = read([*CHAT[:1], {"role": "assistant", "tool_calls": [call]}]).messages[-1]
+    assert said["tool_calls"][0]["function"]["arguments"] == {}
+
+
+@pytest.mark.parametrize("cell", [" ", "null"])
+def test_a_cell_of_calls_with_nothing_in_it_is_none(cell):
+    assert "tool_calls" not in read([*CHAT[:1], {"role": "assistant", "content": "a", "tool_calls": cell}]).messages[-1]
+
+
 @pytest.mark.parametrize("tools", [MARKER, {"a": MARKER}, [MARKER]])
 def test_tools_that_are_none_are_named_without_their_text(tools):
     with pytest.raises(UserError, match=r"row 2 holds .*tools") as caught:

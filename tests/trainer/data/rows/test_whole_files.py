@@ -72,6 +72,42 @@ def test_parquet_files_one_after_another_are_refused(tmp_path, read_rows, indexe
             read_rows(joined)
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_column_that_is_there_twice_is_said_as_of_csv(tmp_path, read_rows, kind):
+    table = pa.table([["a"], ["b"], ["c"]], names=["prompt", "completion", "prompt"])
+    path = tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(UserError, match=f"rows.{kind}: has a column twice"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("rows.jsonl", gzip.compress(lines(ROWS).encode()), "gzip"),
+        ("rows.csv", bz2.compress(lines(ROWS).encode()), "bzip2"),
+        ("rows.json", pa.compress(lines(ROWS).encode(), "zstd", asbytes=True), "zstd"),
+        ("rows.jsonl.gz", gzip.compress(gzip.compress(lines(ROWS).encode())), "gzip"),
+        ("rows.csv", b"PK\x03\x04" + bytes(40), "ZIP"),
+        ("rows.jsonl", b"PAR1" + bytes(40), "Parquet"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_file_that_is_packed_under_the_name_of_a_text_is_said(tmp_path, read_rows, name, content, kind):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: is no text, but a {kind} file"):
+        read_rows(tmp_path / name)
+
+
+def test_a_text_that_begins_as_bzip2_does_is_read(tmp_path, read_rows):
+    (tmp_path / "rows.csv").write_text("BZh,prompt,completion\n1,a,b\n")
+    assert read_rows(tmp_path / "rows.csv") == [{"prompt": "a", "completion": "b"}]
+
+
 def test_of_several_files_the_one_that_is_damaged_is_named(tmp_path, read_rows):
     for name in ("a", "b", "c"):
         pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / f"{name}.parquet")
