@@ -80,13 +80,16 @@ def lines(head: Sequence[str], rows: Sequence[Sequence[str | Cell]], width: int)
     return aligned(head[:-1], folded, width, right=NUMBERS, spare=NARROW_SPARE)
 
 
-def next_command(views: Sequence[JobView], call: str, flags: str) -> str:
-    """Return the command to use next: on what needs a hand, what failed last, what runs, else the newest."""
+def next_command(views: Sequence[JobView], call: str, flags: str, namespace: str = "") -> str:
+    """Return the command to use next: on what needs a hand, what failed last, what runs, else the newest.
+
+    ``namespace`` is the one that a command without ``-n`` uses.
+    """
     job = next((v for v in views if v.needs_a_hand), None)
     if job is None and any(v.state == "Running" and v.namespace for v in views):
         return f"{call} watch{flags}"
     job = job or next((v for v in reversed(views) if v.state == "Failed"), views[-1])
-    where = f" -n {job.namespace}" if job.namespace and " -n " not in flags else ""
+    where = f" -n {job.namespace}" if job.namespace not in ("", namespace) and " -n " not in flags else ""
     return f"{call} show {job.place}{flags}{where}"
 
 

@@ -182,7 +182,7 @@ def figures(report: ProgressReport) -> list[tuple[str, str]]:
         ("eval", report.eval_loss),
         ("lr", report.learning_rate),
         ("tokens/s", units.number(float(report.tokens_per_second)) if report.tokens_per_second else None),
-        ("left", units.duration(report.eta_seconds) if report.eta_seconds is not None else None),
+        ("left", units.duration(report.eta_seconds) if report.eta_seconds else None),
         ("slow", straggler(report)),
     )
     return [(label, value) for label, value in known if value is not None]

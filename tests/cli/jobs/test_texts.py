@@ -307,3 +307,9 @@ def test_on_a_cluster_without_gpus_none_is_spoken_of():
     page = text(show.page(view(body), body, NOW, 120))
     assert "in 2 workers of 4 ranks on CPUs" in page
     assert "GPU" not in page
+
+
+def test_the_next_command_names_a_namespace_where_it_is_not_that_of_the_context():
+    assert job_list.next_command([view(waiting())], "qlora", "", "research") == "qlora show wide"
+    assert job_list.next_command([view(waiting())], "qlora", "", "default") == "qlora show wide -n research"
+    assert job_list.next_command([view(waiting())], "qlora", " -n research") == "qlora show wide -n research"

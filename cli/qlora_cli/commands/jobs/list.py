@@ -103,7 +103,7 @@ def _list_jobs(target: Target, selector: str | None, output: OutputFormat, *, ev
     sweeps: list[Object] = []
     with connect(target) as cluster:
         objects = job_list.jobs_of(cluster, everywhere=everywhere, selector=selector)
-        where = _place(cluster, everywhere=everywhere)
+        here, where = cluster.namespace, _place(cluster, everywhere=everywhere)
         if output is OutputFormat.TEXT:
             with suppress(ApiError):  # of an earlier version of the chart, or of a role without them
                 sweeps = sweep_list.sweeps_of(cluster, everywhere=everywhere, selector=selector)
@@ -120,7 +120,7 @@ def _list_jobs(target: Target, selector: str | None, output: OutputFormat, *, ev
     if sweeps:
         out.console().print("\n" if views else "", end="")
         _print_sweeps(sweeps, everywhere=everywhere)
-    following = [job_list.next_command(views, program(), target.flags())] if views else []
+    following = [job_list.next_command(views, program(), target.flags(), here)] if views else []
     out.say_next(*following, *([_show_newest(sweeps, target)] if sweeps else []))
 
 
