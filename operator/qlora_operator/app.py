@@ -239,7 +239,7 @@ class Operator:
             yield task
 
     async def look(self) -> None:
-        """Look at everything before the first decision: what was not seen would be taken for gone."""
+        """List all objects before the first decision, as one that was not listed would count as deleted."""
         self.gangs, services = await initial_sync(
             self.api, self.cache, self.config.namespaces, self.followed, self.metrics.skipped
         )

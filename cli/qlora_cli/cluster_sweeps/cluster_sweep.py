@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from qlora_cli.kube.api_client import Object
 
-NEEDS_A_HAND = frozenset({"Refused", "BudgetReached", "NotUnderstood"})
+NEEDS_ATTENTION = frozenset({"Refused", "BudgetReached", "NotUnderstood"})
 """Reasons of a sweep that do not go away by waiting."""
 UNSEEN = "no operator has processed the sweep yet"
 
@@ -53,7 +53,7 @@ class ClusterSweep:
 
     @property
     def needs_a_hand(self) -> bool:
-        return not self.is_finished and self.reason in NEEDS_A_HAND
+        return not self.is_finished and self.reason in NEEDS_ATTENTION
 
     @property
     def trials(self) -> str:

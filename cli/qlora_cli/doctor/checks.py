@@ -58,7 +58,7 @@ def _cluster(snapshot: ClusterSnapshot) -> Iterator[Finding]:
 def _rights(snapshot: ClusterSnapshot) -> Iterator[Finding]:
     lacking = [(verb, what, use) for verb, _, what, use in RIGHTS if snapshot.rights.get((verb, what)) is False]
     if not snapshot.rights:
-        yield unknown("rights", "the cluster does not say what you may do")
+        yield unknown("rights", "the cluster does not report your permissions")
     elif lacking:
         verbs = ", ".join(f"{verb} {what}" for verb, what, _ in lacking)
         uses = ", ".join(dict.fromkeys(use for _, _, use in lacking))

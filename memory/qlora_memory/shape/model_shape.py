@@ -26,7 +26,7 @@ class Linear:
     experts: int = 1
     """Number of such matrices stacked in one parameter."""
     learns: bool = True
-    """An adapter is on it by default (``qlora_trainer.model.experts.targets.left_alone``)."""
+    """An adapter is on it by default (``qlora_trainer.model.experts.targets.layers_without_adapter``)."""
     quantizable: bool = True
     """False: it stays in 16 bits in every job, such as one whose weight the model reads itself."""
 

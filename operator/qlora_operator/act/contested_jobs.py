@@ -1,4 +1,4 @@
-"""Say of each waiting Job once that another release of the operator holds it, and of each release once in the log."""
+"""Report each waiting Job of another release of the operator once as an Event, and each release once in the log."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class ContestedJobs:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._reported: dict[Key, str] = {}
-        """UID of the newest Job of each QLoRAJob that was said to be contested."""
+        """UID of the newest Job of each QLoRAJob that was reported as contested."""
         self._releases: set[str] = set()
 
     def take(self, key: Key, job: ObservedJob | None) -> Iterator[Note]:
-        """Count a contested Job that is news, and give the Event that says so."""
+        """Count a contested Job that was not reported yet, and yield the Event for it."""
         if job is None or self._reported.get(key) == job.uid:
             return
         self._reported[key] = job.uid

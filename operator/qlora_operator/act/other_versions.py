@@ -45,13 +45,13 @@ def _key(entry: Object) -> tuple[str, Any] | None:
     return next(((name, entry[name]) for name in _KEYS if name in entry), None)
 
 
-def for_older_definition(status: Object, said: str) -> Object:
+def for_older_definition(status: Object, message: str) -> Object:
     """Return a status without the conditions, and the reason, that an older definition's closed lists refuse."""
-    refused = {int(index) for index in _REFUSED.findall(said)}
+    refused = {int(index) for index in _REFUSED.findall(message)}
     kept = {**status}
     if refused:
         kept["conditions"] = [c for index, c in enumerate(status.get("conditions", ())) if index not in refused]
-    if "status.reason: Unsupported value" in said:
+    if "status.reason: Unsupported value" in message:
         kept["reason"] = "Pending"
     return kept
 
@@ -63,8 +63,8 @@ def not_understood_message(what: str, error: Exception) -> str:
 
 def is_not_understood(status: Object, message: str) -> bool:
     """Return whether a stored status says that its object is degraded, with this message."""
-    said = {(c["type"], c["status"], c.get("message")) for c in status.get("conditions", ())}
-    return (ConditionType.DEGRADED, "True", message) in said
+    written = {(c["type"], c["status"], c.get("message")) for c in status.get("conditions", ())}
+    return (ConditionType.DEGRADED, "True", message) in written
 
 
 def with_not_understood(stored: Object, message: str, now: datetime) -> list[Object]:

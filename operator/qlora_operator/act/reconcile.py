@@ -113,7 +113,7 @@ class Reconciler:
         try:
             job, unknown = stored.parse()
         except (ValidationError, ManifestError) as error:
-            await self._status.write_not_understood(key, raw, error)
+            await self._status.write_unknown_fields(key, raw, error)
             return
         gang = choose_gang(job.spec.scheduling, self._config.gang, self._gangs())
         observed = replace(await self._observe(known, job, gang), unknown_fields=unknown)
@@ -214,8 +214,8 @@ class Reconciler:
     async def _is_as_decided(self, key: Key, job: QLoRAJob) -> bool:
         """Return whether a job has not changed since the decision; if it has, it is queued again.
 
-        Of two operators for a moment, one that has not seen yet that a job was resumed would delete what the other
-        one made.
+        While two operators run, one that has not yet observed that a job was resumed would otherwise delete the Jobs
+        that the other one created.
         """
         try:
             there = await self._api.get(job_path(key))

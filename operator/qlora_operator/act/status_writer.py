@@ -95,7 +95,7 @@ class StatusWriter:
         self._cache.take_job(written)
         return True
 
-    async def write_not_understood(self, key: Key, stored: Object, error: Exception) -> None:
+    async def write_unknown_fields(self, key: Key, stored: Object, error: Exception) -> None:
         """Write that a job has a value that this operator does not know. Until it does, it leaves the job as it is."""
         status: Object = stored.get("status") or {}
         text = not_understood_message("job", error)

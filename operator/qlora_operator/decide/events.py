@@ -40,7 +40,7 @@ def transitions(before: QLoRAJobStatus, after: QLoRAJobStatus) -> Iterator[Note]
 
 
 def _of_tracking(before: QLoRAJobStatus, after: QLoRAJobStatus) -> Iterator[Note]:
-    """Give that a tracking tool has come to lag behind, or has caught up; by type, as the message may change."""
+    """Yield an Event for each tracking tool that fell behind or caught up; compared by type, as messages may change."""
     lagged = {run.type for run in before.tracking if run.message}
     for run in after.tracking:
         if run.message and run.type not in lagged:

@@ -72,8 +72,8 @@ def ratio_of(status: QLoRAJobStatus) -> float | None:
 
 def learn(before: Learned, ratio: float) -> Learned:
     """Take in one more job."""
-    said = min(max(ratio, LEAST), MOST)
-    return Learned(correction=before.correction + WEIGHT * (said - before.correction), jobs=before.jobs + 1)
+    bounded = min(max(ratio, LEAST), MOST)
+    return Learned(correction=before.correction + WEIGHT * (bounded - before.correction), jobs=before.jobs + 1)
 
 
 def read(data: Mapping[str, str]) -> dict[CorrectionKey, Learned]:

@@ -81,36 +81,36 @@ def _pod_waits(pod: PodSnapshot) -> tuple[Reason, str] | None:
 
 
 def _unschedulable(pod: PodSnapshot) -> tuple[Reason, str]:
-    said = pod.unschedulable
-    claim = re.search(r'persistentvolumeclaim "([^"]+)" (not found|is being deleted)', said)
+    message = pod.unschedulable
+    claim = re.search(r'persistentvolumeclaim "([^"]+)" (not found|is being deleted)', message)
     if claim:
         return (
             Reason.MISSING_REFERENCE,
             f'claim "{claim[1]}" {claim[2]}; create it, or correct the job\'s pvc:// source',
         )
     remedies = []
-    if gpu := re.search(r"Insufficient (\S+/\S+?)[,.]", said):
+    if gpu := re.search(r"Insufficient (\S+/\S+?)[,.]", message):
         remedies.append(f"no node has as many free {gpu[1]} as spec.parallelism.gpusPerWorker asks for")
-    if "didn't match Pod's node affinity/selector" in said:
+    if "didn't match Pod's node affinity/selector" in message:
         remedies.append("spec.scheduling.nodeSelector matches no node")
-    remedies += [f"no node has enough free {what}" for what in ("cpu", "memory") if f"Insufficient {what}" in said]
-    if "Insufficient ephemeral-storage" in said:
+    remedies += [f"no node has enough free {what}" for what in ("cpu", "memory") if f"Insufficient {what}" in message]
+    if "Insufficient ephemeral-storage" in message:
         remedies.append(
             "no node has the free disk that trainer.ephemeralStorage asks for (a value of the operator's chart)"
         )
-    if taint := _taint(said, alone=not remedies):
+    if taint := _taint(message, alone=not remedies):
         remedies.append(f"nodes have {taint} that spec.scheduling.tolerations does not name")
-    words = "; ".join(remedies)
-    text = f"{words} ({said})" if words else said
+    advice = "; ".join(remedies)
+    text = f"{advice} ({message})" if advice else message
     return Reason.UNSCHEDULABLE, f"pod {pod.name}: {text}"
 
 
-def _taint(said: str, *, alone: bool) -> str:
+def _taint(message: str, *, alone: bool) -> str:
     """Return which taint keeps pods out; empty for none that a job could tolerate.
 
     Newer schedulers do not name it. Then it is the reason only where there is no other one.
     """
-    named = re.findall(r"untolerated taint (\{[^}]*\})", said)
+    named = re.findall(r"untolerated taint (\{[^}]*\})", message)
     if named := [taint for taint in named if not _NODE_TAINTS.match(taint)]:
         return f"taint {named[0]}"
-    return "taints" if alone and "untolerated taint(s)" in said else ""
+    return "taints" if alone and "untolerated taint(s)" in message else ""

@@ -136,22 +136,22 @@ def _continue_job(context: Context, status: QLoRAJobStatus) -> Decision:
 def _suspend(context: Context, status: QLoRAJobStatus) -> Decision:
     """The last pod is gone."""
     stop = stop_cause(context, status)
-    why, remedy = Reason.SUSPENDED, "set spec.suspend to false to resume"
+    reason, remedy = Reason.SUSPENDED, "set spec.suspend to false to resume"
     if stop is StopCause.BUDGET:
         hours = context.job.spec.policy.budget_gpu_hours
-        why = Reason.BUDGET_REACHED
+        reason = Reason.BUDGET_REACHED
         remedy = f"spec.policy.budgetGpuHours ({hours}) is used up, including the time to stop; raise it to resume"
     if stop is StopCause.PAUSE:
-        why = Reason.PAUSED
+        reason = Reason.PAUSED
         remedy = (
             f"spec.policy.pauseAtStep ({context.job.spec.policy.pause_at_step}) is reached; raise or remove it to"
             " resume"
         )
     lost = next((p for p in context.observed.living if is_lost(p, context.observed)), None)
     text = f"no pod runs{f', as far as is known of node {lost.node}, which is lost' if lost else ''}; {remedy}"
-    status = with_condition(context, status, ConditionType.RUNNING, why, text, is_true=False)
-    status = with_condition(context, status, ConditionType.SUSPENDED, why, text, is_true=True)
-    return Decision(status.model_copy(update={"state": ConditionType.SUSPENDED, "reason": why, "eta": ""}))
+    status = with_condition(context, status, ConditionType.RUNNING, reason, text, is_true=False)
+    status = with_condition(context, status, ConditionType.SUSPENDED, reason, text, is_true=True)
+    return Decision(status.model_copy(update={"state": ConditionType.SUSPENDED, "reason": reason, "eta": ""}))
 
 
 def _stop_pods(context: Context, status: QLoRAJobStatus) -> Decision:
@@ -223,8 +223,8 @@ def _deadline_message(context: Context, pod: PodSnapshot) -> str:
         f"Prepare was stopped after {limit} s on node {pod.node} (prepare.deadlineSeconds, a value of the operator's "
         "chart): a source does not answer, or there are more rows than it can read in that time"
     )
-    said = pod.termination_message.message if pod.termination_message else pod.message[-500:]
-    return f"{text}; its termination message: {said}" if said else text
+    message = pod.termination_message.message if pod.termination_message else pod.message[-500:]
+    return f"{text}; its termination message: {message}" if message else text
 
 
 def _wait_for_prepare(

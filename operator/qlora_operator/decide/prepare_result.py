@@ -53,12 +53,12 @@ def expected_cost(context: Context, result: PrepareResult) -> str | None:
     return None if hours is None or price is None else f"{float(hours) * price:.2f}"
 
 
-def _gpu_not_said(context: Context) -> bool:
+def _is_gpu_unknown(context: Context) -> bool:
     """Return whether neither the operator's settings, nor the profile, nor the job name the GPU that a rank gets."""
     spec, profile = context.job.spec, profile_of(context.job.spec, context.config)
     selectors = (spec.scheduling.node_selector, profile.node_selector if profile else {})
-    said = (profile and profile.gpu) or any(GPU_PRODUCT in selector for selector in selectors)
-    return device_of(spec, context.config) == "CUDA" and not said
+    named = (profile and profile.gpu) or any(GPU_PRODUCT in selector for selector in selectors)
+    return device_of(spec, context.config) == "CUDA" and not named
 
 
 def _words(context: Context, result: PrepareResult, cost: str | None) -> Iterator[str]:
@@ -66,7 +66,7 @@ def _words(context: Context, result: PrepareResult, cost: str | None) -> Iterato
     yield f"{result.train_tokens} tokens"
     yield f"model revision {result.model_revision[:12]}"
     if (hours := result.expected_gpu_hours) is None:
-        if _gpu_not_said(context):
+        if _is_gpu_unknown(context):
             yield GPU_NOT_KNOWN
         return
     yield f"about {float(hours):.3g} GPU-hours" + (f" for {cost}" if cost else "")

@@ -227,8 +227,8 @@ def _error(code: int, text: bytes, headers: Mapping[str, str]) -> ApiError:
     if not isinstance(status, dict):
         status = {}
     after = headers.get("Retry-After", "")
-    words = status.get("message") or text[:500].decode(errors="replace")
-    return ApiError(code, status.get("reason", ""), words, float(after) if after.isdecimal() else None)
+    message = status.get("message") or text[:500].decode(errors="replace")
+    return ApiError(code, status.get("reason", ""), message, float(after) if after.isdecimal() else None)
 
 
 def read_change(line: bytes | None) -> Object | None:

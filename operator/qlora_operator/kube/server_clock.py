@@ -25,14 +25,14 @@ class ServerClock:
     def note(self, date: str | None) -> None:
         """Take in the Date header of an answer. It is cut to seconds and has travelled, so the latest one counts."""
         try:
-            said = parsedate_to_datetime(date).astimezone(UTC) if date else None
+            received = parsedate_to_datetime(date).astimezone(UTC) if date else None
         except ValueError:
             return
-        if said is None:
+        if received is None:
             return
-        ahead = said - self.now()
+        ahead = received - self.now()
         if self._known is None or ahead > timedelta() or ahead < -TOLERANCE:
-            self._known, self._at = said, self._monotonic()
+            self._known, self._at = received, self._monotonic()
 
     def now(self) -> datetime:
         """Return the API server's time; this machine's, before the first answer."""

@@ -36,7 +36,7 @@ class Watches:
         self._started = clock()
 
     def begin(self) -> None:
-        """Count the time from now on: this process has stood by."""
+        """Measure from now on: this process was on standby until now."""
         self._started = self._clock()
 
     def note(self, path: str) -> None:

@@ -306,7 +306,7 @@ def _failure(container: Mapping[str, Any]) -> str:
     text = (
         f'container "{printable(container["name"])}" ended with exit code {code} ({_text(ended, "reason") or "Error"})'
     )
-    return f"{text}: {said[-500:]}" if (said := _text(ended, "message")) else text
+    return f"{text}: {message[-500:]}" if (message := _text(ended, "message")) else text
 
 
 def controller_of(meta: Mapping[str, Any], group: str, kind: str) -> Mapping[str, str]:

@@ -30,7 +30,7 @@ LARGEST_BYTES = 65536
 LONGEST_PAUSE = 8
 """Rounds at most in which a pod that does not answer is left out, so that many of them do not delay the others."""
 UNREADABLE = (aiohttp.ClientResponseError, ReportError, TooLargeError)
-"""Something answered, with something else than a report."""
+"""Errors that mean that a server answered, but not with a valid progress report."""
 
 
 class ProgressPoller:

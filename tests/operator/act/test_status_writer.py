@@ -113,7 +113,7 @@ def status(writer, parsed, stored):
 
 
 def not_understood(writer, _, stored):
-    return writer.write_not_understood(KEY, stored, ValueError("spec.later"))
+    return writer.write_unknown_fields(KEY, stored, ValueError("spec.later"))
 
 
 @pytest.mark.parametrize("unknown", UNKNOWN)

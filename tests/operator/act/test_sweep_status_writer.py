@@ -45,7 +45,7 @@ def test_a_sweep_whose_status_is_not_understood_is_told_so_once():
         writer = SweepStatusWriter(cache, api, 15, lambda *_: None)
         try:
             for _ in range(2):
-                await writer.write_not_understood(KEY, server.body, ValueError("status.gpuSeconds"))
+                await writer.write_unknown_fields(KEY, server.body, ValueError("status.gpuSeconds"))
         finally:
             await api.close()
             await runner.cleanup()

@@ -51,6 +51,6 @@ class Draws:
                     process.kill()
                     await process.wait()
         if process.returncode:
-            said = error.decode(errors="replace").strip()[-LONGEST_ERROR:]
-            raise DrawError(f"no parameters were drawn, exit code {process.returncode}: {said}")
+            stderr = error.decode(errors="replace").strip()[-LONGEST_ERROR:]
+            raise DrawError(f"no parameters were drawn, exit code {process.returncode}: {stderr}")
         return DrawnTrials.model_validate_json(out).values

@@ -101,7 +101,7 @@ class SweepReconciler:
         try:
             sweep, unknown = QLoRASweep.read(raw)
         except ValidationError as error:
-            await self._status.write_not_understood(key, raw, error)
+            await self._status.write_unknown_fields(key, raw, error)
             return
         if sweep.metadata.deletion_timestamp is not None:
             return  # its trials go with it

@@ -69,7 +69,7 @@ class SweepStatusWriter:
                 return True
         return await self._write(key, stored, patch, _fingerprint(old), _fingerprint(status), _fingerprint_of_stored)
 
-    async def write_not_understood(self, key: Key, stored: Object, error: Exception) -> None:
+    async def write_unknown_fields(self, key: Key, stored: Object, error: Exception) -> None:
         """Write that a sweep has a value that this operator does not know. Until it does, it leaves the sweep alone."""
         status: Object = stored.get("status") or {}
         text = not_understood_message("sweep", error)

@@ -111,10 +111,11 @@ def _with_tracking(status: QLoRAJobStatus, runs: Sequence[TrackedRun]) -> QLoRAJ
 
 def _with_measures(status: QLoRAJobStatus, progress: Progress | None, memory: Memory | None) -> QLoRAJobStatus:
     before = status.memory or Memory()
-    said = known_components(memory.predicted if memory else {})
-    afresh = bool(said) and said != before.predicted  # another batch than before: what that took is no measure of it
+    reported = known_components(memory.predicted if memory else {})
+    # Another batch than before, for which the memory measured so far does not count.
+    afresh = bool(reported) and reported != before.predicted
     merged = {} if afresh else known_components(before.measured)
-    predicted = said or before.predicted
+    predicted = reported or before.predicted
     for component, size in known_components(memory.measured if memory else {}).items():
         merged[component] = max(size, merged.get(component, 0))
     return status.model_copy(

@@ -79,7 +79,7 @@ def ending_of(attempt: int, workers: int, observed: Observed) -> Ending | None:
     if lost := _lost(pods, observed):
         return lost
     if job is not None and job.state is JobState.FAILED:
-        if _words_are_on_their_way(job, pods, observed):
+        if _results_may_be_pending(job, pods, observed):
             return None
         return _won(pods) or _told(pods, workers, observed) or _from_job(job)
     if job is not None and not job.deleting and not _all_held(pods, workers):
@@ -112,8 +112,8 @@ def _won(pods: tuple[PodSnapshot, ...]) -> Ending | None:
     return _of_pod(first, Reason.COMPLETED) if first else None
 
 
-def _words_are_on_their_way(job: ObservedJob, pods: tuple[PodSnapshot, ...], observed: Observed) -> bool:
-    """A Job has failed only when all its pods have ended: what is seen of them is old where it does not say so."""
+def _results_may_be_pending(job: ObservedJob, pods: tuple[PodSnapshot, ...], observed: Observed) -> bool:
+    """Return whether the cache may lack the results of a failed Job's pods: the Job fails only when all have ended."""
     late = observed.now >= (job.ended or job.created) + RESULT_PATIENCE
     return not late and (not pods or any(not p.ended for p in pods))
 
@@ -154,8 +154,8 @@ def _told(pods: tuple[PodSnapshot, ...], workers: int, observed: Observed) -> En
         return None
     _, pod, reason = min(ends, key=lambda end: (end[0], end[1].index))
     ending = _of_pod(pod, reason)
-    if reason in STUCK and (why := _never_placed(pods, workers, observed)):
-        return replace(ending, reason=Reason.UNSCHEDULABLE, message=f"{why}; the others waited: {ending.message}")
+    if reason in STUCK and (unplaced := _never_placed(pods, workers, observed)):
+        return replace(ending, reason=Reason.UNSCHEDULABLE, message=f"{unplaced}; the others waited: {ending.message}")
     if reason is Reason.PEER_LOST:
         missing = sorted(set(range(workers)) - {p.index for p in pods if p.exit_code is not None})
         if missing:
@@ -252,13 +252,13 @@ def _of_pod(pod: PodSnapshot, reason: Reason) -> Ending:
     elif pod.exit_code is None and pod.other_failure and not (pod.disruption or pod.pod_reason):
         text = f"pod {pod.name} failed before its trainer started: {pod.other_failure}"
     elif pod.exit_code is None:
-        why = pod.disruption or pod.pod_reason or "deleted"
-        text = f"pod {pod.name} was ended ({why}) {pod.pod_message[-500:]}".rstrip()
+        cause = pod.disruption or pod.pod_reason or "deleted"
+        text = f"pod {pod.name} was ended ({cause}) {pod.pod_message[-500:]}".rstrip()
     else:
-        why = pod.exit_reason or pod.pod_reason or "no reason"
-        text = f"pod {pod.name} ended with exit code {pod.exit_code} ({why}) and no termination message"
-        if said := pod.message or pod.pod_message:
-            text += f": {said[-500:]}"
+        cause = pod.exit_reason or pod.pod_reason or "no reason"
+        text = f"pod {pod.name} ended with exit code {pod.exit_code} ({cause}) and no termination message"
+        if message := pod.message or pod.pod_message:
+            text += f": {message[-500:]}"
     return Ending(reason, text, pod.exit_code, pod.node, termination)
 
 
