@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from charts.helm import CHART, NAMESPACE, RELEASE
-from cluster.api import ApiError
+from cluster.api import ClusterApiError
 from cluster.control_plane import ControlPlane, KubectlError, Settings
 from cluster.scenarios.jobs import qlora_job
 from fixtures import skip_unless_ci
@@ -68,7 +68,7 @@ class InstalledChart:
         for each in objects:
             try:
                 there = self.cluster.api.get(self.cluster.api.path_of(each, self.namespace))
-            except (ApiError, KeyError):  # a kind that is not served any more
+            except (ClusterApiError, KeyError):  # a kind that is not served any more
                 continue
             if "deletionTimestamp" not in there["metadata"]:
                 found.append((each["kind"], each["metadata"]["name"]))

@@ -18,7 +18,7 @@ from charts.installed import (
     refusal,
     running,
 )
-from cluster.api import ApiError
+from cluster.api import ClusterApiError
 from cluster.control_plane import ControlPlane, KubectlError, Settings
 from cluster.scenarios.jobs import qlora_job, wait_until_served
 from cluster.waits import wait_until_counted
@@ -366,7 +366,7 @@ def test_a_job_of_before_the_bounds_can_still_be_suspended(helm, tmp_path):
         release.upgrade()
         release.wait_until_enforced()
         assert cluster.api.patch(path, {"spec": {"suspend": True}})["spec"]["suspend"] is True
-        with pytest.raises(ApiError, match=r"metadata\.labels: 71"):
+        with pytest.raises(ClusterApiError, match=r"metadata\.labels: 71"):
             cluster.api.patch(path, {"metadata": {"labels": {"one-more": "x"}}})
 
 
@@ -378,5 +378,5 @@ def test_a_namespace_of_the_releases_holds_no_more_jobs_than_its_quota(helm, tmp
         wait_until_counted(cluster.api, team, f"{FULL_NAME}-jobs")
         for name in ("one", "two"):
             cluster.api.create(qlora_job(name, team))
-        with pytest.raises(ApiError, match=r"exceeded quota.*qlorajobs\.qlora\.dev=2"):
+        with pytest.raises(ClusterApiError, match=r"exceeded quota.*qlorajobs\.qlora\.dev=2"):
             cluster.api.create(qlora_job("three", team))

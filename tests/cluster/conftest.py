@@ -18,7 +18,7 @@ from services.binaries import ToolMissingError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cluster.api import Api
+    from cluster.api import ClusterApi
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +55,7 @@ def crd_cluster(kwok_cluster: ControlPlane) -> ControlPlane:
 
 
 @pytest.fixture
-def api(crd_cluster: ControlPlane) -> Api:
+def api(crd_cluster: ControlPlane) -> ClusterApi:
     """Return the client of the kwok cluster, which serves QLoRAJobs."""
     return crd_cluster.api
 

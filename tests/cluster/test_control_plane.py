@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.api import ApiError
+from cluster.api import ClusterApiError
 from cluster.control_plane import ControlPlane, KubectlError, Settings
 from cluster.waits import wait_until_ended
 
@@ -31,7 +31,7 @@ def test_objects_are_created_changed_and_deleted(control_plane: ControlPlane, na
     assert json.loads(control_plane.kubectl("get", "cm", "-n", namespace, "-l", "a=b", "-o", "json"))["items"]
     control_plane.api.delete(path)
     control_plane.api.wait_gone(path)
-    with pytest.raises(ApiError, match="404 NotFound"):
+    with pytest.raises(ClusterApiError, match="404 NotFound"):
         control_plane.api.get(path)
 
 
@@ -67,7 +67,7 @@ def test_pod_security_is_enforced_by_the_namespaces_label(control_plane: Control
     restricted = control_plane.create_namespace(labels={"pod-security.kubernetes.io/enforce": "restricted"})
     container = {"name": "main", "image": "none", "securityContext": {"privileged": True}}
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": {"containers": [container]}}
-    with pytest.raises(ApiError, match=r'403 Forbidden.*violates PodSecurity "restricted'):
+    with pytest.raises(ClusterApiError, match=r'403 Forbidden.*violates PodSecurity "restricted'):
         control_plane.api.create(pod, restricted)
 
 
@@ -80,7 +80,7 @@ def test_two_clusters_run_at_once_and_an_api_server_can_restart(control_plane: C
         other.start_api_server()
         assert other.api.get("/api/v1/namespaces/default/configmaps/kept")["data"] == {"key": "value"}
         assert [pid for name, pid in other.pids.items() if name != "kube-apiserver"] == others
-        with pytest.raises(ApiError, match="404"):
+        with pytest.raises(ClusterApiError, match="404"):
             other.api.get("/apis/scheduling.k8s.io/v1alpha2")
         pids = list(other.pids.values())
     assert wait_until_ended(pids, seconds=0) == []

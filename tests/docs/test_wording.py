@@ -79,15 +79,11 @@ def test_a_retired_term_stays_away(term):
 
 
 ONE_MEANING = {
-    "Api": "a client of the Kubernetes API: the operator's, and that of the tests' clusters",
-    "ApiError": "an API server's refusal, in each of the clients",
     "Executed": "an object that leaves a trace where it is unpickled",
     "FakeApi": "a stand-in for a client of the Kubernetes API, with the calls that a test needs",
     "Handler": "a handler of http.server, of a server that a test or tool starts",
     "Hub": "a stand-in for the Hugging Face Hub",
     "PanicException": "the exception that PyO3 raises for a panic",
-    "PublishedFile": "a file of a published manifest, as the trainer writes and the command line reads it",
-    "StorageError": "a failure of object storage, in the trainer and in the command line",
 }
 
 

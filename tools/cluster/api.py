@@ -26,7 +26,7 @@ REQUEST_SECONDS = 30
 FIELD_MANAGER = "cluster-harness"
 
 
-class ApiError(Exception):
+class ClusterApiError(Exception):
     """The API server refused. ``reason`` is the Status object's, such as ``NotFound`` or ``Invalid``."""
 
     def __init__(self, status: int, reason: str, message: str) -> None:
@@ -34,10 +34,10 @@ class ApiError(Exception):
         self.status, self.reason, self.message = status, reason, message
 
 
-class Api:
+class ClusterApi:
     """Paths are as in the API's reference: ``/api/v1/namespaces/default/pods``. Closed by its cluster.
 
-    Every call raises ``ApiError`` on an answer that is not 2xx, and ``httpx.TransportError`` when there is none.
+    Every call raises ``ClusterApiError`` on an answer that is not 2xx, and ``httpx.TransportError`` when there is none.
     """
 
     def __init__(self, url: str, authority: Path, token: str) -> None:
@@ -110,7 +110,7 @@ class Api:
                 if condition(found):
                     return found
                 seen = str(found)
-            except ApiError as error:
+            except ClusterApiError as error:
                 if error.status < 500 and error.status not in (404, 429):
                     raise
                 seen = str(error)
@@ -131,7 +131,7 @@ class Api:
         while True:
             try:
                 found = self.get(path)
-            except ApiError as error:
+            except ClusterApiError as error:
                 if error.reason == "NotFound":
                     return
                 raise
@@ -161,4 +161,4 @@ class Api:
             status = answer.json()
         except ValueError:
             status = {}
-        raise ApiError(answer.status_code, status.get("reason", ""), status.get("message", answer.text))
+        raise ClusterApiError(answer.status_code, status.get("reason", ""), status.get("message", answer.text))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 import httpx
 
 from cluster.addresses import claim_addresses
-from cluster.api import Api, ApiError
+from cluster.api import ClusterApi, ClusterApiError
 from cluster.audit import read_audit_log
 from cluster.credentials import Authority, KeyPair, write_kubeconfig
 from cluster.kueue import Kueue
@@ -256,7 +256,7 @@ class ControlPlane:
             folder.mkdir(parents=True, exist_ok=True)
         self._run_etcd()
         self._make_credentials()
-        self.api = Api(self.url, self.authority.certificate, self.admin_token)
+        self.api = ClusterApi(self.url, self.authority.certificate, self.admin_token)
         self._owned.callback(self.api.close)
         self._run_api_server()
         self._wait_for_api_server()
@@ -373,14 +373,14 @@ class ControlPlane:
     def _is_ready(self) -> bool:
         try:
             self.api.text("/readyz")
-        except (ApiError, httpx.TransportError):
+        except (ClusterApiError, httpx.TransportError):
             return False
         return True
 
     def _is_healthy(self, port: int) -> bool:
         try:
             self.api.text(f"https://{self.address}:{port}/healthz")
-        except (ApiError, httpx.TransportError):
+        except (ClusterApiError, httpx.TransportError):
             return False
         return True
 

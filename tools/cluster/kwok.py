@@ -28,7 +28,7 @@ from services.tools import KWOK
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from cluster.api import Api, Object
+    from cluster.api import ClusterApi, Object
     from cluster.control_plane import ControlPlane
 
 STAGES = Path(__file__).with_name("kwok-stages.yaml")
@@ -74,7 +74,7 @@ class Kwok:
         return names
 
 
-def lose_node(api: Api, name: str) -> None:
+def lose_node(api: ClusterApi, name: str) -> None:
     """Cut a fake node off: its pods stay as they are, deleted or not, and the control plane knows at once.
 
     The node controller taints it and, after the pods' toleration, deletes them; they hang until the node is back.
@@ -84,14 +84,14 @@ def lose_node(api: Api, name: str) -> None:
     api.patch(f"/api/v1/nodes/{name}/status", {"status": {"conditions": [unknown]}}, kind="strategic")
 
 
-def find_node_again(api: Api, name: str) -> None:
+def find_node_again(api: ClusterApi, name: str) -> None:
     """Undo ``lose_node``: the node reports itself ready, and its pods go on where they were."""
     _mark_lost(api, name, None)
     api.wait_for(f"/api/v1/nodes/{name}", is_usable, what=f"node {name} ready")
 
 
 def finish_pod(
-    api: Api, namespace: str, name: str, *, exit_code: int = 0, message: str = "", reason: str = ""
+    api: ClusterApi, namespace: str, name: str, *, exit_code: int = 0, message: str = "", reason: str = ""
 ) -> Object:
     """End a running fake pod now; the pod as it is then."""
     path = f"/api/v1/namespaces/{namespace}/pods/{name}"
@@ -101,7 +101,7 @@ def finish_pod(
 
 
 def finish_container(
-    api: Api, namespace: str, name: str, *, exit_code: int = 0, message: str = "", trainer: bool = True
+    api: ClusterApi, namespace: str, name: str, *, exit_code: int = 0, message: str = "", trainer: bool = True
 ) -> None:
     """End the trainer's container of a running fake pod, or all others; the rest goes on, and so the pod does."""
     path = f"/api/v1/namespaces/{namespace}/pods/{name}"
@@ -114,7 +114,7 @@ def finish_container(
     api.patch(f"{path}/status", {"status": {"conditions": conditions, "containerStatuses": containers}})
 
 
-def _mark_lost(api: Api, node: str, value: str | None) -> None:
+def _mark_lost(api: ClusterApi, node: str, value: str | None) -> None:
     mark = {"metadata": {"annotations": {f"{PREFIX}lost": value}}}
     api.patch(f"/api/v1/nodes/{node}", mark)
     for pod in api.list("/api/v1/pods", fieldSelector=f"spec.nodeName={node}"):

@@ -11,7 +11,7 @@ from testing.timeouts import PATIENCE_SECONDS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cluster.api import Api, Object
+    from cluster.api import ClusterApi, Object
     from cluster.control_plane import ControlPlane
 
 SOON = 15
@@ -51,7 +51,7 @@ def wait_for_condition(cluster: ControlPlane, namespace: str, job: str, conditio
     cluster.api.wait_for(path, holds, seconds=seconds, what=f"Job {job} {condition}")
 
 
-def wait_until_counted(api: Api, namespace: str, quota: str, seconds: float = PATIENCE_SECONDS) -> None:
+def wait_until_counted(api: ClusterApi, namespace: str, quota: str, seconds: float = PATIENCE_SECONDS) -> None:
     """Wait until a ResourceQuota is counted. Before, everything that it bounds is refused."""
 
     def counted(found: Object) -> bool:

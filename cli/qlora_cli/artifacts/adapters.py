@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from qlora_cli.artifacts.storage import LocalFolder, StorageError, check_outside_adapters, open_folder
+from qlora_cli.artifacts.storage import ArtifactError, LocalFolder, check_outside_adapters, open_folder
 from qlora_cli.jobs.job_view import read_run, view, view_run
-from qlora_cli.kube.errors import ApiError, ClusterError
+from qlora_cli.kube.errors import ClusterError, KubeApiError
 from qlora_cli.kube.names import core_path, is_name
 from qlora_cli.kube.target import program
 from qlora_storage.local_paths import whole_file
@@ -86,24 +86,24 @@ def read(source: Source) -> PublishedAdapter:
     """Read the manifest and check its hash and its form.
 
     Raises:
-        StorageError: it is not there, or is not what was published.
+        ArtifactError: it is not there, or is not what was published.
 
     """
     folder = open_folder(source.folder_uri)
     where = folder.uri(MANIFEST)
     if folder.size(MANIFEST) > MOST_MANIFEST_BYTES:
-        raise StorageError(f"{where}: is too large to be a manifest")
+        raise ArtifactError(f"{where}: is too large to be a manifest")
     data = b"".join(folder.chunks(MANIFEST))
     digest = hashlib.sha256(data).hexdigest()
     if source.sha256 and digest != source.sha256:
-        raise StorageError(
+        raise ArtifactError(
             f"{where}: is not the manifest that the job published: its SHA-256 is {digest[:12]}…, "
             f"and status.adapter says {source.sha256[:12]}…"
         )
     body = _parsed(where, data)
     files = tuple(PublishedFile(file["path"], file["size"], file["sha256"]) for file in body["files"])
     if problem := _problem_of_layout(body["adapter"], files):
-        raise StorageError(f"{where}: {problem}")
+        raise ArtifactError(f"{where}: {problem}")
     return PublishedAdapter(folder, data, body, files)
 
 
@@ -111,7 +111,7 @@ def _parsed(where: str, data: bytes) -> Object:
     """Return a manifest of the schema and form that this version reads.
 
     Raises:
-        StorageError: it is another one.
+        ArtifactError: it is another one.
 
     """
     from qlora_api.errors import ManifestError, validate  # noqa: PLC0415 other commands of a cluster need no pydantic
@@ -123,11 +123,11 @@ def _parsed(where: str, data: bytes) -> Object:
         if schema == SCHEMA:
             validate(RecordedManifest, body)
     except ManifestError as error:
-        raise StorageError(f"{where}: is no manifest of this operator: {error.errors[0]}") from None
+        raise ArtifactError(f"{where}: is no manifest of this operator: {error.errors[0]}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise StorageError(f"{where}: is no manifest of this operator") from None
+        raise ArtifactError(f"{where}: is no manifest of this operator") from None
     if schema != SCHEMA:
-        raise StorageError(f'{where}: schema "{schema}" is not known here; this version reads {SCHEMA}')
+        raise ArtifactError(f'{where}: schema "{schema}" is not known here; this version reads {SCHEMA}')
     return body
 
 
@@ -165,7 +165,7 @@ def download(
     """Copy all files, each checked before it has its name, the manifest last; files and bytes copied now.
 
     Raises:
-        StorageError: a file is not what was published, or the folder holds something else.
+        ArtifactError: a file is not what was published, or the folder holds something else.
         OSError: a file cannot be written.
 
     """
@@ -173,9 +173,9 @@ def download(
     count = copied = 0
     here = LocalFolder(target)
     if foreign := here.unlisted(published.files):
-        raise StorageError(f"{target}: {foreign[0]} is not in the manifest; {ELSEWHERE}")
+        raise ArtifactError(f"{target}: {foreign[0]} is not in the manifest; {ELSEWHERE}")
     if (target / MANIFEST).exists() and (target / MANIFEST).read_bytes() != published.data:
-        raise StorageError(f"{target}: holds another adapter, its {MANIFEST} differs; {ELSEWHERE}")
+        raise ArtifactError(f"{target}: holds another adapter, its {MANIFEST} differs; {ELSEWHERE}")
     for file in published.files:
         if adapter_only and not file.path.startswith(f"{published.adapter}/"):
             continue
@@ -186,7 +186,7 @@ def download(
         _copy(published.folder, file, target / short)
         count, copied = count + 1, copied + file.size
     if problems := here.differences(published.adapter, published.files, lambda _: None, content=False):
-        raise StorageError(f"{target}: {problems[0]}; {ELSEWHERE}")
+        raise ArtifactError(f"{target}: {problems[0]}; {ELSEWHERE}")
     _write(target / MANIFEST, [published.data])
     return count, copied
 
@@ -201,7 +201,7 @@ def _copy(folder: Folder, file: PublishedFile, target: Path) -> None:
             size += len(piece)
             yield piece
         if size != file.size or digest.hexdigest() != file.sha256:
-            raise StorageError(f"{folder.uri(file.path)}: is not what was published; the adapter must not be used")
+            raise ArtifactError(f"{folder.uri(file.path)}: is not what was published; the adapter must not be used")
 
     _write(target, checked())
 
@@ -242,7 +242,7 @@ def use_secret(cluster: Cluster, job: Object) -> str:
         raise ClusterError("--secret: the job names none in spec.output.credentials")
     try:
         secret = cluster.api.get(core_path(cluster.namespace, "secrets", name))
-    except ApiError as error:
+    except KubeApiError as error:
         raise ClusterError(f"--secret: Secret {name}: {error}") from None
     for key, value in (secret.get("data") or {}).items():
         if key in KEYS:

@@ -23,11 +23,11 @@ PATIENCE_SECONDS = 60.0
 """Longest time for which a command retries while a server is unreachable."""
 
 
-class StorageError(ClusterError):
+class ArtifactError(ClusterError):
     """A place that cannot be read or written; says which, and what would help."""
 
 
-class MissingError(StorageError):
+class MissingError(ArtifactError):
     """No such object."""
 
 
@@ -103,27 +103,27 @@ def _errors() -> Iterator[None]:
     except NotFoundError as error:
         raise MissingError(f"{error.args[0]}: is not there") from None
     except JobError as error:
-        raise StorageError(str(error)) from None
+        raise ArtifactError(str(error)) from None
 
 
 def open_folder(uri: str) -> Folder:
     """Open a folder by URI or path.
 
     Raises:
-        StorageError: it cannot be reached from here.
+        ArtifactError: it cannot be reached from here.
 
     """
     if problem := uri_problem(uri):
-        raise StorageError(f"{without_password(uri) or 'the URI'}: {problem}")
+        raise ArtifactError(f"{without_password(uri) or 'the URI'}: {problem}")
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme == "file":
         return LocalFolder(Path(rest if separator else uri))
     if scheme == "pvc":
-        raise StorageError(
+        raise ArtifactError(
             f"{uri}: only pods of its namespace reach a claim; copy it out of one that mounts it (kubectl cp)"
         )
     if scheme not in BUCKET_SCHEMES:
-        raise StorageError(f"{uri}: must be a folder, or start with s3://, gs:// or az://")
+        raise ArtifactError(f"{uri}: must be a folder, or start with s3://, gs:// or az://")
     with _errors():
         return Folder(open_store(uri, "", PATIENCE_SECONDS))
 
@@ -132,27 +132,27 @@ def check_outside_adapters(place: str) -> None:
     """Refuse to write into a folder that is verified as a published adapter.
 
     Raises:
-        StorageError: names the manifest.
+        ArtifactError: names the manifest.
 
     """
     with _errors():
         outer = enclosing_manifest(place, "")
     if outer:
-        raise StorageError(f"{place}: is in a folder of the adapter that {outer} lists; choose a folder outside of it")
+        raise ArtifactError(f"{place}: is in a folder of the adapter that {outer} lists; choose a folder outside of it")
 
 
 def upload(source: Path, target: str) -> list[str]:
     """Copy a file, or all files of a folder, into object storage; return the URIs.
 
     Raises:
-        StorageError: nothing there, or the target cannot be written.
+        ArtifactError: nothing there, or the target cannot be written.
 
     """
     scheme, separator, rest = target.partition("://")
     if not separator or scheme not in BUCKET_SCHEMES:
-        raise StorageError(f'"{target}": must start with s3://, gs:// or az://')
+        raise ArtifactError(f'"{target}": must start with s3://, gs:// or az://')
     if not source.exists():
-        raise StorageError(f"{source}: there is no such file or folder")
+        raise ArtifactError(f"{source}: there is no such file or folder")
     if source.is_file():
         bucket, _, key = rest.partition("/")
         place = PurePosixPath(bucket, f"{key}{source.name}" if not key or key.endswith("/") else key)
@@ -161,7 +161,7 @@ def upload(source: Path, target: str) -> list[str]:
         folder = open_folder(target)
         files = {p.relative_to(source).as_posix(): p for p in sorted(source.rglob("*")) if p.is_file()}
     if not files:
-        raise StorageError(f"{source}: holds no files")
+        raise ArtifactError(f"{source}: holds no files")
     check_outside_adapters(target)
     for name, path in files.items():
         folder.put(name, path)

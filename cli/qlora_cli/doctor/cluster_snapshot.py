@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_cli.doctor import references
 from qlora_cli.doctor.answer import Answer
-from qlora_cli.kube.errors import ApiError, UnreachableError
+from qlora_cli.kube.errors import KubeApiError, UnreachableError
 from qlora_cli.kube.names import (
     CRD,
     GROUP,
@@ -167,8 +167,8 @@ def _answer(question: Callable[[], Any], pauses: Sequence[float] = PAUSES) -> An
     """
     try:
         return Answer(question())
-    except (ApiError, UnreachableError) as error:
-        if isinstance(error, ApiError) and error.code < BUSY:
+    except (KubeApiError, UnreachableError) as error:
+        if isinstance(error, KubeApiError) and error.code < BUSY:
             return Answer(denied=error.forbidden, missing=not error.forbidden, text=str(error))
         if not pauses:
             raise

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_cli.jobs.job_view import view
-from qlora_cli.kube.errors import ApiError, ClusterError, UnreachableError
+from qlora_cli.kube.errors import ClusterError, KubeApiError, UnreachableError
 from qlora_cli.kube.names import ATTEMPT_LABEL, CONTAINER, INDEX_LABEL, JOB_LABEL, core_path, jobs_path
 from qlora_cli.kube.target import get_job, program
 
@@ -168,7 +168,7 @@ def _once(cluster: Cluster, pod: LogPod, wanted: Wanted) -> Iterator[Line]:
     try:
         for raw in cluster.api.lines(_log_path(cluster, pod), **_parameters(wanted)):
             yield splitter.line(raw)
-    except ApiError as error:
+    except KubeApiError as error:
         if not error.not_found:  # deleted meanwhile
             raise
 
@@ -308,7 +308,7 @@ class Follower:
                         self._lines.put(line)
             except UnreachableError:
                 pass
-            except ApiError as error:
+            except KubeApiError as error:
                 if error.forbidden:
                     raise
                 if error.not_found:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_api.errors import FieldError
 from qlora_api.spec import REMOTE_SCHEMES
 from qlora_cli.jobs.job_view import view
-from qlora_cli.kube.errors import ApiError, ClusterError
+from qlora_cli.kube.errors import ClusterError, KubeApiError
 from qlora_cli.kube.names import LONGEST_NAME, RETRY_ANNOTATION, jobs_path, sweeps_path
 from qlora_cli.kube.target import get_job, is_sweep, program
 from qlora_cli.manifest import crd_schema, job_manifest, sweep_manifest
@@ -204,7 +204,7 @@ def send(cluster: Cluster, submission: Submission, *, dry_run: bool) -> Object:
     path = sweeps_path if is_sweep(submission.body) else jobs_path
     try:
         return cluster.api.create(path(namespace), submission.body, dry_run=dry_run)
-    except ApiError as error:
+    except KubeApiError as error:
         if error.reason == "AlreadyExists" and is_sweep(submission.body):
             raise ClusterError(_sweep_exists(namespace, meta["name"])) from None
         if error.reason == "AlreadyExists":

@@ -11,7 +11,7 @@ import httpx
 
 from qlora_api.untrusted.deep_json import parse_json
 from qlora_cli.kube import credentials
-from qlora_cli.kube.errors import ApiError, UnreachableError
+from qlora_cli.kube.errors import KubeApiError, UnreachableError
 from qlora_cli.kube.names import FIELD_MANAGER
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Event:
 class ApiClient:
     """One cluster. A context manager; may be used from several threads.
 
-    Every call raises ``ApiError`` on an answer that is a refusal, and ``UnreachableError`` where there is none.
+    Every call raises ``KubeApiError`` on an answer that is a refusal, and ``UnreachableError`` where there is none.
     """
 
     def __init__(self, access: Access) -> None:
@@ -118,7 +118,7 @@ class ApiClient:
         """List, then watch, for ever: what ends or breaks is taken up again.
 
         Raises:
-            ApiError: the first list is refused. Later refusals are told as LOST.
+            KubeApiError: the first list is refused. Later refusals are told as LOST.
 
         """
         wait, version, known = FIRST_WAIT_SECONDS, "", False
@@ -137,13 +137,13 @@ class ApiClient:
                     version = body["metadata"]["resourceVersion"]
                     if event["type"] != "BOOKMARK":
                         yield Event(event["type"], (body,))
-            except (ApiError, UnreachableError) as error:
+            except (KubeApiError, UnreachableError) as error:
                 if self._closed:
                     return
                 if not known:
                     raise
-                version = "" if isinstance(error, ApiError) else version
-                if not (isinstance(error, ApiError) and error.code == GONE):
+                version = "" if isinstance(error, KubeApiError) else version
+                if not (isinstance(error, KubeApiError) and error.code == GONE):
                     yield Event("LOST", text=str(error))
                     time.sleep(wait)
                     wait = min(2 * wait, LONGEST_WAIT_SECONDS)
@@ -209,7 +209,7 @@ class ApiClient:
                 raise UnreachableError(f"{self._where()}: the connection is closed") from None
             raise
 
-    def _refused(self, answer: httpx.Response, path: str) -> ApiError | UnreachableError:
+    def _refused(self, answer: httpx.Response, path: str) -> KubeApiError | UnreachableError:
         try:
             status = answer.json()
         except ValueError:
@@ -218,7 +218,7 @@ class ApiClient:
             status = {"message": answer.text.strip()[:300]}
         if answer.status_code == httpx.codes.UNAUTHORIZED:
             return UnreachableError(f"{self._where()} does not know you (401): renew the credentials of this context")
-        return ApiError(answer.status_code, status, path)
+        return KubeApiError(answer.status_code, status, path)
 
     def _where(self) -> str:
         return f"{self.server} (context {self.context})" if self.context else self.server

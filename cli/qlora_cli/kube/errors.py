@@ -6,7 +6,7 @@
     └── ClusterError           one line for a person: field or object, value, remedy
         ├── ConfigError        kubeconfig: missing, broken, a context that is not there
         ├── UnreachableError   no answer, or credentials that are not taken
-        └── ApiError           the API server's own refusal, made readable
+        └── KubeApiError           the API server's own refusal, made readable
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class UnreachableError(ClusterError):
     """No answer, or none but "who are you?"."""
 
 
-class ApiError(ClusterError):
+class KubeApiError(ClusterError):
     """The API server refused.
 
     ``reason`` is the Status object's, such as ``NotFound``; ``str()`` has a line for each cause.
@@ -52,7 +52,7 @@ class ApiError(ClusterError):
     def __init__(self, code: int, status: Mapping[str, Any], path: str) -> None:
         self.code = code
         self.reason = str(status.get("reason") or "")
-        self.said = str(status.get("message") or "").strip()
+        self.message = str(status.get("message") or "").strip()
         self.path = path
         super().__init__("\n".join(_lines(self, status)))
 
@@ -65,22 +65,22 @@ class ApiError(ClusterError):
         return self.code == 403
 
 
-def _lines(error: ApiError, status: Mapping[str, Any]) -> Iterator[str]:
+def _lines(error: KubeApiError, status: Mapping[str, Any]) -> Iterator[str]:
     """Yield the refusal in few words: field, value, what is allowed."""
     causes = (status.get("details") or {}).get("causes") or []
     fields = [c for c in causes if c.get("field") and _NOT_CHECKED not in c.get("message", "")]
     if error.code == 422 and fields:
         yield from (_plain(cause["field"], cause.get("message", "")) for cause in fields)
-    elif denied := _DENIED.search(error.said):
+    elif denied := _DENIED.search(error.message):
         yield denied[1]
-    elif found := _MAY_NOT.search(error.said):
+    elif found := _MAY_NOT.search(error.message):
         yield may_not(found["user"], found["verb"], found["what"], found["ns"] or "")
-    elif strict := _STRICT.search(error.said):
+    elif strict := _STRICT.search(error.message):
         yield strict[1]
     elif error.code == 404 and f"/apis/{GROUP}/" in error.path and not (status.get("details") or {}).get("name"):
         yield "this cluster serves no QLoRAJobs: install the operator, or see 'qlora doctor'"
     else:
-        yield error.said or f"HTTP {error.code} for {error.path}"
+        yield error.message or f"HTTP {error.code} for {error.path}"
 
 
 def may_not(user: str, verb: str, what: str, namespace: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_cli.kube.errors import ApiError, ClusterError
+from qlora_cli.kube.errors import ClusterError, KubeApiError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -119,7 +119,7 @@ def get_job_or_sweep(cluster: Cluster, reference: str) -> Object:
     jobs, sweeps = jobs_path(cluster.namespace), sweeps_path(cluster.namespace)
     found = _find(cluster, f"{jobs}/{reference}", reference)
     if found is None:
-        with suppress(ApiError):  # a chart without sweeps, or a role that may not read them
+        with suppress(KubeApiError):  # a chart without sweeps, or a role that may not read them
             found = _find(cluster, f"{sweeps}/{reference}", reference)
     if found is None:
         raise ClusterError(_not_there(cluster, reference, {"job": jobs, "sweep": sweeps}))
@@ -153,8 +153,8 @@ def _find(cluster: Cluster, path: str, name: str) -> Object | None:
     """Return an object; None where there is none of its name."""
     try:
         return cluster.api.get(path)
-    except ApiError as error:
-        if error.not_found and error.said and f'"{name}" not found' in error.said:
+    except KubeApiError as error:
+        if error.not_found and error.message and f'"{name}" not found' in error.message:
             return None
         raise
 

@@ -38,7 +38,7 @@ class _Attempt(Recorded):
     last_step: Integer | None = None
 
 
-class _Progress(Recorded):
+class _RecordedProgress(Recorded):
     step: Integer | None = None
     total_steps: Integer | None = None
     epoch: DecimalText | None = None
@@ -68,7 +68,7 @@ class _TrackedRun(Recorded):
 
 class _Result(Recorded):
     message: str | None = None
-    progress: _Progress | None = None
+    progress: _RecordedProgress | None = None
     memory: _Memory | None = None
     adapter: _Adapter | None = None
     tracking: list[_TrackedRun] | None = None

@@ -121,7 +121,7 @@ CONFIG = "3f2a-attempt-1/adapter/adapter_config.json"
 )
 def test_a_manifest_that_is_none_is_refused(tmp_path, data, message):
     (tmp_path / "manifest.json").write_bytes(data)
-    with pytest.raises(storage.StorageError, match=message):
+    with pytest.raises(storage.ArtifactError, match=message):
         adapters.read(adapters.Source(str(tmp_path)))
 
 
@@ -137,7 +137,7 @@ def test_a_manifest_without_an_adapter_is_neither_verified_nor_used(call, tmp_pa
 
 def test_a_manifest_that_is_not_the_jobs_is_refused(published):
     with pytest.raises(
-        storage.StorageError, match=r"is not the manifest that the job published: its SHA-256 is \w+…, and"
+        storage.ArtifactError, match=r"is not the manifest that the job published: its SHA-256 is \w+…, and"
     ):
         adapters.read(adapters.Source(str(published), "ab" * 32))
 
@@ -222,7 +222,7 @@ def test_what_is_not_there_and_what_is_not_let_in_is_said(call, s3, monkeypatch)
     ("uri", "message"), [("pvc://c/x", "kubectl cp"), ("ftp://x", "must be a folder, or start with s3")]
 )
 def test_places_that_are_out_of_reach(uri, message):
-    with pytest.raises(storage.StorageError, match=message):
+    with pytest.raises(storage.ArtifactError, match=message):
         storage.open_folder(uri)
 
 

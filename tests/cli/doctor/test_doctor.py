@@ -13,7 +13,7 @@ from qlora_cli.doctor.checks import run_checks
 from qlora_cli.doctor.cluster_snapshot import RIGHTS, ClusterSnapshot
 from qlora_cli.doctor.findings import Level, lines, summary
 from qlora_cli.doctor.references import NEEDED_KEYS, ReferencedObject, endpoints, missing_keys, of_jobs
-from qlora_cli.kube.errors import ApiError
+from qlora_cli.kube.errors import KubeApiError
 
 DENIED = Answer(denied=True)
 OURS = {"labels": {"app.kubernetes.io/part-of": "qlora-operator"}}
@@ -412,7 +412,7 @@ def test_a_busy_or_silent_api_server_is_asked_again_and_nothing_is_called_missin
     with FakeServer((429, {"message": "too many requests"}), (0, None), (200, there)) as server, server.api() as api:
         assert cluster_snapshot._get(api, "/api/v1/nodes/one").value == there
     away = [(503, {"message": "etcd is away"})] * 3
-    with FakeServer(*away) as server, server.api() as api, pytest.raises(ApiError, match="etcd is away"):
+    with FakeServer(*away) as server, server.api() as api, pytest.raises(KubeApiError, match="etcd is away"):
         cluster_snapshot._get(api, "/api/v1/nodes/one")
     with FakeServer((404, {"message": "not found"})) as server, server.api() as api:
         assert cluster_snapshot._get(api, "/api/v1/nodes/one").missing

@@ -15,7 +15,7 @@ from cli_builders import failed, running, succeeded
 from fake_server import FakeServer
 from qlora_cli import app
 from qlora_cli.jobs import submit
-from qlora_cli.kube.errors import ApiError, ClusterError
+from qlora_cli.kube.errors import ClusterError, KubeApiError
 from qlora_cli.kube.target import Cluster
 from qlora_cli.manifest.job_manifest import RefusedError
 
@@ -200,7 +200,7 @@ class FakeApi:
     def get(self, path, **_):
         name = path.rsplit("/", 1)[-1]
         if name not in self.jobs:
-            raise ApiError(404, {"reason": "NotFound", "message": f'qlorajobs.qlora.dev "{name}" not found'}, path)
+            raise KubeApiError(404, {"reason": "NotFound", "message": f'qlorajobs.qlora.dev "{name}" not found'}, path)
         return self.jobs[name]
 
     def list(self, path, **_):

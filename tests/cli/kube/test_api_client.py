@@ -7,7 +7,7 @@ import pytest
 
 from fake_server import FakeServer
 from qlora_cli.kube import api_client as module
-from qlora_cli.kube.errors import ApiError, UnreachableError
+from qlora_cli.kube.errors import KubeApiError, UnreachableError
 
 PATH = "/apis/qlora.dev/v1alpha1/namespaces/default/qlorajobs"
 
@@ -101,7 +101,7 @@ def test_a_broken_connection_is_told_and_taken_up_again(serve):
 
 def test_a_refused_first_list_ends_it(serve):
     server = serve((403, {"reason": "Forbidden", "message": "no"}))
-    with server.api() as api, pytest.raises(ApiError):
+    with server.api() as api, pytest.raises(KubeApiError):
         next(api.follow(PATH))
 
 
@@ -195,7 +195,7 @@ def status(code, reason, message, *causes, name=""):
     ],
 )
 def test_refusals_are_readable(serve, answer, words):
-    with serve(answer).api() as api, pytest.raises(ApiError) as caught:
+    with serve(answer).api() as api, pytest.raises(KubeApiError) as caught:
         api.get(PATH)
     assert str(caught.value) == words
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from charts.helm import Helm
-from cluster.api import ApiError
+from cluster.api import ClusterApiError
 from cluster.control_plane import ControlPlane
 from cluster.scenarios.jobs import GROUP, qlora_job, wait_until_served
 from fixtures import skip_unless_ci
@@ -373,7 +373,7 @@ def test_the_remedy_for_rights_is_one(doctor, cluster, api):
 
 
 def test_the_names_of_faults_are_for_scripts(doctor, api):
-    with pytest.raises(ApiError):
+    with pytest.raises(ClusterApiError):
         api.get(f"{GROUP}/namespaces/{doctor.namespace}/qlorajobs/none")
     api.create(job_in(doctor, parallelism={"gpusPerWorker": 16}))
     assert doctor.call("doctor", "-o", "name").out == "gpus\n"

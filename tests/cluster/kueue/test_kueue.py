@@ -14,7 +14,7 @@ from testing.timeouts import PATIENCE_SECONDS
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cluster.api import Api, Object
+    from cluster.api import ClusterApi, Object
 
 VERSION = "kueue.x-k8s.io/v1beta2"
 PODS, JOBS = "/api/v1/namespaces/{}/pods", "/apis/batch/v1/namespaces/{}/jobs"
@@ -28,7 +28,7 @@ JUDGED = ("AdmissionCheck", "ClusterQueue", "LocalQueue")
 class Queues:
     """Flavors, ClusterQueues and LocalQueues of one test; they go with it."""
 
-    def __init__(self, api: Api, namespace: str, owned: ExitStack) -> None:
+    def __init__(self, api: ClusterApi, namespace: str, owned: ExitStack) -> None:
         self.api, self.namespace, self._owned = api, namespace, owned
 
     def add(self, kind: str, name: str, spec: Object, namespace: str = "") -> None:
@@ -77,7 +77,7 @@ def queues(kueue_cluster, team) -> Iterator[Queues]:
 
 
 @pytest.fixture
-def api(kueue_cluster) -> Api:
+def api(kueue_cluster) -> ClusterApi:
     return kueue_cluster.api
 
 
@@ -93,17 +93,17 @@ def job(
     return manifest
 
 
-def trainers(api: Api, namespace: str, name: str) -> list[Object]:
+def trainers(api: ClusterApi, namespace: str, name: str) -> list[Object]:
     return api.list(PODS.format(namespace), labelSelector=f"qlora.dev/job={name}")
 
 
-def pools(api: Api, namespace: str, name: str, label: str = "pool") -> set[str]:
+def pools(api: ClusterApi, namespace: str, name: str, label: str = "pool") -> set[str]:
     """Values of a label of the nodes of a job's pods."""
     nodes = {pod["spec"]["nodeName"] for pod in trainers(api, namespace, name)}
     return {api.get(f"/api/v1/nodes/{node}")["metadata"]["labels"][label] for node in nodes}
 
 
-def wait(api: Api, path: str, *state: str) -> Object:
+def wait(api: ClusterApi, path: str, *state: str) -> Object:
     """Wait until a job is in a state. The garbage collector learns of new kinds by polling, every 30 s."""
     return api.wait_for(path, in_state(*state), seconds=PATIENCE_SECONDS)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cluster.api import ApiError
+from cluster.api import ClusterApiError
 from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import condition, create_job, in_state, qlora_job
 from cluster.scenarios.script import pods_do
@@ -18,7 +18,7 @@ from cluster.waits import wait_until_counted
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cluster.api import Api, Object
+    from cluster.api import ClusterApi, Object
 
 SOON = 10
 JOBS, PODS = "/apis/batch/v1/namespaces/{}/jobs", "/api/v1/namespaces/{}/pods"
@@ -30,7 +30,7 @@ def quota(**hard: str) -> Object:
     return {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "quota"}, "spec": {"hard": hard}}
 
 
-def create(api: Api, manifest: Object, namespace: str) -> None:
+def create(api: ClusterApi, manifest: Object, namespace: str) -> None:
     """Create it; a quota is waited for until it is counted."""
     api.create(manifest, namespace)
     if manifest["kind"] == "ResourceQuota":
@@ -43,7 +43,7 @@ def limits(**limit: Any) -> Object:
 
 
 @contextmanager
-def denied(api: Api, namespace: str, group: str, resource: str, message: str) -> Iterator[None]:
+def denied(api: ClusterApi, namespace: str, group: str, resource: str, message: str) -> Iterator[None]:
     """A policy of the cluster's that lets nobody create a kind of object in a namespace."""
     name = f"deny-{resource}-{namespace}"
     rule = {"apiGroups": [group], "apiVersions": ["*"], "operations": ["CREATE"], "resources": [resource]}
@@ -76,7 +76,7 @@ def denied(api: Api, namespace: str, group: str, resource: str, message: str) ->
             api.delete(api.path_of(body))
 
 
-def wait_until_denied(api: Api, namespace: str, group: str, resource: str, message: str) -> None:
+def wait_until_denied(api: ClusterApi, namespace: str, group: str, resource: str, message: str) -> None:
     probes = {
         "jobs": {"kind": "Job", "spec": {"template": {"spec": POD | {"restartPolicy": "Never"}}}},
         "pods": {"kind": "Pod", "spec": POD},
@@ -88,7 +88,7 @@ def wait_until_denied(api: Api, namespace: str, group: str, resource: str, messa
     while time.monotonic() < deadline:
         try:
             api.post(f"{place}/namespaces/{namespace}/{resource}", body, dryRun="All")
-        except ApiError as error:
+        except ClusterApiError as error:
             if message in error.message:
                 return
         time.sleep(0.05)
@@ -214,7 +214,7 @@ def test_a_namespace_with_quotas_on_limits_takes_pods_that_are_limited(
 
 
 def test_kueue_without_a_queue_is_refused_by_the_api_server(api, kwok_namespace):
-    with pytest.raises(ApiError, match="gang Kueue needs queue, the name of a LocalQueue"):
+    with pytest.raises(ClusterApiError, match="gang Kueue needs queue, the name of a LocalQueue"):
         api.create(qlora_job("queued", kwok_namespace, scheduling={"gang": "Kueue"}))
 
 
@@ -266,7 +266,7 @@ def test_a_policy_of_the_clusters_is_quoted(api, forked, kwok_namespace, group, 
 
 @pytest.mark.parametrize("name", ["Job", "job.one", "-job", "j" * 53, "jöb", ""])
 def test_names_that_children_could_not_have_are_refused_by_the_api_server(api, crd_cluster, kwok_namespace, name):
-    with pytest.raises(ApiError, match="name"):
+    with pytest.raises(ClusterApiError, match="name"):
         api.create(qlora_job(name, kwok_namespace))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.api import ApiError
+from cluster.api import ClusterApiError
 from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import condition, create_job, in_state, last_attempt, qlora_job
 from cluster.scenarios.script import jobs_are_suspended, pods_do
@@ -117,9 +117,9 @@ def test_credentials_may_be_exchanged_and_what_they_belong_to_may_not(api, forke
     path = create_job(api, qlora_job(namespace=kwok_namespace, model={"credentials": "old"}))
     api.wait_for(path, in_state("Running"), seconds=LONG)
     api.patch(path, {"spec": {"model": {"credentials": "new"}, "dataset": {"train": {"credentials": "rows"}}}})
-    with pytest.raises(ApiError, match="model is immutable"):
+    with pytest.raises(ClusterApiError, match="model is immutable"):
         api.patch(path, {"spec": {"model": {"source": "s3://models/other"}}})
-    with pytest.raises(ApiError, match="dataset is immutable"):
+    with pytest.raises(ClusterApiError, match="dataset is immutable"):
         api.patch(path, {"spec": {"dataset": {"eval": {"fraction": "0.1"}}}})
     api.patch(path, {"spec": {"suspend": True}})
     api.wait_for(path, in_state("Suspended"), seconds=LONG)

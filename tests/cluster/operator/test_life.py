@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from cluster.api import ApiError
+from cluster.api import ClusterApiError
 from cluster.kwok import find_node_again, lose_node
 from cluster.scenarios.jobs import condition, create_job, in_state, last_attempt, qlora_job
 from cluster.scenarios.script import pods_do
@@ -173,7 +173,7 @@ def test_a_finished_job_deletes_itself_when_its_time_has_come(api, operator, kwo
 
 def test_changes_that_would_break_a_resume_are_refused_by_the_api_server(api, operator, kwok_namespace):
     path = create_job(api, qlora_job(namespace=kwok_namespace))
-    with pytest.raises(ApiError, match="lora is immutable: a resumed run must match its checkpoint"):
+    with pytest.raises(ClusterApiError, match="lora is immutable: a resumed run must match its checkpoint"):
         api.patch(path, {"spec": {"lora": {"rank": 32}}})
     api.patch(path, {"spec": {"policy": {"maxRestarts": 9}}})
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
-from cluster.api import ApiError
+from cluster.api import ClusterApiError
 from cluster.scenarios.jobs import CRD, GROUP, qlora_job
 from cluster.scenarios.mutations import mutations
 from cluster.scenarios.script import pods_do
@@ -62,7 +62,7 @@ def test_a_mutated_job_is_refused_with_its_fields_name_or_says_where_it_stands(
             try:
                 api.post(f"{GROUP}/namespaces/{kwok_namespace}/qlorajobs", manifest, fieldValidation="Strict")
                 taken[name] = mutation
-            except ApiError as error:
+            except ClusterApiError as error:
                 if error.status not in (400, 422) or mutation.field not in error.message:
                     silent.append(f"{mutation}: {error}")
         assert silent == []

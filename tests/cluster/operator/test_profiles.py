@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.api import ApiError
+from cluster.api import ClusterApiError
 from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import GROUP, condition, create_job, in_state, qlora_job
 
@@ -85,6 +85,6 @@ def test_a_profile_that_is_not_there_is_named_with_those_that_are_and_a_correcti
 )
 def test_the_api_server_refuses_what_goes_beyond_a_profile(crd_cluster, kwok_namespace, scheduling, said):
     manifest = qlora_job("job", kwok_namespace, scheduling=scheduling)
-    with pytest.raises(ApiError) as caught:
+    with pytest.raises(ClusterApiError) as caught:
         crd_cluster.api.post(f"{GROUP}/namespaces/{kwok_namespace}/qlorajobs", manifest, fieldValidation="Strict")
     assert said in str(caught.value)

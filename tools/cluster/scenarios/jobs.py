@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cluster.api import Api, Object
+    from cluster.api import ClusterApi, Object
     from cluster.control_plane import ControlPlane
 
 CRDS = Path(__file__).parents[3] / "crds"
@@ -20,7 +20,7 @@ def serve_crd(cluster: ControlPlane) -> None:
     wait_until_served(cluster.api)
 
 
-def wait_until_served(api: Api) -> None:
+def wait_until_served(api: ClusterApi) -> None:
     """Wait until QLoRAJobs and QLoRASweeps are handled and discovered."""
     for plural in ("qlorajobs", "qlorasweeps"):
         api.wait_for(f"{GROUP}/{plural}", bool, what=f"{plural} are served")
@@ -76,7 +76,7 @@ def last_attempt(job: Object) -> Object:
     return attempt
 
 
-def create_job(api: Api, manifest: Object) -> str:
+def create_job(api: ClusterApi, manifest: Object) -> str:
     """Create it; its path."""
     api.create(manifest)
     return job_path(manifest["metadata"]["namespace"], manifest["metadata"]["name"])

@@ -17,7 +17,7 @@ from cluster.kwok import PREFIX
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from cluster.api import Api, Object
+    from cluster.api import ClusterApi, Object
 
 TAKE_UP_SECONDS = 20
 _numbers = count()
@@ -30,7 +30,7 @@ _JOB = {"apiVersion": "batch/v1", "kind": "Job", "metadata": _METADATA, "spec": 
 
 @contextmanager
 def pods_do(
-    api: Api,
+    api: ClusterApi,
     namespace: str,
     does: Mapping[str, object],
     *,
@@ -72,7 +72,7 @@ def pods_do(
 
 
 @contextmanager
-def sidecar_in_pods(api: Api, namespace: str) -> Iterator[None]:
+def sidecar_in_pods(api: ClusterApi, namespace: str) -> Iterator[None]:
     """Have every pod of a namespace get a container more, as a service mesh or a log shipper does."""
     container = 'Object.spec.containers{name: "proxy", image: "mesh"}'
     spec = f"Object.spec{{containers: [{container}]}}"
@@ -81,7 +81,7 @@ def sidecar_in_pods(api: Api, namespace: str) -> Iterator[None]:
 
 
 @contextmanager
-def gate_on_pods(api: Api, namespace: str, gate: str) -> Iterator[None]:
+def gate_on_pods(api: ClusterApi, namespace: str, gate: str) -> Iterator[None]:
     """Have every pod of a namespace held back by a scheduling gate."""
     spec = f"Object.spec{{schedulingGates: [Object.spec.schedulingGates{{name: {json.dumps(gate)}}}]}}"
     with _mutated(api, namespace, "pods", spec, lambda made: made["spec"].get("schedulingGates")):
@@ -89,14 +89,16 @@ def gate_on_pods(api: Api, namespace: str, gate: str) -> Iterator[None]:
 
 
 @contextmanager
-def jobs_are_suspended(api: Api, namespace: str) -> Iterator[None]:
+def jobs_are_suspended(api: ClusterApi, namespace: str) -> Iterator[None]:
     """Have every Job of a namespace suspended as it is created, as Kueue's webhook does."""
     with _mutated(api, namespace, "jobs", "Object.spec{suspend: true}", lambda made: made["spec"].get("suspend")):
         yield
 
 
 @contextmanager
-def _mutated(api: Api, namespace: str, resource: str, spec: str, holds: Callable[[Object], object]) -> Iterator[None]:
+def _mutated(
+    api: ClusterApi, namespace: str, resource: str, spec: str, holds: Callable[[Object], object]
+) -> Iterator[None]:
     """Have the spec of every new pod or Job of a namespace changed by an expression."""
     policy = _policy(f"{resource}-{next(_numbers)}-{namespace}", resource, f"Object{{spec: {spec}}}", {})
     group, probe = ("/apis/batch/v1", _JOB) if resource == "jobs" else ("/api/v1", _POD)
@@ -106,7 +108,7 @@ def _mutated(api: Api, namespace: str, resource: str, spec: str, holds: Callable
 
 @contextmanager
 def _in_force(
-    api: Api,
+    api: ClusterApi,
     policy: Object,
     namespace_labels: Mapping[str, str],
     path: str,

@@ -12,7 +12,7 @@ from cluster.scenarios.whole_life import word
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from cluster.api import Api, Object
+    from cluster.api import ClusterApi, Object
     from cluster.scenarios.history import History
     from cluster.scenarios.proxy import Call
 
@@ -52,7 +52,7 @@ def sweep_path(namespace: str, name: str = SWEEP) -> str:
     return f"{GROUP}/namespaces/{namespace}/qlorasweeps/{name}"
 
 
-def create_sweep(api: Api, manifest: Object) -> str:
+def create_sweep(api: ClusterApi, manifest: Object) -> str:
     """Create it; its path."""
     api.create(manifest)
     return sweep_path(manifest["metadata"]["namespace"], manifest["metadata"]["name"])
@@ -78,7 +78,7 @@ def pauses(number: int) -> dict[str, object]:
 
 
 @contextmanager
-def trials_succeed(api: Api, namespace: str, everywhere: Mapping[str, str] | None = None) -> Iterator[None]:
+def trials_succeed(api: ClusterApi, namespace: str, everywhere: Mapping[str, str] | None = None) -> Iterator[None]:
     """Have each trial of the grid train to its end in one attempt."""
     with ExitStack() as stack:
         for number in range(len(LOSSES)):
@@ -88,7 +88,7 @@ def trials_succeed(api: Api, namespace: str, everywhere: Mapping[str, str] | Non
 
 
 @contextmanager
-def trials_pause_first(api: Api, namespace: str, everywhere: Mapping[str, str] | None = None) -> Iterator[None]:
+def trials_pause_first(api: ClusterApi, namespace: str, everywhere: Mapping[str, str] | None = None) -> Iterator[None]:
     """Have each trial pause in its first attempt, and train to the end in its second one."""
     with ExitStack() as stack:
         for number in range(len(LOSSES)):
@@ -118,7 +118,7 @@ def life(namespace: str) -> Object:
 
 
 @contextmanager
-def trials_live(api: Api, namespace: str, everywhere: Mapping[str, str] = LIFE_LABELS) -> Iterator[None]:
+def trials_live(api: ClusterApi, namespace: str, everywhere: Mapping[str, str] = LIFE_LABELS) -> Iterator[None]:
     """Have the trials of this life pause; the better one, search-1, is then suspended as it trains, and succeeds."""
     stops = {"stop-exit-code": 43, "stop-message": word(43, "Preempted", "stopped at step 5")}
     with ExitStack() as stack:
@@ -132,7 +132,7 @@ def trials_live(api: Api, namespace: str, everywhere: Mapping[str, str] = LIFE_L
         yield
 
 
-def live_sweep(api: Api, namespace: str) -> None:
+def live_sweep(api: ClusterApi, namespace: str) -> None:
     """Play the user: create, suspend as the better trial trains, resume; return when all is gone."""
     path = create_sweep(api, life(namespace))
     trial = f"{GROUP}/namespaces/{namespace}/qlorajobs/search-1"

@@ -18,7 +18,7 @@ from qlora_operator.decide.prepare_result import GPU_NOT_KNOWN
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cluster.api import Api, Object
+    from cluster.api import ClusterApi, Object
     from cluster.scenarios.history import History
     from cluster.scenarios.proxy import Call
 
@@ -57,7 +57,7 @@ def ends(code: int = 0, reason: str = "Completed", message: str = "step 10 of 10
 
 
 @contextmanager
-def pods_live(api: Api, namespace: str) -> Iterator[None]:
+def pods_live(api: ClusterApi, namespace: str) -> Iterator[None]:
     """Have pods play this life in all namespaces with the labels, of which ``namespace`` is one."""
     stops = {"stop-exit-code": 43, "stop-message": word(43, "Preempted", "stopped at step 5")}
     with ExitStack() as stack:
@@ -71,12 +71,12 @@ def pods_live(api: Api, namespace: str) -> Iterator[None]:
         yield
 
 
-def live(api: Api, namespace: str) -> None:
+def live(api: ClusterApi, namespace: str) -> None:
     """Play the user: create, suspend the second attempt as it trains, resume; return when all is gone."""
     finish_life(api, namespace, start_life(api, namespace))
 
 
-def start_life(api: Api, namespace: str) -> str:
+def start_life(api: ClusterApi, namespace: str) -> str:
     """Create the job and return its path as its second attempt trains."""
     path = create_job(api, qlora_job(namespace=namespace, workers=WORKERS, policy={"ttlSecondsAfterFinished": 2}))
 
@@ -87,7 +87,7 @@ def start_life(api: Api, namespace: str) -> str:
     return path
 
 
-def finish_life(api: Api, namespace: str, path: str) -> None:
+def finish_life(api: ClusterApi, namespace: str, path: str) -> None:
     """Suspend the attempt, resume, and return when all is gone."""
     api.patch(path, {"spec": {"suspend": True}})
     api.wait_for(path, in_state("Suspended"), seconds=STEP_SECONDS, what="suspended")

@@ -63,7 +63,7 @@ class BaseModelRef(Model):
     revision: str
 
 
-class PublishedFile(Model):
+class ManifestFile(Model):
     path: str
     """Relative to the manifest's folder."""
     size: int = Field(ge=0)
@@ -85,7 +85,7 @@ class Manifest(Model):
     """Folder in PEFT's layout, relative to the manifest's folder."""
     merged: str | None
     """Folder of the base with the adapter merged in, where spec.output.merge asks for it."""
-    files: tuple[PublishedFile, ...]
+    files: tuple[ManifestFile, ...]
     metrics: dict[str, int | float | None]
     packages: dict[str, str]
     config: dict[str, Any]

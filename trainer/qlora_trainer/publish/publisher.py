@@ -24,7 +24,7 @@ from qlora_trainer.publish.adapter_manifest import (
     SIGNATURE_PURPOSE,
     BaseModelRef,
     Manifest,
-    PublishedFile,
+    ManifestFile,
     PublishFacts,
     installed_packages,
     metrics_of,
@@ -126,7 +126,7 @@ def publish(
 def _manifest(job: JobRef, attempt: int, folder: Path, place: str, facts: PublishFacts) -> Manifest:
     paths = sorted(p for top in (ADAPTER, MERGED) for p in (folder / top).rglob("*") if p.is_file())
     files = tuple(
-        PublishedFile(
+        ManifestFile(
             path=f"{place}/{path.relative_to(folder).as_posix()}", size=path.stat().st_size, sha256=sha256_file(path)
         )
         for path in paths

@@ -97,7 +97,7 @@ def _list_jobs(target: Target, selector: str | None, output: OutputFormat, *, ev
     """List jobs, and for people sweeps too, where they may be listed."""
     from qlora_cli.cluster_sweeps import sweep_list
     from qlora_cli.jobs import job_list
-    from qlora_cli.kube.errors import ApiError
+    from qlora_cli.kube.errors import KubeApiError
     from qlora_cli.text import output as out
 
     sweeps: list[Object] = []
@@ -105,7 +105,7 @@ def _list_jobs(target: Target, selector: str | None, output: OutputFormat, *, ev
         objects = job_list.jobs_of(cluster, everywhere=everywhere, selector=selector)
         here, where = cluster.namespace, _place(cluster, everywhere=everywhere)
         if output is OutputFormat.TEXT:
-            with suppress(ApiError):  # of an earlier version of the chart, or of a role without them
+            with suppress(KubeApiError):  # of an earlier version of the chart, or of a role without them
                 sweeps = sweep_list.sweeps_of(cluster, everywhere=everywhere, selector=selector)
     if output is not OutputFormat.TEXT:
         out.write_objects(objects, output)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.api import ApiError
+from cluster.api import ClusterApiError
 from cluster.control_plane import ControlPlane
 from cluster.kwok import finish_pod
 from cluster.scenarios.forked_operator import ForkedOperator
@@ -143,7 +143,7 @@ def test_a_job_is_deleted_once_however_late_its_watch_says_so(api, behind_proxy,
     proxy.freeze_watches("qlorajobs")
     before = behind_proxy.metric_sum(RECONCILES)
     api.wait_gone(path, seconds=2 * SOON)
-    with suppress(ApiError):  # the garbage collector was quicker
+    with suppress(ClusterApiError):  # the garbage collector was quicker
         api.delete(f"{JOBS.format(kwok_namespace)}/job-1")
     # One has deleted it, and the end of its child wakes it once more.
     assert eventually(lambda: behind_proxy.metric_sum(RECONCILES) >= before + 2), "nothing woke it"

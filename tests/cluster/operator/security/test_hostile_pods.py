@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from cluster.api import ApiError
+from cluster.api import ClusterApiError
 from cluster.kwok import PREFIX, finish_pod
 from cluster.scenarios.forked_operator import ForkedOperator
 from cluster.scenarios.jobs import condition, create_job, in_state, last_attempt, qlora_job
@@ -27,7 +27,7 @@ from services.hostile_rank import TERMINAL, HostileRank, answers, report
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cluster.api import Api, Object
+    from cluster.api import ClusterApi, Object
 
 FAULTY = Path(__file__).parents[4] / "tools" / "cluster" / "scenarios" / "faulty_operator.py"
 JOBS, PODS = "/apis/batch/v1/namespaces/{}/jobs", "/api/v1/namespaces/{}/pods"
@@ -65,7 +65,7 @@ def nested(depth: int) -> str:
     return '{"f:a":' * depth + "{}" + "}" * depth
 
 
-def create_nested(api: Api, manifest: Object, namespace: str, depth: int = 9_000) -> None:
+def create_nested(api: ClusterApi, manifest: Object, namespace: str, depth: int = 9_000) -> None:
     """Create an object whose managed fields are nested as deep as the API server takes them."""
     fields = {
         "manager": "tenant",
@@ -260,10 +260,10 @@ def test_status_that_is_refused_with_a_pods_figures_is_written_without_them(api,
     assert done["status"]["adapter"] == ADAPTER
 
 
-def is_refused(api: Api, path: str, change: Object) -> bool:
+def is_refused(api: ClusterApi, path: str, change: Object) -> bool:
     try:
         api.patch(path, change, dryRun="All")
-    except ApiError:
+    except ClusterApiError:
         return True
     return False
 

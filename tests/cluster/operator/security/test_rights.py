@@ -11,7 +11,7 @@ import pytest
 
 from charts.helm import Helm
 from charts.installed_roles import InstalledRoles, can_i, install
-from cluster.api import ApiError
+from cluster.api import ClusterApiError
 from cluster.audit import READS
 from cluster.control_plane import ControlPlane, KubectlError, Settings
 from cluster.kwok import find_node_again, lose_node
@@ -420,5 +420,5 @@ def test_what_a_tenant_may_name_reaches_the_pods_by_name_alone(tenant, cluster_w
     assert pod["spec"]["automountServiceAccountToken"] is False
     of_secrets = [r for r in cluster.requests_since(mark) if r.resource == "secrets" and r.user == cluster_wide.account]
     assert {r.verb for r in of_secrets} == {"create"}
-    with pytest.raises(ApiError):
+    with pytest.raises(ClusterApiError):
         cluster.api.get(path)

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from cluster.api import ApiError
+from cluster.api import ClusterApiError
 from cluster.scenarios.jobs import GROUP, condition, create_job, in_state, qlora_job
 from cluster.scenarios.script import pods_do
 from cluster.scenarios.sweeps import LOSSES, adapter, create_sweep, qlora_sweep, trials_pause_first, trials_succeed
@@ -130,7 +130,7 @@ def test_what_the_schema_cannot_refuse_is_said_before_a_trial_is_created(api, fo
     ],
 )
 def test_the_api_server_refuses_what_its_schema_sees(api, crd_cluster, kwok_namespace, changes, said):
-    with pytest.raises(ApiError, match=re.escape(said)):
+    with pytest.raises(ClusterApiError, match=re.escape(said)):
         api.create(qlora_sweep(kwok_namespace, **changes))
 
 
@@ -143,7 +143,7 @@ def test_settings_by_which_trials_are_compared_never_change_and_limits_do(api, c
         {"earlyStopping": {"minSteps": 2}},
         {"template": {"spec": {"policy": {"maxRestarts": 9}}}},
     ):
-        with pytest.raises(ApiError, match="is immutable: trials of other settings cannot be compared"):
+        with pytest.raises(ClusterApiError, match="is immutable: trials of other settings cannot be compared"):
             api.patch(path, {"spec": change})
     api.patch(path, {"spec": {"maxTrials": 8, "parallelTrials": 4, "budgetGpuHours": "3", "suspend": False}})
 
