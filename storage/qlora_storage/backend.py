@@ -35,7 +35,7 @@ class Fault:
     """Meaning of an error of the system."""
 
     kind: FaultKind
-    words: str
+    message: str
     status: int = 0
     """Status of the HTTP answer; 0 if there was none."""
     denied: bool = False

@@ -51,19 +51,19 @@ def bucket_fault(error: Exception) -> Fault:
     text = str(error)
     status = int(m[1]) if (m := _STATUS.search(text)) else 0
     code = _tag(text, "Code")
-    words = _words(text, status, code)
+    message = _message(text, status, code)
     if any(path in text for path in _CREDENTIAL_SERVICES):
         return Fault(
-            FaultKind.USER, f"no credentials were found, and the machine's metadata service has none ({words})"
+            FaultKind.USER, f"no credentials were found, and the machine's metadata service has none ({message})"
         )
     if "builder error" in text:
         return Fault(FaultKind.USER, "the endpoint is not https; set AWS_ALLOW_HTTP=true if that is meant")
     if "certificate" in text and not status:
-        return Fault(FaultKind.USER, f"the server's certificate is not trusted; AWS_CA_BUNDLE names more ({words})")
+        return Fault(FaultKind.USER, f"the server's certificate is not trusted; AWS_CA_BUNDLE names more ({message})")
     kind, meaning = _meaning(error, text, status, code)
     return Fault(
         kind,
-        f"{meaning} ({words})" if meaning else words,
+        f"{meaning} ({message})" if meaning else message,
         status=status,
         denied=meaning == _DENIED,
         timed_out=_TIMED_OUT in text,
@@ -74,7 +74,7 @@ _DENIED = "access is denied"
 
 
 def _meaning(error: Exception, text: str, status: int, code: str) -> tuple[FaultKind, str]:
-    """Return the kind, and what is to be said beside the server's own words."""
+    """Return the kind, and an explanation to put before the server's message."""
     if code in _CLOCK:
         return FaultKind.TRANSIENT, _clock(text)
     if code in _TRANSIENT_CODES:
@@ -117,7 +117,7 @@ def _request_time(text: str) -> datetime:
     return datetime.fromisoformat(text)
 
 
-def _words(text: str, status: int, code: str) -> str:
+def _message(text: str, status: int, code: str) -> str:
     """Cut out the part of obstore's page-long text that says something."""
     if status:
         message = _tag(text, "Message")

@@ -48,8 +48,8 @@ PART_RETRIES = 6
 """obstore's own, about 2 s in all: a part of a large upload is repeated, not the whole. All other requests are repeated
 by :mod:`qlora_storage.retry` alone, which knows when a server wants to be left alone."""
 WITHOUT_CREDENTIALS = (
-    "no credentials were found, and the store does not allow anonymous access ({words}). The cloud identity of the pod "
-    "or machine is used only if allowed (chart value trainer.workloadIdentity; on your machine "
+    "no credentials were found, and the store does not allow anonymous access ({message}). The cloud identity of the "
+    "pod or machine is used only if allowed (chart value trainer.workloadIdentity; on your machine "
     "QLORA_WORKLOAD_IDENTITY=true)"
 )
 
@@ -161,7 +161,7 @@ class BucketBackend:
     def fault(self, error: Exception) -> Fault:
         fault = bucket_fault(error)
         if self._settings.anonymous:
-            return replace(fault, words=WITHOUT_CREDENTIALS.format(words=fault.words)) if fault.denied else fault
+            return replace(fault, message=WITHOUT_CREDENTIALS.format(message=fault.message)) if fault.denied else fault
         return replace(fault, retry_after=self._requested_wait()) if fault.status in BUSY else fault
 
     def _requested_wait(self) -> float | None:

@@ -93,18 +93,18 @@ class FolderBackend:
 
     def fault(self, error: Exception) -> Fault:
         number = error.errno if isinstance(error, OSError) else None
-        words = str(error)
+        message = str(error)
         if number == errno.ENOENT:
-            return Fault(FaultKind.MISSING, words)
+            return Fault(FaultKind.MISSING, message)
         if number == errno.EEXIST:
-            return Fault(FaultKind.EXISTS, words)
+            return Fault(FaultKind.EXISTS, message)
         if number in (errno.ENOSPC, errno.EDQUOT):
             return Fault(
-                FaultKind.FINAL, f"the disk is full ({_free(self.root)}): {words}; free space or use a larger volume"
+                FaultKind.FINAL, f"the disk is full ({_free(self.root)}): {message}; free space or use a larger volume"
             )
         if number in _LOCAL_USER:
-            return Fault(FaultKind.USER, f"cannot be used: {words}")
-        return Fault(FaultKind.TRANSIENT if number in _LOCAL_TRANSIENT else FaultKind.FINAL, words)
+            return Fault(FaultKind.USER, f"cannot be used: {message}")
+        return Fault(FaultKind.TRANSIENT if number in _LOCAL_TRANSIENT else FaultKind.FINAL, message)
 
     def _path(self, key: str, *, follow: bool = False) -> Path:
         """Return where a key is.

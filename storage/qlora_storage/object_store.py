@@ -164,7 +164,7 @@ def open_store(uri: str, field: str, patience_seconds: float = PATIENCE_SECONDS)
     try:
         backend = BucketBackend(scheme, bucket, prefix)
     except BucketBackend.errors as error:
-        raise _user_error(uri, field, f"cannot be opened: {bucket_fault(error).words}") from error
+        raise _user_error(uri, field, f"cannot be opened: {bucket_fault(error).message}") from error
     return Store(backend, f"{scheme}://{place}", field, patience_seconds)
 
 
@@ -295,7 +295,7 @@ class Store:
                 for piece in self.chunks(key):
                     file.write(piece)
         except OSError as error:
-            raise StorageError(f"cannot write {target}: {local.fault(error).words}") from error
+            raise StorageError(f"cannot write {target}: {local.fault(error).message}") from error
 
     def delete(self, prefix: str) -> None:
         """Delete every object below the folder ``prefix``, and the object of that name; none is no error."""
@@ -323,15 +323,15 @@ class Store:
             case FaultKind.EXISTS:
                 return AlreadyExistsError(self.uri(key))
             case FaultKind.USER:
-                return _user_error(self._root, self.field, fault.words)
+                return _user_error(self._root, self.field, fault.message)
             case FaultKind.TRANSIENT:
-                return StorageError(f"cannot {doing}: tried for {self._patience_seconds:.0f} s: {fault.words}")
+                return StorageError(f"cannot {doing}: tried for {self._patience_seconds:.0f} s: {fault.message}")
             case FaultKind.FINAL:
-                return StorageError(f"cannot {doing}: {fault.words}")
+                return StorageError(f"cannot {doing}: {fault.message}")
 
 
-def _user_error(uri: str, field: str, words: str) -> UserError:
-    allowed = f"cannot be used: {words}. {_remedy(uri, field)}"
+def _user_error(uri: str, field: str, message: str) -> UserError:
+    allowed = f"cannot be used: {message}. {_remedy(uri, field)}"
     return UserError(field, uri, allowed) if field else UserError(uri, None, allowed)
 
 

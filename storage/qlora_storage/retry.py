@@ -29,7 +29,7 @@ class FaultError(Exception):
 
     def __init__(self, fault: Fault) -> None:
         self.fault = fault
-        super().__init__(fault.words)
+        super().__init__(fault.message)
 
 
 def call_patiently(
@@ -64,6 +64,6 @@ def call_patiently(
             is_late = now + pause > give_up_at and not (fault.timed_out and timeouts < LEAST_TIMEOUTS)
             if fault.kind is not FaultKind.TRANSIENT or is_late:
                 raise FaultError(fault) from error
-        log.warning("cannot %s yet, next try in %.1f s: %s", doing, pause, fault.words)
+        log.warning("cannot %s yet, next try in %.1f s: %s", doing, pause, fault.message)
         time.sleep(pause)
         wait = min(2 * wait, LONGEST_WAIT_SECONDS)

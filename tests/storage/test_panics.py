@@ -133,7 +133,7 @@ def test_a_panic_that_nobody_foresaw_is_a_users_error_in_words():
 
     with pytest.raises(Exception, match="unwrap") as caught, _without_panics():
         raise PanicException("called `Result::unwrap()`")
-    assert "obstore cannot work with these settings" in bucket_fault(caught.value).words
+    assert "obstore cannot work with these settings" in bucket_fault(caught.value).message
 
 
 @pytest.mark.parametrize(

@@ -178,16 +178,16 @@ def _has_conversations(adapter: Path) -> bool:
 
 def command(start: Sequence[str], models: Models, options: GenerateOptions) -> list[str]:
     """Return the process that answers; ``--option=value``, so that a prompt may begin with dashes."""
-    words = [*start, f"--base={models.base}", f"--adapter={models.adapter}"]
-    words += [f"--revision={models.revision}"] if models.revision else []
+    arguments = [*start, f"--base={models.base}", f"--adapter={models.adapter}"]
+    arguments += [f"--revision={models.revision}"] if models.revision else []
     if models.dataset and not options.raw:
-        words.append(f"--dataset={models.dataset}")
-        words += ["--conversations"] if models.conversations else []
+        arguments.append(f"--dataset={models.dataset}")
+        arguments += ["--conversations"] if models.conversations else []
     if models.merged:
-        words.append(f"--merged={models.merged}")
-    words += [f"--prompt={prompt}" for prompt in options.prompts]
-    words += [f"--max-new-tokens={options.max_new_tokens}", "--json"]
-    return [*words, "--sample"] if options.sample else words
+        arguments.append(f"--merged={models.merged}")
+    arguments += [f"--prompt={prompt}" for prompt in options.prompts]
+    arguments += [f"--max-new-tokens={options.max_new_tokens}", "--json"]
+    return [*arguments, "--sample"] if options.sample else arguments
 
 
 def generate(

@@ -89,7 +89,7 @@ def output_folder(out: Path) -> Iterator[Path]:
 
 
 def run(merge: MergeRequest, adapter: Path, out: Path, commands: Commands) -> int:
-    """Merge; the process's exit code. Its words go where ours go."""
-    words = [f"--base={merge.base}", f"--adapter={adapter}", f"--out={out}", f"--cache-dir={cache_dir()}"]
-    words += [f"--revision={merge.revision}"] if merge.revision else []
-    return shell_code(subprocess.run([*commands.merge, *words], env=environment(), check=False).returncode)
+    """Run the merge and return its exit code. Its output goes to that of this process."""
+    arguments = [f"--base={merge.base}", f"--adapter={adapter}", f"--out={out}", f"--cache-dir={cache_dir()}"]
+    arguments += [f"--revision={merge.revision}"] if merge.revision else []
+    return shell_code(subprocess.run([*commands.merge, *arguments], env=environment(), check=False).returncode)

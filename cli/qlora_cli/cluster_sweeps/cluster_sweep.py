@@ -52,7 +52,7 @@ class ClusterSweep:
         return self.state in OVER
 
     @property
-    def needs_a_hand(self) -> bool:
+    def needs_attention(self) -> bool:
         return not self.is_finished and self.reason in NEEDS_ATTENTION
 
     @property

@@ -85,7 +85,7 @@ def next_commands(sweep: ClusterSweep, program: str, target: Target) -> list[str
             return [f"{program} report {sweep.name}{flags}", f"{program} list{flags} -l qlora.dev/sweep={sweep.name}"]
         case "Suspended" if sweep.suspend:
             return [f"{program} resume {sweep.name}{flags}"]
-        case _ if sweep.needs_a_hand:
+        case _ if sweep.needs_attention:
             return [f"{program} doctor{flags}"]
         case _:
             return [f"{program} watch {sweep.name}{flags}", f"{program} report {sweep.name}{flags}"]

@@ -73,5 +73,5 @@ def _row(sweep: ClusterSweep, now: datetime) -> list[str | Cell]:
         sweep.best_figure,
         sweep.used,
         figures.age(sweep.created, now),
-        Cell(first_sentence(sweep.message), "red" if failed else "yellow") if failed or sweep.needs_a_hand else "",
+        Cell(first_sentence(sweep.message), "red" if failed else "yellow") if failed or sweep.needs_attention else "",
     ]

@@ -202,7 +202,7 @@ def jobs(snapshot: ClusterSnapshot) -> Iterator[Finding]:
             f"no operator has taken up {', '.join(unseen[:3])}",
             "see 'operator' above: it does not run, does not serve this namespace, or its log says why",
         )
-    stuck = [job for job in waiting if job.needs_a_hand]
+    stuck = [job for job in waiting if job.needs_attention]
     for job in stuck:
         yield fault("jobs", f'job "{job.name}" waits ({job.reason}): {job.message}', f"qlora show {job.name}")
     if not stuck and not unseen:

@@ -26,17 +26,17 @@ def set_suspend(cluster: Cluster, name: str, *, suspend: bool) -> tuple[Object, 
 
     """
     body = get_job_or_sweep(cluster, name)
-    seen, kind = view(body), "sweep" if is_sweep(body) else "job"
-    if seen.is_finished:
-        again = seen.state == "Failed" and kind == "job"
+    current, kind = view(body), "sweep" if is_sweep(body) else "job"
+    if current.is_finished:
+        again = current.state == "Failed" and kind == "job"
         then = f"'{program()} retry {name}' makes a new one" if again else "there is nothing to do"
-        raise ClusterError(f'{kind} "{seen.name}" is over ({seen.state}); {then}')
+        raise ClusterError(f'{kind} "{current.name}" is over ({current.state}); {then}')
     if sweep := _sweep_of(body):
         raise ClusterError(
             f'job "{name}" is a trial of sweep "{sweep}", which suspends and resumes it; '
             f"'{program()} {'suspend' if suspend else 'resume'} qlorasweep/{sweep}' is for all its trials"
         )
-    if seen.suspend == suspend:
+    if current.suspend == suspend:
         return body, False
     return cluster.api.merge(_path(body), {"spec": {"suspend": suspend}}), True
 
@@ -64,19 +64,19 @@ def jobs_to_delete(cluster: Cluster, names: Sequence[str]) -> list[Object]:
 
 def describe(job: Object) -> str:
     """Describe what is lost with a job or sweep, in a line."""
-    seen = view(job)
+    current = view(job)
     if is_sweep(job):
         running = (job.get("status") or {}).get("trials", {}).get("running", 0)
         trials = f"its trials are deleted with it{f', {running} of them run' if running else ''}"
-        return f"{seen.namespace}/{seen.name}  sweep, {seen.state}; {trials}; published adapters stay"
-    at = f" at step {seen.step} of {seen.total_steps}" if seen.step and not seen.is_finished else ""
+        return f"{current.namespace}/{current.name}  sweep, {current.state}; {trials}; published adapters stay"
+    at = f" at step {current.step} of {current.total_steps}" if current.step and not current.is_finished else ""
     kept = {
-        "Succeeded": f"its adapter stays at {seen.adapter.get('uri', 'its destination')}",
+        "Succeeded": f"its adapter stays at {current.adapter.get('uri', 'its destination')}",
         "Failed": "its checkpoints stay at its destination, but no other job resumes from them",
-    }.get(seen.state, "its GPUs are freed after a last checkpoint; no other job resumes from it")
+    }.get(current.state, "its GPUs are freed after a last checkpoint; no other job resumes from it")
     if sweep := _sweep_of(job):
         kept = f"it is a trial of sweep {sweep}, which creates it again"
-    return f"{seen.namespace}/{seen.name}  {seen.state}{at}; {kept}"
+    return f"{current.namespace}/{current.name}  {current.state}{at}; {kept}"
 
 
 def confirm(question: str, *, yes: bool) -> bool:

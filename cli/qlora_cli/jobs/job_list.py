@@ -43,17 +43,17 @@ def runs_of(runs_dir: Path) -> list[tuple[Object, JobView]]:
     for folder in local_runs(runs_dir):
         try:
             record = read_run(folder)
-            seen = view_run(folder, record)
+            shown = view_run(folder, record)
         except ClusterError as error:  # one that is damaged hides none of the others
-            record, seen = {}, view_damaged_run(folder, error)
-        found.append(({"folder": str(folder), **record}, seen))
+            record, shown = {}, view_damaged_run(folder, error)
+        found.append(({"folder": str(folder), **record}, shown))
     return sorted(found, key=lambda pair: (pair[1].created is not None and pair[1].created.timestamp(), pair[1].name))
 
 
 def table(
     views: Sequence[JobView], now: datetime, *, everywhere: bool = False, local: bool = False
 ) -> tuple[list[str], list[list[str | Cell]]]:
-    """Head and rows, as ``kubectl get`` has them, with the reason in words for what does not run."""
+    """Return the header and the rows of a list of jobs: the columns of ``kubectl get``, and a message."""
     head = ["NAME", "STATE", "REASON", "STEP", "LOSS", "EVAL", "ETA", "RESTARTS", "MEMORY", "AGE", "MESSAGE"]
     rows = [_row(job, now, local=local) for job in views]
     if everywhere:
@@ -85,7 +85,7 @@ def next_command(views: Sequence[JobView], call: str, flags: str, namespace: str
 
     ``namespace`` is the one that a command without ``-n`` uses.
     """
-    job = next((v for v in views if v.needs_a_hand), None)
+    job = next((v for v in views if v.needs_attention), None)
     if job is None and any(v.state == "Running" and v.namespace for v in views):
         return f"{call} watch{flags}"
     job = job or next((v for v in reversed(views) if v.state == "Failed"), views[-1])
@@ -94,9 +94,9 @@ def next_command(views: Sequence[JobView], call: str, flags: str, namespace: str
 
 
 def _row(job: JobView, now: datetime, *, local: bool) -> list[str | Cell]:
-    words = Cell(stage_in_words(job, now))
-    if job.needs_a_hand or job.state == "Failed":
-        words = Cell(first_sentence(job.message), "red" if job.state == "Failed" else "yellow")
+    message = Cell(stage_in_words(job, now))
+    if job.needs_attention or job.state == "Failed":
+        message = Cell(first_sentence(job.message), "red" if job.state == "Failed" else "yellow")
     state = "Deleting" if job.deleting else job.state
     return [
         job.place if local else job.name,
@@ -109,7 +109,7 @@ def _row(job: JobView, now: datetime, *, local: bool) -> list[str | Cell]:
         str(job.restarts),
         figures.memory(job.peak_bytes),
         figures.age(job.created, now),
-        words if words.text else "",
+        message if message.text else "",
     ]
 
 

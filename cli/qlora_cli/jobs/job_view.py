@@ -88,7 +88,7 @@ class JobView:
         return self.state in OVER
 
     @property
-    def needs_a_hand(self) -> bool:
+    def needs_attention(self) -> bool:
         return not self.is_finished and self.reason in NEEDS_ATTENTION
 
     @property
@@ -305,7 +305,7 @@ def in_order(views: Iterable[JobView]) -> list[JobView]:
 
     def key(job: JobView) -> tuple[int, float, str]:
         when = job.ended if job.is_finished else job.created
-        place = 0 if job.needs_a_hand else rank.get(job.state, 2)
+        place = 0 if job.needs_attention else rank.get(job.state, 2)
         return place, -(when.timestamp() if when else 0), job.name
 
     return sorted(views, key=key)

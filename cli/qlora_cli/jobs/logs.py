@@ -147,20 +147,20 @@ def read(cluster: Cluster, name: str, wanted: Wanted) -> Iterator[Line]:
 
 def _nothing(job: Object, wanted: Wanted, pods: Sequence[LogPod]) -> str:
     """Return why there is no log, and where there is one."""
-    seen = view(job)
+    current = view(job)
     there = sorted({p.attempt for p in pods if p.started})
     named = ", ".join("Prepare" if a == PREPARE else f"attempt {a}" for a in there)
     if there and (wanted.attempt is not None or wanted.worker is not None):
-        return f'job "{seen.name}" has no log of what is asked for; there are logs of {named}'
-    if not pods and (seen.is_finished or seen.attempts):
-        last = f"'{program()} show {seen.name}' has its termination message"
-        return f'job "{seen.name}" has no pods any more, and logs go with them; {last}'
-    return _no_log_yet(seen)
+        return f'job "{current.name}" has no log of what is asked for; there are logs of {named}'
+    if not pods and (current.is_finished or current.attempts):
+        last = f"'{program()} show {current.name}' has its termination message"
+        return f'job "{current.name}" has no pods any more, and logs go with them; {last}'
+    return _no_log_yet(current)
 
 
 def _no_log_yet(job: JobView) -> str:
-    why = f": {job.message}" if job.message else ""
-    return f'job "{job.name}" has written no log yet, it is {job.state} ({job.reason}){why}'
+    message = f": {job.message}" if job.message else ""
+    return f'job "{job.name}" has written no log yet, it is {job.state} ({job.reason}){message}'
 
 
 def _once(cluster: Cluster, pod: LogPod, wanted: Wanted) -> Iterator[Line]:

@@ -76,7 +76,7 @@ def next_commands(job: JobView, target: Target) -> list[str]:
             return [f"{call} resume {job.name}{flags}"]
         case "Running":
             return [f"{call} watch {job.name}{flags}", f"{call} logs {job.name} --follow{flags}"]
-        case _ if job.needs_a_hand:
+        case _ if job.needs_attention:
             return [f"{call} doctor{flags}", f"{call} events {job.name}{flags}"]
         case _:
             return [f"{call} watch {job.name}{flags}", f"{call} events {job.name}{flags}"]

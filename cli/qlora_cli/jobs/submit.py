@@ -249,17 +249,17 @@ def retry_job(cluster: Cluster, name: str, new_name: str | None, assignments: Se
 
     """
     old = get_job(cluster, name)
-    seen = view(old)
-    if seen.state == "Succeeded" and not any(
+    earlier = view(old)
+    if earlier.state == "Succeeded" and not any(
         a.startswith(("output.destination=", "spec.output.destination=")) for a in assignments
     ):
         raise ClusterError(
             f'job "{name}" succeeded, and its destination holds its adapter; to train again, give another place: '
             "--set output.destination=…"
         )
-    if not seen.is_finished:
+    if not earlier.is_finished:
         raise ClusterError(
-            f'job "{name}" is {seen.state} ({seen.reason}) and is retried by the operator itself; '
+            f'job "{name}" is {earlier.state} ({earlier.reason}) and is retried by the operator itself; '
             f"'{program()} cancel {name}' ends it"
         )
     body = copy.deepcopy({"apiVersion": old["apiVersion"], "kind": old["kind"], "spec": old["spec"]})

@@ -251,7 +251,7 @@ def share(jobs: Sequence[JobView], room: int) -> list[JobView]:
     """The jobs that are shown where not all fit: some of every state, and what is left of the room for what runs."""
     groups: dict[str, list[JobView]] = {}
     for job in jobs:
-        groups.setdefault("hand" if job.needs_a_hand else job.state, []).append(job)
+        groups.setdefault("hand" if job.needs_attention else job.state, []).append(job)
     rows = {name: min(len(group), max(room // 6, 1)) for name, group in groups.items()}
     for name in sorted(groups, key=lambda name: name != "Running"):
         rows[name] += max(min(len(groups[name]) - rows[name], room - sum(rows.values())), 0)

@@ -203,7 +203,7 @@ class ApiClient:
         except httpx.TimeoutException as error:
             raise UnreachableError(f"{self._where()} does not answer in time ({type(error).__name__})") from None
         except httpx.TransportError as error:
-            raise UnreachableError(f"{self._where()} cannot be reached: {_words(error)}") from None
+            raise UnreachableError(f"{self._where()} cannot be reached: {_message(error)}") from None
         except Exception:
             if self._closed:  # under the feet of a thread that reads, anything may happen
                 raise UnreachableError(f"{self._where()}: the connection is closed") from None
@@ -232,9 +232,9 @@ def _given(parameters: Object) -> Object:
     return {name: value for name, value in parameters.items() if value is not None}
 
 
-def _words(error: Exception) -> str:
+def _message(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     if "CERTIFICATE_VERIFY_FAILED" in text:
-        why = text.rsplit(": ", 1)[-1]
-        return f"its certificate is not trusted ({why}); see certificate-authority-data in the kubeconfig"
+        cause = text.rsplit(": ", 1)[-1]
+        return f"its certificate is not trusted ({cause}); see certificate-authority-data in the kubeconfig"
     return text

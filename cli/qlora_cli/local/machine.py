@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlora_api.errors import FieldError
-from qlora_cli.text import units as words
+from qlora_cli.text import units
 from qlora_memory.gpus import known_gpu
 
 CPU_RANKS = 2
@@ -37,7 +37,7 @@ class World:
 
     device: Literal["CUDA", "CPU"]
     ranks: int
-    words: str
+    description: str
     gpu: str | None = None
     """The smallest of its GPUs, by its name in ``qlora_memory.GPUS``; None where that is not known."""
 
@@ -101,6 +101,6 @@ def choose_world(machine: Machine, ranks: int | None) -> World:
         raise FieldError("--ranks", ranks, f"must be at most {most}: one for each GPU")
     count = ranks or most
     used = machine.gpus[:count]
-    kinds = sorted({f"{g.name} ({words.size(g.memory_bytes)})" for g in used})
+    kinds = sorted({f"{g.name} ({units.size(g.memory_bytes)})" for g in used})
     known = known_gpu(min(used, key=lambda gpu: gpu.memory_bytes).name)
     return World("CUDA", count, f"{count} × {', '.join(kinds)}", known.name if known else None)

@@ -153,7 +153,7 @@ class StageTimer:
         self._name = ""
         self._began = 0.0
 
-    def words(self, report: ProgressReport) -> str:
+    def describe(self, report: ProgressReport) -> str:
         """Return the stage, how far it is where that is known, and its time."""
         name = report.doing
         if name != self._name:
@@ -232,7 +232,7 @@ class PlainDisplay:
                 self._next = now + LINE_SECONDS
                 self.say(f"Attempt {self._attempt}: {STARTING}, {units.duration(now - self._began)}")
             return
-        stage = self._stage.words(report)
+        stage = self._stage.describe(report)
         new = report.doing not in self._stages or report.eval_loss != self._eval_loss
         if not new and now < self._next:
             return
@@ -273,7 +273,7 @@ class LiveDisplay:
         head = f"Attempt {self._attempt} · {units.duration(time.monotonic() - self._began)} · "
         if report is None:
             return Text(f"{head}{STARTING}", style="dim")
-        lines: list[RenderableType] = [Text(f"{head}{self._stage.words(report)}", style="bold")]
+        lines: list[RenderableType] = [Text(f"{head}{self._stage.describe(report)}", style="bold")]
         if report.total_steps:
             bar = Table.grid(padding=(0, 2))
             done = ProgressBar(total=report.total_steps, completed=report.step, width=BAR)

@@ -119,7 +119,7 @@ def _schedule(spec: QLoRAJobSpec) -> str:
 def _machine(spec: QLoRAJobSpec, world: World) -> str:
     zero = f"ZeRO stage {spec.parallelism.zero_stage}"
     recompute = "activations recomputed" if local_spec.checkpoints_gradients(spec, world) else "activations kept"
-    return f"{world.words}; {zero}, {recompute}"
+    return f"{world.description}; {zero}, {recompute}"
 
 
 def _cadence(spec: QLoRAJobSpec) -> str:

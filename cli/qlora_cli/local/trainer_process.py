@@ -202,8 +202,8 @@ def watch(
             if (stop.asked or stop.over_budget) and done is StopSignal.NONE:
                 done = StopSignal.ASKED
                 process.terminate()
-                why = "" if stop.asked else "the budget is used up: "
-                say(f"{why}checkpointing … (Ctrl-C again: kill without a checkpoint)")
+                cause = "" if stop.asked else "the budget is used up: "
+                say(f"{cause}checkpointing … (Ctrl-C again: kill without a checkpoint)")
             if stop.insisted and done is StopSignal.ASKED:
                 say("killing all ranks; steps since the last checkpoint are lost")
                 process.kill()

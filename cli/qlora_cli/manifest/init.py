@@ -197,13 +197,13 @@ def _doc(path: str) -> str:
     return str(found[1][-1].get("description", "")) if found else ""
 
 
-def _comment(words: str, indent: int) -> Iterator[str]:
-    for line in _folded(words, WIDTH - indent - 2):
+def _comment(text: str, indent: int) -> Iterator[str]:
+    for line in _folded(text, WIDTH - indent - 2):
         yield f"{' ' * indent}# {line}"
 
 
-def _folded(words: str, room: int) -> list[str]:
-    return textwrap.wrap(words, room, break_long_words=False, break_on_hyphens=False)
+def _folded(text: str, room: int) -> list[str]:
+    return textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
 
 
 def _scalar(value: object) -> str:
@@ -237,7 +237,7 @@ def ask(given: dict[str, str | None], prompt: object) -> Answers:
                 raise ClusterError(f"{flags}: needed where there is no terminal to ask on")
             answer = str(prompt(question)).strip()  # type: ignore[operator]
         answers[name] = answer
-    seen = recognized_format(answers["data"])
+    recognized = recognized_format(answers["data"])
     more = {name: value for name in ("name", "format", "credentials") if (value := given.get(name))}
-    more = {"format": seen, **more} if seen else more
+    more = {"format": recognized, **more} if recognized else more
     return Answers(**answers, **more)

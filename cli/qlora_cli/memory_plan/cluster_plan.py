@@ -66,8 +66,8 @@ def summary(job: QLoRAJob, gpu: str | None) -> list[tuple[str, str]]:
     if gpu is None:
         workers, gpus = spec.parallelism.workers, spec.parallelism.gpus_per_worker
         profile = spec.scheduling.profile
-        why = UNKNOWN_GPU if profile is None else UNKNOWN_PROFILE.format(profile)
-        return [*rows, ("GPUs", str(workers * gpus)), ("Memory", why)]
+        unknown = UNKNOWN_GPU if profile is None else UNKNOWN_PROFILE.format(profile)
+        return [*rows, ("GPUs", str(workers * gpus)), ("Memory", unknown)]
     try:
         planned = plan_of(job, PlanOptions(gpu=gpu))
     except ValueError as error:  # the model cannot be read from here; the cluster may well read it

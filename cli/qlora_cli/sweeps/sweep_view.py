@@ -34,7 +34,7 @@ def plan(record: SweepRecord, world: World, folder: Path) -> LabelledLines:
         ("Model", spec.template.spec.model.source),
         *settings(spec),
         ("Budget", f"{spec.budget_gpu_hours} {gpu_hours(world)}" if spec.budget_gpu_hours else ""),
-        ("Machine", world.words),
+        ("Machine", world.description),
         ("Trials", str(folder)),
         ("Output", spec.template.spec.output.destination),
     ]

@@ -96,7 +96,7 @@ def shape_of_tensors(
 
     """
     if not tensors or quantized is not None:
-        why = (
+        problem = (
             "not from quantized weights. Use the 16-bit base"
             if tensors
             else "not from its configuration alone. Plan without --model-config, with its weights reachable"
@@ -105,7 +105,7 @@ def shape_of_tensors(
             SOURCE,
             None,
             f'"{config.model_type}" is not a known architecture ({", ".join(FAMILIES)}): its memory is planned from '
-            f"16-bit weights, {why}",
+            f"16-bit weights, {problem}",
         )
     return shape_of_counts(config, _count_by_names(config, tensors))
 

@@ -40,7 +40,7 @@ def test_cuda_visible_devices(setting, want):
 )
 def test_worlds(machine, ranks, want):
     world = choose_world(machine, ranks)
-    assert (world.device, world.ranks, world.words) == want
+    assert (world.device, world.ranks, world.description) == want
 
 
 def test_more_ranks_than_gpus_are_refused():

@@ -151,8 +151,8 @@ def test_a_section_of_known_length_shows_how_far_it_is_and_how_fast():
 def test_a_stage_shows_for_how_long_it_has_gone_on():
     stage = StageTimer(ticking(1, 1.5, 9, 10, 30))
     load = report(section="Load", stage="setting up DeepSpeed")
-    assert [stage.words(load), stage.words(load)] == ["setting up DeepSpeed", "setting up DeepSpeed, 8.0 s"]
-    assert stage.words(report(section="Evaluate")) == "evaluating, 20 s"
+    assert [stage.describe(load), stage.describe(load)] == ["setting up DeepSpeed", "setting up DeepSpeed, 8.0 s"]
+    assert stage.describe(report(section="Evaluate")) == "evaluating, 20 s"
 
 
 def test_no_line_of_the_live_display_is_longer_than_the_screen():
