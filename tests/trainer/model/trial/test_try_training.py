@@ -13,6 +13,7 @@ from mixtures import MIXTURES
 from models.tiny_base import write_base
 from qlora_api import QLoRAJobSpec
 from qlora_trainer.errors import UserError
+from qlora_trainer.model import trained_tokens
 from qlora_trainer.model.composite import meta_model_of
 from qlora_trainer.model.loss import FrozenHead
 from qlora_trainer.model.trial import try_training as try_training_module
@@ -82,11 +83,24 @@ def test_what_would_fail_in_each_attempt_is_refused(name, tmp_path):
         pytest.param({"quantization": {"computeType": "Float16"}}, id="Float16"),
         pytest.param({"lora": {"dora": True}}, id="DoRA"),
         pytest.param({"lora": {"targetModules": ["q_proj", "lm_head"], "dropout": "0.1"}}, id="head"),
+        pytest.param({"lora": {"trainTokens": ["a", "b"]}}, id="trained-tokens"),
         pytest.param({"lora": {"targetModules": ["model.layers.77.self_attn.q_proj"]}}, id="layer-that-a-toy-lacks"),
     ],
 )
 def test_settings_of_the_job_are_tried(more, tiny_models):
     assert try_training(tiny_models["llama"], spec_of(**more), "base") == TrialResult(mixes_rows=False)
+
+
+def test_tokens_that_cannot_be_trained_are_found(tiny_models, monkeypatch):
+    monkeypatch.setattr(trained_tokens, "_forward", refuse_rows)
+    assert try_training(tiny_models["llama"], spec_of(), "base") == TrialResult(mixes_rows=False)
+    monkeypatch.setattr(try_training_module, "_fault_of_this_machine", lambda _: None)
+    with pytest.raises(UserError, match="a trial at toy size ends in RuntimeError: no trained rows"):
+        try_training(tiny_models["llama"], spec_of(lora={"trainTokens": ["a"]}), "base")
+
+
+def refuse_rows(*_):
+    raise RuntimeError("no trained rows")
 
 
 def test_a_base_whose_class_fails_by_itself_is_not_judged(tiny_models, tmp_path, caplog):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 EXACT = QuantizationSpec(type=QuantizationType.NONE, compute_type=ComputeType.FLOAT32)
-TOKENS = 24
+TOKENS, TOKEN_NUMBERS = 24, 97
 STEPS, MICRO_BATCHES = 2, 2
 """A class that keeps something of one forward pass fails in the next."""
 STEP_SIZE = 1e-3
@@ -184,7 +184,12 @@ def _one_thread() -> Iterator[None]:
 
 
 def _row(step: int = 7) -> torch.Tensor:
-    return torch.arange(TOKENS) * step % 97
+    return torch.arange(TOKENS) * step % TOKEN_NUMBERS
+
+
+def _trained_tokens(lora: LoRASpec) -> dict[str, int]:
+    """Return as many tokens of the first row as a job trains, or all of them: those that it names need not be there."""
+    return dict(zip(lora.train_tokens, _row().tolist(), strict=False))
 
 
 def _logits_of_class(model: Any) -> torch.Tensor:
@@ -225,7 +230,7 @@ def _train_toy(folder: Path, quantization: QuantizationSpec, lora: LoRASpec, wan
 
 
 def _module(folder: Path, quantization: QuantizationSpec, lora: LoRASpec) -> NextTokenLoss:
-    model = add_lora(load_base(folder, quantization, CPU), lora, seed=1)
+    model = add_lora(load_base(folder, quantization, CPU), lora, seed=1, tokens=_trained_tokens(lora))
     return NextTokenLoss(model, fused=head_is_plain(model))
 
 
