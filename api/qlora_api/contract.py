@@ -104,7 +104,7 @@ class TrainerConfig(Model):
     """Folder in object storage or on a claim where Prepare leaves what it made, content-addressed, for the trainers of
     this and of later jobs. None: ``cache_dir`` is all there is."""
     gpu: str | None = None
-    """Which GPU a rank gets, by its name in ``qlora_memory.GPUS``: Prepare chooses what fits it. None: not known,
+    """GPU of each rank, by its name in ``qlora_memory.GPUS``: Prepare chooses what fits it. None: not known,
     or the CPU; then nothing is chosen by memory."""
     memory_correction: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Factor on predicted bytes before they are compared with the GPU's memory: measured over predicted, as learned
@@ -136,7 +136,7 @@ class TerminationMessage(Model):
     """Real tokens that the adapter was trained on, over all ranks and attempts; not set where it has none yet."""
     adapter: Adapter | None = None
     compute_type: ComputeType | None = None
-    """In which the base computed."""
+    """Compute type of the base in that run."""
     prepared: PrepareResult | None = None
     """Result of Prepare; None from a process that trains."""
     tasks: list[TaskResult] = Field([], max_length=8)
@@ -215,7 +215,7 @@ class ProgressReport(Progress):
     """Time for all that this attempt has to do, evaluations included, by a trial step before the first one."""
     memory: Memory
     compute_type: ComputeType | None = None
-    """In which the base computes: as the job says, or what Auto means on the device of this run."""
+    """Compute type of the base: that of the job, or the one that Auto resolves to on this run's device."""
     warnings: list[Annotated[str, StringConstraints(max_length=512)]] = Field([], max_length=8)
     """Warnings for the user about this attempt, each once."""
     tracking: list[TrackedRun] = Field([], max_length=3)

@@ -83,7 +83,7 @@ class Reason(OpenEnum):
     IMAGE_UNAVAILABLE = "ImageUnavailable"
     """The trainer's image cannot be pulled: a wrong name, or no pull secret in this namespace."""
     REFUSED = "Refused"
-    """The API server rejects an object that the operator creates; the message is the API server's."""
+    """The API server rejected an object of the job; the message is the API server's."""
     STARTING = "Starting"
     """Pods are scheduled and starting."""
     BACKING_OFF = "BackingOff"
@@ -93,7 +93,7 @@ class Reason(OpenEnum):
     PREPARED = "Prepared"
     """Model and rows are valid; see status.prepared."""
     TRAINING = "Training"
-    """All pods of the attempt are ready. The message says what the ranks do."""
+    """All pods of the attempt are ready. The message says what the ranks are doing."""
     COMPLETED = "Completed"
     """The adapter is verified and published."""
     SUSPENDING = "Suspending"
@@ -103,7 +103,7 @@ class Reason(OpenEnum):
     BUDGET_REACHED = "BudgetReached"
     """policy.budgetGpuHours is used up; raise it to resume the job."""
     PAUSED = "Paused"
-    """policy.pauseAtStep is reached, and a checkpoint of that step is saved; raise or remove it to resume the job."""
+    """policy.pauseAtStep is reached and its checkpoint is saved; raise or remove it to resume the job."""
     SEARCHING = "Searching"
     """A sweep's trials are created, running, or waiting for GPUs."""
     TRIALS_FAILED = "TrialsFailed"
@@ -167,9 +167,9 @@ class Attempt(Model):
     world_size: int = Field(ge=1)
     """Number of ranks."""
     micro_batch_size: int = Field(ge=1)
-    """Sequences of one rank's forward pass."""
+    """Sequences per forward pass on one rank."""
     gradient_accumulation_steps: int = Field(ge=1)
-    """Forward passes of a rank for each optimizer step."""
+    """Forward passes per optimizer step on each rank."""
     gradient_checkpointing: bool = False
     """True if activations are recomputed in the backward pass."""
     grace_seconds: Count | None = None
@@ -286,7 +286,7 @@ class PrepareResult(Model):
     data_hash: Text
     """Hash of the rows, the tokenizer and all settings that affect tokenization."""
     train_rows: Count
-    """Training rows that are used."""
+    """Training rows used."""
     train_tokens: Count
     """Tokens of those rows."""
     train_sequences: Count
@@ -311,7 +311,7 @@ class PrepareResult(Model):
     quantized: Text = ""
     """Share of the base that is quantized, as a sentence; empty if unknown."""
     adapted: Text = ""
-    """Which of the base's linear layers and experts get an adapter, as a sentence; empty if unknown."""
+    """The base's linear layers and experts that get an adapter, as a sentence; empty if unknown."""
     memory: dict[str, Count] = Field({}, max_length=32)
     """Predicted bytes of one rank, by component."""
     expected_gpu_hours: Decimal | None = None
@@ -371,9 +371,9 @@ class QLoRAJobStatus(Model):
     attempts: list[Attempt] = Field([], max_length=MAX_ATTEMPTS, json_schema_extra=map_by("number"))
     """The newest attempts. If there are too many, those that count against no limit are dropped first."""
     restarts: Count = 0
-    """Attempts that count against policy.maxRestarts."""
+    """Number of attempts that count against policy.maxRestarts."""
     total_restarts: Count = 0
-    """All attempts after the first, whatever the reason."""
+    """Number of all attempts after the first, for any reason."""
     gpu_seconds: Count = 0
     """GPU-seconds of all attempts; waiting does not count."""
     earlier_gpu_seconds: Count = 0

@@ -1,4 +1,4 @@
-"""Which part of a base is quantized, and which of its layers are adapted: counts, the words for them, and the plan.
+"""Count the parameters of a base that are quantized and the layers that are adapted, and describe them.
 
 The trainer makes the same counts on the model itself: ``qlora_trainer.model.coverage``.
 """

@@ -118,7 +118,7 @@ def rounding(linear: Linear, quantization: QuantizationSpec) -> int:
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """Which layers learn, and how large what learns is. Hu et al. 2021, section 4.1."""
+    """Layers that get an adapter, and the adapter's size. Hu et al. 2021, section 4.1."""
 
     shape: ModelShape
     lora: LoRASpec

@@ -49,7 +49,7 @@ class TrainerPodConfig(Model):
     device: Literal["CUDA", "CPU"] | None = None
     """Device to train on. Default: CUDA where a GPU resource is requested, else the CPU."""
     gpu: str | None = None
-    """Which GPU a rank gets, where a job's nodes do not say it: a name of ``qlora plan``'s table."""
+    """GPU of each rank if a job's nodes do not say it, by its name in the table of ``qlora plan``."""
     cpu: Quantity = "4"
     """For each rank; so are memory and shared_memory."""
     memory: Quantity = "32Gi"
@@ -88,7 +88,7 @@ class TrainerPodConfig(Model):
 
 
 class NetworkPolicyConfig(Model):
-    """Who may reach trainers over the network."""
+    """Access to trainer pods over the network."""
 
     workers: bool = True
     """Make a NetworkPolicy for each job of several workers: none but its own pods reach their ports."""

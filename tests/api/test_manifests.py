@@ -101,7 +101,7 @@ def test_what_is_written_is_read_back_the_same():
         ),
         pytest.param(
             {"dataset__lossOn": "Assistant"},
-            'spec.dataset.lossOn: "Assistant": lossOn Assistant goes with format Messages',
+            'spec.dataset.lossOn: "Assistant": lossOn Assistant requires format Messages',
             id="loss-on-what-is-not-there",
         ),
         pytest.param(

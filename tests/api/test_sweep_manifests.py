@@ -79,7 +79,7 @@ BY_SCHEMA = {
         {"earlyStopping": {"minSteps": 15}},
         (
             "spec.earlyStopping.minSteps: 15: earlyStopping.minSteps must be a multiple of "
-            "template.spec.training.evaluation.everySteps, which must be set: trials are compared by an evaluation"
+            "template.spec.training.evaluation.everySteps, which must be set: trials are compared after an evaluation"
         ),
     ),
     "comparison-after-the-end": (
@@ -117,21 +117,21 @@ BY_SCHEMA = {
         {"job": {"policy": {"pauseAtStep": 5}}},
         (
             "spec.template.spec.policy.pauseAtStep: 5: template.spec.policy.pauseAtStep must not be set: the sweep "
-            "says when a trial pauses"
+            "decides when its trials pause"
         ),
     ),
     "budget-in-the-template": (
         {"job": {"policy": {"budgetGpuHours": "5"}}},
         (
-            'spec.template.spec.policy.budgetGpuHours: "5": template.spec.policy.budgetGpuHours must not be set: the '
-            "budget is the sweep's, spec.budgetGpuHours"
+            'spec.template.spec.policy.budgetGpuHours: "5": template.spec.policy.budgetGpuHours must not be set: set '
+            "the sweep's spec.budgetGpuHours instead"
         ),
     ),
     "time-to-live-in-the-template": (
         {"job": {"policy": {"ttlSecondsAfterFinished": 5}}},
         (
             "spec.template.spec.policy.ttlSecondsAfterFinished: 5: template.spec.policy.ttlSecondsAfterFinished must "
-            "not be set: a trial that is deleted would be trained again; set spec.ttlSecondsAfterFinished"
+            "not be set: a deleted trial would be trained again; set the sweep's spec.ttlSecondsAfterFinished instead"
         ),
     ),
     "error-in-the-template": (
@@ -185,8 +185,8 @@ BY_CHECK = {
         },
         (
             "spec.parameters: a trial with quantization.type INT8, lora.dora true is not valid: lora.dora: "
-            "true: lora.dora "
-            "needs the norms of the base's weights, which quantization.type INT8 does not give: use NF4, FP4 or None"
+            "true: lora.dora needs the norms of the base's weights, "
+            "which are not available with quantization.type INT8: use NF4, FP4 or None"
         ),
     ),
     "value-that-does-not-go-with-the-template": (

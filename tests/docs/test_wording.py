@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-QUESTION = re.compile(r"(What|Of|How|Whether|Where|When|Why)\b")
+QUESTION = re.compile(r"(What|Of|How|Whether|Where|When|Why|Who|Which|In which)\b")
 HISTORY = ("CHANGELOG.md", "docs/decisions/")
 """Decisions and changes of the past keep the words of their time."""
 

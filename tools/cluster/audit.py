@@ -1,4 +1,4 @@
-"""Who asked the API server for what: its audit log."""
+"""Read the API server's audit log: requests and their users."""
 
 from __future__ import annotations
 

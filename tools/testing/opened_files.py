@@ -1,4 +1,4 @@
-"""Which files of some folders are opened, by any library of any process: Linux's inotify."""
+"""Record the files of some folders that any process opens, by inotify."""
 
 from __future__ import annotations
 

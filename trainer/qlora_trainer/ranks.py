@@ -17,7 +17,7 @@ GATHER_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is among all."""
+    """Rank of this process, and the number of ranks."""
 
     rank: int
     local_rank: int

@@ -1,4 +1,4 @@
-"""Which files of a source are read as rows, by their names alone: the same for a folder, a bucket and the Hub.
+"""Select the files of a source that are read as rows, by their names alone, for folders, buckets and the Hub.
 
 Every file is read, or is named: in an error, or in :class:`Selection` as a note or as another split's. Light to import.
 """

@@ -170,7 +170,7 @@ class QLoRAJobSpec(Model):
         ),
         Rule(
             "self.quantization.type != 'INT8' || !self.lora.dora",
-            "lora.dora needs the norms of the base's weights, which quantization.type INT8 does not give: "
+            "lora.dora needs the norms of the base's weights, which are not available with quantization.type INT8: "
             "use NF4, FP4 or None",
             "lora.dora",
             lambda s: s.quantization.type is not QuantizationType.INT8 or not s.lora.dora,

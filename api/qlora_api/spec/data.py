@@ -133,8 +133,9 @@ class DatasetSpec(Model):
     """Text, Messages (chat), PromptCompletion or Instruction (instruction, input, output)."""
     columns: Columns = Columns()
     chat_template: Annotated[str, StringConstraints(min_length=1, max_length=32768)] | None = None
-    """Jinja template for conversations; default: the tokenizer's own. What the assistant
-    writes, its end token included, is found by rendering turn by turn; {% generation %} marks must agree with that."""
+    """Jinja template for conversations; default: the tokenizer's own. The assistant's
+    tokens, including the end token, are found by rendering turn by turn; {% generation %} blocks must mark the same
+    tokens."""
     loss_on: LossOn | None = None
     """Tokens that count: All, Completion (PromptCompletion and Instruction) or Assistant (Messages).
     Default: All for Text, Assistant for Messages, else Completion."""
@@ -149,8 +150,8 @@ class DatasetSpec(Model):
     rules: ClassVar = (
         Rule(
             "!has(self.lossOn) || self.lossOn == 'All' || (self.lossOn == 'Assistant') == (self.format == 'Messages')",
-            "lossOn Assistant goes with format Messages, Completion with PromptCompletion and Instruction; "
-            "All goes with every format",
+            "lossOn Assistant requires format Messages; Completion requires PromptCompletion or Instruction; "
+            "All is valid with every format",
             "lossOn",
             lambda d: (
                 d.loss_on in (None, LossOn.ALL)
@@ -165,7 +166,7 @@ class DatasetSpec(Model):
         ),
         Rule(
             "!has(self.chatTemplate) || self.format == 'Messages' || self.format == 'PromptCompletion'",
-            "chatTemplate goes with formats Messages and PromptCompletion",
+            "chatTemplate requires format Messages or PromptCompletion",
             "chatTemplate",
             lambda d: d.chat_template is None or d.format in (DatasetFormat.MESSAGES, DatasetFormat.PROMPT_COMPLETION),
         ),

@@ -106,7 +106,7 @@ class LoRASpec(Model):
         None, min_length=1, max_length=64
     )
     """Full names or dotted suffixes of the linear layers and experts (such as experts.down_proj) that get an adapter.
-    Default: all but the head, as QLoRA (section 4) found necessary to match full fine-tuning. Routers get none."""
+    Default: all but the head, which QLoRA (section 4) found necessary to match full fine-tuning. Routers get none."""
     bias: LoRABias = LoRABias.NONE
     """Biases that are trained too: None, All, or LoRAOnly (those of adapted layers)."""
     rank_stabilized: bool = False

@@ -53,7 +53,8 @@ class ParallelismSpec(Model):
         ),
         Rule(
             "!has(self.minWorkers) || self.zeroStage < 3",
-            "a ZeRO-3 checkpoint needs as many ranks as it came from: with minWorkers, zeroStage must be 0, 1 or 2",
+            "a ZeRO-3 checkpoint can only be loaded on the same number of ranks: with minWorkers, zeroStage must be "
+            "0, 1 or 2",
             "minWorkers",
             lambda p: p.min_workers is None or p.zero_stage < 3,
         ),
@@ -155,7 +156,7 @@ class Toleration(Model):
     rules: ClassVar = (
         Rule(
             "has(self.key) && self.key != ''",
-            "key must name the taint: a job cannot tolerate all of them",
+            "key is required: a job must not tolerate all taints",
             "key",
             lambda t: bool(t.key),
         ),
@@ -210,13 +211,13 @@ class SchedulingSpec(Model):
     rules: ClassVar = (
         Rule(
             "!has(self.profile) || !has(self.nodeSelector) || self.nodeSelector.size() == 0",
-            "profile says which nodes: nodeSelector must not be set with it",
+            "nodeSelector must not be set together with profile, which selects the nodes",
             "nodeSelector",
             lambda s: s.profile is None or not s.node_selector,
         ),
         Rule(
             "!has(self.profile) || !has(self.tolerations) || self.tolerations.size() == 0",
-            "profile says which taints are tolerated: tolerations must not be set with it",
+            "tolerations must not be set together with profile, which has its own",
             "tolerations",
             lambda s: s.profile is None or not s.tolerations,
         ),
@@ -229,7 +230,7 @@ class SchedulingSpec(Model):
         ),
         Rule(
             "!has(self.priorityClassName) || !self.priorityClassName.startsWith('system-')",
-            "priorityClassName must not be one of the system's (system-…): choose one that is made for workloads",
+            "priorityClassName must not be a system class (system-…): choose one for workloads",
             "priorityClassName",
             lambda s: not (s.priority_class_name or "").startswith("system-"),
         ),

@@ -47,25 +47,25 @@ class TrackingSink(Model):
     rules: ClassVar = (
         Rule(
             "has(self.folder) == (self.type == 'TensorBoard')",
-            "type TensorBoard needs folder, and no other type takes it",
+            "folder is required for type TensorBoard and not allowed for other types",
             "folder",
             lambda s: (s.folder is not None) == (s.type is SinkType.TENSORBOARD),
         ),
         Rule(
             "self.type == 'WandB' || has(self.server) == (self.type == 'MLflow')",
-            "type MLflow needs server, type WandB may have one, and TensorBoard takes none",
+            "server is required for type MLflow, optional for WandB and not allowed for TensorBoard",
             "server",
             lambda s: s.type is SinkType.WANDB or (s.server is not None) == (s.type is SinkType.MLFLOW),
         ),
         Rule(
             "!has(self.project) || self.type != 'TensorBoard'",
-            "project goes with types MLflow and WandB",
+            "project is only allowed for types MLflow and WandB",
             "project",
             lambda s: s.project is None or s.type is not SinkType.TENSORBOARD,
         ),
         Rule(
             "!has(self.entity) || self.type == 'WandB'",
-            "entity goes with type WandB",
+            "entity is only allowed for type WandB",
             "entity",
             lambda s: s.entity is None or s.type is SinkType.WANDB,
         ),

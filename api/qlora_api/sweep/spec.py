@@ -76,16 +76,18 @@ class TrialTemplate(Model):
     OUTPUT.DESTINATION/trials/NAME."""
 
 
-_COMPARED = "trials of other settings cannot be compared; create a new QLoRASweep instead"
+_COMPARED = "trials with different settings cannot be compared; create a new QLoRASweep instead"
 _SWEEPS_OWN = {
-    "pauseAtStep": "the sweep says when a trial pauses",
-    "budgetGpuHours": "the budget is the sweep's, spec.budgetGpuHours",
-    "ttlSecondsAfterFinished": "a trial that is deleted would be trained again; set spec.ttlSecondsAfterFinished",
+    "pauseAtStep": "the sweep decides when its trials pause",
+    "budgetGpuHours": "set the sweep's spec.budgetGpuHours instead",
+    "ttlSecondsAfterFinished": (
+        "a deleted trial would be trained again; set the sweep's spec.ttlSecondsAfterFinished instead"
+    ),
 }
 """Fields of the template's policy that a sweep has itself, each with the reason."""
 MAX_TRIALS_TRANSITION = {
     "rule": "!has(self.earlyStopping) || self.maxTrials == oldSelf.maxTrials",
-    "message": "maxTrials is immutable with earlyStopping: how many trials go on depends on how many there are",
+    "message": "maxTrials is immutable with earlyStopping: the number of trials that continue depends on it",
     "fieldPath": ".maxTrials",
 }
 """A rule of changes, which only the API server can hold."""
@@ -146,7 +148,7 @@ class QLoRASweepSpec(Model):
             " (has(self.template.spec.training.evaluation.everySteps) &&"
             " self.earlyStopping.minSteps % self.template.spec.training.evaluation.everySteps == 0)",
             "earlyStopping.minSteps must be a multiple of template.spec.training.evaluation.everySteps, which must be "
-            "set: trials are compared by an evaluation",
+            "set: trials are compared after an evaluation",
             "earlyStopping.minSteps",
             lambda s: (
                 s.early_stopping is None

@@ -36,10 +36,10 @@ _TRAINER = {
 _ATTEMPT = _TRAINER | {
     41: "out of GPU memory",
     42: "out of host memory",
-    43: "stopped from outside, after a checkpoint",
-    44: "stalled: a rank does not make progress",
+    43: "stopped before the end, after saving a checkpoint",
+    44: "stalled: a rank made no progress",
     45: "the loss is not finite",
-    46: "no checkpoint can be read",
+    46: "no checkpoint is intact",
     48: "the adapter did not pass its checks",
     49: "another worker was lost",
 }

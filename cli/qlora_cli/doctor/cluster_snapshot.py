@@ -201,7 +201,7 @@ def _gang_resources(api: ApiClient) -> Answer:
 
 
 def _user(api: ApiClient) -> str:
-    """Who asks, as the API server knows them."""
+    """Return the user as the API server identifies them."""
     body = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
     answer = _answer(lambda: api.ask("/apis/authentication.k8s.io/v1/selfsubjectreviews", body))
     status = (answer.value or {}).get("status") or {}

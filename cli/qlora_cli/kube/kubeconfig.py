@@ -37,7 +37,10 @@ class Exec:
 
 @dataclass(frozen=True)
 class User:
-    """Who asks. At most one of the ways counts, in kubectl's order: token, exec, basic; a certificate goes with any."""
+    """Credentials of a user.
+
+    At most one of token, exec and basic is used, in kubectl's order; a certificate may be added to any.
+    """
 
     token: str = field(default="", repr=False)
     token_file: Path | None = None

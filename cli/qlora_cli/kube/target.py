@@ -1,4 +1,4 @@
-"""Which cluster, which namespace, and what is named there: from flags to a client and to jobs or local runs."""
+"""Resolve flags to a client, a namespace, and the jobs or local runs that are named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who the operator is to the API server."""
+"""Credentials with which the operator authenticates to the API server."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ class PodSnapshot:
     other_ip: str = ""
     """Address of the other family, in a dual-stack cluster."""
     other_failure: str = ""
-    """Which other container failed, and how."""
+    """Failure of another container than the trainer's, with its name; empty if none failed."""
     gates: str = ""
     """Names of the scheduling gates by which somebody holds the pod back."""
 

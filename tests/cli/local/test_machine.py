@@ -1,4 +1,4 @@
-"""Which ranks a machine gets."""
+"""Ranks that a machine gets."""
 
 from types import SimpleNamespace
 

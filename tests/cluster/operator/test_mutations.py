@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ALL, AT_ONCE, SEED = 300, 30, 20260101
 ANSWER_SECONDS = 10
-"""In which a job that was taken says where it stands."""
+"""Conditions in which a job that was accepted reports its state."""
 
 
 def mutants() -> list[Mutation]:

@@ -1,4 +1,4 @@
-"""Who may take a Lease, and what it says then."""
+"""A Lease is taken by one candidate at a time, and names it."""
 
 from __future__ import annotations
 

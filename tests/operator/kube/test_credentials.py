@@ -1,4 +1,4 @@
-"""Who the operator is to the API server: read as kubectl would, and again as it ages."""
+"""Credentials of the operator: read as kubectl would, and again as it ages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Who killed a process: the counters of both versions of cgroups, and a real kill by the kernel."""
+"""The kernel's kill of a process is recognized: the counters of both versions of cgroups, and a real kill by the
+kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which adapters would learn is found out without weights."""
+"""Adapters that would not learn are found without weights."""
 
 from __future__ import annotations
 

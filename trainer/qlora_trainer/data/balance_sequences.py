@@ -1,4 +1,4 @@
-"""Who computes which sequence of a step: real tokens are balanced, since a step takes as long as its busiest rank."""
+"""Assign the sequences of a step to ranks with balanced numbers of tokens: a step takes as long as its busiest rank."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def collect(encoder: Encoder, rows: Rows, where: str, side_of: Callable[[int], S
     """
     dataset = encoder.dataset
     tally = Tally()
-    progress = _Progress(where, rows.source.size)
+    progress = _EncodingProgress(where, rows.source.size)
     for batch in rows.batches():
         tally.unread = batch.unread
         if MEDIA.keys() & batch.unread:
@@ -214,7 +214,7 @@ def _unexpected(error: BaseException, where: str) -> UserError:
     return UserError("spec.dataset", None, f"{where} cannot be made into tokens: {unexpected_problem(error)}")
 
 
-class _Progress:
+class _EncodingProgress:
     """Says now and then how far the rows are, at what rate, and how long it may take."""
 
     def __init__(self, where: str, size: int) -> None:

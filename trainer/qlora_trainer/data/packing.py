@@ -1,4 +1,4 @@
-"""Which rows share a sequence."""
+"""Choose the rows that share a sequence."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ PROBES = ("𐎀", "𒀀", "ꡀ", "🜨")
 
 @dataclass(frozen=True)
 class ExampleTargets:
-    """Which tokens of an example count."""
+    """Target tokens of an example."""
 
     of_pieces: list[list[bool]]
     gaps: bool = False

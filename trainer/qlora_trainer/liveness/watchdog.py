@@ -1,4 +1,4 @@
-"""Which rank does not get on, found out by the process that started it, from the heartbeats alone. Pure but for /proc.
+"""Find the rank that makes no progress, from heartbeats alone, in the process that started it. Pure except for /proc.
 
 Each section has a limit of its own; all follow from ``spec.policy.stallTimeoutSeconds``. Waiting for other ranks may
 take longer than whatever those may do, so that a stuck rank is named by its own pod before any rank that waits for it,

@@ -1,4 +1,4 @@
-"""Which part of a base is quantized, and which of its layers are adapted, counted on the model that is trained."""
+"""Count the quantized parameters and the adapted layers of the loaded model."""
 
 from __future__ import annotations
 

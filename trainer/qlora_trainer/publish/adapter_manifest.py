@@ -50,7 +50,7 @@ class PublishFacts:
     quantized: str = ""
     """Part of the base that is quantized, as text; empty where it was not counted."""
     adapted: str = ""
-    """Which layers have an adapter, in words."""
+    """Layers with an adapter, as a sentence."""
     adapts_experts: bool = False
     tasks: tuple[TaskResult, ...] = ()
     """Results of the base and of the adapter in the tasks of spec.evaluate."""

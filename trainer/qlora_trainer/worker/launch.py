@@ -229,7 +229,7 @@ class _StallWatch:
         if stuck is None:
             return None
         rank = self._place.index * self._ranks + stuck.local_rank
-        return Verdict(ExitCode.STALLED, describe_stuck(stuck, rank, self._place.node, self._stall), rank)
+        return Verdict(ExitCode.STALLED, describe_stuck(stuck, rank, self._identity.node, self._stall), rank)
 
 
 def _lost(meeting: Rendezvous) -> Verdict | None:

@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WorkerIdentity:
-    """Which of the workers this one is, and where they meet."""
+    """Index of this worker, and the address of the rendezvous."""
 
     index: int
     workers: int

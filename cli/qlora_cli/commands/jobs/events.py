@@ -25,25 +25,25 @@ def events(
     with exit_with_code():
         from datetime import UTC, datetime
 
-        from qlora_cli.jobs import events as happened
+        from qlora_cli.jobs import events as job_events
         from qlora_cli.kube.target import get_job
         from qlora_cli.text import output as out
 
         target = Target(kubeconfig, context, namespace)
         with connect(target) as cluster:
             get_job(cluster, job)
-            family, screen = happened.JobObjects(job), out.console()
+            family, screen = job_events.JobObjects(job), out.console()
             if follow:
-                for event in happened.follow(cluster, family):
-                    screen.print(happened.line(event), soft_wrap=True)
+                for event in job_events.follow(cluster, family):
+                    screen.print(job_events.line(event), soft_wrap=True)
                 return
-            bodies = happened.events_of(cluster, family)
+            bodies = job_events.events_of(cluster, family)
         if output is not OutputFormat.TEXT:
             out.write_objects(bodies, output, kind=out.EVENT)
             return
-        rows = happened.rows([happened.see(body) for body in bodies], datetime.now(UTC))
+        rows = job_events.rows([job_events.see(body) for body in bodies], datetime.now(UTC))
         if not rows:
             out.note(f'No events of job "{job}"; the API server keeps them for an hour.')
         else:
-            out.print_table(screen, happened.HEAD, rows)
+            out.print_table(screen, job_events.HEAD, rows)
         out.say_next(f"{program()} show {job}{target.flags()}")

@@ -42,15 +42,15 @@ def logs(
     Each line begins with the rank that wrote it, or with the worker if the rank is not known.
     """
     with exit_with_code():
-        from qlora_cli.jobs import logs as tailing
+        from qlora_cli.jobs import logs as job_logs
         from qlora_cli.jobs.log_printer import Printer, parse_since, print_local
         from qlora_cli.text.output import note
 
         if is_local(job):
             print_local(Path(job), attempt, prepare=prepare, tail=tail, follow=follow)
             return
-        wanted = tailing.Wanted(
-            attempt=tailing.PREPARE if prepare else attempt,
+        wanted = job_logs.Wanted(
+            attempt=job_logs.PREPARE if prepare else attempt,
             worker=worker,
             rank=rank,
             follow=follow,
@@ -59,7 +59,9 @@ def logs(
             timestamps=timestamps,
         )
         with folder_hint([job]), connect(Target(kubeconfig, context, namespace)) as cluster:
-            lines = tailing.Follower(cluster, job, wanted).lines(note) if follow else tailing.read(cluster, job, wanted)
+            lines = (
+                job_logs.Follower(cluster, job, wanted).lines(note) if follow else job_logs.read(cluster, job, wanted)
+            )
             printer = Printer(timestamps=timestamps)
             for line in lines:
                 printer.line(line)

@@ -51,14 +51,14 @@ def _show_job(found: LookupResult, target: Target, output: OutputFormat) -> None
     from datetime import UTC, datetime
 
     from qlora_cli.jobs import lookup
-    from qlora_cli.jobs import show as showing
+    from qlora_cli.jobs import show as job_view
     from qlora_cli.text import output as out
 
     if output is not OutputFormat.TEXT:
         out.write_objects([found.body], output, one=True)
         return
     screen = out.console()
-    for line in showing.page(found.view, found.body, datetime.now(UTC), screen.width):
+    for line in job_view.page(found.view, found.body, datetime.now(UTC), screen.width):
         screen.print(line, soft_wrap=True)
     out.say_next(*lookup.next_commands(found.view, target))
 

@@ -55,8 +55,8 @@ def init(
 ) -> None:
     """Write a manifest from three answers: model, data, destination.
 
-    Optional fields are included as comments, with their defaults and descriptions. Notes name what does not
-    suit the model folder and the rows, if they are on this machine.
+    Optional fields are included as comments, with their defaults and descriptions. If the model folder and the rows
+    are on this machine, notes list the fields that do not match them.
     """
     with exit_with_code():
         from qlora_cli.kube.errors import ClusterError

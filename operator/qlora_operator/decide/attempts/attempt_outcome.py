@@ -171,7 +171,7 @@ def _told(pods: tuple[PodSnapshot, ...], workers: int, observed: Observed) -> En
 
 
 def _never_placed(pods: tuple[PodSnapshot, ...], workers: int, observed: Observed) -> str:
-    """Which pod the others waited for in vain, because no node took it or it could not be made; empty for none."""
+    """Describe the pod that was never scheduled or created, and for which the others waited; empty if there is none."""
     pod = next((p for p in pods if not p.node and p.exit_code is None), None)
     if pod is not None:
         return f"no node took pod {pod.name} ({pod.unschedulable or 'it was not scheduled'})"

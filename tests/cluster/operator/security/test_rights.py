@@ -283,7 +283,7 @@ def as_trial(job: dict[str, Any], sweep: str = "a-uid") -> dict[str, Any]:
 
 
 def test_nobody_else_puts_a_key_where_the_operator_would_find_it(tenant):
-    """Who may create Secrets, and read none, would otherwise know a job's key before its first pod."""
+    """A user who may create Secrets, and read none, would otherwise know a job's key before its first pod."""
     rules = [{"apiGroups": [""], "resources": ["secrets"], "verbs": ["create"]}]
     role = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "metadata": {"name": "w"}, "rules": rules}
     tenant.cluster.api.create(role, tenant.namespace)

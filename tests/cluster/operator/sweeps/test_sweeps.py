@@ -143,7 +143,7 @@ def test_settings_by_which_trials_are_compared_never_change_and_limits_do(api, c
         {"earlyStopping": {"minSteps": 2}},
         {"template": {"spec": {"policy": {"maxRestarts": 9}}}},
     ):
-        with pytest.raises(ClusterApiError, match="is immutable: trials of other settings cannot be compared"):
+        with pytest.raises(ClusterApiError, match="is immutable: trials with different settings cannot be compared"):
             api.patch(path, {"spec": change})
     api.patch(path, {"spec": {"maxTrials": 8, "parallelTrials": 4, "budgetGpuHours": "3", "suspend": False}})
 

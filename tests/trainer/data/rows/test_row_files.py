@@ -1,4 +1,4 @@
-"""Which files of a source are read, by their names: the same in a folder, a bucket and on the Hub."""
+"""Files of a source are chosen by their names: the same in a folder, a bucket and on the Hub."""
 
 from __future__ import annotations
 

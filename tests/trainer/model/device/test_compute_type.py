@@ -1,4 +1,4 @@
-"""Which type a base computes in: by the device's hardware, by the job, by what the run began with."""
+"""The compute type of a base is chosen by the device's hardware, by the job, by what the run began with."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class Dialect:
     """The needs of a template, found out with a conversation of ours."""
 
     state: dict[str, Any]
-    """In which it is made for answers without reasoning."""
+    """Variables with which the template renders answers without reasoning."""
     style: EndStyle
     opening: str = ""
     """It writes this before an answer, and its prompt for the assistant does not."""

@@ -1,4 +1,4 @@
-"""Which number formats a device computes in by hardware: the one place that decides it.
+"""Number formats that a device supports in hardware, decided in one place.
 
 A format without hardware still works, by conversion or emulation, and is many times slower: a bfloat16 matrix product
 takes 40 times as long as a float32 one on a CPU with AVX2 alone. Nothing is timed to decide, so that the same machine

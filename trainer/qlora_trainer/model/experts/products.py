@@ -26,7 +26,7 @@ _ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class ExpertAssignment:
-    """Which experts are visited, and by how many tokens each."""
+    """Experts that tokens are routed to, and the number of tokens of each."""
 
     experts: list[int]
     """Those that are visited, ascending."""

@@ -1,4 +1,4 @@
-"""Which layers and experts of a base get an adapter, and how PEFT is told."""
+"""Select the layers and experts that get an adapter, and configure PEFT for them."""
 
 from __future__ import annotations
 
