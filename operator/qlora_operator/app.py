@@ -24,9 +24,9 @@ from qlora_operator.act.leader_election import LeaderElection
 from qlora_operator.act.reconcile import Reconciler
 from qlora_operator.act.sweeps.reconcile_sweeps import SweepReconciler
 from qlora_operator.config import OperatorConfig
+from qlora_operator.kube.authentication import cluster_identity, load_credentials
 from qlora_operator.kube.bounded_reads import TooLargeError
 from qlora_operator.kube.client import TRANSIENT, Api, ApiError
-from qlora_operator.kube.credentials import cluster_identity, load_credentials
 from qlora_operator.kube.kopf_import import kopf
 from qlora_operator.log_format import set_up_logs
 from qlora_operator.serve import health

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from qlora_storage.backend import Fault, FaultKind
-from qlora_storage.environment import SettingError
+from qlora_storage.store_settings import SettingError
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _BUCKET_CODES = ("NoSuchBucket", "ContainerNotFound")

@@ -16,7 +16,9 @@ from obstore.store import AzureStore, GCSStore, S3Store
 
 from qlora_storage.backend import CHUNK_BYTES, MIB, Entry, Fault
 from qlora_storage.bucket_faults import PanickedError, bucket_fault
-from qlora_storage.environment import (
+from qlora_storage.metadata_addresses import REFUSED, leads_to_metadata
+from qlora_storage.retry_after import BUSY, requested_wait
+from qlora_storage.store_settings import (
     AWS_BUCKET_IN_ENDPOINT,
     SettingError,
     clean_environment,
@@ -25,8 +27,6 @@ from qlora_storage.environment import (
     read_settings,
     store_urls,
 )
-from qlora_storage.metadata_addresses import REFUSED, leads_to_metadata
-from qlora_storage.retry_after import BUSY, requested_wait
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
 
     from qlora_storage.backend import BucketScheme
-    from qlora_storage.environment import StoreSettings
+    from qlora_storage.store_settings import StoreSettings
 
 MAX_PARTS = 9_000
 """S3 takes 10,000 parts an upload."""

@@ -30,10 +30,10 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported wi
 )
 
 from qlora_storage.backend import Fault, FaultKind
-from qlora_storage.environment import PLAIN_URL, SettingError, check_variables, is_url
 from qlora_storage.errors import NotFoundError, StorageError, UserError
 from qlora_storage.metadata_addresses import REFUSED, leads_to_metadata
 from qlora_storage.retry import PATIENCE_SECONDS, FaultError, call_patiently
+from qlora_storage.store_settings import PLAIN_URL, SettingError, check_variables, is_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

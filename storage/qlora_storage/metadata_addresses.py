@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from qlora_api.environment import WORKLOAD_IDENTITY
-from qlora_storage.environment import is_on
+from qlora_storage.store_settings import is_on
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,9 +11,9 @@ import pytest
 from qlora_storage import hub
 from qlora_storage.bucket_faults import bucket_fault
 from qlora_storage.buckets import _without_panics
-from qlora_storage.environment import SettingError, check_variables, clean_environment, read_settings
 from qlora_storage.errors import UserError
 from qlora_storage.object_store import open_store
+from qlora_storage.store_settings import SettingError, check_variables, clean_environment, read_settings
 
 ENVIRONMENTS = 200
 NAMES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qlora_cli.cluster_sweeps.trial_jobs import read_trials
+from qlora_cli.cluster_sweeps.sweep_reader import read_trials
 from qlora_cli.kube.errors import ClusterError
 from qlora_cli.report.sweep_figures import TrialHistory, sweep_figures
 from qlora_cli.report.write_sweep import write_figures
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from qlora_cli.cluster_sweeps.trial_jobs import SweepTrials
+    from qlora_cli.cluster_sweeps.sweep_reader import SweepTrials
     from qlora_cli.kube.api_client import Object
     from qlora_cli.kube.target import Cluster
     from qlora_cli.report.sweep_figures import SweepFigures

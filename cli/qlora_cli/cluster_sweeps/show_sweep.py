@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from qlora_cli.cluster_sweeps.cluster_sweep import ClusterSweep
-    from qlora_cli.cluster_sweeps.trial_jobs import SweepTrials
+    from qlora_cli.cluster_sweeps.sweep_reader import SweepTrials
     from qlora_cli.kube.target import Target
 
 BAR = 30

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from qlora_cli.cluster_sweeps.cluster_sweep import ClusterSweep, cluster_sweep
-from qlora_cli.cluster_sweeps.trial_jobs import is_controlled_by
+from qlora_cli.cluster_sweeps.sweep_reader import is_controlled_by
 from qlora_cli.jobs.job_list import first_sentence
 from qlora_cli.jobs.watch import WatchedJobs, follow_to
 from qlora_cli.kube.api_client import Event

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from qlora_cli.kube.names import core_path
-from qlora_storage.environment import ENDPOINTS
+from qlora_storage.store_settings import ENDPOINTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

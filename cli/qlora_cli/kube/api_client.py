@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import httpx
 
 from qlora_api.untrusted.deep_json import parse_json
-from qlora_cli.kube import credentials
+from qlora_cli.kube import authentication
 from qlora_cli.kube.errors import KubeApiError, UnreachableError
 from qlora_cli.kube.names import FIELD_MANAGER
 
@@ -55,12 +55,12 @@ class ApiClient:
         """Raises ConfigError: no credentials can be made of what the kubeconfig says."""
         self.server, self.context = access.server, access.context
         self._closed = False
-        identity = credentials.Identity(access)
+        identity = authentication.Identity(access)
         self._extensions = {"sni_hostname": access.tls_server_name} if access.tls_server_name else {}
         self._http = httpx.Client(
             base_url=access.server,
             auth=identity,
-            verify=credentials.tls(access, identity.credential),
+            verify=authentication.tls(access, identity.credential),
             proxy=access.proxy or None,
             headers={"User-Agent": FIELD_MANAGER, "Accept": "application/json"},
             timeout=httpx.Timeout(REQUEST_SECONDS, connect=CONNECT_SECONDS),

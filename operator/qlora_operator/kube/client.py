@@ -19,8 +19,8 @@ from yarl import URL
 
 from qlora_api.untrusted.deep_json import parse_json
 from qlora_api.untrusted.printable import printable
+from qlora_operator.kube.authentication import Credentials
 from qlora_operator.kube.bounded_reads import TooLargeError, lines, read_within
-from qlora_operator.kube.credentials import Credentials
 from qlora_operator.kube.kopf_import import kopf
 from qlora_operator.kube.server_clock import ServerClock
 from qlora_operator.names import FIELD_MANAGER

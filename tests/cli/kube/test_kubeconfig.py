@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_cli.kube import credentials, kubeconfig
+from qlora_cli.kube import authentication, kubeconfig
 from qlora_cli.kube.errors import ConfigError
 
 
@@ -156,7 +156,7 @@ def plugin(write, tmp_path):
 
 def test_a_plugin_is_told_of_the_cluster_and_gives_a_token(plugin):
     access = kubeconfig.load()
-    identity = credentials.Identity(access)
+    identity = authentication.Identity(access)
     assert identity.credential.token == "token-1-sweet"
     spec = json.loads(plugin.read_text())["spec"]
     assert spec == {"interactive": False, "cluster": {"server": "https://prod.example:6443/"}}
@@ -166,7 +166,7 @@ def test_a_token_about_to_expire_is_renewed_before_it_is_used(plugin, monkeypatc
     import httpx
 
     monkeypatch.setenv("EXPIRES", "2020-01-01T00:00:00Z")
-    identity = credentials.Identity(kubeconfig.load())
+    identity = authentication.Identity(kubeconfig.load())
     request = next(identity.auth_flow(httpx.Request("GET", "https://x")))
     assert request.headers["Authorization"] == "Bearer token-2-sweet"
 
@@ -185,4 +185,4 @@ def test_a_plugin_that_fails_is_named(plugin, write, change, message):
     body["users"][0]["user"]["exec"] |= change
     write(body)
     with pytest.raises(ConfigError, match=message):
-        credentials.Identity(kubeconfig.load())
+        authentication.Identity(kubeconfig.load())

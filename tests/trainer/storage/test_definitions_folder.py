@@ -6,7 +6,7 @@ import pytest
 
 from qlora_storage import object_store
 from qlora_trainer.errors import UserError
-from qlora_trainer.storage.definitions import definitions_identity, fetch_definitions
+from qlora_trainer.storage.fetch_definitions import definitions_identity, fetch_definitions
 
 
 @pytest.fixture

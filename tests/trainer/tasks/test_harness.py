@@ -10,7 +10,7 @@ from jinja2.exceptions import SecurityError, UndefinedError
 from qlora_trainer.errors import TrainerError, UserError
 from qlora_trainer.tasks import run_harness as running
 from qlora_trainer.tasks.harness import sandbox
-from qlora_trainer.tasks.order import Order, OrderedTask
+from qlora_trainer.tasks.harness_request import Order, OrderedTask
 
 
 @pytest.mark.parametrize(

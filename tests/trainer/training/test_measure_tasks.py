@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlora_api.spec import EvaluationTask
-from qlora_trainer.tasks.order import TaskOutcome
+from qlora_trainer.tasks.harness_request import TaskOutcome
 from qlora_trainer.training.measure_tasks import as_result, limit_problem
 
 

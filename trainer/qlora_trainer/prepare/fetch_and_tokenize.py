@@ -40,8 +40,8 @@ from qlora_trainer.prepare.stage_progress import begin_stage
 from qlora_trainer.prepare.stages import Stage, bounded_stage, stage_of_end
 from qlora_trainer.prepare.tokenize_rows import PreparedData, prepare_data
 from qlora_trainer.publish.gate import check_loads
-from qlora_trainer.storage.definitions import fetch_definitions
 from qlora_trainer.storage.fetch import FetchedModel, fetch_model, fetch_rows
+from qlora_trainer.storage.fetch_definitions import fetch_definitions
 from qlora_trainer.tasks.prepare_tasks import PreparedTasks, prepare_tasks
 
 if TYPE_CHECKING:

@@ -39,8 +39,8 @@ from qlora_trainer.data.rows.source import contents, find_source
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.prepare.format_version import FORMAT_VERSION
 from qlora_trainer.storage.authentication import Authenticator
-from qlora_trainer.storage.definitions import definitions_identity
 from qlora_trainer.storage.fetch import HUB, model_revision, rows_identity, take_name
+from qlora_trainer.storage.fetch_definitions import definitions_identity
 from qlora_trainer.storage.model_files import ModelFilesError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qlora_api.credentials import KEYS, TRACKING_KEYS, prefix_of, secrets_of
 from qlora_api.environment import WORKLOAD_IDENTITY
 from qlora_api.spec import QLoRAJobSpec
-from qlora_storage.environment import (
+from qlora_storage.store_settings import (
     AWS_ENDPOINTS,
     AWS_KEYS,
     AZURE_KEYS,

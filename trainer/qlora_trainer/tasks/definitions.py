@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from qlora_trainer.tasks.order import ANSWER_TYPES
+from qlora_trainer.tasks.harness_request import ANSWER_TYPES
 
 MOST_BYTES = 1 << 20
 """Maximum size of one definition."""

@@ -3,7 +3,7 @@
 It has no model. In Prepare it gets the tasks' rows, and writes what the model will be asked; with the answers it runs
 the same way again, from the rows that it kept, and computes the metrics. So a task whose metrics cannot be computed
 ends Prepare. The process has no credentials, and renders templates in a sandbox: definitions may be a stranger's. Its
-files are those of :mod:`qlora_trainer.tasks.order`.
+files are those of :mod:`qlora_trainer.tasks.harness_request`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from qlora_trainer.tasks.order import (
+from qlora_trainer.tasks.harness_request import (
     ANSWER_TYPES,
     ANSWERS_FILE,
     DOCUMENTS,

@@ -23,7 +23,7 @@ from qlora_trainer.data.tokenized_rows import RowWriter, TokenizedRows, save_seq
 from qlora_trainer.errors import StorageError, UserError
 from qlora_trainer.storage.fetch import take_name
 from qlora_trainer.tasks.definitions import DefinitionError, read_definition
-from qlora_trainer.tasks.order import DOCUMENTS, ORDER_FILE, Order, OrderedTask
+from qlora_trainer.tasks.harness_request import DOCUMENTS, ORDER_FILE, Order, OrderedTask
 from qlora_trainer.tasks.run_harness import FIELD, check_installed, run_harness
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from qlora_api.spec import EvaluateSpec, EvaluationTask
     from qlora_trainer.data.formats import Encoder
-    from qlora_trainer.tasks.order import HarnessResult
+    from qlora_trainer.tasks.harness_request import HarnessResult
 
 FOLDER_FIELD = "spec.evaluate.folder"
 REQUESTS_FILE = "requests.json"

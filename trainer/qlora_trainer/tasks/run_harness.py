@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 from qlora_trainer.errors import TrainerError, UserError
 from qlora_trainer.python_process import environment_without_credentials, python_command
-from qlora_trainer.tasks.order import ANSWERS_FILE, DOCUMENTS, ORDER_FILE, RESULT_FILE, Answer, HarnessResult, Order
+from qlora_trainer.tasks.harness_request import (
+    ANSWERS_FILE,
+    DOCUMENTS,
+    ORDER_FILE,
+    RESULT_FILE,
+    Answer,
+    HarnessResult,
+    Order,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

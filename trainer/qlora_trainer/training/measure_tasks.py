@@ -23,7 +23,7 @@ from qlora_trainer.data.tokenized_rows import TokenizedRows, load_sequences
 from qlora_trainer.errors import AdapterRejectedError, NonFiniteLossError
 from qlora_trainer.liveness.heartbeat import Section
 from qlora_trainer.model.loss import call_arguments
-from qlora_trainer.tasks.order import DOCUMENTS, ORDER_FILE, Order, TaskOutcome
+from qlora_trainer.tasks.harness_request import DOCUMENTS, ORDER_FILE, Order, TaskOutcome
 from qlora_trainer.tasks.prepare_tasks import REQUESTS_FILE, ROWS
 from qlora_trainer.tasks.run_harness import run_harness
 

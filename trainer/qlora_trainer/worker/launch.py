@@ -77,19 +77,19 @@ def launch(config: TrainerConfig, config_path: Path, stop: Stop) -> int:
                 "start the attempt with an operator of the trainer's version"
             )
         key = authenticator.derive(f"rendezvous/{config.attempt}")
-        meeting = meet(place, run_id(config), key, config.spec.policy.stall_timeout_seconds)
-        checks = (lambda: _lost(meeting),)
-        code = _run_ranks(config, config_path, place, meeting.store_port, stop, Path(folder), tracking, checks)
-        code = _with_cause(config, meeting, code)
+        rendezvous = meet(place, run_id(config), key, config.spec.policy.stall_timeout_seconds)
+        checks = (lambda: _lost(rendezvous),)
+        code = _run_ranks(config, config_path, place, rendezvous.store_port, stop, Path(folder), tracking, checks)
+        code = _with_cause(config, rendezvous, code)
         tracking.finish(config, code)
         return code
 
 
-def _with_cause(config: TrainerConfig, meeting: Rendezvous, code: int) -> int:
+def _with_cause(config: TrainerConfig, rendezvous: Rendezvous, code: int) -> int:
     """Tell the other workers how this one ended; if it only lost a peer, report that peer's message."""
     path = Path(config.termination_message_path)
     # NCCL's watchdog aborts a rank whose peer is gone.
-    cause = meeting.find_cause() if code in (ExitCode.PEER_LOST, 128 + signal.SIGABRT) else None
+    cause = rendezvous.find_cause() if code in (ExitCode.PEER_LOST, 128 + signal.SIGABRT) else None
     termination = termination_message.read(path)
     if cause is not None:
         code = ExitCode.PEER_LOST
@@ -98,7 +98,7 @@ def _with_cause(config: TrainerConfig, meeting: Rendezvous, code: int) -> int:
         termination = TerminationMessage(exit_code=code, reason=reason_of(code)) if termination is None else termination
         termination = termination.model_copy(update={"exit_code": code, "reason": reason_of(code), "message": text})
         termination_message.write(path, termination)
-    meeting.leave(code, termination.message if termination else "")
+    rendezvous.leave(code, termination.message if termination else "")
     return code
 
 
@@ -218,7 +218,7 @@ class _StallWatch:
     """Names a rank that gives no sign of life."""
 
     def __init__(self, config: TrainerConfig, place: WorkerIdentity, folder: Path) -> None:
-        self._folder, self._place, self._ranks = folder, place, config.ranks_per_worker
+        self._folder, self._identity, self._ranks = folder, place, config.ranks_per_worker
         self._stall = float(config.spec.policy.stall_timeout_seconds)
         self._watchdog = Watchdog(Limits.of(self._stall), config.ranks_per_worker)
         heartbeat.prepare_files(folder, config.ranks_per_worker)
@@ -228,12 +228,12 @@ class _StallWatch:
         stuck = self._watchdog.look(beats, time.monotonic(), [process_state(b.pid) for b in beats])
         if stuck is None:
             return None
-        rank = self._place.index * self._ranks + stuck.local_rank
+        rank = self._identity.index * self._ranks + stuck.local_rank
         return Verdict(ExitCode.STALLED, describe_stuck(stuck, rank, self._identity.node, self._stall), rank)
 
 
-def _lost(meeting: Rendezvous) -> Verdict | None:
-    cause = meeting.lost()
+def _lost(rendezvous: Rendezvous) -> Verdict | None:
+    cause = rendezvous.lost()
     return Verdict(ExitCode.PEER_LOST, cause, grace_seconds=PEER_SECONDS) if cause else None
 
 

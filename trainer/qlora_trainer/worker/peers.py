@@ -221,19 +221,19 @@ def meet(
     clock = _Patience(patience_seconds, waits)
     port, *held = _serve_store(place, key) if place.index == 0 else _reach_store(place, key, clock)
     client = TCPStore(LOOPBACK, port, is_master=False, wait_for_workers=False, timeout=_seconds(ANSWER_SECONDS))
-    meeting = Rendezvous(place, PrefixStore(attempt, client), port, tuple(held))
-    meeting.arrive()
+    rendezvous = Rendezvous(place, PrefixStore(attempt, client), port, tuple(held))
+    rendezvous.arrive()
     try:
-        while away := meeting.missing():
+        while away := rendezvous.missing():
             others = f"{len(away)} of {place.workers} workers: {', '.join(map(str, away))}"
             clock.wait(f"waiting for {others}", f"{others} did not come to {place.host}:{place.port}")
     except PreemptedError:
-        meeting.leave(ExitCode.PREEMPTED, "told to stop")
+        rendezvous.leave(ExitCode.PREEMPTED, "told to stop")
         raise
     except StalledError as error:
-        meeting.leave(ExitCode.STALLED, str(error))
+        rendezvous.leave(ExitCode.STALLED, str(error))
         raise
-    return meeting
+    return rendezvous
 
 
 class _Patience:

@@ -73,7 +73,7 @@ def _show_sweep(cluster: Cluster, body: Object, target: Target, output: OutputFo
         return
     from qlora_cli.cluster_sweeps import show_sweep
     from qlora_cli.cluster_sweeps.cluster_sweep import cluster_sweep
-    from qlora_cli.cluster_sweeps.trial_jobs import read_trials
+    from qlora_cli.cluster_sweeps.sweep_reader import read_trials
 
     sweep, screen = cluster_sweep(body), out.console()
     for part in show_sweep.page(sweep, read_trials(cluster, body), datetime.now(UTC)):

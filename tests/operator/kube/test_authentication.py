@@ -11,9 +11,9 @@ import sys
 import pytest
 from aiohttp import web
 
-from qlora_operator.kube import credentials
+from qlora_operator.kube import authentication
+from qlora_operator.kube.authentication import cluster_identity, load_credentials
 from qlora_operator.kube.client import Api
-from qlora_operator.kube.credentials import cluster_identity, load_credentials
 from qlora_operator.kube.kopf_import import kopf
 
 
@@ -53,7 +53,7 @@ def test_a_kubeconfig_that_asks_a_program_is_read_by_the_official_client(kubecon
     plugin.chmod(0o755)
     asked = {"apiVersion": answer["apiVersion"], "command": str(plugin), "interactiveMode": "Never"}
     kubeconfig({"exec": asked})
-    script = "from qlora_operator.kube.credentials import load_credentials as load; print(load().as_http_headers())"
+    script = "from qlora_operator.kube.authentication import load_credentials as load; print(load().as_http_headers())"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert ran.stdout == "{'Authorization': 'Bearer fresh'}\n", ran.stderr
 
@@ -71,7 +71,7 @@ def test_a_kubeconfig_counts_before_the_account_of_the_pod_it_runs_in(kubeconfig
 def test_a_file_named_in_a_kubeconfig_lies_beside_it(kubeconfig, tmp_path):
     (tmp_path / "ca.crt").write_text("a certificate")
     kubeconfig({"token": "t"}, **{"certificate-authority": "ca.crt"})
-    script = "from qlora_operator.kube.credentials import load_credentials as load; print(load().ca_path)"
+    script = "from qlora_operator.kube.authentication import load_credentials as load; print(load().ca_path)"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert ran.stdout == f"{tmp_path / 'ca.crt'}\n", ran.stderr
 
@@ -130,7 +130,7 @@ def test_a_renewed_token_is_sent_once_the_old_one_has_aged(kubeconfig, monkeypat
             await api.get("/api")
             kubeconfig({"token": "second"}, server)
             await api.get("/api")
-            monkeypatch.setattr(credentials, "RENEW_SECONDS", 0)
+            monkeypatch.setattr(authentication, "RENEW_SECONDS", 0)
             await api.get("/api")
             (tmp_path / "kubeconfig").unlink()  # what cannot be read again is used as it was
             await api.get("/api")
