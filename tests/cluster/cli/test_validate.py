@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from cluster.api import ApiError
+from cluster.api import ClusterApiError
 from cluster.scenarios.jobs import CRD, GROUP, qlora_job
 from cluster.scenarios.mutations import mutations
 from qlora_cli.manifest.validate import check_file
@@ -118,7 +118,7 @@ def _both(cluster: ControlPlane, folder: Path, namespace: str, manifest: dict[st
     file.write_text(yaml.safe_dump(manifest, allow_unicode=True))
     try:
         cluster.api.post(f"{GROUP}/namespaces/{namespace}/qlorajobs", manifest, dryRun="All", fieldValidation="Strict")
-    except ApiError as error:
+    except ClusterApiError as error:
         if error.status not in (400, 404, 422):
             raise
         return error.message, "\n".join(map(str, check_file(file).errors))
