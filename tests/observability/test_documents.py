@@ -13,7 +13,7 @@ import yaml
 
 from qlora_api.metrics_catalogue import CATALOGUE, OPERATOR, RANK, TRAINER, MetricKind
 from qlora_api.status import Reason
-from qlora_cli.manifest.explain import describe
+from qlora_cli.manifest import crd_schema
 
 REPOSITORY = Path(__file__).parents[2]
 CHART = REPOSITORY / "charts" / "qlora-operator"
@@ -165,9 +165,10 @@ def test_the_reference_has_every_metric():
 @pytest.mark.parametrize("path", RUNBOOKS, ids=lambda p: p.stem)
 def test_a_page_speaks_of_what_is_there(path):
     text = path.read_text()
+    schema = crd_schema.sweep_root() if path.stem.startswith("QLoRASweep") else crd_schema.root()
     assert names_in(text) <= SERIES.keys() | {metric.name for metric in CATALOGUE}
     for field in set(re.findall(r"`(spec\.[A-Za-z.]+)", text)):
-        assert describe(field.rstrip(".")), field
+        assert crd_schema.way_to(field.rstrip("."), schema), field
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     for value in set(re.findall(r"`((?:trainer|metrics|networkPolicy|resources|rbac)\.[A-Za-z.]+)", text)):
         here = values

@@ -74,8 +74,8 @@ def test_a_profile_that_is_not_there_is_named_with_those_that_are_and_a_correcti
 @pytest.mark.parametrize(
     ("scheduling", "said"),
     [
-        ({"profile": "wide", "nodeSelector": {"a": "b"}}, "nodeSelector must not be set with it"),
-        ({"profile": "wide", "tolerations": [{"key": "a"}]}, "tolerations must not be set with it"),
+        ({"profile": "wide", "nodeSelector": {"a": "b"}}, "nodeSelector must not be set together with profile"),
+        ({"profile": "wide", "tolerations": [{"key": "a"}]}, "tolerations must not be set together with profile"),
         ({"profile": "wide", "hostNetwork": True}, 'unknown field "spec.scheduling.hostNetwork"'),
         ({"profile": "Wide"}, "spec.scheduling.profile"),
         ({"cpu": "lots"}, "spec.scheduling.cpu"),

@@ -229,7 +229,7 @@ def test_what_a_profile_does_not_allow_has_one_remedy():
 
 @pytest.mark.parametrize("field", [{"nodeSelector": {"pool": "b"}}, {"tolerations": [{"key": "spot"}]}], ids=str)
 def test_a_named_profile_and_free_form_fields_exclude_each_other(field):
-    with pytest.raises(ManifestError, match=f"{next(iter(field))} must not be set with it"):
+    with pytest.raises(ManifestError, match=f"{next(iter(field))} must not be set together with profile"):
         by(profile="efa", **field)
 
 
